@@ -1,0 +1,42 @@
+"""vitrim: take a trained Vision Transformer, cut out what it does not need, and prove on the device that it runs faster."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that measuring on a device needs no torch.
+_HOMES = {
+    "StructuredMask": ".compress.mask",
+    "masked": ".compress.masked",
+    "compact": ".compress.compactor",
+    "lift": ".compress.lift",
+    "save": ".compress.files",
+    "load": ".compress.files",
+    "export": ".export.exporter",
+    "measure": ".bench.measure",
+    "InputError": ".errors",
+    "UnsupportedModel": ".errors",
+}
+__all__ = ["InputError", "StructuredMask", "UnsupportedModel", "compact", "export", "lift", "load", "masked", "measure", "save"]
+
+if TYPE_CHECKING:
+    from .bench.measure import measure
+    from .compress.compactor import compact
+    from .compress.files import load, save
+    from .compress.lift import lift
+    from .compress.mask import StructuredMask
+    from .compress.masked import masked
+    from .errors import InputError, UnsupportedModel
+    from .export.exporter import export
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        # A submodule may share the public name (vitrim.compact lives in compress.compactor), so the attribute is set once and stays.
+        value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'vitrim' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Running an artifact on a device and telling the truth about it."""

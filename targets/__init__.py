@@ -1,0 +1,1 @@
+"""What a device is: a validated profile, its limits and its measured costs."""
