@@ -1,1 +1,1 @@
-"""compress/vit"""
+"""The one network of this project, built from an `Architecture`."""
