@@ -125,6 +125,8 @@ class Architecture(Plain):
     prefix: Count = 1
     position: bool = True
     stem_norm: NormSpec | None = None
+    # None: the stem (convolution, prefix tokens, positions) fills the whole stream; else only these channels, the others start at zero.
+    stem_writes: Indices | None = None
     steps: tuple[tuple[BranchSpec, ...], ...]
     norm: NormSpec | None = None
     pool: PoolSpec = PoolSpec()
@@ -190,7 +192,8 @@ class Architecture(Plain):
             elif isinstance(core, FfnSpec):
                 _check_norm(f"{branch.name}.core.norm", core.norm, core.hidden)
         _check_indices("head_reads", self.head_reads, self.embed)
-        _check_norm("stem_norm", self.stem_norm, self.embed)
+        _check_indices("stem_writes", self.stem_writes, self.embed)
+        _check_norm("stem_norm", self.stem_norm, self.read_width(self.stem_writes))
         _check_norm("norm", self.norm, self.read_width(self.head_reads))
         _check_norm("pool_norm", self.pool_norm, self.read_width(self.head_reads))
         return self

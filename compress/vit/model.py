@@ -17,16 +17,19 @@ class CompactModel(nn.Module):
     """
 
     head_reads: Tensor | None
+    stem_writes: Tensor | None
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
         embed, channels = architecture.embed, architecture.image[0]
         patch = architecture.stem.patch
-        self.stem = nn.Conv2d(channels, embed, patch, stride=patch, bias=architecture.stem.bias)
-        self.prefix = nn.Parameter(torch.zeros(architecture.prefix, embed)) if architecture.prefix else None
+        filled = architecture.read_width(architecture.stem_writes)
+        self.register_buffer("stem_writes", None if architecture.stem_writes is None else torch.tensor(architecture.stem_writes), persistent=False)
+        self.stem = nn.Conv2d(channels, filled, patch, stride=patch, bias=architecture.stem.bias)
+        self.prefix = nn.Parameter(torch.zeros(architecture.prefix, filled)) if architecture.prefix else None
         patches = architecture.tokens - architecture.prefix
-        self.position = nn.Parameter(torch.zeros(patches, embed)) if architecture.position else None
+        self.position = nn.Parameter(torch.zeros(patches, filled)) if architecture.position else None
         self.stem_norm = Norm(architecture.stem_norm) if architecture.stem_norm else None
         self.steps = nn.ModuleList(nn.ModuleList(Branch(branch, embed) for branch in step) for step in architecture.steps)
         self.register_buffer("head_reads", None if architecture.head_reads is None else torch.tensor(architecture.head_reads), persistent=False)
@@ -61,7 +64,11 @@ class CompactModel(nn.Module):
             x = x + self.position
         if self.prefix is not None:
             x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
-        return x if self.stem_norm is None else self.stem_norm(x)
+        if self.stem_norm is not None:
+            x = self.stem_norm(x)
+        if self.stem_writes is not None:
+            x = x.new_zeros(*x.shape[:-1], self.architecture.embed).index_copy(-1, self.stem_writes, x)
+        return x
 
     def classify(self, x: Tensor) -> Tensor:
         """(batch, tokens, embed) -> (batch, classes)."""

@@ -1,0 +1,42 @@
+"""Fashion-MNIST: Debian's files where they are installed; the fixed 55,000 / 5,000 / 10,000 division.
+
+Source: Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms", 2017 (MIT).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import InputError
+from .idx import read_idx
+
+FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset-fashion-mnist"))
+LABELS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+# Of the 60,000 training images, in units of pixel / 255.
+MEAN, STD = 0.2860, 0.3530
+VALIDATION_IMAGES = 5_000
+# The division of the train file is the same for everybody, so that the shipped baseline has never seen anybody's validation images.
+DIVISION_SEED = 2017
+
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+def installed_folder() -> Path | None:
+    """Where Debian's dataset-fashion-mnist put the files, if it did."""
+    return next((folder for folder in FOLDERS if (folder / "train-images-idx3-ubyte.gz").is_file()), None)
+
+
+def read_files(folder: Path) -> tuple[Arrays, Arrays]:
+    """(train, test), each uint8 images (N, 28, 28) and int64 labels (N,)."""
+    return _pair(folder, "train"), _pair(folder, "t10k")
+
+
+def _pair(folder: Path, part: str) -> Arrays:
+    images_file, labels_file = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
+    images, labels = read_idx(images_file), read_idx(labels_file)
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise InputError(f"{images_file}: {images.shape} images against {labels.shape} labels in {labels_file.name}; the files do not belong together")
+    return images, labels.astype(np.int64)

@@ -1,0 +1,113 @@
+"""From a picture to a model's input, without torch: the same numbers in training, in calibration and on the device."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+_FILTERS: dict[str, Image.Resampling] = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+
+class Preprocessing(BaseModel):
+    """What happens to a picture before the model sees it; plain data, so that an artifact's manifest can carry it.
+
+    `squash` scales to (height, width) whatever the shape; `center-crop` scales the shorter side to size / crop_ratio and
+    cuts out the middle, as timm's evaluation does. Mean and std are in units of pixel / 255, one a channel.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channels: Literal[1, 3]
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    interpolation: Interpolation = "bicubic"
+    resize: Literal["squash", "center-crop"] = "squash"
+    crop_ratio: float = Field(1.0, gt=0.0, le=1.0)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> Self:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std need {self.channels} numbers, one a channel; got {len(self.mean)} and {len(self.std)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        return self
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """(C, H, W) of the model's input."""
+        return self.channels, self.height, self.width
+
+    def apply(self, picture: Image.Image | NDArray[Any]) -> NDArray[np.float32]:
+        """A PIL image, or uint8 (H, W), (H, W, 1) or (H, W, 3) of any size -> float32 (C, H, W), normalised."""
+        return self.normalise(self.pixels(picture))
+
+    def pixels(self, picture: Image.Image | NDArray[Any]) -> NDArray[np.uint8]:
+        """The resized picture before normalisation: uint8 (C, H, W). This is what the data cache keeps."""
+        image = _as_image(picture)
+        # Palette pictures with transparency go through RGBA, or Pillow guesses.
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+            image = _eight_bits(image)
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        image = self._sized(image)
+        array = np.asarray(image, dtype=np.uint8)
+        return np.ascontiguousarray(array[None] if self.channels == 1 else array.transpose(2, 0, 1))
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (..., C, H, W) -> float32 (..., C, H, W): (pixel / 255 - mean) / std."""
+        scale, shift = self.scale_and_shift()
+        return pixels.astype(np.float32) * scale[:, None, None] + shift[:, None, None]
+
+    def scale_and_shift(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Normalisation as pixel * scale + shift, both float32 (C,): one fused step, the same everywhere."""
+        mean, std = np.array(self.mean, dtype=np.float64), np.array(self.std, dtype=np.float64)
+        return (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+    def _sized(self, image: Image.Image) -> Image.Image:
+        wanted = (self.width, self.height)
+        if self.resize == "squash":
+            return image if image.size == wanted else image.resize(wanted, _FILTERS[self.interpolation])
+        # timm scales so that the shorter side reaches floor(size / crop_ratio), then cuts the centre.
+        target_h, target_w = int(self.height / self.crop_ratio), int(self.width / self.crop_ratio)
+        factor = max(target_h / image.height, target_w / image.width)
+        scaled = (max(self.width, round(image.width * factor)), max(self.height, round(image.height * factor)))
+        if image.size != scaled:
+            image = image.resize(scaled, _FILTERS[self.interpolation])
+        left, top = round((image.width - self.width) / 2), round((image.height - self.height) / 2)
+        return image.crop((left, top, left + self.width, top + self.height))
+
+
+def _as_image(picture: Image.Image | NDArray[Any]) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    array = np.asarray(picture)
+    if array.dtype != np.uint8:
+        raise ValueError(f"a picture array is uint8, not {array.dtype}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
+        raise ValueError(f"a picture array is (H, W), (H, W, 1) or (H, W, 3), not {array.shape}")
+    return Image.fromarray(array)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips 16-bit grey at 255; the high byte is what a viewer shows.
+    array = np.asarray(image).astype(np.float64)
+    top = 65535.0 if array.max(initial=0.0) > 255.0 else 255.0
+    return Image.fromarray(np.clip(array * (255.0 / top), 0, 255).round().astype(np.uint8))

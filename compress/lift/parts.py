@@ -1,0 +1,95 @@
+"""Small pieces that every Vision Transformer shares: norms, linear layers, activations, layer scale."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModel
+from ..architecture import NormSpec
+from .registry import Piece, find, handles, type_name
+
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.GELU": "gelu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.ReLU6": "relu6",
+    "torch.nn.modules.activation.Hardswish": "hardswish",
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+}
+
+
+def activation(module: nn.Module, path: str) -> str:
+    """Our name of an activation module. Errors: UnsupportedModel."""
+    name = _ACTIVATIONS.get(type_name(module))
+    if name is None:
+        raise UnsupportedModel(f"{path}: no rule for activation {type_name(module)}")
+    if name == "gelu" and getattr(module, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return name
+
+
+def absent(module: nn.Module | None) -> bool:
+    """Whether a sub-module is missing or does nothing."""
+    return module is None or isinstance(module, nn.Identity)
+
+
+def norm(module: nn.Module | None, path: str) -> Piece[NormSpec] | None:
+    """A norm of any known type, or None where there is none."""
+    if module is None or absent(module):
+        return None
+    piece: Piece[NormSpec] = find("norm", module, path)(module, path)
+    return piece
+
+
+@handles("norm", "torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")
+def layer_norm(module: nn.LayerNorm, path: str) -> Piece[NormSpec]:
+    """LayerNorm over the last dimension."""
+    del path
+    return _norm("layer", module, module.eps)
+
+
+@handles("norm", "timm.layers.norm.RmsNorm", "timm.layers.norm.RmsNormFp32", "torch.nn.modules.normalization.RMSNorm")
+def rms_norm(module: nn.Module, path: str) -> Piece[NormSpec]:
+    """RMSNorm over the last dimension."""
+    eps = module.eps
+    if eps is None:
+        raise UnsupportedModel(f"{path}: RMSNorm without a stated eps depends on the input's type")
+    return _norm("rms", module, float(eps))  # type: ignore[arg-type]
+
+
+def _norm(kind: str, module: nn.Module, eps: float) -> Piece[NormSpec]:
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    shape = module.normalized_shape
+    spec = NormSpec(kind=kind, width=shape[0], eps=eps, weight=weight is not None, bias=bias is not None)  # type: ignore[arg-type,index]
+    return Piece(spec, present({"weight": weight, "bias": bias}))
+
+
+def present(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The entries that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def linear(module: nn.Module, path: str) -> dict[str, Tensor]:
+    """weight (and bias) of a plain Linear. Errors: UnsupportedModel for anything else."""
+    if type(module) is not nn.Linear:
+        raise UnsupportedModel(f"{path}: {type_name(module)} where a Linear was expected")
+    return present({"weight": module.weight, "bias": module.bias})
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with `prefix.` before their names."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def layer_scale(module: nn.Module | None, path: str) -> Tensor | None:
+    """γ of a LayerScale, or None."""
+    if module is None or absent(module):
+        return None
+    gamma = getattr(module, "gamma", None)
+    if not isinstance(gamma, Tensor):
+        raise UnsupportedModel(f"{path}: no rule for layer scale {type_name(module)}")
+    return gamma

@@ -1,0 +1,226 @@
+"""Structured masks: what is kept of each dimension of a Vision Transformer. They are what leaves training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..storage import replace_file
+from .architecture import Architecture, AttentionSpec, FfnSpec
+from .axes import HEAD_IN, STEM_OUT, site_in, site_out
+
+Sharing = Literal["unshared", "residual", "full"]
+ScaleRule = Literal["kept", "original"]
+DIMENSIONS = ("embed", "head", "qk", "v", "ffn", "block")
+SHARED = "*"
+SCHEMA = "vitrim.mask/1"
+
+
+def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
+    """Where a dimension occurs in a network: site -> size."""
+    found: dict[str, int] = {}
+    if dimension == "embed":
+        found[STEM_OUT] = architecture.embed
+    for branch in architecture.branches:
+        core = branch.core
+        if dimension == "embed":
+            found[site_in(branch)] = found[site_out(branch)] = architecture.embed
+        elif dimension == "block":
+            found[branch.name] = 1
+        elif isinstance(core, AttentionSpec) and dimension in ("head", "qk", "v"):
+            found[branch.name] = {"head": core.heads, "qk": core.qk, "v": core.v}[dimension]
+        elif isinstance(core, FfnSpec) and dimension == "ffn":
+            found[branch.name] = core.hidden
+    if dimension == "embed":
+        found[HEAD_IN] = architecture.embed
+    return found
+
+
+def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, int]]:
+    """The masks that a sharing asks for: dimension -> site (or `*` for one shared by all) -> size.
+
+    Sharings of METHODS A: `unshared`, `residual` (one embed mask), `full` (one mask a dimension). Blocks are never shared.
+    """
+    if sharing not in ("unshared", "residual", "full"):
+        raise InputError(f"sharing = {sharing!r}: choose 'unshared', 'residual' or 'full'")
+    wanted: dict[str, dict[str, int]] = {}
+    for dimension in DIMENSIONS:
+        found = sites(architecture, dimension)
+        shared = (dimension == "embed" and sharing != "unshared") or (dimension in ("head", "qk", "v", "ffn") and sharing == "full")
+        if shared and found:
+            sizes = set(found.values())
+            if len(sizes) > 1:
+                raise InputError(f"sharing = 'full' needs the same {dimension} size in every block, this model has {sorted(sizes)}; use 'residual'")
+            found = {SHARED: sizes.pop()}
+        if found:
+            wanted[dimension] = found
+    return wanted
+
+
+@dataclass(frozen=True)
+class StructuredMask:
+    """Booleans, True = keep: `kept[dimension][site]`, site `*` being shared by all sites. A missing entry keeps everything.
+
+    Shapes: (size,), or (heads, size) for `qk` and `v` where heads keep different columns, equal in number.
+    `scale` says what the softmax scale becomes: "kept", 1/sqrt(kept qk) as in movement pruning, or "original" for a post-hoc mask.
+    """
+
+    kept: Mapping[str, Mapping[str, Tensor]]
+    scale: ScaleRule = "kept"
+    note: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("kept", "original"):
+            raise InputError(f"mask scale {self.scale!r}: choose 'kept' or 'original'")
+        for dimension, entries in self.kept.items():
+            if dimension not in DIMENSIONS:
+                raise InputError(f"mask has an unknown dimension {dimension!r}; known: {', '.join(DIMENSIONS)}")
+            for site, keep in entries.items():
+                if keep.dtype != torch.bool:
+                    raise InputError(f"mask {dimension}/{site} is {keep.dtype}, not boolean")
+                if keep.ndim == 2 and dimension in ("qk", "v"):
+                    counts = keep.sum(dim=1)
+                    if int(counts.min()) != int(counts.max()):
+                        raise InputError(f"mask {dimension}/{site}: heads keep {sorted(set(counts.tolist()))} columns; every head must keep equally many")
+                elif keep.ndim != 1:
+                    raise InputError(f"mask {dimension}/{site} has shape {tuple(keep.shape)}")
+
+    def get(self, dimension: str, site: str) -> Tensor | None:
+        """The mask at a site, or None where everything is kept."""
+        entries = self.kept.get(dimension, {})
+        return entries.get(site, entries.get(SHARED))
+
+    def __iter__(self) -> Iterator[tuple[str, str, Tensor]]:
+        for dimension, entries in self.kept.items():
+            for site, keep in entries.items():
+                yield dimension, site, keep
+
+    @property
+    def sharing(self) -> Sharing:
+        """The sharing that these entries amount to."""
+        if SHARED in self.kept.get("head", {}) or SHARED in self.kept.get("ffn", {}):
+            return "full"
+        return "residual" if SHARED in self.kept.get("embed", {}) or not self.kept.get("embed") else "unshared"
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuse a mask that is not of this network: unknown site, wrong size, nothing kept where something must be.
+
+        Errors: InputError naming the entry.
+        """
+        for dimension, site, keep in self:
+            found = sites(architecture, dimension)
+            size = next(iter(found.values()), None) if site == SHARED else found.get(site)
+            if size is None or (site == SHARED and set(found.values()) != {size}):
+                raise InputError(f"mask {dimension}/{site}: this model has no such site; it has {', '.join(list(found)[:6]) or 'none'}")
+            if keep.shape[-1] != size:
+                raise InputError(f"mask {dimension}/{site} has {keep.shape[-1]} entries, the model has {size}")
+            if dimension in ("embed", "qk") and not bool(keep.any()):
+                raise InputError(f"mask {dimension}/{site} keeps nothing; " + _WHY_ONE[dimension])
+        if self.scale == "kept":
+            return
+
+    @classmethod
+    def random(
+        cls,
+        model: nn.Module | Architecture,
+        keep_ratio: float | Mapping[str, float] = 0.5,
+        sharing: Sharing = "residual",
+        seed: int = 0,
+        *,
+        per_head: bool = False,
+        scale: ScaleRule = "kept",
+    ) -> StructuredMask:
+        """A random mask: each group keeps round(keep_ratio * size) units, at least one.
+
+        `keep_ratio`: one number for embed, head, qk, v and ffn, or one a dimension (also `block`). `per_head`: another set of qk and v columns a head.
+        """
+        architecture = architecture_of(model)
+        generator = torch.Generator().manual_seed(seed)
+        ratios = dict(keep_ratio) if isinstance(keep_ratio, Mapping) else dict.fromkeys(("embed", "head", "qk", "v", "ffn"), float(keep_ratio))
+        for name, ratio in ratios.items():
+            if name not in DIMENSIONS:
+                raise InputError(f"keep_ratio names {name!r}; known dimensions: {', '.join(DIMENSIONS)}")
+            if not 0 < ratio <= 1:
+                raise InputError(f"keep_ratio {name} = {ratio}: give a number above 0 and at most 1")
+        heads = sites(architecture, "head")
+        kept: dict[str, dict[str, Tensor]] = {}
+        for dimension, entries in groups(architecture, sharing).items():
+            ratio = ratios.get(dimension, 1.0)
+            kept[dimension] = {}
+            for site, size in entries.items():
+                if dimension == "block":
+                    keep = torch.rand(1, generator=generator) < ratio
+                else:
+                    rows = heads.get(site, 1) if per_head and dimension in ("qk", "v") else 1
+                    keep = torch.stack([random_keep(size, max(1, round(ratio * size)), generator) for _ in range(rows)])
+                    keep = keep if rows > 1 else keep[0]
+                kept[dimension][site] = keep
+        return cls(kept, scale=scale)
+
+    @classmethod
+    def everything(cls, model: nn.Module | Architecture, sharing: Sharing = "residual") -> StructuredMask:
+        """The mask that removes nothing."""
+        found = groups(architecture_of(model), sharing)
+        return cls({dimension: {site: torch.ones(size, dtype=torch.bool) for site, size in entries.items()} for dimension, entries in found.items()})
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file: one uint8 tensor `dimension/site` an entry, scale and schema in its metadata."""
+        tensors = {f"{dimension}/{site}": keep.to(torch.uint8).contiguous() for dimension, site, keep in self}
+        replace_file(path, tensors_to_bytes(tensors, {"schema": SCHEMA, "scale": self.scale, "note": json.dumps(dict(self.note))}))
+
+    @classmethod
+    def load(cls, path: Path | str) -> StructuredMask:
+        """Read what `save` wrote. Errors: InputError naming the file and the entry."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such mask file")
+        kept: dict[str, dict[str, Tensor]] = {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata: dict[str, Any] = file.metadata() or {}
+                if metadata.get("schema") != SCHEMA:
+                    raise InputError(f"{path}: schema {metadata.get('schema')!r}, wanted {SCHEMA!r}; is this a mask saved by vitrim?")
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    dimension, _, site = name.partition("/")
+                    values = file.get_tensor(name)
+                    if values.dtype != torch.uint8 or bool((values > 1).any()):
+                        raise InputError(f"{path}: entry {name!r} is not made of 0 and 1")
+                    kept.setdefault(dimension, {})[site] = values.bool()
+            note = json.loads(metadata.get("note", "{}"))
+        except (SafetensorError, ValueError) as error:
+            raise InputError(f"{path}: not a readable mask file ({error})") from error
+        return cls(kept, scale=metadata.get("scale", "kept"), note=note)
+
+
+_WHY_ONE = {
+    "embed": "the residual stream needs at least one channel",
+    "qk": "with no query/key column the softmax becomes uniform, which is not a dead head; remove heads by the head mask",
+}
+
+
+def random_keep(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """(size,) booleans of which `count` are True."""
+    keep = torch.zeros(size, dtype=torch.bool)
+    keep[torch.randperm(size, generator=generator)[:count]] = True
+    return keep
+
+
+def architecture_of(model: nn.Module | Architecture) -> Architecture:
+    """The architecture of a model, lifting it from its source library if need be."""
+    if isinstance(model, Architecture):
+        return model
+    found = getattr(model, "architecture", None)
+    if isinstance(found, Architecture):
+        return found
+    from .lift import lift
+
+    return lift(model).architecture

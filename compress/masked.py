@@ -1,0 +1,102 @@
+"""The reference: a network of full size that computes with a mask."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .lift import lift
+from .mask import ScaleRule, StructuredMask
+from .masking import Values, masked_tensors
+from .vit.model import CompactModel
+from .vit.norm import Norm
+
+
+class MaskedNorm(nn.Module):
+    """A norm whose statistics run over the kept channels only, and whose other outputs are zero: y = mask * (x̂ γ + β) * gain.
+
+    Shapes: x (..., width); `mask` and `gain` broadcast against x.
+    """
+
+    mask: Tensor
+    gain: Tensor
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.spec, self.heads = norm.spec, norm.heads
+        self.weight, self.bias = norm.weight, norm.bias
+        reference = next(iter(norm.parameters()), torch.empty(0))
+        self.register_buffer("mask", torch.ones(norm.spec.width, device=reference.device), persistent=False)
+        self.register_buffer("gain", torch.ones(1, device=reference.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        mask = self.mask
+        count = mask.sum(dim=-1, keepdim=True)
+        x = x * mask
+        if self.spec.kind == "layer":
+            # The kept channels' mean, taken off the kept channels alone.
+            x = (x - x.sum(dim=-1, keepdim=True) / count) * mask
+        variance = x.square().sum(dim=-1, keepdim=True) / count
+        weight, bias = mask * self.gain, None
+        if self.weight is not None:
+            weight = weight * (self.weight.unsqueeze(-2) if self.heads else self.weight)
+        if self.bias is not None:
+            bias = mask * self.gain * (self.bias.unsqueeze(-2) if self.heads else self.bias)
+        x = x * torch.rsqrt(variance + self.spec.eps)
+        return x * weight if bias is None else torch.addcmul(bias, x, weight)
+
+
+class MaskedNetwork(nn.Module):
+    """A lifted network whose norms can be masked; `forward(images, values)` computes with the mask that `values` gives."""
+
+    def __init__(self, model: CompactModel) -> None:
+        super().__init__()
+        self.architecture = model.architecture
+        self.network = model
+        for path, module in list(model.named_modules()):
+            if isinstance(module, Norm):
+                owner, _, leaf = path.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, MaskedNorm(module))
+
+    def forward(self, images: Tensor, values: Values, scale: ScaleRule = "kept") -> Tensor:
+        """(batch, channels, height, width) -> (batch, classes)."""
+        parameters = dict(self.network.named_parameters())
+        changed = masked_tensors(self.architecture, parameters, values, scale)
+        logits: Tensor = functional_call(self.network, changed, (images,))
+        return logits
+
+
+class MaskedModel(nn.Module):
+    """A network with a fixed mask: images (batch, channels, height, width) -> logits (batch, classes)."""
+
+    def __init__(self, model: CompactModel, mask: StructuredMask) -> None:
+        super().__init__()
+        mask.check(model.architecture)
+        self.masked = MaskedNetwork(model)
+        self.mask = mask
+
+    @property
+    def network(self) -> CompactModel:
+        """The full-size network that owns the parameters."""
+        return self.masked.network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, classes)."""
+        out: Tensor = self.masked(images, self._value, self.mask.scale)
+        return out
+
+    def _value(self, dimension: str, site: str) -> Tensor | None:
+        keep = self.mask.get(dimension, site)
+        reference = next(self.parameters())
+        return None if keep is None else keep.to(reference)
+
+
+def masked(model: nn.Module, mask: StructuredMask) -> MaskedModel:
+    """The reference for `compact`: same shapes as `model`, computing with the mask. `model` is copied, not changed."""
+    result = MaskedModel(copy.deepcopy(lift(model)), mask)
+    result.train(model.training)
+    return result
