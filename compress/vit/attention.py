@@ -18,6 +18,8 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec, width_in: int, width_out: int) -> None:
         super().__init__()
         self.spec = spec
+        # Training in bfloat16 products switches this off: torch's fused CPU attention is slow there.
+        self.fused_attn = True
         self.q = nn.Linear(width_in, spec.heads * spec.qk, bias=spec.q_bias)
         self.k = nn.Linear(width_in, spec.heads * spec.qk, bias=spec.k_bias)
         self.v = nn.Linear(width_in, spec.heads * spec.v, bias=spec.v_bias)
@@ -45,7 +47,9 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(scale * q kᵀ) v over (batch, heads, tokens, width)."""
-        return F.scaled_dot_product_attention(q, k, v, scale=self.spec.scale)
+        if self.fused_attn:
+            return F.scaled_dot_product_attention(q, k, v, scale=self.spec.scale)
+        return ((q * self.spec.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
     def _split(self, x: Tensor, width: int) -> Tensor:
         return x.unflatten(-1, (self.spec.heads, width)).transpose(1, 2)
