@@ -38,5 +38,7 @@ def _pair(folder: Path, part: str) -> Arrays:
     images_file, labels_file = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
     images, labels = read_idx(images_file), read_idx(labels_file)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise InputError(f"{images_file}: {images.shape} images against {labels.shape} labels in {labels_file.name}; the files do not belong together")
+        raise InputError(
+            f"{images_file}: {images.shape} images against {labels.shape} labels in {labels_file.name}; the files do not belong together"
+        )
     return images, labels.astype(np.int64)

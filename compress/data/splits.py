@@ -83,7 +83,8 @@ def stratified_indices(targets: NDArray[np.int64], count: int, seed: int) -> tup
     for position in np.argsort(share - exact, kind="stable")[: count - int(share.sum())]:
         share[position] += 1
     taken = np.concatenate(
-        [generator.permutation(np.flatnonzero(inverse == position))[: share[position]] for position in range(len(classes))] or [np.zeros(0, np.int64)]
+        [generator.permutation(np.flatnonzero(inverse == position))[: share[position]] for position in range(len(classes))]
+        or [np.zeros(0, np.int64)]
     )
     taken = np.sort(taken).astype(np.int64)
     rest = np.setdiff1d(np.arange(len(targets), dtype=np.int64), taken, assume_unique=True)

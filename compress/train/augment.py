@@ -1,7 +1,7 @@
 """Augmentation on whole batches of uint8 tensors, so that two cores spend their time in the model and not in the loader.
 
-Presets: `none`; `light` (shifted crop, flip, a little erasing: for small images and short trainings); `thesis` (RandAugment(2, 9), MixUp 0.8,
-CutMix 1.0, random erasing 0.25, by timm: Tredese, "Structured Pruning of Vision Transformers at Training Time", 2023).
+Presets: `none`; `light` (shifted crop, flip, a little erasing: for small images and short trainings); `thesis` (RandAugment(2, 9),
+MixUp 0.8, CutMix 1.0, random erasing 0.25, by timm: Tredese, "Structured Pruning of Vision Transformers at Training Time", 2023).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup, RandomErasing  # type: ignore[attr-defined]
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from ...errors import InputError
@@ -31,24 +32,26 @@ LIGHT_ERASING, THESIS_ERASING = 0.1, 0.25
 class Augmentation:
     """uint8 images (B, C, H, W) and int64 labels (B,) -> float32 images, and labels (B,) or soft targets (B, classes).
 
-    Soft targets (thesis) carry the label smoothing already. Random numbers come from the global generators of torch, numpy and Python, which
-    the training loop seeds and saves.
+    Soft targets (thesis) carry the label smoothing already. Random numbers come from the global generators of torch, numpy and
+    Python, which the training loop seeds and saves.
     """
 
     def __init__(self, preset: Preset, preprocessing: Preprocessing, classes: int, label_smoothing: float = 0.0) -> None:
         if preset not in get_args(Preset):
             raise InputError(f"augmentation {preset!r}: not known; choose one of {', '.join(get_args(Preset))}")
         self.preset, self.preprocessing = preset, preprocessing
-        self.mix = self.erase = self.policy = None
+        self.mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self.erase: Callable[[Tensor], Tensor] | None = None
+        self.policy: Callable[[Any], Any] | None = None
         if preset == "light":
-            self.erase = RandomErasing(probability=LIGHT_ERASING, mode="pixel", device="cpu")
+            self.erase = RandomErasing(probability=LIGHT_ERASING, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
         if preset == "thesis":
             fill = tuple(round(255 * mean) for mean in preprocessing.mean)
-            self.policy: Callable[[Any], Any] | None = rand_augment_transform(
+            self.policy = rand_augment_transform(
                 "rand-m9-n2", {"translate_const": max(1, int(0.45 * preprocessing.width)), "img_mean": fill if len(fill) > 1 else fill[0]}
             )
-            self.mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=label_smoothing, num_classes=classes)
-            self.erase = RandomErasing(probability=THESIS_ERASING, mode="pixel", device="cpu")
+            self.mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=label_smoothing, num_classes=classes)  # type: ignore[no-untyped-call]
+            self.erase = RandomErasing(probability=THESIS_ERASING, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.preset == "none":

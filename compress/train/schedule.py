@@ -43,9 +43,11 @@ class LearningRate:
             length, limit, prefix = cycle * steps_per_epoch, 1_000_000, True
         else:
             length, limit, prefix = max(1, epochs * steps_per_epoch - warmup), 1, True
-        # A constant rate is a cosine whose floor is its peak, which timm's scheduler cannot say for several groups; it is set by hand below.
+        # A constant rate is a cosine whose floor is its peak, which timm cannot say for several groups; it is set by hand below.
         self.constant, self.optimizer, self.warmup, self.min_lr = schedule.kind == "constant", optimizer, warmup, schedule.min_lr
-        self.cosine = CosineLRScheduler(optimizer, t_initial=length, lr_min=schedule.min_lr, cycle_limit=limit, warmup_prefix=prefix, **common)
+        self.cosine = CosineLRScheduler(
+            optimizer, t_initial=length, lr_min=schedule.min_lr, cycle_limit=limit, warmup_prefix=prefix, **common
+        )
 
     def set(self, step: int) -> float:
         """Set the rates for the step counted from 0 over the whole training; returns the first group's."""

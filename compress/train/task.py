@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 class EpochEnd:
     """A task's word at the end of an epoch.
 
-    metrics: more keys for history.jsonl and the progress line (`params` and `macs` are absolute counts, `lambda` the size penalty).
-    score: what `best` means, higher is better; None is validation top-1, -inf says that this epoch may not be the best (budget not reached).
+    metrics: keys for history.jsonl and the progress line (`params` and `macs` are absolute counts, `lambda` the penalty).
+    score: what `best` means, higher is better; None is validation top-1, -inf: this epoch may not be the best (over budget).
     stop: end the phase after this epoch, with a reason to print.
     optimizer: set when the model was rebuilt smaller. Its groups carry their peak learning rate in `lr` (or `initial_lr`).
     """
