@@ -1,0 +1,170 @@
+"""How much may stay, and which units: keep what loses most a unit of cost, with the price chosen so that the budget is met exactly.
+
+Minimise loss(mask) subject to cost(mask) <= budget. With the second-order saliency s_u (how much the loss grows without unit u) and its marginal cost c_u, the
+Lagrangian keeps u exactly if s_u >= lambda c_u. A gradient ascent on lambda would have to be tuned; the dual problem has one variable and is solved
+at once by bisection, at every update, on live costs. So the budget is followed to the unit during the whole ramp, and there is no search by the user.
+
+Saliency: the moving average of (dLoss/dgate)², the empirical Fisher information of a gate (Molchanov et al. 2019, "Importance Estimation for Neural Network
+Pruning", eq. 8; Kwon et al. 2022). For a trained network the first-order movement of a gate is noise around zero, which is why it is squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .architecture import Architecture
+from .cost import CostKind, live_cost
+from .gates import Gates
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `ratio` of the dense network's `kind` ("params" or "macs")."""
+
+    kind: CostKind
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("params", "macs"):
+            raise InputError(f"budget kind {self.kind!r}: choose 'params' or 'macs'")
+        if not 0 < self.ratio <= 1:
+            raise InputError(f"budget {self.kind} = {self.ratio}: give the share to keep, above 0 and at most 1")
+
+
+def dense_cost(architecture: Architecture, kind: CostKind) -> int:
+    """Cost with everything live."""
+    from .mask import sites
+
+    def live(dimension: str, site: str, indices: Any = None) -> int:
+        return sites(architecture, dimension)[site] if indices is None else len(indices)
+
+    return int(live_cost(architecture, live, kind))
+
+
+def smallest_ratio(architecture: Architecture, gates: Gates, kind: CostKind) -> float:
+    """The share that is left when every mask keeps its one pinned unit."""
+    least = []
+    for group in gates.groups:
+        keep = torch.zeros(group.size, dtype=torch.bool)
+        keep[0] = True
+        least.append(keep)
+    return float(live_cost(architecture, gates.counter(least), kind) / dense_cost(architecture, kind))
+
+
+def require_feasible(architecture: Architecture, gates: Gates, budget: Budget) -> None:
+    """Refuse a budget that no mask can meet. Errors: InputError with the smallest feasible budget."""
+    least = smallest_ratio(architecture, gates, budget.kind)
+    if budget.ratio < least:
+        kept = f" with {', '.join(gates.fixed)} fixed" if gates.fixed else ""
+        raise InputError(
+            f"budget {budget.kind} = {budget.ratio}: not feasible; with sharing = '{gates.sharing}'{kept} the smallest is {_up(least):.4f} "
+            "(one unit of each mask is always kept)"
+        )
+
+
+class DualSolver:
+    """Chooses what is kept for a target cost, from saliencies that it averages over steps.
+
+    Shapes: one tensor (size,) a group of `gates`.
+    """
+
+    def __init__(self, architecture: Architecture, gates: Gates, kind: CostKind, decay: float = 0.98) -> None:
+        self.architecture, self.gates, self.kind, self.decay = architecture, gates, kind, decay
+        self.saliency = [torch.zeros(group.size, dtype=torch.float64) for group in gates.groups]
+        self.price = 0.0
+
+    def observe(self, gradients: Sequence[Tensor | None]) -> None:
+        """Take in the gates' gradients of one step."""
+        for average, gradient in zip(self.saliency, gradients, strict=True):
+            if gradient is not None:
+                average.mul_(self.decay).add_(gradient.detach().double().square().cpu(), alpha=1.0 - self.decay)
+
+    def cost(self, kept: Sequence[Tensor]) -> int:
+        """Exact cost of keeping `kept`."""
+        return int(live_cost(self.architecture, self.gates.counter(kept), self.kind))
+
+    def solve(self, kept: Sequence[Tensor], target: int) -> list[Tensor]:
+        """What to keep so that the cost is at most `target` and as near to it as whole units allow. Marginal costs are taken at `kept`."""
+        prices = self.marginal_costs(kept)
+        values = [saliency / price for saliency, price in zip(self.saliency, prices, strict=True)]
+        everything = torch.cat(values)
+        positive = everything[everything > 0]
+        if not len(positive):
+            return list(kept)
+        low, high = float(positive.min()) / 2, float(everything.max()) * 2
+        for _ in range(60):
+            middle = (low * high) ** 0.5
+            if self.cost(self._keep(values, middle)) > target:
+                low = middle
+            else:
+                high = middle
+        self.price = high
+        return self.fill(self._keep(values, high), values, target)
+
+    def fill(self, kept: list[Tensor], values: Sequence[Tensor], target: int) -> list[Tensor]:
+        """Spend what the price left over: best units first, group by group from the cheapest."""
+        spent, prices = self.cost(kept), self.marginal_costs(kept)
+        for number in sorted(range(len(kept)), key=lambda index: prices[index]):
+            room = int((target - spent) // prices[number])
+            if room < 1:
+                break
+            candidates = torch.nonzero(~kept[number]).flatten()
+            best = candidates[values[number][candidates].argsort(descending=True)[:room]]
+            trial = kept[number].clone()
+            trial[best] = True
+            changed = [*kept[:number], trial, *kept[number + 1 :]]
+            if self.cost(changed) <= target:
+                kept, spent = changed, self.cost(changed)
+        return kept
+
+    def surely_dead(self, kept: Sequence[Tensor], margin: float = 0.5) -> list[Tensor]:
+        """Units that are out and whose value is far under the price: booleans, True = may be removed from the training graph."""
+        prices = self.marginal_costs(kept)
+        return [
+            ~keep & (saliency < margin * self.price * price) for keep, saliency, price in zip(kept, self.saliency, prices, strict=True)
+        ]
+
+    def marginal_costs(self, kept: Sequence[Tensor]) -> list[float]:
+        """What one more or one less unit of each group costs, at the present live widths."""
+        base, result = self.cost(kept), []
+        for number, keep in enumerate(kept):
+            other = keep.clone()
+            # One less where possible: the last unit's price counts, not that of one that may not exist.
+            step = -1 if int(keep.sum()) > 1 else 1
+            places = torch.nonzero(keep if step < 0 else ~keep).flatten()
+            if not len(places):
+                result.append(1.0)
+                continue
+            other[places[0]] = step > 0
+            result.append(max(1.0, abs(base - self.cost([*kept[:number], other, *kept[number + 1 :]]))))
+        return result
+
+    def select(self, keep: Sequence[Tensor]) -> list[Tensor]:
+        """Saliencies of the units that stay in the training graph."""
+        return [saliency[index] for saliency, index in zip(self.saliency, keep, strict=True)]
+
+    def _keep(self, values: Sequence[Tensor], price: float) -> list[Tensor]:
+        result = []
+        for value in values:
+            keep = value >= price
+            keep[value.argmax()] = True
+            result.append(keep)
+        return result
+
+
+def ramp(step: int, start: int, end: int, ratio: float) -> float:
+    """The share to keep at a step: 1 until `start`, then a cubic fall to `ratio` at `end` (Zhu and Gupta 2017, eq. 1)."""
+    if step <= start:
+        return 1.0
+    done = min(1.0, (step - start) / max(1, end - start))
+    return ratio + (1.0 - ratio) * (1.0 - done) ** 3
+
+
+def _up(ratio: float) -> float:
+    return int(ratio * 10_000 + 1) / 10_000

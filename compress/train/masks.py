@@ -1,0 +1,305 @@
+"""Mask learning as a task of the training loop: gates beside the weights, a budget or a lambda, and a training graph that shrinks.
+
+Source: METHODS A (structured movement pruning at training time). With a budget the price of size is solved for at each update (compress/budget.py); with a lambda
+the source's objective task_loss + lambda * cost is followed as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ...errors import InputError
+from ..architecture import Architecture
+from ..budget import Budget, DualSolver, dense_cost, ramp, require_feasible
+from ..compactor import build, compact, cut
+from ..cost import live_macs, live_params, movement_cost
+from ..gates import START, THRESHOLD, Gates
+from ..mask import SHARED, Sharing, StructuredMask, sites
+from ..masked import MaskedNetwork
+from ..plan import plan
+from ..vit.model import CompactModel
+from .dense import Distillation, decay_groups, task_loss
+from .task import EpochEnd
+
+Snap = Callable[[StructuredMask, Architecture, dict[str, dict[str, Tensor]], Callable[[StructuredMask], int], int], StructuredMask]
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How masks are learned. Exactly one of `budget` and `lambda_` is given.
+
+    ramp: shares of the phase's steps at which the budget starts to fall, is reached, and the masks freeze (rounded to the target's multiples by then).
+    update_steps: steps between two solutions of the dual problem. shrink_gain: remove dead units from the training graph when they are this share of its MACs.
+    size_patience_epochs: with lambda, stop when accuracy has not improved and size has not fallen for so long.
+    """
+
+    budget: Budget | None = None
+    lambda_: float | None = None
+    sharing: Sharing = "residual"
+    fixed: tuple[str, ...] = ()
+    lr: float = 5e-4
+    score_lr: float = 5e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    ramp: tuple[float, float, float] = (0.02, 0.6, 0.7)
+    update_steps: int = 10
+    shrink_gain: float = 0.08
+    size_patience_epochs: int = 20
+
+    def __post_init__(self) -> None:
+        if (self.budget is None) == (self.lambda_ is None):
+            raise InputError("masks: give either a budget (params = 0.3 or macs = 0.5) or lambda = 1e-7, not both and not neither")
+        if self.lambda_ is not None and self.lambda_ < 0:
+            raise InputError(f"masks: lambda = {self.lambda_} must not be negative")
+        if not 0 <= self.ramp[0] < self.ramp[1] <= self.ramp[2] <= 1:
+            raise InputError(f"masks: ramp = {self.ramp} must rise within 0 and 1")
+
+
+@dataclass
+class _Progress:
+    """What of the phase is done, for a resumed run."""
+
+    step: int = 0
+    frozen: bool = False
+    best_top1: float = -1.0
+    smallest: float = float("inf")
+    idle_epochs: int = 0
+    shrunk: list[float] = field(default_factory=list)
+
+
+class MaskTask:
+    """Learn what to keep of `model` (a dense `CompactModel`, changed in place) in `total_steps` optimizer steps."""
+
+    phase = "masks"
+
+    def __init__(
+        self,
+        model: CompactModel,
+        settings: MaskSettings,
+        total_steps: int,
+        *,
+        distillation: Distillation | None = None,
+        snap: Snap | None = None,
+    ) -> None:
+        self.settings, self.total_steps, self.distillation, self.snap = settings, max(1, total_steps), distillation, snap
+        self.dense = model.architecture
+        gates = Gates(self.dense, settings.sharing, settings.fixed)
+        if settings.budget is not None:
+            require_feasible(self.dense, gates, settings.budget)
+            self.dense_cost = dense_cost(self.dense, settings.budget.kind)
+        # Which unit of the dense model each unit of the present training graph is.
+        self.origin = [torch.arange(group.size) for group in gates.groups]
+        self.progress = _Progress()
+        self._optimizer: Optimizer | None = None
+        self._install(model, gates)
+
+    # What the loop asks for.
+
+    def optimizer(self) -> Optimizer:
+        groups = decay_groups(self.masked.network, self.settings.weight_decay)
+        for group in groups:
+            group["lr"] = self.settings.lr
+        if self.settings.lambda_ is not None:
+            groups += list(self.gates.parameter_groups(self.settings.score_lr))
+        self._optimizer = AdamW(groups, lr=self.settings.lr)
+        return self._optimizer
+
+    def train_mode(self) -> None:
+        self.masked.train()
+
+    def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        self.gates.begin()
+        logits: Tensor = self.masked(images, self.gates.value, "kept")
+        loss = task_loss(logits, targets, images, self.settings.label_smoothing, self.distillation)
+        if self.settings.lambda_:
+            loss = loss + self.settings.lambda_ * movement_cost(self.masked.architecture, self.gates.live)
+        return loss, logits
+
+    def after_step(self, step: int) -> None:
+        self.progress.step = step + 1
+        if self.settings.lambda_ is not None:
+            return
+        if not self.progress.frozen:
+            self.solver.observe([scores.grad for scores in self.gates.scores])
+            if (step + 1) % self.settings.update_steps == 0:
+                self._update(step + 1)
+        for scores in self.gates.scores:
+            # Not in the optimizer, so the loop does not clear them.
+            scores.grad = None
+
+    def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
+        params, macs = self.size()
+        metrics = {"params": float(params), "macs": float(macs), "lambda": self.price}
+        score, stop = None, None
+        if self.settings.budget is not None:
+            score = None if self.progress.frozen else -float("inf")
+        else:
+            stop = self._idle(val_top1, params)
+        return EpochEnd(metrics=metrics, score=score, stop=stop, optimizer=self._shrink())
+
+    def model_for_eval(self) -> nn.Module:
+        return self.result()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "architecture": self.masked.architecture.model_dump_json(by_alias=True),
+            "model": {name: tensor.detach().clone() for name, tensor in self.masked.network.state_dict().items()},
+            "scores": [scores.detach().clone() for scores in self.gates.scores],
+            "saliency": [saliency.clone() for saliency in self.solver.saliency],
+            "price": self.solver.price,
+            "origin": [index.clone() for index in self.origin],
+            "progress": dict(vars(self.progress)),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        architecture = Architecture.model_validate_json(state["architecture"])
+        model = build(architecture, {name: tensor.clone() for name, tensor in state["model"].items()})
+        gates = Gates(architecture, self.settings.sharing, self.settings.fixed)
+        with torch.no_grad():
+            for scores, saved in zip(gates.scores, state["scores"], strict=True):
+                scores.copy_(saved)
+        self._install(model, gates)
+        self.solver.saliency = [saliency.clone() for saliency in state["saliency"]]
+        self.solver.price = float(state["price"])
+        self.origin = [index.clone() for index in state["origin"]]
+        self.progress = _Progress(**state["progress"])
+
+    # What the phase leaves behind.
+
+    def result(self, last_queries: bool = True) -> CompactModel:
+        """The cut model as the masks stand, with the weights learned so far."""
+        return compact(self._plain(), self.gates.mask(), last_queries=last_queries).eval()
+
+    def reference(self) -> tuple[CompactModel, StructuredMask]:
+        """The present network of full (training) size and its mask: what `result` must be equal to."""
+        return self._plain(), self.gates.mask()
+
+    def mask(self) -> StructuredMask:
+        """What is kept of the dense model that the phase began with."""
+        entries: dict[str, dict[str, Tensor]] = {}
+        for group, keep, origin in zip(self.gates.groups, self.gates.kept(), self.origin, strict=True):
+            size = next(iter(sites(self.dense, group.dimension).values())) if group.site == SHARED else sites(self.dense, group.dimension)[group.site]
+            whole = torch.zeros(size, dtype=torch.bool)
+            whole[origin[keep]] = True
+            entries.setdefault(group.dimension, {})[group.site] = whole
+        return StructuredMask(entries, scale="kept")
+
+    def size(self) -> tuple[int, int]:
+        """Live parameters and multiply-adds."""
+        live, architecture = self.gates.counter(self.gates.kept()), self.masked.architecture
+        return int(live_params(architecture, live)), int(live_macs(architecture, live))
+
+    @property
+    def price(self) -> float:
+        """lambda: given, or the one that the budget has come to."""
+        return self.solver.price if self.settings.lambda_ is None else self.settings.lambda_
+
+    # How it works.
+
+    def _install(self, model: CompactModel, gates: Gates) -> None:
+        self.gates = gates
+        self.solver = DualSolver(model.architecture, gates, self.settings.budget.kind if self.settings.budget else "params")
+        self.masked = MaskedNetwork(model)
+
+    def _plain(self) -> CompactModel:
+        return build(self.masked.architecture, {name: tensor.detach().clone() for name, tensor in self.masked.network.state_dict().items()})
+
+    def _update(self, step: int) -> None:
+        budget = self.settings.budget
+        assert budget is not None
+        start, end, freeze = (round(share * self.total_steps) for share in self.settings.ramp)
+        target = int(ramp(step, start, end, budget.ratio) * self.dense_cost)
+        kept = self.solver.solve(self.gates.kept(), target)
+        if step >= freeze:
+            kept = self._snapped(kept, int(budget.ratio * self.dense_cost))
+            self.progress.frozen = True
+        with torch.no_grad():
+            for scores, keep in zip(self.gates.scores, kept, strict=True):
+                scores.copy_(torch.where(keep, START, THRESHOLD - (START - THRESHOLD)))
+
+    def _snapped(self, kept: list[Tensor], target: int) -> list[Tensor]:
+        if self.snap is None:
+            return kept
+        saliency: dict[str, dict[str, Tensor]] = {}
+        for group, values in zip(self.gates.groups, self.solver.saliency, strict=True):
+            saliency.setdefault(group.dimension, {})[group.site] = values
+
+        def cost(mask: StructuredMask) -> int:
+            return self.solver.cost([mask.kept[group.dimension][group.site] for group in self.gates.groups])
+
+        mask = self.snap(self.gates.mask(kept), self.masked.architecture, saliency, cost, target)
+        return [mask.kept[group.dimension][group.site] for group in self.gates.groups]
+
+    def _shrink(self) -> Optimizer | None:
+        """Cut what is surely dead out of the training graph, moments and all, when that pays."""
+        if self.settings.sharing == "unshared":
+            # Index lists would go into every step of a graph that is to become faster.
+            return None
+        keep = self._staying()
+        macs = live_macs(self.masked.architecture, self.gates.counter([torch.ones_like(index) for index in keep]))
+        left = live_macs(self.masked.architecture, self.gates.counter(keep))
+        if left > (1.0 - self.settings.shrink_gain) * macs:
+            return None
+        old, optimizer = self.masked.network, self._optimizer
+        surgery = plan(self.masked.architecture, self.gates.mask(keep))
+        moments = _moments(old, optimizer) if optimizer is not None else {}
+        parts = {key: cut(surgery, {name: entry[key] for name, entry in moments.items()}) for key in ("exp_avg", "exp_avg_sq")}
+        model = build(surgery.architecture, cut(surgery, {name: tensor.detach() for name, tensor in old.state_dict().items()}))
+        gates = Gates(model.architecture, self.settings.sharing, self.settings.fixed)
+        saliency, price = self.solver.select(keep), self.solver.price
+        score_moments = _score_moments(self.gates, optimizer, keep)
+        with torch.no_grad():
+            for new, scores, index in zip(gates.scores, self.gates.scores, keep, strict=True):
+                new.copy_(scores[index])
+        self.origin = [origin[index] for origin, index in zip(self.origin, keep, strict=True)]
+        self._install(model, gates)
+        self.solver.saliency, self.solver.price = saliency, price
+        self.progress.shrunk.append(left / macs)
+        rebuilt = self.optimizer()
+        # Every weight has taken every step, so one count serves all.
+        taken = next((entry["step"] for entry in moments.values()), torch.tensor(0.0))
+        for name, parameter in self.masked.network.named_parameters():
+            if name in parts["exp_avg"]:
+                rebuilt.state[parameter] = {"step": taken.clone(), **{key: part[name] for key, part in parts.items()}}
+        for scores, entry in zip(self.gates.scores, score_moments, strict=True):
+            if entry:
+                rebuilt.state[scores] = entry
+        return rebuilt
+
+    def _staying(self) -> list[Tensor]:
+        kept = self.gates.kept()
+        if self.progress.frozen:
+            return kept
+        if self.settings.lambda_ is not None:
+            # A score this far under the threshold would need as many steps to come back as it took to go.
+            return [keep | (scores.detach() > THRESHOLD - 0.2) for keep, scores in zip(kept, self.gates.scores, strict=True)]
+        return [~dead for dead in self.solver.surely_dead(kept)]
+
+    def _idle(self, val_top1: float, params: int) -> str | None:
+        progress = self.progress
+        if val_top1 > progress.best_top1 or params < progress.smallest:
+            progress.idle_epochs = 0
+        else:
+            progress.idle_epochs += 1
+        progress.best_top1, progress.smallest = max(progress.best_top1, val_top1), min(progress.smallest, float(params))
+        patience = self.settings.size_patience_epochs
+        return f"no better accuracy and no smaller size for {patience} epochs" if progress.idle_epochs >= patience else None
+
+
+def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    return {name: optimizer.state[parameter] for name, parameter in model.named_parameters() if parameter in optimizer.state}
+
+
+def _score_moments(gates: Gates, optimizer: Optimizer | None, keep: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    if optimizer is None:
+        return [{} for _ in keep]
+    return [
+        {name: value[index].clone() if value.ndim else value.clone() for name, value in optimizer.state.get(scores, {}).items()}
+        for scores, index in zip(gates.scores, keep, strict=True)
+    ]
