@@ -1,0 +1,265 @@
+"""An artifact folder is whole, or is refused by the name of what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vitrim.errors import InputError
+from vitrim.export.artifact import MANIFEST, Artifact, Manifest, Parity, TensorSpec, entry_for, foreign, manifest_schema, seal_of, verify
+
+PREPROCESSING = {"channels": 1, "height": 8, "width": 8, "mean": [0.5], "std": [0.25]}
+
+
+def make(folder: Path) -> Artifact:
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(bytes(range(256)) * 4)
+    (folder / "ops").mkdir()
+    (folder / "ops" / "required.config").write_text("ai.onnx;20;MatMul\n")
+    manifest = Manifest(
+        name="tiny",
+        inputs=(TensorSpec(name="images", shape=(1, 1, 8, 8), layout="NCHW"),),
+        outputs=(TensorSpec(name="logits", shape=(1, 2), layout="NC"),),
+        preprocessing=PREPROCESSING,
+        labels=("cat", "dog"),
+        opset=20,
+        target="x86-64",
+        runtime="onnxruntime",
+        precision="fp32",
+        form="plain",
+        files=(entry_for(folder, "model.onnx", "model"), entry_for(folder, "ops/required.config", "operators")),
+        parity=(
+            Parity(
+                stage="onnx",
+                reference="torch",
+                max_relative_error=1e-6,
+                mean_relative_error=1e-7,
+                top1_agreement=1.0,
+                images=4,
+                input_kind="seeded-noise",
+                seed=0,
+            ),
+        ),
+    )
+    return Artifact.write(folder, manifest)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make(tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def edit(folder: Path, change: Any, *, reseal: bool = True) -> None:
+    data = json.loads((folder / MANIFEST).read_text())
+    change(data)
+    if reseal:
+        data["seal"] = seal_of(data)
+    (folder / MANIFEST).write_text(json.dumps(data))
+
+
+def test_written_and_read_back_it_is_the_same(folder: Path) -> None:
+    artifact = Artifact.load(folder)
+    assert artifact.name == "tiny"
+    assert artifact.model_path == folder / "model.onnx"
+    assert artifact.bytes == 1024
+    assert artifact.sha256 == seal_of(json.loads((folder / MANIFEST).read_text()))
+    assert artifact.manifest.preprocessing is not None
+    assert artifact.manifest.preprocessing.mean == (0.5,)
+    assert verify(folder) == "tiny: fp32 for x86-64 on onnxruntime, 1024 bytes, 2 files unchanged, parity 1.0e-06 over 1 stages"
+
+
+def test_the_schema_accepts_what_is_written_and_refuses_what_is_not(folder: Path) -> None:
+    schema = manifest_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    data = json.loads((folder / MANIFEST).read_text())
+    jsonschema.validate(data, schema)
+    data["precison"] = "fp32"
+    with pytest.raises(jsonschema.ValidationError, match="precison"):
+        jsonschema.validate(data, schema)
+
+
+@pytest.mark.parametrize("position", [0, 511, 1023])
+def test_a_flipped_byte_of_the_model_is_named(folder: Path, position: int) -> None:
+    data = bytearray((folder / "model.onnx").read_bytes())
+    data[position] ^= 1
+    (folder / "model.onnx").write_bytes(data)
+    with pytest.raises(InputError, match=r"model\.onnx: its SHA-256 is not the manifest's"):
+        Artifact.load(folder)
+    # Without verification only the manifest is read.
+    assert Artifact.load(folder, verify=False).name == "tiny"
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
+def test_a_flipped_bit_of_the_manifest_never_passes_unseen(tmp_path_factory: pytest.TempPathFactory, position: int, bit: int) -> None:
+    folder = tmp_path_factory.mktemp("flip") / "artifact"
+    make(folder)
+    path = folder / MANIFEST
+    data = bytearray(path.read_bytes())
+    before = json.loads(data)
+    data[position % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    message = ""
+    try:
+        Artifact.load(folder)
+    except InputError as error:
+        message = str(error)
+    shutil.rmtree(folder)
+    if message:
+        assert MANIFEST in message
+        assert "\n" not in message
+    else:
+        # Only white space between values may change unseen.
+        assert json.loads(data) == before
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "ops" / "required.config").unlink()
+    with pytest.raises(InputError, match=r"required\.config: missing; the manifest lists 'ops/required\.config' with 18 bytes"):
+        Artifact.load(folder)
+
+
+def test_a_shortened_file_is_named(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"short")
+    with pytest.raises(InputError, match=r"model\.onnx: has 5 bytes, the manifest says 1024"):
+        Artifact.load(folder)
+
+
+def test_a_file_that_is_not_listed_is_named(folder: Path) -> None:
+    (folder / "ops" / "extra.so").write_bytes(b"\x7fELF")
+    with pytest.raises(InputError, match=r"the manifest does not list 'ops/extra\.so'"):
+        Artifact.load(folder)
+
+
+def test_a_symbolic_link_is_refused_wherever_it_leads(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.onnx"
+    shutil.move(folder / "model.onnx", outside)
+    (folder / "model.onnx").symlink_to(outside)
+    with pytest.raises(InputError, match=r"a symbolic link \(model\.onnx\)"):
+        Artifact.load(folder)
+    (folder / "model.onnx").unlink()
+    shutil.move(outside, folder / "model.onnx")
+    shutil.move(folder / MANIFEST, tmp_path / MANIFEST)
+    (folder / MANIFEST).symlink_to(tmp_path / MANIFEST)
+    with pytest.raises(InputError, match="is a symbolic link"):
+        Artifact.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/etc/passwd", "the path is absolute"),
+        ("../model.onnx", "'..'"),
+        ("ops/../../model.onnx", "'..'"),
+        ("./model.onnx", "'.'"),
+        ("C:/model.onnx", "the path is absolute"),
+        ("ops\\model.onnx", "backslash"),
+        ("", "empty"),
+        ("a//b", "empty part"),
+        ("a\x00b", "control character"),
+        ("x" * 2000, "longer"),
+    ],
+)
+def test_a_foreign_path_is_named_even_under_a_fresh_seal(folder: Path, path: str, reason: str) -> None:
+    assert reason in str(foreign(path))
+
+    def change(data: dict[str, Any]) -> None:
+        data["files"][0]["path"] = path
+
+    edit(folder, change)
+    with pytest.raises(InputError) as caught:
+        Artifact.load(folder)
+    assert reason in str(caught.value) or "..." in str(caught.value)
+    assert "files.0" in str(caught.value)
+
+
+@given(path=st.text(max_size=40))
+def test_a_path_that_is_not_foreign_stays_inside(path: str) -> None:
+    if foreign(path) is None:
+        root = Path("/root/of/artifact")
+        assert root in (root / path).parents
+        assert ".." not in Path(path).parts
+
+
+MALFORMED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "not valid JSON"),
+    "half": (b'{"schema": "vitrim.manifest/1", "name": ', "not valid JSON"),
+    "list": (b"[]", "holds a list"),
+    "null": (b"null", "holds a NoneType"),
+    "latin-1": (b'{"name": "\xe9"}', "not valid JSON"),
+    "repeated key": (b'{"schema": "vitrim.manifest/1", "schema": "vitrim.manifest/1"}', "the key 'schema' appears twice"),
+    "no schema": (b"{}", "schema is None"),
+    "another schema": (b'{"schema": "vitrim.manifest/2"}', r"schema is 'vitrim.manifest/2', this vitrim reads 'vitrim.manifest/1'"),
+    "nan": (b'{"schema": "vitrim.manifest/1", "name": NaN}', "NaN is not JSON"),
+    "no fields": (b'{"schema": "vitrim.manifest/1"}', "name: Field required"),
+    "deep": (b"[" * 100_000, "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(MALFORMED))
+def test_a_malformed_manifest_is_refused_in_one_line(folder: Path, case: str) -> None:
+    content, reason = MALFORMED[case]
+    (folder / MANIFEST).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        Artifact.load(folder)
+    assert reason in str(caught.value)
+    assert str(folder / MANIFEST) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("inputs", [], "inputs: Tuple should have at least 1 item"),
+        ("precision", "fp33", "precision: Input should be"),
+        ("labels", ["one"], "1 labels for 2 classes"),
+        ("batch", 0, "batch"),
+        ("surprise", 1, "surprise: Extra inputs are not permitted"),
+        ("preprocessing", {**PREPROCESSING, "height": 9}, "preprocessing makes (1, 9, 8), the input takes (1, 8, 8)"),
+        ("preprocessing", {**PREPROCESSING, "std": [0.0]}, "preprocessing.std.0"),
+        ("preprocessing", {**PREPROCESSING, "mean": [0.1, 0.2]}, "mean and std need 1 numbers"),
+        ("seal", "xyz", "seal"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(folder: Path, key: str, value: Any, reason: str) -> None:
+    edit(folder, lambda data: data.update({key: value}), reseal=key != "seal")
+    with pytest.raises(InputError) as caught:
+        Artifact.load(folder)
+    assert reason in str(caught.value)
+
+
+def test_an_edited_label_without_a_new_seal_is_refused(folder: Path) -> None:
+    edit(folder, lambda data: data.update({"labels": ["cat", "wolf"]}), reseal=False)
+    with pytest.raises(InputError, match="the seal does not fit"):
+        Artifact.load(folder)
+
+
+def test_two_models_or_a_file_twice_are_refused(folder: Path) -> None:
+    edit(folder, lambda data: data["files"][1].update({"role": "model"}))
+    with pytest.raises(InputError, match="exactly one file has the role 'model'"):
+        Artifact.load(folder)
+    edit(folder, lambda data: data["files"].__setitem__(1, data["files"][0]))
+    with pytest.raises(InputError, match=r"file 'model\.onnx' is listed twice"):
+        Artifact.load(folder)
+
+
+def test_no_folder_and_no_manifest_are_two_different_lines(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        Artifact.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"manifest\.json: missing"):
+        Artifact.load(tmp_path)
+
+
+def test_it_imports_without_torch_and_onnx() -> None:
+    hide = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnxruntime')));"
+    code = f"{hide} import vitrim.export.artifact, vitrim.export.sessions"
+    subprocess.run([sys.executable, "-c", code], check=True)
