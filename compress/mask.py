@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,8 +125,6 @@ class StructuredMask:
                 raise InputError(f"mask {dimension}/{site} has {keep.shape[-1]} entries, the model has {size}")
             if dimension in ("embed", "qk") and not bool(keep.any()):
                 raise InputError(f"mask {dimension}/{site} keeps nothing; " + _WHY_ONE[dimension])
-        if self.scale == "kept":
-            return
 
     @classmethod
     def random(
@@ -175,7 +173,9 @@ class StructuredMask:
     def save(self, path: Path | str) -> None:
         """Write a safetensors file: one uint8 tensor `dimension/site` an entry, scale and schema in its metadata."""
         tensors = {f"{dimension}/{site}": keep.to(torch.uint8).contiguous() for dimension, site, keep in self}
-        replace_file(path, tensors_to_bytes(tensors, {"schema": SCHEMA, "scale": self.scale, "note": json.dumps(dict(self.note))}))
+        # One metadata entry, because safetensors writes several in random order and equal masks should be equal files.
+        about = json.dumps({"schema": SCHEMA, "scale": self.scale, "note": dict(self.note)}, sort_keys=True)
+        replace_file(path, tensors_to_bytes(tensors, {"vitrim": about}))
 
     @classmethod
     def load(cls, path: Path | str) -> StructuredMask:
@@ -186,19 +186,19 @@ class StructuredMask:
         kept: dict[str, dict[str, Tensor]] = {}
         try:
             with safe_open(path, framework="pt") as file:
-                metadata: dict[str, Any] = file.metadata() or {}
-                if metadata.get("schema") != SCHEMA:
-                    raise InputError(f"{path}: schema {metadata.get('schema')!r}, wanted {SCHEMA!r}; is this a mask saved by vitrim?")
+                about = json.loads((file.metadata() or {}).get("vitrim", "null"))
+                found = about.get("schema") if isinstance(about, dict) else None
+                if found != SCHEMA:
+                    raise InputError(f"{path}: schema {found!r}, wanted {SCHEMA!r}; is this a mask saved by vitrim?")
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     dimension, _, site = name.partition("/")
                     values = file.get_tensor(name)
                     if values.dtype != torch.uint8 or bool((values > 1).any()):
                         raise InputError(f"{path}: entry {name!r} is not made of 0 and 1")
                     kept.setdefault(dimension, {})[site] = values.bool()
-            note = json.loads(metadata.get("note", "{}"))
         except (SafetensorError, ValueError) as error:
             raise InputError(f"{path}: not a readable mask file ({error})") from error
-        return cls(kept, scale=metadata.get("scale", "kept"), note=note)
+        return cls(kept, scale=about.get("scale", "kept"), note={str(key): str(value) for key, value in dict(about.get("note") or {}).items()})
 
 
 _WHY_ONE = {

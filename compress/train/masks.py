@@ -6,7 +6,7 @@ the source's objective task_loss + lambda * cost is followed as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,10 @@ from ..gates import START, THRESHOLD, Gates
 from ..mask import SHARED, Sharing, StructuredMask, sites
 from ..masked import MaskedNetwork
 from ..plan import plan
+from ..rounding import snap
 from ..vit.model import CompactModel
 from .dense import Distillation, decay_groups, task_loss
 from .task import EpochEnd
-
-Snap = Callable[[StructuredMask, Architecture, dict[str, dict[str, Tensor]], Callable[[StructuredMask], int], int], StructuredMask]
-
 
 @dataclass(frozen=True)
 class MaskSettings:
@@ -51,6 +49,8 @@ class MaskSettings:
     update_steps: int = 10
     shrink_gain: float = 0.08
     size_patience_epochs: int = 20
+    # Kept counts become multiples of this when the masks freeze (1: as they come).
+    round_to: int = 1
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.lambda_ is None):
@@ -85,9 +85,8 @@ class MaskTask:
         total_steps: int,
         *,
         distillation: Distillation | None = None,
-        snap: Snap | None = None,
     ) -> None:
-        self.settings, self.total_steps, self.distillation, self.snap = settings, max(1, total_steps), distillation, snap
+        self.settings, self.total_steps, self.distillation = settings, max(1, total_steps), distillation
         self.dense = model.architecture
         gates = Gates(self.dense, settings.sharing, settings.fixed)
         if settings.budget is not None:
@@ -136,11 +135,13 @@ class MaskTask:
     def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
         params, macs = self.size()
         metrics = {"params": float(params), "macs": float(macs), "lambda": self.price}
-        score, stop = None, None
+        stop = None
         if self.settings.budget is not None:
-            score = None if self.progress.frozen else -float("inf")
+            # Before the budget is reached no epoch may be the best.
+            score = val_top1 if self.progress.frozen else -float("inf")
         else:
-            stop = self._idle(val_top1, params)
+            # The objective trades accuracy for size, so the last state is the wanted one, not the most accurate.
+            score, stop = float(epoch), self._idle(val_top1, params)
         return EpochEnd(metrics=metrics, score=score, stop=stop, optimizer=self._shrink())
 
     def model_for_eval(self) -> nn.Module:
@@ -224,7 +225,7 @@ class MaskTask:
                 scores.copy_(torch.where(keep, START, THRESHOLD - (START - THRESHOLD)))
 
     def _snapped(self, kept: list[Tensor], target: int) -> list[Tensor]:
-        if self.snap is None:
+        if self.settings.round_to == 1:
             return kept
         saliency: dict[str, dict[str, Tensor]] = {}
         for group, values in zip(self.gates.groups, self.solver.saliency, strict=True):
@@ -233,7 +234,9 @@ class MaskTask:
         def cost(mask: StructuredMask) -> int:
             return self.solver.cost([mask.kept[group.dimension][group.site] for group in self.gates.groups])
 
-        mask = self.snap(self.gates.mask(kept), self.masked.architecture, saliency, cost, target)
+        mask = snap(
+            self.gates.mask(kept), self.masked.architecture, self.settings.round_to, saliency=saliency, cost=cost, budget=target
+        )
         return [mask.kept[group.dimension][group.site] for group in self.gates.groups]
 
     def _shrink(self) -> Optimizer | None:

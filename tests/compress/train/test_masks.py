@@ -1,0 +1,165 @@
+"""Mask learning: lands on the budget, equals its cut model, shrinks without changing what is computed, and resumes to the same masks."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import relative_error, tiny_vit
+
+import vitrim
+from vitrim.compress.budget import Budget
+from vitrim.compress.count import count_macs, count_params
+from vitrim.compress.data.preprocessing import Preprocessing
+from vitrim.compress.data.splits import DataSplits, Split
+from vitrim.compress.lift import lift
+from vitrim.compress.train.loop import TrainSettings, fit
+from vitrim.compress.train.masks import MaskSettings, MaskTask
+
+EPOCHS, STEPS = 4, 8
+
+
+def stripes(images: int = 128, seed: int = 0) -> DataSplits:
+    """Images of four classes: a bright band in one of four places, with noise."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    preprocessing = Preprocessing(channels=3, height=16, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+    def split(count: int) -> Split:
+        targets = np.arange(count) % 4
+        pixels = generator.integers(0, 120, (count, 3, 16, 16), dtype=np.uint8)
+        for pixel, target in zip(pixels, targets, strict=True):
+            pixel[:, 4 * target : 4 * target + 4] += 100
+        return Split(pixels, targets.astype(np.int64), preprocessing)
+
+    return DataSplits("stripes", split(images), split(32), split(32), ("a", "b", "c", "d"), preprocessing)
+
+
+def learn(folder: Path, settings: MaskSettings, *, resume: bool = False) -> MaskTask:
+    """One whole mask-learning phase on the stripes."""
+    task = MaskTask(lift(tiny_vit(num_classes=4, embed_dim=32, num_heads=4)), settings, EPOCHS * STEPS)
+    fit(task, stripes(), TrainSettings(epochs=EPOCHS, batch_size=16, quiet=True, threads=1), folder, resume=resume)
+    return task
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MaskSettings(budget=Budget("params", 0.3), update_steps=2),
+        MaskSettings(budget=Budget("macs", 0.4), update_steps=2, sharing="full"),
+        MaskSettings(budget=Budget("params", 0.5), update_steps=2, sharing="unshared"),
+        MaskSettings(budget=Budget("params", 0.4), update_steps=2, fixed=("head", "embed")),
+        MaskSettings(budget=Budget("params", 0.5), update_steps=2, round_to=4),
+    ],
+    ids=["params", "macs, full", "unshared", "fixed", "rounded"],
+)
+def test_learned_masks_meet_the_budget_and_equal_their_cut(tmp_path: Path, settings: MaskSettings) -> None:
+    task = learn(tmp_path, settings)
+    assert settings.budget is not None
+    network, mask = task.reference()
+    cut = task.result(last_queries=False)
+    spent = {"params": count_params, "macs": count_macs}[settings.budget.kind](cut.architecture)
+    target = settings.budget.ratio * task.dense_cost
+    # Whole units of a tiny network are coarse; with `full` sharing one unit goes from every block at once.
+    assert (0.95 if settings.sharing == "full" else 0.985) * target <= spent <= target
+    images = torch.randn(4, 3, 16, 16)
+    assert relative_error(cut(images), vitrim.masked(network, mask)(images)) < 1e-5
+    if settings.fixed:
+        attention = cut.architecture.branches[0].core
+        assert cut.architecture.embed == 32
+        assert attention.heads == 4  # type: ignore[union-attr]
+    if settings.round_to == 4:
+        assert cut.architecture.embed % 4 == 0
+
+
+def test_the_mask_speaks_of_the_dense_model_whatever_was_cut_on_the_way(tmp_path: Path) -> None:
+    task = learn(tmp_path, MaskSettings(budget=Budget("params", 0.3), update_steps=2))
+    assert task.progress.shrunk, "the training graph should have shrunk in this run"
+    mask = task.mask()
+    mask.check(task.dense)
+    from vitrim.compress.plan import plan
+
+    assert count_params(plan(task.dense, mask).architecture) == count_params(task.result(last_queries=False).architecture)
+
+
+def test_shrinking_changes_neither_the_function_nor_the_optimizer() -> None:
+    data = stripes()
+    task = MaskTask(lift(tiny_vit(num_classes=4, embed_dim=32, num_heads=4)), MaskSettings(budget=Budget("params", 0.3), update_steps=2), 20)
+    optimizer = task.optimizer()
+    images, targets = data.train.floats(slice(0, 16)), torch.from_numpy(data.train.targets[:16])
+    for step in range(16):
+        loss, _ = task.loss(images, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        task.after_step(step)
+    before, kept = task.result()(images), task.mask()
+    rebuilt = task._shrink()
+    assert rebuilt is not None
+    assert relative_error(task.result()(images), before) < 1e-5
+    assert all(torch.equal(task.mask().kept[name][site], keep) for name, site, keep in kept)
+    for name, parameter in task.masked.network.named_parameters():
+        assert rebuilt.state[parameter]["exp_avg"].shape == parameter.shape, name
+        assert float(rebuilt.state[parameter]["step"]) == 16
+
+
+def test_lambda_pushes_units_out_and_stops_when_nothing_moves(tmp_path: Path) -> None:
+    settings = MaskSettings(lambda_=1e-4, score_lr=0.05, size_patience_epochs=2)
+    task = learn(tmp_path / "pushed", settings)
+    assert task.size()[0] < count_params(task.dense)
+    still = MaskTask(lift(tiny_vit(num_classes=4)), MaskSettings(lambda_=0.0, score_lr=1e-9, lr=0.0, size_patience_epochs=2), 99)
+    result = fit(still, stripes(), TrainSettings(epochs=9, batch_size=16, quiet=True, threads=1), tmp_path / "still")
+    assert result.epochs == 3
+    assert result.stopped == "no better accuracy and no smaller size for 2 epochs"
+
+
+@pytest.mark.parametrize("both", [{"budget": Budget("params", 0.3), "lambda_": 1e-7}, {}])
+def test_budget_and_lambda_exclude_each_other(both: dict[str, object]) -> None:
+    with pytest.raises(vitrim.InputError, match="either a budget .* or lambda"):
+        MaskSettings(**both)  # type: ignore[arg-type]
+
+
+def test_an_infeasible_budget_is_refused_before_training() -> None:
+    with pytest.raises(vitrim.InputError, match=r"not feasible; with sharing = 'residual' the smallest is"):
+        MaskTask(lift(tiny_vit()), MaskSettings(budget=Budget("params", 0.0001)), 10)
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_masks import *
+import vitrim.compress.train.masks as masks
+if {kill}:
+    whole = masks.MaskTask.after_epoch
+    def after_epoch(self, epoch, val):
+        if epoch == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, epoch, val)
+    masks.MaskTask.after_epoch = after_epoch
+task = learn(Path({folder!r}), MaskSettings(budget=Budget("params", 0.3), update_steps=2), resume={resume})
+task.mask().save({mask!r})
+"""
+
+
+def test_a_killed_run_resumes_to_equal_masks(tmp_path: Path) -> None:
+    """kill -9 in the third epoch, then --resume: the same masks as a run that was never broken."""
+    here = Path(__file__).parent
+    tests = f"{here}:{here.parents[1]}"
+
+    def run(folder: str, mask: str, *, kill: bool, resume: bool) -> int:
+        script = SCRIPT.format(tests=str(here), kill=kill, folder=str(tmp_path / folder), resume=resume, mask=str(tmp_path / mask))
+        import os
+
+        environment = {**os.environ, "PYTHONPATH": tests}
+        return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, env=environment).returncode
+
+    assert run("whole", "whole.safetensors", kill=False, resume=False) == 0
+    assert run("broken", "broken.safetensors", kill=True, resume=False) == -signal.SIGKILL
+    assert not (tmp_path / "broken.safetensors").exists()
+    assert run("broken", "broken.safetensors", kill=False, resume=True) == 0
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "broken.safetensors").read_bytes()
