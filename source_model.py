@@ -27,7 +27,7 @@ def source_model(section: ModelSection, classes: int) -> nn.Module:
     """The model of `[model]` with a head of `classes` classes, in eval mode.
 
     A checkpoint is a folder saved by vitrim, or a .safetensors or .pth file with timm's names (.pth is read with weights_only).
-    Errors: InputError for an unknown model name, an override that it does not take, a checkpoint that does not fit, another number of classes.
+    Errors: InputError for an unknown model name, an override it does not take, a checkpoint that does not fit, another number of classes.
     """
     if section.checkpoint is not None and Path(section.checkpoint).is_dir():
         return _saved(Path(section.checkpoint), classes)
@@ -52,22 +52,22 @@ def build(name: str, overrides: Mapping[str, Any], *, pretrained: bool = False) 
     except (TypeError, ValueError, AssertionError, KeyError, RuntimeError, AttributeError) as error:
         raise InputError(f"model.name = {name!r}: timm cannot build it with {dict(overrides)}: {_first_line(error)}") from error
     except OSError as error:
-        raise InputError(f"model.pretrained: the weights of {name!r} could not be fetched ({_first_line(error)}); name a checkpoint file") from error
+        raise InputError(f"model.pretrained: the weights of {name!r} could not be fetched ({_first_line(error)}); name a checkpoint") from error
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
     """Fill `model` from a checkpoint file. Errors: InputError naming the file and the first entry that does not fit."""
-    state = read_weights(path)
-    wanted = model.state_dict()
+    state, wanted = read_weights(path), model.state_dict()
+    way_out = "name the model that was saved (model.name, model.overrides)"
     for key in wanted:
         if key not in state:
-            raise InputError(f"{path}: it has no entry {key!r}, which {name} needs; name the model that was saved (model.name, model.overrides)")
+            raise InputError(f"{path}: it has no entry {key!r}, which {name} needs; {way_out}")
         if state[key].shape != wanted[key].shape:
             found, shape = list(state[key].shape), list(wanted[key].shape)
-            raise InputError(f"{path}: {key} has shape {found}, {name} needs {shape}; name the model that was saved (model.name, model.overrides)")
+            raise InputError(f"{path}: {key} has shape {found}, {name} needs {shape}; {way_out}")
     for key, tensor in state.items():
         if key not in wanted:
-            raise InputError(f"{path}: its entry {key!r} is not part of {name}; name the model that was saved (model.name, model.overrides)")
+            raise InputError(f"{path}: its entry {key!r} is not part of {name}; {way_out}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: {key} holds NaN or infinity")
     model.load_state_dict(state)
@@ -82,7 +82,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a whole checkpoint file ({_first_line(error)})") from error
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path}: it holds more than tensors, and such a file could run code, so it is not read; save its state_dict() alone") from error
+        raise InputError(f"{path}: it holds more than tensors and could run code, so it is not read; save its state_dict() alone") from error
     for nest in _NESTS:
         if isinstance(found, dict) and isinstance(found.get(nest), dict):
             found = found[nest]
@@ -99,7 +99,7 @@ def _saved(folder: Path, classes: int) -> nn.Module:
         raise InputError(f"{folder}: no {ARCHITECTURE} in this folder; a model that vitrim saved has one")
     model = load(folder)
     if model.architecture.classes != classes:
-        raise InputError(f"{folder}: the model has {model.architecture.classes} classes, the data set has {classes}; choose one that belongs to the data")
+        raise InputError(f"{folder}: the model has {model.architecture.classes} classes, the data set has {classes}; choose one that fits")
     return model
 
 
