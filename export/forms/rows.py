@@ -1,0 +1,62 @@
+"""Linear layers, norms and selections over token rows, in the two row layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...compress.architecture import NormSpec
+from .form import Form
+from .graph import Array, Graph
+
+RUNTIME = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W + b with W of shape (in, out), already transposed for the product; b may be absent."""
+
+    weight: Array
+    bias: Array | None
+
+
+def linear(graph: Graph, form: Form, x: str, layer: Linear, name: str) -> str:
+    """(…, in) -> (…, out). With matrix rows one Gemm; with a batch MatMul and Add (which ONNX Runtime fuses again, at the price of Reshapes)."""
+    weight = graph.constant(f"{name}.weight", layer.weight)
+    bias = None if layer.bias is None else graph.constant(f"{name}.bias", layer.bias)
+    if form.rows == "matrix" and bias is not None:
+        return str(graph.node("Gemm", [x, weight, bias], name))
+    product = str(graph.node("MatMul", [x, weight], name))
+    return product if bias is None else str(graph.node("Add", [product, bias], f"{name}.add"))
+
+
+def norm(graph: Graph, x: str, spec: NormSpec, weight: Array | None, bias: Array | None, name: str) -> str:
+    """LayerNorm or RMSNorm over the last dimension. `weight`, `bias`: (width,), or anything that broadcasts for RMSNorm."""
+    if spec.kind == "layer":
+        scale = np.ones(spec.width, np.float32) if weight is None else weight
+        inputs = [x, graph.constant(f"{name}.weight", scale)]
+        if bias is not None:
+            inputs.append(graph.constant(f"{name}.bias", bias))
+        return str(graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=spec.eps))
+    # RMSNorm has an operator of its own from opset 23 on only; these five run everywhere.
+    square = graph.node("Mul", [x, x], f"{name}.square")
+    mean = graph.node("ReduceMean", [square, graph.sizes([-1])], f"{name}.mean", keepdims=1)
+    shifted = graph.node("Add", [mean, graph.constant(f"{name}.eps", np.array(spec.eps, np.float32))], f"{name}.shifted")
+    y = str(graph.node("Div", [x, graph.node("Sqrt", [shifted], f"{name}.root")], f"{name}.unit"))
+    if weight is not None:
+        y = str(graph.node("Mul", [y, graph.constant(f"{name}.weight", weight)], f"{name}.scaled"))
+    if bias is not None:
+        y = str(graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], f"{name}.biased"))
+    return y
+
+
+def first_tokens(graph: Graph, form: Form, x: str, count: int, name: str) -> str:
+    """The first `count` token rows."""
+    axis = 0 if form.rows == "matrix" else 1
+    return str(graph.node("Slice", [x, graph.sizes([0]), graph.sizes([count]), graph.sizes([axis])], name))
+
+
+def pick_channels(graph: Graph, x: str, indices: tuple[int, ...], name: str) -> str:
+    """x[..., indices]."""
+    return str(graph.node("Gather", [x, graph.sizes(indices)], name, axis=-1))
