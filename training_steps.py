@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .compress.architecture import Architecture
 from .compress.budget import Budget
 from .compress.count import count_macs, count_params
 from .compress.data.splits import DataSplits
 from .compress.files import load, save
 from .compress.mask import StructuredMask
 from .compress.masked import masked
-from .compress.rounding import Saliency, snap
 from .compress.train.augment import seed_everything
 from .compress.train.dense import DenseTask, Distillation
 from .compress.train.loop import Schedule, TrainSettings, fit
@@ -66,11 +62,11 @@ def learn_masks(
 ) -> Cut:
     """Learn what may go, cut it out; mask.safetensors says what was kept, cut/ is the smaller model."""
     task = mask_task(copy.deepcopy(baseline), baseline, data, recipe, round_to)
-    schedule = Schedule("restarts", restart_epochs=recipe.masks.restart_epochs, min_lr=1e-8)
-    patience = recipe.masks.patience_epochs if recipe.masks.lambda_ is None else None
-    settings = _settings(recipe, recipe.masks.epochs, recipe.masks.augmentation, schedule, patience, quiet)
-    # With a lambda the best epoch by accuracy alone would be the first, where nothing is gone yet.
-    settings = dataclasses.replace(settings, restore_best=recipe.masks.lambda_ is None)
+    # A budget follows its own ramp, so the learning rate falls once; the source's lambda recipe restarts.
+    kind = "cosine" if recipe.masks.lambda_ is None else "restarts"
+    schedule = Schedule(kind, restart_epochs=recipe.masks.restart_epochs, min_lr=1e-8)  # type: ignore[arg-type]
+    # The task itself says when an epoch may be the best and when to stop.
+    settings = _settings(recipe, recipe.masks.epochs, recipe.masks.augmentation, schedule, None, quiet)
     _fit(task, data, settings, folder, resume)
     model, mask = task.result(), task.mask()
     error = cut_error(task, model, data.val.floats(slice(0, PARITY_IMAGES)))
@@ -94,15 +90,11 @@ def mask_task(model: CompactModel, teacher: CompactModel, data: DataSplits, reci
         weight_decay=section.weight_decay,
         label_smoothing=recipe.train.label_smoothing,
         size_patience_epochs=section.patience_epochs,
+        round_to=round_to,
     )
     steps = section.epochs * (len(data.train) // min(recipe.train.batch_size, len(data.train)))
 
-    def to_good_widths(
-        mask: StructuredMask, architecture: Architecture, saliency: Saliency, cost: Callable[[StructuredMask], int], target: int
-    ) -> StructuredMask:
-        return snap(mask, architecture, round_to, saliency=saliency, cost=cost, budget=target)
-
-    return MaskTask(model, settings, steps, distillation=distillation(teacher, recipe), snap=to_good_widths if round_to > 1 else None)
+    return MaskTask(model, settings, steps, distillation=distillation(teacher, recipe))
 
 
 def finetune(
@@ -132,7 +124,7 @@ def distillation(teacher: CompactModel, recipe: Recipe) -> Distillation | None:
     section = recipe.distill
     if not section.enabled:
         return None
-    return Distillation(teacher.eval().requires_grad_(False), alpha=section.alpha, temperature=section.temperature)
+    return Distillation(teacher, alpha=section.alpha, temperature=section.temperature)
 
 
 def cut_error(task: MaskTask, model: CompactModel, images: Tensor) -> float:
