@@ -38,12 +38,86 @@ class NormSpec(Plain):
     bias: bool = True
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu6", "hardswish", "tanh", "sigmoid", "identity"]
+
+
+class ConvSpec(Plain):
+    """One convolution of a stem that has several, with its activation."""
+
+    channels: Width
+    kernel: tuple[Width, Width]
+    stride: tuple[Width, Width] = (1, 1)
+    padding: tuple[Count, Count] = (0, 0)
+    bias: bool = True
+    act: Activation = "identity"
+
+
 class StemSpec(Plain):
-    """Patch embedding by a convolution whose stride is its kernel."""
+    """Patch embedding: perhaps some convolutions, then one whose outputs are the patches.
+
+    `stride` None means the kernel, `patch`; `before` come first, and their channels are never cut.
+    """
 
     kind: Literal["conv"] = "conv"
     patch: tuple[Width, Width]
+    stride: tuple[Width, Width] | None = None
+    padding: tuple[Count, Count] = (0, 0)
     bias: bool = True
+    before: tuple[ConvSpec, ...] = ()
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Rows and columns after each convolution, the patch grid last."""
+        found = [(height, width)]
+        for conv in self.before:
+            found.append(_after(found[-1], conv.kernel, conv.stride, conv.padding))
+        found.append(_after(found[-1], self.patch, self.stride or self.patch, self.padding))
+        return found[1:]
+
+
+def _after(side: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
+    down, across = ((side[axis] + 2 * padding[axis] - kernel[axis]) // stride[axis] + 1 for axis in (0, 1))
+    return down, across
+
+
+class RopeSpec(Plain):
+    """Rotary position embedding of queries and keys, by a fixed table for the model's image size; `prefix` leading tokens are not turned.
+
+    Columns turn in pairs: (0, 1), (2, 3)... when interleaved, (0, qk/2), (1, qk/2 + 1)... in halves. `per_head`: a table for each head.
+    """
+
+    layout: Literal["interleaved", "half"] = "interleaved"
+    tokens: Width
+    prefix: Count = 0
+    per_head: bool = False
+
+
+class RelativeBiasSpec(Plain):
+    """A bias added to q·k for each head and each offset between two patches: a table of (2h - 1)(2w - 1) rows.
+
+    `prefix_rows`: three rows more, for class token to patch, patch to class token, and class token to itself (BEiT); without them a prefix
+    token's bias is zero.
+    """
+
+    grid: tuple[Width, Width]
+    prefix: Count = 0
+    prefix_rows: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table."""
+        return (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + (3 if self.prefix_rows else 0)
+
+
+class DifferentialSpec(Plain):
+    """Two attention maps a head, the second taken off the first times λ (Ye et al. 2024, eq. 1 and 2).
+
+    `start` is λ_init; λ = exp(λq1·λk1) - exp(λq2·λk2) + λ_init with vectors of `width`, or of two scalars when `dual`.
+    The λ vectors are no columns of q or k, and are never cut.
+    """
+
+    start: float
+    width: Width
+    dual: bool = False
 
 
 class AttentionSpec(Plain):
@@ -66,6 +140,45 @@ class AttentionSpec(Plain):
     # With one weight for all heads, or one a head (after heads kept different sets of columns).
     qk_norm_per_head: bool = False
     out_norm: NormSpec | None = None
+    # Grouped queries: the key/value head of each head; None: each has its own.
+    kv_of: tuple[Count, ...] | None = None
+    # A gate sigmoid(x Wg) on what the heads give, before the output projection.
+    gated: bool = False
+    gate_bias: bool = True
+    rope: RopeSpec | None = None
+    bias: RelativeBiasSpec | None = None
+    differential: DifferentialSpec | None = None
+    # A norm over each head's values (differential attention), with one weight for all heads or one a head.
+    head_norm: NormSpec | None = None
+    head_norm_per_head: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Query/key halves a head."""
+        return 2 if self.differential else 1
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_of is None else max(self.kv_of) + 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AttentionSpec:
+        if self.kv_of is not None and (len(self.kv_of) != self.heads or set(self.kv_of) != set(range(self.kv_heads))):
+            raise ValueError(f"kv_of must name for each of {self.heads} heads one of the key/value heads, without a gap")
+        if self.kv_of is not None and self.differential is not None:
+            raise ValueError("grouped queries and differential attention do not go together")
+        if self.rope is not None and self.qk % 2:
+            raise ValueError(f"rope turns pairs of columns, {self.qk} is odd")
+        if self.rope is not None and self.differential is not None:
+            raise ValueError("rope and differential attention do not go together")
+        if self.bias is not None and self.bias.prefix_rows and self.bias.prefix != 1:
+            raise ValueError("a bias table with rows for the class token needs exactly one prefix token")
+        _check_norm("q_norm", self.q_norm, self.qk)
+        _check_norm("k_norm", self.k_norm, self.qk)
+        _check_norm("head_norm", self.head_norm, self.v)
+        _check_norm("out_norm", self.out_norm, self.heads * self.v)
+        return self
 
 
 class FfnSpec(Plain):
@@ -73,7 +186,7 @@ class FfnSpec(Plain):
 
     kind: Literal["ffn"] = "ffn"
     hidden: Width
-    act: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu6", "hardswish", "tanh", "sigmoid"] = "gelu"
+    act: Activation = "gelu"
     gated: bool = False
     in_bias: bool = True
     gate_bias: bool = True
@@ -102,21 +215,57 @@ class BranchSpec(Plain):
     writes: Indices | None = None
 
 
-class PoolSpec(Plain):
-    """How tokens become one feature vector: the class token, a mean (of patch tokens or of all), or class and distillation token apart."""
+class RefineSpec(Plain):
+    """Self-attention without parameters among the pooled tokens (Locality-Attending ViT): `channels[i]` of them are head i's."""
 
-    kind: Literal["token", "mean", "mean_all", "distilled"] = "token"
+    channels: tuple[Count, ...]
+    scale: float
+
+
+class PoolSpec(Plain):
+    """How tokens become one feature vector.
+
+    `token`: the class token; `mean`, `max`, `avgmax` (half the sum of both): of the patch tokens, or of all with `_all`; `token_mean`: the class
+    token and the mean of the patches side by side; `distilled`: class and distillation token, each with a classifier, averaged; `dense`: the
+    class token's logits plus half the largest logit that any patch gives (LV-ViT); `attention`: one learned query attends to the tokens (to the
+    prefix too if `prefix`), then perhaps an FFN, on a stream of its own that is `width` wide; `refine` goes before a pooling of any kind.
+    """
+
+    kind: Literal["token", "mean", "mean_all", "max", "max_all", "avgmax", "avgmax_all", "token_mean", "distilled", "dense", "attention"] = "token"
+    attention: AttentionSpec | None = None
+    norm: NormSpec | None = None
+    ffn: FfnSpec | None = None
+    width: Width | None = None
+    prefix: bool = True
+    refine: RefineSpec | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PoolSpec:
+        if (self.kind == "attention") != (self.attention is not None) or (self.kind == "attention") != (self.width is not None):
+            raise ValueError("pool kind 'attention' and only that needs `attention` and `width`")
+        attention = self.attention
+        if attention is not None and (attention.q_norm or attention.kv_of or attention.rope or attention.bias or attention.differential or attention.gated):
+            raise ValueError("attention pooling takes plain attention")
+        if self.width is not None:
+            _check_norm("pool.norm", self.norm, self.width)
+        return self
 
 
 class HeadSpec(Plain):
-    """Classifier. `distilled` heads answer with the mean of the class and the distillation classifier, as in DeiT."""
+    """Classifier: act(Linear(hidden_act(Linear(features)))), the inner one only where `hidden` is given.
+
+    `distilled` pooling answers with the mean of the class and the distillation classifier, as in DeiT.
+    """
 
     classes: Width
     bias: bool = True
+    hidden: Width | None = None
+    hidden_act: Activation = "tanh"
+    act: Activation = "identity"
 
 
 class Architecture(Plain):
-    """A whole network. Shapes: images (batch, channels, height, width) -> logits (batch, classes)."""
+    """A whole network. Shapes: images (batch, channels, height, width) -> logits (batch, classes), or features where there is no head."""
 
     schema_: Literal["vitrim.architecture/1"] = Field(default="vitrim.architecture/1", alias="schema")
     image: tuple[Width, Width, Width]
@@ -124,6 +273,8 @@ class Architecture(Plain):
     stem: StemSpec
     prefix: Count = 1
     position: bool = True
+    # Over each patch, before positions are added.
+    patch_norm: NormSpec | None = None
     stem_norm: NormSpec | None = None
     # None: the stem (convolution, prefix tokens, positions) fills the whole stream; else only these channels, the others start at zero.
     stem_writes: Indices | None = None
@@ -131,7 +282,10 @@ class Architecture(Plain):
     norm: NormSpec | None = None
     pool: PoolSpec = PoolSpec()
     pool_norm: NormSpec | None = None
-    head: HeadSpec
+    head: HeadSpec | None = None
+    # Without a head the features keep the width and the order of the source model; those that were cut are zero. None: nothing was cut.
+    feature_width: Width | None = None
+    feature_writes: Indices | None = None
     # None: the head reads the whole stream.
     head_reads: Indices | None = None
     # Tokens that no later step can see are not computed in the last block: exact when the head pools by prefix tokens.
@@ -142,7 +296,7 @@ class Architecture(Plain):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        return self.image[1] // self.stem.patch[0], self.image[2] // self.stem.patch[1]
+        return self.stem.sizes(*self.image[1:])[-1]
 
     @property
     def tokens(self) -> int:
@@ -151,8 +305,20 @@ class Architecture(Plain):
 
     @property
     def classes(self) -> int:
-        """Width of the logits."""
-        return self.head.classes
+        """Width of the logits, or of the features where there is no head."""
+        return self.head.classes if self.head is not None else self.feature_width or self.head_width
+
+    @property
+    def head_width(self) -> int:
+        """Width of the pooled features."""
+        if self.pool.width is not None:
+            return self.pool.width
+        return self.read_width(self.head_reads) * (2 if self.pool.kind == "token_mean" else 1)
+
+    @property
+    def classifiers(self) -> int:
+        """Classifiers side by side."""
+        return 0 if self.head is None else 2 if self.pool.kind in ("distilled", "dense") else 1
 
     @property
     def branches(self) -> tuple[BranchSpec, ...]:
@@ -162,7 +328,7 @@ class Architecture(Plain):
     @property
     def pooled_prefix(self) -> int:
         """Leading tokens that the head reads; 0 when it reads them all."""
-        return {"token": 1, "distilled": 2}.get(self.pool.kind, 0)
+        return 0 if self.pool.refine is not None else {"token": 1, "distilled": 2}.get(self.pool.kind, 0)
 
     def read_width(self, reads: Indices | None) -> int:
         """Channels seen through `reads`."""
@@ -170,11 +336,13 @@ class Architecture(Plain):
 
     @model_validator(mode="after")
     def _consistent(self) -> Architecture:
-        for edge, patch, side in zip(("height", "width"), self.stem.patch, self.image[1:], strict=True):
-            if side < patch:
-                raise ValueError(f"image {edge} {side} is smaller than the patch {patch}")
-        if self.pooled_prefix > self.prefix:
-            raise ValueError(f"pool '{self.pool.kind}' needs {self.pooled_prefix} prefix tokens, the stem has {self.prefix}")
+        side = self.image[1:]
+        for number, grid in enumerate(self.stem.sizes(*side)):
+            if min(grid) < 1:
+                raise ValueError(f"the image {side[0]} x {side[1]} is too small for convolution {number} of the stem")
+        needed = {"token": 1, "distilled": 2, "token_mean": 1, "dense": 1}.get(self.pool.kind, 0)
+        if needed > self.prefix:
+            raise ValueError(f"pool '{self.pool.kind}' needs {needed} prefix tokens, the stem has {self.prefix}")
         names = [branch.name for branch in self.branches]
         if len(set(names)) != len(names):
             raise ValueError("two branches have the same name")
@@ -186,17 +354,36 @@ class Architecture(Plain):
             _check_norm(f"{branch.name}.post_norm", branch.post_norm, written)
             core = branch.core
             if isinstance(core, AttentionSpec):
-                _check_norm(f"{branch.name}.q_norm", core.q_norm, core.qk)
-                _check_norm(f"{branch.name}.k_norm", core.k_norm, core.qk)
-                _check_norm(f"{branch.name}.out_norm", core.out_norm, core.heads * core.v)
+                _check_positions(branch.name, core, self.grid, self.prefix)
             elif isinstance(core, FfnSpec):
                 _check_norm(f"{branch.name}.core.norm", core.norm, core.hidden)
         _check_indices("head_reads", self.head_reads, self.embed)
         _check_indices("stem_writes", self.stem_writes, self.embed)
         _check_norm("stem_norm", self.stem_norm, self.read_width(self.stem_writes))
+        _check_norm("patch_norm", self.patch_norm, self.read_width(self.stem_writes))
         _check_norm("norm", self.norm, self.read_width(self.head_reads))
-        _check_norm("pool_norm", self.pool_norm, self.read_width(self.head_reads))
+        _check_norm("pool_norm", self.pool_norm, self.head_width)
+        if self.pool.refine is not None and sum(self.pool.refine.channels) != self.read_width(self.head_reads):
+            raise ValueError(f"pool.refine has {sum(self.pool.refine.channels)} channels, the head reads {self.read_width(self.head_reads)}")
+        if self.pool_norm is not None and self.pool.kind in ("distilled", "dense"):
+            raise ValueError(f"pool '{self.pool.kind}' has no norm after pooling")
+        if self.head is not None and (self.feature_width or self.feature_writes):
+            raise ValueError("feature_width and feature_writes are for networks without a head")
+        if (self.feature_width is None) != (self.feature_writes is None):
+            raise ValueError("feature_width and feature_writes go together")
+        if self.feature_writes is not None and self.feature_width is not None:
+            _check_indices("feature_writes", self.feature_writes, self.feature_width)
+            if len(self.feature_writes) != self.head_width:
+                raise ValueError(f"feature_writes names {len(self.feature_writes)} features, the network has {self.head_width}")
         return self
+
+
+def _check_positions(name: str, core: AttentionSpec, grid: tuple[int, int], prefix: int) -> None:
+    rope, bias = core.rope, core.bias
+    if rope is not None and (rope.tokens, rope.prefix) != (grid[0] * grid[1], prefix):
+        raise ValueError(f"{name}.rope is for {rope.prefix} + {rope.tokens} tokens, the stem gives {prefix} + {grid[0] * grid[1]}")
+    if bias is not None and (bias.grid, bias.prefix) != (grid, prefix):
+        raise ValueError(f"{name}.bias is for {bias.prefix} + {bias.grid} tokens, the stem gives {prefix} + {grid}")
 
 
 def _check_norm(where: str, norm: NormSpec | None, width: int) -> None:

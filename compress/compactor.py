@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, AttentionSpec, BranchSpec
 from .folding import fold_constants
-from .lift import lift
+from .lift import read
 from .mask import StructuredMask
 from .plan import BranchPlan, Plan, plan
 from .vit.model import CompactModel
 from .vit.norm import affine, normalise
+from .vit.relative_bias import RelativeBias
 
 
 def compact(model: nn.Module, mask: StructuredMask, *, last_queries: bool | None = None) -> CompactModel:
@@ -22,13 +23,14 @@ def compact(model: nn.Module, mask: StructuredMask, *, last_queries: bool | None
     `model`: any supported Vision Transformer, or a `CompactModel`. `last_queries`: in the last block compute only the tokens that the head reads (exact);
     None leaves the architecture's own choice. Errors: UnsupportedModel with the module's path; InputError if the mask does not fit.
     """
-    source = lift(model)
-    surgery = plan(source.architecture, mask)
+    # The source's own tensors, not copies of them: what is kept is copied when it is cut out.
+    source = read(model)
+    surgery = plan(source.spec, mask)
     architecture = surgery.architecture
     if last_queries is not None:
         architecture = architecture.model_copy(update={"last_queries": last_queries})
     with torch.no_grad():
-        state = cut(surgery, source.state_dict())
+        state = cut(surgery, source.tensors)
     result = build(architecture, state)
     result.train(model.training)
     return fold_constants(result)
@@ -38,14 +40,14 @@ def build(architecture: Architecture, state: Mapping[str, Tensor]) -> CompactMod
     """The module of an architecture holding these tensors, without initialising weights that are overwritten at once."""
     with torch.device("meta"):
         model = CompactModel(architecture)
-    for name, buffer in list(model.named_buffers()):
-        # Index buffers are part of the architecture, not of the state, and must hold real numbers.
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, _index_buffer(model, name, buffer))
+    for module in model.modules():
+        if isinstance(module, RelativeBias):
+            module.place()
     model.load_state_dict(state, strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return model
+    device = next(iter(state.values())).device
+    return model if device.type == "cpu" else model.to(device)
 
 
 def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,13 +69,23 @@ def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def take(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Tensor:
-    """Keep `indices[i]` along axis i (None = all). An index of two dimensions splits its axis in two."""
-    if len(indices) == 1 and indices[0] is not None and indices[0].ndim == 2:
-        return tensor[indices[0]].clone()
-    for axis, index in enumerate(indices):
+    """Keep `indices[i]` along axis i (None = all); the result owns its memory.
+
+    An index of shape (rows, kept), which only the last axis may have, keeps other entries in each row: rows run along the first axis, and a
+    tensor without one (one weight for all heads) or with a single row is repeated.
+    """
+    source = tensor
+    each = indices[-1] if indices and indices[-1] is not None and indices[-1].ndim == 2 else None
+    for axis, index in enumerate(indices[:-1] if each is not None else indices):
         if index is not None and len(index) != tensor.shape[axis]:
             tensor = tensor.index_select(axis, index.to(tensor.device))
-    return tensor.clone()
+    if each is not None:
+        each = each.to(tensor.device)
+        tensor = tensor[None] if tensor.ndim == 1 else tensor
+        rows = tensor.expand(len(each), *tensor.shape[1:])
+        shape = (len(each), *([1] * (tensor.ndim - 2)), each.shape[1])
+        return rows.gather(-1, each.view(shape).expand(*rows.shape[:-1], -1))
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor is source else tensor
 
 
 def constant_of(spec: BranchSpec, branch: BranchPlan, inner: Mapping[str, Tensor]) -> Tensor:
@@ -90,14 +102,3 @@ def constant_of(spec: BranchSpec, branch: BranchPlan, inner: Mapping[str, Tensor
     if "layer_scale" in inner:
         value = value * inner["layer_scale"][rows]
     return value
-
-
-def _index_buffer(model: CompactModel, name: str, buffer: Tensor) -> Tensor:
-    del buffer
-    architecture = model.architecture
-    if name in ("head_reads", "stem_writes"):
-        return torch.tensor(getattr(architecture, name))
-    _, step, position, leaf = name.split(".")
-    return torch.tensor(getattr(architecture.steps[int(step)][int(position)], leaf))
-
-

@@ -20,17 +20,24 @@ def fold_constants(model: CompactModel) -> CompactModel:
     steps: list[list[Branch]] = []
     with torch.no_grad():
         for row in model.steps:
-            kept: list[Branch] = []
-            for branch in row:  # type: ignore[union-attr]
-                # Nothing may read the stream between the place and the constant, so only the step just before will do, or the stem.
-                if isinstance(branch.core, Constant) and (_into_step(branch, steps[-1]) if steps else _into_stem(model, branch)):
-                    continue
-                kept.append(branch)
+            branches: list[Branch] = list(row)  # type: ignore[arg-type]
+            kept = [branch for branch in branches if not isinstance(branch.core, Constant)]
+            # Nothing may read the stream between the place and the constant: a sibling of the same step will do, else the step just before, or the stem.
+            beside = list(kept)
+            for branch in branches:
+                if isinstance(branch.core, Constant) and not _place(model, branch, beside, steps):
+                    kept.append(branch)
             if kept:
                 steps.append(kept)
     model.steps = nn.ModuleList(nn.ModuleList(row) for row in steps)
     model.architecture = architecture.model_copy(update={"steps": tuple(tuple(branch.spec for branch in row) for row in steps)})
     return model
+
+
+def _place(model: CompactModel, constant: Branch, beside: list[Branch], steps: list[list[Branch]]) -> bool:
+    if beside:
+        return _into_step(constant, beside)
+    return _into_step(constant, steps[-1]) if steps else _into_stem(model, constant)
 
 
 def _into_step(constant: Branch, row: list[Branch]) -> bool:
@@ -54,7 +61,7 @@ def _into_step(constant: Branch, row: list[Branch]) -> bool:
 def _into_stem(model: CompactModel, constant: Branch) -> bool:
     if model.stem_norm is not None or model.architecture.stem_writes != constant.spec.writes:
         return False
-    patches = model.position if model.position is not None else model.stem.bias
+    patches = model.position if model.position is not None else model.stem.bias if model.patch_norm is None else None
     if patches is None:
         return False
     patches += _value(constant)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..storage import replace_file
 from .architecture import Architecture, AttentionSpec, FfnSpec
-from .axes import HEAD_IN, STEM_OUT, site_in, site_out
+from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, POOL_SITES, STEM_OUT, site_in, site_out
+from .vit.rope import pairs
 
 Sharing = Literal["unshared", "residual", "full"]
 ScaleRule = Literal["kept", "original"]
@@ -40,15 +41,40 @@ def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
             found[branch.name] = {"head": core.heads, "qk": core.qk, "v": core.v}[dimension]
         elif isinstance(core, FfnSpec) and dimension == "ffn":
             found[branch.name] = core.hidden
+    pool = architecture.pool
     if dimension == "embed":
         found[HEAD_IN] = architecture.embed
+        if pool.width is not None:
+            found[POOL_OUT] = pool.width
+    elif pool.attention is not None and dimension in ("head", "qk", "v"):
+        found[POOL_ATTENTION] = {"head": pool.attention.heads, "qk": pool.attention.qk, "v": pool.attention.v}[dimension]
+    elif pool.ffn is not None and dimension == "ffn":
+        found[POOL_FFN] = pool.ffn.hidden
     return found
+
+
+def together(architecture: Architecture, dimension: str, site: str) -> Tensor:
+    """(units, members): the indices of a group that are kept or dropped as one, such as the two columns of a rope pair; mostly one member each."""
+    if dimension == "qk":
+        for _, core in _attentions(architecture, site):
+            if core.rope is not None:
+                return pairs(core.rope.layout, core.qk)
+    found = sites(architecture, dimension)
+    size = found[site] if site != SHARED else next(size for name, size in found.items() if name not in POOL_SITES)
+    return torch.arange(size)[:, None]
+
+
+def _attentions(architecture: Architecture, site: str) -> list[tuple[str, AttentionSpec]]:
+    """The attentions of the blocks that a mask at `site` is for."""
+    found = ((branch.name, branch.core) for branch in architecture.branches if site in (SHARED, branch.name))
+    return [(name, core) for name, core in found if isinstance(core, AttentionSpec)]
 
 
 def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, int]]:
     """The masks that a sharing asks for: dimension -> site (or `*` for one shared by all) -> size.
 
-    Sharings of METHODS A: `unshared`, `residual` (one embed mask), `full` (one mask a dimension). Blocks are never shared.
+    Sharings of METHODS A: `unshared`, `residual` (one embed mask), `full` (one mask a dimension). Sub-layers as a whole are never shared, nor is what
+    belongs to an attention-pooling head.
     """
     if sharing not in ("unshared", "residual", "full"):
         raise InputError(f"sharing = {sharing!r}: choose 'unshared', 'residual' or 'full'")
@@ -56,11 +82,12 @@ def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, 
     for dimension in DIMENSIONS:
         found = sites(architecture, dimension)
         shared = (dimension == "embed" and sharing != "unshared") or (dimension in ("head", "qk", "v", "ffn") and sharing == "full")
-        if shared and found:
-            sizes = set(found.values())
+        own = {site: size for site, size in found.items() if site in POOL_SITES}
+        sizes = set(found[site] for site in found if site not in own)
+        if shared and sizes:
             if len(sizes) > 1:
                 raise InputError(f"sharing = 'full' needs the same {dimension} size in every block, this model has {sorted(sizes)}; use 'residual'")
-            found = {SHARED: sizes.pop()}
+            found = {SHARED: sizes.pop(), **own}
         if found:
             wanted[dimension] = found
     return wanted
@@ -97,7 +124,7 @@ class StructuredMask:
     def get(self, dimension: str, site: str) -> Tensor | None:
         """The mask at a site, or None where everything is kept."""
         entries = self.kept.get(dimension, {})
-        return entries.get(site, entries.get(SHARED))
+        return entries.get(site, None if site in POOL_SITES else entries.get(SHARED))
 
     def __iter__(self) -> Iterator[tuple[str, str, Tensor]]:
         for dimension, entries in self.kept.items():
@@ -116,15 +143,19 @@ class StructuredMask:
 
         Errors: InputError naming the entry.
         """
+        places = {dimension: sites(architecture, dimension) for dimension in self.kept}
         for dimension, site, keep in self:
-            found = sites(architecture, dimension)
-            size = next(iter(found.values()), None) if site == SHARED else found.get(site)
-            if size is None or (site == SHARED and set(found.values()) != {size}):
+            found = places[dimension]
+            sizes = {found[name] for name in found if name not in POOL_SITES} if site == SHARED else {found.get(site)}
+            size = sizes.pop() if len(sizes) == 1 else None
+            if size is None:
                 raise InputError(f"mask {dimension}/{site}: this model has no such site; it has {', '.join(list(found)[:6]) or 'none'}")
             if keep.shape[-1] != size:
                 raise InputError(f"mask {dimension}/{site} has {keep.shape[-1]} entries, the model has {size}")
-            if dimension in ("embed", "qk") and not bool(keep.any()):
-                raise InputError(f"mask {dimension}/{site} keeps nothing; " + _WHY_ONE[dimension])
+            if (dimension in _WHY_ONE or site in POOL_SITES) and not bool(keep.any()):
+                raise InputError(f"mask {dimension}/{site} keeps nothing; " + _WHY_ONE.get(dimension, "the pooling head needs one unit at least"))
+            if dimension in ("qk", "v"):
+                _check_columns(architecture, dimension, site, keep)
 
     @classmethod
     def random(
@@ -149,7 +180,6 @@ class StructuredMask:
                 raise InputError(f"keep_ratio names {name!r}; known dimensions: {', '.join(DIMENSIONS)}")
             if not 0 < ratio <= 1:
                 raise InputError(f"keep_ratio {name} = {ratio}: give a number above 0 and at most 1")
-        heads = sites(architecture, "head")
         kept: dict[str, dict[str, Tensor]] = {}
         for dimension, entries in groups(architecture, sharing).items():
             ratio = ratios.get(dimension, 1.0)
@@ -158,9 +188,7 @@ class StructuredMask:
                 if dimension == "block":
                     keep = torch.rand(1, generator=generator) < ratio
                 else:
-                    rows = heads.get(site, 1) if per_head and dimension in ("qk", "v") else 1
-                    keep = torch.stack([random_keep(size, max(1, round(ratio * size)), generator) for _ in range(rows)])
-                    keep = keep if rows > 1 else keep[0]
+                    keep = _random_columns(architecture, dimension, site, ratio, generator, per_head=per_head)
                 kept[dimension][site] = keep
         return cls(kept, scale=scale)
 
@@ -205,6 +233,48 @@ _WHY_ONE = {
     "embed": "the residual stream needs at least one channel",
     "qk": "with no query/key column the softmax becomes uniform, which is not a dead head; remove heads by the head mask",
 }
+
+
+def _random_columns(
+    architecture: Architecture, dimension: str, site: str, ratio: float, generator: torch.Generator, *, per_head: bool
+) -> Tensor:
+    """(size,) booleans, or (heads, size) with `per_head`; units that go together are drawn together."""
+    units = together(architecture, dimension, site)
+    count = max(1, round(ratio * len(units)))
+    rows, kv_of = 1, None
+    if per_head and dimension in ("qk", "v") and site != SHARED:
+        rows = sites(architecture, "head")[site]
+        kv_of = next((core.kv_of for _, core in _attentions(architecture, site)), None)
+    drawn = []
+    for _ in range(rows if kv_of is None else max(kv_of) + 1):
+        keep = torch.zeros(units.numel(), dtype=torch.bool)
+        keep[units[random_keep(len(units), count, generator)]] = True
+        drawn.append(keep)
+    keeps = torch.stack(drawn)
+    if kv_of is not None:
+        keeps = keeps[list(kv_of)]
+    return keeps if rows > 1 else keeps[0]
+
+
+def _check_columns(architecture: Architecture, dimension: str, site: str, keep: Tensor) -> None:
+    """Columns of queries, keys and values that cannot be parted. Errors: InputError with the reason."""
+    for name, core in _attentions(architecture, site):
+        if keep.ndim == 2 and keep.shape[0] != core.heads:
+            raise InputError(f"mask {dimension}/{site} has {keep.shape[0]} rows, {name} has {core.heads} heads")
+        if keep.ndim == 2 and core.kv_of is not None:
+            first = [core.kv_of.index(kv) for kv in core.kv_of]
+            if not bool((keep == keep[first]).all()):
+                raise InputError(f"mask {dimension}/{site}: heads that share keys and values must keep the same columns")
+        if dimension == "qk" and core.rope is not None:
+            pair = keep[..., pairs(core.rope.layout, core.qk)]
+            split = torch.nonzero(pair.any(dim=-1) & ~pair.all(dim=-1))
+            if len(split):
+                one, other = pairs(core.rope.layout, core.qk)[int(split[0, -1])].tolist()
+                raise InputError(
+                    f"mask qk/{site} splits columns {one} and {other}: rotary position embedding turns them together; keep or drop whole pairs"
+                )
+    if site == POOL_ATTENTION and keep.ndim == 2 and architecture.pool.attention is not None and keep.shape[0] != architecture.pool.attention.heads:
+        raise InputError(f"mask {dimension}/{site} has {keep.shape[0]} rows, the pooling head has {architecture.pool.attention.heads} heads")
 
 
 def random_keep(size: int, count: int, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from .lift import lift
 from .mask import ScaleRule, StructuredMask
-from .masking import Values, masked_tensors
+from .masking import Values, masked_features, masked_tensors
 from .vit.model import CompactModel
 from .vit.norm import Norm
 
@@ -35,7 +35,8 @@ class MaskedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         mask = self.mask
-        count = mask.sum(dim=-1, keepdim=True)
+        # Where nothing is kept nothing is divided, and the output is zero.
+        count = mask.sum(dim=-1, keepdim=True).clamp(min=1e-6)
         x = x * mask
         if self.spec.kind == "layer":
             # The kept channels' mean, taken off the kept channels alone.
@@ -67,7 +68,8 @@ class MaskedNetwork(nn.Module):
         parameters = dict(self.network.named_parameters())
         changed = masked_tensors(self.architecture, parameters, values, scale)
         logits: Tensor = functional_call(self.network, changed, (images,))
-        return logits
+        features = masked_features(self.architecture, values)
+        return logits if features is None else logits * features
 
 
 class MaskedModel(nn.Module):

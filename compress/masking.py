@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
-from .axes import HEAD_IN, STEM_OUT, site_in, site_out
+from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, site_in, site_out
 from .mask import ScaleRule
 
 Values = Callable[[str, str], Tensor | None]
@@ -35,21 +35,73 @@ def masked_tensors(architecture: Architecture, parameters: Mapping[str, Tensor],
         rows.scale("stem.weight", stem, 0)
         for name in ("stem.bias", "prefix", "position"):
             rows.scale(name, stem, -1)
-        if architecture.stem_norm is not None:
-            changed["stem_norm.mask"] = stem
+        for name in ("patch_norm", "stem_norm"):
+            if getattr(architecture, name) is not None:
+                changed[f"{name}.mask"] = stem
     reading = _embed(values, HEAD_IN, architecture.head_reads)
-    if reading is not None:
-        if architecture.norm is not None:
-            changed["norm.mask"] = reading
-        if architecture.pool_norm is not None:
-            changed["pool_norm.mask"] = reading
-        if architecture.norm is None and architecture.pool_norm is None:
-            rows.scale("head.weight", reading, -1)
-            rows.scale("head_dist.weight", reading, -1)
+    if reading is not None and architecture.norm is not None:
+        changed["norm.mask"] = reading
+    pooled = reading
+    if architecture.pool.kind == "attention":
+        if reading is not None and architecture.norm is None:
+            for name in ("k", "v"):
+                rows.scale(f"pool.{name}.weight", reading, -1)
+        pooled = values("embed", POOL_OUT)
+        _mask_pool(architecture, rows, changed, values, scale, pooled)
+    elif reading is not None and architecture.pool.kind == "token_mean":
+        pooled = torch.cat([reading, reading])
+    if pooled is not None and architecture.pool_norm is not None:
+        changed["pool_norm.mask"] = pooled
+    if pooled is not None:
+        # Twice masking by zeros and ones is masking once, but a gate between them would enter twice: the last norm, or the pool, has done it already.
+        if architecture.norm is None and architecture.pool_norm is None and architecture.pool.kind != "attention":
+            for name in ("pre_head",) if architecture.head is not None and architecture.head.hidden else ("head", "head_dist"):
+                rows.scale(f"{name}.weight", pooled, -1)
     for number, step in enumerate(architecture.steps):
         for position, branch in enumerate(step):
             _mask_branch(f"steps.{number}.{position}.", branch, rows, changed, values, scale)
     return changed
+
+
+def masked_features(architecture: Architecture, values: Values) -> Tensor | None:
+    """Factors on the features of a network that has neither a head nor a norm where the mask could enter: (features,), or None."""
+    if architecture.head is not None or architecture.norm is not None or architecture.pool_norm is not None or architecture.pool.kind == "attention":
+        return None
+    reading = _embed(values, HEAD_IN, architecture.head_reads)
+    if reading is None:
+        return None
+    factors = torch.cat([reading, reading]) if architecture.pool.kind == "token_mean" else reading
+    if architecture.feature_writes is None:
+        return factors
+    return torch.ones(architecture.classes).to(factors).index_copy(0, torch.tensor(architecture.feature_writes, device=factors.device), factors)
+
+
+def _mask_pool(
+    architecture: Architecture, rows: _Rows, changed: dict[str, Tensor], values: Values, scale: ScaleRule, writing: Tensor | None
+) -> None:
+    pool = architecture.pool
+    assert pool.attention is not None
+    attention = pool.attention
+    qk = values("qk", POOL_ATTENTION)
+    if qk is not None:
+        each = _scaled(qk, attention, scale)
+        rows.scale("pool.query", each.reshape(-1), 0)
+        if attention.k_norm is not None:
+            changed["pool.k_norm.mask"] = qk if qk.ndim == 1 else qk.unsqueeze(-2)
+    columns = _value_columns(attention, values, POOL_ATTENTION)
+    if columns is not None:
+        rows.scale("pool.out.weight", columns.reshape(-1), -1)
+    hidden = values("ffn", POOL_FFN)
+    if hidden is not None and pool.ffn is not None:
+        if pool.ffn.norm is not None:
+            changed["pool.ffn.norm.mask"] = hidden
+        rows.scale("pool.ffn.fc2.weight", hidden, -1)
+    if writing is not None:
+        if pool.norm is not None:
+            changed["pool.norm.mask"] = writing
+        for leaf in ("out", "ffn.fc2"):
+            rows.scale(f"pool.{leaf}.weight", writing, 0)
+            rows.scale(f"pool.{leaf}.bias", writing, -1)
 
 
 def _mask_branch(prefix: str, branch: BranchSpec, rows: _Rows, changed: dict[str, Tensor], values: Values, scale: ScaleRule) -> None:
@@ -59,7 +111,7 @@ def _mask_branch(prefix: str, branch: BranchSpec, rows: _Rows, changed: dict[str
         if branch.norm is not None:
             changed[f"{prefix}norm.mask"] = reading
         else:
-            for name in ("q", "k", "v") if isinstance(core, AttentionSpec) else ("fc1", "gate"):
+            for name in ("q", "k", "v", "gate") if isinstance(core, AttentionSpec) else ("fc1", "gate"):
                 rows.scale(f"{prefix}core.{name}.weight", reading, -1)
     if isinstance(core, AttentionSpec):
         _mask_attention(prefix, branch.name, core, rows, changed, values, scale)
@@ -91,28 +143,40 @@ def _mask_attention(
 ) -> None:
     qk = values("qk", name)
     if qk is not None:
-        each = qk.expand(core.heads, core.qk)
-        if scale == "kept":
-            # The softmax scale follows the kept width (METHODS A); as a factor on q it also passes gradients to the gates.
-            each = each * (math.sqrt(core.qk) / each[0].sum().clamp(min=1e-6).sqrt())
+        each = _scaled(qk, core, scale).repeat_interleave(core.parts, dim=0)
         if core.q_norm is None:
             rows.scale(f"{prefix}core.q.weight", each.reshape(-1), 0)
             rows.scale(f"{prefix}core.q.bias", each.reshape(-1), -1)
         else:
-            changed[f"{prefix}core.q_norm.mask"] = (qk if qk.ndim == 1 else qk.unsqueeze(-2))
-            changed[f"{prefix}core.q_norm.gain"] = (each[0] if qk.ndim == 1 else each.unsqueeze(-2))
+            changed[f"{prefix}core.q_norm.mask"] = qk if qk.ndim == 1 else qk.repeat_interleave(core.parts, dim=0).unsqueeze(-2)
+            changed[f"{prefix}core.q_norm.gain"] = each[0] if qk.ndim == 1 else each.unsqueeze(-2)
         if core.k_norm is not None:
-            changed[f"{prefix}core.k_norm.mask"] = (qk if qk.ndim == 1 else qk.unsqueeze(-2))
+            shared = qk if qk.ndim == 1 or core.kv_of is None else qk[[core.kv_of.index(kv) for kv in range(core.kv_heads)]]
+            changed[f"{prefix}core.k_norm.mask"] = shared if qk.ndim == 1 else shared.repeat_interleave(core.parts, dim=0).unsqueeze(-2)
+    v = values("v", name)
+    if v is not None and core.head_norm is not None:
+        changed[f"{prefix}core.head_norm.mask"] = v if v.ndim == 1 else v.unsqueeze(-2)
+    columns = _value_columns(core, values, name)
+    if columns is None:
+        return
+    if core.out_norm is not None:
+        changed[f"{prefix}core.out_norm.mask"] = columns.reshape(-1)
+    rows.scale(f"{prefix}core.out.weight", columns.reshape(-1), -1)
+
+
+def _scaled(qk: Tensor, core: AttentionSpec, scale: ScaleRule) -> Tensor:
+    """(heads, qk) factors on the query columns. With "kept" the softmax scale follows the kept width (METHODS A); as a factor it also passes gradients."""
+    each = qk.expand(core.heads, core.qk)
+    return each * (math.sqrt(core.qk) / each[0].sum().clamp(min=1e-6).sqrt()) if scale == "kept" else each
+
+
+def _value_columns(core: AttentionSpec, values: Values, name: str) -> Tensor | None:
+    """(heads, v) factors on what the output projection reads, or None where all is kept."""
     heads, v = values("head", name), values("v", name)
     if heads is None and v is None:
-        return
+        return None
     columns = torch.ones(core.heads, core.v) if v is None else v.expand(core.heads, core.v)
-    if heads is not None:
-        columns = columns.to(heads) * heads[:, None]
-    columns = columns.reshape(-1)
-    if core.out_norm is not None:
-        changed[f"{prefix}core.out_norm.mask"] = columns
-    rows.scale(f"{prefix}core.out.weight", columns, -1)
+    return columns if heads is None else columns.to(heads) * heads[:, None]
 
 
 def _embed(values: Values, site: str, indices: tuple[int, ...] | None) -> Tensor | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, Core, FfnSpec, Indices, NormSpec
-from .axes import HEAD_IN, STEM_OUT, Axis, branch_axes, site_in, site_out
+from .architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, Core, FfnSpec, Indices, PoolSpec
+from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, Axis, branch_axes, outer_axes, site_in, site_out
 from .mask import StructuredMask
+from .plan_attention import Index, cut_attention, keep_columns, keep_heads, kept_scale, resize
+
+__all__ = ["BranchPlan", "Plan", "keep_columns", "keep_heads", "kept_scale", "plan"]
 
 
 @dataclass(frozen=True)
@@ -56,50 +58,70 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
                 row.append(built)
         if row:
             plans.append(tuple(row))
-    outer = {
-        "stem.weight": (embed.stem_rows, None, None, None),
-        "stem.bias": (embed.stem_rows,),
-        "prefix": (None, embed.stem_rows),
-        "position": (None, embed.stem_rows),
-        "stem_norm.weight": (embed.stem_rows,),
-        "stem_norm.bias": (embed.stem_rows,),
-        "norm.weight": (embed.head_columns,),
-        "norm.bias": (embed.head_columns,),
-        "pool_norm.weight": (embed.head_columns,),
-        "pool_norm.bias": (embed.head_columns,),
-        "head.weight": (None, embed.head_columns),
-        "head_dist.weight": (None, embed.head_columns),
+    indices: dict[tuple[str, str], Tensor] = {
+        ("embed", STEM_OUT): embed.stem_rows,
+        ("embed", HEAD_IN): embed.head_columns,
+        ("embed*2", HEAD_IN): torch.cat([embed.head_columns, embed.head_columns + architecture.read_width(architecture.head_reads)]),
     }
+    leaves: dict[str, tuple[Index, ...]] = {}
+    pool = _plan_pool(architecture, mask, embed, indices, leaves)
+    outer = {name: tuple(_index(axis, indices) for axis in axes) for name, axes in outer_axes(architecture).items()} | leaves
     reading = len(embed.head_columns)
     new = architecture.model_copy(
         update={
             "embed": embed.width,
             "stem_writes": embed.stem_writes,
-            "stem_norm": _resize(architecture.stem_norm, len(embed.stem_rows)),
+            "patch_norm": resize(architecture.patch_norm, len(embed.stem_rows)),
+            "stem_norm": resize(architecture.stem_norm, len(embed.stem_rows)),
             "steps": tuple(tuple(item.spec for item in row) for row in plans),
-            "norm": _resize(architecture.norm, reading),
-            "pool_norm": _resize(architecture.pool_norm, reading),
+            "norm": resize(architecture.norm, reading),
+            "pool": pool,
             "head_reads": embed.head_reads,
         }
     )
+    new = new.model_copy(update={"pool_norm": resize(architecture.pool_norm, new.head_width), **_features(architecture, indices)})
     # model_copy skips validation; a plan that does not hold together must stop here, not at the first forward pass.
     new = Architecture.model_validate(new.model_dump(by_alias=True))
     return Plan(architecture, new, outer, tuple(plans), tuple(removed))
 
 
-def keep_columns(mask: StructuredMask, core: AttentionSpec, name: str, dimension: str) -> Tensor:
-    """(heads, width) booleans: the columns of each head that are kept, False throughout for heads that go."""
-    width = core.qk if dimension == "qk" else core.v
-    columns = mask.get(dimension, name)
-    columns = torch.ones(width, dtype=torch.bool) if columns is None else columns
-    heads = keep_heads(mask, core, name)
-    return columns.expand(core.heads, width) & heads[:, None]
+def _plan_pool(
+    architecture: Architecture, mask: StructuredMask, embed: _Embed, indices: dict[tuple[str, str], Tensor], leaves: dict[str, tuple[Index, ...]]
+) -> PoolSpec:
+    """The pooling after the cut; its indices are added to `indices` and `leaves`."""
+    pool = architecture.pool
+    changes: dict[str, object] = {}
+    if pool.refine is not None:
+        ends = torch.cumsum(torch.tensor(pool.refine.channels), 0)
+        head = torch.searchsorted(ends, embed.head_columns, right=True)
+        channels = tuple(torch.bincount(head, minlength=len(ends)).tolist())
+        changes["refine"] = pool.refine.model_copy(update={"channels": channels})
+    if pool.attention is not None and pool.width is not None:
+        keep = mask.get("embed", POOL_OUT)
+        rows = torch.arange(pool.width) if keep is None else torch.nonzero(keep).flatten()
+        indices["embed", POOL_OUT] = rows
+        cut = cut_attention(pool.attention, POOL_ATTENTION, mask)
+        assert cut is not None, "a pooling head without heads, which StructuredMask.check refuses"
+        indices |= {(dimension, POOL_ATTENTION): index for dimension, index in cut.indices.items()}
+        leaves |= {f"pool.{leaf}": index for leaf, index in cut.leaves.items() if leaf.startswith("k_norm")}
+        changes |= {"attention": cut.spec, "width": len(rows), "norm": resize(pool.norm, len(rows))}
+        if pool.ffn is not None:
+            hidden = mask.get("ffn", POOL_FFN)
+            units = torch.arange(pool.ffn.hidden) if hidden is None else torch.nonzero(hidden).flatten()
+            indices["ffn", POOL_FFN] = units
+            changes["ffn"] = pool.ffn.model_copy(update={"hidden": len(units), "norm": resize(pool.ffn.norm, len(units))})
+    return pool.model_copy(update=changes)
 
 
-def keep_heads(mask: StructuredMask, core: AttentionSpec, name: str) -> Tensor:
-    """(heads,) booleans."""
-    heads = mask.get("head", name)
-    return torch.ones(core.heads, dtype=torch.bool) if heads is None else heads
+def _features(architecture: Architecture, indices: Mapping[tuple[str, str], Tensor]) -> dict[str, object]:
+    """Where the features of a network without a head go, so that they keep their places."""
+    if architecture.head is not None:
+        return {}
+    axis = ("embed", POOL_OUT) if architecture.pool.width else ("embed*2" if architecture.pool.kind == "token_mean" else "embed", HEAD_IN)
+    width = architecture.classes
+    places = torch.arange(width) if architecture.feature_writes is None else torch.tensor(architecture.feature_writes)
+    kept = places[indices[axis]].tolist()
+    return {"feature_width": None, "feature_writes": None} if len(kept) == width else {"feature_width": width, "feature_writes": tuple(kept)}
 
 
 class _Embed:
@@ -120,7 +142,7 @@ class _Embed:
             if branch.post_norm is not None:
                 self._live |= self._seen(branch.writes, site_out(branch))
         stem = self._seen(architecture.stem_writes, STEM_OUT)
-        if architecture.stem_norm is not None:
+        if architecture.stem_norm is not None or architecture.patch_norm is not None:
             self._live |= stem
         self._place = torch.cumsum(self._live, 0) - 1
         self.width = int(self._live.sum())
@@ -157,7 +179,7 @@ def _plan_branch(step: int, position: int, branch: BranchSpec, mask: StructuredM
     rows, writes = embed.locate(branch.writes, site_out(branch), writing=True)
     if not len(rows):
         return None
-    core, kept = _plan_core(branch, mask)
+    core, kept, leaves = _plan_core(branch, mask)
     if not len(columns) and not isinstance(core, ConstantSpec):
         raise AssertionError(f"{branch.name} reads nothing, which StructuredMask.check refuses")
     constant = isinstance(core, ConstantSpec) and not isinstance(branch.core, ConstantSpec)
@@ -167,63 +189,32 @@ def _plan_branch(step: int, position: int, branch: BranchSpec, mask: StructuredM
     spec = branch.model_copy(
         update={
             "core": core,
-            "norm": None if isinstance(core, ConstantSpec) else _resize(branch.norm, len(columns)),
-            "post_norm": None if isinstance(core, ConstantSpec) else _resize(branch.post_norm, len(rows)),
+            "norm": None if isinstance(core, ConstantSpec) else resize(branch.norm, len(columns)),
+            "post_norm": None if isinstance(core, ConstantSpec) else resize(branch.post_norm, len(rows)),
             "layer_scale": branch.layer_scale and not isinstance(core, ConstantSpec),
             "reads": None if isinstance(core, ConstantSpec) else reads,
             "writes": writes,
         }
     )
     slices = {name: tuple(_index(axis, indices) for axis in axes) for name, axes in branch_axes(branch).items()}
-    if isinstance(spec.core, AttentionSpec) and isinstance(branch.core, AttentionSpec) and spec.core.qk_norm_per_head and not branch.core.qk_norm_per_head:
-        for name in ("q_norm", "k_norm"):
-            # One weight for all heads becomes one a head: indices of shape (heads, qk) into the old (qk,).
-            slices[f"core.{name}.weight"] = slices[f"core.{name}.bias"] = (kept["qk each", branch.name],)
+    slices |= {f"core.{leaf}": index for leaf, index in leaves.items()}
     return BranchPlan(step, position, spec, slices, constant)
 
 
-def _plan_core(branch: BranchSpec, mask: StructuredMask) -> tuple[Core, dict[tuple[str, str], Tensor]]:
+def _plan_core(branch: BranchSpec, mask: StructuredMask) -> tuple[Core, dict[tuple[str, str], Tensor], Mapping[str, tuple[Index, ...]]]:
     core, name = branch.core, branch.name
     if isinstance(core, AttentionSpec):
-        heads = torch.nonzero(keep_heads(mask, core, name)).flatten()
-        qk, v = keep_columns(mask, core, name, "qk"), keep_columns(mask, core, name, "v")
-        if not len(heads) or not bool(v.any()):
-            return ConstantSpec(), {}
-        qk_width, v_width = int(qk[heads[0]].sum()), int(v[heads[0]].sum())
-        same = bool((qk[heads] == qk[heads[0]]).all())
-        split = not same and core.q_norm is not None and not core.qk_norm_per_head
-        each = torch.stack([torch.nonzero(row).flatten() for row in qk[heads]])
-        new = core.model_copy(
-            update={
-                "heads": len(heads),
-                "qk": qk_width,
-                "v": v_width,
-                "scale": kept_scale(core, qk_width, mask),
-                "q_norm": _resize(core.q_norm, qk_width),
-                "k_norm": _resize(core.k_norm, qk_width),
-                "qk_norm_per_head": core.qk_norm_per_head or split,
-                "out_norm": _resize(core.out_norm, len(heads) * v_width),
-            }
-        )
-        return new, {
-            ("head", name): heads,
-            ("qk", name): each[0],
-            ("qk each", name): each,
-            ("head*qk", name): torch.nonzero(qk.flatten()).flatten(),
-            ("head*v", name): torch.nonzero(v.flatten()).flatten(),
-        }
+        cut = cut_attention(core, name, mask)
+        if cut is None:
+            return ConstantSpec(), {}, {}
+        return cut.spec, {(dimension, name): index for dimension, index in cut.indices.items()}, cut.leaves
     if isinstance(core, FfnSpec):
         keep = mask.get("ffn", name)
         hidden = torch.arange(core.hidden) if keep is None else torch.nonzero(keep).flatten()
         if not len(hidden):
-            return ConstantSpec(), {}
-        return core.model_copy(update={"hidden": len(hidden), "norm": _resize(core.norm, len(hidden))}), {("ffn", name): hidden}
-    return core, {}
-
-
-def kept_scale(core: AttentionSpec, kept: int, mask: StructuredMask) -> float:
-    """The softmax scale after the cut: times sqrt(qk / kept) where the mask was learned with 1/sqrt(kept)."""
-    return core.scale * math.sqrt(core.qk / kept) if mask.scale == "kept" else core.scale
+            return ConstantSpec(), {}, {}
+        return core.model_copy(update={"hidden": len(hidden), "norm": resize(core.norm, len(hidden))}), {("ffn", name): hidden}, {}
+    return core, {}, {}
 
 
 def _has_constant(branch: BranchSpec) -> bool:
@@ -235,7 +226,3 @@ def _has_constant(branch: BranchSpec) -> bool:
 
 def _index(axis: Axis, indices: Mapping[tuple[str, str], Tensor]) -> Tensor | None:
     return indices.get((axis.dimension, axis.site))
-
-
-def _resize(norm: NormSpec | None, width: int) -> NormSpec | None:
-    return None if norm is None else norm.model_copy(update={"width": width})

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..architecture import Architecture
 from ..vit.model import CompactModel
 from . import timm_attention, timm_block, timm_mlp, timm_vit  # noqa: F401 - they register themselves
-from .registry import find
+from .registry import Piece, find
 
 
 def lift(model: nn.Module) -> CompactModel:
@@ -22,9 +23,19 @@ def lift(model: nn.Module) -> CompactModel:
         return model
     from ..compactor import build
 
-    with torch.no_grad():
-        piece = find("model", model, "")(model, "")
-        state = {name: tensor.detach().clone() for name, tensor in piece.tensors.items()}
-    lifted = build(piece.spec, state)
+    piece = read(model)
+    lifted = build(piece.spec, {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in piece.tensors.items()})
     lifted.train(model.training)
     return lifted
+
+
+def read(model: nn.Module) -> Piece[Architecture]:
+    """The architecture of a network and its tensors, which are views of the model's own wherever they can be.
+
+    Errors: UnsupportedModel with the path and type of the first module that no rule covers.
+    """
+    if isinstance(model, CompactModel):
+        return Piece(model.architecture, model.state_dict())
+    with torch.no_grad():
+        piece: Piece[Architecture] = find("model", model, "")(model, "")
+    return Piece(piece.spec, {name: tensor.detach() for name, tensor in piece.tensors.items()})

@@ -35,8 +35,8 @@ class Branch(nn.Module):
         width_in = embed if spec.reads is None else len(spec.reads)
         width_out = embed if spec.writes is None else len(spec.writes)
         # Rebuilt from the architecture, hence not part of the saved state.
-        self.register_buffer("reads", None if spec.reads is None else torch.tensor(spec.reads), persistent=False)
-        self.register_buffer("writes", None if spec.writes is None else torch.tensor(spec.writes), persistent=False)
+        self.register_buffer("reads", None if spec.reads is None else torch.tensor(spec.reads, device="cpu"), persistent=False)
+        self.register_buffer("writes", None if spec.writes is None else torch.tensor(spec.writes, device="cpu"), persistent=False)
         self.norm = Norm(spec.norm) if spec.norm else None
         self.core = _core(spec, width_in, width_out)
         self.post_norm = Norm(spec.post_norm) if spec.post_norm else None

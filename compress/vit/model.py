@@ -5,40 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..architecture import Architecture, AttentionSpec
+from ..architecture import Architecture, AttentionSpec, Indices
 from .branch import Branch
+from .ffn import ACTIVATIONS
 from .norm import Norm
+from .pool import AttentionPool, Refine
+from .stem import ConvAct
 
 
 class CompactModel(nn.Module):
-    """A Vision Transformer rebuilt from plain data: images (batch, channels, height, width) -> logits (batch, classes).
+    """A Vision Transformer rebuilt from plain data: images (batch, channels, height, width) -> logits (batch, classes), or features.
 
     It is the one module of this project: a lifted dense model, a model in training and a cut model differ only in their architecture.
     """
 
     head_reads: Tensor | None
     stem_writes: Tensor | None
+    feature_writes: Tensor | None
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        embed, channels = architecture.embed, architecture.image[0]
-        patch = architecture.stem.patch
+        embed, channels, stem = architecture.embed, architecture.image[0], architecture.stem
         filled = architecture.read_width(architecture.stem_writes)
-        self.register_buffer("stem_writes", None if architecture.stem_writes is None else torch.tensor(architecture.stem_writes), persistent=False)
-        self.stem = nn.Conv2d(channels, filled, patch, stride=patch, bias=architecture.stem.bias)
+        self._index("stem_writes", architecture.stem_writes)
+        inputs = [channels, *(conv.channels for conv in stem.before)]
+        self.before = nn.Sequential(*(ConvAct(conv, width) for conv, width in zip(stem.before, inputs, strict=False))) if stem.before else None
+        self.stem = nn.Conv2d(inputs[-1], filled, stem.patch, stride=stem.stride or stem.patch, padding=stem.padding, bias=stem.bias)
         self.prefix = nn.Parameter(torch.zeros(architecture.prefix, filled)) if architecture.prefix else None
         patches = architecture.tokens - architecture.prefix
         self.position = nn.Parameter(torch.zeros(patches, filled)) if architecture.position else None
+        self.patch_norm = Norm(architecture.patch_norm) if architecture.patch_norm else None
         self.stem_norm = Norm(architecture.stem_norm) if architecture.stem_norm else None
         self.steps = nn.ModuleList(nn.ModuleList(Branch(branch, embed) for branch in step) for step in architecture.steps)
-        self.register_buffer("head_reads", None if architecture.head_reads is None else torch.tensor(architecture.head_reads), persistent=False)
+        self._index("head_reads", architecture.head_reads)
         self.norm = Norm(architecture.norm) if architecture.norm else None
+        pool = architecture.pool
+        self.refine = Refine(pool.refine) if pool.refine else None
+        self.pool = AttentionPool(pool, architecture.read_width(architecture.head_reads)) if pool.kind == "attention" else None
         self.pool_norm = Norm(architecture.pool_norm) if architecture.pool_norm else None
-        width = architecture.read_width(architecture.head_reads)
-        self.head = nn.Linear(width, architecture.classes, bias=architecture.head.bias)
-        distilled = architecture.pool.kind == "distilled"
-        self.head_dist = nn.Linear(width, architecture.classes, bias=architecture.head.bias) if distilled else None
+        self._index("feature_writes", architecture.feature_writes)
+        head, width = architecture.head, architecture.head_width
+        self.pre_head = nn.Linear(width, head.hidden) if head is not None and head.hidden else None
+        width = head.hidden if head is not None and head.hidden else width
+        self.head = nn.Linear(width, head.classes, bias=head.bias) if head is not None else None
+        self.head_dist = nn.Linear(width, head.classes, bias=head.bias) if head is not None and architecture.classifiers == 2 else None
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, classes)."""
@@ -59,7 +70,11 @@ class CompactModel(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """The stem: (batch, channels, height, width) -> (batch, tokens, embed)."""
+        if self.before is not None:
+            images = self.before(images)
         x = self.stem(images).flatten(2).transpose(1, 2)
+        if self.patch_norm is not None:
+            x = self.patch_norm(x)
         if self.position is not None:
             x = x + self.position
         if self.prefix is not None:
@@ -71,9 +86,8 @@ class CompactModel(nn.Module):
         return x
 
     def classify(self, x: Tensor) -> Tensor:
-        """(batch, tokens, embed) -> (batch, classes)."""
-        kind, prefix = self.architecture.pool.kind, self.architecture.prefix
-        wanted = self.architecture.pooled_prefix
+        """(batch, tokens, embed) -> (batch, classes), or features where there is no head."""
+        kind, wanted = self.architecture.pool.kind, self.architecture.pooled_prefix
         if wanted:
             # Norm works token by token, so the others need none.
             x = x[:, :wanted]
@@ -81,18 +95,47 @@ class CompactModel(nn.Module):
             x = x.index_select(-1, self.head_reads)
         if self.norm is not None:
             x = self.norm(x)
+        if self.refine is not None:
+            x = self.refine(x)
         if kind == "distilled":
-            assert self.head_dist is not None
-            heads: Tensor = (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
-            return heads
-        if kind == "token":
-            x = x[:, 0]
-        else:
-            x = (x if kind == "mean_all" else x[:, prefix:]).mean(dim=1)
+            return (self._answer(x[:, 0]) + self._answer(x[:, 1], self.head_dist)) / 2
+        if kind == "dense":
+            patches = self._answer(x[:, self.architecture.prefix :], self.head_dist)
+            return self._answer(x[:, 0]) + 0.5 * patches.amax(dim=1)
+        x = self._pooled(x)
         if self.pool_norm is not None:
             x = self.pool_norm(x)
-        logits: Tensor = self.head(x)
-        return logits
+        return self._answer(x)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        kind, prefix = self.architecture.pool.kind, self.architecture.prefix
+        if self.pool is not None:
+            pooled: Tensor = self.pool(x if self.architecture.pool.prefix else x[:, prefix:])
+            return pooled
+        if kind == "token":
+            return x[:, 0]
+        if kind == "token_mean":
+            return torch.cat([x[:, 0], x[:, prefix:].mean(dim=1)], dim=-1)
+        if not kind.endswith("_all"):
+            x = x[:, prefix:]
+        if kind.startswith("mean"):
+            return x.mean(dim=1)
+        return x.amax(dim=1) if kind.startswith("max") else 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+
+    def _answer(self, x: Tensor, classifier: nn.Linear | None = None) -> Tensor:
+        head, classifier = self.architecture.head, classifier or self.head
+        if head is None or classifier is None:
+            if self.feature_writes is None:
+                return x
+            width = self.architecture.classes
+            return x.new_zeros(*x.shape[:-1], width).index_copy(-1, self.feature_writes, x)
+        if self.pre_head is not None:
+            x = ACTIVATIONS[head.hidden_act](self.pre_head(x))
+        return ACTIVATIONS[head.act](classifier(x))
+
+    def _index(self, name: str, indices: Indices | None) -> None:
+        # Part of the architecture, hence not saved; real numbers even where the rest is built without memory.
+        self.register_buffer(name, None if indices is None else torch.tensor(indices, device="cpu"), persistent=False)
 
     def _last_attention(self) -> int | None:
         """The step after which tokens no longer meet, when the head reads prefix tokens only."""
