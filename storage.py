@@ -18,7 +18,7 @@ def replace_file(path: Path | str, content: bytes | str) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one, never half of either."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -42,7 +42,7 @@ def replace_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Pa
     """
     final = Path(final)
     require_empty(final, overwrite=overwrite)
-    with _disk_errors(final):
+    with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
         try:
@@ -81,7 +81,8 @@ def sha256_file(path: Path | str) -> str:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line for the user; `path` is what was being written."""
     try:
         yield
     except OSError as error:
