@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from .architecture import Architecture
+from .axes import POOL_SITES
 from .count import count_macs, count_params
-from .mask import SHARED, StructuredMask, sites
+from .mask import SHARED, StructuredMask, sites, together
 from .plan import plan
 
 Saliency = Mapping[str, Mapping[str, Tensor]]
@@ -80,7 +81,10 @@ def snap(
 
 @dataclass
 class _Group:
-    """One entry of the mask: `order` (rows, total) lists its units from the one kept first to the one kept last; `scores` in that order."""
+    """One entry of the mask, counted in units that go together (`members`, mostly one index a unit).
+
+    `order` (rows, total) lists the units from the one kept first to the one kept last; `scores` in that order.
+    """
 
     dimension: str
     site: str
@@ -89,6 +93,7 @@ class _Group:
     rungs: list[int]
     order: Tensor
     scores: Tensor
+    members: Tensor
     flat: bool
 
     def below(self, count: int) -> int:
@@ -111,7 +116,9 @@ class _Group:
 
     def keep(self, count: int) -> Tensor:
         """The mask entry that keeps the first `count` units."""
-        keep = torch.zeros(self.order.shape, dtype=torch.bool).scatter_(1, self.order[:, :count], True)
+        units = torch.zeros(self.order.shape, dtype=torch.bool).scatter_(1, self.order[:, :count], True)
+        keep = torch.zeros(len(units), self.members.numel(), dtype=torch.bool)
+        keep[:, self.members] = units[:, :, None].expand(-1, -1, self.members.shape[1])
         return keep[0] if self.flat else keep
 
 
@@ -184,17 +191,21 @@ def _groups(mask: StructuredMask, architecture: Architecture, round_to: int, sal
         if dimension not in ROUNDED or not bool(keep.any()):
             continue
         rows = keep if keep.ndim == 2 else keep[None]
-        count, total = int(rows[0].sum()), rows.shape[1]
+        members = together(architecture, dimension, site)
+        units = rows[:, members].all(dim=-1)
+        count, (total, size) = int(units[0].sum()), members.shape
         step = round_to
         if dimension in ("qk", "v"):
             heads = _kept_heads(mask, architecture, site)
             if heads == 0:
                 continue
             step = round_to // math.gcd(heads, round_to)
-        scores = _scores(saliency.get(dimension, {}), site, rows)
+        step = math.lcm(step, size) // size
+        scores = _scores(saliency.get(dimension, {}), site, rows)[:, members].sum(dim=-1)
         # Kept units come before removed ones, and among equals the earlier index.
-        order = torch.argsort(scores + rows * (scores.abs().max() * 2 + 1), dim=1, descending=True, stable=True)
-        groups.append(_Group(dimension, site, total, count, _rungs(total, step, count), order, scores.gather(1, order), keep.ndim == 1))
+        order = torch.argsort(scores + units * (scores.abs().max() * 2 + 1), dim=1, descending=True, stable=True)
+        rungs = _rungs(total, step, count)
+        groups.append(_Group(dimension, site, total, count, rungs, order, scores.gather(1, order), members, keep.ndim == 1))
     return groups
 
 
@@ -212,7 +223,7 @@ def _kept_heads(mask: StructuredMask, architecture: Architecture, site: str) -> 
     """Heads that stay at a site; for a shared entry, at the sites that share it (their greatest common divisor)."""
     found = sites(architecture, "head")
     kept = 0
-    for name in found if site == SHARED else [site]:
+    for name in [name for name in found if name not in POOL_SITES] if site == SHARED else [site]:
         heads = mask.get("head", name)
         kept = math.gcd(kept, found[name] if heads is None else int(heads.sum()))
     return kept
@@ -222,10 +233,11 @@ def _scores(entries: Mapping[str, Tensor], site: str, rows: Tensor) -> Tensor:
     """(rows, total) scores at a site: the entry itself, the shared one, or for a shared site the sum of all."""
     if site in entries:
         found = entries[site]
-    elif SHARED in entries:
+    elif SHARED in entries and site not in POOL_SITES:
         found = entries[SHARED]
-    elif site == SHARED and entries:
-        found = torch.stack([entry.reshape(-1, entry.shape[-1]).sum(dim=0) for entry in entries.values()]).sum(dim=0)
+    elif site == SHARED and any(name not in POOL_SITES for name in entries):
+        shared = [entry for name, entry in entries.items() if name not in POOL_SITES]
+        found = torch.stack([entry.reshape(-1, entry.shape[-1]).sum(dim=0) for entry in shared]).sum(dim=0)
     else:
         found = torch.ones(rows.shape[1])
     found = found.detach().float().cpu().reshape(-1, found.shape[-1])

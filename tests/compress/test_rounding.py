@@ -115,3 +115,18 @@ def test_what_cannot_be_met_is_said(demo: Architecture) -> None:
         snap(mask, demo, 0)
     with pytest.raises(InputError, match="has 3 scores"):
         snap(mask, demo, 8, saliency={"embed": {"*": torch.ones(3)}})
+
+
+def test_rope_pairs_stay_whole(demo: Architecture) -> None:
+    data = demo.model_dump(by_alias=True)
+    for step in data["steps"]:
+        for branch in step:
+            if branch["core"]["kind"] == "attention":
+                branch["core"]["rope"] = {"layout": "half", "tokens": demo.tokens - 1, "prefix": 1}
+    turned = Architecture.model_validate(data)
+    mask = StructuredMask.random(turned, {"qk": 0.4, "embed": 0.7}, seed=4)
+    snapped = snap(mask, turned, 16)
+    snapped.check(turned)
+    for _, keep in snapped.kept["qk"].items():
+        assert torch.equal(keep[:16], keep[16:])
+        assert int(keep.sum()) * 4 % 16 == 0
