@@ -249,15 +249,20 @@ def _find(source: str | Path | None) -> Path:
     raise InputError(f"{path}: no such recipe; name a TOML file, or one of {', '.join(recipe_names())}")
 
 
-def _with_set(recipe: Recipe, item: str) -> Recipe:
+def parse_value(item: str, option: str, form: str = "KEY=VALUE") -> tuple[str, Any]:
+    """`key=value` of a command-line option, split; the value is TOML, a bare word a string. Errors: InputError naming the option."""
     key, equals, text = item.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
-        raise InputError(f"--set {item}: write section.key=value, e.g. --set masks.params=0.3")
+        raise InputError(f"{option} {item}: write {option} {form}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        return key, text.strip()
+
+
+def _with_set(recipe: Recipe, item: str) -> Recipe:
+    key, value = parse_value(item, "--set", "section.key=value, e.g. --set masks.params=0.3")
     tables = recipe.plain()
     *sections, last = key.split(".")
     if sections == ["masks"] and last in ("params", "macs", "lambda"):

@@ -29,20 +29,27 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, *, resume: bool, overwrite: bool) -> RunFolder:
-        """Errors: InputError if the folder holds something and neither resume nor overwrite is given, or is no run folder."""
-        held = path.is_dir() and any(path.iterdir())
-        ours = (path / LEDGER).is_file()
-        if path.is_file():
-            require_empty(path)
-        if held and not ours:
-            raise InputError(f"{path}: the folder is not empty and is no run of vitrim; name another one with --out")
-        if held and not resume and not overwrite:
-            raise InputError(f"{path}: holds an earlier run; --resume continues it, --overwrite starts anew, --out names another folder")
-        if held and overwrite:
+        """The folder, made if need be, emptied with `overwrite`. Errors: as `check`."""
+        cls.check(path, resume=resume, overwrite=overwrite)
+        if overwrite and path.is_dir():
             shutil.rmtree(path)
         folder = cls(path)
         folder._write()
         return folder
+
+    @staticmethod
+    def check(path: Path, *, resume: bool, overwrite: bool) -> None:
+        """Errors: InputError if the folder holds something and neither resume nor overwrite is given, or is no run folder."""
+        if path.is_file():
+            require_empty(path)
+        held = path.is_dir() and any(path.iterdir())
+        if held and not (path / LEDGER).is_file():
+            raise InputError(f"{path}: the output folder is not empty and is no run of vitrim; name another one with --out")
+        if held and not resume and not overwrite:
+            raise InputError(
+                f"{path}: the output folder is not empty, it holds an earlier run; --resume continues it, --overwrite starts anew, "
+                "--out names another one"
+            )
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

@@ -14,9 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .compress.files import ARCHITECTURE, load
+from .compress.data.known import default_preprocessing
+from .compress.data.preprocessing import Preprocessing
+from .compress.files import ARCHITECTURE, load, read_architecture
+from .compress.lift import lift
 from .errors import InputError
 from .recipe import ModelSection
+from .storage import sha256_file
 
 # Where trainers put the weights inside a checkpoint, the averaged ones first.
 _NESTS = ("model_ema", "state_dict_ema", "state_dict", "model", "net", "module")
@@ -41,6 +45,42 @@ def source_model(section: ModelSection, classes: int) -> nn.Module:
     return model.eval()
 
 
+def image_of(section: ModelSection) -> tuple[int, int, int]:
+    """(channels, height, width) that the model reads, without making its weights. Errors: as `source_model`, and UnsupportedModel."""
+    if section.checkpoint is not None and Path(section.checkpoint).is_dir():
+        return read_architecture(Path(section.checkpoint) / ARCHITECTURE).image
+    with torch.device("meta"):
+        return lift(build(section.name, section.overrides)).architecture.image
+
+
+def preprocessing_of(section: ModelSection, data: str, image: tuple[int, int, int]) -> Preprocessing:
+    """How pictures become inputs: as the published weights were trained, or else by the data set's own figures."""
+    usual = default_preprocessing(data, image)
+    if not section.pretrained:
+        return usual
+    config = timm.get_pretrained_cfg(section.name)
+    if config is None or len(config.mean) != image[0]:
+        return usual
+    return usual.model_copy(update={"mean": tuple(config.mean), "std": tuple(config.std), "interpolation": config.interpolation})
+
+
+def weights_digest(section: ModelSection) -> str:
+    """SHA-256 over the files that `model.checkpoint` names, so that a changed checkpoint is another recipe; empty without one."""
+    if section.checkpoint is None:
+        return ""
+    path = Path(section.checkpoint)
+    files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+    return " ".join(sha256_file(part) for part in files)
+
+
+def classes_in(path: Path) -> int:
+    """How many classes the checkpoint file was trained for. Errors: InputError if it has no classifier of timm's name."""
+    head = read_weights(path).get("head.weight")
+    if head is None:
+        raise InputError(f"{path}: it has no head.weight, so the number of classes is not known; add --override num_classes=N")
+    return int(head.shape[0])
+
+
 def build(name: str, overrides: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """`timm.create_model`, with its many errors told as one line each."""
     if not timm.is_model(name.split(".")[0]):
@@ -52,7 +92,7 @@ def build(name: str, overrides: Mapping[str, Any], *, pretrained: bool = False) 
     except (TypeError, ValueError, AssertionError, KeyError, RuntimeError, AttributeError) as error:
         raise InputError(f"model.name = {name!r}: timm cannot build it with {dict(overrides)}: {_first_line(error)}") from error
     except OSError as error:
-        raise InputError(f"model.pretrained: the weights of {name!r} could not be fetched ({_first_line(error)}); name a checkpoint") from error
+        raise InputError(f"model.pretrained: no weights for {name!r} could be had ({_first_line(error)}); name a checkpoint") from error
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
@@ -82,7 +122,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a whole checkpoint file ({_first_line(error)})") from error
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path}: it holds more than tensors and could run code, so it is not read; save its state_dict() alone") from error
+        raise InputError(f"{path}: it holds more than tensors and could run code, so it is not read; save its state_dict()") from error
     for nest in _NESTS:
         if isinstance(found, dict) and isinstance(found.get(nest), dict):
             found = found[nest]

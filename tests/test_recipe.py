@@ -135,9 +135,9 @@ def test_set_of_another_amount_means_that_one_instead() -> None:
     ("item", "words"),
     [
         ("masks.parms=1", "--set masks.parms=1: unknown key `masks.parms`; the nearest valid key is `masks.params`"),
-        ("masks.params=much", 'wanted a number'),
-        ("masks.params", "write section.key=value"),
-        ("=3", "write section.key=value"),
+        ("masks.params=much", "wanted a number"),
+        ("masks.params", "write --set section.key=value"),
+        ("=3", "write --set section.key=value"),
         ("data.name.x=3", "`name` is a value, not a table"),
     ],
 )

@@ -1,0 +1,135 @@
+"""`vitrim doctor`: what this machine has, what it lacks, and what the missing piece would enable."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+State = Literal["ok", "missing", "broken"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination. `needed`: vitrim's main job cannot do without it."""
+
+    name: str
+    state: State
+    words: str
+    needed: bool = False
+
+
+# (distribution, module, needed, what it is for)
+PACKAGES = (
+    ("torch", "torch", True, "training and the surgery"),
+    ("timm", "timm", True, "models, augmentation and schedules"),
+    ("onnx", "onnx", True, "export"),
+    ("onnxscript", "onnxscript", True, "export from torch"),
+    ("onnxsim", "onnxsim", True, "a tidier exported graph"),
+    ("onnxruntime", "onnxruntime", True, "running and measuring artifacts"),
+    ("datasets", "datasets", True, "data sets from the hub"),
+    ("matplotlib", "matplotlib", True, "pictures in reports"),
+    ("apache-tvm", "tvm", False, "compiling for targets without ONNX Runtime (pip install 'vitrim[tvm]')"),
+    ("torchvision", "torchvision", True, "timm's transforms"),
+    ("transformers", "transformers", False, "lifting ViTs of the transformers library"),
+    ("torch-pruning", "torch_pruning", False, "the comparison with Torch-Pruning (pip install 'vitrim[benchmarks]')"),
+)
+PROGRAMS = (
+    (("chromium", "chromium-browser", "google-chrome"), "looking at reports in a real browser, in the tests (Debian: chromium)"),
+    (("ssh",), "measuring on another machine (Debian: openssh-client)"),
+    (("g++", "c++"), "the native runner (Debian: g++)"),
+    (("cmake",), "building the native runner (Debian: cmake)"),
+    (("qemu-aarch64", "qemu-aarch64-static"), "trying ARM artifacts without a board (Debian: qemu-user)"),
+)
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def doctor() -> None:
+    """Look at what is installed: one line each, and what a missing piece would enable.
+
+    Leaves with exit code 1 if something that vitrim needs is missing or broken.
+
+    [bold]Example[/bold]
+
+      vitrim doctor
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    marks = {"ok": "[green]ok     [/green]", "missing": "[yellow]missing[/yellow]", "broken": "[red]broken [/red]"}
+    sick = False
+    for finding in examine():
+        console.print(f"{marks[finding.state]} {finding.name}: {finding.words}", soft_wrap=True)
+        sick |= finding.needed and finding.state != "ok"
+    if sick:
+        raise typer.Exit(1)
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding, the machine first."""
+    yield Finding("machine", "ok", _machine())
+    yield _python()
+    for distribution, module, needed, purpose in PACKAGES:
+        yield _package(distribution, module, needed, purpose)
+    yield _pair()
+    for names, purpose in PROGRAMS:
+        found = next((path for path in map(shutil.which, names) if path), None)
+        yield Finding(names[0], "ok" if found else "missing", found or f"would enable {purpose}")
+    here = FASHION_MNIST.is_dir()
+    yield Finding(
+        "Fashion-MNIST",
+        "ok" if here else "missing",
+        str(FASHION_MNIST) if here else "would enable the full set without the network (Debian: dataset-fashion-mnist)",
+    )
+    yield _disk(Path.cwd())
+
+
+def _machine() -> str:
+    memory = ""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB of memory"
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{memory}"
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    right = tuple(map(int, version.split(".")[:2])) >= (3, 11)
+    return Finding("python", "ok" if right else "broken", version if right else f"{version}, but vitrim needs 3.11 or newer", needed=True)
+
+
+def _package(distribution: str, module: str, needed: bool, purpose: str) -> Finding:
+    # Found, not imported: importing all of them would take half a minute.
+    if importlib.util.find_spec(module) is None:
+        words = f"needed for {purpose}; pip install {distribution}" if needed else f"would enable {purpose}"
+        return Finding(distribution, "missing", words, needed)
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = "version unknown"
+    return Finding(distribution, "ok", f"{version}, {purpose.split(' (')[0]}", needed)
+
+
+def _pair() -> Finding:
+    try:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("torch and torchvision", "missing", "both are needed; pip install torch torchvision", needed=True)
+    local = {name: version.partition("+")[2] for name, version in versions.items()}
+    if local["torch"] != local["torchvision"]:
+        words = f"torch {versions['torch']} and torchvision {versions['torchvision']} are of different builds; install both from one index"
+        return Finding("torch and torchvision", "broken", words, needed=True)
+    return Finding("torch and torchvision", "ok", "of one build", needed=True)
+
+
+def _disk(folder: Path) -> Finding:
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    enough = free_gib >= 1.0
+    return Finding("disk", "ok" if enough else "broken", f"{free_gib:.1f} GiB free here" + ("" if enough else "; a run needs about 1 GiB"))

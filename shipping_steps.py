@@ -1,0 +1,203 @@
+"""The last links of the chain: artifacts from models, measurements from artifacts, and the report of them all."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .bench.measurement import Measurement
+from .bench.report.model import ArtifactEntry, ModelEntry, Report
+from .compress.count import count_macs, count_params
+from .compress.data.splits import DataSplits
+from .compress.vit.model import CompactModel
+from .export.artifact import Artifact
+from .kept_branches import kept_branches
+from .progress_lines import say, unit_count
+from .recipe import Recipe
+from .run_folder import RunFolder
+from .storage import replace_file
+from .training_steps import Cut
+
+ARTIFACTS, MEASUREMENTS = "artifacts", "measurements"
+VERSIONED = ("torch", "timm", "numpy", "onnx", "onnxruntime", "onnxsim")
+
+
+def artifact_names(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Which artifacts a run makes: name -> (model, precision). The baseline is always there in fp32, to be compared with."""
+    compact = {f"compact-{precision}": ("compact", precision) for precision in recipe.export.precisions}
+    return {"baseline-fp32": ("baseline", "fp32"), **compact}
+
+
+def export_all(
+    baseline: CompactModel, compact: CompactModel, data: DataSplits, recipe: Recipe, folder: RunFolder, *, quiet: bool
+) -> dict[str, Artifact]:
+    """Artifacts of both models; parity and int8 calibration on validation images."""
+    from .export.exporter import export
+
+    images, _ = data.val.arrays(recipe.export.calibration_images)
+    made: dict[str, Artifact] = {}
+    for name, (which, precision) in artifact_names(recipe).items():
+        say(f"exporting {name}", quiet=quiet)
+        made[name] = export(
+            {"baseline": baseline, "compact": compact}[which],
+            folder / f"{ARTIFACTS}/{name}",
+            target=recipe.export.target,
+            precision=precision,
+            preprocessing=data.preprocessing,
+            labels=list(data.labels),
+            images=images,
+            batch=recipe.export.batch,
+            overwrite=True,
+            name=name,
+            provenance={"recipe": recipe.name, "seed": str(recipe.train.seed), "data": data.name},
+        )
+    return made
+
+
+def load_artifacts(recipe: Recipe, folder: RunFolder) -> dict[str, Artifact]:
+    """The artifacts that `export_all` left in the run folder."""
+    return {name: Artifact.load(folder / f"{ARTIFACTS}/{name}") for name in artifact_names(recipe)}
+
+
+def measure_all(
+    artifacts: Mapping[str, Artifact], data: DataSplits, recipe: Recipe, folder: RunFolder, *, quiet: bool
+) -> dict[str, Measurement]:
+    """All artifacts measured in turns on this machine, each with its top-1 on the test images."""
+    from .bench.measure import measure_interleaved
+
+    say(f"measuring {', '.join(artifacts)} in turns", quiet=quiet)
+    with tempfile.TemporaryDirectory() as aside:
+        dataset = write_dataset(data, Path(aside) / "test.npz", recipe.bench.top1_images)
+        measured = measure_interleaved(
+            dict(artifacts), threads=recipe.bench.threads, dataset=dataset, time_limit_s=recipe.bench.time_limit_s, quiet=quiet
+        )
+    for name, measurement in measured.items():
+        measurement.save(folder / f"{MEASUREMENTS}/{name}.json")
+    return measured
+
+
+def write_dataset(data: DataSplits, path: Path, limit: int | None) -> Path:
+    """The test images as the runner reads them: uint8 `images` (N, C, H, W) and int64 `labels` (N,)."""
+    np.savez(path, images=np.asarray(data.test.pixels[:limit]), labels=np.asarray(data.test.targets[:limit]))
+    return path
+
+
+def load_measurements(recipe: Recipe, folder: RunFolder) -> dict[str, Measurement]:
+    """The measurements that `measure_all` left in the run folder."""
+    return {name: Measurement.load(folder / f"{MEASUREMENTS}/{name}.json") for name in artifact_names(recipe)}
+
+
+def write_report(
+    baseline: CompactModel,
+    compact: CompactModel,
+    cut: Cut,
+    artifacts: Mapping[str, Artifact],
+    measurements: Mapping[str, Measurement],
+    data: DataSplits,
+    recipe: Recipe,
+    folder: RunFolder,
+) -> Report:
+    """kept.json, report.json, report.md and report.html in the run folder."""
+    from .bench.report import load_run, render
+
+    replace_file(folder / "kept.json", json.dumps(kept_branches(baseline.architecture, compact.architecture), indent=1) + "\n")
+    models = {
+        name: _model_entry(model, [key for key, (which, _) in artifact_names(recipe).items() if which == name], artifacts, measurements)
+        for name, model in (("baseline", baseline), ("compact", compact))
+    }
+    parity = {"cut: masked against compact": cut.max_relative_error}
+    for name, artifact in artifacts.items():
+        parity |= {f"{name}: {stage.stage} against {stage.reference}": stage.max_relative_error for stage in artifact.manifest.parity}
+    report = Report.model_validate(
+        {
+            "schema": "vitrim.report/1",
+            "models": models,
+            "parity": parity,
+            "title": recipe.name,
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "recipe": recipe.name,
+            "data": data.name,
+            "seed": recipe.train.seed,
+            "data_seed": recipe.data.seed,
+            "versions": versions(),
+            "seconds": folder.seconds(),
+        }
+    )
+    replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
+    render(load_run(folder.path), folder.path)
+    return report
+
+
+def versions() -> dict[str, str]:
+    """vitrim, Python, and the libraries whose version a figure may depend on."""
+    found = {"vitrim": __version__, "python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def final_table(report: Report, folder: RunFolder) -> None:
+    """The run in one small table on standard output, and where the report is."""
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("model", "precision", "parameters", "MACs", "top-1", "p50", "faster", "memory", "file"):
+        table.add_column(column, justify="left" if column in ("model", "precision") else "right", no_wrap=True)
+    base = next((a.measurement for a in report.models["baseline"].artifacts if a.measurement), None)
+    for name, model in report.models.items():
+        for artifact in model.artifacts:
+            table.add_row(*_row(name, model, artifact, base))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _model_entry(
+    model: CompactModel, names: list[str], artifacts: Mapping[str, Artifact], measurements: Mapping[str, Measurement]
+) -> dict[str, Any]:
+    entries = [
+        {
+            "runtime": artifacts[name].manifest.runtime,
+            "precision": artifacts[name].manifest.precision,
+            "target": artifacts[name].manifest.target,
+            "bytes": measurements[name].file_bytes,
+            "measurement": measurements[name].to_dict(),
+        }
+        for name in names
+    ]
+    # The model's own accuracy is that of its first artifact: a file that ran, not the network it was written from.
+    return {
+        "params": count_params(model.architecture),
+        "macs": count_macs(model.architecture),
+        "top1": measurements[names[0]].top1,
+        "artifacts": entries,
+    }
+
+
+def _row(name: str, model: ModelEntry, artifact: ArtifactEntry, base: Measurement | None) -> list[str]:
+    measured = artifact.measurement
+    row = [name, artifact.precision, unit_count(model.params or 0), unit_count(model.macs or 0)]
+    if measured is None:
+        return [*row, "", "", "", "", f"{artifact.bytes / 1e6:.2f} MB"]
+    p50 = measured.summary().p50_s
+    memory = measured.beyond_floor_rss_bytes
+    return [
+        *row,
+        "" if measured.top1 is None else f"{100 * measured.top1:.2f} %",
+        f"{1e3 * p50:.2f} ms",
+        f"{base.summary().p50_s / p50:.2f}x" if base else "",
+        "" if memory is None else f"{memory / 1e6:.1f} MB",
+        f"{artifact.bytes / 1e6:.2f} MB",
+    ]
