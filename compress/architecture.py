@@ -363,6 +363,8 @@ class Architecture(Plain):
         _check_norm("patch_norm", self.patch_norm, self.read_width(self.stem_writes))
         _check_norm("norm", self.norm, self.read_width(self.head_reads))
         _check_norm("pool_norm", self.pool_norm, self.head_width)
+        if self.pool.refine is not None and self.norm is None:
+            raise ValueError("pool.refine needs the norm before it")
         if self.pool.refine is not None and sum(self.pool.refine.channels) != self.read_width(self.head_reads):
             raise ValueError(f"pool.refine has {sum(self.pool.refine.channels)} channels, the head reads {self.read_width(self.head_reads)}")
         if self.pool_norm is not None and self.pool.kind in ("distilled", "dense"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..vit.model import CompactModel
-from . import timm_attention, timm_block, timm_mlp, timm_vit  # noqa: F401 - they register themselves
+from . import timm_attention, timm_block, timm_mlp, timm_naflex, timm_parallel, timm_vit  # noqa: F401 - they register themselves
 from .registry import Piece, find
 
 

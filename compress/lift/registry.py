@@ -30,14 +30,27 @@ class Piece(Generic[SpecT]):
 
 Handler = Callable[..., Any]
 _HANDLERS: dict[str, dict[str, Handler]] = {}
+_FALLBACKS: dict[str, Handler] = {}
+# What does nothing outside of training.
+_INERT = ("Identity", "Dropout", "Dropout1d", "DropPath", "PatchDropout", "PatchDropoutWithIndices")
 
 
 def handles(kind: str, *type_names: str) -> Callable[[Handler], Handler]:
-    """Register a handler of `kind` (model, block, attention, ffn, norm, stem...) for fully qualified type names."""
+    """Register a handler of `kind` (model, block, attention, ffn, norm, position, pool...) for fully qualified type names."""
 
     def register(handler: Handler) -> Handler:
         for name in type_names:
             _HANDLERS.setdefault(kind, {})[name] = handler
+        return handler
+
+    return register
+
+
+def falls_back(kind: str) -> Callable[[Handler], Handler]:
+    """Register the handler that tries types of `kind` which nobody knows; it must prove what it finds."""
+
+    def register(handler: Handler) -> Handler:
+        _FALLBACKS[kind] = handler
         return handler
 
     return register
@@ -50,13 +63,29 @@ def type_name(module: nn.Module) -> str:
 
 def find(kind: str, module: nn.Module, path: str) -> Handler:
     """The handler for a module. Errors: UnsupportedModel with path, type and the known types."""
-    handler = _HANDLERS.get(kind, {}).get(type_name(module))
+    handler = _HANDLERS.get(kind, {}).get(type_name(module)) or _FALLBACKS.get(kind)
     if handler is None:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in _HANDLERS.get(kind, {})))
-        raise UnsupportedModel(f"{path or 'model'}: no rule for {kind} type {type_name(module)} (known: {known}); CONTRIBUTING.md says how to add one")
+        raise UnsupportedModel(refusal(kind, module, path))
+    if "forward" in vars(module):
+        raise UnsupportedModel(f"{path or 'model'}: this {type(module).__name__} has a forward of its own, set on the instance; no rule reads it")
+    _check_inert(module, path)
     return handler
 
 
+def refusal(kind: str, module: nn.Module, path: str) -> str:
+    """One line on a type that no rule covers."""
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in _HANDLERS.get(kind, {})}))
+    return f"{path or 'model'}: no rule for {kind} type {type_name(module)} (known: {known}); CONTRIBUTING.md says how to add one"
+
+
 def knows(kind: str, module: nn.Module) -> bool:
-    """Whether there is a handler for this module."""
+    """Whether there is a handler for this very type."""
     return type_name(module) in _HANDLERS.get(kind, {})
+
+
+def _check_inert(module: nn.Module, path: str) -> None:
+    """Refuse a dropout that was replaced by something that computes. Handlers skip these children."""
+    for name, child in module.named_children():
+        if (name.startswith("drop") or name.endswith("_drop")) and type(child).__name__ not in _INERT:
+            where = f"{path}.{name}" if path else name
+            raise UnsupportedModel(f"{where}: {type_name(child)} where a dropout was expected")

@@ -1,4 +1,4 @@
-"""timm's plain Vision Transformer and DeiT, with and without class, distillation and register tokens."""
+"""timm's Vision Transformers: VisionTransformer, DeiT, EVA, BEiT and the relative-position family."""
 
 from __future__ import annotations
 
@@ -8,60 +8,95 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
-from ..architecture import Architecture, BranchSpec, HeadSpec, PoolSpec, StemSpec
-from .parts import absent, linear, norm, present, under
-from .registry import Piece, find, handles, type_name
+from ..architecture import Architecture, PoolSpec, StemSpec
+from .assembly import assemble, classifier, lift_blocks
+from .parts import absent
+from .positions import Places
+from .registry import Piece, handles, type_name
+from .stem import conv_stem
+from .timm_bias import relative_bias
+from .timm_pool import attention_pool
+from .timm_rope import rope_tables
 
 
-@handles(
-    "model", "timm.models.vision_transformer.VisionTransformer", "timm.models.deit.VisionTransformerDistilled"
-)
+@handles("model", "timm.models.vision_transformer.VisionTransformer")
 def vision_transformer(model: Any, path: str) -> Piece[Architecture]:
-    """The whole network."""
-    distilled = type_name(model).endswith("Distilled")
+    """The plain one, with any of its options."""
+    return _network(model, places=_places(model), pool=pooling(model), head=classifier(model.head, "head"))
+
+
+@handles("model", "timm.models.deit.VisionTransformerDistilled")
+def distilled(model: Any, path: str) -> Piece[Architecture]:
+    """A class and a distillation token, each with a classifier; the answer is their mean."""
+    if model.distilled_training and model.training:
+        raise UnsupportedModel("distilled_training: two answers at once have no rule; call set_distilled_training(False)")
+    head = classifier(model.head, "head", None if absent(model.head_dist) else (model.head_dist, "head_dist"))
+    return _network(model, places=_places(model), pool=Piece(PoolSpec(kind="distilled")), head=head, pool_norm=False)
+
+
+@handles("model", "timm.models.eva.Eva")
+def eva(model: Any, path: str) -> Piece[Architecture]:
+    """EVA: rope at the model level."""
+    places = _places(model)[0]
+    tables = rope_tables(model.rope, "rope", places.grid, len(model.blocks), dynamic=model.dynamic_img_size)
+    each = [Places(places.grid, places.prefix, rope=table) for table in tables]
+    return _network(model, places=each, pool=pooling(model, prefix=True), head=classifier(model.head, "head"))
+
+
+@handles("model", "timm.models.beit.Beit")
+def beit(model: Any, path: str) -> Piece[Architecture]:
+    """BEiT: relative biases a block, or one that all share."""
+    places = _places(model)[0]
+    shared = relative_bias(model.rel_pos_bias, "rel_pos_bias", places)
+    each = [Places(places.grid, places.prefix, bias=shared)] * len(model.blocks)
+    return _network(model, places=each, pool=pooling(model), head=classifier(model.head, "head"))
+
+
+@handles("model", "timm.models.vision_transformer_relpos.VisionTransformerRelPos")
+def relpos(model: Any, path: str) -> Piece[Architecture]:
+    """Relative biases instead of positions added to tokens."""
+    places = _places(model)[0]
+    shared = relative_bias(model.shared_rel_pos, "shared_rel_pos", places)
+    each = [Places(places.grid, places.prefix, bias=shared)] * len(model.blocks)
+    return _network(model, places=each, pool=pooling(model), head=classifier(model.head, "head"))
+
+
+def _network(model: Any, *, places: list[Places], pool: Piece[PoolSpec], head: Any, pool_norm: bool = True) -> Piece[Architecture]:
     patch_embed = model.patch_embed
-    stem = patch_stem(patch_embed, "patch_embed")
     prefix, position = tokens(model)
-    pre, final, pooled = norm(model.norm_pre, "norm_pre"), norm(model.norm, "norm"), norm(model.fc_norm, "fc_norm")
-    if model.attn_pool is not None:
-        raise UnsupportedModel(f"attn_pool: no rule for pooling by {type_name(model.attn_pool)}")
-    steps, tensors = blocks(model.blocks, "blocks")
-    tensors |= stem.under("stem") | present({"prefix": prefix, "position": position})
-    for name, piece in (("stem_norm", pre), ("norm", final), ("pool_norm", pooled)):
-        if piece is not None:
-            tensors |= piece.under(name)
-    head = classifier(model.head, "head")
-    tensors |= under("head", head)
-    if distilled:
-        tensors |= under("head_dist", classifier(model.head_dist, "head_dist"))
-    height, width = patch_embed.img_size
-    architecture = Architecture(
-        image=(patch_embed.proj.in_channels, height, width),
-        embed=model.embed_dim,
-        stem=stem.spec,
-        prefix=0 if prefix is None else prefix.shape[0],
-        position=position is not None,
-        stem_norm=pre and pre.spec,
-        steps=steps,
-        norm=final and final.spec,
-        pool=PoolSpec(kind="distilled" if distilled else pooling(model)),  # type: ignore[arg-type]
-        pool_norm=pooled and pooled.spec,
-        head=HeadSpec(classes=head["weight"].shape[0], bias="bias" in head),
+    norms: dict[str, tuple[nn.Module | None, str]] = {
+        "patch_norm": (patch_embed.norm, "patch_embed.norm"),
+        "stem_norm": (getattr(model, "norm_pre", None), "norm_pre"),
+        "norm": (model.norm, "norm"),
+    }
+    if pool_norm:
+        norms["pool_norm"] = (model.fc_norm, "fc_norm")
+    return assemble(
+        image=(patch_embed.proj.in_channels, *patch_embed.img_size),
+        stem=patch_stem(patch_embed, "patch_embed"),
+        blocks=lift_blocks(model.blocks, "blocks", places),
+        prefix=prefix,
+        position=position,
+        norms=norms,
+        pool=pool,
+        head=head,
     )
-    return Piece(architecture, tensors)
+
+
+def _places(model: Any) -> list[Places]:
+    """The grid and the prefix, without rope or shared bias, for each block."""
+    if type_name(model.patch_embed) != "timm.layers.patch_embed.PatchEmbed":
+        raise UnsupportedModel(f"patch_embed: no rule for {type_name(model.patch_embed)}")
+    if model.patch_embed.img_size is None:
+        raise UnsupportedModel("patch_embed: the model has no image size; create it with img_size, for a compact model has a fixed one")
+    return [Places(tuple(model.patch_embed.grid_size), model.num_prefix_tokens)] * len(model.blocks)
 
 
 def patch_stem(patch_embed: Any, path: str) -> Piece[StemSpec]:
-    """A patch-embedding convolution whose stride is its kernel."""
-    if type_name(patch_embed) != "timm.layers.patch_embed.PatchEmbed":
-        raise UnsupportedModel(f"{path}: no rule for {type_name(patch_embed)}")
-    if not absent(patch_embed.norm):
-        raise UnsupportedModel(f"{path}.norm: no rule for a norm inside the patch embedding")
-    conv = patch_embed.proj
-    if type(conv) is not nn.Conv2d or conv.stride != conv.kernel_size or conv.padding != (0, 0) or conv.groups != 1 or conv.dilation != (1, 1):
-        raise UnsupportedModel(f"{path}.proj: only a plain convolution whose stride is its kernel, not {conv}")
-    height, width = conv.kernel_size
-    return Piece(StemSpec(patch=(height, width), bias=conv.bias is not None), present({"weight": conv.weight, "bias": conv.bias}))
+    """timm's PatchEmbed."""
+    if patch_embed.dynamic_img_pad and any(side % patch for side, patch in zip(patch_embed.img_size, patch_embed.patch_size, strict=True)):
+        raise UnsupportedModel(f"{path}: dynamic_img_pad pads {patch_embed.img_size} to whole patches; create the model with an image size that needs none")
+    return conv_stem(patch_embed.proj, f"{path}.proj")
 
 
 def tokens(model: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -69,37 +104,21 @@ def tokens(model: Any) -> tuple[Tensor | None, Tensor | None]:
     names = ("cls_token", "dist_token", "reg_token")
     found = [token[0] for token in (getattr(model, name, None) for name in names) if token is not None]
     prefix = torch.cat(found) if found else None
-    position = None if model.pos_embed is None else model.pos_embed[0]
-    if position is not None and prefix is not None and not model.no_embed_class:
+    pos_embed = getattr(model, "pos_embed", None)
+    position = None if pos_embed is None else pos_embed[0]
+    if position is not None and prefix is not None and not getattr(model, "no_embed_class", False):
         # One table for both: the prefix tokens' part is a constant added to a constant.
         prefix, position = prefix + position[: len(prefix)], position[len(prefix) :]
     return prefix, position
 
 
-def blocks(modules: Any, path: str) -> tuple[tuple[tuple[BranchSpec, ...], ...], dict[str, Tensor]]:
-    """All blocks as steps, and their tensors."""
-    steps: list[tuple[BranchSpec, ...]] = []
-    tensors: dict[str, Tensor] = {}
-    for number, module in enumerate(modules):
-        where = f"{path}.{number}"
-        for step in find("block", module, where)(module, where):
-            for position, piece in enumerate(step):
-                tensors |= piece.under(f"steps.{len(steps)}.{position}")
-            steps.append(tuple(piece.spec for piece in step))
-    return tuple(steps), tensors
-
-
-def pooling(model: Any) -> str:
-    """Our name of timm's `global_pool`. Errors: UnsupportedModel."""
-    if model.global_pool == "token":
-        return "token"
-    if model.global_pool == "avg":
-        return "mean_all" if getattr(model, "pool_include_prefix", False) else "mean"
-    raise UnsupportedModel(f"global_pool = {model.global_pool!r}: no rule")
-
-
-def classifier(module: nn.Module, path: str) -> dict[str, Tensor]:
-    """Tensors of the classifier. Errors: UnsupportedModel when there is none."""
-    if absent(module):
-        raise UnsupportedModel(f"{path}: the model has no classifier; create it with num_classes")
-    return linear(module, path)
+def pooling(model: Any, *, prefix: bool | None = None) -> Piece[PoolSpec]:
+    """Our form of timm's `global_pool`. `prefix`: whether attention pooling sees prefix tokens, where the model class decides. Errors: UnsupportedModel."""
+    include = bool(getattr(model, "pool_include_prefix", False))
+    attention = getattr(model, "attn_pool", None)
+    if attention is not None:
+        return attention_pool(attention, "attn_pool", prefix=include if prefix is None else prefix)
+    kind = {"token": "token", "avg": "mean", "max": "max", "avgmax": "avgmax"}.get(model.global_pool)
+    if kind is None:
+        raise UnsupportedModel(f"global_pool = {model.global_pool!r}: no rule for a model that does not pool its tokens; create it with 'avg' or 'token'")
+    return Piece(PoolSpec(kind=kind + "_all" if include and kind != "token" else kind))  # type: ignore[arg-type]

@@ -1,0 +1,77 @@
+"""Every plain Vision Transformer that timm knows, built small, with random numbers in every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model_in_modules
+from torch import nn
+
+MODULES = ("vision_transformer", "deit", "eva", "beit", "naflexvit", "vision_transformer_relpos")
+DEPTH, WIDTH, HEADS, GRID = 2, 96, 3, 4
+
+
+def names() -> list[str]:
+    """All model names of those timm modules."""
+    return [name for name in timm.list_models() if is_model_in_modules(name, MODULES)]
+
+
+def small(name: str, seed: int = 0) -> nn.Module:
+    """Two blocks, 96 wide, three heads, on 4 x 4 patches where the constructor takes that; else as near as it goes. In eval mode."""
+    torch.manual_seed(seed)
+    model: nn.Module | None = None
+    problems = []
+    for overrides in _overrides(name):
+        try:
+            model = timm.create_model(name, **overrides)
+            break
+        except (TypeError, AssertionError, ValueError) as error:
+            problems.append(f"{overrides}: {error}")
+    if model is None:
+        raise RuntimeError(f"{name} cannot be built small: {problems}")
+    perturb(model)
+    return model.eval()
+
+
+def perturb(model: nn.Module, amount: float = 0.1) -> None:
+    """Move every parameter away from its initial value, so that no bias, norm or layer scale hides behind a zero or a one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(amount * torch.randn_like(parameter))
+
+
+def images(model: nn.Module, batch: int = 2, seed: int = 1) -> torch.Tensor:
+    """Random images of the size that the model takes: (batch, channels, height, width)."""
+    from vitrim.compress.mask import architecture_of
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *architecture_of(model).image, generator=generator)
+
+
+def source_images(model: Any, batch: int = 1) -> torch.Tensor:
+    """The same for a model that cannot be lifted."""
+    embed = getattr(model, "patch_embed", None)
+    size = embed.img_size if embed is not None else [side * GRID for side in model.embeds.patch_size]
+    return torch.randn(batch, 3, *size)
+
+
+def _overrides(name: str) -> Iterator[dict[str, Any]]:
+    with torch.device("meta"):
+        full: Any = timm.create_model(name)
+    embed = getattr(full, "patch_embed", None) or full.embeds
+    size = tuple(GRID * side for side in embed.patch_size)
+    found: dict[str, Any] = {"depth": DEPTH, "embed_dim": WIDTH, "num_heads": HEADS, "img_size": size}
+    if hasattr(full, "embeds"):
+        # A position table of another shape than the image's grid, so that it has to be resampled.
+        found |= {"pos_embed_grid_size": (GRID + 1, GRID), "pretrained_cfg_overlay": {"input_size": (3, *size)}}
+    if any(getattr(getattr(block, "attn", None), "num_kv_groups", 1) > 1 for block in full.blocks):
+        # Grouped queries in one block, none in the other.
+        found["num_kv_heads"] = (HEADS, 1)
+    yield found
+    yield {key: value for key, value in found.items() if key != "num_heads"}
+    yield {"depth": DEPTH, "img_size": size}
+    yield {"depth": DEPTH}
+    yield {}

@@ -1,0 +1,88 @@
+"""Patch embeddings: a convolution, or several, with batch norm folded into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModel
+from ..architecture import ConvSpec, StemSpec
+from .parts import activation, present
+from .registry import Piece, type_name
+
+Pair = tuple[int, int]
+
+
+def conv_stem(module: nn.Module, path: str) -> Piece[StemSpec]:
+    """A convolution, or a (nested) Sequential of convolutions, batch norms and activations that ends in a convolution.
+
+    The tensors are those of `CompactModel`: `stem.weight`, `before.0.conv.weight`...
+    """
+    layers = _flatten(module, path)
+    convs: list[list[Any]] = []
+    for where, layer in layers:
+        if type(layer) is nn.Conv2d:
+            convs.append([where, layer, None, "identity"])
+        elif type(layer) is nn.BatchNorm2d and convs and convs[-1][2] is None and convs[-1][3] == "identity":
+            convs[-1][2] = layer
+        elif convs and convs[-1][3] == "identity":
+            convs[-1][3] = activation(layer, where)
+        else:
+            raise UnsupportedModel(f"{where}: no rule for {type_name(layer)} in a stem")
+    if not convs or convs[-1][3] != "identity":
+        raise UnsupportedModel(f"{path}: a stem must end in a convolution, this one is {type_name(module)}")
+    before, tensors = [], {}
+    for number, (where, conv, batch_norm, act) in enumerate(convs[:-1]):
+        weights, geometry = _conv(conv, batch_norm, where)
+        before.append(ConvSpec(channels=conv.out_channels, **geometry, bias="bias" in weights, act=act))
+        tensors |= {f"before.{number}.conv.{name}": tensor for name, tensor in weights.items()}
+    where, conv, batch_norm, _ = convs[-1]
+    weights, geometry = _conv(conv, batch_norm, where)
+    stride = None if geometry["stride"] == geometry["kernel"] else geometry["stride"]
+    spec = StemSpec(patch=geometry["kernel"], stride=stride, padding=geometry["padding"], bias="bias" in weights, before=tuple(before))
+    return Piece(spec, tensors | {f"stem.{name}": tensor for name, tensor in weights.items()})
+
+
+def linear_stem(weight: Tensor, bias: Tensor | None, patch: Pair, channels: int, *, channels_last: bool) -> Piece[StemSpec]:
+    """A Linear on flattened patches: the same numbers as a convolution whose stride is its kernel."""
+    if channels_last:
+        kernel = weight.unflatten(1, (*patch, channels)).permute(0, 3, 1, 2)
+    else:
+        kernel = weight.unflatten(1, (channels, *patch))
+    return Piece(StemSpec(patch=patch, bias=bias is not None), present({"stem.weight": kernel, "stem.bias": bias}))
+
+
+def _flatten(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    # torchvision's Conv2dNormActivation is a Sequential by another name.
+    if type(module) is nn.Sequential or type_name(module) == "torchvision.ops.misc.Conv2dNormActivation":
+        found = []
+        for name, child in module.named_children():
+            found += _flatten(child, f"{path}.{name}")
+        return found
+    return [] if isinstance(module, nn.Identity) else [(path, module)]
+
+
+def _conv(conv: Any, batch_norm: Any, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if not plain:
+        raise UnsupportedModel(f"{path}: only a plain convolution without groups or dilation, not {conv}")
+    weights = present({"weight": conv.weight, "bias": conv.bias})
+    if batch_norm is not None:
+        weights = _folded(weights, batch_norm, path)
+    return weights, {"kernel": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
+
+
+def _folded(weights: dict[str, Tensor], norm: nn.BatchNorm2d, path: str) -> dict[str, Tensor]:
+    """A batch norm with its running statistics is an affine map a channel, and goes into the convolution."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise UnsupportedModel(f"{path}: a batch norm without running statistics depends on the batch")
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight
+    bias = (weights["bias"] if "bias" in weights else torch.zeros_like(factor)) - norm.running_mean
+    bias = bias * factor
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    return {"weight": weights["weight"] * factor[:, None, None, None], "bias": bias}
