@@ -28,6 +28,7 @@ from ..vit.model import CompactModel
 from .dense import Distillation, decay_groups, task_loss
 from .task import EpochEnd
 
+
 @dataclass(frozen=True)
 class MaskSettings:
     """How masks are learned. Exactly one of `budget` and `lambda_` is given.

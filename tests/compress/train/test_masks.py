@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import relative_error, tiny_vit
-
 import vitrim
+from tiny_models import relative_error, tiny_vit
 from vitrim.compress.budget import Budget
 from vitrim.compress.count import count_macs, count_params
 from vitrim.compress.data.preprocessing import Preprocessing
@@ -119,7 +118,7 @@ def test_lambda_pushes_units_out_and_stops_when_nothing_moves(tmp_path: Path) ->
 
 @pytest.mark.parametrize("both", [{"budget": Budget("params", 0.3), "lambda_": 1e-7}, {}])
 def test_budget_and_lambda_exclude_each_other(both: dict[str, object]) -> None:
-    with pytest.raises(vitrim.InputError, match="either a budget .* or lambda"):
+    with pytest.raises(vitrim.InputError, match=r"either a budget .* or lambda"):
         MaskSettings(**both)  # type: ignore[arg-type]
 
 
