@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...errors import InputError
 from .idx import read_idx
+from .splits import stratified_indices
 
 FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset-fashion-mnist"))
 LABELS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -42,3 +43,10 @@ def _pair(folder: Path, part: str) -> Arrays:
             f"{images_file}: {images.shape} images against {labels.shape} labels in {labels_file.name}; the files do not belong together"
         )
     return images, labels.astype(np.int64)
+
+
+def division(folder: Path) -> dict[str, Arrays]:
+    """{"train": 55,000, "val": 5,000, "test": 10,000}: the official test file, and a fixed stratified division of the train file."""
+    (images, labels), test = read_files(folder)
+    held_out, rest = stratified_indices(labels, min(VALIDATION_IMAGES, len(labels)), DIVISION_SEED)
+    return {"train": (images[rest], labels[rest]), "val": (images[held_out], labels[held_out]), "test": test}

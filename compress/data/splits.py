@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,35 +18,42 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """Images at the model's input size, decoded, and their labels. `pixels` may be memory-mapped.
+    """Images at the model's input size, decoded, and their labels.
 
-    pixels: uint8 (N, C, H, W); targets: int64 (N,); preprocessing: how a picture became these pixels, and how they become floats.
+    pixels: uint8 (M, C, H, W), perhaps memory-mapped; targets: int64 (N,); rows: int64 (N,), where in `pixels` each image lies, so that two
+    splits share one file (None: pixels are exactly this split's, in order); preprocessing: how a picture became these pixels, and
+    how they become floats.
     """
 
     pixels: NDArray[np.uint8]
     targets: NDArray[np.int64]
     preprocessing: Preprocessing
+    rows: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def batch(self, indices: Indices | slice) -> tuple[Tensor, Tensor]:
         """uint8 images (B, C, H, W) and int64 labels (B,)."""
-        # np.array copies, so that a memory-mapped page is never handed out for writing.
-        return torch.from_numpy(np.array(self.pixels[indices])), torch.from_numpy(np.array(self.targets[indices]))
+        return torch.from_numpy(self._pixels(indices)), torch.from_numpy(np.array(self.targets[indices]))
 
     def floats(self, indices: Indices | slice = slice(None)) -> Tensor:
         """Normalised images, float32 (B, C, H, W), as the model reads them."""
-        return normalise(torch.from_numpy(np.array(self.pixels[indices])), self.preprocessing)
+        return normalise(torch.from_numpy(self._pixels(indices)), self.preprocessing)
 
     def arrays(self, limit: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Normalised images and labels as numpy, for export, calibration and measuring; the first `limit` of them."""
         part = slice(0, limit)
-        return self.preprocessing.normalise(np.asarray(self.pixels[part])), np.array(self.targets[part])
+        return self.preprocessing.normalise(self._pixels(part)), np.array(self.targets[part])
 
     def take(self, indices: Indices) -> Split:
         """The part of the split at `indices`, in that order."""
-        return replace(self, pixels=self.pixels[indices], targets=self.targets[indices])
+        rows = indices if self.rows is None else self.rows[indices]
+        return replace(self, targets=self.targets[indices], rows=rows)
+
+    def _pixels(self, indices: Indices | slice) -> NDArray[np.uint8]:
+        # np.array copies, so that a memory-mapped page is never handed out for writing.
+        return np.array(self.pixels[indices if self.rows is None else self.rows[indices]])
 
 
 @dataclass(frozen=True)
@@ -97,12 +104,16 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     return pixels.to(torch.float32) * torch.from_numpy(scale)[:, None, None] + torch.from_numpy(shift)[:, None, None]
 
 
-def require_splits(name: str, splits: Sequence[tuple[str, Split]], labels: Sequence[str]) -> None:
-    """Refuse a data set that cannot be learned from: an empty split, or a single class."""
-    for part, split in splits:
-        if len(split) == 0:
-            raise InputError(f"{name}: the {part} split holds no images; give it some, or choose another validation share")
-    seen = len(np.unique(splits[0][1].targets))
-    if len(labels) < 2 or seen < 2:
-        only = labels[int(splits[0][1].targets[0])] if labels else "?"
-        raise InputError(f"{name}: all training images are of one class ({only}); classification needs at least two")
+def require_splits(name: str, targets: Mapping[str, NDArray[np.int64]], labels: Sequence[str]) -> None:
+    """Refuse a data set that cannot be learned from: an empty split, or a single class. targets: those of train, val and test."""
+    for part, numbers in targets.items():
+        if len(numbers) == 0:
+            whole = "the data set is empty" if not any(map(len, targets.values())) else f"the {part} split holds no images"
+            raise InputError(f"{name}: {whole}; give it images, or choose another data set")
+        if numbers.min() < 0 or numbers.max() >= len(labels):
+            raise InputError(
+                f"{name}: the {part} split has a label outside 0..{len(labels) - 1}; every image needs one of the {len(labels)} classes"
+            )
+    seen = np.unique(targets["train"])
+    if len(seen) < 2:
+        raise InputError(f"{name}: all training images are of one class ({labels[int(seen[0])]}); classification needs at least two")
