@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from .compress.count import count_macs, count_params
-from .compress.data import DataSplits, open_data
+from .compress.data.door import open_dataset
+from .compress.data.splits import DataSplits
 from .compress.files import load
 from .compress.lift import lift
 from .compress.vit.model import CompactModel
@@ -141,8 +142,15 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     """Open the data, build the dense model, and try the budget. Errors: InputError for whatever does not fit together."""
     target = load_target(recipe.export.target)
     preprocessing = preprocessing_of(recipe.model, recipe.data.name, image_of(recipe.model))
-    opened = open_data(recipe.data.name, preprocessing, validation=recipe.data.validation, seed=recipe.data.seed, quiet=quiet)
-    data = opened.limited(recipe.data.limit, recipe.data.seed)
+    section = recipe.data
+    data = open_dataset(
+        section.name,
+        preprocessing=preprocessing,
+        seed=section.seed,
+        validation=section.validation,
+        limit=section.limit,
+        quiet=quiet,
+    )
     seed_weights(recipe)
     dense = lift(source_model(recipe.model, data.classes))
     round_to = recipe.masks.round_to or target.good_multiple

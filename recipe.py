@@ -160,7 +160,7 @@ class BenchSection(Section):
     """How the artifacts are measured."""
 
     threads: int = Field(1, gt=0, description="threads of the runtime")
-    time_limit_s: float = Field(10.0, gt=0.0, description="timed seconds for each artifact")
+    time_limit_s: float = Field(30.0, gt=0.0, description="timing stops after so many seconds, all artifacts together")
     top1_images: int | None = Field(None, gt=0, description="test images for the top-1 of the timed artifact; absent: all")
 
 

@@ -19,7 +19,7 @@ from . import __version__
 from .bench.measurement import Measurement
 from .bench.report.model import ArtifactEntry, ModelEntry, Report
 from .compress.count import count_macs, count_params
-from .compress.data.splits import DataSplits
+from .compress.data.splits import DataSplits, Split, stratified_indices
 from .compress.vit.model import CompactModel
 from .export.artifact import Artifact
 from .kept_branches import kept_branches
@@ -30,6 +30,7 @@ from .storage import replace_file
 from .training_steps import Cut
 
 ARTIFACTS, MEASUREMENTS = "artifacts", "measurements"
+SAMPLE_SEED = 0
 VERSIONED = ("torch", "timm", "numpy", "onnx", "onnxruntime", "onnxsim")
 
 
@@ -45,7 +46,7 @@ def export_all(
     """Artifacts of both models; parity and int8 calibration on validation images."""
     from .export.exporter import export
 
-    images, _ = data.val.arrays(recipe.export.calibration_images)
+    images, _ = sample(data.val, recipe.export.calibration_images).arrays()
     made: dict[str, Artifact] = {}
     for name, (which, precision) in artifact_names(recipe).items():
         say(f"exporting {name}", quiet=quiet)
@@ -80,7 +81,7 @@ def measure_all(
     with tempfile.TemporaryDirectory() as aside:
         dataset = write_dataset(data, Path(aside) / "test.npz", recipe.bench.top1_images)
         measured = measure_interleaved(
-            dict(artifacts), threads=recipe.bench.threads, dataset=dataset, time_limit_s=recipe.bench.time_limit_s, quiet=quiet
+            artifacts, recipe.bench.threads, dataset=dataset, time_limit_s=recipe.bench.time_limit_s, quiet=quiet
         )
     for name, measurement in measured.items():
         measurement.save(folder / f"{MEASUREMENTS}/{name}.json")
@@ -89,8 +90,16 @@ def measure_all(
 
 def write_dataset(data: DataSplits, path: Path, limit: int | None) -> Path:
     """The test images as the runner reads them: uint8 `images` (N, C, H, W) and int64 `labels` (N,)."""
-    np.savez(path, images=np.asarray(data.test.pixels[:limit]), labels=np.asarray(data.test.targets[:limit]))
+    images, labels = sample(data.test, limit).batch(slice(None))
+    np.savez(path, images=images.numpy(), labels=labels.numpy())
     return path
+
+
+def sample(split: Split, count: int | None) -> Split:
+    """At most `count` images, every class in its own share: the first ones of a folder may all be of one class."""
+    if count is None or count >= len(split):
+        return split
+    return split.take(stratified_indices(split.targets, count, SAMPLE_SEED)[0])
 
 
 def load_measurements(recipe: Recipe, folder: RunFolder) -> dict[str, Measurement]:

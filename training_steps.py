@@ -141,7 +141,7 @@ def load_cut(folder: RunFolder) -> Cut:
     return Cut(load(folder / CUT), StructuredMask.load(folder / MASK), float(parity["max_relative_error"]))
 
 
-def fresh(recipe: Recipe) -> None:
+def seed_weights(recipe: Recipe) -> None:
     """Seed what builds the untrained model."""
     seed_everything(recipe.train.seed)
 

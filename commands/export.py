@@ -1,0 +1,110 @@
+"""`vitrim export`: from a saved model to an artifact that a runtime runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from ..errors import InputError
+from ..storage import require_empty
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..compress.data.preprocessing import Preprocessing
+
+CARD = "data.json"
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="A folder that vitrim saved (model.safetensors and architecture.json).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the artifact.")],
+    target: Annotated[str, typer.Option("--target", help="A target's name (vitrim targets list), or a target TOML.")] = "x86-64",
+    runtime: Annotated[str, typer.Option("--runtime", help="The runtime that will run it.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option("--precision", help="fp32, int8, and what else the target takes.")] = "fp32",
+    batch: Annotated[str, typer.Option("--batch", help="Images a run, or `dynamic`.")] = "1",
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Data set for parity and calibration. Absent: the one of the run that the model lies in."),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many of its validation images.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
+) -> None:
+    """Write the runnable file and its manifest, and prove at every stage that the answers did not move.
+
+    [bold]Examples[/bold]
+
+      vitrim export runs/quickstart/compact --out small-int8 --precision int8
+
+      vitrim export small --out small-any --batch dynamic --data imagefolder:photos
+    """
+    require_empty(out, overwrite=overwrite)
+    if batch != "dynamic" and not (batch.isdecimal() and int(batch) > 0):
+        raise InputError(f"--batch {batch}: give a whole number of at least 1, or `dynamic`")
+    from ..compress.files import load
+    from ..export.exporter import export as write
+
+    network = load(model)
+    card = read_card(model.parent / CARD)
+    preprocessing, labels, pictures = _data(card, data, network.architecture.image, images)
+    artifact = write(
+        network,
+        out,
+        target=target,
+        runtime=runtime,
+        precision=precision,
+        preprocessing=preprocessing,
+        labels=labels,
+        images=pictures,
+        batch="dynamic" if batch == "dynamic" else int(batch),
+        overwrite=overwrite,
+    )
+    for stage in artifact.manifest.parity:
+        typer.echo(
+            f"{stage.stage} against {stage.reference}: largest relative error {stage.max_relative_error:.1e}, "
+            f"same answer on {100 * stage.top1_agreement:.1f} % of {stage.images} {stage.input_kind}"
+        )
+    for note in artifact.manifest.notes:
+        typer.echo(note)
+    typer.echo(f"saved: {out} ({artifact.bytes / 1e6:.2f} MB)")
+
+
+def read_card(path: Path) -> dict[str, Any] | None:
+    """data.json of the run that a model lies in, if it lies in one. Errors: InputError naming the file."""
+    if not path.is_file():
+        return None
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); run the recipe again with --resume") from error
+    if not isinstance(card, dict) or card.get("schema") != "vitrim.data/1":
+        raise InputError(f"{path}: not a vitrim.data/1 file; run the recipe again with --resume")
+    return card
+
+
+def _data(
+    card: dict[str, Any] | None, named: str | None, image: tuple[int, int, int], count: int
+) -> tuple[Preprocessing | None, list[str] | None, NDArray[Any] | None]:
+    """How pictures become inputs, the words for the answers, and real images; None where nothing is known of them."""
+    from ..compress.data.door import open_dataset
+    from ..compress.data.known import default_preprocessing
+    from ..compress.data.preprocessing import Preprocessing
+    from ..shipping_steps import sample
+
+    name = named or (card["name"] if card else None)
+    if name is None:
+        typer.echo("no data set is known for this model (--data NAME): parity is proven on noise, and the manifest holds no preprocessing", err=True)
+        return None, None, None
+    preprocessing = default_preprocessing(name, image)
+    if card is not None and named in (None, card["name"]):
+        try:
+            preprocessing = Preprocessing.model_validate(card["preprocessing"])
+        except (ValidationError, KeyError) as error:
+            raise InputError(f"{CARD}: its preprocessing cannot be read ({error}); run the recipe again with --resume") from error
+    opened = open_dataset(name, preprocessing=preprocessing)
+    pictures, _ = sample(opened.val, count).arrays()
+    return preprocessing, list(opened.labels), pictures
