@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,10 @@ from ..storage import replace_file
 from .architecture import Architecture, AttentionSpec, FfnSpec
 from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, POOL_SITES, STEM_OUT, site_in, site_out
 from .vit.rope import pairs
+
+if TYPE_CHECKING:
+    from .ranking import Scope
+    from .saliency import Criterion
 
 Sharing = Literal["unshared", "residual", "full"]
 ScaleRule = Literal["kept", "original"]
@@ -191,6 +195,32 @@ class StructuredMask:
                     keep = _random_columns(architecture, dimension, site, ratio, generator, per_head=per_head)
                 kept[dimension][site] = keep
         return cls(kept, scale=scale)
+
+    @classmethod
+    def from_saliency(
+        cls,
+        model: nn.Module,
+        criterion: Criterion = "l2",
+        *,
+        keep_ratio: float | Mapping[str, float] = 0.5,
+        scope: Scope = "global",
+        sharing: Sharing = "residual",
+        data: Iterable[tuple[Tensor, Tensor]] | None = None,
+        fixed: Sequence[str] = (),
+        scale: ScaleRule = "original",
+        seed: int = 0,
+    ) -> StructuredMask:
+        """The mask that keeps the most salient units, without training.
+
+        `criterion`: l1, l2, taylor, head (heads alone) or random; `data`, batches of (images, class numbers), for taylor and head. `keep_ratio`: the
+        share of units that stays, each weighed by its parameters: of each group (scope "layer"), of all groups of the same structure
+        ("isomorphic"), or of the network ("global"); one number, or one a dimension. `fixed`: dimensions kept whole. Errors: InputError.
+        """
+        from .saliency import mask_by_saliency
+
+        return mask_by_saliency(
+            model, criterion, keep_ratio=keep_ratio, scope=scope, sharing=sharing, data=data, fixed=fixed, scale=scale, seed=seed
+        )
 
     @classmethod
     def everything(cls, model: nn.Module | Architecture, sharing: Sharing = "residual") -> StructuredMask:
