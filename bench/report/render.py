@@ -1,0 +1,41 @@
+"""Writes report.md and report.html from a run folder, or from measurements alone; each file is whole or absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...errors import InputError
+from ...storage import replace_file
+from .html import render_html
+from .markdown import render_markdown
+from .run import Run, load_measurements, load_run
+
+
+def render(run_folder: Path | str) -> list[Path]:
+    """Write report.md and report.html into a run folder (the layout of `vitrim run`); returns their paths.
+
+    Errors: InputError naming the file and the key of a malformed input; nothing is written then.
+    """
+    return _write(load_run(run_folder), Path(run_folder))
+
+
+def render_measurements(files: Iterable[Path | str], out: Path | str) -> list[Path]:
+    """Write report.json, report.md and report.html to the folder `out` from any measurement files, of one device or of several."""
+    run = load_measurements(files)
+    out = Path(out)
+    if out.is_file():
+        raise InputError(f"{out}: a file is in the way of the report's folder; name another folder")
+    path = out / "report.json"
+    written = _write(run, out)
+    replace_file(path, json.dumps(run.report.to_dict(), indent=1) + "\n")
+    return [path, *written]
+
+
+def _write(run: Run, folder: Path) -> list[Path]:
+    # Both are made before the first is written, so that a failure leaves the old pair.
+    pages = {"report.md": render_markdown(run), "report.html": render_html(run)}
+    for name, content in pages.items():
+        replace_file(folder / name, content)
+    return [folder / name for name in pages]

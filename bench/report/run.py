@@ -1,0 +1,179 @@
+"""A run folder, or a set of measurements, read into one value; a malformed file is refused by its name and key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ...errors import InputError
+from ..measurement import Measurement
+from .model import SCHEMA, ArtifactEntry, Epoch, KeptBranch, ModelEntry, Report
+
+Entry = TypeVar("Entry", bound=BaseModel)
+LONGEST_RECIPE = 20_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a report is made of; `missing` holds one line for each piece that the folder does not have."""
+
+    report: Report
+    kept: tuple[KeptBranch, ...] = ()
+    history: tuple[Epoch, ...] = ()
+    recipe_toml: str | None = None
+    missing: tuple[str, ...] = ()
+
+
+def load_run(folder: Path | str) -> Run:
+    """Read report.json, kept.json, history.jsonl, recipe.toml and measurements/*.json; only a report or a measurement is required.
+
+    Measurements that report.json does not hold already (made later, on another device) join the model that their name begins with.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder; name a folder that `vitrim run` wrote, or measurement files")
+    path = folder / "report.json"
+    loose = [Measurement.load(file) for file in sorted((folder / "measurements").glob("*.json"))]
+    if path.is_file():
+        report = join(load_report(path), loose)
+    elif loose:
+        report = from_measurements(loose)
+    else:
+        raise InputError(f"{folder}: holds neither report.json nor measurements/*.json; name a folder that `vitrim run` wrote")
+    kept = _load_kept(folder / "kept.json") or report.kept
+    history = _load_history(folder / "history.jsonl") or report.curves
+    recipe = folder / "recipe.toml"
+    missing = []
+    if not kept:
+        missing.append("What was kept in each block is not shown: the folder holds no kept.json.")
+    if not history:
+        missing.append("Training curves are not shown: the folder holds no history.jsonl.")
+    if not report.parity:
+        missing.append("Parity is not shown: report.json holds no parity figures.")
+    return Run(
+        report=report,
+        kept=kept,
+        history=history,
+        recipe_toml=_text(recipe)[:LONGEST_RECIPE] if recipe.is_file() else None,
+        missing=tuple(missing),
+    )
+
+
+def load_measurements(files: Iterable[Path | str]) -> Run:
+    """A run made of measurement files alone: no model counts, no masks, no curves."""
+    measurements = [Measurement.load(file) for file in files]
+    if not measurements:
+        raise InputError("no measurement file was named; give one or more JSON files that `vitrim bench` wrote")
+    return Run(
+        report=from_measurements(measurements),
+        missing=("Made of measurements alone: parameters, MACs, kept widths, training curves and parity are not in them.",),
+    )
+
+
+def load_report(path: Path | str) -> Report:
+    """Read report.json; InputError names the file and the key that is wrong."""
+    path = Path(path)
+    data = _json(path)
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{path}: schema is {found!r}, not {SCHEMA!r}; give a report.json that `vitrim run` wrote")
+    return _validated(Report, data, str(path))
+
+
+def from_measurements(measurements: Sequence[Measurement]) -> Report:
+    """A report without counts: measurements grouped into models by their names (`compact-int8` belongs to `compact`)."""
+    return join(None, measurements)
+
+
+def join(report: Report | None, measurements: Sequence[Measurement]) -> Report:
+    """`report` with the measurements that it does not hold yet."""
+    models = dict(report.models) if report else {}
+    held = {_identity(a.measurement) for model in models.values() for a in model.artifacts if a.measurement is not None}
+    for measurement in measurements:
+        if _identity(measurement) in held:
+            continue
+        held.add(_identity(measurement))
+        name = model_name(measurement)
+        model = models.get(name) or ModelEntry(params=None, macs=None, top1=None)
+        entry = ArtifactEntry(
+            runtime=measurement.runtime,
+            precision=measurement.precision or "unknown",
+            target=measurement.target,
+            bytes=measurement.file_bytes,
+            measurement=measurement,
+        )
+        models[name] = model.model_copy(update={"artifacts": (*model.artifacts, entry)})
+    if report is not None:
+        return report.model_copy(update={"models": models})
+    return Report.model_validate({"schema": SCHEMA, "models": models})
+
+
+def model_name(measurement: Measurement) -> str:
+    """The model that a measurement's name belongs to: its name without the precision at its end."""
+    name = measurement.name
+    for mark in "-_ ":
+        ending = f"{mark}{measurement.precision}"
+        if measurement.precision and name.endswith(ending) and len(name) > len(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def _identity(measurement: Measurement) -> tuple[str, str, str, str, str, int]:
+    m = measurement
+    return (m.artifact_sha256, m.session, m.started_at, m.device, m.name, len(m.latency_s))
+
+
+def _load_kept(path: Path) -> tuple[KeptBranch, ...]:
+    if not path.is_file():
+        return ()
+    data = _json(path)
+    if not isinstance(data, list):
+        raise InputError(f"{path}: a list of branches is wanted, not {type(data).__name__}; make it again with `vitrim run`")
+    return tuple(_validated(KeptBranch, entry, f"{path}: branch {number}") for number, entry in enumerate(data))
+
+
+def _load_history(path: Path) -> tuple[Epoch, ...]:
+    if not path.is_file():
+        return ()
+    lines = [(number, line) for number, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+    epochs = []
+    for number, line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == lines[-1][0]:
+                break  # A run that was killed may have cut its last line short; the epochs before it stand.
+            raise InputError(f"{path}: line {number}: not JSON; remove the line, or train again") from None
+        epochs.append(_validated(Epoch, record, f"{path}: line {number}"))
+    return tuple(epochs)
+
+
+def _validated(kind: type[Entry], data: Any, where: str) -> Entry:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{where}: {key + ': ' if key else ''}{reason[:1].lower() + reason[1:]}; mend it, or run the step again") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); run the step that wrote it again") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file in UTF-8; run the step that wrote it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None

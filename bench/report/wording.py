@@ -1,0 +1,94 @@
+"""Numbers as a person reads them: three significant digits, a unit, and never more certainty than there is."""
+
+from __future__ import annotations
+
+import math
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits without an exponent: 0.352, 3.52, 35.2, 352."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}"
+    # 9.996 rounds up into the next decade and would keep a digit too many.
+    return f"{value:,.{decimals - 1}f}" if decimals and len(text.replace(".", "").replace("-", "").lstrip("0")) > 3 else text
+
+
+def count(value: float) -> str:
+    """Parameters or MACs: 0.80 M, 40.1 M, 4.61 G, 56.0 k, 640."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        # From a tenth of a million on, millions; small models are then compared in one unit.
+        if value >= size or (unit == "M" and value >= 1e5):
+            scaled = value / size
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+    return f"{value:.0f}"
+
+
+def size(value_bytes: float) -> str:
+    """Bytes in decimal units: 3.26 MB, 412 kB."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value_bytes >= one:
+            return f"{three_digits(value_bytes / one)} {unit}"
+    return f"{value_bytes:.0f} B"
+
+
+def duration(value_s: float) -> str:
+    """Seconds in the unit that fits: 85.0 µs, 1.02 ms, 28.4 ms, 1.20 s."""
+    if value_s >= 1:
+        return f"{three_digits(value_s)} s"
+    return f"{three_digits(value_s * 1e3)} ms" if value_s >= 1e-4 else f"{three_digits(value_s * 1e6)} µs"
+
+
+def long_duration(value_s: float) -> str:
+    """Training time: 48 s, 3 min 12 s, 2 h 05 min."""
+    whole = round(value_s)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    """A share from 0 to 1 as percent: 91.3 %."""
+    return f"{100 * share:.{decimals}f} %"
+
+
+def share_of(part: float, whole: float) -> str:
+    """`part` of `whole` as percent, one decimal below 10 %: 30 %, 9.1 %."""
+    value = 100 * part / whole
+    return f"{value:.{1 if 0 < value < 9.95 else 0}f} %"
+
+
+def relative_error(value: float | None) -> str:
+    """A relative difference: exact, 3.1 × 10⁻⁷, 0.0312; `not checked` for None."""
+    if value is None:
+        return "not checked"
+    if value == 0 or not math.isfinite(value):
+        return "exact" if value == 0 else "not finite"
+    if value >= 1e-3:
+        return three_digits(value)
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+def times(ratio: float) -> str:
+    """A ratio: 2.9×, 12×."""
+    return f"{ratio:.{2 if ratio < 2 else 1 if ratio < 10 else 0}f}×"
+
+
+def faster(ratio: float) -> str:
+    """A ratio of times as words: 2.9× faster, 1.20× slower."""
+    return f"{times(ratio)} faster" if ratio >= 1 else f"{times(1 / ratio)} slower"
+
+
+def points(difference: float) -> str:
+    """A difference of two shares in percent points, with its sign: −0.35 points."""
+    rounded = round(100 * difference, 2)
+    return f"{'−' if rounded < 0 else '+' if rounded > 0 else '±'}{abs(rounded):.2f} points"
+
+
+def plural(number: int, one: str, many: str | None = None) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

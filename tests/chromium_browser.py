@@ -1,0 +1,161 @@
+"""Chromium without a window, driven over a pipe by its own protocol: pages as a reader's browser shows them, with a record of what they ask for."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-default-apps", "--disable-extensions", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
+]  # fmt: skip
+
+
+def find_chromium() -> str | None:
+    """The browser's path, or None."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Page:
+    """One tab. `requests` are the addresses it asked for, `errors` what its console and its scripts complained of."""
+
+    def __init__(self, browser: Browser, session: str) -> None:
+        self.browser, self.session = browser, session
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return self.browser.call(method, parameters, self)
+
+    def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Show a file at a width in CSS pixels, as a phone would below 600."""
+        phone = width < 600
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.requests.clear()
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.browser.wait_for("Page.loadEventFired", self)
+
+    def value(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in answer:
+            raise AssertionError(answer["exceptionDetails"]["exception"]["description"])
+        return answer["result"].get("value")
+
+    def screenshot(self, path: Path) -> None:
+        """The whole page as PNG."""
+        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+
+class Browser:
+    """A running browser; one JSON message a NUL, written to its descriptor 3 and read from its descriptor 4."""
+
+    def __init__(self, to_browser: int, from_browser: int) -> None:
+        self.to_browser, self.from_browser = to_browser, from_browser
+        self.buffer, self.number = b"", 0
+        self.pages: dict[str, Page] = {}
+        self.events: list[tuple[str, str | None]] = []
+
+    def new_page(self) -> Page:
+        target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
+        session = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
+        page = Page.__new__(Page)
+        self.pages[session] = page
+        page.__init__(self, session)  # type: ignore[misc]
+        return page
+
+    def call(self, method: str, parameters: dict[str, Any], page: Page | None = None) -> dict[str, Any]:
+        self.number += 1
+        message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
+        if page is not None:
+            message["sessionId"] = page.session
+        os.write(self.to_browser, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self.number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']['message']}")
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    def wait_for(self, event: str, page: Page) -> None:
+        while (event, page.session) not in self.events:
+            self._next()
+        self.events.clear()
+
+    def _next(self, limit_s: float = 60.0) -> dict[str, Any]:
+        end = time.monotonic() + limit_s
+        while b"\0" not in self.buffer:
+            if not select.select([self.from_browser], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError(f"Chromium said nothing for {limit_s} s")
+            piece = os.read(self.from_browser, 1 << 20)
+            if not piece:
+                raise RuntimeError("Chromium went away")
+            self.buffer += piece
+        raw, _, self.buffer = self.buffer.partition(b"\0")
+        message: dict[str, Any] = json.loads(raw)
+        self._note(message)
+        return message
+
+    def _note(self, message: dict[str, Any]) -> None:
+        method, session = message.get("method"), message.get("sessionId")
+        page = self.pages.get(session or "")
+        if method is None or page is None:
+            return
+        self.events.append((method, session))
+        parameters = message["params"]
+        if method == "Network.requestWillBeSent":
+            page.requests.append(parameters["request"]["url"])
+        elif method == "Runtime.exceptionThrown":
+            page.errors.append(parameters["exceptionDetails"]["text"])
+        elif method == "Log.entryAdded":
+            page.errors.append(parameters["entry"]["text"])
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A fresh browser with a profile of its own, gone at the end."""
+    path = find_chromium()
+    assert path is not None
+    child_reads, to_browser = os.pipe()
+    from_browser, child_writes = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
+        # The shell moves our two pipes to the descriptors 3 and 4 that the protocol wants.
+        command = [
+            "sh",
+            "-c",
+            f'exec "$@" 3<&{child_reads} 4>&{child_writes}',
+            "sh",
+            path,
+            *FLAGS,
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
+        process = subprocess.Popen(command, pass_fds=(child_reads, child_writes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(child_reads)
+        os.close(child_writes)
+        browser = Browser(to_browser, from_browser)
+        try:
+            yield browser
+        finally:
+            try:
+                browser.call("Browser.close", {})
+            except (RuntimeError, OSError, TimeoutError):
+                process.kill()
+            process.wait(20)
+            os.close(to_browser)
+            os.close(from_browser)
