@@ -1,0 +1,86 @@
+"""The machine that this program runs on, as a profile. What it does not tell stays absent; what is reckoned says so."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+from .profile import UNVERIFIED, Cluster, Memory, Peak, TargetProfile
+
+FEATURES = (
+    *("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *("amx_int8", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
+# Single-precision multiply-adds a cycle and core: the widest vector with two units on x86 servers, one or two NEON units on ARM.
+MACS_PER_CYCLE = (("avx512f", 32), ("avx2", 16), ("avx", 8), ("asimddp", 8), ("asimd", 4))
+TOLD = "read from the operating system"
+
+
+def detect_host() -> TargetProfile:
+    """The host's profile, named `host`."""
+    cpuinfo = _cpuinfo()
+    flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
+    features = tuple(name for name in FEATURES if name in flags)
+    architecture = platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    clock = _frequency_hz(cpuinfo)
+    per_cycle = next((macs for name, macs in MACS_PER_CYCLE if name in features), 1)
+    quick_int8 = any(name in features for name in ("avx512_vnni", "avx_vnni", "asimddp"))
+    fp32 = cores * clock * per_cycle
+    return TargetProfile(
+        schema_="vitrim.target/1",
+        name="host",
+        title=f"this machine: {cpuinfo.get('model name') or architecture}, {cores} cores",
+        vendor=cpuinfo.get("vendor_id", "unknown"),
+        kind="cpu",
+        architecture=architecture,
+        triple=f"{architecture}-{platform.system().lower()}-gnu",
+        features=features,
+        preferred_runtime="onnxruntime",
+        preferred_precision="int8" if quick_int8 else "fp32",
+        round_to=16 if "avx512f" in features else 8 if "avx2" in features else 4,
+        tvm_target="llvm",
+        clusters=(Cluster(core=cpuinfo.get("model name") or architecture, cores=cores, frequency_hz=clock),),
+        memory=Memory(ram_bytes=_memory_bytes(), l1d_bytes=_cache(1), l2_bytes=_cache(2), l3_bytes=_cache(3)),
+        peak=Peak(fp32_macs_per_s=fp32, int8_macs_per_s=fp32 * 4 if quick_int8 else None),
+        sources={"clusters": TOLD, "memory": TOLD, "peak": f"{UNVERIFIED}: cores x clock x vector width of the CPU's features"},
+    )
+
+
+def _cpuinfo() -> dict[str, str]:
+    found: dict[str, str] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        key, colon, value = line.partition(":")
+        if colon:
+            found.setdefault(key.strip(), value.strip())
+    return found
+
+
+def _frequency_hz(cpuinfo: dict[str, str]) -> float:
+    try:
+        return float(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").read_text()) * 1000
+    except (OSError, ValueError):
+        # A virtual machine shows only the present clock; 1 GHz is a floor where nothing at all is told.
+        return float(cpuinfo.get("cpu MHz", "1000")) * 1e6
+
+
+def _memory_bytes() -> int:
+    return int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
+
+
+def _cache(level: int) -> int | None:
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            if (index / "level").read_text().strip() == str(level) and (index / "type").read_text().strip() in ("Data", "Unified"):
+                size = re.match(r"(\d+)([KM]?)", (index / "size").read_text())
+                if size:
+                    return int(size[1]) * {"": 1, "K": 1024, "M": 1024**2}[size[2]]
+        except OSError:
+            continue
+    return None
