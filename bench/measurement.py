@@ -31,6 +31,7 @@ class Environment(BaseModel):
     governor: str | None = None
     virtual_machine: str | None = None
     emulator: str | None = None
+    accelerator: str | None = None
     load_before: float | None = None
     load_after: float | None = None
     busy_cores_before: float | None = None

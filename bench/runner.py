@@ -1,0 +1,434 @@
+"""Run one ONNX model in this process and tell what happened: one JSON line an event on standard output.
+
+This file needs Python 3.8 with numpy and onnxruntime, and nothing of vitrim: copied alone to a device it does the same work there.
+
+    python runner.py '{"model": "model.onnx", "commands": [{"do": "warm"}, {"do": "run", "count": 100}, {"do": "memory"}]}'
+    python runner.py - < job.json            (the job alone, on the first line; further commands one JSON object a line)
+
+Job: model (path), threads, pinning (list of CPU numbers), spinning, arena, providers, batch (for a free batch dimension), seed,
+session (config entries of the runtime), preprocessing ({"mean", "std"} for data sets of bytes), output (name of the logits), commands
+(else they are read from standard input).
+Commands: warm {limit_s}, run {count, settle}, memory, score {dataset, limit}, profile {count}, stop.
+Events: ready, warm, samples, memory, progress, score, profile, error (with a one-line message; the process then exits with 3).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Run as a file inside its package, this folder would shadow the standard library's `statistics` and `warnings`.
+if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+    del sys.path[0]
+
+import gc
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+Json = dict[str, Any]
+CPU = "CPUExecutionProvider"
+NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8"}
+
+
+class RunnerError(Exception):
+    """One line that says why the job cannot be done."""
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------------------
+
+
+def read_memory_bytes() -> tuple[int | None, int | None]:
+    """(resident now, highest since the last reset) in bytes; None where the system does not tell."""
+    now = peak = None
+    try:
+        with open("/proc/self/status") as stream:
+            for line in stream:
+                if line.startswith("VmRSS:"):
+                    now = int(line.split()[1]) * 1024
+                elif line.startswith("VmHWM:"):
+                    peak = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if peak is None:
+        try:
+            import resource
+
+            highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak = highest if sys.platform == "darwin" else highest * 1024
+        except ImportError:
+            pass
+    return now, peak
+
+
+def reset_peak() -> bool:
+    """Start the high-water mark anew (Linux: 5 into clear_refs); False where that is not permitted."""
+    try:
+        with open("/proc/self/clear_refs", "w") as stream:
+            stream.write("5")
+    except OSError:
+        return False
+    return True
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------------------------
+
+
+def session_options(job: Json) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(job.get("threads", 1))
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = bool(job.get("arena", True))
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if job.get("spinning") else "0")
+    if job.get("spinning"):
+        # Threads may wait busily inside a call, but not after it: a neighbour that is measured in turn would pay for that.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    for key, value in (job.get("session") or {}).items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def open_session(job: Json, options: Any) -> Any:
+    import onnxruntime
+
+    providers = list(job.get("providers") or [CPU])
+    available = onnxruntime.get_available_providers()
+    for provider in providers:
+        if provider not in available:
+            raise RunnerError(
+                f"this onnxruntime {onnxruntime.__version__} has no {provider} (it has {', '.join(available)}); "
+                "install the onnxruntime build for that device, or ask for a provider that is there"
+            )
+    if not os.path.isfile(job["model"]):
+        raise RunnerError(f"{job['model']}: no such file; give the path of an .onnx model")
+    try:
+        return onnxruntime.InferenceSession(job["model"], options, providers=providers)
+    except Exception as error:
+        raise RunnerError(
+            f"{os.path.basename(job['model'])}: onnxruntime {onnxruntime.__version__} cannot load it: {one_line(error)}"
+        ) from None
+
+
+def nodes_by_provider(session: Any) -> dict[str, int] | None:
+    """How many nodes each execution provider really took; None where this onnxruntime does not tell."""
+    try:
+        counts: dict[str, int] = {}
+        for subgraph in session.get_provider_graph_assignment_info():
+            counts[subgraph.ep_name] = counts.get(subgraph.ep_name, 0) + len(subgraph.get_nodes())
+        return counts or None
+    except Exception:
+        return None
+
+
+def describe_input(session: Any, job: Json) -> tuple[str, list[int], str]:
+    """Name, concrete shape and numpy type of the one input; a free first dimension becomes the job's batch."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise RunnerError(
+            f"the model has {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); an image classifier with one is measured"
+        )
+    found = inputs[0]
+    if found.type not in NUMPY_TYPES:
+        raise RunnerError(f"input {found.name!r} is a {found.type}; it can be one of {', '.join(NUMPY_TYPES)}")
+    batch = int(job.get("batch") or 1)
+    shape = []
+    for position, size in enumerate(found.shape):
+        if isinstance(size, int) and size > 0:
+            if position == 0 and job.get("batch") and size != batch:
+                raise RunnerError(
+                    f"input {found.name!r} has the fixed batch {size}, and batch {batch} was asked for; export it so, or with a free batch"
+                )
+            shape.append(size)
+        elif position == 0:
+            shape.append(batch)
+        else:
+            raise RunnerError(
+                f"input {found.name!r} leaves dimension {position} open ({found.shape}); export the model with fixed image sizes"
+            )
+    return found.name, shape, NUMPY_TYPES[found.type]
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+# ---- what can be asked -----------------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """A loaded model with one fixed input."""
+
+    def __init__(self, job: Json) -> None:
+        self.job = job
+        if job.get("pinning"):
+            try:
+                os.sched_setaffinity(0, set(job["pinning"]))
+            except (OSError, AttributeError) as error:
+                raise RunnerError(f"cannot pin to the CPUs {job['pinning']}: {one_line(error)}; name CPUs that this machine has") from None
+        try:
+            import numpy
+            import onnxruntime
+        except ImportError as error:
+            raise RunnerError(
+                f"the runtime is missing here: {one_line(error)}; install it with `python3 -m pip install onnxruntime numpy`"
+            ) from None
+        self.numpy = numpy
+        self.version = onnxruntime.__version__
+        gc.collect()
+        self.floor_bytes, _ = read_memory_bytes()
+        was_reset = reset_peak()
+        _, after_reset = read_memory_bytes()
+        # Where the mark cannot be reset it may still show the import of the runtime instead of the model.
+        self.peak_exact = was_reset or after_reset == self.floor_bytes
+
+        options = session_options(job)
+        asked = list(job.get("providers") or [CPU])
+        if asked != [CPU]:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        start = time.perf_counter()
+        self.session = open_session(job, options)
+        self.load_s = time.perf_counter() - start
+
+        self.name, self.shape, self.type = describe_input(self.session, job)
+        outputs = [output.name for output in self.session.get_outputs()]
+        self.output = job.get("output") or ("logits" if "logits" in outputs else outputs[0])
+        if self.output not in outputs:
+            raise RunnerError(f"the model has no output {self.output!r}; it has {', '.join(outputs)}")
+        images = numpy.random.default_rng(int(job.get("seed", 0))).standard_normal(self.shape, dtype=numpy.float32)
+        self.images = (images * 64 + 128).clip(0, 255).astype("uint8") if self.type == "uint8" else images.astype(self.type)
+        start = time.perf_counter()
+        self.infer(self.images)
+        self.first_s = time.perf_counter() - start
+
+        registered = self.session.get_providers()
+        self.nodes = nodes_by_provider(self.session) if asked != [CPU] else None
+        self.provider = max(self.nodes, key=self.nodes.__getitem__) if self.nodes else registered[0]
+
+    def infer(self, images: Any) -> Any:
+        return self.session.run([self.output], {self.name: images})[0]
+
+    def ready(self) -> Json:
+        return {
+            "event": "ready",
+            "runtime": "onnxruntime",
+            "runtime_version": self.version,
+            "provider": self.provider,
+            "provider_nodes": self.nodes,
+            "input_shape": self.shape,
+            "input_type": self.type,
+            "load_s": self.load_s,
+            "first_inference_s": self.first_s,
+            "floor_rss_bytes": self.floor_bytes,
+            "peak_rss_exact": self.peak_exact,
+        }
+
+    def warm(self, limit_s: float = 10.0, tolerance: float = 0.03, least_s: float = 0.2) -> Json:
+        """Run until the medians of two windows in a row agree within `tolerance`, or the limit is reached."""
+        start = time.perf_counter()
+        window = 5 if self.first_s < 0.5 else 1
+        count, stable = 0, False
+        before: float | None = None
+        while True:
+            middle = sorted(self.timed(window))[window // 2]
+            count += window
+            elapsed = time.perf_counter() - start
+            if before is not None and elapsed >= least_s and abs(middle - before) <= tolerance * before:
+                stable = True
+                break
+            if elapsed >= limit_s:
+                break
+            before = middle
+        return {"event": "warm", "count": count, "stable": stable, "p50_s": middle}
+
+    def timed(self, count: int) -> list[float]:
+        infer, images, clock = self.infer, self.images, time.perf_counter
+        latency_s = []
+        for _ in range(count):
+            start = clock()
+            infer(images)
+            latency_s.append(clock() - start)
+        return latency_s
+
+    def run(self, count: int, settle: int = 2) -> Json:
+        """`count` timed calls after `settle` calls that bring the caches back after another process's turn."""
+        gc.collect()
+        gc.disable()
+        try:
+            self.timed(settle)
+            cpu_s, wall_s = time.process_time(), time.perf_counter()
+            latency_s = self.timed(count)
+            cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
+        finally:
+            gc.enable()
+        return {"event": "samples", "latency_s": latency_s, "cpu_s": cpu_s, "wall_s": wall_s}
+
+    def memory(self) -> Json:
+        now, peak = read_memory_bytes()
+        return {"event": "memory", "peak_rss_bytes": peak, "steady_rss_bytes": now}
+
+    def score(self, dataset: str, limit: int | None = None) -> Iterator[Json]:
+        """Top-1 over a data set, at the batch that is timed."""
+        numpy = self.numpy
+        images, labels = open_dataset(numpy, dataset)
+        total = len(labels) if limit is None else min(limit, len(labels))
+        batch, correct, told = self.shape[0], 0, time.perf_counter()
+        for first in range(0, total, batch):
+            last = min(first + batch, total)
+            chunk = prepare_images(numpy, images[first:last], self.shape, self.type, self.job.get("preprocessing"))
+            if len(chunk) < batch:
+                # A fixed batch is filled up with copies of the last image, whose answers are not counted.
+                chunk = numpy.concatenate([chunk, numpy.repeat(chunk[-1:], batch - len(chunk), axis=0)])
+            answers = self.infer(numpy.ascontiguousarray(chunk)).reshape(batch, -1)[: last - first]
+            if not numpy.isfinite(answers).all():
+                raise RunnerError(f"the model answers with infinite or missing numbers for image {first} of {os.path.basename(dataset)}")
+            classes = answers.shape[1]
+            if int(labels[first:last].max()) >= classes or int(labels[first:last].min()) < 0:
+                raise RunnerError(
+                    f"{os.path.basename(dataset)}: has labels outside of the model's {classes} classes; give the set it was trained on"
+                )
+            correct += int((answers.argmax(axis=1) == labels[first:last]).sum())
+            if time.perf_counter() - told > 1:
+                told = time.perf_counter()
+                yield {"event": "progress", "done": last, "total": total}
+        yield {"event": "score", "correct": correct, "total": total}
+
+    def profile(self, count: int = 10) -> Json:
+        """One row an operator, from a second session with onnxruntime's own profiler."""
+        folder = tempfile.mkdtemp(prefix="vitrim-profile-")
+        try:
+            options = session_options(self.job)
+            options.enable_profiling = True
+            options.profile_file_prefix = os.path.join(folder, "trace")
+            session = open_session(self.job, options)
+            feed = {self.name: self.images}
+            for _ in range(count + 2):
+                session.run([self.output], feed)
+            with open(session.end_profiling()) as stream:
+                return {"event": "profile", "runs": count, "rows": operator_rows(json.load(stream), count)}
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def operator_rows(trace: list[Json], count: int) -> list[Json]:
+    """Rows (node, operator, provider, calls, seconds an inference) from a trace, its first two runs left out as warm-up."""
+    found: dict[str, list[Json]] = {}
+    for event in trace:
+        if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
+            found.setdefault(event["name"][: -len("_kernel_time")], []).append(event)
+    rows = []
+    for node, events in found.items():
+        kept = events[-count:]
+        args = kept[0].get("args", {})
+        rows.append(
+            {
+                "node": node,
+                "operator": args.get("op_name", "?"),
+                "provider": args.get("provider", "?"),
+                "output_shapes": [list(shape) for entry in args.get("output_type_shape", []) for shape in entry.values()],
+                "calls": len(kept),
+                "seconds": sum(event["dur"] for event in kept) * 1e-6 / count,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["seconds"])
+
+
+# ---- the data set ----------------------------------------------------------------------------------------------------------------------
+
+
+def open_dataset(numpy: Any, path: str) -> tuple[Any, Any]:
+    """`images` and `labels` of an .npz file, or of a folder with images.npy (read as it is needed) and labels.npy."""
+    name = os.path.basename(path.rstrip("/"))
+    try:
+        if os.path.isdir(path):
+            images = numpy.load(os.path.join(path, "images.npy"), mmap_mode="r", allow_pickle=False)
+            labels = numpy.load(os.path.join(path, "labels.npy"), allow_pickle=False)
+        else:
+            with numpy.load(path, allow_pickle=False) as archive:
+                images, labels = archive["images"], archive["labels"]
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
+        raise RunnerError(f"{name}: not a data set ({one_line(error)}); give an .npz with the arrays `images` and `labels`") from None
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images) or len(labels) == 0:
+        raise RunnerError(
+            f"{name}: {len(images)} images and labels of shape {labels.shape} {labels.dtype}; give one whole number for each image"
+        )
+    return images, labels
+
+
+def prepare_images(numpy: Any, images: Any, shape: list[int], kind: str, preprocessing: Json | None) -> Any:
+    """Images as the model wants them: floats pass unchanged, bytes are put in channel order and normalised as the manifest says."""
+    channels, height, width = shape[1:4]
+    if images.ndim == 3 and channels == 1:
+        images = images[:, None]
+    elif images.dtype == numpy.uint8 and images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels:
+        images = images.transpose(0, 3, 1, 2)
+    if list(images.shape[1:]) != shape[1:]:
+        raise RunnerError(
+            f"the data set's images are {list(images.shape[1:])}, the model takes {[channels, height, width]}; prepare them at that size"
+        )
+    if images.dtype == numpy.uint8 and kind != "uint8":
+        if not preprocessing:
+            raise RunnerError(
+                "the data set holds bytes, and no mean and std are known to normalise them; give prepared float32 images, or an artifact"
+            )
+        mean = numpy.asarray(preprocessing["mean"], dtype=numpy.float32).reshape(1, -1, 1, 1)
+        std = numpy.asarray(preprocessing["std"], dtype=numpy.float32).reshape(1, -1, 1, 1)
+        images = (images.astype(numpy.float32) / 255 - mean) / std
+    return images.astype(kind, copy=False)
+
+
+# ---- the conversation ------------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    # Events have standard output to themselves; whatever a library prints goes to standard error.
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(event: Json) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    try:
+        if len(arguments) != 1:
+            raise RunnerError("one argument is wanted: the job as JSON, or - to read it from standard input")
+        try:
+            job = json.loads(sys.stdin.readline() if arguments[0] == "-" else arguments[0])
+            commands = iter(job["commands"]) if "commands" in job else (json.loads(line) for line in sys.stdin if line.strip())
+            job["model"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunnerError(f"the job is no JSON object with a model: {one_line(error)}") from None
+        runner = Runner(job)
+        tell(runner.ready())
+        for command in commands:
+            options = {key: value for key, value in command.items() if key != "do"}
+            action = command.get("do")
+            if action == "stop":
+                break
+            if action == "score":
+                for event in runner.score(**options):
+                    tell(event)
+            elif action in ("warm", "run", "memory", "profile"):
+                tell(getattr(runner, action)(**options))
+            else:
+                raise RunnerError(f"unknown command {action!r}; it can be warm, run, memory, score, profile or stop")
+    except RunnerError as error:
+        tell({"event": "error", "message": str(error)})
+        return 3
+    except MemoryError:
+        tell({"event": "error", "message": "the memory of this device is used up; measure a smaller model or batch"})
+        return 3
+    except Exception as error:
+        tell({"event": "error", "message": f"{type(error).__name__}: {one_line(error)}"})
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
