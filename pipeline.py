@@ -34,7 +34,7 @@ from .shipping_steps import (
 )
 from .source_model import image_of, preprocessing_of, source_model, weights_digest
 from .storage import replace_file
-from .targets import load_target
+from .targets.profile import load_target
 from .training_steps import (
     BASELINE,
     COMPACT,
@@ -153,7 +153,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     )
     seed_weights(recipe)
     dense = lift(source_model(recipe.model, data.classes))
-    round_to = recipe.masks.round_to or target.good_multiple
+    round_to = recipe.masks.round_to or target.round_to
     # Making the task tries the budget; the task itself is made again when its turn comes.
     mask_task(copy.deepcopy(dense), dense, data, recipe, round_to)
     return Prepared(recipe, data, dense, round_to)

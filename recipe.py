@@ -19,6 +19,7 @@ RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
 
 Augmentation = Literal["none", "light", "thesis"]
+Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 
 
 class Section(BaseModel):
@@ -135,7 +136,7 @@ class ExportSection(Section):
     """Which files leave the chain."""
 
     target: str = Field("x86-64", min_length=1, description="a target name (`vitrim targets list`) or a target TOML")
-    precisions: tuple[Literal["fp32", "int8"], ...] = Field(
+    precisions: tuple[Precision, ...] = Field(
         ("fp32", "int8"), strict=False, min_length=1, description="precisions of the compact model"
     )
     batch: int | Literal["dynamic"] = Field(1, description="images a run, or dynamic")

@@ -118,7 +118,7 @@ def write_report(
     folder: RunFolder,
 ) -> Report:
     """kept.json, report.json, report.md and report.html in the run folder."""
-    from .bench.report import load_run, render
+    from .bench.report.render import render
 
     replace_file(folder / "kept.json", json.dumps(kept_branches(baseline.architecture, compact.architecture), indent=1) + "\n")
     models = {
@@ -144,7 +144,7 @@ def write_report(
         }
     )
     replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
-    render(load_run(folder.path), folder.path)
+    render(folder.path)
     return report
 
 

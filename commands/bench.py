@@ -38,7 +38,7 @@ def bench(
     from rich.console import Console
 
     from ..bench.measure import measure_interleaved
-    from ..bench.table import measurement_table
+    from ..measurement_table import measurement_table
 
     names = _names(artifacts)
     files = {name: out / f"{name}.json" for name in names} if out is not None else {}

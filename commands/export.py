@@ -97,7 +97,10 @@ def _data(
 
     name = named or (card["name"] if card else None)
     if name is None:
-        typer.echo("no data set is known for this model (--data NAME): parity is proven on noise, and the manifest holds no preprocessing", err=True)
+        typer.echo(
+            "no data set is known for this model (--data NAME): parity is proven on noise, and the manifest holds no preprocessing",
+            err=True,
+        )
         return None, None, None
     preprocessing = default_preprocessing(name, image)
     if card is not None and named in (None, card["name"]):
