@@ -24,6 +24,8 @@ def attention(graph: Graph, form: Form, spec: AttentionSpec, state: State, x: st
     norms = spec.q_norm is not None or spec.k_norm is not None
     if form.attention == "runtime" and form.rows == "batch" and not norms:
         mixed = _runtime(graph, spec, x, asking, q, k, v, name)
+    elif form.attention == "opset23" and form.rows == "matrix" and not norms:
+        mixed = _standard(graph, form, spec, x, asking, (q, k, v), name)
     else:
         mixed = _products(graph, form, spec, state, x, asking, (q, k, v), name)
     if spec.out_norm is not None:
@@ -114,6 +116,16 @@ def _runtime(graph: Graph, spec: AttentionSpec, x: str, asking: str, q: Linear, 
     if any(part.bias is not None for part in (q, k, v)):
         rows.append(graph.constant(f"{name}.qkv.bias", np.concatenate(bias)))
     return str(graph.node("MultiHeadAttention", rows, f"{name}.mix", domain=RUNTIME, num_heads=spec.heads, scale=1.0))
+
+
+def _standard(graph: Graph, form: Form, spec: AttentionSpec, x: str, asking: str, parts: tuple[Linear, Linear, Linear], name: str) -> str:
+    """The standard's Attention takes (batch, tokens, heads * width) and needs no transposes."""
+    rows = []
+    for source, part, label, width in zip((asking, x, x), parts, ("q", "k", "v"), (spec.qk, spec.qk, spec.v), strict=True):
+        y = linear(graph, form, source, part, f"{name}.{label}")
+        rows.append(graph.node("Reshape", [y, graph.sizes([1, -1, spec.heads * width])], f"{name}.{label}.one"))
+    mixed = graph.node("Attention", rows, f"{name}.mix", q_num_heads=spec.heads, kv_num_heads=spec.heads, scale=1.0)
+    return str(graph.node("Reshape", [mixed, graph.sizes([-1, spec.heads * spec.v])], f"{name}.mix.rows"))
 
 
 def _head_norm(graph: Graph, x: str, norm_spec: NormSpec, state: State, part: str, spec: AttentionSpec, name: str) -> str:

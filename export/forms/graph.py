@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -22,6 +22,11 @@ class Graph:
         self._taken: set[str] = set()
         self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._uses_runtime = False
+        # How a Linear is written: one Gemm where rows are a matrix, always a product and a sum (as quantizers want it), or in eight bits.
+        self.linears: Literal["gemm", "product", "int8"] = "gemm"
+        self.weight_bits = 8
+        # Whether RMSNorm may be written as ONNX Runtime's operator.
+        self.runtime_norm = False
 
     def constant(self, name: str, value: Array) -> str:
         """A weight; the same small array is kept once."""

@@ -7,12 +7,16 @@ projection with zero columns for the others, since a scatter costs more than the
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import onnx
 
 from ...compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec
 from ...compress.vit.model import CompactModel
 from ...errors import InputError
+from . import centring
 from .attention import attention
 from .ffn import ffn
 from .form import Form
@@ -24,13 +28,28 @@ from .stream import Stream
 State = dict[str, Array]
 
 
-def write_network(model: CompactModel, form: Form, *, batch: int | str = 1) -> onnx.ModelProto:
-    """The model in one form. `batch`: a size, or the name of a free dimension. Errors: InputError if the form cannot hold the batch."""
+def write_network(
+    model: CompactModel,
+    form: Form,
+    *,
+    batch: int | str = 1,
+    linears: Literal["gemm", "product", "int8"] = "gemm",
+    weight_bits: int = 8,
+) -> onnx.ModelProto:
+    """The model in one form. `batch`: a size, or the name of a free dimension. `linears`: as Gemm, as MatMul and Add, or in eight bits
+    with weights of `weight_bits` (7 where the processor's eight-bit products saturate).
+
+    Errors: InputError if the form cannot hold the batch.
+    """
     architecture = model.architecture
     if form.rows == "matrix" and batch != 1:
         raise InputError(f"form {form.name} holds one image, and batch {batch} was asked for; take a form with batch rows")
     state = {name: tensor.detach().cpu().float().numpy() for name, tensor in model.state_dict().items()}
     graph = Graph()
+    graph.linears, graph.weight_bits = linears, weight_bits
+    if form.norm == "centred-rms" and centring.applicable(architecture):
+        architecture, state = centring.centre(architecture, state)
+        graph.runtime_norm = True
     rows = stem(graph, form, architecture, state, batch=batch)
     if architecture.stem_norm is not None:
         rows = norm(graph, rows, architecture.stem_norm, state.get("stem_norm.weight"), state.get("stem_norm.bias"), "stem_norm")
@@ -155,7 +174,4 @@ def _head(graph: Graph, form: Form, architecture: Architecture, state: State, st
         # The mean of two classifiers on two rows is one classifier on the rows side by side.
         matrix = np.concatenate([matrix, state["head_dist.weight"].T]) / 2
         shift = None if shift is None else (shift + state["head_dist.bias"]) / 2
-    inputs = [x, graph.constant("head.weight", np.ascontiguousarray(matrix))]
-    if shift is not None:
-        inputs.append(graph.constant("head.bias", shift))
-    return str(graph.node("Gemm", inputs, "head"))
+    return linear(graph, replace(form, rows="matrix"), x, Linear(np.ascontiguousarray(matrix), shift), "head")

@@ -23,16 +23,35 @@ class Linear:
 
 def linear(graph: Graph, form: Form, x: str, layer: Linear, name: str) -> str:
     """(…, in) -> (…, out). With matrix rows one Gemm; with a batch MatMul and Add (which ONNX Runtime fuses again, at the price of Reshapes)."""
+    if graph.linears == "int8" and name != "stem":
+        return _int8_linear(graph, x, layer, name)
     weight = graph.constant(f"{name}.weight", layer.weight)
     bias = None if layer.bias is None else graph.constant(f"{name}.bias", layer.bias)
-    if form.rows == "matrix" and bias is not None:
+    if form.rows == "matrix" and bias is not None and graph.linears == "gemm":
         return str(graph.node("Gemm", [x, weight, bias], name))
     product = str(graph.node("MatMul", [x, weight], name))
     return product if bias is None else str(graph.node("Add", [product, bias], f"{name}.add"))
 
 
+def _int8_linear(graph: Graph, x: str, layer: Linear, name: str) -> str:
+    """Weights in eight bits with a scale a column, the input in eight bits with one scale found for each image: one node of ONNX Runtime."""
+    largest = 2 ** (graph.weight_bits - 1) - 1
+    scale = (np.abs(layer.weight).max(axis=0) / largest).astype(np.float32)
+    scale[scale == 0] = 1.0
+    quantized = np.clip(np.rint(layer.weight / scale), -largest, largest).astype(np.int8)
+    inputs = [x, graph.constant(f"{name}.weight", quantized), graph.constant(f"{name}.weight.scale", scale)]
+    inputs.append(graph.constant(f"{name}.weight.zero", np.zeros(scale.shape, np.int8)))
+    if layer.bias is not None:
+        inputs.append(graph.constant(f"{name}.bias", layer.bias))
+    return str(graph.node("DynamicQuantizeMatMul", inputs, name, domain=RUNTIME))
+
+
 def norm(graph: Graph, x: str, spec: NormSpec, weight: Array | None, bias: Array | None, name: str) -> str:
     """LayerNorm or RMSNorm over the last dimension. `weight`, `bias`: (width,), or anything that broadcasts for RMSNorm."""
+    if spec.kind == "rms" and weight is not None and weight.ndim == 1 and graph.runtime_norm:
+        # ONNX Runtime's own name for RMSNorm; the standard's came with opset 23, at which this runtime no longer fuses Transpose into MatMul.
+        y = str(graph.node("SimplifiedLayerNormalization", [x, graph.constant(f"{name}.weight", weight)], name, axis=-1, epsilon=spec.eps))
+        return y if bias is None else str(graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], f"{name}.biased"))
     if spec.kind == "layer":
         scale = np.ones(spec.width, np.float32) if weight is None else weight
         inputs = [x, graph.constant(f"{name}.weight", scale)]

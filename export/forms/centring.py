@@ -1,0 +1,116 @@
+"""LayerNorm as RMSNorm, exactly: whatever writes to the residual stream is centred in its weights.
+
+Requires: every reader of the stream is a LayerNorm over the whole of it, followed by a Linear in each core (a bias of the norm is folded into that
+Linear). Ensures: the same function; the stream differs from the original by each token's mean, which LayerNorm takes out anyway.
+After Ashkboos et al. 2024 (SliceGPT), section 3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec, NormSpec
+from .graph import Array
+
+State = dict[str, Array]
+
+
+def applicable(architecture: Architecture) -> bool:
+    """Whether the stream is only ever seen through LayerNorms over all of it, and only Linears write to it."""
+    if architecture.norm is None or architecture.norm.kind != "layer" or architecture.head_reads is not None or architecture.stem_norm is not None:
+        return False
+    if architecture.pool_norm is not None:
+        return False
+    return all(_whole(branch) for branch in architecture.branches)
+
+
+def _whole(branch: BranchSpec) -> bool:
+    if isinstance(branch.core, ConstantSpec):
+        return branch.post_norm is None
+    return branch.norm is not None and branch.norm.kind == "layer" and branch.reads is None and branch.post_norm is None
+
+
+def centre(architecture: Architecture, state: State) -> tuple[Architecture, State]:
+    """An equal network whose norms over the stream are RMSNorms without bias. Everything is computed in double precision."""
+    wide = {name: value.astype(np.float64) for name, value in state.items()}
+    embed = architecture.embed
+    _widen_stem(architecture, wide)
+    stem_weight = wide["stem.weight"]
+    wide["stem.weight"] = stem_weight - stem_weight.mean(axis=0)
+    for name in ("stem.bias", "position", "prefix"):
+        if name in wide:
+            wide[name] = wide[name] - wide[name].mean(axis=-1, keepdims=True)
+    steps = []
+    for number, step in enumerate(architecture.steps):
+        steps.append(tuple(_branch(branch, wide, f"steps.{number}.{position}.", embed) for position, branch in enumerate(step)))
+    assert architecture.norm is not None
+    _fold_shift(wide, "norm", ["head", *(["head_dist"] if architecture.pool.kind == "distilled" else [])])
+    head = architecture.head.model_copy(update={"bias": "head.bias" in wide})
+    changed = architecture.model_copy(
+        update={"steps": tuple(steps), "norm": _rms(architecture.norm, wide, "norm"), "stem_writes": None, "head": head}
+    )
+    return changed, {name: np.ascontiguousarray(value.astype(np.float32)) for name, value in wide.items()}
+
+
+def _branch(branch: BranchSpec, wide: State, at: str, embed: int) -> BranchSpec:
+    core = branch.core
+    if isinstance(core, ConstantSpec):
+        value = wide.pop(f"{at}layer_scale", np.ones(1)) * wide[f"{at}core.value"]
+        value = _spread(value, branch, embed)
+        wide[f"{at}core.value"] = value - value.mean()
+        return branch.model_copy(update={"layer_scale": False, "writes": None})
+    assert branch.norm is not None
+    if isinstance(core, AttentionSpec):
+        readers, out = ["q", "k", "v"], "out"
+    else:
+        assert isinstance(core, FfnSpec)
+        readers, out = (["fc1", "gate"] if core.gated else ["fc1"]), "fc2"
+    _fold_shift(wide, f"{at}norm", [f"{at}core.{reader}" for reader in readers])
+    scale = wide.pop(f"{at}layer_scale", None)
+    weight, bias = wide[f"{at}core.{out}.weight"].T, wide.get(f"{at}core.{out}.bias")
+    if scale is not None:
+        weight, bias = weight * scale, None if bias is None else bias * scale
+    weight = _spread(weight, branch, embed)
+    wide[f"{at}core.{out}.weight"] = (weight - weight.mean(axis=-1, keepdims=True)).T
+    if bias is not None:
+        bias = _spread(bias, branch, embed)
+        wide[f"{at}core.{out}.bias"] = bias - bias.mean()
+    return branch.model_copy(update={"norm": _rms(branch.norm, wide, f"{at}norm"), "layer_scale": False, "writes": None})
+
+
+def _fold_shift(wide: State, norm: str, readers: list[str]) -> None:
+    """The norm's bias b goes into each reader: W (y + b) + c = W y + (c + W b)."""
+    shift = wide.pop(f"{norm}.bias", None)
+    if shift is None:
+        return
+    for reader in readers:
+        moved = wide[f"{reader}.weight"] @ shift
+        wide[f"{reader}.bias"] = moved + wide[f"{reader}.bias"] if f"{reader}.bias" in wide else moved
+
+
+def _rms(spec: NormSpec, wide: State, norm: str) -> NormSpec:
+    wide.setdefault(f"{norm}.weight", np.ones(spec.width))
+    return NormSpec(kind="rms", width=spec.width, eps=spec.eps, weight=True, bias=False)
+
+
+def _widen_stem(architecture: Architecture, wide: State) -> None:
+    writes = architecture.stem_writes
+    if writes is None:
+        return
+    indices = list(writes)
+    weight = np.zeros((architecture.embed, *wide["stem.weight"].shape[1:]))
+    weight[indices] = wide["stem.weight"]
+    wide["stem.weight"] = weight
+    for name in ("stem.bias", "position", "prefix"):
+        if name in wide:
+            rows = np.zeros((*wide[name].shape[:-1], architecture.embed))
+            rows[..., indices] = wide[name]
+            wide[name] = rows
+
+
+def _spread(value: Array, branch: BranchSpec, embed: int) -> Array:
+    if branch.writes is None:
+        return value
+    spread = np.zeros((*value.shape[:-1], embed))
+    spread[..., list(branch.writes)] = value
+    return spread

@@ -1,0 +1,148 @@
+"""Eight bits and fewer. Each way takes a float graph and gives another, and says what it cost.
+
+- `int8`: weights in eight bits with a scale a column, inputs quantized for each image as it comes; for processors with eight-bit dot products.
+- `int8-static`: weights and inputs in eight bits, with input ranges found on calibration images; softmax, norms and patch embedding stay float.
+- `int8-weights`, `int4-weights`: only the stored weights are small; the arithmetic stays float. For devices short of bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ..errors import InputError
+
+Calibration = Literal["min-max", "percentile", "entropy"]
+CALIBRATIONS: tuple[Calibration, ...] = ("min-max", "percentile", "entropy")
+CALIBRATION_IMAGES = 128
+
+
+def int8_dynamic(model: onnx.ModelProto, *, weight_bits: int = 8) -> onnx.ModelProto:
+    """Quantize the constant products of any float graph, a scale a column. Requires: not fused yet. Ensures: same inputs and outputs.
+
+    `weight_bits` 7 keeps sums of two products inside 16 bits, on processors whose eight-bit products saturate (no VNNI).
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _files(model) as (source, target):
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=weight_bits < 8,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+        return _read(target)
+
+
+def int8_static(model: onnx.ModelProto, images: NDArray[Any], *, calibration: Calibration = "min-max", weight_bits: int = 8) -> onnx.ModelProto:
+    """Quantize weight products with input ranges found on calibration images, as QuantizeLinear and DequantizeLinear pairs.
+
+    images: float32 (count, channels, height, width). Softmax, norms, activations, attention products and a patch convolution stay float.
+    Errors: InputError for an unknown calibration or too few images.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    if calibration not in CALIBRATIONS:
+        raise InputError(f"calibration {calibration!r} is unknown; take one of {', '.join(CALIBRATIONS)}")
+    if len(images) == 0:
+        raise InputError("int8-static needs calibration images and got none; pass images, or take precision='int8', which needs none")
+    name = model.graph.input[0].name
+    size = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches: Iterator[NDArray[Any]] = (images[first : first + size] for first in range(0, len(images) - size + 1, size))
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {name: np.ascontiguousarray(batch, dtype=np.float32)}
+
+    method = {"min-max": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}[calibration]
+    constants = {tensor.name for tensor in model.graph.initializer}
+    weighted = [node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants]
+    with _files(model) as (source, target):
+        quantize_static(
+            source,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_quantize=weighted,
+            per_channel=True,
+            reduce_range=weight_bits < 8,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=method,
+            # Only the products' inputs: quantizing their outputs too costs accuracy and saves nothing, since norms and softmax want floats.
+            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"], "DedicatedQDQPair": False},
+        )
+        return _read(target)
+
+
+def weights_only(model: onnx.ModelProto, bits: Literal[4, 8], *, block_size: int = 32) -> onnx.ModelProto:
+    """Store constant product weights in `bits` bits with a scale a block of `block_size` inputs; arithmetic stays float (MatMulNBits)."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    with _silent():
+        quantizer = MatMulNBitsQuantizer(copy, bits=bits, block_size=block_size, is_symmetric=True)
+        quantizer.process()
+    quantized: onnx.ModelProto = quantizer.model.model
+    del quantized.graph.value_info[:]
+    return quantized
+
+
+class _files:
+    """The quantizers read and write files; these two live as long as the block."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+
+    def __enter__(self) -> tuple[str, str]:
+        self._folder = tempfile.TemporaryDirectory(prefix="vitrim-quantize-")
+        self._silent = _silent()
+        self._silent.__enter__()
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.model)
+        # Shapes of inner values that torch's exporter left behind contradict the quantizer's own.
+        del copy.graph.value_info[:]
+        source = Path(self._folder.name) / "float.onnx"
+        onnx.save(copy, str(source))
+        return str(source), str(source.with_name("quantized.onnx"))
+
+    def __exit__(self, *_: object) -> None:
+        self._silent.__exit__()
+        self._folder.cleanup()
+
+
+class _silent:
+    """The quantizers advise about preprocessing on every call, and print their histograms; here that is done and not wanted."""
+
+    def __enter__(self) -> None:
+        self._level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        self._output = contextlib.redirect_stdout(io.StringIO())
+        self._output.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._output.__exit__(None, None, None)
+        logging.disable(self._level)
+
+
+def _read(path: str) -> onnx.ModelProto:
+    model = onnx.load(path)
+    del model.graph.value_info[:]
+    return model
