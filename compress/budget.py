@@ -23,6 +23,10 @@ from .cost import CostKind, live_cost
 from .gates import Gates
 
 
+# A budget counts as met when at most this share of it is left over.
+SLACK = 0.01
+
+
 @dataclass(frozen=True)
 class Budget:
     """At most `ratio` of the dense network's `kind` ("params" or "macs")."""
@@ -52,7 +56,7 @@ def smallest_ratio(architecture: Architecture, gates: Gates, kind: CostKind) -> 
     least = []
     for group in gates.groups:
         keep = torch.zeros(group.size, dtype=torch.bool)
-        keep[0] = True
+        keep[group.members[0]] = True
         least.append(keep)
     return float(live_cost(architecture, gates.counter(least), kind) / dense_cost(architecture, kind))
 
@@ -81,9 +85,11 @@ class DualSolver:
 
     def observe(self, gradients: Sequence[Tensor | None]) -> None:
         """Take in the gates' gradients of one step."""
-        for average, gradient in zip(self.saliency, gradients, strict=True):
+        for average, gradient, group in zip(self.saliency, gradients, self.gates.groups, strict=True):
             if gradient is not None:
-                average.mul_(self.decay).add_(gradient.detach().double().square().cpu(), alpha=1.0 - self.decay)
+                # Scores of one unit share its gradient evenly; together they have all of it.
+                whole = gradient.detach().double().cpu() * group.whole
+                average.mul_(self.decay).add_(whole.square(), alpha=1.0 - self.decay)
 
     def cost(self, kept: Sequence[Tensor]) -> int:
         """Exact cost of keeping `kept`."""
@@ -114,14 +120,37 @@ class DualSolver:
             room = int((target - spent) // prices[number])
             if room < 1:
                 break
-            candidates = torch.nonzero(~kept[number]).flatten()
-            best = candidates[values[number][candidates].argsort(descending=True)[:room]]
+            members = self.gates.groups[number].members
+            candidates = members[~kept[number][members[:, 0]]]
+            best = candidates[values[number][candidates[:, 0]].argsort(descending=True)[:room]]
             trial = kept[number].clone()
-            trial[best] = True
+            trial[best.flatten()] = True
             changed = [*kept[:number], trial, *kept[number + 1 :]]
             if self.cost(changed) <= target:
                 kept, spent = changed, self.cost(changed)
-        return kept
+        return kept if target - spent <= SLACK * target else self._trade(kept, values, target)
+
+    def _trade(self, kept: list[Tensor], values: Sequence[Tensor], target: int) -> list[Tensor]:
+        """Nothing cheap is left to take in: take in one dear unit and give up the cheap ones that it displaces."""
+        prices = self.marginal_costs(kept)
+        cheap = min(range(len(kept)), key=lambda index: prices[index])
+        best, spent = kept, self.cost(kept)
+        for number in range(len(kept)):
+            members = self.gates.groups[number].members
+            candidates = members[~kept[number][members[:, 0]]]
+            if number == cheap or not len(candidates):
+                continue
+            trial = [keep.clone() for keep in kept]
+            trial[number][candidates[values[number][candidates[:, 0]].argmax()]] = True
+            over = self.cost(trial) - target
+            own = self.gates.groups[cheap].members
+            live = own[trial[cheap][own[:, 0]]]
+            count = -int(-over // self.marginal_costs(trial)[cheap])
+            if 0 < count < len(live):
+                trial[cheap][live[values[cheap][live[:, 0]].argsort()[:count]].flatten()] = False
+            if spent < self.cost(trial) <= target:
+                best, spent = trial, self.cost(trial)
+        return best
 
     def surely_dead(self, kept: Sequence[Tensor], margin: float = 0.5) -> list[Tensor]:
         """Units that are out and whose value is far under the price: booleans, True = may be removed from the training graph."""
@@ -133,15 +162,16 @@ class DualSolver:
     def marginal_costs(self, kept: Sequence[Tensor]) -> list[float]:
         """What one more or one less unit of each group costs, at the present live widths."""
         base, result = self.cost(kept), []
-        for number, keep in enumerate(kept):
-            other = keep.clone()
+        for number, (keep, group) in enumerate(zip(kept, self.gates.groups, strict=True)):
+            live = keep[group.members[:, 0]]
             # One less where possible: the last unit's price counts, not that of one that may not exist.
-            step = -1 if int(keep.sum()) > 1 else 1
-            places = torch.nonzero(keep if step < 0 else ~keep).flatten()
+            fewer = int(live.sum()) > 1
+            places = group.members[live if fewer else ~live]
             if not len(places):
                 result.append(1.0)
                 continue
-            other[places[0]] = step > 0
+            other = keep.clone()
+            other[places[0]] = not fewer
             result.append(max(1.0, abs(base - self.cost([*kept[:number], other, *kept[number + 1 :]]))))
         return result
 
@@ -151,10 +181,11 @@ class DualSolver:
 
     def _keep(self, values: Sequence[Tensor], price: float) -> list[Tensor]:
         result = []
-        for value in values:
-            keep = value >= price
-            keep[value.argmax()] = True
-            result.append(keep)
+        for value, group in zip(values, self.gates.groups, strict=True):
+            units = value[group.members[:, 0]]
+            keep = units >= price
+            keep[units.argmax()] = True
+            result.append(group.spread(keep))
         return result
 
 

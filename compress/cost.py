@@ -30,7 +30,7 @@ def live_params(architecture: Architecture, live: Live) -> Any:
     per_channel = architecture.image[0] * patch[0] * patch[1] + architecture.stem.bias + architecture.prefix + patches * architecture.position
     total = stem * per_channel + _norm(architecture.stem_norm, stem) + _norm(architecture.norm, reading) + _norm(architecture.pool_norm, reading)
     heads = 2 if architecture.pool.kind == "distilled" else 1
-    total = total + heads * (reading + architecture.head.bias) * architecture.classes
+    total = total + heads * (reading + (architecture.head is not None and architecture.head.bias)) * architecture.classes
     for branch in architecture.branches:
         total = total + _branch_params(branch, live)
     return total

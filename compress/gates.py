@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .architecture import Architecture, Indices
-from .mask import DIMENSIONS, SHARED, Sharing, StructuredMask, groups, sites
+from .mask import DIMENSIONS, SHARED, Sharing, StructuredMask, groups, sites, together
 
 # Scores start in the middle between "surely kept" and the threshold.
 START, THRESHOLD = 1.0, 0.5
@@ -30,6 +30,19 @@ class Group:
     size: int
     # How many places of the network this one mask serves.
     uses: int
+    # (units, members): indices that go or stay as one, such as the two columns of a rope pair; mostly one member each.
+    members: Tensor
+
+    @property
+    def whole(self) -> int:
+        """Indices that one unit holds."""
+        return int(self.members.shape[1])
+
+    def spread(self, units: Tensor) -> Tensor:
+        """(units,) -> (size,): each unit's value at all its indices."""
+        if self.whole == 1:
+            return units
+        return units.new_zeros(self.size).index_put((self.members,), units[:, None].expand(self.members.shape))
 
 
 class _Straight(torch.autograd.Function):
@@ -48,6 +61,15 @@ class _Straight(torch.autograd.Function):
         return gradients[0], None
 
 
+def _straight(scores: Tensor) -> Tensor:
+    mask: Tensor = _Straight.apply(scores, THRESHOLD)  # type: ignore[no-untyped-call]
+    return mask
+
+
+def _uses(architecture: Architecture, dimension: str, site: str) -> int:
+    return len(sites(architecture, dimension)) if site == SHARED else 1
+
+
 class Gates(nn.Module):
     """Scores for every group of units that may go, and the masks they make at this step.
 
@@ -62,7 +84,7 @@ class Gates(nn.Module):
         self.sharing, self.fixed = sharing, tuple(fixed)
         wanted = groups(architecture, sharing)
         self.groups = [
-            Group(dimension, site, size, len(sites(architecture, dimension)) if site == SHARED else 1)
+            Group(dimension, site, size, _uses(architecture, dimension, site), together(architecture, dimension, site))
             for dimension in GATED
             if dimension in wanted and dimension not in self.fixed
             for site, size in wanted[dimension].items()
@@ -76,7 +98,7 @@ class Gates(nn.Module):
 
     def begin(self) -> None:
         """Make the masks of this step; call it before each forward pass."""
-        self._now = [_Straight.apply(scores, THRESHOLD) for scores in self.scores]  # type: ignore[no-untyped-call]
+        self._now = self._masks()
 
     def value(self, dimension: str, site: str) -> Tensor | None:
         """(size,) of 0 and 1 with a path for gradients, or None where nothing is gated: what `MaskedNetwork` asks for."""
@@ -105,7 +127,7 @@ class Gates(nn.Module):
     def kept(self) -> list[Tensor]:
         """Booleans of every group, as the scores stand."""
         with torch.no_grad():
-            return [_Straight.apply(scores, THRESHOLD) > 0.5 for scores in self.scores]  # type: ignore[no-untyped-call]
+            return [mask > 0.5 for mask in self._masks()]
 
     def mask(self, kept: Sequence[Tensor] | None = None) -> StructuredMask:
         """The masks as they stand (or `kept`), without gates."""
@@ -121,6 +143,9 @@ class Gates(nn.Module):
             factor = 1.0 - group.uses / total if group.uses > 1 else 1.0
             # With a single mask in all, the source's factor would stop it altogether.
             yield {"params": [scores], "lr": lr * factor if factor > 0 else lr, "weight_decay": 0.0}
+
+    def _masks(self) -> list[Tensor]:
+        return [group.spread(_straight(scores[group.members].mean(dim=1))) for group, scores in zip(self.groups, self.scores, strict=True)]
 
     def _number(self, dimension: str, site: str) -> int | None:
         found = self._place.get((dimension, site))

@@ -1,7 +1,7 @@
 """Mask learning as a task of the training loop: gates beside the weights, a budget or a lambda, and a training graph that shrinks.
 
-Source: METHODS A (structured movement pruning at training time). With a budget the price of size is solved for at each update (compress/budget.py); with a lambda
-the source's objective task_loss + lambda * cost is followed as it stands.
+Source: METHODS A (structured movement pruning at training time). With a budget the price of size is solved for at each update (compress/budget.py);
+with a lambda the source's objective task_loss + lambda * cost is followed as it stands.
 """
 
 from __future__ import annotations
