@@ -19,7 +19,6 @@ from .compress.data.splits import DataSplits
 from .compress.files import load
 from .compress.lift import lift
 from .compress.vit.model import CompactModel
-from .progress_lines import say, unit_count
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .shipping_steps import (
@@ -35,6 +34,7 @@ from .shipping_steps import (
 from .source_model import image_of, preprocessing_of, source_model, weights_digest
 from .storage import replace_file
 from .targets.profile import load_target
+from .terminal_lines import say, unit_count
 from .training_steps import (
     BASELINE,
     COMPACT,

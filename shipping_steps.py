@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from . import __version__
@@ -23,10 +22,10 @@ from .compress.data.splits import DataSplits, Split, stratified_indices
 from .compress.vit.model import CompactModel
 from .export.artifact import Artifact
 from .kept_branches import kept_branches
-from .progress_lines import say, unit_count
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .storage import replace_file
+from .terminal_lines import say, show, unit_count
 from .training_steps import Cut
 
 ARTIFACTS, MEASUREMENTS = "artifacts", "measurements"
@@ -162,15 +161,13 @@ def versions() -> dict[str, str]:
 def final_table(report: Report, folder: RunFolder) -> None:
     """The run in one small table on standard output, and where the report is."""
     table = Table(show_edge=False, pad_edge=False)
-    for column in ("model", "precision", "parameters", "MACs", "top-1", "p50", "faster", "memory", "file"):
-        table.add_column(column, justify="left" if column in ("model", "precision") else "right", no_wrap=True)
+    for column in ("artifact", "params", "MACs", "top-1", "p50", "faster", "memory", "file"):
+        table.add_column(column, justify="left" if column == "artifact" else "right", no_wrap=True)
     base = next((a.measurement for a in report.models["baseline"].artifacts if a.measurement), None)
     for name, model in report.models.items():
         for artifact in model.artifacts:
             table.add_row(*_row(name, model, artifact, base))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    show(table, f"report: {folder / 'report.html'}")
 
 
 def _model_entry(
@@ -197,7 +194,7 @@ def _model_entry(
 
 def _row(name: str, model: ModelEntry, artifact: ArtifactEntry, base: Measurement | None) -> list[str]:
     measured = artifact.measurement
-    row = [name, artifact.precision, unit_count(model.params or 0), unit_count(model.macs or 0)]
+    row = [f"{name} {artifact.precision}", unit_count(model.params or 0), unit_count(model.macs or 0)]
     if measured is None:
         return [*row, "", "", "", "", f"{artifact.bytes / 1e6:.2f} MB"]
     p50 = measured.summary().p50_s

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from ..terminal_lines import show
 
 
 def bench(
@@ -35,8 +36,6 @@ def bench(
 
       vitrim bench small-int8 --threads 4 --dataset test.npz --out measurements
     """
-    from rich.console import Console
-
     from ..bench.measure import measure_interleaved
     from ..measurement_table import measurement_table
 
@@ -57,13 +56,11 @@ def bench(
     )
     for name, file in files.items():
         measured[name].save(file)
-    console = Console(highlight=False)
-    console.print(measurement_table(measured))
+    show(measurement_table(measured))
     for name, measurement in measured.items():
-        for warning in measurement.warnings:
-            console.print(f"{name}: {warning}", soft_wrap=True)
+        show(*(f"{name}: {warning}" for warning in measurement.warnings))
     if out is not None:
-        console.print(f"saved: {', '.join(map(str, files.values()))}", soft_wrap=True)
+        show(f"saved: {', '.join(map(str, files.values()))}")
 
 
 def _names(artifacts: list[Path]) -> dict[str, Path]:

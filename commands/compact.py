@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from ..progress_lines import unit_count
+from ..terminal_lines import show, unit_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,7 +105,6 @@ def _mask(
 
 def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | None, overwrite: bool) -> None:
     import torch
-    from rich.console import Console
 
     from ..compress.compactor import compact as cut
     from ..compress.count import count_macs, count_params
@@ -118,16 +117,15 @@ def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | 
     with torch.inference_mode():
         wanted, found = masked(source, mask).eval()(images), small.eval()(images)
     error = float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-12))
-    console = Console(highlight=False)
     if explain:
-        console.print(_table(source, small))
+        show(_table(source, small))
     for name, count in (("parameters", count_params), ("MACs", count_macs)):
         old, new = count(before), count(after)
-        console.print(f"{name}: {unit_count(old)} -> {unit_count(new)} ({100 * new / old:.1f} %)", soft_wrap=True)
-    console.print(f"masked against compact: largest relative error {error:.1e} over {len(images)} noise images", soft_wrap=True)
+        show(f"{name}: {unit_count(old)} -> {unit_count(new)} ({100 * new / old:.1f} %)")
+    show(f"masked against compact: largest relative error {error:.1e} over {len(images)} noise images")
     if out is not None:
         save(small, out, overwrite=overwrite)
-        console.print(f"saved: {out}", soft_wrap=True)
+        show(f"saved: {out}")
 
 
 def _table(source: CompactModel, small: CompactModel) -> Table:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from ..terminal_lines import show
 
 if TYPE_CHECKING:
     from ..bench.measurement import Measurement
@@ -24,8 +25,6 @@ def compare(
 
       vitrim compare runs/quickstart/measurements
     """
-    from rich.console import Console
-
     from ..bench.measurement import Measurement
     from ..measurement_table import measurement_table
 
@@ -37,10 +36,7 @@ def compare(
         measurement = Measurement.load(file)
         name = measurement.name if measurement.name not in loaded else str(file)
         loaded[name] = measurement
-    console = Console(highlight=False)
-    console.print(measurement_table(loaded))
-    for remark in _remarks(loaded):
-        console.print(remark, soft_wrap=True)
+    show(measurement_table(loaded), *_remarks(loaded))
 
 
 def _remarks(loaded: dict[str, Measurement]) -> list[str]:

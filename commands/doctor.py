@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 import typer
+from rich.markup import escape
+
+from ..terminal_lines import show
 
 State = Literal["ok", "missing", "broken"]
 
@@ -61,13 +64,10 @@ def doctor() -> None:
 
       vitrim doctor
     """
-    from rich.console import Console
-
-    console = Console(highlight=False)
     marks = {"ok": "[green]ok     [/green]", "missing": "[yellow]missing[/yellow]", "broken": "[red]broken [/red]"}
     sick = False
     for finding in examine():
-        console.print(f"{marks[finding.state]} {finding.name}: {finding.words}", soft_wrap=True)
+        show(f"{marks[finding.state]} {finding.name}: {escape(finding.words)}")
         sick |= finding.needed and finding.state != "ok"
     if sick:
         raise typer.Exit(1)

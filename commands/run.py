@@ -109,13 +109,12 @@ def _chain(recipe: Recipe, until: str, out: Path | None, resume: bool, overwrite
 
 
 def _print_keys() -> None:
-    from rich.console import Console
+    from rich.markup import escape
 
     from ..recipe_keys import rows
+    from ..terminal_lines import show
 
-    console = Console(highlight=False)
     for section, explanation, keys in rows():
-        console.print(f"\n[bold]\\[{section}][/bold]  {explanation}" if section else f"[bold]{explanation}[/bold]", soft_wrap=True)
+        show(f"\n[bold]{escape(f'[{section}]')}[/bold]  {escape(explanation)}" if section else f"[bold]{escape(explanation)}[/bold]")
         for key, default, meaning in keys:
-            console.print(f"  {key} = {default}".replace("[", "\\["), style="cyan", end="", soft_wrap=True)
-            console.print(f"  {meaning}".replace("[", "\\["), soft_wrap=True)
+            show(f"  [cyan]{key} = {escape(default)}[/cyan]  {escape(meaning)}")

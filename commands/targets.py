@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..targets.profile import list_targets, load_target
+from ..terminal_lines import show as put
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +23,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
 @app.command("list")
 def list_all() -> None:
     """One line for each described device."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False)
@@ -33,7 +33,7 @@ def list_all() -> None:
         table.add_row(
             name, target.title, str(target.cores), _bytes(target.memory.ram_bytes), target.preferred_runtime, target.preferred_precision
         )
-    Console(highlight=False).print(table)
+    put(table)
 
 
 @app.command("show")

@@ -1,8 +1,8 @@
-"""What a person sees between the steps of a run: short lines on standard error."""
+"""What a person sees: short lines between the steps on standard error, results on standard output."""
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 # Standard error, so that a command's own output can be piped.
 _console = Console(stderr=True, highlight=False)
@@ -12,6 +12,15 @@ def say(text: str, *, quiet: bool = False) -> None:
     """One line; markup of rich is allowed."""
     if not quiet:
         _console.print(text, soft_wrap=True)
+
+
+def show(*parts: RenderableType) -> None:
+    """Print results on standard output. Where that is no terminal nothing is folded or cut to a width that nobody asked for."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def unit_count(count: float) -> str:
