@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from vitrim import InputError, StructuredMask, UnsupportedModel, compact, lift, 
 from .small_models import names, perturb, small, source_images
 
 TOLERANCE = 1e-5
+PEER_LIMIT_S = 60
 RATIOS = (0.15, 0.5, 0.9)
 SINGLE = {"embed": 0.3, "head": 0.6, "qk": 0.25, "v": 0.4, "ffn": 0.15, "block": 0.5}
 
@@ -79,18 +82,39 @@ def examine(name: str, *, full: bool = False, peer: bool = True) -> Row:
         row.vitrim, row.vitrim_reason = "wrong", f"{type(error).__name__}: {error}"
     row.seconds = time.perf_counter() - start
     if peer:
-        from .torch_pruning_recipe import prune_half
-
-        try:
-            model = _build(name, full)
-            inputs = source_images(model)
-            prune_half(model, inputs)
-            with torch.no_grad():
-                model(inputs)
-            row.peer = "ran"
-        except Exception as error:  # the peer may fail in any way; that is the finding
-            row.peer, row.peer_reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        row.peer, row.peer_reason = _peer(name, full)
     return row
+
+
+def _peer(name: str, full: bool) -> tuple[str, str]:
+    """The peer in a process of its own, for it may not come back."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_peer_process, args=(name, full, theirs))
+    process.start()
+    theirs.close()
+    limit_s = PEER_LIMIT_S * (10 if full else 1)
+    try:
+        found: tuple[str, str] = ours.recv() if ours.poll(limit_s) else ("failed", f"no answer within {limit_s} s")
+    except EOFError:
+        found = ("failed", "the process died")
+    process.kill()
+    process.join()
+    return found
+
+
+def _peer_process(name: str, full: bool, answer: Connection) -> None:
+    from .torch_pruning_recipe import prune_half
+
+    try:
+        model = _build(name, full)
+        inputs = source_images(model)
+        prune_half(model, inputs)
+        with torch.no_grad():
+            model(inputs)
+        answer.send(("ran", ""))
+    except Exception as error:  # the peer may fail in any way; that is the finding
+        answer.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
 def _build(name: str, full: bool) -> nn.Module:

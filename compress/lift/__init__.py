@@ -10,7 +10,17 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..vit.model import CompactModel
-from . import timm_attention, timm_block, timm_mlp, timm_naflex, timm_parallel, timm_vit  # noqa: F401 - they register themselves
+from . import (  # noqa: F401 - they register themselves
+    convention,
+    timm_attention,
+    timm_block,
+    timm_mlp,
+    timm_naflex,
+    timm_parallel,
+    timm_vit,
+    torchvision_vit,
+    transformers_vit,
+)
 from .registry import Piece, find
 
 

@@ -19,6 +19,11 @@ _ACTIVATIONS = {
     "torch.nn.modules.activation.Hardswish": "hardswish",
     "torch.nn.modules.activation.Tanh": "tanh",
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.SiLUActivation": "silu",
 }
 
 

@@ -20,7 +20,33 @@ def conv_stem(module: nn.Module, path: str) -> Piece[StemSpec]:
 
     The tensors are those of `CompactModel`: `stem.weight`, `before.0.conv.weight`...
     """
-    layers = _flatten(module, path)
+    return _read(_flatten(module, path), module, path)
+
+
+def sequence_stem(module: nn.Module, path: str) -> list[Piece[StemSpec]]:
+    """Readings of a stem whose parts are attributes, convolutions in their order: with each activation where it stands, or with the only one it has
+    after every convolution but the last (one module may serve several times). A norm over tokens named `norm` is not part of them.
+    """
+    layers = [
+        (f"{path}.{name}", child)
+        for name, child in module.named_children()
+        if isinstance(child, nn.Conv2d | nn.BatchNorm2d | nn.Sequential) or (name != "norm" and not any(True for _ in child.parameters()))
+    ]
+    flat = [item for where, child in layers for item in _flatten(child, where) if type(item[1]) is not nn.Dropout]
+    readings = [_read(flat, module, path)]
+    acts = [item for item in flat if not isinstance(item[1], nn.Conv2d | nn.BatchNorm2d)]
+    if len(acts) == 1:
+        convs = [item for item in flat if item not in acts]
+        spread: list[tuple[str, nn.Module]] = []
+        for where, layer in convs:
+            if isinstance(layer, nn.Conv2d) and spread:
+                spread.append(acts[0])
+            spread.append((where, layer))
+        readings.append(_read(spread, module, path))
+    return readings
+
+
+def _read(layers: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> Piece[StemSpec]:
     convs: list[list[Any]] = []
     for where, layer in layers:
         if type(layer) is nn.Conv2d:
