@@ -8,35 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench_samples import measurement
 from pydantic import ValidationError
-from vitrim.bench.measurement import Environment, Measurement
+from vitrim.bench.measurement import Measurement
 from vitrim.errors import InputError
-
-
-def measurement(**changes: object) -> Measurement:
-    fields: dict[str, object] = {
-        "name": "dense",
-        "started_at": "2026-01-01T00:00:00Z",
-        "session": "s",
-        "artifact_sha256": "0" * 64,
-        "file_bytes": 10,
-        "runtime": "onnxruntime",
-        "runtime_version": "1.31.0",
-        "provider": "CPUExecutionProvider",
-        "input_shape": (1, 1, 28, 28),
-        "input_type": "float32",
-        "threads": 1,
-        "latency_s": (0.001, 0.002, 0.003),
-        "samples_per_turn": (1, 2),
-        "first_inference_s": 0.01,
-        "load_s": 0.02,
-        "warm_up_count": 5,
-        "warm_up_stable": True,
-        "floor_rss_bytes": 100,
-        "peak_rss_bytes": 160,
-        "environment": Environment(cpu_model="a CPU"),
-    }
-    return Measurement.model_validate({**fields, **changes})
 
 
 def test_a_saved_measurement_comes_back_equal(tmp_path: Path) -> None:
