@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,16 @@ FLAGS = [
 def find_chromium() -> str | None:
     """The browser's path, or None."""
     return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+# The protocol wants the descriptors 3 and 4; ours are copied above them first, since one may be in the other's place.
+_MOVE_PIPES = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for number, descriptor in zip((3, 4), high):
+    os.dup2(descriptor, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -134,17 +145,8 @@ def chromium() -> Iterator[Browser]:
     child_reads, to_browser = os.pipe()
     from_browser, child_writes = os.pipe()
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
-        # The shell moves our two pipes to the descriptors 3 and 4 that the protocol wants.
-        command = [
-            "sh",
-            "-c",
-            f'exec "$@" 3<&{child_reads} 4>&{child_writes}',
-            "sh",
-            path,
-            *FLAGS,
-            f"--user-data-dir={profile}",
-            "about:blank",
-        ]
+        command = [sys.executable, "-ISc", _MOVE_PIPES, str(child_reads), str(child_writes), path, *FLAGS]
+        command += [f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(command, pass_fds=(child_reads, child_writes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(child_reads)
         os.close(child_writes)

@@ -9,8 +9,8 @@ _HOMES = {
     "Report": ".model",
     "Run": ".run",
     "load_run": ".run",
-    "render": ".render",
-    "render_measurements": ".render",
+    "render": ".writing",
+    "render_measurements": ".writing",
     "write_picture": ".picture",
 }
 __all__ = ["Report", "Run", "load_run", "render", "render_measurements", "write_picture"]
@@ -18,10 +18,11 @@ __all__ = ["Report", "Run", "load_run", "render", "render_measurements", "write_
 if TYPE_CHECKING:
     from .model import Report
     from .picture import write_picture
-    from .render import render, render_measurements
     from .run import Run, load_run
+    from .writing import render, render_measurements
 
 
+# No function here shares its name with a module: importing the module would put it in the function's place.
 # Lazy, so that `python -m vitrim.bench.report.picture` does not find its own module imported already.
 def __getattr__(name: str) -> Any:
     if name in _HOMES:

@@ -49,6 +49,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("Seed", None if report.seed is None else str(report.seed)),
         ("Trained for", f"{wording.plural(len(run.history), 'epoch')}, {wording.long_duration(seconds)}" if seconds else None),
         ("Made at", report.created_at),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()) or None),
     ]
     return [(name, value) for name, value in facts if value]
 

@@ -27,9 +27,9 @@ HALF_PX = 480.0
 FULL_PX = 1000.0
 
 
-def render_html(run: Run) -> str:
-    """The whole page."""
-    view = overview(run)
+def render_html(run: Run, view: Overview | None = None) -> str:
+    """The whole page; `view` saves deriving the figures again."""
+    view = view or overview(run)
     body = element(
         "main",
         _head(run, view),
@@ -110,11 +110,7 @@ def _tables(view: Overview) -> Markup | None:
     first = view.devices[0]
     remark = f"Measured on {first.title}." if len(view.devices) == 1 and first.timed else None
     compared = any(row.speed_up for device in view.devices for row in device.rows)
-    words = (
-        "Speed-ups are ratios of medians with their 95 % interval; the floor is the process with the runtime and no model."
-        if compared
-        else None
-    )
+    words = "Speed-ups stand over their 95 % interval; the memory floor is the process with the runtime and no model." if compared else None
     together = _side_by_side(view) if len(view.devices) > 1 else None
     return _section(
         "The figures", " ".join(part for part in (remark, words) if part), element("div", together, *tables, class_="stack"), id_="figures"

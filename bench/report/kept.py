@@ -48,7 +48,8 @@ class Kept:
 
 def kept_blocks(branches: Sequence[KeptBranch]) -> Kept:
     """Arrange `branches` for people; needs at least one."""
-    embeds = {branch.dims["embed"] for branch in branches if "embed" in branch.dims}
+    # A branch that is gone reads nothing, which says nothing about the stream.
+    embeds = {branch.dims["embed"] for branch in branches if "embed" in branch.dims and branch.kind in ("attention", "ffn")}
     shared = len(embeds) == 1
     blocks: dict[str, dict[str, Bar]] = {}
     for branch in branches:

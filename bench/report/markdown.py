@@ -7,16 +7,16 @@ import re
 from . import wording
 from .facts import environment_facts, run_facts
 from .kept import Bar, kept_blocks
-from .overview import Device, overview
+from .overview import Device, Overview, overview
 from .run import Run
 from .table import Cell, Line, side_by_side, table
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|#~])")
 
 
-def render_markdown(run: Run) -> str:
-    """The whole file."""
-    view = overview(run)
+def render_markdown(run: Run, view: Overview | None = None) -> str:
+    """The whole file; `view` saves deriving the figures again."""
+    view = view or overview(run)
     parts = [f"# {safe(view.title)}", f"**{safe(view.headline)}**"]
     if run.report.data:
         parts.append(safe(run.report.data))

@@ -89,6 +89,7 @@ class Report(_Part):
     command: str | None = None
     data: str | None = None
     seed: int | None = None
+    versions: dict[str, str] = {}
     warnings: tuple[str, ...] = ()
     kept: tuple[KeptBranch, ...] = ()
     curves: tuple[Epoch, ...] = ()

@@ -15,7 +15,7 @@ from . import wording
 from .fronts import latency_points
 from .kept import MOST_CELLS, Bar, Kept, kept_blocks
 from .markup import Markup, element, joined
-from .overview import Overview, overview
+from .overview import Device, Overview, overview
 from .plot import shortened, text_width, words
 from .run import Run, load_run
 from .scatter import scatter
@@ -24,9 +24,11 @@ from .style import picture_style
 WIDTH_PX = 960.0
 EDGE_PX = 30.0
 HEAD_PX = 112.0
-ROW_PX = 34.0
-SCATTER_PX = 380.0
-LEAST_PX = 400.0
+ROW_PX = 27.0
+BAR_PX = 13.0
+_SHORT = {"head": "heads", "qk": "q·k", "ffn": "FFN"}
+SCATTER_PX = 350.0
+LEAST_PX = 380.0
 
 
 def write_picture(run_folder: Path | str, out: Path | str) -> Path:
@@ -47,25 +49,26 @@ def render_picture(run: Run, *, where: str = "the run") -> str:
     if kept is None and not points:
         raise InputError(f"{where}: nothing to draw: no kept.json, and no measured artifact with a top-1; finish the run first")
     rows = len(kept.blocks) + (1 if kept.embed else 0) if kept else 0
-    height = max(LEAST_PX, HEAD_PX + 34 + rows * ROW_PX + 30) if kept else LEAST_PX
+    height = max(LEAST_PX, HEAD_PX + 92 + rows * ROW_PX)
     right = SCATTER_PX if kept else WIDTH_PX - 2 * EDGE_PX
     parts = []
     if kept:
-        parts.append(_kept(kept, EDGE_PX, HEAD_PX, (WIDTH_PX - SCATTER_PX - 3 * EDGE_PX if points else WIDTH_PX - 2 * EDGE_PX)))
+        wide = WIDTH_PX - SCATTER_PX - 3 * EDGE_PX if points else WIDTH_PX - 2 * EDGE_PX
+        parts.append(_kept(kept, EDGE_PX, HEAD_PX, wide, height - HEAD_PX - EDGE_PX))
     if points and device:
         told = "; ".join(f"{point.label} {point.hint}" for point in points)
         drawn = scatter(
             points, cost_title="p50 latency, ms", label=f"Top-1 against latency: {told}", width=right, height=height - HEAD_PX - 46
         )
         left = WIDTH_PX - EDGE_PX - right
-        title = words(left, HEAD_PX + 4, f"Accuracy against latency, {shortened(device.title, 40)}", class_="title")
+        title = words(left, HEAD_PX + 4, "Accuracy against latency", class_="title")
         parts += [title, element("g", drawn, transform=f"translate({left:g} {HEAD_PX + 16:g})")]
     picture = element(
         "svg",
         element("title", f"{view.title}: {view.headline}"),
         element("style", Markup(picture_style() + _OWN)),
         element("rect", x=0.5, y=0.5, width=WIDTH_PX - 1, height=height - 1, rx=12, class_="sheet"),
-        *_head(view),
+        *_head(view, device),
         *parts,
         xmlns="http://www.w3.org/2000/svg",
         viewBox=f"0 0 {WIDTH_PX:g} {height:g}",
@@ -84,59 +87,62 @@ _OWN = (
 )
 
 
-def _head(view: Overview) -> list[Markup]:
+def _head(view: Overview, device: Device | None) -> list[Markup]:
     room = WIDTH_PX - 2 * EDGE_PX
     size = min(27.0, 27.0 * room / text_width(view.headline, 27.0))
-    under = view.title + (f": {view.chosen} against the dense baseline" if view.chosen else "")
+    under = view.title + (f": {view.chosen} against the dense baseline" if view.chosen else "") + (f", on {device.title}" if device else "")
     return [
         words(EDGE_PX, 48, view.headline, class_="headline", style=f"font-size:{size:.1f}px"),
         words(EDGE_PX, 73, shortened(under, 110), class_="under"),
     ]
 
 
-def _kept(kept: Kept, left: float, top: float, width: float) -> Markup:
-    names = 62.0
-    gap = 18.0
+def _kept(kept: Kept, left: float, top: float, width: float, height: float) -> Markup:
     columns = [column for column in kept.columns if any(bar.dimension == column for block in kept.blocks for bar in block.bars)]
+    names, gap = 66.0, 16.0
     each = (width - names - gap * (len(columns) - 1)) / max(1, len(columns))
+    starts = [left + names + number * (each + gap) for number in range(len(columns))]
     parts = [words(left, top + 4, "What was kept in every block", class_="title")]
-    y = top + 34
+    y = top + 26
     if kept.embed:
-        parts += [words(left, y + 13, "stream", class_="name"), _bar(kept.embed, left + names, y, width - names)]
-        y += ROW_PX
+        parts += [words(left, y + 13, "stream", class_="name"), _bar(kept.embed, left + names, y, width - names, total=True)]
+        y += ROW_PX + 8
+    totals = {
+        column: {bar.total for block in kept.blocks for bar in block.bars if bar.dimension == column and bar.total} for column in columns
+    }
+    for column, x in zip(columns, starts, strict=True):
+        # Where all blocks began alike, the total stands once, in the head of the column.
+        of = f", of {next(iter(totals[column]))}" if len(totals[column]) == 1 else ""
+        parts.append(words(x, y + 8, _SHORT.get(column, column) + of, class_="tick"))
+    y += 20
+    step = min(40.0, (top + height - y) / len(kept.blocks))
     for block in kept.blocks:
         parts.append(words(left, y + 13, shortened(block.name, 9), class_="name"))
         known = {bar.dimension: bar for bar in block.bars}
-        parts += [
-            _bar(known[column], left + names + number * (each + gap), y, each) for number, column in enumerate(columns) if column in known
-        ]
-        y += ROW_PX
+        parts += [_bar(known[c], x, y, each, total=len(totals[c]) > 1) for c, x in zip(columns, starts, strict=True) if c in known]
+        y += step
     return joined(*parts)
 
 
-def _bar(bar: Bar, x: float, y: float, width: float) -> Markup:
-    said: list[Markup] = [element("tspan", bar.word or str(bar.kept), class_="is")]
-    if not bar.word:
-        said.append(element("tspan", f" of {bar.total}"))
-    hint = f"{bar.name}: {bar.word or f'{bar.kept} of {bar.total} kept'}"
-    return element(
-        "g",
-        element("title", hint),
-        words(x, y + 4, bar.name, class_="figure"),
-        element("text", *said, x=x + width, y=y + 4, text_anchor="end", class_="figure"),
-        *_track(bar, x, y + 9, width),
-    )
+def _bar(bar: Bar, x: float, y: float, width: float, *, total: bool) -> Markup:
+    hint = element("title", f"{bar.name}: {bar.word or f'{bar.kept} of {bar.total} kept'}")
+    if bar.word:
+        return element("g", hint, words(x, y + 13, bar.word, class_="tick"))
+    said = joined(element("tspan", str(bar.kept), class_="is"), element("tspan", f" of {bar.total}") if total else None)
+    room = text_width(str(bar.total) + (f" of {bar.total}" if total else "")) + 6
+    figure = element("text", said, x=x + width, y=y + 13, text_anchor="end", class_="figure")
+    return element("g", hint, figure, *_track(bar, x, y + 2, width - room))
 
 
 def _track(bar: Bar, x: float, y: float, width: float) -> list[Markup]:
     if bar.dimension == "head" and 0 < bar.total <= MOST_CELLS:
         step = (width + 2) / bar.total
         return [
-            element("rect", x=x + n * step, y=y, width=step - 2, height=10, rx=2, class_="fill" if n < bar.kept else "track")
+            element("rect", x=x + n * step, y=y, width=step - 2, height=BAR_PX, rx=2, class_="fill" if n < bar.kept else "track")
             for n in range(bar.total)
         ]
-    track = element("rect", x=x, y=y, width=width, height=10, rx=3, class_="track")
-    return [track, element("rect", x=x, y=y, width=width * bar.share, height=10, rx=min(3.0, width * bar.share / 2), class_="fill")]
+    track = element("rect", x=x, y=y, width=width, height=BAR_PX, rx=3, class_="track")
+    return [track, element("rect", x=x, y=y, width=width * bar.share, height=BAR_PX, rx=min(3.0, width * bar.share / 2), class_="fill")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from ...errors import InputError
 from ...storage import replace_file
 from .html import render_html
 from .markdown import render_markdown
+from .overview import overview
 from .run import Run, load_measurements, load_run
 
 
@@ -35,7 +36,8 @@ def render_measurements(files: Iterable[Path | str], out: Path | str) -> list[Pa
 
 def _write(run: Run, folder: Path) -> list[Path]:
     # Both are made before the first is written, so that a failure leaves the old pair.
-    pages = {"report.md": render_markdown(run), "report.html": render_html(run)}
+    view = overview(run)
+    pages = {"report.md": render_markdown(run, view), "report.html": render_html(run, view)}
     for name, content in pages.items():
         replace_file(folder / name, content)
     return [folder / name for name in pages]

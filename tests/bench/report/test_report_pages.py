@@ -1,0 +1,169 @@
+"""Markdown and HTML: everything is there, hostile labels are harmless, missing pieces are told, nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import report_sample
+from vitrim.bench.report import load_run, render, render_measurements
+from vitrim.bench.report.html import render_html
+from vitrim.bench.report.markdown import render_markdown
+from vitrim.errors import InputError
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`|*_&amp;\u202e\x00"
+VOID = {"meta", "br"}
+
+
+class Tree(HTMLParser):
+    """Every tag with its attributes; complains where tags do not close in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_render_writes_both_files_into_the_folder(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    before = {path.name for path in folder.iterdir()}
+    assert render(folder) == [folder / "report.md", folder / "report.html"]
+    assert {path.name for path in folder.iterdir()} - before == {"report.md", "report.html"}
+
+
+def test_a_refused_run_leaves_the_old_report_alone(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    (folder / "report.html").write_text("old")
+    (folder / "kept.json").write_text("{")
+    with pytest.raises(InputError, match=r"kept\.json"):
+        render(folder)
+    assert (folder / "report.html").read_text() == "old"
+    assert not (folder / "report.md").exists()
+
+
+def test_the_page_holds_every_section_and_asks_for_nothing(tmp_path: Path) -> None:
+    page = render_html(load_run(report_sample.write_run(tmp_path / "run")))
+    tree = Tree(page)
+    ids = [attributes["id"] for _, attributes in tree.tags if attributes.get("id")]
+    assert ids == ["figures", "fronts", "latency", "kept", "training", "parity", "environment", "warnings", "reproduce"]
+    assert not {tag for tag, _ in tree.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    asking = {"src", "href", "srcset", "action", "data", "poster", "xlink:href", "background"}
+    assert not [attributes for _, attributes in tree.tags if asking & set(attributes)]
+    assert "url(" not in page
+    assert "@import" not in page
+    assert not re.search(r"(?:https?:)?//\w", page)
+
+
+def test_every_picture_says_in_words_what_it_shows(tmp_path: Path) -> None:
+    tree = Tree(render_html(load_run(report_sample.write_run(tmp_path / "run"))))
+    labels = [attributes.get("aria-label") for tag, attributes in tree.tags if tag == "svg"]
+    # Two fronts, one strip of distributions, four training curves; each drawn for a desk and for a phone.
+    assert len(labels) == 14
+    assert all(labels)
+    assert any(label and "compact int8 90.96 % top-1, 0.307 ms" in label for label in labels)
+
+
+def test_hostile_labels_stay_text(tmp_path: Path) -> None:
+    made = report_sample.report()
+    made["models"][HOSTILE] = made["models"].pop("compact")
+    made["parity"] = {HOSTILE: 1e-6}
+    made["models"]["baseline"]["artifacts"][0]["measurement"]["environment"]["cpu_model"] = HOSTILE
+    folder = report_sample.write_run(
+        tmp_path / "run", **{**made, "title": HOSTILE, "command": HOSTILE, "warnings": [HOSTILE], "data": HOSTILE}
+    )
+    (folder / "kept.json").write_text(json.dumps([{"branch": HOSTILE, "kind": "ffn", "dims": {HOSTILE: [1, 2]}}]))
+    (folder / "history.jsonl").write_text(json.dumps({"phase": HOSTILE, "epoch": 1, "loss": 1.0}) + "\n")
+    (folder / "recipe.toml").write_text(HOSTILE.replace("\x00", ""))
+    run = load_run(folder)
+    tree = Tree(render_html(run))
+    assert not {tag for tag, _ in tree.tags} & {"script", "img"}
+    assert not [attributes for _, attributes in tree.tags if any(name.startswith("on") for name in attributes)]
+    assert any("<script>alert(1)</script>" in words for words in tree.words)
+    markdown = render_markdown(run)
+    assert "<script" not in markdown.replace("`", "")[: markdown.index("Command")]
+    heads = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in heads} <= {4, 5}
+
+
+def test_missing_pieces_are_left_out_with_a_line(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run", without=("kept.json", "history.jsonl", "recipe.toml"), parity={})
+    run = load_run(folder)
+    tree = Tree(render_html(run))
+    assert not [attributes for _, attributes in tree.tags if attributes.get("id") in ("kept", "training", "parity")]
+    for line in ("the folder holds no kept.json", "the folder holds no history.jsonl", "holds no parity figures"):
+        assert any(line in words for words in tree.words)
+        assert line in render_markdown(run)
+
+
+def test_one_artifact_alone_makes_a_report(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({**report_sample.measurements()["compact-int8"], "top1": None, "correct": None, "total": None}))
+    written = render_measurements([path], tmp_path / "out")
+    assert [file.name for file in written] == ["report.json", "report.md", "report.html"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "compact int8: p50 0.307" in page
+    assert "no artifact has both a top-1 and a cost" in page
+    assert load_run(tmp_path / "out").report.models["compact"].params is None
+
+
+def test_a_run_with_nothing_measured_makes_a_report(tmp_path: Path) -> None:
+    models = {name: {"params": 10_000_000, "macs": 1, "top1": None} for name in ("baseline", "compact")}
+    folder = report_sample.write_run(tmp_path / "run", models=models)
+    run = load_run(folder)
+    tree = Tree(render_html(run))
+    assert any("no artifact of this run was measured" in words for words in tree.words)
+    assert "10.0 M → 10.0 M parameters" in render_markdown(run)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(report_sample.measurements()["compact-int8"]))
+    with pytest.raises(InputError, match=r"a file is in the way of the report's folder"):
+        render_measurements([path], path)
+
+
+def test_markdown_tables_hold_the_figures(tmp_path: Path) -> None:
+    markdown = render_markdown(load_run(report_sample.write_run(tmp_path / "run")))
+    assert "| Parameters | 0.80 M | **0.23 M** (29 %) | **0.23 M** (29 %) |" in markdown
+    assert "| block 3 | 1 of 4 | 14 of 32 | 18 of 32 | 60 of 512 |" in markdown
+    assert "| masked → compact | 3.1 × 10⁻⁷ |" in markdown
+
+
+def test_a_history_with_gaps_and_a_single_epoch_draws(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    lines = ['{"phase": "masks", "epoch": 1, "loss": NaN, "val_top1": 50.0}', '{"phase": "masks", "epoch": 2, "val_top1": null}']
+    for content in ("\n".join(lines), lines[0]):
+        (folder / "history.jsonl").write_text(content)
+        page = render_html(load_run(folder))
+        assert "nan" not in page.lower().replace("nano", "")
+        assert "<h3>Top-1, %</h3>" in page
+        assert "<h3>Loss</h3>" not in page
+
+
+def test_the_report_needs_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    program = (
+        "import sys; from vitrim.bench.report import render, write_picture; render(sys.argv[1]); write_picture(sys.argv[1], sys.argv[1] + '/p.svg');"
+        "sys.exit(' '.join({'torch', 'matplotlib', 'onnxruntime'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
