@@ -16,6 +16,8 @@ from . import __version__
 from .commands import bench, compact, compare, doctor, export, report, run, targets
 from .errors import InputError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="vitrim",
     no_args_is_help=True,
@@ -73,11 +75,13 @@ def call(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result = app(given, standalone_mode=False, prog_name="vitrim")
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        # Some versions of typer turn Ctrl-C into this code themselves, and say nothing.
+        return _tell(_how_to_go_on(given), INTERRUPTED) if code == INTERRUPTED else code
     except InputError as error:
         return _tell(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _tell(_how_to_go_on(given), 130)
+        return _tell(_how_to_go_on(given), INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe has seen enough; nothing may be written to it any more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

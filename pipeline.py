@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .compress.compactor import build
 from .compress.count import count_macs, count_params
 from .compress.data.door import open_dataset
 from .compress.data.splits import DataSplits
@@ -152,11 +153,17 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
         quiet=quiet,
     )
     seed_weights(recipe)
-    dense = lift(source_model(recipe.model, data.classes))
+    dense = skipping(lift(source_model(recipe.model, data.classes)))
     round_to = recipe.masks.round_to or target.round_to
     # Making the task tries the budget; the task itself is made again when its turn comes.
     mask_task(copy.deepcopy(dense), dense, data, recipe, round_to)
     return Prepared(recipe, data, dense, round_to)
+
+
+def skipping(model: CompactModel) -> CompactModel:
+    """The same network with `last_queries`: what the head cannot see is not computed. Exact, and what every artifact does, so MACs compare."""
+    architecture = model.architecture.model_copy(update={"last_queries": model.architecture.pooled_prefix > 0})
+    return build(architecture, model.state_dict())
 
 
 def fingerprints(prepared: Prepared) -> dict[str, str]:

@@ -117,7 +117,7 @@ def write_report(
     folder: RunFolder,
 ) -> Report:
     """kept.json, report.json, report.md and report.html in the run folder."""
-    from .bench.report.render import render
+    from .bench.report import render
 
     replace_file(folder / "kept.json", json.dumps(kept_branches(baseline.architecture, compact.architecture), indent=1) + "\n")
     models = {

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .compress.data.embedded import WEIGHTS, embedded_card
 from .compress.data.known import default_preprocessing
 from .compress.data.preprocessing import Preprocessing
 from .compress.files import ARCHITECTURE, load, read_architecture
@@ -27,12 +28,34 @@ _NESTS = ("model_ema", "state_dict_ema", "state_dict", "model", "net", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
+EMBEDDED = "embedded"
+
+
+def resolved(section: ModelSection) -> ModelSection:
+    """The section with `checkpoint = "embedded"` replaced by the model, overrides and weights of the package.
+
+    Errors: InputError if the section names another model than the embedded one.
+    """
+    if section.checkpoint != EMBEDDED:
+        return section
+    card = embedded_card()
+    named = {} if section.name == ModelSection().name else {"name": section.name}
+    for key, given in {**named, **({"overrides": section.overrides} if section.overrides else {})}.items():
+        wanted = card["model" if key == "name" else key]
+        if given != wanted:
+            raise InputError(
+                f"model.{key} = {given!r}: the embedded checkpoint is of {wanted!r}; leave {key} out, or name another checkpoint"
+            )
+    return section.model_copy(update={"name": card["model"], "overrides": card["overrides"], "checkpoint": str(WEIGHTS)})
+
+
 def source_model(section: ModelSection, classes: int) -> nn.Module:
     """The model of `[model]` with a head of `classes` classes, in eval mode.
 
     A checkpoint is a folder saved by vitrim, or a .safetensors or .pth file with timm's names (.pth is read with weights_only).
     Errors: InputError for an unknown model name, an override it does not take, a checkpoint that does not fit, another number of classes.
     """
+    section = resolved(section)
     if section.checkpoint is not None and Path(section.checkpoint).is_dir():
         return _saved(Path(section.checkpoint), classes)
     overrides = dict(section.overrides)
@@ -47,6 +70,7 @@ def source_model(section: ModelSection, classes: int) -> nn.Module:
 
 def image_of(section: ModelSection) -> tuple[int, int, int]:
     """(channels, height, width) that the model reads, without making its weights. Errors: as `source_model`, and UnsupportedModel."""
+    section = resolved(section)
     if section.checkpoint is not None and Path(section.checkpoint).is_dir():
         return read_architecture(Path(section.checkpoint) / ARCHITECTURE).image
     with torch.device("meta"):
@@ -54,7 +78,9 @@ def image_of(section: ModelSection) -> tuple[int, int, int]:
 
 
 def preprocessing_of(section: ModelSection, data: str, image: tuple[int, int, int]) -> Preprocessing:
-    """How pictures become inputs: as the published weights were trained, or else by the data set's own figures."""
+    """How pictures become inputs: as the embedded or published weights were trained, or else by the data set's own figures."""
+    if section.checkpoint == EMBEDDED:
+        return Preprocessing.model_validate(embedded_card()["preprocessing"])
     usual = default_preprocessing(data, image)
     if not section.pretrained:
         return usual
@@ -68,7 +94,9 @@ def weights_digest(section: ModelSection) -> str:
     """SHA-256 over the files that `model.checkpoint` names, so that a changed checkpoint is another recipe; empty without one."""
     if section.checkpoint is None:
         return ""
-    path = Path(section.checkpoint)
+    path = Path(str(resolved(section).checkpoint))
+    if not path.exists():
+        raise InputError(f"{path}: no such checkpoint; name a .safetensors or .pth file, or a folder that vitrim saved")
     files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
     return " ".join(sha256_file(part) for part in files)
 

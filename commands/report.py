@@ -24,7 +24,7 @@ def report(
 
       vitrim report laptop/*.json board/*.json --out both
     """
-    from ..bench.report.render import render, render_measurements
+    from ..bench.report import render, render_measurements
 
     folders = [source for source in sources if source.is_dir()]
     if folders and len(sources) > 1:
