@@ -1,0 +1,146 @@
+"""T2T-ViT (Yuan et al. 2021, "Tokens-to-Token ViT"), written from its published shapes: two soft splits with a small transformer behind each, then a
+third soft split and a projection, then a deep and narrow backbone of plain blocks.
+
+T2T-ViT-14: 14 blocks, 384 wide, 6 heads, MLP ratio 3; tokens-to-token 64 wide; 21.5 M parameters. The backbone here begins with the last soft split,
+which with its projection is a convolution: 3 x 3, stride 2, padding 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.drop = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return out
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3, bias=False)
+        self.attn_drop, self.proj, self.proj_drop = nn.Dropout(0.0), nn.Linear(dim, dim), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        attn = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        out: Tensor = self.proj_drop(self.proj((self.attn_drop(attn) @ v).transpose(1, 2).reshape(batch, tokens, width)))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.drop_path = nn.LayerNorm(dim), Attention(dim, num_heads), nn.Identity()
+        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class TokenTransformer(nn.Module):
+    """One head whose values, not its inputs, go around the attention."""
+
+    def __init__(self, dim: int, in_dim: int) -> None:
+        super().__init__()
+        self.in_dim = in_dim
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * in_dim, bias=False), nn.Linear(in_dim, in_dim)
+        self.norm2, self.mlp = nn.LayerNorm(in_dim), Mlp(in_dim, in_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        x = v + self.proj((q @ k.transpose(-2, -1) * self.in_dim**-0.5).softmax(dim=-1) @ v)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class SoftSplits(nn.Module):
+    """Images to 64 feature maps an eighth as large: the tokens-to-token module without its last soft split."""
+
+    def __init__(self, token_dim: int = 64) -> None:
+        super().__init__()
+        self.soft_split0, self.soft_split1 = nn.Unfold(7, stride=4, padding=2), nn.Unfold(3, stride=2, padding=1)
+        self.attention1, self.attention2 = TokenTransformer(3 * 49, token_dim), TokenTransformer(token_dim * 9, token_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for split, attention in ((self.soft_split0, self.attention1), (self.soft_split1, self.attention2)):
+            tokens = attention(split(x).transpose(1, 2))
+            side = math.isqrt(tokens.shape[1])
+            x = tokens.transpose(1, 2).reshape(len(x), -1, side, side)
+        return x
+
+
+class LastSplit(nn.Module):
+    """The third soft split and the projection."""
+
+    def __init__(self, side: int, token_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.img_size = (side, side)
+        self.proj = nn.Conv2d(token_dim, embed_dim, kernel_size=3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return out
+
+
+class T2TBackbone(nn.Module):
+    """Feature maps (batch, 64, side, side) to logits. Defaults are those of T2T-ViT-14 on 224 x 224 images."""
+
+    def __init__(
+        self, side: int = 28, token_dim: int = 64, embed_dim: int = 384, depth: int = 14, num_heads: int = 6, mlp_ratio: float = 3.0, classes: int = 1000
+    ) -> None:
+        super().__init__()
+        self.patch_embed = LastSplit(side, token_dim, embed_dim)
+        patches = ((side + 1) // 2) ** 2
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sinusoids(patches + 1, embed_dim), requires_grad=False)
+        self.pos_drop = nn.Dropout(0.0)
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(embed_dim), nn.Linear(embed_dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        x = self.pos_drop(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(self.norm(x)[:, 0])
+        return out
+
+
+class T2TViT(nn.Module):
+    """The whole network in the published arrangement: blocks beside a `tokens_to_token` that no rule covers."""
+
+    def __init__(self, backbone: T2TBackbone) -> None:
+        super().__init__()
+        self.tokens_to_token = nn.Sequential(SoftSplits(), backbone.patch_embed)
+        self.cls_token, self.pos_embed, self.blocks, self.norm, self.head = (
+            backbone.cls_token, backbone.pos_embed, backbone.blocks, backbone.norm, backbone.head
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens_to_token(x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(self.norm(x)[:, 0])
+        return out
+
+
+def sinusoids(positions: int, width: int) -> Tensor:
+    """(1, positions, width) of Vaswani et al. 2017."""
+    angle = torch.arange(positions)[:, None] / 10000 ** (2 * (torch.arange(width) // 2) / width)
+    table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
+    return table[None].float()
