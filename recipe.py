@@ -129,6 +129,7 @@ class TrainSection(Section):
     threads: int | None = Field(None, gt=0, description="torch threads; absent: as many as the machine has cores")
     seed: int = Field(7, ge=0, description="seed of weights, order and augmentation")
     label_smoothing: float = Field(0.1, ge=0.0, lt=1.0, description="label smoothing of the task loss")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw as in the sources, or muon for short trainings of small models")
     matmul_precision: Literal["highest", "high", "medium"] = Field("highest", description="torch.set_float32_matmul_precision")
 
 

@@ -48,6 +48,7 @@ def train_baseline(dense: CompactModel, data: DataSplits, recipe: Recipe, folder
             lr=section.lr,
             weight_decay=section.weight_decay,
             label_smoothing=recipe.train.label_smoothing,
+            optimizer=recipe.train.optimizer,
             metrics=_size(dense),
         )
         schedule = Schedule("cosine", section.warmup_epochs)
@@ -89,6 +90,7 @@ def mask_task(model: CompactModel, teacher: CompactModel, data: DataSplits, reci
         score_lr=section.score_lr,
         weight_decay=section.weight_decay,
         label_smoothing=recipe.train.label_smoothing,
+        optimizer=recipe.train.optimizer,
         size_patience_epochs=section.patience_epochs,
         round_to=round_to,
     )
@@ -109,6 +111,7 @@ def finetune(
             lr=section.lr,
             weight_decay=section.weight_decay,
             label_smoothing=recipe.train.label_smoothing,
+            optimizer=recipe.train.optimizer,
             distillation=distillation(baseline, recipe),
             metrics=_size(model),
         )

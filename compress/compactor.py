@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,25 @@ def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for name, tensor in inner.items():
                 result[new + name] = take(tensor, branch.slices.get(name, ()))
     return result
+
+
+def cut_names(surgery: Plan, names: Iterable[str]) -> dict[str, str]:
+    """New name -> old name of every parameter that survives a cut as itself."""
+    moved = {
+        f"steps.{branch.step}.{branch.position}.": f"steps.{number}.{position}."
+        for number, row in enumerate(surgery.branches)
+        for position, branch in enumerate(row)
+        if not branch.constant
+    }
+    found: dict[str, str] = {}
+    for name in names:
+        if not name.startswith("steps."):
+            found[name] = name
+            continue
+        old = ".".join(name.split(".")[:3]) + "."
+        if old in moved:
+            found[moved[old] + name.removeprefix(old)] = name
+    return found
 
 
 def take(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Tensor:

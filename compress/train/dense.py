@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ...errors import InputError
+from .optimizers import OptimizerName, make_optimizer
 from .task import EpochEnd
 
 
@@ -44,14 +45,15 @@ class DenseTask:
         label_smoothing: float = 0.1,
         distillation: Distillation | None = None,
         metrics: dict[str, float] | None = None,
+        optimizer: OptimizerName = "adamw",
     ) -> None:
-        self.model, self.phase, self.lr, self.weight_decay = model, phase, lr, weight_decay
+        self.model, self.phase, self.lr, self.weight_decay, self.optimizer_name = model, phase, lr, weight_decay, optimizer
         self.label_smoothing, self.distillation = label_smoothing, distillation
         # Figures that do not change in this phase but belong in its history, such as params and macs.
         self.metrics = dict(metrics or {})
 
     def optimizer(self) -> Optimizer:
-        return adamw(self.model, self.lr, self.weight_decay)
+        return make_optimizer(self.optimizer_name, self.model, self.lr, self.weight_decay)
 
     def train_mode(self) -> None:
         self.model.train()
@@ -93,21 +95,3 @@ def distillation_loss(logits: Tensor, images: Tensor, distillation: Distillation
     # Out of inference mode by a copy, so that the backward pass may keep it.
     wanted = F.log_softmax(taught.clone() / temperature, dim=1)
     return temperature**2 * F.kl_div(F.log_softmax(logits / temperature, dim=1), wanted, reduction="batchmean", log_target=True)
-
-
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-    """AdamW with the decay on matrices only: not on biases, norms, tokens and position embeddings (timm's convention)."""
-    return AdamW(decay_groups(model, weight_decay), lr=lr)
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: `weight_decay` on matrices and kernels, 0 on the rest; empty groups are left out."""
-    named = getattr(model, "no_weight_decay", None)
-    skip = set(named()) if callable(named) else {"pos_embed", "cls_token", "reg_token", "dist_token"}
-    decayed: list[nn.Parameter] = []
-    bare: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (bare if parameter.ndim <= 1 or name in skip or name.endswith(".bias") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": bare, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ...errors import InputError
 from ..architecture import Architecture
 from ..budget import Budget, DualSolver, dense_cost, ramp, require_feasible
-from ..compactor import build, compact, cut
+from ..compactor import build, compact, cut, cut_names
 from ..cost import live_macs, live_params, movement_cost
 from ..gates import START, THRESHOLD, Gates
 from ..mask import SHARED, Sharing, StructuredMask, sites
 from ..masked import MaskedNetwork
-from ..plan import plan
+from ..plan import Plan, plan
 from ..rounding import snap
 from ..vit.model import CompactModel
-from .dense import Distillation, decay_groups, task_loss
+from .dense import Distillation, task_loss
+from .optimizers import OptimizerName, make_optimizer
 from .task import EpochEnd
 
 
@@ -42,6 +43,7 @@ class MaskSettings:
     lambda_: float | None = None
     sharing: Sharing = "residual"
     fixed: tuple[str, ...] = ()
+    optimizer: OptimizerName = "adamw"
     lr: float = 5e-4
     score_lr: float = 5e-3
     weight_decay: float = 0.05
@@ -102,12 +104,10 @@ class MaskTask:
     # What the loop asks for.
 
     def optimizer(self) -> Optimizer:
-        groups = decay_groups(self.masked.network, self.settings.weight_decay)
-        for group in groups:
-            group["lr"] = self.settings.lr
+        self._optimizer = make_optimizer(self.settings.optimizer, self.masked.network, self.settings.lr, self.settings.weight_decay)
         if self.settings.lambda_ is not None:
-            groups += list(self.gates.parameter_groups(self.settings.score_lr))
-        self._optimizer = AdamW(groups, lr=self.settings.lr)
+            for group in self.gates.parameter_groups(self.settings.score_lr):
+                self._optimizer.add_param_group({**group, **_FALLBACK[self.settings.optimizer]})
         return self._optimizer
 
     def train_mode(self) -> None:
@@ -253,7 +253,7 @@ class MaskTask:
         old, optimizer = self.masked.network, self._optimizer
         surgery = plan(self.masked.architecture, self.gates.mask(keep))
         moments = _moments(old, optimizer) if optimizer is not None else {}
-        parts = {key: cut(surgery, {name: entry[key] for name, entry in moments.items()}) for key in ("exp_avg", "exp_avg_sq")}
+        cut_moments = _cut_moments(surgery, moments)
         model = build(surgery.architecture, cut(surgery, {name: tensor.detach() for name, tensor in old.state_dict().items()}))
         gates = Gates(model.architecture, self.settings.sharing, self.settings.fixed)
         saliency, price = self.solver.select(keep), self.solver.price
@@ -266,11 +266,9 @@ class MaskTask:
         self.solver.saliency, self.solver.price = saliency, price
         self.progress.shrunk.append(left / macs)
         rebuilt = self.optimizer()
-        # Every weight has taken every step, so one count serves all.
-        taken = next((entry["step"] for entry in moments.values()), torch.tensor(0.0))
         for name, parameter in self.masked.network.named_parameters():
-            if name in parts["exp_avg"]:
-                rebuilt.state[parameter] = {"step": taken.clone(), **{key: part[name] for key, part in parts.items()}}
+            if name in cut_moments:
+                rebuilt.state[parameter] = cut_moments[name]
         for scores, entry in zip(self.gates.scores, score_moments, strict=True):
             if entry:
                 rebuilt.state[scores] = entry
@@ -296,14 +294,36 @@ class MaskTask:
         return f"no better accuracy and no smaller size for {patience} epochs" if progress.idle_epochs >= patience else None
 
 
-def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     return {name: optimizer.state[parameter] for name, parameter in model.named_parameters() if parameter in optimizer.state}
 
 
-def _score_moments(gates: Gates, optimizer: Optimizer | None, keep: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+def _cut_moments(surgery: Plan, moments: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """An optimizer's memory of each weight, cut as the weight is: tensors of its shape are sliced, counters and flags copied."""
+    keys = {key for entry in moments.values() for key in entry}
+    shaped = {key: cut(surgery, {name: entry[key] for name, entry in moments.items() if _is_moment(entry.get(key))}) for key in keys}
+    renamed = cut_names(surgery, moments)
+    result: dict[str, dict[str, Any]] = {}
+    for new, old in renamed.items():
+        result[new] = {
+            key: shaped[key][new] if _is_moment(value) else value.clone() if isinstance(value, Tensor) else value
+            for key, value in moments[old].items()
+        }
+    return result
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _score_moments(gates: Gates, optimizer: Optimizer | None, keep: Sequence[Tensor]) -> list[dict[str, Any]]:
     if optimizer is None:
         return [{} for _ in keep]
     return [
-        {name: value[index].clone() if value.ndim else value.clone() for name, value in optimizer.state.get(scores, {}).items()}
+        {name: value[index].clone() if _is_moment(value) else value for name, value in optimizer.state.get(scores, {}).items()}
         for scores, index in zip(gates.scores, keep, strict=True)
     ]
+
+
+# Scores are no matrices: beside Muon they go to its AdamW part.
+_FALLBACK: dict[OptimizerName, dict[str, bool]] = {"adamw": {}, "muon": {"use_fallback": True}}
