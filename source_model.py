@@ -19,6 +19,7 @@ from .compress.data.known import default_preprocessing
 from .compress.data.preprocessing import Preprocessing
 from .compress.files import ARCHITECTURE, load, read_architecture
 from .compress.lift import lift
+from .compress.train.positions import start_positions
 from .errors import InputError
 from .recipe import ModelSection
 from .storage import sha256_file
@@ -65,6 +66,8 @@ def source_model(section: ModelSection, classes: int) -> nn.Module:
     model = build(section.name, overrides, pretrained=section.pretrained)
     if section.checkpoint is not None:
         load_weights(model, Path(section.checkpoint), section.name)
+    elif not section.pretrained:
+        start_positions(model)
     return model.eval()
 
 
