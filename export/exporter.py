@@ -22,6 +22,7 @@ from ..storage import replace_folder, require_empty
 from . import capabilities, quantize
 from .artifact import Artifact, FileEntry, Manifest, Parity, Precision, PreprocessingSpec, Provenance, TensorSpec, entry_for
 from .forms import FORMS, Form, form_named, write_network
+from .forms.coverage import reason_against
 from .half import half
 from .known_forms import best_form
 from .parity import TOLERANCES, Probe, answers, first_difference, first_unmatched_module, require
@@ -32,8 +33,8 @@ from .versions import tool_versions
 
 Array = NDArray[Any]
 Batch = int | Literal["dynamic"]
-# What two forms answer alike; scaled queries and centred streams between them differ on purpose.
-COMPARABLE = (".softmax", ".mix.rows", ".act", "logits")
+# What two forms answer alike; scaled queries, unbiased values and centred streams between them differ on purpose.
+COMPARABLE = (".softmax", ".act", "logits")
 PLAIN = "plain"
 _REFERENCE_FORM = Form(rows="batch", norm="layer", last_queries=False)
 
@@ -88,12 +89,14 @@ def export(
     require_empty(folder, overwrite=overwrite)
     _check(runtime, precision, batch, target, images, tune)
     shape = image_shape(model, image)
+    if isinstance(form, str) and form != PLAIN:
+        form = form_named(form)
     allowed = {**TOLERANCES, **(tolerances or {})}
     was_training = model.training
     model.eval()
     try:
         return _export(
-            model, folder, shape, allowed, target=target, runtime=runtime, precision=precision, preprocessing=preprocessing, labels=labels,
+            model, folder, shape, allowed, target=target, runtime=runtime, precision=precision, preprocessing=_preprocessing(preprocessing), labels=labels,
             images=_array(images), batch=batch, provenance=provenance, form=form, overwrite=overwrite, name=name, opset=opset,
             calibration=calibration, tune=tune, threads=threads, ort_format=ort_format,
         )  # fmt: skip
@@ -103,7 +106,7 @@ def export(
 
 def _export(
     model: nn.Module, folder: Path, shape: tuple[int, int, int], allowed: Mapping[str, float], *, target: str, runtime: str, precision: Precision,
-    preprocessing: Any, labels: Sequence[str] | None, images: Array | None, batch: Batch, provenance: Mapping[str, str] | None,
+    preprocessing: PreprocessingSpec | None, labels: Sequence[str] | None, images: Array | None, batch: Batch, provenance: Mapping[str, str] | None,
     form: str | Form | None, overwrite: bool, name: str | None, opset: int, calibration: quantize.Calibration, tune: bool, threads: int, ort_format: bool,
 ) -> Artifact:  # fmt: skip
     probe = Probe.of(lambda batch_of: _ask(model, batch_of), shape, images)
@@ -168,7 +171,7 @@ def _export(
                 inputs=(TensorSpec(name="images", shape=(first_size, *shape), layout="NCHW"),),
                 outputs=(TensorSpec(name="logits", shape=(first_size, classes), layout="NC"),),
                 batch=batch,
-                preprocessing=_preprocessing(preprocessing),
+                preprocessing=preprocessing,
                 labels=None if labels is None else tuple(labels),
                 opset=max((entry.version for entry in final.opset_import if entry.domain in ("", "ai.onnx")), default=None),
                 target=target,
@@ -230,14 +233,16 @@ def _candidates(
         return [plain], []
     try:
         compact: CompactModel = lift(model)
+        if reason := reason_against(compact.architecture):
+            raise UnsupportedModel(f"no rule for {reason}")
     except UnsupportedModel as error:
         if form is not None:
             raise UnsupportedModel(f"form {form}: {error}; export with form='plain'") from None
-        return [plain], [f"torch's own graph is shipped, since the graph forms have no rule: {error}"]
+        return [plain], [f"torch's own graph is shipped, since the graph forms do not cover it: {error}"]
     notes = []
     free: int | str = "batch" if batch == "dynamic" else batch
     if form is not None:
-        forms = [form if isinstance(form, Form) else form_named(form)]
+        forms = [form]
     elif tune:
         forms = [entry for entry in FORMS if batch == 1 or entry.rows == "batch"]
     else:
@@ -259,7 +264,11 @@ def _in_precision(
         return write_network(lift(model), candidate.form, batch=free, linears="int8", weight_bits=bits)
     float_graph = candidate.model
     if candidate.form is not None:
-        float_graph = write_network(lift(model), candidate.form, batch=free, linears="product")
+        form = candidate.form
+        if precision == "int8-static":
+            # The quantizer must know every value's type, and it knows none behind the runtime's own operators.
+            form = replace(form, attention="split", residual="add", norm="layer", activation="gelu")
+        float_graph = write_network(lift(model), form, batch=free, linears="product")
     if precision == "int8":
         return quantize.int8_dynamic(float_graph, weight_bits=bits)
     if precision == "int8-static":

@@ -50,7 +50,8 @@ def int8_static(model: onnx.ModelProto, images: NDArray[Any], *, calibration: Ca
     """Quantize weight products with input ranges found on calibration images, as QuantizeLinear and DequantizeLinear pairs.
 
     images: float32 (count, channels, height, width). Softmax, norms, activations, attention products and a patch convolution stay float.
-    Errors: InputError for an unknown calibration or too few images.
+    Requires: a graph whose values all have shapes that ONNX can infer (no operators of the runtime's own), or the quantizer passes over them.
+    Errors: InputError for an unknown calibration or too few images, or if the graph hides its products from the quantizer.
     """
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -71,7 +72,9 @@ def int8_static(model: onnx.ModelProto, images: NDArray[Any], *, calibration: Ca
 
     method = {"min-max": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}[calibration]
     constants = {tensor.name for tensor in model.graph.initializer}
-    weighted = [node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants]
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants]
+    # The patch embedding reads pixels; it stays float, be it a convolution or a product.
+    weighted = [node.name for node in products if node.name != "stem"]
     with _files(model) as (source, target):
         quantize_static(
             source,
@@ -88,7 +91,12 @@ def int8_static(model: onnx.ModelProto, images: NDArray[Any], *, calibration: Ca
             # Only the products' inputs: quantizing their outputs too costs accuracy and saves nothing, since norms and softmax want floats.
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"], "DedicatedQDQPair": False},
         )
-        return _read(target)
+        quantized = _read(target)
+    answered = {node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
+    done = sum(node.op_type in ("MatMul", "Gemm") and set(node.input[:2]) <= answered for node in quantized.graph.node)
+    if done < len(weighted):
+        raise InputError(f"int8-static reached {done} of {len(weighted)} products; export with form='plain' or another precision")
+    return quantized
 
 
 def weights_only(model: onnx.ModelProto, bits: Literal[4, 8], *, block_size: int = 32) -> onnx.ModelProto:

@@ -45,6 +45,7 @@ def centre(architecture: Architecture, state: State) -> tuple[Architecture, Stat
         steps.append(tuple(_branch(branch, wide, f"steps.{number}.{position}.", embed) for position, branch in enumerate(step)))
     assert architecture.norm is not None
     _fold_shift(wide, "norm", ["head", *(["head_dist"] if architecture.pool.kind == "distilled" else [])])
+    assert architecture.head is not None
     head = architecture.head.model_copy(update={"bias": "head.bias" in wide})
     changed = architecture.model_copy(
         update={"steps": tuple(steps), "norm": _rms(architecture.norm, wide, "norm"), "stem_writes": None, "head": head}

@@ -32,6 +32,8 @@ def ffn(graph: Graph, form: Form, spec: FfnSpec, state: State, x: str, name: str
 
 def activation(graph: Graph, kind: str, x: str, name: str) -> str:
     """One of the activations that an `FfnSpec` knows."""
+    if kind == "identity":
+        return x
     if kind == "gelu":
         return str(graph.node("Gelu", [x], name))
     if kind == "gelu_tanh":

@@ -15,9 +15,10 @@ import onnx
 
 from ...compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec
 from ...compress.vit.model import CompactModel
-from ...errors import InputError
+from ...errors import InputError, UnsupportedModel
 from . import centring
 from .attention import attention
+from .coverage import reason_against
 from .ffn import ffn
 from .form import Form
 from .graph import Array, Graph
@@ -39,9 +40,12 @@ def write_network(
     """The model in one form. `batch`: a size, or the name of a free dimension. `linears`: as Gemm, as MatMul and Add, or in eight bits
     with weights of `weight_bits` (7 where the processor's eight-bit products saturate).
 
-    Errors: InputError if the form cannot hold the batch.
+    Errors: InputError if the form cannot hold the batch, UnsupportedModel naming what no form has a rule for.
     """
     architecture = model.architecture
+    reason = reason_against(architecture)
+    if reason is not None:
+        raise UnsupportedModel(f"the graph forms have no rule for {reason}")
     if form.rows == "matrix" and batch != 1:
         raise InputError(f"form {form.name} holds one image, and batch {batch} was asked for; take a form with batch rows")
     state = {name: tensor.detach().cpu().float().numpy() for name, tensor in model.state_dict().items()}

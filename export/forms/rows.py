@@ -27,7 +27,7 @@ def linear(graph: Graph, form: Form, x: str, layer: Linear, name: str) -> str:
         return _int8_linear(graph, x, layer, name)
     weight = graph.constant(f"{name}.weight", layer.weight)
     bias = None if layer.bias is None else graph.constant(f"{name}.bias", layer.bias)
-    if form.rows == "matrix" and bias is not None and graph.linears == "gemm":
+    if form.rows == "matrix" and bias is not None and graph.linears != "product":
         return str(graph.node("Gemm", [x, weight, bias], name))
     product = str(graph.node("MatMul", [x, weight], name))
     return product if bias is None else str(graph.node("Add", [product, bias], f"{name}.add"))

@@ -1,0 +1,139 @@
+"""Every graph form computes what the network computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+import vitrim
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from vitrim.compress.vit.model import CompactModel
+from vitrim.errors import InputError, UnsupportedModel
+from vitrim.export.forms import FORMS, Form, form_named, write_network
+from vitrim.export.forms.centring import applicable
+from vitrim.export.parity import answers, first_difference, relative_error
+
+TINY = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+
+
+def vit(seed: int = 0, model: str = "vit_tiny_patch16_224", **overrides: object) -> nn.Module:
+    """A tiny timm model with every parameter random, so that no bias is zero and no scale is one."""
+    torch.manual_seed(seed)
+    made = timm.create_model(model, **{**TINY, **overrides}).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+def lifted(seed: int = 0, **overrides: object) -> CompactModel:
+    return vitrim.lift(vit(seed, **overrides))  # type: ignore[arg-type]
+
+
+def error_of(model: CompactModel, graph: onnx.ModelProto, *, batch: int | str = 1, count: int = 3) -> float:
+    images = torch.randn(count, *model.architecture.image, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(images).numpy()
+    return float(relative_error(expected, answers(graph, images.numpy(), batch=batch)).max())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_each_form_answers_as_the_network(form: Form) -> None:
+    model = lifted()
+    assert error_of(model, write_network(model, form)) < 2e-5
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.rows == "batch"], ids=lambda form: form.name)
+@pytest.mark.parametrize("batch", [3, "dynamic"])
+def test_batch_forms_hold_batches(form: Form, batch: int | str) -> None:
+    model = lifted()
+    graph = write_network(model, form, batch="batch" if batch == "dynamic" else batch)
+    assert error_of(model, graph, batch=batch, count=5) < 2e-5
+
+
+def test_matrix_rows_refuse_batches() -> None:
+    with pytest.raises(InputError, match="holds one image, and batch 2 was asked for"):
+        write_network(lifted(), FORMS[0], batch=2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"init_values": 0.5},
+        {"qk_norm": True},
+        {"qkv_bias": False},
+        {"global_pool": "avg", "class_token": False},
+        {"global_pool": "avg", "fc_norm": True},
+        {"reg_tokens": 2},
+        {"pre_norm": True},
+        {"num_classes": 7, "in_chans": 3},
+        {"model": "deit_tiny_distilled_patch16_224"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[5], FORMS[6]], ids=lambda form: form.name)
+def test_forms_hold_for_the_kinds_of_model(overrides: dict[str, object], form: Form) -> None:
+    model = lifted(**overrides)
+    assert error_of(model, write_network(model, form)) < 5e-5
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    ratios=st.fixed_dictionaries({name: st.sampled_from([0.3, 0.6, 1.0]) for name in ("embed", "head", "qk", "v", "ffn", "block")}),
+    sharing=st.sampled_from(["residual", "full", "unshared"]),
+    form=st.sampled_from(FORMS),
+)
+def test_a_cut_network_holds_in_every_form(seed: int, ratios: dict[str, float], sharing: str, form: Form) -> None:
+    dense = lifted(seed % 3)
+    mask = vitrim.StructuredMask.random(dense, keep_ratio=ratios, sharing=sharing, seed=seed)  # type: ignore[arg-type]
+    cut = vitrim.compact(dense, mask).eval()
+    assert error_of(cut, write_network(cut, form)) < 1e-4
+
+
+def test_centring_is_taken_only_where_every_reader_is_a_layer_norm() -> None:
+    assert applicable(lifted().architecture)
+    assert not applicable(lifted(pre_norm=True).architecture)
+    unshared = vitrim.StructuredMask.random(lifted(), keep_ratio=0.5, sharing="unshared", seed=0)
+    assert not applicable(vitrim.compact(lifted(), unshared).architecture)
+
+
+def test_the_chosen_form_has_fewer_nodes_than_a_plain_one() -> None:
+    model = lifted()
+    plain = write_network(model, Form(rows="batch", attention="split", norm="layer", stem="conv", last_queries=False))
+    best = write_network(model, FORMS[0])
+    assert len(best.graph.node) < 0.75 * len(plain.graph.node)
+    kinds = [node.op_type for node in best.graph.node]
+    # Only the patches are still turned; attention and products take rows as they are.
+    assert kinds.count("Transpose") == 1
+    assert not {"Conv", "Erf", "LayerNormalization", "Softmax"} & set(kinds)
+
+
+def test_names_lead_back_to_forms() -> None:
+    for form in FORMS:
+        assert form_named(form.name) == form
+    with pytest.raises(InputError, match="form 'fastest' is unknown; take one of plain, matrix/"):
+        form_named("fastest")
+
+
+def test_what_no_form_covers_is_named() -> None:
+    for overrides, reason in (({"num_classes": 0}, "the model has no classifier"), ({"global_pool": "max"}, "pooling by 'max'")):
+        with pytest.raises(UnsupportedModel, match=f"the graph forms have no rule for {reason}"):
+            write_network(lifted(**overrides), FORMS[0])
+
+
+def test_the_first_node_that_differs_is_found() -> None:
+    model = lifted()
+    good = write_network(model, FORMS[1])
+    with torch.no_grad():
+        model.steps[3][0].core.fc1.weight.mul_(1.5)  # type: ignore[index, union-attr, operator]
+    wrong = write_network(model, FORMS[1])
+    image = np.random.default_rng(0).standard_normal((1, 1, 16, 16), dtype=np.float32)
+    assert first_difference(good, good, image, 1e-6) is None
+    found = first_difference(good, wrong, image, 1e-4)
+    assert found is not None
+    assert found.startswith("node 'blocks.1.ffn.fc1' (Gemm), by ")
