@@ -283,7 +283,7 @@ def _where_in_form(model: nn.Module, candidate: Candidate, first: Array, batch: 
     if candidate.form is None:
         return None
     free: int | str = "batch" if batch == "dynamic" else batch
-    reference = write_network(lift(model), replace(_REFERENCE_FORM), batch=free)
+    reference = write_network(lift(model), replace(_REFERENCE_FORM, last_queries=candidate.form.last_queries), batch=free)
     return first_difference(reference, candidate.model, first, tolerance, endings=COMPARABLE)
 
 
