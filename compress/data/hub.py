@@ -89,6 +89,8 @@ def _guarded(load: Callable[[], Any], where: str, what: str) -> Any:
         raise
     except Exception as error:
         # Anything may come out of a download and its parsers: requests, urllib3, httpx, pyarrow, zlib, ...
+        if "corresponds to no data" in str(error):
+            raise InputError(f"{where}: the data set is empty; give it images, or choose another data set") from error
         reason = (str(error).strip().splitlines() or [""])[0][:160]
         raise InputError(f"{where}: {what} ({type(error).__name__}: {reason})") from error
     finally:
