@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..storage import replace_file
-from .architecture import Architecture, AttentionSpec, FfnSpec
+from .architecture import Architecture, AttentionSpec, ConstantSpec, FfnSpec, Indices
 from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, POOL_SITES, STEM_OUT, site_in, site_out
 from .vit.rope import pairs
 
@@ -66,6 +66,12 @@ def together(architecture: Architecture, dimension: str, site: str) -> Tensor:
     found = sites(architecture, dimension)
     size = found[site] if site != SHARED else next(size for name, size in found.items() if name not in POOL_SITES)
     return torch.arange(size)[:, None]
+
+
+def _readers(architecture: Architecture) -> list[tuple[str, Indices | None]]:
+    """The sites that need a channel of the residual stream (its readers, and the stem), and which channels there are."""
+    found = [(site_in(branch), branch.reads) for branch in architecture.branches if not isinstance(branch.core, ConstantSpec)]
+    return [*found, (HEAD_IN, architecture.head_reads), (STEM_OUT, architecture.stem_writes)]
 
 
 def _attentions(architecture: Architecture, site: str) -> list[tuple[str, AttentionSpec]]:
@@ -160,6 +166,10 @@ class StructuredMask:
                 raise InputError(f"mask {dimension}/{site} keeps nothing; " + _WHY_ONE.get(dimension, "the pooling head needs one unit at least"))
             if dimension in ("qk", "v"):
                 _check_columns(architecture, dimension, site, keep)
+        for site, reads in _readers(architecture):
+            seen = self.get("embed", site)
+            if seen is not None and reads is not None and not bool(seen[list(reads)].any()):
+                raise InputError(f"mask embed keeps none of the {len(reads)} channels that there are at {site}; it needs one at least")
 
     @classmethod
     def random(

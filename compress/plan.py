@@ -144,6 +144,9 @@ class _Embed:
         stem = self._seen(architecture.stem_writes, STEM_OUT)
         if architecture.stem_norm is not None or architecture.patch_norm is not None:
             self._live |= stem
+        if not bool((stem & self._live).any()):
+            # Nobody reads what the stem writes; a convolution needs an output all the same.
+            self._live[torch.nonzero(stem).flatten()[0]] = True
         self._place = torch.cumsum(self._live, 0) - 1
         self.width = int(self._live.sum())
         self.stem_rows, self.stem_writes = self.locate(architecture.stem_writes, STEM_OUT, writing=True)

@@ -1,0 +1,163 @@
+"""Random architectures of every kind that plain data can say, for property tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from vitrim.compress.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    ConvSpec,
+    Core,
+    DifferentialSpec,
+    FfnSpec,
+    HeadSpec,
+    Indices,
+    NormSpec,
+    PoolSpec,
+    RefineSpec,
+    RelativeBiasSpec,
+    RopeSpec,
+    StemSpec,
+)
+from vitrim.compress.vit.model import CompactModel
+
+GRID = (2, 3)
+
+
+@st.composite
+def architectures(draw: Any) -> Architecture:
+    """A network of one or two steps on 2 x 3 patches."""
+    embed = draw(st.integers(4, 9))
+    pool = draw(st.sampled_from(["token", "mean", "mean_all", "max", "avgmax_all", "token_mean", "distilled", "dense", "attention", "refine"]))
+    prefix = draw(st.integers({"token": 1, "token_mean": 1, "dense": 1, "distilled": 2, "refine": 1}.get(pool, 0), 3))
+    steps = tuple(
+        tuple(draw(_branches(embed, prefix, f"blocks.{number}.{position}")) for position in range(draw(st.integers(1, 2)))) for number in range(draw(st.integers(1, 2)))
+    )
+    reads, filled = draw(_subset(embed)), draw(_subset(embed))
+    width = embed if reads is None else len(reads)
+    norm = draw(_norm(width)) if pool != "refine" else NormSpec(width=width)
+    spec, after = draw(_pool(pool, width))
+    headed = draw(st.booleans())
+    head = HeadSpec(classes=3, bias=draw(st.booleans()), hidden=draw(st.sampled_from([None, 5])), act=draw(st.sampled_from(["identity", "tanh"]))) if headed else None
+    before = (ConvSpec(channels=3, kernel=(3, 3), padding=(1, 1), act="relu", bias=draw(st.booleans())),) if draw(st.booleans()) else ()
+    written = embed if filled is None else len(filled)
+    return Architecture(
+        image=(2, 4, 6),
+        embed=embed,
+        stem=StemSpec(patch=(2, 2), bias=draw(st.booleans()), before=before),
+        prefix=prefix,
+        position=draw(st.booleans()),
+        patch_norm=draw(_norm(written)),
+        stem_norm=draw(_norm(written)),
+        stem_writes=filled,
+        steps=steps,
+        norm=norm,
+        pool=spec,
+        pool_norm=draw(_norm(after)) if pool not in ("distilled", "dense") else None,
+        head=head,
+        head_reads=reads,
+    )
+
+
+def network(architecture: Architecture, seed: int = 0) -> CompactModel:
+    """Random numbers in double precision, so that equal means equal to many digits."""
+    torch.manual_seed(seed)
+    model = CompactModel(architecture).double().eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn_like(tensor) * 0.5 + 0.1)
+    return model
+
+
+@st.composite
+def _branches(draw: Any, embed: int, prefix: int, name: str) -> BranchSpec:
+    reads, writes = draw(_subset(embed)), draw(_subset(embed))
+    core: Core = draw(st.one_of(attentions(prefix), _ffns(), _ffns(), st.just(ConstantSpec())))
+    constant = isinstance(core, ConstantSpec)
+    return BranchSpec(
+        name=name,
+        core=core,
+        norm=None if constant else draw(_norm(embed if reads is None else len(reads))),
+        post_norm=None if constant else draw(_norm(embed if writes is None else len(writes))),
+        layer_scale=not constant and draw(st.booleans()),
+        reads=None if constant else reads,
+        writes=writes,
+    )
+
+
+@st.composite
+def attentions(draw: Any, prefix: int) -> AttentionSpec:
+    """Self-attention with any of its options that go together."""
+    heads, qk, v = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    kind = draw(st.sampled_from(["plain", "rope", "differential"]))
+    options: dict[str, Any] = {}
+    if kind == "rope":
+        qk = 2 * qk
+        layout = draw(st.sampled_from(["half", "interleaved"]))
+        options["rope"] = RopeSpec(layout=layout, tokens=GRID[0] * GRID[1], prefix=prefix, per_head=draw(st.booleans()))
+    if kind == "differential":
+        options["differential"] = DifferentialSpec(start=0.3, width=draw(st.integers(1, 3)), dual=draw(st.booleans()))
+    elif heads % 2 == 0 and draw(st.booleans()):
+        options["kv_of"] = tuple(head // 2 for head in range(heads))
+    if draw(st.booleans()):
+        options["bias"] = RelativeBiasSpec(grid=GRID, prefix=prefix, prefix_rows=prefix == 1 and draw(st.booleans()))
+    for name in ("q", "k", "v", "out", "gate"):
+        options[f"{name}_bias"] = draw(st.booleans())
+    return AttentionSpec(
+        heads=heads,
+        qk=qk,
+        v=v,
+        scale=draw(st.sampled_from([0.3, 1.0])),
+        q_norm=draw(_norm(qk)),
+        k_norm=draw(_norm(qk)),
+        qk_norm_per_head=draw(st.booleans()),
+        head_norm=draw(_norm(v)),
+        head_norm_per_head=draw(st.booleans()),
+        out_norm=draw(_norm(heads * v)),
+        gated=draw(st.booleans()),
+        **options,
+    )
+
+
+@st.composite
+def _ffns(draw: Any) -> FfnSpec:
+    hidden = draw(st.integers(1, 7))
+    act = draw(st.sampled_from(["gelu", "silu", "sigmoid", "hardswish"]))
+    flags = {name: draw(st.booleans()) for name in ("gated", "in_bias", "gate_bias", "out_bias")}
+    return FfnSpec(hidden=hidden, act=act, norm=draw(_norm(hidden)), **flags)
+
+
+@st.composite
+def _pool(draw: Any, kind: str, width: int) -> tuple[PoolSpec, int]:
+    """The pooling, and how wide what it gives is."""
+    if kind == "refine":
+        first = draw(st.integers(1, width))
+        channels = (first,) if first == width else (first, width - first)
+        return PoolSpec(kind=draw(st.sampled_from(["token", "mean_all"])), refine=RefineSpec(channels=channels, scale=0.5)), width
+    if kind != "attention":
+        return PoolSpec(kind=kind), width * (2 if kind == "token_mean" else 1)  # type: ignore[arg-type]
+    heads, qk, v, out = (draw(st.integers(1, 4)) for _ in range(4))
+    attention = AttentionSpec(heads=heads, qk=qk, v=v, scale=0.5, k_norm=draw(_norm(qk)), qk_norm_per_head=draw(st.booleans()))
+    ffn = draw(st.one_of(st.none(), _ffns()))
+    return PoolSpec(kind="attention", attention=attention, norm=draw(_norm(out)), ffn=ffn, width=out, prefix=draw(st.booleans())), out
+
+
+@st.composite
+def _norm(draw: Any, width: int) -> NormSpec | None:
+    if draw(st.booleans()):
+        return None
+    # Few channels and a tiny eps would make the norms of random networks so steep that rounding shows.
+    return NormSpec(kind=draw(st.sampled_from(["layer", "rms"])), width=width, eps=1e-2, weight=draw(st.booleans()), bias=draw(st.booleans()))
+
+
+@st.composite
+def _subset(draw: Any, size: int) -> Indices | None:
+    if draw(st.booleans()):
+        return None
+    return tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=2))))
