@@ -242,7 +242,7 @@ def _candidates(
     notes = []
     free: int | str = "batch" if batch == "dynamic" else batch
     if form is not None:
-        forms = [form]
+        forms = [form_named(form) if isinstance(form, str) else form]
     elif tune:
         forms = [entry for entry in FORMS if batch == 1 or entry.rows == "batch"]
     else:

@@ -1,0 +1,154 @@
+"""The bundle builds from a clean folder and answers as the artifact does."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import vitrim
+from onnxruntime_header import header_folder
+from PIL import Image
+from tiny_models import tiny_vit
+from vitrim.compress.data.preprocessing import Preprocessing
+from vitrim.errors import InputError
+from vitrim.export.artifact import Artifact, Manifest, PreprocessingSpec, TensorSpec
+from vitrim.export.bundle import bundle
+from vitrim.export.forms import FORMS, write_network
+from vitrim.export.sessions import open_session
+from vitrim.export.store import save_model
+
+LABELS = ("ankle boot", 'a "quoted" label', "naïve", "back\\slash", "??=")
+
+
+def artifact_in(folder: Path, **preprocessing: object) -> Artifact:
+    """An artifact without the seconds that torch's exporter takes: the bundle reads only the folder."""
+    settings = PreprocessingSpec.model_validate({"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4], **preprocessing})
+    model = vitrim.lift(tiny_vit(in_chans=settings.channels))
+    folder.mkdir()
+    manifest = Manifest(
+        name="tiny",
+        inputs=(TensorSpec(name="images", shape=(1, settings.channels, 16, 16), layout="NCHW"),),
+        outputs=(TensorSpec(name="logits", shape=(1, 5), layout="NC"),),
+        preprocessing=settings,
+        labels=LABELS,
+        target="x86-64",
+        runtime="onnxruntime",
+        precision="fp32",
+        form=FORMS[0].name,
+        files=tuple(save_model(write_network(model, FORMS[0]), folder)),
+    )
+    return Artifact.write(folder, manifest)
+
+
+def runtime_library() -> Path | None:
+    import onnxruntime
+
+    found = sorted(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*"))
+    return found[0] if found else None
+
+
+@pytest.fixture(scope="module")
+def header() -> Path:
+    if sys.platform != "linux":
+        pytest.skip("the bundle's test needs Linux")
+    missing = [tool for tool in ("g++", "cmake") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed: apt-get install g++ cmake")
+    if runtime_library() is None:
+        pytest.skip("this onnxruntime wheel has no libonnxruntime.so")
+    found = header_folder()
+    if found is None:
+        pytest.skip("onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder")
+    return found
+
+
+def build(folder: Path, header: Path) -> Path:
+    for command in (
+        ["cmake", "-S", str(folder), "-B", str(folder / "build"), f"-DONNXRUNTIME_INCLUDE={header}", "-DCMAKE_CXX_FLAGS=-Werror"],
+        ["cmake", "--build", str(folder / "build")],
+    ):
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder / "build" / "vitrim_example"
+
+
+def run(program: Path, bundle_folder: Path, picture: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), str(runtime_library()), str(bundle_folder / "model"), str(picture), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        ({"interpolation": "bicubic"}, "L"),
+        ({"channels": 3, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 1.0], "resize": "center-crop", "crop_ratio": 0.9, "interpolation": "bilinear"}, "RGB"),
+    ],
+    ids=["grey, squashed", "colour, cropped"],
+)
+def test_the_program_answers_as_the_artifact(header: Path, tmp_path: Path, settings: dict[str, object], mode: str) -> None:
+    artifact = artifact_in(tmp_path / "artifact", **settings)
+    program = build(bundle(artifact, tmp_path / "bundle"), header)
+    assert artifact.manifest.preprocessing is not None
+    preprocessing = Preprocessing.model_validate(artifact.manifest.preprocessing.model_dump())
+    session = open_session(artifact)
+    random = np.random.default_rng(0)
+    # Larger, smaller, oblong, and of the other kind of colour than the model takes.
+    for number, (height, width, kind) in enumerate([(53, 31, mode), (16, 16, mode), (9, 40, mode), (24, 24, "L" if mode == "RGB" else "RGB")]):
+        picture = Image.fromarray(random.integers(0, 256, (height, width, 3) if kind == "RGB" else (height, width), dtype=np.uint8))
+        path = tmp_path / f"{number}.ppm"
+        picture.save(path, format="PPM")
+        ran = run(program, tmp_path / "bundle", path, "--logits", "--repeat", "3")
+        assert ran.returncode == 0, ran.stderr
+        lines = ran.stdout.splitlines()
+        logits = np.array([float(value) for value in next(line for line in lines if line.startswith("logits")).split()[1:]])
+        expected = session.run(None, {"images": preprocessing.apply(picture)[None]})[0][0]
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+        assert lines[0].endswith(LABELS[int(expected.argmax())])
+        assert "p50_s 0." in lines[-1]
+        assert int(lines[-1].split()[-1]) > 10_000_000
+
+
+def test_the_program_refuses_in_one_line(header: Path, tmp_path: Path) -> None:
+    folder = bundle(artifact_in(tmp_path / "artifact"), tmp_path / "bundle")
+    program = build(folder, header)
+    broken = tmp_path / "short.pgm"
+    broken.write_bytes(b"P5\n4 4\n255\nabc")
+    ran = run(program, folder, broken)
+    assert (ran.returncode, ran.stderr) == (2, f"{broken}: ends before its last pixel\n")
+    broken.write_bytes(b"GIF89a")
+    assert "not a binary PGM (P5) or PPM (P6)" in run(program, folder, broken).stderr
+    whole = tmp_path / "whole.pgm"
+    Image.new("L", (4, 4)).save(whole, format="PPM")
+    (folder / "model" / "model.onnx").write_bytes(b"no model")
+    ran = run(program, folder, whole)
+    assert ran.returncode == 3
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_what_cannot_be_bundled_is_refused(tmp_path: Path) -> None:
+    artifact = artifact_in(tmp_path / "artifact")
+    for change, reason in (({"preprocessing": None}, "has no preprocessing"), ({"batch": 4}, "holds batches of 4")):
+        Artifact.write(artifact.folder, artifact.manifest.model_copy(update=change))
+        with pytest.raises(InputError, match=reason):
+            bundle(artifact.folder, tmp_path / "bundle")
+    artifact.model_path.write_bytes(b"other bytes")
+    Artifact.write(artifact.folder, artifact.manifest)
+    with pytest.raises(InputError, match=r"model\.onnx: has 11 bytes"):
+        bundle(artifact.folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_bundle_holds_the_artifact_untouched(tmp_path: Path) -> None:
+    artifact = artifact_in(tmp_path / "artifact")
+    folder = bundle(artifact, tmp_path / "bundle")
+    assert Artifact.load(folder / "model").sha256 == artifact.sha256
+    text = (folder / "vitrim_model.h").read_text()
+    assert "@" not in text
+    assert "#define VITRIM_CLASSES 5" in text
+    assert '"na\\303\\257ve"' in text
+    assert torch.tensor(1.0 / (255 * 0.4)).item() == np.float32(text.split("VITRIM_SCALE[VITRIM_CHANNELS] = {")[1].split("f}")[0])
