@@ -78,7 +78,7 @@ def reset_peak() -> bool:
 
 
 def session_options(job: Json) -> Any:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(job.get("threads", 1))
