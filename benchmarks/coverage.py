@@ -63,8 +63,8 @@ def main() -> None:
         row = examine(name, full=arguments.full, peer=not arguments.no_peer)
         rows.append(row)
         peer = f"  torch-pruning: {row.peer} {row.peer_reason[:60]}" if row.peer else ""
+        arguments.json.write_text(json.dumps({"schema": "vitrim.coverage/1", "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
         print(f"{row.name:52s} {row.vitrim:8s} {row.compact_error:.1e} ({row.masks} masks, {row.seconds:.1f} s) {row.vitrim_reason[:100]}{peer}", flush=True)
-    arguments.json.write_text(json.dumps({"schema": "vitrim.coverage/1", "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     print("vitrim:", dict(Counter(row.vitrim for row in rows)), "of", len(rows))
     if not arguments.no_peer:
         print("torch-pruning:", dict(Counter(row.peer for row in rows)), "of", len(rows))

@@ -67,10 +67,9 @@ def _overrides(name: str) -> Iterator[dict[str, Any]]:
     if hasattr(full, "embeds"):
         # A position table of another shape than the image's grid, so that it has to be resampled.
         found |= {"pos_embed_grid_size": (GRID + 1, GRID), "pretrained_cfg_overlay": {"input_size": (3, *size)}}
-    if any(getattr(getattr(block, "attn", None), "num_kv_groups", 1) > 1 for block in full.blocks):
-        # Grouped queries in one block, none in the other.
-        found["num_kv_heads"] = (HEADS, 1)
     yield found
+    # Grouped queries in one block, none in the other, where every block's number of key/value heads has to be told.
+    yield found | {"num_kv_heads": (HEADS, 1)}
     yield {key: value for key, value in found.items() if key != "num_heads"}
     yield {"depth": DEPTH, "img_size": size}
     yield {"depth": DEPTH}

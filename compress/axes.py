@@ -84,11 +84,8 @@ def _pool_axes(read: Axis, write: Axis) -> dict[str, tuple[Axis, ...]]:
     table["pool.out.weight"] = (write, v)
     table["pool.out.bias"] = (write,)
     table["pool.norm.weight"] = table["pool.norm.bias"] = (write,)
-    table["pool.ffn.fc1.weight"] = (hidden, write)
-    table["pool.ffn.fc1.bias"] = (hidden,)
-    table["pool.ffn.norm.weight"] = table["pool.ffn.norm.bias"] = (hidden,)
-    table["pool.ffn.fc2.weight"] = (write, hidden)
-    table["pool.ffn.fc2.bias"] = (write,)
+    for name, axes in _ffn_axes(hidden, write, write).items():
+        table[f"pool.ffn.{name}"] = axes
     return table
 
 
@@ -102,15 +99,20 @@ def branch_axes(branch: BranchSpec) -> dict[str, tuple[Axis, ...]]:
     if isinstance(core, AttentionSpec):
         table |= _attention_axes(core, branch.name, read, write)
     elif isinstance(core, FfnSpec):
-        hidden = Axis("ffn", branch.name)
-        for name in ("fc1", "gate"):
-            table[f"core.{name}.weight"] = (hidden, read)
-            table[f"core.{name}.bias"] = (hidden,)
-        table["core.norm.weight"] = table["core.norm.bias"] = (hidden,)
-        table["core.fc2.weight"] = (write, hidden)
-        table["core.fc2.bias"] = (write,)
+        for name, axes in _ffn_axes(Axis("ffn", branch.name), read, write).items():
+            table[f"core.{name}"] = axes
     else:
         table["core.value"] = (write,)
+    return table
+
+
+def _ffn_axes(hidden: Axis, read: Axis, write: Axis) -> dict[str, tuple[Axis, ...]]:
+    table: dict[str, tuple[Axis, ...]] = {"norm.weight": (hidden,), "norm.bias": (hidden,)}
+    for name in ("fc1", "gate"):
+        table[f"{name}.weight"] = (hidden, read)
+        table[f"{name}.bias"] = (hidden,)
+    table["fc2.weight"] = (write, hidden)
+    table["fc2.bias"] = (write,)
     return table
 
 
