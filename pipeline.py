@@ -77,7 +77,7 @@ def run(
     prepared = prepare(recipe, quiet=quiet)
     folder = RunFolder.open(Path(out), resume=resume, overwrite=overwrite)
     replace_file(folder / "recipe.toml", recipe.toml())
-    replace_file(folder / DATA, data_card(prepared.data))
+    replace_file(folder / DATA, data_card(prepared.data, recipe))
     data, marks = prepared.data, fingerprints(prepared)
 
     baseline, made = folder.step(
@@ -176,18 +176,22 @@ def fingerprints(prepared: Prepared) -> dict[str, str]:
         "export": ("export",),
         "bench": ("bench",),
     }
-    previous = f"{weights_digest(recipe.model)} {prepared.round_to}"
+    # The target's good multiple may be what decides the widths, so it counts even where the recipe does not name it.
+    other = {"baseline": weights_digest(recipe.model), "masks": f"round_to {prepared.round_to}"}
+    previous = ""
     for step, names in sections.items():
-        previous = marks[step] = recipe.fingerprint(*names, previous=previous)
+        previous = marks[step] = recipe.fingerprint(*names, previous=f"{previous} {other.get(step, '')}")
     return marks
 
 
-def data_card(data: DataSplits) -> str:
+def data_card(data: DataSplits, recipe: Recipe) -> str:
     """data.json: what the run's models read and answer, for whoever exports or measures them later."""
     card = {
         "schema": "vitrim.data/1",
         "name": data.name,
         "labels": list(data.labels),
+        "seed": recipe.data.seed,
+        "validation": recipe.data.validation,
         "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
         "preprocessing": data.preprocessing.model_dump(mode="json"),
     }

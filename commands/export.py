@@ -102,12 +102,14 @@ def _data(
             err=True,
         )
         return None, None, None
-    preprocessing = default_preprocessing(name, image)
+    preprocessing, division = default_preprocessing(name, image), {}
     if card is not None and named in (None, card["name"]):
+        # The run's own division, so that parity and calibration look at images that it held out.
+        division = {key: card[key] for key in ("seed", "validation") if key in card}
         try:
             preprocessing = Preprocessing.model_validate(card["preprocessing"])
         except (ValidationError, KeyError) as error:
             raise InputError(f"{CARD}: its preprocessing cannot be read ({error}); run the recipe again with --resume") from error
-    opened = open_dataset(name, preprocessing=preprocessing)
+    opened = open_dataset(name, preprocessing=preprocessing, **division)
     pictures, _ = sample(opened.val, count).arrays()
     return preprocessing, list(opened.labels), pictures

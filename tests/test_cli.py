@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from photo_folder import write_photos, write_recipe
 from vitrim import __version__
 from vitrim.cli import call
 
@@ -24,33 +23,12 @@ COMMANDS = ["run", "train", "compress", "compact", "export", "bench", "report", 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of small pictures: three classes, eight each for training and four each for test."""
-    noise = np.random.default_rng(0)
-    for part, count in (("train", 8), ("test", 4)):
-        for number, name in enumerate(("ant", "bee", "fly")):
-            folder = tmp_path / "photos" / part / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = noise.integers(0, 80, (16, 16, 3), dtype=np.uint8)
-                pixels[:, :, number] += 120
-                Image.fromarray(pixels).save(folder / f"{index}.png")
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos")
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, photos: Path) -> Callable[[str], Path]:
-    """Writes a recipe on the photos with a model that trains in no time; the text is added at its end."""
-
-    def write(more: str = "", data: str = f"imagefolder:{photos}", model: str = 'name = "vit_tiny_patch16_224"') -> Path:
-        path = tmp_path / "trial.toml"
-        overrides = "{ img_size = 16, patch_size = 8, embed_dim = 24, depth = 2, num_heads = 3 }"
-        path.write_text(
-            f'[data]\nname = "{data}"\n[model]\n{model}\noverrides = {overrides}\n[masks]\nparams = 0.6\nepochs = 2\n'
-            f"[finetune]\nepochs = 1\n[train]\nbatch_size = 8\nthreads = 1\n{more}"
-        )
-        return path
-
-    return write
+def recipe(tmp_path: Path, photos: Path) -> Callable[..., Path]:
+    return lambda more="": write_recipe(tmp_path / "trial.toml", photos, more)
 
 
 @pytest.fixture
