@@ -128,7 +128,8 @@ class MaskTask:
             return
         if not self.progress.frozen:
             self.solver.observe([scores.grad for scores in self.gates.scores])
-            if (step + 1) % self.settings.update_steps == 0:
+            # At the freeze in any case: a phase shorter than two updates must meet its budget too.
+            if (step + 1) % self.settings.update_steps == 0 or step + 1 >= round(self.settings.ramp[2] * self.total_steps):
                 self._update(step + 1)
         for scores in self.gates.scores:
             # Not in the optimizer, so the loop does not clear them.
