@@ -19,6 +19,7 @@ from .compress.data.known import default_preprocessing
 from .compress.data.preprocessing import Preprocessing
 from .compress.files import ARCHITECTURE, load, read_architecture
 from .compress.lift import lift
+from .compress.prune_masks import fold_prune_masks
 from .compress.train.positions import start_positions
 from .errors import InputError
 from .recipe import ModelSection
@@ -162,7 +163,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in found):
             found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return dict(found)
+    try:
+        return fold_prune_masks(found)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _saved(folder: Path, classes: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,9 +47,14 @@ def compact(
 ) -> None:
     """Make a smaller model that computes exactly what the masked one does, and prove it on noise images.
 
+    Without a mask and without a keep ratio, what is dead in the model already goes: rows, columns, heads and channels of zeros that unstructured
+    pruning left behind, where that provably changes nothing. The rest of the zeros is told.
+
     [bold]Examples[/bold]
 
       vitrim compact --checkpoint runs/quickstart/baseline --mask runs/quickstart/mask.safetensors --explain --out small
+
+      vitrim compact --checkpoint pruned_elsewhere.pth --model deit_small_patch16_224 --out small
 
       vitrim compact --checkpoint deit.pth --model deit_small_patch16_224 --keep-ratio 0.5 --round-to 8 --out small
     """
@@ -59,11 +65,17 @@ def compact(
     if mask is not None and keep_ratio is not None:
         raise InputError("--mask and --keep-ratio both say what stays; keep one")
     source = _source(checkpoint, model, overrides or [], pretrained)
+    if mask is None and keep_ratio is None:
+        if round_to is not None:
+            raise InputError("--round-to snaps a mask; name --mask or --keep-ratio with it, dead weight alone is not rounded")
+        _cut_dead(source, explain, out, overwrite)
+        return
     chosen = _mask(source, mask, keep_ratio, saliency, scope, sharing, seed)
     if round_to is not None:
         from ..compress.rounding import snap
+        from ..compress.saliency import saliency as score
 
-        chosen = snap(chosen, source.architecture, round_to)
+        chosen = snap(chosen, source.architecture, round_to, saliency=score(source, "l2", sharing=chosen.sharing))
     _cut(source, chosen, explain, out, overwrite)
 
 
@@ -96,8 +108,7 @@ def _mask(
         found = StructuredMask.load(path)
         found.check(source.architecture)
         return found
-    if keep_ratio is None:
-        raise InputError("what stays? name --mask FILE or --keep-ratio SHARE")
+    assert keep_ratio is not None, "without either, only what is dead goes"
     if saliency == "random":
         return StructuredMask.random(source, keep_ratio, sharing, seed)  # type: ignore[arg-type]
     return StructuredMask.from_saliency(source, saliency, keep_ratio=keep_ratio, scope=scope, sharing=sharing)
@@ -107,25 +118,56 @@ def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | 
     import torch
 
     from ..compress.compactor import compact as cut
-    from ..compress.count import count_macs, count_params
     from ..compress.files import save
     from ..compress.masked import masked
 
     small = cut(source, mask)
-    before, after = source.architecture, small.architecture
+    before = source.architecture
     images = torch.randn(2, *before.image, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted, found = masked(source, mask).eval()(images), small.eval()(images)
     error = float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-12))
     if explain:
         show(_table(source, small))
-    for name, count in (("parameters", count_params), ("MACs", count_macs)):
-        old, new = count(before), count(after)
-        show(f"{name}: {unit_count(old)} -> {unit_count(new)} ({100 * new / old:.1f} %)")
+    _counts(source, small)
     show(f"masked against compact: largest relative error {error:.1e} over {len(images)} noise images")
     if out is not None:
         save(small, out, overwrite=overwrite)
         show(f"saved: {out}")
+
+
+def _cut_dead(source: CompactModel, explain: bool, out: Path | None, overwrite: bool) -> None:
+    from ..compress.dead_weight import find_dead
+    from ..compress.files import save
+
+    dead = find_dead(source)
+    for row in dead.removed:
+        how = ", constant ones folded into a bias" if row.folded else ""
+        show(f"{row.site}: {row.removed} of {row.total} {row.dimension} units are dead{how}")
+    if not dead.removed:
+        show("no row, column, head or channel is dead: nothing to remove")
+    for left in dead.left:
+        show(f"{left.site}: {left.count} more are zero and stay ({left.why})")
+    if explain:
+        show(_table(source, dead.compact))
+        for part in dead.sparsity:
+            show(f"{part.tensor} {list(part.shape)}: {100 * part.zeros:.1f} % zeros stay")
+    elif dead.sparsity:
+        zeros = sum(part.zeros * math.prod(part.shape) for part in dead.sparsity)
+        show(f"zeros that stay: {unit_count(round(zeros))} in {len(dead.sparsity)} matrices (--explain lists them)")
+    _counts(source, dead.compact)
+    show(f"before against after: largest relative error {dead.error:.1e} over 2 noise images")
+    if out is not None:
+        save(dead.compact, out, overwrite=overwrite)
+        show(f"saved: {out}")
+
+
+def _counts(source: CompactModel, small: CompactModel) -> None:
+    from ..compress.count import count_macs, count_params
+
+    for name, count in (("parameters", count_params), ("MACs", count_macs)):
+        old, new = count(source.architecture), count(small.architecture)
+        show(f"{name}: {unit_count(old)} -> {unit_count(new)} ({100 * new / old:.1f} %)")
 
 
 def _table(source: CompactModel, small: CompactModel) -> Table:
