@@ -102,6 +102,8 @@ class _Run:
         self.steps = len(data.train) // self.batch_size
         self.epoch, self.best_epoch, self.best_score, self.best_val_top1 = 0, 0, -math.inf, 0.0
         self.stopped: str | None = None
+        # The task's last word (remaining parameters and MACs), for the live line.
+        self.metrics: dict[str, float] = {}
         self.identity = {
             "phase": task.phase,
             "data": f"{data.name}, {len(data.train)} images",
@@ -169,9 +171,10 @@ class _Run:
                 "images_per_s": (step + 1) * self.batch_size / seconds,
                 "loader_share": loader_s / seconds,
             }
-            progress.step(epoch, step + 1, figures)
+            progress.step(epoch, step + 1, {**self.metrics, **figures})
         val_top1 = evaluate(self.task.model_for_eval(), self.data.val, title="validating")
         end = self.task.after_epoch(epoch, val_top1)
+        self.metrics = dict(end.metrics)
         record = {"phase": self.task.phase, "epoch": epoch, **figures, "val_top1": val_top1, "lr": rate, **end.metrics}
         return {**record, "seconds": time.perf_counter() - started}, end
 
@@ -190,8 +193,9 @@ class _Run:
             self.stopped = end.stop
         elif patience is not None and self.best_epoch and self.epoch - self.best_epoch >= patience:
             self.stopped = f"no better validation top-1 for {patience} epochs"
-        write_state(self.folder / CHECKPOINT, self._state())
+        # Before the checkpoint too: a resumed run drops lines past its checkpoint, but could not make up for a missing one.
         append_history(self.history, record)
+        write_state(self.folder / CHECKPOINT, self._state())
         self.records.append(record)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, float]]:

@@ -1,0 +1,325 @@
+"""The loop: it learns, remembers, resumes to the same bits, and stops when it should."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from training_material import Net, equal_weights, spots
+from vitrim.compress.train.dense import DenseTask
+from vitrim.compress.train.evaluate import evaluate
+from vitrim.compress.train.history import append_history
+from vitrim.compress.train.loop import BEST, CHECKPOINT, Schedule, TrainSettings, fit
+from vitrim.compress.train.task import EpochEnd
+from vitrim.errors import InputError
+
+QUICK = TrainSettings(epochs=4, batch_size=16, augmentation="none", quiet=True)
+
+
+class Stopping(Exception):
+    """Stands for a crash."""
+
+
+class CrashingTask(DenseTask):
+    """Falls over in the middle of an epoch."""
+
+    crash_at = 10**9
+
+    def after_step(self, step: int) -> None:
+        if step == self.crash_at:
+            raise Stopping
+
+
+def task(seed: int = 0, kind: type[DenseTask] = DenseTask, **options: Any) -> Any:
+    return kind(Net(seed), **({"lr": 3e-3} | options))
+
+
+def test_it_learns_and_writes_its_history(tmp_path: Path) -> None:
+    data, dense = spots(192), task(metrics={"params": 7.0})
+    before = evaluate(dense.model, data.test)
+    result = fit(dense, data, replace(QUICK, epochs=12), tmp_path)
+    assert evaluate(dense.model, data.test) > max(90.0, before)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines == result.history
+    assert [line["epoch"] for line in lines] == list(range(1, 13))
+    for line in lines:
+        assert line["phase"] == "baseline"
+        assert line["params"] == 7.0
+        assert {"loss", "train_top1", "val_top1", "images_per_s", "loader_share", "lr", "seconds"} <= line.keys()
+        assert 0 <= line["loader_share"] <= 1
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert result.best_val_top1 == max(line["val_top1"] for line in lines)
+
+
+def test_the_best_epoch_is_what_remains(tmp_path: Path) -> None:
+    class Remembering(DenseTask):
+        def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
+            seen.append({key: value.clone() for key, value in self.model.state_dict().items()})
+            return EpochEnd(score={1: 5.0, 2: 9.0, 3: 9.0}.get(epoch, 1.0))
+
+    seen: list[dict[str, Tensor]] = []
+    dense = task(kind=Remembering)
+    result = fit(dense, spots(), QUICK, tmp_path)
+    # A tie keeps the earlier one.
+    assert result.best_epoch == 2
+    assert all(torch.equal(seen[1][key], value) for key, value in dense.model.state_dict().items())
+    last = task(kind=Remembering)
+    seen.clear()
+    fit(last, spots(), replace(QUICK, restore_best=False), tmp_path)
+    assert all(torch.equal(seen[3][key], value) for key, value in last.model.state_dict().items())
+
+
+def test_an_epoch_that_does_not_qualify_is_never_the_best(tmp_path: Path) -> None:
+    class OverBudget(DenseTask):
+        def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
+            return EpochEnd(score=float("-inf"))
+
+    result = fit(task(kind=OverBudget), spots(), replace(QUICK, patience_epochs=1), tmp_path)
+    assert (result.best_epoch, result.epochs) == (0, 4)
+    assert not (tmp_path / BEST).exists()
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "thesis"])
+@pytest.mark.parametrize("kind", ["cosine", "restarts", "constant"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_broken_run_resumes_to_the_same_bits(tmp_path: Path, augmentation: Any, kind: Any, optimizer: Any) -> None:
+    data = spots()
+    settings = replace(QUICK, augmentation=augmentation, schedule=Schedule(kind, warmup_epochs=0.5, restart_epochs=2))
+    whole, broken = task(optimizer=optimizer), task(kind=CrashingTask, optimizer=optimizer)
+    wanted = fit(whole, data, settings, tmp_path / "whole")
+    broken.crash_at = 15
+    with pytest.raises(Stopping):
+        fit(broken, data, settings, tmp_path / "broken")
+    # Another start, other global generators: only the checkpoint counts.
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)
+    again = task(seed=5, optimizer=optimizer)
+    found = fit(again, data, settings, tmp_path / "broken", resume=True)
+    assert equal_weights(whole.model, again.model)
+    assert [(line["epoch"], line["loss"], line["lr"]) for line in found.history] == [
+        (line["epoch"], line["loss"], line["lr"]) for line in wanted.history
+    ]
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from training_material import Net, spots
+from vitrim.compress.train.dense import DenseTask
+from vitrim.compress.train.loop import TrainSettings, fit
+from safetensors.torch import save_file
+
+class Slow(DenseTask):
+    def after_step(self, step):
+        time.sleep({sleep})
+
+task = Slow(Net(), lr=3e-3)
+fit(task, spots(), TrainSettings(epochs=5, batch_size=16, augmentation="light", threads=1), Path({folder!r}), resume=True)
+save_file(task.model.state_dict(), {weights!r})
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_kill_and_ctrl_c_lose_at_most_one_epoch(tmp_path: Path, sign: signal.Signals) -> None:
+    def start(folder: str, sleep: float) -> subprocess.Popen[str]:
+        script = SCRIPT.format(
+            tests=str(Path(__file__).parents[2]),
+            sleep=sleep,
+            folder=str(tmp_path / folder),
+            weights=str(tmp_path / f"{folder}.safetensors"),
+        )
+        return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+
+    whole = start("whole", 0)
+    assert whole.wait(400) == 0, whole.stderr.read() if whole.stderr else ""
+    broken = start("broken", 0.1)
+    history = tmp_path / "broken" / "history.jsonl"
+    deadline = time.monotonic() + 400
+    while not history.is_file() or len(history.read_text().splitlines()) < 2:
+        assert broken.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    # Somewhere inside the third epoch, or while its neighbour's checkpoint is written.
+    time.sleep(0.25)
+    os.kill(broken.pid, sign)
+    said = broken.communicate()[1]
+    assert broken.returncode in (-sign, 1, 130)
+    if sign == signal.SIGINT:
+        assert "whole epochs are kept in" in said
+        assert "--resume continues" in said
+    assert not (tmp_path / "broken.safetensors").exists()
+    whole_epochs = torch.load(tmp_path / "broken" / CHECKPOINT, weights_only=True)["epoch"]
+    assert whole_epochs >= 1
+    again = start("broken", 0)
+    assert again.wait(400) == 0
+    assert (tmp_path / "broken.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    epochs = [json.loads(line)["epoch"] for line in history.read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first, again = task(), task(seed=3)
+    result = fit(first, spots(), QUICK, tmp_path)
+    stamp = (tmp_path / CHECKPOINT).stat().st_mtime_ns
+    assert fit(again, spots(), QUICK, tmp_path, resume=True) == result
+    assert (tmp_path / CHECKPOINT).stat().st_mtime_ns == stamp
+    assert equal_weights(first.model, again.model)
+
+
+def test_without_resume_it_starts_anew(tmp_path: Path) -> None:
+    fit(task(seed=3), spots(), QUICK, tmp_path)
+    first, again = task(), task()
+    fit(first, spots(), QUICK, tmp_path / "other")
+    fit(again, spots(), QUICK, tmp_path)
+    assert equal_weights(first.model, again.model)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4
+
+
+def test_other_phases_lines_stay(tmp_path: Path) -> None:
+    history = tmp_path / "history.jsonl"
+    append_history(history, {"phase": "masks", "epoch": 1, "loss": 1.0})
+    append_history(history, {"phase": "finetune", "epoch": 1, "loss": 1.0})
+    with history.open("a") as stream:
+        stream.write('{"phase": "finet')
+    fit(task(phase="finetune"), spots(), replace(QUICK, epochs=2), tmp_path / "t", history=history)
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [(line["phase"], line["epoch"]) for line in lines] == [("masks", 1), ("finetune", 1), ("finetune", 2)]
+    assert "lr" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"batch_size": 8}, "batch_size = 16, now 8"), ({"seed": 9}, "seed = 7, now 9"), ({"epochs": 9}, "epochs = 4, now 9")],
+)
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    fit(task(), spots(), QUICK, tmp_path)
+    with pytest.raises(InputError, match=f"{message}; resume with the same settings, or start anew"):
+        fit(task(), spots(), replace(QUICK, **change), tmp_path, resume=True)
+    fit(task(), spots(), replace(QUICK, threads=1), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoint\.pt: not a readable checkpoint .*; delete it to start this phase anew") as error:
+        fit(task(), spots(), QUICK, tmp_path, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_read(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    torch.save({"task": Trap()}, tmp_path / CHECKPOINT)
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        fit(task(), spots(), QUICK, tmp_path, resume=True)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_patience_and_the_tasks_own_stop(tmp_path: Path) -> None:
+    class Tired(DenseTask):
+        def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
+            return EpochEnd(score=-float(epoch), stop="enough" if epoch == stop_at else None)
+
+    stop_at = 99
+    result = fit(task(kind=Tired), spots(), replace(QUICK, epochs=9, patience_epochs=2), tmp_path / "a")
+    assert (result.epochs, result.best_epoch) == (3, 1)
+    assert result.stopped == "no better validation top-1 for 2 epochs"
+    # What was stopped stays stopped.
+    assert fit(task(kind=Tired), spots(), replace(QUICK, epochs=9, patience_epochs=2), tmp_path / "a", resume=True).epochs == 3
+    stop_at = 2
+    result = fit(task(kind=Tired), spots(), QUICK, tmp_path / "b")
+    assert (result.epochs, result.stopped) == (2, "enough")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path: Path) -> None:
+    class Exploding(DenseTask):
+        steps = 0
+
+        def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            self.steps += 1
+            return super().loss(images * (float("inf") if self.steps == 9 else 1.0), targets)
+
+    with pytest.raises(
+        InputError, match=r"baseline: the loss became nan at step 8 \(epoch 2\) with learning rate .*; lower the learning rate"
+    ):
+        fit(task(kind=Exploding), spots(), QUICK, tmp_path)
+    # The epoch before is whole and can be continued.
+    assert fit(task(), spots(), QUICK, tmp_path, resume=True).epochs == 4
+
+
+def test_a_model_rebuilt_smaller_gets_its_new_optimizer(tmp_path: Path) -> None:
+    class Shrinking(DenseTask):
+        def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
+            if epoch != 1:
+                return EpochEnd()
+            old = self.model.layers
+            self.model.layers[1], self.model.layers[4] = torch.nn.Linear(64, 8), torch.nn.Linear(8, 3)
+            assert old is self.model.layers
+            return EpochEnd(optimizer=self.optimizer())
+
+        def load_state(self, state: dict[str, Any]) -> None:
+            width = state["model"]["layers.1.weight"].shape[0]
+            self.model.layers[1], self.model.layers[4] = torch.nn.Linear(64, width), torch.nn.Linear(width, 3)
+            super().load_state(state)
+
+    data, shrinking = spots(192), task(kind=Shrinking)
+    result = fit(shrinking, data, replace(QUICK, epochs=10), tmp_path)
+    assert shrinking.model.layers[1].weight.shape == (8, 64)
+    # The new parameters do learn, at the schedule's rate.
+    assert result.history[-1]["loss"] < result.history[1]["loss"]
+    rates = [line["lr"] for line in result.history]
+    assert rates == sorted(rates, reverse=True)
+    (tmp_path / "copy").mkdir()
+    again = task(kind=Shrinking)
+    fit(again, data, replace(QUICK, epochs=10), tmp_path, resume=True)
+    assert equal_weights(shrinking.model, again.model)
+
+
+def test_the_callers_generators_and_settings_come_back(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    expected = (torch.rand(3), np.random.rand(3), random.random())
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    fit(task(), spots(), replace(QUICK, matmul_precision="medium", threads=1), tmp_path)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+    assert random.random() == expected[2]
+    assert (torch.get_float32_matmul_precision(), torch.get_num_threads()) == (precision, threads)
+
+
+def test_without_a_terminal_each_epoch_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(task(metrics={"params": 1500.0, "params_dense": 3000.0}), spots(), replace(QUICK, epochs=2, quiet=False), tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("training 2/2  loss ")
+    for word in ("train ", "val ", "1.50 k params (50 %)", "images/s", "loader "):
+        assert word in lines[1]
+
+
+def test_settings_that_cannot_train_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="batch_size = 0"):
+        TrainSettings(epochs=1, batch_size=0)
+    with pytest.raises(InputError, match="choose one of none, light, thesis"):
+        fit(task(), spots(), replace(QUICK, augmentation="heavy"), tmp_path)  # type: ignore[arg-type]
