@@ -1,0 +1,104 @@
+"""Dense training's losses, optimizers and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import tiny_vit
+from training_material import Net, spots
+from vitrim.compress.lift import lift
+from vitrim.compress.train.dense import DenseTask, Distillation, distillation_loss, task_loss
+from vitrim.compress.train.evaluate import evaluate, predict, top1
+from vitrim.compress.train.loop import TrainSettings, fit
+from vitrim.compress.train.optimizers import make_optimizer
+from vitrim.compress.train.positions import start_positions
+from vitrim.errors import InputError
+
+
+def test_distillation_is_hintons_formula() -> None:
+    torch.manual_seed(0)
+    teacher, images, logits = Net(1, dropout=0.0), torch.randn(6, 1, 8, 8), torch.randn(6, 3, requires_grad=True)
+    distillation = Distillation(teacher, alpha=0.3, temperature=2.5)
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    taught = F.softmax(teacher(images) / 2.5, dim=1)
+    divergence = (taught * (taught.log() - F.softmax(logits / 2.5, dim=1).log())).sum(1).mean()
+    wanted = 0.7 * F.cross_entropy(logits, targets, label_smoothing=0.1) + 0.3 * 2.5**2 * divergence
+    found = task_loss(logits, targets, images, 0.1, distillation)
+    torch.testing.assert_close(found, wanted.detach(), check_stride=False)
+    found.backward()
+    assert logits.grad is not None
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
+    teacher, images = Net(1, dropout=0.5), torch.randn(4, 1, 8, 8)
+    # The teacher speaks in evaluation mode even if somebody left it in training mode.
+    teacher.train()
+    loss = distillation_loss(Net(1, dropout=0.5).eval()(images), images, Distillation(teacher))
+    assert abs(float(loss.detach())) < 1e-6
+
+
+def test_soft_targets_are_not_smoothed_twice() -> None:
+    logits, images = torch.randn(4, 3), torch.randn(4, 1, 8, 8)
+    soft = F.softmax(torch.randn(4, 3), dim=1)
+    torch.testing.assert_close(task_loss(logits, soft, images, 0.1, None), F.cross_entropy(logits, soft))
+
+
+def test_a_teacher_helps_a_student_agree_with_it(tmp_path: Path) -> None:
+    data, settings = spots(192), TrainSettings(epochs=8, batch_size=16, augmentation="none", quiet=True)
+    teacher = DenseTask(Net(0), lr=3e-3)
+    fit(teacher, data, settings, tmp_path / "teacher")
+    student = DenseTask(Net(7), phase="finetune", lr=3e-3, distillation=Distillation(teacher.model, alpha=1.0))
+    fit(student, data, settings, tmp_path / "student")
+    agreed = top1(predict(student.model, data.test), predict(teacher.model, data.test).argmax(1))
+    assert agreed > 85
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(1.5, 2.0), (-0.1, 2.0), (0.5, 0.0)])
+def test_distillation_settings_are_checked(alpha: float, temperature: float) -> None:
+    with pytest.raises(InputError, match="must lie in"):
+        Distillation(Net(), alpha, temperature)
+
+
+@pytest.mark.parametrize("lifted", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any, lifted: bool) -> None:
+    model = lift(tiny_vit()) if lifted else tiny_vit()
+    optimizer = make_optimizer(name, model, 1e-3, 0.05)
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(grouped) == len(set(map(id, grouped))) == len(list(model.parameters()))
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            key = names[id(parameter)]
+            bare = key.endswith("bias") or "norm" in key or key in ("cls_token", "pos_embed", "prefix", "position")
+            assert group["weight_decay"] == (0.0 if bare else 0.05), key
+            if name == "muon" and not group["use_fallback"]:
+                assert parameter.ndim == 2
+                assert key.startswith(("blocks.", "steps."))
+
+
+def test_evaluation_is_in_evaluation_mode_and_leaves_no_trace() -> None:
+    data, model = spots(), Net(0, dropout=0.9)
+    model.train()
+    first, second = predict(model, data.test, batch_size=5), predict(model, data.test, batch_size=32)
+    torch.testing.assert_close(first, second)
+    assert model.training
+    wanted = 100 * float((first.argmax(1) == torch.from_numpy(data.test.targets)).float().mean())
+    assert evaluate(model, data.test) == pytest.approx(wanted)
+
+
+def test_positions_start_where_patches_lie() -> None:
+    model = tiny_vit()
+    before = model.pos_embed.detach().clone()
+    assert start_positions(model)
+    assert torch.equal(model.pos_embed[0, 0], before[0, 0])
+    places = model.pos_embed[0, 1:].detach()
+    assert len({tuple(place.tolist()) for place in places}) == len(places)
+    # Neighbours are more alike than corners.
+    assert F.cosine_similarity(places[0], places[1], dim=0) > F.cosine_similarity(places[0], places[-1], dim=0)
+    assert not start_positions(Net())
