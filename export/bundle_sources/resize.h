@@ -1,5 +1,6 @@
 // Pillow's resampling of 8-bit pictures, number for number (two passes, 22-bit fixed point).
-// A model answers a picture that was resized otherwise with other logits.
+// A model answers a picture that was resized otherwise with other logits. The horizontal pass comes first; Pillow from 13 on takes some tall pictures the
+// other way round, which rounds a few samples to their neighbour.
 #pragma once
 
 #include <algorithm>

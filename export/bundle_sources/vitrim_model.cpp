@@ -91,12 +91,19 @@ int vitrim_prepare(const uint8_t *pixels, int width, int height, int channels, f
         if (!VITRIM_CENTER_CROP) {
             picture = vitrim::resize(picture, VITRIM_WIDTH, VITRIM_HEIGHT, VITRIM_INTERPOLATION);
         } else {
-            const int wanted_h = static_cast<int>(VITRIM_HEIGHT / VITRIM_CROP_RATIO), wanted_w = static_cast<int>(VITRIM_WIDTH / VITRIM_CROP_RATIO);
-            const double factor = std::max(static_cast<double>(wanted_h) / height, static_cast<double>(wanted_w) / width);
-            // nearbyint rounds halves to even, as Python does.
-            const int scaled_w = std::max(VITRIM_WIDTH, static_cast<int>(std::nearbyint(width * factor)));
-            const int scaled_h = std::max(VITRIM_HEIGHT, static_cast<int>(std::nearbyint(height * factor)));
+            // The shorter side becomes floor(size / crop ratio), the other follows rounded down, as timm and torchvision do.
+            const int64_t wanted_h = static_cast<int64_t>(std::floor(VITRIM_HEIGHT / VITRIM_CROP_RATIO));
+            const int64_t wanted_w = static_cast<int64_t>(std::floor(VITRIM_WIDTH / VITRIM_CROP_RATIO));
+            int scaled_w, scaled_h;
+            if (wanted_h * width <= wanted_w * height) {
+                scaled_w = static_cast<int>(wanted_w);
+                scaled_h = std::max<int>(VITRIM_HEIGHT, static_cast<int>(wanted_w * height / width));
+            } else {
+                scaled_w = std::max<int>(VITRIM_WIDTH, static_cast<int>(wanted_h * width / height));
+                scaled_h = static_cast<int>(wanted_h);
+            }
             picture = vitrim::resize(picture, scaled_w, scaled_h, VITRIM_INTERPOLATION);
+            // nearbyint rounds halves to even, as Python does.
             const int left = static_cast<int>(std::nearbyint((scaled_w - VITRIM_WIDTH) / 2.0));
             const int top = static_cast<int>(std::nearbyint((scaled_h - VITRIM_HEIGHT) / 2.0));
             picture = vitrim::crop(picture, left, top, VITRIM_WIDTH, VITRIM_HEIGHT);
