@@ -331,6 +331,6 @@ def architecture_of(model: nn.Module | Architecture) -> Architecture:
     found = getattr(model, "architecture", None)
     if isinstance(found, Architecture):
         return found
-    from .lift import lift
+    from .lift import read
 
-    return lift(model).architecture
+    return read(model).spec
