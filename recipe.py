@@ -18,7 +18,7 @@ from .recipe_errors import first_line
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
 
-Augmentation = Literal["none", "light", "thesis"]
+Augmentation = Literal["none", "erasing", "light", "thesis"]
 Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 
 
@@ -64,7 +64,7 @@ class BaselineSection(Section):
     weight_decay: float = Field(0.05, ge=0.0, description="weight decay of the weights")
     warmup_epochs: int = Field(2, ge=0, description="epochs in which the learning rate rises")
     patience_epochs: int = Field(20, gt=0, description="stop after so many epochs without a better validation top-1")
-    augmentation: Augmentation = Field("light", description="none, light (shift and flip), or thesis (RandAugment, MixUp, CutMix, erasing)")
+    augmentation: Augmentation = Field("light", description="none, erasing, light (shift, flip, erasing), or thesis (RandAugment, MixUp, CutMix, erasing)")
 
 
 class MasksSection(Section):
