@@ -36,8 +36,10 @@ def make_optimizer(name: OptimizerName, model: nn.Module, lr: float, weight_deca
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: `weight_decay` on matrices and kernels, 0 on biases, norms, tokens and position tables (timm's convention)."""
-    skip = TABLES | (set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set())
-    decayed, bare = [], []
+    named = getattr(model, "no_weight_decay", None)
+    skip = TABLES | (set(named()) if callable(named) else set())
+    decayed: list[nn.Parameter] = []
+    bare: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (bare if parameter.ndim <= 1 or name in skip or name.endswith(".bias") else decayed).append(parameter)

@@ -8,7 +8,7 @@ it stays trainable. Measured on Fashion-MNIST after 300 steps of 128 images: tra
 from __future__ import annotations
 
 import torch
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from torch import nn
 
 SPREAD, TEMPERATURE = 0.7, 100.0
