@@ -1,6 +1,6 @@
 """Measure several models against each other: a process each, all alive together, one running at a time, turns in random order.
 
-This file needs Python 3.8 and, beside it, runner.py and environment.py; nothing of vitrim. So it does the same work on a device:
+This file needs Python 3.9 and, beside it, runner.py and environment.py; nothing of vitrim. So it does the same work on a device:
 
     python conductor.py plan.json result.json
 
@@ -62,7 +62,7 @@ class Child:
             stderr=self.noise,
             env=environment,
         )
-        self.lines: "queue.Queue[bytes | None]" = queue.Queue()  # noqa: UP037 - Python 3.8 reads it
+        self.lines: "queue.Queue[bytes | None]" = queue.Queue()  # noqa: UP037 - Python 3.9 reads it
         threading.Thread(target=self._listen, daemon=True).start()
         self._send(job)
         self.ready = self.hear("ready")
@@ -140,7 +140,7 @@ def conduct(plan: Json, progress: Progress | None = None) -> Json:
     names = list(plan["jobs"])
     result: Json = {
         "session": uuid.uuid4().hex,
-        "started_at": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),  # noqa: UP017 - Python 3.8 reads it
+        "started_at": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),  # noqa: UP017 - Python 3.9 reads it
     }
     environment = _environment()
     result["machine"], result["before"] = environment["machine"], environment["state"]

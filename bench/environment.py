@@ -1,6 +1,6 @@
 """What the machine is and how busy it is; Linux tells most, other systems less, and what is not told is None.
 
-This file needs Python 3.8 and nothing else: it travels to a device beside the runner. It reads no host name, user name or path.
+This file needs Python 3.9 and nothing else: it travels to a device beside the runner. It reads no host name, user name or path.
 """
 
 from __future__ import annotations

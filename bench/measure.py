@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import InputError
 from ..export.artifact import Artifact
@@ -49,6 +49,7 @@ def measure_interleaved(
     most_rounds: int = 1000,
     batch: int | None = None,
     pinning: Sequence[int] | None = None,
+    priority: Literal["high", "normal"] = "high",
     spinning: bool = False,
     arena: bool = True,
     providers: Sequence[str] = (CPU,),
@@ -61,6 +62,7 @@ def measure_interleaved(
     The rounds end when every ratio to the first artifact (or the one artifact's p50) is known to ± `half_width` at 95 %, after at least
     `least_rounds`, or when `time_limit_s` of rounds have passed. dataset: an .npz with `images` (N, C, H, W) float32 as the model takes them, or
     bytes that the manifest's mean and std normalise, and `labels` (N); top-1 is computed by the very process that was timed.
+    priority: "high" lets the runners go before other work where that is permitted; the niceness they got is recorded.
     `progress(share, text)` replaces the bar on the terminal. Errors: InputError, one line.
     """
     plan, subjects = make_plan(
@@ -74,6 +76,7 @@ def measure_interleaved(
         most_rounds=most_rounds,
         batch=batch,
         pinning=pinning,
+        priority=priority,
         spinning=spinning,
         arena=arena,
         providers=providers,
@@ -100,6 +103,7 @@ def make_plan(
     most_rounds: int = 1000,
     batch: int | None = None,
     pinning: Sequence[int] | None = None,
+    priority: Literal["high", "normal"] = "high",
     spinning: bool = False,
     arena: bool = True,
     providers: Sequence[str] = (CPU,),
@@ -122,6 +126,7 @@ def make_plan(
             "model": str(subject.model.resolve()),
             "threads": threads,
             "pinning": list(pinning) if pinning else None,
+            "priority": priority,
             "spinning": spinning,
             "arena": arena,
             "providers": _with_fallback(providers),
@@ -175,6 +180,7 @@ def assemble(
             batch=ready["input_shape"][0],
             threads=job["threads"],
             pinning=tuple(job["pinning"]) if job["pinning"] else None,
+            niceness=ready["niceness"],
             spinning=job["spinning"] or job["session"].get("session.intra_op.allow_spinning") == "1",
             arena=job["arena"],
             latency_s=tuple(run["latency_s"]),

@@ -77,6 +77,7 @@ class Measurement(BaseModel):
 
     threads: int = Field(ge=1)
     pinning: tuple[int, ...] | None = None
+    niceness: int | None = None
     spinning: bool = False
     arena: bool = True
 

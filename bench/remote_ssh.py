@@ -106,12 +106,12 @@ def _require(link: SshLink, place: str, python: str, needed_bytes: int) -> None:
     told = link.run(
         f"mkdir -p {quote(parent)} || exit 1; df -Pk {quote(parent)} | tail -n 1; "
         f"command -v {program} >/dev/null || {{ echo NOPYTHON; exit 0; }}; "
-        f"{program} -c 'import sys, numpy, onnxruntime; assert sys.version_info >= (3, 8)' >/dev/null 2>&1 && echo READY || echo NORUNTIME"
+        f"{program} -c 'import sys, numpy, onnxruntime; assert sys.version_info >= (3, 9)' >/dev/null 2>&1 && echo READY || echo NORUNTIME"
     ).decode(errors="replace")
     lines = told.strip().splitlines()
     state = lines[-1] if lines else ""
     if state == "NOPYTHON":
-        raise InputError(f"{where}: there is no {python}; install Python 3.8 or newer there, or name its path")
+        raise InputError(f"{where}: there is no {python}; install Python 3.9 or newer there, or name its path")
     if state == "NORUNTIME":
         raise InputError(
             f"{where}: its {python} has no onnxruntime and numpy; install them there: {python} -m pip install onnxruntime numpy"

@@ -57,6 +57,14 @@ def test_settings_are_applied_and_recorded(tmp_path: Path) -> None:
     assert found.name == "m"
 
 
+def test_runners_go_before_other_work_where_that_is_permitted(tmp_path: Path) -> None:
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    model = chain(tmp_path / "m.onnx")
+    assert measure(model, priority="normal", **QUICK).niceness == mine
+    high = measure(model, **QUICK).niceness
+    assert high == (-20 if os.geteuid() == 0 else mine)
+
+
 def test_another_provider_than_asked_is_warned_of(tmp_path: Path) -> None:
     found = measure(chain(tmp_path / "m.onnx"), providers=["AzureExecutionProvider"], **QUICK)
     assert "AzureExecutionProvider was asked for, but CPUExecutionProvider ran the model" in found.warnings[0]

@@ -191,7 +191,7 @@ def test_a_refused_login_is_told(server: Server, tmp_path: Path) -> None:
 
 @needs_sshd
 def test_a_missing_python_and_a_missing_runtime_are_told(server: Server, tmp_path: Path) -> None:
-    refused(server, tmp_path, "there is no python9; install Python 3.8 or newer", python="python9")
+    refused(server, tmp_path, "there is no python9; install Python 3.9 or newer", python="python9")
     bare = tmp_path / "bare-python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)

@@ -25,8 +25,8 @@ def run(folder: Path, job: dict[str, Any], prefix: list[str] | None = None) -> t
 
 
 @pytest.mark.parametrize("name", ["runner.py", "conductor.py", "environment.py"])
-def test_what_travels_is_python_3_8_without_vitrim(name: str) -> None:
-    tree = ast.parse((FOLDER / name).read_text(), feature_version=(3, 8))
+def test_what_travels_is_python_3_9_without_vitrim(name: str) -> None:
+    tree = ast.parse((FOLDER / name).read_text(), feature_version=(3, 9))
     imports = {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imports |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     foreign = {module.split(".")[0] for module in imports} - set(sys.stdlib_module_names)
