@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec, Indices, NormSpec
-from .axes import HEAD_IN, STEM_OUT, site_in, site_out
+from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, site_in, site_out
 from .count import branch_tokens
 
 Live = Callable[[str, str, Indices | None], Any]
@@ -26,11 +26,26 @@ def live_cost(architecture: Architecture, live: Live, kind: CostKind) -> Any:
 def live_params(architecture: Architecture, live: Live) -> Any:
     """Learnable numbers of the live network: what `count_params` finds after the cut."""
     stem, reading = live("embed", STEM_OUT, architecture.stem_writes), live("embed", HEAD_IN, architecture.head_reads)
-    patch, patches = architecture.stem.patch, architecture.tokens - architecture.prefix
-    per_channel = architecture.image[0] * patch[0] * patch[1] + architecture.stem.bias + architecture.prefix + patches * architecture.position
-    total = stem * per_channel + _norm(architecture.stem_norm, stem) + _norm(architecture.norm, reading) + _norm(architecture.pool_norm, reading)
-    heads = 2 if architecture.pool.kind == "distilled" else 1
-    total = total + heads * (reading + (architecture.head is not None and architecture.head.bias)) * architecture.classes
+    spec, patches = architecture.stem, architecture.tokens - architecture.prefix
+    channels = [architecture.image[0], *(conv.channels for conv in spec.before)]
+    total: Any = sum(conv.channels * (before * conv.kernel[0] * conv.kernel[1] + conv.bias) for conv, before in zip(spec.before, channels, strict=False))
+    per_channel = channels[-1] * spec.patch[0] * spec.patch[1] + spec.bias + architecture.prefix + patches * architecture.position
+    total = total + stem * per_channel + _norm(architecture.patch_norm, stem) + _norm(architecture.stem_norm, stem) + _norm(architecture.norm, reading)
+    pooled = reading * (2 if architecture.pool.kind == "token_mean" else 1)
+    pool = architecture.pool
+    if pool.attention is not None:
+        pooled, attention = live("embed", POOL_OUT, None), pool.attention
+        heads, qk, v = (live(dimension, POOL_ATTENTION, None) for dimension in ("head", "qk", "v"))
+        total = total + heads * qk * (1 + reading + attention.k_bias) + heads * v * (reading + attention.v_bias) + _norm(attention.k_norm, qk)
+        total = total + (heads * v + attention.out_bias) * pooled + _norm(pool.norm, pooled)
+        if pool.ffn is not None:
+            total = total + _ffn_params(pool.ffn, pooled, live("ffn", POOL_FFN, None), pooled)
+    total = total + _norm(architecture.pool_norm, pooled)
+    head = architecture.head
+    if head is not None:
+        if head.hidden:
+            total, pooled = total + (pooled + 1) * head.hidden, head.hidden
+        total = total + architecture.classifiers * (pooled + head.bias) * head.classes
     for branch in architecture.branches:
         total = total + _branch_params(branch, live)
     return total
@@ -38,17 +53,38 @@ def live_params(architecture: Architecture, live: Live) -> Any:
 
 def live_macs(architecture: Architecture, live: Live) -> Any:
     """Multiply-adds of one image through the live network, attention products included: what `count_macs` finds after the cut."""
-    patch, patches = architecture.stem.patch, architecture.tokens - architecture.prefix
-    total = live("embed", STEM_OUT, architecture.stem_writes) * (patches * architecture.image[0] * patch[0] * patch[1])
-    heads = 2 if architecture.pool.kind == "distilled" else 1
-    total = total + live("embed", HEAD_IN, architecture.head_reads) * (heads * architecture.classes)
+    spec, patches = architecture.stem, architecture.tokens - architecture.prefix
+    channels = [architecture.image[0], *(conv.channels for conv in spec.before)]
+    sizes = spec.sizes(*architecture.image[1:])
+    total: Any = sum(
+        down * across * conv.channels * before * conv.kernel[0] * conv.kernel[1]
+        for conv, before, (down, across) in zip(spec.before, channels, sizes, strict=False)
+    )
+    total = total + live("embed", STEM_OUT, architecture.stem_writes) * (patches * channels[-1] * spec.patch[0] * spec.patch[1])
+    reading = live("embed", HEAD_IN, architecture.head_reads)
+    pooled, pool = reading * (2 if architecture.pool.kind == "token_mean" else 1), architecture.pool
+    if pool.attention is not None:
+        seen = architecture.tokens if pool.prefix else patches
+        pooled = live("embed", POOL_OUT, None)
+        heads = live("head", POOL_ATTENTION, None)
+        qk, v = heads * live("qk", POOL_ATTENTION, None), heads * live("v", POOL_ATTENTION, None)
+        total = total + (reading + 1) * (qk + v) * seen + v * pooled
+        if pool.ffn is not None:
+            total = total + live("ffn", POOL_FFN, None) * pooled * (3 if pool.ffn.gated else 2)
+    head = architecture.head
+    if head is not None:
+        each = pooled * head.hidden + head.hidden * head.classes if head.hidden else pooled * head.classes
+        total = total + each * {"distilled": 2, "dense": 1 + patches}.get(pool.kind, 1)
     for branch, tokens, asked in branch_tokens(architecture):
         width_in, width_out = live("embed", site_in(branch), branch.reads), live("embed", site_out(branch), branch.writes)
         core = branch.core
         if isinstance(core, AttentionSpec):
             number = live("head", branch.name, None)
             qk, v = number * live("qk", branch.name, None), number * live("v", branch.name, None)
+            qk = qk * core.parts
             total = total + width_in * (qk * (asked + tokens) + v * tokens) + v * width_out * asked + (qk + v) * (asked * tokens)
+            if core.gated:
+                total = total + width_in * v * asked
         elif isinstance(core, FfnSpec):
             hidden = live("ffn", branch.name, None)
             total = total + hidden * asked * (width_in * (2 if core.gated else 1) + width_out)
@@ -66,7 +102,7 @@ def movement_cost(architecture: Architecture, live: Live) -> Any:
     for norm, width in ((architecture.stem_norm, stem), (architecture.norm, reading), (architecture.pool_norm, reading)):
         if norm is not None:
             total = total + 2 * width
-    total = total + (2 if architecture.pool.kind == "distilled" else 1) * (reading + 1) * architecture.classes
+    total = total + architecture.classifiers * (reading + 1) * architecture.classes
     for branch in architecture.branches:
         n_in, n_out = live("embed", site_in(branch), branch.reads), live("embed", site_out(branch), branch.writes)
         if branch.norm is not None:
@@ -89,15 +125,26 @@ def _branch_params(branch: BranchSpec, live: Live) -> Any:
     core = branch.core
     if isinstance(core, AttentionSpec):
         heads, qk, v = (live(dimension, branch.name, None) for dimension in ("head", "qk", "v"))
-        total = total + heads * qk * (2 * width_in + core.q_bias + core.k_bias) + heads * v * (width_in + core.v_bias)
-        shared = heads if core.qk_norm_per_head else 1
+        # Keys and values that heads share are counted once a head, which `require_countable` notices: how many of them live, live heads do not tell.
+        total = total + heads * core.parts * qk * (2 * width_in + core.q_bias + core.k_bias) + heads * v * (width_in + core.v_bias)
+        shared = heads * core.parts if core.qk_norm_per_head else 1
         total = total + shared * (_norm(core.q_norm, qk) + _norm(core.k_norm, qk)) + _norm(core.out_norm, heads * v)
+        total = total + (heads if core.head_norm_per_head else 1) * _norm(core.head_norm, v)
+        if core.gated:
+            total = total + heads * v * (width_in + core.gate_bias)
+        if core.bias is not None:
+            total = total + heads * core.bias.rows
+        if core.differential is not None:
+            total = total + (2 if core.differential.dual else 4 * core.differential.width)
         return total + (heads * v + core.out_bias) * width_out
     if isinstance(core, FfnSpec):
-        hidden = live("ffn", branch.name, None)
-        rows = (width_in + core.in_bias) + ((width_in + core.gate_bias) if core.gated else 0)
-        return total + hidden * rows + _norm(core.norm, hidden) + (hidden + core.out_bias) * width_out
+        return total + _ffn_params(core, width_in, live("ffn", branch.name, None), width_out)
     return total + width_out
+
+
+def _ffn_params(core: FfnSpec, width_in: Any, hidden: Any, width_out: Any) -> Any:
+    rows = (width_in + core.in_bias) + ((width_in + core.gate_bias) if core.gated else 0)
+    return hidden * rows + _norm(core.norm, hidden) + (hidden + core.out_bias) * width_out
 
 
 def _norm(norm: NormSpec | None, width: Any) -> Any:

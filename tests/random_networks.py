@@ -30,16 +30,19 @@ from vitrim.compress.vit.model import CompactModel
 GRID = (2, 3)
 
 
+POOLS = ("token", "mean", "mean_all", "max", "avgmax_all", "token_mean", "distilled", "dense", "attention", "refine")
+
+
 @st.composite
-def architectures(draw: Any) -> Architecture:
-    """A network of one or two steps on 2 x 3 patches."""
+def architectures(draw: Any, countable: bool = False) -> Architecture:
+    """A network of one or two steps on 2 x 3 patches. `countable`: of those whose cost follows from live counts alone."""
     embed = draw(st.integers(4, 9))
-    pool = draw(st.sampled_from(["token", "mean", "mean_all", "max", "avgmax_all", "token_mean", "distilled", "dense", "attention", "refine"]))
+    pool = draw(st.sampled_from([kind for kind in POOLS if not countable or kind != "refine"]))
     prefix = draw(st.integers({"token": 1, "token_mean": 1, "dense": 1, "distilled": 2, "refine": 1}.get(pool, 0), 3))
     steps = tuple(
-        tuple(draw(_branches(embed, prefix, f"blocks.{number}.{position}")) for position in range(draw(st.integers(1, 2)))) for number in range(draw(st.integers(1, 2)))
+        tuple(draw(_branches(embed, prefix, f"blocks.{number}.{position}", countable)) for position in range(draw(st.integers(1, 2)))) for number in range(draw(st.integers(1, 2)))
     )
-    reads, filled = draw(_subset(embed)), draw(_subset(embed))
+    reads, filled = draw(_subset(embed, countable)), draw(_subset(embed, countable))
     width = embed if reads is None else len(reads)
     norm = draw(_norm(width)) if pool != "refine" else NormSpec(width=width)
     spec, after = draw(_pool(pool, width))
@@ -76,9 +79,9 @@ def network(architecture: Architecture, seed: int = 0) -> CompactModel:
 
 
 @st.composite
-def _branches(draw: Any, embed: int, prefix: int, name: str) -> BranchSpec:
-    reads, writes = draw(_subset(embed)), draw(_subset(embed))
-    core: Core = draw(st.one_of(attentions(prefix), _ffns(), _ffns(), st.just(ConstantSpec())))
+def _branches(draw: Any, embed: int, prefix: int, name: str, countable: bool) -> BranchSpec:
+    reads, writes = draw(_subset(embed, countable)), draw(_subset(embed, countable))
+    core: Core = draw(st.one_of(attentions(prefix, countable), _ffns(), _ffns(), st.just(ConstantSpec())))
     constant = isinstance(core, ConstantSpec)
     return BranchSpec(
         name=name,
@@ -92,7 +95,7 @@ def _branches(draw: Any, embed: int, prefix: int, name: str) -> BranchSpec:
 
 
 @st.composite
-def attentions(draw: Any, prefix: int) -> AttentionSpec:
+def attentions(draw: Any, prefix: int, countable: bool = False) -> AttentionSpec:
     """Self-attention with any of its options that go together."""
     heads, qk, v = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     kind = draw(st.sampled_from(["plain", "rope", "differential"]))
@@ -103,7 +106,7 @@ def attentions(draw: Any, prefix: int) -> AttentionSpec:
         options["rope"] = RopeSpec(layout=layout, tokens=GRID[0] * GRID[1], prefix=prefix, per_head=draw(st.booleans()))
     if kind == "differential":
         options["differential"] = DifferentialSpec(start=0.3, width=draw(st.integers(1, 3)), dual=draw(st.booleans()))
-    elif heads % 2 == 0 and draw(st.booleans()):
+    elif heads % 2 == 0 and not countable and draw(st.booleans()):
         options["kv_of"] = tuple(head // 2 for head in range(heads))
     if draw(st.booleans()):
         options["bias"] = RelativeBiasSpec(grid=GRID, prefix=prefix, prefix_rows=prefix == 1 and draw(st.booleans()))
@@ -157,7 +160,7 @@ def _norm(draw: Any, width: int) -> NormSpec | None:
 
 
 @st.composite
-def _subset(draw: Any, size: int) -> Indices | None:
-    if draw(st.booleans()):
+def _subset(draw: Any, size: int, whole: bool) -> Indices | None:
+    if whole or draw(st.booleans()):
         return None
     return tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=2))))

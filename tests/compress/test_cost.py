@@ -6,14 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_networks import architectures
 from tiny_models import tiny_vit
 
+from vitrim.compress.architecture import Indices
 from vitrim.compress.compactor import compact
 from vitrim.compress.cost import live_cost, movement_cost
 from vitrim.compress.count import count_macs, count_params
 from vitrim.compress.gates import Gates
 from vitrim.compress.lift import lift
-from vitrim.compress.mask import StructuredMask
+from vitrim.compress.mask import StructuredMask, sites
+from vitrim.compress.plan import plan
 
 NAMES = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 
@@ -63,3 +66,19 @@ def test_input_widths_are_the_live_ones() -> None:
     with torch.no_grad():
         gates.scores[embed][:12] = 0.0
     assert price_of_a_column() == whole / 2 == 2 * 12 * 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_live_cost_of_any_kind_of_network(data: st.DataObject) -> None:
+    """All but what live counts cannot tell: keys that heads share, heads padded to one width, channels that nobody reads."""
+    architecture = data.draw(architectures(countable=True))
+    mask = StructuredMask.random(architecture, data.draw(st.sampled_from([0.3, 0.6, 1.0])), "residual")
+
+    def live(dimension: str, site: str, indices: Indices | None) -> int:
+        keep = mask.get(dimension, site)
+        return sites(architecture, dimension)[site] if keep is None else int(keep.sum())
+
+    built = plan(architecture, mask).architecture
+    assert live_cost(architecture, live, "params") == count_params(built)
+    assert live_cost(architecture, live, "macs") == count_macs(built)
