@@ -25,7 +25,7 @@ Indices = tuple[Count, ...]
 class Plain(BaseModel):
     """Frozen plain data; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NormSpec(Plain):
@@ -33,7 +33,7 @@ class NormSpec(Plain):
 
     kind: Literal["layer", "rms"] = "layer"
     width: Width
-    eps: float = 1e-6
+    eps: Annotated[float, Field(ge=0)] = 1e-6
     weight: bool = True
     bias: bool = True
 
@@ -291,7 +291,7 @@ class Architecture(Plain):
     # Tokens that no later step can see are not computed in the last block: exact when the head pools by prefix tokens.
     last_queries: bool = False
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     @property
     def grid(self) -> tuple[int, int]:
