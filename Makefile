@@ -16,8 +16,8 @@ test: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	@# The repository root is the package, whatever the folder is called; the type checker needs to see it under its name.
-	@mkdir -p build/typing && ln -sfn ../.. build/typing/vitrim
-	MYPYPATH=build/typing $(BIN)/mypy -p vitrim
+	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/vitrim
+	cd .venv/typing && ../bin/mypy --config-file ../../pyproject.toml --exclude '/(tests|benchmarks|build|dist|runs)/' vitrim
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vitrim needs Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }
