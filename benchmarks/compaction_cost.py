@@ -114,7 +114,8 @@ def _told(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"failed: {row['failed']}"
     megabytes = row["peak_rss_bytes"] / 1e6
-    return f"{row['cpu_s']:8.2f} s CPU  {row['wall_s']:8.2f} s wall  {row['peak_of_model']:.2f} x the model ({megabytes:.0f} MB)  {row['parameters'] / 1e6:.1f} M left"
+    times = f"{row['cpu_s']:8.2f} s CPU  {row['wall_s']:8.2f} s wall"
+    return f"{times}  {row['peak_of_model']:.2f} x the model ({megabytes:.0f} MB)  {row['parameters'] / 1e6:.1f} M left"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -19,8 +22,7 @@ def fold_constants(model: CompactModel) -> CompactModel:
         return model
     steps: list[list[Branch]] = []
     with torch.no_grad():
-        for row in model.steps:
-            branches: list[Branch] = list(row)  # type: ignore[arg-type]
+        for branches in cast("Iterable[Sequence[Branch]]", model.steps):
             kept = [branch for branch in branches if not isinstance(branch.core, Constant)]
             # Nothing may read the stream between the place and the constant: a sibling of the same step will do, else the step just before, or the stem.
             beside = list(kept)
@@ -61,12 +63,14 @@ def _into_step(constant: Branch, row: list[Branch]) -> bool:
 def _into_stem(model: CompactModel, constant: Branch) -> bool:
     if model.stem_norm is not None or model.architecture.stem_writes != constant.spec.writes:
         return False
-    patches = model.position if model.position is not None else model.stem.bias if model.patch_norm is None else None
+    patches: torch.Tensor | None = model.position
+    if patches is None and model.patch_norm is None:
+        patches = model.stem.bias
     if patches is None:
         return False
-    patches += _value(constant)
+    patches.add_(_value(constant))
     if model.prefix is not None:
-        model.prefix += _value(constant)
+        model.prefix.add_(_value(constant))
     return True
 
 

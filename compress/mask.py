@@ -93,7 +93,7 @@ def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, 
         found = sites(architecture, dimension)
         shared = (dimension == "embed" and sharing != "unshared") or (dimension in ("head", "qk", "v", "ffn") and sharing == "full")
         own = {site: size for site, size in found.items() if site in POOL_SITES}
-        sizes = set(found[site] for site in found if site not in own)
+        sizes = {found[site] for site in found if site not in own}
         if shared and sizes:
             if len(sizes) > 1:
                 raise InputError(f"sharing = 'full' needs the same {dimension} size in every block, this model has {sorted(sizes)}; use 'residual'")
@@ -198,7 +198,7 @@ class StructuredMask:
         for dimension, entries in groups(architecture, sharing).items():
             ratio = ratios.get(dimension, 1.0)
             kept[dimension] = {}
-            for site, size in entries.items():
+            for site in entries:
                 if dimension == "block":
                     keep = torch.rand(1, generator=generator) < ratio
                 else:

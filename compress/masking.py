@@ -52,11 +52,10 @@ def masked_tensors(architecture: Architecture, parameters: Mapping[str, Tensor],
         pooled = torch.cat([reading, reading])
     if pooled is not None and architecture.pool_norm is not None:
         changed["pool_norm.mask"] = pooled
-    if pooled is not None:
-        # Twice masking by zeros and ones is masking once, but a gate between them would enter twice: the last norm, or the pool, has done it already.
-        if architecture.norm is None and architecture.pool_norm is None and architecture.pool.kind != "attention":
-            for name in ("pre_head",) if architecture.head is not None and architecture.head.hidden else ("head", "head_dist"):
-                rows.scale(f"{name}.weight", pooled, -1)
+    # Twice masking by zeros and ones is masking once, but a gate between them would enter twice: mostly the last norm, or the pool, has done it already.
+    if pooled is not None and architecture.norm is None and architecture.pool_norm is None and architecture.pool.kind != "attention":
+        for name in ("pre_head",) if architecture.head is not None and architecture.head.hidden else ("head", "head_dist"):
+            rows.scale(f"{name}.weight", pooled, -1)
     for number, step in enumerate(architecture.steps):
         for position, branch in enumerate(step):
             _mask_branch(f"steps.{number}.{position}.", branch, rows, changed, values, scale)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-
 from vitrim.compress.architecture import (
     Architecture,
     AttentionSpec,
@@ -39,15 +38,16 @@ def architectures(draw: Any, countable: bool = False) -> Architecture:
     embed = draw(st.integers(4, 9))
     pool = draw(st.sampled_from([kind for kind in POOLS if not countable or kind != "refine"]))
     prefix = draw(st.integers({"token": 1, "token_mean": 1, "dense": 1, "distilled": 2, "refine": 1}.get(pool, 0), 3))
+    widths = [draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 2)))]
     steps = tuple(
-        tuple(draw(_branches(embed, prefix, f"blocks.{number}.{position}", countable)) for position in range(draw(st.integers(1, 2)))) for number in range(draw(st.integers(1, 2)))
+        tuple(draw(_branches(embed, prefix, f"blocks.{number}.{position}", countable)) for position in range(width)) for number, width in enumerate(widths)
     )
     reads, filled = draw(_subset(embed, countable)), draw(_subset(embed, countable))
     width = embed if reads is None else len(reads)
     norm = draw(_norm(width)) if pool != "refine" else NormSpec(width=width)
     spec, after = draw(_pool(pool, width))
-    headed = draw(st.booleans())
-    head = HeadSpec(classes=3, bias=draw(st.booleans()), hidden=draw(st.sampled_from([None, 5])), act=draw(st.sampled_from(["identity", "tanh"]))) if headed else None
+    act, hidden = draw(st.sampled_from(["identity", "tanh"])), draw(st.sampled_from([None, 5]))
+    head = HeadSpec(classes=3, bias=draw(st.booleans()), hidden=hidden, act=act) if draw(st.booleans()) else None
     before = (ConvSpec(channels=3, kernel=(3, 3), padding=(1, 1), act="relu", bias=draw(st.booleans())),) if draw(st.booleans()) else ()
     written = embed if filled is None else len(filled)
     return Architecture(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
@@ -63,13 +65,13 @@ def rms_norm(module: nn.Module, path: str) -> Piece[NormSpec]:
     eps = module.eps
     if eps is None:
         raise UnsupportedModel(f"{path}: RMSNorm without a stated eps depends on the input's type")
-    return _norm("rms", module, float(eps))  # type: ignore[arg-type]
+    return _norm("rms", module, float(cast("float", eps)))
 
 
 def _norm(kind: str, module: nn.Module, eps: float) -> Piece[NormSpec]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     shape = module.normalized_shape
-    spec = NormSpec(kind=kind, width=shape[0], eps=eps, weight=weight is not None, bias=bias is not None)  # type: ignore[arg-type,index]
+    spec = NormSpec(kind=kind, width=shape[0], eps=eps, weight=weight is not None, bias=bias is not None)  # type: ignore[arg-type, index]
     return Piece(spec, present({"weight": weight, "bias": bias}))
 
 

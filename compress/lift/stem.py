@@ -59,7 +59,8 @@ def _read(layers: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> 
             raise UnsupportedModel(f"{where}: no rule for {type_name(layer)} in a stem")
     if not convs or convs[-1][3] != "identity":
         raise UnsupportedModel(f"{path}: a stem must end in a convolution, this one is {type_name(module)}")
-    before, tensors = [], {}
+    before: list[ConvSpec] = []
+    tensors: dict[str, Tensor] = {}
     for number, (where, conv, batch_norm, act) in enumerate(convs[:-1]):
         weights, geometry = _conv(conv, batch_norm, where)
         before.append(ConvSpec(channels=conv.out_channels, **geometry, bias="bias" in weights, act=act))
@@ -73,10 +74,10 @@ def _read(layers: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> 
 
 def linear_stem(weight: Tensor, bias: Tensor | None, patch: Pair, channels: int, *, channels_last: bool) -> Piece[StemSpec]:
     """A Linear on flattened patches: the same numbers as a convolution whose stride is its kernel."""
+    shape = (*patch, channels) if channels_last else (channels, *patch)
+    kernel = torch.unflatten(weight, 1, shape)
     if channels_last:
-        kernel = weight.unflatten(1, (*patch, channels)).permute(0, 3, 1, 2)
-    else:
-        kernel = weight.unflatten(1, (channels, *patch))
+        kernel = kernel.permute(0, 3, 1, 2)
     return Piece(StemSpec(patch=patch, bias=bias is not None), present({"stem.weight": kernel, "stem.bias": bias}))
 
 

@@ -67,7 +67,9 @@ def parallel_things(module: Any, path: str, places: Places) -> Steps:
 Normed = tuple[nn.Module | None, str]
 
 
-def attention_branch(module: nn.Module, name: str, places: Places, *, before: Normed | None = None, after: Normed | None = None, gamma: Any = None) -> Piece[BranchSpec]:
+def attention_branch(
+    module: nn.Module, name: str, places: Places, *, before: Normed | None = None, after: Normed | None = None, gamma: Any = None
+) -> Piece[BranchSpec]:
     """An attention with the norm before or after it."""
     return wrap(find("attention", module, name)(module, name, places), name, before=before, after=after, gamma=gamma)
 

@@ -43,7 +43,7 @@ def ffn(tensors: dict[str, Tensor], act: str, inner: Any = None) -> Piece[FfnSpe
     """An FFN from its projections `fc1`, `fc2` and perhaps `gate`."""
     spec = FfnSpec(
         hidden=tensors["fc1.weight"].shape[0],
-        act=act,  # type: ignore[arg-type]
+        act=act,
         gated="gate.weight" in tensors,
         in_bias="fc1.bias" in tensors,
         gate_bias="gate.bias" in tensors,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .parts import activation, layer_scale, linear, norm, under
@@ -34,7 +35,7 @@ def _split(module: Any, path: str, places: Places, *, differential: Any = None, 
     attention: dict[str, Tensor] = {}
     mlp: dict[str, Tensor] = {}
     for kind, tensor in linear(module.in_proj, f"{path}.in_proj").items():
-        mlp[f"fc1.{kind}"], *rows = tensor.split(module.in_split)
+        mlp[f"fc1.{kind}"], *rows = torch.split(tensor, module.in_split)
         attention |= {f"{name}.{kind}": part for name, part in zip("qkv", rows, strict=True)}
     if module.mlp_bias is not None:
         mlp["fc1.bias"] = mlp["fc1.bias"] + module.mlp_bias if "fc1.bias" in mlp else module.mlp_bias

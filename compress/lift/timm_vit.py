@@ -121,4 +121,4 @@ def pooling(model: Any, *, prefix: bool | None = None) -> Piece[PoolSpec]:
     kind = {"token": "token", "avg": "mean", "max": "max", "avgmax": "avgmax"}.get(model.global_pool)
     if kind is None:
         raise UnsupportedModel(f"global_pool = {model.global_pool!r}: no rule for a model that does not pool its tokens; create it with 'avg' or 'token'")
-    return Piece(PoolSpec(kind=kind + "_all" if include and kind != "token" else kind))  # type: ignore[arg-type]
+    return Piece(PoolSpec(kind=kind + "_all" if include and kind != "token" else kind))

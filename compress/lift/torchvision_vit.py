@@ -80,10 +80,8 @@ def multihead(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
     if not module.batch_first:
         raise UnsupportedModel(f"{path}: nn.MultiheadAttention without batch_first has no rule")
     tensors: dict[str, Tensor] = {}
-    if module.in_proj_weight is not None:
-        weights = module.in_proj_weight.chunk(3)
-    else:
-        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    apart = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    weights = apart if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
     tensors |= {f"{name}.weight": weight for name, weight in zip("qkv", weights, strict=True)}
     if module.in_proj_bias is not None:
         tensors |= {f"{name}.bias": bias for name, bias in zip("qkv", module.in_proj_bias.chunk(3), strict=True)}

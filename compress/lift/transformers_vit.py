@@ -33,7 +33,7 @@ def base(model: Any, path: str) -> Piece[Architecture]:
     if getattr(model, "pooler", None) is not None:
         tensors = under("head", linear(model.pooler.dense, "pooler.dense"))
         act = activation(model.pooler.activation, "pooler.activation")
-        head = Piece(HeadSpec(classes=tensors["head.weight"].shape[0], bias="head.bias" in tensors, act=act), tensors)  # type: ignore[arg-type]
+        head = Piece(HeadSpec(classes=tensors["head.weight"].shape[0], bias="head.bias" in tensors, act=act), tensors)
     return _network(model, "", head=head)
 
 
@@ -83,7 +83,7 @@ def _network(model: Any, path: str, *, head: Piece[HeadSpec] | None = None, pool
         prefix=prefix + positions[: len(prefix)],
         position=positions[len(prefix) :],
         norms={"norm": (model.layernorm, f"{path}layernorm")},
-        pool=Piece(PoolSpec(kind=pool)),  # type: ignore[arg-type]
+        pool=Piece(PoolSpec(kind=pool)),
         head=head,
     )
 

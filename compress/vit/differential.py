@@ -36,5 +36,6 @@ class Differential(nn.Module):
         scores = q @ k.transpose(-2, -1) * scale
         if bias is not None:
             scores = scores + bias.repeat_interleave(2, dim=0)
-        maps = scores.softmax(dim=-1).unflatten(1, (-1, 2))
-        return (maps[:, :, 0] - self() * maps[:, :, 1]) @ v
+        maps = torch.unflatten(scores.softmax(dim=-1), 1, (-1, 2))
+        out: Tensor = (maps[:, :, 0] - self() * maps[:, :, 1]) @ v
+        return out

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -59,12 +62,12 @@ class CompactModel(nn.Module):
         """The residual stream after the last step: (batch, tokens, embed), or only the tokens that the head reads."""
         x = self.embed(images)
         last = self._last_attention() if self.architecture.last_queries else None
-        for number, step in enumerate(self.steps):
+        for number, step in enumerate(cast("Iterable[Sequence[Branch]]", self.steps)):
             queries = self.architecture.pooled_prefix if last is not None and number >= last else None
-            written = [branch(x, queries) for branch in step]  # type: ignore[union-attr]
+            written = [branch(x, queries) for branch in step]
             if queries is not None:
                 x = x[:, :queries]
-            for branch, y in zip(step, written, strict=True):  # type: ignore[arg-type]
+            for branch, y in zip(step, written, strict=True):
                 x = branch.add(x, y)
         return x
 
@@ -72,7 +75,7 @@ class CompactModel(nn.Module):
         """The stem: (batch, channels, height, width) -> (batch, tokens, embed)."""
         if self.before is not None:
             images = self.before(images)
-        x = self.stem(images).flatten(2).transpose(1, 2)
+        x: Tensor = self.stem(images).flatten(2).transpose(1, 2)
         if self.patch_norm is not None:
             x = self.patch_norm(x)
         if self.position is not None:

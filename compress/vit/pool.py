@@ -19,7 +19,8 @@ class AttentionPool(nn.Module):
 
     def __init__(self, spec: PoolSpec, width_in: int) -> None:
         super().__init__()
-        assert spec.attention is not None and spec.width is not None
+        assert spec.attention is not None
+        assert spec.width is not None
         attention = spec.attention
         self.spec, self.attention = spec, attention
         self.query = nn.Parameter(torch.zeros(attention.heads * attention.qk))
@@ -34,8 +35,8 @@ class AttentionPool(nn.Module):
         """(batch, tokens, width_in) -> (batch, width)."""
         heads = self.attention.heads
         q = self.query.view(1, heads, 1, -1).expand(x.shape[0], -1, -1, -1)
-        k = self.k(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-        v = self.v(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+        k = torch.unflatten(self.k(x), -1, (heads, -1)).transpose(1, 2)
+        v = torch.unflatten(self.v(x), -1, (heads, -1)).transpose(1, 2)
         if self.k_norm is not None:
             k = self.k_norm(k)
         y = F.scaled_dot_product_attention(q, k, v, scale=self.attention.scale)
@@ -75,6 +76,6 @@ class Refine(nn.Module):
         """(batch, tokens, width) -> (batch, tokens, width)."""
         if self.spread is not None:
             x = F.pad(x, (0, 1)).index_select(-1, self.spread)
-        x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        x = torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
         y = F.scaled_dot_product_attention(x, x, x, scale=self.spec.scale).transpose(1, 2).flatten(2)
         return y if self.gather is None else y.index_select(-1, self.gather)

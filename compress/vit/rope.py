@@ -32,7 +32,7 @@ class Rope(nn.Module):
             first, second = patches.chunk(2, dim=-1)
             y = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         else:
-            pairs = patches.unflatten(-1, (-1, 2))
+            pairs = torch.unflatten(patches, -1, (-1, 2))
             first, second = pairs[..., 0], pairs[..., 1]
             y = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
         return torch.cat([x[:, :, : self.spec.prefix], y], dim=2) if self.spec.prefix else y

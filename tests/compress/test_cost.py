@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import architectures
 from tiny_models import tiny_vit
-
 from vitrim.compress.architecture import Indices
 from vitrim.compress.compactor import compact
 from vitrim.compress.cost import live_cost, movement_cost

@@ -9,7 +9,6 @@ import torch
 from tiny_models import relative_error
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
-
 from vitrim import StructuredMask, UnsupportedModel, compact, lift, masked
 
 
@@ -45,7 +44,10 @@ def torchvision_model(**more: Any) -> nn.Module:
     return shake(VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=48, num_classes=7, **more))
 
 
-@pytest.mark.parametrize("more", [{}, {"representation_size": 10}, {"conv_stem_configs": [ConvStemConfig(8, 3, 2)] * 3}], ids=["plain", "hidden head", "conv stem"])
+STEM = [ConvStemConfig(8, 3, 2)] * 3
+
+
+@pytest.mark.parametrize("more", [{}, {"representation_size": 10}, {"conv_stem_configs": STEM}], ids=["plain", "hidden head", "conv stem"])
 def test_torchvision(more: dict[str, Any]) -> None:
     exact(torchvision_model(**more))
 

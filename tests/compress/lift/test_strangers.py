@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import vitrim
 from lv_vit import LVViT
 from t2t_vit import SoftSplits, T2TBackbone, T2TViT
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor, nn
-
-import vitrim
 from vitrim import StructuredMask, UnsupportedModel, compact, lift, masked
 from vitrim.compress.count import count_params
 

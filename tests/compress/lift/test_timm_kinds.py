@@ -9,7 +9,6 @@ import timm
 import torch
 from tiny_models import relative_error
 from torch import nn
-
 from vitrim import InputError, StructuredMask, UnsupportedModel, compact, lift, load, masked, save
 
 # Name, what it is there for, overrides beside the size.
@@ -79,7 +78,8 @@ def test_lift_equals_source_and_compact_equals_masked(name: str, kind: str, over
 
 
 def test_a_compact_model_is_cut_again() -> None:
-    for name, overrides in (("vit_base_patch16_rope_mixed_224", {}), ("vit_dwee_patch16_reg1_gap_256", {}), ("vit_base_patch16_sapiens2", {"num_kv_heads": (3, 1), "qk_norm": True})):
+    grouped = {"num_kv_heads": (3, 1), "qk_norm": True}
+    for name, overrides in (("vit_base_patch16_rope_mixed_224", {}), ("vit_dwee_patch16_reg1_gap_256", {}), ("vit_base_patch16_sapiens2", grouped)):
         model = build(name, overrides)
         once = compact(model, StructuredMask.random(model, 0.7, "unshared", per_head=True))
         mask = StructuredMask.random(once, 0.5, "unshared", seed=1, per_head=True)
@@ -123,5 +123,5 @@ def test_the_pooling_heads_own_units_are_no_part_of_a_shared_mask() -> None:
     mask = StructuredMask.random(lifted, 0.5, "full")
     assert set(mask.kept["head"]) == {"*", "pool.attn"}
     assert set(mask.kept["embed"]) == {"*", "pool.out"}
-    with pytest.raises(InputError, match="mask ffn/pool.ffn keeps nothing; the pooling head needs one unit at least"):
+    with pytest.raises(InputError, match=r"mask ffn/pool\.ffn keeps nothing; the pooling head needs one unit at least"):
         compact(lifted, StructuredMask({"ffn": {"pool.ffn": torch.zeros(lifted.architecture.pool.ffn.hidden, dtype=torch.bool)}}))  # type: ignore[union-attr]
