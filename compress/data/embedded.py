@@ -13,7 +13,8 @@ CARD = Path(__file__).with_name("quickstart_vit.json")
 
 
 def embedded_card() -> dict[str, Any]:
-    """The card beside the weights: `model` (timm name), `overrides`, `preprocessing`, `recipe`, `val_top1`, `test_top1`, where and how it was made.
+    """The card beside the weights: `model` (timm name), `overrides`, `preprocessing`, `recipes`, `val_top1`, `test_top1` (shares of
+    one, measured from the stored file), where and how it was made.
 
     Errors: InputError if the package lacks them.
     """

@@ -1,0 +1,43 @@
+"""The baseline that ships: its card tells the truth about the file beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from safetensors.torch import load_file
+from vitrim.compress.data.door import open_dataset
+from vitrim.compress.data.embedded import WEIGHTS, embedded_card
+from vitrim.compress.data.preprocessing import Preprocessing
+from vitrim.compress.train.evaluate import evaluate
+from vitrim.errors import InputError
+from vitrim.recipe import load_recipe
+from vitrim.storage import sha256_file
+
+
+def test_the_weights_are_the_cards() -> None:
+    card = embedded_card()
+    assert WEIGHTS.stat().st_size <= 3 * 10**6
+    assert sha256_file(WEIGHTS) == card["sha256"]
+    model = timm.create_model(card["model"], **card["overrides"])
+    model.load_state_dict(load_file(WEIGHTS))
+    assert sum(parameter.numel() for parameter in model.parameters()) == card["params"]
+    data = open_dataset("quickstart", preprocessing=Preprocessing.model_validate(card["preprocessing"]))
+    assert list(data.labels) == card["labels"]
+    few = data.test.take(np.arange(600))
+    # Within four standard deviations of what the card says for all 3,000.
+    assert abs(evaluate(model, few) / 100 - card["quickstart_test_top1"]) < 0.05
+    assert card["test_top1"] >= 0.90
+
+
+def test_the_recipes_that_made_it_are_there() -> None:
+    for name, epochs in zip(embedded_card()["recipes"], embedded_card()["epochs"], strict=True):
+        assert load_recipe(name).baseline.epochs == epochs
+
+
+def test_a_package_without_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("vitrim.compress.data.embedded.WEIGHTS", tmp_path / "quickstart_vit.safetensors")
+    with pytest.raises(InputError, match="the shipped baseline is missing; install vitrim again"):
+        embedded_card()
