@@ -21,8 +21,8 @@ CARD = "data.json"
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A folder that vitrim saved (model.safetensors and architecture.json).")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the artifact.")],
+    model: Annotated[Path, typer.Argument(help="A folder that vitrim saved (model.safetensors and architecture.json); with --verify, an artifact.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the artifact.")] = None,
     target: Annotated[str, typer.Option("--target", help="A target's name (vitrim targets list), or a target TOML.")] = "x86-64",
     runtime: Annotated[str, typer.Option("--runtime", help="The runtime that will run it.")] = "onnxruntime",
     precision: Annotated[str, typer.Option("--precision", help="fp32, int8, and what else the target takes.")] = "fp32",
@@ -32,7 +32,10 @@ def export(
         typer.Option("--data", help="Data set for parity and calibration. Absent: the one of the run that the model lies in."),
     ] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="How many of its validation images.")] = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Build every graph form, measure them here, and keep the fastest that passes parity.")] = False,
+    bundle: Annotated[Path | None, typer.Option("--bundle", help="Also write a C++ bundle of the artifact to this folder.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check an artifact byte for byte against its manifest, and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out and --bundle.")] = False,
 ) -> None:
     """Write the runnable file and its manifest, and prove at every stage that the answers did not move.
 
@@ -41,8 +44,21 @@ def export(
       vitrim export runs/quickstart/compact --out small-int8 --precision int8
 
       vitrim export small --out small-any --batch dynamic --data imagefolder:photos
+
+      vitrim export runs/quickstart/compact --out small --bundle small-cpp
+
+      vitrim export --verify small-int8
     """
-    require_empty(out, overwrite=overwrite)
+    if verify:
+        from ..export.artifact import verify as checked
+
+        typer.echo(checked(model))
+        return
+    if out is None:
+        raise InputError("--out is missing: name the folder for the artifact")
+    for folder in (out, bundle):
+        if folder is not None:
+            require_empty(folder, overwrite=overwrite)
     if batch != "dynamic" and not (batch.isdecimal() and int(batch) > 0):
         raise InputError(f"--batch {batch}: give a whole number of at least 1, or `dynamic`")
     from ..compress.files import load
@@ -61,6 +77,7 @@ def export(
         labels=labels,
         images=pictures,
         batch="dynamic" if batch == "dynamic" else int(batch),
+        tune=tune,
         overwrite=overwrite,
     )
     for stage in artifact.manifest.parity:
@@ -71,6 +88,10 @@ def export(
     for note in artifact.manifest.notes:
         typer.echo(note)
     typer.echo(f"saved: {out} ({artifact.bytes / 1e6:.2f} MB)")
+    if bundle is not None:
+        from ..export.bundle import bundle as write_bundle
+
+        typer.echo(f"bundle: {write_bundle(artifact, bundle, overwrite=overwrite)}")
 
 
 def read_card(path: Path) -> dict[str, Any] | None:
