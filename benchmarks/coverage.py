@@ -22,7 +22,6 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-
 from vitrim import InputError, StructuredMask, UnsupportedModel, compact, lift, masked
 
 from .small_models import names, perturb, small, source_images

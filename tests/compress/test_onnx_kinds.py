@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 import torch
 from tiny_models import relative_error
-
 from vitrim import StructuredMask, compact
 from vitrim.compress.architecture import (
     Architecture,
