@@ -128,7 +128,11 @@ def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | 
         wanted, found = masked(source, mask).eval()(images), small.eval()(images)
     error = float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-12))
     if explain:
+        from ..compress.explain import explain as told
+
         show(_table(source, small))
+        show("")
+        show(told(source, mask).table())
     _counts(source, small)
     show(f"masked against compact: largest relative error {error:.1e} over {len(images)} noise images")
     if out is not None:
@@ -149,7 +153,11 @@ def _cut_dead(source: CompactModel, explain: bool, out: Path | None, overwrite: 
     for left in dead.left:
         show(f"{left.site}: {left.count} more are zero and stay ({left.why})")
     if explain:
+        from ..compress.explain import explain as told
+
         show(_table(source, dead.compact))
+        show("")
+        show(told(source, dead.mask).table())
         for part in dead.sparsity:
             show(f"{part.tensor} {list(part.shape)}: {100 * part.zeros:.1f} % zeros stay")
     elif dead.sparsity:

@@ -43,3 +43,13 @@ def test_rounding_needs_a_mask(pruned: Path) -> None:
         app, ["compact", "--checkpoint", str(pruned), "--model", "vit_tiny_patch16_224", *OVERRIDES, "--round-to", "8"]
     )
     assert result.exit_code != 0
+
+
+def test_explain_names_the_tensors_and_the_masks(pruned: Path) -> None:
+    arguments = ["compact", "--checkpoint", str(pruned), "--model", "vit_tiny_patch16_224", *OVERRIDES, "--explain"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if "core.fc1.weight" in line)
+    assert "96 x 24" in line
+    assert "48 x 24" in line
+    assert "ffn/blocks.0.ffn" in line
