@@ -6,6 +6,7 @@ same recipe.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -207,3 +208,6 @@ def _tell(name: str, model: CompactModel, made: bool, quiet: bool) -> None:
 def _clear_checkpoints(folder: RunFolder, phase: str) -> None:
     # The step's value is saved; its checkpoints are many times as large and have done their work.
     shutil.rmtree(folder / f"training/{phase}", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        # Only once it is empty.
+        (folder / "training").rmdir()
