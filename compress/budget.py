@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedModel
+from ..errors import InputError
 from .architecture import Architecture
 from .cost import CostKind, live_cost
-from .count import count_macs, count_params
 from .gates import Gates
 
 
@@ -50,20 +49,6 @@ def dense_cost(architecture: Architecture, kind: CostKind) -> int:
         return sites(architecture, dimension)[site] if indices is None else len(indices)
 
     return int(live_cost(architecture, live, kind))
-
-
-def require_countable(architecture: Architecture) -> None:
-    """Refuse to learn masks on a network whose live cost the equations do not cover (rope, gates and pooling heads of some families).
-
-    Errors: UnsupportedModel; such a model can still be cut by a saliency mask.
-    """
-    for kind, exact in (("params", count_params(architecture)), ("macs", count_macs(architecture))):
-        found = dense_cost(architecture, kind)  # type: ignore[arg-type]
-        if found != exact:
-            raise UnsupportedModel(
-                f"mask learning: the cost equations give {found} {kind} for this model, it has {exact}; "
-                "its kind of attention or head is not covered yet; cut it by saliency (`vitrim compact --saliency`) instead"
-            )
 
 
 def smallest_ratio(architecture: Architecture, gates: Gates, kind: CostKind) -> float:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ...errors import InputError
 from ..architecture import Architecture
-from ..budget import Budget, DualSolver, dense_cost, ramp, require_countable, require_feasible
+from ..budget import Budget, DualSolver, dense_cost, ramp, require_feasible
 from ..compactor import build, compact, cut, cut_names
 from ..cost import live_macs, live_params, movement_cost
 from ..gates import START, THRESHOLD, Gates
@@ -91,7 +91,6 @@ class MaskTask:
     ) -> None:
         self.settings, self.total_steps, self.distillation = settings, max(1, total_steps), distillation
         self.dense = model.architecture
-        require_countable(self.dense)
         gates = Gates(self.dense, settings.sharing, settings.fixed)
         if settings.budget is not None:
             require_feasible(self.dense, gates, settings.budget)
