@@ -22,7 +22,6 @@ from .architecture import Architecture
 from .cost import CostKind, live_cost
 from .gates import Gates
 
-
 # A budget counts as met when at most this share of it is left over.
 SLACK = 0.01
 

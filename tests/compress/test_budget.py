@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+import vitrim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_vit
-
-import vitrim
 from vitrim.compress.budget import Budget, DualSolver, dense_cost, ramp, require_feasible, smallest_ratio
 from vitrim.compress.compactor import compact
 from vitrim.compress.count import count_macs, count_params
@@ -61,4 +62,4 @@ def test_the_ramp_starts_whole_and_ends_at_the_budget() -> None:
     shares = [ramp(step, 10, 60, 0.3) for step in range(100)]
     assert shares[:11] == [1.0] * 11
     assert shares[60:] == [pytest.approx(0.3)] * 40
-    assert all(later <= earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(shares))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import relative_error, tiny_vit
-
 import vitrim
+from tiny_models import relative_error, tiny_vit
 from vitrim.compress.gates import GATED, Gates
 from vitrim.compress.lift import lift
 from vitrim.compress.masked import MaskedNetwork
