@@ -169,7 +169,8 @@ def skipping(model: CompactModel) -> CompactModel:
 
 def fingerprints(prepared: Prepared) -> dict[str, str]:
     """What each step's value depends on: its sections of the recipe, the files named there, and the step before."""
-    recipe, marks = prepared.recipe, {}
+    recipe = prepared.recipe
+    marks: dict[str, str] = {}
     sections: dict[Step, tuple[str, ...]] = {
         "baseline": ("data", "model", "baseline", "train"),
         "masks": ("masks", "distill"),

@@ -53,7 +53,7 @@ def export_all(
             {"baseline": baseline, "compact": compact}[which],
             folder / f"{ARTIFACTS}/{name}",
             target=recipe.export.target,
-            precision=precision,
+            precision=precision,  # type: ignore[arg-type]  # one of the recipe's checked literals
             preprocessing=data.preprocessing,
             labels=list(data.labels),
             images=images,

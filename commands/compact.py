@@ -111,7 +111,8 @@ def _mask(
     assert keep_ratio is not None, "without either, only what is dead goes"
     if saliency == "random":
         return StructuredMask.random(source, keep_ratio, sharing, seed)  # type: ignore[arg-type]
-    return StructuredMask.from_saliency(source, saliency, keep_ratio=keep_ratio, scope=scope, sharing=sharing)
+    # Words of the command line; what is none of the known ones is refused there.
+    return StructuredMask.from_saliency(source, saliency, keep_ratio=keep_ratio, scope=scope, sharing=sharing)  # type: ignore[arg-type]
 
 
 def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | None, overwrite: bool) -> None:

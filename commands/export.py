@@ -72,7 +72,7 @@ def export(
         out,
         target=target,
         runtime=runtime,
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]  # the exporter refuses what it does not know
         preprocessing=preprocessing,
         labels=labels,
         images=pictures,

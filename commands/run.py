@@ -105,7 +105,7 @@ def _chain(recipe: Recipe, until: str, out: Path | None, resume: bool, overwrite
     # torch takes seconds to import, so it waits until there is work for it.
     from ..pipeline import run as run_chain
 
-    run_chain(recipe, out if out is not None else Path("runs") / recipe.name, until=until, resume=resume, overwrite=overwrite, quiet=quiet)
+    run_chain(recipe, out if out is not None else Path("runs") / recipe.name, until=until, resume=resume, overwrite=overwrite, quiet=quiet)  # type: ignore[arg-type]
 
 
 def _print_keys() -> None:

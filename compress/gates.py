@@ -62,7 +62,7 @@ class _Straight(torch.autograd.Function):
 
 
 def _straight(scores: Tensor) -> Tensor:
-    mask: Tensor = _Straight.apply(scores, THRESHOLD)  # type: ignore[no-untyped-call]
+    mask: Tensor = _Straight.apply(scores, THRESHOLD)
     return mask
 
 

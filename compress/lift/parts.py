@@ -71,7 +71,7 @@ def rms_norm(module: nn.Module, path: str) -> Piece[NormSpec]:
 def _norm(kind: str, module: nn.Module, eps: float) -> Piece[NormSpec]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     shape = module.normalized_shape
-    spec = NormSpec(kind=kind, width=shape[0], eps=eps, weight=weight is not None, bias=bias is not None)  # type: ignore[arg-type, index]
+    spec = NormSpec(kind=kind, width=shape[0], eps=eps, weight=weight is not None, bias=bias is not None)  # type: ignore[index]
     return Piece(spec, present({"weight": weight, "bias": bias}))
 
 
