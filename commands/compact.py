@@ -121,8 +121,10 @@ def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | 
     from ..compress.compactor import compact as cut
     from ..compress.files import save
     from ..compress.masked import masked
+    from ..compress.stream_form import choose_stream_form
 
-    small = cut(source, mask)
+    form = choose_stream_form(cut(source, mask))
+    small = form.model
     before = source.architecture
     images = torch.randn(2, *before.image, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -135,6 +137,10 @@ def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | 
         show("")
         show(told(source, mask).table())
     _counts(source, small)
+    if form.choices:
+        # Masks that are not shared: each reader and writer of the residual stream goes by index or as dense rows, whichever the cost model finds cheaper.
+        dense = sum(choice.form == "dense" for choice in form.choices)
+        show(f"residual stream: {dense} of {len(form.choices)} readers and writers as dense rows, {len(form.choices) - dense} by index")
     show(f"masked against compact: largest relative error {error:.1e} over {len(images)} noise images")
     if out is not None:
         save(small, out, overwrite=overwrite)
