@@ -20,7 +20,7 @@ from .compress.train.dense import DenseTask, Distillation
 from .compress.train.loop import Schedule, TrainSettings, fit
 from .compress.train.masks import MaskSettings, MaskTask
 from .compress.vit.model import CompactModel
-from .recipe import Recipe
+from .recipe import BaselineSection, FinetuneSection, Recipe
 from .run_folder import RunFolder
 from .storage import replace_file
 
@@ -40,20 +40,7 @@ class Cut:
 
 def train_baseline(dense: CompactModel, data: DataSplits, recipe: Recipe, folder: RunFolder, *, resume: bool, quiet: bool) -> CompactModel:
     """The dense model, trained by `[baseline]` where it asks for epochs; saved in baseline/."""
-    section = recipe.baseline
-    if section.epochs:
-        task = DenseTask(
-            dense,
-            phase="baseline",
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            label_smoothing=recipe.train.label_smoothing,
-            optimizer=recipe.train.optimizer,
-            metrics=_size(dense),
-        )
-        schedule = Schedule("cosine", section.warmup_epochs)
-        settings = _settings(recipe, section.epochs, section.augmentation, schedule, section.patience_epochs, quiet)
-        _fit(task, data, settings, folder, resume)
+    _train_dense(dense, "baseline", recipe.baseline, None, data, recipe, folder, resume=resume, quiet=quiet)
     save(dense, folder / BASELINE, overwrite=True)
     return dense.eval()
 
@@ -103,23 +90,40 @@ def finetune(
     cut: CompactModel, baseline: CompactModel, data: DataSplits, recipe: Recipe, folder: RunFolder, *, resume: bool, quiet: bool
 ) -> CompactModel:
     """Train the cut model by `[finetune]`; saved in compact/."""
-    section, model = recipe.finetune, copy.deepcopy(cut)
-    if section.epochs:
-        task = DenseTask(
-            model,
-            phase="finetune",
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            label_smoothing=recipe.train.label_smoothing,
-            optimizer=recipe.train.optimizer,
-            distillation=distillation(baseline, recipe),
-            metrics=_size(model),
-        )
-        schedule = Schedule("cosine", section.warmup_epochs)
-        settings = _settings(recipe, section.epochs, section.augmentation, schedule, section.patience_epochs, quiet)
-        _fit(task, data, settings, folder, resume)
+    model = copy.deepcopy(cut)
+    _train_dense(model, "finetune", recipe.finetune, distillation(baseline, recipe), data, recipe, folder, resume=resume, quiet=quiet)
     save(model, folder / COMPACT, overwrite=True)
     return model.eval()
+
+
+def _train_dense(
+    model: CompactModel,
+    phase: str,
+    section: BaselineSection | FinetuneSection,
+    teacher: Distillation | None,
+    data: DataSplits,
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Train `model` in place by its section of the recipe, where that asks for epochs."""
+    if not section.epochs:
+        return
+    task = DenseTask(
+        model,
+        phase=phase,
+        lr=section.lr,
+        weight_decay=section.weight_decay,
+        label_smoothing=recipe.train.label_smoothing,
+        optimizer=recipe.train.optimizer,
+        distillation=teacher,
+        metrics=_size(model),
+    )
+    schedule = Schedule("cosine", section.warmup_epochs)
+    settings = _settings(recipe, section.epochs, section.augmentation, schedule, section.patience_epochs, quiet)
+    _fit(task, data, settings, folder, resume)
 
 
 def distillation(teacher: CompactModel, recipe: Recipe) -> Distillation | None:
