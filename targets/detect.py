@@ -7,7 +7,7 @@ import platform
 import re
 from pathlib import Path
 
-from .profile import UNVERIFIED, Cluster, Memory, Peak, TargetProfile
+from .profile import UNVERIFIED, Cluster, Memory, Peak, TargetProfile, TvmTarget
 
 FEATURES = (
     *("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
@@ -41,12 +41,23 @@ def detect_host() -> TargetProfile:
         preferred_runtime="onnxruntime",
         preferred_precision="int8" if quick_int8 else "fp32",
         round_to=16 if "avx512f" in features else 8 if "avx2" in features else 4,
-        tvm_target="llvm",
+        tvm_target=_tvm_target(architecture, features),
         clusters=(Cluster(core=cpuinfo.get("model name") or architecture, cores=cores, frequency_hz=clock),),
         memory=Memory(ram_bytes=_memory_bytes(), l1d_bytes=_cache(1), l2_bytes=_cache(2), l3_bytes=_cache(3)),
         peak=Peak(fp32_macs_per_s=fp32, int8_macs_per_s=fp32 * 4 if quick_int8 else None),
         sources={"clusters": TOLD, "memory": TOLD, "peak": f"{UNVERIFIED}: cores x clock x vector width of the CPU's features"},
     )
+
+
+def _tvm_target(architecture: str, features: tuple[str, ...]) -> TvmTarget:
+    # LLVM's name of a core with these features; without one it would compile for the oldest of the architecture.
+    if architecture == "x86_64":
+        names = (("avx512_vnni", "cascadelake"), ("avx512f", "skylake-avx512"), ("fma", "haswell"), ("avx", "sandybridge"))
+        return {"kind": "llvm", "mcpu": next((name for feature, name in names if feature in features), "x86-64")}
+    if architecture == "aarch64":
+        attributes = [name for feature, name in (("asimddp", "+dotprod"), ("asimdhp", "+fullfp16"), ("i8mm", "+i8mm")) if feature in features]
+        return {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", *attributes]}
+    return {"kind": "llvm"}
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
+from .vector import VectorUnit, vector_unit
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Precision = Literal["fp32", "fp16", "int8"]
+# What `tvm.target.Target` takes since TVM 0.27, which refuses the command-line form ("llvm -mcpu=...").
+TvmTarget = dict[str, str | int | list[str]]
 FOLDER = Path(__file__).parent
 UNVERIFIED = "unverified"
 
@@ -75,7 +78,7 @@ class TargetProfile(Plain):
     preferred_runtime: str
     preferred_precision: Precision
     round_to: Count
-    tvm_target: str | None = None
+    tvm_target: TvmTarget | None = None
     notes: tuple[str, ...] = ()
     clusters: tuple[Cluster, ...] = Field(min_length=1)
     memory: Memory
@@ -89,6 +92,26 @@ class TargetProfile(Plain):
                 raise ValueError(f"the number {key} has no source; add {key.rsplit('.', 1)[0]!r} to [sources], or say {UNVERIFIED!r} there")
         return self
 
+    @field_validator("tvm_target", mode="before")
+    @classmethod
+    def _as_tvm_wants_it(cls, value: Any) -> Any:
+        # Profiles written for older TVMs hold the command-line form.
+        if not isinstance(value, str):
+            return value
+        kind, *options = value.split() or [""]
+        found: dict[str, str | list[str]] = {"kind": kind}
+        for option in options:
+            name, equals, setting = option.lstrip("-").partition("=")
+            if not equals:
+                raise ValueError(f'{option!r} is no option of a TVM target; write a table, {{ kind = "llvm", mcpu = "cortex-a72" }}')
+            found[name] = setting.split(",") if name == "mattr" else setting
+        return found
+
+    @property
+    def vector(self) -> VectorUnit:
+        """Width and registers of the widest vector instructions that the features name."""
+        return vector_unit(self.architecture, self.features)
+
     @property
     def cores(self) -> int:
         """CPU cores of all clusters."""
@@ -96,7 +119,7 @@ class TargetProfile(Plain):
 
     def numbers(self) -> dict[str, float]:
         """Every number of the profile by its dotted key, clusters counted from 0."""
-        return dict(_numbers(self.model_dump(exclude={"sources", "round_to"}, exclude_none=True)))
+        return dict(_numbers(self.model_dump(exclude={"sources", "round_to", "tvm_target"}, exclude_none=True)))
 
     def source_of(self, key: str) -> str | None:
         """Where a number comes from: the longest entry of [sources] that is the key or a table around it."""
