@@ -1,11 +1,12 @@
 """Measure several models against each other: a process each, all alive together, one running at a time, turns in random order.
 
-This file needs Python 3.9 and, beside it, runner.py and environment.py; nothing of vitrim. So it does the same work on a device:
+This file needs Python 3.9 and, beside it, runner.py, environment.py and the folder runtimes; nothing of vitrim. So it does the same work on a device:
 
     python conductor.py plan.json result.json
 
 Plan: jobs ({name: job of runner.py}), seed, threads, turn_s, least_rounds, most_rounds, half_width, time_limit_s, warm_limit_s, dataset,
-dataset_limit, profile (runs). The result holds raw samples and what the runners told; progress lines go to standard output.
+dataset_limit, profile (runs), and for emulated processors command (what runs a Python file there) and emulator (its name). The result holds raw
+samples and what the runners told; progress lines go to standard output.
 """
 
 from __future__ import annotations
@@ -55,13 +56,19 @@ class Child:
         self.noise = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         # Threads of numpy's own would run beside the model.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.join(HERE, "runner.py"), "-"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.noise,
-            env=environment,
-        )
+        # A runtime whose packages suit no other lives in an interpreter of its own; an emulated one is led to by a command line.
+        start = job.get("command") or [job.get("python") or sys.executable]
+        try:
+            self.process = subprocess.Popen(
+                [*start, os.path.join(HERE, "runner.py"), "-"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.noise,
+                env=environment,
+            )
+        except OSError as error:
+            self.noise.close()
+            raise ConductorError(f"{name}: {start[0]} cannot be started ({error.strerror}); name another interpreter") from None
         self.lines: "queue.Queue[bytes | None]" = queue.Queue()  # noqa: UP037 - Python 3.9 reads it
         threading.Thread(target=self._listen, daemon=True).start()
         self._send(job)
@@ -142,8 +149,11 @@ def conduct(plan: Json, progress: Progress | None = None) -> Json:
         "session": uuid.uuid4().hex,
         "started_at": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),  # noqa: UP017 - Python 3.9 reads it
     }
-    environment = _environment()
+    environment = _environment(plan.get("command"))
     result["machine"], result["before"] = environment["machine"], environment["state"]
+    if plan.get("emulator"):
+        # An emulated processor may look like the real one from inside; whoever starts it knows.
+        result["machine"]["emulator"] = plan["emulator"]
     children: dict[str, Child] = {}
     runs: dict[str, Json] = {}
     try:
@@ -163,7 +173,7 @@ def conduct(plan: Json, progress: Progress | None = None) -> Json:
                 "energy_j": None,
             }
         result["rounds"], result["stopped_by"] = _rounds(plan, names, children, runs, order, tell)
-        result["after"] = _environment()["state"]
+        result["after"] = _environment(plan.get("command"))["state"]
         for name in names:
             runs[name]["memory"] = children[name].ask("memory")
         for name in names:
@@ -258,9 +268,9 @@ def _median(values: list[float]) -> float:
     return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
 
-def _environment() -> Json:
+def _environment(command: "list[str] | None") -> Json:  # noqa: UP037 - Python 3.9 reads it
     # In a process of its own, like the runners, so that the file travels as it is.
-    done = subprocess.run([sys.executable, os.path.join(HERE, "environment.py")], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([*(command or [sys.executable]), os.path.join(HERE, "environment.py")], stdout=subprocess.PIPE, check=True)
     found: Json = json.loads(done.stdout.decode())
     return found
 

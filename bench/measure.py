@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from ..errors import InputError
 from ..export.artifact import Artifact
+from ..runtimes import EngineError
+from ..runtimes.interpreter import interpreter
 from ..targets.profile import TargetProfile, load_target
 from . import environment
 from .conductor import ConductorError, conduct
@@ -124,6 +126,8 @@ def make_plan(
     jobs = {
         name: {
             "model": str(subject.model.resolve()),
+            "runtime": subject.runtime,
+            "python": _interpreter(name, subject),
             "threads": threads,
             "pinning": list(pinning) if pinning else None,
             "priority": priority,
@@ -132,6 +136,7 @@ def make_plan(
             "providers": _with_fallback(providers),
             "batch": batch,
             "session": {key: value for key, value in subject.session.items() if not (spinning and key.endswith("allow_spinning"))},
+            "input": subject.input,
             "output": subject.output,
             "preprocessing": subject.preprocessing,
             "seed": seed,
@@ -161,7 +166,7 @@ def assemble(
     for name, run in raw["runs"].items():
         job, ready, subject = plan["jobs"][name], run["ready"], subjects[name]
         score, energy = run.get("score"), run["energy_j"]
-        one_cpu_thread = job["threads"] == 1 and ready["provider"] == CPU
+        one_cpu_thread = job["threads"] == 1 and ready["provider"] in (CPU, "CPU")
         measured = Measurement(
             name=name,
             target=target,
@@ -192,6 +197,7 @@ def assemble(
             floor_rss_bytes=ready["floor_rss_bytes"],
             peak_rss_bytes=run["memory"]["peak_rss_bytes"],
             steady_rss_bytes=run["memory"]["steady_rss_bytes"],
+            arena_bytes=run["memory"].get("arena_bytes"),
             peak_rss_exact=ready["peak_rss_exact"],
             cpu_share=min(1.0, run["cpu_s"] / run["wall_s"]) if one_cpu_thread and run["wall_s"] > 0 else None,
             energy_per_inference_j=energy[0] / energy[1] if energy and energy[1] else None,
@@ -201,10 +207,18 @@ def assemble(
             environment=where,
         )
         warned = list(warnings_for(measured, stopped_by=raw["stopped_by"], half_width=plan["half_width"]))
-        if message := wrong_provider(job["providers"][0], measured):
+        # Only onnxruntime is asked for a provider by name.
+        if subject.runtime == "onnxruntime" and (message := wrong_provider(job["providers"][0], measured)):
             warned.insert(0, message)
         found[name] = measured.model_copy(update={"warnings": tuple(warned)})
     return found
+
+
+def _interpreter(name: str, subject: Subject) -> str | None:
+    try:
+        return interpreter(subject.runtime)
+    except EngineError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _with_fallback(providers: Sequence[str]) -> list[str]:

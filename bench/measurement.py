@@ -14,6 +14,8 @@ from .statistics import Interval, Summary, median_interval, summarise
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
+# What every table says beside a time that an emulator took.
+NOT_LATENCY = "not a device's latency"
 
 
 class Environment(BaseModel):
@@ -91,6 +93,7 @@ class Measurement(BaseModel):
     peak_rss_bytes: Bytes | None = None
     steady_rss_bytes: Bytes | None = None
     peak_rss_exact: bool = True
+    arena_bytes: Bytes | None = None
     device_memory_peak_bytes: Bytes | None = None
     cpu_share: float | None = None
     energy_per_inference_j: float | None = None
@@ -113,6 +116,11 @@ class Measurement(BaseModel):
             if self.correct > self.total or abs(self.top1 - self.correct / self.total) > 1e-9:
                 raise ValueError(f"top1 {self.top1} is not correct / total = {self.correct} / {self.total}")
         return self
+
+    @property
+    def emulated(self) -> bool:
+        """The processor was emulated: outputs and counts are the device's, the times are not."""
+        return self.environment.emulator is not None
 
     @property
     def beyond_floor_rss_bytes(self) -> int | None:

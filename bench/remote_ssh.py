@@ -1,4 +1,4 @@
-"""Measure on a device over ssh: three files and the artifacts go there, the run is detached from the link, the samples come back.
+"""Measure on a device over ssh: the runner, the engines and the artifacts go there, the run is detached from the link, the samples come back.
 
 The folder on the device is named after what is measured, so asking again after a dropped link finds the run and waits for it instead of
 starting another. When the samples are here the folder is removed.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..runtimes import requirement
 from ..targets.profile import TargetProfile, load_target
 from .measure import Measurable, assemble, make_plan
 from .measurement import Measurement
@@ -24,6 +25,7 @@ from .subject import Subject
 
 TRAVELLERS = ("runner.py", "conductor.py", "environment.py")
 HERE = Path(__file__).parent
+RUNTIMES = HERE.parent / "runtimes"
 MARGIN_BYTES = 1_000_000
 
 
@@ -57,7 +59,8 @@ def measure_over_ssh(
     link = SshLink(address, ssh_options)
     try:
         if _state(link, place) == "ABSENT":
-            _require(link, place, python, sum(_size(source) for source in files.values()))
+            wanted = sorted({subject.runtime for subject in subjects.values()})
+            _require(link, place, python, sum(_size(source) for source in files.values()), wanted)
             link.copy(files, place)
             _start(link, place, python)
         with progress_bar(quiet=quiet, replacement=progress) as tell:
@@ -75,9 +78,12 @@ def measure_over_ssh(
 def _travel(plan: dict[str, Any], subjects: Mapping[str, Subject]) -> dict[str, Path | bytes]:
     """The files by their names on the device; the paths in the plan are changed to those names."""
     files: dict[str, Path | bytes] = {name: HERE / name for name in TRAVELLERS}
+    files |= {f"runtimes/{file.name}": file for file in sorted(RUNTIMES.glob("*.py"))}
     for number, (name, subject) in enumerate(subjects.items()):
         for file in subject.files:
             files[f"model-{number}/{file.relative_to(subject.root).as_posix()}"] = file
+        # An interpreter of this machine is none of the device's.
+        plan["jobs"][name]["python"] = None
         plan["jobs"][name]["model"] = f"model-{number}/{subject.model.relative_to(subject.root).as_posix()}"
     if plan["dataset"]:
         dataset = Path(plan["dataset"])
@@ -100,22 +106,23 @@ def _size(source: Path | bytes) -> int:
     return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
-def _require(link: SshLink, place: str, python: str, needed_bytes: int) -> None:
+def _require(link: SshLink, place: str, python: str, needed_bytes: int, runtimes: Sequence[str]) -> None:
     where, program = link.address.shown, shlex.quote(python)
+    needs = [requirement(runtime) for runtime in runtimes]
+    modules = ", ".join(["sys", "numpy", *(need.module for need in needs)])
     parent = place.rsplit("/", 1)[0]
     told = link.run(
         f"mkdir -p {quote(parent)} || exit 1; df -Pk {quote(parent)} | tail -n 1; "
         f"command -v {program} >/dev/null || {{ echo NOPYTHON; exit 0; }}; "
-        f"{program} -c 'import sys, numpy, onnxruntime; assert sys.version_info >= (3, 9)' >/dev/null 2>&1 && echo READY || echo NORUNTIME"
+        f"{program} -c 'import {modules}; assert sys.version_info >= (3, 9)' >/dev/null 2>&1 && echo READY || echo NORUNTIME"
     ).decode(errors="replace")
     lines = told.strip().splitlines()
     state = lines[-1] if lines else ""
     if state == "NOPYTHON":
         raise InputError(f"{where}: there is no {python}; install Python 3.9 or newer there, or name its path")
     if state == "NORUNTIME":
-        raise InputError(
-            f"{where}: its {python} has no onnxruntime and numpy; install them there: {python} -m pip install onnxruntime numpy"
-        )
+        install = " ".join(need.install for need in needs)
+        raise InputError(f"{where}: its {python} has no {', '.join(runtimes)} and numpy; install them there: {python} -m pip install {install} numpy")
     columns = lines[0].split() if len(lines) > 1 else []
     if len(columns) >= 4 and columns[3].isdigit() and int(columns[3]) * 1024 < needed_bytes + MARGIN_BYTES:
         free = int(columns[3]) * 1024

@@ -1,13 +1,14 @@
-"""Run one ONNX model in this process and tell what happened: one JSON line an event on standard output.
+"""Run one model in this process and tell what happened: one JSON line an event on standard output.
 
-This file needs Python 3.9 with numpy and onnxruntime, and nothing of vitrim: copied alone to a device it does the same work there.
+This file needs Python 3.9 with numpy and the model's runtime, and nothing of vitrim: copied to a device beside the folder `runtimes` it does the
+same work there.
 
     python runner.py '{"model": "model.onnx", "commands": [{"do": "warm"}, {"do": "run", "count": 100}, {"do": "memory"}]}'
     python runner.py - < job.json            (the job alone, on the first line; further commands one JSON object a line)
 
-Job: model (path), threads, pinning (list of CPU numbers), priority (high or normal), spinning, arena, providers, batch (for a free batch dimension), seed,
-session (config entries of the runtime), preprocessing ({"mean", "std"} for data sets of bytes), output (name of the logits), commands
-(else they are read from standard input).
+Job: model (path), runtime (onnxruntime if absent), threads, pinning (list of CPU numbers), priority (high or normal), spinning, arena, providers,
+batch (for a free batch dimension), seed, session (settings of the runtime), preprocessing ({"mean", "std"} for data sets of bytes), input and
+output (what the manifest says of them), commands (else they are read from standard input).
 Commands: warm {limit_s}, run {count, settle}, memory, score {dataset, limit}, profile {count}, stop.
 Events: ready, warm, samples, memory, progress, score, profile, error (with a one-line message; the process then exits with 3).
 """
@@ -23,16 +24,27 @@ if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(
 
 import contextlib
 import gc
+import importlib
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
 Json = dict[str, Any]
-CPU = "CPUExecutionProvider"
-NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8"}
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def load_runtimes() -> Any:
+    """The package `runtimes`: beside this file on a device, beside this folder in the package."""
+    place = HERE if os.path.isdir(os.path.join(HERE, "runtimes")) else os.path.dirname(HERE)
+    sys.path.insert(0, place)
+    try:
+        return importlib.import_module("runtimes")
+    finally:
+        del sys.path[0]
+
+
+runtimes = load_runtimes()
 
 
 class RunnerError(Exception):
@@ -93,86 +105,6 @@ def take_priority() -> int | None:
     return current_niceness()
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------------------------
-
-
-def session_options(job: Json) -> Any:
-    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(job.get("threads", 1))
-    options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = bool(job.get("arena", True))
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if job.get("spinning") else "0")
-    if job.get("spinning"):
-        # Threads may wait busily inside a call, but not after it: a neighbour that is measured in turn would pay for that.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    for key, value in (job.get("session") or {}).items():
-        options.add_session_config_entry(key, value)
-    return options
-
-
-def open_session(job: Json, options: Any) -> Any:
-    import onnxruntime
-
-    providers = list(job.get("providers") or [CPU])
-    available = onnxruntime.get_available_providers()
-    for provider in providers:
-        if provider not in available:
-            raise RunnerError(
-                f"this onnxruntime {onnxruntime.__version__} has no {provider} (it has {', '.join(available)}); "
-                "install the onnxruntime build for that device, or ask for a provider that is there"
-            )
-    if not os.path.isfile(job["model"]):
-        raise RunnerError(f"{job['model']}: no such file; give the path of an .onnx model")
-    try:
-        return onnxruntime.InferenceSession(job["model"], options, providers=providers)
-    except Exception as error:
-        raise RunnerError(
-            f"{os.path.basename(job['model'])}: onnxruntime {onnxruntime.__version__} cannot load it: {one_line(error)}"
-        ) from None
-
-
-def nodes_by_provider(session: Any) -> dict[str, int] | None:
-    """How many nodes each execution provider really took; None where this onnxruntime does not tell."""
-    try:
-        counts: dict[str, int] = {}
-        for subgraph in session.get_provider_graph_assignment_info():
-            counts[subgraph.ep_name] = counts.get(subgraph.ep_name, 0) + len(subgraph.get_nodes())
-        return counts or None
-    except Exception:
-        return None
-
-
-def describe_input(session: Any, job: Json) -> tuple[str, list[int], str]:
-    """Name, concrete shape and numpy type of the one input; a free first dimension becomes the job's batch."""
-    inputs = session.get_inputs()
-    if len(inputs) != 1:
-        raise RunnerError(
-            f"the model has {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); an image classifier with one is measured"
-        )
-    found = inputs[0]
-    if found.type not in NUMPY_TYPES:
-        raise RunnerError(f"input {found.name!r} is a {found.type}; it can be one of {', '.join(NUMPY_TYPES)}")
-    batch = int(job.get("batch") or 1)
-    shape = []
-    for position, size in enumerate(found.shape):
-        if isinstance(size, int) and size > 0:
-            if position == 0 and job.get("batch") and size != batch:
-                raise RunnerError(
-                    f"input {found.name!r} has the fixed batch {size}, and batch {batch} was asked for; export it so, or with a free batch"
-                )
-            shape.append(size)
-        elif position == 0:
-            shape.append(batch)
-        else:
-            raise RunnerError(
-                f"input {found.name!r} leaves dimension {position} open ({found.shape}); export the model with fixed image sizes"
-            )
-    return found.name, shape, NUMPY_TYPES[found.type]
-
-
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
@@ -192,15 +124,12 @@ class Runner:
             except (OSError, AttributeError) as error:
                 raise RunnerError(f"cannot pin to the CPUs {job['pinning']}: {one_line(error)}; name CPUs that this machine has") from None
         self.niceness = take_priority() if job.get("priority", "high") == "high" else current_niceness()
+        self.engine = runtimes.open_engine(job)
         try:
             import numpy
-            import onnxruntime
         except ImportError as error:
-            raise RunnerError(
-                f"the runtime is missing here: {one_line(error)}; install it with `python3 -m pip install onnxruntime numpy`"
-            ) from None
+            raise RunnerError(f"numpy is missing here: {one_line(error)}; install it with `python3 -m pip install numpy`") from None
         self.numpy = numpy
-        self.version = onnxruntime.__version__
         gc.collect()
         self.floor_bytes, _ = read_memory_bytes()
         was_reset = reset_peak()
@@ -208,39 +137,25 @@ class Runner:
         # Where the mark cannot be reset it may still show the import of the runtime instead of the model.
         self.peak_exact = was_reset or after_reset == self.floor_bytes
 
-        options = session_options(job)
-        asked = list(job.get("providers") or [CPU])
-        if asked != [CPU]:
-            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         start = time.perf_counter()
-        self.session = open_session(job, options)
+        self.engine.load()
         self.load_s = time.perf_counter() - start
 
-        self.name, self.shape, self.type = describe_input(self.session, job)
-        outputs = [output.name for output in self.session.get_outputs()]
-        self.output = job.get("output") or ("logits" if "logits" in outputs else outputs[0])
-        if self.output not in outputs:
-            raise RunnerError(f"the model has no output {self.output!r}; it has {', '.join(outputs)}")
+        self.shape, self.type = self.engine.input_shape, self.engine.input_type
         images = numpy.random.default_rng(int(job.get("seed", 0))).standard_normal(self.shape, dtype=numpy.float32)
         self.images = (images * 64 + 128).clip(0, 255).astype("uint8") if self.type == "uint8" else images.astype(self.type)
+        self.infer = self.engine.infer
         start = time.perf_counter()
         self.infer(self.images)
         self.first_s = time.perf_counter() - start
 
-        registered = self.session.get_providers()
-        self.nodes = nodes_by_provider(self.session) if asked != [CPU] else None
-        self.provider = max(self.nodes, key=self.nodes.__getitem__) if self.nodes else registered[0]
-
-    def infer(self, images: Any) -> Any:
-        return self.session.run([self.output], {self.name: images})[0]
-
     def ready(self) -> Json:
         return {
             "event": "ready",
-            "runtime": "onnxruntime",
-            "runtime_version": self.version,
-            "provider": self.provider,
-            "provider_nodes": self.nodes,
+            "runtime": self.engine.runtime,
+            "runtime_version": self.engine.version,
+            "provider": self.engine.provider,
+            "provider_nodes": self.engine.provider_nodes,
             "input_shape": self.shape,
             "input_type": self.type,
             "load_s": self.load_s,
@@ -292,7 +207,7 @@ class Runner:
 
     def memory(self) -> Json:
         now, peak = read_memory_bytes()
-        return {"event": "memory", "peak_rss_bytes": peak, "steady_rss_bytes": now}
+        return {"event": "memory", "peak_rss_bytes": peak, "steady_rss_bytes": now, "arena_bytes": self.engine.arena_bytes()}
 
     def score(self, dataset: str, limit: int | None = None) -> Iterator[Json]:
         """Top-1 over a data set, at the batch that is timed."""
@@ -321,43 +236,8 @@ class Runner:
         yield {"event": "score", "correct": correct, "total": total}
 
     def profile(self, count: int = 10) -> Json:
-        """One row an operator, from a second session with onnxruntime's own profiler."""
-        folder = tempfile.mkdtemp(prefix="vitrim-profile-")
-        try:
-            options = session_options(self.job)
-            options.enable_profiling = True
-            options.profile_file_prefix = os.path.join(folder, "trace")
-            session = open_session(self.job, options)
-            feed = {self.name: self.images}
-            for _ in range(count + 2):
-                session.run([self.output], feed)
-            with open(session.end_profiling()) as stream:
-                return {"event": "profile", "runs": count, "rows": operator_rows(json.load(stream), count)}
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def operator_rows(trace: list[Json], count: int) -> list[Json]:
-    """Rows (node, operator, provider, calls, seconds an inference) from a trace, its first two runs left out as warm-up."""
-    found: dict[str, list[Json]] = {}
-    for event in trace:
-        if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
-            found.setdefault(event["name"][: -len("_kernel_time")], []).append(event)
-    rows = []
-    for node, events in found.items():
-        kept = events[-count:]
-        args = kept[0].get("args", {})
-        rows.append(
-            {
-                "node": node,
-                "operator": args.get("op_name", "?"),
-                "provider": args.get("provider", "?"),
-                "output_shapes": [list(shape) for entry in args.get("output_type_shape", []) for shape in entry.values()],
-                "calls": len(kept),
-                "seconds": sum(event["dur"] for event in kept) * 1e-6 / count,
-            }
-        )
-    return sorted(rows, key=lambda row: -row["seconds"])
+        """One row an operator, from the runtime's own profiler."""
+        return {"event": "profile", "runs": count, "rows": self.engine.profile(self.images, count)}
 
 
 # ---- the data set ----------------------------------------------------------------------------------------------------------------------
@@ -439,7 +319,7 @@ def main(arguments: list[str]) -> int:
                 tell(getattr(runner, action)(**options))
             else:
                 raise RunnerError(f"unknown command {action!r}; it can be warm, run, memory, score, profile or stop")
-    except RunnerError as error:
+    except (RunnerError, runtimes.EngineError) as error:
         tell({"event": "error", "message": str(error)})
         return 3
     except MemoryError:

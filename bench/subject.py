@@ -9,12 +9,16 @@ from typing import Any
 
 from ..errors import InputError
 from ..export.artifact import MANIFEST, Artifact
+from ..runtimes import engine_names
 from ..storage import sha256_file
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The files and facts that a runner needs; `files` are absolute, the model first; `session` holds the runtime's config entries."""
+    """The files and facts that a runner needs; `files` are absolute, the model first; `session` holds the runtime's own settings.
+
+    input: name, shape and type as the manifest tells them, for runtimes whose files do not.
+    """
 
     model: Path
     files: tuple[Path, ...]
@@ -26,10 +30,12 @@ class Subject:
     output: str | None = None
     session: dict[str, str] = field(default_factory=dict)
     preprocessing: dict[str, Any] | None = None
+    runtime: str = "onnxruntime"
+    input: dict[str, Any] | None = None
 
 
 def open_subject(artifact: Artifact | Path | str) -> Subject:
-    """The subject of an Artifact, an artifact's folder or an .onnx path. Errors: InputError for anything else, or a runtime not measured here."""
+    """The subject of an Artifact, an artifact's folder or an .onnx path. Errors: InputError for anything else, or a runtime without an engine."""
     if isinstance(artifact, Artifact):
         return _of_artifact(artifact)
     path = Path(artifact)
@@ -47,10 +53,11 @@ def open_subject(artifact: Artifact | Path | str) -> Subject:
 
 def _of_artifact(artifact: Artifact) -> Subject:
     manifest = artifact.manifest
-    if manifest.runtime != "onnxruntime":
-        raise InputError(f"{artifact.folder}: is made for the runtime {manifest.runtime!r}; `vitrim bench` measures onnxruntime artifacts")
+    if manifest.runtime not in engine_names():
+        known = ", ".join(engine_names())
+        raise InputError(f"{artifact.folder}: is made for the runtime {manifest.runtime!r}; `vitrim bench` measures artifacts of {known}")
     weights = [artifact.folder / entry.path for entry in manifest.files if entry.role == "weights"]
-    prepared = manifest.preprocessing
+    prepared, taken = manifest.preprocessing, manifest.inputs[0]
     return Subject(
         model=artifact.model_path,
         files=(artifact.model_path, *weights),
@@ -62,6 +69,8 @@ def _of_artifact(artifact: Artifact) -> Subject:
         output=manifest.outputs[0].name,
         session=dict(manifest.session),
         preprocessing=None if prepared is None else {"mean": list(prepared.mean), "std": list(prepared.std)},
+        runtime=manifest.runtime,
+        input={"name": taken.name, "shape": list(taken.shape), "type": taken.type},
     )
 
 

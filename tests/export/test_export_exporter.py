@@ -15,9 +15,9 @@ import vitrim
 from torch import Tensor, nn
 from vitrim.errors import InputError, UnsupportedModel
 from vitrim.export import Artifact, ParityError, export, open_session, verify
-from vitrim.export import exporter as exporter_module
-from vitrim.export.exporter import image_shape, weights_sha256
+from vitrim.export import candidates as candidates_module
 from vitrim.export.forms import FORMS, Form, write_network
+from vitrim.export.model_facts import image_shape, weights_sha256
 from vitrim.export.store import save_model
 
 PREPROCESSING = {"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4]}
@@ -149,7 +149,7 @@ def test_a_form_that_computes_something_else_is_stopped_with_its_first_node(
                     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + 0.5, tensor.name))
         return graph
 
-    monkeypatch.setattr(exporter_module, "write_network", broken)
+    monkeypatch.setattr(candidates_module, "write_network", broken)
     with pytest.raises(ParityError) as caught:
         export(model, tmp_path / "artifact", form=FORMS[1])
     message = str(caught.value)

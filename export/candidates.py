@@ -1,0 +1,105 @@
+"""The graphs that may be shipped: the known form, all forms where they are to race, or torch's own; each in the wanted precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx
+from torch import nn
+
+from ..compress.lift import lift
+from ..compress.vit.model import CompactModel
+from ..errors import UnsupportedModel
+from . import capabilities, quantize
+from .forms import FORMS, Form, form_named, write_network
+from .forms.coverage import reason_against
+from .half import half
+from .known_forms import best_form
+from .order import Array, Order
+from .parity import first_difference
+
+PLAIN = "plain"
+# What two forms answer alike; scaled queries, unbiased values and centred streams between them differ on purpose.
+COMPARABLE = (".softmax", ".act", "logits")
+_REFERENCE_FORM = Form(rows="batch", norm="layer", last_queries=False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A float graph that answers like the model, how it is called, and the form to rewrite it with (None for graphs that are not ours)."""
+
+    name: str
+    model: onnx.ModelProto
+    form: Form | None
+
+
+def readable(model: nn.Module) -> CompactModel:
+    """The model as the forms read it. Errors: UnsupportedModel naming what no form has a rule for."""
+    compact: CompactModel = lift(model)
+    if reason := reason_against(compact.architecture):
+        raise UnsupportedModel(f"no rule for {reason}")
+    return compact
+
+
+def candidates(model: nn.Module, tidy: onnx.ModelProto, order: Order, *, portable: Form | None = None) -> tuple[list[Candidate], list[str]]:
+    """The graphs to prove, and notes for the manifest. portable: the form to take where the order names none and its runtime is not ours to tune.
+
+    Errors: UnsupportedModel where a form is asked for that the model cannot have.
+    """
+    form = order.form
+    plain = Candidate(PLAIN, tidy, None)
+    if form == PLAIN:
+        return [plain], []
+    try:
+        compact = readable(model)
+    except UnsupportedModel as error:
+        if form is not None:
+            raise UnsupportedModel(f"form {form}: {error}; export with form='plain'") from None
+        return [plain], [f"torch's own graph is shipped, since the graph forms do not cover it: {error}"]
+    notes = []
+    if form is not None:
+        forms = [form_named(form) if isinstance(form, str) else form]
+    elif portable is not None:
+        forms = [portable]
+    elif order.tune:
+        forms = [entry for entry in FORMS if order.batch == 1 or entry.rows == "batch"]
+    else:
+        best, measured = best_form(order.target, order.batch)
+        forms = [best]
+        notes.append(f"form: {measured}")
+    found = [Candidate(entry.name, write_network(compact, entry, batch=order.free_batch), entry) for entry in forms]
+    return ([*found, plain] if order.tune and form is None else found), notes
+
+
+def in_precision(model: nn.Module, candidate: Candidate, order: Order) -> onnx.ModelProto:
+    """The candidate's graph for ONNX Runtime in the order's precision."""
+    precision = order.precision
+    if precision == "fp32":
+        return candidate.model
+    bits = 8 if capabilities.int8_exact(order.target) else 7
+    if precision == "int8" and candidate.form is not None:
+        return write_network(lift(model), candidate.form, batch=order.free_batch, linears="int8", weight_bits=bits)
+    float_graph = candidate.model
+    if candidate.form is not None:
+        form = candidate.form
+        if precision == "int8-static":
+            # The quantizer must know every value's type, and it knows none behind the runtime's own operators.
+            form = replace(form, attention="split", residual="add", norm="layer", activation="gelu")
+        float_graph = write_network(lift(model), form, batch=order.free_batch, linears="product")
+    if precision == "int8":
+        return quantize.int8_dynamic(float_graph, weight_bits=bits)
+    if precision == "int8-static":
+        assert order.images is not None
+        images = order.images[: quantize.CALIBRATION_IMAGES]
+        return quantize.int8_static(float_graph, images, calibration=order.calibration, weight_bits=bits)
+    if precision == "fp16":
+        return half(candidate.model)
+    return quantize.weights_only(float_graph, 4 if precision == "int4-weights" else 8)
+
+
+def where_in_form(model: nn.Module, candidate: Candidate, first: Array, order: Order, tolerance: float) -> str | None:
+    """The first node of a form that differs from the plainest form, or None for graphs that are not ours."""
+    if candidate.form is None:
+        return None
+    reference = write_network(lift(model), replace(_REFERENCE_FORM, last_queries=candidate.form.last_queries), batch=order.free_batch)
+    return first_difference(reference, candidate.model, first, tolerance, endings=COMPARABLE)

@@ -1,0 +1,78 @@
+"""For the other runtimes: the form that each wants, what it writes, and its answers through the very engine that is timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from torch import nn
+
+from ..compress.vit.model import CompactModel
+from ..errors import InputError, UnsupportedModel
+from ..runtimes import EngineError
+from ..runtimes.apart import ask_apart
+from .artifact import FileEntry, Parity, entry_for
+from .candidates import candidates, readable
+from .forms import Form
+from .onnxruntime_files import prove
+from .order import Array, Order
+from .parity import Probe, require
+from .runtimes import Runtime, Source, Written
+
+TORCH = "torch"
+
+
+def source_for(
+    runtime: Runtime, model: nn.Module, tidy: onnx.ModelProto, order: Order, probe: Probe, first: Array, stages: list[Parity], notes: list[str]
+) -> tuple[str, Source]:
+    """The form's name and what the runtime converts; stages and notes grow. Errors: ParityError, UnsupportedModel, InputError."""
+    graph, name = tidy, TORCH
+    if runtime.form is not None or order.form is not None:
+        if isinstance(order.form, Form) and order.form.runtime_operators:
+            raise InputError(f"form {order.form.name} holds operators of ONNX Runtime's own; take another for {runtime.name}, or leave it out")
+        found, why = candidates(model, tidy, order, portable=runtime.form)
+        notes.extend(why)
+        parity = prove(model, found[0], order, probe, first)
+        graph, name = found[0].model, found[0].name
+        if found[0].form is not None:
+            stages.append(parity)
+    try:
+        compact: CompactModel | None = readable(model)
+    except UnsupportedModel:
+        compact = None
+    source = Source(
+        model=model, compact=compact, graph=graph, shape=order.shape, batch=order.batch, target=order.target, threads=order.threads,
+        precision=order.precision, images=order.images, probe=probe, options=order.options,
+    )  # fmt: skip
+    return name, source
+
+
+def write_and_ask(
+    runtime: Runtime, source: Source, folder: Path, order: Order, stages: list[Parity], notes: list[str]
+) -> tuple[Written, list[FileEntry]]:
+    """Let the runtime write, then hold its answers against torch; stages and notes grow. Errors: InputError, ParityError."""
+    written = runtime.write(source, folder)
+    files = [entry_for(folder, written.main, "model")]
+    files += [entry_for(folder, path, role) for path, role in written.files if path != written.main]
+    stages.extend(written.stages)
+    notes.extend(written.notes)
+    if written.unasked is not None:
+        notes.append(f"parity was not run: {written.unasked}")
+        return written, files
+    batch = 1 if order.batch == "dynamic" else order.batch
+    job = {
+        "runtime": runtime.name,
+        "model": str((folder / written.main).resolve()),
+        "threads": order.threads,
+        "input": {"name": "images", "shape": [batch, *order.shape], "type": "float32"},
+        "session": dict(written.session),
+    }
+    try:
+        logits, told = ask_apart(job, source.probe.images, command=written.command)
+    except EngineError as error:
+        raise InputError(f"runtime {runtime.name}: what it wrote does not run: {error}") from None
+    stage = runtime.name if order.precision == "fp32" else f"{runtime.name} {order.precision}"
+    parity = source.probe.compare(stage, logits, tolerance=order.allowed[order.precision])
+    stages.append(require(parity, lambda tolerance: None))
+    notes.append(f"asked in {told['runtime']} {told['version']} on {told['provider'] or 'what it chose'}")
+    return written, files
