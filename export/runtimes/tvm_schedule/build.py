@@ -1,0 +1,17 @@
+"""A compact network for TVM: our own kernels where they cover it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ....compress.vit.model import CompactModel
+from ....targets.profile import TargetProfile
+from ...forms import Form, write_network
+from .built import Built
+from .default import default_network
+
+
+def build_network(compact: CompactModel, profile: TargetProfile, *, batch: int = 1, threads: int = 1, log: Path | None = None) -> Built:
+    """The network ready for `Built.compile`. log: JSON lines that the tuner wrote."""
+    form = Form(rows="batch", attention="split", residual="add", norm="layer", activation="gelu", stem="matrix", last_queries=True)
+    return default_network(write_network(compact, form, batch=batch), profile, threads=threads)
