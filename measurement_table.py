@@ -6,24 +6,31 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from .bench.measurement import Measurement
+from .bench.measurement import NOT_LATENCY, Measurement
 from .bench.statistics import ratio_interval
 
 SURE = 0.95
 
 
 def measurement_table(measured: Mapping[str, Measurement]) -> Table:
-    """p50, p90, p99, throughput, memory beyond the runtime's floor, file size and top-1; the first measurement is what others are faster than."""
+    """p50, p90, p99, throughput, memory beyond the runtime's floor, file size and top-1; the first measurement is what others are faster than.
+
+    Times that an emulator took are marked, and compared with nothing.
+    """
     table = Table(show_edge=False, pad_edge=False)
     scored = any(measurement.top1 is not None for measurement in measured.values())
     heads = ["name", "p50", "p90", "p99", "images/s", "faster", "memory", "file", *(["top-1"] if scored else [])]
     for head in heads:
         table.add_column(head, justify="left" if head == "name" else "right", no_wrap=True)
     first = next(iter(measured.values()))
+    if any(measurement.emulated for measurement in measured.values()):
+        table.caption, table.caption_justify = f"emulated: {NOT_LATENCY}", "left"
     for name, measurement in measured.items():
         summary, memory = measurement.summary(), measurement.beyond_floor_rss_bytes
-        row = [name, *(milliseconds(value) for value in (summary.p50_s, summary.p90_s, summary.p99_s)), f"{summary.throughput_per_s:.0f}"]
-        row += ["" if measurement is first else faster(first, measurement), "" if memory is None else f"{memory / 1e6:.1f} MB"]
+        shown = f"{name} (emulated)" if measurement.emulated else name
+        row = [shown, *(milliseconds(value) for value in (summary.p50_s, summary.p90_s, summary.p99_s)), f"{summary.throughput_per_s:.0f}"]
+        timed = measurement is not first and not (measurement.emulated or first.emulated)
+        row += [faster(first, measurement) if timed else "", "" if memory is None else f"{memory / 1e6:.1f} MB"]
         row.append(f"{measurement.file_bytes / 1e6:.2f} MB")
         if scored:
             row.append("" if measurement.top1 is None else f"{100 * measurement.top1:.2f} %")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from .measurement import Measurement
+from .measurement import NOT_LATENCY, Measurement
 from .statistics import FEWEST_TURNS, Interval, rank_sum_p, ratio_interval, signed_rank_p, turn_medians
 
 LEVEL = 0.99
@@ -48,7 +48,14 @@ def compare(baseline: Measurement, candidate: Measurement) -> Comparison:
     """Compare two measurements; those taken together (one session) are compared round by round, which cancels the machine's drift.
 
     Notes name what differs between the two runs and makes the ratio doubtful: device, threads, batch, runtime.
+    Errors: InputError where a processor was emulated: those times are no device's, and neither is their ratio.
     """
+    for measured in (baseline, candidate):
+        if measured.emulated:
+            raise InputError(
+                f"{measured.name}: emulated by {measured.environment.emulator}, {NOT_LATENCY}: there is nothing to compare it with; "
+                "measure both on the device itself (--on ssh://user@host)"
+            )
     paired = baseline.session == candidate.session and len(baseline.samples_per_turn) == len(candidate.samples_per_turn) >= FEWEST_TURNS
     notes = tuple(
         f"{label} differs: {before} and {after}; the ratio tells of both"

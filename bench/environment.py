@@ -1,6 +1,10 @@
 """What the machine is and how busy it is; Linux tells most, other systems less, and what is not told is None.
 
 This file needs Python 3.9 and nothing else: it travels to a device beside the runner. It reads no host name, user name or path.
+
+    python environment.py [SNAPSHOT]
+
+SNAPSHOT: a folder with copies of another machine's files (device_snapshot.py takes them), for a device that has no Python itself.
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(
 
 import json
 import platform
+import re
 import subprocess
 import time
 from typing import Any
 
 Json = dict[str, Any]
+# The folder that stands for the root of the file system; empty on the machine itself.
+ROOT = ""
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "numpy", "vitrim")
 # The ARM cores of the shipped targets, by the part number in /proc/cpuinfo (ARM's Main ID Register, implementer 0x41).
 ARM_CORES = {
@@ -47,7 +54,7 @@ FEATURES = (
 def read_machine() -> Json:
     """What does not change while a model runs."""
     cpuinfo = _cpuinfo()
-    architecture = platform.machine()
+    architecture = _uname()[1] if ROOT else platform.machine()
     flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
     return {
         "device_model": _text("/proc/device-tree/model", strip="\0"),
@@ -62,21 +69,17 @@ def read_machine() -> Json:
         "accelerator": _accelerator(),
         "memory_total_bytes": _meminfo("MemTotal"),
         "os": _os_name(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "libraries": _libraries(),
+        "kernel": _uname()[0] if ROOT else platform.release(),
+        "python": None if ROOT else platform.python_version(),
+        "libraries": {} if ROOT else _libraries(),
     }
 
 
 def read_state(watch_s: float = 0.2) -> Json:
     """What does change: frequency, load, busy cores (watched for `watch_s`), temperature, throttling, free memory."""
-    try:
-        load: float | None = os.getloadavg()[0]
-    except (OSError, AttributeError):
-        load = None
     return {
         "frequency_hz": _frequency_hz(),
-        "load": load,
+        "load": _load(),
         "busy_cores": _busy_cores(watch_s),
         "temperature_c": _temperature_c(),
         "throttled": _throttled(),
@@ -105,6 +108,19 @@ def combine(machine: Json, before: Json, after: Json) -> Json:
     }
 
 
+def _uname() -> tuple[str, str]:
+    """(release, machine) from a snapshot's `uname -r -m`, which tells them in this order."""
+    words = (_text("/uname") or "").split()
+    return (words[0], words[1]) if len(words) == 2 else ("", "")
+
+
+def _load() -> float | None:
+    try:
+        return float((_text("/proc/loadavg") or "").split()[0]) if ROOT else os.getloadavg()[0]
+    except (OSError, AttributeError, IndexError, ValueError):
+        return None
+
+
 def _cpuinfo() -> dict[str, str]:
     found: dict[str, str] = {}
     for line in (_text("/proc/cpuinfo") or "").splitlines():
@@ -117,10 +133,12 @@ def _cpuinfo() -> dict[str, str]:
 def _cpu_model(cpuinfo: dict[str, str]) -> str | None:
     if cpuinfo.get("CPU implementer") == "0x41" and cpuinfo.get("CPU part") in ARM_CORES:
         return ARM_CORES[cpuinfo["CPU part"]]
-    return cpuinfo.get("model name") or platform.processor() or None
+    return cpuinfo.get("model name") or cpuinfo.get("Hardware") or (None if ROOT else platform.processor()) or None
 
 
 def _cores() -> int | None:
+    if ROOT:
+        return len([line for line in (_text("/proc/cpuinfo") or "").splitlines() if line.split(":")[0].strip() == "processor"]) or None
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -134,9 +152,10 @@ def _virtual_machine(cpuinfo: dict[str, str]) -> str | None:
 
 
 def _emulator(architecture: str, cpuinfo: dict[str, str]) -> str | None:
-    # qemu's user emulation runs a program of another architecture and shows it the host's own cpuinfo, or one that names no silicon.
+    # qemu's user emulation runs a program of another architecture. Older ones show it the host's own cpuinfo; newer ones make up one that looks
+    # real, but leave the list of interrupts, where only x86 counts those of its local timer ("LOC").
     is_arm = architecture in ("aarch64", "armv7l", "armv8l")
-    if is_arm and "vendor_id" in cpuinfo:
+    if is_arm and ("vendor_id" in cpuinfo or re.search(r"^\s*LOC:", _text("/proc/interrupts") or "", re.M)):
         return "qemu-user"
     if is_arm and cpuinfo.get("CPU implementer") in ("0x00", "0x0", "0x51") and "qemu" in (_text("/proc/cpuinfo") or "").lower():
         return "qemu"
@@ -157,17 +176,18 @@ def _frequency_hz() -> float | None:
 
 
 def _busy_cores(watch_s: float) -> float | None:
-    before = _cpu_ticks()
-    time.sleep(watch_s)
-    after = _cpu_ticks()
+    before = _cpu_ticks("/proc/stat")
+    if not ROOT:
+        time.sleep(watch_s)
+    after = _cpu_ticks("/proc/stat.after" if ROOT else "/proc/stat")
     if before is None or after is None or after[1] <= before[1]:
         return None
     busy = (after[0] - before[0]) / (after[1] - before[1])
-    return busy * (os.cpu_count() or 1)
+    return busy * ((_cores() if ROOT else os.cpu_count()) or 1)
 
 
-def _cpu_ticks() -> list[float] | None:
-    lines = (_text("/proc/stat") or "").splitlines()
+def _cpu_ticks(path: str) -> list[float] | None:
+    lines = (_text(path) or "").splitlines()
     if not lines:
         return None
     # user nice system idle iowait irq softirq steal
@@ -211,7 +231,7 @@ def _os_name() -> str:
     for line in (_text("/etc/os-release") or "").splitlines():
         if line.startswith("PRETTY_NAME="):
             return line.split("=", 1)[1].strip('"')
-    return f"{platform.system()} {platform.release()}"
+    return f"Linux {_uname()[0]}" if ROOT else f"{platform.system()} {platform.release()}"
 
 
 def _libraries() -> dict[str, str]:
@@ -228,7 +248,7 @@ def _libraries() -> dict[str, str]:
 
 def _text(path: str, strip: str = "") -> str | None:
     try:
-        with open(path, errors="replace") as stream:
+        with open(ROOT + path, errors="replace") as stream:
             return stream.read().strip().strip(strip or None) or None
     except OSError:
         return None
@@ -248,12 +268,14 @@ def _kilo(path: str) -> float | None:
 
 def _listing(folder: str) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(os.listdir(ROOT + folder))
     except OSError:
         return []
 
 
 def _output(command: list[str]) -> str | None:
+    if ROOT:
+        return _text("/" + command[0])
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -262,4 +284,5 @@ def _output(command: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
+    ROOT = os.path.abspath(sys.argv[1]) if len(sys.argv) > 1 else ""
     json.dump({"machine": read_machine(), "state": read_state()}, sys.stdout)

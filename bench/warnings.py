@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .measurement import Measurement
+from .measurement import NOT_LATENCY, Measurement
 
 BUSY_CORES = 0.5
 FEWEST_SAMPLES = 50
@@ -16,7 +16,14 @@ IDLE_GOVERNORS = ("powersave", "ondemand", "conservative", "schedutil")
 
 def warnings_for(measured: Measurement, *, stopped_by: str = "precise", half_width: float | None = None) -> tuple[str, ...]:
     """The warnings for a measurement; `stopped_by` is "precise", "time" or "rounds" as the conductor tells, `half_width` what was wanted."""
+    if measured.emulated:
+        # How still the machine was, and how many samples there are, matters to nobody where the times say nothing.
+        return (*_emulator(measured), *_provider(measured))
     return (*_machine(measured), *_provider(measured), *_samples(measured, stopped_by, half_width))
+
+
+def _emulator(measured: Measurement) -> Iterator[str]:
+    yield f"emulated by {measured.environment.emulator}, {NOT_LATENCY}; take only outputs, top-1 and counts from this run"
 
 
 def _machine(measured: Measurement) -> Iterator[str]:
@@ -32,8 +39,6 @@ def _machine(measured: Measurement) -> Iterator[str]:
             f"a virtual machine ({where.virtual_machine}): neighbours share its cores unseen; "
             "measure on the device itself for absolute times, and take ratios from interleaved runs"
         )
-    if where.emulator:
-        yield f"emulated by {where.emulator}: these times say nothing of a device's latency; take only outputs, top-1 and counts from this run"
     if where.governor in IDLE_GOVERNORS:
         yield (
             f"the frequency governor is {where.governor!r}, so the clock changes while measuring; "

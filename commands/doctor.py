@@ -50,7 +50,7 @@ PROGRAMS = (
     (("ssh",), "measuring on another machine (Debian: openssh-client)"),
     (("g++", "c++"), "the native runner (Debian: g++)"),
     (("cmake",), "building the native runner (Debian: cmake)"),
-    (("qemu-aarch64", "qemu-aarch64-static"), "trying ARM artifacts without a board (Debian: qemu-user)"),
+    (("aarch64-linux-gnu-g++",), "cross-compiling the native example for ARM (Debian: g++-aarch64-linux-gnu)"),
 )
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -83,6 +83,7 @@ def examine() -> Iterator[Finding]:
     for names, purpose in PROGRAMS:
         found = next((path for path in map(shutil.which, names) if path), None)
         yield Finding(names[0], "ok" if found else "missing", found or f"would enable {purpose}")
+    yield _emulation()
     here = FASHION_MNIST.is_dir()
     yield Finding(
         "Fashion-MNIST",
@@ -127,6 +128,15 @@ def _pair() -> Finding:
         words = f"torch {versions['torch']} and torchvision {versions['torchvision']} are of different builds; install both from one index"
         return Finding("torch and torchvision", "broken", words, needed=True)
     return Finding("torch and torchvision", "ok", "of one build", needed=True)
+
+
+def _emulation() -> Finding:
+    from ..bench.emulation import ready
+
+    found = ready()
+    if found is None:
+        return Finding("emulation", "missing", "would enable running ARM artifacts without a board (vitrim targets emulate)")
+    return Finding("emulation", "ok", f"{found.name}, python {found.versions.get('python')}, onnxruntime {found.versions.get('onnxruntime')}")
 
 
 def _disk(folder: Path) -> Finding:

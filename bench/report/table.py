@@ -33,15 +33,17 @@ def table(device: Device) -> list[Line]:
     """The lines of a device's table; a line in which nothing is known is left out."""
     rows = device.rows
     first = device.baseline
+    # A figure that is copied out of its page must still say what it is.
+    remark = " (emulated)" if device.emulated else ""
     lines = [
         _line("Parameters", rows, lambda r: r.params, wording.count, _against(first, lambda r: r.params), lower=True),
         _line("Multiply-adds (MACs)", rows, lambda r: r.macs, wording.count, _against(first, lambda r: r.macs), lower=True),
         _line("Files", rows, lambda r: r.file_bytes, wording.size, _against(first, lambda r: r.file_bytes), lower=True),
-        _line("Latency, p50", rows, lambda r: r.summary.p50_s if r.summary else None, wording.duration, _plus_minus, lower=True),
-        _line("Latency, p90", rows, lambda r: r.summary.p90_s if r.summary else None, wording.duration, lower=True),
-        _line("Latency, p99", rows, lambda r: r.summary.p99_s if r.summary else None, wording.duration, lower=True),
+        _line(f"Latency, p50{remark}", rows, lambda r: r.summary.p50_s if r.summary else None, wording.duration, _plus_minus, lower=True),
+        _line(f"Latency, p90{remark}", rows, lambda r: r.summary.p90_s if r.summary else None, wording.duration, lower=True),
+        _line(f"Latency, p99{remark}", rows, lambda r: r.summary.p99_s if r.summary else None, wording.duration, lower=True),
         _line(
-            "Throughput, images/s",
+            f"Throughput, images/s{remark}",
             rows,
             lambda r: r.summary.throughput_per_s if r.summary else None,
             lambda v: f"{v:,.0f}" if v >= 100 else wording.three_digits(v),
@@ -53,8 +55,8 @@ def table(device: Device) -> list[Line]:
         _line("Speed-up ÷ MAC reduction", rows, lambda r: r.efficiency, lambda v: f"{v:.2f}"),
         _line("Top-1", rows, lambda r: r.top1, lambda v: wording.percent(v, 2), _counted, lower=False),
         _line("Peak memory over the floor", rows, _beyond_floor, wording.size, lower=True),
-        _line("Load", rows, lambda r: r.measurement.load_s if r.measurement else None, wording.duration),
-        _line("First inference", rows, lambda r: r.measurement.first_inference_s if r.measurement else None, wording.duration),
+        _line(f"Load{remark}", rows, lambda r: r.measurement.load_s if r.measurement else None, wording.duration),
+        _line(f"First inference{remark}", rows, lambda r: r.measurement.first_inference_s if r.measurement else None, wording.duration),
         _line(
             "Energy an inference",
             rows,
