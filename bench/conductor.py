@@ -47,20 +47,46 @@ class ConductorError(Exception):
     """One line: which runner failed, how, and the way out."""
 
 
+class Here:
+    """This machine, where the runners are; another place is given to `conduct` as an object with the same methods.
+
+    command: what runs a Python file here, this very interpreter by default; an emulated processor is led to by another command line.
+    """
+
+    def __init__(self, command: "list[str] | None" = None) -> None:  # noqa: UP037 - Python 3.9 reads it
+        self.command = command or [sys.executable]
+
+    def runner(self, job: Json) -> "list[str]":  # noqa: UP037 - Python 3.9 reads it
+        """The command that starts a runner for a job, which it will read from standard input."""
+        # A runtime whose packages suit no other lives in an interpreter of its own.
+        start = job.get("command") or ([job["python"]] if job.get("python") else self.command)
+        return [*start, os.path.join(HERE, "runner.py"), "-"]
+
+    def environment(self) -> Json:
+        """The machine and its state."""
+        # In a process of its own, like the runners, so that the file travels as it is.
+        done = subprocess.run([*self.command, os.path.join(HERE, "environment.py")], stdout=subprocess.PIPE, check=True)
+        found: Json = json.loads(done.stdout.decode())
+        return found
+
+    def energy_j(self) -> float | None:
+        """What the processor's own meter shows."""
+        return _energy_j()
+
+
 class Child:
     """One runner in a fresh process, spoken to by JSON lines."""
 
-    def __init__(self, name: str, job: Json, reply_limit_s: float) -> None:
+    def __init__(self, name: str, job: Json, reply_limit_s: float, place: Any = None) -> None:
         self.name = name
         self.reply_limit_s = reply_limit_s
         self.noise = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         # Threads of numpy's own would run beside the model.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        # A runtime whose packages suit no other lives in an interpreter of its own; an emulated one is led to by a command line.
-        start = job.get("command") or [job.get("python") or sys.executable]
+        command = (place or Here()).runner(job)
         try:
             self.process = subprocess.Popen(
-                [*start, os.path.join(HERE, "runner.py"), "-"],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.noise,
@@ -68,7 +94,7 @@ class Child:
             )
         except OSError as error:
             self.noise.close()
-            raise ConductorError(f"{name}: {start[0]} cannot be started ({error.strerror}); name another interpreter") from None
+            raise ConductorError(f"{name}: {command[0]} cannot be started ({error.strerror}); name another interpreter") from None
         self.lines: "queue.Queue[bytes | None]" = queue.Queue()  # noqa: UP037 - Python 3.9 reads it
         threading.Thread(target=self._listen, daemon=True).start()
         self._send(job)
@@ -140,8 +166,12 @@ class Child:
         return ConductorError(f"{self.name}: its process {how}; nothing was measured; look for memory (`dmesg`), then measure again")
 
 
-def conduct(plan: Json, progress: Progress | None = None) -> Json:
-    """Carry out a plan and return raw results: {session, started_at, machine, before, after, stopped_by, rounds, runs: {name: run}}."""
+def conduct(plan: Json, progress: Progress | None = None, place: Any = None) -> Json:
+    """Carry out a plan and return raw results: {session, started_at, machine, before, after, stopped_by, rounds, runs: {name: run}}.
+
+    place: where the runners are, like `Here`, which it is by default.
+    """
+    place = place or Here(plan.get("command"))
     tell = progress or (lambda share, text: None)
     order = random.Random(plan.get("seed", 0))
     names = list(plan["jobs"])
@@ -149,7 +179,7 @@ def conduct(plan: Json, progress: Progress | None = None) -> Json:
         "session": uuid.uuid4().hex,
         "started_at": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),  # noqa: UP017 - Python 3.9 reads it
     }
-    environment = _environment(plan.get("command"))
+    environment = place.environment()
     result["machine"], result["before"] = environment["machine"], environment["state"]
     if plan.get("emulator"):
         # An emulated processor may look like the real one from inside; whoever starts it knows.
@@ -159,7 +189,7 @@ def conduct(plan: Json, progress: Progress | None = None) -> Json:
     try:
         for name in names:
             tell(0.0, f"loading {name}")
-            child = Child(name, plan["jobs"][name], plan.get("reply_limit_s", 300.0))
+            child = Child(name, plan["jobs"][name], plan.get("reply_limit_s", 300.0), place)
             children[name] = child
             tell(0.0, f"warming {name}")
             warm = child.ask("warm", limit_s=plan.get("warm_limit_s", 10.0))
@@ -172,8 +202,8 @@ def conduct(plan: Json, progress: Progress | None = None) -> Json:
                 "wall_s": 0.0,
                 "energy_j": None,
             }
-        result["rounds"], result["stopped_by"] = _rounds(plan, names, children, runs, order, tell)
-        result["after"] = _environment(plan.get("command"))["state"]
+        result["rounds"], result["stopped_by"] = _rounds(plan, names, children, runs, order, tell, place)
+        result["after"] = place.environment()["state"]
         for name in names:
             runs[name]["memory"] = children[name].ask("memory")
         for name in names:
@@ -195,7 +225,7 @@ def conduct(plan: Json, progress: Progress | None = None) -> Json:
 
 
 def _rounds(
-    plan: Json, names: list[str], children: dict[str, Child], runs: dict[str, Json], order: random.Random, tell: Progress
+    plan: Json, names: list[str], children: dict[str, Child], runs: dict[str, Json], order: random.Random, tell: Progress, place: Any
 ) -> tuple[int, str]:
     least, most = plan.get("least_rounds", 20), plan.get("most_rounds", 1000)
     limit_s, wanted = plan.get("time_limit_s", 60.0), plan.get("half_width", 0.01)
@@ -207,7 +237,7 @@ def _rounds(
         turn = names[:]
         order.shuffle(turn)
         for name in turn:
-            _take_turn(runs[name], children[name], counts[name])
+            _take_turn(runs[name], children[name], counts[name], place)
             medians[name].append(_median(runs[name]["latency_s"][-counts[name] :]))
         done += 1
         elapsed = time.perf_counter() - start
@@ -222,12 +252,12 @@ def _rounds(
             return done, "rounds"
 
 
-def _take_turn(run: Json, child: Child, count: int) -> None:
+def _take_turn(run: Json, child: Child, count: int, place: Any) -> None:
     p50_s = run["warm"]["p50_s"]
     settle = 2 if p50_s < 0.05 else 1 if p50_s < 1 else 0
-    before_j = _energy_j()
+    before_j = place.energy_j()
     samples = child.ask("run", count=count, settle=settle)
-    after_j = _energy_j()
+    after_j = place.energy_j()
     run["latency_s"] += samples["latency_s"]
     run["samples_per_turn"].append(count)
     run["cpu_s"] += samples["cpu_s"]
@@ -266,13 +296,6 @@ def _median(values: list[float]) -> float:
     values = sorted(values)
     middle = len(values) // 2
     return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
-
-
-def _environment(command: "list[str] | None") -> Json:  # noqa: UP037 - Python 3.9 reads it
-    # In a process of its own, like the runners, so that the file travels as it is.
-    done = subprocess.run([*(command or [sys.executable]), os.path.join(HERE, "environment.py")], stdout=subprocess.PIPE, check=True)
-    found: Json = json.loads(done.stdout.decode())
-    return found
 
 
 def _energy_j() -> float | None:

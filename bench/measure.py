@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import InputError
 from ..export.artifact import Artifact
@@ -14,11 +14,11 @@ from ..targets.profile import TargetProfile, load_target
 from . import environment
 from .conductor import ConductorError, conduct
 from .measurement import Environment, Measurement
+from .options import CPU, MeasureOptions
 from .progress import Progress, progress_bar
 from .subject import Subject, open_subject
 from .warnings import warnings_for, wrong_provider
 
-CPU = "CPUExecutionProvider"
 Measurable = Artifact | Path | str
 
 
@@ -43,47 +43,28 @@ def measure_interleaved(
     threads: int = 1,
     *,
     target: TargetProfile | str = "host",
-    dataset: Path | str | None = None,
-    dataset_limit: int | None = None,
-    time_limit_s: float = 60.0,
-    half_width: float = 0.01,
-    least_rounds: int = 20,
-    most_rounds: int = 1000,
-    batch: int | None = None,
-    pinning: Sequence[int] | None = None,
-    priority: Literal["high", "normal"] = "high",
-    spinning: bool = False,
-    arena: bool = True,
-    providers: Sequence[str] = (CPU,),
-    seed: int = 0,
     quiet: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Measurement]:
     """Measure artifacts against each other on this machine, in rounds of random order, and return {name: Measurement}.
 
-    The rounds end when every ratio to the first artifact (or the one artifact's p50) is known to ± `half_width` at 95 %, after at least
-    `least_rounds`, or when `time_limit_s` of rounds have passed. dataset: an .npz with `images` (N, C, H, W) float32 as the model takes them, or
-    bytes that the manifest's mean and std normalise, and `labels` (N); top-1 is computed by the very process that was timed.
-    priority: "high" lets the runners go before other work where that is permitted; the niceness they got is recorded.
-    `progress(share, text)` replaces the bar on the terminal. Errors: InputError, one line.
+    options: the fields of `MeasureOptions`. Top-1 is computed by the very process that was timed. `progress(share, text)` replaces the bar on the
+    terminal. Errors: InputError, one line.
     """
-    plan, subjects = make_plan(
-        artifacts,
-        threads=threads,
-        dataset=dataset,
-        dataset_limit=dataset_limit,
-        time_limit_s=time_limit_s,
-        half_width=half_width,
-        least_rounds=least_rounds,
-        most_rounds=most_rounds,
-        batch=batch,
-        pinning=pinning,
-        priority=priority,
-        spinning=spinning,
-        arena=arena,
-        providers=providers,
-        seed=seed,
-    )
+    return measure_here(artifacts, MeasureOptions(threads=threads, **options), target=target, quiet=quiet, progress=progress)
+
+
+def measure_here(
+    artifacts: Mapping[str, Measurable],
+    options: MeasureOptions,
+    *,
+    target: TargetProfile | str = "host",
+    quiet: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Measurement]:
+    """`measure_interleaved` with its options as one value."""
+    plan, subjects = make_plan(artifacts, options)
     profile = target if isinstance(target, TargetProfile) else load_target(target)
     with progress_bar(quiet=quiet, replacement=progress) as tell:
         try:
@@ -94,65 +75,48 @@ def measure_interleaved(
 
 
 def make_plan(
-    artifacts: Mapping[str, Measurable],
-    *,
-    threads: int = 1,
-    dataset: Path | str | None = None,
-    dataset_limit: int | None = None,
-    time_limit_s: float = 60.0,
-    half_width: float = 0.01,
-    least_rounds: int = 20,
-    most_rounds: int = 1000,
-    batch: int | None = None,
-    pinning: Sequence[int] | None = None,
-    priority: Literal["high", "normal"] = "high",
-    spinning: bool = False,
-    arena: bool = True,
-    providers: Sequence[str] = (CPU,),
-    seed: int = 0,
-    profile_runs: int = 0,
+    artifacts: Mapping[str, Measurable], options: MeasureOptions | None = None, **named: Any
 ) -> tuple[dict[str, Any], dict[str, Subject]]:
-    """The conductor's plan and what it measures. Errors: InputError for no artifact, a bad number, or a path that is not there."""
+    """The conductor's plan and what it measures; the options as one value, or by name.
+
+    Errors: InputError for no artifact, a bad number, or a path that is not there.
+    """
+    options = options or MeasureOptions(**named)
     if not artifacts:
         raise InputError("nothing to measure: name at least one artifact")
-    for label, value in {"threads": threads, "batch": batch or 1, "least_rounds": least_rounds, "most_rounds": most_rounds}.items():
-        if value < 1:
-            raise InputError(f"{label} = {value}: at least 1 is wanted")
-    if time_limit_s <= 0 or half_width <= 0:
-        raise InputError(f"time_limit_s = {time_limit_s}, half_width = {half_width}: both must be above 0")
-    if dataset is not None and not Path(dataset).exists():
-        raise InputError(f"{dataset}: no such data set; give an .npz with the arrays `images` and `labels`")
+    if options.dataset is not None and not Path(options.dataset).exists():
+        raise InputError(f"{options.dataset}: no such data set; give an .npz with the arrays `images` and `labels`")
     subjects = {name: open_subject(artifact) for name, artifact in artifacts.items()}
     jobs = {
         name: {
             "model": str(subject.model.resolve()),
             "runtime": subject.runtime,
             "python": _interpreter(name, subject),
-            "threads": threads,
-            "pinning": list(pinning) if pinning else None,
-            "priority": priority,
-            "spinning": spinning,
-            "arena": arena,
-            "providers": _with_fallback(providers),
-            "batch": batch,
-            "session": {key: value for key, value in subject.session.items() if not (spinning and key.endswith("allow_spinning"))},
+            "threads": options.threads,
+            "pinning": list(options.pinning) if options.pinning else None,
+            "priority": options.priority,
+            "spinning": options.spinning,
+            "arena": options.arena,
+            "providers": _with_fallback(options.providers),
+            "batch": options.batch,
+            "session": {key: value for key, value in subject.session.items() if not (options.spinning and key.endswith("allow_spinning"))},
             "input": subject.input,
             "output": subject.output,
             "preprocessing": subject.preprocessing,
-            "seed": seed,
+            "seed": options.seed,
         }
         for name, subject in subjects.items()
     }
     plan = {
         "jobs": jobs,
-        "seed": seed,
-        "time_limit_s": time_limit_s,
-        "half_width": half_width,
-        "least_rounds": least_rounds,
-        "most_rounds": most_rounds,
-        "dataset": None if dataset is None else str(Path(dataset).resolve()),
-        "dataset_limit": dataset_limit,
-        "profile": profile_runs,
+        "seed": options.seed,
+        "time_limit_s": options.time_limit_s,
+        "half_width": options.half_width,
+        "least_rounds": options.least_rounds,
+        "most_rounds": options.most_rounds,
+        "dataset": None if options.dataset is None else str(Path(options.dataset).resolve()),
+        "dataset_limit": options.dataset_limit,
+        "profile": options.profile_runs,
     }
     return plan, subjects
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..errors import InputError
 from ..export.artifact import Artifact
 from .conductor import Child, ConductorError
-from .measure import CPU, make_plan
+from .measure import make_plan
+from .options import CPU
 
 
 @dataclass(frozen=True)

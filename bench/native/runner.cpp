@@ -1,0 +1,246 @@
+// Run one ONNX model in this process and tell what happened: runner.py for a device that has no Python.
+//
+//     vitrim_runner libonnxruntime.so - < job and commands, one JSON object a line
+//     vitrim_runner libonnxruntime.so '{"model": "model.onnx", "commands": [{"do": "warm"}, {"do": "run", "count": 100}, {"do": "memory"}]}'
+//
+// Job, commands and events are those of runner.py, which describes them. A data set is a folder of images.npy and labels.npy here, and the processor
+// is the only provider.
+#include <unistd.h>
+
+#include <algorithm>
+#include <iostream>
+#include <iterator>
+#include <map>
+
+#include "dataset.h"
+#include "process.h"
+
+namespace vitrim {
+
+constexpr const char *kCpu = "CPUExecutionProvider";
+
+class Runner {
+  public:
+    Runner(const std::string &library, const Json &job, std::FILE *events) : job_(job), events_(events) {
+        const std::string runtime = job["runtime"].words("onnxruntime");
+        if (runtime != "onnxruntime") throw std::runtime_error("the native runner measures onnxruntime models, not " + runtime + "; put Python and that runtime on the device");
+        for (const Json &provider : job["providers"].list) {
+            if (provider.text != kCpu) {
+                throw std::runtime_error("the native runner measures " + std::string(kCpu) + " only, not " + provider.text + "; put Python and onnxruntime on the device");
+            }
+        }
+        std::vector<int64_t> cpus;
+        for (const Json &cpu : job["pinning"].list) cpus.push_back(cpu.whole(-1));
+        if (!cpus.empty()) pin(cpus);
+        niceness_ = niceness(job["priority"].words("high") == "high");
+        ort_.reset(new Ort(library));
+        ort_->call(CreateEnv, kLogErrors, "vitrim", &env_);
+        floor_ = read_memory();
+        const bool was_reset = reset_peak();
+        // Where the mark cannot be reset it may still show the opening of the runtime instead of the model.
+        exact_ = was_reset || read_memory().peak_bytes == floor_.now_bytes;
+        double start = wall_s();
+        model_.reset(new Model(*ort_, env_, job));
+        load_s_ = wall_s() - start;
+        images_ = model_->random_images(job["seed"].whole(0));
+        start = wall_s();
+        model_->infer(images_.data());
+        first_s_ = wall_s() - start;
+    }
+
+    void ready() {
+        Line line;
+        line.say("event", std::string("ready")).say("runtime", std::string("onnxruntime")).say("runtime_version", ort_->version);
+        line.say("provider", std::string(kCpu)).raw("provider_nodes", "null").say("input_shape", model_->shape).say("input_type", model_->type);
+        line.say("load_s", load_s_).say("first_inference_s", first_s_).raw("floor_rss_bytes", bytes(floor_.now_bytes)).say("peak_rss_exact", exact_);
+        tell(line.say("niceness", static_cast<int64_t>(niceness_)).say("runner", std::string("native")));
+    }
+
+    void run(const std::string &action, const Json &command) {
+        if (action == "warm") warm(command["limit_s"].real(10.0), command["tolerance"].real(0.03), command["least_s"].real(0.2));
+        else if (action == "run") samples(command["count"].whole(1), command["settle"].whole(2));
+        else if (action == "memory") memory();
+        else if (action == "score") score(command["dataset"].words(""), command["limit"].whole(INT64_MAX));
+        else if (action == "profile") profile(command["count"].whole(10));
+        else throw std::runtime_error("unknown command '" + action + "'; it can be warm, run, memory, score, profile or stop");
+    }
+
+  private:
+    const Json &job_;
+    std::FILE *events_;
+    std::unique_ptr<Ort> ort_;
+    void *env_ = nullptr;
+    std::unique_ptr<Model> model_;
+    std::vector<char> images_;
+    Memory floor_;
+    bool exact_ = true;
+    int niceness_ = 0;
+    double load_s_ = 0.0, first_s_ = 0.0;
+
+    void tell(const Line &line) {
+        std::fprintf(events_, "%s\n", line.str().c_str());
+        std::fflush(events_);
+    }
+
+    static std::string bytes(int64_t count) { return count < 0 ? "null" : std::to_string(count); }
+
+    std::vector<double> timed(int64_t count) {
+        std::vector<double> latency_s(static_cast<size_t>(std::max<int64_t>(0, count)));
+        for (double &one : latency_s) {
+            const double start = wall_s();
+            model_->infer(images_.data());
+            one = wall_s() - start;
+        }
+        return latency_s;
+    }
+
+    // Until the medians of two windows in a row agree within `tolerance`, or the limit is reached.
+    void warm(double limit_s, double tolerance, double least_s) {
+        const double start = wall_s();
+        const int64_t window = first_s_ < 0.5 ? 5 : 1;
+        int64_t count = 0;
+        bool stable = false;
+        double middle = 0.0;
+        for (double before = -1.0;; before = middle) {
+            std::vector<double> found = timed(window);
+            std::sort(found.begin(), found.end());
+            middle = found[static_cast<size_t>(window / 2)];
+            count += window;
+            const double elapsed = wall_s() - start;
+            stable = before >= 0.0 && elapsed >= least_s && std::fabs(middle - before) <= tolerance * before;
+            if (stable || elapsed >= limit_s) break;
+        }
+        tell(Line().say("event", std::string("warm")).say("count", count).say("stable", stable).say("p50_s", middle));
+    }
+
+    void samples(int64_t count, int64_t settle) {
+        timed(settle);
+        const double cpu_start = cpu_s(), wall_start = wall_s();
+        const std::vector<double> latency_s = timed(count);
+        const double spent_cpu_s = cpu_s() - cpu_start, spent_wall_s = wall_s() - wall_start;
+        tell(Line().say("event", std::string("samples")).say("latency_s", latency_s).say("cpu_s", spent_cpu_s).say("wall_s", spent_wall_s));
+    }
+
+    void memory() {
+        const Memory found = read_memory();
+        tell(Line().say("event", std::string("memory")).raw("peak_rss_bytes", bytes(found.peak_bytes)).raw("steady_rss_bytes", bytes(found.now_bytes)));
+    }
+
+    void score(const std::string &folder, int64_t limit) {
+        Dataset dataset(folder, *model_, job_["preprocessing"]);
+        const int64_t total = std::min<int64_t>(limit, static_cast<int64_t>(dataset.labels.size())), batch = model_->shape[0];
+        int64_t correct = 0;
+        double told = wall_s();
+        std::vector<float> answers;
+        for (int64_t first = 0; first < total; first += batch) {
+            const int64_t last = std::min(first + batch, total);
+            std::vector<char> chunk = dataset.batch(first, last);
+            model_->infer(chunk.data(), &answers);
+            const size_t classes = answers.size() / static_cast<size_t>(batch);
+            for (int64_t image = first; image < last; ++image) {
+                const float *row = answers.data() + static_cast<size_t>(image - first) * classes;
+                for (size_t k = 0; k < classes; ++k) {
+                    if (!std::isfinite(row[k])) throw std::runtime_error("the model answers with infinite or missing numbers for image " + std::to_string(image));
+                }
+                const int64_t label = dataset.labels[static_cast<size_t>(image)];
+                if (label < 0 || label >= static_cast<int64_t>(classes)) {
+                    throw std::runtime_error("the data set has labels outside of the model's " + std::to_string(classes) + " classes; give the set it was trained on");
+                }
+                correct += std::max_element(row, row + classes) - row == label;
+            }
+            if (wall_s() - told > 1.0) {
+                told = wall_s();
+                tell(Line().say("event", std::string("progress")).say("done", last).say("total", total));
+            }
+        }
+        tell(Line().say("event", std::string("score")).say("correct", correct).say("total", total));
+    }
+
+    // One row an operator, from a second session with the runtime's own profiler.
+    void profile(int64_t count) {
+        const std::string prefix = "vitrim-profile-" + std::to_string(getpid());
+        Model second(*ort_, env_, job_, prefix.c_str());
+        for (int64_t i = 0; i < count + 2; ++i) second.infer(images_.data());
+        const std::string file = second.end_profiling();
+        std::ifstream stream(file);
+        const std::string text((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
+        stream.close();
+        std::remove(file.c_str());
+        const std::string suffix = "_kernel_time";
+        std::map<std::string, std::vector<Json>> found;
+        for (const Json &event : parse(text).list) {
+            const std::string name = event["name"].words("");
+            if (event["cat"].words("") != "Node" || name.size() < suffix.size() || name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) continue;
+            found[name.substr(0, name.size() - suffix.size())].push_back(event);
+        }
+        std::vector<std::pair<double, std::string>> rows;
+        for (const auto &node : found) {
+            // The first two runs are warm-up.
+            const size_t kept = std::min(node.second.size(), static_cast<size_t>(count));
+            const Json &args = node.second[node.second.size() - kept]["args"];
+            double seconds = 0.0;
+            for (size_t i = node.second.size() - kept; i < node.second.size(); ++i) seconds += node.second[i]["dur"].real(0.0) * 1e-6 / static_cast<double>(count);
+            std::string shapes;
+            for (const Json &entry : args["output_type_shape"].list) {
+                for (const auto &pair : entry.object) {
+                    std::vector<int64_t> sizes;
+                    for (const Json &size : pair.second.list) sizes.push_back(size.whole(0));
+                    shapes += (shapes.empty() ? "" : ", ") + written(sizes);
+                }
+            }
+            Line row;
+            row.say("node", node.first).say("operator", args["op_name"].words("?")).say("provider", args["provider"].words("?"));
+            rows.emplace_back(seconds, row.raw("output_shapes", "[" + shapes + "]").say("calls", static_cast<int64_t>(kept)).say("seconds", seconds).str());
+        }
+        std::stable_sort(rows.begin(), rows.end(), [](const auto &a, const auto &b) { return a.first > b.first; });
+        std::string all;
+        for (const auto &row : rows) all += (all.empty() ? "" : ", ") + row.second;
+        tell(Line().say("event", std::string("profile")).say("runs", count).raw("rows", "[" + all + "]"));
+    }
+};
+
+static std::string one_line(const std::string &text) {
+    std::string made;
+    for (const char letter : text) made += letter == '\n' || letter == '\r' || letter == '\t' ? ' ' : letter;
+    return made.size() <= 300 ? made : made.substr(0, 297) + "...";
+}
+
+}  // namespace vitrim
+
+int main(int count, char **arguments) {
+    // Events have standard output to themselves; whatever a library prints goes to standard error.
+    std::FILE *events = fdopen(dup(1), "w");
+    dup2(2, 1);
+    try {
+        if (count != 3) throw std::runtime_error("two arguments are wanted: the runtime's shared library, and the job as JSON, or - to read it from standard input");
+        const std::string job_text = arguments[2];
+        std::string line = job_text;
+        if (job_text == "-") std::getline(std::cin, line);
+        const vitrim::Json job = vitrim::parse(line);
+        if (job["model"].words("").empty()) throw std::runtime_error("the job is no JSON object with a model");
+        vitrim::Runner runner(arguments[1], job, events);
+        runner.ready();
+        if (!job["commands"].is_null()) {
+            for (const vitrim::Json &command : job["commands"].list) {
+                if (command["do"].words("") == "stop") break;
+                runner.run(command["do"].words(""), command);
+            }
+            return 0;
+        }
+        while (std::getline(std::cin, line)) {
+            if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
+            const vitrim::Json command = vitrim::parse(line);
+            if (command["do"].words("") == "stop") break;
+            runner.run(command["do"].words(""), command);
+        }
+    } catch (const std::bad_alloc &) {
+        std::fprintf(events, "%s\n", vitrim::Line().say("event", std::string("error")).say("message", std::string("the memory of this device is used up; measure a smaller model or batch")).str().c_str());
+        std::fflush(events);
+        return 3;
+    } catch (const std::exception &error) {
+        std::fprintf(events, "%s\n", vitrim::Line().say("event", std::string("error")).say("message", vitrim::one_line(error.what())).str().c_str());
+        std::fflush(events);
+        return 3;
+    }
+    return 0;
+}
