@@ -28,7 +28,7 @@ LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/inf
 # Runtime -> (distribution, the parts of its wheel, all where none is named). TVM's compiler is 240 MB and stays away: the runtime is enough.
 RUNTIMES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "onnxruntime": (("onnxruntime", ()),),
-    "tvm": (("apache-tvm-ffi", ()), ("apache-tvm", ("tvm/lib/libtvm_runtime", "apache_tvm-"))),
+    "tvm": (("apache-tvm-ffi", ()), ("typing_extensions", ()), ("apache-tvm", ("tvm/lib/libtvm_runtime", "apache_tvm-"))),
 }
 CHECK = """
 import json, platform, sys

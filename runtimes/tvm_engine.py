@@ -1,0 +1,259 @@
+"""TVM: `model.so` as `vitrim export --runtime tvm` compiled it.
+
+A device needs numpy, apache-tvm-ffi and libtvm_runtime.so (beside the model, in a folder that TVM_LIBRARY_PATH names, or in an installed apache-tvm);
+the compiler is never loaded, so what is measured is what a device without it would hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from .engine import Engine, EngineError, Json, Requirement, missing, one_line
+
+REQUIREMENT = Requirement("tvm_ffi", "apache-tvm apache-tvm-ffi")
+LIBRARY = "libtvm_runtime.so"
+# Beside the runtime, for models that were compiled for such a device.
+DEVICE_LIBRARIES = {"cuda": "libtvm_runtime_cuda.so"}
+# As DLPack numbers them; TVM's virtual machine wants a CPU besides any other device.
+DEVICES = {"cpu": 1, "cuda": 2}
+POOLED = 2
+# What TVM's generated code may take for granted of a pointer.
+ALIGNMENT_BYTES = 64
+_libraries: list[Any] = []
+
+
+class TvmEngine(Engine):
+    """A Relax executable in TVM's virtual machine. Of the job's session it reads `device` (cpu or cuda)."""
+
+    runtime = "tvm"
+
+    def __init__(self, job: Json) -> None:
+        super().__init__(job)
+        self.device = str((job.get("session") or {}).get("device", "cpu"))
+        if self.device not in DEVICES:
+            raise EngineError(f"session: device {self.device!r} is none that this engine drives; export for {' or '.join(DEVICES)}")
+        set_threads(int(job.get("threads", 1)), spinning=bool(job.get("spinning")))
+        self.ffi = import_ffi()
+        self.library = load_runtime(self.ffi, str(job["model"]), self.device)
+        self.version = runtime_version(self.ffi)
+        self.provider = "CPU" if self.device == "cpu" else self.device.upper()
+
+    def load(self) -> None:
+        self.take_input()
+        if self.input_type != "float32":
+            raise EngineError(f"input {self.input_name!r} is {self.input_type}; a compiled model takes float32")
+        path = self.require_file()
+        if self.device != "cpu" and not device_there(self.ffi, self.device):
+            raise EngineError(f"{os.path.basename(path)} was compiled for {self.device}, and this machine has no such device; run it where one is")
+        try:
+            self.machine = start_machine(self.ffi.load_module(os.path.abspath(path)), self.device)
+            self.main = self.machine["main"]
+        except Exception as error:
+            raise self.cannot_load(error) from None
+        self._buffer = aligned(self.input_shape)
+        self._held: Any = None
+
+    def infer(self, images: Any) -> Any:
+        import numpy
+
+        if list(images.shape) != self.input_shape:
+            raise EngineError(f"input {self.input_name!r} takes {self.input_shape}, got {list(images.shape)}; this model has fixed shapes")
+        try:
+            return numpy.asarray(to_numpy(self.ffi, self.main(self._tensor(images)), self.device))
+        except Exception as error:
+            raise EngineError(f"tvm {self.version}: the model stopped: {one_line(error)}") from None
+
+    def profile(self, images: Any, count: int) -> list[Json]:
+        from time import perf_counter
+
+        began: list[float] = []
+        found: dict[str, list[float]] = {}
+        shapes: dict[str, list[list[int]]] = {}
+
+        def watch(function: Any, symbol: str, before: bool, returned: Any, *arguments: Any) -> int:
+            if before:
+                began.append(perf_counter())
+            else:
+                found.setdefault(symbol, []).append(perf_counter() - began.pop())
+                if symbol not in shapes and arguments and hasattr(arguments[-1], "shape"):
+                    # Kernels write into their last argument.
+                    shapes[symbol] = [[int(size) for size in arguments[-1].shape]]
+            return 0
+
+        self.machine["set_instrument"](self.ffi.convert(watch))
+        try:
+            for _ in range(2):
+                self.infer(images)
+            found.clear()
+            for _ in range(count):
+                self.infer(images)
+        finally:
+            # Nothing takes an instrument off again, so another machine goes on.
+            self.load()
+        rows = [
+            {"node": symbol, "operator": operator_of(symbol), "provider": self.provider, "output_shapes": shapes.get(symbol, []),
+             "calls": len(seconds), "seconds": sum(seconds) / count}
+            for symbol, seconds in found.items()
+            if not symbol.startswith("vm.builtin.")
+        ]  # fmt: skip
+        if not rows:
+            raise EngineError("this model was compiled into a single function, so its kernels cannot be told apart; profile the onnxruntime artifact")
+        return sorted(rows, key=lambda row: -float(row["seconds"]))
+
+    def _tensor(self, images: Any) -> Any:
+        """The images where the device reads them: as they lie if aligned, else copied, which then is part of the inference."""
+        if self.device != "cpu":
+            return to_device(self.ffi, images, self.device)
+        if images.ctypes.data % ALIGNMENT_BYTES or not images.flags.c_contiguous or not images.flags.writeable:
+            self._buffer[...] = images
+            images = self._buffer
+        return self.ffi.from_dlpack(images)
+
+
+ENGINE = TvmEngine
+
+
+def set_threads(threads: int, *, spinning: bool) -> None:
+    """Settings that the runtime reads from the environment; the number holds for every model of this process, since there is one pool."""
+    os.environ["TVM_NUM_THREADS"] = str(threads)
+    # The pool would bind its threads to the first CPUs, whatever CPUs this process was given.
+    os.environ["TVM_BIND_THREADS"] = "0"
+    if not spinning:
+        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+
+
+def import_ffi() -> Any:
+    """`tvm_ffi` without torch, which it would import for exchanging tensors. Errors: EngineError where it is missing."""
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    try:
+        with hidden("torch"):
+            import tvm_ffi  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except (ImportError, OSError) as error:
+        raise missing("tvm", error, REQUIREMENT) from None
+    return tvm_ffi
+
+
+@contextlib.contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """Let `import module` fail inside, unless it is here already: two hundred megabytes that a device has not."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+def library_folders(model: str) -> list[str]:
+    """Where the runtime's library may lie, in order."""
+    folders = [os.path.dirname(os.path.abspath(model))]
+    folders += [folder for folder in os.environ.get("TVM_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    found = importlib.util.find_spec("tvm")
+    for place in (found.submodule_search_locations or []) if found else []:
+        folders.append(os.path.join(place, "lib"))
+    return folders
+
+
+def load_runtime(ffi: Any, model: str, device: str = "cpu") -> str:
+    """Load libtvm_runtime.so, and what the device needs besides; the path. Errors: EngineError naming the folders that were searched."""
+    folders = library_folders(model)
+    runtime = ""
+    for name in [LIBRARY, *([DEVICE_LIBRARIES[device]] if device in DEVICE_LIBRARIES else [])]:
+        for path in (os.path.join(folder, name) for folder in folders):
+            if os.path.isfile(path):
+                break
+        else:
+            raise EngineError(
+                f"{name} is in none of {', '.join(folders)}; put it beside the model, or install it with `python3 -m pip install {REQUIREMENT.install}`"
+            )
+        runtime = runtime or path
+        # A program that has imported tvm itself has loaded it already; twice would register everything twice.
+        if name == LIBRARY and ffi.get_global_func("runtime.NumThreads", allow_missing=True) is not None:
+            continue
+        import ctypes
+
+        try:
+            _libraries.append(ctypes.CDLL(path, ctypes.RTLD_GLOBAL))
+        except OSError as error:
+            raise EngineError(f"{path}: cannot be loaded ({one_line(error)}); take the library of this apache-tvm-ffi's release and machine") from None
+    return runtime
+
+
+def runtime_version(ffi: Any) -> str:
+    """Of apache-tvm where it is installed; else of the exchange layer, which is what the device has."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("apache-tvm")
+    except metadata.PackageNotFoundError:
+        return f"ffi {ffi.__version__}"
+
+
+def start_machine(module: Any, device: str) -> Any:
+    """The virtual machine of a loaded module, its allocators set up."""
+    machine = module["vm_load_executable"]()
+    devices = [DEVICES[device], 0, POOLED]
+    machine["vm_initialization"](*devices, *([] if device == "cpu" else [DEVICES["cpu"], 0, POOLED]))
+    return machine
+
+
+def device_there(ffi: Any, device: str) -> bool:
+    """Whether the runtime finds such a device here."""
+    query = ffi.get_global_func("runtime.GetDeviceAttr", allow_missing=True)
+    try:
+        # Attribute 0: whether it exists.
+        return query is None or bool(query(DEVICES[device], 0, 0))
+    except Exception:
+        return False
+
+
+def aligned(shape: list[int]) -> Any:
+    """An array of zeros that begins where the generated code wants it."""
+    import numpy
+
+    count = 4
+    for size in shape:
+        count *= size
+    room = numpy.zeros(count + ALIGNMENT_BYTES, dtype=numpy.uint8)
+    first = -room.ctypes.data % ALIGNMENT_BYTES
+    return room[first : first + count].view(numpy.float32).reshape(shape)
+
+
+def to_device(ffi: Any, images: Any, device: str) -> Any:
+    """A copy of an array in a device's memory."""
+    tensor = ffi.get_global_func("runtime.TVMTensorAllocWithScope")(
+        ffi.Shape(images.shape), ffi.dtype("float32"), ffi.device(DEVICES[device], 0), None
+    )
+    ffi.get_global_func("runtime.TVMTensorCopyFromBytes")(tensor, images.ctypes.data_as(_pointer()), images.nbytes)
+    return tensor
+
+
+def to_numpy(ffi: Any, tensor: Any, device: str) -> Any:
+    """The logits as an array; from another device they are copied."""
+    import numpy
+
+    if hasattr(tensor, "__len__") and not hasattr(tensor, "shape"):
+        tensor = tensor[0]
+    if device == "cpu":
+        return numpy.from_dlpack(tensor)
+    found = numpy.empty(tuple(tensor.shape), dtype=numpy.float32)
+    ffi.get_global_func("runtime.TVMTensorCopyToBytes")(tensor, found.ctypes.data_as(_pointer()), found.nbytes)
+    return found
+
+
+def _pointer() -> Any:
+    import ctypes
+
+    return ctypes.c_void_p
+
+
+def operator_of(symbol: str) -> str:
+    """A kernel's name without the number that tells it from its like: `fused_dense3` is a `fused_dense`."""
+    return symbol.rstrip("0123456789") or symbol
