@@ -64,7 +64,7 @@ class AdbLink:
 
     def copy(self, files: Mapping[str, Path | bytes], folder: str) -> None:
         """Push files (name: path, or bytes) into a folder on the device."""
-        place = self.run(f"mkdir -p {quote(folder)} && cd {quote(folder)} && pwd").decode().strip()
+        place = self.run(f"umask 077; mkdir -p {quote(folder)} && cd {quote(folder)} && pwd").decode().strip()
         limit_s = 60 + sum(size_bytes(source) for source in files.values()) / SLOWEST_BYTES_PER_S
         with tempfile.TemporaryDirectory(prefix="vitrim-adb-") as name:
             stage = Path(name)

@@ -37,8 +37,11 @@ def device_environment(link: DeviceLink) -> dict[str, Any]:
             path = Path(folder, *(step for step in name.strip().split("/") if step not in ("", ".", "..")))
             if path == Path(folder) or path.is_dir():
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content.replace("\0", ""))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content.replace("\0", ""))
+            except OSError:
+                continue
         # In a process of its own: the root that it reads from is the module's.
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("environment.py")), folder], stdout=subprocess.PIPE, check=True, timeout=60

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import shlex
 import subprocess
 import tarfile
 import tempfile
@@ -13,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-
-
-class LinkLost(InputError):
-    """The device does not answer at present; a run that was begun there goes on."""
+from .device_link import LinkLost, disk_full, is_disk_full, quote
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,8 @@ class SshAddress:
 class SshLink:
     """One connection to a device, kept open between commands; `options` are passed to ssh (["-i", "key"])."""
 
+    kind = "ssh"
+
     def __init__(self, address: SshAddress, options: Sequence[str] = ()) -> None:
         self.address = address
         # The socket's path must stay short; the folder goes with the object.
@@ -71,6 +69,10 @@ class SshLink:
         self._command += ["-o", "ControlMaster=auto", "-o", f"ControlPath={self._sockets.name}/%C", "-o", "ControlPersist=30", *options]
         self._command += ["-p", str(address.port)] if address.port else []
         self._command += ["-l", address.user] if address.user else []
+
+    @property
+    def shown(self) -> str:
+        return self.address.shown
 
     def run(self, script: str, *, send: bytes = b"", limit_s: float = 60.0) -> bytes:
         """Run a shell script on the device and return its output. Errors: InputError or LinkLost, one line."""
@@ -100,7 +102,15 @@ class SshLink:
                 archive.addfile(entry, io.BytesIO(content))
         size = stream.tell()
         # 64 KiB a second is the slowest link that is waited for.
-        self.run(f"mkdir -p {quote(folder)} && tar -xf - -C {quote(folder)}", send=stream.getvalue(), limit_s=60 + size / 65536)
+        self.run(f"umask 077; mkdir -p {quote(folder)} && tar -xf - -C {quote(folder)}", send=stream.getvalue(), limit_s=60 + size / 65536)
+
+    def talk(self, script: str) -> list[str]:
+        """The command that runs a script on the device with this machine's standard input and output."""
+        return [*self._command, "--", self.address.host, script]
+
+    def default_folder(self) -> str:
+        """The user's cache; the device's shell says which that is."""
+        return "$HOME/.cache/vitrim"
 
     def close(self) -> None:
         """End the connection that is kept open."""
@@ -123,8 +133,8 @@ class SshLink:
             return InputError(
                 f"{where}: the login was refused; put your public key there (`ssh-copy-id`), or name the right user (ssh://user@{where})"
             )
-        if "no space left on device" in low or "disk quota exceeded" in low:
-            return InputError(f"{where}: its disk is full; free some space there, then measure again")
+        if is_disk_full(said):
+            return disk_full(where)
         if code == 255:
             return LinkLost(f"{where}: no connection ({last}); is the device on, the address right, and its ssh server running?")
         return InputError(f"{where}: {last}")
@@ -132,10 +142,3 @@ class SshLink:
     def _known_name(self) -> str:
         port = self.address.port
         return self.address.host if port in (None, 22) else f"'[{self.address.host}]:{port}'"
-
-
-def quote(path: str) -> str:
-    """A path for the device's shell, with a leading $HOME left to it."""
-    if path.startswith("$HOME/"):
-        return '"$HOME"/' + shlex.quote(path[len("$HOME/") :])
-    return shlex.quote(path)

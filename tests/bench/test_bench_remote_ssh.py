@@ -19,7 +19,8 @@ import pytest
 from bench_samples import chain, images_with_labels
 from vitrim.bench.remote import measure_on
 from vitrim.bench.remote_ssh import measure_over_ssh
-from vitrim.bench.ssh_link import LinkLost, SshAddress
+from vitrim.bench.device_link import LinkLost
+from vitrim.bench.ssh_link import SshAddress
 from vitrim.errors import InputError
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -191,7 +192,7 @@ def test_a_refused_login_is_told(server: Server, tmp_path: Path) -> None:
 
 @needs_sshd
 def test_a_missing_python_and_a_missing_runtime_are_told(server: Server, tmp_path: Path) -> None:
-    refused(server, tmp_path, "there is no python9; install Python 3.9 or newer", python="python9")
+    refused(server, tmp_path, "there is no python9; install Python 3.9 or newer", python="python9", runner="python")
     bare = tmp_path / "bare-python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
