@@ -21,7 +21,7 @@ from .parity import first_difference
 PLAIN = "plain"
 # What two forms answer alike; scaled queries, unbiased values and centred streams between them differ on purpose.
 COMPARABLE = (".softmax", ".act", "logits")
-_REFERENCE_FORM = Form(rows="batch", norm="layer", last_queries=False)
+_REFERENCE_FORM = Form(rows="batch", norm="layer", last_queries=False, last_keys=False, stream="dense")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def applicable(architecture: Architecture) -> bool:
     """Whether the stream is only ever seen through LayerNorms over all of it, and only Linears write to it."""
     if architecture.norm is None or architecture.norm.kind != "layer" or architecture.head_reads is not None or architecture.stem_norm is not None:
         return False
-    if architecture.pool_norm is not None:
+    if architecture.patch_norm is not None:
         return False
     return all(_whole(branch) for branch in architecture.branches)
 
@@ -44,13 +44,18 @@ def centre(architecture: Architecture, state: State) -> tuple[Architecture, Stat
     for number, step in enumerate(architecture.steps):
         steps.append(tuple(_branch(branch, wide, f"steps.{number}.{position}.", embed) for position, branch in enumerate(step)))
     assert architecture.norm is not None
-    _fold_shift(wide, "norm", ["head", *(["head_dist"] if architecture.pool.kind == "distilled" else [])])
-    assert architecture.head is not None
-    head = architecture.head.model_copy(update={"bias": "head.bias" in wide})
-    changed = architecture.model_copy(
-        update={"steps": tuple(steps), "norm": _rms(architecture.norm, wide, "norm"), "stem_writes": None, "head": head}
-    )
+    if _straight(architecture):
+        _fold_shift(wide, "norm", ["head", *(["head_dist"] if architecture.pool.kind == "distilled" else [])])
+    norm = _rms(architecture.norm, wide, "norm")
+    changed = architecture.model_copy(update={"steps": tuple(steps), "norm": norm, "stem_writes": None})
     return changed, {name: np.ascontiguousarray(value.astype(np.float32)) for name, value in wide.items()}
+
+
+def _straight(architecture: Architecture) -> bool:
+    """Whether the last norm is followed by nothing but averages and classifiers; elsewhere its bias stays a sum of its own, on few rows."""
+    head = architecture.head
+    plain = head is not None and head.hidden is None and architecture.pool.refine is None and architecture.pool_norm is None
+    return plain and architecture.pool.kind in ("token", "mean", "mean_all", "distilled")
 
 
 def _branch(branch: BranchSpec, wide: State, at: str, embed: int) -> BranchSpec:
@@ -62,7 +67,7 @@ def _branch(branch: BranchSpec, wide: State, at: str, embed: int) -> BranchSpec:
         return branch.model_copy(update={"layer_scale": False, "writes": None})
     assert branch.norm is not None
     if isinstance(core, AttentionSpec):
-        readers, out = ["q", "k", "v"], "out"
+        readers, out = ["q", "k", "v", *(["gate"] if core.gated else [])], "out"
     else:
         assert isinstance(core, FfnSpec)
         readers, out = (["fc1", "gate"] if core.gated else ["fc1"]), "fc2"
@@ -91,7 +96,7 @@ def _fold_shift(wide: State, norm: str, readers: list[str]) -> None:
 
 def _rms(spec: NormSpec, wide: State, norm: str) -> NormSpec:
     wide.setdefault(f"{norm}.weight", np.ones(spec.width))
-    return NormSpec(kind="rms", width=spec.width, eps=spec.eps, weight=True, bias=False)
+    return NormSpec(kind="rms", width=spec.width, eps=spec.eps, weight=True, bias=f"{norm}.bias" in wide)
 
 
 def _widen_stem(architecture: Architecture, wide: State) -> None:

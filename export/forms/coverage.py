@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
 
-from ...compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec, HeadSpec, NormSpec, PoolSpec, StemSpec
+from ...compress.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    ConvSpec,
+    DifferentialSpec,
+    FfnSpec,
+    HeadSpec,
+    NormSpec,
+    PoolSpec,
+    RefineSpec,
+    RelativeBiasSpec,
+    RopeSpec,
+    StemSpec,
+)
 
-POOLS = ("token", "mean", "mean_all", "distilled")
+POOLS = ("token", "mean", "mean_all", "max", "max_all", "avgmax", "avgmax_all", "token_mean", "distilled", "dense", "attention")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu6", "hardswish", "tanh", "sigmoid", "identity")
 
 # Fields that the forms read; any other must be at its default, where it changes nothing.
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: {
-        "schema_", "image", "embed", "stem", "prefix", "position", "stem_norm", "stem_writes", "steps", "norm", "pool", "pool_norm", "head",
-        "head_reads", "last_queries",
+        "schema_", "image", "embed", "stem", "prefix", "position", "patch_norm", "stem_norm", "stem_writes", "steps", "norm", "pool", "pool_norm", "head",
+        "feature_width", "feature_writes", "head_reads", "last_queries",
     },
-    StemSpec: {"kind", "patch", "bias"},
-    PoolSpec: {"kind"},
-    HeadSpec: {"classes", "bias"},
+    StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
+    ConvSpec: {"channels", "kernel", "stride", "padding", "bias", "act"},
+    PoolSpec: {"kind", "attention", "norm", "ffn", "width", "prefix", "refine"},
+    RefineSpec: {"channels", "scale"},
+    HeadSpec: {"classes", "bias", "hidden", "hidden_act", "act"},
     BranchSpec: {"name", "core", "norm", "post_norm", "layer_scale", "reads", "writes"},
     AttentionSpec: {
         "kind", "heads", "qk", "v", "scale", "q_bias", "k_bias", "v_bias", "out_bias", "q_norm", "k_norm", "qk_norm_per_head", "out_norm",
-        # These only qualify parts that are refused themselves.
-        "gate_bias", "head_norm_per_head",
+        "kv_of", "gated", "gate_bias", "rope", "bias", "differential", "head_norm", "head_norm_per_head",
     },
+    RopeSpec: {"layout", "tokens", "prefix", "per_head"},
+    RelativeBiasSpec: {"grid", "prefix", "prefix_rows"},
+    DifferentialSpec: {"start", "width", "dual"},
     FfnSpec: {"kind", "hidden", "act", "gated", "in_bias", "gate_bias", "out_bias", "norm"},
     ConstantSpec: {"kind"},
     NormSpec: {"kind", "width", "eps", "weight", "bias"},
@@ -34,26 +54,32 @@ _READ: dict[type[BaseModel], set[str]] = {
 
 def reason_against(architecture: Architecture) -> str | None:
     """The first part that no form has a rule for, or None if all is covered."""
-    if architecture.head is None:
-        return "the model has no classifier"
     if architecture.pool.kind not in POOLS:
         return f"pooling by {architecture.pool.kind!r}"
-    stem = architecture.stem
-    if stem.stride == stem.patch:
-        stem = stem.model_copy(update={"stride": None})
-    parts: list[tuple[str, BaseModel | None]] = [
-        ("model", architecture), ("stem", stem), ("pool", architecture.pool), ("head", architecture.head), ("norm", architecture.norm),
-        ("stem_norm", architecture.stem_norm), ("pool_norm", architecture.pool_norm),
-    ]  # fmt: skip
-    for branch in architecture.branches:
-        core = branch.core
-        parts += [(branch.name, branch), (f"{branch.name}.core", core), (f"{branch.name}.norm", branch.norm)]
-        if isinstance(core, FfnSpec) and core.act not in ACTIVATIONS:
-            return f"{branch.name}: activation {core.act!r}"
-    for path, part in parts:
-        if part is not None and (found := _unread(part)):
+    for path, part in _parts("model", architecture):
+        for field in ("act", "hidden_act"):
+            act = getattr(part, field, "identity")
+            if act not in ACTIVATIONS:
+                return f"{path}: activation {act!r}"
+        if found := _unread(part):
             return f"{path}: {found}"
     return None
+
+
+def _parts(path: str, part: BaseModel) -> Iterator[tuple[str, BaseModel]]:
+    """A specification and all those inside it; sub-layers go by their own names."""
+    yield path, part
+    for name in type(part).model_fields:
+        for inner in _inside(getattr(part, name)):
+            yield from _parts(inner.name if isinstance(inner, BranchSpec) else name if path == "model" else f"{path}.{name}", inner)
+
+
+def _inside(value: Any) -> Iterator[BaseModel]:
+    if isinstance(value, BaseModel):
+        yield value
+    elif isinstance(value, tuple) and value and not isinstance(value[0], int):
+        for entry in value:
+            yield from _inside(entry)
 
 
 def _unread(part: BaseModel) -> str | None:

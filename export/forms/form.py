@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ...errors import InputError
 
@@ -21,6 +22,10 @@ class Form:
     activation: `gelu` (opset 20), or `bias-gelu` for ONNX Runtime's BiasGelu.
     stem: `conv`, or `matrix` (patches cut out by reshaping, then one Gemm).
     last_queries: the last block computes only the tokens that the head reads.
+    last_keys: there it makes no keys and values either, since few queries meet the tokens themselves sooner.
+    stream: what writes to (or reads without a norm) only some channels of the stream is a matrix with zeros for the others (`dense`), goes by
+        index (`index`), or each as a measured cost model says (`cheaper`). Only unshared masks leave such.
+    tile: token rows are filled up to a multiple of it; nobody attends to the rows behind the real ones.
     """
 
     rows: Literal["matrix", "batch"] = "matrix"
@@ -30,17 +35,23 @@ class Form:
     activation: Literal["gelu", "bias-gelu"] = "gelu"
     stem: Literal["conv", "matrix"] = "conv"
     last_queries: bool = True
+    last_keys: bool = True
+    stream: Literal["cheaper", "dense", "index"] = "cheaper"
+    tile: int = 1
 
     @property
     def name(self) -> str:
         """The parts, joined: what a manifest records and `form_named` reads."""
         parts = [self.rows, self.attention, self.residual, self.norm, self.activation, f"{self.stem}-stem"]
-        return "/".join([*parts, "last-queries"] if self.last_queries else parts)
+        parts += ["last-queries"] if self.last_queries else []
+        parts += ["last-keys"] if self.last_keys else []
+        parts += [f"{self.stream}-stream"] if self.stream != "cheaper" else []
+        return "/".join([*parts, f"tile-{self.tile}"] if self.tile > 1 else parts)
 
     @property
     def opset(self) -> int:
         """Lowest opset of the standard that has its operators."""
-        return 23 if "opset23" in (self.attention, self.norm) else 20
+        return 23 if self.attention == "opset23" else 20
 
     @property
     def runtime_operators(self) -> bool:
@@ -59,26 +70,27 @@ FORMS: tuple[Form, ...] = (
     Form(rows="batch", stem="matrix"),
     Form(rows="batch", attention="opset23", norm="layer"),
     Form(rows="batch", attention="runtime", residual="skip-norm", norm="layer", activation="bias-gelu"),
+    Form(attention="opset23", stem="matrix", last_keys=False),
+    # A kernel for AVX-512 takes twelve rows of a matrix at a time.
+    Form(attention="opset23", stem="matrix", tile=12),
 )
+# Two more where masks are not shared.
+STREAM_FORMS: tuple[Form, ...] = tuple(Form(attention="opset23", stem="matrix", stream=kind) for kind in ("dense", "index"))
 
 
 def form_named(name: str) -> Form:
     """The form of a name made by `Form.name`. Errors: InputError with the names that `tune` knows."""
-    parts = name.split("/")
-    last = parts[-1] == "last-queries"
-    parts = parts[:-1] if last else parts
-    if len(parts) == 6:
-        rows, attention, residual, norm, activation, stem = parts
-        form = Form(rows, attention, residual, norm, activation, stem.removesuffix("-stem"), last)  # type: ignore[arg-type]
-        known = (
-            rows in ("matrix", "batch")
-            and attention in ("split", "fused-qkv", "runtime", "opset23")
-            and residual in ("add", "skip-norm")
-            and norm in ("layer", "centred-rms")
-            and activation in ("gelu", "bias-gelu")
-            and stem in ("conv-stem", "matrix-stem")
-        )
-        if known:
-            return form
-    names = ", ".join(["plain", *(form.name for form in FORMS)])
-    raise InputError(f"form {name!r} is unknown; take one of {names}, or leave it out for the best known one of the target")
+    match = _NAME.fullmatch(name)
+    if match is None:
+        names = ", ".join(["plain", *(form.name for form in FORMS)])
+        raise InputError(f"form {name!r} is unknown; take one of {names}, or leave it out for the best known one of the target")
+    choices: dict[str, Any] = {part: match[part] for part in ("rows", "attention", "residual", "norm", "activation", "stem")}
+    choices |= {"last_queries": bool(match["queries"]), "last_keys": bool(match["keys"])}
+    return Form(**choices, stream=match["stream"] or "cheaper", tile=int(match["tile"] or 1))  # type: ignore[arg-type]
+
+
+_NAME = re.compile(
+    "(?P<rows>matrix|batch)/(?P<attention>split|fused-qkv|runtime|opset23)/(?P<residual>add|skip-norm)/(?P<norm>layer|centred-rms)/"
+    "(?P<activation>gelu|bias-gelu)/(?P<stem>conv|matrix)-stem(?P<queries>/last-queries)?(?P<keys>/last-keys)?"
+    "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?"
+)

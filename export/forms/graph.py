@@ -28,10 +28,10 @@ class Graph:
         # Whether RMSNorm may be written as ONNX Runtime's operator.
         self.runtime_norm = False
 
-    def constant(self, name: str, value: Array) -> str:
-        """A weight; the same small array is kept once."""
-        value = np.ascontiguousarray(value)
-        key = (value.dtype.str, value.shape, value.tobytes() if value.nbytes <= 256 else b"")
+    def constant(self, name: str, value: Array, *, shared: bool = False) -> str:
+        """A weight; the same small array, or `shared` one, is kept once."""
+        value = np.asarray(value, order="C")
+        key = (value.dtype.str, value.shape, value.tobytes() if value.nbytes <= 256 or shared else b"")
         if key[2] and key in self._known:
             return self._known[key]
         name = self._fresh(name)
@@ -43,6 +43,10 @@ class Graph:
     def sizes(self, values: Sequence[int]) -> str:
         """An int64 vector, as shapes and axes are given."""
         return self.constant("sizes." + "_".join(str(value).replace("-", "m") for value in values), np.array(values, dtype=np.int64))
+
+    def sizes_row(self, values: Sequence[int]) -> str:
+        """An int64 matrix of one row."""
+        return self.constant("indices", np.array([values], dtype=np.int64), shared=True)
 
     def node(self, operator: str, inputs: Sequence[str], name: str, *, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Add a node and return the name of its output, or a list of names for several; empty ones are unused."""

@@ -79,3 +79,11 @@ def first_tokens(graph: Graph, form: Form, x: str, count: int, name: str) -> str
 def pick_channels(graph: Graph, x: str, indices: tuple[int, ...], name: str) -> str:
     """x[..., indices]."""
     return str(graph.node("Gather", [x, graph.sizes(indices)], name, axis=-1))
+
+
+def place(graph: Graph, y: str, writes: tuple[int, ...], width: int, name: str) -> str:
+    """(…, written) -> (…, width) with zeros elsewhere, by index: one column of zeros is appended, and whatever is not written reads it."""
+    where = np.full(width, len(writes), np.int64)
+    where[list(writes)] = np.arange(len(writes))
+    wider = graph.node("Pad", [y, graph.sizes([0, 1]), "", graph.sizes([-1])], f"{name}.wider")
+    return str(graph.node("Gather", [wider, graph.constant(f"{name}.channels", where)], name, axis=-1))

@@ -38,6 +38,13 @@ class Stream:
         self.settle(name)
         self.value = str(self.graph.node("Add", [self.value, self.graph.constant(f"{name}.value", vector)], name))
 
+    def write_by_index(self, y: str, writes: tuple[int, ...], count: int, name: str) -> None:
+        """stream[..., writes] += y, for `count` rows of a matrix."""
+        self.settle(name)
+        # One row of indices on disk; runtimes spread it when they load.
+        where = self.graph.node("Expand", [self.graph.sizes_row(writes), self.graph.sizes([count, len(writes)])], f"{name}.channels")
+        self.value = str(self.graph.node("ScatterElements", [self.value, where, y], f"{name}.residual", axis=1, reduction="add"))
+
     def read(self, name: str) -> str:
         """Everything written so far."""
         self.settle(name)

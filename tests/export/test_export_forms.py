@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -10,11 +12,15 @@ import torch
 import vitrim
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_networks import architectures, network
 from torch import nn
+from vitrim.compress.architecture import Architecture, AttentionSpec, PoolSpec
+from vitrim.compress.stream_form import choose_stream_form
 from vitrim.compress.vit.model import CompactModel
 from vitrim.errors import InputError, UnsupportedModel
-from vitrim.export.forms import FORMS, Form, form_named, write_network
+from vitrim.export.forms import FORMS, STREAM_FORMS, Form, form_named, write_network
 from vitrim.export.forms.centring import applicable
+from vitrim.export.forms.coverage import reason_against
 from vitrim.export.parity import answers, first_difference, relative_error
 
 TINY = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -37,7 +43,7 @@ def lifted(seed: int = 0, **overrides: object) -> CompactModel:
 def error_of(model: CompactModel, graph: onnx.ModelProto, *, batch: int | str = 1, count: int = 3) -> float:
     images = torch.randn(count, *model.architecture.image, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = model(images).numpy()
+        expected = model(images.to(next(model.parameters()).dtype)).numpy()
     return float(relative_error(expected, answers(graph, images.numpy(), batch=batch)).max())  # type: ignore[arg-type]
 
 
@@ -105,7 +111,8 @@ def test_centring_is_taken_only_where_every_reader_is_a_layer_norm() -> None:
 def test_the_chosen_form_has_fewer_nodes_than_a_plain_one() -> None:
     model = lifted()
     plain = write_network(model, Form(rows="batch", attention="split", norm="layer", stem="conv", last_queries=False))
-    best = write_network(model, FORMS[0])
+    # The last block without keys has fewer products, in more nodes.
+    best = write_network(model, replace(FORMS[0], last_keys=False))
     assert len(best.graph.node) < 0.75 * len(plain.graph.node)
     kinds = [node.op_type for node in best.graph.node]
     # Only the patches are still turned; attention and products take rows as they are.
@@ -114,16 +121,89 @@ def test_the_chosen_form_has_fewer_nodes_than_a_plain_one() -> None:
 
 
 def test_names_lead_back_to_forms() -> None:
-    for form in FORMS:
+    for form in (*FORMS, *STREAM_FORMS, Form(last_queries=False, last_keys=False)):
         assert form_named(form.name) == form
     with pytest.raises(InputError, match="form 'fastest' is unknown; take one of plain, matrix/"):
         form_named("fastest")
 
 
-def test_what_no_form_covers_is_named() -> None:
-    for overrides, reason in (({"num_classes": 0}, "the model has no classifier"), ({"global_pool": "max"}, "pooling by 'max'")):
-        with pytest.raises(UnsupportedModel, match=f"the graph forms have no rule for {reason}"):
-            write_network(lifted(**overrides), FORMS[0])
+class LaterPool(PoolSpec):
+    """A pooling with a field that the forms have never heard of."""
+
+    temperature: float = 1.0
+
+
+def test_what_no_form_has_a_rule_for_is_named() -> None:
+    architecture = lifted().architecture
+    later = architecture.model_copy(update={"pool": LaterPool(temperature=2.0)})
+    assert reason_against(architecture) is None
+    assert reason_against(later) == "pool: temperature"
+    ffn = architecture.branches[1].core.model_copy(update={"act": "mish"})
+    step = (architecture.branches[1].model_copy(update={"core": ffn}),)
+    assert reason_against(architecture.model_copy(update={"steps": (step,)})) == "blocks.0.ffn.core: activation 'mish'"
+    model = lifted()
+    model.architecture = later
+    with pytest.raises(UnsupportedModel, match="the graph forms have no rule for pool: temperature"):
+        write_network(model, FORMS[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(architecture=architectures(), form=st.sampled_from([*FORMS, *STREAM_FORMS]), seed=st.integers(0, 9))
+def test_whatever_an_architecture_can_say_every_form_writes(architecture: Architecture, form: Form, seed: int) -> None:
+    model = network(architecture, seed)
+    assert error_of(model, write_network(model, form)) < 2e-4
+
+
+@settings(max_examples=12, deadline=None)
+@given(architecture=architectures(), form=st.sampled_from([form for form in FORMS if form.rows == "batch"]))
+def test_whatever_an_architecture_can_say_holds_for_a_free_batch(architecture: Architecture, form: Form) -> None:
+    model = network(architecture, 0)
+    assert error_of(model, write_network(model, form, batch="batch"), batch="dynamic", count=3) < 2e-4
+
+
+@pytest.mark.parametrize("tile", [4, 12, 16])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_rows_filled_up_to_a_tile_are_seen_by_nobody(tile: int, pool: str) -> None:
+    model = lifted(global_pool=pool)
+    graph = write_network(model, Form(attention="split", tile=tile))
+    assert error_of(model, graph) < 2e-5
+    rows = {tuple(tensor.dims) for tensor in graph.graph.initializer if tensor.name == "padding"}
+    assert rows == ({(-17 % tile, 24)})
+
+
+def test_the_last_block_makes_no_keys_for_a_class_token_alone() -> None:
+    model = lifted()
+    last = next(branch for branch in reversed(model.architecture.branches) if isinstance(branch.core, AttentionSpec)).name
+    names = [node.name for node in write_network(model, FORMS[0]).graph.node]
+    assert f"{last}.k" not in names
+    assert f"{last}.q" in names
+    assert "blocks.0.attn.k" in names
+    # Eight-bit products are cheaper than the float ones that would replace them.
+    assert f"{last}.k" in [node.name for node in write_network(model, FORMS[0], linears="int8").graph.node]
+
+
+def test_unshared_channels_go_by_index_or_as_zeros_as_the_form_says() -> None:
+    dense = lifted()
+    cut = vitrim.compact(dense, vitrim.StructuredMask.random(dense, keep_ratio=0.5, sharing="unshared", seed=3)).eval()
+    for form, scatters in zip(STREAM_FORMS, (False, True), strict=True):
+        graph = write_network(cut, form)
+        assert error_of(cut, graph) < 2e-5
+        assert any(node.op_type == "ScatterElements" for node in graph.graph.node) is scatters
+    # What the cost model says for each site, the graph does.
+    chosen = choose_stream_form(cut)
+    writers = sum(choice.site.endswith(".out") and choice.form == "index" and choice.site != "stem.out" for choice in chosen.choices)
+    cheaper = write_network(cut, FORMS[0])
+    assert sum(node.op_type == "ScatterElements" for node in cheaper.graph.node) == writers
+    assert error_of(cut, cheaper) < 2e-5
+
+
+def test_an_opset_is_at_least_the_forms_own() -> None:
+    model = lifted()
+    graph = write_network(model, FORMS[1], opset=22)
+    assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [22]
+    assert error_of(model, graph) < 2e-5
+    with pytest.raises(InputError, match="needs opset 23, and 22 was asked for"):
+        write_network(model, FORMS[0], opset=22)
 
 
 def test_the_first_node_that_differs_is_found() -> None:
