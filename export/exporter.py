@@ -14,13 +14,15 @@ from ..storage import replace_folder, require_empty
 from . import quantize
 from .artifact import Artifact, FileEntry, Manifest, Parity, Precision, TensorSpec
 from .candidates import PLAIN
+from .foreign import ask_elsewhere
 from .forms import Form, form_named
 from .model_facts import ask, image_shape, name_of, provenance_of
 from .onnxruntime_files import choose, save
 from .order import Array, Batch, Order, check, preprocessing_of
-from .parity import TOLERANCES, Probe
+from .parity import TOLERANCES, Probe, answers
 from .runtime_files import source_for, write_and_ask
 from .runtimes import runtime_named
+from .store import MODEL
 from .torch_graph import MIN_OPSET
 from .tracing import trace
 from .versions import tool_versions
@@ -95,6 +97,7 @@ def _export(model: nn.Module, folder: Path, order: Order) -> Artifact:
         form, final = choose(model, tidy, order, probe, first, stages, notes)
         with replace_folder(folder, overwrite=order.overwrite) as aside:
             files = save(final, aside, order, probe, stages)
+            ask_elsewhere(aside / MODEL, order, probe, lambda images: answers(final, images, batch=order.batch), stages, notes)
             Artifact.write(aside, _manifest(model, order, form, files, probe, stages, notes, opset=_opset(final)))
         return Artifact.load(folder)
     runtime = runtime_named(order.runtime)
