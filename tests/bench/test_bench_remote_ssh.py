@@ -2,81 +2,31 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench_samples import chain, images_with_labels
+from loopback_ssh import Server, free_port, needs_sshd, ssh_server
 from vitrim.bench.remote import measure_on
 from vitrim.bench.remote_ssh import measure_over_ssh
 from vitrim.bench.device_link import LinkLost
 from vitrim.bench.ssh_link import SshAddress
 from vitrim.errors import InputError
 
-SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
-needs_sshd = pytest.mark.skipif(not Path(SSHD).exists(), reason="sshd is not installed (Debian: apt-get install openssh-server)")
 QUICK: dict[str, Any] = {"time_limit_s": 0.5, "least_rounds": 3, "quiet": True, "poll_s": 0.1, "python": sys.executable}
-
-
-@dataclass
-class Server:
-    url: str
-    options: list[str]
-    process: subprocess.Popen[bytes]
-    folder: Path
-
-    def known(self, line: str) -> list[str]:
-        """Options with another file of known hosts."""
-        path = self.folder / f"known-{abs(hash(line))}"
-        path.write_text(line)
-        return [option.replace(str(self.folder / "known"), str(path)) for option in self.options]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("sshd")
-    for name in ("host", "user", "stranger"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    port = free_port()
-    shutil.copy(folder / "user.pub", folder / "authorized")
-    (folder / "config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nStrictModes no\nUsePAM no\n"
-        "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\nPidFile none\n"
-    )
-    if os.geteuid() == 0:
-        # Where sshd separates its privileges.
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    process = subprocess.Popen([SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log")])
-    key = (folder / "host.pub").read_text().split()
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
-    options = ["-F", "/dev/null", "-o", f"UserKnownHostsFile={folder}/known", "-o", "GlobalKnownHostsFile=/dev/null"]
-    options += ["-o", "IdentitiesOnly=yes", "-o", f"IdentityFile={folder}/user"]
-    for _ in range(50):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    try:
-        yield Server(f"ssh://{getpass.getuser()}@127.0.0.1:{port}", options, process, folder)
-    finally:
-        process.terminate()
-        process.wait(timeout=10)
+    with ssh_server(tmp_path_factory.mktemp("sshd")) as running:
+        yield running
 
 
 @needs_sshd

@@ -1,0 +1,83 @@
+"""A real adb device on loopback: Android's own adbd, as Debian packages it for Linux, with an adb server of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from loopback_ssh import free_port
+
+# The first release of Debian with the package; older machines take it, and what it is linked with, from there, unpacked aside and not installed.
+RELEASE = "trixie"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrim" / "adbd"
+
+
+def adbd_command() -> list[str] | None:
+    """What starts adbd here; None where it is not to be had."""
+    if found := shutil.which("adbd"):
+        return [found]
+    root = CACHE / "root"
+    if not root.is_dir():
+        try:
+            _fetch(root)
+        except Exception:
+            return None
+    libraries = sorted(root.glob("usr/lib/*-linux-gnu"))
+    loaders = [path for folder in libraries for path in folder.glob("ld-linux-*")]
+    if not loaders:
+        return None
+    places = ":".join(str(path) for folder in libraries for path in (folder, folder / "android"))
+    return [str(loaders[0]), "--library-path", places, str(root / "usr/lib/android-sdk/platform-tools/adbd")]
+
+
+def _fetch(root: Path) -> None:
+    from vitrim.bench.emulation import debian
+    from vitrim.storage import replace_folder
+
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    packages = debian.fetch(
+        ["adbd"], machine, CACHE / "apt", dependencies=True, what="adbd", progress=lambda share, text: None, release=RELEASE
+    )
+    with replace_folder(root, overwrite=True) as aside:
+        for package in packages:
+            debian.unpack(package, aside)
+    shutil.rmtree(CACHE / "apt")
+
+
+@contextlib.contextmanager
+def adb_device() -> Iterator[str]:
+    """The address of a running device; the adb server in the environment is one of its own, and gone afterwards."""
+    import pytest
+
+    if shutil.which("adb") is None:
+        pytest.skip("adb is not installed (Debian: apt-get install adb)")
+    if os.geteuid() != 0:
+        pytest.skip("adbd runs as root only")
+    command = adbd_command()
+    if command is None:
+        pytest.skip("adbd is not to be had here (Debian 13: apt-get install adbd)")
+    port = free_port()
+    own_server = {"ANDROID_ADB_SERVER_PORT": str(free_port())}
+    before = {key: os.environ.get(key) for key in own_server}
+    os.environ.update(own_server)
+    device = subprocess.Popen([*command], env={**os.environ, "ADBD_PORT": str(port)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(50):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"adb://127.0.0.1:{port}"
+    finally:
+        subprocess.run(["adb", "kill-server"], capture_output=True, timeout=20)
+        device.terminate()
+        device.wait(timeout=10)
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
