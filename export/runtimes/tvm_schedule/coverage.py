@@ -1,0 +1,39 @@
+"""What our kernels cover; the rest goes through TVM's ONNX front end."""
+
+from __future__ import annotations
+
+from ....compress.architecture import Architecture, AttentionSpec, BranchSpec
+
+POOLS = ("token", "distilled", "mean", "mean_all")
+
+
+def reason_against(architecture: Architecture) -> str | None:
+    """What no kernel of ours computes, with its place, or None."""
+    if architecture.stem.before:
+        return "convolutions before the patches (stem.before)"
+    if architecture.patch_norm is not None:
+        return "a norm over each patch (patch_norm)"
+    if architecture.stem_norm is not None and architecture.stem_writes is not None:
+        return "a norm of a part of the stream (stem_norm with stem_writes)"
+    if architecture.pool.kind not in POOLS or architecture.pool.refine is not None:
+        return f"pooling '{architecture.pool.kind}'" + (" with refine" if architecture.pool.refine else "")
+    if architecture.head is None:
+        return "features without a classifier"
+    return next((f"{branch.name}: {reason}" for branch in architecture.branches if (reason := _branch(branch)) is not None), None)
+
+
+def _branch(branch: BranchSpec) -> str | None:
+    if branch.post_norm is not None:
+        return "a norm after the sub-layer (post_norm)"
+    core = branch.core
+    if not isinstance(core, AttentionSpec):
+        return None
+    refused = {
+        "grouped queries": core.kv_of,
+        "a gate": core.gated,
+        "rotary positions": core.rope,
+        "a relative bias": core.bias,
+        "differential attention": core.differential,
+        "a norm over heads": core.head_norm,
+    }
+    return next((name for name, there in refused.items() if there), None)

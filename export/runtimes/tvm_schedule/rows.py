@@ -1,0 +1,63 @@
+"""Small kernels over rows: their mean, a constant added to them, and the first columns alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from .dense import Rows
+from .lanes import Lanes
+
+
+def mean_rows(images: int, rows: int, source: Rows, lanes: Lanes) -> Any:
+    """The kernel: the mean over `rows` rows of each image -> (images, width), flat."""
+    width = source.width
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((images * source.per_image * width,), "float32"))
+        out = T.arg("out", T.buffer((images * width,), "float32"))
+        total = T.alloc_buffer((lanes.count,), "float32", scope="local")
+        with T.serial(0, images) as image, T.serial(0, width // lanes.count) as vector:
+            lanes.store(total, 0, lanes.splat(0.0))
+            with T.serial(0, rows) as row:
+                lanes.store(total, 0, lanes.load(total, 0) + lanes.load(x, source.start(image, row) + vector * lanes.count))
+            lanes.store(out, image * width + vector * lanes.count, lanes.load(total, 0) * lanes.splat(1 / rows))
+    return builder.get()
+
+
+def add_constant(rows: int, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, vector) -> x + vector in each of `rows` rows, flat."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((rows * width,), "float32"))
+        vector = T.arg("vector", T.buffer((width,), "float32"))
+        out = T.arg("out", T.buffer((rows * width,), "float32"))
+        with T.serial(0, rows) as row, T.serial(0, width // lanes.count) as part:
+            place = row * width + part * lanes.count
+            lanes.store(out, place, lanes.load(x, place) + lanes.load(vector, part * lanes.count))
+    return builder.get()
+
+
+def first_rows(images: int, rows: int, source: Rows) -> Any:
+    """The kernel: the first `rows` rows of each image, flat."""
+    width = source.width
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((images * source.per_image * width,), "float32"))
+        out = T.arg("out", T.buffer((images * rows * width,), "float32"))
+        with T.serial(0, images) as image, T.serial(0, rows * width) as place:
+            T.buffer_store(out, x[source.start(image, 0) + place], [image * rows * width + place])
+    return builder.get()
+
+
+def first_columns(rows: int, width: int, wanted: int) -> Any:
+    """The kernel: flat rows of `width` -> (rows, wanted)."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((rows * width,), "float32"))
+        out = T.arg("out", T.buffer((rows, wanted), "float32"))
+        with T.serial(0, rows) as row, T.serial(0, wanted) as column:
+            T.buffer_store(out, x[row * width + column], [row, column])
+    return builder.get()
