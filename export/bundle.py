@@ -6,12 +6,14 @@
     resize.h          Pillow's resampling, number for number, since training and calibration resized with Pillow
     example.cpp       a picture (PGM or PPM) in, labels out
     CMakeLists.txt    builds the two into `vitrim_example`
+    aarch64.cmake     the same for 64-bit ARM, by a cross compiler
     README.md         three commands
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import InputError
@@ -19,7 +21,7 @@ from ..storage import replace_folder
 from .artifact import Artifact, PreprocessingSpec
 
 SOURCES = Path(__file__).parent / "bundle_sources"
-COPIED = ("vitrim_model.cpp", "resize.h", "example.cpp", "CMakeLists.txt", "README.md")
+COPIED = ("vitrim_model.cpp", "resize.h", "example.cpp", "CMakeLists.txt", "aarch64.cmake", "README.md")
 
 
 def bundle(artifact: Artifact | Path | str, folder: Path | str, *, overwrite: bool = False) -> Path:
@@ -62,6 +64,7 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
         "CENTER_CROP": "1" if preprocessing.resize == "center-crop" else "0",
         "CROP_RATIO": repr(float(preprocessing.crop_ratio)),
         "INTERPOLATION": _text(preprocessing.interpolation),
+        "PILLOW": str(pillow_major(manifest.versions)),
     }
     template = (SOURCES / "vitrim_model.h.in").read_text(encoding="utf-8")
     for key, value in values.items():
@@ -72,6 +75,13 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
     entries = ", ".join(f"{{{_text(key)}, {_text(value)}}}" for key, value in sorted(manifest.session.items()))
     count = len(manifest.session)
     return template.replace("@SESSION@", entries or "{0, 0}").replace("@SESSION_COUNT@", str(count))
+
+
+def pillow_major(versions: Mapping[str, str]) -> int:
+    """The major version of the Pillow that training resized with, for its order of passes: the manifest's, or else the one that is installed."""
+    import PIL
+
+    return int(versions.get("pillow", PIL.__version__).split(".")[0])
 
 
 def _text(value: str) -> str:

@@ -1,6 +1,7 @@
 // Pillow's resampling of 8-bit pictures, number for number (two passes, 22-bit fixed point).
-// A model answers a picture that was resized otherwise with other logits. The horizontal pass comes first; Pillow from 13 on takes some tall pictures the
-// other way round, which rounds a few samples to their neighbour.
+// A model answers a picture that was resized otherwise with other logits. Every operation below rounds as Pillow's does: divisions are divisions, and the
+// Hamming window has its constants in single precision. The horizontal pass comes first; from Pillow 13 on the vertical one does where it takes away
+// more than twice as many rows as the other takes columns (python-pillow/Pillow#9549).
 #pragma once
 
 #include <algorithm>
@@ -31,7 +32,7 @@ inline double hamming(double x) {
     if (x == 0.0) return 1.0;
     if (x >= 1.0) return 0.0;
     x *= pi();
-    return std::sin(x) / x * (0.54 + 0.46 * std::cos(x));
+    return std::sin(x) / x * (0.54f + 0.46f * std::cos(x));
 }
 inline double bicubic(double x) {
     const double a = -0.5;
@@ -40,7 +41,11 @@ inline double bicubic(double x) {
     if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
     return 0.0;
 }
-inline double sinc(double x) { return x == 0.0 ? 1.0 : std::sin(x * pi()) / (x * pi()); }
+inline double sinc(double x) {
+    if (x == 0.0) return 1.0;
+    x *= pi();
+    return std::sin(x) / x;
+}
 inline double lanczos(double x) { return x >= -3.0 && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0; }
 
 inline Filter filter_named(const std::string &name) {
@@ -75,7 +80,7 @@ inline Taps taps(int in, int out, const Filter &filter) {
         }
         std::vector<int> fixed;
         for (double weight : weights) {
-            const double value = (sum != 0.0 ? weight * (1.0 / sum) : weight) * (1 << kBits);
+            const double value = (sum != 0.0 ? weight / sum : weight) * (1 << kBits);
             fixed.push_back(static_cast<int>(value < 0 ? value - 0.5 : value + 0.5));
         }
         found.first.push_back(low);
@@ -86,45 +91,62 @@ inline Taps taps(int in, int out, const Filter &filter) {
 
 inline uint8_t clip(int sum) { return static_cast<uint8_t>(std::min(255, std::max(0, sum >> kBits))); }
 
-inline Picture resize(const Picture &picture, int width, int height, const std::string &interpolation) {
-    if (picture.width == width && picture.height == height) return picture;
+// Nearest neighbours: Pillow walks along the input by adding the step up.
+inline std::vector<int> nearest(int in, int out) {
+    const double step = static_cast<double>(in) / out;
+    double position = step * 0.5;
+    std::vector<int> found;
+    for (int index = 0; index < out; ++index, position += step) found.push_back(std::min(in - 1, static_cast<int>(position)));
+    return found;
+}
+
+inline Picture across(const Picture &picture, int width, const Filter &filter) {
     const int channels = picture.channels;
+    const Taps found = taps(picture.width, width, filter);
+    Picture made{width, picture.height, channels, std::vector<uint8_t>(static_cast<size_t>(width) * picture.height * channels)};
+    for (int y = 0; y < picture.height; ++y)
+        for (int x = 0; x < width; ++x)
+            for (int c = 0; c < channels; ++c) {
+                int sum = 1 << (kBits - 1);
+                const std::vector<int> &weights = found.weights[x];
+                for (size_t k = 0; k < weights.size(); ++k) sum += picture.at(y, found.first[x] + static_cast<int>(k), c) * weights[k];
+                made.samples[(static_cast<size_t>(y) * width + x) * channels + c] = clip(sum);
+            }
+    return made;
+}
+
+inline Picture down(const Picture &picture, int height, const Filter &filter) {
+    const int channels = picture.channels, width = picture.width;
+    const Taps found = taps(picture.height, height, filter);
     Picture made{width, height, channels, std::vector<uint8_t>(static_cast<size_t>(width) * height * channels)};
-    if (interpolation == "nearest") {
-        for (int y = 0; y < height; ++y)
-            for (int x = 0; x < width; ++x)
-                for (int c = 0; c < channels; ++c) {
-                    const int from_y = std::min(picture.height - 1, static_cast<int>((y + 0.5) * picture.height / height));
-                    const int from_x = std::min(picture.width - 1, static_cast<int>((x + 0.5) * picture.width / width));
-                    made.samples[(static_cast<size_t>(y) * width + x) * channels + c] = picture.at(from_y, from_x, c);
-                }
-        return made;
-    }
-    const Filter filter = filter_named(interpolation);
-    Picture wide = picture;
-    if (picture.width != width) {
-        const Taps across = taps(picture.width, width, filter);
-        wide = Picture{width, picture.height, channels, std::vector<uint8_t>(static_cast<size_t>(width) * picture.height * channels)};
-        for (int y = 0; y < picture.height; ++y)
-            for (int x = 0; x < width; ++x)
-                for (int c = 0; c < channels; ++c) {
-                    int sum = 1 << (kBits - 1);
-                    const std::vector<int> &weights = across.weights[x];
-                    for (size_t k = 0; k < weights.size(); ++k) sum += picture.at(y, across.first[x] + static_cast<int>(k), c) * weights[k];
-                    wide.samples[(static_cast<size_t>(y) * width + x) * channels + c] = clip(sum);
-                }
-    }
-    if (picture.height == height) return wide;
-    const Taps down = taps(picture.height, height, filter);
     for (int y = 0; y < height; ++y)
         for (int x = 0; x < width; ++x)
             for (int c = 0; c < channels; ++c) {
                 int sum = 1 << (kBits - 1);
-                const std::vector<int> &weights = down.weights[y];
-                for (size_t k = 0; k < weights.size(); ++k) sum += wide.at(down.first[y] + static_cast<int>(k), x, c) * weights[k];
+                const std::vector<int> &weights = found.weights[y];
+                for (size_t k = 0; k < weights.size(); ++k) sum += picture.at(found.first[y] + static_cast<int>(k), x, c) * weights[k];
                 made.samples[(static_cast<size_t>(y) * width + x) * channels + c] = clip(sum);
             }
     return made;
+}
+
+// `pillow` is the major version whose order of the two passes is wanted.
+inline Picture resize(const Picture &picture, int width, int height, const std::string &interpolation, int pillow = 13) {
+    if (picture.width == width && picture.height == height) return picture;
+    if (interpolation == "nearest") {
+        const std::vector<int> columns = nearest(picture.width, width), rows = nearest(picture.height, height);
+        Picture made{width, height, picture.channels, {}};
+        for (int y : rows)
+            for (int x : columns)
+                for (int c = 0; c < picture.channels; ++c) made.samples.push_back(picture.at(y, x, c));
+        return made;
+    }
+    const Filter filter = filter_named(interpolation);
+    if (picture.width == width) return down(picture, height, filter);
+    if (picture.height == height) return across(picture, width, filter);
+    const long lost_rows = static_cast<long>(picture.height) - height, lost_columns = static_cast<long>(picture.width) - width;
+    if (pillow >= 13 && lost_rows > 0 && lost_rows > 2 * lost_columns) return across(down(picture, height, filter), width, filter);
+    return down(across(picture, width, filter), height, filter);
 }
 
 inline Picture crop(const Picture &picture, int left, int top, int width, int height) {

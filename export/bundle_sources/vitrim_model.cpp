@@ -89,7 +89,7 @@ int vitrim_prepare(const uint8_t *pixels, int width, int height, int channels, f
         vitrim::Picture picture{width, height, channels, std::vector<uint8_t>(pixels, pixels + count)};
         picture = vitrim::with_channels(picture, VITRIM_CHANNELS);
         if (!VITRIM_CENTER_CROP) {
-            picture = vitrim::resize(picture, VITRIM_WIDTH, VITRIM_HEIGHT, VITRIM_INTERPOLATION);
+            picture = vitrim::resize(picture, VITRIM_WIDTH, VITRIM_HEIGHT, VITRIM_INTERPOLATION, VITRIM_PILLOW);
         } else {
             // The shorter side becomes floor(size / crop ratio), the other follows rounded down, as timm and torchvision do.
             const int64_t wanted_h = static_cast<int64_t>(std::floor(VITRIM_HEIGHT / VITRIM_CROP_RATIO));
@@ -102,7 +102,7 @@ int vitrim_prepare(const uint8_t *pixels, int width, int height, int channels, f
                 scaled_w = std::max<int>(VITRIM_WIDTH, static_cast<int>(wanted_h * width / height));
                 scaled_h = static_cast<int>(wanted_h);
             }
-            picture = vitrim::resize(picture, scaled_w, scaled_h, VITRIM_INTERPOLATION);
+            picture = vitrim::resize(picture, scaled_w, scaled_h, VITRIM_INTERPOLATION, VITRIM_PILLOW);
             // nearbyint rounds halves to even, as Python does.
             const int left = static_cast<int>(std::nearbyint((scaled_w - VITRIM_WIDTH) / 2.0));
             const int top = static_cast<int>(std::nearbyint((scaled_h - VITRIM_HEIGHT) / 2.0));

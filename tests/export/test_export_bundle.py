@@ -22,74 +22,18 @@ from vitrim.export.forms import FORMS, write_network
 from vitrim.export.sessions import open_session
 from vitrim.export.store import save_model
 
-LABELS = ("ankle boot", 'a "quoted" label', "naïve", "back\\slash", "??=")
-
-
-def artifact_in(folder: Path, **preprocessing: object) -> Artifact:
-    """An artifact without the seconds that torch's exporter takes: the bundle reads only the folder."""
-    settings = PreprocessingSpec.model_validate({"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4], **preprocessing})
-    model = vitrim.lift(tiny_vit(in_chans=settings.channels))
-    folder.mkdir()
-    manifest = Manifest(
-        name="tiny",
-        inputs=(TensorSpec(name="images", shape=(1, settings.channels, 16, 16), layout="NCHW"),),
-        outputs=(TensorSpec(name="logits", shape=(1, 5), layout="NC"),),
-        preprocessing=settings,
-        labels=LABELS,
-        target="x86-64",
-        runtime="onnxruntime",
-        precision="fp32",
-        form=FORMS[0].name,
-        files=tuple(save_model(write_network(model, FORMS[0]), folder)),
-    )
-    return Artifact.write(folder, manifest)
-
-
-def runtime_library() -> Path | None:
-    import onnxruntime
-
-    found = sorted(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*"))
-    return found[0] if found else None
-
-
 @pytest.fixture(scope="module")
 def header() -> Path:
-    if sys.platform != "linux":
-        pytest.skip("the bundle's test needs Linux")
-    missing = [tool for tool in ("g++", "cmake") if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} not installed: apt-get install g++ cmake")
-    if runtime_library() is None:
-        pytest.skip("this onnxruntime wheel has no libonnxruntime.so")
+    needs_compiler()
     found = header_folder()
     if found is None:
         pytest.skip("onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder")
     return found
 
 
-def build(folder: Path, header: Path) -> Path:
-    for command in (
-        ["cmake", "-S", str(folder), "-B", str(folder / "build"), f"-DONNXRUNTIME_INCLUDE={header}", "-DCMAKE_CXX_FLAGS=-Werror"],
-        ["cmake", "--build", str(folder / "build")],
-    ):
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-    return folder / "build" / "vitrim_example"
-
-
 def run(program: Path, bundle_folder: Path, picture: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [str(program), str(runtime_library()), str(bundle_folder / "model"), str(picture), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-def horizontal_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's order of the two passes depends on its version; the bundle's does not."""
-    whole = Image.Image.resize
-
-    def resize(self: Image.Image, size: tuple[int, int], resample: int | None = None, *rest: object) -> Image.Image:
-        return whole(whole(self, (size[0], self.height), resample), size, resample)
-
-    monkeypatch.setattr(Image.Image, "resize", resize)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +54,7 @@ def horizontal_first(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["grey, squashed", "colour, cropped"],
 )
-def test_the_program_answers_as_the_artifact(
-    header: Path, tmp_path: Path, settings: dict[str, object], mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    horizontal_first(monkeypatch)
+def test_the_program_answers_as_the_artifact(header: Path, tmp_path: Path, settings: dict[str, object], mode: str) -> None:
     artifact = artifact_in(tmp_path / "artifact", **settings)
     program = build(bundle(artifact, tmp_path / "bundle"), header)
     assert artifact.manifest.preprocessing is not None
