@@ -1,5 +1,6 @@
-// A picture in, labels out: vitrim_example RUNTIME_LIBRARY MODEL_FOLDER PICTURE [--logits] [--repeat N]
-// PICTURE is a binary PGM (P5) or PPM (P6) of 8 bits. --repeat also tells the latency of N runs and the memory of this process.
+// A picture in, labels out: vitrim_example RUNTIME_LIBRARY MODEL_FOLDER PICTURE [--logits] [--repeat N] [--report] [--listen]
+// PICTURE is a binary PGM (P5) or PPM (P6) of 8 bits. --repeat also tells the latency of N runs and the memory of this process; --report the bytes
+// on disk and in memory, a name and a number a line; --listen reads a count a line from standard input and answers with the seconds of that many runs.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -40,6 +41,23 @@ static vitrim::Picture read_picture(const char *path) {
     return picture;
 }
 
+static long file_bytes(const std::string &path) {
+    std::ifstream stream(path, std::ios::binary | std::ios::ate);
+    return stream ? static_cast<long>(stream.tellg()) : 0;
+}
+
+// Under qemu's user emulation times and memory are not the program's own, and must not be told as if they were.
+// Only x86 counts interrupts of a local timer ("LOC").
+static bool emulated() {
+#ifdef __aarch64__
+    std::ifstream interrupts("/proc/interrupts");
+    for (std::string line; std::getline(interrupts, line);) {
+        if (line.find("LOC:") != std::string::npos) return true;
+    }
+#endif
+    return false;
+}
+
 // Of this program alone: getrusage would count what its parent held before it started us.
 static long peak_rss_bytes() {
     std::ifstream status("/proc/self/status");
@@ -49,15 +67,31 @@ static long peak_rss_bytes() {
     return 0;
 }
 
+// The seconds of `runs` inferences, one after the other.
+static std::vector<double> timed(vitrim_model *model, const std::vector<float> &input, std::vector<float> &logits, int runs) {
+    std::vector<double> latency_s;
+    latency_s.reserve(static_cast<size_t>(runs));
+    char error[512] = "";
+    for (int i = 0; i < runs; ++i) {
+        const auto before = std::chrono::steady_clock::now();
+        if (vitrim_run(model, input.data(), logits.data(), error, sizeof error) != 0) throw std::runtime_error(error);
+        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - before;
+        latency_s.push_back(passed.count());
+    }
+    return latency_s;
+}
+
 int main(int count, char **arguments) {
     if (count < 4) {
-        std::fprintf(stderr, "usage: %s RUNTIME_LIBRARY MODEL_FOLDER PICTURE [--logits] [--repeat N]\n", arguments[0]);
+        std::fprintf(stderr, "usage: %s RUNTIME_LIBRARY MODEL_FOLDER PICTURE [--logits] [--repeat N] [--report] [--listen]\n", arguments[0]);
         return 2;
     }
-    bool show_logits = false;
+    bool show_logits = false, report = false, listen = false;
     int repeat = 0;
     for (int i = 4; i < count; ++i) {
         if (std::strcmp(arguments[i], "--logits") == 0) show_logits = true;
+        if (std::strcmp(arguments[i], "--report") == 0) report = true;
+        if (std::strcmp(arguments[i], "--listen") == 0) listen = true;
         if (std::strcmp(arguments[i], "--repeat") == 0 && i + 1 < count) repeat = std::atoi(arguments[++i]);
     }
     vitrim::Picture picture;
@@ -94,18 +128,29 @@ int main(int count, char **arguments) {
         for (float logit : logits) std::printf(" %.9g", static_cast<double>(logit));
         std::printf("\n");
     }
-    if (repeat > 0) {
-        std::vector<float> input(static_cast<size_t>(VITRIM_CHANNELS) * VITRIM_HEIGHT * VITRIM_WIDTH);
-        vitrim_prepare(picture.samples.data(), picture.width, picture.height, picture.channels, input.data(), error, sizeof error);
-        std::vector<double> latency_s;
-        for (int i = 0; i < repeat + 10; ++i) {
-            const auto before = std::chrono::steady_clock::now();
-            if (vitrim_run(model, input.data(), logits.data(), error, sizeof error) != 0) return 3;
-            const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - before;
-            if (i >= 10) latency_s.push_back(passed.count());
+    std::vector<float> input(static_cast<size_t>(VITRIM_CHANNELS) * VITRIM_HEIGHT * VITRIM_WIDTH);
+    vitrim_prepare(picture.samples.data(), picture.width, picture.height, picture.channels, input.data(), error, sizeof error);
+    try {
+        if (repeat > 0) {
+            timed(model, input, logits, 10);
+            std::vector<double> latency_s = timed(model, input, logits, repeat);
+            std::sort(latency_s.begin(), latency_s.end());
+            const double p50_s = latency_s[latency_s.size() / 2];
+            std::printf(emulated() ? "p50_s_emulated %.9f peak_rss_bytes_with_emulator %ld\n" : "p50_s %.9f peak_rss_bytes %ld\n", p50_s, peak_rss_bytes());
         }
-        std::sort(latency_s.begin(), latency_s.end());
-        std::printf("p50_s %.9f peak_rss_bytes %ld\n", latency_s[latency_s.size() / 2], peak_rss_bytes());
+        for (int runs = 0; listen && std::scanf("%d", &runs) == 1 && runs > 0;) {
+            for (double latency_s : timed(model, input, logits, runs)) std::printf("%.9f ", latency_s);
+            std::printf("\n");
+            std::fflush(stdout);
+        }
+    } catch (const std::exception &caught) {
+        std::fprintf(stderr, "%s\n", caught.what());
+        vitrim_close(model);
+        return 3;
+    }
+    if (report) {
+        std::printf("program_bytes %ld\nruntime_bytes %ld\nmodel_bytes %ld\n", file_bytes(arguments[0]), file_bytes(arguments[1]), file_bytes(path));
+        std::printf(emulated() ? "peak_rss_bytes_with_emulator %ld\n" : "peak_rss_bytes %ld\n", peak_rss_bytes());
     }
     vitrim_close(model);
     return 0;
