@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from .bench.measurement import NOT_LATENCY, Measurement
+from .bench.operator_table import OperatorTable
 from .bench.statistics import ratio_interval
 
 SURE = 0.95
@@ -35,6 +36,16 @@ def measurement_table(measured: Mapping[str, Measurement]) -> Table:
         if scored:
             row.append("" if measurement.top1 is None else f"{100 * measurement.top1:.2f} %")
         table.add_row(*row)
+    return table
+
+
+def operator_table(found: OperatorTable) -> Table:
+    """Kinds of operators by falling time, with their share of an inference."""
+    table = Table(show_edge=False, pad_edge=False)
+    for head in ("operator", "nodes", "time", "share"):
+        table.add_column(head, justify="left" if head == "operator" else "right", no_wrap=True)
+    for kind, (nodes, seconds, share) in found.by_operator().items():
+        table.add_row(kind, str(nodes), milliseconds(seconds), f"{100 * share:.1f} %")
     return table
 
 

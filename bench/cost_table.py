@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,14 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import InputError
 from ..storage import replace_file
 from .block_graph import BlockShape, block_model
-from .measure import measure_interleaved
-from .measurement import Environment
+from .measure import measure_here
+from .measurement import Environment, Measurement
+from .options import MeasureOptions
 from .progress import Progress, progress_bar
 
 COPIES = 4
 TOGETHER = 6
 PARTS = ("block", "projections", "attention products", "output", "ffn", "norms", "softmax", "activation", "weights")
 Vector = NDArray[np.float64]
+Measure = Callable[[dict[str, Path], MeasureOptions, Progress], dict[str, Measurement]]
 
 
 class Point(BaseModel):
@@ -111,12 +113,14 @@ def measure_cost_table(
     held_out: int = 8,
     time_limit_s: float = 120.0,
     seed: int = 0,
+    measure: Measure | None = None,
     quiet: bool = False,
     progress: Progress | None = None,
 ) -> CostTable:
     """Time each shape, fit all but the last `held_out`, tell the error on those. Errors: InputError, one line.
 
-    Shapes are measured six at a time, interleaved. time_limit_s is for all of them together.
+    Shapes are measured six at a time, interleaved. time_limit_s is for all of them together. measure(files, options, progress): where, this
+    machine by default.
     """
     if len(shapes) - held_out < len(PARTS):
         raise InputError(
@@ -133,15 +137,12 @@ def measure_cost_table(
                 files[str(number)] = Path(name) / f"{number}.onnx"
                 files[str(number)].write_bytes(block_model(shape, COPIES, seed))
             begun = start / len(shapes)
-            found = measure_interleaved(
-                files,
-                threads,
-                target=target,
-                time_limit_s=share_s,
-                half_width=0.01,
-                seed=seed,
-                progress=lambda share, text, begun=begun: tell(begun + share * TOGETHER / len(shapes), text),  # type: ignore[misc]
-            )
+
+            def part(share: float, text: str, begun: float = begun) -> None:
+                tell(begun + share * TOGETHER / len(shapes), text)
+
+            options = MeasureOptions(threads=threads, time_limit_s=share_s, seed=seed)
+            found = measure(files, options, part) if measure else measure_here(files, options, target=target, progress=part)
             for number, shape in enumerate(batch):
                 measured = found[str(number)]
                 is_held = start + number >= len(shapes) - held_out

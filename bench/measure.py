@@ -14,6 +14,7 @@ from ..targets.profile import TargetProfile, load_target
 from . import environment
 from .conductor import ConductorError, conduct
 from .measurement import Environment, Measurement
+from .operator_table import operator_rows
 from .options import CPU, MeasureOptions
 from .progress import Progress, progress_bar
 from .subject import Subject, open_subject
@@ -168,12 +169,15 @@ def assemble(
             top1=score["correct"] / score["total"] if score else None,
             correct=score["correct"] if score else None,
             total=score["total"] if score else None,
+            operators=operator_rows(run["profile"]["rows"]) if run.get("profile") else (),
             environment=where,
         )
         warned = list(warnings_for(measured, stopped_by=raw["stopped_by"], half_width=plan["half_width"]))
         # Only onnxruntime is asked for a provider by name.
         if subject.runtime == "onnxruntime" and (message := wrong_provider(job["providers"][0], measured)):
             warned.insert(0, message)
+        if message := run.get("profile_error"):
+            warned.append(f"no profile of its operators: {message.removeprefix(f'{name}: ')}")
         found[name] = measured.model_copy(update={"warnings": tuple(warned)})
     return found
 

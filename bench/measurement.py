@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import InputError
 from ..storage import replace_file
+from .operator_table import OperatorRow
 from .statistics import Interval, Summary, median_interval, summarise
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -54,7 +55,7 @@ class Measurement(BaseModel):
 
     latency_s: the time of each inference call, in order; samples_per_turn: how many of them each turn took (they sum to the samples);
     session: equal in measurements whose turns were interleaved, turn by turn, on one machine; peak_rss_bytes includes floor_rss_bytes,
-    the memory of the process with the runtime imported and no model loaded.
+    the memory of the process with the runtime imported and no model loaded; operators: the runtime's own profile, where it was asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -101,6 +102,8 @@ class Measurement(BaseModel):
     top1: float | None = Field(None, ge=0, le=1)
     correct: int | None = Field(None, ge=0)
     total: int | None = Field(None, ge=1)
+
+    operators: tuple[OperatorRow, ...] = ()
 
     environment: Environment
     warnings: tuple[str, ...] = ()
