@@ -1,0 +1,114 @@
+"""OpenVINO: `.xml` (with its `.bin`) and `.onnx` files, on the processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .engine import Engine, EngineError, Json, Requirement, missing
+
+REQUIREMENT = Requirement("openvino", "openvino")
+DEVICE = "CPU"
+
+
+class OpenVinoEngine(Engine):
+    """A compiled model and one request. `session` of the job holds properties such as INFERENCE_PRECISION_HINT."""
+
+    runtime = "openvino"
+
+    def __init__(self, job: Json) -> None:
+        super().__init__(job)
+        try:
+            import openvino  # type: ignore[import-not-found, unused-ignore]
+        except ImportError as error:
+            raise missing(self.runtime, error, REQUIREMENT) from None
+        self.module = openvino
+        self.version = str(openvino.__version__).split("-")[0]
+
+    def load(self) -> None:
+        path = self.require_file()
+        core = self.module.Core()
+        wanted = self._properties()
+        try:
+            model = core.read_model(path)
+            if model.is_dynamic():
+                taken = model.inputs[0]
+                free = [size.get_length() if size.is_static else None for size in taken.get_partial_shape()]
+                self.take_input(free, name=taken.get_any_name())
+                model.reshape(self.input_shape)
+            self.compiled = core.compile_model(model, DEVICE, wanted)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise self.cannot_load(error) from None
+        if len(self.compiled.inputs) != 1:
+            raise EngineError(f"the model has {len(self.compiled.inputs)} inputs; an image classifier with one is measured")
+        taken = self.compiled.inputs[0]
+        kind = taken.get_element_type().to_dtype().name
+        self.take_input([int(size) for size in taken.shape], kind, taken.get_any_name())
+        outputs = [output.get_any_name() for output in self.compiled.outputs]
+        self.output_name = self.job.get("output") or outputs[0]
+        if self.output_name not in outputs:
+            raise EngineError(f"the model has no output {self.output_name!r}; it has {', '.join(outputs)}")
+        self._check_precision(wanted)
+        self.provider = ",".join(self.compiled.get_property("EXECUTION_DEVICES"))
+        self.request = self.compiled.create_infer_request()
+        self.position = outputs.index(self.output_name)
+
+    def infer(self, images: Any) -> Any:
+        # The request reads the images where they lie, and the next call writes over its answer, so that is copied.
+        self.request.infer({0: images}, share_inputs=True)
+        return self.request.get_output_tensor(self.position).data.copy()
+
+    def profile(self, images: Any, count: int) -> list[Json]:
+        # Counters slow every call, so they belong to a compiled model of their own.
+        compiled = self.module.Core().compile_model(str(self.job["model"]), DEVICE, {**self._properties(), "PERF_COUNT": True})
+        request = compiled.create_infer_request()
+        shapes = {}
+        for node in compiled.get_runtime_model().get_ordered_ops():
+            shapes[node.get_friendly_name()] = [[int(size) for size in output.shape] for output in node.outputs() if output.partial_shape.is_static]
+        rows: dict[str, Json] = {}
+        for number in range(count + 2):
+            request.infer({0: images})
+            if number < 2:
+                continue
+            for told in request.profiling_info:
+                if "EXECUTED" not in str(told.status):
+                    continue
+                row = rows.setdefault(
+                    told.node_name,
+                    {
+                        "node": told.node_name,
+                        "operator": told.node_type,
+                        "provider": told.exec_type,
+                        "output_shapes": shapes.get(told.node_name, []),
+                        "calls": 0,
+                        "seconds": 0.0,
+                    },
+                )
+                row["calls"] += 1
+                row["seconds"] += told.real_time.total_seconds() / count
+        return sorted(rows.values(), key=lambda row: -float(row["seconds"]))
+
+    def _properties(self) -> Json:
+        return {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": int(self.job.get("threads", 1)),
+            # Whoever measures pins the process; a runtime that pins its threads besides would leave the CPUs it was given.
+            "ENABLE_CPU_PINNING": False,
+            # Left to itself OpenVINO computes in bfloat16 where the processor can.
+            "INFERENCE_PRECISION_HINT": "f32",
+            **(self.job.get("session") or {}),
+        }
+
+    def _check_precision(self, wanted: Json) -> None:
+        """Refuse a model that runs in another precision than was asked for: its times would be another model's."""
+        names = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+        told = self.compiled.get_property("INFERENCE_PRECISION_HINT")
+        name = told.to_string() if hasattr(told, "to_string") else str(told)
+        found = names.get(name, name)
+        if found != wanted["INFERENCE_PRECISION_HINT"]:
+            raise EngineError(f"OpenVINO runs the model in {found}, and {wanted['INFERENCE_PRECISION_HINT']} was asked for; this processor has no such unit")
+
+
+ENGINE = OpenVinoEngine
