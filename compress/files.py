@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
+from .. import strict_json
 from ..errors import InputError
 from ..storage import replace_file, replace_folder
 from .architecture import SCHEMA, Architecture, AttentionSpec
@@ -61,8 +62,8 @@ def read_architecture(path: Path) -> Architecture:
     if path.stat().st_size > MAX_ARCHITECTURE_BYTES:
         raise InputError(f"{path}: {path.stat().st_size} bytes is no architecture file")
     try:
-        data = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        data = strict_json.parse(path.read_bytes())
+    except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
@@ -99,19 +100,6 @@ def _require_plain_file(path: Path) -> None:
         raise InputError(f"{path}: no such file; a saved model is a folder with {WEIGHTS} and {ARCHITECTURE}")
     if path.resolve().parent != path.parent.resolve():
         raise InputError(f"{path}: a link that leaves the folder; copy the file here")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {_printable(key)} is there twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
 
 
 def _shapes(architecture: Architecture, path: Path) -> dict[str, torch.Size]:

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .. import strict_json
 from ..errors import InputError
 from ..storage import replace_file, sha256_file
 
@@ -86,7 +87,8 @@ class FileEntry(Plain):
     def _inside(self) -> FileEntry:
         reason = foreign(self.path)
         if reason:
-            raise ValueError(f"file {self.path!r}: {reason}; an artifact holds only files of its own folder")
+            shown = repr(self.path if len(self.path) <= 80 else f"{self.path[:80]}...")
+            raise ValueError(f"file {shown}: {reason}; an artifact holds only files of its own folder")
         return self
 
 
@@ -253,8 +255,8 @@ def read_manifest(folder: Path | str) -> Manifest:
         size = path.stat().st_size
         raise InputError(f"{path}: {size} bytes are more than a manifest may have ({MAX_MANIFEST_BYTES}); export the model again")
     try:
-        data = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        data = strict_json.parse(path.read_bytes())
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({_short(error)}); export the model again") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: holds a {type(data).__name__}, a manifest is a JSON object; export the model again")
@@ -262,7 +264,10 @@ def read_manifest(folder: Path | str) -> Manifest:
     if schema != SCHEMA:
         raise InputError(f"{path}: schema is {_short(repr(schema))}, this vitrim reads {SCHEMA!r}; export the model again with it")
     try:
-        manifest = Manifest.model_validate(data)
+        # Strict, and as JSON: "12" is no number, and a list is how JSON writes a tuple.
+        manifest = Manifest.model_validate_json(json.dumps(data), strict=True)
+    except (RecursionError, OverflowError) as error:
+        raise InputError(f"{path}: {_short(error)}; export the model again") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
@@ -327,19 +332,6 @@ def verify(folder: Path | str) -> str:
 def manifest_schema() -> dict[str, Any]:
     """The manifest's format as JSON Schema (draft 2020-12)."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema(by_alias=True)}
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} appears twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _short(error: object) -> str:

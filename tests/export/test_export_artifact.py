@@ -196,10 +196,10 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "list": (b"[]", "holds a list"),
     "null": (b"null", "holds a NoneType"),
     "latin-1": (b'{"name": "\xe9"}', "not valid JSON"),
-    "repeated key": (b'{"schema": "vitrim.manifest/1", "schema": "vitrim.manifest/1"}', "the key 'schema' appears twice"),
+    "repeated key": (b'{"schema": "vitrim.manifest/1", "schema": "vitrim.manifest/1"}', "the key 'schema' is there twice"),
     "no schema": (b"{}", "schema is None"),
     "another schema": (b'{"schema": "vitrim.manifest/2"}', r"schema is 'vitrim.manifest/2', this vitrim reads 'vitrim.manifest/1'"),
-    "nan": (b'{"schema": "vitrim.manifest/1", "name": NaN}', "NaN is not JSON"),
+    "nan": (b'{"schema": "vitrim.manifest/1", "name": NaN}', "NaN is no number"),
     "no fields": (b'{"schema": "vitrim.manifest/1"}', "name: Field required"),
     "deep": (b"[" * 100_000, "not valid JSON"),
 }

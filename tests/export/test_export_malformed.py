@@ -1,0 +1,62 @@
+"""Tampered and malformed artifacts, kept as folders: each is refused by the name of what is wrong with it, and the whole one is read for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from vitrim.cli import app
+from vitrim.errors import InputError
+from vitrim.export.artifact import MANIFEST, MAX_MANIFEST_BYTES, Artifact
+
+FOLDER = Path(__file__).with_name("malformed")
+EXPECTED: dict[str, str | None] = json.loads((FOLDER / "expected.json").read_text())
+BROKEN = sorted(name for name, reason in EXPECTED.items() if reason is not None)
+
+
+def test_every_folder_is_expected_and_every_expectation_has_its_folder() -> None:
+    assert {path.name for path in FOLDER.iterdir() if path.is_dir()} == set(EXPECTED)
+    assert len(BROKEN) > 40
+
+
+def test_the_whole_one_is_accepted() -> None:
+    artifact = Artifact.load(FOLDER / "whole")
+    assert (artifact.name, artifact.bytes) == ("sample", 256)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_one_is_refused_in_one_line_that_names_the_reason(case: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Artifact.load(FOLDER / case)
+    message = str(caught.value)
+    assert EXPECTED[case] in message
+    assert str(FOLDER / case) in message
+    assert message.isprintable()
+    assert len(message) < 700 + len(str(FOLDER))
+
+
+@pytest.mark.parametrize("case", ["flipped-byte", "link-to-file", "path-parent", "nan"])
+def test_the_command_says_the_same_and_ends_with_two(case: str) -> None:
+    ran = CliRunner().invoke(app, ["export", "--verify", str(FOLDER / case)])
+    assert ran.exit_code == 2 or isinstance(ran.exception, InputError)
+    told = ran.output + str(ran.exception or "")
+    assert str(EXPECTED[case])[:40] in " ".join(told.split())
+
+
+def test_a_manifest_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER / "whole", tmp_path / "artifact"))
+    with (folder / MANIFEST).open("r+b") as stream:
+        stream.truncate(MAX_MANIFEST_BYTES + 1)
+    with pytest.raises(InputError, match=r"manifest\.json: 16777217 bytes are more than a manifest may have"):
+        Artifact.load(folder)
+
+
+def test_a_pipe_in_the_folder_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER / "whole", tmp_path / "artifact"))
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(InputError, match="not a plain file"):
+        Artifact.load(folder)
