@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,10 @@ from .engine import Engine, EngineError, Json, Requirement, missing, one_line
 
 REQUIREMENT = Requirement("tvm_ffi", "apache-tvm apache-tvm-ffi")
 LIBRARY = "libtvm_runtime.so"
+# Large weights, where the compiled code does not hold them itself.
+WEIGHTS = "weights.bin"
+WEIGHTS_SCHEMA = "vitrim.weights/1"
+WEIGHT_TYPES = ("float32", "float16", "int8", "uint8", "int32", "int64")
 # Beside the runtime, for models that were compiled for such a device.
 DEVICE_LIBRARIES = {"cuda": "libtvm_runtime_cuda.so"}
 # As DLPack numbers them; TVM's virtual machine wants a CPU besides any other device.
@@ -50,13 +56,16 @@ class TvmEngine(Engine):
         path = self.require_file()
         if self.device != "cpu" and not device_there(self.ffi, self.device):
             raise EngineError(f"{os.path.basename(path)} was compiled for {self.device}, and this machine has no such device; run it where one is")
+        self._refuse_foreign(path)
         try:
             self.machine = start_machine(self.ffi.load_module(os.path.abspath(path)), self.device)
             self.main = self.machine["main"]
+            count = int(self.machine["get_function_arity"]("main")) - 1
         except Exception as error:
             raise self.cannot_load(error) from None
+        arrays = map_weights(os.path.join(os.path.dirname(os.path.abspath(path)), WEIGHTS), count) if count else []
+        self.weights = [self._tensor(array) for array in arrays]
         self._buffer = aligned(self.input_shape)
-        self._held: Any = None
 
     def infer(self, images: Any) -> Any:
         import numpy
@@ -64,7 +73,7 @@ class TvmEngine(Engine):
         if list(images.shape) != self.input_shape:
             raise EngineError(f"input {self.input_name!r} takes {self.input_shape}, got {list(images.shape)}; this model has fixed shapes")
         try:
-            return numpy.asarray(to_numpy(self.ffi, self.main(self._tensor(images)), self.device))
+            return numpy.asarray(to_numpy(self.ffi, self.main(self._tensor(images), *self.weights), self.device))
         except Exception as error:
             raise EngineError(f"tvm {self.version}: the model stopped: {one_line(error)}") from None
 
@@ -105,11 +114,20 @@ class TvmEngine(Engine):
             raise EngineError("this model was compiled into a single function, so its kernels cannot be told apart; profile the onnxruntime artifact")
         return sorted(rows, key=lambda row: -float(row["seconds"]))
 
+    def _refuse_foreign(self, path: str) -> None:
+        """Errors: EngineError for machine code of another processor, which the loader would refuse in words that help nobody."""
+        triple = str((self.job.get("session") or {}).get("triple", ""))
+        here = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
+        if triple and triple.split("-")[0] != here:
+            raise EngineError(f"{os.path.basename(path)} was compiled for {triple}, and this machine is {here}; run it there, or export for this one")
+
     def _tensor(self, images: Any) -> Any:
         """The images where the device reads them: as they lie if aligned, else copied, which then is part of the inference."""
         if self.device != "cpu":
             return to_device(self.ffi, images, self.device)
         if images.ctypes.data % ALIGNMENT_BYTES or not images.flags.c_contiguous or not images.flags.writeable:
+            if list(images.shape) != self.input_shape:
+                raise EngineError(f"{WEIGHTS}: a tensor is not aligned to {ALIGNMENT_BYTES} bytes; export the model again")
             self._buffer[...] = images
             images = self._buffer
         return self.ffi.from_dlpack(images)
@@ -212,6 +230,36 @@ def device_there(ffi: Any, device: str) -> bool:
         return query is None or bool(query(DEVICES[device], 0, 0))
     except Exception:
         return False
+
+
+def map_weights(path: str, count: int) -> list[Any]:
+    """The tensors of a `weights.bin` as arrays over the mapped file. Errors: EngineError for a file that is not whole or has other tensors than `count`."""
+    import numpy
+
+    name = os.path.basename(path)
+    if not os.path.isfile(path):
+        raise EngineError(f"{path}: no such file, and the model wants {count} weights from it; copy the whole artifact")
+    try:
+        with open(path, "rb") as stream:
+            head = stream.readline(1 << 24)
+        told = json.loads(head)
+        rows = told["tensors"]
+        if told["schema"] != WEIGHTS_SCHEMA or len(rows) != count:
+            raise ValueError(f"schema {told['schema']!r} with {len(rows)} tensors, wanted {WEIGHTS_SCHEMA!r} with {count}")
+        # Copy on write: never written to, but what is exchanged as a tensor must not be read-only.
+        whole = numpy.memmap(path, dtype=numpy.uint8, mode="c")
+        found = []
+        for row in rows:
+            if row["type"] not in WEIGHT_TYPES:
+                raise ValueError(f"type {row['type']!r}")
+            first = len(head) + int(row["offset"])
+            last = first + int(row["bytes"])
+            if not len(head) <= first <= last <= len(whole):
+                raise ValueError("a tensor lies outside of the file")
+            found.append(whole[first:last].view(row["type"]).reshape([int(size) for size in row["shape"]]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{name}: not a whole file of weights ({one_line(error)}); copy the whole artifact again") from None
+    return found
 
 
 def aligned(shape: list[int]) -> Any:

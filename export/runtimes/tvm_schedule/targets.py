@@ -29,7 +29,7 @@ def tvm_target(profile: TargetProfile) -> Target:
         raise InputError(f"target {profile.name!r} has no tvm_target; add one to its profile ({{ kind = \"llvm\", mcpu = ... }}), or take another runtime")
     options = dict(profile.tvm_target)
     if options["kind"] == "cuda" and "host" not in options:
-        return Target(options, host={"kind": "llvm"})
+        return Target(options, host={"kind": "llvm", "mtriple": profile.triple})
     try:
         return Target(options)
     except Exception as error:  # TVM raises its own kinds, RuntimeError and ValueError among them
