@@ -1,0 +1,50 @@
+"""One model in one runtime, timed on request: a line with a number of calls on standard input, that many seconds back. For benchmarks/estimates.py.
+
+    python -m benchmarks.estimate_timing RUNTIME MODEL.onnx THREADS          (RUNTIME: onnxruntime or openvino)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+
+def open_model(runtime: str, path: str, threads: int) -> Callable[[], None]:
+    """A call that answers one fixed batch."""
+    if runtime == "openvino":
+        import openvino
+
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+        request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+        shape = [int(size) for size in request.get_input_tensor().shape]
+        image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        return lambda: request.infer({0: image}) and None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    entry = session.get_inputs()[0]
+    feed = {entry.name: np.random.default_rng(0).standard_normal(entry.shape, dtype=np.float32)}
+    return lambda: session.run(None, feed) and None
+
+
+def main(arguments: list[str]) -> int:
+    call = open_model(arguments[0], arguments[1], int(arguments[2]))
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        print(*seconds, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
