@@ -80,6 +80,7 @@ def mask_task(model: CompactModel, teacher: CompactModel, data: DataSplits, reci
         optimizer=recipe.train.optimizer,
         size_patience_epochs=section.patience_epochs,
         round_to=round_to,
+        sublayer_macs=section.sublayer_macs,
     )
     steps = section.epochs * (len(data.train) // min(recipe.train.batch_size, len(data.train)))
 

@@ -97,7 +97,10 @@ class DualSolver:
     def solve(self, kept: Sequence[Tensor], target: int) -> list[Tensor]:
         """What to keep so that the cost is at most `target` and as near to it as whole units allow. Marginal costs are taken at `kept`."""
         prices = self.marginal_costs(kept)
-        values = [saliency / price for saliency, price in zip(self.saliency, prices, strict=True)]
+        values = [
+            saliency / price if group.site not in self.gates.gone else torch.zeros_like(saliency)
+            for saliency, price, group in zip(self.saliency, prices, self.gates.groups, strict=True)
+        ]
         everything = torch.cat(values)
         positive = everything[everything > 0]
         if not len(positive):
@@ -116,6 +119,8 @@ class DualSolver:
         """Spend what the price left over: best units first, group by group from the cheapest."""
         spent, prices = self.cost(kept), self.marginal_costs(kept)
         for number in sorted(range(len(kept)), key=lambda index: prices[index]):
+            if self.gates.groups[number].site in self.gates.gone:
+                continue
             room = int((target - spent) // prices[number])
             if room < 1:
                 break
@@ -132,9 +137,10 @@ class DualSolver:
     def _trade(self, kept: list[Tensor], values: Sequence[Tensor], target: int) -> list[Tensor]:
         """Nothing cheap is left to take in: take in one dear unit and give up the cheap ones that it displaces."""
         prices = self.marginal_costs(kept)
-        cheap = min(range(len(kept)), key=lambda index: prices[index])
+        alive = [number for number, group in enumerate(self.gates.groups) if group.site not in self.gates.gone]
+        cheap = min(alive, key=lambda index: prices[index])
         best, spent = kept, self.cost(kept)
-        for number in range(len(kept)):
+        for number in alive:
             members = self.gates.groups[number].members
             candidates = members[~kept[number][members[:, 0]]]
             if number == cheap or not len(candidates):
@@ -150,6 +156,38 @@ class DualSolver:
             if spent < self.cost(trial) <= target:
                 best, spent = trial, self.cost(trial)
         return best
+
+    def worthless(self, kept: Sequence[Tensor], overhead: float) -> str | None:
+        """The sub-layer that is worth least for what it costs, if the price is above its worth: it should go as a whole.
+
+        A sub-layer costs what its live units cost and, however few they are, `overhead`: the time of its operators' starts and of its norm, in units
+        of the cost. Its worth is the sum of its units' saliencies, which is what the solver's own model says the loss gains by them.
+        """
+        alive = [branch.name for branch in self.architecture.branches if branch.name not in self.gates.gone]
+        found = {}
+        for name in alive:
+            worth = self._worth(name, kept)
+            if worth is not None:
+                counter = self.gates.counter(kept)
+
+                def without(dimension: str, site: str, indices: Any = None, name: str = name, counter: Any = counter) -> int:
+                    return 0 if (dimension, site) == ("block", name) else int(counter(dimension, site, indices))
+
+                price = self.cost(kept) - int(live_cost(self.architecture, without, self.kind)) + overhead
+                found[name] = worth / max(price, 1.0)
+        # One always stays: a network without any sub-layer mixes no tokens.
+        if len(alive) < 2 or not found:
+            return None
+        least = min(found, key=lambda name: found[name])
+        return least if found[least] < self.price else None
+
+    def _worth(self, branch: str, kept: Sequence[Tensor]) -> float | None:
+        """Saliency of a sub-layer's live units, counted where they write: values of an attention, hidden units of an FFN. None where nothing is gated."""
+        for dimension in ("v", "ffn", "head"):
+            for group, keep, saliency in zip(self.gates.groups, kept, self.saliency, strict=True):
+                if (group.dimension, group.site) == (dimension, branch):
+                    return float(saliency[keep].sum()) / group.whole
+        return None
 
     def surely_dead(self, kept: Sequence[Tensor], margin: float = 0.5) -> list[Tensor]:
         """Units that are out and whose value is far under the price: booleans, True = may be removed from the training graph."""

@@ -2,7 +2,7 @@
 
 The functions are polynomials of the counts, so they run on plain numbers (for a budget) and on sums of gates (for gradients) alike. `live(dimension, site,
 indices)` answers how many units live there; with `indices`, how many of those channels. Input widths are the live ones: what an earlier mask
-removed is not paid for by a later layer.
+removed is not paid for by a later layer. `live("block", branch, None)` is 0 for a sub-layer that has gone as a whole.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def live_params(architecture: Architecture, live: Live) -> Any:
         if head.hidden:
             total, pooled = total + (pooled + 1) * head.hidden, head.hidden
         total = total + architecture.classifiers * (pooled + head.bias) * head.classes
+    gone = _gone(architecture, live)
     for branch in architecture.branches:
-        total = total + _branch_params(branch, live)
+        if branch.name not in gone:
+            total = total + _branch_params(branch, live)
     return total
 
 
@@ -75,7 +77,7 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
     if head is not None:
         each = pooled * head.hidden + head.hidden * head.classes if head.hidden else pooled * head.classes
         total = total + each * {"distilled": 2, "dense": 1 + patches}.get(pool.kind, 1)
-    for branch, tokens, asked in branch_tokens(architecture):
+    for branch, tokens, asked in branch_tokens(architecture, _gone(architecture, live)):
         width_in, width_out = live("embed", site_in(branch), branch.reads), live("embed", site_out(branch), branch.writes)
         core = branch.core
         if isinstance(core, AttentionSpec):
@@ -117,6 +119,10 @@ def movement_cost(architecture: Architecture, live: Live) -> Any:
             hidden = live("ffn", branch.name, None)
             total = total + (n_in + 1) * hidden * (2 if core.gated else 1) + (hidden + 1) * n_out
     return total
+
+
+def _gone(architecture: Architecture, live: Live) -> set[str]:
+    return {branch.name for branch in architecture.branches if not live("block", branch.name, None)}
 
 
 def _branch_params(branch: BranchSpec, live: Live) -> Any:

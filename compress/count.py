@@ -7,6 +7,8 @@ is computed counts.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
@@ -62,11 +64,13 @@ def _head_macs(architecture: Architecture) -> int:
     return each * {"distilled": 2, "dense": 1 + patches}.get(architecture.pool.kind, 1)
 
 
-def branch_tokens(architecture: Architecture) -> list[tuple[BranchSpec, int, int]]:
-    """Each branch with the tokens it looks at and the tokens it computes."""
+def branch_tokens(architecture: Architecture, gone: Collection[str] = ()) -> list[tuple[BranchSpec, int, int]]:
+    """Each branch, but those named in `gone`, with the tokens it looks at and the tokens it computes."""
     tokens, asked = architecture.tokens, architecture.pooled_prefix
     with_attention = [
-        number for number, step in enumerate(architecture.steps) if any(isinstance(branch.core, AttentionSpec) for branch in step)
+        number
+        for number, step in enumerate(architecture.steps)
+        if any(isinstance(branch.core, AttentionSpec) and branch.name not in gone for branch in step)
     ]
     last = len(architecture.steps)
     if architecture.last_queries and asked:
@@ -74,6 +78,8 @@ def branch_tokens(architecture: Architecture) -> list[tuple[BranchSpec, int, int
     rows = []
     for number, step in enumerate(architecture.steps):
         for branch in step:
+            if branch.name in gone:
+                continue
             seen = tokens if number <= last else asked
             rows.append((branch, seen, asked if number >= last else tokens))
     return rows

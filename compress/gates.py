@@ -95,6 +95,8 @@ class Gates(nn.Module):
         self._place = {(group.dimension, group.site): number for number, group in enumerate(self.groups)}
         self._sizes = {dimension: sites(architecture, dimension) for dimension in DIMENSIONS}
         self._now: list[Tensor] = []
+        # Sub-layers that have gone as a whole, by the name of their branch.
+        self.gone: frozenset[str] = frozenset()
 
     def begin(self) -> None:
         """Make the masks of this step; call it before each forward pass."""
@@ -102,6 +104,8 @@ class Gates(nn.Module):
 
     def value(self, dimension: str, site: str) -> Tensor | None:
         """(size,) of 0 and 1 with a path for gradients, or None where nothing is gated: what `MaskedNetwork` asks for."""
+        if dimension == "block":
+            return self.scores[0].detach().new_zeros(1) if site in self.gone else None
         number = self._number(dimension, site)
         return None if number is None else self._now[number]
 
@@ -117,12 +121,18 @@ class Gates(nn.Module):
         totals = [int(keep.sum()) for keep in kept]
 
         def live(dimension: str, site: str, indices: Indices | None = None) -> int:
+            if dimension == "block" and site in self.gone:
+                return 0
             number = self._number(dimension, site)
             if number is None:
                 return self._sizes[dimension][site] if indices is None else len(indices)
             return totals[number] if indices is None else int(kept[number][list(indices)].sum())
 
         return live
+
+    def drop(self, branch: str) -> None:
+        """Take a sub-layer out as a whole. It does not come back: without a path for gradients nothing would tell when it should."""
+        self.gone |= {branch}
 
     def kept(self) -> list[Tensor]:
         """Booleans of every group, as the scores stand."""
@@ -134,6 +144,8 @@ class Gates(nn.Module):
         entries: dict[str, dict[str, Tensor]] = {}
         for group, keep in zip(self.groups, self.kept() if kept is None else kept, strict=True):
             entries.setdefault(group.dimension, {})[group.site] = keep.clone()
+        if self.gone:
+            entries["block"] = {name: torch.zeros(1, dtype=torch.bool) for name in sorted(self.gone)}
         return StructuredMask(entries, scale="kept")
 
     def parameter_groups(self, lr: float) -> Iterator[dict[str, Any]]:

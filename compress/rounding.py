@@ -188,7 +188,8 @@ class _Climb:
 def _groups(mask: StructuredMask, architecture: Architecture, round_to: int, saliency: Saliency) -> list[_Group]:
     groups = []
     for dimension, site, keep in mask:
-        if dimension not in ROUNDED or not bool(keep.any()):
+        block = mask.get("block", site)
+        if dimension not in ROUNDED or not bool(keep.any()) or (block is not None and not bool(block.all())):
             continue
         rows = keep if keep.ndim == 2 else keep[None]
         members = together(architecture, dimension, site)

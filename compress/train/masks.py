@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..architecture import Architecture
 from ..budget import Budget, DualSolver, dense_cost, ramp, require_feasible
 from ..compactor import build, compact, cut, cut_names
 from ..cost import live_macs, live_params, movement_cost
+from ..count import count_macs
 from ..gates import START, THRESHOLD, Gates
 from ..mask import SHARED, Sharing, StructuredMask, sites
 from ..masked import MaskedNetwork
@@ -28,6 +29,8 @@ from ..vit.model import CompactModel
 from .dense import Distillation, task_loss
 from .optimizers import OptimizerName, make_optimizer
 from .task import EpochEnd
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class MaskSettings:
     size_patience_epochs: int = 20
     # Kept counts become multiples of this when the masks freeze (1: as they come).
     round_to: int = 1
+    # What a sub-layer costs beside its units, as multiply-adds of the same time; with 0 none goes as a whole.
+    sublayer_macs: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.lambda_ is None):
@@ -62,6 +67,8 @@ class MaskSettings:
             raise InputError(f"masks: lambda = {self.lambda_} must not be negative")
         if not 0 <= self.ramp[0] < self.ramp[1] <= self.ramp[2] <= 1:
             raise InputError(f"masks: ramp = {self.ramp} must rise within 0 and 1")
+        if self.sublayer_macs < 0:
+            raise InputError(f"masks: sublayer_macs = {self.sublayer_macs} must not be negative")
 
 
 @dataclass
@@ -95,6 +102,8 @@ class MaskTask:
         if settings.budget is not None:
             require_feasible(self.dense, gates, settings.budget)
             self.dense_cost = dense_cost(self.dense, settings.budget.kind)
+            # In a budget of parameters, a sub-layer's fixed time is turned into them at the dense network's own rate.
+            self.overhead = settings.sublayer_macs * self.dense_cost / count_macs(self.dense)
         # Which unit of the dense model each unit of the present training graph is.
         self.origin = [torch.arange(group.size) for group in gates.groups]
         self.progress = _Progress()
@@ -158,6 +167,7 @@ class MaskTask:
             "price": self.solver.price,
             "origin": [index.clone() for index in self.origin],
             "progress": dict(vars(self.progress)),
+            "gone": sorted(self.gates.gone),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -167,6 +177,8 @@ class MaskTask:
         with torch.no_grad():
             for scores, saved in zip(gates.scores, state["scores"], strict=True):
                 scores.copy_(saved)
+        for name in state["gone"]:
+            gates.drop(name)
         self._install(model, gates)
         self.solver.saliency = [saliency.clone() for saliency in state["saliency"]]
         self.solver.price = float(state["price"])
@@ -187,10 +199,16 @@ class MaskTask:
         """What is kept of the dense model that the phase began with."""
         entries: dict[str, dict[str, Tensor]] = {}
         for group, keep, origin in zip(self.gates.groups, self.gates.kept(), self.origin, strict=True):
+            if group.site in self.gates.gone:
+                continue
             size = next(iter(sites(self.dense, group.dimension).values())) if group.site == SHARED else sites(self.dense, group.dimension)[group.site]
             whole = torch.zeros(size, dtype=torch.bool)
             whole[origin[keep]] = True
             entries.setdefault(group.dimension, {})[group.site] = whole
+        alive = {branch.name for branch in self.masked.architecture.branches} - self.gates.gone
+        for branch in self.dense.branches:
+            if branch.name not in alive:
+                entries.setdefault("block", {})[branch.name] = torch.zeros(1, dtype=torch.bool)
         return StructuredMask(entries, scale="kept")
 
     def size(self) -> tuple[int, int]:
@@ -219,6 +237,10 @@ class MaskTask:
         start, end, freeze = (round(share * self.total_steps) for share in self.settings.ramp)
         target = int(ramp(step, start, end, budget.ratio) * self.dense_cost)
         kept = self.solver.solve(self.gates.kept(), target)
+        while self.overhead and (name := self.solver.worthless(kept, self.overhead)):
+            # One at a time: what it leaves of the budget makes the others' units cheaper to keep.
+            self.gates.drop(name)
+            kept = self.solver.solve(kept, target)
         if step >= freeze:
             kept = self._snapped(kept, int(budget.ratio * self.dense_cost))
             self.progress.frozen = True
@@ -247,7 +269,7 @@ class MaskTask:
             # Index lists would go into every step of a graph that is to become faster.
             return None
         keep = self._staying()
-        macs = live_macs(self.masked.architecture, self.gates.counter([torch.ones_like(index) for index in keep]))
+        macs = count_macs(self.masked.architecture)
         left = live_macs(self.masked.architecture, self.gates.counter(keep))
         if left > (1.0 - self.settings.shrink_gain) * macs:
             return None
@@ -257,12 +279,16 @@ class MaskTask:
         cut_moments = _cut_moments(surgery, moments)
         model = build(surgery.architecture, cut(surgery, {name: tensor.detach() for name, tensor in old.state_dict().items()}))
         gates = Gates(model.architecture, self.settings.sharing, self.settings.fixed)
-        saliency, price = self.solver.select(keep), self.solver.price
-        score_moments = _score_moments(self.gates, optimizer, keep)
+        price = self.solver.price
+        # Groups of sub-layers that have gone as a whole are not in the new graph.
+        place = {(group.dimension, group.site): number for number, group in enumerate(self.gates.groups)}
+        stays = [place[group.dimension, group.site] for group in gates.groups]
+        saliency = _at(self.solver.select(keep), stays)
+        score_moments = _at(_score_moments(self.gates, optimizer, keep), stays)
         with torch.no_grad():
-            for new, scores, index in zip(gates.scores, self.gates.scores, keep, strict=True):
+            for new, scores, index in zip(gates.scores, _at(list(self.gates.scores), stays), _at(keep, stays), strict=True):
                 new.copy_(scores[index])
-        self.origin = [origin[index] for origin, index in zip(self.origin, keep, strict=True)]
+        self.origin = [origin[index] for origin, index in zip(_at(self.origin, stays), _at(keep, stays), strict=True)]
         self._install(model, gates)
         self.solver.saliency, self.solver.price = saliency, price
         self.progress.shrunk.append(left / macs)
@@ -293,6 +319,10 @@ class MaskTask:
         progress.best_top1, progress.smallest = max(progress.best_top1, val_top1), min(progress.smallest, float(params))
         patience = self.settings.size_patience_epochs
         return f"no better accuracy and no smaller size for {patience} epochs" if progress.idle_epochs >= patience else None
+
+
+def _at(values: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [values[place] for place in places]
 
 
 def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
