@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import vitrim
+from bundle_sample import LABELS, artifact_in, build, needs_compiler, runtime_library
 from onnxruntime_header import header_folder
 from PIL import Image
-from tiny_models import tiny_vit
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.errors import InputError
-from vitrim.export.artifact import Artifact, Manifest, PreprocessingSpec, TensorSpec
+from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
-from vitrim.export.forms import FORMS, write_network
 from vitrim.export.sessions import open_session
-from vitrim.export.store import save_model
+
 
 @pytest.fixture(scope="module")
 def header() -> Path:
@@ -66,15 +62,21 @@ def test_the_program_answers_as_the_artifact(header: Path, tmp_path: Path, setti
         picture = Image.fromarray(random.integers(0, 256, (height, width, 3) if kind == "RGB" else (height, width), dtype=np.uint8))
         path = tmp_path / f"{number}.ppm"
         picture.save(path, format="PPM")
-        ran = run(program, tmp_path / "bundle", path, "--logits", "--repeat", "3")
+        ran = run(program, tmp_path / "bundle", path, "--logits", "--repeat", "3", "--report")
         assert ran.returncode == 0, ran.stderr
         lines = ran.stdout.splitlines()
         logits = np.array([float(value) for value in next(line for line in lines if line.startswith("logits")).split()[1:]])
         expected = session.run(None, {"images": preprocessing.apply(picture)[None]})[0][0]
         np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
         assert lines[0].endswith(LABELS[int(expected.argmax())])
-        assert "p50_s 0." in lines[-1]
-        assert 5_000_000 < int(lines[-1].split()[-1]) < 300_000_000
+        timed, *report = lines[-5:]
+        assert timed.startswith("p50_s 0.")
+        told = {name: int(value) for name, value in map(str.split, report)}
+        assert 5_000_000 < told.pop("peak_rss_bytes") < 300_000_000
+        library = runtime_library()
+        assert library is not None
+        sizes = {"program": program, "runtime": library, "model": artifact.model_path}
+        assert told == {f"{name}_bytes": file.stat().st_size for name, file in sizes.items()}
 
 
 def test_the_program_refuses_in_one_line(header: Path, tmp_path: Path) -> None:
