@@ -58,7 +58,7 @@ def measure_emulated(
         except ConductorError as error:
             raise InputError(str(error)) from None
     found = assemble(raw, plan, subjects, target=profile.name if profile else ANY, device=DEVICE)
-    nobodys = {"floor_rss_bytes": None, "peak_rss_bytes": None, "steady_rss_bytes": None, "cpu_share": None, "energy_per_inference_j": None}
+    nobodys = {"floor_rss_bytes": None, "peak_rss_bytes": None, "steady_rss_bytes": None, "cpu_share": None, "energy_per_inference_j": None, "energy_source": None}
     return {name: measured.model_copy(update=nobodys) for name, measured in found.items()}
 
 

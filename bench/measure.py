@@ -166,6 +166,7 @@ def assemble(
             peak_rss_exact=ready["peak_rss_exact"],
             cpu_share=min(1.0, run["cpu_s"] / run["wall_s"]) if one_cpu_thread and run["wall_s"] > 0 else None,
             energy_per_inference_j=energy[0] / energy[1] if energy and energy[1] else None,
+            energy_source=raw.get("energy_source") if energy and energy[1] else None,
             top1=score["correct"] / score["total"] if score else None,
             correct=score["correct"] if score else None,
             total=score["total"] if score else None,

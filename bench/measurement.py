@@ -98,6 +98,7 @@ class Measurement(BaseModel):
     device_memory_peak_bytes: Bytes | None = None
     cpu_share: float | None = None
     energy_per_inference_j: float | None = None
+    energy_source: str | None = None
 
     top1: float | None = Field(None, ge=0, le=1)
     correct: int | None = Field(None, ge=0)

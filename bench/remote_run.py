@@ -22,7 +22,7 @@ from .options import DeviceOptions
 from .progress import Progress
 from .subject import Subject
 
-TRAVELLERS = ("runner.py", "conductor.py", "environment.py")
+TRAVELLERS = ("runner.py", "conductor.py", "environment.py", "energy.py")
 HERE = Path(__file__).parent
 RUNTIMES = HERE.parent / "runtimes"
 MARGIN_BYTES = 1_000_000

@@ -327,7 +327,7 @@ def main() -> int:
         f"{told['median_factor']:.2f} ({told['median_factor_published']:.2f} on the published ones alone), {100 * told['within_factor_2']:.0f} % are within",
         f"a factor of 2; the worst ratio is {told['worst_ratio']:.2f} ({told['worst']}).",
         "",
-        f"Error bar of an estimate (split conformal over the devices, {100 * LEVEL:.0f} %): a factor of {told['error_factor']:.2f} either way where the runtime was",
+        f"Error bar of an estimate (split conformal over the devices, {100 * LEVEL:.0f} %): a factor of {told['error_factor']:.2f} where the runtime was",
         f"measured on the kind of machine, {told['error_factor_without_runtime']:.2f} where it was not (predicted without any figure of its runtime).",
     ]
     print("\n".join(text))
