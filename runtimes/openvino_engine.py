@@ -52,11 +52,16 @@ class OpenVinoEngine(Engine):
         self._check_precision(wanted)
         self.provider = ",".join(self.compiled.get_property("EXECUTION_DEVICES"))
         self.request = self.compiled.create_infer_request()
+        self.bound: Any = None
         self.position = outputs.index(self.output_name)
 
     def infer(self, images: Any) -> Any:
-        # The request reads the images where they lie, and the next call writes over its answer, so that is copied.
-        self.request.infer({0: images}, share_inputs=True)
+        # The request reads the images where they lie; binding them anew costs 2 % of DeiT-T, so what was bound stays. The next call writes over
+        # its answer, so that is copied.
+        if images is not self.bound:
+            self.request.set_input_tensor(self.module.Tensor(images, shared_memory=images.flags.writeable))
+            self.bound = images
+        self.request.infer()
         return self.request.get_output_tensor(self.position).data.copy()
 
     def profile(self, images: Any, count: int) -> list[Json]:
