@@ -10,6 +10,7 @@ import typer
 
 from ..targets.profile import Precision, TargetProfile, list_targets, load_target
 from ..terminal_lines import show as put
+from .emulate import emulate
 
 if TYPE_CHECKING:
     from ..bench.estimate.prediction import Estimate
@@ -149,6 +150,9 @@ def _overview(network: _Network, targets: list[TargetProfile], precision: Precis
             table.add_row(target.name, words, time_text(found.likely_s), bar, found.rests_on)
     put(table)
     put("estimates, not measurements: the bar is how far they missed on four of five devices left out; measure on the device")
+
+
+app.command("emulate")(emulate)
 
 
 def _print(name: str, as_json: bool) -> None:
