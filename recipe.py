@@ -84,9 +84,10 @@ class MasksSection(Section):
     restart_epochs: int = Field(4, gt=0, description="cosine annealing restarts every so many epochs")
     patience_epochs: int = Field(20, gt=0, description="stop when accuracy has not risen and size has not fallen for so many epochs")
     augmentation: Augmentation = Field("light", description="augmentation while the masks are learned")
-    sublayer_macs: float = Field(
-        1e6, ge=0.0, description="with a budget: multiply-adds that take as long as what every live sub-layer costs beside them; 0: none goes as a whole"
+    attention_overhead_macs: float = Field(
+        1.3e6, ge=0.0, description="with a budget: multiply-adds that take as long as an attention's fixed cost; one not worth it goes; 0: none goes as a whole"
     )
+    ffn_overhead_macs: float = Field(4e5, ge=0.0, description="the same for an FFN (both as `python -m benchmarks.sublayer_cost` measures them)")
     round_to: int | None = Field(None, gt=0, description="snap kept widths to multiples of this; absent: the target's good multiple")
 
     @field_validator("fixed")

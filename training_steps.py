@@ -80,7 +80,8 @@ def mask_task(model: CompactModel, teacher: CompactModel, data: DataSplits, reci
         optimizer=recipe.train.optimizer,
         size_patience_epochs=section.patience_epochs,
         round_to=round_to,
-        sublayer_macs=section.sublayer_macs,
+        attention_overhead_macs=section.attention_overhead_macs,
+        ffn_overhead_macs=section.ffn_overhead_macs,
     )
     steps = section.epochs * (len(data.train) // min(recipe.train.batch_size, len(data.train)))
 

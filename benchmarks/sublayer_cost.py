@@ -2,7 +2,7 @@
 
 Copies of a small network with and without one sub-layer of the least width run interleaved in ONNX Runtime fp32 at batch 1; the difference, less the time of
 its few multiply-adds at the dense network's rate, is the fixed cost: starting operators, the norm, the softmax. Divided by that rate it is the
-`masks.sublayer_macs` of a recipe.
+`masks.attention_overhead_macs` and `masks.ffn_overhead_macs` of a recipe.
 
     python -m benchmarks.sublayer_cost [--threads 1] [--limit-s 20] [--json FILE]
 """

@@ -10,7 +10,7 @@ Pruning", eq. 8; Kwon et al. 2022). For a trained network the first-order moveme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,29 +157,32 @@ class DualSolver:
                 best, spent = trial, self.cost(trial)
         return best
 
-    def worthless(self, kept: Sequence[Tensor], overhead: float) -> str | None:
+    def worthless(self, kept: Sequence[Tensor], overhead: Mapping[str, float], target: int) -> str | None:
         """The sub-layer that is worth least for what it costs, if the price is above its worth: it should go as a whole.
 
-        A sub-layer costs what its live units cost and, however few they are, `overhead`: the time of its operators' starts and of its norm, in units
-        of the cost. Its worth is the sum of its units' saliencies, which is what the solver's own model says the loss gains by them.
+        A sub-layer costs what its live units cost and, however few they are, `overhead` of its kind ("attention", "ffn"): the time of its operators'
+        starts, its norm and its softmax, in units of the cost. Its worth is the sum of its units' saliencies, which is what the solver's own model
+        says the loss gains by them. None goes whose place the others, at their full size, could not fill up to `target`.
         """
-        alive = [branch.name for branch in self.architecture.branches if branch.name not in self.gates.gone]
+        alive = {branch.name: branch.core.kind for branch in self.architecture.branches if branch.name not in self.gates.gone}
         found = {}
-        for name in alive:
+        for name, kind in alive.items():
             worth = self._worth(name, kept)
-            if worth is not None:
-                counter = self.gates.counter(kept)
-
-                def without(dimension: str, site: str, indices: Any = None, name: str = name, counter: Any = counter) -> int:
-                    return 0 if (dimension, site) == ("block", name) else int(counter(dimension, site, indices))
-
-                price = self.cost(kept) - int(live_cost(self.architecture, without, self.kind)) + overhead
-                found[name] = worth / max(price, 1.0)
+            if worth is not None and overhead.get(kind) and self._cost_without(name, [torch.ones_like(keep) for keep in kept]) >= target:
+                found[name] = worth / max(self.cost(kept) - self._cost_without(name, kept) + overhead[kind], 1.0)
         # One always stays: a network without any sub-layer mixes no tokens.
         if len(alive) < 2 or not found:
             return None
         least = min(found, key=lambda name: found[name])
         return least if found[least] < self.price else None
+
+    def _cost_without(self, branch: str, kept: Sequence[Tensor]) -> int:
+        counter = self.gates.counter(kept)
+
+        def live(dimension: str, site: str, indices: Any = None) -> int:
+            return 0 if (dimension, site) == ("block", branch) else int(counter(dimension, site, indices))
+
+        return int(live_cost(self.architecture, live, self.kind))
 
     def _worth(self, branch: str, kept: Sequence[Tensor]) -> float | None:
         """Saliency of a sub-layer's live units, counted where they write: values of an attention, hidden units of an FFN. None where nothing is gated."""

@@ -57,8 +57,9 @@ class MaskSettings:
     size_patience_epochs: int = 20
     # Kept counts become multiples of this when the masks freeze (1: as they come).
     round_to: int = 1
-    # What a sub-layer costs beside its units, as multiply-adds of the same time; with 0 none goes as a whole.
-    sublayer_macs: float = 0.0
+    # What a sub-layer costs beside its units, as multiply-adds of the same time; with 0 none of the kind goes as a whole.
+    attention_overhead_macs: float = 0.0
+    ffn_overhead_macs: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.lambda_ is None):
@@ -67,8 +68,9 @@ class MaskSettings:
             raise InputError(f"masks: lambda = {self.lambda_} must not be negative")
         if not 0 <= self.ramp[0] < self.ramp[1] <= self.ramp[2] <= 1:
             raise InputError(f"masks: ramp = {self.ramp} must rise within 0 and 1")
-        if self.sublayer_macs < 0:
-            raise InputError(f"masks: sublayer_macs = {self.sublayer_macs} must not be negative")
+        for name in ("attention_overhead_macs", "ffn_overhead_macs"):
+            if getattr(self, name) < 0:
+                raise InputError(f"masks: {name} = {getattr(self, name)} must not be negative")
 
 
 @dataclass
@@ -103,7 +105,8 @@ class MaskTask:
             require_feasible(self.dense, gates, settings.budget)
             self.dense_cost = dense_cost(self.dense, settings.budget.kind)
             # In a budget of parameters, a sub-layer's fixed time is turned into them at the dense network's own rate.
-            self.overhead = settings.sublayer_macs * self.dense_cost / count_macs(self.dense)
+            rate = self.dense_cost / count_macs(self.dense)
+            self.overhead = {"attention": settings.attention_overhead_macs * rate, "ffn": settings.ffn_overhead_macs * rate}
         # Which unit of the dense model each unit of the present training graph is.
         self.origin = [torch.arange(group.size) for group in gates.groups]
         self.progress = _Progress()
@@ -237,7 +240,8 @@ class MaskTask:
         start, end, freeze = (round(share * self.total_steps) for share in self.settings.ramp)
         target = int(ramp(step, start, end, budget.ratio) * self.dense_cost)
         kept = self.solver.solve(self.gates.kept(), target)
-        while self.overhead and (name := self.solver.worthless(kept, self.overhead)):
+        # Not before the budget is reached: until then the units say by themselves how much of a sub-layer is worth its price.
+        while step >= end and (name := self.solver.worthless(kept, self.overhead, target)):
             # One at a time: what it leaves of the budget makes the others' units cheaper to keep.
             self.gates.drop(name)
             kept = self.solver.solve(kept, target)
