@@ -31,7 +31,9 @@ class AdbAddress:
         """Errors: InputError for what is no such address."""
         match = re.fullmatch(r"adb://([^/\s@]+)/?", url)
         if not match or match[1].startswith("-"):
-            raise InputError(f"--on {url!r}: not an address; write adb://SERIAL, with the serial that `adb devices` lists, or adb://host:port")
+            raise InputError(
+                f"--on {url!r}: not an address; write adb://SERIAL, with the serial that `adb devices` lists, or adb://host:port"
+            )
         return cls(match[1])
 
     @property
@@ -87,7 +89,9 @@ class AdbLink:
 
     def default_folder(self) -> str:
         """Android's folder for programs pushed by a developer; elsewhere the user's cache."""
-        told = self.run('if [ -d /data/local/tmp ] && [ -w /data/local/tmp ]; then echo /data/local/tmp/vitrim; else echo "$HOME/.cache/vitrim"; fi')
+        told = self.run(
+            'if [ -d /data/local/tmp ] && [ -w /data/local/tmp ]; then echo /data/local/tmp/vitrim; else echo "$HOME/.cache/vitrim"; fi'
+        )
         return told.decode().strip()
 
     def close(self) -> None:
@@ -98,7 +102,9 @@ class AdbLink:
         told = " ".join((out.decode(errors="replace") + said).split())
         # `adb connect` ends with 0 whether or not it connected, in many of its releases.
         if code != 0 or "connected to" not in told:
-            raise LinkLost(f"{self.shown}: no connection ({told[-200:] or f'exit code {code}'}); is the device on, and its adb over network allowed?")
+            raise LinkLost(
+                f"{self.shown}: no connection ({told[-200:] or f'exit code {code}'}); is the device on, and its adb over network allowed?"
+            )
 
     def _call(self, words: list[str], *, send: bytes = b"", limit_s: float = 60.0, general: bool = False) -> tuple[int, bytes, str]:
         command = ["adb", *words] if general else [*self._command, *words]
@@ -116,12 +122,16 @@ class AdbLink:
         words = " ".join(own).lower()
         if is_disk_full(said):
             return disk_full(self.shown)
-        if "not found" in words and "device" in words or "no devices" in words:
+        if ("not found" in words and "device" in words) or "no devices" in words:
             return LinkLost(f"{self.shown}: no such device is connected; `adb devices` lists those that are; plug it in, or start it")
         if "unauthorized" in words:
-            return InputError(f"{self.shown}: this computer is not allowed yet; unlock the device, accept its question about USB debugging, then measure again")
+            return InputError(
+                f"{self.shown}: this computer is not allowed yet; unlock the device, accept its question about USB debugging, then measure again"
+            )
         if "no permissions" in words:
-            return InputError(f"{self.shown}: this user may not use the USB device; install Debian's android-sdk-platform-tools-common, or ask an administrator")
+            return InputError(
+                f"{self.shown}: this user may not use the USB device; install Debian's android-sdk-platform-tools-common, or ask an administrator"
+            )
         if "offline" in words or last == "error: closed" or "protocol fault" in words or "connection reset" in words:
             return LinkLost(f"{self.shown}: the device is there but does not answer ({last}); unplug and plug it in again, or restart it")
         if "cannot connect to daemon" in words or "failed to start daemon" in words:

@@ -1,6 +1,6 @@
 """Measure several models against each other: a process each, all alive together, one running at a time, turns in random order.
 
-This file needs Python 3.9 and, beside it, runner.py, environment.py and the folder runtimes; nothing of vitrim. So it does the same work on a device:
+This file needs Python 3.9 and, beside it, runner.py, environment.py, energy.py and the folder runtimes; nothing of vitrim. So it does the same work on a device:
 
     python conductor.py plan.json result.json
 
@@ -55,12 +55,17 @@ class Here:
 
     def __init__(self, command: "list[str] | None" = None) -> None:  # noqa: UP037 - Python 3.9 reads it
         self.command = command or [sys.executable]
+        self.meter: Any = None
 
     def runner(self, job: Json) -> "list[str]":  # noqa: UP037 - Python 3.9 reads it
         """The command that starts a runner for a job, which it will read from standard input."""
         # A runtime whose packages suit no other lives in an interpreter of its own.
         start = job.get("command") or ([job["python"]] if job.get("python") else self.command)
         return [*start, os.path.join(HERE, "runner.py"), "-"]
+
+    def child(self, name: str, job: Json, reply_limit_s: float) -> Child:
+        """A runner that has loaded its model."""
+        return Child(name, job, reply_limit_s, self.runner(job))
 
     def environment(self) -> Json:
         """The machine and its state."""
@@ -69,21 +74,32 @@ class Here:
         found: Json = json.loads(done.stdout.decode())
         return found
 
+    def watch_energy(self, gpu: bool) -> str | None:
+        """Open the meter nearest to what runs the models, and say which it is; None where nothing tells."""
+        self.meter = _beside("energy").open_meter(gpu=gpu)
+        return None if self.meter is None else f"{self.meter.source} ({self.meter.scope})"
+
     def energy_j(self) -> float | None:
-        """What the processor's own meter shows."""
-        return _energy_j()
+        """Joules that the meter shows."""
+        found: float | None = None if self.meter is None else self.meter.read_j()
+        return found
+
+    def close(self) -> None:
+        """Let the meter go."""
+        if self.meter is not None:
+            self.meter.close()
 
 
 class Child:
     """One runner in a fresh process, spoken to by JSON lines."""
 
-    def __init__(self, name: str, job: Json, reply_limit_s: float, place: Any = None) -> None:
+    def __init__(self, name: str, job: Json, reply_limit_s: float, command: "list[str] | None" = None) -> None:  # noqa: UP037
         self.name = name
         self.reply_limit_s = reply_limit_s
         self.noise = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         # Threads of numpy's own would run beside the model.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = (place or Here()).runner(job)
+        command = command or Here().runner(job)
         try:
             self.process = subprocess.Popen(
                 command,
@@ -104,6 +120,11 @@ class Child:
         """Send a command and wait for its event."""
         self._send({"do": do, **options})
         return self.hear({"run": "samples"}.get(do, do))
+
+    def score(self, dataset: str, limit: "int | None", progress: Callable[[Json], None]) -> Json:  # noqa: UP037 - Python 3.9 reads it
+        """Top-1 over a data set; `progress` hears how far it is."""
+        self._send({"do": "score", "dataset": dataset, "limit": limit})
+        return self.hear("score", progress)
 
     def hear(self, wanted: str, progress: Callable[[Json], None] | None = None) -> Json:
         while True:
@@ -186,10 +207,12 @@ def conduct(plan: Json, progress: Progress | None = None, place: Any = None) -> 
         result["machine"]["emulator"] = plan["emulator"]
     children: dict[str, Child] = {}
     runs: dict[str, Json] = {}
+    if isinstance(place, Here):
+        result["energy_source"] = place.watch_energy(any(_on_gpu(job) for job in plan["jobs"].values()))
     try:
         for name in names:
             tell(0.0, f"loading {name}")
-            child = Child(name, plan["jobs"][name], plan.get("reply_limit_s", 300.0), place)
+            child = place.child(name, plan["jobs"][name], plan.get("reply_limit_s", 300.0))
             children[name] = child
             tell(0.0, f"warming {name}")
             warm = child.ask("warm", limit_s=plan.get("warm_limit_s", 10.0))
@@ -208,10 +231,9 @@ def conduct(plan: Json, progress: Progress | None = None, place: Any = None) -> 
             runs[name]["memory"] = children[name].ask("memory")
         for name in names:
             if plan.get("dataset"):
-                child = children[name]
-                child._send({"do": "score", "dataset": plan["dataset"], "limit": plan.get("dataset_limit")})
-                runs[name]["score"] = child.hear(
-                    "score",
+                runs[name]["score"] = children[name].score(
+                    plan["dataset"],
+                    plan.get("dataset_limit"),
                     lambda event, name=name: tell(event["done"] / event["total"], f"top-1 of {name}"),  # type: ignore[misc]
                 )
         for name in names if plan.get("profile") else []:
@@ -224,6 +246,8 @@ def conduct(plan: Json, progress: Progress | None = None, place: Any = None) -> 
     finally:
         for child in children.values():
             child.close()
+        if isinstance(place, Here):
+            place.close()
     result["runs"] = runs
     return result
 
@@ -302,16 +326,21 @@ def _median(values: list[float]) -> float:
     return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
 
-def _energy_j() -> float | None:
-    total, found = 0.0, False
-    try:
-        zones = [zone for zone in os.listdir("/sys/class/powercap") if zone.startswith("intel-rapl:") and zone.count(":") == 1]
-        for zone in zones:
-            with open(f"/sys/class/powercap/{zone}/energy_uj") as stream:
-                total, found = total + int(stream.read()) * 1e-6, True
-    except (OSError, ValueError):
-        return None
-    return total if found else None
+def _on_gpu(job: Json) -> bool:
+    first = (job.get("providers") or [""])[0]
+    return first.startswith(("CUDA", "Tensorrt", "NvTensorRT")) or job.get("device") == "cuda"
+
+
+def _beside(name: str) -> Any:
+    # By file: on a device these files are no package.
+    from importlib import util
+
+    spec = util.spec_from_file_location(f"vitrim_{name}", os.path.join(HERE, f"{name}.py"))
+    if spec is None or spec.loader is None:
+        raise ConductorError(f"{name}.py is not beside conductor.py; copy the folder whole")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _write_aside(path: str, content: Json) -> None:

@@ -81,7 +81,9 @@ def runtime_library(machine: str) -> Path:
         libraries = sorted(Path(found.origin).parent.glob(f"capi/{LIBRARY}*")) if found and found.origin else []
         if libraries:
             return libraries[0]
-        raise InputError("onnxruntime is not installed here, so its library cannot be sent; `pip install onnxruntime`, or name --runtime-library")
+        raise InputError(
+            "onnxruntime is not installed here, so its library cannot be sent; `pip install onnxruntime`, or name --runtime-library"
+        )
     if machine != "aarch64":
         raise InputError(f"onnxruntime has no wheel for {machine}; build its library for the device, and name it with --runtime-library")
     from .emulation import wheels

@@ -45,6 +45,14 @@ def measure_at(
         return measure_here(artifacts, options, target=target, quiet=quiet, progress=progress)
     if address.startswith(("ssh://", "adb://")):
         return over_link(open_link(address, device), artifacts, options, device, target=target, quiet=quiet, progress=progress)
+    if address.startswith("tvm-rpc://"):
+        from .remote_tvm_rpc import measure_over_tvm_rpc
+
+        return measure_over_tvm_rpc(address, artifacts, options, device, target=target, quiet=quiet, progress=progress)
+    if address == "qemu-aarch64":
+        from .remote_qemu import measure_under_qemu
+
+        return measure_under_qemu(artifacts, options, device, target=target, quiet=quiet, progress=progress)
     raise InputError(f"--on {address!r}: no way to such a device; write {WAYS}")
 
 

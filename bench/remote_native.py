@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .conductor import ConductorError, conduct
+from .conductor import Child, ConductorError, conduct
 from .device_link import DeviceLink, LinkLost, quote
 from .device_snapshot import device_environment
 from .native_build import LIBRARY, PROGRAM, native_runner
@@ -31,10 +31,9 @@ class There:
     def __init__(self, link: DeviceLink, folder: str) -> None:
         self.link, self.folder = link, folder
 
-    def runner(self, job: Mapping[str, Any]) -> list[str]:
-        """The command that starts a runner there, spoken to through the link."""
-        del job
-        return self.link.talk(f"cd {quote(self.folder)} && exec ./{PROGRAM} ./{LIBRARY} -")
+    def child(self, name: str, job: dict[str, Any], reply_limit_s: float) -> Child:
+        """A runner there that has loaded its model, spoken to through the link."""
+        return Child(name, job, reply_limit_s, self.link.talk(f"cd {quote(self.folder)} && exec ./{PROGRAM} ./{LIBRARY} -"))
 
     def environment(self) -> dict[str, Any]:
         """The device's, not this machine's."""
@@ -48,13 +47,21 @@ class There:
 def require_native(name: str, subject: Subject, providers: tuple[str, ...]) -> None:
     """Errors: InputError for what the native runner does not measure."""
     if subject.runtime != "onnxruntime":
-        raise InputError(f"{name}: the native runner measures onnxruntime artifacts, not {subject.runtime}; put Python and that runtime on the device")
+        raise InputError(
+            f"{name}: the native runner measures onnxruntime artifacts, not {subject.runtime}; put Python and that runtime on the device"
+        )
     if set(providers) != {CPU}:
         raise InputError(f"{name}: the native runner measures {CPU} only, not {providers[0]}; put Python and onnxruntime on the device")
 
 
 def run_native(
-    link: DeviceLink, parent: str, found: Probe, plan: dict[str, Any], subjects: Mapping[str, Subject], options: DeviceOptions, tell: Progress
+    link: DeviceLink,
+    parent: str,
+    found: Probe,
+    plan: dict[str, Any],
+    subjects: Mapping[str, Subject],
+    options: DeviceOptions,
+    tell: Progress,
 ) -> dict[str, Any]:
     """The conductor's raw result, with the runners behind the link. Errors: InputError, one line; LinkLost ends the run."""
     made = native_runner(found.machine, program=options.runner_file, library=options.runtime_library, android=found.android)

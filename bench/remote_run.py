@@ -64,7 +64,9 @@ def require_space(link: DeviceLink, found: Probe, files: Mapping[str, Path | byt
     needed = sum(size_bytes(source) for source in files.values()) + MARGIN_BYTES
     if found.free_bytes is not None and found.free_bytes < needed:
         line = disk_full(link.shown)
-        raise InputError(str(line).replace("its disk is full;", f"its disk is full: {found.free_bytes} bytes are free, {needed} are needed;"))
+        raise InputError(
+            str(line).replace("its disk is full;", f"its disk is full: {found.free_bytes} bytes are free, {needed} are needed;")
+        )
 
 
 def require_python(link: DeviceLink, found: Probe, python: str, runtimes: Sequence[str]) -> None:

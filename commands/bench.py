@@ -56,7 +56,13 @@ def bench(
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.", rich_help_panel=HOW)] = 1,
     batch: Annotated[
         str | None,
-        typer.Option("--batch", metavar="N[,N…]", help="Images a run; several are swept. Needs a free batch.", show_default=False, rich_help_panel=HOW),
+        typer.Option(
+            "--batch",
+            metavar="N[,N…]",
+            help="Images a run; several are swept. Needs a free batch.",
+            show_default=False,
+            rich_help_panel=HOW,
+        ),
     ] = None,
     pin: Annotated[
         str | None,
@@ -67,21 +73,34 @@ def bench(
     ] = False,
     provider: Annotated[
         list[str] | None,
-        typer.Option("--provider", help="onnxruntime's execution provider, such as cuda; may be repeated, best first.", show_default=False, rich_help_panel=HOW),
+        typer.Option(
+            "--provider",
+            help="onnxruntime's execution provider, such as cuda; may be repeated, best first.",
+            show_default=False,
+            rich_help_panel=HOW,
+        ),
     ] = None,
     time_limit_s: Annotated[
         float | None,
-        typer.Option("--time-limit", help="Stop after so many seconds of timing, all together. Default: 60.", show_default=False, rich_help_panel=HOW),
+        typer.Option(
+            "--time-limit", help="Stop after so many seconds of timing, all together. Default: 60.", show_default=False, rich_help_panel=HOW
+        ),
     ] = None,
     dataset: Annotated[
         Path | None,
-        typer.Option("--dataset", help="An .npz with `images` and `labels`: top-1 by the very process that is timed.", show_default=False, rich_help_panel=MORE),
+        typer.Option(
+            "--dataset",
+            help="An .npz with `images` and `labels`: top-1 by the very process that is timed.",
+            show_default=False,
+            rich_help_panel=MORE,
+        ),
     ] = None,
     dataset_limit: Annotated[
         int | None, typer.Option("--dataset-limit", min=1, help="At most so many of its images.", show_default=False, rich_help_panel=MORE)
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also where the time goes, by operator and by block; a picture with --out.", rich_help_panel=MORE)
+        bool,
+        typer.Option("--profile", help="Also where the time goes, by operator and by block; a picture with --out.", rich_help_panel=MORE),
     ] = False,
     cost_table: Annotated[
         Path | None,
@@ -96,7 +115,9 @@ def bench(
     block: Annotated[
         str, typer.Option("--block", help="The dense block of the cost table; smaller ones are measured below it.", rich_help_panel=MORE)
     ] = "tokens=50,embed=128,heads=4,head_width=32,ffn=512",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for NAME.json, one each. Absent: only the table.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for NAME.json, one each. Absent: only the table.", show_default=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace measurements of the same name.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -212,7 +233,15 @@ def _operators(name: str, measurement: Measurement, file: Path | None) -> None:
 
 
 def _cost_table(
-    path: Path, block: str, on: str, target: str, options: MeasureOptions, device: DeviceOptions, time_limit_s: float, overwrite: bool, quiet: bool
+    path: Path,
+    block: str,
+    on: str,
+    target: str,
+    options: MeasureOptions,
+    device: DeviceOptions,
+    time_limit_s: float,
+    overwrite: bool,
+    quiet: bool,
 ) -> None:
     from ..bench.cost_table import chosen_shapes, measure_cost_table
     from ..bench.progress import Progress
@@ -270,7 +299,15 @@ def _cpus(words: str | None) -> tuple[int, ...] | None:
 
 def _provider(name: str) -> str:
     """onnxruntime's own name, also from the short one that everybody says."""
-    short = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "Tensorrt", "openvino": "OpenVINO", "coreml": "CoreML", "xnnpack": "Xnnpack", "qnn": "QNN"}
+    short = {
+        "cpu": "CPU",
+        "cuda": "CUDA",
+        "tensorrt": "Tensorrt",
+        "openvino": "OpenVINO",
+        "coreml": "CoreML",
+        "xnnpack": "Xnnpack",
+        "qnn": "QNN",
+    }
     return f"{short[name.lower()]}ExecutionProvider" if name.lower() in short else name
 
 

@@ -11,26 +11,32 @@ from ..errors import InputError
 
 
 def report(
-    sources: Annotated[list[Path], typer.Argument(help="One run folder, or measurement files of one device or several.")],
+    sources: Annotated[list[Path], typer.Argument(help="Run folders, folders that `vitrim bench --out` wrote, or single JSON files.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the report of measurement files. Default: report.", show_default=False)
+        Path | None,
+        typer.Option("--out", help="Folder for the report. Default: a single run folder itself, else report.", show_default=False),
     ] = None,
 ) -> None:
-    """Write report.md and a self-contained report.html.
+    """Write report.md, report.json and a self-contained report.html, which reads on a phone and needs no network.
+
+    One run folder gets its report in itself. Anything else is put side by side: devices, runtimes, threads and batches each get a table, and what an
+    emulator timed is marked and drawn nowhere.
 
     [bold]Examples[/bold]
 
       vitrim report runs/quickstart
 
-      vitrim report laptop/*.json board/*.json --out both
+      vitrim report measurements/host measurements/pi --out both
+
+      vitrim report runs/quickstart measurements/pi --out with-the-board
     """
     from ..bench.report import render, render_measurements
+    from ..bench.report.run import is_run_folder
 
-    folders = [source for source in sources if source.is_dir()]
-    if folders and len(sources) > 1:
-        raise InputError(f"{folders[0]}: name one run folder, or any number of measurement files, not both")
-    if folders and out is not None:
-        raise InputError("--out: the report of a run folder lies in that folder; leave --out away")
-    written = render(folders[0]) if folders else render_measurements(sources, out or Path("report"))
+    for source in sources:
+        if not source.exists():
+            raise InputError(f"{source}: no such file or folder; name what `vitrim run` or `vitrim bench --out` wrote")
+    alone = len(sources) == 1 and out is None and is_run_folder(sources[0])
+    written = render(sources[0]) if alone else render_measurements(sources, out or Path("report"))
     for path in written:
         typer.echo(str(path))

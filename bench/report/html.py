@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from ..operator_table import OperatorTable
 from . import wording
 from .curves import draw, panels, phases
 from .distribution import Strip, distributions
@@ -12,6 +13,7 @@ from .facts import environment_facts, run_facts
 from .fronts import latency_points, size_points
 from .kept import MOST_CELLS, Bar, Kept, kept_blocks
 from .markup import Markup, element, joined
+from .operators import bars, by_block, by_kind
 from .overview import Change, Device, Overview, baseline_name, overview
 from .plot import series_class
 from .run import Run
@@ -36,6 +38,7 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         _tables(view),
         _fronts(view),
         _latencies(view),
+        _operators(view),
         _kept(run),
         _curves(run),
         _parity(run),
@@ -222,6 +225,31 @@ def _latencies(view: Overview) -> Markup | None:
         return _section("Latency distributions", "Not shown: no artifact of this run was measured.", id_="latency")
     remark = "Bars reach the median; the shapes are all samples, smoothed; the short strokes are p90 and p99."
     return _section("Latency distributions", remark, element("div", *figures, class_="stack"), id_="latency")
+
+
+def _operators(view: Overview) -> Markup | None:
+    figures = []
+    for device in _real(view):
+        for row in device.timed:
+            if row.measurement is None or not row.measurement.operators:
+                continue
+            profile = OperatorTable(row.measurement.operators)
+            place = f", {device.title}" if len(_real(view)) > 1 else ""
+            drawn = []
+            for head, parts in (("by kind of operator", by_kind(profile)), ("by block", by_block(profile))):
+                if parts:
+                    label = f"{row.label}{place}, {head}"
+                    wide = bars(parts, label=label, width=HALF_PX, class_="plot wide")
+                    drawn += [
+                        element("p", head.capitalize(), class_="soft"),
+                        wide,
+                        bars(parts, label=label, width=NARROW_PX, class_="plot narrow"),
+                    ]
+            figures.append(element("figure", element("h3", f"{row.label}{place}"), *drawn, class_="card"))
+    if not figures:
+        return None
+    remark = "As the runtime's own profiler told; it costs time itself, so shares are to be trusted more than times."
+    return _section("Where the time goes", remark, element("div", *figures, class_="grid2"), id_="operators")
 
 
 def _kept(run: Run) -> Markup | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+from ..operator_table import OperatorTable
 from . import wording
 from .facts import environment_facts, run_facts
 from .kept import Bar, kept_blocks
+from .operators import by_kind
 from .overview import Device, Overview, overview
 from .run import Run
 from .table import Cell, Line, side_by_side, table
@@ -24,6 +26,7 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
         parts += ["## Devices side by side", _grid(["p50", *(device.title for device in view.devices)], side_by_side(view.devices))]
     for device in view.devices:
         parts += [f"## {safe(device.title)}", _grid(["", *(row.label for row in device.rows)], table(device))]
+    parts += _operators(view)
     if run.kept:
         parts += ["## What was kept in every block", *_kept(run)]
     if run.report.parity:
@@ -81,6 +84,27 @@ def _kept(run: Run) -> list[str]:
     lines += [Line(block.name, _row(block.bars, kept.columns)) for block in kept.blocks]
     said.append(_grid(["", *(names[column] for column in kept.columns)], lines))
     return said
+
+
+def _operators(view: Overview) -> list[str]:
+    parts = []
+    for device in view.devices:
+        for row in device.timed:
+            if device.emulated or row.measurement is None or not row.measurement.operators:
+                continue
+            profile = OperatorTable(row.measurement.operators)
+            lines = [
+                Line(
+                    part.name,
+                    (Cell(str(part.nodes)), Cell(wording.duration(part.seconds)), Cell(wording.percent(profile.share(part.seconds)))),
+                )
+                for part in by_kind(profile)
+            ]
+            parts += [
+                f"## Where the time goes: {safe(row.label)}, {safe(device.title)}",
+                _grid(["operator", "nodes", "time", "share"], lines),
+            ]
+    return parts
 
 
 def _row(bars: tuple[Bar, ...], columns: tuple[str, ...]) -> tuple[Cell, ...]:

@@ -68,7 +68,16 @@ def bars(parts: list[Part], *, label: str, width: float, class_: str = "plot") -
         figure = f"{100 * part.seconds / total:.1f} %" + (f" · {wording.duration(part.seconds)}" if width > 400 else "")
         drawn += [
             words(left - 8, y + 14, shortened(part.name, 24), class_="name", anchor="end"),
-            element("rect", element("title", _told(part, total)), x=left, y=y + 4, width=max(1.0, end - left), height=BAR_PX, rx=2, class_="shape"),
+            element(
+                "rect",
+                element("title", _told(part, total)),
+                x=left,
+                y=y + 4,
+                width=max(1.0, end - left),
+                height=BAR_PX,
+                rx=2,
+                class_="shape",
+            ),
             words(end + 6, y + 15, figure, class_="tick halo"),
         ]
     told = "; ".join(_told(part, total) for part in parts)

@@ -173,8 +173,10 @@ def _place(row: Row) -> tuple[str, str, bool]:
     if m is None:
         return row.target, "not measured", False
     environment = m.environment
-    own = None if m.device in ("host", "local") else m.device
-    name = own or environment.device_model or environment.cpu_model or m.target
+    told = environment.device_model or environment.cpu_model
+    name = told or (m.target if m.target != "host" else None) or ("this machine" if m.device in ("host", "local") else m.device)
+    if m.device not in ("host", "local") and not environment.emulator and name != m.device:
+        name = f"{name}, over {m.device}"
     setting = wording.plural(m.threads, "thread") + (f", batch {m.batch}" if m.batch > 1 else "")
     if environment.emulator:
         return f"{name}, emulated by {environment.emulator}", setting, True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,13 +66,49 @@ def load_run(folder: Path | str) -> Run:
 
 def load_measurements(files: Iterable[Path | str]) -> Run:
     """A run made of measurement files alone: no model counts, no masks, no curves."""
-    measurements = [Measurement.load(file) for file in files]
+    return _alone([Measurement.load(file) for file in files])
+
+
+def _alone(measurements: Sequence[Measurement]) -> Run:
     if not measurements:
         raise InputError("no measurement file was named; give one or more JSON files that `vitrim bench` wrote")
     return Run(
         report=from_measurements(measurements),
         missing=("Made of measurements alone: parameters, MACs, kept widths, training curves and parity are not in them.",),
     )
+
+
+def load_sources(sources: Iterable[Path | str]) -> Run:
+    """A run made of run folders, folders of measurements (searched to any depth) and measurement files, in any mixture.
+
+    Counts, parity and curves come from the first run folder among them. Errors: InputError naming the file, or the folder that holds nothing.
+    """
+    named = [Path(source) for source in sources]
+    runs = [load_run(path) for path in named if is_run_folder(path)]
+    measurements: list[Measurement] = [
+        m for run in runs[1:] for model in run.report.models.values() for a in model.artifacts if (m := a.measurement)
+    ]
+    for path in named:
+        if path.is_dir() and not is_run_folder(path):
+            found = [file for file in sorted(path.rglob("*.json")) if _is_measurement(file)]
+            if not found:
+                raise InputError(
+                    f"{path}: holds no measurements; name a folder that `vitrim run` or `vitrim bench --out` wrote, or their JSON files"
+                )
+            measurements += [Measurement.load(file) for file in found]
+        elif not path.is_dir():
+            measurements.append(Measurement.load(path))
+    if not runs:
+        return _alone(measurements)
+    return replace(runs[0], report=join(runs[0].report, measurements))
+
+
+def is_run_folder(path: Path) -> bool:
+    """Does `load_run` read this folder?"""
+    report = path / "report.json"
+    if report.is_file():
+        return True
+    return path.is_dir() and any((path / "measurements").glob("*.json"))
 
 
 def load_report(path: Path | str) -> Report:
@@ -114,18 +150,26 @@ def join(report: Report | None, measurements: Sequence[Measurement]) -> Report:
 
 
 def model_name(measurement: Measurement) -> str:
-    """The model that a measurement's name belongs to: its name without the precision at its end."""
+    """The model that a measurement's name belongs to: its name without the precision and the runtime at its end."""
     name = measurement.name
-    for mark in "-_ ":
-        ending = f"{mark}{measurement.precision}"
-        if measurement.precision and name.endswith(ending) and len(name) > len(ending):
-            return name[: -len(ending)]
+    endings = [f"{mark}{word}" for mark in "-_ " for word in (measurement.precision, measurement.runtime) if word]
+    while ending := next((ending for ending in endings if name.endswith(ending) and len(name) > len(ending)), None):
+        name = name[: -len(ending)]
     return name
 
 
 def _identity(measurement: Measurement) -> tuple[str, str, str, str, str, int]:
     m = measurement
     return (m.artifact_sha256, m.session, m.started_at, m.device, m.name, len(m.latency_s))
+
+
+def _is_measurement(file: Path) -> bool:
+    """By its schema: beside measurements may lie reports and cost tables, which are no fault. What is broken JSON is left to the loader to refuse."""
+    try:
+        data = json.loads(file.read_bytes())
+    except ValueError:
+        return True
+    return isinstance(data, dict) and str(data.get("schema", "")).startswith("vitrim.measurement/")
 
 
 def _load_kept(path: Path) -> tuple[KeptBranch, ...]:

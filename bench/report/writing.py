@@ -11,7 +11,7 @@ from ...storage import replace_file
 from .html import render_html
 from .markdown import render_markdown
 from .overview import overview
-from .run import Run, load_measurements, load_run
+from .run import Run, load_run, load_sources
 
 
 def render(run_folder: Path | str) -> list[Path]:
@@ -22,9 +22,9 @@ def render(run_folder: Path | str) -> list[Path]:
     return _write(load_run(run_folder), Path(run_folder))
 
 
-def render_measurements(files: Iterable[Path | str], out: Path | str) -> list[Path]:
-    """Write report.json, report.md and report.html to the folder `out` from any measurement files, of one device or of several."""
-    run = load_measurements(files)
+def render_measurements(sources: Iterable[Path | str], out: Path | str) -> list[Path]:
+    """Write report.json, report.md and report.html to the folder `out` from measurement files, folders of them and run folders, of any devices."""
+    run = load_sources(sources)
     out = Path(out)
     if out.is_file():
         raise InputError(f"{out}: a file is in the way of the report's folder; name another folder")

@@ -62,13 +62,17 @@ def test_it_speaks_as_the_python_runner_does(runner: NativeRunner, tmp_path: Pat
     commands += [{"do": "score", "dataset": str(tmp_path / "d"), "limit": None}, {"do": "profile", "count": 4}, {"do": "stop"}]
     ours = ask(runner, job, *commands)
     theirs = converse([sys.executable, str(PYTHON_RUNNER), "-"], job, *commands)
-    assert [event["event"] for event in ours] == [event["event"] for event in theirs] == ["ready", "warm", "samples", "memory", "score", "profile"]
+    assert (
+        [event["event"] for event in ours]
+        == [event["event"] for event in theirs]
+        == ["ready", "warm", "samples", "memory", "score", "profile"]
+    )
     for mine, other in zip(ours, theirs, strict=True):
         assert set(other) - set(mine) <= {"arena_bytes"}
     for key in ("runtime", "runtime_version", "provider", "provider_nodes", "input_shape", "input_type", "peak_rss_exact"):
         assert ours[0][key] == theirs[0][key]
     assert len(ours[2]["latency_s"]) == 7
-    assert 0 < ours[2]["cpu_s"]
+    assert ours[2]["cpu_s"] > 0
     assert ours[3]["peak_rss_bytes"] > ours[0]["floor_rss_bytes"] > 0
     assert (ours[4]["correct"], ours[4]["total"]) == (theirs[4]["correct"], theirs[4]["total"]) == (15, 20)
     assert {(row["node"], row["operator"], row["calls"], str(row["output_shapes"])) for row in ours[5]["rows"]} == {
@@ -145,7 +149,9 @@ def test_the_places_in_the_runtimes_table_are_the_headers(tmp_path: Path) -> Non
         ' && ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == 11 && ORT_LOGGING_LEVEL_ERROR == 3 && OrtArenaAllocator == 1 && OrtMemTypeDefault == 0, "");'
     )
     (tmp_path / "check.cpp").write_text(f"#include <cstddef>\n#include <onnxruntime_c_api.h>\n{checks}\n{numbers}\n")
-    done = subprocess.run(["g++", "-std=c++17", "-fsyntax-only", f"-I{folder}", str(tmp_path / "check.cpp")], capture_output=True, text=True)
+    done = subprocess.run(
+        ["g++", "-std=c++17", "-fsyntax-only", f"-I{folder}", str(tmp_path / "check.cpp")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -177,7 +183,7 @@ def test_a_device_without_python_is_measured_over_ssh(bare_server: Server, tmp_p
     data = images_with_labels(tmp_path / "d.npz", small)
     there = tmp_path / "device"
     call: dict[str, Any] = {"ssh_options": bare_server.options, "folder": str(there), **QUICK}
-    with pytest.raises(InputError, match="there is no python3; install Python 3.9 or newer there"):
+    with pytest.raises(InputError, match=r"there is no python3; install Python 3\.9 or newer there"):
         measure_on(bare_server.url, {"small": small}, runner="python", **call)
     found = measure_on(bare_server.url, {"small": small, "large": large}, dataset=data, dataset_limit=19, **call)
     assert found["small"].device == "ssh"
@@ -248,7 +254,9 @@ def test_an_aarch64_runner_runs_under_qemu(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     for name, content in arrays(data, None).items():
         (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
-    events = converse(emulator.command(made.command()), {"model": str(model)}, {"do": "run", "count": 2}, {"do": "score", "dataset": str(tmp_path / "d")})
+    events = converse(
+        emulator.command(made.command()), {"model": str(model)}, {"do": "run", "count": 2}, {"do": "score", "dataset": str(tmp_path / "d")}
+    )
     assert [event["event"] for event in events] == ["ready", "samples", "score"]
     assert events[-1]["correct"] == 15
 

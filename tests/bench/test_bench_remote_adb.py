@@ -137,7 +137,15 @@ def test_what_adb_says_becomes_one_line(said: str, kind: type[InputError], messa
     assert "\n" not in str(found)
 
 
-@pytest.mark.parametrize(("url", "serial", "in_network"), [("adb://R58M12", "R58M12", False), ("adb://emulator-5554/", "emulator-5554", False), ("adb://10.0.0.5:5555", "10.0.0.5:5555", True), ("adb://[fe80::1]:5555", "[fe80::1]:5555", True)])
+@pytest.mark.parametrize(
+    ("url", "serial", "in_network"),
+    [
+        ("adb://R58M12", "R58M12", False),
+        ("adb://emulator-5554/", "emulator-5554", False),
+        ("adb://10.0.0.5:5555", "10.0.0.5:5555", True),
+        ("adb://[fe80::1]:5555", "[fe80::1]:5555", True),
+    ],
+)
 def test_addresses_are_read(url: str, serial: str, in_network: bool) -> None:
     address = AdbAddress.parse(url)
     assert (address.serial, address.in_network) == (serial, in_network)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from bench_samples import chain, images_with_labels
 from loopback_ssh import Server, free_port, needs_sshd, ssh_server
+from vitrim.bench.device_link import LinkLost
 from vitrim.bench.remote import measure_on
 from vitrim.bench.remote_ssh import measure_over_ssh
-from vitrim.bench.device_link import LinkLost
 from vitrim.bench.ssh_link import SshAddress
 from vitrim.errors import InputError
 
