@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,12 @@ def bench(
     runtime_library: Annotated[
         Path | None,
         typer.Option("--runtime-library", help="libonnxruntime.so for the device.", show_default=False, rich_help_panel=WHERE),
+    ] = None,
+    ssh_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ssh-option", help="Passed on to ssh, such as -i key or -F config; may be repeated.", show_default=False, rich_help_panel=WHERE
+        ),
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.", rich_help_panel=HOW)] = 1,
     batch: Annotated[
@@ -162,7 +169,13 @@ def bench(
         providers=tuple(_provider(name) for name in provider) if provider else (CPU,),
         profile_runs=PROFILE_RUNS if profile else 0,
     )
-    device = DeviceOptions(python=python, runner=runner, runner_file=runner_file, runtime_library=runtime_library)
+    device = DeviceOptions(
+        python=python,
+        runner=runner,
+        runner_file=runner_file,
+        runtime_library=runtime_library,
+        ssh_options=tuple(word for words in ssh_option or () for word in shlex.split(words)),
+    )
     if cost_table is not None:
         if artifacts:
             raise InputError(f"{artifacts[0]}: a cost table measures blocks of its own; leave the artifacts away, or --cost-table")
