@@ -19,6 +19,8 @@ def reason_against(architecture: Architecture) -> str | None:
         return f"pooling '{architecture.pool.kind}'" + (" with refine" if architecture.pool.refine else "")
     if architecture.head is None:
         return "features without a classifier"
+    if architecture.pool.kind == "distilled" and architecture.head.act != "identity":
+        return f"the mean of two classifiers behind '{architecture.head.act}'"
     return next((f"{branch.name}: {reason}" for branch in architecture.branches if (reason := _branch(branch)) is not None), None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -49,7 +49,10 @@ class Dense:
         places = [place for place in (self.source, self.factor, self.residual) if place is not None]
         if self.images == 1 or any(place.per_image != self.rows or place.first for place in places):
             return self
-        return Dense(1, self.images * self.rows, self.depth, self.width, self.source, self.bias, self.act, self.factor, self.residual)
+        rows = self.images * self.rows
+        source, factor, residual = (None if place is None else Rows(rows, place.width) for place in (self.source, self.factor, self.residual))
+        assert source is not None
+        return replace(self, images=1, rows=rows, source=source, factor=factor, residual=residual)
 
     def panels(self, lanes: Lanes, schedule: Schedule) -> tuple[Run, ...]:
         """How the columns are cut, in vectors; the weights are packed so."""

@@ -235,7 +235,7 @@ class _Writer:
             stream = self.kept(stream, asked)
         entering = _Entering(None, None)
         # Weights of the norm go through a mean, but not through another norm.
-        foldable = architecture.pool_norm is None and kind != "distilled"
+        foldable = architecture.pool_norm is None
         weights = (state.get("norm.weight"), state.get("norm.bias"))
         if architecture.norm is not None:
             if foldable:
@@ -262,21 +262,19 @@ class _Writer:
         """Logits (batch, classes) of pooled rows."""
         spec, state = self.architecture.head, self.state
         assert spec is not None
-        answers = [Matrix(state["head.weight"].T, state.get("head.bias"))]
-        if distilled:
-            answers.append(Matrix(state["head_dist.weight"].T, state.get("head_dist.bias")))
-        if distilled and spec.act == "identity" and "pre_head.weight" not in state:
-            # The mean of two classifiers on two rows is one classifier on the rows side by side.
-            gap = np.zeros((stream.width - len(answers[0].weight), spec.classes), np.float32)
-            weight = np.concatenate([part for answer in answers for part in (answer.weight, gap)]) / 2
-            bias = None if answers[0].bias is None or answers[1].bias is None else (answers[0].bias + answers[1].bias) / 2
-            stream = Stream(stream.value, 1, 2 * stream.width, 2 * stream.width)
-            answers = [Matrix(weight, bias)]
-        elif "pre_head.weight" in state:
+        if "pre_head.weight" in state:
             before = entering.into(Matrix(state["pre_head.weight"].T, state.get("pre_head.bias")))
             stream = self.dense(stream, stream.rows, before, act=spec.hidden_act)
             entering = _Entering(None, None)
-        logits = self.dense(stream, 1, entering.into(answers[0]), act=spec.act)
+        answer = entering.into(Matrix(state["head.weight"].T, state.get("head.bias")))
+        if distilled:
+            # The mean of two classifiers on two rows is one classifier on the rows side by side.
+            other = entering.into(Matrix(state["head_dist.weight"].T, state.get("head_dist.bias")))
+            gap = np.zeros((stream.width - len(answer.weight), spec.classes), np.float32)
+            weight = np.concatenate([answer.weight, gap, other.weight, gap]) / 2
+            bias = None if answer.bias is None or other.bias is None else (answer.bias + other.bias) / 2
+            stream, answer = Stream(stream.value, 1, 2 * stream.width, 2 * stream.width), Matrix(weight, bias)
+        logits = self.dense(stream, 1, answer, act=spec.act)
         key = ("columns", logits.width)
         return self.program.call(
             "logits", key, lambda: first_columns(self.batch, logits.width, spec.classes), [logits.value], (self.batch, spec.classes)
