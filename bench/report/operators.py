@@ -53,7 +53,9 @@ def by_block(table: OperatorTable) -> list[Part]:
 def bars(parts: list[Part], *, label: str, width: float, class_: str = "plot") -> Markup:
     """One bar a part, its share of all time and its nodes written beside it."""
     total = sum(part.seconds for part in parts) or 1.0
-    left = min(0.4 * width, 14 + max(text_width(shortened(part.name, 24), 13.5) for part in parts))
+    # On a phone the names give way to the bars.
+    longest = 24 if width > 400 else 15
+    left = 14 + max(text_width(shortened(part.name, longest), 13.0) for part in parts)
     frame = Frame(width, ROW_PX * len(parts) + 34, left=left, right=14, top=4, bottom=30)
     room = 128.0 if width > 400 else 84.0
     most = max(part.seconds for part in parts) or 1.0
@@ -67,7 +69,7 @@ def bars(parts: list[Part], *, label: str, width: float, class_: str = "plot") -
         end = scale(100 * part.seconds / total)
         figure = f"{100 * part.seconds / total:.1f} %" + (f" · {wording.duration(part.seconds)}" if width > 400 else "")
         drawn += [
-            words(left - 8, y + 14, shortened(part.name, 24), class_="name", anchor="end"),
+            words(left - 8, y + 14, shortened(part.name, longest), class_="name", anchor="end"),
             element(
                 "rect",
                 element("title", _told(part, total)),

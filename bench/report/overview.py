@@ -14,6 +14,7 @@ from .run import Run
 
 # How far below the best compact artifact the headline's one may be, in share of the images.
 HEADLINE_MARGIN = 0.01
+USUAL_RUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def _devices(run: Run) -> tuple[Device, ...]:
     series: dict[str, int] = {}
     places: dict[tuple[str, str, bool], list[Row]] = {}
     for name, model, entry in found:
-        label = f"{name} {entry.precision}" + (f" {entry.runtime}" if several_runtimes else "")
+        # The usual runtime goes without saying.
+        label = f"{name} {entry.precision}" + (f" {entry.runtime}" if several_runtimes and entry.runtime != USUAL_RUNTIME else "")
         number = series.setdefault(label, first_number + len(series))
         row = Row(
             model=name,
@@ -163,9 +165,28 @@ def _devices(run: Run) -> tuple[Device, ...]:
         )
         places.setdefault(_place(row), []).append(row)
     return tuple(
-        Device(device, setting, emulated, tuple(_compared(rows, models.get(reference))))
+        Device(device, setting + when, emulated, tuple(_compared(part, models.get(reference))))
         for (device, setting, emulated), rows in places.items()
+        for when, part in _occasions(rows)
     )
+
+
+def _occasions(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """[("", rows)], or where artifacts were measured more than once in one place, the rows of each occasion with its time."""
+    labels = [row.label for row in rows]
+    if len(set(labels)) == len(labels):
+        return [("", rows)]
+    sessions: dict[str, list[Row]] = {}
+    for row in rows:
+        sessions.setdefault(row.measurement.session if row.measurement else "", []).append(row)
+    found: dict[str, list[Row]] = {}
+    for part in sessions.values():
+        first = part[0].measurement
+        when = f", measured {first.started_at[:19].replace('T', ' ')}" if first else ""
+        # Two at the same second are told apart by a number.
+        name = next(name for number in range(1, len(sessions) + 1) if (name := when if number == 1 else f"{when} ({number})") not in found)
+        found[name] = part
+    return list(found.items())
 
 
 def _place(row: Row) -> tuple[str, str, bool]:
