@@ -1,52 +1,42 @@
 """TVM: `model.so` as `vitrim export --runtime tvm` compiled it.
 
-A device needs numpy, apache-tvm-ffi and libtvm_runtime.so (beside the model, in a folder that TVM_LIBRARY_PATH names, or in an installed apache-tvm);
-the compiler is never loaded, so what is measured is what a device without it would hold.
+A straight program (session: entry = program) needs numpy and nothing else, no part of TVM either. What could not be made one is called by TVM's virtual
+machine, which needs apache-tvm-ffi and libtvm_runtime.so on the device.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import json
 import os
 import platform
-import sys
-from collections.abc import Iterator
 from typing import Any
 
-from .engine import Engine, EngineError, Json, Requirement, missing, one_line
+from .compiled_program import CompiledProgram
+from .engine import Engine, EngineError, Json, Requirement, one_line
+from .tvm_machine import Machine, import_ffi, load_runtime, runtime_version
 
-REQUIREMENT = Requirement("tvm_ffi", "apache-tvm apache-tvm-ffi")
-LIBRARY = "libtvm_runtime.so"
-# Large weights, where the compiled code does not hold them itself.
-WEIGHTS = "weights.bin"
-WEIGHTS_SCHEMA = "vitrim.weights/1"
-WEIGHT_TYPES = ("float32", "float16", "int8", "uint8", "int32", "int64")
-# Beside the runtime, for models that were compiled for such a device.
-DEVICE_LIBRARIES = {"cuda": "libtvm_runtime_cuda.so"}
-# As DLPack numbers them; TVM's virtual machine wants a CPU besides any other device.
-DEVICES = {"cpu": 1, "cuda": 2}
-POOLED = 2
-# What TVM's generated code may take for granted of a pointer.
-ALIGNMENT_BYTES = 64
-_libraries: list[Any] = []
+# All that a straight program asks for; a model for the virtual machine says what else it needs when it is opened.
+REQUIREMENT = Requirement("numpy", "numpy")
+DEVICES = ("cpu", "cuda")
 
 
 class TvmEngine(Engine):
-    """A Relax executable in TVM's virtual machine. Of the job's session it reads `device` (cpu or cuda)."""
+    """Of the job's session it reads entry (program or machine), device (cpu or cuda), triple, and compiler."""
 
     runtime = "tvm"
 
     def __init__(self, job: Json) -> None:
         super().__init__(job)
-        self.device = str((job.get("session") or {}).get("device", "cpu"))
+        session = job.get("session") or {}
+        self.device = str(session.get("device", "cpu"))
         if self.device not in DEVICES:
             raise EngineError(f"session: device {self.device!r} is none that this engine drives; export for {' or '.join(DEVICES)}")
-        set_threads(int(job.get("threads", 1)), spinning=bool(job.get("spinning")))
-        self.ffi = import_ffi()
-        self.library = load_runtime(self.ffi, str(job["model"]), self.device)
-        self.version = runtime_version(self.ffi)
+        self.straight = session.get("entry") == "program"
+        self.ffi = None
+        self.version = str(session.get("compiler", ""))
+        if not self.straight:
+            self.ffi = import_ffi()
+            load_runtime(self.ffi, str(job["model"]), self.device)
+            self.version = self.version or runtime_version(self.ffi)
         self.provider = "CPU" if self.device == "cpu" else self.device.upper()
 
     def load(self) -> None:
@@ -54,65 +44,37 @@ class TvmEngine(Engine):
         if self.input_type != "float32":
             raise EngineError(f"input {self.input_name!r} is {self.input_type}; a compiled model takes float32")
         path = self.require_file()
-        if self.device != "cpu" and not device_there(self.ffi, self.device):
-            raise EngineError(f"{os.path.basename(path)} was compiled for {self.device}, and this machine has no such device; run it where one is")
         self._refuse_foreign(path)
+        threads = int(self.job.get("threads", 1))
         try:
-            self.machine = start_machine(self.ffi.load_module(os.path.abspath(path)), self.device)
-            self.main = self.machine["main"]
-            count = int(self.machine["get_function_arity"]("main")) - 1
+            if self.straight:
+                self.model: Any = CompiledProgram(path, self.input_shape, threads)
+            else:
+                self.model = Machine(self.ffi, path, self.input_shape, threads, self.device, spinning=bool(self.job.get("spinning")))
+        except EngineError:
+            raise
         except Exception as error:
             raise self.cannot_load(error) from None
-        arrays = map_weights(os.path.join(os.path.dirname(os.path.abspath(path)), WEIGHTS), count) if count else []
-        self.weights = [self._tensor(array) for array in arrays]
-        self._buffer = aligned(self.input_shape)
 
     def infer(self, images: Any) -> Any:
-        import numpy
-
         if list(images.shape) != self.input_shape:
             raise EngineError(f"input {self.input_name!r} takes {self.input_shape}, got {list(images.shape)}; this model has fixed shapes")
         try:
-            return numpy.asarray(to_numpy(self.ffi, self.main(self._tensor(images), *self.weights), self.device))
+            return self.model.infer(images)
         except Exception as error:
             raise EngineError(f"tvm {self.version}: the model stopped: {one_line(error)}") from None
 
     def profile(self, images: Any, count: int) -> list[Json]:
-        from time import perf_counter
-
-        began: list[float] = []
-        found: dict[str, list[float]] = {}
-        shapes: dict[str, list[list[int]]] = {}
-
-        def watch(function: Any, symbol: str, before: bool, returned: Any, *arguments: Any) -> int:
-            if before:
-                began.append(perf_counter())
-            else:
-                found.setdefault(symbol, []).append(perf_counter() - began.pop())
-                if symbol not in shapes and arguments and hasattr(arguments[-1], "shape"):
-                    # Kernels write into their last argument.
-                    shapes[symbol] = [[int(size) for size in arguments[-1].shape]]
-            return 0
-
-        self.machine["set_instrument"](self.ffi.convert(watch))
-        try:
-            for _ in range(2):
-                self.infer(images)
-            found.clear()
-            for _ in range(count):
-                self.infer(images)
-        finally:
-            # Nothing takes an instrument off again, so another machine goes on.
-            self.load()
         rows = [
-            {"node": symbol, "operator": operator_of(symbol), "provider": self.provider, "output_shapes": shapes.get(symbol, []),
-             "calls": len(seconds), "seconds": sum(seconds) / count}
-            for symbol, seconds in found.items()
-            if not symbol.startswith("vm.builtin.")
-        ]  # fmt: skip
+            {"node": node, "operator": operator_of(kernel), "provider": self.provider, "output_shapes": [], "calls": calls, "seconds": seconds / count}
+            for node, kernel, calls, seconds in self.model.profile(images, count)
+        ]
         if not rows:
             raise EngineError("this model was compiled into a single function, so its kernels cannot be told apart; profile the onnxruntime artifact")
         return sorted(rows, key=lambda row: -float(row["seconds"]))
+
+    def arena_bytes(self) -> int | None:
+        return self.model.arena_bytes if self.straight else None
 
     def _refuse_foreign(self, path: str) -> None:
         """Errors: EngineError for machine code of another processor, which the loader would refuse in words that help nobody."""
@@ -121,187 +83,10 @@ class TvmEngine(Engine):
         if triple and triple.split("-")[0] != here:
             raise EngineError(f"{os.path.basename(path)} was compiled for {triple}, and this machine is {here}; run it there, or export for this one")
 
-    def _tensor(self, images: Any) -> Any:
-        """The images where the device reads them: as they lie if aligned, else copied, which then is part of the inference."""
-        if self.device != "cpu":
-            return to_device(self.ffi, images, self.device)
-        if images.ctypes.data % ALIGNMENT_BYTES or not images.flags.c_contiguous or not images.flags.writeable:
-            if list(images.shape) != self.input_shape:
-                raise EngineError(f"{WEIGHTS}: a tensor is not aligned to {ALIGNMENT_BYTES} bytes; export the model again")
-            self._buffer[...] = images
-            images = self._buffer
-        return self.ffi.from_dlpack(images)
-
 
 ENGINE = TvmEngine
 
 
-def set_threads(threads: int, *, spinning: bool) -> None:
-    """Settings that the runtime reads from the environment; the number holds for every model of this process, since there is one pool."""
-    os.environ["TVM_NUM_THREADS"] = str(threads)
-    # The pool would bind its threads to the first CPUs, whatever CPUs this process was given.
-    os.environ["TVM_BIND_THREADS"] = "0"
-    if not spinning:
-        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
-
-
-def import_ffi() -> Any:
-    """`tvm_ffi` without torch, which it would import for exchanging tensors. Errors: EngineError where it is missing."""
-    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
-    try:
-        with hidden("torch"):
-            import tvm_ffi  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except (ImportError, OSError) as error:
-        raise missing("tvm", error, REQUIREMENT) from None
-    return tvm_ffi
-
-
-@contextlib.contextmanager
-def hidden(module: str) -> Iterator[None]:
-    """Let `import module` fail inside, unless it is here already: two hundred megabytes that a device has not."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-def library_folders(model: str) -> list[str]:
-    """Where the runtime's library may lie, in order."""
-    folders = [os.path.dirname(os.path.abspath(model))]
-    folders += [folder for folder in os.environ.get("TVM_LIBRARY_PATH", "").split(os.pathsep) if folder]
-    found = importlib.util.find_spec("tvm")
-    for place in (found.submodule_search_locations or []) if found else []:
-        folders.append(os.path.join(place, "lib"))
-    return folders
-
-
-def load_runtime(ffi: Any, model: str, device: str = "cpu") -> str:
-    """Load libtvm_runtime.so, and what the device needs besides; the path. Errors: EngineError naming the folders that were searched."""
-    folders = library_folders(model)
-    runtime = ""
-    for name in [LIBRARY, *([DEVICE_LIBRARIES[device]] if device in DEVICE_LIBRARIES else [])]:
-        for path in (os.path.join(folder, name) for folder in folders):
-            if os.path.isfile(path):
-                break
-        else:
-            raise EngineError(
-                f"{name} is in none of {', '.join(folders)}; put it beside the model, or install it with `python3 -m pip install {REQUIREMENT.install}`"
-            )
-        runtime = runtime or path
-        # A program that has imported tvm itself has loaded it already; twice would register everything twice.
-        if name == LIBRARY and ffi.get_global_func("runtime.NumThreads", allow_missing=True) is not None:
-            continue
-        import ctypes
-
-        try:
-            _libraries.append(ctypes.CDLL(path, ctypes.RTLD_GLOBAL))
-        except OSError as error:
-            raise EngineError(f"{path}: cannot be loaded ({one_line(error)}); take the library of this apache-tvm-ffi's release and machine") from None
-    return runtime
-
-
-def runtime_version(ffi: Any) -> str:
-    """Of apache-tvm where it is installed; else of the exchange layer, which is what the device has."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("apache-tvm")
-    except metadata.PackageNotFoundError:
-        return f"ffi {ffi.__version__}"
-
-
-def start_machine(module: Any, device: str) -> Any:
-    """The virtual machine of a loaded module, its allocators set up."""
-    machine = module["vm_load_executable"]()
-    devices = [DEVICES[device], 0, POOLED]
-    machine["vm_initialization"](*devices, *([] if device == "cpu" else [DEVICES["cpu"], 0, POOLED]))
-    return machine
-
-
-def device_there(ffi: Any, device: str) -> bool:
-    """Whether the runtime finds such a device here."""
-    query = ffi.get_global_func("runtime.GetDeviceAttr", allow_missing=True)
-    try:
-        # Attribute 0: whether it exists.
-        return query is None or bool(query(DEVICES[device], 0, 0))
-    except Exception:
-        return False
-
-
-def map_weights(path: str, count: int) -> list[Any]:
-    """The tensors of a `weights.bin` as arrays over the mapped file. Errors: EngineError for a file that is not whole or has other tensors than `count`."""
-    import numpy
-
-    name = os.path.basename(path)
-    if not os.path.isfile(path):
-        raise EngineError(f"{path}: no such file, and the model wants {count} weights from it; copy the whole artifact")
-    try:
-        with open(path, "rb") as stream:
-            head = stream.readline(1 << 24)
-        told = json.loads(head)
-        rows = told["tensors"]
-        if told["schema"] != WEIGHTS_SCHEMA or len(rows) != count:
-            raise ValueError(f"schema {told['schema']!r} with {len(rows)} tensors, wanted {WEIGHTS_SCHEMA!r} with {count}")
-        # Copy on write: never written to, but what is exchanged as a tensor must not be read-only.
-        whole = numpy.memmap(path, dtype=numpy.uint8, mode="c")
-        found = []
-        for row in rows:
-            if row["type"] not in WEIGHT_TYPES:
-                raise ValueError(f"type {row['type']!r}")
-            first = len(head) + int(row["offset"])
-            last = first + int(row["bytes"])
-            if not len(head) <= first <= last <= len(whole):
-                raise ValueError("a tensor lies outside of the file")
-            found.append(whole[first:last].view(row["type"]).reshape([int(size) for size in row["shape"]]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{name}: not a whole file of weights ({one_line(error)}); copy the whole artifact again") from None
-    return found
-
-
-def aligned(shape: list[int]) -> Any:
-    """An array of zeros that begins where the generated code wants it."""
-    import numpy
-
-    count = 4
-    for size in shape:
-        count *= size
-    room = numpy.zeros(count + ALIGNMENT_BYTES, dtype=numpy.uint8)
-    first = -room.ctypes.data % ALIGNMENT_BYTES
-    return room[first : first + count].view(numpy.float32).reshape(shape)
-
-
-def to_device(ffi: Any, images: Any, device: str) -> Any:
-    """A copy of an array in a device's memory."""
-    tensor = ffi.get_global_func("runtime.TVMTensorAllocWithScope")(
-        ffi.Shape(images.shape), ffi.dtype("float32"), ffi.device(DEVICES[device], 0), None
-    )
-    ffi.get_global_func("runtime.TVMTensorCopyFromBytes")(tensor, images.ctypes.data_as(_pointer()), images.nbytes)
-    return tensor
-
-
-def to_numpy(ffi: Any, tensor: Any, device: str) -> Any:
-    """The logits as an array; from another device they are copied."""
-    import numpy
-
-    if hasattr(tensor, "__len__") and not hasattr(tensor, "shape"):
-        tensor = tensor[0]
-    if device == "cpu":
-        return numpy.from_dlpack(tensor)
-    found = numpy.empty(tuple(tensor.shape), dtype=numpy.float32)
-    ffi.get_global_func("runtime.TVMTensorCopyToBytes")(tensor, found.ctypes.data_as(_pointer()), found.nbytes)
-    return found
-
-
-def _pointer() -> Any:
-    import ctypes
-
-    return ctypes.c_void_p
-
-
-def operator_of(symbol: str) -> str:
-    """A kernel's name without the number that tells it from its like: `fused_dense3` is a `fused_dense`."""
-    return symbol.rstrip("0123456789") or symbol
+def operator_of(kernel: str) -> str:
+    """A kernel's name without the number that tells it from its like: `dense_3` is a `dense`."""
+    return kernel.rstrip("0123456789").rstrip("_") or kernel

@@ -27,7 +27,17 @@ class Linker:
 
     def shared(self, objects: Sequence[Path], path: Path) -> None:
         """Link `path`. Errors: InputError with the linker's last words."""
-        done = subprocess.run([*self.command, "-shared", "-fPIC", "-o", str(path), *map(str, objects)], capture_output=True, text=True, check=False)
+        self._run(path, ["-shared", "-fPIC", "-o", str(path), *map(str, objects)], path.parent)
+
+    def program(self, source: Path, objects: Sequence[Path], headers: Path, path: Path) -> None:
+        """Compile one C++ source and link it with `objects` into a shared library that needs nothing but the C library. Errors: InputError."""
+        # Kernels of two models have the same names, and each model must call its own.
+        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", f"-I{headers}"]
+        libraries = ["-Wl,-Bsymbolic", "-Wl,--as-needed", "-lpthread", "-lm"]
+        self._run(path, [*flags, source.name, *(str(found.resolve()) for found in objects), "-o", str(path.resolve()), *libraries], source.parent)
+
+    def _run(self, path: Path, words: list[str], folder: Path) -> None:
+        done = subprocess.run([*self.command, *words], capture_output=True, text=True, check=False, cwd=folder)
         if done.returncode != 0:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise InputError(f"{self.name} cannot link {path.name}: {' '.join(said.split())[:300]}; look at this machine's compilers")

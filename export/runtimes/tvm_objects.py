@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
+from .runtime import Role
+from .tvm_link import Linker
+from .tvm_network_source import write_network
+from .tvm_program import Program
 
 if TYPE_CHECKING:
     from tvm.relax import VMExecutable
+    from tvm.target import Target
 
 OBJECTS = "objects"
+# The hand-written part of a compiled network; the bundle ships the same.
+HEADERS = Path(__file__).resolve().parents[1] / "bundle_sources" / "tvm"
 
 
 def write_objects(executable: VMExecutable, folder: Path) -> list[Path]:
@@ -29,3 +36,20 @@ def write_objects(executable: VMExecutable, folder: Path) -> list[Path]:
 
     executable.export_library(str(folder / "model.so"), fcompile=keep)
     return found
+
+
+def write_program(program: Program, target: Target, linker: Linker, folder: Path, name: str, *, keep: bool) -> list[tuple[str, Role]]:
+    """Compile a straight program into the library `name`; with `keep` its parts stay in `objects/`, for linking them into a program. Errors: InputError."""
+    import tvm
+
+    parts = folder / OBJECTS
+    parts.mkdir(parents=True, exist_ok=True)
+    code = parts / "code.o"
+    tvm.tirx.build(program.kernels, target=target).write_to_file(str(code))
+    source, constants = write_network(program, parts)
+    linker.program(source, [code], HEADERS, folder / name)
+    if not keep:
+        shutil.rmtree(parts)
+        return []
+    rows: list[tuple[Path, Role]] = [(code, "other"), (constants, "other"), (source, "source")]
+    return [(path.relative_to(folder).as_posix(), role) for path, role in rows]

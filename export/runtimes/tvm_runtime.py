@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,15 @@ from ..foreign import elsewhere
 from ..forms import Form
 from ..versions import tool_versions
 from .runtime import Role, Source, Written
-from .tvm_link import is_here, linker_for
-from .tvm_objects import OBJECTS, write_objects
+from .tvm_link import Linker, is_here, linker_for
+from .tvm_objects import OBJECTS, write_objects, write_program
+from .tvm_program import NotStraight, straight_program
 from .tvm_weights import FILE as WEIGHTS
 from .tvm_weights import lift_weights, save_weights
 
 if TYPE_CHECKING:
     from ...bench.emulation import Emulator
+    from .tvm_schedule.built import Built
 
 MODEL = "model.so"
 # log: JSON lines of the tuner. static: `yes` keeps the objects too, for linking the model into a program.
@@ -53,23 +56,9 @@ class TvmRuntime:
         device = "cuda" if target.kind.name == "cuda" else "cpu"
         triple = host_triple(target, profile)
         linker = linker_for(triple)
-        module, arrays = lift_weights(built.module)
-        executable = dataclasses.replace(built, module=module).compile()
-        objects = write_objects(executable, folder / OBJECTS)
-        linker.shared(objects, folder / MODEL)
-        files: list[tuple[str, Role]] = []
-        if arrays:
-            save_weights(arrays, folder / WEIGHTS)
-            files.append((WEIGHTS, "weights"))
-        for path in objects:
-            if static:
-                files.append((path.relative_to(folder).as_posix(), "other"))
-            else:
-                path.unlink()
-        if not static:
-            (folder / OBJECTS).rmdir()
+        entry, files, notes = write_code(built, linker, folder, straight=device == "cpu", static=static)
         asked_by, unasked = how_to_ask(source.target, profile, triple, device)
-        notes = [*built.notes, f"compiled for {target_words(target)} with {built.threads} thread{'s' if built.threads > 1 else ''}, linked by {linker.name}"]
+        notes = [*built.notes, *notes, f"compiled for {target_words(target)} with {built.threads} thread{'s' if built.threads > 1 else ''}, linked by {linker.name}"]
         if asked_by is not None:
             notes.append(f"{source.target} is not this machine: its answers are those of {asked_by.name}")
         return Written(
@@ -77,13 +66,16 @@ class TvmRuntime:
             files=tuple(files),
             notes=tuple(notes),
             versions=tool_versions("apache-tvm", "apache-tvm-ffi"),
-            session={"triple": triple, "device": device, "threads": str(built.threads)},
+            session={
+                "entry": entry, "triple": triple, "device": device, "threads": str(built.threads),
+                "compiler": tool_versions("apache-tvm").get("apache-tvm", ""),
+            },
             command=None if asked_by is None else tuple(asked_by.command(["python3"])),
             unasked=unasked,
         )
 
     @staticmethod
-    def _built(source: Source, profile: TargetProfile, log: Path | None) -> Any:
+    def _built(source: Source, profile: TargetProfile, log: Path | None) -> Built:
         from .tvm_schedule.build import build_network
         from .tvm_schedule.default import default_network
 
@@ -93,6 +85,27 @@ class TvmRuntime:
 
 
 RUNTIME = TvmRuntime()
+
+
+def write_code(built: Built, linker: Linker, folder: Path, *, straight: bool, static: bool) -> tuple[str, list[tuple[str, Role]], list[str]]:
+    """Write `model.so` and what belongs to it: (its entry, the other files, notes). Errors: InputError."""
+    notes: list[str] = []
+    if straight:
+        try:
+            program = straight_program(built)
+        except NotStraight as reason:
+            notes.append(f"runs in TVM's virtual machine, for it is no straight program: {reason}")
+        else:
+            return "program", write_program(program, built.target, linker, folder, MODEL, keep=static), notes
+    if static:
+        raise InputError("option static=yes: this model runs in TVM's virtual machine and cannot be linked into a program; leave the option out")
+    module, arrays = lift_weights(built.module)
+    objects = write_objects(dataclasses.replace(built, module=module).compile(), folder / OBJECTS)
+    linker.shared(objects, folder / MODEL)
+    shutil.rmtree(folder / OBJECTS)
+    if arrays:
+        save_weights(arrays, folder / WEIGHTS)
+    return "machine", [(WEIGHTS, "weights")] if arrays else [], notes
 
 
 def read_options(options: Mapping[str, str]) -> tuple[Path | None, bool]:

@@ -1,0 +1,209 @@
+// What a compiled network needs at run time, in place of a runtime library: its kernels are called one after the other on memory that was planned when
+// it was compiled. Plain C++17 on POSIX threads; nothing of the C++ library, nothing of TVM. `network.cpp`, which was written from the network, includes it
+// once, behind its tables. The structures are those of DLPack and of TVM's calling convention.
+#pragma once
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+namespace vitrim {
+
+struct Tensor {  // DLTensor
+    void *data;
+    int32_t device_kind, device_number;
+    int32_t dimensions;
+    uint8_t type_code, type_bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+struct Value {  // TVMFFIAny
+    int32_t kind;
+    uint32_t padding;
+    union {
+        int64_t integer;
+        void *pointer;
+    };
+};
+static_assert(sizeof(Tensor) == 48 && sizeof(Value) == 16, "the calling convention of 64-bit machines");
+
+constexpr int32_t kInteger = 1, kPointer = 4, kTensorPointer = 7, kTensorObject = 70, kObjectHeaderBytes = 24, kCpu = 1;
+
+enum class Place : uint8_t { images, logits, arena, constant };
+
+struct Planned {  // a tensor whose memory is known: where, and how many bytes behind the beginning
+    Place place;
+    uint64_t offset;
+};
+
+using Kernel = int (*)(void *self, const Value *arguments, int32_t count, Value *result);
+
+struct Step {
+    const char *name;
+    Kernel kernel;
+    int32_t first, count;  // its operands, as numbers of tensors
+};
+
+struct Group {  // TVMParallelGroupEnv
+    void *barrier;
+    int32_t tasks;
+};
+using Task = int (*)(int number, Group *group, void *data);
+
+// ---- threads: they spin while an inference runs, and sleep between two --------------------------------------------------------------------
+
+constexpr int kMostThreads = 64, kCacheLine = 64;
+
+struct alignas(kCacheLine) Counter {
+    int value;
+};
+
+struct Pool {
+    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+    int workers = 0;      // started, besides the caller's own thread
+    int threads = 1;      // used by a launch
+    bool running = false;  // an inference runs
+    Task task = nullptr;
+    void *data = nullptr;
+    Group group = {nullptr, 1};
+    int failed = 0;
+    alignas(kCacheLine) int launch = 0;   // number of the launch
+    alignas(kCacheLine) int pending = 0;  // tasks that are not finished
+    Counter barrier[kMostThreads] = {};
+};
+
+inline Pool pool;
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+inline void *work(void *argument) {
+    const int number = static_cast<int>(reinterpret_cast<intptr_t>(argument));
+    int seen = 0;
+    for (;;) {
+        for (int spins = 0; __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen; ++spins) {
+            if (__atomic_load_n(&pool.running, __ATOMIC_ACQUIRE)) {
+                if (spins % 64 == 63) sched_yield();
+                else pause();
+                continue;
+            }
+            pthread_mutex_lock(&pool.lock);
+            while (!__atomic_load_n(&pool.running, __ATOMIC_ACQUIRE) && __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen) {
+                pthread_cond_wait(&pool.wake, &pool.lock);
+            }
+            pthread_mutex_unlock(&pool.lock);
+        }
+        seen = __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE);
+        // Every worker answers every launch, so that none can sleep through one and meet the next.
+        if (number < pool.group.tasks && pool.task(number, &pool.group, pool.data) != 0) __atomic_store_n(&pool.failed, 1, __ATOMIC_RELAXED);
+        __atomic_fetch_sub(&pool.pending, 1, __ATOMIC_RELEASE);
+    }
+    return nullptr;
+}
+
+inline int set_threads(int threads) {
+    if (threads < 1) threads = 1;
+    if (threads > kMostThreads) threads = kMostThreads;
+    while (pool.workers < threads - 1) {
+        pthread_t thread;
+        if (pthread_create(&thread, nullptr, work, reinterpret_cast<void *>(static_cast<intptr_t>(pool.workers + 1))) != 0) break;
+        pthread_detach(thread);
+        ++pool.workers;
+    }
+    pool.threads = pool.workers + 1 < threads ? pool.workers + 1 : threads;
+    return pool.threads;
+}
+
+inline int launch(Task task, void *data, int32_t tasks) {
+    if (tasks <= 0 || tasks > pool.threads) tasks = pool.threads;
+    for (Counter &counter : pool.barrier) counter.value = 0;
+    pool.task = task;
+    pool.data = data;
+    pool.group = {pool.barrier, tasks};
+    pool.failed = 0;
+    if (tasks == 1) return task(0, &pool.group, data);
+    __atomic_store_n(&pool.pending, pool.workers, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&pool.launch, 1, __ATOMIC_RELEASE);
+    int failed = task(0, &pool.group, data);
+    for (int spins = 0; __atomic_load_n(&pool.pending, __ATOMIC_ACQUIRE) != 0; ++spins) {
+        if (spins % 64 == 63) sched_yield();
+        else pause();
+    }
+    return failed != 0 ? failed : pool.failed;
+}
+
+inline int meet(int number, Group *group) {
+    Counter *counters = static_cast<Counter *>(group->barrier);
+    const int round = __atomic_add_fetch(&counters[number].value, 1, __ATOMIC_ACQ_REL);
+    for (int other = 0; other < group->tasks; ++other) {
+        for (int spins = 0; __atomic_load_n(&counters[other].value, __ATOMIC_ACQUIRE) < round; ++spins) {
+            if (spins % 64 == 63) sched_yield();
+            else pause();
+        }
+    }
+    return 0;
+}
+
+inline void begin_inference() {
+    if (pool.threads < 2) return;
+    pthread_mutex_lock(&pool.lock);
+    __atomic_store_n(&pool.running, true, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+inline void end_inference() { __atomic_store_n(&pool.running, false, __ATOMIC_RELEASE); }
+
+// ---- what kernels call ---------------------------------------------------------------------------------------------------------------------
+
+inline char failure[256];
+
+inline void say(const char *kind, const char *const *parts, int count) {
+    size_t used = 0;
+    auto add = [&](const char *text) {
+        for (; text != nullptr && *text != '\0' && used + 1 < sizeof failure; ++text) failure[used++] = *text == '\n' ? ' ' : *text;
+    };
+    add(kind);
+    add(": ");
+    for (int i = 0; i < count; ++i) add(parts[i]);
+    failure[used] = '\0';
+}
+
+inline void *workspace(int, int, uint64_t bytes, int, int) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+inline int free_workspace(int, int, void *memory) {
+    free(memory);
+    return 0;
+}
+inline void raise(const char *kind, const char *message) { say(kind, &message, 1); }
+
+inline double now_s() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+// Code of a kernel looks for these by pointers of its own, which are there only where it needs them.
+#define VITRIM_CONTEXT(name) extern "C" __attribute__((weak)) void *name;
+}  // namespace vitrim
+VITRIM_CONTEXT(__TVMBackendAllocWorkspace)
+VITRIM_CONTEXT(__TVMBackendFreeWorkspace)
+VITRIM_CONTEXT(__TVMBackendParallelLaunch)
+VITRIM_CONTEXT(__TVMBackendParallelBarrier)
+VITRIM_CONTEXT(__TVMFFIErrorSetRaisedFromCStr)
+
+// Hidden, so that a process with TVM in it keeps its own.
+extern "C" __attribute__((visibility("hidden"))) void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
+    vitrim::say(kind, parts, count);
+}
+extern "C" __attribute__((visibility("hidden"))) void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) { vitrim::raise(kind, message); }

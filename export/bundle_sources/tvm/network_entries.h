@@ -1,0 +1,90 @@
+// The entries of a compiled network. Included once, at the end of `network.cpp`, which defines the tables that are used here. One inference at a time.
+#pragma once
+
+#include "compiled_network.h"
+
+namespace vitrim {
+
+inline bool ready = false;
+
+inline void *address(const Planned &planned, void *images, void *logits) {
+    switch (planned.place) {
+        case Place::images: return images;
+        case Place::logits: return logits;
+        case Place::arena: return arena + planned.offset;
+        default: return const_cast<unsigned char *>(constants()) + planned.offset;
+    }
+}
+
+inline void prepare() {
+    if (ready) return;
+    if (&__TVMBackendAllocWorkspace != nullptr) __TVMBackendAllocWorkspace = reinterpret_cast<void *>(workspace);
+    if (&__TVMBackendFreeWorkspace != nullptr) __TVMBackendFreeWorkspace = reinterpret_cast<void *>(free_workspace);
+    if (&__TVMBackendParallelLaunch != nullptr) __TVMBackendParallelLaunch = reinterpret_cast<void *>(launch);
+    if (&__TVMBackendParallelBarrier != nullptr) __TVMBackendParallelBarrier = reinterpret_cast<void *>(meet);
+    if (&__TVMFFIErrorSetRaisedFromCStr != nullptr) __TVMFFIErrorSetRaisedFromCStr = reinterpret_cast<void *>(TVMFFIErrorSetRaisedFromCStr);
+    for (int i = 0; i < kOperands; ++i) {
+        operands[i].kind = kTensorPointer;
+        operands[i].padding = 0;
+        operands[i].pointer = &tensors[numbers[i]];
+    }
+    for (int i = 0; i < kTensors; ++i) tensors[i].data = address(plan[i], nullptr, nullptr);
+    ready = true;
+}
+
+// seconds: one for each step, added to; null where nobody asks.
+inline int run(const float *images, float *logits, double *seconds) {
+    prepare();
+    // Kernels read whole vectors, from where those may begin.
+    void *from = const_cast<float *>(images);
+    if (reinterpret_cast<uintptr_t>(images) % 64 != 0) from = memcpy(aligned_images, images, sizeof aligned_images);
+    for (int i = 0; i < kTensors; ++i) {
+        if (plan[i].place == Place::images) tensors[i].data = from;
+        if (plan[i].place == Place::logits) tensors[i].data = aligned_logits;
+    }
+    failure[0] = '\0';
+    begin_inference();
+    int failed = 0;
+    for (int i = 0; i < kSteps && failed == 0; ++i) {
+        const double before = seconds != nullptr ? now_s() : 0.0;
+        Value result = {0, 0, {0}};
+        failed = steps[i].kernel(nullptr, operands + steps[i].first, steps[i].count, &result);
+        if (seconds != nullptr) seconds[i] += now_s() - before;
+    }
+    end_inference();
+    if (failed == 0) memcpy(logits, aligned_logits, sizeof aligned_logits);
+    return failed;
+}
+
+inline void *data_of(const Value &value) {
+    if (value.kind == kInteger || value.kind == kPointer) return value.pointer;
+    const auto *tensor = static_cast<const Tensor *>(value.pointer);
+    if (value.kind == kTensorObject) tensor = reinterpret_cast<const Tensor *>(static_cast<const char *>(value.pointer) + kObjectHeaderBytes);
+    else if (value.kind != kTensorPointer) return nullptr;
+    return tensor->device_kind == kCpu ? static_cast<char *>(tensor->data) + tensor->byte_offset : nullptr;
+}
+
+}  // namespace vitrim
+
+#define VITRIM_ENTRY extern "C" __attribute__((visibility("default")))
+
+// Images (batch, channels, height, width) to logits (batch, classes), both float32. 0, or anything else and vitrim_network_failure() tells.
+VITRIM_ENTRY int vitrim_network_run(const float *images, float *logits) { return vitrim::run(images, logits, nullptr); }
+// The same; adds the seconds of each step to `seconds`, which holds vitrim_network_steps() numbers.
+VITRIM_ENTRY int vitrim_network_profile(const float *images, float *logits, double *seconds) { return vitrim::run(images, logits, seconds); }
+// How many threads later inferences use, at most as many as there could be started; the number.
+VITRIM_ENTRY int vitrim_network_threads(int threads) { return vitrim::set_threads(threads); }
+VITRIM_ENTRY int vitrim_network_steps() { return vitrim::kSteps; }
+VITRIM_ENTRY const char *vitrim_network_step(int number) { return vitrim::steps[number].name; }
+VITRIM_ENTRY const char *vitrim_network_failure() { return vitrim::failure; }
+// Numbers (not bytes) of all images of a batch, and of all its logits.
+VITRIM_ENTRY int64_t vitrim_network_image_numbers() { return sizeof vitrim::aligned_images / sizeof(float); }
+VITRIM_ENTRY int64_t vitrim_network_logit_numbers() { return sizeof vitrim::aligned_logits / sizeof(float); }
+VITRIM_ENTRY int64_t vitrim_network_arena_bytes() { return sizeof vitrim::arena; }
+// The same run in TVM's calling convention, for its loaders and its RPC server: (images, logits) as tensors.
+VITRIM_ENTRY int __tvm_ffi_vitrim_run(void *, const vitrim::Value *arguments, int32_t count, vitrim::Value *result) {
+    void *images = count == 2 ? vitrim::data_of(arguments[0]) : nullptr, *logits = count == 2 ? vitrim::data_of(arguments[1]) : nullptr;
+    *result = {0, 0, {0}};
+    if (images == nullptr || logits == nullptr) return -1;
+    return vitrim::run(static_cast<const float *>(images), static_cast<float *>(logits), nullptr);
+}
