@@ -33,6 +33,9 @@ def export(
     ] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="How many of its validation images.")] = 64,
     tune: Annotated[bool, typer.Option("--tune", help="Build every graph form, measure them here, and keep the fastest that passes parity.")] = False,
+    ort_format: Annotated[
+        bool, typer.Option("--ort-format", help="Also write model.ort and required_operators.config, for a build of ONNX Runtime that holds no more.")
+    ] = False,
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Also write a C++ bundle of the artifact to this folder.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check an artifact byte for byte against its manifest, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out and --bundle.")] = False,
@@ -78,6 +81,7 @@ def export(
         images=pictures,
         batch="dynamic" if batch == "dynamic" else int(batch),
         tune=tune,
+        ort_format=ort_format,
         overwrite=overwrite,
     )
     for stage in artifact.manifest.parity:

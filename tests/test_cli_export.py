@@ -8,8 +8,10 @@ import pytest
 from tiny_models import tiny_vit
 from typer.testing import CliRunner
 from vitrim.cli import app
+from vitrim.compress.files import save
 from vitrim.compress.lift import lift
 from vitrim.errors import InputError
+from vitrim.export.artifact import Artifact
 from vitrim.export.exporter import export
 
 
@@ -39,3 +41,13 @@ def test_verify_names_a_file_whose_byte_flipped(artifact: Path) -> None:
 def test_out_is_asked_for(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["export", str(tmp_path)])
     assert "--out is missing" in f"{result.output}{result.exception}"
+
+
+def test_ort_format_writes_the_reduced_builds_files_too(tmp_path: Path) -> None:
+    model = lift(tiny_vit())
+    save(model, tmp_path / "model")
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--ort-format"])
+    assert result.exit_code == 0, result.output
+    assert "ort file against torch" in result.output
+    roles = {entry.path: entry.role for entry in Artifact.load(tmp_path / "out").manifest.files}
+    assert roles == {"model.onnx": "model", "model.ort": "other", "required_operators.config": "operators"}
