@@ -60,7 +60,8 @@ def disk_full(shown: str) -> InputError:
 def is_disk_full(said: str) -> bool:
     """Do these words of a program say that a disk is full?"""
     low = said.lower()
-    return "no space left on device" in low or "disk quota exceeded" in low
+    # GNU tar says no more than how much it could write.
+    return "no space left on device" in low or "disk quota exceeded" in low or "wrote only" in low
 
 
 def size_bytes(source: Path | bytes) -> int:

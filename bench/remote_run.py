@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..runtimes import requirement
-from .device_link import DeviceLink, LinkLost, disk_full, quote, size_bytes
+from .device_link import DeviceLink, LinkLost, disk_full, is_disk_full, quote, size_bytes
 from .options import DeviceOptions
 from .progress import Progress
 from .subject import Subject
@@ -187,9 +187,11 @@ def _wait(link: DeviceLink, place: str, tell: Progress, *, patience_s: float, po
             time.sleep(poll_s)
             continue
         if now != "RUNNING":
-            noise = link.run(f"tail -c 200 {quote(place + '/noise.txt')} 2>/dev/null || true").decode(errors="replace")
+            # Where nothing can be written any more, not even the reason could be.
+            probed = f"cd {quote(place)} && {{ echo > space || echo FULL; tail -c 200 noise.txt; }} 2>/dev/null || true"
+            noise = link.run(probed).decode(errors="replace")
             remove(link, place)
-            if "no space left on device" in noise.lower():
+            if noise.startswith("FULL") or is_disk_full(noise):
                 raise disk_full(where)
             why = f" ({' '.join(noise.split())})" if noise.strip() else ""
             raise InputError(

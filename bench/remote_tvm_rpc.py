@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
+from ..export.artifact import Artifact, read_manifest
 from ..targets.profile import TargetProfile, load_target
 from .device_link import LinkLost
 from .measure import Measurable, assemble, make_plan
@@ -21,7 +22,10 @@ from .options import DeviceOptions, MeasureOptions
 from .progress import Progress, progress_bar
 
 DEVICE = "tvm-rpc"
-NOTHING_TOLD = "TVM's protocol tells nothing of the board's state; look by hand that it is idle and cool, and give --target"
+NOTHING_TOLD = (
+    "TVM's protocol tells nothing of the board's state, and its rpc_server decides on the threads (TVM_NUM_THREADS); "
+    "look by hand that it is idle and cool, and give --target"
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def measure_over_tvm_rpc(
     # A board keeps what was sent until its server ends; equal files get equal names, so nothing heaps up.
     for number, (name, job) in enumerate(plan["jobs"].items()):
         job["upload"] = f"vitrim-{number}-{subjects[name].sha256[:12]}"
+        job["classes"] = _classes(artifacts[name])
     question = {"tracker": [address.host, address.port], "key": address.key}
     free = int(_ask(question)["free"])
     shares = shared_out(list(plan["jobs"]), max(1, free))
@@ -84,6 +89,14 @@ def shared_out(names: list[str], boards: int) -> list[list[str]]:
     first, *rest = names
     count = max(1, min(boards, len(rest)))
     return [[first, *rest[start::count]] for start in range(count)]
+
+
+def _classes(artifact: Measurable) -> int:
+    manifest = artifact.manifest if isinstance(artifact, Artifact) else read_manifest(artifact)
+    last = manifest.outputs[0].shape[-1]
+    if not isinstance(last, int):
+        raise InputError(f"{manifest.name}: its manifest leaves the number of classes open; export it again")
+    return last
 
 
 def _start() -> subprocess.Popen[bytes]:

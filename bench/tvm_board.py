@@ -21,7 +21,8 @@ from typing import Any
 from .conductor import ConductorError, conduct
 
 Json = dict[str, Any]
-FUNCTION = "main"
+# What is called: of the virtual machine, and of a straight program.
+FUNCTION, PROGRAM = "main", "vitrim_run"
 WINDOW = 5
 
 
@@ -53,15 +54,56 @@ class Board:
         return None
 
 
+class Straight:
+    """A straight program of a board: one function of images and logits, which lie there."""
+
+    def __init__(self, module: Any, device: Any, logits: Any) -> None:
+        self.module, self.device, self.logits = module, device, logits
+        self.images: Any = None
+
+    def take(self, images: Any) -> None:
+        self.images = images
+
+    def run(self) -> None:
+        self.module[PROGRAM](self.images, self.logits)
+
+    def answers(self) -> Any:
+        return self.logits.numpy()
+
+    def timed(self, count: int) -> Any:
+        return self.module.time_evaluator(PROGRAM, self.device, number=1, repeat=count)(self.images, self.logits).results
+
+
+class Virtual:
+    """A model that TVM's virtual machine calls on a board."""
+
+    def __init__(self, module: Any, device: Any, weights: Callable[[int], list[Any]]) -> None:
+        from tvm.relax import VirtualMachine  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        self.machine, self.device = VirtualMachine(module, device), device
+        count = int(self.machine["get_function_arity"](FUNCTION)) - 1
+        self.weights = weights(count) if count else []
+
+    def take(self, images: Any) -> None:
+        self.machine.set_input(FUNCTION, images, *self.weights)
+
+    def run(self) -> None:
+        self.machine.invoke_stateful(FUNCTION)
+
+    def answers(self) -> Any:
+        found = self.machine.get_outputs(FUNCTION)
+        return (found[0] if isinstance(found, tuple) else found).numpy()
+
+    def timed(self, count: int) -> Any:
+        return self.machine.time_evaluator("invoke_stateful", self.device, number=1, repeat=count)(FUNCTION).results
+
+
 class BoardModel:
-    """A compiled model in the virtual machine of a board; answers as a runner does."""
+    """A compiled model on a board; answers as a runner does."""
 
     def __init__(self, session: Any, name: str, job: Json) -> None:
         import numpy
-        import tvm
-        from tvm.relax import VirtualMachine
-
-        from ..runtimes.tvm_engine import WEIGHTS, map_weights
+        import tvm  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         self.name, self.job, self.numpy, self.tvm = name, job, numpy, tvm
         kind = str((job.get("session") or {}).get("device", "cpu"))
@@ -70,20 +112,23 @@ class BoardModel:
         there = f"{job['upload']}.so"
         session.upload(str(path), target=there)
         start = time.perf_counter()
-        self.machine = VirtualMachine(session.load_module(there), self.device)
+        module = session.load_module(there)
         self.load_s = time.perf_counter() - start
-        count = int(self.machine["get_function_arity"](FUNCTION)) - 1
-        arrays = map_weights(str(path.parent / WEIGHTS), count) if count else []
-        self.weights = [self._there(array) for array in arrays]
         self.shape = [int(size) for size in job["input"]["shape"]]
         self.shape[0] = self.shape[0] if self.shape[0] > 0 else int(job.get("batch") or 1)
         if job.get("batch") and self.shape[0] != int(job["batch"]):
             raise ConductorError(f"{name}: is compiled for batch {self.shape[0]}, and batch {job['batch']} was asked for; export it so")
         images = numpy.random.default_rng(int(job.get("seed", 0))).standard_normal(self.shape, dtype=numpy.float32)
+        settings = job.get("session") or {}
+        if settings.get("entry") == "program":
+            logits = self._there(numpy.zeros([self.shape[0], int(job["classes"])], dtype=numpy.float32))
+            self.model: Straight | Virtual = Straight(module, self.device, logits)
+        else:
+            self.model = Virtual(module, self.device, lambda count: [self._there(array) for array in weights_of(path, count)])
         self.take(images)
         # The evaluator makes a call of its own before those that it times; the first of all is timed from here, over the link.
         start = time.perf_counter()
-        self.machine.invoke_stateful(FUNCTION)
+        self.model.run()
         self.ready: Json = {
             "runtime": "tvm",
             "runtime_version": tvm.__version__,
@@ -126,9 +171,8 @@ class BoardModel:
                 chunk = prepare_images(numpy, images[first:last], self.shape, "float32", self.job.get("preprocessing"))
                 chunk = numpy.concatenate([chunk, numpy.repeat(chunk[-1:], batch - len(chunk), axis=0)]) if len(chunk) < batch else chunk
                 self.take(numpy.ascontiguousarray(chunk))
-                self.machine.invoke_stateful(FUNCTION)
-                answers = self.machine.get_outputs(FUNCTION)
-                answers = (answers[0] if isinstance(answers, tuple) else answers).numpy().reshape(batch, -1)[: last - first]
+                self.model.run()
+                answers = self.model.answers().reshape(batch, -1)[: last - first]
                 correct += int((answers.argmax(axis=1) == labels[first:last]).sum())
                 if time.perf_counter() - told > 1:
                     told = time.perf_counter()
@@ -144,12 +188,11 @@ class BoardModel:
 
     def take(self, images: Any) -> None:
         """Send images to the board; they stay for the calls that follow."""
-        self.machine.set_input(FUNCTION, self._there(images), *self.weights)
+        self.model.take(self._there(images))
 
     def timed(self, count: int) -> list[float]:
         """Seconds of each of `count` calls, taken on the board."""
-        evaluate = self.machine.time_evaluator("invoke_stateful", self.device, number=1, repeat=count)
-        return [float(value) for value in evaluate(FUNCTION).results]
+        return [float(value) for value in self.model.timed(count)]
 
     def _there(self, array: Any) -> Any:
         return self.tvm.runtime.tensor(self.numpy.asarray(array), self.device)
@@ -169,6 +212,13 @@ class BoardModel:
         return ConductorError(
             f"{self.name}: the board stopped answering: {one_line(error)}; look whether it was restarted, then measure again"
         )
+
+
+def weights_of(model: Path, count: int) -> list[Any]:
+    """Large weights that lie beside the compiled code."""
+    from ..runtimes.tvm_machine import WEIGHTS, map_weights
+
+    return map_weights(str(model.parent / WEIGHTS), count)
 
 
 def no_tracker(where: str, error: Exception) -> str:
@@ -195,7 +245,7 @@ def answer(question: Json, tell: Callable[[Json], None]) -> None:
     except OSError as error:
         raise ConductorError(no_tracker(where, error)) from None
     try:
-        from tvm import rpc
+        from tvm import rpc  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise ConductorError(f"TVM's client is missing here: {one_line(error)}; install it: pip install 'vitrim[tvm]'") from None
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +20,7 @@ from loopback_ssh import Server, free_port, needs_sshd, ssh_server
 from vitrim.bench.device_link import LinkLost
 from vitrim.bench.remote import measure_on
 from vitrim.bench.remote_ssh import measure_over_ssh
-from vitrim.bench.ssh_link import SshAddress
+from vitrim.bench.ssh_link import SshAddress, SshLink
 from vitrim.errors import InputError
 
 QUICK: dict[str, Any] = {"time_limit_s": 0.5, "least_rounds": 3, "quiet": True, "poll_s": 0.1, "python": sys.executable}
@@ -160,6 +163,84 @@ def test_a_full_disk_is_told(server: Server, tmp_path: Path) -> None:
         refused(server, tmp_path, r"its disk is full: \d+ bytes are free, \d+ are needed", folder=str(small))
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@needs_sshd
+def test_a_disk_that_fills_up_on_the_way_or_during_the_run_is_told(server: Server, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "256k") as small:
+        link = SshLink(SshAddress.parse(server.url), server.options)
+        with pytest.raises(InputError, match="its disk is full; free some space there, then measure again"):
+            link.copy({"large": bytes(400_000)}, str(small / "there"))
+        link.close()
+    with small_disk(tmp_path / "large", "6m") as large:
+
+        def fill(share: float, text: str) -> None:
+            with contextlib.suppress(OSError), (large / "fill").open("ab", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(4096))
+
+        with pytest.raises(InputError, match="its disk is full; free some space there, then measure again"):
+            measure_over_ssh(
+                server.url,
+                {"m": chain(tmp_path / "m.onnx", width=16)},
+                ssh_options=server.options,
+                folder=str(large / "device"),
+                progress=fill,
+                **{**QUICK, "time_limit_s": 3.0, "least_rounds": 1000},
+            )
+
+
+@needs_sshd
+def test_a_device_that_was_restarted_is_told(server: Server, tmp_path: Path) -> None:
+    there = tmp_path / "device"
+
+    def restart(share: float, text: str) -> None:
+        # Another boot: the number of the run's process may well be somebody else's now.
+        if text.startswith("round"):
+            (run,) = there.iterdir()
+            (run / "boot").write_text("another boot\n")
+
+    with pytest.raises(InputError, match=r"the run ended there without a result.*the device was restarted"):
+        measure_over_ssh(
+            server.url,
+            {"m": chain(tmp_path / "m.onnx")},
+            ssh_options=server.options,
+            folder=str(there),
+            progress=restart,
+            **{**QUICK, "time_limit_s": 20.0, "least_rounds": 1000},
+        )
+    assert list(there.iterdir()) == []
+
+
+@needs_sshd
+def test_neither_results_nor_output_tell_who_was_where(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitrim.cli import call
+
+    monkeypatch.setenv("VITRIM_SECRET_OF_A_TEST", "a-password-in-the-environment")
+    out = tmp_path / "out"
+    words = ["bench", str(chain(tmp_path / "m.onnx")), "--on", server.url, "--python", sys.executable, "--time-limit", "0.5", "--out", str(out)]
+    for option in zip(server.options[::2], server.options[1::2], strict=True):
+        words += ["--ssh-option", shlex.join(option)]
+    assert call(words) == 0
+    captured = capfd.readouterr()
+    saved = (out / "m.json").read_text()
+    for told in (saved, captured.out, captured.err):
+        for secret in ("127.0.0.1", server.url.rsplit(":", 1)[1], "PRIVATE KEY", str(server.folder), socket.gethostname() + "@", "a-password-in"):
+            assert secret not in told
+    assert str(tmp_path) not in saved
 
 
 @needs_sshd

@@ -30,7 +30,7 @@ def compiled(folder: Path, factor: float) -> Path:
     from tvm import relax
 
     builder = relax.BlockBuilder()
-    images = relax.Var("images", relax.TensorStructInfo((1, 1, 2, 5), "float32"))
+    images = relax.Var("images", relax.TensorType((1, 1, 2, 5), "float32"))
     with builder.function("main", [images]):
         with builder.dataflow():
             scaled = builder.emit(relax.op.multiply(images, relax.const(np.float32(factor))))
