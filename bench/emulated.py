@@ -58,7 +58,8 @@ def measure_emulated(
         except ConductorError as error:
             raise InputError(str(error)) from None
     found = assemble(raw, plan, subjects, target=profile.name if profile else ANY, device=DEVICE)
-    nobodys = {"floor_rss_bytes": None, "peak_rss_bytes": None, "steady_rss_bytes": None, "cpu_share": None, "energy_per_inference_j": None, "energy_source": None}
+    memory = {"floor_rss_bytes": None, "peak_rss_bytes": None, "steady_rss_bytes": None}
+    nobodys = {**memory, "cpu_share": None, "energy_per_inference_j": None, "energy_source": None}
     return {name: measured.model_copy(update=nobodys) for name, measured in found.items()}
 
 
@@ -66,7 +67,7 @@ def required() -> Emulator:
     """The emulator that was prepared. Errors: InputError with the command that prepares it."""
     found = ready()
     if found is None:
-        raise InputError("aarch64 emulation is not prepared on this machine; run `vitrim targets emulate` (a minute, 300 MB), then measure again")
+        raise InputError("aarch64 emulation is not prepared on this machine; run `vitrim targets emulate` (half a minute, 210 MB), then measure again")
     return found
 
 

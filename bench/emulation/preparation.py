@@ -42,7 +42,7 @@ print(json.dumps({"machine": platform.machine()}))
 def prepare(progress: Progress | None = None, *, runtimes: Sequence[str] = ("onnxruntime",), folder: Path | None = None) -> Emulator:
     """Prepare the emulation in `folder` (the default: see `place`), and prove that it starts python3 with the runtimes in it.
 
-    Takes about a minute and 300 MB the first time, less than a second of checking later. runtimes: `onnxruntime`, `tvm`; what was prepared before
+    Takes half a minute and 210 MB the first time, less than a second of checking later. runtimes: `onnxruntime`, `tvm`; what was prepared before
     stays. progress(share, text) is told of every step. Errors: InputError, one line with the way out: offline, not Debian, disk full.
     """
     tell = progress or (lambda share, text: None)
