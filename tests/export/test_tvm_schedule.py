@@ -11,7 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import network
-from vitrim.compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, Core, FfnSpec, HeadSpec, Indices, NormSpec, PoolSpec, StemSpec
+from vitrim.compress.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    Core,
+    FfnSpec,
+    HeadSpec,
+    Indices,
+    NormSpec,
+    PoolSpec,
+    StemSpec,
+)
 from vitrim.compress.vit.model import CompactModel
 from vitrim.export.parity import relative_error
 from vitrim.targets.detect import detect_host
@@ -73,7 +85,12 @@ def architectures(draw: Any) -> Architecture:
         norm=draw(norms(len(reads or range(embed)))),
         pool=PoolSpec(kind=pool),
         pool_norm=draw(norms(len(reads or range(embed)))) if pool != "distilled" else None,
-        head=HeadSpec(classes=draw(st.integers(1, 20)), bias=draw(st.booleans()), hidden=draw(st.sampled_from([None, 5])), act="identity" if pool == "distilled" else draw(st.sampled_from(["identity", "sigmoid"]))),
+        head=HeadSpec(
+            classes=draw(st.integers(1, 20)),
+            bias=draw(st.booleans()),
+            hidden=draw(st.sampled_from([None, 5])),
+            act="identity" if pool == "distilled" else draw(st.sampled_from(["identity", "sigmoid"])),
+        ),
         head_reads=reads,
     )
 

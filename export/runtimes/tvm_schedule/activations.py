@@ -10,9 +10,17 @@ from tvm.tirx.script import builder as T
 from .lanes import Expr, Lanes
 
 # erf(x) = x P(x²) / Q(x²) on [-4, 4], error below 1e-6: the coefficients of Eigen's generic_fast_erf_float.
-_ERF_P = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05, -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02)
+_ERF_P = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
 _ERF_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02)
-# 2^f on [-1/2, 1/2]: Taylor's series, whose first term left out is below 2e-7 there... with seven terms below 2e-8.
+# 2^f on [-1/2, 1/2]: Taylor's series up to f^7; the first term left out is below 6e-9.
 _EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1))
 
 

@@ -13,7 +13,7 @@ from .dense import Rows, product
 from .keys import Heads, key_panels, packed_size
 from .lanes import Buffer, Expr, Lanes
 from .norm import sum_over
-from .schedule import Schedule
+from .schedule import Schedule, Shape, Tile
 from .tiles import Run, bounds, even
 
 # Below any score, and far from overflow.
@@ -36,11 +36,17 @@ class Attend:
     keys: Heads
     values: Heads
 
+    @property
+    def shape(self) -> Shape:
+        """What a schedule knows it by."""
+        return Shape("attention", (self.asked, self.tokens, self.keys.each, self.values.each))
+
 
 def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
     """The kernel: (queries' rows, packed keys and values) -> out (images, asked, heads * values.each), all flat."""
     count = lanes.count
-    row_runs = even(spec.asked, schedule.attention_rows)
+    tile = schedule.tile(spec.shape)
+    row_runs = even(spec.asked, tile.rows)
     size = packed_size(spec.tokens, spec.keys, spec.values, lanes)
     pairs = spec.images * spec.heads
     with IRBuilder() as builder, T.prim_func():
@@ -52,14 +58,14 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
         def share(part: Expr, parts: int) -> None:
             most = max(run.size for run in row_runs)
             scores = T.alloc_buffer((most * lanes.up(spec.tokens),), "float32", scope="local")
-            accumulators = T.alloc_buffer((schedule.attention_rows * schedule.attention_vectors * count,), "float32", scope="local")
+            accumulators = T.alloc_buffer((most * tile.vectors * count,), "float32", scope="local")
             inverses = T.alloc_buffer((most,), "float32", scope="local")
             for run in row_runs:
                 # All tiles of all heads in one row, so that shares are equal although heads are few.
                 with T.serial(*bounds(pairs * run.count, part, parts)) as index:
                     pair = named(index // run.count)
                     row = named(run.start + index % run.count * run.size)
-                    _tile(spec, lanes, schedule, x, packed, out, scores, accumulators, inverses, pair, row, run.size)
+                    _tile(spec, lanes, tile, x, packed, out, scores, accumulators, inverses, pair, row, run.size)
 
         if schedule.threads == 1:
             share(0, 1)
@@ -72,7 +78,7 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
 def _tile(
     spec: Attend,
     lanes: Lanes,
-    schedule: Schedule,
+    tile: Tile,
     x: Buffer,
     packed: Buffer,
     out: Buffer,
@@ -98,7 +104,7 @@ def _tile(
             rows,
             run.size,
             spec.keys.each,
-            schedule.steps,
+            tile.steps,
             lambda r, k: x[queries[r] + k],
             lambda v, k: lanes.load(packed, place + k * (run.size * count) + v * count),
         )
@@ -107,7 +113,7 @@ def _tile(
                 target = r * stride + (run.start + panel * run.size + v) * count
                 lanes.store(scores, target, lanes.load(accumulators, (r * run.size + v) * count))
 
-    for run in key_panels(tokens, lanes, schedule):
+    for run in key_panels(tokens, lanes, tile):
         with T.serial(0, run.count) as panel:
             score(run, panel)
     with T.serial(0, rows) as r:
@@ -115,23 +121,27 @@ def _tile(
 
     values = named(start + stride * spec.keys.each)
     target = [named((image * spec.asked + row + r) * (spec.heads * spec.values.each) + head * spec.values.each) for r in range(rows)]
-    for run in even(spec.values.each // count, schedule.attention_vectors):
+
+    def mix(run: Run, panel: Expr) -> None:
+        column = named((run.start + panel * run.size) * count)
+        product(
+            lanes,
+            accumulators,
+            rows,
+            run.size,
+            tokens,
+            tile.steps,
+            lambda r, k: scores[r * stride + k],
+            lambda v, k: lanes.load(packed, values + k * spec.values.each + column + v * count),
+        )
+        for r in range(rows):
+            for v in range(run.size):
+                value = lanes.load(accumulators, (r * run.size + v) * count) * lanes.splat(inverses[r])
+                lanes.store(out, target[r] + column + v * count, value)
+
+    for run in even(spec.values.each // count, tile.vectors):
         with T.serial(0, run.count) as panel:
-            column = named((run.start + panel * run.size) * count)
-            product(
-                lanes,
-                accumulators,
-                rows,
-                run.size,
-                tokens,
-                schedule.steps,
-                lambda r, k: scores[r * stride + k],
-                lambda v, k: lanes.load(packed, values + k * spec.values.each + column + v * count),
-            )
-            for r in range(rows):
-                for v in range(run.size):
-                    value = lanes.load(accumulators, (r * run.size + v) * count) * lanes.splat(inverses[r])
-                    lanes.store(out, target[r] + column + v * count, value)
+            mix(run, panel)
 
 
 def _softmax(lanes: Lanes, tokens: int, scores: Buffer, start: Expr, inverses: Buffer, r: Expr) -> None:

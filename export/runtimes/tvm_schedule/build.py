@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ....compress.vit.model import CompactModel
 from ....targets.profile import TargetProfile
@@ -12,19 +14,39 @@ from .coverage import reason_against
 from .default import default_network
 from .targets import tvm_target
 
+if TYPE_CHECKING:
+    from tvm.target import Target
+
 
 def build_network(compact: CompactModel, profile: TargetProfile, *, batch: int = 1, threads: int = 1, log: Path | None = None) -> Built:
-    """The network ready for `Built.compile`. log: JSON lines that the tuner wrote."""
+    """The network ready for `Built.compile`. threads: how many shares the parallel loops are cut into. log: what the tuner wrote.
+
+    Errors: InputError where TVM is missing or the log is malformed; UnsupportedModel where neither our kernels nor the graph forms cover the network.
+    """
     target = tvm_target(profile)
     reason = reason_against(compact.architecture)
-    if reason is None and target.kind.name == "llvm":
-        from .lanes import Lanes
-        from .network import write_program
-        from .program import lowering
-        from .schedule import default_schedule
-
-        schedule = default_schedule(profile.vector, threads)
-        module = write_program(compact, Lanes.of(profile.vector), schedule, batch)
-        return Built(module, target, lowering(), "kernels", threads)
+    if reason is None and target.kind.name != "llvm":
+        reason = f"code for {target.kind.name}"
+    if reason is None:
+        return _kernels(compact, profile, target, batch, threads, log)
     form = Form(rows="batch", attention="split", residual="add", norm="layer", activation="gelu", stem="matrix", last_queries=True)
-    return default_network(write_network(compact, form, batch=batch), profile, threads=threads)
+    built = default_network(write_network(compact, form, batch=batch), profile, threads=threads)
+    return replace(built, notes=(f"our kernels do not cover {reason}; {built.notes[0]}", *built.notes[1:]))
+
+
+def _kernels(compact: CompactModel, profile: TargetProfile, target: Target, batch: int, threads: int, log: Path | None) -> Built:
+    # Imported where they are needed: these need TVM.
+    from .lanes import Lanes
+    from .log import quickest, read
+    from .network import write_program
+    from .program import lowering
+    from .schedule import default_schedule
+
+    unit = profile.vector
+    notes = [f"{unit.kind} kernels, vectors of {unit.lanes}, {threads} thread{'s' if threads > 1 else ''}"]
+    tuned = {}
+    if log is not None:
+        tuned = quickest(read(log), profile.name, threads, unit)
+        notes.append(f"tiles of {len(tuned)} shapes from {log.name}" if tuned else f"{log.name} has no tiles for {profile.name} with {threads} threads")
+    module = write_program(compact, Lanes.of(unit), default_schedule(unit, threads, tuned), batch)
+    return Built(module, target, lowering(), "kernels", threads, tuple(notes))

@@ -36,5 +36,6 @@ def from_graph(graph: onnx.ModelProto) -> IRModule:
     try:
         return from_onnx(graph, keep_params_in_input=False)
     except Exception as error:  # the front end raises whatever its own code meets
-        first = str(error).strip().splitlines()
-        raise InputError(f"TVM's ONNX front end does not read this graph: {first[-1] if first else type(error).__name__}; take another form of the graph") from None
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if lines else type(error).__name__
+        raise InputError(f"TVM's ONNX front end does not read this graph: {reason}; take another form of the graph") from None

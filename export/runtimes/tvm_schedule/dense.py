@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 
 from .activations import ACTIVATIONS, named
 from .lanes import Buffer, Expr, Lanes
-from .schedule import Schedule
+from .schedule import Schedule, Shape, Tile
 from .tiles import Run, bounds, even, shares
 
 
@@ -54,9 +54,23 @@ class Dense:
         assert source is not None
         return replace(self, images=1, rows=rows, source=source, factor=factor, residual=residual)
 
+    def operands(self) -> dict[str, int]:
+        """Name and size of each operand in order, the result last."""
+        whole = self.merged()
+        sizes = {"x": _size(whole.source, whole), "w": whole.depth * whole.width}
+        sizes |= {"bias": whole.width} if whole.bias else {}
+        sizes |= {"factor": _size(whole.factor, whole)} if whole.factor else {}
+        sizes |= {"residual": _size(whole.residual, whole)} if whole.residual else {}
+        return sizes | {"out": whole.images * whole.rows * whole.width}
+
+    @property
+    def shape(self) -> Shape:
+        """What a schedule knows it by."""
+        return Shape("dense", (self.merged().rows, self.depth, self.width))
+
     def panels(self, lanes: Lanes, schedule: Schedule) -> tuple[Run, ...]:
         """How the columns are cut, in vectors; the weights are packed so."""
-        return even(self.width // lanes.count, schedule.tile(self.merged().rows)[1])
+        return even(self.width // lanes.count, schedule.tile(self.shape).vectors)
 
 
 def dense(spec: Dense, lanes: Lanes, schedule: Schedule) -> Any:
@@ -67,22 +81,18 @@ def dense(spec: Dense, lanes: Lanes, schedule: Schedule) -> Any:
     """
     panel_runs = spec.panels(lanes, schedule)
     whole = spec.merged()
-    row_runs = even(whole.rows, schedule.tile(whole.rows)[0])
+    tile = schedule.tile(spec.shape)
+    row_runs = even(whole.rows, tile.rows)
     grid = shares(schedule.threads, panel_runs, row_runs)
-    sizes = {"x": _size(whole.source, whole), "w": whole.depth * whole.width}
-    sizes |= {"bias": whole.width} if whole.bias else {}
-    sizes |= {"factor": _size(whole.factor, whole)} if whole.factor else {}
-    sizes |= {"residual": _size(whole.residual, whole)} if whole.residual else {}
-    sizes["out"] = whole.images * whole.rows * whole.width
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
-        buffers = {name: T.arg(name, T.buffer((size,), "float32")) for name, size in sizes.items()}
+        buffers = {name: T.arg(name, T.buffer((size,), "float32")) for name, size in spec.operands().items()}
         if grid.threads == 1:
-            _share(whole, lanes, schedule, buffers, panel_runs, row_runs, (0, 1), (0, 1))
+            _share(whole, lanes, tile, buffers, panel_runs, row_runs, (0, 1), (0, 1))
         else:
             with T.parallel(0, grid.threads) as thread:
                 across, down = thread // grid.rows, thread % grid.rows
-                _share(whole, lanes, schedule, buffers, panel_runs, row_runs, (across, grid.panels), (down, grid.rows))
+                _share(whole, lanes, tile, buffers, panel_runs, row_runs, (across, grid.panels), (down, grid.rows))
     return builder.get()
 
 
@@ -94,7 +104,7 @@ def _size(place: Rows | None, spec: Dense) -> int:
 def _share(
     spec: Dense,
     lanes: Lanes,
-    schedule: Schedule,
+    shape: Tile,
     buffers: dict[str, Buffer],
     panel_runs: tuple[Run, ...],
     row_runs: tuple[Run, ...],
@@ -110,17 +120,17 @@ def _share(
             for rows in row_runs:
                 if spec.images == 1:
                     with T.serial(*bounds(rows.count, *down)) as tile:
-                        _tile(spec, lanes, schedule, buffers, accumulators, 0, rows.start + tile * rows.size, rows.size, vector, columns.size)
+                        _tile(spec, lanes, shape, buffers, accumulators, 0, rows.start + tile * rows.size, rows.size, vector, columns.size)
                 else:
                     with T.serial(*bounds(spec.images * rows.count, *down)) as tile:
                         image, row = tile // rows.count, rows.start + tile % rows.count * rows.size
-                        _tile(spec, lanes, schedule, buffers, accumulators, image, row, rows.size, vector, columns.size)
+                        _tile(spec, lanes, shape, buffers, accumulators, image, row, rows.size, vector, columns.size)
 
 
 def _tile(
     spec: Dense,
     lanes: Lanes,
-    schedule: Schedule,
+    shape: Tile,
     buffers: dict[str, Buffer],
     accumulators: Buffer,
     image: Expr,
@@ -139,7 +149,7 @@ def _tile(
         rows,
         vectors,
         spec.depth,
-        schedule.steps,
+        shape.steps,
         lambda r, k: buffers["x"][starts[r] + k],
         lambda v, k: lanes.load(buffers["w"], weights + k * (vectors * count) + v * count),
     )

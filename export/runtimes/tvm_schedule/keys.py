@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 
 from .activations import named
 from .lanes import Expr, Lanes
-from .schedule import Schedule
+from .schedule import Tile
 from .tiles import Run, bounds, even
 
 
@@ -23,12 +23,12 @@ class Heads:
     each: int
 
 
-def key_panels(tokens: int, lanes: Lanes, schedule: Schedule) -> tuple[Run, ...]:
+def key_panels(tokens: int, lanes: Lanes, tile: Tile) -> tuple[Run, ...]:
     """Tokens in panels, counted in vectors: the columns of the product of queries with keys."""
-    return even(lanes.up(tokens) // lanes.count, schedule.attention_vectors)
+    return even(lanes.up(tokens) // lanes.count, tile.vectors)
 
 
-def pack_keys(images: int, heads: int, tokens: int, keys: Heads, values: Heads, lanes: Lanes, schedule: Schedule) -> Any:
+def pack_keys(images: int, heads: int, tokens: int, keys: Heads, values: Heads, lanes: Lanes, tile: Tile, threads: int) -> Any:
     """The kernel: rows (images, tokens, width) -> (images, heads, [keys turned on their side in panels of tokens | values row by row]), flat.
 
     Tokens that fill the last vector of a panel are zero.
@@ -57,7 +57,7 @@ def pack_keys(images: int, heads: int, tokens: int, keys: Heads, values: Heads, 
             rows = named(pair // heads * (tokens * keys.width))
             column = named(rows + keys.first + pair % heads * keys.each)
             start = named(pair * size)
-            for run in key_panels(tokens, lanes, schedule):
+            for run in key_panels(tokens, lanes, tile):
                 last = (run.start + run.length) * count > tokens
                 with T.serial(0, run.count - 1 if last else run.count) as panel, T.serial(0, run.size) as vector:
                     turn(column, start, run, panel, vector, count)
@@ -70,11 +70,11 @@ def pack_keys(images: int, heads: int, tokens: int, keys: Heads, values: Heads, 
                 target = start + side * keys.each + token * values.each + vector * count
                 lanes.store(out, target, lanes.load(x, value + token * values.width + vector * count))
 
-        if schedule.threads == 1:
+        if threads == 1:
             with T.serial(0, images * heads) as pair:
                 head_of(pair)
         else:
-            with T.parallel(0, schedule.threads) as part, T.serial(*bounds(images * heads, part, schedule.threads)) as pair:
+            with T.parallel(0, threads) as part, T.serial(*bounds(images * heads, part, threads)) as pair:
                 head_of(pair)
     return builder.get()
 

@@ -56,6 +56,13 @@ def write_program(compact: CompactModel, lanes: Lanes, schedule: Schedule, batch
     return _Writer(compact, lanes, schedule, batch).module()
 
 
+def kernel_specs(compact: CompactModel, lanes: Lanes, schedule: Schedule, batch: int) -> list[Dense | Attend]:
+    """The products that the network's program consists of, in order, equal ones as often as they come."""
+    writer = _Writer(compact, lanes, schedule, batch)
+    writer.module()
+    return [key for key in writer.program.keys if isinstance(key, Dense | Attend)]
+
+
 class _Writer:
     def __init__(self, compact: CompactModel, lanes: Lanes, schedule: Schedule, batch: int) -> None:
         self.architecture: Architecture = compact.architecture
@@ -72,10 +79,7 @@ class _Writer:
         last = self._last_attention() if asked else None
         for number, step in enumerate(self.architecture.steps):
             parts = [under(self.state, f"steps.{number}.{position}") for position in range(len(step))]
-            if number == last:
-                stream = self.last_step(stream, step, parts, asked)
-            else:
-                stream = self.step(stream, step, parts)
+            stream = self.last_step(stream, step, parts, asked) if number == last else self.step(stream, step, parts)
         return self.head(stream)
 
     def stem(self) -> Stream:
@@ -182,12 +186,14 @@ class _Writer:
             asking = answering_new if asking is answering else asking
             answering = answering_new
         queries, keys, values = Heads(asking.width, at[0], core.qk), Heads(answering.width, at[1], core.qk), Heads(answering.width, at[2], wide)
-        key = ("keys", heads, tokens, keys, values)
-        size = self.batch * heads * packed_size(tokens, keys, values, lanes)
-        packed = self.program.call(
-            "keys", key, lambda: pack_keys(self.batch, heads, tokens, keys, values, lanes, self.schedule), [answering.value], (size,)
-        )
         spec_attend = Attend(self.batch, heads, tokens, asked, asking.place, queries, keys, values)
+        tile = self.schedule.tile(spec_attend.shape)
+        key = ("keys", heads, tokens, keys, values, tile.vectors)
+        size = self.batch * heads * packed_size(tokens, keys, values, lanes)
+        threads = self.schedule.threads
+        packed = self.program.call(
+            "keys", key, lambda: pack_keys(self.batch, heads, tokens, keys, values, lanes, tile, threads), [answering.value], (size,)
+        )
         mixed = self.program.call(
             "attend", spec_attend, lambda: attend(spec_attend, lanes, self.schedule), [asking.value, packed], (self.batch * asked * heads * wide,)
         )
@@ -271,8 +277,8 @@ class _Writer:
             # The mean of two classifiers on two rows is one classifier on the rows side by side.
             other = entering.into(Matrix(state["head_dist.weight"].T, state.get("head_dist.bias")))
             gap = np.zeros((stream.width - len(answer.weight), spec.classes), np.float32)
-            weight = np.concatenate([answer.weight, gap, other.weight, gap]) / 2
-            bias = None if answer.bias is None or other.bias is None else (answer.bias + other.bias) / 2
+            weight = np.concatenate([answer.weight, gap, other.weight, gap]) * np.float32(0.5)
+            bias = None if answer.bias is None or other.bias is None else (answer.bias + other.bias) * np.float32(0.5)
             stream, answer = Stream(stream.value, 1, 2 * stream.width, 2 * stream.width), Matrix(weight, bias)
         logits = self.dense(stream, 1, answer, act=spec.act)
         key = ("columns", logits.width)

@@ -21,8 +21,7 @@ class Program:
         self.input = relax.Var("images", relax.TensorType(shape, "float32"))
         self._kernels: dict[Hashable, Any] = {}
         self._names: set[str] = set()
-        self._calls: list[tuple[Any, list[Value], tuple[int, ...]]] = []
-        self.count = 0
+        self.keys: list[Hashable] = []
 
     @property
     def kernels(self) -> int:
@@ -43,7 +42,7 @@ class Program:
             unique = name if name not in self._names else f"{name}_{len(self._kernels)}"
             self._names.add(unique)
             self._kernels[key] = self.builder.add_func(kernel().with_attr("tirx.noalias", True), unique)
-        self.count += 1
+        self.keys.append(key)
         return self.builder.emit(relax.call_tir(self._kernels[key], operands, relax.TensorType(shape, "float32")))
 
     def constant(self, value: NDArray[np.generic]) -> Value:
