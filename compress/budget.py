@@ -82,6 +82,11 @@ class DualSolver:
         self.saliency = [torch.zeros(group.size, dtype=torch.float64) for group in gates.groups]
         self.price = 0.0
 
+    @property
+    def memory_steps(self) -> int:
+        """How many steps the averages look back."""
+        return round(1.0 / (1.0 - self.decay))
+
     def observe(self, gradients: Sequence[Tensor | None]) -> None:
         """Take in the gates' gradients of one step."""
         for average, gradient, group in zip(self.saliency, gradients, self.gates.groups, strict=True):

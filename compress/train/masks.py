@@ -82,6 +82,8 @@ class _Progress:
     best_top1: float = -1.0
     smallest: float = float("inf")
     idle_epochs: int = 0
+    # No sub-layer goes as a whole before this step.
+    pause_until: int = 0
     shrunk: list[float] = field(default_factory=list)
 
 
@@ -240,10 +242,10 @@ class MaskTask:
         start, end, freeze = (round(share * self.total_steps) for share in self.settings.ramp)
         target = int(ramp(step, start, end, budget.ratio) * self.dense_cost)
         kept = self.solver.solve(self.gates.kept(), target)
-        # Not before the budget is reached: until then the units say by themselves how much of a sub-layer is worth its price.
-        while step >= end and (name := self.solver.worthless(kept, self.overhead, target)):
-            # One at a time: what it leaves of the budget makes the others' units cheaper to keep.
+        # One at a time, and then a pause: what one leaves undone makes the others worth more, which their averages must have seen.
+        if step >= self.progress.pause_until and (name := self.solver.worthless(kept, self.overhead, target)):
             self.gates.drop(name)
+            self.progress.pause_until = step + self.solver.memory_steps
             kept = self.solver.solve(kept, target)
         if step >= freeze:
             kept = self._snapped(kept, int(budget.ratio * self.dense_cost))
