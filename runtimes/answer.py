@@ -13,7 +13,7 @@ import os
 import sys
 
 # Run as a file, this folder would shadow modules of the same names.
-if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]
 
 import importlib
