@@ -15,7 +15,7 @@ import os
 import sys
 
 # Run as a file inside its package, this folder would shadow the standard library's `statistics` and `warnings`.
-if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]
 
 import datetime
