@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 MODEL = "model.so"
 # log: JSON lines of the tuner. static: `yes` keeps the objects too, for linking the model into a program.
-OPTIONS = ("log", "static")
+# schedule: `default` for TVM's own pipeline, to compare with.
+OPTIONS = ("log", "schedule", "static")
 
 
 class TvmRuntime:
@@ -79,7 +80,7 @@ class TvmRuntime:
         from .tvm_schedule.build import build_network
         from .tvm_schedule.default import default_network
 
-        if source.compact is None or (profile.tvm_target or {}).get("kind") == "cuda":
+        if source.compact is None or source.options.get("schedule") == "default" or (profile.tvm_target or {}).get("kind") == "cuda":
             return default_network(source.graph, profile, threads=source.threads)
         return build_network(source.compact, profile, batch=int(source.batch), threads=source.threads, log=log)
 
@@ -116,6 +117,8 @@ def read_options(options: Mapping[str, str]) -> tuple[Path | None, bool]:
     static = options.get("static", "no")
     if static not in ("yes", "no"):
         raise InputError(f"option static={static}: say yes or no")
+    if options.get("schedule", "ours") not in ("ours", "default"):
+        raise InputError(f"option schedule={options['schedule']}: say ours or default")
     log = Path(options["log"]) if "log" in options else None
     if log is not None and not log.is_file():
         raise InputError(f"option log={log}: no such file; name the log that tuning wrote, or leave it out")

@@ -1,0 +1,47 @@
+"""LiteRT (once TensorFlow Lite): `.tflite` files, on its XNNPACK delegate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .engine import Engine, EngineError, Json, Requirement, missing
+
+REQUIREMENT = Requirement("ai_edge_litert", "ai-edge-litert")
+
+
+class LiteRtEngine(Engine):
+    """An interpreter, which takes its XNNPACK delegate by itself."""
+
+    runtime = "litert"
+
+    def __init__(self, job: Json) -> None:
+        super().__init__(job)
+        try:
+            from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found, unused-ignore]
+        except ImportError as error:
+            raise missing(self.runtime, error, REQUIREMENT) from None
+        from importlib import metadata
+
+        self.interpreters = Interpreter
+        self.version = metadata.version("ai-edge-litert")
+
+    def load(self) -> None:
+        path = self.require_file()
+        try:
+            self.interpreter = self.interpreters(path, num_threads=int(self.job.get("threads", 1)))
+            self.interpreter.allocate_tensors()
+        except Exception as error:
+            raise self.cannot_load(error) from None
+        inputs, outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
+        if len(inputs) != 1 or not outputs:
+            raise EngineError(f"the model has {len(inputs)} inputs and {len(outputs)} outputs; an image classifier with one of each is measured")
+        self.take_input([int(size) for size in inputs[0]["shape"]], inputs[0]["dtype"].__name__)
+        self.fed, self.told = inputs[0]["index"], outputs[0]["index"]
+
+    def infer(self, images: Any) -> Any:
+        self.interpreter.set_tensor(self.fed, images)
+        self.interpreter.invoke()
+        return self.interpreter.get_tensor(self.told)
+
+
+ENGINE = LiteRtEngine
