@@ -1,6 +1,7 @@
 """Measure several models against each other: a process each, all alive together, one running at a time, turns in random order.
 
-This file needs Python 3.9 and, beside it, runner.py, environment.py, energy.py and the folder runtimes; nothing of vitrim. So it does the same work on a device:
+This file needs Python 3.9 and, beside it, runner.py, environment.py, energy.py and the folder runtimes; nothing of vitrim. So it does the same
+work on a device:
 
     python conductor.py plan.json result.json
 

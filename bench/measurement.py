@@ -74,6 +74,9 @@ class Measurement(BaseModel):
     runtime_version: str
     provider: str
     provider_nodes: dict[str, int] | None = None
+    # On a GPU: whether carrying the images there and the logits back was timed, and whether a recorded graph was replayed.
+    copies_timed: bool | None = None
+    cuda_graph: bool = False
     input_shape: tuple[int, ...]
     input_type: str
     batch: int = Field(1, ge=1)

@@ -20,7 +20,8 @@ class MeasureOptions:
     dataset: an .npz with `images` (N, C, H, W) float32 as the model takes them, or bytes that the manifest's mean and std normalise, and `labels` (N);
     batch: for a model whose batch is free; pinning: CPU numbers; priority: "high" lets the runners go before other work where that is permitted (the
     niceness they got is recorded); spinning: threads wait busily inside a call; arena: the runtime keeps its memory; providers: onnxruntime's, best
-    first; profile_runs: inferences of the per-operator profile, 0 for none. Errors: InputError, one line, with the number that is out of range.
+    first; copies: on a GPU, time carrying the images there and the logits back; cuda_graph: replay a recorded graph there; profile_runs: inferences
+    of the per-operator profile, 0 for none. Errors: InputError, one line, with the number that is out of range.
     """
 
     threads: int = 1
@@ -36,6 +37,8 @@ class MeasureOptions:
     spinning: bool = False
     arena: bool = True
     providers: tuple[str, ...] = (CPU,)
+    copies: bool = True
+    cuda_graph: bool = False
     seed: int = 0
     profile_runs: int = 0
 

@@ -11,6 +11,7 @@ and what a single runtime reads besides (providers, arena and spinning for onnxr
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Json = dict[str, Any]
@@ -39,6 +40,8 @@ class Engine:
     version = ""
     # Which device really ran, and how many nodes ran where; None where the runtime does not tell.
     provider: str | None = CPU
+    # On a GPU: whether what is timed includes carrying the images there and the logits back. None elsewhere.
+    copies_timed: bool | None = None
     provider_nodes: dict[str, int] | None = None
     input_name = "images"
     input_shape: list[int]
@@ -60,8 +63,20 @@ class Engine:
         """One row an operator: node, operator, provider, output_shapes, calls, seconds (of one inference). Errors: EngineError."""
         raise EngineError(f"{self.runtime} has no profile of its operators here; measure without it, or profile the onnxruntime artifact")
 
+    def timed_call(self, images: Any) -> Callable[[], Any]:
+        """What a timing calls: one whole answer. A device that works behind the program's back is waited for.
+
+        With job["copies"] false an engine on a GPU leaves images and logits there, and what is timed is its work alone.
+        """
+        infer = self.infer
+        return lambda: infer(images)
+
     def arena_bytes(self) -> int | None:
         """The highest that the runtime's own allocator held, where it tells."""
+        return None
+
+    def device_memory_peak_bytes(self) -> int | None:
+        """The most that was taken of a GPU's memory, where the model runs on one that tells."""
         return None
 
     def require_file(self) -> str:

@@ -4,19 +4,43 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
+from .device_memory import device_memory_used_bytes
 from .engine import Engine, EngineError, Json, Requirement, missing, one_line
 
 REQUIREMENT = Requirement("onnxruntime", "onnxruntime")
 CPU_PROVIDER = "CPUExecutionProvider"
+# Providers whose memory is not the program's: images and logits are bound there, so that copies are made when they are meant to be.
+DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda", "NvTensorRTRTXExecutionProvider": "cuda"}
+# What replays a recorded CUDA graph instead of launching each kernel anew.
+GRAPH_OPTIONS = {"CUDAExecutionProvider": "enable_cuda_graph", "TensorrtExecutionProvider": "trt_cuda_graph_enable"}
+# One inference with the log on, for what the arena tells there.
+ARENA_SCRIPT = """
+import json, sys
+import numpy, onnxruntime
+job = json.loads(sys.argv[1])
+onnxruntime.set_default_logger_severity(1)
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.inter_op_num_threads = job["threads"], 1
+for key, value in job["session"].items():
+    options.add_session_config_entry(key, value)
+session = onnxruntime.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
+session.run(None, {job["input"]: numpy.zeros(job["shape"], job["type"])})
+"""
 NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8"}
 
 
 class OnnxRuntimeEngine(Engine):
-    """A session. Of the job it also reads providers, arena, spinning, and session (config entries)."""
+    """A session. Of the job it also reads providers, provider_options ({provider: {key: text}}), arena, spinning and session (config entries); on a
+    GPU device ("cuda", by the provider), copies (true: they are timed) and cuda_graph.
+    """
 
     runtime = "onnxruntime"
 
@@ -34,7 +58,8 @@ class OnnxRuntimeEngine(Engine):
         asked = list(self.job.get("providers") or [CPU_PROVIDER])
         if asked != [CPU_PROVIDER]:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        self.session = self._open(options)
+        self.device_floor_bytes = device_memory_used_bytes() if asked[0] in DEVICES else None
+        self.session = self._open(options, graph=bool(self.job.get("cuda_graph")))
         inputs = self.session.get_inputs()
         if len(inputs) != 1:
             raise EngineError(
@@ -51,9 +76,64 @@ class OnnxRuntimeEngine(Engine):
         self.provider_nodes = nodes_by_provider(self.session) if asked != [CPU_PROVIDER] else None
         nodes = self.provider_nodes
         self.provider = max(nodes, key=nodes.__getitem__) if nodes else self.session.get_providers()[0]
+        self.device = self.job.get("device") or DEVICES.get(self.provider)
+        self.bound: Any = None
+        if self.device:
+            self.copies_timed = bool(self.job.get("copies", True))
 
     def infer(self, images: Any) -> Any:
-        return self.session.run([self.output_name], {self.input_name: images})[0]
+        if not self.device:
+            return self.session.run([self.output_name], {self.input_name: images})[0]
+        if self.bound is None:
+            self._bind(images)
+        self.images_there.update_inplace(images)
+        self.session.run_with_iobinding(self.bound)
+        # Reading the answer waits for the device.
+        return self.answer_there.numpy()
+
+    def timed_call(self, images: Any) -> Callable[[], Any]:
+        if not self.device or self.copies_timed:
+            return super().timed_call(images)
+        if self.bound is None:
+            self._bind(images)
+        self.images_there.update_inplace(images)
+        run, bound = self.session.run_with_iobinding, self.bound
+
+        def call() -> None:
+            run(bound)
+            bound.synchronize_outputs()
+
+        return call
+
+    def _bind(self, images: Any) -> None:
+        # A recorded graph reads and writes at the addresses that it was recorded with, so both places are taken once.
+        values = self.module.OrtValue
+        outputs = [output for output in self.session.get_outputs() if output.name == self.output_name]
+        shape = [size if isinstance(size, int) else images.shape[0] for size in outputs[0].shape]
+        self.images_there = values.ortvalue_from_numpy(images, self.device, 0)
+        self.answer_there = values.ortvalue_from_shape_and_type(shape, NUMPY_TYPES[outputs[0].type], self.device, 0)
+        self.bound = self.session.io_binding()
+        self.bound.bind_ortvalue_input(self.input_name, self.images_there)
+        self.bound.bind_ortvalue_output(self.output_name, self.answer_there)
+
+    def device_memory_peak_bytes(self) -> int | None:
+        # The runtime's arenas on the device never shrink, so what is taken now is the most that was.
+        now = None if self.device_floor_bytes is None else device_memory_used_bytes()
+        return None if now is None or self.device_floor_bytes is None else max(0, now - self.device_floor_bytes)
+
+    def arena_bytes(self) -> int | None:
+        """Bytes that the arena took, weights included; None without an arena, or on a GPU, whose engine would have to be built once more."""
+        if not self.job.get("arena", True) or self.device:
+            return None
+        # Python's onnxruntime shows no allocator statistics (the C API does since 1.23, AllocatorGetStats), but the arena tells its log what it takes.
+        # In another process: the log has to be on from the start, and a second session here would be memory that the model does not need.
+        keys = {"model": self.job["model"], "threads": int(self.job.get("threads", 1)), "session": dict(self.job.get("session") or {})}
+        task = json.dumps({**keys, "shape": self.input_shape, "type": self.input_type, "input": self.input_name})
+        try:
+            done = subprocess.run([sys.executable, "-c", ARENA_SCRIPT, task], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=300, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return arena_bytes(done.stderr.decode(errors="replace"))
 
     def profile(self, images: Any, count: int) -> list[Json]:
         # A second session: the profiler cannot be switched on later, and would cost the timed one time.
@@ -85,7 +165,7 @@ class OnnxRuntimeEngine(Engine):
             options.add_session_config_entry(key, value)
         return options
 
-    def _open(self, options: Any) -> Any:
+    def _open(self, options: Any, graph: bool = False) -> Any:
         providers = list(self.job.get("providers") or [CPU_PROVIDER])
         available = self.module.get_available_providers()
         for provider in providers:
@@ -95,8 +175,13 @@ class OnnxRuntimeEngine(Engine):
                     "install the onnxruntime build for that device, or ask for a provider that is there"
                 )
         path = self.require_file()
+        given = self.job.get("provider_options") or {}
+        settings = [dict(given.get(provider) or {}) for provider in providers]
+        for provider, wanted in zip(providers, settings):  # noqa: B905 - Python 3.9 reads it
+            if graph and provider in GRAPH_OPTIONS:
+                wanted[GRAPH_OPTIONS[provider]] = "1"
         try:
-            return self.module.InferenceSession(path, options, providers=providers)
+            return self.module.InferenceSession(path, options, providers=providers, provider_options=settings)
         except Exception as error:
             raise EngineError(f"{os.path.basename(path)}: onnxruntime {self.version} cannot load it: {one_line(error)}") from None
 
@@ -113,6 +198,22 @@ def nodes_by_provider(session: Any) -> dict[str, int] | None:
         return counts or None
     except Exception:
         return None
+
+
+def arena_bytes(log: str) -> int | None:
+    """The bytes that the CPU arena says it holds at the end of a log; None where no arena speaks."""
+    name, held = "", None
+    for line in log.splitlines():
+        if found := re.search(r"BFCArena for (\w+)", line):
+            name = found[1]
+        if name != "Cpu":
+            continue
+        if found := re.search(r"Reserving memory in BFCArena for Cpu size: (\d+)", line):
+            held = (held or 0) + int(found[1])
+        elif found := re.search(r"Total allocated bytes: (\d+)", line):
+            # This total holds what was reserved before it.
+            held = int(found[1])
+    return held
 
 
 def operator_rows(trace: list[Json], count: int) -> list[Json]:

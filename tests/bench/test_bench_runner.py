@@ -27,7 +27,7 @@ def run(folder: Path, job: dict[str, Any], prefix: list[str] | None = None) -> t
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
-@pytest.mark.parametrize("name", ["runner.py", "conductor.py", "environment.py", *(f"../runtimes/{file.name}" for file in RUNTIMES.glob("*.py"))])
+@pytest.mark.parametrize("name", ["runner.py", "conductor.py", "environment.py", "energy.py", *(f"../runtimes/{file.name}" for file in RUNTIMES.glob("*.py"))])
 def test_what_travels_is_python_3_9_without_vitrim(name: str) -> None:
     tree = ast.parse((FOLDER / name).read_text(), feature_version=(3, 9))
     # The engines reach their own base class relatively; nothing reaches further.
