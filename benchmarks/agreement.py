@@ -1,10 +1,11 @@
 """Does bench's p50 agree with another's tool? `python -m benchmarks.agreement`.
 
-The same OpenVINO file is timed by bench/runner.py and by OpenVINO's own `benchmark_app` (synchronous, one request), each in a fresh process, in turns
-of random order, with the same threads, precision and priority. Told: the ratio of the medians over all rounds with its 95 % interval (goal: within
-3 %). benchmark_app tells its median to 0.01 ms, so a model of ten milliseconds or more is wanted.
+The same OpenVINO file is timed by bench/runner.py and by OpenVINO's own `benchmark_app` (synchronous, one request), with the same threads, precision
+and priority. Both processes are alive and take turns of half a second: benchmark_app is stopped (SIGSTOP) while the runner measures. Where its memory
+lies makes a process some per cent faster or slower for all of its life, so several pairs of processes are taken. Told: the ratio of the p50s of each
+pair, their median (goal: within 3 %) and extremes. benchmark_app tells its median to 0.01 ms, so a model of ten milliseconds or more is wanted.
 
-    python -m benchmarks.agreement [ARTIFACT] [--rounds 12] [--threads 1] [--json FILE]
+    python -m benchmarks.agreement [ARTIFACT] [--pairs 7] [--turns 12] [--threads 1] [--json FILE]
 
 Without an artifact DeiT-T with random weights is exported for openvino (`pip install 'vitrim[openvino]'`).
 """
@@ -14,8 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,13 +29,12 @@ from vitrim.bench import environment
 from vitrim.bench.conductor import Child
 from vitrim.bench.measure import make_plan
 from vitrim.bench.options import MeasureOptions
-from vitrim.bench.statistics import median_interval
 from vitrim.errors import InputError
 from vitrim.export.artifact import Artifact
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.03
-TURN_S = 1.0
+TURN_S = 0.5
 
 
 def sample(folder: Path) -> Path:
@@ -49,59 +50,82 @@ def sample(folder: Path) -> Path:
     return export(model, folder / "deit-t", runtime="openvino", name="DeiT-T fp32").folder
 
 
-def by_runner(artifact: Path, threads: int, count: int) -> list[float]:
-    """`count` latencies in seconds from a fresh runner."""
-    plan, _ = make_plan({"runner": artifact}, MeasureOptions(threads=threads, priority="normal"))
+class BenchmarkApp:
+    """OpenVINO's tool in a process of its own, that measures only while it is let; synchronous, one request, `count` inferences."""
+
+    def __init__(self, program: str, model: Path, threads: int, count: int, folder: Path) -> None:
+        self.report = folder / "benchmark_report.json"
+        command = [
+            *(program, "-m", str(model), "-d", "CPU", "-api", "sync", "-hint", "none", "-nthreads", str(threads), "-nstreams", "1"),
+            *("-niter", str(count), "-infer_precision", "f32", "-report_type", "no_counters", "-json_stats", "-report_folder", str(folder)),
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+        assert self.process.stdout is not None
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            if "Measuring performance" in line:
+                self.process.send_signal(signal.SIGSTOP)
+                return
+        raise InputError(f"benchmark_app ended with {self.process.wait()}: {' '.join(''.join(said).split())[-300:]}")
+
+    def go_on(self, seconds: float) -> bool:
+        """Let it measure for a while; False once it has done all of its inferences."""
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGSTOP)
+            return True
+        return False
+
+    def p50_s(self) -> float:
+        """What it told at its end, in steps of 0.01 ms. Every turn spoils one inference of many, which a median does not see."""
+        return float(json.loads(self.report.read_text())["execution_results"]["latency (ms)"]) / 1e3
+
+
+def pair(artifact: Artifact, program: str, threads: int, turns: int, folder: Path) -> tuple[float, float]:
+    """p50 in seconds by the runner and by benchmark_app, both processes alive, taking turns."""
+    plan, _ = make_plan({"runner": artifact.folder}, MeasureOptions(threads=threads, priority="normal"))
     child = Child("runner", plan["jobs"]["runner"], 300.0)
     try:
-        found: list[float] = child.ask("run", count=count, settle=1)["latency_s"]
+        count = max(5, math.ceil(TURN_S / child.ask("warm", limit_s=3.0)["p50_s"]))
+        app = BenchmarkApp(program, artifact.model_path, threads, turns * count, folder)
+        latency_s: list[float] = []
+        while app.go_on(TURN_S):
+            latency_s += child.ask("run", count=count, settle=1)["latency_s"]
     finally:
         child.close()
-    return found
+    return statistics.median(latency_s), app.p50_s()
 
 
-def by_benchmark_app(program: str, model: Path, threads: int, count: int, folder: Path) -> float:
-    """The median in seconds of `count` synchronous inferences, as benchmark_app tells it."""
-    command = [
-        *(program, "-m", str(model), "-d", "CPU", "-api", "sync", "-hint", "none", "-nthreads", str(threads), "-nstreams", "1", "-niter", str(count)),
-        *("-infer_precision", "f32", "-report_type", "no_counters", "-json_stats", "-report_folder", str(folder)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise InputError(f"benchmark_app ended with {done.returncode}: {' '.join((done.stderr or done.stdout).split())[-300:]}")
-    told = json.loads((folder / "benchmark_report.json").read_text())
-    return float(told["execution_results"]["latency (ms)"]) / 1e3
-
-
-def agree(artifact: Artifact, program: str, *, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
-    """One row: both medians of each round, and the ratio runner / benchmark_app."""
-    warm = statistics.median(by_runner(artifact.folder, threads, 10))
-    count = max(10, math.ceil(TURN_S / warm))
-    order, ours, theirs = random.Random(0), [], []
-    for _ in range(rounds):
-        for name in order.sample(["runner", "benchmark_app"], 2):
-            if name == "runner":
-                ours.append(statistics.median(by_runner(artifact.folder, threads, count)))
-            else:
-                theirs.append(by_benchmark_app(program, artifact.model_path, threads, count, folder))
-        print(f"round {len(ours):3}: runner {ours[-1] * 1e3:8.3f} ms, benchmark_app {theirs[-1] * 1e3:8.3f} ms", flush=True)
-    interval = median_interval([a / b for a, b in zip(ours, theirs, strict=True)], None, level=0.95)
+def agree(artifact: Artifact, program: str, *, pairs: int, turns: int, threads: int, folder: Path) -> dict[str, Any]:
+    """Both medians of each pair of processes, and the ratio runner / benchmark_app."""
+    found = []
+    for number in range(pairs):
+        found.append(pair(artifact, program, threads, turns, folder))
+        ours, theirs = found[-1]
+        print(f"pair {number + 1}: runner {ours * 1e3:8.3f} ms, benchmark_app {theirs * 1e3:8.3f} ms, ratio {ours / theirs:.4f}", flush=True)
+    ratios = [ours / theirs for ours, theirs in found]
     return {
         "artifact": artifact.manifest.name,
         "threads": threads,
-        "inferences_a_round": count,
-        "runner_p50_s": ours,
-        "benchmark_app_p50_s": theirs,
-        "ratio": interval.estimate,
-        "low": interval.low,
-        "high": interval.high,
+        "turns": turns,
+        "runner_p50_s": [ours for ours, _ in found],
+        "benchmark_app_p50_s": [theirs for _, theirs in found],
+        "ratio": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("artifact", nargs="?", type=Path, help="an artifact for openvino, fp32")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS / "agreement.json")
     options = parser.parse_args()
@@ -113,7 +137,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         try:
             artifact = Artifact.load(options.artifact or sample(Path(name)))
-            row = agree(artifact, program, rounds=options.rounds, threads=options.threads, folder=Path(name))
+            row = agree(artifact, program, pairs=options.pairs, turns=options.turns, threads=options.threads, folder=Path(name))
         except InputError as error:
             print(error, file=sys.stderr)
             return 2
