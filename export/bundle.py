@@ -3,6 +3,8 @@
     model/            the artifact, untouched, with its manifest
     vitrim_model.h    C interface: sizes, labels, open, run, classify, close
     vitrim_model.cpp  C++17 on ONNX Runtime's C API; the runtime's library is opened by path, so nothing of it is linked
+    vitrim_tvm.cpp    in its place for compiled networks, with the folder tvm; there is no runtime, and the model can be a part of the program
+    prepare.cpp       a picture of any size to the model's input
     resize.h          Pillow's resampling, number for number, since training and calibration resized with Pillow
     example.cpp       a picture (PGM or PPM) in, labels out
     CMakeLists.txt    builds the two into `vitrim_example`
@@ -21,15 +23,25 @@ from ..storage import replace_folder
 from .artifact import Artifact, PreprocessingSpec
 
 SOURCES = Path(__file__).parent / "bundle_sources"
-COPIED = ("vitrim_model.cpp", "resize.h", "example.cpp", "CMakeLists.txt", "aarch64.cmake", "README.md")
+SHARED = ("prepare.cpp", "failure.h", "resize.h", "example.cpp", "aarch64.cmake")
+# From where in the sources, to where in the bundle.
+OWN: Mapping[str, Mapping[str, str]] = {
+    "onnxruntime": {name: name for name in ("vitrim_model.cpp", "CMakeLists.txt", "README.md")},
+    "tvm": {
+        **{f"tvm/{name}": name for name in ("vitrim_tvm.cpp", "CMakeLists.txt", "README.md")},
+        **{f"tvm/{name}": f"tvm/{name}" for name in ("compiled_network.h", "network_entries.h")},
+    },
+}
 
 
 def bundle(artifact: Artifact | Path | str, folder: Path | str, *, overwrite: bool = False) -> Path:
     """Write the bundle of an artifact. Errors: InputError if the artifact is damaged, or is one that the C++ code cannot feed."""
     artifact = Artifact.load(artifact.folder if isinstance(artifact, Artifact) else artifact)
     manifest = artifact.manifest
-    if manifest.runtime != "onnxruntime":
-        raise InputError(f"{artifact.folder}: runtime {manifest.runtime!r} has no bundle; export for onnxruntime")
+    if manifest.runtime not in OWN:
+        raise InputError(f"{artifact.folder}: runtime {manifest.runtime!r} has no bundle; export for {' or '.join(OWN)}")
+    if manifest.runtime == "tvm" and manifest.session.get("entry") != "program":
+        raise InputError(f"{artifact.folder}: this model runs in TVM's virtual machine, which no bundle holds; export for a CPU, or for onnxruntime")
     if manifest.batch not in (1, "dynamic"):
         raise InputError(f"{artifact.folder}: holds batches of {manifest.batch}, the bundle classifies one picture; export with batch 1 or 'dynamic'")
     if manifest.preprocessing is None:
@@ -38,8 +50,9 @@ def bundle(artifact: Artifact | Path | str, folder: Path | str, *, overwrite: bo
         raise InputError(f"{artifact.folder}: the bundle feeds one float32 NCHW input; export again without changing the input")
     with replace_folder(folder, overwrite=overwrite) as aside:
         shutil.copytree(artifact.folder, aside / "model")
-        for name in COPIED:
-            shutil.copyfile(SOURCES / name, aside / name)
+        for source, name in {**{name: name for name in SHARED}, **OWN[manifest.runtime]}.items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(SOURCES / source, aside / name)
         (aside / "vitrim_model.h").write_text(header(artifact, manifest.preprocessing), encoding="utf-8")
     return Path(folder)
 

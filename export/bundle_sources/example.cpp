@@ -1,5 +1,5 @@
-// A picture in, labels out: vitrim_example RUNTIME_LIBRARY MODEL_FOLDER PICTURE [--logits] [--repeat N] [--report] [--listen]
-// PICTURE is a binary PGM (P5) or PPM (P6) of 8 bits. --repeat also tells the latency of N runs and the memory of this process; --report the bytes
+// A picture in, labels out: vitrim_example [RUNTIME_LIBRARY MODEL_FOLDER] PICTURE [--logits] [--repeat N] [--report] [--listen]
+// The first two are for programs whose model is not linked into them. PICTURE is a binary PGM (P5) or PPM (P6) of 8 bits. --repeat also tells the latency of N runs and the memory of this process; --report the bytes
 // on disk and in memory, a name and a number a line; --listen reads a count a line from standard input and answers with the seconds of that many runs.
 #include <algorithm>
 #include <chrono>
@@ -81,14 +81,23 @@ static std::vector<double> timed(vitrim_model *model, const std::vector<float> &
     return latency_s;
 }
 
+#ifdef VITRIM_LINKED
+constexpr int kPicture = 1;
+constexpr const char *kUsage = "PICTURE";
+#else
+constexpr int kPicture = 3;
+constexpr const char *kUsage = "RUNTIME_LIBRARY MODEL_FOLDER PICTURE";
+#endif
+
 int main(int count, char **arguments) {
-    if (count < 4) {
-        std::fprintf(stderr, "usage: %s RUNTIME_LIBRARY MODEL_FOLDER PICTURE [--logits] [--repeat N] [--report] [--listen]\n", arguments[0]);
+    if (count <= kPicture) {
+        std::fprintf(stderr, "usage: %s %s [--logits] [--repeat N] [--report] [--listen]\n", arguments[0], kUsage);
         return 2;
     }
+    const char *picture_path = arguments[kPicture], *runtime = kPicture > 1 ? arguments[1] : "";
     bool show_logits = false, report = false, listen = false;
     int repeat = 0;
-    for (int i = 4; i < count; ++i) {
+    for (int i = kPicture + 1; i < count; ++i) {
         if (std::strcmp(arguments[i], "--logits") == 0) show_logits = true;
         if (std::strcmp(arguments[i], "--report") == 0) report = true;
         if (std::strcmp(arguments[i], "--listen") == 0) listen = true;
@@ -96,14 +105,14 @@ int main(int count, char **arguments) {
     }
     vitrim::Picture picture;
     try {
-        picture = read_picture(arguments[3]);
+        picture = read_picture(picture_path);
     } catch (const std::exception &caught) {
-        std::fprintf(stderr, "%s: %s\n", arguments[3], caught.what());
+        std::fprintf(stderr, "%s: %s\n", picture_path, caught.what());
         return 2;
     }
     char error[512] = "";
-    const std::string path = std::string(arguments[2]) + "/" + VITRIM_MODEL_FILE;
-    vitrim_model *model = vitrim_open(path.c_str(), arguments[1], 1, error, sizeof error);
+    const std::string path = kPicture > 1 ? std::string(arguments[2]) + "/" + VITRIM_MODEL_FILE : "";
+    vitrim_model *model = vitrim_open(path.c_str(), runtime, 1, error, sizeof error);
     if (model == nullptr) {
         std::fprintf(stderr, "%s\n", error);
         return 3;
@@ -149,7 +158,7 @@ int main(int count, char **arguments) {
         return 3;
     }
     if (report) {
-        std::printf("program_bytes %ld\nruntime_bytes %ld\nmodel_bytes %ld\n", file_bytes(arguments[0]), file_bytes(arguments[1]), file_bytes(path));
+        std::printf("program_bytes %ld\nruntime_bytes %ld\nmodel_bytes %ld\n", file_bytes(arguments[0]), file_bytes(runtime), file_bytes(path));
         std::printf(emulated() ? "peak_rss_bytes_with_emulator %ld\n" : "peak_rss_bytes %ld\n", peak_rss_bytes());
     }
     vitrim_close(model);

@@ -5,7 +5,7 @@
 
 namespace vitrim {
 
-inline bool ready = false;
+inline bool ready = false, chosen = false;
 
 inline void *address(const Planned &planned, void *images, void *logits) {
     switch (planned.place) {
@@ -18,6 +18,8 @@ inline void *address(const Planned &planned, void *images, void *logits) {
 
 inline void prepare() {
     if (ready) return;
+    // Where nobody calls vitrim_network_threads (TVM's RPC server does not), the variable that TVM itself reads decides.
+    if (const char *threads = getenv("TVM_NUM_THREADS"); threads != nullptr && !chosen) set_threads(atoi(threads));
     if (&__TVMBackendAllocWorkspace != nullptr) __TVMBackendAllocWorkspace = reinterpret_cast<void *>(workspace);
     if (&__TVMBackendFreeWorkspace != nullptr) __TVMBackendFreeWorkspace = reinterpret_cast<void *>(free_workspace);
     if (&__TVMBackendParallelLaunch != nullptr) __TVMBackendParallelLaunch = reinterpret_cast<void *>(launch);
@@ -73,7 +75,10 @@ VITRIM_ENTRY int vitrim_network_run(const float *images, float *logits) { return
 // The same; adds the seconds of each step to `seconds`, which holds vitrim_network_steps() numbers.
 VITRIM_ENTRY int vitrim_network_profile(const float *images, float *logits, double *seconds) { return vitrim::run(images, logits, seconds); }
 // How many threads later inferences use, at most as many as there could be started; the number.
-VITRIM_ENTRY int vitrim_network_threads(int threads) { return vitrim::set_threads(threads); }
+VITRIM_ENTRY int vitrim_network_threads(int threads) {
+    vitrim::chosen = true;
+    return vitrim::set_threads(threads);
+}
 VITRIM_ENTRY int vitrim_network_steps() { return vitrim::kSteps; }
 VITRIM_ENTRY const char *vitrim_network_step(int number) { return vitrim::steps[number].name; }
 VITRIM_ENTRY const char *vitrim_network_failure() { return vitrim::failure; }
