@@ -26,7 +26,9 @@ from typing import Any
 Json = dict[str, Any]
 # The folder that stands for the root of the file system; empty on the machine itself.
 ROOT = ""
-LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "numpy", "vitrim")
+LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "ncnn", "apache-tvm", "executorch", "ai-edge-litert", "torch", "numpy", "vitrim")
+# Chips whose sensors are the processor's, where no thermal zone shows it (most x86).
+PROCESSOR_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 # The ARM cores of the shipped targets, by the part number in /proc/cpuinfo (ARM's Main ID Register, implementer 0x41).
 ARM_CORES = {
     "0xd03": "Cortex-A53",
@@ -63,6 +65,7 @@ def read_machine() -> Json:
         "cpu_features": [name for name in FEATURES if name in flags],
         "cores": _cores(),
         "frequency_max_hz": _kilo("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"),
+        "frequency_limit_hz": _kilo("/sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq"),
         "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "virtual_machine": _virtual_machine(cpuinfo),
         "emulator": _emulator(architecture, cpuinfo),
@@ -84,6 +87,7 @@ def read_state(watch_s: float = 0.2) -> Json:
         "temperature_c": _temperature_c(),
         "throttled": _throttled(),
         "throttle_count": _throttle_count(),
+        "stolen_ticks": _stolen_ticks(),
         "memory_available_bytes": _meminfo("MemAvailable"),
     }
 
@@ -96,6 +100,7 @@ def combine(machine: Json, before: Json, after: Json) -> Json:
         throttled = f"{times} times during the run" if times > 0 else "no"
     return {
         **machine,
+        "stolen_share": _share(before.get("stolen_ticks"), after.get("stolen_ticks")),
         "frequency_hz": after["frequency_hz"],
         "load_before": before["load"],
         "load_after": after["load"],
@@ -106,6 +111,22 @@ def combine(machine: Json, before: Json, after: Json) -> Json:
         "throttled": throttled,
         "memory_available_bytes": before["memory_available_bytes"],
     }
+
+
+def _share(before: list[float] | None, after: list[float] | None) -> float | None:
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _stolen_ticks() -> list[float] | None:
+    """[ticks that the hypervisor gave to others while something here wanted to run, all ticks] since the start."""
+    lines = (_text("/proc/stat") or "").splitlines()
+    words = lines[0].split() if lines else []
+    if len(words) < 9:
+        return None
+    ticks = [float(value) for value in words[1:9]]
+    return [ticks[7], sum(ticks)]
 
 
 def _uname() -> tuple[str, str]:
@@ -202,18 +223,38 @@ def _temperature_c() -> float | None:
             value = _number(f"/sys/class/thermal/{zone}/temp")
             if value is not None and 0 < value < 150_000:
                 values.append(value / 1000)
+    for entry in _listing("/sys/class/hwmon"):
+        chip = f"/sys/class/hwmon/{entry}"
+        if (_text(f"{chip}/name") or "") in PROCESSOR_SENSORS:
+            for file in _listing(chip):
+                value = _number(f"{chip}/{file}") if re.match(r"^temp\d+_input$", file) else None
+                if value is not None and 0 < value < 150_000:
+                    values.append(value / 1000)
     return max(values) if values else None
 
 
 def _throttled() -> str | None:
     told = _output(["vcgencmd", "get_throttled"])
     if not told or "=" not in told:
-        return None
+        return _cooled()
     bits = int(told.split("=")[1], 16)
     # Raspberry Pi firmware: bit 0 under-voltage, 1 frequency capped, 2 throttled, 3 soft temperature limit; +16: since boot.
     names = ["under-voltage", "frequency capped", "throttled", "soft temperature limit"]
     now = [name for bit, name in enumerate(names) if bits >> bit & 1]
     return ", ".join(now) if now else "no"
+
+
+def _cooled() -> str | None:
+    """What Linux does to the processor's clock because of the heat, where it may (boards and phones)."""
+    states = []
+    for entry in _listing("/sys/class/thermal"):
+        kind = _text(f"/sys/class/thermal/{entry}/type") or ""
+        if entry.startswith("cooling_device") and ("cpufreq" in kind or kind == "Processor"):
+            state = _number(f"/sys/class/thermal/{entry}/cur_state")
+            states += [] if state is None else [state]
+    if not states:
+        return None
+    return "clock lowered because of the heat" if max(states) > 0 else "no"
 
 
 def _throttle_count() -> float | None:

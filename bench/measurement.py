@@ -31,6 +31,7 @@ class Environment(BaseModel):
     cores: int | None = None
     frequency_hz: float | None = None
     frequency_max_hz: float | None = None
+    frequency_limit_hz: float | None = None
     governor: str | None = None
     virtual_machine: str | None = None
     emulator: str | None = None
@@ -42,6 +43,7 @@ class Environment(BaseModel):
     temperature_before_c: float | None = None
     temperature_after_c: float | None = None
     throttled: str | None = None
+    stolen_share: float | None = None
     memory_total_bytes: int | None = None
     memory_available_bytes: int | None = None
     os: str | None = None

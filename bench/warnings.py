@@ -11,6 +11,8 @@ FEWEST_SAMPLES = 50
 FEWEST_ROUNDS = 10
 SPREAD = 0.25
 CPU_SHARE = 0.9
+STOLEN_SHARE = 0.02
+FREQUENCY_SHARE = 0.95
 IDLE_GOVERNORS = ("powersave", "ondemand", "conservative", "schedutil")
 
 
@@ -38,6 +40,25 @@ def _machine(measured: Measurement) -> Iterator[str]:
         yield (
             f"a virtual machine ({where.virtual_machine}): neighbours share its cores unseen; "
             "measure on the device itself for absolute times, and take ratios from interleaved runs"
+        )
+    if where.stolen_share is not None and where.stolen_share > STOLEN_SHARE:
+        yield (
+            f"the hypervisor gave {100 * where.stolen_share:.0f} % of the time to other machines; "
+            "measure when the host is quiet, or take ratios from interleaved runs only"
+        )
+    if where.cores is not None and measured.threads > where.cores:
+        yield f"{measured.threads} threads on {where.cores} cores wait for each other; measure with --threads {where.cores} or fewer"
+    limit, highest = where.frequency_limit_hz, where.frequency_max_hz
+    if limit is not None and highest is not None and limit < FREQUENCY_SHARE * highest:
+        yield (
+            f"the clock is limited to {limit / 1e9:.2f} of {highest / 1e9:.2f} GHz; "
+            "lift the limit (`sudo cpupower frequency-set -u` with the higher one, or the power mode) and measure again"
+        )
+    peak, free = measured.peak_rss_bytes, where.memory_available_bytes
+    if peak is not None and free is not None and free < peak:
+        yield (
+            f"only {free / 1e6:.0f} MB of memory were free, the run took {peak / 1e6:.0f} MB: swapping may have been timed; "
+            "free memory, or measure a smaller batch"
         )
     if where.governor in IDLE_GOVERNORS:
         yield (
