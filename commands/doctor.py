@@ -41,6 +41,8 @@ PACKAGES = (
     ("datasets", "datasets", True, "data sets from the hub"),
     ("matplotlib", "matplotlib", True, "pictures in reports"),
     ("apache-tvm", "tvm", False, "compiling for targets without ONNX Runtime (pip install 'vitrim[tvm]')"),
+    ("openvino", "openvino", False, "artifacts for OpenVINO (pip install openvino)"),
+    ("ncnn", "ncnn", False, "artifacts for ncnn (pip install ncnn)"),
     ("torchvision", "torchvision", True, "timm's transforms"),
     ("transformers", "transformers", False, "lifting ViTs of the transformers library"),
     ("torch-pruning", "torch_pruning", False, "the comparison with Torch-Pruning (pip install 'vitrim[benchmarks]')"),
@@ -80,6 +82,8 @@ def examine() -> Iterator[Finding]:
     for distribution, module, needed, purpose in PACKAGES:
         yield _package(distribution, module, needed, purpose)
     yield _pair()
+    yield _gpu()
+    yield _energy()
     for names, purpose in PROGRAMS:
         found = next((path for path in map(shutil.which, names) if path), None)
         yield Finding(names[0], "ok" if found else "missing", found or f"would enable {purpose}")
@@ -137,6 +141,23 @@ def _emulation() -> Finding:
     if found is None:
         return Finding("emulation", "missing", "would enable running ARM artifacts without a board (vitrim targets emulate)")
     return Finding("emulation", "ok", f"{found.name}, python {found.versions.get('python')}, onnxruntime {found.versions.get('onnxruntime')}")
+
+
+def _gpu() -> Finding:
+    from ..bench.gpu import gpu_providers, why_no_gpu
+
+    reason = why_no_gpu()
+    return Finding("GPU", "missing" if reason else "ok", reason.removeprefix("no GPU is measured here: ") if reason else ", ".join(gpu_providers()))
+
+
+def _energy() -> Finding:
+    from ..bench.energy import open_meter
+
+    meter = open_meter()
+    if meter is None:
+        return Finding("energy", "missing", "this device shows no meter (RAPL, which may need root, or an INA sensor); results carry no energy")
+    meter.close()
+    return Finding("energy", "ok", f"{meter.source}, {meter.scope}")
 
 
 def _disk(folder: Path) -> Finding:
