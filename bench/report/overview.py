@@ -248,6 +248,8 @@ def _headline(run: Run, baseline: Row | None, chosen: Row | None) -> str:
     if parts:
         return ", ".join(parts)
     only = chosen or baseline
+    if only and only.measurement and only.measurement.emulated:
+        return f"{only.label}: runs under {only.measurement.environment.emulator}, which tells nothing of a device's latency"
     if only and only.summary:
         return f"{only.label}: p50 {wording.duration(only.summary.p50_s)} an inference"
     return f"{wording.plural(len(run.report.models), 'model')}, nothing measured yet"

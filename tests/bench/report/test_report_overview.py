@@ -100,6 +100,13 @@ def test_emulated_time_makes_no_speed_up_and_a_warning(tmp_path: Path) -> None:
     assert "faster" not in view.headline
     assert not any("faster" in change.remark for change in view.changes)
     assert [line for line in view.warnings if "emulated time is not the device's latency" in line]
+    assert all("(emulated)" in line.name for device in view.devices for line in table(device) if line.name.startswith(("Latency", "Throughput", "Load")))
+
+
+def test_emulated_time_is_no_headline(tmp_path: Path) -> None:
+    emulated = report_sample.environment(emulator="qemu-aarch64 10.0")
+    view = measured(tmp_path, report_sample.measurement("compact-fp32", "fp32", 0.1, 900_000, 0.91, seed=2, environment=emulated))
+    assert view.headline == "compact fp32: runs under qemu-aarch64 10.0, which tells nothing of a device's latency"
 
 
 def test_warnings_are_told_once_and_name_whom_they_concern(tmp_path: Path) -> None:
