@@ -20,6 +20,7 @@ from .measure import Measurable, assemble, make_plan
 from .measurement import Measurement
 from .options import DeviceOptions, MeasureOptions
 from .progress import Progress, progress_bar
+from .tvm_tracker import free_boards
 
 DEVICE = "tvm-rpc"
 NOTHING_TOLD = (
@@ -71,8 +72,7 @@ def measure_over_tvm_rpc(
         job["upload"] = f"vitrim-{number}-{subjects[name].sha256[:12]}"
         job["classes"] = _classes(artifacts[name])
     question = {"tracker": [address.host, address.port], "key": address.key}
-    free = int(_ask(question)["free"])
-    shares = shared_out(list(plan["jobs"]), max(1, free))
+    shares = shared_out(list(plan["jobs"]), max(1, free_boards(address.host, address.port, address.key)))
     plans = [{**plan, "jobs": {name: plan["jobs"][name] for name in share}} for share in shares]
     with progress_bar(quiet=quiet, replacement=progress) as tell:
         results = _all_at_once([{**question, "plan": one} for one in plans], tell, (device or DeviceOptions()).patience_s)
@@ -103,25 +103,6 @@ def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", f"{__package__}.tvm_board"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-
-
-def _ask(question: Mapping[str, Any]) -> dict[str, Any]:
-    process = _start()
-    try:
-        out, _ = process.communicate(json.dumps(question).encode(), timeout=60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        raise LinkLost(
-            f"{question['tracker'][0]}:{question['tracker'][1]}: the TVM tracker does not answer; is it one, and the port right?"
-        ) from None
-    lines = out.splitlines()
-    told: dict[str, Any] = (
-        json.loads(lines[-1]) if lines else {"error": f"TVM's client ended with exit code {process.returncode}; look at its installation"}
-    )
-    if "error" in told:
-        raise InputError(told["error"])
-    return told
 
 
 def _all_at_once(questions: list[dict[str, Any]], tell: Progress, patience_s: float) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
     python -m vitrim.bench.tvm_board < question.json
 
-Question: {"tracker": [host, port], "key": name, "plan": the conductor's} or {"tracker", "key"} alone, which only counts the boards.
-Answers, one JSON line each: {"boards": free and busy, "free": free}, {"share", "text"}, {"result"}, {"error": one line}.
+Question: {"tracker": [host, port], "key": name, "plan": the conductor's}.
+Answers, one JSON line each: {"share", "text"}, {"result"}, {"error": one line}.
 Latencies are taken on the board by TVM's own time evaluator, so the link has no part in them.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -221,14 +220,6 @@ def weights_of(model: Path, count: int) -> list[Any]:
     return map_weights(str(model.parent / WEIGHTS), count)
 
 
-def no_tracker(where: str, error: Exception) -> str:
-    """The one line for an address where no tracker is."""
-    port = where.rpartition(":")[2]
-    return (
-        f"{where}: no TVM tracker answers there ({one_line(error)}); start one: python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port {port}"
-    )
-
-
 def one_line(error: BaseException) -> str:
     """The last words of an error, which in TVM ends a long trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -240,31 +231,14 @@ def answer(question: Json, tell: Callable[[Json], None]) -> None:
     host, port = question["tracker"]
     where, key = f"{host}:{port}", question["key"]
     try:
-        # TVM's own client would try for a minute.
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise ConductorError(no_tracker(where, error)) from None
-    try:
         from tvm import rpc  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
-        raise ConductorError(f"TVM's client is missing here: {one_line(error)}; install it: pip install 'vitrim[tvm]'") from None
-    try:
-        tracker = rpc.connect_tracker(host, int(port))
-        told = tracker.summary()
-    except Exception as error:
-        raise ConductorError(no_tracker(where, error)) from None
-    keys = [str(entry["key"]).removeprefix("server:") for entry in told["server_info"]]
-    if key not in keys:
-        there = f"it has {', '.join(sorted(set(keys)))}" if keys else "it has no boards at all"
         raise ConductorError(
-            f"{where}: no board registered as {key!r} ({there}); start one there: python -m tvm.exec.rpc_server --tracker {where} --key {key}"
-        )
-    if "plan" not in question:
-        tell({"boards": keys.count(key), "free": int(told["queue_info"].get(key, {}).get("free", 0))})
-        return
+            f"TVM's client is missing here: {one_line(error)}; install it: pip install 'vitrim[tvm]' cloudpickle psutil tornado"
+        ) from None
     tell({"share": 0.0, "text": f"waiting for a board {key}"})
     try:
-        session = tracker.request(key, session_timeout=0)
+        session = rpc.connect_tracker(host, int(port)).request(key, session_timeout=0)
     except Exception as error:
         raise ConductorError(f"{where}: the board {key} cannot be reached ({one_line(error)}); look at its rpc_server") from None
     tell({"share": 0.0, "text": f"on a board {key}"})
