@@ -63,7 +63,8 @@ class Peak(Plain):
 class TargetProfile(Plain):
     """A device: what it is, what it can do at most, and how a model should be made for it.
 
-    round_to: widths in multiples of this are quick there. sources: a dotted key, or the table that holds it, to where its numbers come from.
+    round_to: widths in multiples of this are quick there. sources: a dotted key, or the table that holds it, to where its numbers come from: an
+    address, `measured` and how, `derived` and from what, or `unverified`.
     """
 
     schema_: Literal["vitrim.target/1"] = Field(alias="schema")
