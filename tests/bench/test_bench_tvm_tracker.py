@@ -22,6 +22,10 @@ def listener(request: pytest.FixtureRequest) -> Iterator[int]:
             link, _ = server.accept()
             with link:
                 link.sendall(request.param)
+                link.shutdown(socket.SHUT_WR)
+                # Hanging up with words unread would reset the connection.
+                while link.recv(1024):
+                    pass
 
         threading.Thread(target=answer, daemon=True).start()
         yield int(server.getsockname()[1])
