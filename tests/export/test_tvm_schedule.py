@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from vitrim.compress.architecture import (
     StemSpec,
 )
 from vitrim.compress.vit.model import CompactModel
+from vitrim.errors import InputError
 from vitrim.export.parity import relative_error
 from vitrim.targets.detect import detect_host
 from vitrim.targets.profile import TargetProfile, load_target
@@ -33,6 +37,15 @@ pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm
 
 from vitrim.export.runtimes.tvm_schedule.build import build_network
 from vitrim.export.runtimes.tvm_schedule.built import Built
+from vitrim.export.runtimes.tvm_schedule.coverage import reason_against
+from vitrim.export.runtimes.tvm_schedule.lanes import Lanes
+from vitrim.export.runtimes.tvm_schedule.log import Trial, quickest, read
+from vitrim.export.runtimes.tvm_schedule.network import write_program
+from vitrim.export.runtimes.tvm_schedule.program import lowering
+from vitrim.export.runtimes.tvm_schedule.schedule import Schedule, Shape, Tile, candidates
+from vitrim.export.runtimes.tvm_schedule.targets import tvm_target
+from vitrim.export.runtimes.tvm_schedule.tiles import bounds, even, pieces, shares
+from vitrim.export.runtimes.tvm_schedule.tune import tune
 
 HOST = detect_host()
 X86 = ("x86-64", "x86-64-avx2")
@@ -156,3 +169,118 @@ def test_any_covered_network_answers_the_same(architecture: Architecture, batch:
     built = build_network(model, runnable()[unit % len(runnable())], batch=batch, threads=threads)
     assert built.route == "kernels"
     assert error_of(model, built, batch) < 1e-4
+
+
+def small(**changes: Any) -> CompactModel:
+    """A network of one attention and one FFN."""
+    attention = AttentionSpec(heads=2, qk=5, v=6, scale=0.4)
+    architecture = Architecture(
+        image=(1, 8, 8),
+        embed=12,
+        stem=StemSpec(patch=(2, 2)),
+        steps=((BranchSpec(name="attn", core=attention, norm=NormSpec(width=12)),), (BranchSpec(name="mlp", core=FfnSpec(hidden=20)),)),
+        norm=NormSpec(width=12),
+        head=HeadSpec(classes=7),
+    )
+    return network(architecture.model_copy(update=changes))
+
+
+@given(total=st.integers(1, 500), most=st.integers(1, 16))
+def test_pieces_cover_everything_once_and_are_nearly_equal(total: int, most: int) -> None:
+    found = list(pieces(even(total, most)))
+    assert [start for start, _ in found] == [sum(size for _, size in found[:number]) for number in range(len(found))]
+    assert sum(size for _, size in found) == total
+    assert max(size for _, size in found) <= most
+    assert max(size for _, size in found) - min(size for _, size in found) <= 1
+    assert len(found) == -(-total // most)
+
+
+@given(count=st.integers(0, 50), parts=st.integers(1, 9))
+def test_shares_of_threads_meet_end_to_end(count: int, parts: int) -> None:
+    limits = [bounds(count, part, parts) for part in range(parts)]
+    assert limits[0][0] == 0
+    assert limits[-1][1] == count
+    assert all(before[1] == after[0] for before, after in pairwise(limits))
+
+
+@pytest.mark.parametrize(("panels", "rows", "expected"), [(4, 25, (2, 1)), (1, 25, (1, 2)), (3, 8, (1, 2))])
+def test_threads_share_panels_before_rows_where_that_is_as_even(panels: int, rows: int, expected: tuple[int, int]) -> None:
+    grid = shares(2, even(panels, 1), even(rows, 1))
+    assert (grid.panels, grid.rows) == expected
+
+
+def test_what_no_kernel_covers_is_named_with_its_place() -> None:
+    attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4, gated=True)
+    model = small(steps=((BranchSpec(name="blocks.0.attn", core=attention),),))
+    reason = reason_against(model.architecture)
+    assert reason == "blocks.0.attn: a gate"
+
+
+@pytest.mark.parametrize("name", ["rpi4", "rpi5"])
+def test_kernels_are_cut_for_the_targets_own_registers(name: str) -> None:
+    built = build_network(small(), load_target(name), batch=2)
+    assert built.route == "kernels"
+    assert built.notes[0].startswith("neon kernels, vectors of 4")
+    assert "float32x4" in str(built.module)
+    assert "float32x8" not in str(built.module)
+
+
+def test_a_target_without_code_generation_is_refused() -> None:
+    profile = load_target("x86-64").model_copy(update={"tvm_target": None})
+    with pytest.raises(InputError, match=r"target 'x86-64' has no tvm_target; add one to its profile"):
+        build_network(small(), profile)
+
+
+def test_a_tuned_log_is_used_by_the_next_build(tmp_path: Path) -> None:
+    log, profile, model = tmp_path / "tiles.jsonl", runnable()[0], small()
+    tuned = tune(model, profile, log, time_limit_s=1.0)
+    assert 1 <= tuned.shapes <= tuned.of
+    assert tuned.best_s <= tuned.usual_s
+    trials = read(log)
+    assert len(trials) == tuned.trials
+    built = build_network(model, profile, log=log)
+    assert built.notes[1] == f"tiles of {tuned.shapes} shapes from tiles.jsonl"
+    assert error_of(model, built, 1) < 1e-4
+
+
+@given(tile=st.sampled_from(candidates(load_target("x86-64").vector)))
+@settings(max_examples=4, deadline=None)
+def test_every_tile_computes_the_same(tile: Tile) -> None:
+    model, profile = small(), runnable()[0]
+    writer = write_program(model, Lanes.of(profile.vector), Schedule(tile), 1)
+    built = Built(writer, tvm_target(profile), lowering(), "kernels", 1)
+    assert error_of(model, built, 1) < 1e-4
+
+
+def trial(**changes: Any) -> dict[str, Any]:
+    line = {"schema": "vitrim.tvm-trial/1", "target": "x86-64", "processor": "a core", "threads": 1, "kind": "dense", "sizes": [9, 4, 16]}
+    return {**line, "rows": 8, "vectors": 3, "steps": 1, "latency_s": 1e-5, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 0}, r"tiles.jsonl:2: rows: Input should be greater than or equal to 1; remove that line, or tune again"),
+        ({"latency_s": "soon"}, r"tiles.jsonl:2: latency_s: Input should be a valid number"),
+        ({"schema": "vitrim.tvm-trial/9"}, r"tiles.jsonl:2: schema: Input should be 'vitrim.tvm-trial/1'"),
+        ({"shell": "rm"}, r"tiles.jsonl:2: shell: Extra inputs are not permitted"),
+        ({"sizes": [1] * 9}, r"tiles.jsonl:2: sizes: Tuple should have at most 4 items"),
+    ],
+)
+def test_a_malformed_log_is_refused_by_line_and_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "tiles.jsonl"
+    path.write_text(json.dumps(trial()) + "\n" + json.dumps(trial(**changes)) + "\n")
+    with pytest.raises(InputError, match=message):
+        read(path)
+
+
+def test_the_quickest_tile_of_this_target_and_thread_count_wins() -> None:
+    lines = [
+        trial(rows=8, latency_s=3e-5),
+        trial(rows=6, latency_s=2e-5),
+        trial(rows=4, latency_s=1e-6, threads=2),
+        trial(rows=5, latency_s=1e-6, target="rpi5"),
+        trial(rows=12, vectors=3, latency_s=1e-6),
+    ]
+    found = quickest([Trial.model_validate(line) for line in lines], "x86-64", 1, load_target("x86-64").vector)
+    assert found == {Shape("dense", (9, 4, 16)): Tile(6, 3, 1)}
