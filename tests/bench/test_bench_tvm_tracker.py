@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -20,7 +21,7 @@ def listener(request: pytest.FixtureRequest) -> Iterator[int]:
 
         def answer() -> None:
             link, _ = server.accept()
-            with link:
+            with link, contextlib.suppress(OSError):
                 link.sendall(request.param)
                 link.shutdown(socket.SHUT_WR)
                 # Hanging up with words unread would reset the connection.
