@@ -24,6 +24,8 @@ from .gates import Gates
 
 # A budget counts as met when at most this share of it is left over.
 SLACK = 0.01
+# The dimensions whose units make up what a sub-layer gives.
+WRITING = ("v", "ffn")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class DualSolver:
     def __init__(self, architecture: Architecture, gates: Gates, kind: CostKind, decay: float = 0.98) -> None:
         self.architecture, self.gates, self.kind, self.decay = architecture, gates, kind, decay
         self.saliency = [torch.zeros(group.size, dtype=torch.float64) for group in gates.groups]
+        # Of each sub-layer as a whole, by its branch's name.
+        self.worth = {branch.name: 0.0 for branch in architecture.branches}
         self.price = 0.0
 
     @property
@@ -87,13 +91,19 @@ class DualSolver:
         """How many steps the averages look back."""
         return round(1.0 / (1.0 - self.decay))
 
-    def observe(self, gradients: Sequence[Tensor | None]) -> None:
-        """Take in the gates' gradients of one step."""
-        for average, gradient, group in zip(self.saliency, gradients, self.gates.groups, strict=True):
-            if gradient is not None:
-                # Scores of one unit share its gradient evenly; together they have all of it.
-                whole = gradient.detach().double().cpu() * group.whole
-                average.mul_(self.decay).add_(whole.square(), alpha=1.0 - self.decay)
+    def observe(self, gradients: Sequence[Tensor | None], kept: Sequence[Tensor] | None = None) -> None:
+        """Take in the gates' gradients of one step, in which `kept` lived (absent: all)."""
+        for number, (average, gradient, group) in enumerate(zip(self.saliency, gradients, self.gates.groups, strict=True)):
+            if gradient is None:
+                continue
+            # Scores of one unit share its gradient evenly; together they have all of it.
+            whole = gradient.detach().double().cpu() * group.whole
+            average.mul_(self.decay).add_(whole.square(), alpha=1.0 - self.decay)
+            if group.dimension in WRITING and group.site in self.worth:
+                # A gate on the whole output has the sum of its units' gradients (each unit's is spread over its members).
+                live = whole if kept is None else whole[kept[number]]
+                together = float(live.sum()) / group.whole
+                self.worth[group.site] = self.decay * self.worth[group.site] + (1.0 - self.decay) * together**2
 
     def cost(self, kept: Sequence[Tensor]) -> int:
         """Exact cost of keeping `kept`."""
@@ -166,15 +176,15 @@ class DualSolver:
         """The sub-layer that is worth least for what it costs, if the price is above its worth: it should go as a whole.
 
         A sub-layer costs what its live units cost and, however few they are, `overhead` of its kind ("attention", "ffn"): the time of its operators'
-        starts, its norm and its softmax, in units of the cost. Its worth is the sum of its units' saliencies, which is what the solver's own model
-        says the loss gains by them. None goes whose place the others, at their full size, could not fill up to `target`.
+        starts, its norm and its softmax, in units of the cost. Its worth is the saliency of one gate on its whole output: units of an attention say
+        much the same, so that each alone could go, and the sum of their saliencies was two to four times less than that of all together.
+        None goes whose place the others, at their full size, could not fill up to `target`.
         """
         alive = {branch.name: branch.core.kind for branch in self.architecture.branches if branch.name not in self.gates.gone}
         found = {}
         for name, kind in alive.items():
-            worth = self._worth(name, kept)
-            if worth is not None and overhead.get(kind) and self._cost_without(name, [torch.ones_like(keep) for keep in kept]) >= target:
-                found[name] = worth / max(self.cost(kept) - self._cost_without(name, kept) + overhead[kind], 1.0)
+            if self.worth[name] and overhead.get(kind) and self._cost_without(name, [torch.ones_like(keep) for keep in kept]) >= target:
+                found[name] = self.worth[name] / max(self.cost(kept) - self._cost_without(name, kept) + overhead[kind], 1.0)
         # One always stays: a network without any sub-layer mixes no tokens.
         if len(alive) < 2 or not found:
             return None
@@ -188,14 +198,6 @@ class DualSolver:
             return 0 if (dimension, site) == ("block", branch) else int(counter(dimension, site, indices))
 
         return int(live_cost(self.architecture, live, self.kind))
-
-    def _worth(self, branch: str, kept: Sequence[Tensor]) -> float | None:
-        """Saliency of a sub-layer's live units, counted where they write: values of an attention, hidden units of an FFN. None where nothing is gated."""
-        for dimension in ("v", "ffn", "head"):
-            for group, keep, saliency in zip(self.gates.groups, kept, self.saliency, strict=True):
-                if (group.dimension, group.site) == (dimension, branch):
-                    return float(saliency[keep].sum()) / group.whole
-        return None
 
     def surely_dead(self, kept: Sequence[Tensor], margin: float = 0.5) -> list[Tensor]:
         """Units that are out and whose value is far under the price: booleans, True = may be removed from the training graph."""

@@ -140,7 +140,7 @@ class MaskTask:
         if self.settings.lambda_ is not None:
             return
         if not self.progress.frozen:
-            self.solver.observe([scores.grad for scores in self.gates.scores])
+            self.solver.observe([scores.grad for scores in self.gates.scores], self.gates.kept())
             # At the freeze in any case: a phase shorter than two updates must meet its budget too.
             if (step + 1) % self.settings.update_steps == 0 or step + 1 >= round(self.settings.ramp[2] * self.total_steps):
                 self._update(step + 1)
@@ -173,6 +173,7 @@ class MaskTask:
             "origin": [index.clone() for index in self.origin],
             "progress": dict(vars(self.progress)),
             "gone": sorted(self.gates.gone),
+            "worth": dict(self.solver.worth),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -187,6 +188,7 @@ class MaskTask:
         self._install(model, gates)
         self.solver.saliency = [saliency.clone() for saliency in state["saliency"]]
         self.solver.price = float(state["price"])
+        self.solver.worth.update(state["worth"])
         self.origin = [index.clone() for index in state["origin"]]
         self.progress = _Progress(**state["progress"])
 
@@ -285,7 +287,7 @@ class MaskTask:
         cut_moments = _cut_moments(surgery, moments)
         model = build(surgery.architecture, cut(surgery, {name: tensor.detach() for name, tensor in old.state_dict().items()}))
         gates = Gates(model.architecture, self.settings.sharing, self.settings.fixed)
-        price = self.solver.price
+        price, worth = self.solver.price, self.solver.worth
         # Groups of sub-layers that have gone as a whole are not in the new graph.
         place = {(group.dimension, group.site): number for number, group in enumerate(self.gates.groups)}
         stays = [place[group.dimension, group.site] for group in gates.groups]
@@ -297,6 +299,7 @@ class MaskTask:
         self.origin = [origin[index] for origin, index in zip(_at(self.origin, stays), _at(keep, stays), strict=True)]
         self._install(model, gates)
         self.solver.saliency, self.solver.price = saliency, price
+        self.solver.worth.update({name: worth[name] for name in self.solver.worth})
         self.progress.shrunk.append(left / macs)
         rebuilt = self.optimizer()
         for name, parameter in self.masked.network.named_parameters():
