@@ -99,6 +99,8 @@ def make_plan(
             "spinning": options.spinning,
             "arena": options.arena,
             "providers": _with_fallback(options.providers),
+            # torch is told of a device, onnxruntime of a provider.
+            "device": "cuda" if subject.runtime == "torch" and options.providers[0].startswith("CUDA") else None,
             "copies": options.copies,
             "cuda_graph": options.cuda_graph,
             "batch": options.batch,

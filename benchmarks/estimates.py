@@ -319,7 +319,7 @@ def main() -> int:
         "# Estimates held against measured latencies",
         "",
         "`python -m benchmarks.estimates`. Each device is predicted by a calibration that never saw it, with any runtime, model or number of threads.",
-        f"Operator costs were calibrated on: {costs.calibrated_on}. Emulated times are nowhere among them.",
+        f"Operator costs were calibrated on `host`: {costs.calibrated_on}. Emulated times are nowhere among them.",
         "",
         *lines,
         "",

@@ -87,6 +87,12 @@ def bench(
             rich_help_panel=HOW,
         ),
     ] = None,
+    copies: Annotated[
+        bool, typer.Option("--copies/--no-copies", help="On a GPU: time carrying the images there and the logits back.", rich_help_panel=HOW)
+    ] = True,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="On a GPU: replay a recorded graph instead of launching each kernel.", rich_help_panel=HOW)
+    ] = False,
     time_limit_s: Annotated[
         float | None,
         typer.Option(
@@ -167,6 +173,8 @@ def bench(
         pinning=_cpus(pin),
         spinning=spinning,
         providers=tuple(_provider(name) for name in provider) if provider else (CPU,),
+        copies=copies,
+        cuda_graph=cuda_graph,
         profile_runs=PROFILE_RUNS if profile else 0,
     )
     device = DeviceOptions(
