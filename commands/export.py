@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..compress.data.preprocessing import Preprocessing
+    from ..compress.vit.model import CompactModel
 
 CARD = "data.json"
+# Of measuring, with --runtime all.
+ALL_LIMIT_S = 30.0
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A folder that vitrim saved (model.safetensors and architecture.json); with --verify, an artifact.")],
+    model: Annotated[Path, typer.Argument(help="A folder that vitrim saved, or an .onnx file; with --verify, an artifact.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the artifact.")] = None,
     target: Annotated[str, typer.Option("--target", help="A target's name (vitrim targets list), or a target TOML.")] = "x86-64",
-    runtime: Annotated[str, typer.Option("--runtime", help="The runtime that will run it.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option("--runtime", help="The runtime that will run it, or `all`: every one that is here, measured in turns.")] = "onnxruntime",
     precision: Annotated[str, typer.Option("--precision", help="fp32, int8, and what else the target takes.")] = "fp32",
     batch: Annotated[str, typer.Option("--batch", help="Images a run, or `dynamic`.")] = "1",
     data: Annotated[
@@ -32,10 +35,17 @@ def export(
         typer.Option("--data", help="Data set for parity and calibration. Absent: the one of the run that the model lies in."),
     ] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="How many of its validation images.")] = 64,
+    calibration: Annotated[
+        str, typer.Option("--calibration", help="How int8-static finds ranges on the images: min-max, percentile, entropy, or `best` of the three.")
+    ] = "min-max",
+    form: Annotated[str | None, typer.Option("--form", help="A graph form's name, or `plain`. Absent: the best known one of the target.")] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="Version of ONNX's operators. Absent: what the form needs.")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Build every graph form, measure them here, and keep the fastest that passes parity.")] = False,
     ort_format: Annotated[
         bool, typer.Option("--ort-format", help="Also write model.ort and required_operators.config, for a build of ONNX Runtime that holds no more.")
     ] = False,
+    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="A setting of the runtime's own; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads to compile, tune and measure for.")] = 1,
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Also write a C++ bundle of the artifact to this folder.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Check an artifact byte for byte against its manifest, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out and --bundle.")] = False,
@@ -49,6 +59,10 @@ def export(
       vitrim export small --out small-any --batch dynamic --data imagefolder:photos
 
       vitrim export runs/quickstart/compact --out small --bundle small-cpp
+
+      vitrim export model.onnx --out small --data imagefolder:photos
+
+      vitrim export runs/quickstart/compact --out everywhere --runtime all
 
       vitrim export --verify small-int8
     """
@@ -64,26 +78,46 @@ def export(
             require_empty(folder, overwrite=overwrite)
     if batch != "dynamic" and not (batch.isdecimal() and int(batch) > 0):
         raise InputError(f"--batch {batch}: give a whole number of at least 1, or `dynamic`")
-    from ..compress.files import load
-    from ..export.exporter import export as write
-
-    network = load(model)
+    network, graph = (None, _graph(model)) if model.suffix == ".onnx" else (_network(model), None)
+    image = network.architecture.image if network is not None else graph
+    assert image is not None
     card = read_card(model.parent / CARD)
-    preprocessing, labels, pictures = _data(card, data, network.architecture.image, images)
-    artifact = write(
-        network,
-        out,
-        target=target,
-        runtime=runtime,
-        precision=precision,  # type: ignore[arg-type]  # the exporter refuses what it does not know
-        preprocessing=preprocessing,
-        labels=labels,
-        images=pictures,
-        batch="dynamic" if batch == "dynamic" else int(batch),
-        tune=tune,
-        ort_format=ort_format,
-        overwrite=overwrite,
-    )
+    preprocessing, labels, pictures = _data(card, data, image, images)
+    shared: dict[str, Any] = {
+        "target": target,
+        "precision": precision,
+        "preprocessing": preprocessing,
+        "labels": labels,
+        "images": pictures,
+        "batch": "dynamic" if batch == "dynamic" else int(batch),
+        "calibration": calibration,
+        "form": form,
+        "tune": tune,
+        "ort_format": ort_format,
+        "overwrite": overwrite,
+        "threads": threads,
+    }
+    settings = _settings(option or [])
+    if network is None:
+        from ..export.given_graph import export_graph
+
+        if runtime != "onnxruntime" or opset is not None or settings:
+            raise InputError(f"{model}: a graph that was given goes to onnxruntime in its own opset; leave --runtime, --opset and --option out")
+        artifact = export_graph(model, out, **shared)
+    elif runtime == "all":
+        from .export_everywhere import export_everywhere
+
+        if settings or bundle is not None:
+            raise InputError("--runtime all takes no --option and no --bundle, which are one runtime's own; name the runtime")
+        export_everywhere(network, out, time_limit_s=ALL_LIMIT_S, opset=opset, **shared)
+        return
+    else:
+        from ..export.exporter import export as write
+
+        if runtime == "tvm" and bundle is not None:
+            # The bundle links the model into the program.
+            settings.setdefault("static", "yes")
+        artifact = write(network, out, runtime=runtime, opset=opset, options=settings, **shared)
     for stage in artifact.manifest.parity:
         typer.echo(
             f"{stage.stage} against {stage.reference}: largest relative error {stage.max_relative_error:.1e}, "
@@ -96,6 +130,29 @@ def export(
         from ..export.bundle import bundle as write_bundle
 
         typer.echo(f"bundle: {write_bundle(artifact, bundle, overwrite=overwrite)}")
+
+
+def _network(folder: Path) -> CompactModel:
+    from ..compress.files import load
+
+    return load(folder)
+
+
+def _graph(path: Path) -> tuple[int, int, int]:
+    """(channels, height, width) of a graph's input."""
+    from ..export.given_graph import image_of, read_graph
+
+    return image_of(read_graph(path), path)
+
+
+def _settings(given: list[str]) -> dict[str, str]:
+    found = {}
+    for entry in given:
+        key, equals, value = entry.partition("=")
+        if not key or not equals:
+            raise InputError(f"--option {entry}: write KEY=VALUE")
+        found[key] = value
+    return found
 
 
 def read_card(path: Path) -> dict[str, Any] | None:

@@ -11,12 +11,13 @@ from ..compress.lift import lift
 from ..compress.vit.model import CompactModel
 from ..errors import UnsupportedModel
 from . import capabilities, quantize
-from .forms import FORMS, Form, form_named, write_network
+from .forms import FORMS, STREAM_FORMS, Form, form_named, write_network
 from .forms.coverage import reason_against
 from .half import half
 from .known_forms import best_form
 from .order import Array, Order
 from .parity import first_difference
+from .static_choice import best_static
 
 PLAIN = "plain"
 # What two forms answer alike; scaled queries, unbiased values and centred streams between them differ on purpose.
@@ -62,39 +63,55 @@ def candidates(model: nn.Module, tidy: onnx.ModelProto, order: Order, *, portabl
     elif portable is not None:
         forms = [portable]
     elif order.tune:
-        forms = [entry for entry in FORMS if order.batch == 1 or entry.rows == "batch"]
+        known = [*FORMS, *(STREAM_FORMS if _scattered(compact) else ())]
+        forms = [entry for entry in known if (order.batch == 1 or entry.rows == "batch") and entry.opset <= (order.opset or entry.opset)]
     else:
         best, measured = best_form(order.target, order.batch)
+        if order.opset is not None and order.opset < best.opset:
+            best, measured = replace(best, attention="split"), f"{measured}; without the operators that opset {order.opset} lacks"
         forms = [best]
         notes.append(f"form: {measured}")
-    found = [Candidate(entry.name, write_network(compact, entry, batch=order.free_batch), entry) for entry in forms]
+    found = [Candidate(entry.name, write_network(compact, entry, batch=order.free_batch, opset=order.opset), entry) for entry in forms]
     return ([*found, plain] if order.tune and form is None else found), notes
 
 
-def in_precision(model: nn.Module, candidate: Candidate, order: Order) -> onnx.ModelProto:
-    """The candidate's graph for ONNX Runtime in the order's precision."""
+def _scattered(compact: CompactModel) -> bool:
+    """Whether masks were not shared, so that writers fill channels of their own."""
+    architecture = compact.architecture
+    return architecture.stem_writes is not None or any(branch.writes is not None for branch in architecture.branches)
+
+
+def in_precision(model: nn.Module, candidate: Candidate, order: Order, notes: list[str]) -> onnx.ModelProto:
+    """The candidate's graph for ONNX Runtime in the order's precision; notes grow where there was something to choose."""
     precision = order.precision
     if precision == "fp32":
         return candidate.model
     bits = 8 if capabilities.int8_exact(order.target) else 7
     if precision == "int8" and candidate.form is not None:
-        return write_network(lift(model), candidate.form, batch=order.free_batch, linears="int8", weight_bits=bits)
+        return write_network(lift(model), candidate.form, batch=order.free_batch, linears="int8", weight_bits=bits, opset=order.opset)
     float_graph = candidate.model
     if candidate.form is not None:
         form = candidate.form
         if precision == "int8-static":
             # The quantizer must know every value's type, and it knows none behind the runtime's own operators.
             form = replace(form, attention="split", residual="add", norm="layer", activation="gelu")
-        float_graph = write_network(lift(model), form, batch=order.free_batch, linears="product")
+        float_graph = write_network(lift(model), form, batch=order.free_batch, linears="product", opset=order.opset)
     if precision == "int8":
         return quantize.int8_dynamic(float_graph, weight_bits=bits)
     if precision == "int8-static":
-        assert order.images is not None
-        images = order.images[: quantize.CALIBRATION_IMAGES]
-        return quantize.int8_static(float_graph, images, calibration=order.calibration, weight_bits=bits)
+        return static(float_graph, order, bits, notes)
     if precision == "fp16":
         return half(candidate.model)
     return quantize.weights_only(float_graph, 4 if precision == "int4-weights" else 8)
+
+
+def static(float_graph: onnx.ModelProto, order: Order, weight_bits: int, notes: list[str]) -> onnx.ModelProto:
+    """Static eight bits by the calibration that was asked for, or the best of all."""
+    assert order.images is not None
+    images = order.images[: quantize.CALIBRATION_IMAGES]
+    if order.calibration == "best":
+        return best_static(float_graph, images, weight_bits=weight_bits, timed=capabilities.is_host(order.target), notes=notes, threads=order.threads)
+    return quantize.int8_static(float_graph, images, calibration=order.calibration, weight_bits=weight_bits)
 
 
 def where_in_form(model: nn.Module, candidate: Candidate, first: Array, order: Order, tolerance: float) -> str | None:

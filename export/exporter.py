@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import onnx
 import torch
 from torch import nn
 
@@ -17,17 +16,17 @@ from .candidates import PLAIN
 from .foreign import ask_elsewhere
 from .forms import Form, form_named
 from .model_facts import ask, image_shape, name_of, provenance_of
+from .model_versions import opset_of
 from .onnxruntime_files import choose, save
 from .order import Array, Batch, Order, check, preprocessing_of
 from .parity import TOLERANCES, Probe, answers
 from .runtime_files import source_for, write_and_ask
 from .runtimes import runtime_named
 from .store import MODEL
-from .torch_graph import MIN_OPSET
 from .tracing import trace
 from .versions import tool_versions
 
-TOOLS = ("vitrim", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxsim", "numpy")
+TOOLS = ("vitrim", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxsim", "numpy", "pillow")
 
 
 def export(
@@ -46,8 +45,8 @@ def export(
     overwrite: bool = False,
     name: str | None = None,
     image: tuple[int, int, int] | None = None,
-    opset: int = MIN_OPSET,
-    calibration: quantize.Calibration = "min-max",
+    opset: int | None = None,
+    calibration: quantize.Calibration | Literal["best"] = "min-max",
     tune: bool = False,
     threads: int = 1,
     ort_format: bool = False,
@@ -64,6 +63,7 @@ def export(
     preprocessing: a `Preprocessing`, or a mapping of the manifest's fields. labels: one a class.
     images: real inputs, float32 (count, channels, height, width), for parity and calibration; without them seeded noise, marked as such.
     batch: a size, or "dynamic". form: a form's name, "plain" for torch's graph, or None for the best known one.
+    opset: of the standard's operators; None takes what each form needs, a number leaves out the forms that need more.
     image: (channels, height, width), where the model does not tell. tune: measure the forms here and keep the fastest.
     ort_format: also write `model.ort` and the operators of a reduced runtime build.
     tolerances: largest error relative to the largest logit, a precision.
@@ -71,7 +71,7 @@ def export(
     """
     folder = Path(folder)
     require_empty(folder, overwrite=overwrite)
-    check(runtime, precision, batch, target, images, tune, ort_format)
+    check(runtime, precision, batch, target, images, tune, ort_format, calibration)
     if isinstance(form, str) and form != PLAIN:
         form = form_named(form)
     order = Order(
@@ -98,13 +98,13 @@ def _export(model: nn.Module, folder: Path, order: Order) -> Artifact:
         with replace_folder(folder, overwrite=order.overwrite) as aside:
             files = save(final, aside, order, probe, stages)
             ask_elsewhere(aside / MODEL, order, probe, lambda images: answers(final, images, batch=order.batch), stages, notes)
-            Artifact.write(aside, _manifest(model, order, form, files, probe, stages, notes, opset=_opset(final)))
+            Artifact.write(aside, _manifest(model, order, form, files, probe, stages, notes, opset=opset_of(final)))
         return Artifact.load(folder)
     runtime = runtime_named(order.runtime)
     form, source = source_for(runtime, model, tidy, order, probe, first, stages, notes)
     with replace_folder(folder, overwrite=order.overwrite) as aside:
         written, files = write_and_ask(runtime, source, aside, order, stages, notes)
-        opset = _opset(source.graph) if runtime.form is not None else None
+        opset = opset_of(source.graph) if runtime.form is not None else None
         manifest = _manifest(model, order, form, files, probe, stages, notes, opset=opset, session=written.session, versions=written.versions)
         Artifact.write(aside, manifest)
     return Artifact.load(folder)
@@ -135,6 +135,3 @@ def _manifest(
         notes=tuple(notes),
     )
 
-
-def _opset(model: onnx.ModelProto) -> int | None:
-    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=None)

@@ -26,7 +26,7 @@ def choose(
     finished: dict[str, tuple[Candidate, Parity, onnx.ModelProto]] = {}
     for candidate in found:
         parity = prove(model, candidate, order, probe, first)
-        finished[candidate.name] = (candidate, parity, in_precision(model, candidate, order))
+        finished[candidate.name] = (candidate, parity, in_precision(model, candidate, order, notes))
     chosen = next(iter(finished))
     if order.tune and len(finished) > 1:
         timings = fastest({key: value[2] for key, value in finished.items()}, first, threads=order.threads)

@@ -12,7 +12,7 @@ from ..errors import InputError
 from . import capabilities
 from .artifact import Precision, PreprocessingSpec
 from .forms import Form
-from .quantize import Calibration
+from .quantize import CALIBRATIONS, Calibration
 
 Array = NDArray[Any]
 Batch = int | Literal["dynamic"]
@@ -35,8 +35,8 @@ class Order:
     form: str | Form | None
     overwrite: bool
     name: str | None
-    opset: int
-    calibration: Calibration
+    opset: int | None
+    calibration: Calibration | Literal["best"]
     tune: bool
     threads: int
     ort_format: bool
@@ -48,7 +48,7 @@ class Order:
         return "batch" if self.batch == "dynamic" else self.batch
 
 
-def check(runtime: str, precision: str, batch: Batch, target: str, images: Any, tune: bool, ort_format: bool) -> None:
+def check(runtime: str, precision: str, batch: Batch, target: str, images: Any, tune: bool, ort_format: bool, calibration: str = "min-max") -> None:
     """Refuse what no model could make right. Errors: InputError."""
     from .runtimes import runtime_named
 
@@ -60,11 +60,13 @@ def check(runtime: str, precision: str, batch: Batch, target: str, images: Any, 
         raise InputError(f"batch {batch!r}: give a whole number above 0, or 'dynamic'")
     if precision == "int8-static" and images is None:
         raise InputError("int8-static finds its ranges on images, and none were given; pass images, or take precision='int8', which needs none")
+    if calibration not in (*CALIBRATIONS, "best"):
+        raise InputError(f"calibration {calibration!r} is unknown; take one of {', '.join(CALIBRATIONS)}, or 'best' of these")
     if found is not None:
         if precision not in found.precisions:
             raise InputError(f"precision {precision!r}: runtime {runtime!r} has {', '.join(found.precisions)}; take one of these")
-        if tune or ort_format:
-            what = "tune" if tune else "ort_format"
+        if (tune and runtime != "tvm") or ort_format:
+            what = "ort_format" if ort_format else "tune"
             raise InputError(f"{what} is for onnxruntime, and the runtime is {runtime!r}; leave it out")
         if reason := found.missing():
             raise InputError(reason)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from .artifact import Parity
 from .sessions import open_session
+from .store import open_graph
 
 Array = NDArray[Any]
 NOISE_SEED = 0
@@ -80,7 +81,7 @@ def relative_error(reference: Array, found: Array) -> Array:
 
 def answers(model: onnx.ModelProto | bytes, images: Array, *, batch: int | Literal["dynamic"] = 1, config: dict[str, str] | None = None) -> Array:
     """Logits of an ONNX model for all images, at its own batch size; a last incomplete batch is filled up and cut off."""
-    session = open_session(model if isinstance(model, bytes) else model.SerializeToString(), config=config)
+    session = open_session(model, config=config) if isinstance(model, bytes) else open_graph(model, config=config)
     return session_answers(session, images, batch=batch)
 
 
@@ -139,7 +140,7 @@ def inner_values(model: onnx.ModelProto, names: Sequence[str], image: Array) -> 
     present = {output.name for output in opened.graph.output}
     opened.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in present)
     try:
-        session = open_session(opened.SerializeToString())
+        session = open_graph(opened)
         values = session.run(None, {session.get_inputs()[0].name: image})
     except Exception:  # the runtime's own errors share no type; without inner values the stage's figure still stands
         return {}

@@ -24,6 +24,8 @@ from ..errors import InputError
 Calibration = Literal["min-max", "percentile", "entropy"]
 CALIBRATIONS: tuple[Calibration, ...] = ("min-max", "percentile", "entropy")
 CALIBRATION_IMAGES = 128
+# What static quantization leaves float unless it is named: the patch embedding, attention's own products with their softmax, and the norms.
+Also = Literal["patch", "attention", "norm"]
 
 
 def int8_dynamic(model: onnx.ModelProto, *, weight_bits: int = 8) -> onnx.ModelProto:
@@ -46,10 +48,13 @@ def int8_dynamic(model: onnx.ModelProto, *, weight_bits: int = 8) -> onnx.ModelP
         return _read(target)
 
 
-def int8_static(model: onnx.ModelProto, images: NDArray[Any], *, calibration: Calibration = "min-max", weight_bits: int = 8) -> onnx.ModelProto:
+def int8_static(
+    model: onnx.ModelProto, images: NDArray[Any], *, calibration: Calibration = "min-max", weight_bits: int = 8, also: tuple[Also, ...] = ()
+) -> onnx.ModelProto:
     """Quantize weight products with input ranges found on calibration images, as QuantizeLinear and DequantizeLinear pairs.
 
-    images: float32 (count, channels, height, width). Softmax, norms, activations, attention products and a patch convolution stay float.
+    images: float32 (count, channels, height, width). Softmax, norms, attention products and the patch embedding stay float, but for those named in
+    `also`; activations always do.
     Requires: a graph whose values all have shapes that ONNX can infer (no operators of the runtime's own), or the quantizer passes over them.
     Errors: InputError for an unknown calibration or too few images, or if the graph hides its products from the quantizer.
     """
@@ -72,17 +77,26 @@ def int8_static(model: onnx.ModelProto, images: NDArray[Any], *, calibration: Ca
 
     method = {"min-max": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}[calibration]
     constants = {tensor.name for tensor in model.graph.initializer}
-    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants]
-    # The patch embedding reads pixels; it stays float, be it a convolution or a product.
+    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in matrices]
+    # The patch embedding reads pixels, be it a convolution or a product.
+    stems = [node for node in model.graph.node if node.op_type == "Conv" or (node.op_type in ("MatMul", "Gemm") and node.name == "stem")]
     weighted = [node.name for node in products if node.name != "stem"]
+    more = [node.name for node in stems] if "patch" in also else []
+    if "attention" in also:
+        more += [node.name for node in model.graph.node if node.op_type == "Softmax" or (node.op_type == "MatMul" and node.input[1] not in constants)]
+    if "norm" in also:
+        more += [node.name for node in model.graph.node if node.op_type == "LayerNormalization"]
+    kinds = ["MatMul", "Gemm", *(["Conv"] if "patch" in also else []), *(["Softmax"] if "attention" in also else [])]
+    kinds += ["LayerNormalization"] if "norm" in also else []
     with _files(model) as (source, target):
         quantize_static(
             source,
             target,
             Reader(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=weighted,
+            op_types_to_quantize=kinds,
+            nodes_to_quantize=weighted + more,
             per_channel=True,
             reduce_range=weight_bits < 8,
             activation_type=QuantType.QUInt8,

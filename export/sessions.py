@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
 
 
-def session_options(config: dict[str, str] | None = None, *, threads: int = 1) -> onnxruntime.SessionOptions:
-    """Options for one session: all graph optimisations, `threads` within an operator, operators one after the other.
+def session_options(config: dict[str, str] | None = None, *, threads: int = 1, optimised: bool = True) -> onnxruntime.SessionOptions:
+    """Options for one session: all graph optimisations (or none), `threads` within an operator, operators one after the other.
 
     Threads do not spin while they wait: a device that answers one picture at a time should sleep in between.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -33,7 +34,7 @@ def session_options(config: dict[str, str] | None = None, *, threads: int = 1) -
 
 
 def open_session(
-    model: Artifact | Path | str | bytes, *, threads: int = 1, config: dict[str, str] | None = None
+    model: Artifact | Path | str | bytes, *, threads: int = 1, config: dict[str, str] | None = None, optimised: bool = True
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU for an artifact (with the options in its manifest), a file or a model's bytes."""
     import onnxruntime
@@ -44,4 +45,4 @@ def open_session(
         source = str(model.model_path)
     elif isinstance(model, Path):
         source = str(model)
-    return onnxruntime.InferenceSession(source, session_options(config, threads=threads), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, session_options(config, threads=threads, optimised=optimised), providers=["CPUExecutionProvider"])

@@ -36,5 +36,5 @@ def _same(net: Net, node: onnx.NodeProto) -> bool:
         off = len(node.input) <= 2 or not node.input[2] or (training is not None and not bool(training))
         return off and not mask_wanted
     if node.op_type == "Cast":
-        return net.types.get(node.input[0]) == attribute(node, "to", -1)
+        return bool(net.types.get(node.input[0]) == attribute(node, "to", -1))
     return False

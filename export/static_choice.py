@@ -1,0 +1,78 @@
+"""Static eight bits, several ways: which calibration, and whether more than the weight products goes into eight bits. Each is told, one is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from .order import Array
+from .parity import answers, relative_error
+from .quantize import CALIBRATIONS, Also, Calibration, int8_static
+from .tuning import fastest
+
+# How much sooner a graph with more in eight bits must answer before it is taken.
+WORTH = 0.98
+_MORE: tuple[tuple[Also, ...], ...] = (("patch",), ("attention",), ("norm",))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to quantize, and what it did to the answers on the calibration images; latency against the way with floats, where it was timed."""
+
+    calibration: Calibration
+    also: tuple[Also, ...]
+    graph: onnx.ModelProto
+    mean_relative_error: float
+    max_relative_error: float
+    top1_agreement: float
+
+    @property
+    def name(self) -> str:
+        """As notes call it."""
+        return f"{self.calibration} calibration" + "".join(f", {part} in eight bits too" for part in self.also)
+
+    def told(self) -> str:
+        """One line for the manifest."""
+        return (
+            f"int8-static by {self.name}: mean relative error {self.mean_relative_error:.1e}, largest {self.max_relative_error:.1e}, "
+            f"same answer on {100 * self.top1_agreement:.1f} %"
+        )
+
+
+def best_static(float_graph: onnx.ModelProto, images: Array, *, weight_bits: int, timed: bool, notes: list[str], threads: int = 1) -> onnx.ModelProto:
+    """The graph whose answers stay nearest, over the three calibrations; `notes` gets a line for each.
+
+    timed: also try the patch embedding, attention and the norms in eight bits, one after the other, and keep what is faster here without answering
+    fewer images alike. Without it they stay float, where they have been found better.
+    """
+    size = float_graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
+    reference = answers(float_graph, images, batch=size)
+    ways = [_way(float_graph, images, reference, calibration, (), weight_bits, size) for calibration in CALIBRATIONS]
+    notes.extend(way.told() for way in ways)
+    best = nearest(ways)
+    for more in _MORE if timed else ():
+        way = _way(float_graph, images, reference, best.calibration, (*best.also, *more), weight_bits, size)
+        latency_s = dict(fastest({"floats": best.graph, "more": way.graph}, images[:size], threads=threads, limit_s=1.0))
+        ratio = latency_s["more"] / latency_s["floats"]
+        taken = ratio < WORTH and way.top1_agreement >= best.top1_agreement
+        notes.append(f"{way.told()}, {ratio:.3f} of the latency: {'taken' if taken else 'left float'}")
+        best = way if taken else best
+    return best.graph
+
+
+def nearest(ways: Sequence[Way]) -> Way:
+    """Most answers alike, then the smallest mean error."""
+    return max(ways, key=lambda way: (way.top1_agreement, -way.mean_relative_error))
+
+
+def _way(
+    graph: onnx.ModelProto, images: Array, reference: Array, calibration: Calibration, also: tuple[Also, ...], weight_bits: int, size: int
+) -> Way:
+    made = int8_static(graph, images, calibration=calibration, weight_bits=weight_bits, also=also)
+    found = answers(made, images, batch=size)
+    error = relative_error(reference, found)
+    agreement = float(np.mean(found.argmax(-1) == reference.argmax(-1)))
+    return Way(calibration, also, made, float(error.mean()), float(error.max()), agreement)

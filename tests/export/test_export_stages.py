@@ -1,0 +1,143 @@
+"""Every stage of an export stops at a really broken graph, naming itself and the first node that differs; and the precisions beside int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import vitrim
+from onnx import numpy_helper
+from tiny_models import tiny_vit
+from vitrim.errors import InputError
+from vitrim.export import ParityError, export, open_session
+from vitrim.export import candidates as candidates_module
+from vitrim.export import onnxruntime_files as files_module
+from vitrim.export import ort_format as ort_module
+from vitrim.export import tracing as tracing_module
+from vitrim.export.forms import Form, write_network
+from vitrim.export.parity import answers
+from vitrim.export.quantize import int8_static
+from vitrim.export.store import open_graph
+
+IMAGES = np.random.default_rng(6).standard_normal((16, 3, 16, 16), dtype=np.float32)
+
+
+def damaged(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The second block's first FFN product gets other weights."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    products = [node for node in copy.graph.node if node.op_type in ("MatMul", "Gemm", "DynamicQuantizeMatMul")]
+    weights = {tensor.name: tensor for tensor in copy.graph.initializer}
+    wide = [node for node in products if node.input[1] in weights and max(weights[node.input[1]].dims) >= 64]
+    tensor = weights[wide[-1].input[1]]
+    value = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value[::-1]), tensor.name))
+    return copy
+
+
+def breaks(module: Any, name: str, *, result: Callable[[Any], Any] = damaged) -> Callable[[pytest.MonkeyPatch], None]:
+    whole = getattr(module, name)
+
+    def apply(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, name, lambda *positional, **named: result(whole(*positional, **named)))
+
+    return apply
+
+
+STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], str]] = {
+    "onnx": (breaks(tracing_module, "torch_to_onnx"), {}, r"stage onnx: answers differ from torch by .* first difference: module "),
+    "simplified": (
+        breaks(tracing_module, "simplify", result=lambda pair: (damaged(pair[0]), None)),
+        {},
+        r"stage simplified: answers differ from torch by .* first difference: node '.*' \(\w+\), by ",
+    ),
+    "form": (breaks(candidates_module, "write_network"), {"form": Form()}, r"stage form matrix/.* answers differ from torch by "),
+    "int8": (
+        breaks(files_module, "in_precision"),
+        {"precision": "int8", "tolerances": {"int8": 0.05}},
+        r"stage int8: answers differ from torch by .* 5e-02 is allowed; first difference: ",
+    ),
+    "int8-static": (
+        breaks(files_module, "in_precision"),
+        {"precision": "int8-static", "tolerances": {"int8-static": 0.05}},
+        r"stage int8-static: answers differ from torch by ",
+    ),
+    "fp16": (
+        breaks(files_module, "in_precision"),
+        {"precision": "fp16", "target": "rpi5"},
+        r"stage fp16: answers differ from torch by .* 2e-02 is allowed",
+    ),
+    "ort file": (
+        breaks(ort_module, "save_ort_format", result=lambda pair: (pair[0], pair[1][:, ::-1].copy())),
+        {"ort_format": True},
+        "stage ort file: answers differ from torch by ",
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_broken_stage_stops_and_leaves_nothing(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, options, message = STAGES[stage]
+    apply(monkeypatch)
+    with pytest.raises(ParityError, match=message) as caught:
+        export(tiny_vit(), tmp_path / "out", images=IMAGES, **options)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_runs_here_and_keeps_float_at_both_ends(tmp_path: Path) -> None:
+    made = export(tiny_vit(), tmp_path / "out", images=IMAGES, precision="fp16", target="rpi5")
+    graph = onnx.load(made.model_path)
+    assert {value.type.tensor_type.elem_type for value in (*graph.graph.input, *graph.graph.output)} == {onnx.TensorProto.FLOAT}
+    weights = [tensor for tensor in graph.graph.initializer if len(tensor.dims) == 2]
+    assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
+    stage = next(stage for stage in made.manifest.parity if stage.stage == "fp16")
+    assert 1e-6 < stage.max_relative_error < 1e-2
+    assert stage.top1_agreement == 1.0
+    answer = open_session(made).run(None, {"images": IMAGES[:1]})[0]
+    assert answer.dtype == np.float32
+    with pytest.raises(InputError, match="target 'x86-64' does not compute in it"):
+        export(tiny_vit(), tmp_path / "other", precision="fp16")
+
+
+def test_the_best_calibration_is_told_with_the_others(tmp_path: Path) -> None:
+    made = export(tiny_vit(), tmp_path / "out", images=IMAGES, precision="int8-static", calibration="best")
+    told = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
+    assert [note.split(" calibration")[0].removeprefix("int8-static by ") for note in told[:3]] == ["min-max", "percentile", "entropy"]
+    assert all("same answer on" in note for note in told)
+    # Each that stays float was timed against it.
+    assert len(told) == 6
+    assert all("of the latency: " in note for note in told[3:])
+
+
+@pytest.mark.parametrize(("also", "kind"), [("patch", "MatMul"), ("attention", "Softmax"), ("norm", "LayerNormalization")])
+def test_what_is_left_float_is_quantized_when_it_is_named(also: str, kind: str) -> None:
+    graph = write_network(vitrim.lift(tiny_vit()), Form(norm="layer", stem="matrix", last_keys=False), linears="product")
+
+    def read(model: onnx.ModelProto) -> int:
+        answered = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        return sum(node.op_type == kind and node.input[0] in answered for node in model.graph.node)
+
+    plain, more = int8_static(graph, IMAGES), int8_static(graph, IMAGES, also=(also,))  # type: ignore[arg-type]
+    assert read(more) > read(plain)
+    assert np.isfinite(answers(more, IMAGES)).all()
+
+
+def test_a_graph_too_large_for_a_message_is_asked_through_a_file() -> None:
+    graph = write_network(vitrim.lift(tiny_vit()), Form())
+    feed = {"images": IMAGES[:1]}
+    whole = open_graph(graph).run(None, feed)[0]
+    np.testing.assert_array_equal(open_graph(graph, external_above_bytes=100).run(None, feed)[0], whole)
+
+
+def test_an_opset_leaves_out_the_forms_that_need_more(tmp_path: Path) -> None:
+    made = export(tiny_vit(), tmp_path / "out", images=IMAGES, opset=21)
+    assert made.manifest.opset == 21
+    assert made.manifest.form.startswith("matrix/split/")
+    assert any("without the operators that opset 21 lacks" in note for note in made.manifest.notes)
+    with pytest.raises(InputError, match="needs opset 23, and 21 was asked for"):
+        export(tiny_vit(), tmp_path / "other", opset=21, form=Form(attention="opset23"))
