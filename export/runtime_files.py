@@ -22,6 +22,8 @@ from .parity import Probe, require
 from .runtimes import Runtime, Source, Written
 
 TORCH = "torch"
+# What `tune` means to a runtime that measures kernels: for how long, unless the caller says.
+TUNE = {"tune_s": "60"}
 
 
 def source_for(
@@ -44,7 +46,7 @@ def source_for(
         compact = None
     source = Source(
         model=model, compact=compact, graph=graph, shape=order.shape, batch=order.batch, target=order.target, threads=order.threads,
-        precision=order.precision, images=order.images, probe=probe, options=order.options,
+        precision=order.precision, images=order.images, probe=probe, options={**TUNE, **order.options} if order.tune else order.options,
     )  # fmt: skip
     return name, source
 

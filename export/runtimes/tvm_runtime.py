@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from .tvm_schedule.built import Built
 
 MODEL = "model.so"
-# log: JSON lines of the tuner. static: `yes` keeps the objects too, for linking the model into a program.
-# schedule: `default` for TVM's own pipeline, to compare with.
-OPTIONS = ("log", "schedule", "static")
+# log: JSON lines of the tuner, read, and written where it tunes. tune_s: measure tiles here for so many seconds first. schedule: `ours`, or `default` for
+# TVM's own pipeline. static: `yes` keeps the objects too, for linking the model into a program.
+OPTIONS = ("log", "tune_s", "schedule", "static")
 
 
 class TvmRuntime:
@@ -48,16 +49,16 @@ class TvmRuntime:
 
     def write(self, source: Source, folder: Path) -> Written:
         """`model.so`, and `weights.bin` where the weights are large. Errors: InputError."""
-        log, static = read_options(source.options)
+        settings = read_options(source.options)
         if source.batch == "dynamic":
             raise InputError("compiled code has fixed shapes; export for tvm with a batch, such as 1, or take another runtime")
         profile = load_target(source.target)
-        built = self._built(source, profile, log)
+        built = self._built(source, profile, settings)
         target = built.target
         device = "cuda" if target.kind.name == "cuda" else "cpu"
         triple = host_triple(target, profile)
         linker = linker_for(triple)
-        entry, files, notes = write_code(built, linker, folder, straight=device == "cpu", static=static)
+        entry, files, notes = write_code(built, linker, folder, straight=device == "cpu", static=settings.static)
         asked_by, unasked = how_to_ask(source.target, profile, triple, device)
         notes = [*built.notes, *notes, f"compiled for {target_words(target)} with {built.threads} thread{'s' if built.threads > 1 else ''}, linked by {linker.name}"]
         if asked_by is not None:
@@ -76,13 +77,25 @@ class TvmRuntime:
         )
 
     @staticmethod
-    def _built(source: Source, profile: TargetProfile, log: Path | None) -> Built:
+    def _built(source: Source, profile: TargetProfile, settings: Settings) -> Built:
         from .tvm_schedule.build import build_network
         from .tvm_schedule.default import default_network
 
-        if source.compact is None or source.options.get("schedule") == "default" or (profile.tvm_target or {}).get("kind") == "cuda":
+        batch = int(source.batch)
+        if source.compact is None or not settings.ours or (profile.tvm_target or {}).get("kind") == "cuda":
+            if settings.tune_s is not None or settings.log is not None:
+                raise InputError("tuning measures our own kernels, and this network, target or schedule has none of them; leave tune_s and log out")
             return default_network(source.graph, profile, threads=source.threads)
-        return build_network(source.compact, profile, batch=int(source.batch), threads=source.threads, log=log)
+        if settings.tune_s is None:
+            return build_network(source.compact, profile, batch=batch, threads=source.threads, log=settings.log)
+        from .tvm_schedule.tune import tune
+
+        with tempfile.TemporaryDirectory(prefix="vitrim-tune-") as folder:
+            log = settings.log or Path(folder) / "tiles.jsonl"
+            tuned = tune(source.compact, profile, log, batch=batch, threads=source.threads, time_limit_s=settings.tune_s)
+            built = build_network(source.compact, profile, batch=batch, threads=source.threads, log=log)
+        note = f"tuned here: {tuned.trials} tiles of {tuned.shapes} of {tuned.of} shapes, {tuned.usual_s * 1e3:.3f} ms became {tuned.best_s * 1e3:.3f} ms"
+        return dataclasses.replace(built, notes=(*built.notes, note))
 
 
 RUNTIME = TvmRuntime()
@@ -109,8 +122,18 @@ def write_code(built: Built, linker: Linker, folder: Path, *, straight: bool, st
     return "machine", [(WEIGHTS, "weights")] if arrays else [], notes
 
 
-def read_options(options: Mapping[str, str]) -> tuple[Path | None, bool]:
-    """(the tuner's log, whether the objects stay). Errors: InputError naming the option."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options, checked."""
+
+    log: Path | None
+    tune_s: float | None
+    static: bool
+    ours: bool = True
+
+
+def read_options(options: Mapping[str, str]) -> Settings:
+    """What the caller wants besides the code. Errors: InputError naming the option."""
     for key in options:
         if key not in OPTIONS:
             raise InputError(f"option {key!r} is none of tvm's; it has {', '.join(OPTIONS)}")
@@ -119,10 +142,18 @@ def read_options(options: Mapping[str, str]) -> tuple[Path | None, bool]:
         raise InputError(f"option static={static}: say yes or no")
     if options.get("schedule", "ours") not in ("ours", "default"):
         raise InputError(f"option schedule={options['schedule']}: say ours or default")
+    seconds: float | None = None
+    if "tune_s" in options:
+        try:
+            seconds = float(options["tune_s"])
+        except ValueError:
+            seconds = 0.0
+        if not 0.0 < seconds <= 86_400.0:
+            raise InputError(f"option tune_s={options['tune_s']}: give the seconds that tuning may take, such as 60")
     log = Path(options["log"]) if "log" in options else None
-    if log is not None and not log.is_file():
-        raise InputError(f"option log={log}: no such file; name the log that tuning wrote, or leave it out")
-    return log, static == "yes"
+    if log is not None and seconds is None and not log.is_file():
+        raise InputError(f"option log={log}: no such file; name the log that tuning wrote, or let it be written with tune_s=60")
+    return Settings(log, seconds, static == "yes", options.get("schedule", "ours") == "ours")
 
 
 def host_triple(target: Any, profile: TargetProfile) -> str:

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -88,16 +87,26 @@ inline void pause() {
 #endif
 }
 
+// Waiting: first without giving the processor away, since the others are as good as there; then politely, since they may not have one.
+struct Patience {
+    int spins = 0;
+    void wait() {
+        if (++spins <= 4096) return pause();
+        const timespec moment = {0, 20000};
+        nanosleep(&moment, nullptr);
+    }
+};
+
 inline void *work(void *argument) {
     const int number = static_cast<int>(reinterpret_cast<intptr_t>(argument));
     int seen = 0;
     for (;;) {
-        for (int spins = 0; __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen; ++spins) {
+        for (Patience patience; __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen;) {
             if (__atomic_load_n(&pool.running, __ATOMIC_ACQUIRE)) {
-                if (spins % 64 == 63) sched_yield();
-                else pause();
+                patience.wait();
                 continue;
             }
+            patience = Patience();
             pthread_mutex_lock(&pool.lock);
             while (!__atomic_load_n(&pool.running, __ATOMIC_ACQUIRE) && __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen) {
                 pthread_cond_wait(&pool.wake, &pool.lock);
@@ -136,10 +145,7 @@ inline int launch(Task task, void *data, int32_t tasks) {
     __atomic_store_n(&pool.pending, pool.workers, __ATOMIC_RELAXED);
     __atomic_fetch_add(&pool.launch, 1, __ATOMIC_RELEASE);
     int failed = task(0, &pool.group, data);
-    for (int spins = 0; __atomic_load_n(&pool.pending, __ATOMIC_ACQUIRE) != 0; ++spins) {
-        if (spins % 64 == 63) sched_yield();
-        else pause();
-    }
+    for (Patience patience; __atomic_load_n(&pool.pending, __ATOMIC_ACQUIRE) != 0;) patience.wait();
     return failed != 0 ? failed : pool.failed;
 }
 
@@ -147,10 +153,7 @@ inline int meet(int number, Group *group) {
     Counter *counters = static_cast<Counter *>(group->barrier);
     const int round = __atomic_add_fetch(&counters[number].value, 1, __ATOMIC_ACQ_REL);
     for (int other = 0; other < group->tasks; ++other) {
-        for (int spins = 0; __atomic_load_n(&counters[other].value, __ATOMIC_ACQUIRE) < round; ++spins) {
-            if (spins % 64 == 63) sched_yield();
-            else pause();
-        }
+        for (Patience patience; __atomic_load_n(&counters[other].value, __ATOMIC_ACQUIRE) < round;) patience.wait();
     }
     return 0;
 }
