@@ -236,6 +236,7 @@ def main() -> int:
     parser.add_argument("--row", nargs="+", help="only rows whose name holds one of these words (ours on ONNX Runtime is always there)")
     parser.add_argument("--limit-s", type=float, default=60.0, help="of each session")
     parser.add_argument("--pin", nargs="+", type=int, help="CPUs, the first for one thread")
+    parser.add_argument("--prepare", action="store_true", help="write the artifacts and measure nothing")
     parser.add_argument("--note", default="", help="what else the machine did, for the file")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-runtimes"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "runtimes")
@@ -249,6 +250,8 @@ def main() -> int:
         for threads in options.threads:
             artifacts, missing, macs[name] = prepare(name, ways, threads, options.work)
             absent |= missing
+            if options.prepare:
+                continue
             print(f"{name}, {threads} thread(s): measuring {sum(map(len, artifacts.values()))} rows in turns", flush=True)
             found = measure_group(artifacts, ways, threads, options.limit_s, options.pin, options.work / name / f"measured-{threads}")
             rows += [
@@ -264,7 +267,8 @@ def main() -> int:
             }  # fmt: skip
             replace_file(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
             replace_file(options.out.with_suffix(".md"), markdown(result))
-    print(markdown(result))
+    if not options.prepare:
+        print(markdown(result))
     return 0
 
 
