@@ -124,9 +124,25 @@ class _Network:
         from ..bench.estimate.prediction import can_estimate, estimate
         from ..network_workload import network_workload
 
+        if runtime is not None:
+            _require_runtime(runtime)
         return can_estimate(target, precision) or estimate(
             network_workload(self.architecture), target, runtime=runtime, precision=precision, threads=threads
         )
+
+
+def _require_runtime(runtime: str) -> None:
+    import difflib
+
+    from ..bench.estimate.points import known_runtimes
+    from ..errors import InputError
+    from ..runtimes import engine_names
+
+    known = sorted({*engine_names(), *known_runtimes()})
+    if runtime not in known:
+        near = difflib.get_close_matches(runtime, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise InputError(f"--runtime {runtime!r}: no such runtime; {hint}")
 
 
 def _overview(network: _Network, targets: list[TargetProfile], precision: Precision, runtime: str | None, threads: int | None) -> None:

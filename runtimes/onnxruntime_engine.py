@@ -122,15 +122,15 @@ class OnnxRuntimeEngine(Engine):
         return None if now is None or self.device_floor_bytes is None else max(0, now - self.device_floor_bytes)
 
     def arena_bytes(self) -> int | None:
-        """Bytes that the arena took, weights included; None without an arena, or on a GPU, whose engine would have to be built once more."""
-        if not self.job.get("arena", True) or self.device:
+        """Bytes that the arena took, weights included; None without an arena, where memory is short, or on a GPU, whose engine would be built once more."""
+        if not self.job.get("arena", True) or self.device or not room_for_another():
             return None
         # Python's onnxruntime shows no allocator statistics (the C API does since 1.23, AllocatorGetStats), but the arena tells its log what it takes.
         # In another process: the log has to be on from the start, and a second session here would be memory that the model does not need.
         keys = {"model": self.job["model"], "threads": int(self.job.get("threads", 1)), "session": dict(self.job.get("session") or {})}
         task = json.dumps({**keys, "shape": self.input_shape, "type": self.input_type, "input": self.input_name})
         try:
-            done = subprocess.run([sys.executable, "-c", ARENA_SCRIPT, task], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=300, check=True)
+            done = subprocess.run([sys.executable, "-c", ARENA_SCRIPT, task], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120, check=True)
         except (OSError, subprocess.SubprocessError):
             return None
         return arena_bytes(done.stderr.decode(errors="replace"))
@@ -200,6 +200,18 @@ def nodes_by_provider(session: Any) -> dict[str, int] | None:
         return None
 
 
+def room_for_another(status: str = "/proc/self/status", meminfo: str = "/proc/meminfo") -> bool:
+    """Whether a second process like this one fits into what is free with room to spare; True where the system does not tell."""
+    kilobytes = {}
+    for path, key in ((status, "VmRSS:"), (meminfo, "MemAvailable:")):
+        try:
+            with open(path) as stream:
+                kilobytes[key] = next(int(line.split()[1]) for line in stream if line.startswith(key))
+        except (OSError, StopIteration, ValueError, IndexError):
+            return True
+    return kilobytes["MemAvailable:"] > 2 * kilobytes["VmRSS:"]
+
+
 def arena_bytes(log: str) -> int | None:
     """The bytes that the CPU arena says it holds at the end of a log; None where no arena speaks."""
     name, held = "", None
@@ -217,7 +229,7 @@ def arena_bytes(log: str) -> int | None:
 
 
 def operator_rows(trace: list[Json], count: int) -> list[Json]:
-    """Rows (node, operator, provider, calls, seconds an inference) from a trace, its first two runs left out as warm-up."""
+    """Rows (node, operator, provider, calls, seconds of one inference) from a trace, its first two runs left out as warm-up."""
     found: dict[str, list[Json]] = {}
     for event in trace:
         if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
@@ -226,6 +238,9 @@ def operator_rows(trace: list[Json], count: int) -> list[Json]:
     for node, events in found.items():
         kept = events[-count:]
         args = kept[0].get("args", {})
+        # The median: one interruption of a busy machine is longer than all calls of an operator together.
+        spent = sorted(event["dur"] for event in kept)
+        middle = (spent[(len(spent) - 1) // 2] + spent[len(spent) // 2]) / 2
         rows.append(
             {
                 "node": node,
@@ -233,7 +248,7 @@ def operator_rows(trace: list[Json], count: int) -> list[Json]:
                 "provider": args.get("provider", "?"),
                 "output_shapes": [list(shape) for entry in args.get("output_type_shape", []) for shape in entry.values()],
                 "calls": len(kept),
-                "seconds": sum(event["dur"] for event in kept) * 1e-6 / count,
+                "seconds": middle * len(kept) * 1e-6 / count,
             }
         )
     return sorted(rows, key=lambda row: -float(row["seconds"]))

@@ -161,3 +161,8 @@ def read_latencies(path: Path) -> Collection:
 def known_points() -> list[Point]:
     """Everything that the package knows: measured by vitrim, and published."""
     return [point for path in (MEASURED, PUBLISHED) for point in read_latencies(path).points()]
+
+
+def known_runtimes() -> set[str]:
+    """Runtimes that some figure is of."""
+    return {entry.runtime for path in (MEASURED, PUBLISHED) for entry in read_latencies(path).latencies}

@@ -12,7 +12,7 @@ from bench_samples import chain
 from vitrim.bench.measure import make_plan, measure
 from vitrim.errors import InputError
 from vitrim.runtimes import EngineError, open_engine
-from vitrim.runtimes.onnxruntime_engine import arena_bytes
+from vitrim.runtimes.onnxruntime_engine import arena_bytes, room_for_another
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 gpu = pytest.mark.gpu
@@ -131,6 +131,14 @@ def test_without_an_arena_nothing_is_told(tmp_path: Path) -> None:
 )
 def test_lines_of_the_arenas_log(log: str, held: int | None) -> None:
     assert arena_bytes(log) == held
+
+
+@pytest.mark.parametrize(("free", "room"), [(500_000, True), (150_000, False)])
+def test_no_second_process_is_started_where_memory_is_short(tmp_path: Path, free: int, room: bool) -> None:
+    (tmp_path / "status").write_text("Name:\tpython3\nVmRSS:\t  100000 kB\n")
+    (tmp_path / "meminfo").write_text(f"MemTotal:  427072 kB\nMemAvailable:  {free} kB\n")
+    assert room_for_another(str(tmp_path / "status"), str(tmp_path / "meminfo")) is room
+    assert room_for_another(str(tmp_path / "absent"), str(tmp_path / "meminfo")) is True
 
 
 def test_a_measurement_holds_the_arenas_bytes(tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ def test_runtime_and_threads_are_the_estimates(saved: Path, capsys: pytest.Captu
     assert (code, "rpi5: 9 threads, but the profile has 4 cores; give 1 to 4" in err) == (2, True)
 
 
+def test_a_runtime_that_nobody_knows_gets_the_nearest(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(["check", str(saved), "--target", "rpi5", "--runtime", "onxruntime"], capsys)
+    assert code == 2
+    assert "--runtime 'onxruntime': no such runtime; did you mean 'onnxruntime'?" in err
+
+
 def test_every_target_on_a_line(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vitrim.targets.profile import list_targets
 
