@@ -178,8 +178,12 @@ class Runner {
             // The first two runs are warm-up.
             const size_t kept = std::min(node.second.size(), static_cast<size_t>(count));
             const Json &args = node.second[node.second.size() - kept]["args"];
-            double seconds = 0.0;
-            for (size_t i = node.second.size() - kept; i < node.second.size(); ++i) seconds += node.second[i]["dur"].real(0.0) * 1e-6 / static_cast<double>(count);
+            // The median: one interruption of a busy machine is longer than all calls of an operator together.
+            std::vector<double> spent;
+            for (size_t i = node.second.size() - kept; i < node.second.size(); ++i) spent.push_back(node.second[i]["dur"].real(0.0));
+            std::sort(spent.begin(), spent.end());
+            const double middle = kept == 0 ? 0.0 : (spent[(kept - 1) / 2] + spent[kept / 2]) / 2.0;
+            const double seconds = middle * static_cast<double>(kept) * 1e-6 / static_cast<double>(count);
             std::string shapes;
             for (const Json &entry : args["output_type_shape"].list) {
                 for (const auto &pair : entry.object) {
