@@ -26,7 +26,8 @@ def default_network(graph: onnx.ModelProto, profile: TargetProfile, *, threads: 
     module = from_graph(graph)
     gpu = "gpu" in target.keys
     pipeline = relax.get_default_pipeline(target) if gpu else relax.get_pipeline("default")
-    return Built(module, target, pipeline, "default", threads, ("TVM's own pipeline, untuned",))
+    note = f"dlight's schedules for {target.kind.name}; it runs where such a device is" if gpu else "TVM's own pipeline, untuned"
+    return Built(module, target, pipeline, "default", threads, (note,))
 
 
 def from_graph(graph: onnx.ModelProto) -> IRModule:
