@@ -62,7 +62,7 @@ class CompiledProgram:
             if self.library.vitrim_network_profile(images.ctypes.data, found.ctypes.data, seconds.ctypes.data) != 0:
                 raise RuntimeError(self._failure())
         names = [self.library.vitrim_network_step(number).decode() for number in range(steps)]
-        return [(f"{number}.{name}", name, count, float(taken)) for number, (name, taken) in enumerate(zip(names, seconds))]
+        return [(f"{number}.{name}", name, count, float(seconds[number])) for number, name in enumerate(names)]
 
     def _failure(self) -> str:
         return str(self.library.vitrim_network_failure().decode(errors="replace")) or "a kernel failed without a word"

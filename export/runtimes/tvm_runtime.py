@@ -60,7 +60,8 @@ class TvmRuntime:
         linker = linker_for(triple)
         entry, files, notes = write_code(built, linker, folder, straight=device == "cpu", static=settings.static)
         asked_by, unasked = how_to_ask(source.target, profile, triple, device)
-        notes = [*built.notes, *notes, f"compiled for {target_words(target)} with {built.threads} thread{'s' if built.threads > 1 else ''}, linked by {linker.name}"]
+        threads = "1 thread" if built.threads == 1 else f"{built.threads} threads"
+        notes = [*built.notes, *notes, f"compiled for {target_words(target)} with {threads}, linked by {linker.name}"]
         if asked_by is not None:
             notes.append(f"{source.target} is not this machine: its answers are those of {asked_by.name}")
         return Written(

@@ -12,10 +12,10 @@ import pytest
 import vitrim
 from aarch64 import emulator
 from tiny_models import tiny_vit
-from tvm_sample import compiled, expected, images, job_of
+from tvm_sample import compiled, expected, images, job_of, source
 from vitrim.errors import InputError
 from vitrim.export.exporter import export
-from vitrim.export.runtimes import tvm_link, tvm_runtime
+from vitrim.export.runtimes import runtime_named, tvm_link, tvm_runtime
 from vitrim.runtimes import EngineError, open_engine
 from vitrim.runtimes.apart import ask_apart
 
@@ -127,7 +127,7 @@ def test_code_for_cuda_is_written_where_no_gpu_is(tmp_path: Path) -> None:
     written = compiled(tmp_path / "a", "cuda")
     assert written.unasked == "there is no CUDA device on this machine; `vitrim bench` on one tells its answers and its speed"
     assert (tmp_path / "a" / written.main).stat().st_size > 10_000
-    with pytest.raises(EngineError, match="was compiled for cuda, and this machine has no such device|libtvm_runtime_cuda"):
+    with pytest.raises(EngineError, match=r"was compiled for cuda, and this machine has no such device|libtvm_runtime_cuda"):
         loaded(job_of(tmp_path / "a", written))
 
 
@@ -155,10 +155,6 @@ def test_the_exporter_proves_what_was_compiled(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
-    from vitrim.export.runtimes import runtime_named
-
-    from tvm_sample import source
-
     options = {"target": "x86-64", "batch": 1, **settings}
     batch = options.pop("batch")
     given = source(**options)
