@@ -89,9 +89,7 @@ class AdbLink:
 
     def default_folder(self) -> str:
         """Android's folder for programs pushed by a developer; elsewhere the user's cache."""
-        told = self.run(
-            'if [ -d /data/local/tmp ] && [ -w /data/local/tmp ]; then echo /data/local/tmp/vitrim; else echo "$HOME/.cache/vitrim"; fi'
-        )
+        told = self.run('place=/data/local/tmp; [ -d $place ] && [ -w $place ] || place=$HOME/.cache; echo "$place/vitrim"')
         return told.decode().strip()
 
     def close(self) -> None:
