@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 OURS, INT8 = "ours, ONNX Runtime", "ours, ONNX Runtime int8"
 # TVM's ONNX front end does not take Attention with a scale of its own (0.27).
 PORTABLE = Form(rows="batch", attention="split", norm="layer", stem="matrix").name
+SLOW_LIMIT_S = 15.0
 SCHEMA = "vitrim.benchmark-runtimes/1"
 
 
@@ -100,7 +102,7 @@ def half_of(dense: CompactModel, round_to: int) -> CompactModel:
     return cut(round_to * round(units / round_to))
 
 
-def prepare(name: str, ways: Sequence[Way], threads: int, work: Path) -> tuple[dict[str, dict[str, Artifact]], dict[str, str], dict[str, int]]:
+def prepare(name: str, ways: Sequence[Way], threads: int, work: Path, ready: bool) -> tuple[dict[str, dict[str, Artifact]], dict[str, str], dict[str, int]]:
     """(artifacts by row for `dense` and `half`, why a row is absent, multiply-adds); what lies in the work folder already is taken."""
     torch.manual_seed(0)
     dense = vitrim.lift(timm.create_model(name).eval())
@@ -114,6 +116,9 @@ def prepare(name: str, ways: Sequence[Way], threads: int, work: Path) -> tuple[d
             refused = folder.with_suffix(".txt")
             if refused.is_file():
                 absent[way.name] = refused.read_text().strip()
+                continue
+            if ready and not (folder / "manifest.json").is_file():
+                absent[f"{way.name}, {name} {kind}, {threads} thread(s)"] = "was not written for this run"
                 continue
             try:
                 if not (folder / "manifest.json").is_file():
@@ -139,7 +144,7 @@ def measure_group(
     quick = [way.name for way in ways if not way.slow]
     slow = [way.name for way in ways if way.slow]
     found: dict[str, Measurement] = {}
-    sessions = [("quick", quick, 10, limit_s), *((f"slow-{number}", [OURS, name], 5, 1.0) for number, name in enumerate(slow))]
+    sessions = [("quick", quick, 10, limit_s), *((f"slow-{number}", [OURS, name], 5, SLOW_LIMIT_S) for number, name in enumerate(slow))]
     for title, names, rounds, limit in sessions:
         there = {f"{kind}/{name}": rows[name] for kind, rows in artifacts.items() for name in names if name in rows}
         if title != "quick" and not any(key.endswith(slow_name) for key in there for slow_name in slow):
@@ -160,15 +165,28 @@ def measure_group(
     return found
 
 
+def undisturbed_s(measured: Measurement) -> float:
+    """The median over turns of each turn's quickest call: other work that takes a time slice in the middle of a call does not count."""
+    fastest, first = [], 0
+    for count in measured.samples_per_turn:
+        fastest.append(min(measured.latency_s[first : first + count]))
+        first += count
+    return statistics.median(fastest)
+
+
 def row_of(name: str, kind: str, way: Way, artifact: Artifact, measured: Measurement) -> dict[str, Any]:
     """One line of the table, in plain numbers with their units."""
     summary = measured.summary()
-    low, _, high = statistics.quantiles(measured.latency_s, n=4)
+    few = len(measured.latency_s) < 2
+    low, _, high = (summary.p50_s,) * 3 if few else statistics.quantiles(measured.latency_s, n=4)
     parity = artifact.manifest.parity[-1]
     return {
         "model": name, "kind": kind, "row": way.name, "runtime": measured.runtime, "runtime_version": measured.runtime_version,
-        "precision": artifact.manifest.precision, "threads": measured.threads, "p50_s": summary.p50_s, "quartiles_s": [low, high],
-        "samples": len(measured.latency_s), "session": measured.session, "beyond_floor_rss_bytes": measured.beyond_floor_rss_bytes,
+        "precision": artifact.manifest.precision,
+        "threads": measured.threads, "p50_s": summary.p50_s, "quartiles_s": [low, high],
+        "undisturbed_s": undisturbed_s(measured),
+        "samples": len(measured.latency_s), "session": measured.session,
+        "beyond_floor_rss_bytes": measured.beyond_floor_rss_bytes,
         "floor_rss_bytes": measured.floor_rss_bytes, "bytes": artifact.bytes, "parity_stage": parity.stage,
         "max_relative_error": parity.max_relative_error, "form": artifact.manifest.form, "sha256": artifact.sha256,
     }  # fmt: skip
@@ -182,20 +200,20 @@ def verdicts(rows: list[dict[str, Any]], macs: dict[str, dict[str, int]]) -> lis
             for kind in ("dense", "half"):
                 here = [row for row in rows if (row["model"], row["threads"], row["kind"]) == (name, threads, kind)]
                 for precision in dict.fromkeys(row["precision"] for row in here):
-                    same = sorted((row for row in here if row["precision"] == precision), key=lambda row: float(row["p50_s"]))
+                    same = sorted((row for row in here if row["precision"] == precision), key=lambda row: float(row["undisturbed_s"]))
                     ours = next((row for row in same if row["row"].startswith("ours") or row["row"] == "TVM, our schedule"), None)
                     if ours is None or not same:
                         continue
                     first = same[0]
                     lead = f"{name} {kind}, {precision}, {threads} thread(s): "
                     if first is ours:
-                        next_one = f"; {same[1]['row']} takes {same[1]['p50_s'] / ours['p50_s']:.2f} times as long" if len(same) > 1 else ""
+                        next_one = f"; {same[1]['row']} takes {same[1]['undisturbed_s'] / ours['undisturbed_s']:.2f} times as long" if len(same) > 1 else ""
                         told.append(f"{lead}{ours['row']} is the fastest row{next_one}")
                     else:
-                        told.append(f"{lead}**{first['row']} beats {ours['row']}** by {ours['p50_s'] / first['p50_s']:.2f}x; the next work")
+                        told.append(f"{lead}**{first['row']} beats {ours['row']}** by {ours['undisturbed_s'] / first['undisturbed_s']:.2f}x; the next work")
             pair = {row["kind"]: row for row in rows if (row["model"], row["threads"], row["row"]) == (name, threads, OURS)}
             if len(pair) == 2:
-                speed_up, reduction = pair["dense"]["p50_s"] / pair["half"]["p50_s"], macs[name]["dense"] / macs[name]["half"]
+                speed_up, reduction = pair["dense"]["undisturbed_s"] / pair["half"]["undisturbed_s"], macs[name]["dense"] / macs[name]["half"]
                 lead = f"{name}, ONNX Runtime fp32, {threads} thread(s): "
                 told.append(f"{lead}{speed_up:.3f}x faster for {reduction:.3f}x fewer MACs = {speed_up / reduction:.3f}")
     return told
@@ -209,7 +227,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.runtimes` on {machine['cpu_model']}, {machine['cores']} cores"
         + (f" of a virtual machine ({machine['virtual_machine']})" if machine.get("virtual_machine") else "")
-        + f", {machine['os']}; batch 1, medians of interleaved runs, quartiles in brackets."
+        + f", {machine['os']}; batch 1, rows in turns of random order. p50 with its quartiles; undisturbed: the median over turns of each turn's "
+        "quickest call, by which rows are compared."
         + (f" {result['note']}" if result["note"] else ""),
         "",
         "Memory is the peak beyond the process with the runtime imported and no model; parity the largest error against torch, relative to the largest logit.",
@@ -217,13 +236,15 @@ def markdown(result: dict[str, Any]) -> str:
     for name in dict.fromkeys(row["model"] for row in result["rows"]):
         for threads in sorted({row["threads"] for row in result["rows"] if row["model"] == name}):
             title = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-            lines += ["", f"## {title}", "", "| row | precision | model | p50 ms | memory MB | file MB | parity |", "|---|---|---|--:|--:|--:|--:|"]
+            lines += ["", f"## {title}", ""]
+            lines += ["| row | precision | model | undisturbed ms | p50 ms | memory MB | file MB | parity |", "|---|---|---|--:|--:|--:|--:|--:|"]
             for row in result["rows"]:
                 if (row["model"], row["threads"]) == (name, threads):
                     low, high = (1e3 * value for value in row["quartiles_s"])
                     memory = row["beyond_floor_rss_bytes"]
                     lines.append(
-                        f"| {row['row']} ({row['runtime_version']}) | {row['precision']} | {row['kind']} | {1e3 * row['p50_s']:.2f} ({low:.2f} - {high:.2f}) | "
+                        f"| {row['row']} ({row['runtime_version']}) | {row['precision']} | {row['kind']} | {1e3 * row['undisturbed_s']:.2f} | "
+                        f"{1e3 * row['p50_s']:.2f} ({low:.2f} - {high:.2f}) | "
                         f"{'' if memory is None else f'{memory / 1e6:.1f}'} | {row['bytes'] / 1e6:.2f} | {row['max_relative_error']:.1e} |"
                     )
     lines += ["", "## What it says", "", *(f"- {line}" for line in result["verdicts"])]
@@ -240,6 +261,7 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=60.0, help="of each session")
     parser.add_argument("--pin", nargs="+", type=int, help="CPUs, the first for one thread")
     parser.add_argument("--prepare", action="store_true", help="write the artifacts and measure nothing")
+    parser.add_argument("--ready", action="store_true", help="measure the artifacts that lie in the work folder and write no others")
     parser.add_argument("--note", default="", help="what else the machine did, for the file")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-runtimes"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "runtimes")
@@ -251,7 +273,7 @@ def main() -> int:
     macs: dict[str, dict[str, int]] = {}
     for name in options.model:
         for threads in options.threads:
-            artifacts, missing, macs[name] = prepare(name, ways, threads, options.work)
+            artifacts, missing, macs[name] = prepare(name, ways, threads, options.work, options.ready)
             absent |= missing
             if options.prepare:
                 continue
@@ -265,7 +287,8 @@ def main() -> int:
             ]
             # After each session, so that a killed run leaves what it has.
             result = {
-                "schema": SCHEMA, "machine": read_machine(), "note": options.note, "target": TARGET, "macs": macs, "rows": rows, "absent": absent,
+                "schema": SCHEMA, "machine": {**read_machine(), "cores": os.cpu_count()},
+                "note": options.note, "target": TARGET, "macs": macs, "rows": rows, "absent": absent,
                 "verdicts": verdicts(rows, macs),
             }  # fmt: skip
             replace_file(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")

@@ -93,7 +93,7 @@ def test_every_runtime_has_an_engine_and_every_engine_says_what_it_needs() -> No
         assert requirement(name).install
 
 
-@pytest.mark.parametrize("name", ["openvino", "ncnn", "executorch", "litert", "tvm", "onnxruntime"])
+@pytest.mark.parametrize("name", ["openvino", "ncnn", "executorch", "litert", "onnxruntime"])
 def test_a_missing_runtime_is_one_line_with_what_to_install(name: str, tmp_path: Path) -> None:
     module = requirement(name).module
     code = (
