@@ -38,7 +38,7 @@ def answer(engine: Any, images: Any, time_limit_s: float | None = None) -> Any:
     import numpy
 
     size, start = engine.input_shape[0], time.monotonic()
-    found = []
+    found: list[Any] = []
     for first in range(0, len(images), size):
         if found and time_limit_s is not None and time.monotonic() - start > time_limit_s:
             break

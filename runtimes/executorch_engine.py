@@ -18,8 +18,8 @@ class ExecuTorchEngine(Engine):
         super().__init__(job)
         try:
             import torch
-            from executorch.extension.pybindings import portable_lib  # type: ignore[import-not-found, unused-ignore]
-            from executorch.runtime import Runtime  # type: ignore[import-not-found, unused-ignore]
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
         except ImportError as error:
             raise missing(self.runtime, error, REQUIREMENT) from None
         from importlib import metadata

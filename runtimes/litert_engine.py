@@ -17,7 +17,7 @@ class LiteRtEngine(Engine):
     def __init__(self, job: Json) -> None:
         super().__init__(job)
         try:
-            from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found, unused-ignore]
+            from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise missing(self.runtime, error, REQUIREMENT) from None
         from importlib import metadata

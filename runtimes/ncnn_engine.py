@@ -17,7 +17,7 @@ class NcnnEngine(Engine):
     def __init__(self, job: Json) -> None:
         super().__init__(job)
         try:
-            import ncnn  # type: ignore[import-not-found, unused-ignore]
+            import ncnn
             import numpy
         except ImportError as error:
             raise missing(self.runtime, error, REQUIREMENT) from None

@@ -18,7 +18,7 @@ class OpenVinoEngine(Engine):
     def __init__(self, job: Json) -> None:
         super().__init__(job)
         try:
-            import openvino  # type: ignore[import-not-found, unused-ignore]
+            import openvino
         except ImportError as error:
             raise missing(self.runtime, error, REQUIREMENT) from None
         self.module = openvino

@@ -7,14 +7,14 @@ import os
 import sys
 from typing import Any
 
-from converting import converter, load_model  # type: ignore[import-not-found, unused-ignore]  # beside this file, which is run as a script
+from converting import converter, load_model  # beside this file, which is run as a script
 
 
 def convert(job: dict[str, Any]) -> dict[str, str]:
     """Export, quantize where asked for, hand to XNNPACK what it takes, and write."""
     import torch
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # type: ignore[import-not-found, unused-ignore]
-    from executorch.exir import to_edge_transform_and_lower  # type: ignore[import-not-found, unused-ignore]
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
 
     model, images = load_model(job)
     with torch.no_grad():
@@ -29,11 +29,11 @@ def convert(job: dict[str, Any]) -> dict[str, str]:
 
 def in_eight_bits(module: Any, images: Any) -> Any:
     """Weights a channel in eight bits, inputs quantized as they come."""
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (  # type: ignore[import-not-found, unused-ignore]
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # type: ignore[import-not-found, unused-ignore]
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
     prepared = prepare_pt2e(module, quantizer)

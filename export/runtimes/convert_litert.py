@@ -7,12 +7,12 @@ import os
 import sys
 from typing import Any
 
-from converting import converter, load_model  # type: ignore[import-not-found, unused-ignore]  # beside this file, which is run as a script
+from converting import converter, load_model  # beside this file, which is run as a script
 
 
 def convert(job: dict[str, Any]) -> dict[str, str]:
     """Export, convert, and quantize where asked for."""
-    import litert_torch  # type: ignore[import-not-found, unused-ignore]
+    import litert_torch
     import torch
 
     model, images = load_model(job)
@@ -20,7 +20,7 @@ def convert(job: dict[str, Any]) -> dict[str, str]:
     with torch.no_grad():
         litert_torch.convert(model, (images,)).export(path)
     if job["precision"] == "int8":
-        from ai_edge_quantizer import quantizer, recipe  # type: ignore[import-not-found, unused-ignore]
+        from ai_edge_quantizer import quantizer, recipe
 
         quantizer.Quantizer(path, recipe.dynamic_wi8_afp32()).quantize().export_model(path, overwrite=True)
     return {name: importlib.metadata.version(name) for name in ("litert-torch", "ai-edge-litert", "torch")}

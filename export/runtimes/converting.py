@@ -22,7 +22,7 @@ def load_model(job: dict[str, Any]) -> tuple[Any, Any]:
     sys.modules["vitrim"] = package
     spec.loader.exec_module(package)
     model = package.load(job["model"])
-    torch.nn.functional.scaled_dot_product_attention = plain_attention
+    torch.nn.functional.scaled_dot_product_attention = plain_attention  # type: ignore[assignment]
     size = 1 if job["batch"] == "dynamic" else int(job["batch"])
     return model, torch.randn(size, *job["shape"], generator=torch.Generator().manual_seed(0))
 

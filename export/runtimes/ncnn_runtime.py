@@ -40,7 +40,7 @@ class Ncnn:
             raise InputError(f"runtime ncnn: answers one image at a time, and batch {source.batch} was asked for; export with batch 1")
         if source.options:
             raise InputError(f"runtime ncnn: has no options, and {', '.join(sorted(source.options))} was given; leave it out")
-        import pnnx  # type: ignore[import-not-found, unused-ignore]
+        import pnnx
 
         program = Path(pnnx.__file__).with_name("pnnx")
         half = source.precision == "fp16"

@@ -43,7 +43,7 @@ class OpenVino:
         return lacking(self.name, self.extra, "openvino")
 
     def write(self, source: Source, folder: Path) -> Written:
-        import openvino  # type: ignore[import-not-found, unused-ignore]
+        import openvino
 
         unknown = set(source.options) - {"group_size"}
         if unknown:
@@ -73,7 +73,7 @@ class OpenVino:
 
 def _weights_in_eight_bits(model: Any) -> Any:
     with _quiet():
-        import nncf  # type: ignore[import-not-found, unused-ignore]
+        import nncf
 
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
 
