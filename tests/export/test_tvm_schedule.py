@@ -25,6 +25,8 @@ from vitrim.compress.architecture import (
     Indices,
     NormSpec,
     PoolSpec,
+    RelativeBiasSpec,
+    RopeSpec,
     StemSpec,
 )
 from vitrim.compress.vit.model import CompactModel
@@ -82,15 +84,18 @@ def architectures(draw: Any) -> Architecture:
     embed, grid, patch = draw(st.integers(3, 40)), draw(st.tuples(st.integers(1, 5), st.integers(1, 4))), draw(st.integers(1, 3))
     channels, padding = draw(st.integers(1, 3)), (draw(st.integers(0, 1)) if patch > 1 else 0)
     pool = draw(st.sampled_from(["token", "mean", "mean_all", "distilled"]))
+    spec = StemSpec(patch=(patch, patch), padding=(padding, padding), bias=draw(st.booleans()))
+    sizes = spec.sizes(grid[0] * patch, grid[1] * patch)[-1]
     prefix = draw(st.integers({"token": 1, "distilled": 2}.get(pool, 0), 3))
+    widths = [draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 2)))]
     steps = tuple(
-        tuple(draw(branches(embed, f"blocks.{number}.{position}")) for position in range(draw(st.integers(1, 2)))) for number in range(draw(st.integers(1, 2)))
+        tuple(draw(branches(embed, sizes, prefix, f"blocks.{number}.{position}")) for position in range(width)) for number, width in enumerate(widths)
     )
     reads = draw(subset(embed))
     return Architecture(
         image=(channels, grid[0] * patch, grid[1] * patch),
         embed=embed,
-        stem=StemSpec(patch=(patch, patch), padding=(padding, padding), bias=draw(st.booleans())),
+        stem=spec,
         prefix=prefix,
         position=draw(st.booleans()),
         stem_norm=draw(norms(embed)),
@@ -109,9 +114,9 @@ def architectures(draw: Any) -> Architecture:
 
 
 @st.composite
-def branches(draw: Any, embed: int, name: str) -> BranchSpec:
+def branches(draw: Any, embed: int, grid: tuple[int, int], prefix: int, name: str) -> BranchSpec:
     reads, writes = draw(subset(embed)), draw(subset(embed))
-    core: Core = draw(st.one_of(attentions(), ffns(), st.just(ConstantSpec())))
+    core: Core = draw(st.one_of(attentions(grid, prefix), ffns(), st.just(ConstantSpec())))
     constant = isinstance(core, ConstantSpec)
     return BranchSpec(
         name=name,
@@ -124,9 +129,18 @@ def branches(draw: Any, embed: int, name: str) -> BranchSpec:
 
 
 @st.composite
-def attentions(draw: Any) -> AttentionSpec:
-    heads, qk, v = draw(st.integers(1, 3)), draw(st.integers(1, 20)), draw(st.integers(1, 20))
-    biases = {f"{name}_bias": draw(st.booleans()) for name in ("q", "k", "v", "out")}
+def attentions(draw: Any, grid: tuple[int, int], prefix: int) -> AttentionSpec:
+    heads, qk, v = draw(st.integers(1, 4)), draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    options: dict[str, Any] = {}
+    if draw(st.booleans()):
+        qk += qk % 2
+        layout = draw(st.sampled_from(["half", "interleaved"]))
+        options["rope"] = RopeSpec(layout=layout, tokens=grid[0] * grid[1], prefix=prefix, per_head=draw(st.booleans()))
+    if draw(st.booleans()):
+        options["bias"] = RelativeBiasSpec(grid=grid, prefix=prefix, prefix_rows=prefix == 1 and draw(st.booleans()))
+    if heads % 2 == 0 and draw(st.booleans()):
+        options["kv_of"] = tuple(head // 2 for head in range(heads))
+    biases = {f"{name}_bias": draw(st.booleans()) for name in ("q", "k", "v", "out", "gate")}
     return AttentionSpec(
         heads=heads,
         qk=qk,
@@ -136,7 +150,9 @@ def attentions(draw: Any) -> AttentionSpec:
         k_norm=draw(norms(qk)),
         qk_norm_per_head=draw(st.booleans()),
         out_norm=draw(norms(heads * v)),
+        gated=draw(st.booleans()),
         **biases,
+        **options,
     )
 
 
@@ -210,10 +226,10 @@ def test_threads_share_panels_before_rows_where_that_is_as_even(panels: int, row
 
 
 def test_what_no_kernel_covers_is_named_with_its_place() -> None:
-    attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4, gated=True)
-    model = small(steps=((BranchSpec(name="blocks.0.attn", core=attention),),))
+    attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4)
+    model = small(steps=((BranchSpec(name="blocks.0.attn", core=attention, post_norm=NormSpec(width=12)),),))
     reason = reason_against(model.architecture)
-    assert reason == "blocks.0.attn: a gate"
+    assert reason == "blocks.0.attn: a norm after the sub-layer (post_norm)"
 
 
 @pytest.mark.parametrize("name", ["rpi4", "rpi5"])

@@ -35,6 +35,8 @@ class Attend:
     queries: Heads
     keys: Heads
     values: Heads
+    # A number added to each score, (heads, asked, whole vectors of tokens).
+    biased: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -43,7 +45,7 @@ class Attend:
 
 
 def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
-    """The kernel: (queries' rows, packed keys and values) -> out (images, asked, heads * values.each), all flat."""
+    """The kernel: (queries' rows, packed keys and values, [biases]) -> out (images, asked, heads * values.each), all flat."""
     count = lanes.count
     tile = schedule.tile(spec.shape)
     row_runs = even(spec.asked, tile.rows)
@@ -53,6 +55,8 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
         T.func_attr({"tirx.noalias": True})
         x = T.arg("x", T.buffer((spec.images * spec.source.per_image * spec.source.width,), "float32"))
         packed = T.arg("packed", T.buffer((pairs * size,), "float32"))
+        stride = lanes.up(spec.tokens)
+        bias = T.arg("bias", T.buffer((spec.heads * spec.asked * stride,), "float32")) if spec.biased else None
         out = T.arg("out", T.buffer((spec.images * spec.asked * spec.heads * spec.values.each,), "float32"))
 
         def share(part: Expr, parts: int) -> None:
@@ -65,7 +69,7 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
                 with T.serial(*bounds(pairs * run.count, part, parts)) as index:
                     pair = named(index // run.count)
                     row = named(run.start + index % run.count * run.size)
-                    _tile(spec, lanes, tile, x, packed, out, scores, accumulators, inverses, pair, row, run.size)
+                    _tile(spec, lanes, tile, x, packed, bias, out, scores, accumulators, inverses, pair, row, run.size)
 
         if schedule.threads == 1:
             share(0, 1)
@@ -81,6 +85,7 @@ def _tile(
     tile: Tile,
     x: Buffer,
     packed: Buffer,
+    bias: Buffer | None,
     out: Buffer,
     scores: Buffer,
     accumulators: Buffer,
@@ -111,7 +116,11 @@ def _tile(
         for r in range(rows):
             for v in range(run.size):
                 target = r * stride + (run.start + panel * run.size + v) * count
-                lanes.store(scores, target, lanes.load(accumulators, (r * run.size + v) * count))
+                value = lanes.load(accumulators, (r * run.size + v) * count)
+                if bias is not None:
+                    column = (run.start + panel * run.size + v) * count
+                    value = value + lanes.load(bias, (head * spec.asked + row + r) * stride + column)
+                lanes.store(scores, target, value)
 
     for run in key_panels(tokens, lanes, tile):
         with T.serial(0, run.count) as panel:

@@ -31,10 +31,6 @@ def _branch(branch: BranchSpec) -> str | None:
     if not isinstance(core, AttentionSpec):
         return None
     refused = {
-        "grouped queries": core.kv_of,
-        "a gate": core.gated,
-        "rotary positions": core.rope,
-        "a relative bias": core.bias,
         "differential attention": core.differential,
         "a norm over heads": core.head_norm,
     }

@@ -10,6 +10,7 @@ import numpy as np
 
 from ....compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec, NormSpec
 from ....compress.vit.model import CompactModel
+from ....compress.vit.relative_bias import offsets
 from .attention import Attend, attend
 from .dense import Dense, Rows, dense
 from .head_norm import HeadNorm, norm_heads
@@ -19,6 +20,7 @@ from .norm import Normalise, normalise
 from .packing import Array, padded, padded_heads, panels
 from .patches import Patches, cut_patches
 from .program import Program, Value
+from .rope import Turn, turn_heads
 from .rows import add_constant, first_columns, first_rows, mean_rows
 from .schedule import Schedule
 
@@ -164,6 +166,9 @@ class _Writer:
         # Softmax by powers of two: the scale and the logarithm are in the queries, or in the norm behind their projection.
         scale = core.scale * math.log2(math.e)
         q, k, v = (_out(state[f"{name}.weight"], state.get(f"{name}.bias")) for name in "qkv")
+        if core.kv_of is not None:
+            # Each head gets keys and values of its own; a copy of weights costs less than a kernel that looks up whose they are.
+            k, v = _heads_chosen(k, core.kv_of, core.qk), _heads_chosen(v, core.kv_of, core.v)
         if core.q_norm is None:
             q = Matrix(q.weight * np.float32(scale), None if q.bias is None else q.bias * np.float32(scale))
         v = Matrix(padded_heads(v.weight, heads, wide), None if v.bias is None else padded_heads(v.bias[None], heads, wide)[0])
@@ -182,11 +187,18 @@ class _Writer:
             asking = asking_new
         if core.k_norm is not None:
             spec = HeadNorm(self.batch * answering.rows, answering.width, at[1], heads, core.k_norm, core.qk_norm_per_head)
-            answering_new = self.heads_normed(answering, spec, state, "k_norm", 1.0)
+            answering_new = self.heads_normed(answering, spec, state, "k_norm", 1.0, core.kv_of)
+            asking = answering_new if asking is answering else asking
+            answering = answering_new
+        if core.rope is not None:
+            asking_new = self.turned(asking, at[0], core, state)
+            answering = asking_new if answering is asking else answering
+            asking = asking_new
+            answering_new = self.turned(answering, at[1], core, state)
             asking = answering_new if asking is answering else asking
             answering = answering_new
         queries, keys, values = Heads(asking.width, at[0], core.qk), Heads(answering.width, at[1], core.qk), Heads(answering.width, at[2], wide)
-        spec_attend = Attend(self.batch, heads, tokens, asked, asking.place, queries, keys, values)
+        spec_attend = Attend(self.batch, heads, tokens, asked, asking.place, queries, keys, values, core.bias is not None)
         tile = self.schedule.tile(spec_attend.shape)
         key = ("keys", heads, tokens, keys, values, tile.vectors)
         size = self.batch * heads * packed_size(tokens, keys, values, lanes)
@@ -194,26 +206,47 @@ class _Writer:
         packed = self.program.call(
             "keys", key, lambda: pack_keys(self.batch, heads, tokens, keys, values, lanes, tile, threads), [answering.value], (size,)
         )
-        mixed = self.program.call(
-            "attend", spec_attend, lambda: attend(spec_attend, lanes, self.schedule), [asking.value, packed], (self.batch * asked * heads * wide,)
-        )
+        operands = [asking.value, packed]
+        if core.bias is not None:
+            operands.append(self.program.constant(_relative(core, state, asked, lanes).ravel()))
+        shape = (self.batch * asked * heads * wide,)
+        mixed = self.program.call("attend", spec_attend, lambda: attend(spec_attend, lanes, self.schedule), operands, shape)
         found = Stream(mixed, asked, heads * wide, heads * wide)
         weight = padded_heads(out.weight.T, heads, wide).T
+        gate = None if not core.gated else _out(state["gate.weight"], state.get("gate.bias"))
+        if gate is not None and (core.out_norm is None or wide == core.v):
+            gate = Matrix(padded_heads(gate.weight, heads, wide), None if gate.bias is None else padded_heads(gate.bias[None], heads, wide)[0])
         if core.out_norm is not None:
+            chosen = None
             if wide != core.v:
-                chosen = tuple(head * wide + column for head in range(heads) for column in range(core.v))
-                found, weight = self.normed(found, core.out_norm, columns=chosen), out.weight
-            else:
-                found = self.normed(found, core.out_norm)
-            out = _Entering(state.get("out_norm.weight"), state.get("out_norm.bias")).into(Matrix(weight, out.bias))
-            weight = out.weight
+                chosen, weight = tuple(head * wide + column for head in range(heads) for column in range(core.v)), out.weight
+            affine = (state.get("out_norm.weight"), state.get("out_norm.bias"))
+            # Through a gate the norm's weights cannot be folded.
+            found = self.normed(found, core.out_norm, columns=chosen, affine=affine if gate is not None else None)
+            if gate is None:
+                out = _Entering(*affine).into(Matrix(weight, out.bias))
+                weight = out.weight
+        if gate is not None:
+            found = self.dense(x, asked, entering.into(gate), act="sigmoid", factor=found)
         return self.dense(found, asked, Matrix(weight, out.bias), residual=written)
 
-    def heads_normed(self, x: Stream, spec: HeadNorm, state: State, name: str, scale: float) -> Stream:
+    def turned(self, x: Stream, first: int, core: AttentionSpec, state: State) -> Stream:
+        """Queries or keys turned by their positions, the other columns as they are."""
+        rope = core.rope
+        assert rope is not None
+        table = state["rope.table"]
+        spec = Turn(self.batch, x.rows, x.width, first, core.heads, core.qk, rope.prefix, rope.tokens, len(table), rope.layout)
+        operands = [x.value, self.program.constant(np.ascontiguousarray(table).ravel())]
+        value = self.program.call("turn", spec, lambda: turn_heads(spec, self.schedule.threads), operands, (self.batch * x.rows * x.width,))
+        return Stream(value, x.rows, x.width, x.used)
+
+    def heads_normed(self, x: Stream, spec: HeadNorm, state: State, name: str, scale: float, chosen: tuple[int, ...] | None = None) -> Stream:
         """Queries or keys normalised head by head, the other columns as they are."""
         shape = (spec.heads, spec.norm.width)
-        weight = np.broadcast_to(state.get(f"{name}.weight", np.ones(1, np.float32)), shape) * np.float32(scale)
-        bias = np.broadcast_to(state.get(f"{name}.bias", np.zeros(1, np.float32)), shape) * np.float32(scale)
+        weight, bias = state.get(f"{name}.weight", np.ones(1, np.float32)), state.get(f"{name}.bias", np.zeros(1, np.float32))
+        if spec.per_head and chosen is not None:
+            weight, bias = (part[list(chosen)] if part.ndim == 2 else part for part in (weight, bias))
+        weight, bias = np.broadcast_to(weight, shape) * np.float32(scale), np.broadcast_to(bias, shape) * np.float32(scale)
         operands = [x.value, self.program.constant(weight.astype(np.float32).ravel()), self.program.constant(bias.astype(np.float32).ravel())]
         value = self.program.call("head_norm", spec, lambda: norm_heads(spec, self.schedule.threads), operands, (spec.rows * spec.width,))
         return Stream(value, x.rows, x.width, x.used)
@@ -385,6 +418,21 @@ def _beside(matrices: list[Matrix]) -> Matrix:
         return Matrix(weight, None)
     biases = [np.zeros(matrix.weight.shape[1], np.float32) if matrix.bias is None else matrix.bias for matrix in matrices]
     return Matrix(weight, np.concatenate(biases))
+
+
+def _heads_chosen(matrix: Matrix, chosen: tuple[int, ...], width: int) -> Matrix:
+    columns = np.concatenate([np.arange(head * width, (head + 1) * width) for head in chosen])
+    return Matrix(matrix.weight[:, columns], None if matrix.bias is None else matrix.bias[columns])
+
+
+def _relative(core: AttentionSpec, state: State, asked: int, lanes: Lanes) -> Array:
+    """(heads, asked, whole vectors of tokens), in the units of scores: times log2 e."""
+    spec = core.bias
+    assert spec is not None
+    bias = state["bias.table"][offsets(spec).numpy()].transpose(2, 0, 1) * np.float32(math.log2(math.e))
+    before = 0 if spec.prefix_rows else spec.prefix
+    bias = np.pad(bias, ((0, 0), (before, 0), (before, 0)))[:, :asked]
+    return np.pad(bias, ((0, 0), (0, 0), (0, lanes.up(bias.shape[2]) - bias.shape[2])))
 
 
 def _widen(matrix: Array, writes: tuple[int, ...], embed: int) -> Array:

@@ -52,8 +52,11 @@ class Schedule:
 
 
 def default_schedule(unit: VectorUnit, threads: int = 1, tuned: Mapping[Shape, Tile] | None = None) -> Schedule:
-    """What is good for a vector unit. 32 registers: 8 x 3, which also divides the widths of the usual networks; 16: 6 x 2."""
-    return Schedule(Tile(8, 3) if unit.registers >= 32 else Tile(6, 2), threads, dict(tuned or {}))
+    """What is good for a vector unit. 32 registers: 6 x 4, which loads least for its multiply-adds; 16: 6 x 2.
+
+    DeiT-T on a Zen 5 core, processor time over ONNX Runtime's: 6 x 4 0.81, 8 x 3 0.82, 8 x 3 with two steps 0.85.
+    """
+    return Schedule(Tile(6, 4) if unit.registers >= 32 else Tile(6, 2), threads, dict(tuned or {}))
 
 
 def candidates(unit: VectorUnit) -> tuple[Tile, ...]:

@@ -144,4 +144,5 @@ def _sizes(spec: Dense | Attend, lanes: Lanes) -> list[int]:
     if isinstance(spec, Dense):
         return list(spec.operands().values())
     packed = spec.images * spec.heads * packed_size(spec.tokens, spec.keys, spec.values, lanes)
-    return [spec.images * spec.source.per_image * spec.source.width, packed, spec.images * spec.asked * spec.heads * spec.values.each]
+    bias = [spec.heads * spec.asked * lanes.up(spec.tokens)] if spec.biased else []
+    return [spec.images * spec.source.per_image * spec.source.width, packed, *bias, spec.images * spec.asked * spec.heads * spec.values.each]
