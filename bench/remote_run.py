@@ -163,7 +163,9 @@ def _look(link: DeviceLink, place: str) -> tuple[str, str]:
     told = link.run(
         f"cd {quote(place)} 2>/dev/null || {{ echo ABSENT; exit 0; }}; [ -s pid ] || {{ echo ABSENT; exit 0; }}; "
         "if [ -f result.json ]; then echo DONE; "
-        'elif kill -0 "$(cat pid)" 2>/dev/null && [ "$(cat boot)" = "$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)" ]; then echo RUNNING; '
+        # In a container without an init a process that ended stays as a zombie, which can be signalled still.
+        'elif kill -0 "$(cat pid)" 2>/dev/null && ! grep -q "^State:.*zombie" "/proc/$(cat pid)/status" 2>/dev/null '
+        '&& [ "$(cat boot)" = "$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)" ]; then echo RUNNING; '
         "else echo GONE; fi; tail -n 1 progress.jsonl"
     ).decode(errors="replace")
     lines = told.splitlines() or ["GONE"]
