@@ -86,7 +86,7 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def wait_for(port: int) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
@@ -98,7 +98,7 @@ def wait_for_boards(port: int, count: int) -> None:
     from tvm import rpc
 
     found = rpc.connect_tracker("127.0.0.1", port)
-    for _ in range(600):
+    for _ in range(2400):
         if found.summary()["queue_info"].get("loop", {}).get("free", 0) >= count:
             found.close()
             return
