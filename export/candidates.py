@@ -66,7 +66,7 @@ def candidates(model: nn.Module, tidy: onnx.ModelProto, order: Order, *, portabl
         known = [*FORMS, *(STREAM_FORMS if _scattered(compact) else ())]
         forms = [entry for entry in known if (order.batch == 1 or entry.rows == "batch") and entry.opset <= (order.opset or entry.opset)]
     else:
-        best, measured = best_form(order.target, order.batch)
+        best, measured = best_form(order.target, order.batch, compact.architecture.tokens)
         if order.opset is not None and order.opset < best.opset:
             best, measured = replace(best, attention="split"), f"{measured}; without the operators that opset {order.opset} lacks"
         forms = [best]

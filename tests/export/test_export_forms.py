@@ -21,6 +21,7 @@ from vitrim.errors import InputError, UnsupportedModel
 from vitrim.export.forms import FORMS, STREAM_FORMS, Form, form_named, write_network
 from vitrim.export.forms.centring import applicable
 from vitrim.export.forms.coverage import reason_against
+from vitrim.export.known_forms import best_form
 from vitrim.export.parity import answers, first_difference, relative_error
 
 TINY = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -217,3 +218,12 @@ def test_the_first_node_that_differs_is_found() -> None:
     found = first_difference(good, wrong, image, 1e-4)
     assert found is not None
     assert found.startswith("node 'blocks.1.ffn.fc1' (Gemm), by ")
+
+
+def test_the_known_form_follows_batch_and_tokens() -> None:
+    assert best_form("x86-64", 1)[0] == best_form("x86-64", 1, 50)[0] == FORMS[0]
+    large, why = best_form("x86-64", 1, 197)
+    assert large == replace(FORMS[0], stem="conv")
+    assert "patches by convolution" in why
+    assert best_form("rpi4", "dynamic", 197)[0].rows == "batch"
+    assert "not measured on this target" in best_form("rpi4", 1, 197)[1]
