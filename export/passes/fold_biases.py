@@ -21,9 +21,12 @@ def apply(model: onnx.ModelProto) -> Result:
     """Rewrite a copy."""
     net = Net(model, shapes=True)
     count = 0
-    for node in list(net.graph.node):
-        if node.op_type == "Add":
-            count += _joined(net, node) or _gemm(net, node)
+    # First all sums: a Gemm takes one bias.
+    for rewrite in (_joined, _gemm):
+        for node in list(net.graph.node):
+            alive = net.maker.get(node.output[0])
+            if alive is not None and alive.op_type == "Add":
+                count += rewrite(net, alive)
     return Result(net.finished() if count else model, count)
 
 
