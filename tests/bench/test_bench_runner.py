@@ -35,10 +35,10 @@ def test_what_travels_is_python_3_9_without_vitrim(name: str) -> None:
     imports = {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0}
     imports |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     foreign = {module.split(".")[0] for module in imports} - set(sys.stdlib_module_names)
-    # A runtime's files are named after it; ExecuTorch's Python takes and gives torch's tensors.
+    # A runtime's files are named after it. ExecuTorch's Python takes and gives torch's tensors; TVM's machine is not needed by compiled programs.
     own = Path(name).stem.split("_")[0] if "/" in name else ""
     allowed = {requirement(own).module} if own in engine_names() else set()
-    assert foreign <= {"numpy"} | allowed | ({"torch"} if own == "executorch" else set())
+    assert foreign <= {"numpy"} | allowed | {"executorch": {"torch"}, "tvm": {"tvm_ffi"}}.get(own, set())
 
 
 def test_a_copied_runner_measures_alone(tmp_path: Path) -> None:
