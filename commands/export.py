@@ -27,7 +27,9 @@ def export(
     model: Annotated[Path, typer.Argument(help="A folder that vitrim saved, or an .onnx file; with --verify, an artifact.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the artifact.")] = None,
     target: Annotated[str, typer.Option("--target", help="A target's name (vitrim targets list), or a target TOML.")] = "x86-64",
-    runtime: Annotated[str, typer.Option("--runtime", help="The runtime that will run it, or `all`: every one that is here, measured in turns.")] = "onnxruntime",
+    runtime: Annotated[
+        str, typer.Option("--runtime", help="The runtime that will run it, or `all`: every one that is here, measured in turns.")
+    ] = "onnxruntime",
     precision: Annotated[str, typer.Option("--precision", help="fp32, int8, and what else the target takes.")] = "fp32",
     batch: Annotated[str, typer.Option("--batch", help="Images a run, or `dynamic`.")] = "1",
     data: Annotated[

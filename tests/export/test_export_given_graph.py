@@ -118,7 +118,11 @@ FLAT = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["
         (graph_of(FLAT, [("x", ["b", 256])]), {}, r"input 'x' is \(\?, 256\)"),
         (graph_of(FLAT, [("x", [2, 1, 16, 16])]), {"batch": 3}, "holds batches of 2, and batch 3 was asked for"),
         (graph_of(FLAT, [("x", [1, 1, 16, 16])]), {"form": "matrix"}, "comes as 'given' or 'passes'"),
-        (graph_of(FLAT, [("x", [1, 1, 16, 16])]), {"precision": "int8-static", "images": IMAGES[:, :1], "calibration": "guess"}, "calibration 'guess' is unknown"),
+        (
+            graph_of(FLAT, [("x", [1, 1, 16, 16])]),
+            {"precision": "int8-static", "images": IMAGES[:, :1], "calibration": "guess"},
+            "calibration 'guess' is unknown",
+        ),
     ],
     ids=["two inputs", "free size", "no image", "other batch", "our form", "calibration"],
 )
