@@ -89,11 +89,18 @@ class TvmRuntime:
             return default_network(source.graph, profile, threads=source.threads)
         if settings.tune_s is None:
             return build_network(source.compact, profile, batch=batch, threads=source.threads, log=settings.log)
+        from rich.console import Console
+        from rich.progress import Progress
+
         from .tvm_schedule.tune import tune
 
-        with tempfile.TemporaryDirectory(prefix="vitrim-tune-") as folder:
+        with tempfile.TemporaryDirectory(prefix="vitrim-tune-") as folder, Progress(console=Console(stderr=True), transient=True) as bar:
             log = settings.log or Path(folder) / "tiles.jsonl"
-            tuned = tune(source.compact, profile, log, batch=batch, threads=source.threads, time_limit_s=settings.tune_s)
+            task = bar.add_task("tuning", total=1.0)
+            tuned = tune(
+                source.compact, profile, log, batch=batch, threads=source.threads, time_limit_s=settings.tune_s,
+                report=lambda shape, share: bar.update(task, description=f"tuning {shape}", completed=share),
+            )  # fmt: skip
             built = build_network(source.compact, profile, batch=batch, threads=source.threads, log=log)
         note = f"tuned here: {tuned.trials} tiles of {tuned.shapes} of {tuned.of} shapes, {tuned.usual_s * 1e3:.3f} ms became {tuned.best_s * 1e3:.3f} ms"
         return dataclasses.replace(built, notes=(*built.notes, note))
