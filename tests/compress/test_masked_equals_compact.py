@@ -94,7 +94,8 @@ def _was_shared(surgery: Plan, name: str, grads: dict[str, torch.Tensor]) -> tup
     return (grads[old], index) if index is not None and index.ndim == 2 and grads[old].ndim == 1 else None
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+# Most random networks pool over all tokens; those are not what this is about.
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much])
 @given(st.data())
 def test_the_last_blocks_other_tokens_need_not_be_computed(data: Any) -> None:
     architecture = data.draw(architectures())

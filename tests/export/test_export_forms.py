@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 import vitrim
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_networks import architectures, network
 from torch import nn
@@ -46,6 +47,14 @@ def error_of(model: CompactModel, graph: onnx.ModelProto, *, batch: int | str = 
     with torch.no_grad():
         expected = model(images.to(next(model.parameters()).dtype)).numpy()
     return float(relative_error(expected, answers(graph, images.numpy(), batch=batch)).max())  # type: ignore[arg-type]
+
+
+def well_conditioned(model: CompactModel) -> bool:
+    """Whether single precision can answer at all: several norms over two channels in a row make a number of any rounding error."""
+    images = torch.randn(3, *model.architecture.image, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact, single = model(images.double()), copy.deepcopy(model).float()(images)
+    return float(relative_error(exact.numpy(), single.numpy()).max()) < 1e-5
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
@@ -152,6 +161,7 @@ def test_what_no_form_has_a_rule_for_is_named() -> None:
 @given(architecture=architectures(), form=st.sampled_from([*FORMS, *STREAM_FORMS]), seed=st.integers(0, 9))
 def test_whatever_an_architecture_can_say_every_form_writes(architecture: Architecture, form: Form, seed: int) -> None:
     model = network(architecture, seed)
+    assume(well_conditioned(model))
     assert error_of(model, write_network(model, form)) < 2e-4
 
 
@@ -159,6 +169,7 @@ def test_whatever_an_architecture_can_say_every_form_writes(architecture: Archit
 @given(architecture=architectures(), form=st.sampled_from([form for form in FORMS if form.rows == "batch"]))
 def test_whatever_an_architecture_can_say_holds_for_a_free_batch(architecture: Architecture, form: Form) -> None:
     model = network(architecture, 0)
+    assume(well_conditioned(model))
     assert error_of(model, write_network(model, form, batch="batch"), batch="dynamic", count=3) < 2e-4
 
 
