@@ -201,6 +201,12 @@ def small(**changes: Any) -> CompactModel:
     return network(architecture.model_copy(update=changes))
 
 
+@pytest.mark.parametrize("kind", ["token", "mean"])
+def test_columns_that_the_head_reads_are_picked_by_the_norm_after_the_pool_too(kind: str) -> None:
+    model = small(norm=None, prefix=1, pool=PoolSpec(kind=kind), pool_norm=NormSpec(width=5), head_reads=(1, 3, 4, 8, 11))
+    assert error_of(model, build_network(model, runnable()[-1], batch=2), 2) < 1e-4
+
+
 @given(total=st.integers(1, 500), most=st.integers(1, 16))
 def test_pieces_cover_everything_once_and_are_nearly_equal(total: int, most: int) -> None:
     found = list(pieces(even(total, most)))

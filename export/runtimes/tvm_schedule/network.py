@@ -281,7 +281,7 @@ class _Writer:
                 stream, entering = self.normed(stream, architecture.norm, columns=architecture.head_reads), _Entering(*weights)
             else:
                 stream = self.normed(stream, architecture.norm, columns=architecture.head_reads, affine=weights)
-        elif architecture.head_reads is not None:
+        elif architecture.head_reads is not None and foldable:
             selection = np.zeros((architecture.embed, len(architecture.head_reads)), np.float32)
             selection[list(architecture.head_reads), range(len(architecture.head_reads))] = 1
             entering = _Entering(None, None, selection)
@@ -294,7 +294,8 @@ class _Writer:
             stream = Stream(value, 1, stream.width, stream.used)
         if architecture.pool_norm is not None:
             affine = (state.get("pool_norm.weight"), state.get("pool_norm.bias"))
-            stream, entering = self.normed(stream, architecture.pool_norm), _Entering(*affine)
+            columns = architecture.head_reads if architecture.norm is None else None  # the first norm there is picks the columns
+            stream, entering = self.normed(stream, architecture.pool_norm, columns=columns), _Entering(*affine)
         return self.classify(stream, entering, distilled=kind == "distilled")
 
     def classify(self, stream: Stream, entering: _Entering, *, distilled: bool) -> Value:
