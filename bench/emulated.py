@@ -7,7 +7,7 @@ what the system tells is the emulator's own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from ..errors import InputError
 from ..targets.profile import TargetProfile, load_target
@@ -16,33 +16,35 @@ from .emulation import Emulator, ready
 from .emulation.preparation import RUNTIMES
 from .measure import Measurable, assemble, make_plan
 from .measurement import Measurement
+from .options import MeasureOptions
 from .progress import Progress, progress_bar
 
 DEVICE = "qemu-aarch64"
+# Times under emulation are nobody's, so they need not be known well.
+LEAST_ROUNDS, TIME_LIMIT_S = 2, 20.0
 # The target of a measurement for which nobody named one.
 ANY = "aarch64"
 
 
 def measure_emulated(
     artifacts: Mapping[str, Measurable],
-    threads: int = 1,
+    options: MeasureOptions,
     *,
     target: TargetProfile | str = "host",
-    least_rounds: int = 2,
-    time_limit_s: float = 20.0,
     emulator: Emulator | None = None,
     quiet: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> dict[str, Measurement]:
     """Run artifacts under emulation, interleaved, and return {name: Measurement}, each with `emulator` in its environment.
 
-    target: the device whose processor is emulated; `host` for all that qemu can. Other options as of `make_plan`.
+    target: the device whose processor is emulated; `host` for all that qemu can. Of the options' rounds and time only a few are taken, since only
+    answers and counts are taken from them.
     Errors: InputError, one line: emulation not prepared, a target that is no aarch64, an artifact whose runtime has no aarch64 wheel here.
     """
+    options = replace(options, least_rounds=min(options.least_rounds, LEAST_ROUNDS), time_limit_s=min(options.time_limit_s, TIME_LIMIT_S))
     profile = None if target in ("host", ANY) else target if isinstance(target, TargetProfile) else load_target(target)
     emulator = for_target(emulator or required(), profile)
-    plan, subjects = make_plan(artifacts, threads=threads, least_rounds=least_rounds, time_limit_s=time_limit_s, **options)
+    plan, subjects = make_plan(artifacts, options)
     for name, subject in subjects.items():
         if subject.runtime not in RUNTIMES:
             raise InputError(f"{name}: no aarch64 runtime {subject.runtime!r} is prepared for emulation; there are {', '.join(RUNTIMES)}")

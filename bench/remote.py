@@ -50,9 +50,9 @@ def measure_at(
 
         return measure_over_tvm_rpc(address, artifacts, options, device, target=target, quiet=quiet, progress=progress)
     if address == "qemu-aarch64":
-        from .remote_qemu import measure_under_qemu
+        from .emulated import measure_emulated
 
-        return measure_under_qemu(artifacts, options, device, target=target, quiet=quiet, progress=progress)
+        return measure_emulated(artifacts, options, target=target, quiet=quiet, progress=progress)
     raise InputError(f"--on {address!r}: no way to such a device; write {WAYS}")
 
 

@@ -27,7 +27,7 @@ import gc
 import importlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Json = dict[str, Any]
@@ -292,15 +292,20 @@ def prepare_images(numpy: Any, images: Any, shape: list[int], kind: str, preproc
 # ---- the conversation ------------------------------------------------------------------------------------------------------------------
 
 
-def main(arguments: list[str]) -> int:
-    # Events have standard output to themselves; whatever a library prints goes to standard error.
-    events = os.fdopen(os.dup(1), "w")
+def json_lines() -> Callable[[Json], None]:
+    """What writes a line of JSON to standard output, which it has to itself from now on: whatever a library prints goes to standard error."""
+    lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(event: Json) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
+    def tell(line: Json) -> None:
+        lines.write(json.dumps(line) + "\n")
+        lines.flush()
 
+    return tell
+
+
+def main(arguments: list[str]) -> int:
+    tell = json_lines()
     try:
         if len(arguments) != 1:
             raise RunnerError("one argument is wanted: the job as JSON, or - to read it from standard input")

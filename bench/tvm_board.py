@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .conductor import ConductorError, conduct
+from .runner import json_lines
 
 Json = dict[str, Any]
 # What is called: of the virtual machine, and of a straight program.
@@ -247,14 +248,8 @@ def answer(question: Json, tell: Callable[[Json], None]) -> None:
 
 
 def main() -> int:
-    # TVM prints; the answers have standard output to themselves.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def tell(line: Json) -> None:
-        answers.write(json.dumps(line) + "\n")
-        answers.flush()
-
+    # TVM prints.
+    tell = json_lines()
     try:
         answer(json.loads(sys.stdin.read()), tell)
     except ConductorError as error:

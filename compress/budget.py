@@ -181,10 +181,12 @@ class DualSolver:
         None goes whose place the others, at their full size, could not fill up to `target`.
         """
         alive = {branch.name: branch.core.kind for branch in self.architecture.branches if branch.name not in self.gates.gone}
-        found = {}
-        for name, kind in alive.items():
-            if self.worth[name] and overhead.get(kind) and self._cost_without(name, [torch.ones_like(keep) for keep in kept]) >= target:
-                found[name] = self.worth[name] / max(self.cost(kept) - self._cost_without(name, kept) + overhead[kind], 1.0)
+        spent, everything = self.cost(kept), [torch.ones_like(keep) for keep in kept]
+        found = {
+            name: self.worth[name] / max(spent - self._cost_without(name, kept) + overhead[kind], 1.0)
+            for name, kind in alive.items()
+            if self.worth[name] and overhead.get(kind) and self._cost_without(name, everything) >= target
+        }
         # One always stays: a network without any sub-layer mixes no tokens.
         if len(alive) < 2 or not found:
             return None

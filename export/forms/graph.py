@@ -10,6 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ..names import unused_name
+
 Array = NDArray[Any]
 
 
@@ -34,7 +36,7 @@ class Graph:
         key = (value.dtype.str, value.shape, value.tobytes() if value.nbytes <= 256 or shared else b"")
         if key[2] and key in self._known:
             return self._known[key]
-        name = self._fresh(name)
+        name = unused_name(name, self._taken)
         self.constants[name] = numpy_helper.from_array(value, name)
         if key[2]:
             self._known[key] = name
@@ -50,7 +52,7 @@ class Graph:
 
     def node(self, operator: str, inputs: Sequence[str], name: str, *, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Add a node and return the name of its output, or a list of names for several; empty ones are unused."""
-        name = self._fresh(name)
+        name = unused_name(name, self._taken)
         names = [name] if outputs == 1 else [f"{name}.{number}" for number in range(outputs)]
         self.nodes.append(helper.make_node(operator, list(inputs), names, name=name, domain=domain, **attributes))
         self._uses_runtime |= domain == "com.microsoft"
@@ -82,11 +84,3 @@ class Graph:
             for number, output in enumerate(node.output):
                 if output == old:
                     node.output[number] = new
-
-    def _fresh(self, name: str) -> str:
-        fresh, number = name, 1
-        while fresh in self._taken:
-            number += 1
-            fresh = f"{name}_{number}"
-        self._taken.add(fresh)
-        return fresh

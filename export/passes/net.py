@@ -10,6 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from ..names import unused_name
+
 Array = NDArray[Any]
 
 
@@ -73,12 +75,7 @@ class Net:
 
     def fresh(self, name: str) -> str:
         """A name that nobody has."""
-        found, number = name, 1
-        while found in self._taken:
-            number += 1
-            found = f"{name}_{number}"
-        self._taken.add(found)
-        return found
+        return unused_name(name, self._taken)
 
     def constant(self, name: str, value: Array) -> str:
         """A new initializer."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from ...compress.files import save
 from ...errors import InputError
 from ...runtimes import EngineError
 from ...runtimes.interpreter import interpreter, variable
+from ..forms import Form
 from .installed import lacking
-from .runtime import Source
+from .runtime import Source, Written
 from .saved_source import for_inference
 
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -37,6 +39,33 @@ def lacking_here_or_there(runtime: str, extra: str, module: str) -> str | None:
         return reason and f"{reason}, here or in a Python that {variable(runtime)} names"
     found = subprocess.run([named, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"], check=False)
     return None if found.returncode == 0 else f"runtime {runtime!r}: the Python of {variable(runtime)} has no {module}; install vitrim[{extra}] there"
+
+
+@dataclass
+class ConvertedApart:
+    """A runtime whose converter, `converter` of this folder, makes `main` of the torch module in a process of its own.
+
+    module: what must be importable there. int8 has weights in eight bits, a scale a channel, and inputs quantized as they come.
+    """
+
+    name: str
+    extra: str
+    module: str
+    converter: str
+    main: str
+    precisions: tuple[str, ...] = ("fp32", "int8")
+    form: Form | None = None
+
+    def missing(self) -> str | None:
+        return lacking_here_or_there(self.name, self.extra, self.module)
+
+    def write(self, source: Source, folder: Path) -> Written:
+        if source.batch == "dynamic":
+            raise InputError(f"runtime {self.name}: holds one batch size; export with batch 1 or another number")
+        if source.options:
+            raise InputError(f"runtime {self.name}: has no options, and {', '.join(sorted(source.options))} was given; leave it out")
+        told = convert_apart(self.name, self.converter, source, folder)
+        return Written(self.main, versions=told["versions"])
 
 
 def convert_apart(runtime: str, converter: str, source: Source, folder: Path) -> dict[str, Any]:

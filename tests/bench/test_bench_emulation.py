@@ -18,6 +18,7 @@ from vitrim.bench.emulation.emulator import RECORD, Emulator, read, record
 from vitrim.bench.emulation.place import locked, place
 from vitrim.bench.emulation.steps import step_lines
 from vitrim.bench.measurement import Environment, Measurement
+from vitrim.bench.options import MeasureOptions
 from vitrim.bench.warnings import warnings_for
 from vitrim.cli import app
 from vitrim.errors import InputError
@@ -248,7 +249,7 @@ def test_an_artifact_is_measured_under_emulation(tmp_path: Path) -> None:
     from bundle_sample import artifact_in
 
     artifact = artifact_in(tmp_path / "artifact")
-    found = measure_emulated({"tiny": artifact}, target="rpi4", time_limit_s=0.5, least_rounds=1, quiet=True)["tiny"]
+    found = measure_emulated({"tiny": artifact}, MeasureOptions(time_limit_s=0.5, least_rounds=1), target="rpi4", quiet=True)["tiny"]
     assert found.emulated
     assert (found.target, found.device, found.runtime) == ("rpi4", "qemu-aarch64", "onnxruntime")
     assert (found.environment.architecture, found.environment.cpu_model) == ("aarch64", "Cortex-A72")
@@ -264,6 +265,6 @@ def test_an_artifact_is_measured_under_emulation(tmp_path: Path) -> None:
 def test_without_emulation_the_command_that_prepares_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITRIM_EMULATION", str(tmp_path))
     with pytest.raises(InputError, match="emulation is not prepared on this machine; run `vitrim targets emulate`"):
-        measure_emulated({"tiny": tmp_path / "tiny.onnx"})
+        measure_emulated({"tiny": tmp_path / "tiny.onnx"}, MeasureOptions())
     result = CliRunner().invoke(app, ["doctor"])
     assert "emulation: would enable running ARM artifacts without a board (vitrim targets emulate)" in result.output

@@ -14,6 +14,7 @@ from .keys import Heads, key_panels, packed_size
 from .lanes import Buffer, Expr, Lanes
 from .norm import sum_over
 from .schedule import Schedule, Shape, Tile
+from .threads import over_threads
 from .tiles import Run, bounds, even
 
 # Below any score, and far from overflow.
@@ -71,11 +72,7 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
                     row = named(run.start + index % run.count * run.size)
                     _tile(spec, lanes, tile, x, packed, bias, out, scores, accumulators, inverses, pair, row, run.size)
 
-        if schedule.threads == 1:
-            share(0, 1)
-        else:
-            with T.parallel(0, schedule.threads) as part:
-                share(part, schedule.threads)
+        over_threads(share, schedule.threads)
     return builder.get()
 
 

@@ -9,6 +9,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from ....compress.architecture import NormSpec
+from .threads import over_threads
 from .tiles import bounds
 
 
@@ -56,9 +57,5 @@ def norm_heads(spec: HeadNorm, threads: int) -> Any:
                         value = (x[place + column] - mean) * scale * weight[head * each + column] + bias[head * each + column]
                         T.buffer_store(out, value, [place + column])
 
-        if threads == 1:
-            share(0, 1)
-        else:
-            with T.parallel(0, threads) as part:
-                share(part, threads)
+        over_threads(share, threads)
     return builder.get()

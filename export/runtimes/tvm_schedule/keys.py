@@ -11,6 +11,7 @@ from tvm.tirx.script import builder as T
 from .activations import named
 from .lanes import Expr, Lanes
 from .schedule import Tile
+from .threads import over_threads
 from .tiles import Run, bounds, even
 
 
@@ -70,12 +71,11 @@ def pack_keys(images: int, heads: int, tokens: int, keys: Heads, values: Heads, 
                 target = start + side * keys.each + token * values.each + vector * count
                 lanes.store(out, target, lanes.load(x, value + token * values.width + vector * count))
 
-        if threads == 1:
-            with T.serial(0, images * heads) as pair:
+        def share(part: Expr, parts: int) -> None:
+            with T.serial(*bounds(images * heads, part, parts)) as pair:
                 head_of(pair)
-        else:
-            with T.parallel(0, threads) as part, T.serial(*bounds(images * heads, part, threads)) as pair:
-                head_of(pair)
+
+        over_threads(share, threads)
     return builder.get()
 
 

@@ -12,6 +12,7 @@ from tvm.tirx.script import builder as T
 from .activations import named
 from .dense import Rows
 from .lanes import Buffer, Expr, Lanes
+from .threads import over_threads
 from .tiles import bounds
 
 
@@ -62,11 +63,7 @@ def normalise(spec: Normalise, lanes: Lanes, threads: int) -> Any:
                 else:
                     normalise_row(lanes, spec.width, spec.centred, spec.eps, x, named(start), out, target, weight, bias)
 
-        if threads == 1:
-            rows_of(0, 1)
-        else:
-            with T.parallel(0, threads) as part:
-                rows_of(part, threads)
+        over_threads(rows_of, threads)
     return builder.get()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from .threads import over_threads
 from .tiles import bounds
 
 
@@ -54,9 +55,5 @@ def cut_patches(spec: Patches, threads: int) -> Any:
 
         with T.serial(0, spec.images) as image, T.serial(0, spec.prefix * spec.width_out) as place:
             T.buffer_store(out, T.float32(0), [image * tokens * spec.width_out + place])
-        if threads == 1:
-            share(0, 1)
-        else:
-            with T.parallel(0, threads) as part:
-                share(part, threads)
+        over_threads(share, threads)
     return builder.get()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from .threads import over_threads
 from .tiles import bounds
 
 
@@ -50,9 +51,5 @@ def turn_heads(spec: Turn, threads: int) -> Any:
                     T.buffer_store(out, x[near] * cosine - x[far] * sine, [near])
                     T.buffer_store(out, x[far] * cosine + x[near] * sine, [far])
 
-        if threads == 1:
-            share(0, 1)
-        else:
-            with T.parallel(0, threads) as part:
-                share(part, threads)
+        over_threads(share, threads)
     return builder.get()
