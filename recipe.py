@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import InputError
 from .recipe_errors import first_line
+from .targets.profile import load_target
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
@@ -170,6 +171,28 @@ class BenchSection(Section):
     top1_images: int | None = Field(None, gt=0, description="test images for the top-1 of the timed artifact; absent: all")
 
 
+class ReportSection(Section):
+    """What the report tells besides what was measured."""
+
+    estimate_for: tuple[str, ...] = Field(
+        ("rpi-zero-2w", "rpi4", "rpi5", "snapdragon-8-gen-2", "stm32h7"),
+        strict=False,
+        description="devices that are not at hand, for which fit and time are estimated: names (`vitrim targets list`) or target TOMLs; [] for none",
+    )
+
+    @field_validator("estimate_for")
+    @classmethod
+    def _targets_exist(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("a target is named twice")
+        for name in names:
+            try:
+                load_target(name)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return names
+
+
 class Recipe(Section):
     """One run of the chain, from data to report."""
 
@@ -183,6 +206,7 @@ class Recipe(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     export: ExportSection = Field(default_factory=ExportSection)
     bench: BenchSection = Field(default_factory=BenchSection)
+    report: ReportSection = Field(default_factory=ReportSection)
 
     @field_validator("name")
     @classmethod

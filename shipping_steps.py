@@ -23,6 +23,7 @@ from .compress.vit.model import CompactModel
 from .export.artifact import Artifact
 from .kept_branches import kept_branches
 from .recipe import Recipe
+from .run_estimates import run_estimates
 from .run_folder import RunFolder
 from .storage import replace_file
 from .terminal_lines import say, show, unit_count
@@ -127,15 +128,18 @@ def write_report(
     parity = {"cut: masked against compact": cut.max_relative_error}
     for name, artifact in artifacts.items():
         parity |= {f"{name}: {stage.stage} against {stage.reference}": stage.max_relative_error for stage in artifact.manifest.parity}
+    sizes = {artifact_names(recipe)[name]: measurement.file_bytes for name, measurement in measurements.items()}
+    architectures = {"baseline": baseline.architecture, "compact": compact.architecture}
     report = Report.model_validate(
         {
             "schema": "vitrim.report/1",
             "models": models,
             "parity": parity,
+            "estimates": run_estimates(architectures, ("fp32", *recipe.export.precisions), recipe.report.estimate_for, sizes),
             "title": recipe.name,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "recipe": recipe.name,
-            "data": data.name,
+            "data": f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, {len(data.test):,} test images",
             "seed": recipe.train.seed,
             "data_seed": recipe.data.seed,
             "versions": versions(),

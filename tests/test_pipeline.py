@@ -84,6 +84,23 @@ def test_the_report_says_what_the_files_say(finished: Path) -> None:
     assert "compact" in (finished / "report.md").read_text()
 
 
+def test_the_report_estimates_the_devices_of_the_recipe(finished: Path) -> None:
+    report = Report.model_validate(read(finished / "report.json"))
+    assert {entry.target for entry in report.estimates} == set(load_recipe(finished / "recipe.toml").report.estimate_for)
+    assert {(entry.model, entry.precision) for entry in report.estimates} == {(m, p) for m in ("baseline", "compact") for p in ("fp32", "int8")}
+    pi = {(entry.model, entry.precision): entry for entry in report.estimates if entry.target == "rpi4"}
+    dense, compact = pi["baseline", "fp32"].latency, pi["compact", "fp32"].latency
+    assert dense is not None
+    assert compact is not None
+    assert dense.low_s < dense.estimated_s < dense.high_s
+    assert compact.estimated_s < dense.estimated_s
+    assert len(compact.held_against) >= 5
+    # What was exported is held against the device by its own size, what was not by its parameters.
+    assert pi["compact", "int8"].weight_bytes == report.models["compact"].artifacts[1].bytes
+    assert pi["baseline", "int8"].weight_bytes == report.models["baseline"].params
+    assert all(entry.latency is None and entry.no_latency for entry in report.estimates if entry.target == "stm32h7")
+
+
 def test_every_stage_is_equal_to_the_one_before(finished: Path) -> None:
     parity = read(finished / "report.json")["parity"]
     assert parity["cut: masked against compact"] < 1e-5

@@ -167,3 +167,12 @@ def test_any_overrides_survive_writing_and_reading(overrides: dict[str, Any], na
 
     recipe = parse_recipe({"masks": {"params": 0.5}, "model": {"overrides": overrides}, "data": {"name": name}}, where="here")
     assert Recipe.model_validate(tomllib.loads(recipe.toml())) == recipe
+
+
+def test_devices_to_estimate_for_must_exist(tmp_path: Path) -> None:
+    wrong = f'{SMALLEST}[report]\nestimate_for = ["rpi5", "rpi44"]\n'
+    assert line_for(tmp_path, wrong) == (
+        "`report.estimate_for` = ['rpi5', 'rpi44']: target 'rpi44': no such profile; did you mean 'rpi4'? (or give the path of a .toml file)"
+    )
+    assert line_for(tmp_path, f'{SMALLEST}[report]\nestimate_for = ["rpi5", "rpi5"]\n').endswith("a target is named twice")
+    assert load_recipe(write(tmp_path, SMALLEST), ["report.estimate_for=[]"]).report.estimate_for == ()

@@ -163,6 +163,15 @@ def known_points() -> list[Point]:
     return [point for path in (MEASURED, PUBLISHED) for point in read_latencies(path).points()]
 
 
+def device_titles() -> dict[str, str]:
+    """What people call each device of `known_points`; settings of one device go by the first one's title."""
+    titles: dict[str, str] = {}
+    for path in (MEASURED, PUBLISHED):
+        for name, processor in read_latencies(path).processors.items():
+            titles.setdefault(name.split("/")[0], processor.title)
+    return titles
+
+
 def known_runtimes() -> set[str]:
     """Runtimes that some figure is of."""
     return {entry.runtime for path in (MEASURED, PUBLISHED) for entry in read_latencies(path).latencies}

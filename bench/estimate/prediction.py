@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from ...targets.profile import Precision, TargetProfile
-from .calibration import LEVEL, Calibration, error_factor, fit, leave_one_out
+from .calibration import LEVEL, Calibration, LeftOut, error_factor, fit, leave_one_out
 from .costs import OperatorCosts
 from .machine import machine_of
-from .points import family_of, known_points
+from .points import device_titles, family_of, known_points
 from .workload import Workload
 
 
@@ -26,6 +27,8 @@ class Estimate:
     high_s: float
     factor: float
     rests_on: str
+    # The devices that were measured, and whose left-out predictions the bar was taken from.
+    held_against: tuple[str, ...]
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
@@ -42,6 +45,8 @@ class _Known:
     # The error where the runtime was measured on that kind of machine, and where it was not.
     near: float
     far: float
+    near_devices: tuple[str, ...]
+    far_devices: tuple[str, ...]
     devices: int
 
 
@@ -50,7 +55,19 @@ def _known() -> _Known:
     points, costs = known_points(), OperatorCosts.load()
     near, far = leave_one_out(points, costs), leave_one_out(points, costs, without_runtime=True)
     exact = [entry for entry in near if entry.cell == (entry.point.family, entry.point.machine.architecture)]
-    return _Known(fit(points, costs), error_factor(exact), error_factor(far), len({point.machine.device for point in points}))
+    return _Known(
+        calibration=fit(points, costs),
+        near=error_factor(exact),
+        far=error_factor(far),
+        near_devices=_titles(exact),
+        far_devices=_titles(far),
+        devices=len({point.machine.device for point in points}),
+    )
+
+
+def _titles(left_out: Sequence[LeftOut]) -> tuple[str, ...]:
+    titles = device_titles()
+    return tuple(sorted({titles[entry.point.machine.device] for entry in left_out}))
 
 
 def can_estimate(profile: TargetProfile, precision: Precision) -> str | None:
@@ -82,7 +99,8 @@ def estimate(
     rests = " on ".join(part for part in cell if part) or f"all {known.devices} devices"
     if not exact and cell[1]:
         rests = f"other runtimes on {cell[1]}"
-    return Estimate(profile.name, runtime, precision, machine.threads, likely, likely / factor, likely * factor, factor, rests)
+    held = known.near_devices if exact else known.far_devices
+    return Estimate(profile.name, runtime, precision, machine.threads, likely, likely / factor, likely * factor, factor, rests, held)
 
 
 def time_text(seconds: float) -> str:

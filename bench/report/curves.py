@@ -113,7 +113,7 @@ def draw(panel: Panel, spans: Sequence[Phase], *, width: float, height: float, c
         height,
         *bands,
         y_axis(frame, y, 4, write),
-        x_axis(frame, x, "", int(width // 70)),
+        x_axis(frame, x, "", int(width // 70), whole=True),
         *lines,
         label=f"{panel.title} over {wording.plural(spans[-1].last, 'epoch')}. {description}",
         class_=class_,

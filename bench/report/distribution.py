@@ -15,6 +15,8 @@ BAR_PX = 14.0
 SHAPE_PX = 36.0
 LINE_PX = 17.0
 GAP_PX = 16.0
+# On a busy machine p99 is ten times the median: a tail is drawn up to so many times p90.
+LONGEST_TAIL = 2.0
 # Below this width the figures of a strip stand on a line of their own.
 ONE_LINE_PX = 560.0
 
@@ -29,8 +31,8 @@ class Strip:
 
 
 def distributions(strips: Sequence[Strip], *, label: str, width: float, class_: str = "plot") -> Markup:
-    """A picture of at least one strip; samples beyond the largest p99.5 are counted in words, so that one hiccup does not squeeze the rest."""
-    end_s = max(float(np.percentile(strip.latency_s, 99.5)) for strip in strips) * 1.06
+    """A picture of at least one strip; samples beyond its end are counted in words, so that hiccups do not squeeze the rest."""
+    end_s = min(_largest(strips, 99.5), LONGEST_TAIL * _largest(strips, 90)) * 1.06
     unit, factor = ("ms", 1e3) if end_s >= 1e-4 else ("µs", 1e6)
     head = LINE_PX * (1 if width >= ONE_LINE_PX else 2) + 2
     each = head + SHAPE_PX + BAR_PX + GAP_PX
@@ -40,6 +42,10 @@ def distributions(strips: Sequence[Strip], *, label: str, width: float, class_: 
     return svg(
         width, frame.height, x_axis(frame, x, f"latency of one inference, {unit}", int(width // 80)), *rows, label=label, class_=class_
     )
+
+
+def _largest(strips: Sequence[Strip], percentile: float) -> float:
+    return max(float(np.percentile(strip.latency_s, percentile)) for strip in strips)
 
 
 def shape(latency: np.ndarray[tuple[int], np.dtype[np.float64]], scale: Scale) -> tuple[list[float], list[float]]:

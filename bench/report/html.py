@@ -6,7 +6,7 @@ import math
 import re
 
 from ..operator_table import OperatorTable
-from . import wording
+from . import estimates, wording
 from .curves import draw, panels, phases
 from .distribution import Strip, distributions
 from .facts import environment_facts, run_facts
@@ -23,7 +23,7 @@ from .table import NONE, Cell, Line, side_by_side, table
 
 # Nothing may be loaded and no script may run, whatever a label holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_UNIT = re.compile(r"(?<=\d) (?=(?:[GMk%]|ms|s|µs)\b|%)")
+_UNIT = re.compile(r"(?<=\d) (?=(?:[GMk]?B|[GMk]|ms|s|µs)\b|%)")
 NARROW_PX = 330.0
 HALF_PX = 480.0
 FULL_PX = 1000.0
@@ -39,6 +39,7 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         _fronts(view),
         _latencies(view),
         _operators(view),
+        _estimates(run),
         _kept(run),
         _curves(run),
         _parity(run),
@@ -142,7 +143,7 @@ def _device_table(device: Device, *, titled: bool) -> Markup:
 def _grid(corner: str, heads: list[Markup], lines: list[Line]) -> Markup:
     """A table whose lines become blocks on a phone; the roles say that it is a table still."""
     body = [
-        element("tr", element("th", line.name, scope="row", role="rowheader"), *(_cell(cell) for cell in line.cells), role="row")
+        element("tr", element("th", line.name, _small(line.remark), scope="row", role="rowheader"), *(_cell(cell) for cell in line.cells), role="row")
         for line in lines
     ]
     return element(
@@ -155,6 +156,10 @@ def _grid(corner: str, heads: list[Markup], lines: list[Line]) -> Markup:
     )
 
 
+def _small(remark: str) -> Markup | None:
+    return element("small", _UNIT.sub("\u00a0", remark)) if remark else None
+
+
 def _two_lines(label: str) -> Markup:
     model, space, rest = label.partition(" ")
     return joined(model, element("br"), rest) if space else joined(label)
@@ -163,9 +168,7 @@ def _two_lines(label: str) -> Markup:
 def _cell(cell: Cell) -> Markup:
     if cell is NONE:
         return element("td", cell.figure, class_="none", role="cell")
-    return element(
-        "td", cell.figure, element("small", cell.remark) if cell.remark else None, class_="best" if cell.best else None, role="cell"
-    )
+    return element("td", cell.figure, _small(cell.remark), class_="best" if cell.best else None, role="cell")
 
 
 def _side_by_side(view: Overview) -> Markup:
@@ -250,6 +253,16 @@ def _operators(view: Overview) -> Markup | None:
         return None
     remark = "As the runtime's own profiler told; it costs time itself, so shares are to be trusted more than times."
     return _section("Where the time goes", remark, element("div", *figures, class_="grid2"), id_="operators")
+
+
+def _estimates(run: Run) -> Markup | None:
+    entries = run.report.estimates
+    if not entries:
+        return None
+    heads = [element("th", _two_lines(label), scope="col", role="columnheader") for label in estimates.columns(entries)]
+    inside = element("div", _grid(Markup("&nbsp;"), heads, estimates.lines(entries)), class_="scroll")
+    notes = element("div", *(element("p", bar, class_="soft") for bar in estimates.bars(entries)), class_="notes")
+    return _section(estimates.HEADING, estimates.WARNING, element("div", inside, class_="card estimates"), notes, id_="estimates")
 
 
 def _kept(run: Run) -> Markup | None:
@@ -338,7 +351,7 @@ def _parity(run: Run) -> Markup | None:
         element("tr", element("th", stage, scope="row"), element("td", _log_bar(error)), element("td", wording.relative_error(error)))
         for stage, error in run.report.parity.items()
     ]
-    inside = element("table", element("tbody", *lines))
+    inside = element("table", element("tbody", *lines), class_="parity")
     remark = "The largest relative difference that each stage made to the outputs. The bar is logarithmic: empty at 10⁻⁸, full at 1."
     return _section("Parity", remark, element("div", element("div", inside, class_="scroll"), class_="card"), id_="parity")
 

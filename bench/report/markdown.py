@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ..operator_table import OperatorTable
-from . import wording
+from . import estimates, wording
 from .facts import environment_facts, run_facts
 from .kept import Bar, kept_blocks
 from .operators import by_kind
@@ -27,6 +27,10 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
     for device in view.devices:
         parts += [f"## {safe(device.title)}", _grid(["", *(row.label for row in device.rows)], table(device))]
     parts += _operators(view)
+    if run.report.estimates:
+        entries = run.report.estimates
+        parts += [f"## {estimates.HEADING}", estimates.WARNING, _grid(["device", *estimates.columns(entries)], estimates.lines(entries))]
+        parts += [safe(bar) for bar in estimates.bars(entries)]
     if run.kept:
         parts += ["## What was kept in every block", *_kept(run)]
     if run.report.parity:
@@ -64,7 +68,8 @@ def _grid(heads: list[str], lines: list[Line]) -> str:
     rows = ["| " + " | ".join(safe(head) for head in heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for line in lines:
         cells = [_cell(cell) for cell in line.cells]
-        rows.append(f"| {safe(line.name)} | " + " | ".join(cells) + " |")
+        name = f"{safe(line.name)} ({safe(line.remark)})" if line.remark else safe(line.name)
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 

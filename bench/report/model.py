@@ -14,6 +14,7 @@ from ..measurement import Measurement
 
 SCHEMA = "vitrim.report/1"
 Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -39,6 +40,51 @@ class ModelEntry(_Part):
     macs: Count | None
     top1: Share | None
     artifacts: tuple[ArtifactEntry, ...] = ()
+
+
+class EstimatedLatency(_Part):
+    """Seconds of one inference on a device that was not at hand: an estimate, never a measurement.
+
+    `estimated_s` lies within `low_s` and `high_s`, which is `factor` either way; so wide a bar held the share `level` of the devices
+    `held_against`, each predicted by a calibration that never saw it.
+    """
+
+    estimated_s: Seconds
+    low_s: Seconds
+    high_s: Seconds
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    level: Share
+    runtime: str
+    threads: Annotated[int, Field(ge=1)]
+    rests_on: str
+    held_against: tuple[str, ...] = Field(min_length=1)
+
+
+class EstimateEntry(_Part):
+    """A model in a precision held against a target that was not at hand: whether it fits, and how long it would take.
+
+    Bytes needed and bytes there; `latency` is null where it does not fit or nothing was measured to estimate it from, and `no_latency` says why.
+    """
+
+    model: str
+    precision: str
+    target: str
+    device: str
+    weight_bytes: Count
+    weight_space_bytes: Count
+    activation_bytes: Count
+    activation_space_bytes: Count
+    latency: EstimatedLatency | None = None
+    no_latency: str | None = None
+
+    @property
+    def excess_bytes(self) -> dict[str, int]:
+        """By how much the weights or the activations are too large; empty where the model fits."""
+        over = {
+            "weights": self.weight_bytes - self.weight_space_bytes,
+            "activations": self.activation_bytes - self.activation_space_bytes,
+        }
+        return {what: count for what, count in over.items() if count > 0}
 
 
 class KeptBranch(_Part):
@@ -82,6 +128,7 @@ class Report(_Part):
     schema_: Literal["vitrim.report/1"] = Field(alias="schema")
     models: dict[str, ModelEntry] = Field(min_length=1)
     parity: dict[str, Annotated[float, Field(ge=0)] | None] = {}
+    estimates: tuple[EstimateEntry, ...] = ()
 
     title: str | None = None
     created_at: str | None = None

@@ -52,14 +52,17 @@ class Frame:
         return Scale(low, high, self.inner_bottom, self.top)
 
 
-def ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from `low` to `high`, about `wanted` of them."""
+def ticks(low: float, high: float, wanted: int, *, whole: bool = False) -> list[float]:
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from `low` to `high`, about `wanted` of them; `whole`: whole ones only."""
     span = high - low
     if not span > 0:
         return [low]
     raw = span / max(1, wanted)
+    if whole:
+        raw = max(1.0, raw)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    steps = [factor * power for factor in (1, 2, 2.5, 5, 10) if not whole or (factor * power).is_integer()]
+    step = next(step for step in steps if step >= raw * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
@@ -112,9 +115,9 @@ def path(points: Sequence[tuple[float, float]], class_: str, *, closed: bool = F
     return element("path", d=f"M{steps}{'Z' if closed else ''}", class_=class_)
 
 
-def x_axis(frame: Frame, scale: Scale, title: str, wanted: int) -> Markup:
-    """Tick numbers under the frame, a faint line at each, and the title with its unit."""
-    values = ticks(scale.low, scale.high, wanted)
+def x_axis(frame: Frame, scale: Scale, title: str, wanted: int, *, whole: bool = False) -> Markup:
+    """Tick numbers under the frame, a faint line at each, and the title with its unit; `whole`: of what is counted, such as epochs."""
+    values = ticks(scale.low, scale.high, wanted, whole=whole)
     write = tick_text(values)
     marks = [
         joined(

@@ -92,6 +92,12 @@ td.best small{font-weight:400}
 table{overflow-wrap:normal}
 .figures{table-layout:auto}
 .figures tbody th{white-space:nowrap}
+tbody th small{display:block;font-size:.78rem;white-space:normal;min-width:11rem;max-width:20rem}
+.estimates td small{white-space:normal}
+@media (min-width:621px){
+  .estimates td:not(:last-child),.estimates th:not(:first-child):not(:last-child){padding:9px 6px}
+}
+.notes .soft{margin:10px 0 0;max-width:none}
 td.none{color:var(--soft)}
 .key{display:inline-block;width:.7em;height:.7em;border-radius:50%;background:var(--c);margin-right:.45em}
 .key.shape1{border-radius:1px;transform:rotate(45deg) scale(.9)}
@@ -164,10 +170,14 @@ dd{margin:0}
   .figures th,.figures td{border:0;padding:0;text-align:left}
   .figures td small,.figures th{white-space:normal;overflow-wrap:anywhere}
   .figures .corner{display:none}
+  .estimates .figures tr{grid-template-columns:repeat(var(--n),minmax(3.9rem,1fr))}
   .figures tbody th{grid-column:1/-1;font-size:.78rem;white-space:normal;padding-bottom:1px}
 }
 @media (max-width:520px){
   table{font-size:.875rem}
+  .parity td{padding:8px 0 8px 8px}
+  .parity th{overflow-wrap:anywhere;padding:8px 0}
+  .parity .log{min-width:44px}
   .card{padding:14px 13px}
   main{padding-top:20px}
   .tiles{grid-template-columns:repeat(2,minmax(0,1fr))}

@@ -23,10 +23,11 @@ NONE = Cell("–")
 
 @dataclass(frozen=True)
 class Line:
-    """One figure of all artifacts."""
+    """One figure of all artifacts; `remark` stands small under its name."""
 
     name: str
     cells: tuple[Cell, ...]
+    remark: str = ""
 
 
 def table(device: Device) -> list[Line]:

@@ -40,6 +40,27 @@ def duration(value_s: float) -> str:
     return f"{three_digits(value_s * 1e3)} ms" if value_s >= 1e-4 else f"{three_digits(value_s * 1e6)} µs"
 
 
+def estimated(value_s: float) -> str:
+    """An estimated time, two digits at most: 280 µs, 3.6 ms, 120 ms, 1.9 s."""
+    unit, factor = _estimated_unit(value_s)
+    return f"{_two_digits(value_s * factor)} {unit}"
+
+
+def estimated_range(low_s: float, high_s: float) -> str:
+    """An estimate's error bar in the unit of its end: 0.63 to 3.5 ms."""
+    unit, factor = _estimated_unit(high_s)
+    return f"{_two_digits(low_s * factor)} to {_two_digits(high_s * factor)} {unit}"
+
+
+def _estimated_unit(value_s: float) -> tuple[str, float]:
+    return ("s", 1.0) if value_s >= 0.995 else ("ms", 1e3) if value_s >= 0.995e-3 else ("µs", 1e6)
+
+
+def _two_digits(value: float) -> str:
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.{max(0, 1 - math.floor(math.log10(rounded)))}f}"
+
+
 def long_duration(value_s: float) -> str:
     """Training time: 48 s, 3 min 12 s, 2 h 05 min."""
     whole = round(value_s)

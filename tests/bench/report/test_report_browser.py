@@ -85,6 +85,15 @@ def test_every_card_lies_inside_the_window_and_no_text_leaves_its_picture(page: 
     assert beyond == []
 
 
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_every_column_of_every_table_is_in_sight(page: Page, pages: dict[str, Path], width: int) -> None:
+    page.open(pages["run"], width=width)
+    hidden = page.value(
+        "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth).map(s => s.closest('section').querySelector('h2').textContent)"
+    )
+    assert hidden == []
+
+
 @pytest.mark.parametrize(("width", "shown"), [(PHONE, "narrow"), (DESK, "wide")])
 def test_each_picture_is_shown_once_in_the_size_that_fits(page: Page, pages: dict[str, Path], width: int, shown: str) -> None:
     page.open(pages["run"], width=width)
