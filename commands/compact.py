@@ -1,27 +1,36 @@
-"""`vitrim compact`: cut a model by a mask, by magnitudes, or by what is dead in it already."""
+"""`vitrim compact`: cut a model by a mask, by a saliency of its units, or by what is dead in it already."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InputError
 from ..terminal_lines import show, unit_count
+from .model_data import CARD, model_data, read_card
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..compress.mask import StructuredMask
+    from ..compress.saliency import Scores
     from ..compress.vit.model import CompactModel
+    from ..recipe import ModelSection
+    from .saliency_images import SaliencyImages
+
+FROM_IMAGES = ("taylor", "head")
+MASK = "mask.safetensors"
 
 
 def compact(
-    checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="A folder that vitrim saved, or a .safetensors or .pth file.", show_default=False)
+    source: Annotated[
+        Path | None, typer.Argument(help="A folder that vitrim saved, or a .safetensors or .pth file.", metavar="MODEL", show_default=False)
     ] = None,
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="The same, as an option.", show_default=False)] = None,
     model: Annotated[str | None, typer.Option("--model", help="timm name of the model in a checkpoint file.", show_default=False)] = None,
     overrides: Annotated[
         list[str] | None,
@@ -30,56 +39,104 @@ def compact(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="timm's published weights instead of a checkpoint.")] = False,
     mask: Annotated[Path | None, typer.Option("--mask", help="A mask that vitrim saved.", show_default=False)] = None,
     keep_ratio: Annotated[
-        float | None, typer.Option("--keep-ratio", help="Without a mask: keep this share of each dimension.", show_default=False)
+        float | None,
+        typer.Option("--keep-ratio", help="Without a mask: keep this share of each dimension. With --saliency alone: 0.5.", show_default=False),
     ] = None,
-    saliency: Annotated[str, typer.Option("--saliency", help="What --keep-ratio keeps first: l1, l2 or random.")] = "l2",
+    saliency: Annotated[
+        str | None,
+        typer.Option(
+            "--saliency",
+            help="What stays first. From the weights alone: l1, l2 (the default), random. From images: taylor (what the loss would lose with a unit, "
+            "to first order), head (how much the loss feels each attention head; cuts heads only).",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Images for taylor and head: fashion-mnist, cifar10, imagefolder:PATH, parquet:PATH, ... Absent: those of the run that MODEL lies in.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="How many of its training images, every class in its own share.")] = 256,
     scope: Annotated[str, typer.Option("--scope", help="Where --keep-ratio compares units: layer, global or isomorphic.")] = "layer",
     sharing: Annotated[str, typer.Option("--sharing", help="residual, full or unshared.")] = "residual",
     round_to: Annotated[
         int | None, typer.Option("--round-to", min=1, help="Snap kept widths to multiples of this.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of --saliency random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of --saliency random, and of which images are drawn.")] = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Say for each module what was cut, from what to what.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the smaller model. Absent: nothing is saved.", show_default=False)
+        Path | None, typer.Option("--out", help="Folder for the smaller model and its mask. Absent: nothing is saved.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
 ) -> None:
     """Make a smaller model that computes exactly what the masked one does, and prove it on noise images.
 
-    Without a mask and without a keep ratio, what is dead in the model already goes: rows, columns, heads and channels of zeros that unstructured
+    Without a mask, a keep ratio and a saliency, what is dead in the model already goes: rows, columns, heads and channels of zeros that unstructured
     pruning left behind, where that provably changes nothing. The rest of the zeros is told.
+
+    Beside the model lies mask.safetensors: what was kept, and in its note how that was chosen (saliency, scope, images, seed, rounding).
 
     [bold]Examples[/bold]
 
-      vitrim compact --checkpoint runs/quickstart/baseline --mask runs/quickstart/mask.safetensors --explain --out small
+      vitrim compact runs/quickstart/baseline --mask runs/quickstart/mask.safetensors --explain --out small
 
-      vitrim compact --checkpoint pruned_elsewhere.pth --model deit_small_patch16_224 --out small
+      vitrim compact pruned_elsewhere.pth --model deit_small_patch16_224 --out small
 
-      vitrim compact --checkpoint deit.pth --model deit_small_patch16_224 --keep-ratio 0.5 --round-to 8 --out small
+      vitrim compact deit.pth --model deit_small_patch16_224 --keep-ratio 0.5 --round-to 8 --out small
+
+      vitrim compact runs/quickstart/baseline --saliency taylor --keep-ratio 0.7 --out small
+
+      vitrim compact deit.pth --model deit_small_patch16_224 --saliency taylor --data imagefolder:photos --samples 1024 --scope global --out small
     """
     from ..storage import require_empty
 
     if out is not None:
         require_empty(out, overwrite=overwrite)
+    if source is not None and checkpoint is not None:
+        raise InputError(f"two models: {source} and --checkpoint {checkpoint}; name one")
     if mask is not None and keep_ratio is not None:
         raise InputError("--mask and --keep-ratio both say what stays; keep one")
-    source = _source(checkpoint, model, overrides or [], pretrained)
-    if mask is None and keep_ratio is None:
+    if mask is not None and saliency is not None:
+        raise InputError("--mask and --saliency both say what stays; keep one")
+    if saliency is not None:
+        _require_saliency(saliency)
+    if data is not None and saliency not in FROM_IMAGES:
+        raise InputError(f"--data {data}: images are asked by --saliency taylor and head only; add one of them, or leave --data out")
+    given = _source(source or checkpoint, model, overrides or [], pretrained)
+    if mask is None and keep_ratio is None and saliency is None:
         if round_to is not None:
             raise InputError("--round-to snaps a mask; name --mask or --keep-ratio with it, dead weight alone is not rounded")
-        _cut_dead(source, explain, out, overwrite)
+        _cut_dead(given.model, explain, out, overwrite)
         return
-    chosen = _mask(source, mask, keep_ratio, saliency, scope, sharing, seed)
+    if mask is not None:
+        chosen, scores = _read_mask(mask, given.model), None
+    else:
+        images = _images(given, saliency, data, samples, seed) if saliency is not None and saliency in FROM_IMAGES else None
+        chosen, scores = _by_saliency(given.model, saliency or "l2", 0.5 if keep_ratio is None else keep_ratio, scope, sharing, seed, images)
     if round_to is not None:
-        from ..compress.rounding import snap
-        from ..compress.saliency import saliency as score
-
-        chosen = snap(chosen, source.architecture, round_to, saliency=score(source, "l2", sharing=chosen.sharing))
-    _cut(source, chosen, explain, out, overwrite)
+        chosen = _rounded(given.model, chosen, scores, round_to)
+    _cut(given.model, chosen, explain, out, overwrite)
 
 
-def _source(checkpoint: Path | None, name: str | None, overrides: list[str], pretrained: bool) -> CompactModel:
+@dataclass(frozen=True)
+class _Given:
+    """The model to cut, and what is known of its images."""
+
+    model: CompactModel
+    card: dict[str, Any] | None = None
+    section: ModelSection | None = None
+
+
+def _require_saliency(name: str) -> None:
+    from ..compress.saliency import require_criterion
+
+    require_criterion(name)
+
+
+def _source(checkpoint: Path | None, name: str | None, overrides: list[str], pretrained: bool) -> _Given:
     from ..compress.files import load
     from ..compress.lift import lift
     from ..recipe import ModelSection, parse_value
@@ -88,7 +145,7 @@ def _source(checkpoint: Path | None, name: str | None, overrides: list[str], pre
     if checkpoint is None and not pretrained:
         raise InputError("which model? name --checkpoint, or --model with --pretrained")
     if checkpoint is not None and checkpoint.is_dir():
-        return load(checkpoint)
+        return _Given(load(checkpoint), read_card(checkpoint.parent / CARD))
     if name is None:
         raise InputError(
             f"{checkpoint}: a checkpoint file holds tensors only; say what they are with --model NAME (and --override KEY=VALUE)"
@@ -96,30 +153,60 @@ def _source(checkpoint: Path | None, name: str | None, overrides: list[str], pre
     settings = dict(parse_value(item, "--override") for item in overrides)
     section = ModelSection(name=name, overrides=settings, pretrained=pretrained, checkpoint=None if checkpoint is None else str(checkpoint))
     classes = settings.get("num_classes") or (classes_in(checkpoint) if checkpoint is not None else 1000)
-    return lift(source_model(section, int(classes)))
+    return _Given(lift(source_model(section, int(classes))), section=section)
 
 
-def _mask(
-    source: CompactModel, path: Path | None, keep_ratio: float | None, saliency: str, scope: str, sharing: str, seed: int
-) -> StructuredMask:
+def _read_mask(path: Path, model: CompactModel) -> StructuredMask:
     from ..compress.mask import StructuredMask
 
-    if path is not None:
-        found = StructuredMask.load(path)
-        found.check(source.architecture)
-        return found
-    assert keep_ratio is not None, "without either, only what is dead goes"
+    found = StructuredMask.load(path)
+    found.check(model.architecture)
+    return found
+
+
+def _images(given: _Given, saliency: str, data: str | None, samples: int, seed: int) -> SaliencyImages:
+    from ..source_model import preprocessing_of
+    from .saliency_images import SaliencyImages
+
+    architecture = given.model.architecture
+    if architecture.head is None:
+        raise InputError(f"--saliency {saliency} asks the classifier's loss, and this model has no classifier; use l1 or l2")
+    found = model_data(given.card, data, architecture.image)
+    if found is None:
+        raise InputError(f"--saliency {saliency} needs images: name them with --data, e.g. --data fashion-mnist or --data imagefolder:PATH")
+    if given.section is not None:
+        found = replace(found, preprocessing=preprocessing_of(given.section, found.name, architecture.image))
+    return SaliencyImages(found, samples, seed, architecture.classes, f"{saliency} saliency")
+
+
+def _by_saliency(
+    model: CompactModel, saliency: str, keep_ratio: float, scope: str, sharing: str, seed: int, images: SaliencyImages | None
+) -> tuple[StructuredMask, Scores | None]:
+    from ..compress.mask import StructuredMask
+    from ..compress.saliency import mask_and_scores
+
     if saliency == "random":
-        return StructuredMask.random(source, keep_ratio, sharing, seed)  # type: ignore[arg-type]
+        return StructuredMask.random(model, keep_ratio, sharing, seed), None  # type: ignore[arg-type]
     # Words of the command line; what is none of the known ones is refused there.
-    return StructuredMask.from_saliency(source, saliency, keep_ratio=keep_ratio, scope=scope, sharing=sharing)  # type: ignore[arg-type]
+    chosen, scores = mask_and_scores(model, saliency, keep_ratio=keep_ratio, scope=scope, sharing=sharing, data=images)  # type: ignore[arg-type]
+    if images is None:
+        return chosen, scores
+    show(f"{saliency} saliency over {images.note['images']} training images of {images.note['data']}")
+    return replace(chosen, note={**chosen.note, **images.note}), scores
+
+
+def _rounded(model: CompactModel, mask: StructuredMask, scores: Scores | None, round_to: int) -> StructuredMask:
+    from ..compress.rounding import snap
+    from ..compress.saliency import saliency as score
+
+    # By what the mask was chosen by; magnitudes for dimensions that it left whole, and for masks that came without scores.
+    return snap(mask, model.architecture, round_to, saliency={**score(model, "l2", sharing=mask.sharing), **(scores or {})})
 
 
 def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | None, overwrite: bool) -> None:
     import torch
 
     from ..compress.compactor import compact as cut
-    from ..compress.files import save
     from ..compress.masked import masked
     from ..compress.stream_form import choose_stream_form
 
@@ -143,13 +230,21 @@ def _cut(source: CompactModel, mask: StructuredMask, explain: bool, out: Path | 
         show(f"residual stream: {dense} of {len(form.choices)} readers and writers as dense rows, {len(form.choices) - dense} by index")
     show(f"masked against compact: largest relative error {error:.1e} over {len(images)} noise images")
     if out is not None:
-        save(small, out, overwrite=overwrite)
-        show(f"saved: {out}")
+        _save(small, mask, out, overwrite)
+
+
+def _save(small: CompactModel, mask: StructuredMask, out: Path, overwrite: bool) -> None:
+    from ..compress.files import save
+    from ..storage import replace_folder
+
+    with replace_folder(out, overwrite=overwrite) as aside:
+        save(small, aside)
+        mask.save(aside / MASK)
+    show(f"saved: {out}")
 
 
 def _cut_dead(source: CompactModel, explain: bool, out: Path | None, overwrite: bool) -> None:
     from ..compress.dead_weight import find_dead
-    from ..compress.files import save
 
     dead = find_dead(source)
     for row in dead.removed:
@@ -173,8 +268,7 @@ def _cut_dead(source: CompactModel, explain: bool, out: Path | None, overwrite: 
     _counts(source, dead.compact)
     show(f"before against after: largest relative error {dead.error:.1e} over 2 noise images")
     if out is not None:
-        save(dead.compact, out, overwrite=overwrite)
-        show(f"saved: {out}")
+        _save(dead.compact, dead.mask, out, overwrite)
 
 
 def _counts(source: CompactModel, small: CompactModel) -> None:

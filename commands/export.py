@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from ..errors import InputError
 from ..storage import require_empty
+from .model_data import CARD, model_data, read_card
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from ..compress.data.preprocessing import Preprocessing
     from ..compress.vit.model import CompactModel
 
-CARD = "data.json"
 # Of measuring, with --runtime all.
 ALL_LIMIT_S = 30.0
 
@@ -157,43 +155,20 @@ def _settings(given: list[str]) -> dict[str, str]:
     return found
 
 
-def read_card(path: Path) -> dict[str, Any] | None:
-    """data.json of the run that a model lies in, if it lies in one. Errors: InputError naming the file."""
-    if not path.is_file():
-        return None
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); run the recipe again with --resume") from error
-    if not isinstance(card, dict) or card.get("schema") != "vitrim.data/1":
-        raise InputError(f"{path}: not a vitrim.data/1 file; run the recipe again with --resume")
-    return card
-
-
 def _data(
     card: dict[str, Any] | None, named: str | None, image: tuple[int, int, int], count: int
 ) -> tuple[Preprocessing | None, list[str] | None, NDArray[Any] | None]:
     """How pictures become inputs, the words for the answers, and real images; None where nothing is known of them."""
     from ..compress.data.door import open_dataset
-    from ..compress.data.known import default_preprocessing
-    from ..compress.data.preprocessing import Preprocessing
     from ..shipping_steps import sample
 
-    name = named or (card["name"] if card else None)
-    if name is None:
+    found = model_data(card, named, image)
+    if found is None:
         typer.echo(
             "no data set is known for this model (--data NAME): parity is proven on noise, and the manifest holds no preprocessing",
             err=True,
         )
         return None, None, None
-    preprocessing, division = default_preprocessing(name, image), {}
-    if card is not None and named in (None, card["name"]):
-        # The run's own division, so that parity and calibration look at images that it held out.
-        division = {key: card[key] for key in ("seed", "validation") if key in card}
-        try:
-            preprocessing = Preprocessing.model_validate(card["preprocessing"])
-        except (ValidationError, KeyError) as error:
-            raise InputError(f"{CARD}: its preprocessing cannot be read ({error}); run the recipe again with --resume") from error
-    opened = open_dataset(name, preprocessing=preprocessing, **division)
+    opened = open_dataset(found.name, preprocessing=found.preprocessing, **found.division)
     pictures, _ = sample(opened.val, count).arrays()
-    return preprocessing, list(opened.labels), pictures
+    return found.preprocessing, list(opened.labels), pictures

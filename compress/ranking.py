@@ -47,6 +47,12 @@ class _Group:
         return result if len(result) > 1 else result[0]
 
 
+def require_scope(scope: str) -> None:
+    """Errors: InputError for a word that is no scope."""
+    if scope not in get_args(Scope):
+        raise InputError(f"scope = {scope!r}: choose 'global', 'layer' or 'isomorphic'")
+
+
 def rank(
     architecture: Architecture, scores: Scores, costs: Scores, keep_ratio: Mapping[str, float], scope: Scope
 ) -> dict[str, dict[str, Tensor]]:
@@ -55,8 +61,7 @@ def rank(
     `scores`, `costs`: (size,) or (heads, size) a group; a group without scores is left out, which keeps it whole. Where two dimensions have
     different ratios they are not weighed against each other.
     """
-    if scope not in get_args(Scope):
-        raise InputError(f"scope = {scope!r}: choose 'global', 'layer' or 'isomorphic'")
+    require_scope(scope)
     groups = [
         _group(architecture, dimension, site, values, costs[dimension][site])
         for dimension, entries in scores.items()

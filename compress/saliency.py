@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -13,7 +14,7 @@ from .gate_saliency import sensitivity, taylor
 from .lift import lift
 from .magnitude import magnitude, unit_costs
 from .mask import DIMENSIONS, ScaleRule, Sharing, StructuredMask, groups
-from .ranking import Scope, rank
+from .ranking import Scope, rank, require_scope
 from .vit.model import CompactModel
 
 Criterion = Literal["l1", "l2", "taylor", "head", "random"]
@@ -39,8 +40,7 @@ def saliency(
     `l1`, `l2`: sum of absolute or squared weights. `taylor`: first-order estimate of the loss's change. `head`: sensitivity of heads alone
     (Michel et al. 2019). `random`: uniform. `data`: batches of (images, class numbers), for `taylor` and `head`. Errors: InputError.
     """
-    if criterion not in get_args(Criterion):
-        raise InputError(f"saliency = {criterion!r}: choose {', '.join(repr(name) for name in get_args(Criterion))}")
+    require_criterion(criterion)
     for name in dimensions:
         if name not in DIMENSIONS:
             raise InputError(f"saliency: unknown dimension {name!r}; known: {', '.join(DIMENSIONS)}")
@@ -64,6 +64,15 @@ def saliency(
     return taylor(source, data, dimensions, sharing, scale=scale)
 
 
+def require_criterion(name: str) -> None:
+    """Errors: InputError with the nearest name if no saliency is called so."""
+    known = get_args(Criterion)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"saliency = {name!r}: choose {', '.join(map(repr, known))}{hint}")
+
+
 def mask_by_saliency(
     model: nn.Module,
     criterion: Criterion = "l2",
@@ -77,6 +86,29 @@ def mask_by_saliency(
     seed: int = 0,
 ) -> StructuredMask:
     """The mask that keeps the most salient units; see `StructuredMask.from_saliency`."""
+    return mask_and_scores(
+        model, criterion, keep_ratio=keep_ratio, scope=scope, sharing=sharing, data=data, fixed=fixed, scale=scale, seed=seed
+    )[0]
+
+
+def mask_and_scores(
+    model: nn.Module,
+    criterion: Criterion = "l2",
+    *,
+    keep_ratio: float | Mapping[str, float] = 0.5,
+    scope: Scope = "global",
+    sharing: Sharing = "residual",
+    data: Data | None = None,
+    fixed: Sequence[str] = (),
+    scale: ScaleRule = "original",
+    seed: int = 0,
+) -> tuple[StructuredMask, Scores]:
+    """As `mask_by_saliency`, with the scores that it was ranked by, so that whoever rounds the mask need not ask the data again.
+
+    Everything that can be refused without the data is refused before the first batch is asked for.
+    """
+    require_criterion(criterion)
+    require_scope(scope)
     ratios = _ratios(keep_ratio, criterion, fixed)
     source: CompactModel = lift(model)
     scores = saliency(source, criterion, sharing=sharing, data=data, dimensions=tuple(ratios), scale=scale, seed=seed)
@@ -87,7 +119,7 @@ def mask_by_saliency(
             for site, values in entries.items():
                 values *= costs[dimension][site]
     kept = rank(source.architecture, scores, costs, ratios, scope)
-    return StructuredMask(kept, scale=scale, note={"saliency": criterion, "scope": scope, "keep_ratio": str(keep_ratio)})
+    return StructuredMask(kept, scale=scale, note={"saliency": criterion, "scope": scope, "keep_ratio": str(keep_ratio)}), scores
 
 
 def _ratios(keep_ratio: float | Mapping[str, float], criterion: str, fixed: Sequence[str]) -> dict[str, float]:

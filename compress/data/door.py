@@ -8,6 +8,7 @@ Fashion-MNIST and the embedded quickstart have a fixed division, so that the shi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,35 @@ def open_dataset(
         splits[part] = Split(decoded[id(pictures)], pictures.targets[rows], preprocessing, None if everything else rows)
     data = DataSplits(spec, splits["train"], splits["val"], splits["test"], sources.labels, preprocessing)
     return data.limited(limit, seed)
+
+
+def open_sample(
+    spec: str,
+    part: Literal["train", "val", "test"],
+    count: int,
+    *,
+    preprocessing: Preprocessing,
+    classes: int,
+    seed: int = 0,
+    validation: float = 0.1,
+    draw_seed: int = 0,
+    quiet: bool = True,
+) -> Split:
+    """At most `count` images of one split of a data set, every class in its own share; no others are decoded.
+
+    spec, preprocessing, seed and validation as for `open_dataset`, which gives the same splits; `draw_seed` says which of the images.
+    Errors: as `open_dataset`, and InputError if the data set has another number of classes than `classes`.
+    """
+    sources = _sources(canonical(spec))
+    if len(sources.labels) != classes:
+        raise InputError(f"{spec} has {len(sources.labels)} classes, but the model has {classes} outputs; name the data set that it was trained on")
+    plan = _plan(spec, sources, seed, validation)
+    require_splits(spec, {name: pictures.targets[rows] for name, (pictures, rows) in plan.items()}, sources.labels)
+    pictures, rows = plan[part]
+    if count < len(rows):
+        rows = rows[stratified_indices(pictures.targets[rows], count, draw_seed)[0]]
+    drawn = pictures.part(rows)
+    return Split(decode(drawn, preprocessing, title=f"decoding {spec}", quiet=quiet), drawn.targets, preprocessing)
 
 
 def require_classes(data: DataSplits, classes: int, model_name: str) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from vitrim.compress.data import fashion_mnist
-from vitrim.compress.data.door import open_dataset, require_classes
-from vitrim.compress.data.known import canonical
+from vitrim.compress.data.door import open_dataset, open_sample, require_classes
+from vitrim.compress.data.known import canonical, default_preprocessing
 from vitrim.compress.data.pictures import cache_folder
 from vitrim.compress.data.quickstart import ARCHIVE
 from vitrim.compress.data.splits import DataSplits, Split
@@ -301,3 +301,31 @@ def test_the_head_must_fit(quickstart: DataSplits) -> None:
     require_classes(quickstart, 10, "vit_tiny")
     with pytest.raises(InputError, match="quickstart has 10 classes, but vit_tiny has 1000 outputs; set num_classes = 10"):
         require_classes(quickstart, 1000, "vit_tiny")
+
+
+def test_a_sample_is_of_its_split_and_nothing_else_is_decoded(tmp_path: Path) -> None:
+    root = folder_of_pictures(tmp_path / "pictures", {"ant": 12, "bee": 6})
+    spec = f"imagefolder:{root}"
+    preprocessing = default_preprocessing(spec, SMALL)
+    whole = open_dataset(spec, image=SMALL, seed=4, validation=0.2)
+    for part in ("train", "val", "test"):
+        drawn = open_sample(spec, part, 3, preprocessing=preprocessing, classes=2, seed=4, validation=0.2)  # type: ignore[arg-type]
+        assert len(drawn) == min(3, len(getattr(whole, part)))
+        assert contents(drawn) <= contents(getattr(whole, part))
+    drawn = open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2)
+    assert sorted(drawn.targets.tolist()) == [0, 0, 0, 0, 1, 1]
+    one, same, other = (
+        contents(open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2, draw_seed=seed)) for seed in (1, 1, 2)
+    )
+    assert one == same
+    assert one != other
+    # Whatever was not drawn may be damaged.
+    kept = {bytes(picture) for picture in one}
+    for file in root.rglob("*.png"):
+        with Image.open(file) as image:
+            pixels = preprocessing.pixels(image)
+        if pixels.tobytes() not in kept:
+            file.write_bytes(file.read_bytes()[:50] + bytes(file.stat().st_size - 50))
+    assert contents(open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2, draw_seed=1)) == one
+    with pytest.raises(InputError, match=f"{spec} has 2 classes, but the model has 7 outputs"):
+        open_sample(spec, "train", 6, preprocessing=preprocessing, classes=7)
