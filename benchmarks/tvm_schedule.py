@@ -37,9 +37,10 @@ from vitrim.export.parity import relative_error
 from vitrim.export.runtimes.tvm_schedule.build import build_network
 from vitrim.export.runtimes.tvm_schedule.built import Built
 from vitrim.export.runtimes.tvm_schedule.default import default_network
-from vitrim.export.runtimes.tvm_schedule.dense import Dense, Rows, dense
+from vitrim.export.runtimes.tvm_schedule.dense import Dense, dense
 from vitrim.export.runtimes.tvm_schedule.lanes import Lanes
 from vitrim.export.runtimes.tvm_schedule.packing import panels
+from vitrim.export.runtimes.tvm_schedule.place import Rows
 from vitrim.export.runtimes.tvm_schedule.schedule import default_schedule
 from vitrim.export.runtimes.tvm_schedule.targets import tvm_target
 from vitrim.export.runtimes.tvm_schedule.tune import tune

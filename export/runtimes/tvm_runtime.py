@@ -6,14 +6,19 @@ import dataclasses
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from rich.console import Console
+from rich.progress import Progress
+
+from ...compress.vit.model import CompactModel
 from ...errors import InputError
 from ...targets.profile import TargetProfile, load_target
 from ..foreign import elsewhere
 from ..forms import Form
+from ..quantize import CALIBRATION_IMAGES
 from ..versions import tool_versions
 from .runtime import Role, Source, Written
 from .tvm_link import Linker, is_here, linker_for
@@ -25,6 +30,8 @@ from .tvm_weights import lift_weights, save_weights
 if TYPE_CHECKING:
     from ...bench.emulation import Emulator
     from .tvm_schedule.built import Built
+    from .tvm_schedule.codes import Range
+    from .tvm_schedule.precision import Name
 
 MODEL = "model.so"
 # log: JSON lines of the tuner, read, and written where it tunes. tune_s: measure tiles here for so many seconds first. schedule: `ours`, or `default` for
@@ -37,7 +44,7 @@ class TvmRuntime:
 
     name = "tvm"
     extra = "tvm"
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = ("fp32", "int8", "int8-static")
     # Kernels are written from the network itself; the front end reads torch's graph as it is.
     form: Form | None = None
 
@@ -84,14 +91,14 @@ class TvmRuntime:
 
         batch = int(source.batch)
         if source.compact is None or not settings.ours or (profile.tvm_target or {}).get("kind") == "cuda":
+            if source.precision != "fp32":
+                raise InputError(f"{source.precision} is computed by our own kernels, and this network, target or schedule has none of them; take fp32")
             if settings.tune_s is not None or settings.log is not None:
                 raise InputError("tuning measures our own kernels, and this network, target or schedule has none of them; leave tune_s and log out")
             return default_network(source.graph, profile, threads=source.threads)
+        numbers = _numbers(source, source.compact)
         if settings.tune_s is None:
-            return build_network(source.compact, profile, batch=batch, threads=source.threads, log=settings.log)
-        from rich.console import Console
-        from rich.progress import Progress
-
+            return build_network(source.compact, profile, batch=batch, threads=source.threads, log=settings.log, **numbers)
         from .tvm_schedule.tune import tune
 
         with tempfile.TemporaryDirectory(prefix="vitrim-tune-") as folder, Progress(console=Console(stderr=True), transient=True) as bar:
@@ -99,14 +106,38 @@ class TvmRuntime:
             task = bar.add_task("tuning", total=1.0)
             tuned = tune(
                 source.compact, profile, log, batch=batch, threads=source.threads, time_limit_s=settings.tune_s,
-                report=lambda shape, share: bar.update(task, description=f"tuning {shape}", completed=share),
+                report=lambda shape, share: bar.update(task, description=f"tuning {shape}", completed=share), **numbers,
             )  # fmt: skip
-            built = build_network(source.compact, profile, batch=batch, threads=source.threads, log=log)
+            built = build_network(source.compact, profile, batch=batch, threads=source.threads, log=log, **numbers)
         note = f"tuned here: {tuned.trials} tiles of {tuned.shapes} of {tuned.of} shapes, {tuned.usual_s * 1e3:.3f} ms became {tuned.best_s * 1e3:.3f} ms"
         return dataclasses.replace(built, notes=(*built.notes, note))
 
 
 RUNTIME = TvmRuntime()
+
+
+class Numbers(TypedDict):
+    """What the kernels compute in."""
+
+    precision: Name
+    ranges: Sequence[Range] | None
+
+
+def _numbers(source: Source, compact: CompactModel) -> Numbers:
+    """The precision, and for int8-static the ranges found on the images."""
+    from .tvm_schedule.coverage import reason_against
+
+    name: Name = source.precision  # type: ignore[assignment]  # one of `precisions`: the exporter has checked
+    # What no kernel covers is refused with its reason when the network is built.
+    if name != "int8-static" or reason_against(compact.architecture) is not None:
+        return Numbers(precision=name, ranges=None)
+    assert source.images is not None
+    from .tvm_schedule.ranges import find_ranges
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("finding ranges", total=None)
+        found = find_ranges(compact, source.images[:CALIBRATION_IMAGES], lambda done, of: bar.update(task, completed=done, total=of))
+    return Numbers(precision=name, ranges=found)
 
 
 def write_code(built: Built, linker: Linker, folder: Path, *, straight: bool, static: bool) -> tuple[str, list[tuple[str, Role]], list[str]]:

@@ -9,10 +9,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .activations import exp2, named
-from .dense import Rows, product
+from .codes import Coding
 from .keys import Heads, key_panels, packed_size
 from .lanes import Buffer, Expr, Lanes
 from .norm import sum_over
+from .place import Rows
+from .product import product
 from .schedule import Schedule, Shape, Tile
 from .threads import over_threads
 from .tiles import Run, bounds, even
@@ -38,6 +40,8 @@ class Attend:
     values: Heads
     # A number added to each score, (heads, asked, whole vectors of tokens).
     biased: bool = False
+    # The result becomes codes of a range known beforehand.
+    writes: Coding | None = None
 
     @property
     def shape(self) -> Shape:
@@ -46,7 +50,7 @@ class Attend:
 
 
 def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
-    """The kernel: (queries' rows, packed keys and values, [biases]) -> out (images, asked, heads * values.each), all flat."""
+    """The kernel: (queries' rows, packed keys and values, [biases], [range]) -> out (images, asked, heads * values.each), all flat."""
     count = lanes.count
     tile = schedule.tile(spec.shape)
     row_runs = even(spec.asked, tile.rows)
@@ -58,7 +62,9 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
         packed = T.arg("packed", T.buffer((pairs * size,), "float32"))
         stride = lanes.up(spec.tokens)
         bias = T.arg("bias", T.buffer((spec.heads * spec.asked * stride,), "float32")) if spec.biased else None
-        out = T.arg("out", T.buffer((spec.images * spec.asked * spec.heads * spec.values.each,), "float32"))
+        known = None if spec.writes is None else T.arg("range", T.buffer((2,), "float32"))
+        stored = "float32" if spec.writes is None else spec.writes.dot.stored
+        out = T.arg("out", T.buffer((spec.images * spec.asked * spec.heads * spec.values.each,), stored))
 
         def share(part: Expr, parts: int) -> None:
             most = max(run.size for run in row_runs)
@@ -70,7 +76,7 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
                 with T.serial(*bounds(pairs * run.count, part, parts)) as index:
                     pair = named(index // run.count)
                     row = named(run.start + index % run.count * run.size)
-                    _tile(spec, lanes, tile, x, packed, bias, out, scores, accumulators, inverses, pair, row, run.size)
+                    _tile(spec, lanes, tile, x, packed, bias, known, out, scores, accumulators, inverses, pair, row, run.size)
 
         over_threads(share, schedule.threads)
     return builder.get()
@@ -83,6 +89,7 @@ def _tile(
     x: Buffer,
     packed: Buffer,
     bias: Buffer | None,
+    known: Buffer | None,
     out: Buffer,
     scores: Buffer,
     accumulators: Buffer,
@@ -107,7 +114,7 @@ def _tile(
             run.size,
             spec.keys.each,
             tile.steps,
-            lambda r, k: x[queries[r] + k],
+            lambda r, k: lanes.splat(x[queries[r] + k]),
             lambda v, k: lanes.load(packed, place + k * (run.size * count) + v * count),
         )
         for r in range(rows):
@@ -137,13 +144,16 @@ def _tile(
             run.size,
             tokens,
             tile.steps,
-            lambda r, k: scores[r * stride + k],
+            lambda r, k: lanes.splat(scores[r * stride + k]),
             lambda v, k: lanes.load(packed, values + k * spec.values.each + column + v * count),
         )
         for r in range(rows):
             for v in range(run.size):
                 value = lanes.load(accumulators, (r * run.size + v) * count) * lanes.splat(inverses[r])
-                lanes.store(out, target[r] + column + v * count, value)
+                if spec.writes is None:
+                    lanes.store(out, target[r] + column + v * count, value)
+                else:
+                    spec.writes.put(out, target[r] + column + v * count, named(value), spec.writes.ends(known))
 
     for run in even(spec.values.each // count, tile.vectors):
         with T.serial(0, run.count) as panel:

@@ -56,6 +56,14 @@ class Lanes:
         value = T.float32(value) if isinstance(value, int | float) else value
         return value if self.count == 1 else T.Broadcast(value, self.count)
 
+    def zero(self) -> Expr:
+        """Zero in all lanes."""
+        return self.splat(0.0)
+
+    def multiply_add(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """a * b + c."""
+        return self.fma(a, b, c)
+
     def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """a * b + c."""
         return T.call_llvm_pure_intrin(self.dtype, "llvm.fma", a, b, c) if self.fused else a * b + c
@@ -76,11 +84,12 @@ class Lanes:
         """int32 bits read as fp32."""
         return T.reinterpret(self.dtype, value)
 
-    def first(self, wanted: int, value: Expr, other: float) -> Expr:
-        """`value` in the first `wanted` lanes, `other` in the rest."""
+    def first(self, wanted: int, value: Expr, other: Expr) -> Expr:
+        """`value` in the first `wanted` lanes, `other` (a number, or a vector) in the rest."""
         if wanted >= self.count:
             return value
-        return T.Select(T.Ramp(0, 1, self.count) < T.Broadcast(T.int32(wanted), self.count), value, self.splat(other))
+        rest = self.splat(other) if isinstance(other, int | float) else other
+        return T.Select(T.Ramp(0, 1, self.count) < T.Broadcast(T.int32(wanted), self.count), value, rest)
 
     def total(self, value: Expr) -> Expr:
         """The sum over the lanes, in a tree."""
@@ -90,6 +99,10 @@ class Lanes:
     def largest(self, value: Expr) -> Expr:
         """The largest lane."""
         return self._tree(value, T.max)
+
+    def smallest(self, value: Expr) -> Expr:
+        """The smallest lane."""
+        return self._tree(value, T.min)
 
     def _tree(self, value: Expr, join: Any) -> Expr:
         lanes = self.count

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ....errors import InputError
 from ....targets.vector import VectorUnit
-from .schedule import Shape, Tile
+from .schedule import Kind, Shape, Tile
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Small = Annotated[int, Field(ge=1, le=64)]
@@ -25,7 +25,7 @@ class Trial(BaseModel):
     target: Annotated[str, Field(max_length=100)]
     processor: Annotated[str, Field(max_length=200)]
     threads: Small
-    kind: Literal["dense", "attention"]
+    kind: Kind
     sizes: Annotated[tuple[Count, ...], Field(min_length=3, max_length=4)]
     rows: Small
     vectors: Small

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ....compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec, NormSpec
 from ....compress.vit.model import CompactModel
 from ....compress.vit.relative_bias import offsets
 from .attention import Attend, attend
-from .dense import Dense, Rows, dense
+from .codes import Coding, Encode, Range, encode_rows
+from .dense import Dense, dense
 from .head_norm import HeadNorm, norm_heads
 from .keys import Heads, pack_keys, packed_size
 from .lanes import Lanes
+from .matrices import Entering, Matrix, State, Stream, beside, from_torch, heads_chosen, under, widen
 from .norm import Normalise, normalise
-from .packing import Array, padded, padded_heads, panels
+from .packing import Array, in_eight_bits, padded, padded_heads, panels
 from .patches import Patches, cut_patches
+from .place import Rows
+from .precision import Float, Observed, Precision
 from .program import Program, Value
 from .rope import Turn, turn_heads
 from .rows import add_constant, first_columns, first_rows, mean_rows
@@ -27,53 +31,38 @@ from .schedule import Schedule
 if TYPE_CHECKING:
     from tvm import IRModule
 
-State = dict[str, Array]
 
-
-@dataclass(frozen=True)
-class Matrix:
-    """x W + b as numbers: weight (K, N), bias (N,) or None."""
-
-    weight: Array
-    bias: Array | None
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A value of `rows` rows for each image, `width` columns in a row, of which the first `used` mean something."""
-
-    value: Value
-    rows: int
-    width: int
-    used: int
-
-    @property
-    def place(self) -> Rows:
-        """Where its rows lie."""
-        return Rows(self.rows, self.width)
-
-
-def write_program(compact: CompactModel, lanes: Lanes, schedule: Schedule, batch: int) -> IRModule:
+def write_program(compact: CompactModel, lanes: Lanes, schedule: Schedule, batch: int, precision: Precision | None = None) -> IRModule:
     """The network as a module with one function `main`: images (batch, C, H, W) -> logits (batch, classes). What `coverage` refuses must not come here."""
-    return _Writer(compact, lanes, schedule, batch).module()
+    return _Writer(compact, lanes, schedule, batch, precision or Float()).module()
 
 
-def kernel_specs(compact: CompactModel, lanes: Lanes, schedule: Schedule, batch: int) -> list[Dense | Attend]:
+def write_observed(compact: CompactModel, lanes: Lanes, schedule: Schedule) -> tuple[IRModule, list[Stream]]:
+    """The network for one image, and the rows that its products read: `main` gives the logits and then those rows, each flat."""
+    observed = Observed()
+    return _Writer(compact, lanes, schedule, 1, observed).module(observed), observed.rows
+
+
+def kernel_specs(
+    compact: CompactModel, lanes: Lanes, schedule: Schedule, batch: int, precision: Precision | None = None
+) -> list[Dense | Attend]:
     """The products that the network's program consists of, in order, equal ones as often as they come."""
-    writer = _Writer(compact, lanes, schedule, batch)
+    writer = _Writer(compact, lanes, schedule, batch, precision or Float())
     writer.module()
     return [key for key in writer.program.keys if isinstance(key, Dense | Attend)]
 
 
 class _Writer:
-    def __init__(self, compact: CompactModel, lanes: Lanes, schedule: Schedule, batch: int) -> None:
+    def __init__(self, compact: CompactModel, lanes: Lanes, schedule: Schedule, batch: int, precision: Precision) -> None:
         self.architecture: Architecture = compact.architecture
         self.state: State = {name: tensor.detach().cpu().float().numpy() for name, tensor in compact.state_dict().items()}
-        self.lanes, self.schedule, self.batch = lanes, schedule, batch
+        self.lanes, self.schedule, self.batch, self.precision = lanes, schedule, batch, precision
         self.program = Program((batch, *self.architecture.image))
+        # Rows that other kernels read in fp32 are turned into codes once, however many products read them.
+        self.encoded: list[tuple[Stream, Stream]] = []
 
-    def module(self) -> IRModule:
-        return self.program.build(self.body)
+    def module(self, observed: Observed | None = None) -> IRModule:
+        return self.program.build(self.body, aside=None if observed is None else lambda: [rows.value for rows in observed.rows])
 
     def body(self) -> Value:
         stream = self.stem()
@@ -104,10 +93,11 @@ class _Writer:
         if "stem.bias" in state:
             table[prefix:] += state["stem.bias"]
         if architecture.stem_writes is not None:
-            flat, table = _widen(flat, architecture.stem_writes, architecture.embed), _widen(table, architecture.stem_writes, architecture.embed)
+            flat, table = widen(flat, architecture.stem_writes, architecture.embed), widen(table, architecture.stem_writes, architecture.embed)
         table = np.pad(table, ((0, 0), (0, lanes.up(table.shape[1]) - table.shape[1])))
         shared = Stream(self.program.constant(table.ravel()), 0, table.shape[1], architecture.embed)
-        stream = self.dense(Stream(rows, tokens, depth, depth), tokens, Matrix(flat, None), residual=shared)
+        # Pixels keep their precision: eight bits cost most here, and this is one product of many.
+        stream = self.dense(Stream(rows, tokens, depth, depth), tokens, Matrix(flat, None), residual=shared, exact=True)
         if architecture.stem_norm is None:
             return stream
         return self.normed(stream, architecture.stem_norm, affine=(state.get("stem_norm.weight"), state.get("stem_norm.bias")))
@@ -135,50 +125,50 @@ class _Writer:
         if isinstance(core, ConstantSpec):
             vector = inner["value"] if scale is None else inner["value"] * scale
             if branch.writes is not None:
-                vector = _widen(vector[None], branch.writes, embed)[0]
+                vector = widen(vector[None], branch.writes, embed)[0]
             return self.constant_added(written, vector)
-        out = _out(inner["out.weight"] if isinstance(core, AttentionSpec) else inner["fc2.weight"], inner.get("out.bias", inner.get("fc2.bias")))
+        out = from_torch(inner["out.weight"] if isinstance(core, AttentionSpec) else inner["fc2.weight"], inner.get("out.bias", inner.get("fc2.bias")))
         if scale is not None:
             out = Matrix(out.weight * scale, None if out.bias is None else out.bias * scale)
         if branch.writes is not None:
-            bias = None if out.bias is None else _widen(out.bias[None], branch.writes, embed)[0]
-            out = Matrix(_widen(out.weight, branch.writes, embed), bias)
+            bias = None if out.bias is None else widen(out.bias[None], branch.writes, embed)[0]
+            out = Matrix(widen(out.weight, branch.writes, embed), bias)
         x, entering = self.read(reads, branch, part)
         if isinstance(core, AttentionSpec):
             return self.attention(x, entering, core, inner, out, written, asked)
         return self.ffn(x, entering, core, inner, out, written)
 
-    def read(self, stream: Stream, branch: BranchSpec, part: State) -> tuple[Stream, _Entering]:
+    def read(self, stream: Stream, branch: BranchSpec, part: State) -> tuple[Stream, Entering]:
         """What the branch's first products read: the norm without its weights, which go into theirs."""
         if branch.norm is None:
             if branch.reads is None:
-                return stream, _Entering(None, None)
+                return stream, Entering(None, None)
             selection = np.zeros((self.architecture.embed, len(branch.reads)), np.float32)
             selection[list(branch.reads), range(len(branch.reads))] = 1
-            return stream, _Entering(None, None, selection)
-        x = self.normed(stream, branch.norm, columns=branch.reads)
-        return x, _Entering(part.get("norm.weight"), part.get("norm.bias"))
+            return stream, Entering(None, None, selection)
+        x = self.normed(stream, branch.norm, columns=branch.reads, for_products=True)
+        return x, Entering(part.get("norm.weight"), part.get("norm.bias"))
 
-    def attention(self, x: Stream, entering: _Entering, core: AttentionSpec, state: State, out: Matrix, written: Stream, asked: int) -> Stream:
+    def attention(self, x: Stream, entering: Entering, core: AttentionSpec, state: State, out: Matrix, written: Stream, asked: int) -> Stream:
         """Projections, keys and values turned into packed form, attention, output projection onto the stream."""
         lanes, heads, tokens = self.lanes, core.heads, x.rows
         wide = lanes.up(core.v)
         # Softmax by powers of two: the scale and the logarithm are in the queries, or in the norm behind their projection.
         scale = core.scale * math.log2(math.e)
-        q, k, v = (_out(state[f"{name}.weight"], state.get(f"{name}.bias")) for name in "qkv")
+        q, k, v = (from_torch(state[f"{name}.weight"], state.get(f"{name}.bias")) for name in "qkv")
         if core.kv_of is not None:
             # Each head gets keys and values of its own; a copy of weights costs less than a kernel that looks up whose they are.
-            k, v = _heads_chosen(k, core.kv_of, core.qk), _heads_chosen(v, core.kv_of, core.v)
+            k, v = heads_chosen(k, core.kv_of, core.qk), heads_chosen(v, core.kv_of, core.v)
         if core.q_norm is None:
             q = Matrix(q.weight * np.float32(scale), None if q.bias is None else q.bias * np.float32(scale))
         v = Matrix(padded_heads(v.weight, heads, wide), None if v.bias is None else padded_heads(v.bias[None], heads, wide)[0])
         if asked == tokens:
-            joined = self.dense(x, tokens, entering.into(_beside([q, k, v])))
+            joined = self.dense(x, tokens, entering.into(beside([q, k, v])))
             at = (0, heads * core.qk, 2 * heads * core.qk)
             asking, answering = joined, joined
         else:
             asking = self.dense(x, asked, entering.into(q))
-            answering = self.dense(x, tokens, entering.into(_beside([k, v])))
+            answering = self.dense(x, tokens, entering.into(beside([k, v])))
             at = (0, 0, heads * core.qk)
         if core.q_norm is not None:
             spec = HeadNorm(self.batch * asking.rows, asking.width, at[0], heads, core.q_norm, core.qk_norm_per_head)
@@ -198,7 +188,9 @@ class _Writer:
             asking = answering_new if asking is answering else asking
             answering = answering_new
         queries, keys, values = Heads(asking.width, at[0], core.qk), Heads(answering.width, at[1], core.qk), Heads(answering.width, at[2], wide)
-        spec_attend = Attend(self.batch, heads, tokens, asked, asking.place, queries, keys, values, core.bias is not None)
+        plain = not core.gated and core.out_norm is None
+        writes, known = self.precision.for_products(whole_rows=False) if plain else (None, None)
+        spec_attend = Attend(self.batch, heads, tokens, asked, asking.place, queries, keys, values, core.bias is not None, writes)
         tile = self.schedule.tile(spec_attend.shape)
         key = ("keys", heads, tokens, keys, values, tile.vectors)
         size = self.batch * heads * packed_size(tokens, keys, values, lanes)
@@ -209,11 +201,12 @@ class _Writer:
         operands = [asking.value, packed]
         if core.bias is not None:
             operands.append(self.program.constant(_relative(core, state, asked, lanes).ravel()))
+        operands += self.range_operand(writes, known)
         shape = (self.batch * asked * heads * wide,)
-        mixed = self.program.call("attend", spec_attend, lambda: attend(spec_attend, lanes, self.schedule), operands, shape)
-        found = Stream(mixed, asked, heads * wide, heads * wide)
+        mixed = self.program.call("attend", spec_attend, lambda: attend(spec_attend, lanes, self.schedule), operands, shape, _stored(writes))
+        found = Stream(mixed, asked, heads * wide, heads * wide, writes, known)
         weight = padded_heads(out.weight.T, heads, wide).T
-        gate = None if not core.gated else _out(state["gate.weight"], state.get("gate.bias"))
+        gate = None if not core.gated else from_torch(state["gate.weight"], state.get("gate.bias"))
         if gate is not None and (core.out_norm is None or wide == core.v):
             gate = Matrix(padded_heads(gate.weight, heads, wide), None if gate.bias is None else padded_heads(gate.bias[None], heads, wide)[0])
         if core.out_norm is not None:
@@ -222,9 +215,9 @@ class _Writer:
                 chosen, weight = tuple(head * wide + column for head in range(heads) for column in range(core.v)), out.weight
             affine = (state.get("out_norm.weight"), state.get("out_norm.bias"))
             # Through a gate the norm's weights cannot be folded.
-            found = self.normed(found, core.out_norm, columns=chosen, affine=affine if gate is not None else None)
+            found = self.normed(found, core.out_norm, columns=chosen, affine=affine if gate is not None else None, for_products=gate is None)
             if gate is None:
-                out = _Entering(*affine).into(Matrix(weight, out.bias))
+                out = Entering(*affine).into(Matrix(weight, out.bias))
                 weight = out.weight
         if gate is not None:
             found = self.dense(x, asked, entering.into(gate), act="sigmoid", factor=found)
@@ -251,19 +244,19 @@ class _Writer:
         value = self.program.call("head_norm", spec, lambda: norm_heads(spec, self.schedule.threads), operands, (spec.rows * spec.width,))
         return Stream(value, x.rows, x.width, x.used)
 
-    def ffn(self, x: Stream, entering: _Entering, core: FfnSpec, state: State, out: Matrix, written: Stream) -> Stream:
+    def ffn(self, x: Stream, entering: Entering, core: FfnSpec, state: State, out: Matrix, written: Stream) -> Stream:
         """Up, activation, perhaps times the other half, down onto the stream."""
-        first = entering.into(_out(state["fc1.weight"], state.get("fc1.bias")))
+        first = entering.into(from_torch(state["fc1.weight"], state.get("fc1.bias")))
         rows = written.rows
         if core.gated:
             plain = self.dense(x, rows, first)
-            gate = entering.into(_out(state["gate.weight"], state.get("gate.bias")))
-            hidden = self.dense(x, rows, gate, act=core.act, factor=plain)
+            gate = entering.into(from_torch(state["gate.weight"], state.get("gate.bias")))
+            hidden = self.dense(x, rows, gate, act=core.act, factor=plain, for_products=core.norm is None)
         else:
-            hidden = self.dense(x, rows, first, act=core.act)
+            hidden = self.dense(x, rows, first, act=core.act, for_products=core.norm is None)
         if core.norm is not None:
-            hidden = self.normed(hidden, core.norm)
-            out = _Entering(state.get("norm.weight"), state.get("norm.bias")).into(out)
+            hidden = self.normed(hidden, core.norm, for_products=True)
+            out = Entering(state.get("norm.weight"), state.get("norm.bias")).into(out)
         return self.dense(hidden, rows, out, residual=written)
 
     def head(self, stream: Stream) -> Value:
@@ -272,19 +265,19 @@ class _Writer:
         kind, asked = architecture.pool.kind, architecture.pooled_prefix
         if asked and stream.rows != asked:
             stream = self.kept(stream, asked)
-        entering = _Entering(None, None)
+        entering = Entering(None, None)
         # Weights of the norm go through a mean, but not through another norm.
         foldable = architecture.pool_norm is None
         weights = (state.get("norm.weight"), state.get("norm.bias"))
         if architecture.norm is not None:
             if foldable:
-                stream, entering = self.normed(stream, architecture.norm, columns=architecture.head_reads), _Entering(*weights)
+                stream, entering = self.normed(stream, architecture.norm, columns=architecture.head_reads), Entering(*weights)
             else:
                 stream = self.normed(stream, architecture.norm, columns=architecture.head_reads, affine=weights)
         elif architecture.head_reads is not None and foldable:
             selection = np.zeros((architecture.embed, len(architecture.head_reads)), np.float32)
             selection[list(architecture.head_reads), range(len(architecture.head_reads))] = 1
-            entering = _Entering(None, None, selection)
+            entering = Entering(None, None, selection)
         if kind in ("mean", "mean_all"):
             skipped = architecture.prefix if kind == "mean" else 0
             place, rows = Rows(stream.rows, stream.width, skipped), stream.rows - skipped
@@ -295,17 +288,17 @@ class _Writer:
         if architecture.pool_norm is not None:
             affine = (state.get("pool_norm.weight"), state.get("pool_norm.bias"))
             columns = architecture.head_reads if architecture.norm is None else None  # the first norm there is picks the columns
-            stream, entering = self.normed(stream, architecture.pool_norm, columns=columns), _Entering(*affine)
+            stream, entering = self.normed(stream, architecture.pool_norm, columns=columns), Entering(*affine)
         return self.classify(stream, entering, distilled=kind == "distilled")
 
-    def classify(self, stream: Stream, entering: _Entering, *, distilled: bool) -> Value:
+    def classify(self, stream: Stream, entering: Entering, *, distilled: bool) -> Value:
         """Logits (batch, classes) of pooled rows."""
         spec, state = self.architecture.head, self.state
         assert spec is not None
         if "pre_head.weight" in state:
             before = entering.into(Matrix(state["pre_head.weight"].T, state.get("pre_head.bias")))
             stream = self.dense(stream, stream.rows, before, act=spec.hidden_act)
-            entering = _Entering(None, None)
+            entering = Entering(None, None)
         answer = entering.into(Matrix(state["head.weight"].T, state.get("head.bias")))
         if distilled:
             # The mean of two classifiers on two rows is one classifier on the rows side by side.
@@ -321,36 +314,95 @@ class _Writer:
         )
 
     def dense(
-        self, x: Stream, rows: int, matrix: Matrix, *, act: str = "identity", factor: Stream | None = None, residual: Stream | None = None
+        self,
+        x: Stream,
+        rows: int,
+        matrix: Matrix,
+        *,
+        act: str = "identity",
+        factor: Stream | None = None,
+        residual: Stream | None = None,
+        for_products: bool = False,
+        exact: bool = False,
     ) -> Stream:
-        """The first `rows` rows of x times a matrix, and what comes behind it."""
+        """The first `rows` rows of x times a matrix, and what comes behind it. for_products: nothing else reads the result. exact: in fp32 in any precision."""
+        x = x if exact else self.in_codes(x)
         depth, used = matrix.weight.shape
         width = self.lanes.up(used)
+        weights, bias = self.weights(x, matrix)
+        writes, known = self.precision.for_products(whole_rows=False) if for_products else (None, None)
         spec = Dense(
             self.batch,
             rows,
             depth,
             width,
             x.place,
-            matrix.bias is not None,
+            bias is not None,
             act,
             None if factor is None else factor.place,
             None if residual is None else residual.place,
+            x.coding,
+            writes,
         )
-        weight = panels(matrix.weight, spec.panels(self.lanes, self.schedule), self.lanes.count)
-        operands = [x.value, self.program.constant(weight)]
-        if matrix.bias is not None:
-            operands.append(self.program.constant(padded(matrix.bias, width)))
+        group = 1 if x.coding is None else x.coding.dot.group
+        packed = panels(weights[0], spec.panels(self.lanes, self.schedule), self.lanes.count, group)
+        operands = [x.value, *(self.program.constant(part) for part in (packed, *(padded(part, width) for part in weights[1:])))]
+        if bias is not None:
+            operands.append(self.program.constant(padded(bias, width)))
         operands += [other.value for other in (factor, residual) if other is not None]
-        value = self.program.call("dense", spec, lambda: dense(spec, self.lanes, self.schedule), operands, (self.batch * rows * width,))
-        return Stream(value, rows, width, used)
+        operands += self.range_operand(writes, known)
+        shape = (self.batch * rows * width,)
+        value = self.program.call("dense", spec, lambda: dense(spec, self.lanes, self.schedule), operands, shape, _stored(writes))
+        return Stream(value, rows, width, used, writes, known)
+
+    def in_codes(self, x: Stream) -> Stream:
+        """The rows as products read them in this precision."""
+        if x.coding is not None:
+            return x
+        for known, found in self.encoded:
+            if known.value.same_as(x.value):
+                return found
+        coding, span = self.precision.read(x)
+        if coding is None:
+            return x
+        spec = Encode(self.batch, x.rows, x.used, x.place, coding)
+        length = coding.row_length(x.used)
+        operands = [x.value, *self.range_operand(coding, span)]
+        shape = (self.batch * x.rows * length,)
+        value = self.program.call("encode", spec, lambda: encode_rows(spec, self.schedule.threads), operands, shape, _stored(coding))
+        found = Stream(value, x.rows, length, x.used, coding, span)
+        self.encoded.append((x, found))
+        return found
+
+    def range_operand(self, coding: Coding | None, known: Range | None) -> list[Value]:
+        """What a kernel needs that writes codes of a range known beforehand."""
+        return [self.program.constant(known.operand(coding.dot))] if coding is not None and known is not None else []
+
+    @staticmethod
+    def weights(x: Stream, matrix: Matrix) -> tuple[tuple[NDArray[Any], ...], Array | None]:
+        """((weights, [scales], [sums]), bias) of a product with rows as they are: what `Dense.operands` names."""
+        if x.coding is None:
+            return (matrix.weight,), matrix.bias
+        codes, scales = in_eight_bits(matrix.weight)
+        sums = (scales * codes.sum(axis=0, dtype=np.int64)).astype(np.float32)
+        if x.range is None:
+            return (codes, scales, sums), matrix.bias
+        shift = np.float32(x.range.base(x.coding.dot)) * sums
+        return (codes, scales * np.float32(x.range.step)), shift if matrix.bias is None else shift + matrix.bias
 
     def normed(
-        self, x: Stream, norm: NormSpec, *, columns: tuple[int, ...] | None = None, affine: tuple[Array | None, Array | None] | None = None
+        self,
+        x: Stream,
+        norm: NormSpec,
+        *,
+        columns: tuple[int, ...] | None = None,
+        affine: tuple[Array | None, Array | None] | None = None,
+        for_products: bool = False,
     ) -> Stream:
-        """Rows normalised over the columns named, or over all that mean something."""
+        """Rows normalised over the columns named, or over all that mean something. for_products: nothing else reads them."""
+        writes, known = self.precision.for_products(whole_rows=True) if for_products else (None, None)
         spec = Normalise(
-            self.batch, x.rows, norm.width, x.place, norm.kind == "layer", norm.eps, affine is not None, columns is not None
+            self.batch, x.rows, norm.width, x.place, norm.kind == "layer", norm.eps, affine is not None, columns is not None, writes
         )
         width = self.lanes.up(norm.width)
         operands = [x.value]
@@ -360,10 +412,11 @@ class _Writer:
             weight, bias = affine
             operands.append(self.program.constant(padded(np.ones(norm.width, np.float32) if weight is None else weight, width)))
             operands.append(self.program.constant(padded(np.zeros(norm.width, np.float32) if bias is None else bias, width)))
-        value = self.program.call(
-            "norm", spec, lambda: normalise(spec, self.lanes, self.schedule.threads), operands, (self.batch * x.rows * width,)
-        )
-        return Stream(value, x.rows, width, norm.width)
+        operands += self.range_operand(writes, known)
+        length = width if writes is None else writes.row_length(norm.width)
+        shape = (self.batch * x.rows * length,)
+        value = self.program.call("norm", spec, lambda: normalise(spec, self.lanes, self.schedule.threads), operands, shape, _stored(writes))
+        return Stream(value, x.rows, length, norm.width, writes, known)
 
     def kept(self, x: Stream, rows: int) -> Stream:
         """The first rows of each image."""
@@ -382,50 +435,6 @@ class _Writer:
         return found[-1] if found else None
 
 
-@dataclass(frozen=True)
-class _Entering:
-    """What lies between a stream and a product and is linear: a norm's weights, or the choice of columns. It goes into the product's own weights."""
-
-    weight: Array | None
-    bias: Array | None
-    selection: Array | None = None
-
-    def into(self, matrix: Matrix) -> Matrix:
-        """(x * weight + bias) W + b = x (weight W) + (bias W + b); with a selection S, x S W."""
-        weight, bias = matrix.weight, matrix.bias
-        if self.bias is not None:
-            shift = (self.bias.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
-            bias = shift if bias is None else bias + shift
-        if self.weight is not None:
-            weight = weight * self.weight[:, None]
-        if self.selection is not None:
-            weight = self.selection @ weight
-        return Matrix(weight, bias)
-
-
-def under(state: State, prefix: str) -> State:
-    """The entries of `state` below `prefix`."""
-    start = f"{prefix}."
-    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-
-
-def _out(weight: Array, bias: Array | None) -> Matrix:
-    return Matrix(weight.T, bias)
-
-
-def _beside(matrices: list[Matrix]) -> Matrix:
-    weight = np.concatenate([matrix.weight for matrix in matrices], axis=1)
-    if all(matrix.bias is None for matrix in matrices):
-        return Matrix(weight, None)
-    biases = [np.zeros(matrix.weight.shape[1], np.float32) if matrix.bias is None else matrix.bias for matrix in matrices]
-    return Matrix(weight, np.concatenate(biases))
-
-
-def _heads_chosen(matrix: Matrix, chosen: tuple[int, ...], width: int) -> Matrix:
-    columns = np.concatenate([np.arange(head * width, (head + 1) * width) for head in chosen])
-    return Matrix(matrix.weight[:, columns], None if matrix.bias is None else matrix.bias[columns])
-
-
 def _relative(core: AttentionSpec, state: State, asked: int, lanes: Lanes) -> Array:
     """(heads, asked, whole vectors of tokens), in the units of scores: times log2 e."""
     spec = core.bias
@@ -436,9 +445,5 @@ def _relative(core: AttentionSpec, state: State, asked: int, lanes: Lanes) -> Ar
     return np.pad(bias, ((0, 0), (0, 0), (0, lanes.up(bias.shape[2]) - bias.shape[2])))
 
 
-def _widen(matrix: Array, writes: tuple[int, ...], embed: int) -> Array:
-    wide = np.zeros((matrix.shape[0], embed), np.float32)
-    wide[:, list(writes)] = matrix
-    return wide
-
-
+def _stored(coding: Coding | None) -> str:
+    return "float32" if coding is None else coding.dot.stored

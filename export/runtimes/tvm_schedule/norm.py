@@ -10,8 +10,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .activations import named
-from .dense import Rows
+from .codes import Coding, encode_row
 from .lanes import Buffer, Expr, Lanes
+from .place import Rows
 from .threads import over_threads
 from .tiles import bounds
 
@@ -21,7 +22,7 @@ class Normalise:
     """out = (x - mean) / sqrt(variance + eps) over the first `width` columns, or x / sqrt(mean of squares + eps) where not centred.
 
     Weight and bias are no part of it unless `affine`: whatever multiplies afterwards holds them. gather: the columns come by an index list. The
-    columns behind `width` that fill the last vector become zero.
+    columns behind `width` that fill the last vector become zero. writes: the rows become codes.
     """
 
     images: int
@@ -32,10 +33,11 @@ class Normalise:
     eps: float
     affine: bool = False
     gather: bool = False
+    writes: Coding | None = None
 
 
 def normalise(spec: Normalise, lanes: Lanes, threads: int) -> Any:
-    """The kernel: (x, [columns], [weight], [bias]) -> out (images, rows, whole vectors), all flat."""
+    """The kernel: (x, [columns], [weight], [bias], [range]) -> out (images, rows, whole vectors), all flat."""
     stride = lanes.up(spec.width)
     source = spec.source
     if source.per_image == spec.rows and not source.first:
@@ -48,20 +50,25 @@ def normalise(spec: Normalise, lanes: Lanes, threads: int) -> Any:
         columns = T.arg("columns", T.buffer((spec.width,), "int32")) if spec.gather else None
         weight = T.arg("weight", T.buffer((stride,), "float32")) if spec.affine else None
         bias = T.arg("bias", T.buffer((stride,), "float32")) if spec.affine else None
-        out = T.arg("out", T.buffer((images * rows * stride,), "float32"))
+        known = T.arg("range", T.buffer((2,), "float32")) if spec.writes is not None and spec.writes.static else None
+        length = stride if spec.writes is None else spec.writes.row_length(spec.width)
+        out = T.arg("out", T.buffer((images * rows * length,), "float32" if spec.writes is None else spec.writes.dot.stored))
 
         def rows_of(part: Expr, parts: int) -> None:
+            aside = None if spec.writes is None else T.alloc_buffer((stride,), "float32", scope="local")
             with T.serial(*bounds(images * rows, part, parts)) as row:
                 start = source.start(row // rows, row % rows) if images > 1 else source.start(0, row)
-                target = named(row * stride)
+                into, target = (out, named(row * stride)) if aside is None else (aside, 0)
                 if columns is not None:
                     for column in range(spec.width, stride):
-                        T.buffer_store(out, T.float32(0), [target + column])
+                        T.buffer_store(into, T.float32(0), [target + column])
                     with T.serial(0, spec.width) as column:
-                        T.buffer_store(out, x[start + columns[column]], [target + column])
-                    normalise_row(lanes, spec.width, spec.centred, spec.eps, out, target, out, target, weight, bias)
+                        T.buffer_store(into, x[start + columns[column]], [target + column])
+                    normalise_row(lanes, spec.width, spec.centred, spec.eps, into, target, into, target, weight, bias)
                 else:
-                    normalise_row(lanes, spec.width, spec.centred, spec.eps, x, named(start), out, target, weight, bias)
+                    normalise_row(lanes, spec.width, spec.centred, spec.eps, x, named(start), into, target, weight, bias)
+                if spec.writes is not None:
+                    encode_row(lanes, spec.writes, spec.width, lambda column: lanes.load(into, column), out, named(row * length), known)
 
         over_threads(rows_of, threads)
     return builder.get()

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .tiles import Run, pieces
 
 Array = NDArray[np.float32]
+Number = TypeVar("Number", np.float32, np.int8)
 
 
-def panels(weight: Array, runs: tuple[Run, ...], lanes: int) -> Array:
-    """(K, N) -> the panels one behind the other, each (K, its vectors * lanes), flat; columns that fill the last vector are zero."""
+def panels(weight: NDArray[Number], runs: tuple[Run, ...], lanes: int, group: int = 1) -> NDArray[Number]:
+    """(K, N) -> the panels one behind the other, each (K / group, its vectors * lanes, group), flat; rows and columns that fill the last are zero."""
     depth, width = weight.shape
-    wide = np.zeros((depth, sum(run.length for run in runs) * lanes), np.float32)
-    wide[:, :width] = weight
-    parts = [wide[:, start * lanes : (start + size) * lanes].ravel() for start, size in pieces(runs)]
+    groups = -(-depth // group)
+    wide = np.zeros((groups * group, sum(run.length for run in runs) * lanes), weight.dtype)
+    wide[:depth, :width] = weight
+    grouped = wide.reshape(groups, group, -1).transpose(0, 2, 1)
+    parts = [grouped[:, start * lanes : (start + size) * lanes].ravel() for start, size in pieces(runs)]
     return np.concatenate(parts)
+
+
+def in_eight_bits(weight: Array) -> tuple[NDArray[np.int8], Array]:
+    """(K, N) -> codes from -127 to 127 and the scale of each column."""
+    largest = np.abs(weight).max(axis=0)
+    scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    return np.rint(weight / scales).astype(np.int8), scales
 
 
 def padded(vector: Array, width: int) -> Array:

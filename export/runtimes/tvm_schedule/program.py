@@ -28,22 +28,23 @@ class Program:
         """Kernels so far, each counted once."""
         return len(self._kernels)
 
-    def build(self, body: Callable[[], Value]) -> tvm.IRModule:
-        """Runs `body`, which calls kernels and returns what `main` returns."""
+    def build(self, body: Callable[[], Value], aside: Callable[[], list[Value]] | None = None) -> tvm.IRModule:
+        """Runs `body`, which calls kernels and returns what `main` returns. aside: values that it returns too, known when the body has run."""
         with self.builder.function("main", [self.input]):
             with self.builder.dataflow():
-                result = self.builder.emit_output(body())
+                found = body()
+                result = self.builder.emit_output(found if aside is None else relax.Tuple([found, *aside()]))
             self.builder.emit_func_output(result)
         return self.builder.finalize()
 
-    def call(self, name: str, key: Hashable, kernel: Callable[[], Any], operands: list[Value], shape: tuple[int, ...]) -> Value:
-        """What the kernel that `key` stands for makes of the operands, of the given shape. kernel: writes it where it is new."""
+    def call(self, name: str, key: Hashable, kernel: Callable[[], Any], operands: list[Value], shape: tuple[int, ...], dtype: str = "float32") -> Value:
+        """What the kernel that `key` stands for makes of the operands, of the given shape and type. kernel: writes it where it is new."""
         if key not in self._kernels:
             unique = name if name not in self._names else f"{name}_{len(self._kernels)}"
             self._names.add(unique)
             self._kernels[key] = self.builder.add_func(kernel().with_attr("tirx.noalias", True), unique)
         self.keys.append(key)
-        return self.builder.emit(relax.call_tir(self._kernels[key], operands, relax.TensorType(shape, "float32")))
+        return self.builder.emit(relax.call_tir(self._kernels[key], operands, relax.TensorType(shape, dtype)))
 
     def constant(self, value: NDArray[np.generic]) -> Value:
         """Numbers that travel with the program."""

@@ -7,8 +7,8 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .dense import Rows
 from .lanes import Lanes
+from .place import Rows
 
 
 def mean_rows(images: int, rows: int, source: Rows, lanes: Lanes) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ....targets.vector import VectorUnit
 
-Kind = Literal["dense", "attention"]
+Kind = Literal["dense", "dense-int8", "attention"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Shape:
-    """A kernel's shape. dense: rows, depth, columns. attention: queries, tokens, query/key width, value width (of one head)."""
+    """A kernel's shape. dense (in fp32 or int8): rows, depth, columns. attention: queries, tokens, query/key width, value width (of one head)."""
 
     kind: Kind
     sizes: tuple[int, ...]

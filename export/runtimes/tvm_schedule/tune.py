@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ....compress.vit.model import CompactModel
 from ....errors import InputError, UnsupportedModel
 from ....targets.detect import detect_host
 from ....targets.profile import TargetProfile
 from .attention import Attend, attend
+from .codes import Range
 from .coverage import reason_against
-from .dense import Dense, dense
+from .dense import Dense, Operand, dense
 from .keys import packed_size
 from .lanes import Lanes
 from .log import Trial, append
 from .network import kernel_specs
+from .precision import Name, precision_named
 from .schedule import Schedule, Shape, Tile, candidates, default_schedule
 from .targets import tvm_target
 
@@ -50,6 +53,8 @@ def tune(
     threads: int = 1,
     time_limit_s: float = 60.0,
     report: Callable[[str, float], None] | None = None,
+    precision: Name = "fp32",
+    ranges: Sequence[Range] | None = None,
 ) -> Tuned:
     """Tries tiles for every shape of the network and appends to `log` what each took. report: told the shape and the share of the time that is gone.
 
@@ -65,7 +70,7 @@ def tune(
     target = tvm_target(profile)
     lanes, usual = Lanes.of(profile.vector), default_schedule(profile.vector, threads)
     counted: dict[Shape, list[Any]] = defaultdict(list)
-    for spec in kernel_specs(compact, lanes, usual, batch):
+    for spec in kernel_specs(compact, lanes, usual, batch, precision_named(precision, profile.vector, ranges)):
         counted[spec.shape].append(spec)
     shapes = sorted(counted, key=lambda shape: -len(counted[shape]) * _macs(counted[shape][0]))
     began, trials, done, sums = time.perf_counter(), 0, 0, [0.0, 0.0]
@@ -114,7 +119,7 @@ def _measure(spec: Dense | Attend, target: Any, lanes: Lanes, usual: Schedule, t
     deadline = time.perf_counter() + limit_s
     first = usual.tile(spec.shape)
     calls: dict[Tile, Callable[[], object]] = {}
-    inputs = [tvm.runtime.tensor(np.random.default_rng(0).standard_normal(size, np.float32)) for size in _sizes(spec, lanes)]
+    inputs = [tvm.runtime.tensor(_anything(operand)) for operand in _operands(spec, lanes)]
     for tile in dict.fromkeys((first, *tiles)):
         if calls and time.perf_counter() > deadline - limit_s / 2:
             break
@@ -140,9 +145,18 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def _sizes(spec: Dense | Attend, lanes: Lanes) -> list[int]:
+def _operands(spec: Dense | Attend, lanes: Lanes) -> list[Operand]:
     if isinstance(spec, Dense):
         return list(spec.operands().values())
     packed = spec.images * spec.heads * packed_size(spec.tokens, spec.keys, spec.values, lanes)
     bias = [spec.heads * spec.asked * lanes.up(spec.tokens)] if spec.biased else []
-    return [spec.images * spec.source.per_image * spec.source.width, packed, *bias, spec.images * spec.asked * spec.heads * spec.values.each]
+    sizes = [spec.images * spec.source.per_image * spec.source.width, packed, *bias, *([2] if spec.writes else [])]
+    out = spec.images * spec.asked * spec.heads * spec.values.each
+    return [*map(Operand, sizes), Operand(out) if spec.writes is None else Operand(out, spec.writes.dot.stored)]
+
+
+def _anything(operand: Operand) -> NDArray[np.generic]:
+    rng = np.random.default_rng(0)
+    if operand.type == "float32":
+        return rng.standard_normal(operand.size, np.float32)
+    return rng.integers(0, 100, operand.size).astype(operand.type)
