@@ -17,7 +17,7 @@ from .half import half
 from .known_forms import best_form
 from .order import Array, Order
 from .parity import first_difference
-from .static_choice import best_static
+from .static_choice import best_static, static_graph
 
 PLAIN = "plain"
 # What two forms answer alike; scaled queries, unbiased values and centred streams between them differ on purpose.
@@ -66,7 +66,7 @@ def candidates(model: nn.Module, tidy: onnx.ModelProto, order: Order, *, portabl
         known = [*FORMS, *(STREAM_FORMS if _scattered(compact) else ())]
         forms = [entry for entry in known if (order.batch == 1 or entry.rows == "batch") and entry.opset <= (order.opset or entry.opset)]
     else:
-        best, measured = best_form(order.target, order.batch, compact.architecture.tokens)
+        best, measured = best_form(order.target, order.batch, compact.architecture.tokens, precision=order.precision)
         if order.opset is not None and order.opset < best.opset:
             best, measured = replace(best, attention="split"), f"{measured}; without the operators that opset {order.opset} lacks"
         forms = [best]
@@ -91,27 +91,25 @@ def in_precision(model: nn.Module, candidate: Candidate, order: Order, notes: li
         return write_network(lift(model), candidate.form, batch=order.free_batch, linears="int8", weight_bits=bits, opset=order.opset)
     float_graph = candidate.model
     if candidate.form is not None:
-        form = candidate.form
-        if precision == "int8-static":
-            # The quantizer must know every value's type, and it knows none behind the runtime's own operators.
-            form = replace(form, attention="split", residual="add", norm="layer", activation="gelu")
-        float_graph = write_network(lift(model), form, batch=order.free_batch, linears="product", opset=order.opset)
+        float_graph = write_network(lift(model), candidate.form, batch=order.free_batch, linears="product", opset=order.opset)
     if precision == "int8":
         return quantize.int8_dynamic(float_graph, weight_bits=bits)
     if precision == "int8-static":
-        return static(float_graph, order, bits, notes)
+        return static(float_graph, order, bits, notes, pairs=candidate.form.qdq if candidate.form is not None else None)
     if precision == "fp16":
         return half(candidate.model)
     return quantize.weights_only(float_graph, 4 if precision == "int4-weights" else 8)
 
 
-def static(float_graph: onnx.ModelProto, order: Order, weight_bits: int, notes: list[str]) -> onnx.ModelProto:
-    """Static eight bits by the calibration that was asked for, or the best of all."""
+def static(float_graph: onnx.ModelProto, order: Order, weight_bits: int, notes: list[str], *, pairs: bool | None = None) -> onnx.ModelProto:
+    """Static eight bits by the calibration that was asked for, or the best of all. pairs: as a form's `qdq`; None lets the target decide."""
     assert order.images is not None
     images = order.images[: quantize.CALIBRATION_IMAGES]
+    pairs = capabilities.wants_pairs(order.target) if pairs is None else pairs
     if order.calibration == "best":
-        return best_static(float_graph, images, weight_bits=weight_bits, timed=capabilities.is_host(order.target), notes=notes, threads=order.threads)
-    return quantize.int8_static(float_graph, images, calibration=order.calibration, weight_bits=weight_bits)
+        timed = capabilities.is_host(order.target)
+        return best_static(float_graph, images, weight_bits=weight_bits, pairs=pairs, timed=timed, notes=notes, threads=order.threads)
+    return static_graph(float_graph, images, order.calibration, weight_bits=weight_bits, pairs=pairs)
 
 
 def where_in_form(model: nn.Module, candidate: Candidate, first: Array, order: Order, tolerance: float) -> str | None:

@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,14 +49,16 @@ def int8_dynamic(model: onnx.ModelProto, *, weight_bits: int = 8) -> onnx.ModelP
 
 
 def int8_static(
-    model: onnx.ModelProto, images: NDArray[Any], *, calibration: Calibration = "min-max", weight_bits: int = 8, also: tuple[Also, ...] = ()
-) -> onnx.ModelProto:
+    model: onnx.ModelProto, images: NDArray[Any], *, calibration: Calibration = "min-max", weight_bits: int = 8, also: tuple[Also, ...] = (),
+    symmetric: bool = False,
+) -> onnx.ModelProto:  # fmt: skip
     """Quantize weight products with input ranges found on calibration images, as QuantizeLinear and DequantizeLinear pairs.
 
     images: float32 (count, channels, height, width). Softmax, norms, attention products and the patch embedding stay float, but for those named in
     `also`; activations always do.
-    Requires: a graph whose values all have shapes that ONNX can infer (no operators of the runtime's own), or the quantizer passes over them.
-    Errors: InputError for an unknown calibration or too few images, or if the graph hides its products from the quantizer.
+    symmetric: inputs in signed bits around zero, and biases in float, as TensorRT wants them (NVIDIA/TensorRT issues 2774 and onnxruntime's 14229);
+    without it in unsigned bits with a zero point, which lose nothing on a side that no value takes.
+    Errors: InputError for an unknown calibration or too few images, or if a product could not be reached.
     """
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -89,7 +91,10 @@ def int8_static(
         more += [node.name for node in model.graph.node if node.op_type == "LayerNormalization"]
     kinds = ["MatMul", "Gemm", *(["Conv"] if "patch" in also else []), *(["Softmax"] if "attention" in also else [])]
     kinds += ["LayerNormalization"] if "norm" in also else []
-    with _files(model) as (source, target):
+    # The quantizer passes over values whose type it does not know, and it knows none behind the runtime's own operators.
+    others = {tensor.name for tensor in model.graph.initializer if tensor.data_type != onnx.TensorProto.FLOAT}
+    floats = {node.input[0] for node in model.graph.node if node.name in {*weighted, *more} and not others & set(node.input)}
+    with _files(model, floats) as (source, target):
         quantize_static(
             source,
             target,
@@ -99,11 +104,16 @@ def int8_static(
             nodes_to_quantize=weighted + more,
             per_channel=True,
             reduce_range=weight_bits < 8,
-            activation_type=QuantType.QUInt8,
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=method,
             # Only the products' inputs: quantizing their outputs too costs accuracy and saves nothing, since norms and softmax want floats.
-            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"], "DedicatedQDQPair": False},
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+                "DedicatedQDQPair": False,
+                "ActivationSymmetric": symmetric,
+                "QuantizeBias": not symmetric,
+            },
         )
         quantized = _read(target)
     answered = {node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
@@ -128,10 +138,10 @@ def weights_only(model: onnx.ModelProto, bits: Literal[4, 8], *, block_size: int
 
 
 class _files:
-    """The quantizers read and write files; these two live as long as the block."""
+    """The quantizers read and write files; these two live as long as the block. floats: values whose type is stated for them."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
+    def __init__(self, model: onnx.ModelProto, floats: Iterable[str] = ()) -> None:
+        self.model, self.floats = model, floats
 
     def __enter__(self) -> tuple[str, str]:
         self._folder = tempfile.TemporaryDirectory(prefix="vitrim-quantize-")
@@ -141,6 +151,7 @@ class _files:
         copy.CopyFrom(self.model)
         # Shapes of inner values that torch's exporter left behind contradict the quantizer's own.
         del copy.graph.value_info[:]
+        copy.graph.value_info.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in sorted(self.floats))
         source = Path(self._folder.name) / "float.onnx"
         onnx.save(copy, str(source))
         return str(source), str(source.with_name("quantized.onnx"))

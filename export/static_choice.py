@@ -11,11 +11,13 @@ import onnx
 from .order import Array
 from .parity import answers, relative_error
 from .quantize import CALIBRATIONS, Also, Calibration, int8_static
+from .static_kernels import eight_bit_products
 from .tuning import fastest
 
 # How much sooner a graph with more in eight bits must answer before it is taken.
 WORTH = 0.98
-_MORE: tuple[tuple[Also, ...], ...] = (("patch",), ("attention",), ("norm",))
+# What else may go into eight bits, and the operators or nodes in which the quantizer finds it.
+_MORE: tuple[tuple[Also, tuple[str, ...]], ...] = (("patch", ("Conv", "stem")), ("attention", ("Softmax",)), ("norm", ("LayerNormalization",)))
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,37 @@ class Way:
         )
 
 
-def best_static(float_graph: onnx.ModelProto, images: Array, *, weight_bits: int, timed: bool, notes: list[str], threads: int = 1) -> onnx.ModelProto:
+def static_graph(
+    float_graph: onnx.ModelProto, images: Array, calibration: Calibration, *, weight_bits: int, pairs: bool, also: tuple[Also, ...] = ()
+) -> onnx.ModelProto:
+    """Eight bits by one calibration; pairs: left around float products, with ranges around zero, instead of the runtime's own eight-bit products."""
+    made = int8_static(float_graph, images, calibration=calibration, weight_bits=weight_bits, also=also, symmetric=pairs)
+    return made if pairs else eight_bit_products(made)[0]
+
+
+def best_static(
+    float_graph: onnx.ModelProto, images: Array, *, weight_bits: int, timed: bool, notes: list[str], pairs: bool = False, threads: int = 1
+) -> onnx.ModelProto:
     """The graph whose answers stay nearest, over the three calibrations; `notes` gets a line for each.
 
     timed: also try the patch embedding, attention and the norms in eight bits, one after the other, and keep what is faster here without answering
-    fewer images alike. Without it they stay float, where they have been found better.
+    fewer images alike. Without it they stay float, where they have been found better; so do those that a form hands to one operator as a whole.
     """
     size = float_graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
     reference = answers(float_graph, images, batch=size)
-    ways = [_way(float_graph, images, reference, calibration, (), weight_bits, size) for calibration in CALIBRATIONS]
+
+    def way_of(calibration: Calibration, also: tuple[Also, ...]) -> Way:
+        made = static_graph(float_graph, images, calibration, weight_bits=weight_bits, pairs=pairs, also=also)
+        return _way(calibration, also, made, reference, answers(made, images, batch=size))
+
+    ways = [way_of(calibration, ()) for calibration in CALIBRATIONS]
     notes.extend(way.told() for way in ways)
     best = nearest(ways)
-    for more in _MORE if timed else ():
-        way = _way(float_graph, images, reference, best.calibration, (*best.also, *more), weight_bits, size)
+    there = {word for node in float_graph.graph.node for word in (node.op_type, node.name)}
+    for more, kinds in _MORE if timed else ():
+        if not there & set(kinds):
+            continue
+        way = way_of(best.calibration, (*best.also, more))
         latency_s = dict(fastest({"floats": best.graph, "more": way.graph}, images[:size], threads=threads, limit_s=1.0))
         ratio = latency_s["more"] / latency_s["floats"]
         taken = ratio < WORTH and way.top1_agreement >= best.top1_agreement
@@ -68,11 +88,7 @@ def nearest(ways: Sequence[Way]) -> Way:
     return max(ways, key=lambda way: (way.top1_agreement, -way.mean_relative_error))
 
 
-def _way(
-    graph: onnx.ModelProto, images: Array, reference: Array, calibration: Calibration, also: tuple[Also, ...], weight_bits: int, size: int
-) -> Way:
-    made = int8_static(graph, images, calibration=calibration, weight_bits=weight_bits, also=also)
-    found = answers(made, images, batch=size)
+def _way(calibration: Calibration, also: tuple[Also, ...], made: onnx.ModelProto, reference: Array, found: Array) -> Way:
     error = relative_error(reference, found)
     agreement = float(np.mean(found.argmax(-1) == reference.argmax(-1)))
     return Way(calibration, also, made, float(error.mean()), float(error.max()), agreement)

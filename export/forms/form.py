@@ -26,6 +26,8 @@ class Form:
     stream: what writes to (or reads without a norm) only some channels of the stream is a matrix with zeros for the others (`dense`), goes by
         index (`index`), or each as a measured cost model says (`cheaper`). Only unshared masks leave such.
     tile: token rows are filled up to a multiple of it; nobody attends to the rows behind the real ones.
+    qdq: where ranges were found on images, eight bits are written as QuantizeLinear and DequantizeLinear pairs around float products, for execution
+        providers that have no use for ONNX Runtime's own eight-bit products. Means nothing to other precisions.
     """
 
     rows: Literal["matrix", "batch"] = "matrix"
@@ -38,6 +40,7 @@ class Form:
     last_keys: bool = True
     stream: Literal["cheaper", "dense", "index"] = "cheaper"
     tile: int = 1
+    qdq: bool = False
 
     @property
     def name(self) -> str:
@@ -46,7 +49,8 @@ class Form:
         parts += ["last-queries"] if self.last_queries else []
         parts += ["last-keys"] if self.last_keys else []
         parts += [f"{self.stream}-stream"] if self.stream != "cheaper" else []
-        return "/".join([*parts, f"tile-{self.tile}"] if self.tile > 1 else parts)
+        parts += [f"tile-{self.tile}"] if self.tile > 1 else []
+        return "/".join([*parts, "qdq"] if self.qdq else parts)
 
     @property
     def opset(self) -> int:
@@ -86,11 +90,11 @@ def form_named(name: str) -> Form:
         raise InputError(f"form {name!r} is unknown; take one of {names}, or leave it out for the best known one of the target")
     choices: dict[str, Any] = {part: match[part] for part in ("rows", "attention", "residual", "norm", "activation", "stem")}
     choices |= {"last_queries": bool(match["queries"]), "last_keys": bool(match["keys"])}
-    return Form(**choices, stream=match["stream"] or "cheaper", tile=int(match["tile"] or 1))  # type: ignore[arg-type]
+    return Form(**choices, stream=match["stream"] or "cheaper", tile=int(match["tile"] or 1), qdq=bool(match["qdq"]))  # type: ignore[arg-type]
 
 
 _NAME = re.compile(
     "(?P<rows>matrix|batch)/(?P<attention>split|fused-qkv|runtime|opset23)/(?P<residual>add|skip-norm)/(?P<norm>layer|centred-rms)/"
     "(?P<activation>gelu|bias-gelu)/(?P<stem>conv|matrix)-stem(?P<queries>/last-queries)?(?P<keys>/last-keys)?"
-    "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?"
+    "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?(?P<qdq>/qdq)?"
 )

@@ -109,9 +109,19 @@ def test_the_best_calibration_is_told_with_the_others(tmp_path: Path) -> None:
     told = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
     assert [note.split(" calibration")[0].removeprefix("int8-static by ") for note in told[:3]] == ["min-max", "percentile", "entropy"]
     assert all("same answer on" in note for note in told)
-    # Each that stays float was timed against it.
+    # What stays float was timed against it, but for what the form hands to one operator.
+    assert [note.split(" calibration, ")[1].split(" in eight bits")[0] for note in told[3:]] == ["patch"]
+    assert "of the latency: " in told[3]
+
+
+def test_what_a_form_leaves_open_is_timed_in_eight_bits_too(tmp_path: Path) -> None:
+    form = Form(rows="batch", norm="layer", stem="matrix")
+    made = export(tiny_vit(), tmp_path / "out", images=IMAGES, precision="int8-static", calibration="best", form=form)
+    told = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
     assert len(told) == 6
-    assert all("of the latency: " in note for note in told[3:])
+    for note, part in zip(told[3:], ("patch", "attention", "norm"), strict=True):
+        assert f"{part} in eight bits too" in note
+        assert "of the latency: " in note
 
 
 @pytest.mark.parametrize(("also", "kind"), [("patch", "MatMul"), ("attention", "Softmax"), ("norm", "LayerNormalization")])
