@@ -12,6 +12,7 @@ _HOMES = {
     "StructuredMask": ".compress.mask",
     "masked": ".compress.masked",
     "compact": ".compress.compactor",
+    "resized": ".compress.image_size",
     "lift": ".compress.lift",
     "save": ".compress.files",
     "load": ".compress.files",
@@ -20,12 +21,13 @@ _HOMES = {
     "InputError": ".errors",
     "UnsupportedModel": ".errors",
 }
-__all__ = ["InputError", "StructuredMask", "UnsupportedModel", "compact", "export", "lift", "load", "masked", "measure", "save"]
+__all__ = ["InputError", "StructuredMask", "UnsupportedModel", "compact", "export", "lift", "load", "masked", "measure", "resized", "save"]
 
 if TYPE_CHECKING:
     from .bench.measure import measure
     from .compress.compactor import compact
     from .compress.files import load, save
+    from .compress.image_size import resized
     from .compress.lift import lift
     from .compress.mask import StructuredMask
     from .compress.masked import masked

@@ -79,16 +79,31 @@ def _after(side: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, in
     return down, across
 
 
+class RopeGridSpec(Plain):
+    """Where patches lie: a pair of columns with frequencies (f, g) turns by y(row) f + x(column) g; the frequencies are saved beside the table.
+
+    y of row r of n rows (x alike): `index`: r + offset; `pixel`: from -1 to 1 in even steps; `centred`: 2 (r + 1/2 + offset) / d - 1, where d is n, or the
+    `min` or `max` of rows and columns. `reference`: the grid whose coordinates are stretched over this one: r + offset, or the fraction, times reference / n.
+    """
+
+    kind: Literal["index", "pixel", "centred"] = "index"
+    offset: float = 0.0
+    over: Literal["separate", "min", "max"] = "separate"
+    reference: tuple[Width, Width] | None = None
+
+
 class RopeSpec(Plain):
     """Rotary position embedding of queries and keys, by a fixed table for the model's image size; `prefix` leading tokens are not turned.
 
     Columns turn in pairs: (0, 1), (2, 3)... when interleaved, (0, qk/2), (1, qk/2 + 1)... in halves. `per_head`: a table for each head.
+    `at`: how the table follows from frequencies, which another image size needs; None: that is not known.
     """
 
     layout: Literal["interleaved", "half"] = "interleaved"
     tokens: Width
     prefix: Count = 0
     per_head: bool = False
+    at: RopeGridSpec | None = None
 
 
 class RelativeBiasSpec(Plain):
@@ -96,11 +111,13 @@ class RelativeBiasSpec(Plain):
 
     `prefix_rows`: three rows more, for class token to patch, patch to class token, and class token to itself (BEiT); without them a prefix
     token's bias is zero.
+    `resize`, for another image size: learned tables are resampled; a bias that is a function of the offset alone is cropped; None: neither would be right.
     """
 
     grid: tuple[Width, Width]
     prefix: Count = 0
     prefix_rows: bool = False
+    resize: Literal["resample", "crop"] | None = "resample"
 
     @property
     def rows(self) -> int:
@@ -273,6 +290,8 @@ class Architecture(Plain):
     stem: StemSpec
     prefix: Count = 1
     position: bool = True
+    # How the positions follow another image size; None: they were resampled from a table that is not kept.
+    position_resize: Literal["bicubic", "bilinear"] | None = "bicubic"
     # Over each patch, before positions are added.
     patch_norm: NormSpec | None = None
     stem_norm: NormSpec | None = None

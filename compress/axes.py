@@ -136,6 +136,7 @@ def _attention_axes(core: AttentionSpec, name: str, read: Axis, write: Axis) -> 
         table[f"core.{leaf}.weight"] = table[f"core.{leaf}.bias"] = (Axis(rows, name), Axis("qk", name))
     table["core.head_norm.weight"] = table["core.head_norm.bias"] = (Axis("head*", name), Axis("v", name))
     table["core.rope.table"] = (Axis("head*", name), FIXED, FIXED, Axis("pair", name))
+    table["core.rope.frequencies"] = (Axis("head*", name), FIXED, Axis("pair", name))
     table["core.bias.table"] = (FIXED, Axis("head", name))
     table["core.differential.vectors"] = (FIXED, FIXED)
     table["core.out_norm.weight"] = table["core.out_norm.bias"] = (Axis("head*v", name),)

@@ -81,7 +81,8 @@ def cut_attention(core: AttentionSpec, name: str, mask: StructuredMask) -> Atten
     if core.rope is not None and rope is not None:
         found = _pairs(core, qk_each)
         index = found if rope.per_head else found[0]
-        leaves["rope.table"] = (heads if core.rope.per_head else None, None, None, index)
+        own = heads if core.rope.per_head else None
+        leaves |= {"rope.table": (own, None, None, index), "rope.frequencies": (own, None, index)}
     return AttentionCut(spec, indices, leaves)
 
 

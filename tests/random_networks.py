@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vitrim.compress.architecture import (
     PoolSpec,
     RefineSpec,
     RelativeBiasSpec,
+    RopeGridSpec,
     RopeSpec,
     StemSpec,
 )
@@ -33,15 +35,17 @@ POOLS = ("token", "mean", "mean_all", "max", "avgmax_all", "token_mean", "distil
 
 
 @st.composite
-def architectures(draw: Any, countable: bool = False) -> Architecture:
-    """A network of one or two steps on 2 x 3 patches. `countable`: of those whose cost follows from live counts alone."""
+def architectures(draw: Any, countable: bool = False, turning: bool = False) -> Architecture:
+    """A network of one or two steps on 2 x 3 patches.
+
+    `countable`: of those whose cost follows from live counts alone; `turning`: every rope says how it is made.
+    """
     embed = draw(st.integers(4, 9))
     pool = draw(st.sampled_from([kind for kind in POOLS if not countable or kind != "refine"]))
     prefix = draw(st.integers({"token": 1, "token_mean": 1, "dense": 1, "distilled": 2, "refine": 1}.get(pool, 0), 3))
     widths = [draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 2)))]
-    steps = tuple(
-        tuple(draw(_branches(embed, prefix, f"blocks.{number}.{position}", countable)) for position in range(width)) for number, width in enumerate(widths)
-    )
+    branches = partial(_branches, embed, prefix, countable=countable, turning=turning)
+    steps = tuple(tuple(draw(branches(f"blocks.{number}.{position}")) for position in range(width)) for number, width in enumerate(widths))
     reads, filled = draw(_subset(embed, countable)), draw(_subset(embed, countable))
     width = embed if reads is None else len(reads)
     norm = draw(_norm(width)) if pool != "refine" else NormSpec(width=width)
@@ -79,9 +83,9 @@ def network(architecture: Architecture, seed: int = 0) -> CompactModel:
 
 
 @st.composite
-def _branches(draw: Any, embed: int, prefix: int, name: str, countable: bool) -> BranchSpec:
+def _branches(draw: Any, embed: int, prefix: int, name: str, countable: bool, turning: bool) -> BranchSpec:
     reads, writes = draw(_subset(embed, countable)), draw(_subset(embed, countable))
-    core: Core = draw(st.one_of(attentions(prefix, countable), _ffns(), _ffns(), st.just(ConstantSpec())))
+    core: Core = draw(st.one_of(attentions(prefix, countable, turning), _ffns(), _ffns(), st.just(ConstantSpec())))
     constant = isinstance(core, ConstantSpec)
     return BranchSpec(
         name=name,
@@ -95,7 +99,7 @@ def _branches(draw: Any, embed: int, prefix: int, name: str, countable: bool) ->
 
 
 @st.composite
-def attentions(draw: Any, prefix: int, countable: bool = False) -> AttentionSpec:
+def attentions(draw: Any, prefix: int, countable: bool = False, turning: bool = False) -> AttentionSpec:
     """Self-attention with any of its options that go together."""
     heads, qk, v = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     kind = draw(st.sampled_from(["plain", "rope", "differential"]))
@@ -103,7 +107,8 @@ def attentions(draw: Any, prefix: int, countable: bool = False) -> AttentionSpec
     if kind == "rope":
         qk = 2 * qk
         layout = draw(st.sampled_from(["half", "interleaved"]))
-        options["rope"] = RopeSpec(layout=layout, tokens=GRID[0] * GRID[1], prefix=prefix, per_head=draw(st.booleans()))
+        at = draw(_rope_grids()) if turning or draw(st.booleans()) else None
+        options["rope"] = RopeSpec(layout=layout, tokens=GRID[0] * GRID[1], prefix=prefix, per_head=draw(st.booleans()), at=at)
     if kind == "differential":
         options["differential"] = DifferentialSpec(start=0.3, width=draw(st.integers(1, 3)), dual=draw(st.booleans()))
     elif heads % 2 == 0 and not countable and draw(st.booleans()):
@@ -125,6 +130,16 @@ def attentions(draw: Any, prefix: int, countable: bool = False) -> AttentionSpec
         out_norm=draw(_norm(heads * v)),
         gated=draw(st.booleans()),
         **options,
+    )
+
+
+@st.composite
+def _rope_grids(draw: Any) -> RopeGridSpec:
+    return RopeGridSpec(
+        kind=draw(st.sampled_from(["index", "pixel", "centred"])),
+        offset=draw(st.sampled_from([0.0, 0.5])),
+        over=draw(st.sampled_from(["separate", "min", "max"])),
+        reference=draw(st.sampled_from([None, (3, 2)])),
     )
 
 

@@ -42,7 +42,9 @@ def mlp(module: Any, path: str, places: Places) -> Piece[RelativeBiasSpec]:
         values = module.bias_gain * values
     if tuple(module.window_size) != places.grid:
         raise UnsupportedModel(f"{path}: relative bias for {module.window_size} patches, the image has {places.grid}")
-    return Piece(RelativeBiasSpec(grid=places.grid, prefix=places.prefix), {"table": values})
+    # Offsets in units of the grid change their meaning with it.
+    absolute = module.mode == "cr" or module.pretrained_window_size[0] > 0
+    return Piece(RelativeBiasSpec(grid=places.grid, prefix=places.prefix, resize="crop" if absolute else None), {"table": values})
 
 
 def bias_table(values: Tensor, window: tuple[int, ...], path: str, places: Places) -> Piece[RelativeBiasSpec]:

@@ -37,6 +37,7 @@ def naflex(model: Any, path: str) -> Piece[Architecture]:
         blocks=lift_blocks(model.blocks, "blocks", places),
         prefix=torch.cat(found) if found else None,
         position=_positions(embeds, grid),
+        position_resize=_resampling(embeds, grid),
         norms={
             "patch_norm": (embeds.norm, "embeds.norm"),
             "stem_norm": (model.norm_pre, "norm_pre"),
@@ -65,6 +66,19 @@ def _image(model: Any, embeds: Any) -> tuple[int, int, int]:
             raise UnsupportedModel("embeds: the model has no image size; create it with img_size, for a compact model has a fixed one")
         size = tuple(side * step for side, step in zip(embeds.pos_embed_grid_size, patch, strict=True))
     return (embeds.in_chans, *size)
+
+
+def _resampling(embeds: Any, grid: tuple[int, int]) -> str | None:
+    """How the model would resample what `_positions` gives; None where it would start from a table that is not kept, or in a way of its own."""
+    if embeds.pos_embed_type == "none":
+        return "bicubic"
+    if embeds.pos_embed_ar_preserving or tuple(embeds.pos_embed_grid_size or ()) != grid:
+        return None
+    if embeds.pos_embed_type == "factorized":
+        # Rows and columns apart, each linearly, then added: the same as the sum in both directions.
+        return "bilinear"
+    usual = (embeds.pos_embed_interp_mode, embeds.pos_embed_antialias, embeds.pos_embed_align_corners or False) == ("bicubic", True, False)
+    return "bicubic" if usual else None
 
 
 def _positions(embeds: Any, grid: tuple[int, int]) -> Tensor | None:

@@ -20,6 +20,7 @@ from ...compress.architecture import (
     PoolSpec,
     RefineSpec,
     RelativeBiasSpec,
+    RopeGridSpec,
     RopeSpec,
     StemSpec,
 )
@@ -27,10 +28,10 @@ from ...compress.architecture import (
 POOLS = ("token", "mean", "mean_all", "max", "max_all", "avgmax", "avgmax_all", "token_mean", "distilled", "dense", "attention")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu6", "hardswish", "tanh", "sigmoid", "identity")
 
-# Fields that the forms read; any other must be at its default, where it changes nothing.
+# Fields that the forms read, or that say how tables follow another image size; any other must be at its default, where it changes nothing.
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: {
-        "schema_", "image", "embed", "stem", "prefix", "position", "patch_norm", "stem_norm", "stem_writes", "steps", "norm", "pool", "pool_norm", "head",
+        "schema_", "image", "embed", "stem", "prefix", "position", "position_resize", "patch_norm", "stem_norm", "stem_writes", "steps", "norm", "pool", "pool_norm", "head",
         "feature_width", "feature_writes", "head_reads", "last_queries",
     },
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
@@ -43,8 +44,9 @@ _READ: dict[type[BaseModel], set[str]] = {
         "kind", "heads", "qk", "v", "scale", "q_bias", "k_bias", "v_bias", "out_bias", "q_norm", "k_norm", "qk_norm_per_head", "out_norm",
         "kv_of", "gated", "gate_bias", "rope", "bias", "differential", "head_norm", "head_norm_per_head",
     },
-    RopeSpec: {"layout", "tokens", "prefix", "per_head"},
-    RelativeBiasSpec: {"grid", "prefix", "prefix_rows"},
+    RopeSpec: {"layout", "tokens", "prefix", "per_head", "at"},
+    RopeGridSpec: {"kind", "offset", "over", "reference"},
+    RelativeBiasSpec: {"grid", "prefix", "prefix_rows", "resize"},
     DifferentialSpec: {"start", "width", "dual"},
     FfnSpec: {"kind", "hidden", "act", "gated", "in_bias", "gate_bias", "out_bias", "norm"},
     ConstantSpec: {"kind"},
