@@ -30,6 +30,14 @@ def export(
     ] = "onnxruntime",
     precision: Annotated[str, typer.Option("--precision", help="fp32, int8, and what else the target takes.")] = "fp32",
     batch: Annotated[str, typer.Option("--batch", help="Images a run, or `dynamic`.")] = "1",
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            "--image-size",
+            metavar="SIZE",
+            help="Resize the model first: 160, or 160x192 for height x width. Positions are resampled, nothing is trained: measure the accuracy there.",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", help="Data set for parity and calibration. Absent: the one of the run that the model lies in."),
@@ -58,6 +66,8 @@ def export(
 
       vitrim export small --out small-any --batch dynamic --data imagefolder:photos
 
+      vitrim export small --out small-160 --image-size 160
+
       vitrim export runs/quickstart/compact --out small --bundle small-cpp
 
       vitrim export model.onnx --out small --data imagefolder:photos
@@ -81,6 +91,8 @@ def export(
     network, graph = (None, _graph(model)) if model.suffix == ".onnx" else (_network(model), None)
     image = network.architecture.image if network is not None else graph
     assert image is not None
+    if image_size is not None:
+        image = _image_at(network, image_size, model)
     card = read_card(model.parent / CARD)
     preprocessing, labels, pictures = _data(card, data, image, images)
     shared: dict[str, Any] = {
@@ -109,7 +121,7 @@ def export(
 
         if settings or bundle is not None:
             raise InputError("--runtime all takes no --option and no --bundle, which are one runtime's own; name the runtime")
-        export_everywhere(network, out, time_limit_s=ALL_LIMIT_S, opset=opset, **shared)
+        export_everywhere(network, out, time_limit_s=ALL_LIMIT_S, opset=opset, image_size=image_size, **shared)
         return
     else:
         from ..export.exporter import export as write
@@ -117,7 +129,7 @@ def export(
         if runtime == "tvm" and bundle is not None:
             # The bundle links the model into the program.
             settings.setdefault("static", "yes")
-        artifact = write(network, out, runtime=runtime, opset=opset, options=settings, **shared)
+        artifact = write(network, out, runtime=runtime, opset=opset, image_size=image_size, options=settings, **shared)
     for stage in artifact.manifest.parity:
         typer.echo(
             f"{stage.stage} against {stage.reference}: largest relative error {stage.max_relative_error:.1e}, "
@@ -145,6 +157,15 @@ def _graph(path: Path) -> tuple[int, int, int]:
     return image_of(read_graph(path), path)
 
 
+def _image_at(network: CompactModel | None, image_size: str, model: Path) -> tuple[int, int, int]:
+    """(channels, height, width) after resizing, refused before anything is read or written for it."""
+    from ..compress.image_size import at_image_size
+
+    if network is None:
+        raise InputError(f"{model}: a graph that was given has its image size built in; export it again at {image_size}, or give the saved model")
+    return at_image_size(network.architecture, image_size).image
+
+
 def _settings(given: list[str]) -> dict[str, str]:
     found = {}
     for entry in given:
@@ -169,6 +190,8 @@ def _data(
             err=True,
         )
         return None, None, None
-    opened = open_dataset(found.name, preprocessing=found.preprocessing, **found.division)
+    # A run's own preprocessing makes images of the size that it trained at.
+    preprocessing = found.preprocessing.model_copy(update={"height": image[1], "width": image[2]})
+    opened = open_dataset(found.name, preprocessing=preprocessing, **found.division)
     pictures, _ = sample(opened.val, count).arrays()
-    return found.preprocessing, list(opened.labels), pictures
+    return preprocessing, list(opened.labels), pictures

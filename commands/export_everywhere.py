@@ -20,6 +20,7 @@ MEASUREMENTS = "measurements"
 def export_everywhere(model: Any, out: Path, *, threads: int, time_limit_s: float, **options: Any) -> None:
     """Write OUT/RUNTIME for each, OUT/measurements/RUNTIME.json, and print the table. Errors: InputError."""
     from ..bench.measure import measure_interleaved
+    from ..export.another_size import IMAGE_SIZE
     from ..export.every_runtime import export_everywhere as write
 
     made, absent = write(model, out, threads=threads, tell=lambda name: typer.echo(f"writing for {name}", err=True), **options)
@@ -31,6 +32,9 @@ def export_everywhere(model: Any, out: Path, *, threads: int, time_limit_s: floa
     show(_table(ranked, made, measured), f"fastest here: {ranked[0]} ({first.runtime_version}), {out / ranked[0]}")
     for name, reason in absent.items():
         typer.echo(f"{name}: {reason}")
+    for note in made["onnxruntime"].manifest.notes:
+        if note.startswith(IMAGE_SIZE):
+            typer.echo(note)
 
 
 def _table(ranked: list[str], made: dict[str, Artifact], measured: dict[str, Measurement]) -> Table:

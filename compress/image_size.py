@@ -22,10 +22,10 @@ from .vit.relative_bias import bias_table
 from .vit.rope import rope_table
 
 
-def resized(model: nn.Module, image_size: int | Size) -> CompactModel:
+def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
     """The network for images of another height and width; the weights are copied, and the source stays. Of its own size it is returned as `lift` gives it.
 
-    `image_size`: (height, width) in pixels, or one number for both. The accuracy at another size is not that of the trained one.
+    `image_size`: (height, width) in pixels, one number for both, or text such as "160x192". The accuracy at another size is not that of the trained one.
     Errors: InputError naming the size and the nearest that work, or the part of the network that stands in the way; UnsupportedModel as `lift`.
     """
     source = read(model)
@@ -42,7 +42,7 @@ def resized(model: nn.Module, image_size: int | Size) -> CompactModel:
     return build(new, state).train(model.training)
 
 
-def at_image_size(architecture: Architecture, image_size: int | Size) -> Architecture:
+def at_image_size(architecture: Architecture, image_size: int | str | Size) -> Architecture:
     """The architecture for another image size, without any weights. Errors: InputError as `resized`."""
     size = checked_size(image_size)
     if size == architecture.image[1:]:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..errors import InputError
 from ..storage import replace_folder, require_empty
 from . import quantize
+from .another_size import another_size
 from .artifact import Artifact, FileEntry, Manifest, Parity, Precision, TensorSpec
 from .candidates import PLAIN
 from .foreign import ask_elsewhere
@@ -22,6 +24,7 @@ from .order import Array, Batch, Order, check, preprocessing_of
 from .parity import TOLERANCES, Probe, answers
 from .runtime_files import source_for, write_and_ask
 from .runtimes import runtime_named
+from .stage_line import stage, stages_shown
 from .store import MODEL
 from .tracing import trace
 from .versions import tool_versions
@@ -45,6 +48,7 @@ def export(
     overwrite: bool = False,
     name: str | None = None,
     image: tuple[int, int, int] | None = None,
+    image_size: int | str | tuple[int, int] | None = None,
     opset: int | None = None,
     calibration: quantize.Calibration | Literal["best"] = "min-max",
     tune: bool = False,
@@ -64,7 +68,9 @@ def export(
     images: real inputs, float32 (count, channels, height, width), for parity and calibration; without them seeded noise, marked as such.
     batch: a size, or "dynamic". form: a form's name, "plain" for torch's graph, or None for the best known one.
     opset: of the standard's operators; None takes what each form needs, a number leaves out the forms that need more.
-    image: (channels, height, width), where the model does not tell. tune: measure the forms here and keep the fastest.
+    image: (channels, height, width), where the model does not tell.
+    image_size: (height, width), one number for both, or "160x192": resize the model to it first (`vitrim.resized`), and the preprocessing with it; images are
+    given at that size. The model was not trained there, which the artifact says. tune: measure the forms here and keep the fastest.
     ort_format: also write `model.ort` and the operators of a reduced runtime build.
     tolerances: largest error relative to the largest logit, a precision.
     Errors: InputError for what does not fit; ParityError naming the stage, the first differing node and by how much. Nothing is left half-written.
@@ -74,24 +80,33 @@ def export(
     check(runtime, precision, batch, target, images, tune, ort_format, calibration)
     if isinstance(form, str) and form != PLAIN:
         form = form_named(form)
+    prepared, notes = preprocessing_of(preprocessing), tuple[str, ...]()
+    if image_size is not None:
+        if image is not None:
+            raise InputError("image and image_size both say the size; image is for modules that do not tell theirs, and those cannot be resized")
+        changed = another_size(model, image_size, prepared, provenance or {})
+        model, prepared, provenance, notes, name = changed.model, changed.preprocessing, changed.provenance, changed.notes, name or changed.name
     order = Order(
         shape=image_shape(model, image), allowed={**TOLERANCES, **(tolerances or {})}, target=target, runtime=runtime, precision=precision,
-        preprocessing=preprocessing_of(preprocessing), labels=None if labels is None else tuple(labels),
+        preprocessing=prepared, labels=None if labels is None else tuple(labels),
         images=images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images, batch=batch, provenance=provenance or {}, form=form,
-        overwrite=overwrite, name=name, opset=opset, calibration=calibration, tune=tune, threads=threads, ort_format=ort_format, options=options or {},
+        overwrite=overwrite, name=name, opset=opset, calibration=calibration, tune=tune, threads=threads, ort_format=ort_format,
+        options=options or {}, notes=notes,
     )  # fmt: skip
     was_training = model.training
     model.eval()
     try:
-        return _export(model, folder, order)
+        with stages_shown():
+            return _export(model, folder, order)
     finally:
         model.train(was_training)
 
 
 def _export(model: nn.Module, folder: Path, order: Order) -> Artifact:
+    stage("the model's own answers")
     probe = Probe.of(lambda images: ask(model, images), order.shape, order.images)
     stages: list[Parity] = []
-    notes: list[str] = []
+    notes = list(order.notes)
     tidy, first = trace(model, order, probe, stages, notes)
     if order.runtime == "onnxruntime":
         form, final = choose(model, tidy, order, probe, first, stages, notes)

@@ -41,6 +41,8 @@ class Order:
     threads: int
     ort_format: bool
     options: Mapping[str, str]
+    # What the artifact's notes begin with.
+    notes: tuple[str, ...] = ()
 
     @property
     def free_batch(self) -> int | str:

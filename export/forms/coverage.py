@@ -31,8 +31,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu6", "hard
 # Fields that the forms read, or that say how tables follow another image size; any other must be at its default, where it changes nothing.
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: {
-        "schema_", "image", "embed", "stem", "prefix", "position", "position_resize", "patch_norm", "stem_norm", "stem_writes", "steps", "norm", "pool", "pool_norm", "head",
-        "feature_width", "feature_writes", "head_reads", "last_queries",
+        "schema_", "image", "embed", "stem", "prefix", "position", "position_resize", "patch_norm", "stem_norm", "stem_writes", "steps", "norm", "pool",
+        "pool_norm", "head", "feature_width", "feature_writes", "head_reads", "last_queries",
     },
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
     ConvSpec: {"channels", "kernel", "stride", "padding", "bias", "act"},
