@@ -16,6 +16,7 @@ from .artifact import Parity
 from .capabilities import profile_of
 from .order import Array, Order
 from .parity import Probe, relative_error, require
+from .stage_line import stage
 
 if TYPE_CHECKING:
     from ..bench.emulation import Emulator
@@ -71,6 +72,7 @@ def ask_elsewhere(main: Path, order: Order, probe: Probe, local: Callable[[Array
     if found.emulator is None:
         notes.append(f"parity was not run on {order.target}: {found.why_not}")
         return
+    stage(f"parity under {found.emulator.name}")
     batch = 1 if order.batch == "dynamic" else order.batch
     job = {
         "runtime": order.runtime,

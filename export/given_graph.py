@@ -21,6 +21,7 @@ from .onnxruntime_files import save
 from .order import Array, Batch, Order, check, preprocessing_of
 from .parity import TOLERANCES, Probe, answers, first_difference, require, session_answers
 from .passes import steps
+from .stage_line import stage, stages_shown
 from .store import MODEL, open_graph
 from .torch_graph import simplify, tidy_names
 from .tuning import fastest
@@ -31,6 +32,7 @@ GIVEN, PASSES = "given", "passes"
 MAX_GRAPH_BYTES = 64 * 1024**3
 
 
+@stages_shown()
 def export_graph(
     path: Path | str,
     folder: Path | str,
@@ -61,6 +63,7 @@ def export_graph(
     require_empty(folder, overwrite=overwrite)
     if form not in (None, GIVEN, PASSES):
         raise InputError(f"form {form!r}: a graph that was given comes as {GIVEN!r} or {PASSES!r}; forms of ours need a saved model")
+    stage(f"reading {path.name}")
     graph = read_graph(path)
     chosen, shape = _fixed(graph, path, batch)
     check("onnxruntime", precision, chosen, target, images, tune, ort_format, calibration)
@@ -75,9 +78,12 @@ def export_graph(
     notes: list[str] = []
     found = _rewritten(graph, order, probe, stages, notes, with_passes=form != GIVEN)
     form, float_graph = (PASSES, found) if form != GIVEN else (GIVEN, found)
+    if precision != "fp32":
+        stage("calibrating" if precision == "int8-static" else "quantizing")
     final = _in_precision(float_graph, order, notes)
     first = probe.images[: 1 if chosen == "dynamic" else int(chosen)]
     if precision != "fp32":
+        stage(f"parity of {precision}")
         parity = probe.compare(precision, answers(final, probe.images, batch=chosen), tolerance=order.allowed[precision], reference=GIVEN)
         stages.append(require(parity, lambda tolerance: first_difference(float_graph, final, first, tolerance)))
         if precision in ("int8", "int8-static") and (warning := capabilities.int8_warning(target)):
@@ -185,10 +191,12 @@ def _rewritten(
 ) -> onnx.ModelProto:
     tolerance, batch = order.allowed["fp32"], order.batch
     first = probe.images[: 1 if batch == "dynamic" else int(batch)]
+    stage("parity of the given graph")
     parity = probe.compare("optimised by the runtime", answers(graph, probe.images, batch=batch), tolerance=tolerance, reference=GIVEN)
     stages.append(require(parity, lambda tolerance: None))
     found = graph
     for step in steps(graph) if with_passes else ():
+        stage(f"parity of pass {step.name}")
         parity = probe.compare(f"pass {step.name}", answers(step.after, probe.images, batch=batch), tolerance=tolerance, reference=GIVEN)
 
         def where(tolerance: float, before: onnx.ModelProto = found, after: onnx.ModelProto = step.after) -> str | None:
@@ -197,10 +205,12 @@ def _rewritten(
         stages.append(require(parity, where))
         notes.append(f"pass {step.name}: {step.count} places")
         found = step.after
+    stage("simplifying")
     tidy, reason = simplify(found)
     if reason is not None:
         notes.append(reason)
         return found
+    stage("parity of the simplified graph")
     parity = probe.compare("simplified", answers(tidy, probe.images, batch=batch), tolerance=tolerance, reference=GIVEN)
     stages.append(require(parity, lambda tolerance: first_difference(found, tidy, first, tolerance)))
     return tidy
@@ -224,6 +234,7 @@ def _raced(
 ) -> tuple[str, onnx.ModelProto]:
     """The given graph and the rewritten one, both in the order's precision: the faster."""
     rivals = {PASSES: final, GIVEN: _in_precision(graph, order, notes)}
+    stage("measuring the given graph and the rewritten one")
     timings = fastest(rivals, first, threads=order.threads)
     notes.append("tuned here: " + ", ".join(f"{key} {latency_s * 1e3:.3f} ms" for key, latency_s in timings))
     winner = timings[0][0]

@@ -12,6 +12,7 @@ from .artifact import FileEntry, Parity, entry_for
 from .candidates import Candidate, candidates, in_precision, where_in_form
 from .order import Array, Order
 from .parity import Probe, answers, first_difference, require, session_answers
+from .stage_line import stage
 from .store import save_model
 from .tuning import fastest
 
@@ -26,9 +27,12 @@ def choose(
     finished: dict[str, tuple[Candidate, Parity, onnx.ModelProto]] = {}
     for candidate in found:
         parity = prove(model, candidate, order, probe, first)
+        if order.precision != "fp32":
+            stage(f"{'calibrating' if order.precision == 'int8-static' else 'quantizing'} {candidate.name}")
         finished[candidate.name] = (candidate, parity, in_precision(model, candidate, order, notes))
     chosen = next(iter(finished))
     if order.tune and len(finished) > 1:
+        stage("measuring the forms")
         timings = fastest({key: value[2] for key, value in finished.items()}, first, threads=order.threads)
         chosen = timings[0][0]
         notes.append("tuned here: " + ", ".join(f"{key} {latency_s * 1e3:.3f} ms" for key, latency_s in timings))
@@ -37,6 +41,7 @@ def choose(
         stages.append(parity)
     precision = order.precision
     if precision != "fp32":
+        stage(f"parity of {precision}")
         parity = probe.compare(precision, answers(final, probe.images, batch=order.batch), tolerance=order.allowed[precision])
         stages.append(require(parity, lambda tolerance: first_difference(candidate.model, final, first, tolerance)))
         warning = capabilities.int8_warning(order.target) if precision in ("int8", "int8-static") else None
@@ -47,6 +52,7 @@ def choose(
 
 def prove(model: nn.Module, candidate: Candidate, order: Order, probe: Probe, first: Array) -> Parity:
     """A candidate's float graph held against torch. Errors: ParityError naming its first differing node."""
+    stage(f"parity of form {candidate.name}")
     logits = answers(candidate.model, probe.images, batch=order.batch)
     parity = probe.compare(f"form {candidate.name}", logits, tolerance=order.allowed["fp32"])
     return require(parity, lambda tolerance: where_in_form(model, candidate, first, order, tolerance))
@@ -54,10 +60,12 @@ def prove(model: nn.Module, candidate: Candidate, order: Order, probe: Probe, fi
 
 def save(final: onnx.ModelProto, folder: Path, order: Order, probe: Probe, stages: list[Parity]) -> list[FileEntry]:
     """Write the graph, and what a reduced runtime build reads where that is wanted; stages grow. Errors: ParityError."""
+    stage("writing model.onnx")
     files = save_model(final, folder)
     if order.ort_format:
         from .ort_format import save_ort_format
 
+        stage("writing model.ort")
         saved, logits = save_ort_format(folder / "model.onnx", folder, lambda session: session_answers(session, probe.images, batch=order.batch))
         parity = probe.compare("ort file", logits, tolerance=order.allowed[order.precision])
         stages.append(require(parity, lambda tolerance: None))

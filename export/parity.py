@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from .artifact import Parity
 from .sessions import open_session
+from .stage_line import stage
 from .store import open_graph
 
 Array = NDArray[Any]
@@ -104,6 +105,7 @@ def require(parity: Parity, where: Callable[[float], str | None]) -> Parity:
     tolerance = parity.tolerance
     if tolerance is None or parity.max_relative_error <= tolerance:
         return parity
+    stage(f"looking for where {parity.stage} differs")
     place = where(tolerance) or "no single inner value could be matched"
     raise ParityError(
         f"stage {parity.stage}: answers differ from {parity.reference} by {parity.max_relative_error:.2e} of the largest logit, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .onnxruntime_files import prove
 from .order import Array, Order
 from .parity import Probe, require
 from .runtimes import Runtime, Source, Written
+from .stage_line import stage, stages_hidden
 
 TORCH = "torch"
 # What `tune` means to a runtime that measures kernels: for how long, unless the caller says.
@@ -55,7 +57,10 @@ def write_and_ask(
     runtime: Runtime, source: Source, folder: Path, order: Order, stages: list[Parity], notes: list[str]
 ) -> tuple[Written, list[FileEntry]]:
     """Let the runtime write, then hold its answers against torch; stages and notes grow. Errors: InputError, ParityError."""
-    written = runtime.write(source, folder)
+    stage(f"writing for {runtime.name}, {order.precision}")
+    # Tuning shows a bar of its own.
+    with stages_hidden() if "tune_s" in source.options else contextlib.nullcontext():
+        written = runtime.write(source, folder)
     files = [entry_for(folder, written.main, "model")]
     files += [entry_for(folder, path, role) for path, role in written.files if path != written.main]
     stages.extend(written.stages)
@@ -63,6 +68,7 @@ def write_and_ask(
     if written.unasked is not None:
         notes.append(f"parity was not run: {written.unasked}")
         return written, files
+    stage(f"parity of {runtime.name}")
     batch = 1 if order.batch == "dynamic" else order.batch
     job = {
         "runtime": runtime.name,
@@ -77,9 +83,9 @@ def write_and_ask(
         logits, told = ask_apart(job, source.probe.images, command=written.command)
     except EngineError as error:
         raise InputError(f"runtime {runtime.name}: what it wrote does not run: {error}") from None
-    stage = runtime.name if order.precision == "fp32" else f"{runtime.name} {order.precision}"
+    words = runtime.name if order.precision == "fp32" else f"{runtime.name} {order.precision}"
     asked = replace(source.probe, images=source.probe.images[: len(logits)], logits=source.probe.logits[: len(logits)])
-    parity = asked.compare(stage, logits, tolerance=order.allowed[order.precision])
+    parity = asked.compare(words, logits, tolerance=order.allowed[order.precision])
     stages.append(require(parity, lambda tolerance: None))
     notes.append(f"asked in {told['runtime']} {told['version']} on {told['provider'] or 'what it chose'}")
     return written, files

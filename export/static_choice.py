@@ -11,6 +11,7 @@ import onnx
 from .order import Array
 from .parity import answers, relative_error
 from .quantize import CALIBRATIONS, Also, Calibration, int8_static
+from .stage_line import stage
 from .static_kernels import eight_bit_products
 from .tuning import fastest
 
@@ -53,9 +54,10 @@ def static_graph(
 
 
 def best_static(
-    float_graph: onnx.ModelProto, images: Array, *, weight_bits: int, timed: bool, notes: list[str], pairs: bool = False, threads: int = 1
-) -> onnx.ModelProto:
-    """The graph whose answers stay nearest, over the three calibrations; `notes` gets a line for each.
+    float_graph: onnx.ModelProto, images: Array, *, weight_bits: int, timed: bool, notes: list[str], pairs: bool = False, also: tuple[Also, ...] = (),
+    threads: int = 1,
+) -> onnx.ModelProto:  # fmt: skip
+    """The graph whose answers stay nearest, over the three calibrations; `notes` gets a line for each. also: what goes into eight bits in any case.
 
     timed: also try the patch embedding, attention and the norms in eight bits, one after the other, and keep what is faster here without answering
     fewer images alike. Without it they stay float, where they have been found better; so do those that a form hands to one operator as a whole.
@@ -64,15 +66,16 @@ def best_static(
     reference = answers(float_graph, images, batch=size)
 
     def way_of(calibration: Calibration, also: tuple[Also, ...]) -> Way:
+        stage(f"calibrating by {calibration}" + "".join(f", {part} in eight bits too" for part in also))
         made = static_graph(float_graph, images, calibration, weight_bits=weight_bits, pairs=pairs, also=also)
         return _way(calibration, also, made, reference, answers(made, images, batch=size))
 
-    ways = [way_of(calibration, ()) for calibration in CALIBRATIONS]
+    ways = [way_of(calibration, also) for calibration in CALIBRATIONS]
     notes.extend(way.told() for way in ways)
     best = nearest(ways)
     there = {word for node in float_graph.graph.node for word in (node.op_type, node.name)}
     for more, kinds in _MORE if timed else ():
-        if not there & set(kinds):
+        if more in also or not there & set(kinds):
             continue
         way = way_of(best.calibration, (*best.also, more))
         latency_s = dict(fastest({"floats": best.graph, "more": way.graph}, images[:size], threads=threads, limit_s=1.0))

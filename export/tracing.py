@@ -9,20 +9,25 @@ from torch import nn
 from .artifact import Parity
 from .order import Array, Order
 from .parity import Probe, answers, first_difference, first_unmatched_module, require
+from .stage_line import stage
 from .torch_graph import MIN_OPSET, simplify, torch_to_onnx
 
 
 def trace(model: nn.Module, order: Order, probe: Probe, stages: list[Parity], notes: list[str]) -> tuple[onnx.ModelProto, Array]:
     """The tidied graph, and one batch of the probe's images to look inside with; stages and notes grow. Errors: InputError, ParityError."""
     batch, tolerance = order.batch, order.allowed["fp32"]
+    stage("tracing")
     traced = torch_to_onnx(model, order.shape, batch=batch, opset=MIN_OPSET if order.opset is None else order.opset)
     first = one_batch(order, probe)
+    stage("parity of the traced graph")
     parity = probe.compare("onnx", answers(traced, probe.images, batch=batch), tolerance=tolerance)
     stages.append(require(parity, lambda tolerance: first_unmatched_module(model, traced, first, tolerance)))
+    stage("simplifying")
     tidy, reason = simplify(traced)
     if reason is not None:
         notes.append(reason)
         return tidy, first
+    stage("parity of the simplified graph")
     parity = probe.compare("simplified", answers(tidy, probe.images, batch=batch), tolerance=tolerance)
     stages.append(require(parity, lambda tolerance: first_difference(traced, tidy, first, tolerance)))
     return tidy, first
