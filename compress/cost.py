@@ -1,7 +1,7 @@
 """What a network costs when only some units live: parameters and multiply-adds as functions of live counts.
 
 The functions are polynomials of the counts, so they run on plain numbers (for a budget) and on sums of gates (for gradients) alike. `live(dimension, site,
-indices)` answers how many units live there; with `indices`, how many of those channels. Input widths are the live ones: what an earlier mask
+indices)` answers how many units live there; with `indices`, how many of those channels or heads. Input widths are the live ones: what an earlier mask
 removed is not paid for by a later layer. `live("block", branch, None)` is 0 for a sub-layer that has gone as a whole.
 """
 
@@ -81,10 +81,10 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
         width_in, width_out = live("embed", site_in(branch), branch.reads), live("embed", site_out(branch), branch.writes)
         core = branch.core
         if isinstance(core, AttentionSpec):
-            number = live("head", branch.name, None)
-            qk, v = number * live("qk", branch.name, None), number * live("v", branch.name, None)
-            qk = qk * core.parts
-            total = total + width_in * (qk * (asked + tokens) + v * tokens) + v * width_out * asked + (qk + v) * (asked * tokens)
+            number, stored = live("head", branch.name, None), _live_kv_heads(branch.name, core, live)
+            each_qk, each_v = live("qk", branch.name, None) * core.parts, live("v", branch.name, None)
+            qk, v = number * each_qk, number * each_v
+            total = total + width_in * (qk * asked + stored * (each_qk + each_v) * tokens) + v * width_out * asked + (qk + v) * (asked * tokens)
             if core.gated:
                 total = total + width_in * v * asked
         elif isinstance(core, FfnSpec):
@@ -96,7 +96,8 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
 def movement_cost(architecture: Architecture, live: Live) -> Any:
     """The source's own cost, in parameters (METHODS A): what lambda is multiplied with.
 
-    Linear (n_in + 1) ΣS; convolution (n_in k² + 1) ΣS; LayerNorm 2 ΣS; attention n_in ΣS_H (2 ΣS_QK + ΣS_V) + (ΣS_H ΣS_V + 1) ΣS_O.
+    Linear (n_in + 1) ΣS; convolution (n_in k² + 1) ΣS; LayerNorm 2 ΣS; attention n_in ΣS_H (2 ΣS_QK + ΣS_V) + (ΣS_H ΣS_V + 1) ΣS_O. Grouped queries are
+    not in the source: their keys and values are counted once a group.
     """
     stem, reading = live("embed", STEM_OUT, architecture.stem_writes), live("embed", HEAD_IN, architecture.head_reads)
     patch = architecture.stem.patch
@@ -114,7 +115,7 @@ def movement_cost(architecture: Architecture, live: Live) -> Any:
         core = branch.core
         if isinstance(core, AttentionSpec):
             heads, qk, v = (live(dimension, branch.name, None) for dimension in ("head", "qk", "v"))
-            total = total + n_in * heads * (2 * qk + v) + (heads * v + 1) * n_out
+            total = total + n_in * (heads * qk + _live_kv_heads(branch.name, core, live) * (qk + v)) + (heads * v + 1) * n_out
         elif isinstance(core, FfnSpec):
             hidden = live("ffn", branch.name, None)
             total = total + (n_in + 1) * hidden * (2 if core.gated else 1) + (hidden + 1) * n_out
@@ -131,10 +132,11 @@ def _branch_params(branch: BranchSpec, live: Live) -> Any:
     core = branch.core
     if isinstance(core, AttentionSpec):
         heads, qk, v = (live(dimension, branch.name, None) for dimension in ("head", "qk", "v"))
-        # Keys and values that heads share are counted once a head, which `require_countable` notices: how many of them live, live heads do not tell.
-        total = total + heads * core.parts * qk * (2 * width_in + core.q_bias + core.k_bias) + heads * v * (width_in + core.v_bias)
-        shared = heads * core.parts if core.qk_norm_per_head else 1
-        total = total + shared * (_norm(core.q_norm, qk) + _norm(core.k_norm, qk)) + _norm(core.out_norm, heads * v)
+        stored = _live_kv_heads(branch.name, core, live)
+        total = total + heads * core.parts * qk * (width_in + core.q_bias)
+        total = total + stored * (core.parts * qk * (width_in + core.k_bias) + v * (width_in + core.v_bias))
+        rows = (heads * core.parts, stored * core.parts) if core.qk_norm_per_head else (1, 1)
+        total = total + rows[0] * _norm(core.q_norm, qk) + rows[1] * _norm(core.k_norm, qk) + _norm(core.out_norm, heads * v)
         total = total + (heads if core.head_norm_per_head else 1) * _norm(core.head_norm, v)
         if core.gated:
             total = total + heads * v * (width_in + core.gate_bias)
@@ -146,6 +148,24 @@ def _branch_params(branch: BranchSpec, live: Live) -> Any:
     if isinstance(core, FfnSpec):
         return total + _ffn_params(core, width_in, live("ffn", branch.name, None), width_out)
     return total + width_out
+
+
+def _live_kv_heads(site: str, core: AttentionSpec, live: Live) -> Any:
+    """Heads of keys and values that some live head asks: as many as heads, but where queries are grouped.
+
+    1 - product over a group of (1 - live) is 1 as soon as one of its heads lives, and its slope at a head is what that head alone decides: nothing
+    while another of the group lives.
+    """
+    if core.kv_of is None:
+        return live("head", site, None)
+    total: Any = 0
+    for group in range(core.kv_heads):
+        nobody: Any = 1
+        for head, asked in enumerate(core.kv_of):
+            if asked == group:
+                nobody = nobody * (1 - live("head", site, (head,)))
+        total = total + (1 - nobody)
+    return total
 
 
 def _ffn_params(core: FfnSpec, width_in: Any, hidden: Any, width_out: Any) -> Any:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import architectures
 from tiny_models import tiny_vit
-from vitrim.compress.architecture import Indices
+from vitrim.compress.architecture import Architecture, AttentionSpec, BranchSpec, Indices
 from vitrim.compress.compactor import compact
-from vitrim.compress.cost import live_cost, movement_cost
+from vitrim.compress.cost import Live, live_cost, live_macs, live_params, movement_cost
 from vitrim.compress.count import count_macs, count_params
 from vitrim.compress.gates import Gates
 from vitrim.compress.lift import lift
@@ -67,15 +70,58 @@ def test_input_widths_are_the_live_ones() -> None:
     assert price_of_a_column() == whole / 2 == 2 * 12 * 3
 
 
+def grouped(data: st.DataObject, architecture: Architecture) -> Architecture:
+    """The same network with queries grouped in any way, where its attentions may have shared keys and values."""
+
+    def regrouped(branch: BranchSpec) -> BranchSpec:
+        core = branch.core
+        if not isinstance(core, AttentionSpec) or core.differential is not None or data.draw(st.booleans()):
+            return branch
+        drawn = data.draw(st.lists(st.integers(0, core.heads - 1), min_size=core.heads, max_size=core.heads))
+        order = list(dict.fromkeys(drawn))
+        return branch.model_copy(update={"core": core.model_copy(update={"kv_of": tuple(order.index(group) for group in drawn)})})
+
+    steps = tuple(tuple(regrouped(branch) for branch in step) for step in architecture.steps)
+    return Architecture.model_validate(architecture.model_copy(update={"steps": steps}).model_dump(by_alias=True))
+
+
+@pytest.mark.parametrize("cost", [live_params, live_macs, movement_cost])
+def test_the_slope_at_a_head_is_what_the_head_alone_decides(cost: Callable[[Architecture, Live], Any]) -> None:
+    """Queries in groups of two and of four: a head whose neighbours live takes no keys and values with it, the last one of a group does."""
+    source = lift(tiny_vit("vit_base_patch16_sapiens2", embed_dim=48, num_heads=4, num_kv_heads=(2, 1), qk_norm=True)).architecture
+    assert [branch.core.kv_of for branch in source.branches if isinstance(branch.core, AttentionSpec)] == [(0, 0, 1, 1), (0, 0, 0, 0)]
+    gates = Gates(source, "residual")
+    heads = [number for number, group in enumerate(gates.groups) if group.dimension == "head"]
+    with torch.no_grad():
+        for number in heads:
+            gates.scores[number][0] = 0.0
+    gates.begin()
+    cost(source, gates.live).backward()
+    kept = gates.kept()
+    for number in heads:
+        found = gates.scores[number].grad
+        assert found is not None
+        for head in range(4):
+            without, with_it = ([keep.clone() for keep in kept] for _ in range(2))
+            without[number][head], with_it[number][head] = False, True
+            assert float(found[head]) == cost(source, gates.counter(with_it)) - cost(source, gates.counter(without))
+    # Head 0 of the first block has gone, so its neighbour alone keeps the group's keys and values.
+    slopes = gates.scores[heads[0]].grad
+    assert slopes is not None
+    assert slopes[1] > slopes[2] == slopes[3]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_live_cost_of_any_kind_of_network(data: st.DataObject) -> None:
-    """All but what live counts cannot tell: keys that heads share, heads padded to one width, channels that nobody reads."""
-    architecture = data.draw(architectures(countable=True))
+    """All but what live counts cannot tell: heads padded to one width, channels that nobody reads."""
+    architecture = grouped(data, data.draw(architectures(countable=True)))
     mask = StructuredMask.random(architecture, data.draw(st.sampled_from([0.3, 0.6, 1.0])), "residual")
 
     def live(dimension: str, site: str, indices: Indices | None) -> int:
         keep = mask.get(dimension, site)
+        if dimension == "head" and indices is not None:
+            return len(indices) if keep is None else int(keep[list(indices)].sum())
         return sites(architecture, dimension)[site] if keep is None else int(keep.sum())
 
     built = plan(architecture, mask).architecture

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import vitrim
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+from random_networks import architectures, network
 from tiny_models import relative_error, tiny_vit
 from vitrim.compress.gates import GATED, Gates
 from vitrim.compress.lift import lift
@@ -24,6 +27,32 @@ def test_gates_compute_what_the_mask_they_leave_computes(sharing: str) -> None:
     gates.begin()
     gated = MaskedNetwork(dense)(images, gates.value)
     assert relative_error(compacted(images), gated) < 1e-5
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.data())
+def test_gates_of_any_kind_of_network_compute_what_their_mask_leaves(data: st.DataObject) -> None:
+    """Masked equals compact for whatever scores stand, over random networks: grouped queries, ropes, norms and gates of every kind."""
+    architecture = data.draw(architectures())
+    # Double precision: what is left is rounding.
+    gates = Gates(architecture, data.draw(st.sampled_from(["unshared", "residual"]))).double()
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    with torch.no_grad():
+        for scores in gates.scores:
+            scores.copy_(torch.rand(scores.shape, generator=generator, dtype=torch.float64) + data.draw(st.sampled_from([-0.2, 0.0, 0.2])))
+    mask = gates.mask()
+    try:
+        mask.check(architecture)
+    except vitrim.InputError as error:
+        # A reader that sees few channels may be left with none, which is refused.
+        assert "channels that there are at" in str(error)
+        reject()
+    model = network(architecture)
+    images = torch.randn(2, *architecture.image, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = vitrim.compact(model, mask)(images)
+    gates.begin()
+    wanted = MaskedNetwork(model)(images, gates.value)
+    assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-9 * float(wanted.detach().abs().max().clamp(min=1)))
 
 
 def test_every_score_feels_the_loss_even_where_its_unit_is_out() -> None:

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import vitrim
 from tiny_models import relative_error, tiny_vit
+from vitrim.compress.architecture import AttentionSpec
 from vitrim.compress.budget import Budget
 from vitrim.compress.count import count_macs, count_params
 from vitrim.compress.data.preprocessing import Preprocessing
@@ -40,9 +42,9 @@ def stripes(images: int = 128, seed: int = 0) -> DataSplits:
     return DataSplits("stripes", split(images), split(32), split(32), ("a", "b", "c", "d"), preprocessing)
 
 
-def learn(folder: Path, settings: MaskSettings, *, resume: bool = False) -> MaskTask:
+def learn(folder: Path, settings: MaskSettings, *, resume: bool = False, **model: Any) -> MaskTask:
     """One whole mask-learning phase on the stripes."""
-    task = MaskTask(lift(tiny_vit(num_classes=4, embed_dim=32, num_heads=4)), settings, EPOCHS * STEPS)
+    task = MaskTask(lift(tiny_vit(**{"num_classes": 4, "embed_dim": 32, "num_heads": 4, **model})), settings, EPOCHS * STEPS)
     fit(task, stripes(), TrainSettings(epochs=EPOCHS, batch_size=16, quiet=True, threads=1), folder, resume=resume)
     return task
 
@@ -80,6 +82,33 @@ def test_learned_masks_meet_the_budget_and_equal_their_cut(tmp_path: Path, setti
         assert len(cut.architecture.branches) < len(task.dense.branches), "a sub-layer should have gone as a whole"
     if settings.round_to == 4:
         assert cut.architecture.embed % 4 == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MaskSettings(budget=Budget("params", 0.35), update_steps=2),
+        MaskSettings(budget=Budget("macs", 0.4), update_steps=2, round_to=2),
+        MaskSettings(lambda_=1e-4, score_lr=0.05),
+    ],
+    ids=["params", "macs, rounded", "lambda"],
+)
+def test_grouped_queries_are_learned_counted_and_cut(tmp_path: Path, settings: MaskSettings) -> None:
+    """Two heads to one of keys and values in the first block, four in the second; rope, RMSNorm and norms of queries and keys besides."""
+    task = learn(tmp_path, settings, name="vit_base_patch16_sapiens2", num_kv_heads=(2, 1), qk_norm=True)
+    assert [core.kv_of for branch in task.dense.branches if isinstance(core := branch.core, AttentionSpec)] == [(0, 0, 1, 1), (0, 0, 0, 0)]
+    network, mask = task.reference()
+    cut = task.result(last_queries=False)
+    assert task.size() == (count_params(cut.architecture), count_macs(cut.architecture))
+    if settings.budget is None:
+        assert count_params(cut.architecture) < count_params(task.dense)
+    else:
+        spent = {"params": count_params, "macs": count_macs}[settings.budget.kind](cut.architecture)
+        target = settings.budget.ratio * task.dense_cost
+        assert 0.985 * target <= spent <= target
+        assert task.progress.shrunk, "the training graph should have shrunk in this run"
+    images = torch.randn(4, 3, 16, 16)
+    assert relative_error(cut(images), vitrim.masked(network, mask)(images)) < 1e-5
 
 
 @pytest.mark.parametrize("overheads", [{}, WHOLE])
