@@ -43,6 +43,7 @@ PACKAGES = (
     ("apache-tvm", "tvm", False, "compiling for targets without ONNX Runtime (pip install 'vitrim[tvm]')"),
     ("openvino", "openvino", False, "artifacts for OpenVINO (pip install openvino)"),
     ("ncnn", "ncnn", False, "artifacts for ncnn (pip install ncnn)"),
+    ("ziglang", "ziglang", False, "compiling for this machine and for ARM where no g++ is (pip install 'vitrim[zig]')"),
     ("torchvision", "torchvision", True, "timm's transforms"),
     ("transformers", "transformers", False, "lifting ViTs of the transformers library"),
     ("torch-pruning", "torch_pruning", False, "the comparison with Torch-Pruning (pip install 'vitrim[benchmarks]')"),

@@ -1,18 +1,34 @@
 # cmake -S . -B build-aarch64 -DCMAKE_TOOLCHAIN_FILE=aarch64.cmake: for 64-bit ARM Linux, with Debian's cross compiler (g++-aarch64-linux-gnu), or zig
-# (`pip install ziglang`) where that is missing.
+# (`pip install ziglang`) where that is missing, or with -DVITRIM_ZIG=ON.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
+# CMake reads this file again for each of its trials, and passes on only what is named here.
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES VITRIM_ZIG VITRIM_STATIC)
 
-find_program(AARCH64_GXX aarch64-linux-gnu-g++)
-if(AARCH64_GXX)
+if(NOT VITRIM_ZIG)
+  find_program(AARCH64_GXX aarch64-linux-gnu-g++)
+endif()
+if(AARCH64_GXX AND NOT VITRIM_ZIG)
   set(CMAKE_CXX_COMPILER ${AARCH64_GXX})
 else()
-  find_program(ZIG NAMES zig python-zig)
+  find_program(ZIG NAMES python-zig zig)
   if(NOT ZIG)
     message(FATAL_ERROR "no compiler for aarch64: install g++-aarch64-linux-gnu, or `pip install ziglang` and have python-zig on the PATH")
   endif()
   set(CMAKE_CXX_COMPILER ${ZIG} c++)
-  set(CMAKE_CXX_COMPILER_TARGET aarch64-linux-gnu)
+  if(VITRIM_STATIC)
+    # glibc cannot be a part of a program that zig links; musl can.
+    set(CMAKE_CXX_COMPILER_TARGET aarch64-linux-musl)
+  else()
+    # The oldest C library that a device may have; Debian's compiler asks for its own.
+    set(CMAKE_CXX_COMPILER_TARGET aarch64-linux-gnu.2.27)
+  endif()
+  # CMake's trials link nothing: for each kind of build zig compiles its C++ library first, which takes a minute once.
+  set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+  # This machine's ar need not know the device's objects.
+  set(CMAKE_CXX_ARCHIVE_CREATE "${ZIG} ar qc <TARGET> <LINK_FLAGS> <OBJECTS>")
+  set(CMAKE_CXX_ARCHIVE_APPEND "${ZIG} ar q <TARGET> <LINK_FLAGS> <OBJECTS>")
+  set(CMAKE_CXX_ARCHIVE_FINISH "${ZIG} ranlib <TARGET>")
 endif()
 
 # Headers and libraries of the machine that builds are not the device's; the folder of onnxruntime_c_api.h is named by hand.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ def constant_bytes(constants: Sequence[NDArray[Any]]) -> bytes:
     return b"".join(parts) or bytes(ALIGNMENT_BYTES)
 
 
-def network_source(program: Program, constants: str) -> str:
-    """`network.cpp`. constants: the name of the file of constants, as the assembler finds it."""
+def network_source(program: Program, constants: str, digest: str) -> str:
+    """`network.cpp`. constants: the name of the file of constants, as the assembler finds it; digest: its SHA-256."""
     tensors: dict[Tensor, int] = {}
     numbers: list[int] = []
     steps = []
@@ -49,7 +50,8 @@ def network_source(program: Program, constants: str) -> str:
     kernels = "\n".join(
         f"int __tvm_ffi_{name}(void *, const vitrim::Value *, int32_t, vitrim::Value *);" for name in sorted({step.kernel for step in program.steps})
     )
-    return f"""// Written by vitrim from the network; do not edit.
+    # Compilers that keep what they built (zig 0.17 does) see the source and not what its assembly includes: other weights must be another source.
+    return f"""// Written by vitrim from the network; do not edit. SHA-256 of {constants}: {digest}
 #include "compiled_network.h"
 
 extern "C" {{
@@ -95,8 +97,9 @@ inline const unsigned char *constants() {{ return vitrim_constants; }}
 def write_network(program: Program, folder: Path, constants: str = "constants.bin") -> tuple[Path, Path]:
     """Write `network.cpp` and `constants.bin`."""
     source, data = folder / "network.cpp", folder / constants
-    data.write_bytes(constant_bytes(program.constants))
-    source.write_text(network_source(program, constants), encoding="ascii")
+    numbers = constant_bytes(program.constants)
+    data.write_bytes(numbers)
+    source.write_text(network_source(program, constants, hashlib.sha256(numbers).hexdigest()), encoding="ascii")
     return source, data
 
 
