@@ -169,9 +169,10 @@ def sample(**changes: Any) -> CompactModel:
         {"prefix": 1, "pool": PoolSpec(kind="token")},
         {"prefix": 2, "pool": PoolSpec(kind="distilled")},
         {"attention": {"gated": True, "out_norm": NormSpec(width=28)}, "ffn": {"gated": True, "norm": NormSpec(width=70)}},
+        {"prefix": 1, "pool": PoolSpec(kind="attention", attention=AttentionSpec(heads=2, qk=9, v=14, scale=0.3), width=40, ffn=FfnSpec(hidden=70))},
         {"attention": {"q_norm": NormSpec(width=9), "k_norm": NormSpec(width=9)}, "norm": None, "head_reads": tuple(range(3, 30))},
     ],
-    ids=["mean", "token", "distilled", "gated", "normed"],
+    ids=["mean", "token", "distilled", "gated", "attention", "normed"],
 )
 def test_networks_in_eight_bits_answer_nearly_as_in_fp32(precision: str, changes: dict[str, Any]) -> None:
     model = sample(**changes)
@@ -213,9 +214,9 @@ def test_code_for_arms_dot_products_answers_as_code_for_this_machine(tmp_path: P
 
 
 def test_what_no_kernel_covers_has_no_eight_bits(tmp_path: Path) -> None:
-    attention = AttentionSpec(heads=2, qk=9, v=14, scale=0.3)
-    model = sample(steps=((BranchSpec(name="attn", core=attention, post_norm=NormSpec(width=40)),),))
-    with pytest.raises(InputError, match=r"our own kernels, and they do not cover attn: a norm after the sub-layer \(post_norm\); take fp32"):
+    attention = AttentionSpec(heads=2, qk=9, v=14, scale=0.3, head_norm=NormSpec(width=14))
+    model = sample(steps=((BranchSpec(name="attn", core=attention),),))
+    with pytest.raises(InputError, match=r"our own kernels, and they do not cover attn: a norm over heads; take fp32"):
         build_network(model, PLAIN, precision="int8")
     with pytest.raises(InputError, match="int8 is computed by our own kernels, and this network, target or schedule has none of them"):
         export(vitrim.lift(tiny_vit()), tmp_path / "a", runtime="tvm", precision="int8", options={"schedule": "default"}, images=images(4))

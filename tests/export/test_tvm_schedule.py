@@ -83,7 +83,7 @@ def architectures(draw: Any) -> Architecture:
     """Networks of the kinds that our kernels cover, with widths on both sides of a vector's."""
     embed, grid, patch = draw(st.integers(3, 40)), draw(st.tuples(st.integers(1, 5), st.integers(1, 4))), draw(st.integers(1, 3))
     channels, padding = draw(st.integers(1, 3)), (draw(st.integers(0, 1)) if patch > 1 else 0)
-    pool = draw(st.sampled_from(["token", "mean", "mean_all", "distilled"]))
+    pool = draw(st.sampled_from(["token", "mean", "mean_all", "distilled", "attention"]))
     spec = StemSpec(patch=(patch, patch), padding=(padding, padding), bias=draw(st.booleans()))
     sizes = spec.sizes(grid[0] * patch, grid[1] * patch)[-1]
     prefix = draw(st.integers({"token": 1, "distilled": 2}.get(pool, 0), 3))
@@ -92,25 +92,44 @@ def architectures(draw: Any) -> Architecture:
         tuple(draw(branches(embed, sizes, prefix, f"blocks.{number}.{position}")) for position in range(width)) for number, width in enumerate(widths)
     )
     reads = draw(subset(embed))
+    width = len(reads or range(embed))
+    spec_pool = draw(attention_pools()) if pool == "attention" else PoolSpec(kind=pool)
+    width_pooled = spec_pool.width or width
+    classified = pool == "distilled" or draw(st.booleans())
+    written = None if classified else draw(st.one_of(st.none(), st.just(tuple(range(1, 2 * width_pooled, 2)))))
     return Architecture(
         image=(channels, grid[0] * patch, grid[1] * patch),
         embed=embed,
         stem=spec,
         prefix=prefix,
         position=draw(st.booleans()),
+        patch_norm=draw(norms(embed)),
         stem_norm=draw(norms(embed)),
         steps=steps,
-        norm=draw(norms(len(reads or range(embed)))),
-        pool=PoolSpec(kind=pool),
-        pool_norm=draw(norms(len(reads or range(embed)))) if pool != "distilled" else None,
+        norm=draw(norms(width)),
+        pool=spec_pool,
+        pool_norm=draw(norms(width_pooled)) if pool != "distilled" else None,
         head=HeadSpec(
             classes=draw(st.integers(1, 20)),
             bias=draw(st.booleans()),
             hidden=draw(st.sampled_from([None, 5])),
             act="identity" if pool == "distilled" else draw(st.sampled_from(["identity", "sigmoid"])),
-        ),
+        )
+        if classified
+        else None,
         head_reads=reads,
+        feature_width=None if written is None else 2 * width_pooled,
+        feature_writes=written,
     )
+
+
+@st.composite
+def attention_pools(draw: Any) -> PoolSpec:
+    width, (qk, v) = draw(st.integers(1, 20)), draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
+    biases = {f"{name}_bias": draw(st.booleans()) for name in ("k", "v", "out")}
+    attention = AttentionSpec(heads=draw(st.integers(1, 3)), qk=qk, v=v, scale=0.5, k_norm=draw(norms(qk)), qk_norm_per_head=draw(st.booleans()), **biases)
+    ffn = draw(st.one_of(st.none(), ffns()))
+    return PoolSpec(kind="attention", attention=attention, width=width, prefix=draw(st.booleans()), norm=draw(norms(width)), ffn=ffn)
 
 
 @st.composite
@@ -122,6 +141,7 @@ def branches(draw: Any, embed: int, grid: tuple[int, int], prefix: int, name: st
         name=name,
         core=core,
         norm=None if constant else draw(norms(len(reads or range(embed)))),
+        post_norm=None if constant or writes is not None else draw(norms(embed)),
         layer_scale=not constant and draw(st.booleans()),
         reads=None if constant else reads,
         writes=writes,
@@ -232,10 +252,9 @@ def test_threads_share_panels_before_rows_where_that_is_as_even(panels: int, row
 
 
 def test_what_no_kernel_covers_is_named_with_its_place() -> None:
-    attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4)
-    model = small(steps=((BranchSpec(name="blocks.0.attn", core=attention, post_norm=NormSpec(width=12)),),))
-    reason = reason_against(model.architecture)
-    assert reason == "blocks.0.attn: a norm after the sub-layer (post_norm)"
+    attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4, head_norm=NormSpec(width=6))
+    model = small(steps=((BranchSpec(name="blocks.0.attn", core=attention),),))
+    assert reason_against(model.architecture) == "blocks.0.attn: a norm over heads"
 
 
 @pytest.mark.parametrize("name", ["rpi4", "rpi5"])

@@ -58,7 +58,7 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
     pairs = spec.images * spec.heads
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
-        x = T.arg("x", T.buffer((spec.images * spec.source.per_image * spec.source.width,), "float32"))
+        x = T.arg("x", T.buffer((spec.source.size(spec.images, spec.asked),), "float32"))
         packed = T.arg("packed", T.buffer((pairs * size,), "float32"))
         stride = lanes.up(spec.tokens)
         bias = T.arg("bias", T.buffer((spec.heads * spec.asked * stride,), "float32")) if spec.biased else None

@@ -114,7 +114,7 @@ def encode_rows(spec: Encode, threads: int) -> Any:
     length = coding.row_length(spec.used)
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
-        x = T.arg("x", T.buffer((spec.images * spec.source.per_image * spec.source.width,), "float32"))
+        x = T.arg("x", T.buffer((spec.source.size(spec.images, spec.rows),), "float32"))
         known = T.arg("range", T.buffer((2,), "float32")) if coding.static else None
         out = T.arg("out", T.buffer((spec.images * spec.rows * length,), coding.dot.stored))
 

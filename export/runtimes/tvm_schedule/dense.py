@@ -61,7 +61,7 @@ class Dense:
     def operands(self) -> dict[str, Operand]:
         """Name, size and type of each operand in order, the result last."""
         whole, coding = self.merged(), self.reads
-        x = _size(whole.source, whole)
+        x = whole.source.size(whole.images, whole.rows)
         if coding is None:
             found = {"x": Operand(x), "w": Operand(whole.depth * whole.width)}
         else:
@@ -69,8 +69,8 @@ class Dense:
             found = {"x": Operand(x, coding.dot.stored), "w": Operand(depth * whole.width, "int8"), "scales": Operand(whole.width)}
             found |= {} if coding.static else {"sums": Operand(whole.width)}
         found |= {"bias": Operand(whole.width)} if whole.bias else {}
-        found |= {"factor": Operand(_size(whole.factor, whole))} if whole.factor else {}
-        found |= {"residual": Operand(_size(whole.residual, whole))} if whole.residual else {}
+        found |= {"factor": Operand(whole.factor.size(whole.images, whole.rows))} if whole.factor else {}
+        found |= {"residual": Operand(whole.residual.size(whole.images, whole.rows))} if whole.residual else {}
         found |= {"range": Operand(2)} if whole.writes else {}
         return found | {"out": Operand(whole.images * whole.rows * whole.width, "float32" if whole.writes is None else whole.writes.dot.stored)}
 
@@ -105,11 +105,6 @@ def dense(spec: Dense, lanes: Lanes, schedule: Schedule) -> Any:
                 across, down = thread // grid.rows, thread % grid.rows
                 _share(whole, lanes, tile, buffers, panel_runs, row_runs, (across, grid.panels), (down, grid.rows))
     return builder.get()
-
-
-def _size(place: Rows | None, spec: Dense) -> int:
-    assert place is not None
-    return place.width * (max(1, spec.images) * place.per_image if place.per_image else place.first + spec.rows)
 
 
 def _share(

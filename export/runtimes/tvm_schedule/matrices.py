@@ -50,6 +50,11 @@ class Entering:
     bias: Array | None
     selection: Array | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.weight is None and self.bias is None and self.selection is None
+
     def into(self, matrix: Matrix) -> Matrix:
         """(x * weight + bias) W + b = x (weight W) + (bias W + b); with a selection S, x S W."""
         weight, bias = matrix.weight, matrix.bias

@@ -18,3 +18,7 @@ class Rows:
     def start(self, image: Expr, row: Expr) -> Expr:
         """The index of the row's first element."""
         return (image * self.per_image + self.first + row) * self.width
+
+    def size(self, images: int, rows: int) -> int:
+        """Elements of a buffer that holds `rows` rows of each image."""
+        return self.width * (images * self.per_image if self.per_image else self.first + rows)

@@ -40,6 +40,36 @@ def add_constant(rows: int, width: int, lanes: Lanes) -> Any:
     return builder.get()
 
 
+def add_rows(rows: int, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, y) -> x + y, flat."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x, y = (T.arg(name, T.buffer((rows * width,), "float32")) for name in "xy")
+        out = T.arg("out", T.buffer((rows * width,), "float32"))
+        with T.serial(0, rows * width // lanes.count) as part:
+            place = part * lanes.count
+            lanes.store(out, place, lanes.load(x, place) + lanes.load(y, place))
+    return builder.get()
+
+
+def place_rows(images: int, prefix: int, rows: int, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, table (prefix + rows, width)) -> each image's table, to which its rows are added behind the prefix, flat."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((images * rows * width,), "float32"))
+        table = T.arg("table", T.buffer(((prefix + rows) * width,), "float32"))
+        out = T.arg("out", T.buffer((images * (prefix + rows) * width,), "float32"))
+        ahead, count = prefix * width, lanes.count
+        with T.serial(0, images) as image:
+            if prefix:
+                with T.serial(0, ahead // count) as part:
+                    lanes.store(out, image * (ahead + rows * width) + part * count, lanes.load(table, part * count))
+            with T.serial(0, rows * width // count) as part:
+                value = lanes.load(x, image * (rows * width) + part * count) + lanes.load(table, ahead + part * count)
+                lanes.store(out, image * (ahead + rows * width) + ahead + part * count, value)
+    return builder.get()
+
+
 def first_rows(images: int, rows: int, source: Rows) -> Any:
     """The kernel: the first `rows` rows of each image, flat."""
     width = source.width

@@ -150,7 +150,7 @@ def _operands(spec: Dense | Attend, lanes: Lanes) -> list[Operand]:
         return list(spec.operands().values())
     packed = spec.images * spec.heads * packed_size(spec.tokens, spec.keys, spec.values, lanes)
     bias = [spec.heads * spec.asked * lanes.up(spec.tokens)] if spec.biased else []
-    sizes = [spec.images * spec.source.per_image * spec.source.width, packed, *bias, *([2] if spec.writes else [])]
+    sizes = [spec.source.size(spec.images, spec.asked), packed, *bias, *([2] if spec.writes else [])]
     out = spec.images * spec.asked * spec.heads * spec.values.each
     return [*map(Operand, sizes), Operand(out) if spec.writes is None else Operand(out, spec.writes.dot.stored)]
 
