@@ -11,7 +11,7 @@ from ..compress.lift import lift
 from ..compress.vit.model import CompactModel
 from ..errors import UnsupportedModel
 from . import capabilities, quantize
-from .forms import FORMS, STREAM_FORMS, Form, form_named, write_network
+from .forms import FORMS, INT8_FORMS, STREAM_FORMS, Form, form_named, write_network
 from .forms.coverage import reason_against
 from .half import half
 from .known_forms import best_form
@@ -63,10 +63,10 @@ def candidates(model: nn.Module, tidy: onnx.ModelProto, order: Order, *, portabl
     elif portable is not None:
         forms = [portable]
     elif order.tune:
-        known = [*FORMS, *(STREAM_FORMS if _scattered(compact) else ())]
+        known = [*FORMS, *(INT8_FORMS if order.precision in ("int8", "int8-static") else ()), *(STREAM_FORMS if _scattered(compact) else ())]
         forms = [entry for entry in known if (order.batch == 1 or entry.rows == "batch") and entry.opset <= (order.opset or entry.opset)]
     else:
-        best, measured = best_form(order.target, order.batch, compact.architecture.tokens, precision=order.precision)
+        best, measured = best_form(order.target, order.batch, compact.architecture.tokens, precision=order.precision, threads=order.threads)
         if order.opset is not None and order.opset < best.opset:
             best, measured = replace(best, attention="split"), f"{measured}; without the operators that opset {order.opset} lacks"
         forms = [best]
@@ -95,21 +95,24 @@ def in_precision(model: nn.Module, candidate: Candidate, order: Order, notes: li
     if precision == "int8":
         return quantize.int8_dynamic(float_graph, weight_bits=bits)
     if precision == "int8-static":
-        return static(float_graph, order, bits, notes, pairs=candidate.form.qdq if candidate.form is not None else None)
+        return static(float_graph, order, bits, notes, form=candidate.form)
     if precision == "fp16":
         return half(candidate.model)
     return quantize.weights_only(float_graph, 4 if precision == "int4-weights" else 8)
 
 
-def static(float_graph: onnx.ModelProto, order: Order, weight_bits: int, notes: list[str], *, pairs: bool | None = None) -> onnx.ModelProto:
-    """Static eight bits by the calibration that was asked for, or the best of all. pairs: as a form's `qdq`; None lets the target decide."""
+def static(float_graph: onnx.ModelProto, order: Order, weight_bits: int, notes: list[str], *, form: Form | None = None) -> onnx.ModelProto:
+    """Static eight bits by the calibration that was asked for, or the best of all. form: of the graph, where it is ours; else the target says how."""
     assert order.images is not None
     images = order.images[: quantize.CALIBRATION_IMAGES]
-    pairs = capabilities.wants_pairs(order.target) if pairs is None else pairs
+    pairs = capabilities.wants_pairs(order.target) if form is None else form.qdq
+    # A stem that cannot be a product is a convolution in every form, and stays float.
+    product = any(node.name == "stem" and node.op_type == "MatMul" for node in float_graph.graph.node)
+    also: tuple[quantize.Also, ...] = ("patch",) if form is not None and form.stem == "int8" and product else ()
     if order.calibration == "best":
         timed = capabilities.is_host(order.target)
-        return best_static(float_graph, images, weight_bits=weight_bits, pairs=pairs, timed=timed, notes=notes, threads=order.threads)
-    return static_graph(float_graph, images, order.calibration, weight_bits=weight_bits, pairs=pairs)
+        return best_static(float_graph, images, weight_bits=weight_bits, pairs=pairs, also=also, timed=timed, notes=notes, threads=order.threads)
+    return static_graph(float_graph, images, order.calibration, weight_bits=weight_bits, pairs=pairs, also=also)
 
 
 def where_in_form(model: nn.Module, candidate: Candidate, first: Array, order: Order, tolerance: float) -> str | None:

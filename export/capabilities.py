@@ -58,7 +58,7 @@ def has_half(target: str) -> bool:
 
 def wants_pairs(target: str) -> bool:
     """Whether eight bits are to be written as pairs around float products: for GPUs, whose providers (TensorRT) read these and no others. On the CPU the
-    runtime's own products are 2.6 times as fast as pairs (benchmarks/results/static.md), and its arm64 build has kernels for them as well."""
+    runtime's own products are 2.6 times as fast as pairs (benchmarks/results/static_int8.md), and its arm64 build has kernels for them as well."""
     profile = profile_of(target)
     return profile is not None and (profile.kind == "gpu" or "cuda" in (profile.accelerator or "").lower())
 

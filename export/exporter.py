@@ -24,6 +24,7 @@ from .order import Array, Batch, Order, check, preprocessing_of
 from .parity import TOLERANCES, Probe, answers
 from .runtime_files import source_for, write_and_ask
 from .runtimes import runtime_named
+from .sessions import config_for
 from .stage_line import stage, stages_shown
 from .store import MODEL
 from .tracing import trace
@@ -113,7 +114,7 @@ def _export(model: nn.Module, folder: Path, order: Order) -> Artifact:
         with replace_folder(folder, overwrite=order.overwrite) as aside:
             files = save(final, aside, order, probe, stages)
             ask_elsewhere(aside / MODEL, order, probe, lambda images: answers(final, images, batch=order.batch), stages, notes)
-            Artifact.write(aside, _manifest(model, order, form, files, probe, stages, notes, opset=opset_of(final)))
+            Artifact.write(aside, _manifest(model, order, form, files, probe, stages, notes, opset=opset_of(final), session=config_for(order.threads)))
         return Artifact.load(folder)
     runtime = runtime_named(order.runtime)
     form, source = source_for(runtime, model, tidy, order, probe, first, stages, notes)

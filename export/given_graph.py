@@ -21,6 +21,7 @@ from .onnxruntime_files import save
 from .order import Array, Batch, Order, check, preprocessing_of
 from .parity import TOLERANCES, Probe, answers, first_difference, require, session_answers
 from .passes import steps
+from .sessions import config_for
 from .stage_line import stage, stages_shown
 from .store import MODEL, open_graph
 from .torch_graph import simplify, tidy_names
@@ -108,6 +109,7 @@ def export_graph(
                 runtime="onnxruntime",
                 precision=precision,
                 form=form,
+                session=config_for(threads),
                 versions=tool_versions(*TOOLS),
                 files=tuple(files),
                 parity=tuple(stages),

@@ -17,7 +17,7 @@ class KnownForm:
     one_image: Form
     batches: Form
     measured: str
-    measured_static: str = "not measured on this target; the form that won on x86-64 is taken"
+    measured_int8: str = "not measured on this target; the eight-bit form that won on x86-64 is taken, `--tune` on the device may find a better one"
 
 
 # From here on a convolution cuts patches faster than a reshape and a product do: so it was with 196 patches of 16 x 16, and not with 49 of 4 x 4.
@@ -32,8 +32,8 @@ _ROWS = (
         _BATCH,
         "AMD EPYC (Zen 5, AVX-512 VNNI), ONNX Runtime 1.31.1, one thread: 395 us against 407 (split attention), 416 (LayerNorm), 435 (batch "
         "rows) and 614 (torch's own graph) on the 0.8 M parameter demo model; DeiT-Tiny 25 ms against 32 (batch rows, all queries)",
-        "AMD EPYC (Zen 5, AVX-512 VNNI), ONNX Runtime 1.31.1, one thread, DeiT-Tiny: 0.98 of the time with matrix rows; the runtime's own eight-bit "
-        "products against pairs that it is left to fuse: 0.38 of the time (benchmarks/results/static.md)",
+        "eight bits on AMD EPYC (Zen 5, AVX-512 VNNI), ONNX Runtime 1.31.1, DeiT-Tiny and its half: rows of a batch take 0.97-0.99 of the time of matrix "
+        "rows, patches in eight bits too 0.95-0.96; on two threads the runtime's attention 0.90-0.94 of the standard's, which stays on one",
     ),
 )
 
@@ -48,18 +48,27 @@ def known_form(target: str) -> KnownForm:
     return _ELSEWHERE
 
 
-def best_form(target: str, batch: int | Literal["dynamic"], tokens: int = 0, *, precision: str = "fp32") -> tuple[Form, str]:
+def best_form(
+    target: str, batch: int | Literal["dynamic"], tokens: int = 0, *, precision: str = "fp32", threads: int = 1
+) -> tuple[Form, str]:
     """The form to take for a batch size and so many tokens, and where it was measured."""
     row = known_form(target)
-    if precision == "int8-static":
-        if wants_pairs(target):
-            return replace(row.batches, norm="layer", qdq=True), "eight bits in pairs of the standard's operators, as TensorRT reads them; not measured"
-        if batch == 1:
-            # Eight-bit products take rows of any rank as they are, where a float Gemm wants a matrix and Reshapes around attention.
-            return replace(row.one_image, rows="batch", stem="matrix"), row.measured_static
+    if precision in ("int8", "int8-static"):
+        return _eight_bits(row, batch, tokens, threads, pairs=precision == "int8-static" and wants_pairs(target))
     if batch != 1:
         return row.batches, row.measured
     if tokens >= MANY_TOKENS:
         # benchmarks/results/forms.md
         return replace(row.one_image, stem="conv"), f"{row.measured}; patches by convolution: 0.967-0.994 of the time on DeiT-T, DeiT-S and their halves"
     return row.one_image, row.measured
+
+
+def _eight_bits(row: KnownForm, batch: int | Literal["dynamic"], tokens: int, threads: int, *, pairs: bool) -> tuple[Form, str]:
+    if pairs:
+        return replace(row.batches, norm="layer", qdq=True), "eight bits in pairs of the standard's operators, as TensorRT reads them; not measured"
+    if batch != 1:
+        return row.batches, row.measured_int8
+    # Eight-bit products take rows of any rank as they are; a float Gemm wants a matrix, and Reshapes around attention. Patches of a few pixels are
+    # too little work for eight bits to pay.
+    form = replace(row.one_image, rows="batch", stem="int8" if tokens >= MANY_TOKENS else "matrix")
+    return (replace(form, attention="runtime") if threads > 1 else form), row.measured_int8

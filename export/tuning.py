@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from .sessions import config_for
 from .store import open_graph
 
 LIMIT_S = 4.0
@@ -19,7 +20,7 @@ LEAST_ROUNDS = 7
 
 def fastest(models: Mapping[str, onnx.ModelProto], images: NDArray[Any], *, threads: int = 1, limit_s: float = LIMIT_S) -> list[tuple[str, float]]:
     """(name, latency_s) of each graph, fastest first: the median of rounds in which each graph runs once, in turning order."""
-    sessions = {name: open_graph(model, threads=threads) for name, model in models.items()}
+    sessions = {name: open_graph(model, threads=threads, config=config_for(threads)) for name, model in models.items()}
     feed = np.ascontiguousarray(images, dtype=np.float32)
     samples: dict[str, list[float]] = {name: [] for name in sessions}
     names = list(sessions)

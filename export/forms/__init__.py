@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .form import FORMS, STREAM_FORMS, Form, form_named
+from .form import FORMS, INT8_FORMS, STREAM_FORMS, Form, form_named
 from .network import write_network
 
-__all__ = ["FORMS", "STREAM_FORMS", "Form", "form_named", "write_network"]
+__all__ = ["FORMS", "INT8_FORMS", "STREAM_FORMS", "Form", "form_named", "write_network"]

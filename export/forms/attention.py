@@ -157,7 +157,10 @@ def _standard(graph: Graph, form: Form, spec: AttentionSpec, parts: AttentionWei
 def _runtime(graph: Graph, form: Form, spec: AttentionSpec, parts: AttentionWeights, rows: Asked, name: str) -> str:
     linears = ((rows.asking, parts.q, "q"), (rows.x, parts.k, "k"), (rows.x, parts.v, "v"))
     shift = ""
-    if _plain(spec, rows) and graph.linears != "int8":
+    if _plain(spec, rows) and graph.linears != "gemm":
+        # Eight-bit products add the bias themselves.
+        inputs = [linear(graph, form, source, part, f"{name}.{label}") for source, part, label in linears]
+    elif _plain(spec, rows):
         inputs = [
             str(graph.node("MatMul", [source, graph.constant(f"{name}.{label}.weight", part.weight)], f"{name}.{label}"))
             for source, part, label in linears

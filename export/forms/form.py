@@ -20,7 +20,7 @@ class Form:
     residual: `add`, or `skip-norm` for ONNX Runtime's SkipLayerNormalization (residual, bias and norm in one node).
     norm: `layer`, or `centred-rms`: what writes to the stream is centred once, in the weights, so that each LayerNorm becomes the cheaper RMSNorm.
     activation: `gelu` (opset 20), or `bias-gelu` for ONNX Runtime's BiasGelu.
-    stem: `conv`, or `matrix` (patches cut out by reshaping, then one Gemm).
+    stem: `conv`, or `matrix` (patches cut out by reshaping, then one Gemm); `int8` is `matrix`, and in eight bits where the other products are.
     last_queries: the last block computes only the tokens that the head reads.
     last_keys: there it makes no keys and values either, since few queries meet the tokens themselves sooner.
     stream: what writes to (or reads without a norm) only some channels of the stream is a matrix with zeros for the others (`dense`), goes by
@@ -35,7 +35,7 @@ class Form:
     residual: Literal["add", "skip-norm"] = "add"
     norm: Literal["layer", "centred-rms"] = "centred-rms"
     activation: Literal["gelu", "bias-gelu"] = "gelu"
-    stem: Literal["conv", "matrix"] = "conv"
+    stem: Literal["conv", "matrix", "int8"] = "conv"
     last_queries: bool = True
     last_keys: bool = True
     stream: Literal["cheaper", "dense", "index"] = "cheaper"
@@ -78,6 +78,12 @@ FORMS: tuple[Form, ...] = (
     # A kernel for AVX-512 takes twelve rows of a matrix at a time.
     Form(attention="opset23", stem="matrix", tile=12),
 )
+# More in eight bits, whose products take rows of any rank as they are.
+INT8_FORMS: tuple[Form, ...] = (
+    Form(rows="batch", attention="opset23", stem="int8"),
+    Form(rows="batch", attention="opset23", stem="matrix"),
+    Form(rows="batch", attention="runtime", stem="int8"),
+)
 # Two more where masks are not shared.
 STREAM_FORMS: tuple[Form, ...] = tuple(Form(attention="opset23", stem="matrix", stream=kind) for kind in ("dense", "index"))
 
@@ -95,6 +101,6 @@ def form_named(name: str) -> Form:
 
 _NAME = re.compile(
     "(?P<rows>matrix|batch)/(?P<attention>split|fused-qkv|runtime|opset23)/(?P<residual>add|skip-norm)/(?P<norm>layer|centred-rms)/"
-    "(?P<activation>gelu|bias-gelu)/(?P<stem>conv|matrix)-stem(?P<queries>/last-queries)?(?P<keys>/last-keys)?"
+    "(?P<activation>gelu|bias-gelu)/(?P<stem>conv|matrix|int8)-stem(?P<queries>/last-queries)?(?P<keys>/last-keys)?"
     "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?(?P<qdq>/qdq)?"
 )

@@ -24,7 +24,7 @@ class Linear:
 def linear(graph: Graph, form: Form, x: str, layer: Linear, name: str) -> str:
     """(…, in) -> (…, out). With matrix rows one Gemm; with a batch MatMul and Add (which ONNX Runtime fuses again, at the price of Reshapes)."""
     if graph.linears == "int8" and name != "stem":
-        return _int8_linear(graph, x, layer, name)
+        return int8_linear(graph, x, layer, name)
     weight = graph.constant(f"{name}.weight", layer.weight)
     bias = None if layer.bias is None else graph.constant(f"{name}.bias", layer.bias)
     if form.rows == "matrix" and bias is not None and graph.linears != "product":
@@ -33,7 +33,7 @@ def linear(graph: Graph, form: Form, x: str, layer: Linear, name: str) -> str:
     return product if bias is None else str(graph.node("Add", [product, bias], f"{name}.add"))
 
 
-def _int8_linear(graph: Graph, x: str, layer: Linear, name: str) -> str:
+def int8_linear(graph: Graph, x: str, layer: Linear, name: str) -> str:
     """Weights in eight bits with a scale a column, the input in eight bits with one scale found for each image: one node of ONNX Runtime."""
     largest = 2 ** (graph.weight_bits - 1) - 1
     scale = (np.abs(layer.weight).max(axis=0) / largest).astype(np.float32)

@@ -12,7 +12,7 @@ from ...compress.architecture import Architecture
 from .ffn import activation
 from .form import Form
 from .graph import Array, Graph
-from .rows import Linear, linear, norm, place
+from .rows import Linear, int8_linear, linear, norm, place
 
 State = dict[str, Array]
 
@@ -38,9 +38,14 @@ def _patches(graph: Graph, form: Form, architecture: Architecture, state: State,
     stride = spec.stride or spec.patch
     (down, across), patch = architecture.grid, spec.patch
     whole = architecture.image[1] == down * patch[0] and architecture.image[2] == across * patch[1]
-    if form.stem == "matrix" and whole and stride == patch and spec.padding == (0, 0) and not spec.before:
+    if form.stem != "conv" and whole and stride == patch and spec.padding == (0, 0) and not spec.before:
         rows = _cut(graph, form, architecture)
-        return linear(graph, form, rows, Linear(np.ascontiguousarray(weight.reshape(width, -1).T), offset), "stem")
+        flat = np.ascontiguousarray(weight.reshape(width, -1).T)
+        if form.stem != "int8" or graph.linears != "int8":
+            return linear(graph, form, rows, Linear(flat, offset), "stem")
+        # Positions are a row each, and the product adds one row to all.
+        rows = int8_linear(graph, rows, Linear(flat, None), "stem")
+        return rows if offset is None else str(graph.node("Add", [rows, graph.constant("stem.position", offset)], "stem.placed"))
     images = "images"
     for number, conv in enumerate(spec.before):
         name = f"before.{number}"

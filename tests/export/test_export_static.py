@@ -16,10 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from vitrim.compress.vit.model import CompactModel
 from vitrim.export import capabilities
 from vitrim.export.exporter import export
-from vitrim.export.forms import FORMS, Form, form_named, write_network
+from vitrim.export.forms import FORMS, INT8_FORMS, Form, form_named, write_network
 from vitrim.export.known_forms import best_form
 from vitrim.export.parity import answers, relative_error
 from vitrim.export.quantize import int8_static
+from vitrim.export.sessions import config_for, open_session
 from vitrim.export.static_kernels import eight_bit_products
 from vitrim.export.store import open_graph
 
@@ -157,3 +158,57 @@ def test_pairs_are_a_form_that_can_be_asked_for(model: CompactModel, tmp_path: P
     made = export(model, tmp_path / "out", images=IMAGES, precision="int8-static", form=form.name)
     assert made.manifest.form == form.name
     assert operators(onnx.load(made.model_path))["DequantizeLinear"] > 13
+
+
+@pytest.mark.parametrize("form", INT8_FORMS, ids=lambda form: form.name)
+def test_patches_are_in_eight_bits_where_the_form_says_so(model: CompactModel, form: Form) -> None:
+    assert form_named(form.name) == form
+    assert moved(model, write_network(model, form)) < 1e-4
+    dynamic = write_network(model, form, linears="int8")
+    assert operators(dynamic)["DynamicQuantizeMatMul"] == (14 if form.stem == "int8" else 13)
+    assert 1e-5 < moved(model, dynamic) < 0.1
+
+
+def test_patches_of_a_static_form_follow_it(model: CompactModel, tmp_path: Path) -> None:
+    made = export(model, tmp_path / "out", images=IMAGES, precision="int8-static", form=INT8_FORMS[0])
+    found = operators(onnx.load(made.model_path))
+    assert found["MatMulIntegerToFloat"] == 14
+    assert found["MatMul"] == 0
+    best = export(model, tmp_path / "best", images=IMAGES, precision="int8-static", form=INT8_FORMS[0], calibration="best")
+    told = [note for note in best.manifest.notes if note.startswith("int8-static by ")]
+    assert len(told) == 3
+    assert all("patch in eight bits too: " in note for note in told)
+
+
+def test_a_stem_of_convolutions_stays_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # Patches that overlap cannot be cut out by reshaping.
+    network = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=2, num_classes=4).eval()
+    network.patch_embed.proj = torch.nn.Conv2d(1, 32, 4, stride=4)
+    compact = vitrim.lift(network)
+    architecture = compact.architecture
+    overlapping = architecture.model_copy(update={"stem": architecture.stem.model_copy(update={"patch": (6, 6), "stride": (4, 4), "padding": (1, 1)})})
+    made = export(CompactModel(overlapping).eval(), tmp_path / "out", images=IMAGES, precision="int8-static", form=INT8_FORMS[0])
+    graph = onnx.load(made.model_path)
+    assert operators(graph)["DequantizeLinear"] == 0
+    assert next(node for node in graph.graph.node if node.op_type == "Conv").input[0] == "images"
+
+
+def test_the_known_form_follows_precision_and_threads() -> None:
+    large, why = best_form("x86-64", 1, 197, precision="int8")
+    assert large == best_form("x86-64", 1, 197, precision="int8-static")[0] == INT8_FORMS[0]
+    assert "patches in eight bits too" in why
+    assert best_form("x86-64", 1, 50, precision="int8")[0] == INT8_FORMS[1]
+    assert best_form("x86-64", 1, 197, precision="int8", threads=2)[0] == INT8_FORMS[2]
+    assert best_form("x86-64", 1, 197)[0].rows == "matrix"
+    assert best_form("rpi5", "dynamic", 197, precision="int8")[0].stem == "matrix"
+
+
+def test_an_artifact_for_several_threads_says_how_they_wait(model: CompactModel, tmp_path: Path) -> None:
+    made = export(model, tmp_path / "two", images=IMAGES, precision="int8", threads=2)
+    assert made.manifest.session == config_for(2)
+    assert made.manifest.session["session.force_spinning_stop"] == "1"
+    assert made.manifest.form.startswith("batch/runtime/")
+    answer = open_session(made, threads=2).run(None, {"images": IMAGES[:1]})[0]
+    assert np.isfinite(answer).all()
+    assert export(model, tmp_path / "one", images=IMAGES, precision="int8").manifest.session == {}
