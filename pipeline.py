@@ -17,9 +17,12 @@ from typing import Literal
 from .compress.compactor import build
 from .compress.count import count_macs, count_params
 from .compress.data.door import open_dataset
+from .compress.data.preprocessing import Preprocessing
 from .compress.data.splits import DataSplits
 from .compress.files import load
+from .compress.image_size import at_image_size
 from .compress.lift import lift
+from .compress.patch_fit import shown
 from .compress.vit.model import CompactModel
 from .recipe import Recipe
 from .run_folder import RunFolder
@@ -117,6 +120,9 @@ def run(
     if last < STEPS.index("export"):
         return folder
 
+    if recipe.export.image_size is not None:
+        say(f"artifacts at {shown(recipe.export.image_size)}, trained at {shown(baseline.architecture.image[1:])}", quiet=quiet)
+        data = _data_of(recipe, _at_export_size(data.preprocessing, recipe), quiet=quiet)
     artifacts, _ = folder.step(
         "export",
         marks["export"],
@@ -144,8 +150,20 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     """Open the data, build the dense model, and try the budget. Errors: InputError for whatever does not fit together."""
     target = load_target(recipe.export.target)
     preprocessing = preprocessing_of(recipe.model, recipe.data.name, image_of(recipe.model))
+    data = _data_of(recipe, preprocessing, quiet=quiet)
+    seed_weights(recipe)
+    dense = skipping(lift(source_model(recipe.model, data.classes)))
+    if recipe.export.image_size is not None:
+        at_image_size(dense.architecture, recipe.export.image_size)
+    round_to = recipe.masks.round_to or target.round_to
+    # Making the task tries the budget; the task itself is made again when its turn comes.
+    mask_task(copy.deepcopy(dense), dense, data, recipe, round_to)
+    return Prepared(recipe, data, dense, round_to)
+
+
+def _data_of(recipe: Recipe, preprocessing: Preprocessing, *, quiet: bool) -> DataSplits:
     section = recipe.data
-    data = open_dataset(
+    return open_dataset(
         section.name,
         preprocessing=preprocessing,
         seed=section.seed,
@@ -153,12 +171,12 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
         limit=section.limit,
         quiet=quiet,
     )
-    seed_weights(recipe)
-    dense = skipping(lift(source_model(recipe.model, data.classes)))
-    round_to = recipe.masks.round_to or target.round_to
-    # Making the task tries the budget; the task itself is made again when its turn comes.
-    mask_task(copy.deepcopy(dense), dense, data, recipe, round_to)
-    return Prepared(recipe, data, dense, round_to)
+
+
+def _at_export_size(preprocessing: Preprocessing, recipe: Recipe) -> Preprocessing:
+    """For the artifacts: what is measured on them is measured at their size."""
+    height, width = recipe.export.image_size or preprocessing.image[1:]
+    return preprocessing.model_copy(update={"height": height, "width": width})
 
 
 def skipping(model: CompactModel) -> CompactModel:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .compress.patch_fit import checked_size
 from .errors import InputError
 from .recipe_errors import first_line
 from .targets.profile import load_target
@@ -146,6 +147,9 @@ class ExportSection(Section):
         ("fp32", "int8"), strict=False, min_length=1, description="precisions of the compact model"
     )
     batch: int | Literal["dynamic"] = Field(1, description="images a run, or dynamic")
+    image_size: tuple[int, int] | None = Field(
+        None, strict=False, description='another height and width than the model was trained at, 160 or "160x192", without training; absent: its own'
+    )
     calibration_images: int = Field(64, gt=0, description="real images for parity figures and int8 calibration")
 
     @field_validator("precisions")
@@ -154,6 +158,14 @@ class ExportSection(Section):
         if len(set(precisions)) != len(precisions):
             raise ValueError("a precision is named twice")
         return precisions
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _sides(cls, size: Any) -> tuple[int, int] | None:
+        try:
+            return None if size is None else checked_size(size)
+        except InputError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("batch")
     @classmethod

@@ -17,8 +17,11 @@ from rich.table import Table
 from . import __version__
 from .bench.measurement import Measurement
 from .bench.report.model import ArtifactEntry, ModelEntry, Report
+from .compress.architecture import Architecture
 from .compress.count import count_macs, count_params
 from .compress.data.splits import DataSplits, Split, stratified_indices
+from .compress.image_size import at_image_size
+from .compress.patch_fit import shown
 from .compress.vit.model import CompactModel
 from .export.artifact import Artifact
 from .kept_branches import kept_branches
@@ -59,6 +62,7 @@ def export_all(
             labels=list(data.labels),
             images=images,
             batch=recipe.export.batch,
+            image_size=recipe.export.image_size,
             overwrite=True,
             name=name,
             provenance={"recipe": recipe.name, "seed": str(recipe.train.seed), "data": data.name},
@@ -121,15 +125,18 @@ def write_report(
     from .bench.report import render
 
     replace_file(folder / "kept.json", json.dumps(kept_branches(baseline.architecture, compact.architecture), indent=1) + "\n")
+    # As they were exported, so that their multiply-adds go with their latencies.
+    architectures = {name: _exported(model.architecture, recipe) for name, model in (("baseline", baseline), ("compact", compact))}
     models = {
-        name: _model_entry(model, [key for key, (which, _) in artifact_names(recipe).items() if which == name], artifacts, measurements)
-        for name, model in (("baseline", baseline), ("compact", compact))
+        name: _model_entry(architecture, [key for key, (which, _) in artifact_names(recipe).items() if which == name], artifacts, measurements)
+        for name, architecture in architectures.items()
     }
     parity = {"cut: masked against compact": cut.max_relative_error}
     for name, artifact in artifacts.items():
         parity |= {f"{name}: {stage.stage} against {stage.reference}": stage.max_relative_error for stage in artifact.manifest.parity}
     sizes = {artifact_names(recipe)[name]: measurement.file_bytes for name, measurement in measurements.items()}
-    architectures = {"baseline": baseline.architecture, "compact": compact.architecture}
+    size = recipe.export.image_size
+    resized = f"; artifacts at {shown(size)}, without training there" if size and size != baseline.architecture.image[1:] else ""
     report = Report.model_validate(
         {
             "schema": "vitrim.report/1",
@@ -139,7 +146,7 @@ def write_report(
             "title": recipe.name,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "recipe": recipe.name,
-            "data": f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, {len(data.test):,} test images",
+            "data": f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, {len(data.test):,} test images{resized}",
             "seed": recipe.train.seed,
             "data_seed": recipe.data.seed,
             "versions": versions(),
@@ -149,6 +156,10 @@ def write_report(
     replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
     render(folder.path)
     return report
+
+
+def _exported(architecture: Architecture, recipe: Recipe) -> Architecture:
+    return architecture if recipe.export.image_size is None else at_image_size(architecture, recipe.export.image_size)
 
 
 def versions() -> dict[str, str]:
@@ -175,7 +186,7 @@ def final_table(report: Report, folder: RunFolder) -> None:
 
 
 def _model_entry(
-    model: CompactModel, names: list[str], artifacts: Mapping[str, Artifact], measurements: Mapping[str, Measurement]
+    architecture: Architecture, names: list[str], artifacts: Mapping[str, Artifact], measurements: Mapping[str, Measurement]
 ) -> dict[str, Any]:
     entries = [
         {
@@ -189,8 +200,8 @@ def _model_entry(
     ]
     # The model's own accuracy is that of its first artifact: a file that ran, not the network it was written from.
     return {
-        "params": count_params(model.architecture),
-        "macs": count_macs(model.architecture),
+        "params": count_params(architecture),
+        "macs": count_macs(architecture),
         "top1": measurements[names[0]].top1,
         "artifacts": entries,
     }

@@ -160,10 +160,13 @@ def _graph(path: Path) -> tuple[int, int, int]:
 def _image_at(network: CompactModel | None, image_size: str, model: Path) -> tuple[int, int, int]:
     """(channels, height, width) after resizing, refused before anything is read or written for it."""
     from ..compress.image_size import at_image_size
+    from ..export.another_size import require_memory
 
     if network is None:
         raise InputError(f"{model}: a graph that was given has its image size built in; export it again at {image_size}, or give the saved model")
-    return at_image_size(network.architecture, image_size).image
+    architecture = at_image_size(network.architecture, image_size)
+    require_memory(architecture)
+    return architecture.image
 
 
 def _settings(given: list[str]) -> dict[str, str]:

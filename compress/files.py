@@ -19,6 +19,7 @@ from ..storage import replace_file, replace_folder
 from .architecture import SCHEMA, Architecture, AttentionSpec
 from .compactor import build
 from .lift import lift
+from .patch_fit import MAX_BIASED_TOKENS, MAX_TOKENS
 from .vit.model import CompactModel
 
 WEIGHTS = "model.safetensors"
@@ -28,9 +29,6 @@ MAX_PARAMETERS = 20_000_000_000
 MAX_ARCHITECTURE_BYTES = 16 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_BRANCHES = 4096
-MAX_TOKENS = 65_536
-# A relative bias has a table entry for every pair of tokens.
-MAX_BIASED_TOKENS = 8192
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 

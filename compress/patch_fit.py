@@ -1,4 +1,4 @@
-"""Which image sizes a stem cuts into patches, and how they are written."""
+"""Which image sizes a stem cuts into patches, and how they are written. Free of torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import cast
 
 from ..errors import InputError
 from .architecture import Architecture, AttentionSpec, StemSpec
-from .files import MAX_BIASED_TOKENS, MAX_TOKENS
 
 Size = tuple[int, int]
 LARGEST = 1_000_000
+MAX_TOKENS = 65_536
+# A relative bias has a table entry for every pair of tokens.
+MAX_BIASED_TOKENS = 8192
 
 
 def checked_size(image_size: object) -> Size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from vitrim.bench.measurement import Measurement
 from vitrim.bench.report.model import Report
 from vitrim.cli import call
 from vitrim.compress.count import count_macs, count_params
+from vitrim.compress.image_size import at_image_size
 from vitrim.compress.mask import StructuredMask
 from vitrim.errors import InputError
 from vitrim.export.artifact import Artifact
@@ -191,6 +193,31 @@ def test_a_lambda_instead_of_a_budget(place: Path, tmp_path: Path) -> None:
     run(recipe, tmp_path / "run", until="masks", quiet=True)
     dense, cut = (count_params(vitrim.load(tmp_path / "run" / name).architecture) for name in ("baseline", "cut"))
     assert cut < dense
+
+
+def test_a_recipe_ships_at_another_size(finished: Path, place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    recipe = load_recipe(place / "tiny.toml", ["export.image_size=24x16", 'export.precisions=["fp32"]'])
+    run(recipe, folder, resume=True, quiet=True)
+    assert load_recipe(folder / "recipe.toml").export.image_size == (24, 16)
+    # The model itself stays as it was trained; only what leaves the chain has the other size, and is counted and measured there.
+    trained = vitrim.load(folder / "compact").architecture
+    assert trained.image == (3, 16, 16)
+    report = Report.model_validate(read(folder / "report.json"))
+    assert report.models["compact"].macs == count_macs(at_image_size(trained, "24x16")) > count_macs(trained)
+    assert report.data.endswith("; artifacts at 24x16, without training there")
+    assert report.models["compact"].top1 is not None
+    manifest = Artifact.load(folder / "artifacts/compact-fp32").manifest
+    assert manifest.inputs[0].shape == (1, 3, 24, 16)
+    assert manifest.preprocessing is not None
+    assert (manifest.preprocessing.height, manifest.preprocessing.width) == (24, 16)
+    assert manifest.parity[0].input_kind == "images"
+
+
+def test_a_size_that_does_not_work_is_refused_before_anything_is_trained(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="image size 20x20: height 20 does not make whole patches, which start every 8 pixels; 16 and 24 are the nearest"):
+        run(load_recipe(place / "tiny.toml", ["export.image_size=20"]), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_kill_and_resume_end_like_an_unbroken_run(place: Path, tmp_path: Path) -> None:

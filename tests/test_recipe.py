@@ -91,6 +91,8 @@ def test_a_wrong_type_is_named_with_key_value_and_wanted_type(tmp_path: Path, te
         ('[data]\nname = "cifar10"\n', "the table [masks] is missing"),
         (f'{SMALLEST}[model]\npretrained = true\ncheckpoint = "m.pth"\n', "[model]: `pretrained` and `checkpoint` both name the weights"),
         (f'{SMALLEST}fixed = ["head", "head"]\n', "a dimension is named twice"),
+        (f"{SMALLEST}[export]\nimage_size = [160]\n", "`export.image_size` = [160]: image size [160]: write 160, or 160x192 for height x width"),
+        (f'{SMALLEST}[export]\nimage_size = "big"\n', "write 160, or 160x192"),
         (f'name = "../up"\n{SMALLEST}', "it names a folder"),
         ("[masks\n", "not valid TOML"),
     ],
