@@ -25,6 +25,7 @@ from .compress.lift import lift
 from .compress.patch_fit import shown
 from .compress.vit.model import CompactModel
 from .recipe import Recipe
+from .run_artifacts import require_runtimes
 from .run_folder import RunFolder
 from .shipping_steps import (
     ARTIFACTS,
@@ -149,6 +150,7 @@ def run(
 def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     """Open the data, build the dense model, and try the budget. Errors: InputError for whatever does not fit together."""
     target = load_target(recipe.export.target)
+    require_runtimes(recipe.export)
     preprocessing = preprocessing_of(recipe.model, recipe.data.name, image_of(recipe.model))
     data = _data_of(recipe, preprocessing, quiet=quiet)
     seed_weights(recipe)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .compress.patch_fit import checked_size
 from .errors import InputError
@@ -146,18 +146,21 @@ class ExportSection(Section):
     precisions: tuple[Precision, ...] = Field(
         ("fp32", "int8"), strict=False, min_length=1, description="precisions of the compact model"
     )
+    runtimes: tuple[str, ...] = Field(
+        ("onnxruntime",), strict=False, min_length=1, description="runtimes to export for, the first one's baseline being what all are held against"
+    )
     batch: int | Literal["dynamic"] = Field(1, description="images a run, or dynamic")
     image_size: tuple[int, int] | None = Field(
         None, strict=False, description='another height and width than the model was trained at, 160 or "160x192", without training; absent: its own'
     )
     calibration_images: int = Field(64, gt=0, description="real images for parity figures and int8 calibration")
 
-    @field_validator("precisions")
+    @field_validator("precisions", "runtimes")
     @classmethod
-    def _no_precision_twice(cls, precisions: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(precisions)) != len(precisions):
-            raise ValueError("a precision is named twice")
-        return precisions
+    def _nothing_twice(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError(f"a {(info.field_name or '').removesuffix('s')} is named twice")
+        return names
 
     @field_validator("image_size", mode="before")
     @classmethod

@@ -26,6 +26,7 @@ from .compress.vit.model import CompactModel
 from .export.artifact import Artifact
 from .kept_branches import kept_branches
 from .recipe import Recipe
+from .run_artifacts import ONNX_RUNTIME, planned_artifacts
 from .run_estimates import run_estimates
 from .run_folder import RunFolder
 from .storage import replace_file
@@ -37,12 +38,6 @@ SAMPLE_SEED = 0
 VERSIONED = ("torch", "timm", "numpy", "onnx", "onnxruntime", "onnxsim")
 
 
-def artifact_names(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """Which artifacts a run makes: name -> (model, precision). The baseline is always there in fp32, to be compared with."""
-    compact = {f"compact-{precision}": ("compact", precision) for precision in recipe.export.precisions}
-    return {"baseline-fp32": ("baseline", "fp32"), **compact}
-
-
 def export_all(
     baseline: CompactModel, compact: CompactModel, data: DataSplits, recipe: Recipe, folder: RunFolder, *, quiet: bool
 ) -> dict[str, Artifact]:
@@ -51,13 +46,15 @@ def export_all(
 
     images, _ = sample(data.val, recipe.export.calibration_images).arrays()
     made: dict[str, Artifact] = {}
-    for name, (which, precision) in artifact_names(recipe).items():
+    for name, plan in planned_artifacts(recipe.export).items():
         say(f"exporting {name}", quiet=quiet)
         made[name] = export(
-            {"baseline": baseline, "compact": compact}[which],
+            {"baseline": baseline, "compact": compact}[plan.model],
             folder / f"{ARTIFACTS}/{name}",
             target=recipe.export.target,
-            precision=precision,  # type: ignore[arg-type]  # one of the recipe's checked literals
+            runtime=plan.runtime,
+            precision=plan.precision,
+            threads=recipe.bench.threads,
             preprocessing=data.preprocessing,
             labels=list(data.labels),
             images=images,
@@ -72,7 +69,7 @@ def export_all(
 
 def load_artifacts(recipe: Recipe, folder: RunFolder) -> dict[str, Artifact]:
     """The artifacts that `export_all` left in the run folder."""
-    return {name: Artifact.load(folder / f"{ARTIFACTS}/{name}") for name in artifact_names(recipe)}
+    return {name: Artifact.load(folder / f"{ARTIFACTS}/{name}") for name in planned_artifacts(recipe.export)}
 
 
 def measure_all(
@@ -108,7 +105,7 @@ def sample(split: Split, count: int | None) -> Split:
 
 def load_measurements(recipe: Recipe, folder: RunFolder) -> dict[str, Measurement]:
     """The measurements that `measure_all` left in the run folder."""
-    return {name: Measurement.load(folder / f"{MEASUREMENTS}/{name}.json") for name in artifact_names(recipe)}
+    return {name: Measurement.load(folder / f"{MEASUREMENTS}/{name}.json") for name in planned_artifacts(recipe.export)}
 
 
 def write_report(
@@ -127,14 +124,18 @@ def write_report(
     replace_file(folder / "kept.json", json.dumps(kept_branches(baseline.architecture, compact.architecture), indent=1) + "\n")
     # As they were exported, so that their multiply-adds go with their latencies.
     architectures = {name: _exported(model.architecture, recipe) for name, model in (("baseline", baseline), ("compact", compact))}
+    plans = planned_artifacts(recipe.export)
     models = {
-        name: _model_entry(architecture, [key for key, (which, _) in artifact_names(recipe).items() if which == name], artifacts, measurements)
+        name: _model_entry(architecture, [key for key, plan in plans.items() if plan.model == name], artifacts, measurements)
         for name, architecture in architectures.items()
     }
     parity = {"cut: masked against compact": cut.max_relative_error}
     for name, artifact in artifacts.items():
         parity |= {f"{name}: {stage.stage} against {stage.reference}": stage.max_relative_error for stage in artifact.manifest.parity}
-    sizes = {artifact_names(recipe)[name]: measurement.file_bytes for name, measurement in measurements.items()}
+    # Estimates are of ONNX Runtime.
+    sizes: dict[tuple[str, str], int] = {
+        (plans[name].model, plans[name].precision): measured.file_bytes for name, measured in measurements.items() if plans[name].runtime == ONNX_RUNTIME
+    }
     size = recipe.export.image_size
     resized = f"; artifacts at {shown(size)}, without training there" if size and size != baseline.architecture.image[1:] else ""
     report = Report.model_validate(
@@ -209,7 +210,8 @@ def _model_entry(
 
 def _row(name: str, model: ModelEntry, artifact: ArtifactEntry, base: Measurement | None) -> list[str]:
     measured = artifact.measurement
-    row = [f"{name} {artifact.precision}", unit_count(model.params or 0), unit_count(model.macs or 0)]
+    runtime = "" if artifact.runtime == ONNX_RUNTIME else f" {artifact.runtime}"
+    row = [f"{name}{runtime} {artifact.precision}", unit_count(model.params or 0), unit_count(model.macs or 0)]
     if measured is None:
         return [*row, "", "", "", "", f"{artifact.bytes / 1e6:.2f} MB"]
     p50 = measured.summary().p50_s

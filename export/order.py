@@ -67,6 +67,8 @@ def check(runtime: str, precision: str, batch: Batch, target: str, images: Any, 
     if found is not None:
         if precision not in found.precisions:
             raise InputError(f"precision {precision!r}: runtime {runtime!r} has {', '.join(found.precisions)}; take one of these")
+        if batch == "dynamic" and not found.dynamic_batch:
+            raise InputError(f"runtime {runtime}: a file holds one batch size; export with batch 1 or another number, or for another runtime")
         if (tune and runtime != "tvm") or ort_format:
             what = "ort_format" if ort_format else "tune"
             raise InputError(f"{what} is for onnxruntime, and the runtime is {runtime!r}; leave it out")

@@ -23,10 +23,12 @@ from vitrim.compress.image_size import at_image_size
 from vitrim.compress.mask import StructuredMask
 from vitrim.errors import InputError
 from vitrim.export.artifact import Artifact
+from vitrim.export.runtimes.tvm_runtime import lacking_features
 from vitrim.kept_branches import kept_branches
 from vitrim.pipeline import fingerprints, prepare, run
 from vitrim.recipe import load_recipe
 from vitrim.run_folder import RunFolder
+from vitrim.targets.profile import load_target
 
 NAMES = ("baseline-fp32", "compact-fp32", "compact-int8")
 QUICK = "[bench]\ntime_limit_s = 1.0\n"
@@ -217,6 +219,37 @@ def test_a_recipe_ships_at_another_size(finished: Path, place: Path, tmp_path: P
 def test_a_size_that_does_not_work_is_refused_before_anything_is_trained(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="image size 20x20: height 20 does not make whole patches, which start every 8 pixels; 16 and 24 are the nearest"):
         run(load_recipe(place / "tiny.toml", ["export.image_size=20"]), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_ships_for_several_runtimes(finished: Path, place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
+    if lacking := lacking_features(load_target("x86-64")):
+        pytest.skip(f"this processor has no {', '.join(lacking)}")
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    changes = ['export.runtimes=["onnxruntime","tvm"]', 'export.precisions=["fp32","int8","int8-weights"]']
+    run(load_recipe(place / "tiny.toml", changes), folder, resume=True, quiet=True)
+    # TVM has no int8-weights, and its own baseline stands beside its compact models.
+    names = [*NAMES, "compact-int8-weights", "baseline-tvm-fp32", "compact-tvm-fp32", "compact-tvm-int8"]
+    assert sorted(path.name for path in (folder / "artifacts").iterdir()) == sorted(names)
+    report = Report.model_validate(read(folder / "report.json"))
+    rows = [(entry.runtime, entry.precision) for entry in report.models["compact"].artifacts]
+    assert rows == [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "int8-weights"), ("tvm", "fp32"), ("tvm", "int8")]
+    assert all(entry.measurement is not None and entry.measurement.top1 is not None for entry in report.models["compact"].artifacts)
+    assert "tvm" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (['export.runtimes=["tvn"]'], "export.runtimes: 'tvn' is unknown; this vitrim exports for onnxruntime, executorch, litert, ncnn, openvino, torch, tvm"),
+        (['export.runtimes=["torch","torch"]'], "a runtime is named twice"),
+        (['export.runtimes=["torch"]', 'export.precisions=["int8-weights"]'], "torch has fp32.*, and export.precisions asks for int8-weights"),
+    ],
+)
+def test_runtimes_that_do_not_work_are_refused_before_anything_is_trained(changes: list[str], reason: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=reason):
+        run(load_recipe(place / "tiny.toml", changes), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -54,14 +54,13 @@ class ConvertedApart:
     converter: str
     main: str
     precisions: tuple[str, ...] = ("fp32", "int8")
+    dynamic_batch: bool = False
     form: Form | None = None
 
     def missing(self) -> str | None:
         return lacking_here_or_there(self.name, self.extra, self.module)
 
     def write(self, source: Source, folder: Path) -> Written:
-        if source.batch == "dynamic":
-            raise InputError(f"runtime {self.name}: holds one batch size; export with batch 1 or another number")
         if source.options:
             raise InputError(f"runtime {self.name}: has no options, and {', '.join(sorted(source.options))} was given; leave it out")
         told = convert_apart(self.name, self.converter, source, folder)

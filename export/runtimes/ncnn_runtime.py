@@ -29,6 +29,7 @@ class Ncnn:
     name = "ncnn"
     extra = "ncnn"
     precisions: tuple[str, ...] = PRECISIONS
+    dynamic_batch = True
     # pnnx reads opset-23 Attention and writes a layer that ncnn does not have; from separate products it makes ncnn's own SDPA or plain products.
     form: Form | None = Form(rows="batch", attention="split", norm="layer", stem="conv")
 

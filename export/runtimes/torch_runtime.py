@@ -21,6 +21,7 @@ class Torch:
     name = "torch"
     extra = "test"
     precisions: tuple[str, ...] = PRECISIONS
+    dynamic_batch = True
     form: Form | None = None
 
     def missing(self) -> str | None:
