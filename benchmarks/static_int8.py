@@ -125,8 +125,8 @@ def markdown(result: dict[str, Any]) -> str:
         "# Static eight bits on ONNX Runtime",
         "",
         f"`python -m benchmarks.static_int8` on {machine['cpu_model']}, ONNX Runtime {result['onnxruntime']}, {result['model']}, one thread, batch 1: "
-        f"processor time, median of {result['rounds']} rounds in turns; the ratio to dynamic int8 as shipped is the median of the rounds' ratios. Errors are relative to "
-        f"the largest logit, on the {result['images']} images of noise that it was calibrated on.",
+        f"processor time, median of {result['rounds']} rounds in turns; the ratio to dynamic int8 as shipped is the median of the rounds' ratios. Errors are "
+        f"relative to the largest logit, on the {result['images']} images of noise that it was calibrated on.",
         "",
         "| way | ms | / dynamic | mean error | largest error | products: eight bits / float |",
         "|---|--:|--:|--:|--:|--:|",
