@@ -151,7 +151,7 @@ class ExportSection(Section):
     )
     batch: int | Literal["dynamic"] = Field(1, description="images a run, or dynamic")
     image_size: tuple[int, int] | None = Field(
-        None, strict=False, description='another height and width than the model was trained at, 160 or "160x192", without training; absent: its own'
+        None, strict=False, description='resize the artifacts to another height and width, 160 or "160x192", without training; absent: as trained'
     )
     calibration_images: int = Field(64, gt=0, description="real images for parity figures and int8 calibration")
 

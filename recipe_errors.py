@@ -46,6 +46,8 @@ def wanted(annotation: Any) -> str:
         return " or ".join(wanted(argument) for argument in arguments if argument is not type(None))
     if origin in (tuple, list):
         inner = wanted(arguments[0])
+        if origin is tuple and Ellipsis not in arguments:
+            return f"a list of {len(arguments)}, each {inner}"
         return f"a list, each {inner}" if inner.startswith("one of") else f"a list of {inner}"
     if origin is dict:
         return "a table"
