@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,9 +124,13 @@ def first_difference(
     wanted = [output for node in candidate.graph.node for output in node.output if output.endswith(endings)]
     theirs = {output for node in reference.graph.node for output in node.output if output}
     shared = [name for name in wanted if name in theirs]
-    left, right = inner_values(reference, shared, image), inner_values(candidate, shared, image)
-    kinds = {output: node for node in candidate.graph.node for output in node.output}
-    for name in shared:
+    return first_apart(candidate, shared, inner_values(reference, shared, image), inner_values(candidate, shared, image), tolerance)
+
+
+def first_apart(graph: onnx.ModelProto, names: Sequence[str], left: Mapping[str, Array], right: Mapping[str, Array], tolerance: float) -> str | None:
+    """The first of the named values of a graph that differs between left and right, in words; those that one of them lacks are passed over."""
+    kinds = {output: node for node in graph.graph.node for output in node.output}
+    for name in names:
         if name not in left or name not in right or left[name].size != right[name].size or left[name].dtype != right[name].dtype:
             continue
         error = float(relative_error(left[name].ravel(), right[name].ravel()).max()) if left[name].size else 0.0

@@ -86,6 +86,14 @@ def write_and_ask(
     words = runtime.name if order.precision == "fp32" else f"{runtime.name} {order.precision}"
     asked = replace(source.probe, images=source.probe.images[: len(logits)], logits=source.probe.logits[: len(logits)])
     parity = asked.compare(words, logits, tolerance=order.allowed[order.precision])
-    stages.append(require(parity, lambda tolerance: None))
+    stages.append(require(parity, lambda tolerance: _inside(runtime, source, written, folder, tolerance)))
     notes.append(f"asked in {told['runtime']} {told['version']} on {told['provider'] or 'what it chose'}")
     return written, files
+
+
+def _inside(runtime: Runtime, source: Source, written: Written, folder: Path, tolerance: float) -> str:
+    """Where in what was written the answers first go wrong, as far as the runtime shows it."""
+    if written.where is None or written.command is not None:
+        return f"somewhere inside {runtime.name}, which shows no inner values here"
+    place = written.where(source, folder / written.main, tolerance)
+    return place or f"somewhere inside {runtime.name}, behind the last inner value that can be held against torch's"

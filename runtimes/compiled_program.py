@@ -64,5 +64,25 @@ class CompiledProgram:
         names = [self.library.vitrim_network_step(number).decode() for number in range(steps)]
         return [(f"{number}.{name}", name, count, float(seconds[number])) for number, name in enumerate(names)]
 
+    def watch(self, images: Any) -> list[tuple[str, bytes]]:
+        """(node, what it wrote) for each step, in order. Errors: EngineError where the library was written before this could be asked."""
+        import numpy
+
+        try:
+            run = self.library.vitrim_network_watch
+        except AttributeError:
+            raise EngineError("the model shows no inner values; export it again") from None
+        seen: list[tuple[str, bytes]] = []
+        watcher = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
+
+        def told(number: int, written: int, size: int) -> None:
+            seen.append((f"{number}.{self.library.vitrim_network_step(number).decode()}", ctypes.string_at(written, size)))
+
+        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, watcher]
+        found = numpy.empty(self.logits, dtype=numpy.float32)
+        if run(images.ctypes.data, found.ctypes.data, watcher(told)) != 0:
+            raise RuntimeError(self._failure())
+        return seen
+
     def _failure(self) -> str:
         return str(self.library.vitrim_network_failure().decode(errors="replace")) or "a kernel failed without a word"

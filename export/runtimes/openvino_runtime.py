@@ -22,6 +22,7 @@ from ..forms import Form
 from ..quantize import CALIBRATION_IMAGES
 from ..versions import tool_versions
 from .installed import lacking
+from .openvino_first_node import first_node
 from .runtime import Source, Written
 
 # Inputs of a product are quantized so many at a time: 32 and 64 ran nearly twice as fast as whole rows (0), which OpenVINO 2026.4 leaves in
@@ -36,6 +37,7 @@ class OpenVino:
     name = "openvino"
     extra = "openvino"
     precisions: tuple[str, ...] = PRECISIONS
+    dynamic_batch = True
     # Patches as one product beat the convolution by 20 % here, and the split products are what OpenVINO fuses into one attention.
     form: Form | None = Form(rows="batch", attention="split", norm="layer", stem="matrix")
 
@@ -68,7 +70,7 @@ class OpenVino:
             used = ("openvino", "nncf") if source.precision.startswith("int8") else ("openvino",)
             # Halves would be smaller, but the processor computes in singles.
             openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
-        return Written("model.xml", (("model.bin", "weights"),), session=session, versions=tool_versions(*used))
+        return Written("model.xml", (("model.bin", "weights"),), session=session, versions=tool_versions(*used), where=first_node)
 
 
 def _weights_in_eight_bits(model: Any) -> Any:

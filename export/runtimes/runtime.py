@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -47,7 +47,8 @@ class Written:
 
     main: the path of the file that the engine opens; files: (path, role) of the others (`weights`: what the device needs besides main), relative
     to the folder. session: settings that the engine gets with every job. stages: parity of steps on the way. command: what runs a Python file where this
-    one cannot (an emulator, another interpreter). unasked: why the result cannot be asked on this machine, if it cannot.
+    one cannot (an emulator, another interpreter). unasked: why the result cannot be asked on this machine, if it cannot. where: the first inner value of
+    the written file that differs from the source's by more than a tolerance, in words, or None; absent for runtimes that show nothing of their inside.
     """
 
     main: str
@@ -58,18 +59,21 @@ class Written:
     stages: tuple[Parity, ...] = ()
     command: tuple[str, ...] | None = None
     unasked: str | None = None
+    where: Callable[[Source, Path, float], str | None] | None = None
 
 
 class Runtime(Protocol):
     """One runtime. The module `<name>_runtime.py` of this folder holds it as RUNTIME, and `vitrim.runtimes.<name>_engine` opens what it writes.
 
-    extra: what `pip install 'vitrim[...]'` is given. precisions: those it writes. form: how the graph is written for it unless the caller says; None where
+    extra: what `pip install 'vitrim[...]'` is given. precisions: those it writes. dynamic_batch: whether one file
+    takes any number of images. form: how the graph is written for it unless the caller says; None where
     the torch module itself is converted.
     """
 
     name: str
     extra: str
     precisions: tuple[str, ...]
+    dynamic_batch: bool
     form: Form | None
 
     def missing(self) -> str | None:

@@ -21,6 +21,7 @@ from ..forms import Form
 from ..quantize import CALIBRATION_IMAGES
 from ..versions import tool_versions
 from .runtime import Role, Source, Written
+from .tvm_first_kernel import first_kernel
 from .tvm_link import Linker, is_here, linker_for
 from .tvm_objects import OBJECTS, write_objects, write_program
 from .tvm_program import NotStraight, straight_program
@@ -45,6 +46,8 @@ class TvmRuntime:
     name = "tvm"
     extra = "tvm"
     precisions: tuple[str, ...] = ("fp32", "int8", "int8-static")
+    # Compiled code has fixed shapes.
+    dynamic_batch = False
     # Kernels are written from the network itself; the front end reads torch's graph as it is.
     form: Form | None = None
 
@@ -57,8 +60,6 @@ class TvmRuntime:
     def write(self, source: Source, folder: Path) -> Written:
         """`model.so`, and `weights.bin` where the weights are large. Errors: InputError."""
         settings = read_options(source.options)
-        if source.batch == "dynamic":
-            raise InputError("compiled code has fixed shapes; export for tvm with a batch, such as 1, or take another runtime")
         profile = load_target(source.target)
         built = self._built(source, profile, settings)
         target = built.target
@@ -82,6 +83,7 @@ class TvmRuntime:
             },
             command=None if asked_by is None else tuple(asked_by.command(["python3"])),
             unasked=unasked,
+            where=first_kernel if entry == "program" else None,
         )
 
     @staticmethod

@@ -34,8 +34,18 @@ inline void prepare() {
     ready = true;
 }
 
-// seconds: one for each step, added to; null where nobody asks.
-inline int run(const float *images, float *logits, double *seconds) {
+// Told the number of a step that is done, what it wrote and in how many bytes; later steps write over it.
+using Watcher = void (*)(int32_t number, const void *written, int64_t bytes);
+
+inline void tell(Watcher watcher, int number) {
+    const Tensor &written = tensors[numbers[steps[number].first + steps[number].count - 1]];
+    int64_t bytes = written.type_bits / 8;
+    for (int i = 0; i < written.dimensions; ++i) bytes *= written.shape[i];
+    watcher(number, written.data, bytes);
+}
+
+// seconds: one for each step, added to; watcher: told of each step. Null where nobody asks.
+inline int run(const float *images, float *logits, double *seconds, Watcher watcher = nullptr) {
     prepare();
     // Kernels read whole vectors, from where those may begin.
     void *from = const_cast<float *>(images);
@@ -52,6 +62,7 @@ inline int run(const float *images, float *logits, double *seconds) {
         Value result = {0, 0, {0}};
         failed = steps[i].kernel(nullptr, operands + steps[i].first, steps[i].count, &result);
         if (seconds != nullptr) seconds[i] += now_s() - before;
+        if (watcher != nullptr && failed == 0) tell(watcher, i);
     }
     end_inference();
     if (failed == 0) memcpy(logits, aligned_logits, sizeof aligned_logits);
@@ -74,6 +85,10 @@ inline void *data_of(const Value &value) {
 VITRIM_ENTRY int vitrim_network_run(const float *images, float *logits) { return vitrim::run(images, logits, nullptr); }
 // The same; adds the seconds of each step to `seconds`, which holds vitrim_network_steps() numbers.
 VITRIM_ENTRY int vitrim_network_profile(const float *images, float *logits, double *seconds) { return vitrim::run(images, logits, seconds); }
+// The same; `watcher` sees what each step wrote.
+VITRIM_ENTRY int vitrim_network_watch(const float *images, float *logits, vitrim::Watcher watcher) {
+    return vitrim::run(images, logits, nullptr, watcher);
+}
 // How many threads later inferences use, at most as many as there could be started; the number.
 VITRIM_ENTRY int vitrim_network_threads(int threads) {
     vitrim::chosen = true;
