@@ -207,7 +207,7 @@ def test_a_recipe_ships_at_another_size(finished: Path, place: Path, tmp_path: P
     assert trained.image == (3, 16, 16)
     report = Report.model_validate(read(folder / "report.json"))
     assert report.models["compact"].macs == count_macs(at_image_size(trained, "24x16")) > count_macs(trained)
-    assert report.data.endswith("; artifacts at 24x16, without training there")
+    assert str(report.data).endswith("; artifacts at 24x16, without training there")
     assert report.models["compact"].top1 is not None
     manifest = Artifact.load(folder / "artifacts/compact-fp32").manifest
     assert manifest.inputs[0].shape == (1, 3, 24, 16)

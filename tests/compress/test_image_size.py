@@ -37,6 +37,7 @@ KINDS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
     ("vit_base_patch16_rope_224", "rope without a reference", {}, (4, 2)),
     ("vit_base_patch16_rope_mixed_224", "rope of learned frequencies", {}, (2, 4)),
     ("vit_tiny_patch16_dinov3_qkvb", "rope in halves, coordinates from -1 to 1", {}, (5, 2)),
+    ("eva02_small_patch14_224", "rope of interleaved axes", {"rope_type": "mrope", "rope_rotate_half": True}, (2, 4)),
 ]
 
 
@@ -47,7 +48,7 @@ pytestmark = [
 ]
 
 
-def build(name: str, overrides: dict[str, Any], grid: tuple[int, int] = (3, 3)) -> nn.Module:
+def build(name: str, overrides: dict[str, Any], grid: tuple[int, int] = (3, 3)) -> Any:
     torch.manual_seed(0)
     patch = 14 if "patch14" in name else 16
     model: nn.Module = timm.create_model(name, depth=2, embed_dim=48, num_heads=3, img_size=(patch * grid[0], patch * grid[1]), **overrides)
@@ -88,7 +89,7 @@ def test_an_oblong_table_is_resampled_as_timm_does() -> None:
 
 @pytest.mark.parametrize("positions", ["learned", "factorized"])
 def test_positions_that_are_resampled_for_each_image(positions: str) -> None:
-    settings = {"depth": 1, "embed_dim": 48, "num_heads": 3, "pos_embed": positions, "pos_embed_grid_size": (3, 3)}
+    settings: dict[str, Any] = {"depth": 1, "embed_dim": 48, "num_heads": 3, "pos_embed": positions, "pos_embed_grid_size": (3, 3)}
 
     def at(side: int) -> nn.Module:
         torch.manual_seed(0)
