@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_networks import network
 from tiny_models import tiny_vit
-from vitrim.compress.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec, HeadSpec, NormSpec, PoolSpec, StemSpec
+from vitrim.compress.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    DifferentialSpec,
+    FfnSpec,
+    HeadSpec,
+    NormSpec,
+    PoolSpec,
+    StemSpec,
+)
 from vitrim.compress.vit.model import CompactModel
 from vitrim.errors import InputError
 from vitrim.export.exporter import export
@@ -170,9 +180,10 @@ def sample(**changes: Any) -> CompactModel:
         {"prefix": 2, "pool": PoolSpec(kind="distilled")},
         {"attention": {"gated": True, "out_norm": NormSpec(width=28)}, "ffn": {"gated": True, "norm": NormSpec(width=70)}},
         {"prefix": 1, "pool": PoolSpec(kind="attention", attention=AttentionSpec(heads=2, qk=9, v=14, scale=0.3), width=40, ffn=FfnSpec(hidden=70))},
+        {"attention": {"differential": DifferentialSpec(start=0.3, width=3), "head_norm": NormSpec(width=14)}},
         {"attention": {"q_norm": NormSpec(width=9), "k_norm": NormSpec(width=9)}, "norm": None, "head_reads": tuple(range(3, 30))},
     ],
-    ids=["mean", "token", "distilled", "gated", "attention", "normed"],
+    ids=["mean", "token", "distilled", "gated", "attention", "differential", "normed"],
 )
 def test_networks_in_eight_bits_answer_nearly_as_in_fp32(precision: str, changes: dict[str, Any]) -> None:
     model = sample(**changes)
@@ -214,9 +225,7 @@ def test_code_for_arms_dot_products_answers_as_code_for_this_machine(tmp_path: P
 
 
 def test_what_no_kernel_covers_has_no_eight_bits(tmp_path: Path) -> None:
-    attention = AttentionSpec(heads=2, qk=9, v=14, scale=0.3, head_norm=NormSpec(width=14))
-    model = sample(steps=((BranchSpec(name="attn", core=attention),),))
-    with pytest.raises(InputError, match=r"our own kernels, and they do not cover attn: a norm over heads; take fp32"):
-        build_network(model, PLAIN, precision="int8")
+    with pytest.raises(InputError, match="int8 is computed by our own kernels, and they do not cover pooling 'max'; take fp32"):
+        build_network(sample(pool=PoolSpec(kind="max")), PLAIN, precision="int8")
     with pytest.raises(InputError, match="int8 is computed by our own kernels, and this network, target or schedule has none of them"):
         export(vitrim.lift(tiny_vit()), tmp_path / "a", runtime="tvm", precision="int8", options={"schedule": "default"}, images=images(4))

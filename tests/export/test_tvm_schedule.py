@@ -20,6 +20,7 @@ from vitrim.compress.architecture import (
     BranchSpec,
     ConstantSpec,
     Core,
+    DifferentialSpec,
     FfnSpec,
     HeadSpec,
     Indices,
@@ -158,7 +159,9 @@ def attentions(draw: Any, grid: tuple[int, int], prefix: int) -> AttentionSpec:
         options["rope"] = RopeSpec(layout=layout, tokens=grid[0] * grid[1], prefix=prefix, per_head=draw(st.booleans()))
     if draw(st.booleans()):
         options["bias"] = RelativeBiasSpec(grid=grid, prefix=prefix, prefix_rows=prefix == 1 and draw(st.booleans()))
-    if heads % 2 == 0 and draw(st.booleans()):
+    if "rope" not in options and draw(st.booleans()):
+        options["differential"] = DifferentialSpec(start=0.3, width=3, dual=draw(st.booleans()))
+    elif heads % 2 == 0 and draw(st.booleans()):
         options["kv_of"] = tuple(head // 2 for head in range(heads))
     biases = {f"{name}_bias": draw(st.booleans()) for name in ("q", "k", "v", "out", "gate")}
     return AttentionSpec(
@@ -169,6 +172,8 @@ def attentions(draw: Any, grid: tuple[int, int], prefix: int) -> AttentionSpec:
         q_norm=draw(norms(qk)),
         k_norm=draw(norms(qk)),
         qk_norm_per_head=draw(st.booleans()),
+        head_norm=draw(norms(v)),
+        head_norm_per_head=draw(st.booleans()),
         out_norm=draw(norms(heads * v)),
         gated=draw(st.booleans()),
         **biases,
@@ -252,9 +257,11 @@ def test_threads_share_panels_before_rows_where_that_is_as_even(panels: int, row
 
 
 def test_what_no_kernel_covers_is_named_with_its_place() -> None:
-    attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4, head_norm=NormSpec(width=6))
-    model = small(steps=((BranchSpec(name="blocks.0.attn", core=attention),),))
-    assert reason_against(model.architecture) == "blocks.0.attn: a norm over heads"
+    attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4)
+    branch = BranchSpec(name="blocks.0.attn", core=attention, post_norm=NormSpec(width=3), writes=(1, 4, 7))
+    reason = reason_against(small(steps=((branch,),)).architecture)
+    assert reason == "blocks.0.attn: a norm after a sub-layer that writes to a part of the stream (post_norm with writes)"
+    assert reason_against(small(pool=PoolSpec(kind="max")).architecture) == "pooling 'max'"
 
 
 @pytest.mark.parametrize("name", ["rpi4", "rpi5"])

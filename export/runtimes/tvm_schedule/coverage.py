@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ....compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec
+from ....compress.architecture import Architecture, BranchSpec, ConstantSpec
 
 POOLS = ("token", "distilled", "mean", "mean_all", "attention")
 
@@ -27,11 +27,4 @@ def _branch(branch: BranchSpec) -> str | None:
         return "a norm after a sub-layer that writes to a part of the stream (post_norm with writes)"
     if branch.post_norm is not None and isinstance(branch.core, ConstantSpec):
         return "a norm after a constant (post_norm)"
-    core = branch.core
-    if not isinstance(core, AttentionSpec):
-        return None
-    refused = {
-        "differential attention": core.differential,
-        "a norm over heads": core.head_norm,
-    }
-    return next((name for name, there in refused.items() if there), None)
+    return None

@@ -20,7 +20,7 @@ from .place import Rows
 from .precision import Precision
 from .program import Program, Value
 from .rope import Turn, turn_heads
-from .rows import add_constant, add_rows, first_rows, mean_rows, place_rows
+from .rows import add_constant, add_rows, combine_pairs, first_rows, mean_rows, place_rows
 from .schedule import Schedule
 
 
@@ -186,6 +186,14 @@ class Emitter:
         key = ("add-rows", rows, x.width)
         value = self.program.call("add_rows", key, lambda: add_rows(rows, x.width, self.lanes), [x.value, y.value], (rows * x.width,))
         return Stream(value, x.rows, x.width, x.used)
+
+    def combined(self, x: Stream, pairs: int, factors: tuple[float, float]) -> Stream:
+        """One piece of columns instead of each two neighbours: their sum, each times its factor."""
+        rows, width = self.batch * x.rows, x.width // (2 * pairs)
+        operands = [x.value, self.program.constant(np.array(factors, np.float32))]
+        key = ("combine", rows, pairs, width)
+        value = self.program.call("combine", key, lambda: combine_pairs(rows, pairs, width, self.lanes), operands, (rows * pairs * width,))
+        return Stream(value, x.rows, pairs * width, pairs * width)
 
     def placed(self, x: Stream, table: Array) -> Stream:
         """Rows behind as many new ones as the table has more; the table, (rows, width), is added to all."""

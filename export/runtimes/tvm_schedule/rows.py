@@ -40,6 +40,20 @@ def add_constant(rows: int, width: int, lanes: Lanes) -> Any:
     return builder.get()
 
 
+def combine_pairs(rows: int, pairs: int, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, factors (2,)) -> the sum of each row's two neighbouring pieces of `width` columns, each times its factor, flat."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((rows * pairs * 2 * width,), "float32"))
+        factors = T.arg("factors", T.buffer((2,), "float32"))
+        out = T.arg("out", T.buffer((rows * pairs * width,), "float32"))
+        with T.serial(0, rows * pairs) as pair, T.serial(0, width // lanes.count) as part:
+            place = pair * (2 * width) + part * lanes.count
+            first, second = lanes.load(x, place), lanes.load(x, place + width)
+            lanes.store(out, pair * width + part * lanes.count, first * lanes.splat(factors[0]) + second * lanes.splat(factors[1]))
+    return builder.get()
+
+
 def add_rows(rows: int, width: int, lanes: Lanes) -> Any:
     """The kernel: (x, y) -> x + y, flat."""
     with IRBuilder() as builder, T.prim_func():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ....compress.architecture import AttentionSpec, FfnSpec
+from ....compress.architecture import AttentionSpec, DifferentialSpec, FfnSpec
 from ....compress.vit.relative_bias import offsets
 from .attention import Attend, attend
 from .emitter import Emitter, stored
@@ -23,6 +23,8 @@ def attention(
 ) -> Stream:
     """Projections, keys and values turned into packed form, attention, output projection onto the stream, or alone where there is none."""
     lanes, heads, tokens = emitter.lanes, core.heads, x.rows
+    # Differential attention: two maps a head, each with queries and keys of its own, over the same values.
+    maps = heads * core.parts
     wide = lanes.up(core.v)
     # Softmax by powers of two: the scale and the logarithm are in the queries, or in the norm behind their projection.
     scale = core.scale * math.log2(math.e)
@@ -33,21 +35,24 @@ def attention(
     if core.q_norm is None:
         q = Matrix(q.weight * np.float32(scale), None if q.bias is None else q.bias * np.float32(scale))
     v = Matrix(padded_heads(v.weight, heads, wide), None if v.bias is None else padded_heads(v.bias[None], heads, wide)[0])
+    if maps > heads:
+        # A copy of weights costs less than a kernel that looks up whose values they are.
+        v = heads_chosen(v, tuple(number // core.parts for number in range(maps)), wide)
     if asked == tokens:
         joined = emitter.dense(x, tokens, entering.into(beside([q, k, v])))
-        at = (0, heads * core.qk, 2 * heads * core.qk)
+        at = (0, maps * core.qk, 2 * maps * core.qk)
         asking, answering = joined, joined
     else:
         asking = emitter.dense(x, asked, entering.into(q))
         answering = emitter.dense(x, tokens, entering.into(beside([k, v])))
-        at = (0, 0, heads * core.qk)
+        at = (0, 0, maps * core.qk)
     if core.q_norm is not None:
-        spec = HeadNorm(emitter.batch * asking.rows, asking.width, at[0], heads, core.q_norm, core.qk_norm_per_head)
+        spec = HeadNorm(emitter.batch * asking.rows, asking.width, at[0], maps, core.q_norm, core.qk_norm_per_head)
         asking_new = emitter.heads_normed(asking, spec, state, "q_norm", scale)
         answering = asking_new if answering is asking else answering
         asking = asking_new
     if core.k_norm is not None:
-        spec = HeadNorm(emitter.batch * answering.rows, answering.width, at[1], heads, core.k_norm, core.qk_norm_per_head)
+        spec = HeadNorm(emitter.batch * answering.rows, answering.width, at[1], maps, core.k_norm, core.qk_norm_per_head)
         answering_new = emitter.heads_normed(answering, spec, state, "k_norm", 1.0, core.kv_of)
         asking = answering_new if asking is answering else asking
         answering = answering_new
@@ -59,9 +64,18 @@ def attention(
         asking = answering_new if asking is answering else asking
         answering = answering_new
     queries, keys, values = Heads(asking.width, at[0], core.qk), Heads(answering.width, at[1], core.qk), Heads(answering.width, at[2], wide)
-    spec_attend = Attend(emitter.batch, heads, tokens, asked, asking.place, queries, keys, values, core.bias is not None)
+    spec_attend = Attend(emitter.batch, maps, tokens, asked, asking.place, queries, keys, values, core.bias is not None)
     table = None if core.bias is None else _relative(core, state, asked, lanes)
-    found = attended(emitter, spec_attend, asking, answering, table, for_products=not core.gated and core.out_norm is None)
+    plain = not core.gated and core.out_norm is None and core.head_norm is None and core.differential is None
+    found = attended(emitter, spec_attend, asking, answering, table, for_products=plain)
+    gain = 1.0
+    if core.differential is not None:
+        gain = 1.0 - core.differential.start
+        before = gain if core.head_norm is None else 1.0
+        found = emitter.combined(found, heads, (before, -before * _taken_off(core.differential, state)))
+    if core.head_norm is not None:
+        spec = HeadNorm(emitter.batch * asked, found.width, 0, heads, core.head_norm, core.head_norm_per_head, wide)
+        found = emitter.heads_normed(found, spec, state, "head_norm", gain)
     weight = padded_heads(out.weight.T, heads, wide).T
     gate = None if not core.gated else from_torch(state["gate.weight"], state.get("gate.bias"))
     if gate is not None and (core.out_norm is None or wide == core.v):
@@ -130,4 +144,12 @@ def _relative(core: AttentionSpec, state: State, asked: int, lanes: Lanes) -> Ar
     bias = state["bias.table"][offsets(spec).numpy()].transpose(2, 0, 1) * np.float32(math.log2(math.e))
     before = 0 if spec.prefix_rows else spec.prefix
     bias = np.pad(bias, ((0, 0), (before, 0), (before, 0)))[:, :asked]
+    bias = np.repeat(bias, core.parts, axis=0)
     return np.pad(bias, ((0, 0), (0, 0), (0, lanes.up(bias.shape[2]) - bias.shape[2])))
+
+
+def _taken_off(spec: DifferentialSpec, state: State) -> float:
+    """How much of the second map is taken off the first (Ye et al. 2024, eq. 2)."""
+    vectors = state["differential.vectors"].astype(np.float64)
+    first, second = np.exp(vectors if spec.dual else (vectors[0::2] * vectors[1::2]).sum(axis=-1))
+    return float(first - second + spec.start)
