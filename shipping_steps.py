@@ -43,27 +43,29 @@ def export_all(
 ) -> dict[str, Artifact]:
     """Artifacts of both models; parity and int8 calibration on validation images."""
     from .export.exporter import export
+    from .export.stage_line import stages_shown
 
     images, _ = sample(data.val, recipe.export.calibration_images).arrays()
     made: dict[str, Artifact] = {}
     for name, plan in planned_artifacts(recipe.export).items():
         say(f"exporting {name}", quiet=quiet)
-        made[name] = export(
-            {"baseline": baseline, "compact": compact}[plan.model],
-            folder / f"{ARTIFACTS}/{name}",
-            target=recipe.export.target,
-            runtime=plan.runtime,
-            precision=plan.precision,
-            threads=recipe.bench.threads,
-            preprocessing=data.preprocessing,
-            labels=list(data.labels),
-            images=images,
-            batch=recipe.export.batch,
-            image_size=recipe.export.image_size,
-            overwrite=True,
-            name=name,
-            provenance={"recipe": recipe.name, "seed": str(recipe.train.seed), "data": data.name},
-        )
+        with stages_shown(quiet=quiet):
+            made[name] = export(
+                {"baseline": baseline, "compact": compact}[plan.model],
+                folder / f"{ARTIFACTS}/{name}",
+                target=recipe.export.target,
+                runtime=plan.runtime,
+                precision=plan.precision,
+                threads=recipe.bench.threads,
+                preprocessing=data.preprocessing,
+                labels=list(data.labels),
+                images=images,
+                batch=recipe.export.batch,
+                image_size=recipe.export.image_size,
+                overwrite=True,
+                name=name,
+                provenance={"recipe": recipe.name, "seed": str(recipe.train.seed), "data": data.name},
+            )
     return made
 
 

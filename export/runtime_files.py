@@ -57,7 +57,8 @@ def write_and_ask(
     runtime: Runtime, source: Source, folder: Path, order: Order, stages: list[Parity], notes: list[str]
 ) -> tuple[Written, list[FileEntry]]:
     """Let the runtime write, then hold its answers against torch; stages and notes grow. Errors: InputError, ParityError."""
-    stage(f"writing for {runtime.name}, {order.precision}")
+    work = "compiling" if runtime.name == "tvm" else "calibrating" if order.precision == "int8-static" else "converting"
+    stage(f"{work} for {runtime.name}, {order.precision}")
     # Tuning shows a bar of its own.
     with stages_hidden() if "tune_s" in source.options else contextlib.nullcontext():
         written = runtime.write(source, folder)

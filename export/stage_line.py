@@ -58,12 +58,23 @@ class StageLine:
 
 
 _shown: ContextVar[StageLine | None] = ContextVar("shown", default=None)
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 @contextlib.contextmanager
-def stages_shown(*, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Show the stages that begin within this block, if standard error is a terminal. Within another such block, that one's line goes on."""
-    if _shown.get() is not None or not sys.stderr.isatty():
+def stages_shown(*, quiet: bool = False, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Show the stages that begin within this block, if standard error is a terminal. Within another such block, that one's line goes on.
+
+    quiet: show nothing, whatever blocks within this one say.
+    """
+    if quiet:
+        silence = _quiet.set(True)
+        try:
+            yield
+        finally:
+            _quiet.reset(silence)
+        return
+    if _quiet.get() or _shown.get() is not None or not sys.stderr.isatty():
         yield
         return
     line = StageLine(patience_s)

@@ -35,13 +35,13 @@ print("saved", file=sys.stderr)
 """
 
 
-def seen(patience_s: float) -> tuple[str, str]:
+def seen(patience_s: float, code: str = LASTING) -> tuple[str, str]:
     """(what a terminal got on standard error, standard output)."""
     terminal, end = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CI"):
         environment.pop(name, None)
-    code = LASTING.format(patience_s=patience_s)
+    code = code.format(patience_s=patience_s)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=end, text=True, env=environment)
     os.close(end)
     told = b""
@@ -75,6 +75,11 @@ def test_a_stage_that_lasts_is_named_with_its_time_and_leaves_no_trace() -> None
 
 def test_short_work_shows_nothing() -> None:
     assert seen(60.0) == ("another bar\r\nsaved\r\n", "the result\n")
+
+
+def test_a_quiet_command_shows_nothing() -> None:
+    code = LASTING.replace("with stages_shown(patience_s={patience_s}):", "with stages_shown(quiet=True):").replace("0.5", "0.2")
+    assert seen(0.0, code) == ("another bar\r\nsaved\r\n", "the result\n")
 
 
 def test_where_nobody_looks_nothing_is_written() -> None:
