@@ -1,13 +1,17 @@
 """One model in one runtime, timed on request: a line with a number of calls on standard input, that many seconds back. For benchmarks/estimates.py.
 
-    python -m benchmarks.estimate_timing RUNTIME MODEL.onnx THREADS          (RUNTIME: onnxruntime or openvino)
+    python -m benchmarks.estimate_timing RUNTIME MODEL THREADS [CLOCK]       (RUNTIME: onnxruntime, openvino or ncnn; CLOCK: wall, or processor)
+
+ncnn's MODEL is a .param file, with the input's shape in a file of the same name that ends in .shape.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +26,14 @@ def open_model(runtime: str, path: str, threads: int) -> Callable[[], None]:
         shape = [int(size) for size in request.get_input_tensor().shape]
         image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
         return lambda: request.infer({0: image}) and None
+    if runtime == "ncnn":
+        from vitrim.runtimes import open_engine
+
+        shape = json.loads(Path(path).with_suffix(".shape").read_text())
+        engine = open_engine({"runtime": runtime, "model": path, "threads": threads, "input": {"name": "images", "shape": shape, "type": "float32"}})
+        engine.load()
+        picture = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        return lambda: engine.infer(picture) is None and None
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -36,12 +48,13 @@ def open_model(runtime: str, path: str, threads: int) -> Callable[[], None]:
 
 def main(arguments: list[str]) -> int:
     call = open_model(arguments[0], arguments[1], int(arguments[2]))
+    now_s = time.process_time if arguments[3:] == ["processor"] else time.perf_counter
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
-            start = time.perf_counter()
+            start = now_s()
             call()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now_s() - start)
         print(*seconds, flush=True)
     return 0
 

@@ -6,9 +6,13 @@ check` prints comes from it. Writes benchmarks/results/estimates.json and estima
 
     python -m benchmarks.estimates
     python -m benchmarks.estimates --measure [--python PYTHON]     measure this machine first, and calibrate each operator's cost on it
+    python -m benchmarks.estimates --add ncnn                      measure one more runtime on the machine of measured.json, busy or not
 
 --measure times plain ViTs of random weights in ONNX Runtime and OpenVINO with one and two threads, in turns, and the clock and multiply-add rate of the
 core before and after. PYTHON is an interpreter that has OpenVINO, where this one has none.
+
+--add takes processor time of one thread in turns with ONNX Runtime, which other work on the machine hardly touches, and what it writes to measured.json is
+ONNX Runtime's latency there times the ratio of the two.
 """
 
 from __future__ import annotations
@@ -91,12 +95,64 @@ def write_model(name: str, folder: Path) -> dict[str, Path]:
     return paths
 
 
-class Timing:
-    """A process with one model in one setting, waiting for its turn."""
+def write_ncnn(name: str, folder: Path) -> Path:
+    """The same network as ncnn's files, converted as the exporter does."""
+    import numpy as np
+    import timm
+    import torch
+    import vitrim
+    from vitrim.export.forms import write_network
+    from vitrim.export.parity import Probe
+    from vitrim.export.runtimes import Source, runtime_named
 
-    def __init__(self, python: str, model: Path, setting: Setting) -> None:
+    image, patch, embed, depth, heads, classes, channels = SIZES[name]
+    torch.manual_seed(0)
+    source = timm.models.VisionTransformer(
+        img_size=image, patch_size=patch, in_chans=channels, embed_dim=embed, depth=depth, num_heads=heads, num_classes=classes
+    )
+    network, ncnn = vitrim.lift(source.eval()), runtime_named("ncnn")
+    assert ncnn.form is not None
+    nothing = np.zeros((1, channels, image, image), np.float32)
+    given = Source(
+        model=source, compact=network, graph=write_network(network, ncnn.form, batch=1), shape=(channels, image, image), batch=1, target="host", threads=1,
+        precision="fp32", images=None, probe=Probe(nothing, "seeded-noise", 0, np.zeros((1, classes), np.float32)),
+    )  # fmt: skip
+    path = folder / ncnn.write(given, folder).main
+    path.with_suffix(".shape").write_text(json.dumps(nothing.shape))
+    return path
+
+
+def add(runtime: str) -> None:
+    """Add a runtime's latencies with one thread to measured.json, by its ratio to ONNX Runtime's."""
+    content = json.loads(MEASURED.read_text(encoding="utf-8"))
+    known = {entry["model"]: entry for entry in content["latencies"] if (entry["runtime"], entry["precision"], entry["threads"]) == ("onnxruntime", "fp32", 1)}
+    kept = [entry for entry in content["latencies"] if entry["runtime"] != runtime]
+    for model, entry in known.items():
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            paths = {"onnxruntime": write_model(model, folder)["fp32"], runtime: write_ncnn(model, folder)}
+            children = {key: Timing(sys.executable, path, Setting(key, 1), clock="processor") for key, path in paths.items()}
+            count = max(2, min(50, round(0.1 / min(child.take(3)[-1] for child in children.values()))))
+            ratios = []
+            for turn in range(ROUNDS):
+                order = list(children) if turn % 2 else list(children)[::-1]
+                best = {key: min(children[key].take(count + 1)[1:]) for key in order}
+                ratios.append(best[runtime] / best["onnxruntime"])
+            for child in children.values():
+                child.close()
+        ratio = statistics.median(ratios)
+        print(f"{model:26s} {runtime} takes {ratio:.3f} of ONNX Runtime's time ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
+        source = f"`python -m benchmarks.estimates --add {runtime}`: ONNX Runtime's latency times the ratio of processor times in turns, median of {ROUNDS}"
+        kept.append({**entry, "runtime": runtime, "latency_s": float(f"{entry['latency_s'] * ratio:.4g}"), "source": source})
+    replace_file(MEASURED, json.dumps({**content, "latencies": kept}, indent=1) + "\n")
+
+
+class Timing:
+    """A process with one model in one setting, waiting for its turn. clock: `wall`, or `processor` for the time that the process itself computed."""
+
+    def __init__(self, python: str, model: Path, setting: Setting, clock: str = "wall") -> None:
         self.process = subprocess.Popen(
-            [python, str(HERE / "estimate_timing.py"), setting.runtime, str(model), str(setting.threads)],
+            [python, str(HERE / "estimate_timing.py"), setting.runtime, str(model), str(setting.threads), clock],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -306,11 +362,14 @@ def summary(left_out: list[LeftOut], without: list[LeftOut]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="measure this machine and calibrate on it first")
+    parser.add_argument("--add", choices=["ncnn"], help="measure this runtime too, in turns with ONNX Runtime")
     parser.add_argument("--python", default=sys.executable, help="an interpreter with OpenVINO")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     if options.measure:
         measure(options.python)
+    if options.add:
+        add(options.add)
     points, costs = known_points(), OperatorCosts.load()
     left_out = leave_one_out(points, costs)
     told, calibration = summary(left_out, leave_one_out(points, costs, without_runtime=True)), fit(points, costs)
