@@ -35,11 +35,18 @@ def int8_dynamic(model: onnx.ModelProto, *, weight_bits: int = 8) -> onnx.ModelP
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _files(model) as (source, target):
+    named = onnx.ModelProto()
+    named.CopyFrom(model)
+    for number, node in enumerate(named.graph.node):
+        node.name = node.name or f"node.{number}"
+    stacked = {tensor.name for tensor in named.graph.initializer if len(tensor.dims) > 2}
+    with _files(named) as (source, target):
         quantize_dynamic(
             source,
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
+            # Scales a column of a matrix for each head are written by the quantizer and refused by the runtime (1.31: "b zero point is not valid").
+            nodes_to_exclude=[node.name for node in named.graph.node if node.op_type == "MatMul" and node.input[1] in stacked],
             per_channel=True,
             reduce_range=weight_bits < 8,
             weight_type=QuantType.QInt8,

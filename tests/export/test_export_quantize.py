@@ -67,6 +67,20 @@ def test_any_float_graph_can_be_quantized_with_dynamic_inputs(model: CompactMode
     assert 1e-5 < moved(model, graph, images) < 0.1
 
 
+def test_weights_that_are_stacked_by_head_stay_float(model: CompactModel, images: np.ndarray) -> None:
+    given = write_network(model, Form(rows="batch", norm="layer"))
+    stacked = {tensor.name for tensor in given.graph.initializer if len(tensor.dims) == 3}
+    products = [node for node in given.graph.node if node.op_type == "MatMul" and node.input[1] in stacked]
+    assert products
+    for node in given.graph.node:
+        # As other exporters leave them.
+        node.name = ""
+    graph = int8_dynamic(given)
+    assert sum(node.op_type == "MatMul" and node.input[1] in stacked for node in graph.graph.node) == len(products)
+    assert operators(graph)["MatMulInteger"] > 0
+    assert 1e-5 < moved(model, graph, images) < 0.1
+
+
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_static_ranges_come_from_images_and_leave_softmax_and_norms_float(
     model: CompactModel, images: np.ndarray, calibration: str
