@@ -23,7 +23,7 @@ class StageLine:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._lock = threading.Lock()
-        self._patience_s = patience_s
+        self._patience_s, self._there = patience_s, False
         # The stream itself: converters are run with sys.stderr pointing elsewhere. Nothing is redirected, for results go to standard output meanwhile.
         console = Console(file=sys.stderr)
         self._line: Progress = Progress(
@@ -49,12 +49,16 @@ class StageLine:
         self._timer.cancel()
         with self._lock:
             self._wanted = False
-            self._line.stop()
+            if self._there:
+                self._line.stop()
+            self._there = False
 
     def _appear(self) -> None:
         with self._lock:
-            if self._wanted:
+            # A terminal that cannot move its cursor would get lines instead of one.
+            if self._wanted and self._line.console.is_interactive:
                 self._line.start()
+                self._there = True
 
 
 _shown: ContextVar[StageLine | None] = ContextVar("shown", default=None)

@@ -35,10 +35,10 @@ print("saved", file=sys.stderr)
 """
 
 
-def seen(patience_s: float, code: str = LASTING) -> tuple[str, str]:
+def seen(patience_s: float, code: str = LASTING, kind: str = "xterm") -> tuple[str, str]:
     """(what a terminal got on standard error, standard output)."""
     terminal, end = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    environment = {**os.environ, "TERM": kind, "COLUMNS": "120"}
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CI"):
         environment.pop(name, None)
     code = code.format(patience_s=patience_s)
@@ -71,6 +71,10 @@ def test_a_stage_that_lasts_is_named_with_its_time_and_leaves_no_trace() -> None
     last = told[: told.index("saved")]
     assert last.rindex("\x1b[2K") > last.rindex("parity")
     assert out == "the result\n"
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_no_line() -> None:
+    assert seen(0.1, kind="dumb") == ("another bar\r\nsaved\r\n", "the result\n")
 
 
 def test_short_work_shows_nothing() -> None:
