@@ -55,9 +55,9 @@ class Way:
     slow: bool = False
 
     def folder(self, threads: int) -> str:
-        """Where its artifact lies; only TVM compiles the number of threads into it."""
+        """Where its artifact lies. TVM compiles the number of threads into it; for ONNX Runtime the best known form depends on it."""
         parts = [self.runtime, self.precision, *([self.form.replace("/", "_")] if self.form else []), *(value for _, value in self.options)]
-        return "-".join([*parts, f"{threads}-threads"] if self.runtime == "tvm" else parts)
+        return "-".join([*parts, f"{threads}-threads"] if self.runtime in ("tvm", "onnxruntime") else parts)
 
 
 WAYS = (
