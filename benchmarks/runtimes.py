@@ -146,10 +146,12 @@ def measure_group(
     quick = [way.name for way in ways if not way.slow]
     slow = [way.name for way in ways if way.slow]
     found: dict[str, Measurement] = {}
-    sessions = [("quick", quick, 10, limit_s), *((f"slow-{number}", [OURS, name], 5, SLOW_LIMIT_S) for number, name in enumerate(slow))]
+    # The pair that tells what of the removed arithmetic became time has a session of its own, with nothing else in the caches.
+    sessions = [("pair", [OURS], 20, limit_s), ("quick", quick, 10, limit_s)]
+    sessions += [(f"slow-{number}", [OURS, name], 5, SLOW_LIMIT_S) for number, name in enumerate(slow)]
     for title, names, rounds, limit in sessions:
         there = {f"{kind}/{name}": rows[name] for kind, rows in artifacts.items() for name in names if name in rows}
-        if title != "quick" and not any(key.endswith(slow_name) for key in there for slow_name in slow):
+        if title.startswith("slow") and not any(key.endswith(slow_name) for key in there for slow_name in slow):
             continue
         folder = place / title
         seals = {name: artifact.sha256 for name, artifact in there.items()}
@@ -162,18 +164,27 @@ def measure_group(
             for number, measurement in enumerate(measured.values()):
                 measurement.save(folder / f"{number}.json")
             replace_file(folder / "seals.json", json.dumps(seals) + "\n")
+        if title == "pair":
+            found |= {f"pair/{name}": value for name, value in measured.items()}
+            continue
         # Ours of the main session is the one in the table.
         found |= {name: value for name, value in measured.items() if name not in found}
     return found
 
 
-def undisturbed_s(measured: Measurement) -> float:
-    """The median over turns of each turn's quickest call: other work that takes a time slice in the middle of a call does not count."""
+def speed_up(found: dict[str, Measurement]) -> list[float]:
+    """[lower quartile, median, upper quartile] over turns of the dense model's quickest call over its half's, from the session of the two alone."""
+    dense, half = (quickest_of_turns(found[f"pair/{kind}/{OURS}"]) for kind in ("dense", "half"))
+    return statistics.quantiles([a / b for a, b in zip(dense, half, strict=False)], n=4)
+
+
+def quickest_of_turns(measured: Measurement) -> list[float]:
+    """Each turn's quickest call, in seconds: other work that takes a time slice in the middle of a call does not count."""
     fastest, first = [], 0
     for count in measured.samples_per_turn:
         fastest.append(min(measured.latency_s[first : first + count]))
         first += count
-    return statistics.median(fastest)
+    return fastest
 
 
 def row_of(name: str, kind: str, way: Way, artifact: Artifact, measured: Measurement) -> dict[str, Any]:
@@ -186,7 +197,7 @@ def row_of(name: str, kind: str, way: Way, artifact: Artifact, measured: Measure
         "model": name, "kind": kind, "row": way.name, "runtime": measured.runtime, "runtime_version": measured.runtime_version,
         "precision": artifact.manifest.precision,
         "threads": measured.threads, "p50_s": summary.p50_s, "quartiles_s": [low, high],
-        "undisturbed_s": undisturbed_s(measured),
+        "undisturbed_s": statistics.median(quickest_of_turns(measured)),
         "samples": len(measured.latency_s), "session": measured.session,
         "beyond_floor_rss_bytes": measured.beyond_floor_rss_bytes,
         "floor_rss_bytes": measured.floor_rss_bytes, "bytes": artifact.bytes, "parity_stage": parity.stage,
@@ -194,7 +205,7 @@ def row_of(name: str, kind: str, way: Way, artifact: Artifact, measured: Measure
     }  # fmt: skip
 
 
-def verdicts(rows: list[dict[str, Any]], macs: dict[str, dict[str, int]]) -> list[str]:
+def verdicts(rows: list[dict[str, Any]], macs: dict[str, dict[str, int]], pairs: list[dict[str, Any]]) -> list[str]:
     """Which row is fastest at each precision, and what of the removed arithmetic became time."""
     told = []
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -203,11 +214,11 @@ def verdicts(rows: list[dict[str, Any]], macs: dict[str, dict[str, int]]) -> lis
                 here = [row for row in rows if (row["model"], row["threads"], row["kind"]) == (name, threads, kind)]
                 for precision in dict.fromkeys(row["precision"] for row in here):
                     told += _fastest(f"{name} {kind}, {precision}, {threads} thread(s): ", [row for row in here if row["precision"] == precision])
-            pair = {row["kind"]: row for row in rows if (row["model"], row["threads"], row["row"]) == (name, threads, OURS)}
-            if len(pair) == 2:
-                speed_up, reduction = pair["dense"]["undisturbed_s"] / pair["half"]["undisturbed_s"], macs[name]["dense"] / macs[name]["half"]
-                lead = f"{name}, ONNX Runtime fp32, {threads} thread(s): "
-                told.append(f"{lead}{speed_up:.3f}x faster for {reduction:.3f}x fewer MACs = {speed_up / reduction:.3f}")
+    for pair in pairs:
+        reduction = macs[pair["model"]]["dense"] / macs[pair["model"]]["half"]
+        low, middle, high = (value / reduction for value in pair["speed_up"])
+        lead = f"{pair['model']}, ONNX Runtime fp32, {pair['threads']} thread(s), the two alone in turns: "
+        told.append(f"{lead}{pair['speed_up'][1]:.3f}x faster for {reduction:.3f}x fewer MACs = {middle:.3f} (quartiles {low:.3f} - {high:.3f})")
     return told
 
 
@@ -278,6 +289,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     macs: dict[str, dict[str, int]] = {}
+    pairs: list[dict[str, Any]] = []
     for name in options.model:
         for threads in options.threads:
             artifacts, missing, macs[name] = prepare(name, ways, threads, options.work, options.ready)
@@ -286,6 +298,7 @@ def main() -> int:
                 continue
             print(f"{name}, {threads} thread(s): measuring {sum(map(len, artifacts.values()))} rows in turns", flush=True)
             found = measure_group(artifacts, ways, threads, options.limit_s, options.pin, options.work / name / f"measured-{threads}")
+            pairs.append({"model": name, "threads": threads, "speed_up": speed_up(found)})
             rows += [
                 row_of(name, kind, way, artifacts[kind][way.name], found[f"{kind}/{way.name}"])
                 for way in ways
@@ -295,8 +308,8 @@ def main() -> int:
             # After each session, so that a killed run leaves what it has.
             result = {
                 "schema": SCHEMA, "machine": {**read_machine(), "cores": os.cpu_count()},
-                "note": options.note, "target": TARGET, "macs": macs, "rows": rows, "absent": absent,
-                "verdicts": verdicts(rows, macs),
+                "note": options.note, "target": TARGET, "macs": macs, "rows": rows, "pairs": pairs, "absent": absent,
+                "verdicts": verdicts(rows, macs, pairs),
             }  # fmt: skip
             replace_file(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
             replace_file(options.out.with_suffix(".md"), markdown(result))
