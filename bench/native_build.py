@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..storage import replace_folder
+from ..zig_compiler import PACKAGE, zig_command
 
 SOURCES = Path(__file__).parent / "native"
 PROGRAM = "vitrim_runner"
@@ -20,8 +21,10 @@ LIBRARY = "libonnxruntime.so"
 # Debian's names of the cross compilers; another one is named by VITRIM_CXX_<ARCHITECTURE>.
 COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++", "armv7l": "arm-linux-gnueabihf-g++"}
 PACKAGES = {"x86_64": "g++-x86-64-linux-gnu", "aarch64": "g++-aarch64-linux-gnu", "armv7l": "g++-arm-linux-gnueabihf"}
-# The device may have no libstdc++, or an older one.
-FLAGS = ("-std=c++17", "-O2", "-static-libstdc++", "-static-libgcc")
+# (processor, system) in zig's words.
+ZIG = {"x86_64": ("x86_64", "linux-gnu"), "aarch64": ("aarch64", "linux-gnu"), "armv7l": ("arm", "linux-gnueabihf")}
+# The device may have no libstdc++, or an older one. -s: names for a debugger are most of a small program's bytes.
+FLAGS = ("-std=c++17", "-O2", "-s", "-static-libstdc++", "-static-libgcc")
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,18 @@ def native_runner(
 def compiled(machine: str) -> Path:
     """The program for `machine`, compiled if the cache has none of these very sources. Errors: InputError with the compiler's first complaint."""
     compiler = _compiler(machine)
-    seal = hashlib.sha256(" ".join(("1", compiler, *FLAGS)).encode())
+    seal = hashlib.sha256(" ".join(("1", *compiler, *FLAGS)).encode())
     for source in sorted(SOURCES.glob("*.[hc]*")):
         seal.update(source.read_bytes())
     folder = cache() / f"runner-{machine}-{seal.hexdigest()[:16]}"
     program = folder / PROGRAM
     if not program.is_file():
         with replace_folder(folder, overwrite=True) as aside:
-            command = [compiler, *FLAGS, str(SOURCES / "runner.cpp"), "-o", str(aside / PROGRAM), "-ldl"]
+            command = [*compiler, *FLAGS, str(SOURCES / "runner.cpp"), "-o", str(aside / PROGRAM), "-ldl"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-                raise InputError(f"{compiler} cannot build the native runner: {complaint}; it needs C++17 (g++ 8 or newer)")
+                raise InputError(f"{' '.join(compiler)} cannot build the native runner: {complaint}; it needs C++17 (g++ 8 or newer)")
     return program
 
 
@@ -105,15 +108,17 @@ def cache() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "vitrim" / "native"
 
 
-def _compiler(machine: str) -> str:
+def _compiler(machine: str) -> tuple[str, ...]:
     variable = f"VITRIM_CXX_{machine.upper()}"
     names = [os.environ[variable]] if variable in os.environ else []
     names += ["g++", "c++", "clang++"] if machine == platform.machine() else [COMPILERS.get(machine, f"{machine}-linux-gnu-g++")]
     for name in names:
         if found := shutil.which(name):
-            return found
+            return (found,)
+    if machine in ZIG and importlib.util.find_spec(PACKAGE) is not None:
+        return zig_command(*ZIG[machine])
     package = "g++" if machine == platform.machine() else PACKAGES.get(machine, f"a C++ compiler for {machine}")
     raise InputError(
-        f"no C++ compiler for {machine} here ({', '.join(names)}), and the device has no Python: install one (Debian: apt-get install {package}), name "
-        f"one in {variable}, or put Python with onnxruntime on the device"
+        f"no C++ compiler for {machine} here ({', '.join(names)}), and the device has no Python: install one (Debian: apt-get install {package}; or "
+        f"pip install 'vitrim[zig]'), name one in {variable}, or put Python with onnxruntime on the device"
     )

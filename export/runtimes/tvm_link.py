@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import InputError
+from ...zig_compiler import PACKAGE, zig_command
 
 # `x86_64-linux-gnu` without what names no machine: Debian's cross compilers carry it so.
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
-# A Jetson Nano's (Ubuntu 18.04). Only zig can be told; others link with the C library that they came with.
-OLDEST_GLIBC = "2.27"
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,12 @@ def linker_for(triple: str) -> Linker:
     for name in names:
         if (found := shutil.which(name)) is not None:
             return Linker((found,), _named(name, [found, "-dumpfullversion", "-dumpversion"]))
-    if importlib.util.find_spec("ziglang") is not None and "linux-gnu" in triple:
+    if importlib.util.find_spec(PACKAGE) is not None and "linux-gnu" in triple:
+        start = zig_command(machine_of(triple), triple[triple.index("linux-gnu") :])
         # The source takes nothing of the C++ library, which zig would build anew for each target, a minute of work.
-        start = (sys.executable, "-m", "ziglang", "c++", "-nostdlib++", "-target", zig_target(triple))
-        return Linker(start, _named("zig c++", [*start[:3], "version"]))
+        return Linker((*start, "-nostdlib++"), _named("zig c++", [*start[:3], "version"]))
     package = "g++" if is_here(triple) else f"g++-{triple.replace('_', '-')}"
     raise InputError(f"no linker for {triple} on this machine; install one with `apt-get install {package}`, or with `pip install 'vitrim[zig]'`")
-
-
-def zig_target(triple: str) -> str:
-    """zig's words for a Linux triple, with the C library that the oldest of the described devices has."""
-    return f"{machine_of(triple)}-{triple[triple.index('linux-gnu') :]}.{OLDEST_GLIBC}"
 
 
 def _named(name: str, ask: list[str]) -> str:

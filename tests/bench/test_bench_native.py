@@ -58,7 +58,7 @@ def test_it_speaks_as_the_python_runner_does(runner: NativeRunner, tmp_path: Pat
     for name, content in arrays(data, None).items():
         (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
     job = {"model": str(model), "threads": 1, "session": {"session.set_denormal_as_zero": "1"}}
-    commands = [{"do": "warm", "limit_s": 1.0}, {"do": "run", "count": 7, "settle": 1}, {"do": "memory"}]
+    commands: list[dict[str, Any]] = [{"do": "warm", "limit_s": 1.0}, {"do": "run", "count": 7, "settle": 1}, {"do": "memory"}]
     commands += [{"do": "score", "dataset": str(tmp_path / "d"), "limit": None}, {"do": "profile", "count": 4}, {"do": "stop"}]
     ours = ask(runner, job, *commands)
     theirs = converse([sys.executable, str(PYTHON_RUNNER), "-"], job, *commands)
@@ -264,6 +264,7 @@ def test_an_aarch64_runner_runs_under_qemu(tmp_path: Path) -> None:
 
 def test_a_missing_compiler_and_a_phone_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(native_build, "ZIG", {})
     with pytest.raises(InputError, match=r"no C\+\+ compiler for aarch64 here .*apt-get install g\+\+-aarch64-linux-gnu"):
         native_runner("aarch64")
     with pytest.raises(InputError, match="build bench/native with the NDK"):

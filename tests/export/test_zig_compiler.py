@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shutil
@@ -15,12 +16,15 @@ import pytest
 import torch
 import vitrim
 from aarch64 import emulator
+from bench_samples import chain
 from bundle_sample import artifact_in as runtime_artifact_in
 from bundle_sample import build as build_with_runtime
 from onnxruntime_header import header_folder
 from PIL import Image
 from tiny_models import tiny_vit
 from tvm_sample import LABELS, PREPROCESSING, artifact_in, compiled, expected, images, job_of, source
+from vitrim.bench import native_build
+from vitrim.bench.native_build import native_runner
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.export.bundle import bundle
 from vitrim.export.runtimes import runtime_named, tvm_link, tvm_runtime
@@ -28,6 +32,7 @@ from vitrim.export.runtimes.tvm_program import NotStraight
 from vitrim.export.sessions import open_session
 from vitrim.runtimes.apart import ask_apart
 from vitrim.targets.profile import load_target
+from vitrim.zig_compiler import OLDEST_GLIBC
 
 TOOLS = ("cmake", "make")
 ZIG = ("-DCMAKE_TOOLCHAIN_FILE=aarch64.cmake",)
@@ -81,7 +86,7 @@ def test_code_for_arm_answers_as_torch_does_and_loads_beside_an_old_c_library(tm
     close(logits, expected(given))
     asked = re.findall(rb"GLIBC_([0-9.]+)\0", (tmp_path / "a" / "model.so").read_bytes())
     assert asked
-    assert max(version(found.decode()) for found in asked) <= version(tvm_link.OLDEST_GLIBC)
+    assert max(version(found.decode()) for found in asked) <= version(OLDEST_GLIBC)
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -123,9 +128,12 @@ def test_other_weights_are_never_taken_from_what_zig_keeps(tmp_path: Path) -> No
 
 
 def test_triples_in_zigs_words() -> None:
-    assert tvm_link.zig_target("aarch64-linux-gnu") == "aarch64-linux-gnu.2.27"
-    assert tvm_link.zig_target("amd64-unknown-linux-gnu") == "x86_64-linux-gnu.2.27"
-    assert tvm_link.zig_target("arm-linux-gnueabihf") == "arm-linux-gnueabihf.2.27"
+    for triple, words in (
+        ("aarch64-linux-gnu", "aarch64-linux-gnu.2.27"),
+        ("amd64-unknown-linux-gnu", "x86_64-linux-gnu.2.27"),
+        ("arm-linux-gnueabihf", "arm-linux-gnueabihf.2.27"),
+    ):
+        assert f"--target={words}" in tvm_link.linker_for(triple).command
 
 
 def test_the_bundle_with_the_model_in_it_needs_no_shared_library(tmp_path: Path) -> None:
@@ -160,3 +168,17 @@ def test_the_bundle_with_the_runtimes_library_builds_and_runs(tmp_path: Path) ->
     preprocessing = Preprocessing.model_validate(artifact.manifest.preprocessing.model_dump())
     wanted = open_session(artifact).run(None, {"images": preprocessing.apply(picture)[None]})[0][0]
     close(np.array([float(value) for value in next(line for line in lines if line.startswith("logits")).split()[1:]]), wanted)
+
+
+def test_the_runner_for_a_device_without_python_builds_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = emulator("onnxruntime")
+    # Not by XDG_CACHE_HOME, where zig keeps its libraries.
+    monkeypatch.setattr(native_build, "cache", lambda: tmp_path)
+    made = native_runner("aarch64", library=arm.onnxruntime_library)
+    job = {"model": str(chain(tmp_path / "m.onnx", width=32)), "threads": 1}
+    lines = "".join(json.dumps(line) + "\n" for line in (job, {"do": "run", "count": 2}, {"do": "stop"}))
+    done = subprocess.run(arm.command(made.command()), input=lines, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["ready", "samples"]
+    assert len(events[1]["latency_s"]) == 2
