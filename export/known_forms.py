@@ -33,7 +33,7 @@ _ROWS = (
         "AMD EPYC (Zen 5, AVX-512 VNNI), ONNX Runtime 1.31.1, one thread: 395 us against 407 (split attention), 416 (LayerNorm), 435 (batch "
         "rows) and 614 (torch's own graph) on the 0.8 M parameter demo model; DeiT-Tiny 25 ms against 32 (batch rows, all queries)",
         "eight bits on AMD EPYC (Zen 5, AVX-512 VNNI), ONNX Runtime 1.31.1, DeiT-Tiny and its half: rows of a batch take 0.97-0.99 of the time of matrix "
-        "rows, patches in eight bits too 0.95-0.96; on two threads the runtime's attention 0.90-0.94 of the standard's, which stays on one",
+        "rows, patches in eight bits too 0.95-0.96; on two threads the runtime's attention 0.82-0.92 of the standard's, which stays on one",
     ),
 )
 

@@ -15,7 +15,7 @@ DEFAULT_CONFIG: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
 # Of a session that was exported for several threads: one that waits inside a call does so busily, but no longer than this, and never after the call. Waking a
 # sleeping thread for each of some 150 operators is a fifth of the latency of DeiT-Tiny in eight bits on two threads (benchmarks/results/int8_threads.md).
 # A runtime that does not know `spin_duration_us` yet (microsoft/onnxruntime PR 27916) waits as long as it always did.
-SPIN_US = 100
+SPIN_US = 30
 THREADS_CONFIG: dict[str, str] = {
     "session.intra_op.allow_spinning": "1",
     "session.intra_op.spin_duration_us": str(SPIN_US),
