@@ -18,6 +18,8 @@ lint: .venv/installed-test
 	@# The repository root is the package, whatever the folder is called; the type checker needs to see it under its name.
 	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/vitrim
 	cd .venv/typing && ../bin/mypy --config-file ../../pyproject.toml --exclude '/(tests|benchmarks|build|dist|runs)/' vitrim
+	@# The tests are no package: their helpers are found beside them, as pytest finds them.
+	cd .venv/typing && MYPYPATH=.:../../tests ../bin/mypy --config-file ../../pyproject.toml --explicit-package-bases --cache-dir .mypy_cache_tests ../../tests
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vitrim needs Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }

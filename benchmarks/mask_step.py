@@ -26,7 +26,7 @@ def step_s(task: DenseTask | MaskTask, optimizer: Optimizer, images: Tensor, tar
     started = time.process_time()
     loss, _ = task.loss(images, targets)
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     task.after_step(number)
     return time.process_time() - started

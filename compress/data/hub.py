@@ -22,7 +22,7 @@ _VAL, _TEST = ("validation", "valid", "val", "dev"), ("test",)
 
 def read_hub(name: str) -> Sources:
     """Load a data set by its hub name, from the local cache if it is there. Errors: InputError when it cannot be reached or read."""
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     def load() -> Any:
         return datasets.load_dataset(name)

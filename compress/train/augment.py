@@ -45,14 +45,14 @@ class Augmentation:
         self.erase: Callable[[Tensor], Tensor] | None = None
         self.policy: Callable[[Any], Any] | None = None
         if preset in ("erasing", "light"):
-            self.erase = RandomErasing(probability=LIGHT_ERASING, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+            self.erase = RandomErasing(probability=LIGHT_ERASING, mode="pixel", device="cpu")
         if preset == "thesis":
             fill = tuple(round(255 * mean) for mean in preprocessing.mean)
             self.policy = rand_augment_transform(
                 "rand-m9-n2", {"translate_const": max(1, int(0.45 * preprocessing.width)), "img_mean": fill if len(fill) > 1 else fill[0]}
             )
-            self.mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=label_smoothing, num_classes=classes)  # type: ignore[no-untyped-call]
-            self.erase = RandomErasing(probability=THESIS_ERASING, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+            self.mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=label_smoothing, num_classes=classes)
+            self.erase = RandomErasing(probability=THESIS_ERASING, mode="pixel", device="cpu")
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.preset == "none":

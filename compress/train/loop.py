@@ -156,7 +156,7 @@ class _Run:
                     "lower the learning rate, lengthen the warmup, or lower lambda"
                 )
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if self.settings.grad_clip is not None:
                 parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
                 torch.nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
