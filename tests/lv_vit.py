@@ -72,7 +72,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x)) / self.skip_lam
-        return x + self.mlp(self.norm2(x)) / self.skip_lam
+        out: Tensor = x + self.mlp(self.norm2(x)) / self.skip_lam
+        return out
 
 
 class LVViT(nn.Module):

@@ -159,7 +159,7 @@ def _pool(draw: Any, kind: str, width: int) -> tuple[PoolSpec, int]:
         channels = (first,) if first == width else (first, width - first)
         return PoolSpec(kind=draw(st.sampled_from(["token", "mean_all"])), refine=RefineSpec(channels=channels, scale=0.5)), width
     if kind != "attention":
-        return PoolSpec(kind=kind), width * (2 if kind == "token_mean" else 1)  # type: ignore[arg-type]
+        return PoolSpec(kind=kind), width * (2 if kind == "token_mean" else 1)
     heads, qk, v, out = (draw(st.integers(1, 4)) for _ in range(4))
     attention = AttentionSpec(heads=heads, qk=qk, v=v, scale=0.5, k_norm=draw(_norm(qk)), qk_norm_per_head=draw(st.booleans()))
     ffn = draw(st.one_of(st.none(), _ffns()))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -157,7 +158,7 @@ def test_another_number_of_classes_than_the_head(refused: Refused, recipe: Calla
 
 
 def small_model(classes: int = 3, **overrides: int) -> torch.nn.Module:
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3} | overrides
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3} | overrides
     return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **sizes)
 
 

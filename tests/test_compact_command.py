@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -19,19 +20,19 @@ from vitrim.compress.data.door import open_sample
 from vitrim.compress.data.known import default_preprocessing
 from vitrim.errors import InputError
 
-SETTINGS = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+SETTINGS: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 OVERRIDES = [word for key, value in SETTINGS.items() for word in ("--override", f"{key}={value}")]
 
 
 @pytest.fixture
 def pruned(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **SETTINGS)
+    model: Any = timm.create_model("vit_tiny_patch16_224", **SETTINGS)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    prune.ln_structured(model.blocks[0].mlp.fc1, "weight", 0.5, n=2, dim=0)
-    prune.random_unstructured(model.blocks[1].mlp.fc2, "weight", 0.3)
+    prune.ln_structured(model.get_submodule("blocks.0.mlp.fc1"), "weight", 0.5, n=2, dim=0)
+    prune.random_unstructured(model.get_submodule("blocks.1.mlp.fc2"), "weight", 0.3)
     torch.save(model.state_dict(), tmp_path / "pruned.pth")
     return tmp_path / "pruned.pth"
 

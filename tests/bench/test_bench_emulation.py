@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,15 +52,15 @@ def test_the_machines_own_archive_is_found_in_either_format(tmp_path: Path, name
 
 
 def test_where_packages_cannot_be_fetched_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(debian.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    monkeypatch.setattr(shutil, "which", lambda tool: f"/usr/bin/{tool}")
     with pytest.raises(InputError, match=r"apt sources name no Debian archive; on another system name an aarch64 root folder .* in VITRIM_"):
         debian.require_debian(tmp_path)
-    monkeypatch.setattr(debian.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(InputError, match="apt-get and dpkg-deb are not here; on another system"):
         debian.require_debian(tmp_path)
 
 
-@pytest.mark.skipif(debian.shutil.which("apt-get") is None, reason="no apt-get on this system")
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="no apt-get on this system")
 def test_offline_is_one_line_with_apts_own_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing listens at port 9 of this machine: the network without the network.
     monkeypatch.setattr(debian, "require_debian", lambda: debian.Mirror("http://127.0.0.1:9/debian", None))

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_samples import chain, images_with_labels, measurement
@@ -19,7 +20,7 @@ from vitrim.bench.warnings import warnings_for
 from vitrim.errors import InputError
 from vitrim.storage import sha256_file
 
-QUICK = {"time_limit_s": 1.0, "least_rounds": 4, "quiet": True}
+QUICK: dict[str, Any] = {"time_limit_s": 1.0, "least_rounds": 4, "quiet": True}
 
 
 def test_two_models_are_measured_together(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_what_is_no_artifact_is_refused_in_one_line(tmp_path: Path, name: str, m
         ({"dataset": "absent.npz"}, "absent.npz: no such data set"),
     ],
 )
-def test_bad_settings_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_bad_settings_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         measure_interleaved({"m": chain(tmp_path / "m.onnx")}, **{**QUICK, **options})
     with pytest.raises(InputError, match="nothing to measure"):

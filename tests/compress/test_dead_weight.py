@@ -274,7 +274,7 @@ def test_unstructured_pruning_from_elsewhere(model: CompactModel) -> None:
 
 def test_prune_masks_in_a_state_are_folded() -> None:
     source = tiny_vit()
-    prune.random_unstructured(source.blocks[0].mlp.fc1, "weight", 0.5)  # type: ignore[index,union-attr]
+    prune.random_unstructured(source.get_submodule("blocks.0.mlp.fc1"), "weight", 0.5)
     state = source.state_dict()
     assert "blocks.0.mlp.fc1.weight_orig" in state
     folded = fold_prune_masks(state)

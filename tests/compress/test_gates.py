@@ -45,7 +45,8 @@ def test_gates_of_any_kind_of_network_compute_what_their_mask_leaves(data: st.Da
         mask.check(architecture)
     except vitrim.InputError as error:
         # A reader that sees few channels may be left with none, which is refused.
-        assert "channels that there are at" in str(error)
+        if "channels that there are at" not in str(error):
+            raise
         reject()
     model = network(architecture)
     images = torch.randn(2, *architecture.image, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -184,7 +184,7 @@ def test_a_stem_of_convolutions_stays_float(tmp_path: Path) -> None:
     torch.manual_seed(0)
     # Patches that overlap cannot be cut out by reshaping.
     network = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=1, num_heads=2, num_classes=4).eval()
-    network.patch_embed.proj = torch.nn.Conv2d(1, 32, 4, stride=4)
+    network.get_submodule("patch_embed").proj = torch.nn.Conv2d(1, 32, 4, stride=4)
     compact = vitrim.lift(network)
     architecture = compact.architecture
     overlapping = architecture.model_copy(update={"stem": architecture.stem.model_copy(update={"patch": (6, 6), "stride": (4, 4), "padding": (1, 1)})})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ from tvm_sample import compiled, expected, images, job_of, source
 from vitrim.errors import InputError
 from vitrim.export.exporter import export
 from vitrim.export.runtimes import runtime_named, tvm_link, tvm_runtime
+from vitrim.export.runtimes.tvm_program import NotStraight
+from vitrim.export.runtimes.tvm_weights import lift_weights
 from vitrim.runtimes import EngineError, open_engine
 from vitrim.runtimes.apart import ask_apart
 
@@ -74,10 +77,10 @@ def test_several_images_and_several_threads(tmp_path: Path) -> None:
 
 def test_what_is_no_straight_program_runs_in_the_virtual_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(built: Any) -> Any:
-        raise tvm_runtime.NotStraight("it calls vm.builtin.shape_of")
+        raise NotStraight("it calls vm.builtin.shape_of")
 
     monkeypatch.setattr(tvm_runtime, "straight_program", never)
-    lift = tvm_runtime.lift_weights
+    lift = lift_weights
     monkeypatch.setattr(tvm_runtime, "lift_weights", lambda module: lift(module, least_tensor_bytes=512, least_bytes=1))
     written = compiled(tmp_path / "a")
     assert written.session["entry"] == "machine"
@@ -143,7 +146,6 @@ def test_the_exporter_proves_what_was_compiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"batch": "dynamic"}, "compiled code has fixed shapes; export for tvm with a batch, such as 1"),
         ({"options": {"speed": "high"}}, "option 'speed' is none of tvm's; it has log, tune_s, schedule, static"),
         ({"options": {"static": "perhaps"}}, "option static=perhaps: say yes or no"),
         ({"options": {"schedule": "quick"}}, "option schedule=quick: say ours or default"),
@@ -155,19 +157,20 @@ def test_the_exporter_proves_what_was_compiled(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
-    options = {"target": "x86-64", "batch": 1, **settings}
-    batch = options.pop("batch")
-    given = source(**options)
-    object.__setattr__(given, "batch", batch)
     with pytest.raises(InputError, match=reason):
-        runtime_named("tvm").write(given, tmp_path)
+        runtime_named("tvm").write(source(**{"target": "x86-64", **settings}), tmp_path)
+
+
+def test_compiled_code_has_no_dynamic_batch(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="runtime tvm: a file holds one batch size; export with batch 1 or another number, or for another runtime"):
+        export(tiny_vit(), tmp_path / "a", runtime="tvm", batch="dynamic")
 
 
 def test_a_linker_is_found_or_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert tvm_link.linker_for("x86_64-linux-gnu").name.split()[0].endswith("++")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(tvm_link.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="no linker for aarch64-linux-gnu on this machine; install one with `apt-get install g\\+\\+-aarch64-linux-gnu`"):
         tvm_link.linker_for("aarch64-linux-gnu")
 

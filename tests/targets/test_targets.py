@@ -11,7 +11,8 @@ from vitrim.targets.detect import detect_host
 from vitrim.targets.profile import TargetProfile, list_targets, load_target
 
 SHIPPED = list_targets()
-DEMO = {"params": 800_000, "peak_activation_bytes": 300_000}
+# Of the demo.
+PARAMS, PEAK_BYTES = 800_000, 300_000
 
 
 def test_the_promised_devices_are_shipped() -> None:
@@ -107,18 +108,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_demo_fits_a_raspberry_pi() -> None:
-    fit = check(load_target("rpi4"), **DEMO)
+    fit = check(load_target("rpi4"), params=PARAMS, peak_activation_bytes=PEAK_BYTES)
     assert fit.fits
     assert (fit.weight_excess_bytes, fit.activation_excess_bytes) == (0, 0)
     assert str(fit).endswith("it fits")
 
 
 def test_a_model_too_large_for_a_microcontroller_is_told_by_how_much() -> None:
-    fit = check(load_target("stm32h7"), **DEMO)
+    fit = check(load_target("stm32h7"), params=PARAMS, peak_activation_bytes=PEAK_BYTES)
     assert not fit.fits
     assert fit.weight_excess_bytes == 3_200_000 - 2 * 2**20
     assert "weights (fp32): 3.2 MB, but only 2.1 MB flash: 1.1 MB too much, 1.5 times too large" in str(fit)
-    assert check(load_target("stm32h7"), **DEMO, precision="int8").fits
+    assert check(load_target("stm32h7"), params=PARAMS, peak_activation_bytes=PEAK_BYTES, precision="int8").fits
 
 
 def test_activations_that_do_not_fit_are_told_too() -> None:

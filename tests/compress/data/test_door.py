@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -308,8 +309,9 @@ def test_a_sample_is_of_its_split_and_nothing_else_is_decoded(tmp_path: Path) ->
     spec = f"imagefolder:{root}"
     preprocessing = default_preprocessing(spec, SMALL)
     whole = open_dataset(spec, image=SMALL, seed=4, validation=0.2)
-    for part in ("train", "val", "test"):
-        drawn = open_sample(spec, part, 3, preprocessing=preprocessing, classes=2, seed=4, validation=0.2)  # type: ignore[arg-type]
+    parts: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
+    for part in parts:
+        drawn = open_sample(spec, part, 3, preprocessing=preprocessing, classes=2, seed=4, validation=0.2)
         assert len(drawn) == min(3, len(getattr(whole, part)))
         assert contents(drawn) <= contents(getattr(whole, part))
     drawn = open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2)

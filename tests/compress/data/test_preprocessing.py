@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.data.splits import normalise
 

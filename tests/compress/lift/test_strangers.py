@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-import vitrim
 from lv_vit import LVViT
 from t2t_vit import SoftSplits, T2TBackbone, T2TViT
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor, nn
 from vitrim import StructuredMask, UnsupportedModel, compact, lift, masked
 from vitrim.compress.count import count_params
+from vitrim.compress.mask import Sharing
+from vitrim.compress.vit.model import CompactModel
 
-SHARINGS = ("unshared", "residual", "full")
+SHARINGS: tuple[Sharing, ...] = ("unshared", "residual", "full")
 
 
 def shake(model: nn.Module) -> nn.Module:
@@ -27,7 +30,7 @@ def shake(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def exact(model: nn.Module, images: Tensor) -> vitrim.compress.vit.model.CompactModel:  # type: ignore[name-defined]
+def exact(model: nn.Module, images: Tensor) -> CompactModel:
     lifted = lift(model)
     with torch.no_grad():
         assert relative_error(lifted(images), model(images)) < 1e-5
@@ -65,17 +68,17 @@ def test_the_whole_t2t_vit_is_refused_by_the_path_of_its_stem() -> None:
 
 def test_the_trial_leaves_the_model_in_training_mode() -> None:
     model = shake(LVViT(img_size=32, embed_dim=24, depth=1, num_heads=3, classes=5)).train()
-    model.blocks[0].eval()  # type: ignore[index]
+    first = model.get_submodule("blocks.0").eval()
     lifted = lift(model)
     assert lifted.training
     assert model.training
-    assert not model.blocks[0].training  # type: ignore[index]
+    assert not first.training
 
 
 class DoublesQueries(nn.Module):
     """timm's names, another computation."""
 
-    def __init__(self, other: nn.Module) -> None:
+    def __init__(self, other: Any) -> None:
         super().__init__()
         self.qkv, self.proj, self.num_heads, self.scale = other.qkv, other.proj, other.num_heads, other.scale
 
@@ -87,8 +90,8 @@ class DoublesQueries(nn.Module):
 
 
 def test_an_attention_that_only_looks_alike_is_refused() -> None:
-    model = tiny_vit()
-    model.blocks[1].attn = DoublesQueries(model.blocks[1].attn)  # type: ignore[index,union-attr]
+    model: Any = tiny_vit()
+    model.blocks[1].attn = DoublesQueries(model.blocks[1].attn)
     with pytest.raises(UnsupportedModel, match=r"blocks\.1\.attn: .*DoublesQueries has timm's names, but does not compute softmax"):
         lift(model)
 
@@ -99,15 +102,15 @@ class Negated(nn.Module):
 
 
 def test_a_dropout_that_was_replaced_is_refused() -> None:
-    model = tiny_vit()
-    model.blocks[0].attn.proj_drop = Negated()  # type: ignore[index,union-attr]
+    model: Any = tiny_vit()
+    model.blocks[0].attn.proj_drop = Negated()
     with pytest.raises(UnsupportedModel, match=r"blocks\.0\.attn\.proj_drop: .*Negated where a dropout was expected"):
         lift(model)
 
 
 def test_an_unknown_block_is_refused_with_what_it_lacks() -> None:
-    model = tiny_vit()
-    model.blocks[1] = nn.Linear(24, 24)  # type: ignore[index]
+    model: Any = tiny_vit()
+    model.blocks[1] = nn.Linear(24, 24)
     with pytest.raises(UnsupportedModel, match=r"blocks\.1: no rule for block type torch\.nn\.modules\.linear\.Linear .* it has no norm1 and no attn"):
         lift(model)
 

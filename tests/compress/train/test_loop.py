@@ -271,15 +271,17 @@ def test_a_model_rebuilt_smaller_gets_its_new_optimizer(tmp_path: Path) -> None:
         def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
             if epoch != 1:
                 return EpochEnd()
-            old = self.model.layers
-            self.model.layers[1], self.model.layers[4] = torch.nn.Linear(64, 8), torch.nn.Linear(8, 3)
-            assert old is self.model.layers
+            self._replace(8)
             return EpochEnd(optimizer=self.optimizer())
 
         def load_state(self, state: dict[str, Any]) -> None:
             width = state["model"]["layers.1.weight"].shape[0]
-            self.model.layers[1], self.model.layers[4] = torch.nn.Linear(64, width), torch.nn.Linear(width, 3)
+            self._replace(width)
             super().load_state(state)
+
+        def _replace(self, width: int) -> None:
+            layers: Any = self.model.layers
+            layers[1], layers[4] = torch.nn.Linear(64, width), torch.nn.Linear(width, 3)
 
     data, shrinking = spots(192), task(kind=Shrinking)
     result = fit(shrinking, data, replace(QUICK, epochs=10), tmp_path)

@@ -21,10 +21,11 @@ from vitrim.compress.data.splits import DataSplits, Split
 from vitrim.compress.lift import lift
 from vitrim.compress.train.loop import TrainSettings, fit
 from vitrim.compress.train.masks import MaskSettings, MaskTask
+from vitrim.compress.train.optimizers import OptimizerName
 
 EPOCHS, STEPS = 4, 8
 # Large for these tiny networks, so that sub-layers do go as a whole.
-WHOLE = {"attention_overhead_macs": 1e5, "ffn_overhead_macs": 1e5}
+WHOLE: dict[str, Any] = {"attention_overhead_macs": 1e5, "ffn_overhead_macs": 1e5}
 
 
 def stripes(images: int = 128, seed: int = 0) -> DataSplits:
@@ -112,7 +113,7 @@ def test_grouped_queries_are_learned_counted_and_cut(tmp_path: Path, settings: M
 
 
 @pytest.mark.parametrize("overheads", [{}, WHOLE])
-def test_the_mask_speaks_of_the_dense_model_whatever_was_cut_on_the_way(tmp_path: Path, overheads: dict[str, float]) -> None:
+def test_the_mask_speaks_of_the_dense_model_whatever_was_cut_on_the_way(tmp_path: Path, overheads: dict[str, Any]) -> None:
     task = learn(tmp_path, MaskSettings(budget=Budget("params", 0.35), update_steps=2, **overheads))
     assert task.progress.shrunk, "the training graph should have shrunk in this run"
     mask = task.mask()
@@ -123,9 +124,9 @@ def test_the_mask_speaks_of_the_dense_model_whatever_was_cut_on_the_way(tmp_path
 
 
 @pytest.mark.parametrize(("optimizer_name", "overheads"), [("adamw", {}), ("muon", {}), ("muon", WHOLE)])
-def test_shrinking_changes_neither_the_function_nor_the_optimizer(optimizer_name: str, overheads: dict[str, float]) -> None:
+def test_shrinking_changes_neither_the_function_nor_the_optimizer(optimizer_name: OptimizerName, overheads: dict[str, Any]) -> None:
     data = stripes()
-    settings = MaskSettings(budget=Budget("params", 0.35), update_steps=2, optimizer=optimizer_name, **overheads)  # type: ignore[arg-type]
+    settings = MaskSettings(budget=Budget("params", 0.35), update_steps=2, optimizer=optimizer_name, **overheads)
     task = MaskTask(lift(tiny_vit(num_classes=4, embed_dim=32, num_heads=4)), settings, 20)
     optimizer = task.optimizer()
     images, targets = data.train.floats(slice(0, 16)), torch.from_numpy(data.train.targets[:16])
@@ -161,9 +162,9 @@ def test_lambda_pushes_units_out_and_stops_when_nothing_moves(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("both", [{"budget": Budget("params", 0.3), "lambda_": 1e-7}, {}])
-def test_budget_and_lambda_exclude_each_other(both: dict[str, object]) -> None:
+def test_budget_and_lambda_exclude_each_other(both: dict[str, Any]) -> None:
     with pytest.raises(vitrim.InputError, match=r"either a budget .* or lambda"):
-        MaskSettings(**both)  # type: ignore[arg-type]
+        MaskSettings(**both)
 
 
 def test_a_sub_layer_that_has_gone_costs_nothing_and_the_others_can_fill_its_place() -> None:
