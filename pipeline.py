@@ -24,6 +24,7 @@ from .compress.image_size import at_image_size
 from .compress.lift import lift
 from .compress.patch_fit import shown
 from .compress.vit.model import CompactModel
+from .final_table import final_table
 from .recipe import Recipe
 from .run_artifacts import require_runtimes
 from .run_folder import RunFolder
@@ -31,7 +32,6 @@ from .shipping_steps import (
     ARTIFACTS,
     MEASUREMENTS,
     export_all,
-    final_table,
     load_artifacts,
     load_measurements,
     measure_all,
@@ -142,8 +142,8 @@ def run(
         lambda: load_measurements(recipe, folder),
     )
     # Cheap, and it follows the code that renders it, so it is always made anew.
-    report = write_report(baseline, compact, cut, artifacts, measurements, data, recipe, folder)
-    final_table(report, folder)
+    write_report(baseline, compact, cut, artifacts, measurements, data, recipe, folder)
+    final_table(folder)
     return folder
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from . import __version__
 from .bench.measurement import Measurement
-from .bench.report.model import ArtifactEntry, ModelEntry, Report
+from .bench.report.model import Report
 from .compress.architecture import Architecture
 from .compress.count import count_macs, count_params
 from .compress.data.splits import DataSplits, Split, stratified_indices
@@ -30,7 +29,7 @@ from .run_artifacts import ONNX_RUNTIME, planned_artifacts
 from .run_estimates import run_estimates
 from .run_folder import RunFolder
 from .storage import replace_file
-from .terminal_lines import say, show, unit_count
+from .terminal_lines import say
 from .training_steps import Cut
 
 ARTIFACTS, MEASUREMENTS = "artifacts", "measurements"
@@ -176,18 +175,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def final_table(report: Report, folder: RunFolder) -> None:
-    """The run in one small table on standard output, and where the report is."""
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("artifact", "params", "MACs", "top-1", "p50", "faster", "memory", "file"):
-        table.add_column(column, justify="left" if column == "artifact" else "right", no_wrap=True)
-    base = next((a.measurement for a in report.models["baseline"].artifacts if a.measurement), None)
-    for name, model in report.models.items():
-        for artifact in model.artifacts:
-            table.add_row(*_row(name, model, artifact, base))
-    show(table, f"report: {folder / 'report.html'}")
-
-
 def _model_entry(
     architecture: Architecture, names: list[str], artifacts: Mapping[str, Artifact], measurements: Mapping[str, Measurement]
 ) -> dict[str, Any]:
@@ -208,21 +195,3 @@ def _model_entry(
         "top1": measurements[names[0]].top1,
         "artifacts": entries,
     }
-
-
-def _row(name: str, model: ModelEntry, artifact: ArtifactEntry, base: Measurement | None) -> list[str]:
-    measured = artifact.measurement
-    runtime = "" if artifact.runtime == ONNX_RUNTIME else f" {artifact.runtime}"
-    row = [f"{name}{runtime} {artifact.precision}", unit_count(model.params or 0), unit_count(model.macs or 0)]
-    if measured is None:
-        return [*row, "", "", "", "", f"{artifact.bytes / 1e6:.2f} MB"]
-    p50 = measured.summary().p50_s
-    memory = measured.beyond_floor_rss_bytes
-    return [
-        *row,
-        "" if measured.top1 is None else f"{100 * measured.top1:.2f} %",
-        f"{1e3 * p50:.2f} ms",
-        f"{base.summary().p50_s / p50:.2f}x" if base else "",
-        "" if memory is None else f"{memory / 1e6:.1f} MB",
-        f"{artifact.bytes / 1e6:.2f} MB",
-    ]

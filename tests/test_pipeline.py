@@ -149,7 +149,10 @@ def test_resume_of_a_finished_run_does_nothing_again(finished: Path, capsys: pyt
     assert (finished / "compact/model.safetensors").stat().st_mtime_ns == told
     shown = capsys.readouterr()
     assert shown.err.count("kept from before") == 3
-    assert "compact int8" in shown.out
+    row = next(line.split("│") for line in shown.out.splitlines() if line.startswith("compact int8"))
+    # The terminal and the report give one and the same ratio.
+    told_ratio = next(line.split("|")[4].split("×")[0].strip() for line in (finished / "report.md").read_text().splitlines() if line.startswith("| Speed-up |"))
+    assert row[5].strip() == f"{told_ratio}x"
     assert str(finished / "report.html") in shown.out
 
 

@@ -83,15 +83,22 @@ def _whiskers(x: float, y: Scale, point: Point) -> Markup | None:
 
 
 def _labels(points: Sequence[Point], frame: Frame, x: Scale, y: Scale) -> list[Markup]:
-    """A name beside every point: the first of several places that meets neither an edge, nor a mark, nor another name."""
+    """A name beside every point: the first of several places that meets neither an edge, nor a mark, nor another name.
+
+    Where many points crowd, those of the front are named first, and one that finds no place stays without: its mark is that of the table's head.
+    """
     taken = [_Box(x(p.cost) - 8, y(p.accuracy) - 8, x(p.cost) + 8, y(p.accuracy) + 8) for p in points]
     edge = _Box(frame.left + 2, frame.top - 8, frame.inner_right + 10, frame.inner_bottom)
     made = []
-    for point in sorted(points, key=lambda p: -p.accuracy):
+    front = pareto(points)
+    for point in sorted(points, key=lambda p: (p not in front, -p.accuracy)):
         name = shortened(point.label, 26 if frame.width > 400 else 20)
         wide, at, level = 1.06 * text_width(name), x(point.cost), y(point.accuracy)
         places = [(at + 11 if right else at - 11 - wide, level + down) for down in (-9, 17, -24, 32, -39, 47) for right in (True, False)]
-        start, base = next((place for place in places if _free(_box(place, wide), taken, edge)), places[0])
+        found = next((place for place in places if _free(_box(place, wide), taken, edge)), None)
+        if found is None:
+            continue
+        start, base = found
         taken.append(_box((start, base), wide))
         made.append(
             words(start, base, name, class_="name halo")

@@ -95,6 +95,9 @@ table{overflow-wrap:normal}
 tbody th small{display:block;font-size:.78rem;white-space:normal;min-width:11rem;max-width:20rem}
 .estimates td small{white-space:normal}
 @media (min-width:621px){
+  .many{font-size:.8125rem}
+  .many td,.many th{padding:9px 5px}
+  .many td small,.many tbody th{white-space:normal}
   .estimates td:not(:last-child),.estimates th:not(:first-child):not(:last-child){padding:9px 6px}
 }
 .notes .soft{margin:10px 0 0;max-width:none}

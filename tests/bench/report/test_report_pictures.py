@@ -16,7 +16,7 @@ from vitrim.bench.report import load_run, write_picture
 from vitrim.bench.report.curves import panels, phases
 from vitrim.bench.report.distribution import Strip, distributions, shape
 from vitrim.bench.report.picture import main
-from vitrim.bench.report.plot import Scale
+from vitrim.bench.report.plot import Scale, text_width
 from vitrim.bench.report.scatter import Point, pareto, scatter
 from vitrim.errors import InputError
 
@@ -50,6 +50,23 @@ def test_a_scatter_is_well_formed_and_keeps_its_marks_inside(pairs: list[tuple[f
     for circle in tree.iter("circle"):
         assert 0 <= float(circle.attrib["cx"]) <= width
         assert 0 <= float(circle.attrib["cy"]) <= 300
+
+
+def test_names_of_crowded_points_never_lie_on_each_other() -> None:
+    points = [point(f"compact int8-static {n}", 1.0 + 0.02 * n, 89.7 + 0.01 * (n % 3), series=n) for n in range(12)]
+    drawn = scatter(points, cost_title="ms", label="x", width=480, height=300)
+    boxes = []
+    for text in ElementTree.fromstring(drawn).iter("text"):
+        if "name" in text.attrib["class"].split():
+            wide, at = text_width(text.text or ""), float(text.attrib["x"])
+            start = at - wide if text.attrib.get("text-anchor") == "end" else at
+            boxes.append((start, start + wide, float(text.attrib["y"])))
+    # Those of the front are named first; some of the others find no place.
+    assert 3 <= len(boxes) < len(points)
+    for number, (left, right, base) in enumerate(boxes):
+        assert not any(left < end and start < right and abs(base - at) < 11 for start, end, at in boxes[number + 1 :])
+    named = {text.text for text in ElementTree.fromstring(drawn).iter("text")}
+    assert {p.label for p in pareto(points)} <= named
 
 
 def test_cost_grows_to_the_right_from_zero() -> None:
