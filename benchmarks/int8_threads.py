@@ -11,9 +11,7 @@ Other work on a core that a thread waits for costs more than the waiting, so a r
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +27,11 @@ from vitrim.bench.environment import read_machine
 from vitrim.export.forms import write_network
 from vitrim.export.known_forms import best_form
 from vitrim.export.quantize import int8_static
-from vitrim.export.sessions import SPIN_US, THREADS_CONFIG, session_options
+from vitrim.export.sessions import SPIN_US, THREADS_CONFIG
 from vitrim.export.static_kernels import eight_bit_products
-from vitrim.runtimes.onnxruntime_engine import operator_rows
-from vitrim.storage import replace_file
+
+from .graph_sessions import opened, profiled
+from .result_files import save_result
 
 RESULTS = Path(__file__).parent / "results" / "int8_threads"
 PROFILED_RUNS = 40
@@ -56,13 +55,6 @@ def graphs(model: Any, images: np.ndarray) -> dict[str, onnx.ModelProto]:
         whole = write_network(model, form, linears="product")
         found[f"int8-static, {label}"] = eight_bit_products(int8_static(whole, images, also=("patch",)))[0]
     return found
-
-
-def opened(graph: onnx.ModelProto, threads: int, config: dict[str, str], **settings: Any) -> onnxruntime.InferenceSession:
-    options = session_options(config, threads=threads)
-    for key, value in settings.items():
-        setattr(options, key, value)
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def idle_share(moment_s: float = 0.3) -> float:
@@ -107,14 +99,10 @@ def interleaved(
 
 def operators(graph: onnx.ModelProto, threads: int, config: dict[str, str], image: np.ndarray) -> dict[str, float]:
     """{operator: seconds of one inference}, by the runtime's own profile."""
-    with tempfile.TemporaryDirectory(prefix="vitrim-threads-") as folder:
-        session = opened(graph, threads, config, enable_profiling=True, profile_file_prefix=str(Path(folder) / "trace"))
-        for _ in range(PROFILED_RUNS + 5):
-            session.run(None, {"images": image})
-        found: dict[str, float] = {}
-        for row in operator_rows(json.loads(Path(session.end_profiling()).read_text()), PROFILED_RUNS):
-            found[row["operator"]] = found.get(row["operator"], 0.0) + row["seconds"]
-        return found
+    found: dict[str, float] = {}
+    for row in profiled(graph, image, PROFILED_RUNS, threads=threads, config=config):
+        found[row["operator"]] = found.get(row["operator"], 0.0) + row["seconds"]
+    return found
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -160,9 +148,9 @@ def main() -> int:
     made = graphs(model, images)
     sessions, threads_of = {}, {}
     for name, graph in made.items():
-        sessions[name, "-"], threads_of[name, "-"] = opened(graph, 1, {}), 1
+        sessions[name, "-"], threads_of[name, "-"] = opened(graph), 1
         for waiting, config in WAITS.items():
-            sessions[name, waiting], threads_of[name, waiting] = opened(graph, options.threads, config), options.threads
+            sessions[name, waiting], threads_of[name, waiting] = opened(graph, threads=options.threads, config=config), options.threads
     rows = []
     for (name, waiting), samples in interleaved(sessions, images[:1], options.rounds, options.patience_s).items():
         latency_s = sorted(samples["latency_s"])
@@ -180,8 +168,7 @@ def main() -> int:
         "schema": "vitrim.benchmark-int8-threads/1", "machine": read_machine(), "onnxruntime": onnxruntime.__version__, "model": options.model,
         "threads": options.threads, "note": options.note, "rows": rows, "operators": profiles,
     }  # fmt: skip
-    replace_file(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    replace_file(options.out.with_suffix(".md"), markdown(result))
+    save_result(options.out, result, markdown(result))
     print(markdown(result))
     return 0
 

@@ -34,6 +34,8 @@ from vitrim.export.forms import Form
 from vitrim.storage import replace_file
 from vitrim.targets.profile import load_target
 
+from .result_files import save_result
+
 TARGET = "x86-64"
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 OURS, INT8, KERNELS = "ours, ONNX Runtime", "ours, ONNX Runtime int8", "TVM, our schedule"
@@ -311,8 +313,7 @@ def main() -> int:
                 "note": options.note, "target": TARGET, "macs": macs, "rows": rows, "pairs": pairs, "absent": absent,
                 "verdicts": verdicts(rows, macs, pairs),
             }  # fmt: skip
-            replace_file(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-            replace_file(options.out.with_suffix(".md"), markdown(result))
+            save_result(options.out, result, markdown(result))
     if not options.prepare:
         print(markdown(result))
     return 0

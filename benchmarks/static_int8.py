@@ -10,9 +10,7 @@ ratio within the round.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -31,10 +29,10 @@ from vitrim.export.forms import write_network
 from vitrim.export.known_forms import best_form
 from vitrim.export.parity import answers, relative_error
 from vitrim.export.quantize import int8_static
-from vitrim.export.sessions import session_options
 from vitrim.export.static_kernels import eight_bit_products
-from vitrim.runtimes.onnxruntime_engine import operator_rows
-from vitrim.storage import replace_file
+
+from .graph_sessions import opened, profiled
+from .result_files import save_result
 
 RESULTS = Path(__file__).parent / "results" / "static_int8"
 TARGET, PROFILED_RUNS = "x86-64", 30
@@ -83,14 +81,6 @@ def ways(model: CompactModel, images: np.ndarray) -> dict[str, Way]:
     }
 
 
-def opened(way: Way, **settings: Any) -> onnxruntime.InferenceSession:
-    """A session as vitrim opens it."""
-    options = session_options()
-    for key, value in settings.items():
-        setattr(options, key, value)
-    return onnxruntime.InferenceSession(way.graph.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(way.off))
-
-
 def interleaved(sessions: dict[str, onnxruntime.InferenceSession], image: np.ndarray, rounds: int) -> dict[str, list[float]]:
     """Processor time in seconds, a number a round: the least of three after one that is not counted; the order is drawn anew."""
     samples: dict[str, list[float]] = {name: [] for name in sessions}
@@ -108,12 +98,9 @@ def interleaved(sessions: dict[str, onnxruntime.InferenceSession], image: np.nda
     return samples
 
 
-def operators(way: Way, image: np.ndarray, folder: Path) -> dict[str, dict[str, float]]:
+def operators(way: Way, image: np.ndarray) -> dict[str, dict[str, float]]:
     """{operator: nodes and seconds of one inference}, by the runtime's own profile."""
-    session = opened(way, enable_profiling=True, profile_file_prefix=str(folder / "trace"))
-    for _ in range(PROFILED_RUNS + 5):
-        session.run(None, {"images": image})
-    rows = operator_rows(json.loads(Path(session.end_profiling()).read_text()), PROFILED_RUNS)
+    rows = profiled(way.graph, image, PROFILED_RUNS, off=way.off)
     nodes = Counter(row["operator"] for row in rows)
     return {kind: {"nodes": nodes[kind], "seconds": sum(row["seconds"] for row in rows if row["operator"] == kind)} for kind in nodes}
 
@@ -160,29 +147,27 @@ def main() -> int:
     with torch.no_grad():
         reference = model(torch.from_numpy(images)).numpy()
     found = ways(model, images)
-    samples = interleaved({name: opened(way) for name, way in found.items()}, images[:1], options.rounds)
+    samples = interleaved({name: opened(way.graph, off=way.off) for name, way in found.items()}, images[:1], options.rounds)
     rows: list[dict[str, Any]] = []
     ran: dict[str, dict[str, dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="vitrim-static-") as folder:
-        for name, way in found.items():
-            ran[name] = operators(way, images[:1], Path(folder))
-            small = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"}
-            counts = [sum(int(row["nodes"]) for kind, row in ran[name].items() if kind in kinds) for kinds in (small, {"Gemm", "MatMul", "FusedMatMul"})]
-            error = relative_error(reference, answers(way.graph, images, batch=1))
-            rows.append(
-                {
-                    "way": name, "processor_s": statistics.median(samples[name]),
-                    "ratio_to_dynamic": statistics.median(own / other for own, other in zip(samples[name], samples[DYNAMIC], strict=True)),
-                    "mean_relative_error": float(error.mean()), "max_relative_error": float(error.max()),
-                    "eight_bit_products": counts[0], "float_products": counts[1],
-                }
-            )  # fmt: skip
+    for name, way in found.items():
+        ran[name] = operators(way, images[:1])
+        small = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"}
+        counts = [sum(int(row["nodes"]) for kind, row in ran[name].items() if kind in kinds) for kinds in (small, {"Gemm", "MatMul", "FusedMatMul"})]
+        error = relative_error(reference, answers(way.graph, images, batch=1))
+        rows.append(
+            {
+                "way": name, "processor_s": statistics.median(samples[name]),
+                "ratio_to_dynamic": statistics.median(own / other for own, other in zip(samples[name], samples[DYNAMIC], strict=True)),
+                "mean_relative_error": float(error.mean()), "max_relative_error": float(error.max()),
+                "eight_bit_products": counts[0], "float_products": counts[1],
+            }
+        )  # fmt: skip
     result = {
         "schema": "vitrim.benchmark-static-int8/1", "machine": read_machine(), "onnxruntime": onnxruntime.__version__, "model": options.model,
         "rounds": options.rounds, "images": options.images, "rows": rows, "operators": ran,
     }  # fmt: skip
-    replace_file(options.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    replace_file(options.out.with_suffix(".md"), markdown(result))
+    save_result(options.out, result, markdown(result))
     print(markdown(result))
     return 0
 

@@ -226,11 +226,11 @@ class StructuredMask:
         share of units that stays, each weighed by its parameters: of each group (scope "layer"), of all groups of the same structure
         ("isomorphic"), or of the network ("global"); one number, or one a dimension. `fixed`: dimensions kept whole. Errors: InputError.
         """
-        from .saliency import mask_by_saliency
+        from .saliency import mask_and_scores
 
-        return mask_by_saliency(
+        return mask_and_scores(
             model, criterion, keep_ratio=keep_ratio, scope=scope, sharing=sharing, data=data, fixed=fixed, scale=scale, seed=seed
-        )
+        )[0]
 
     @classmethod
     def everything(cls, model: nn.Module | Architecture, sharing: Sharing = "residual") -> StructuredMask:

@@ -73,24 +73,6 @@ def require_criterion(name: str) -> None:
         raise InputError(f"saliency = {name!r}: choose {', '.join(map(repr, known))}{hint}")
 
 
-def mask_by_saliency(
-    model: nn.Module,
-    criterion: Criterion = "l2",
-    *,
-    keep_ratio: float | Mapping[str, float] = 0.5,
-    scope: Scope = "global",
-    sharing: Sharing = "residual",
-    data: Data | None = None,
-    fixed: Sequence[str] = (),
-    scale: ScaleRule = "original",
-    seed: int = 0,
-) -> StructuredMask:
-    """The mask that keeps the most salient units; see `StructuredMask.from_saliency`."""
-    return mask_and_scores(
-        model, criterion, keep_ratio=keep_ratio, scope=scope, sharing=sharing, data=data, fixed=fixed, scale=scale, seed=seed
-    )[0]
-
-
 def mask_and_scores(
     model: nn.Module,
     criterion: Criterion = "l2",
@@ -103,7 +85,7 @@ def mask_and_scores(
     scale: ScaleRule = "original",
     seed: int = 0,
 ) -> tuple[StructuredMask, Scores]:
-    """As `mask_by_saliency`, with the scores that it was ranked by, so that whoever rounds the mask need not ask the data again.
+    """The mask that keeps the most salient units (see `StructuredMask.from_saliency`) and the scores, so that whoever rounds it need not ask the data again.
 
     Everything that can be refused without the data is refused before the first batch is asked for.
     """

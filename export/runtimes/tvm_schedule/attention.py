@@ -9,7 +9,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .activations import exp2, named
-from .codes import Coding
+from .codes import Coding, store_function
 from .keys import Heads, key_panels, packed_size
 from .lanes import Buffer, Expr, Lanes
 from .norm import sum_over
@@ -135,6 +135,8 @@ def _tile(
     values = named(start + stride * spec.keys.each)
     target = [named((image * spec.asked + row + r) * (spec.heads * spec.values.each) + head * spec.values.each) for r in range(rows)]
 
+    store = store_function(lanes, spec.writes, known)
+
     def mix(run: Run, panel: Expr) -> None:
         column = named((run.start + panel * run.size) * count)
         product(
@@ -150,10 +152,7 @@ def _tile(
         for r in range(rows):
             for v in range(run.size):
                 value = lanes.load(accumulators, (r * run.size + v) * count) * lanes.splat(inverses[r])
-                if spec.writes is None:
-                    lanes.store(out, target[r] + column + v * count, value)
-                else:
-                    spec.writes.put(out, target[r] + column + v * count, named(value), spec.writes.ends(known))
+                store(out, target[r] + column + v * count, value)
 
     for run in even(spec.values.each // count, tile.vectors):
         with T.serial(0, run.count) as panel:

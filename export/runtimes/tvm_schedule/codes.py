@@ -20,6 +20,7 @@ from .activations import named
 from .dot import Dot
 from .lanes import Buffer, Expr, Lanes
 from .place import Rows
+from .sweep import sweep, ways_over
 from .threads import over_threads
 from .tiles import bounds
 
@@ -65,15 +66,19 @@ class Coding:
         lanes = self.dot.lanes
         return named(lanes.splat(known[0])), named(lanes.splat(known[1]))
 
-    def put(self, buffer: Buffer, index: Expr, value: Expr, ends: tuple[Expr, Expr]) -> None:
-        """Store a vector's codes, of a range known beforehand; what lies outside becomes its end."""
-        self.dot.lanes.store(buffer, index, self.encoded(value, ends))
-
     def encoded(self, value: Expr, ends: tuple[Expr, Expr]) -> Expr:
         """A vector as codes of a range known beforehand."""
         lanes, low = self.dot.lanes, float(self.dot.low)
         code = T.max(T.min(lanes.fma(value, *ends), lanes.splat(low + LEVELS)), lanes.splat(low))
         return self.dot.as_codes(lanes.whole(lanes.round(code)))
+
+
+def store_function(lanes: Lanes, coding: Coding | None, known: Buffer | None) -> Callable[[Buffer, Expr, Expr], None]:
+    """What stores a vector at an index: as it is, or as codes of the range known beforehand, whose ends are looked up here, once."""
+    if coding is None:
+        return lanes.store
+    ends = coding.ends(known)
+    return lambda buffer, index, value: lanes.store(buffer, index, coding.encoded(named(value), ends))
 
 
 @dataclass(frozen=True)
@@ -157,30 +162,20 @@ def encode_row(lanes: Lanes, coding: Coding, used: int, load: Callable[[Expr], E
         lanes.store(out, target + full * count, code_of(named(load(full * count)), tail))
 
 
-def _range(lanes: Lanes, used: int, load: Callable[[Expr], Expr], ways: int = 4) -> tuple[Expr, Expr]:
-    """(smallest, largest) of a row, several comparisons side by side."""
-    count = lanes.count
-    full, tail = divmod(used, count)
-    ways = max(1, min(ways, full))
+def _range(lanes: Lanes, used: int, load: Callable[[Expr], Expr]) -> tuple[Expr, Expr]:
+    """(smallest, largest) of a row."""
+    count, ways = lanes.count, ways_over(lanes, used)
     low, high = (T.alloc_buffer((ways * count,), "float32", scope="local") for _ in range(2))
     for way in range(ways):
         lanes.store(low, way * count, lanes.splat(3e38))
         lanes.store(high, way * count, lanes.splat(-3e38))
 
-    def meet(way: int, small: Expr, large: Expr) -> None:
-        lanes.store(low, way * count, T.min(lanes.load(low, way * count), small))
-        lanes.store(high, way * count, T.max(lanes.load(high, way * count), large))
+    def meet(way: int, column: Expr, wanted: int) -> None:
+        value = named(load(column))
+        lanes.store(low, way * count, T.min(lanes.load(low, way * count), lanes.first(wanted, value, 3e38)))
+        lanes.store(high, way * count, T.max(lanes.load(high, way * count), lanes.first(wanted, value, -3e38)))
 
-    with T.serial(0, full // ways) as turn:
-        for way in range(ways):
-            value = named(load((turn * ways + way) * count))
-            meet(way, value, value)
-    for vector in range(full // ways * ways, full):
-        value = named(load(vector * count))
-        meet(vector % ways, value, value)
-    if tail:
-        value = named(load(full * count))
-        meet(0, lanes.first(tail, value, 3e38), lanes.first(tail, value, -3e38))
+    sweep(lanes, used, ways, meet)
     smallest, largest = lanes.load(low, 0), lanes.load(high, 0)
     for way in range(1, ways):
         smallest, largest = T.min(smallest, lanes.load(low, way * count)), T.max(largest, lanes.load(high, way * count))

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .activations import ACTIVATIONS, named
-from .codes import Coding
+from .codes import Coding, store_function
 from .lanes import Buffer, Expr, Lanes
 from .place import Rows
 from .product import product
@@ -164,7 +164,7 @@ def _tile(
             lambda v, k: dot.weights(w, weights + (k * (vectors * count) + v * count) * dot.group),
         )  # fmt: skip
     out = Rows(spec.rows, spec.width)
-    ends = spec.writes.ends(buffers["range"]) if spec.writes is not None else (None, None)
+    store = store_function(lanes, spec.writes, buffers.get("range"))
     for r in range(rows):
         own = None
         if coding is not None and not coding.static:
@@ -177,11 +177,7 @@ def _tile(
                 value = value * lanes.load(buffers["factor"], spec.factor.start(image, row + r) + column)
             if spec.residual is not None:
                 value = value + lanes.load(buffers["residual"], spec.residual.start(image, row + r) + column)
-            place = out.start(image, row + r) + column
-            if spec.writes is None:
-                lanes.store(buffers["out"], place, value)
-            else:
-                spec.writes.put(buffers["out"], place, named(value), ends)
+            store(buffers["out"], out.start(image, row + r) + column, value)
 
 
 def _product_of(spec: Dense, lanes: Lanes, buffers: dict[str, Buffer], total: Expr, own: list[Expr] | None, column: Expr) -> Expr:

@@ -99,7 +99,7 @@ class Dot:
             return T.Cast("int32" if size == 1 else f"int32x{size}", found)
         return found
 
-    def multiply_add(self, codes: Expr, weights: Expr, sums: Expr) -> Expr:
+    def fma(self, codes: Expr, weights: Expr, sums: Expr) -> Expr:
         """sums + codes * weights."""
         kind = f"int32x{self.count}"
         if self.kind == "unsigned":

@@ -60,10 +60,6 @@ class Lanes:
         """Zero in all lanes."""
         return self.splat(0.0)
 
-    def multiply_add(self, a: Expr, b: Expr, c: Expr) -> Expr:
-        """a * b + c."""
-        return self.fma(a, b, c)
-
     def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """a * b + c."""
         return T.call_llvm_pure_intrin(self.dtype, "llvm.fma", a, b, c) if self.fused else a * b + c

@@ -13,6 +13,7 @@ from .activations import named
 from .codes import Coding, encode_row
 from .lanes import Buffer, Expr, Lanes
 from .place import Rows
+from .sweep import sweep, ways_over
 from .threads import over_threads
 from .tiles import bounds
 
@@ -118,11 +119,9 @@ def normalise_row(
         write(full * lanes.count, tail)
 
 
-def sum_over(lanes: Lanes, width: int, term: Callable[[Expr], Expr], ways: int = 4) -> Expr:
-    """The sum of term(column) over `width` columns: several sums side by side, since one chain of additions waits for itself."""
-    count = lanes.count
-    full, tail = divmod(width, count)
-    ways = max(1, min(ways, full))
+def sum_over(lanes: Lanes, width: int, term: Callable[[Expr], Expr]) -> Expr:
+    """The sum of term(column) over `width` columns."""
+    count, ways = lanes.count, ways_over(lanes, width)
     parts = T.alloc_buffer((ways * count,), "float32", scope="local")
     for way in range(ways):
         lanes.store(parts, way * count, lanes.splat(0.0))
@@ -130,13 +129,7 @@ def sum_over(lanes: Lanes, width: int, term: Callable[[Expr], Expr], ways: int =
     def add(way: int, column: Expr, wanted: int) -> None:
         lanes.store(parts, way * count, lanes.load(parts, way * count) + lanes.first(wanted, term(column), 0.0))
 
-    with T.serial(0, full // ways) as turn:
-        for way in range(ways):
-            add(way, (turn * ways + way) * count, count)
-    for vector in range(full // ways * ways, full):
-        add(vector % ways, vector * count, count)
-    if tail:
-        add(0, full * count, tail)
+    sweep(lanes, width, ways, add)
     total = lanes.load(parts, 0)
     for way in range(1, ways):
         total = total + lanes.load(parts, way * count)

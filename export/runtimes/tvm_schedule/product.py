@@ -31,7 +31,7 @@ class Arithmetic(Protocol):
         """A register of sums back."""
         ...
 
-    def multiply_add(self, a: Expr, b: Expr, c: Expr) -> Expr:
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
         """a * b + c."""
         ...
 
@@ -57,7 +57,7 @@ def product(
             one = named(left(r, k))
             for v in range(vectors):
                 index = (r * vectors + v) * count
-                arithmetic.store(accumulators, index, arithmetic.multiply_add(one, across[v], arithmetic.load(accumulators, index)))
+                arithmetic.store(accumulators, index, arithmetic.fma(one, across[v], arithmetic.load(accumulators, index)))
 
     whole = depth // steps
     if whole:
