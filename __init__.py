@@ -1,4 +1,6 @@
-"""vitrim: take a trained Vision Transformer, cut out what it does not need, and prove on the device that it runs faster."""
+"""vitrim: take a trained Vision Transformer, cut out what it does not need, and prove on the device
+that it runs faster.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +11,48 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that measuring on a device needs no torch.
 _HOMES = {
-    "StructuredMask": ".compress.mask",
-    "masked": ".compress.masked",
-    "compact": ".compress.compactor",
-    "resized": ".compress.image_size",
+    "StructuredMask": ".compress.masks.mask",
+    "masked": ".compress.masks.masked",
+    "compact": ".compress.surgery.compactor",
+    "resized": ".compress.surgery.image_size",
     "lift": ".compress.lift",
-    "save": ".compress.files",
-    "load": ".compress.files",
+    "save": ".compress.lift",
+    "load": ".compress.network.files",
     "export": ".export.exporter",
-    "measure": ".bench.measure",
-    "InputError": ".errors",
-    "UnsupportedModel": ".errors",
+    "measure": ".bench.local.measure",
+    "InputError": ".core.errors",
+    "UnsupportedModel": ".core.errors",
 }
-__all__ = ["InputError", "StructuredMask", "UnsupportedModel", "compact", "export", "lift", "load", "masked", "measure", "resized", "save"]
+__all__ = [
+    "InputError",
+    "StructuredMask",
+    "UnsupportedModel",
+    "compact",
+    "export",
+    "lift",
+    "load",
+    "masked",
+    "measure",
+    "resized",
+    "save",
+]
 
 if TYPE_CHECKING:
-    from .bench.measure import measure
-    from .compress.compactor import compact
-    from .compress.files import load, save
-    from .compress.image_size import resized
-    from .compress.lift import lift
-    from .compress.mask import StructuredMask
-    from .compress.masked import masked
-    from .errors import InputError, UnsupportedModel
+    from .bench.local.measure import measure
+    from .compress.lift import lift, save
+    from .compress.masks.mask import StructuredMask
+    from .compress.masks.masked import masked
+    from .compress.network.files import load
+    from .compress.surgery.compactor import compact
+    from .compress.surgery.image_size import resized
+    from .core.errors import InputError, UnsupportedModel
     from .export.exporter import export
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        # A submodule may share the public name (vitrim.compact lives in compress.compactor), so the attribute is set once and stays.
+        # A submodule may share the public name (vitrim.compact lives in compress.compactor), so the
+        # attribute is set once and stays.
         value = getattr(importlib.import_module(_HOMES[name], __name__), name)
         globals()[name] = value
         return value

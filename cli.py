@@ -1,6 +1,7 @@
 """The command line: what a person types, and what they are told when it goes wrong.
 
-Exit codes: 0 done; 1 something unexpected; 2 the input is at fault (one line says what and where); 130 interrupted.
+Exit codes: 0 done; 1 something unexpected; 2 the input is at fault (one line says what and where);
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import typer
 
 from . import __version__
 from .commands import bench, compact, compare, doctor, export, report, run, targets
-from .errors import InputError
+from .core.errors import InputError
 
 INTERRUPTED = 130
 
@@ -61,7 +62,11 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop.")) -> None:
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and stop."
+    ),
+) -> None:
     del version
 
 
@@ -71,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def call(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code is returned, and every error has been told on standard error."""
+    """Run the command line; the exit code is returned, and every error has been told on standard
+    error.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result = app(given, standalone_mode=False, prog_name="vitrim")
@@ -83,17 +90,22 @@ def call(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _tell(_how_to_go_on(given), INTERRUPTED)
     except BrokenPipeError:
-        # The reader of a pipe has seen enough; nothing may be written to it any more, not even at exit.
+        # The reader of a pipe has seen enough; nothing may be written to it any more, not even at
+        # exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except MemoryError:
         return _tell("out of memory; choose a smaller train.batch_size, or a smaller model", 1)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _tell(f"{error.filename or 'the disk'}: no space left; free some space, or name another folder with --out", 2)
+            return _tell(
+                f"{error.filename or 'the disk'}: no space left; free some space, or name another folder with --out",
+                2,
+            )
         return _unexpected(error)
     except Exception as error:
-        # Errors of usage know how to show themselves; typer brings its own copy of click, so they are known by what they can do.
+        # Errors of usage know how to show themselves; typer brings its own copy of click, so they
+        # are known by what they can do.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             return int(error.exit_code)
@@ -104,13 +116,18 @@ def _unexpected(error: Exception) -> int:
     if os.environ.get("VITRIM_TRACEBACK"):
         raise error
     first = (str(error).strip().splitlines() or [""])[0]
-    return _tell(f"unexpected {type(error).__name__}: {first} (this is a fault of vitrim; VITRIM_TRACEBACK=1 shows where it happened)", 1)
+    return _tell(
+        f"unexpected {type(error).__name__}: {first} (this is a fault of vitrim; VITRIM_TRACEBACK=1 shows where it happened)",
+        1,
+    )
 
 
 def _how_to_go_on(given: list[str]) -> str:
     if given and given[0] in run.RESUMABLE:
         words = [word for word in given if word not in ("--resume", "--overwrite")]
-        return f"interrupted; resume with: vitrim {' '.join(_quoted(word) for word in words)} --resume"
+        return (
+            f"interrupted; resume with: vitrim {' '.join(_quoted(word) for word in words)} --resume"
+        )
     return "interrupted"
 
 

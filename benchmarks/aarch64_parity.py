@@ -1,8 +1,9 @@
 """Do ARM targets answer as this machine does? `python -m benchmarks.aarch64_parity`.
 
-The demo's shapes with random weights are exported for every aarch64 target in every precision, and each file is asked on the target's own processor
-under qemu-aarch64 (`vitrim targets emulate`). Told: the largest error against torch there and here, relative to the largest logit, how far the two are
-apart, and on how many images the answer is torch's.
+The demo's shapes with random weights are exported for every aarch64 target in every precision, and
+each file is asked on the target's own processor under qemu-aarch64 (`vitrim targets emulate`).
+Told: the largest error against torch there and here, relative to the largest logit, how far the two
+are apart, and on how many images the answer is torch's.
 
     python -m benchmarks.aarch64_parity [--targets rpi4 rpi5] [--images 8] [--json FILE]
 """
@@ -18,14 +19,22 @@ from typing import Any
 
 import numpy as np
 from vitrim.bench.emulation import ready
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 from vitrim.export import capabilities
 from vitrim.export.exporter import export
-from vitrim.targets.profile import list_targets, load_target
+from vitrim.targets.catalog import list_targets, load_target
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-static", "int8-weights")
-SHAPE: dict[str, Any] = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": 10}
+SHAPE: dict[str, Any] = {
+    "img_size": 28,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 128,
+    "depth": 4,
+    "num_heads": 4,
+    "num_classes": 10,
+}
 
 
 def rows(targets: list[str], count: int, folder: Path) -> list[dict[str, Any]]:
@@ -37,7 +46,9 @@ def rows(targets: list[str], count: int, folder: Path) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = vitrim.lift(timm.create_model("vit_tiny_patch16_224", **SHAPE).eval())
-    images = np.random.default_rng(0).standard_normal((count, *model.architecture.image), dtype=np.float32)
+    images = np.random.default_rng(0).standard_normal(
+        (count, *model.architecture.image), dtype=np.float32
+    )
     found = []
     for target in targets:
         for precision in PRECISIONS:
@@ -45,7 +56,13 @@ def rows(targets: list[str], count: int, folder: Path) -> list[dict[str, Any]]:
                 continue
             row: dict[str, Any] = {"target": target, "precision": precision}
             try:
-                artifact = export(model, folder / f"{target}-{precision}", target=target, precision=precision, images=images)  # type: ignore[arg-type]
+                artifact = export(
+                    model,
+                    folder / f"{target}-{precision}",
+                    target=target,
+                    precision=precision,
+                    images=images,
+                )  # type: ignore[arg-type]
             except InputError as error:
                 row["refused"] = str(error)
             else:
@@ -84,7 +101,9 @@ def main() -> int:
     if emulator is None:
         print("aarch64 emulation is not prepared: vitrim targets emulate", file=sys.stderr)
         return 2
-    targets = options.targets or [name for name in list_targets() if load_target(name).architecture == "aarch64"]
+    targets = options.targets or [
+        name for name in list_targets() if load_target(name).architecture == "aarch64"
+    ]
     head = "| target | emulated processor | precision | error there | error here | there from here | torch's answer |"
     print(head, "|---|---|---|---|---|---|---|", sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -93,7 +112,9 @@ def main() -> int:
     text = f"# Answers of ARM targets, emulated\n\n`python -m benchmarks.aarch64_parity`; {versions}; the demo's shapes, random weights.\n"
     text += "Errors are relative to the largest logit, against torch in fp32.\n\n"
     text += "\n".join([head, "|---|---|---|---|---|---|---|", *map(line, found)]) + "\n"
-    options.json.write_text(json.dumps({"versions": emulator.versions, "rows": found}, indent=1) + "\n")
+    options.json.write_text(
+        json.dumps({"versions": emulator.versions, "rows": found}, indent=1) + "\n"
+    )
     options.json.with_suffix(".md").write_text(text)
     return 0
 

@@ -1,8 +1,11 @@
-"""What it costs to compact ViT-B, L and H at half, against Torch-Pruning's own recipe: `python -m benchmarks.compaction_cost`.
+"""What it costs to compact ViT-B, L and H at half, against Torch-Pruning's own recipe: `python -m
+benchmarks.compaction_cost`.
 
-Each tool cuts each model in a process of its own, one thread, the tools taking turns. `cpu_s` and `wall_s` are of the compaction alone (for Torch-Pruning:
-building its pruner, which traces the model, and pruning). `peak_of_model` is the highest memory of the process during compaction, above what it had without
-the model, in multiples of the model's own bytes: 1 is the model that is there anyway.
+Each tool cuts each model in a process of its own, one thread, the tools taking turns. `cpu_s` and
+`wall_s` are of the compaction alone (for Torch-Pruning: building its pruner, which traces the
+model, and pruning). `peak_of_model` is the highest memory of the process during compaction, above
+what it had without the model, in multiples of the model's own bytes: 1 is the model that is there
+anyway.
 """
 
 from __future__ import annotations
@@ -37,15 +40,22 @@ def main() -> None:
         for _ in range(arguments.repeat):
             for tool in TOOLS:
                 found = _child(tool, name)
-                if "cpu_s" not in best.get(tool, {}) or found.get("cpu_s", float("inf")) < best[tool]["cpu_s"]:
+                if (
+                    "cpu_s" not in best.get(tool, {})
+                    or found.get("cpu_s", float("inf")) < best[tool]["cpu_s"]
+                ):
                     best[tool] = found
         rows += best.values()
         for tool in TOOLS:
             print(f"{name:24s} {tool:14s} {_told(best[tool])}", flush=True)
         ours, theirs = best["vitrim"], best["torch-pruning"]
         if "cpu_s" in ours and "cpu_s" in theirs:
-            print(f"{name:24s} vitrim is {theirs['cpu_s'] / ours['cpu_s']:.0f} x faster", flush=True)
-        arguments.json.write_text(json.dumps({"schema": "vitrim.compaction-cost/1", "rows": rows}, indent=1) + "\n")
+            print(
+                f"{name:24s} vitrim is {theirs['cpu_s'] / ours['cpu_s']:.0f} x faster", flush=True
+            )
+        arguments.json.write_text(
+            json.dumps({"schema": "vitrim.compaction-cost/1", "rows": rows}, indent=1) + "\n"
+        )
 
 
 def measure(tool: str, name: str) -> dict[str, Any]:
@@ -71,17 +81,26 @@ def measure(tool: str, name: str) -> dict[str, Any]:
     with torch.no_grad():
         for number, tensor in enumerate(model.state_dict().values()):
             tensor.fill_(0.001 * (number % 7 + 1))
-    model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    model_bytes = sum(
+        tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()
+    )
     inputs = torch.randn(1, 3, 224, 224)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     wall, cpu = time.perf_counter(), time.process_time()
     if tool == "vitrim":
-        parameters = sum(p.numel() for p in compact(model, StructuredMask.random(model, HALF, "residual")).parameters())
+        parameters = sum(
+            p.numel()
+            for p in compact(model, StructuredMask.random(model, HALF, "residual")).parameters()
+        )
     else:
         prune_half(model, inputs)
         parameters = sum(p.numel() for p in model.parameters())
     wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
-    peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return {
         "model": name,
         "tool": tool,
@@ -105,7 +124,13 @@ def _child(tool: str, name: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"model": name, "tool": tool, "failed": f"no answer within {LIMIT_S} s"}
     except subprocess.CalledProcessError as error:
-        return {"model": name, "tool": tool, "failed": error.stderr.strip().splitlines()[-1] if error.stderr.strip() else f"exit {error.returncode}"}
+        return {
+            "model": name,
+            "tool": tool,
+            "failed": error.stderr.strip().splitlines()[-1]
+            if error.stderr.strip()
+            else f"exit {error.returncode}",
+        }
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -1,9 +1,12 @@
-"""Which of timm's plain Vision Transformers are cut exactly, which are refused and why: `python -m benchmarks.coverage`.
+"""Which of timm's plain Vision Transformers are cut exactly, which are refused and why: `python -m
+benchmarks.coverage`.
 
-For vitrim a name is *exact* if the lifted network gives what the source gives, and the compact one what the masked one gives, to a relative 1e-5 in fp32,
-for random masks of every dimension, three sharings and keep ratios from 0.15 to 0.9; *refused* if it says which module it has no rule for; *wrong*
-otherwise. Torch-Pruning, in the same run, gets its own Vision Transformer recipe (heads, FFN and embedding at half): the question put to it is only
-whether the pruned network still runs a forward pass. Models are built small (`small_models`), or at their published size with `--full`.
+For vitrim a name is *exact* if the lifted network gives what the source gives, and the compact one
+what the masked one gives, to a relative 1e-5 in fp32, for random masks of every dimension, three
+sharings and keep ratios from 0.15 to 0.9; *refused* if it says which module it has no rule for;
+*wrong* otherwise. Torch-Pruning, in the same run, gets its own Vision Transformer recipe (heads,
+FFN and embedding at half): the question put to it is only whether the pruned network still runs a
+forward pass. Models are built small (`small_models`), or at their published size with `--full`.
 """
 
 from __future__ import annotations
@@ -51,9 +54,13 @@ def main() -> None:
     """Run, print a line a name and the sums, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="names to try (default: all)")
-    parser.add_argument("--full", action="store_true", help="at the published size, one mask a sharing")
+    parser.add_argument(
+        "--full", action="store_true", help="at the published size, one mask a sharing"
+    )
     parser.add_argument("--no-peer", action="store_true", help="without Torch-Pruning")
-    parser.add_argument("--json", type=Path, default=Path("coverage.json"), help="where the rows go")
+    parser.add_argument(
+        "--json", type=Path, default=Path("coverage.json"), help="where the rows go"
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -62,8 +69,16 @@ def main() -> None:
         row = examine(name, full=arguments.full, peer=not arguments.no_peer)
         rows.append(row)
         peer = f"  torch-pruning: {row.peer} {row.peer_reason[:60]}" if row.peer else ""
-        arguments.json.write_text(json.dumps({"schema": "vitrim.coverage/1", "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-        print(f"{row.name:52s} {row.vitrim:8s} {row.compact_error:.1e} ({row.masks} masks, {row.seconds:.1f} s) {row.vitrim_reason[:100]}{peer}", flush=True)
+        arguments.json.write_text(
+            json.dumps(
+                {"schema": "vitrim.coverage/1", "rows": [asdict(row) for row in rows]}, indent=1
+            )
+            + "\n"
+        )
+        print(
+            f"{row.name:52s} {row.vitrim:8s} {row.compact_error:.1e} ({row.masks} masks, {row.seconds:.1f} s) {row.vitrim_reason[:100]}{peer}",
+            flush=True,
+        )
     print("vitrim:", dict(Counter(row.vitrim for row in rows)), "of", len(rows))
     if not arguments.no_peer:
         print("torch-pruning:", dict(Counter(row.peer for row in rows)), "of", len(rows))
@@ -77,7 +92,16 @@ def examine(name: str, *, full: bool = False, peer: bool = True) -> Row:
         _vitrim(_build(name, full), row, full=full)
     except UnsupportedModel as error:
         row.vitrim, row.vitrim_reason = "refused", str(error)
-    except (InputError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError, IndexError) as error:
+    except (
+        InputError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        KeyError,
+        IndexError,
+    ) as error:
         row.vitrim, row.vitrim_reason = "wrong", f"{type(error).__name__}: {error}"
     row.seconds = time.perf_counter() - start
     if peer:
@@ -94,7 +118,9 @@ def _peer(name: str, full: bool) -> tuple[str, str]:
     theirs.close()
     limit_s = PEER_LIMIT_S * (10 if full else 1)
     try:
-        found: tuple[str, str] = ours.recv() if ours.poll(limit_s) else ("failed", f"no answer within {limit_s} s")
+        found: tuple[str, str] = (
+            ours.recv() if ours.poll(limit_s) else ("failed", f"no answer within {limit_s} s")
+        )
     except EOFError:
         found = ("failed", "the process died")
     process.kill()
@@ -132,11 +158,19 @@ def _vitrim(model: nn.Module, row: Row, *, full: bool) -> None:
     with torch.no_grad():
         row.lift_error = _error(lifted(inputs), model(inputs))
         for number, (sharing, ratios, per_head, scale) in enumerate(_masks(full)):
-            mask = StructuredMask.random(lifted, ratios, sharing, seed=number, per_head=per_head, scale=scale)
-            row.compact_error = max(row.compact_error, _error(compact(model, mask)(inputs), masked(lifted, mask)(inputs)))
+            mask = StructuredMask.random(
+                lifted, ratios, sharing, seed=number, per_head=per_head, scale=scale
+            )
+            row.compact_error = max(
+                row.compact_error,
+                _error(compact(model, mask)(inputs), masked(lifted, mask)(inputs)),
+            )
             row.masks += 1
     if max(row.lift_error, row.compact_error) > TOLERANCE:
-        row.vitrim, row.vitrim_reason = "wrong", f"lift {row.lift_error:.1e}, compact {row.compact_error:.1e}"
+        row.vitrim, row.vitrim_reason = (
+            "wrong",
+            f"lift {row.lift_error:.1e}, compact {row.compact_error:.1e}",
+        )
 
 
 def _masks(full: bool) -> list[tuple[Any, Any, bool, Any]]:
@@ -146,13 +180,21 @@ def _masks(full: bool) -> list[tuple[Any, Any, bool, Any]]:
         if full:
             found.append((sharing, 0.5, False, "kept"))
             continue
-        found += [(sharing, ratio, ratio == 0.5, "original" if ratio == 0.9 else "kept") for ratio in RATIOS]
-        found += [(sharing, {dimension: ratio}, dimension in ("qk", "v"), "kept") for dimension, ratio in SINGLE.items()]
+        found += [
+            (sharing, ratio, ratio == 0.5, "original" if ratio == 0.9 else "kept")
+            for ratio in RATIOS
+        ]
+        found += [
+            (sharing, {dimension: ratio}, dimension in ("qk", "v"), "kept")
+            for dimension, ratio in SINGLE.items()
+        ]
     return found
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest wanted magnitude; infinite where either is not a number."""
+    """Largest difference over the largest wanted magnitude; infinite where either is not a
+    number.
+    """
     error = float((found - wanted).abs().max() / wanted.abs().max())
     return error if error == error and found.shape == wanted.shape else float("inf")
 

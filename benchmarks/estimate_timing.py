@@ -1,8 +1,11 @@
-"""One model in one runtime, timed on request: a line with a number of calls on standard input, that many seconds back. For benchmarks/estimates.py.
+"""One model in one runtime, timed on request: a line with a number of calls on standard input, that
+many seconds back. For benchmarks/estimates.py.
 
-    python -m benchmarks.estimate_timing RUNTIME MODEL THREADS [CLOCK]       (RUNTIME: onnxruntime, openvino or ncnn; CLOCK: wall, or processor)
+    python -m benchmarks.estimate_timing RUNTIME MODEL THREADS [CLOCK]       (RUNTIME: onnxruntime,
+    openvino or ncnn; CLOCK: wall, or processor)
 
-ncnn's MODEL is a .param file, with the input's shape in a file of the same name that ends in .shape.
+ncnn's MODEL is a .param file, with the input's shape in a file of the same name that ends in
+.shape.
 """
 
 from __future__ import annotations
@@ -21,7 +24,12 @@ def open_model(runtime: str, path: str, threads: int) -> Callable[[], None]:
     if runtime == "openvino":
         import openvino
 
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
         request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
         shape = [int(size) for size in request.get_input_tensor().shape]
         image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -30,7 +38,14 @@ def open_model(runtime: str, path: str, threads: int) -> Callable[[], None]:
         from vitrim.runtimes import open_engine
 
         shape = json.loads(Path(path).with_suffix(".shape").read_text())
-        engine = open_engine({"runtime": runtime, "model": path, "threads": threads, "input": {"name": "images", "shape": shape, "type": "float32"}})
+        engine = open_engine(
+            {
+                "runtime": runtime,
+                "model": path,
+                "threads": threads,
+                "input": {"name": "images", "shape": shape, "type": "float32"},
+            }
+        )
         engine.load()
         picture = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
         return lambda: engine.infer(picture) is None and None

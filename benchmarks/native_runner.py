@@ -1,13 +1,17 @@
 """Is the C++ example as fast as the Python runner? `python -m benchmarks.native_runner`.
 
-Both time the same artifact in turns of random order, each in a process of its own at the same priority, one thread: the example of
-`vitrim export --bundle` as its CMake builds it, and bench/runner.py. Told: both medians, their ratio with its 95 % interval (goal: the example is not
-slower by 3 % or more), the spread of each, and what the example itself reports of bytes on disk and in memory.
+Both time the same artifact in turns of random order, each in a process of its own at the same
+priority, one thread: the example of `vitrim export --bundle` as its CMake builds it, and
+bench/local/runner.py. Told: both medians, their ratio with its 95 % interval (goal: the example is
+not slower by 3 % or more), the spread of each, and what the example itself reports of bytes on disk
+and in memory.
 
-    python -m benchmarks.native_runner [ARTIFACT...] [--rounds 40] [--threads 1] [--header FOLDER] [--json FILE]
+    python -m benchmarks.native_runner [ARTIFACT...] [--rounds 40] [--threads 1] [--header FOLDER]
+    [--json FILE]
 
-Without paths, the demo's shapes and DeiT-T with random weights are exported in fp32 and int8. FOLDER holds onnxruntime_c_api.h; without it the places
-where Debian's libonnxruntime-dev puts it are looked through.
+Without paths, the demo's shapes and DeiT-T with random weights are exported in fp32 and int8.
+FOLDER holds onnxruntime_c_api.h; without it the places where Debian's libonnxruntime-dev puts it
+are looked through.
 """
 
 from __future__ import annotations
@@ -26,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vitrim.bench import environment
-from vitrim.bench.conductor import Child
-from vitrim.bench.measure import make_plan
-from vitrim.bench.statistics import ratio_interval, summarise
-from vitrim.errors import InputError
+from vitrim.bench.local import environment
+from vitrim.bench.local.conductor import Child
+from vitrim.bench.local.measure import make_plan
+from vitrim.bench.results.statistics import ratio_interval, summarise
+from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
 
@@ -40,7 +44,15 @@ HEADER = "onnxruntime_c_api.h"
 HEADER_PLACES = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime")
 TURN_S = 0.15
 SHAPES: dict[str, dict[str, Any]] = {
-    "demo": {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": 10},
+    "demo": {
+        "img_size": 28,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 128,
+        "depth": 4,
+        "num_heads": 4,
+        "num_classes": 10,
+    },
     "deit-t": {},
 }
 
@@ -57,22 +69,41 @@ def samples(folder: Path) -> Iterator[Artifact]:
         torch.manual_seed(0)
         model = vitrim.lift(timm.create_model("vit_tiny_patch16_224", **shape).eval())
         channels, height, width = model.architecture.image
-        prepared = {"channels": channels, "height": height, "width": width, "mean": [0.5] * channels, "std": [0.5] * channels}
+        prepared = {
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "mean": [0.5] * channels,
+            "std": [0.5] * channels,
+        }
         for precision in ("fp32", "int8"):
-            yield export(model, folder / f"{name}-{precision}", precision=precision, preprocessing=prepared, name=f"{name} {precision}")
+            yield export(
+                model,
+                folder / f"{name}-{precision}",
+                precision=precision,
+                preprocessing=prepared,
+                name=f"{name} {precision}",
+            )
 
 
 def built(artifact: Artifact, header: Path, folder: Path) -> Path:
     """The example of an artifact's bundle, built as its README says."""
     place = bundle(artifact, folder)
-    for command in (["cmake", "-S", ".", "-B", "build", f"-DONNXRUNTIME_INCLUDE={header}"], ["cmake", "--build", "build"]):
+    for command in (
+        ["cmake", "-S", ".", "-B", "build", f"-DONNXRUNTIME_INCLUDE={header}"],
+        ["cmake", "--build", "build"],
+    ):
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise InputError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout[-300:]}")
+            raise InputError(
+                f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout[-300:]}"
+            )
     return place / "build" / "vitrim_example"
 
 
-def hold(artifact: Artifact, header: Path, folder: Path, *, rounds: int, threads: int) -> dict[str, Any]:
+def hold(
+    artifact: Artifact, header: Path, folder: Path, *, rounds: int, threads: int
+) -> dict[str, Any]:
     """One row: the example against the runner, in turns."""
     import onnxruntime
 
@@ -81,17 +112,27 @@ def hold(artifact: Artifact, header: Path, folder: Path, *, rounds: int, threads
     prepared = artifact.manifest.preprocessing
     assert prepared is not None
     picture = folder / "picture.ppm"
-    pixels = np.random.default_rng(0).integers(0, 256, prepared.height * prepared.width * prepared.channels, dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, prepared.height * prepared.width * prepared.channels, dtype=np.uint8
+    )
     kind = b"P5" if prepared.channels == 1 else b"P6"
-    picture.write_bytes(kind + f"\n{prepared.width} {prepared.height}\n255\n".encode() + pixels.tobytes())
+    picture.write_bytes(
+        kind + f"\n{prepared.width} {prepared.height}\n255\n".encode() + pixels.tobytes()
+    )
     command = [str(program), str(library), str(folder / "bundle" / "model"), str(picture)]
-    told = subprocess.run([*command, "--report"], capture_output=True, text=True, check=True).stdout.splitlines()
-    report = {name: int(value) for name, value in (line.split() for line in told if "_bytes" in line)}
+    told = subprocess.run(
+        [*command, "--report"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    report = {
+        name: int(value) for name, value in (line.split() for line in told if "_bytes" in line)
+    }
 
     plan, _ = make_plan({"runner": artifact.folder}, threads=threads)
     child = Child("runner", plan["jobs"]["runner"], 300.0)
     order, ours, theirs = random.Random(0), [], []
-    with subprocess.Popen([*command, "--listen"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as example:
+    with subprocess.Popen(
+        [*command, "--listen"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as example:
 
         def ask_example(count: int) -> list[float]:
             assert example.stdin is not None
@@ -163,18 +204,34 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
 
 def header_folder(named: Path | None) -> Path:
     """Errors: InputError where the header is nowhere."""
-    places = [named] if named else [Path(os.environ["ONNXRUNTIME_INCLUDE"])] if "ONNXRUNTIME_INCLUDE" in os.environ else map(Path, HEADER_PLACES)
+    places = (
+        [named]
+        if named
+        else [Path(os.environ["ONNXRUNTIME_INCLUDE"])]
+        if "ONNXRUNTIME_INCLUDE" in os.environ
+        else map(Path, HEADER_PLACES)
+    )
     for place in places:
         if found := sorted(place.rglob(HEADER)):
             return found[0].parent
-    raise InputError(f"{HEADER} is not here; install libonnxruntime-dev, or name its folder with --header")
+    raise InputError(
+        f"{HEADER} is not here; install libonnxruntime-dev, or name its folder with --header"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("artifacts", nargs="*", type=Path, help="artifact folders with preprocessing, batch 1")
+    parser.add_argument(
+        "artifacts", nargs="*", type=Path, help="artifact folders with preprocessing, batch 1"
+    )
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1, choices=(1,), help="the example opens its model with one thread")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        choices=(1,),
+        help="the example opens its model with one thread",
+    )
     parser.add_argument("--header", type=Path, help="the folder of onnxruntime_c_api.h")
     parser.add_argument("--json", type=Path, default=RESULTS / "native_runner.json")
     options = parser.parse_args()
@@ -183,9 +240,19 @@ def main() -> int:
         rows = []
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            for number, artifact in enumerate(map(Artifact.load, options.artifacts) if options.artifacts else samples(folder)):
+            for number, artifact in enumerate(
+                map(Artifact.load, options.artifacts) if options.artifacts else samples(folder)
+            ):
                 (folder / str(number)).mkdir()
-                rows.append(hold(artifact, header, folder / str(number), rounds=options.rounds, threads=options.threads))
+                rows.append(
+                    hold(
+                        artifact,
+                        header,
+                        folder / str(number),
+                        rounds=options.rounds,
+                        threads=options.threads,
+                    )
+                )
                 row = rows[-1]
                 print(
                     f"{row['artifact']:14} runner {row['runner_p50_s'] * 1e3:8.3f} ms, example {row['example_p50_s'] * 1e3:8.3f} ms, "
@@ -199,7 +266,9 @@ def main() -> int:
     print(f"slower by {100 * GOAL:.0f} % or more: {', '.join(slow) or 'none'}")
     machine = environment.read_machine()
     text = table(rows, machine)
-    options.json.write_text(json.dumps({"machine": machine, "goal": GOAL, "rows": rows}, indent=1) + "\n")
+    options.json.write_text(
+        json.dumps({"machine": machine, "goal": GOAL, "rows": rows}, indent=1) + "\n"
+    )
     options.json.with_suffix(".md").write_text(text)
     return 1 if slow else 0
 

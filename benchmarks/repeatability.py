@@ -1,14 +1,17 @@
 """Do the numbers come again? `python -m benchmarks.repeatability`.
 
-The same two artifacts are measured several times, each time anew; the table shows each time's p50s and their ratio, and by how much the ratio varies
-(largest over smallest, less one; the goal is below 3 %). Absolute times drift with the machine's other work, which the table states too. Then the
-runner's p50 is held against a C program that times the same file through ONNX Runtime's own C API, in turns of random order (goal: within 3 %),
-and its peak memory against GNU time's (goal: within 2 %).
+The same two artifacts are measured several times, each time anew; the table shows each time's p50s
+and their ratio, and by how much the ratio varies (largest over smallest, less one; the goal is
+below 3 %). Absolute times drift with the machine's other work, which the table states too. Then the
+runner's p50 is held against a C program that times the same file through ONNX Runtime's own C API,
+in turns of random order (goal: within 3 %), and its peak memory against GNU time's (goal: within 2
+%).
 
-    python -m benchmarks.repeatability [DENSE COMPACT] [--times 5] [--time-limit 20] [--threads 1] [--header FOLDER] [--json FILE]
+    python -m benchmarks.repeatability [DENSE COMPACT] [--times 5] [--time-limit 20] [--threads 1]
+    [--header FOLDER] [--json FILE]
 
-Without paths, the demo's shapes with random weights are exported: dense, and cut to half of its heads and FFN. FOLDER holds onnxruntime_c_api.h;
-without it the C program is left out.
+Without paths, the demo's shapes with random weights are exported: dense, and cut to half of its
+heads and FFN. FOLDER holds onnxruntime_c_api.h; without it the C program is left out.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vitrim.bench.compare import compare
-from vitrim.bench.conductor import Child
-from vitrim.bench.measure import make_plan, measure_interleaved
-from vitrim.bench.statistics import ratio_interval
+from vitrim.bench.local.conductor import Child
+from vitrim.bench.local.measure import make_plan, measure_interleaved
+from vitrim.bench.results.compare import compare
+from vitrim.bench.results.statistics import ratio_interval
 
 HERE = Path(__file__).parent
 ROUNDS, PER_ROUND = 40, 20
@@ -39,7 +42,7 @@ def demo_pair(folder: Path) -> tuple[Path, Path]:
     import torch
     import vitrim
     from vitrim.export.forms import write_network
-    from vitrim.export.known_forms import best_form
+    from vitrim.export.graphs.known_forms import best_form
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -53,19 +56,31 @@ def demo_pair(folder: Path) -> tuple[Path, Path]:
         "num_classes": 10,
     }
     dense = vitrim.lift(timm.create_model("vit_tiny_patch16_224", **shape).eval())
-    cut = vitrim.compact(dense, vitrim.StructuredMask.random(dense, keep_ratio={"head": 0.5, "ffn": 0.5})).eval()
+    cut = vitrim.compact(
+        dense, vitrim.StructuredMask.random(dense, keep_ratio={"head": 0.5, "ffn": 0.5})
+    ).eval()
     form = best_form("x86-64", 1)[0]
     for name, model in (("dense", dense), ("compact", cut)):
         (folder / f"{name}.onnx").write_bytes(write_network(model, form).SerializeToString())
     return folder / "dense.onnx", folder / "compact.onnx"
 
 
-def repeat(dense: Path, cut: Path, times: int, threads: int, limit_s: float) -> list[dict[str, Any]]:
-    """One row a time: p50s in seconds, the compact model's time over the dense one's (paired rounds), rounds, and how busy the machine was."""
+def repeat(
+    dense: Path, cut: Path, times: int, threads: int, limit_s: float
+) -> list[dict[str, Any]]:
+    """One row a time: p50s in seconds, the compact model's time over the dense one's (paired
+    rounds), rounds, and how busy the machine was.
+    """
     rows = []
     for time in range(times):
         found = measure_interleaved(
-            {"dense": dense, "compact": cut}, threads, time_limit_s=limit_s, half_width=0.005, least_rounds=100, seed=time, quiet=True
+            {"dense": dense, "compact": cut},
+            threads,
+            time_limit_s=limit_s,
+            half_width=0.005,
+            least_rounds=100,
+            seed=time,
+            quiet=True,
         )
         one, two = found["dense"], found["compact"]
         ratio = compare(one, two).ratio
@@ -92,18 +107,25 @@ def repeat(dense: Path, cut: Path, times: int, threads: int, limit_s: float) -> 
 
 
 def witness(model: Path, threads: int, header: Path, folder: Path) -> dict[str, Any]:
-    """The runner's time over the C program's on one file, in turns of random order, with its 95 % interval."""
+    """The runner's time over the C program's on one file, in turns of random order, with its 95 %
+    interval.
+    """
     import onnxruntime
 
     library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
     program = folder / "runtime_timing"
-    subprocess.run(["cc", "-O2", f"-I{header}", str(HERE / "runtime_timing.c"), "-o", str(program), "-ldl"], check=True)
+    subprocess.run(
+        ["cc", "-O2", f"-I{header}", str(HERE / "runtime_timing.c"), "-o", str(program), "-ldl"],
+        check=True,
+    )
     plan, _ = make_plan({"model": model}, threads=threads)
     child = Child("model", plan["jobs"]["model"], 120.0)
     shape = [str(size) for size in child.ready["input_shape"]]
     command = [str(program), str(library), str(model), str(threads), *shape]
     order, ours, theirs = random.Random(0), [], []
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
 
         def ask_other() -> list[float]:
             assert other.stdin is not None
@@ -134,14 +156,24 @@ def memory_witness(model: Path, threads: int) -> dict[str, int]:
     plan, _ = make_plan({"model": model}, threads=threads)
     job = {**plan["jobs"]["model"], "commands": [{"do": "run", "count": 20}, {"do": "memory"}]}
     runner = HERE.parent / "bench" / "runner.py"
-    done = subprocess.run(["/usr/bin/time", "-v", sys.executable, str(runner), json.dumps(job)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["/usr/bin/time", "-v", sys.executable, str(runner), json.dumps(job)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     told = next(line for line in done.stderr.splitlines() if "Maximum resident set size" in line)
-    return {"runner_bytes": json.loads(done.stdout.splitlines()[-1])["peak_rss_bytes"], "gnu_time_bytes": int(told.split(":")[1]) * 1024}
+    return {
+        "runner_bytes": json.loads(done.stdout.splitlines()[-1])["peak_rss_bytes"],
+        "gnu_time_bytes": int(told.split(":")[1]) * 1024,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("artifacts", nargs="*", type=Path, help="two .onnx files or artifact folders")
+    parser.add_argument(
+        "artifacts", nargs="*", type=Path, help="two .onnx files or artifact folders"
+    )
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--time-limit", type=float, default=20.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -172,7 +204,9 @@ def main() -> int:
             if Path("/usr/bin/time").exists():
                 result["memory"] = memory_witness(dense, options.threads)
                 memory = result["memory"]
-                print(f"peak memory: runner {memory['runner_bytes']}, GNU time {memory['gnu_time_bytes']} bytes; goal: within 2 %")
+                print(
+                    f"peak memory: runner {memory['runner_bytes']}, GNU time {memory['gnu_time_bytes']} bytes; goal: within 2 %"
+                )
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

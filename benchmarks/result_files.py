@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vitrim.storage import replace_file
+from vitrim.core.storage import replace_file
 
 
 def save_result(out: Path, result: dict[str, Any], words: str) -> None:

@@ -1,4 +1,6 @@
-"""Every plain Vision Transformer that timm knows, built small, with random numbers in every parameter."""
+"""Every plain Vision Transformer that timm knows, built small, with random numbers in every
+parameter.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def names() -> list[str]:
 
 
 def small(name: str, seed: int = 0) -> nn.Module:
-    """Two blocks, 96 wide, three heads, on 4 x 4 patches where the constructor takes that; else as near as it goes. In eval mode."""
+    """Two blocks, 96 wide, three heads, on 4 x 4 patches where the constructor takes that; else as
+    near as it goes. In eval mode.
+    """
     torch.manual_seed(seed)
     model: nn.Module | None = None
     problems = []
@@ -37,7 +41,9 @@ def small(name: str, seed: int = 0) -> nn.Module:
 
 
 def perturb(model: nn.Module, amount: float = 0.1) -> None:
-    """Move every parameter away from its initial value, so that no bias, norm or layer scale hides behind a zero or a one."""
+    """Move every parameter away from its initial value, so that no bias, norm or layer scale hides
+    behind a zero or a one.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(amount * torch.randn_like(parameter))
@@ -45,7 +51,7 @@ def perturb(model: nn.Module, amount: float = 0.1) -> None:
 
 def images(model: nn.Module, batch: int = 2, seed: int = 1) -> torch.Tensor:
     """Random images of the size that the model takes: (batch, channels, height, width)."""
-    from vitrim.compress.mask import architecture_of
+    from vitrim.compress.masks.groups import architecture_of
 
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, *architecture_of(model).image, generator=generator)
@@ -54,7 +60,9 @@ def images(model: nn.Module, batch: int = 2, seed: int = 1) -> torch.Tensor:
 def source_images(model: Any, batch: int = 1) -> torch.Tensor:
     """The same for a model that cannot be lifted."""
     embed = getattr(model, "patch_embed", None)
-    size = embed.img_size if embed is not None else [side * GRID for side in model.embeds.patch_size]
+    size = (
+        embed.img_size if embed is not None else [side * GRID for side in model.embeds.patch_size]
+    )
     return torch.randn(batch, 3, *size)
 
 
@@ -63,12 +71,21 @@ def _overrides(name: str) -> Iterator[dict[str, Any]]:
         full: Any = timm.create_model(name)
     embed = getattr(full, "patch_embed", None) or full.embeds
     size = tuple(GRID * side for side in embed.patch_size)
-    found: dict[str, Any] = {"depth": DEPTH, "embed_dim": WIDTH, "num_heads": HEADS, "img_size": size}
+    found: dict[str, Any] = {
+        "depth": DEPTH,
+        "embed_dim": WIDTH,
+        "num_heads": HEADS,
+        "img_size": size,
+    }
     if hasattr(full, "embeds"):
         # A position table of another shape than the image's grid, so that it has to be resampled.
-        found |= {"pos_embed_grid_size": (GRID + 1, GRID), "pretrained_cfg_overlay": {"input_size": (3, *size)}}
+        found |= {
+            "pos_embed_grid_size": (GRID + 1, GRID),
+            "pretrained_cfg_overlay": {"input_size": (3, *size)},
+        }
     yield found
-    # Grouped queries in one block, none in the other, where every block's number of key/value heads has to be told.
+    # Grouped queries in one block, none in the other, where every block's number of key/value heads
+    # has to be told.
     yield found | {"num_kv_heads": (HEADS, 1)}
     yield {key: value for key, value in found.items() if key != "num_heads"}
     yield {"depth": DEPTH, "img_size": size}

@@ -1,8 +1,10 @@
-"""Torch-Pruning 1.6.1's own recipe for timm's Vision Transformers (its examples/transformers/prune_timm_vit.py), as far as it fits other names.
+"""Torch-Pruning 1.6.1's own recipe for timm's Vision Transformers (its
+examples/transformers/prune_timm_vit.py), as far as it fits other names.
 
-Heads, FFN and embedding at half; the classifier is left alone. Its attention forward is replaced, as the recipe does, because the library's own reshape
-assumes the full width; ours takes the keyword arguments that timm passes nowadays, which the published one does not, and is put on every
-attention that has `qkv` and `num_heads`.
+Heads, FFN and embedding at half; the classifier is left alone. Its attention forward is replaced,
+as the recipe does, because the library's own reshape assumes the full width; ours takes the keyword
+arguments that timm passes nowadays, which the published one does not, and is put on every attention
+that has `qkv` and `num_heads`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torch.nn import functional as F
 def attention_forward(self: Any, x: Tensor, *unused: Any, **ignored: Any) -> Tensor:
     """The recipe's forward of a timm attention."""
     batch, tokens, _ = x.shape
-    qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+    qkv = (
+        self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+    )
     q, k, v = qkv.unbind(0)
     q, k = self.q_norm(q), self.k_norm(k)
     y = F.scaled_dot_product_attention(q, k, v)
@@ -42,7 +46,11 @@ def prune_half(model: nn.Module, inputs: Tensor) -> None:
         importance=tp.importance.GroupMagnitudeImportance(p=1),
         global_pruning=False,
         pruning_ratio=0.5,
-        ignored_layers=[module for name in ("head", "head_dist") if isinstance(module := getattr(model, name, None), nn.Linear)],
+        ignored_layers=[
+            module
+            for name in ("head", "head_dist")
+            if isinstance(module := getattr(model, name, None), nn.Linear)
+        ],
         num_heads=heads,
         prune_num_heads=True,
         head_pruning_ratio=0.5,

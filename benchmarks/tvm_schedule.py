@@ -1,14 +1,17 @@
 """TVM with our schedule beside ONNX Runtime: `python -m benchmarks.tvm_schedule`.
 
-First the products of a Vision Transformer's layers, as rates: ONNX Runtime's MatMul (MLAS) and our dense kernel. Then whole networks at batch 1: ONNX
-Runtime in our best graph form for this target, and TVM with our kernels; `--default` adds TVM's own pipeline without tuning. All of a table runs in one
-process in turns; medians, and the median of the ratios of neighbours in time. Beside the clock stands the processor time, which a machine with other work
-does not stretch: rates are by processor time. Relative error is against torch.
+First the products of a Vision Transformer's layers, as rates: ONNX Runtime's MatMul (MLAS) and our
+dense kernel. Then whole networks at batch 1: ONNX Runtime in our best graph form for this target,
+and TVM with our kernels; `--default` adds TVM's own pipeline without tuning. All of a table runs in
+one process in turns; medians, and the median of the ratios of neighbours in time. Beside the clock
+stands the processor time, which a machine with other work does not stretch: rates are by processor
+time. Relative error is against torch.
 
-    python -m benchmarks.tvm_schedule [--model NAME ...] [--half] [--threads 1] [--target x86-64] [--rounds 30] [--log FILE]
-        [--tune SECONDS] [--default] [--json FILE]
+    python -m benchmarks.tvm_schedule [--model NAME ...] [--half] [--threads 1] [--target x86-64]
+    [--rounds 30] [--log FILE] [--tune SECONDS] [--default] [--json FILE]
 
-`--tune` measures tiles for so many seconds a network first, and writes them to `--log`. With several threads set TVM_NUM_THREADS to as many.
+`--tune` measures tiles for so many seconds a network first, and writes them to `--log`. With
+several threads set TVM_NUM_THREADS to as many.
 """
 
 from __future__ import annotations
@@ -29,32 +32,42 @@ import torch
 import tvm
 import vitrim
 from tvm import relax
-from vitrim.bench.environment import read_machine, read_state
-from vitrim.compress.vit.model import CompactModel
+from vitrim.bench.local.environment import read_machine, read_state
+from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export.forms import Form, write_network
-from vitrim.export.known_forms import best_form
+from vitrim.export.graphs.known_forms import best_form
 from vitrim.export.parity import relative_error
-from vitrim.export.runtimes.tvm_schedule.build import build_network
-from vitrim.export.runtimes.tvm_schedule.built import Built
-from vitrim.export.runtimes.tvm_schedule.default import default_network
-from vitrim.export.runtimes.tvm_schedule.dense import Dense, dense
-from vitrim.export.runtimes.tvm_schedule.lanes import Lanes
-from vitrim.export.runtimes.tvm_schedule.packing import panels
-from vitrim.export.runtimes.tvm_schedule.place import Rows
-from vitrim.export.runtimes.tvm_schedule.schedule import default_schedule
-from vitrim.export.runtimes.tvm_schedule.targets import tvm_target
-from vitrim.export.runtimes.tvm_schedule.tune import tune
 from vitrim.export.sessions import open_session
-from vitrim.targets.profile import TargetProfile, load_target
+from vitrim.export.tvm_kernels.build import build_network
+from vitrim.export.tvm_kernels.built import Built
+from vitrim.export.tvm_kernels.default import default_network
+from vitrim.export.tvm_kernels.dense import Dense, dense
+from vitrim.export.tvm_kernels.lanes import Lanes
+from vitrim.export.tvm_kernels.packing import panels
+from vitrim.export.tvm_kernels.place import Rows
+from vitrim.export.tvm_kernels.schedule import default_schedule
+from vitrim.export.tvm_kernels.targets import tvm_target
+from vitrim.export.tvm_kernels.tune import tune
+from vitrim.targets.catalog import load_target
+from vitrim.targets.profile import TargetProfile
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
-SHAPES = ((197, 192, 576), (197, 192, 768), (197, 768, 192), (197, 384, 1152), (197, 384, 1536), (197, 1536, 384))
+SHAPES = (
+    (197, 192, 576),
+    (197, 192, 768),
+    (197, 768, 192),
+    (197, 384, 1152),
+    (197, 384, 1536),
+    (197, 1536, 384),
+)
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Product:
-    """Rates of one product, in floating-point operations a second of processor time (two for a multiply-add)."""
+    """Rates of one product, in floating-point operations a second of processor time (two for a
+    multiply-add).
+    """
 
     rows: int
     depth: int
@@ -65,7 +78,9 @@ class Product:
 
 @dataclass(frozen=True)
 class Row:
-    """One network in one runtime. ratio: its time over ONNX Runtime's, the median over rounds; processor_s, processor_ratio: of processor time, all threads."""
+    """One network in one runtime. ratio: its time over ONNX Runtime's, the median over rounds;
+    processor_s, processor_ratio: of processor time, all threads.
+    """
 
     model: str
     runtime: str
@@ -96,14 +111,24 @@ def in_turns(calls: dict[str, Call], rounds: int, repeats: int = 1) -> dict[str,
             began, worked = time.perf_counter(), time.process_time()
             for _ in range(repeats):
                 calls[name]()
-            took[name].append(Taken((time.perf_counter() - began) / repeats, (time.process_time() - worked) / repeats))
+            took[name].append(
+                Taken(
+                    (time.perf_counter() - began) / repeats,
+                    (time.process_time() - worked) / repeats,
+                )
+            )
     return took
 
 
-def product(rows: int, depth: int, columns: int, profile: TargetProfile, threads: int, rounds: int) -> Product:
+def product(
+    rows: int, depth: int, columns: int, profile: TargetProfile, threads: int, rounds: int
+) -> Product:
     """Our kernel against ONNX Runtime's MatMul, both with constant weights."""
     random = np.random.default_rng(0)
-    left, right = random.standard_normal((rows, depth), np.float32), random.standard_normal((depth, columns), np.float32)
+    left, right = (
+        random.standard_normal((rows, depth), np.float32),
+        random.standard_normal((depth, columns), np.float32),
+    )
     session = open_session(_matmul(rows, right), threads=threads)
     result = np.zeros((rows, columns), np.float32)
     binding = session.io_binding()
@@ -114,11 +139,23 @@ def product(rows: int, depth: int, columns: int, profile: TargetProfile, threads
     kernel = dense(spec, lanes, schedule).with_attr("global_symbol", "kernel")
     module = tvm.tirx.build(tvm.IRModule({"kernel": kernel}), target=tvm_target(profile))
     weights = panels(right, spec.panels(lanes, schedule), lanes.count)
-    operands = [tvm.runtime.tensor(array) for array in (left.ravel(), weights, result.ravel().copy())]
-    took = in_turns({"mlas": lambda: session.run_with_iobinding(binding), "ours": lambda: module["kernel"](*operands)}, rounds, repeats=5)
+    operands = [
+        tvm.runtime.tensor(array) for array in (left.ravel(), weights, result.ravel().copy())
+    ]
+    took = in_turns(
+        {
+            "mlas": lambda: session.run_with_iobinding(binding),
+            "ours": lambda: module["kernel"](*operands),
+        },
+        rounds,
+        repeats=5,
+    )
     assert np.allclose(operands[2].numpy().reshape(rows, columns), result, rtol=1e-4, atol=1e-3)
     operations = 2 * rows * depth * columns
-    rate = {name: operations / statistics.median(one.processor_s for one in taken) for name, taken in took.items()}
+    rate = {
+        name: operations / statistics.median(one.processor_s for one in taken)
+        for name, taken in took.items()
+    }
     return Product(rows, depth, columns, rate["mlas"], rate["ours"])
 
 
@@ -132,7 +169,11 @@ def _matmul(rows: int, weight: np.ndarray[Any, Any]) -> bytes:
         [value("y", onnx.TensorProto.FLOAT, [rows, columns])],
         [onnx.numpy_helper.from_array(weight, "w")],
     )
-    return bytes(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10).SerializeToString())
+    return bytes(
+        onnx.helper.make_model(
+            graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+        ).SerializeToString()
+    )
 
 
 def machine_of(built: Built) -> Any:
@@ -140,26 +181,53 @@ def machine_of(built: Built) -> Any:
     return relax.VirtualMachine(built.compile(), tvm.cpu())["main"]
 
 
-def network(name: str, model: CompactModel, profile: TargetProfile, threads: int, rounds: int, log: Path | None, *, default: bool) -> list[Row]:
+def network(
+    name: str,
+    model: CompactModel,
+    profile: TargetProfile,
+    threads: int,
+    rounds: int,
+    log: Path | None,
+    *,
+    default: bool,
+) -> list[Row]:
     """One model in every runtime, in turns."""
     images = np.random.default_rng(0).standard_normal((1, *model.architecture.image), np.float32)
     with torch.no_grad():
         expected = model(torch.from_numpy(images)).numpy()
     began = time.perf_counter()
-    session = open_session(write_network(model, best_form(profile.name, 1)[0]).SerializeToString(), threads=threads)
+    session = open_session(
+        write_network(model, best_form(profile.name, 1)[0]).SerializeToString(), threads=threads
+    )
     builds = {"onnxruntime": time.perf_counter() - began}
     source, tensor = session.get_inputs()[0].name, tvm.runtime.tensor(images)
-    asks: dict[str, Callable[[], np.ndarray[Any, Any]]] = {"onnxruntime": lambda: session.run(None, {source: images})[0]}
-    makers: dict[str, Callable[[], Built]] = {"tvm, our kernels": lambda: build_network(model, profile, threads=threads, log=log)}
+    asks: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
+        "onnxruntime": lambda: session.run(None, {source: images})[0]
+    }
+    makers: dict[str, Callable[[], Built]] = {
+        "tvm, our kernels": lambda: build_network(model, profile, threads=threads, log=log)
+    }
     if default:
-        form = Form(rows="batch", attention="split", residual="add", norm="layer", activation="gelu", stem="matrix", last_queries=True)
-        makers["tvm, its own pipeline"] = lambda: default_network(write_network(model, form, batch=1), profile, threads=threads)
+        form = Form(
+            rows="batch",
+            attention="split",
+            residual="add",
+            norm="layer",
+            activation="gelu",
+            stem="matrix",
+            last_queries=True,
+        )
+        makers["tvm, its own pipeline"] = lambda: default_network(
+            write_network(model, form, batch=1), profile, threads=threads
+        )
     for runtime, make in makers.items():
         began = time.perf_counter()
         main = machine_of(make())
         builds[runtime] = time.perf_counter() - began
         asks[runtime] = lambda main=main: main(tensor).numpy()  # type: ignore[misc]
-    errors = {runtime: float(relative_error(expected, ask()).max()) for runtime, ask in asks.items()}
+    errors = {
+        runtime: float(relative_error(expected, ask()).max()) for runtime, ask in asks.items()
+    }
     took = in_turns(dict(asks), rounds)
     found = []
     for runtime, taken in took.items():
@@ -188,14 +256,18 @@ def models(names: list[str], *, half: bool) -> dict[str, CompactModel]:
         dense_model = vitrim.lift(timm.create_model(name).eval())
         found[name] = dense_model
         if half:
-            mask = vitrim.StructuredMask.random(dense_model, keep_ratio={"head": 0.5, "ffn": 0.5}, seed=0)
+            mask = vitrim.StructuredMask.random(
+                dense_model, keep_ratio={"head": 0.5, "ffn": 0.5}, seed=0
+            )
             found[f"{name}, half of heads and FFN"] = vitrim.compact(dense_model, mask).eval()
     return found
 
 
 def main() -> None:
     """Measure, print, and perhaps write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="+", default=list(MODELS))
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
@@ -209,26 +281,53 @@ def main() -> None:
     profile = load_target(arguments.target)
     torch.set_num_threads(1)
     products = []
-    print("| rows x depth x columns | MLAS (GFLOP/s) | our kernel (GFLOP/s) | ours / MLAS |\n|---|---|---|---|")
+    print(
+        "| rows x depth x columns | MLAS (GFLOP/s) | our kernel (GFLOP/s) | ours / MLAS |\n|---|---|---|---|"
+    )
     for shape in SHAPES:
         one = product(*shape, profile, arguments.threads, arguments.rounds)
         products.append(one)
         rates = f"{one.mlas_per_s / 1e9:.0f} | {one.ours_per_s / 1e9:.0f} | {one.ours_per_s / one.mlas_per_s:.2f}"
         print(f"| {' x '.join(map(str, shape))} | {rates} |", flush=True)
-    print("\n| model | runtime | median (ms) | fastest (ms) | time / ONNX Runtime's | processor (ms) | processor / its | relative error | built in (s) |")
+    print(
+        "\n| model | runtime | median (ms) | fastest (ms) | time / ONNX Runtime's | processor (ms) | processor / its | relative error | built in (s) |"
+    )
     print("|---" * 9 + "|")
     rows = []
     for name, model in models(arguments.model, half=arguments.half).items():
         if arguments.tune and arguments.log:
-            tune(model, profile, arguments.log, threads=arguments.threads, time_limit_s=arguments.tune)
-        for row in network(name, model, profile, arguments.threads, arguments.rounds, arguments.log, default=arguments.default):
+            tune(
+                model,
+                profile,
+                arguments.log,
+                threads=arguments.threads,
+                time_limit_s=arguments.tune,
+            )
+        for row in network(
+            name,
+            model,
+            profile,
+            arguments.threads,
+            arguments.rounds,
+            arguments.log,
+            default=arguments.default,
+        ):
             rows.append(row)
             times = f"{row.latency_s * 1e3:.2f} | {row.fastest_s * 1e3:.2f} | {row.ratio:.2f} | {row.processor_s * 1e3:.2f} | {row.processor_ratio:.2f}"
-            print(f"| {row.model} | {row.runtime} | {times} | {row.relative_error:.1e} | {row.build_s:.1f} |", flush=True)
+            print(
+                f"| {row.model} | {row.runtime} | {times} | {row.relative_error:.1e} | {row.build_s:.1f} |",
+                flush=True,
+            )
     if arguments.json:
         machine = {"machine": asdict(read_machine()), "state": asdict(read_state())}
-        found = {"threads": arguments.threads, "products": [asdict(one) for one in products], "networks": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps({**found, **machine}, indent=1, default=str) + "\n", encoding="utf-8")
+        found = {
+            "threads": arguments.threads,
+            "products": [asdict(one) for one in products],
+            "networks": [asdict(row) for row in rows],
+        }
+        arguments.json.write_text(
+            json.dumps({**found, **machine}, indent=1, default=str) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""`vitrim bench`: run artifacts on this machine or on a device, and write down what was measured."""
+"""`vitrim bench`: run artifacts on this machine or on a device, and write down what was
+measured.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..errors import InputError
-from ..terminal_lines import show
+from ..core.console import show
+from ..core.errors import InputError
 
 if TYPE_CHECKING:
-    from ..bench.measurement import Measurement
-    from ..bench.options import DeviceOptions, MeasureOptions
+    from ..bench.local.options import DeviceOptions, MeasureOptions
+    from ..bench.results.measurement import Measurement
 
 PROFILE_RUNS = 20
 HOW, WHERE, MORE = "How it is measured", "Where it runs", "What else is told"
@@ -24,7 +26,11 @@ HOW, WHERE, MORE = "How it is measured", "Where it runs", "What else is told"
 
 def bench(
     artifacts: Annotated[
-        list[Path] | None, typer.Argument(help="Artifact folders or .onnx files; several are measured in turns.", show_default=False)
+        list[Path] | None,
+        typer.Argument(
+            help="Artifact folders or .onnx files; several are measured in turns.",
+            show_default=False,
+        ),
     ] = None,
     on: Annotated[
         str,
@@ -37,30 +43,58 @@ def bench(
     ] = "host",
     target: Annotated[
         str,
-        typer.Option("--target", help="What that machine is: a target's name or TOML (vitrim targets list).", rich_help_panel=WHERE),
+        typer.Option(
+            "--target",
+            help="What that machine is: a target's name or TOML (vitrim targets list).",
+            rich_help_panel=WHERE,
+        ),
     ] = "host",
     python: Annotated[
-        str, typer.Option("--python", help="The interpreter on the device, with numpy and the runtime.", rich_help_panel=WHERE)
+        str,
+        typer.Option(
+            "--python",
+            help="The interpreter on the device, with numpy and the runtime.",
+            rich_help_panel=WHERE,
+        ),
     ] = "python3",
     runner: Annotated[
         Literal["auto", "python", "native"],
-        typer.Option("--runner", help="What runs on the device; auto: the C++ runner where there is no Python.", rich_help_panel=WHERE),
+        typer.Option(
+            "--runner",
+            help="What runs on the device; auto: the C++ runner where there is no Python.",
+            rich_help_panel=WHERE,
+        ),
     ] = "auto",
     runner_file: Annotated[
         Path | None,
-        typer.Option("--runner-file", help="A native runner that you built for the device.", show_default=False, rich_help_panel=WHERE),
+        typer.Option(
+            "--runner-file",
+            help="A native runner that you built for the device.",
+            show_default=False,
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     runtime_library: Annotated[
         Path | None,
-        typer.Option("--runtime-library", help="libonnxruntime.so for the device.", show_default=False, rich_help_panel=WHERE),
+        typer.Option(
+            "--runtime-library",
+            help="libonnxruntime.so for the device.",
+            show_default=False,
+            rich_help_panel=WHERE,
+        ),
     ] = None,
     ssh_option: Annotated[
         list[str] | None,
         typer.Option(
-            "--ssh-option", help="Passed on to ssh, such as -i key or -F config; may be repeated.", show_default=False, rich_help_panel=WHERE
+            "--ssh-option",
+            help="Passed on to ssh, such as -i key or -F config; may be repeated.",
+            show_default=False,
+            rich_help_panel=WHERE,
         ),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.", rich_help_panel=HOW)] = 1,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Threads of the runtime.", rich_help_panel=HOW)
+    ] = 1,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -73,10 +107,21 @@ def bench(
     ] = None,
     pin: Annotated[
         str | None,
-        typer.Option("--pin", metavar="CPUS", help="CPUs to stay on, such as 0 or 4-7 or 0,2.", show_default=False, rich_help_panel=HOW),
+        typer.Option(
+            "--pin",
+            metavar="CPUS",
+            help="CPUs to stay on, such as 0 or 4-7 or 0,2.",
+            show_default=False,
+            rich_help_panel=HOW,
+        ),
     ] = None,
     spinning: Annotated[
-        bool, typer.Option("--spinning", help="Threads wait busily within a call: quicker, and costs energy.", rich_help_panel=HOW)
+        bool,
+        typer.Option(
+            "--spinning",
+            help="Threads wait busily within a call: quicker, and costs energy.",
+            rich_help_panel=HOW,
+        ),
     ] = False,
     provider: Annotated[
         list[str] | None,
@@ -88,15 +133,28 @@ def bench(
         ),
     ] = None,
     copies: Annotated[
-        bool, typer.Option("--copies/--no-copies", help="On a GPU: time carrying the images there and the logits back.", rich_help_panel=HOW)
+        bool,
+        typer.Option(
+            "--copies/--no-copies",
+            help="On a GPU: time carrying the images there and the logits back.",
+            rich_help_panel=HOW,
+        ),
     ] = True,
     cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="On a GPU: replay a recorded graph instead of launching each kernel.", rich_help_panel=HOW)
+        bool,
+        typer.Option(
+            "--cuda-graph",
+            help="On a GPU: replay a recorded graph instead of launching each kernel.",
+            rich_help_panel=HOW,
+        ),
     ] = False,
     time_limit_s: Annotated[
         float | None,
         typer.Option(
-            "--time-limit", help="Stop after so many seconds of timing, all together. Default: 60.", show_default=False, rich_help_panel=HOW
+            "--time-limit",
+            help="Stop after so many seconds of timing, all together. Default: 60.",
+            show_default=False,
+            rich_help_panel=HOW,
         ),
     ] = None,
     dataset: Annotated[
@@ -109,11 +167,22 @@ def bench(
         ),
     ] = None,
     dataset_limit: Annotated[
-        int | None, typer.Option("--dataset-limit", min=1, help="At most so many of its images.", show_default=False, rich_help_panel=MORE)
+        int | None,
+        typer.Option(
+            "--dataset-limit",
+            min=1,
+            help="At most so many of its images.",
+            show_default=False,
+            rich_help_panel=MORE,
+        ),
     ] = None,
     profile: Annotated[
         bool,
-        typer.Option("--profile", help="Also where the time goes, by operator and by block; a picture with --out.", rich_help_panel=MORE),
+        typer.Option(
+            "--profile",
+            help="Also where the time goes, by operator and by block; a picture with --out.",
+            rich_help_panel=MORE,
+        ),
     ] = False,
     cost_table: Annotated[
         Path | None,
@@ -126,18 +195,32 @@ def bench(
         ),
     ] = None,
     block: Annotated[
-        str, typer.Option("--block", help="The dense block of the cost table; smaller ones are measured below it.", rich_help_panel=MORE)
+        str,
+        typer.Option(
+            "--block",
+            help="The dense block of the cost table; smaller ones are measured below it.",
+            rich_help_panel=MORE,
+        ),
     ] = "tokens=50,embed=128,heads=4,head_width=32,ffn=512",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for NAME.json, one each. Absent: only the table.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for NAME.json, one each. Absent: only the table.",
+            show_default=False,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace measurements of the same name.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace measurements of the same name.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Latency, memory and top-1 in a fresh process for each artifact, interleaved so that a busy machine is fair to all.
+    """Latency, memory and top-1 in a fresh process for each artifact, interleaved so that a busy
+    machine is fair to all.
 
-    The first artifact is what the others are compared with. Rounds go on until the ratios are known to ± 1 %, or the time is up. What could make
-    the figures doubtful (a busy or throttled machine, too few samples) is said below the table, with what to do about it.
+    The first artifact is what the others are compared with. Rounds go on until the ratios are known
+    to ± 1 %, or the time is up. What could make the figures doubtful (a busy or throttled machine,
+    too few samples) is said below the table, with what to do about it.
 
     [bold]On this machine[/bold]
 
@@ -147,11 +230,13 @@ def bench(
 
       vitrim bench small-dynamic --batch 1,4,16
 
-    [bold]On a device[/bold] (the files go there, and nothing stays; give the same command again after a lost link)
+    [bold]On a device[/bold] (the files go there, and nothing stays; give the same command again
+    after a lost link)
 
       vitrim bench small-int8 --on ssh://pi@raspberry --target rpi5 --out measurements/pi
 
-      vitrim bench small-int8 --on adb://R58M123 --runner-file vitrim_runner --runtime-library libonnxruntime.so
+      vitrim bench small-int8 --on adb://R58M123 --runner-file vitrim_runner --runtime-library
+      libonnxruntime.so
 
       vitrim bench small-tvm --on tvm-rpc://tracker:9190/rpi4
 
@@ -161,9 +246,10 @@ def bench(
 
       vitrim report measurements/host measurements/pi --out both
 
-      vitrim bench --cost-table costs.json --block tokens=197,embed=192,heads=3,head_width=64,ffn=768
+      vitrim bench --cost-table costs.json --block
+      tokens=197,embed=192,heads=3,head_width=64,ffn=768
     """
-    from ..bench.options import CPU, DeviceOptions, MeasureOptions
+    from ..bench.local.options import CPU, DeviceOptions, MeasureOptions
 
     options = MeasureOptions(
         threads=threads,
@@ -186,17 +272,37 @@ def bench(
     )
     if cost_table is not None:
         if artifacts:
-            raise InputError(f"{artifacts[0]}: a cost table measures blocks of its own; leave the artifacts away, or --cost-table")
-        _cost_table(cost_table, block, on, target, options, device, 120.0 if time_limit_s is None else time_limit_s, overwrite, quiet)
+            raise InputError(
+                f"{artifacts[0]}: a cost table measures blocks of its own; leave the artifacts away, or --cost-table"
+            )
+        _cost_table(
+            cost_table,
+            block,
+            on,
+            target,
+            options,
+            device,
+            120.0 if time_limit_s is None else time_limit_s,
+            overwrite,
+            quiet,
+        )
         return
     if not artifacts:
-        raise InputError("nothing to measure: name artifact folders or .onnx files (vitrim bench --help)")
+        raise InputError(
+            "nothing to measure: name artifact folders or .onnx files (vitrim bench --help)"
+        )
     sizes = _batches(batch)
     names = _names(artifacts)
-    files = {(name, size): out / _file(name, size, sizes) for name in names for size in sizes} if out is not None else {}
+    files = (
+        {(name, size): out / _file(name, size, sizes) for name in names for size in sizes}
+        if out is not None
+        else {}
+    )
     for file in files.values():
         if file.exists() and not overwrite:
-            raise InputError(f"{file}: exists already; --overwrite replaces it, --out names another folder")
+            raise InputError(
+                f"{file}: exists already; --overwrite replaces it, --out names another folder"
+            )
     _run(names, sizes, files, on, target, options, device, quiet)
     if out is not None:
         show(f"saved: {', '.join(map(str, files.values()))}")
@@ -212,15 +318,21 @@ def _run(
     device: DeviceOptions,
     quiet: bool,
 ) -> None:
-    from ..bench.remote import measure_at
-    from ..measurement_table import measurement_table
+    from ..bench.remote.remote import measure_at
+    from .measurement_table import measurement_table
 
     for size in sizes:
-        measured = measure_at(on, names, replace(options, batch=size), device, target=target, quiet=quiet)
+        measured = measure_at(
+            on, names, replace(options, batch=size), device, target=target, quiet=quiet
+        )
         for name, measurement in measured.items():
             if file := files.get((name, size)):
                 measurement.save(file)
-        shown = measured if len(sizes) == 1 else {f"{name}, batch {size}": measurement for name, measurement in measured.items()}
+        shown = (
+            measured
+            if len(sizes) == 1
+            else {f"{name}, batch {size}": measurement for name, measurement in measured.items()}
+        )
         show(measurement_table(shown))
         for name, measurement in shown.items():
             _operators(name, measurement, files.get((measurement.name, size)))
@@ -233,12 +345,15 @@ def _warnings(measured: Mapping[str, Measurement]) -> list[str]:
     for name, measurement in measured.items():
         for warning in measurement.warnings:
             found.setdefault(warning, []).append(name)
-    return [warning if len(names) == len(measured) else f"{', '.join(names)}: {warning}" for warning, names in found.items()]
+    return [
+        warning if len(names) == len(measured) else f"{', '.join(names)}: {warning}"
+        for warning, names in found.items()
+    ]
 
 
 def _operators(name: str, measurement: Measurement, file: Path | None) -> None:
-    from ..bench.operator_table import OperatorTable
-    from ..measurement_table import operator_table
+    from ..bench.local.operator_table import OperatorTable
+    from .measurement_table import operator_table
 
     if not measurement.operators:
         return
@@ -246,7 +361,7 @@ def _operators(name: str, measurement: Measurement, file: Path | None) -> None:
     show("", f"{name}: where the time goes", operator_table(table))
     if file is not None:
         from ..bench.report.operators import operator_picture
-        from ..storage import replace_file
+        from ..core.storage import replace_file
 
         picture = file.with_name(f"{file.stem}-operators.svg")
         replace_file(picture, operator_picture(table, name))
@@ -264,25 +379,38 @@ def _cost_table(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    from ..bench.cost_table import chosen_shapes, measure_cost_table
-    from ..bench.progress import Progress
-    from ..bench.remote import measure_at
+    from ..bench.local.cost_table import chosen_shapes, measure_cost_table
+    from ..bench.local.progress import Progress
+    from ..bench.remote.remote import measure_at
 
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; --overwrite replaces it")
 
-    def measure(models: dict[str, Path], how: MeasureOptions, progress: Progress) -> dict[str, Measurement]:
-        own = replace(options, time_limit_s=how.time_limit_s, seed=how.seed, profile_runs=0, dataset=None)
+    def measure(
+        models: dict[str, Path], how: MeasureOptions, progress: Progress
+    ) -> dict[str, Measurement]:
+        own = replace(
+            options, time_limit_s=how.time_limit_s, seed=how.seed, profile_runs=0, dataset=None
+        )
         return measure_at(on, models, own, device, target=target, progress=progress)
 
     table = measure_cost_table(
-        chosen_shapes(**_block(block)), target=target, threads=options.threads, time_limit_s=time_limit_s, measure=measure, quiet=quiet
+        chosen_shapes(**_block(block)),
+        target=target,
+        threads=options.threads,
+        time_limit_s=time_limit_s,
+        measure=measure,
+        quiet=quiet,
     )
     table.save(path)
     held = [point for point in table.points if point.held_out]
-    show(f"{len(table.points)} blocks measured with {table.runtime}, {len(held)} of them held out of the fit")
+    show(
+        f"{len(table.points)} blocks measured with {table.runtime}, {len(held)} of them held out of the fit"
+    )
     if table.median_error is not None and table.largest_error is not None:
-        show(f"error on those: median {100 * table.median_error:.1f} %, largest {100 * table.largest_error:.1f} %")
+        show(
+            f"error on those: median {100 * table.median_error:.1f} %, largest {100 * table.largest_error:.1f} %"
+        )
     show(f"saved: {path}")
 
 
@@ -292,7 +420,9 @@ def _block(words: str) -> dict[str, int]:
     for word in words.split(","):
         key, equals, value = (part.strip() for part in word.partition("="))
         if key not in known or not equals or not value.isdigit() or int(value) < 1:
-            raise InputError(f"--block {words!r}: {word.strip()!r} is not understood; write {', '.join(f'{name}=N' for name in known)}")
+            raise InputError(
+                f"--block {words!r}: {word.strip()!r} is not understood; write {', '.join(f'{name}=N' for name in known)}"
+            )
         found[key] = int(value)
     return found
 
@@ -313,7 +443,9 @@ def _cpus(words: str | None) -> tuple[int, ...] | None:
     for word in words.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", word)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise InputError(f"--pin {words!r}: {word.strip()!r} is no CPU or range of CPUs; write 0 or 4-7 or 0,2")
+            raise InputError(
+                f"--pin {words!r}: {word.strip()!r} is no CPU or range of CPUs; write 0 or 4-7 or 0,2"
+            )
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(dict.fromkeys(found))
 
@@ -341,6 +473,8 @@ def _names(artifacts: list[Path]) -> dict[str, Path]:
     for path in artifacts:
         name = path.stem if path.suffix == ".onnx" else path.resolve().name
         if name in names:
-            raise InputError(f"{path}: a second artifact called {name!r}; rename one, since measurements are told apart by name")
+            raise InputError(
+                f"{path}: a second artifact called {name!r}; rename one, since measurements are told apart by name"
+            )
         names[name] = path
     return names

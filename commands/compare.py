@@ -7,22 +7,29 @@ from typing import Annotated
 
 import typer
 
-from ..errors import InputError
-from ..terminal_lines import show
+from ..core.console import show
+from ..core.errors import InputError
 
 
 def compare(
     measurements: Annotated[
-        list[Path], typer.Argument(help="Measurement files, the one to compare with first; or one folder of them.", show_default=False)
+        list[Path],
+        typer.Argument(
+            help="Measurement files, the one to compare with first; or one folder of them.",
+            show_default=False,
+        ),
     ],
     fail_if_slower: Annotated[
         str | None,
         typer.Option(
-            "--fail-if-slower", metavar="SHARE", help="Exit with 1 if one is surely slower than the first by more than this, e.g. 5%."
+            "--fail-if-slower",
+            metavar="SHARE",
+            help="Exit with 1 if one is surely slower than the first by more than this, e.g. 5%.",
         ),
     ] = None,
 ) -> None:
-    """Hold measurements against the first one: latency, memory, size, top-1, and the verdict of a test on all samples.
+    """Hold measurements against the first one: latency, memory, size, top-1, and the verdict of a
+    test on all samples.
 
     [bold]Examples[/bold]
 
@@ -30,15 +37,21 @@ def compare(
 
       vitrim compare runs/quickstart/measurements
     """
-    from ..bench.compare import compare as hold
-    from ..bench.compare import parse_limit
-    from ..bench.measurement import Measurement
-    from ..measurement_table import measurement_table
+    from ..bench.results.compare import compare as hold
+    from ..bench.results.compare import parse_limit
+    from ..bench.results.measurement import Measurement
+    from .measurement_table import measurement_table
 
     limit = None if fail_if_slower is None else parse_limit(fail_if_slower)
-    files = [file for path in measurements for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in measurements
+        for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
+    ]
     if len(files) < 2:
-        raise InputError("a comparison needs two measurements or more; name the JSON files that `vitrim bench --out` wrote")
+        raise InputError(
+            "a comparison needs two measurements or more; name the JSON files that `vitrim bench --out` wrote"
+        )
     loaded: dict[str, Measurement] = {}
     for file in files:
         measurement = Measurement.load(file)

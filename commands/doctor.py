@@ -1,4 +1,6 @@
-"""`vitrim doctor`: what this machine has, what it lacks, and what the missing piece would enable."""
+"""`vitrim doctor`: what this machine has, what it lacks, and what the missing piece would
+enable.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from typing import Literal
 import typer
 from rich.markup import escape
 
-from ..terminal_lines import show
+from ..core.console import show
 
 State = Literal["ok", "missing", "broken"]
 
@@ -40,20 +42,41 @@ PACKAGES = (
     ("onnxruntime", "onnxruntime", True, "running and measuring artifacts"),
     ("datasets", "datasets", True, "data sets from the hub"),
     ("matplotlib", "matplotlib", True, "pictures in reports"),
-    ("apache-tvm", "tvm", False, "compiling for targets without ONNX Runtime (pip install 'vitrim[tvm]')"),
+    (
+        "apache-tvm",
+        "tvm",
+        False,
+        "compiling for targets without ONNX Runtime (pip install 'vitrim[tvm]')",
+    ),
     ("openvino", "openvino", False, "artifacts for OpenVINO (pip install openvino)"),
     ("ncnn", "ncnn", False, "artifacts for ncnn (pip install ncnn)"),
-    ("ziglang", "ziglang", False, "compiling for this machine and for ARM where no g++ is (pip install 'vitrim[zig]')"),
+    (
+        "ziglang",
+        "ziglang",
+        False,
+        "compiling for this machine and for ARM where no g++ is (pip install 'vitrim[zig]')",
+    ),
     ("torchvision", "torchvision", True, "timm's transforms"),
     ("transformers", "transformers", False, "lifting ViTs of the transformers library"),
-    ("torch-pruning", "torch_pruning", False, "the comparison with Torch-Pruning (pip install 'vitrim[benchmarks]')"),
+    (
+        "torch-pruning",
+        "torch_pruning",
+        False,
+        "the comparison with Torch-Pruning (pip install 'vitrim[benchmarks]')",
+    ),
 )
 PROGRAMS = (
-    (("chromium", "chromium-browser", "google-chrome"), "looking at reports in a real browser, in the tests (Debian: chromium)"),
+    (
+        ("chromium", "chromium-browser", "google-chrome"),
+        "looking at reports in a real browser, in the tests (Debian: chromium)",
+    ),
     (("ssh",), "measuring on another machine (Debian: openssh-client)"),
     (("g++", "c++"), "the native runner (Debian: g++)"),
     (("cmake",), "building the native runner (Debian: cmake)"),
-    (("aarch64-linux-gnu-g++",), "cross-compiling the native example for ARM (Debian: g++-aarch64-linux-gnu)"),
+    (
+        ("aarch64-linux-gnu-g++",),
+        "cross-compiling the native example for ARM (Debian: g++-aarch64-linux-gnu)",
+    ),
 )
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -67,7 +90,11 @@ def doctor() -> None:
 
       vitrim doctor
     """
-    marks = {"ok": "[green]ok     [/green]", "missing": "[yellow]missing[/yellow]", "broken": "[red]broken [/red]"}
+    marks = {
+        "ok": "[green]ok     [/green]",
+        "missing": "[yellow]missing[/yellow]",
+        "broken": "[red]broken [/red]",
+    }
     sick = False
     for finding in examine():
         show(f"{marks[finding.state]} {finding.name}: {escape(finding.words)}")
@@ -93,7 +120,9 @@ def examine() -> Iterator[Finding]:
     yield Finding(
         "Fashion-MNIST",
         "ok" if here else "missing",
-        str(FASHION_MNIST) if here else "would enable the full set without the network (Debian: dataset-fashion-mnist)",
+        str(FASHION_MNIST)
+        if here
+        else "would enable the full set without the network (Debian: dataset-fashion-mnist)",
     )
     yield _disk(Path.cwd())
 
@@ -108,13 +137,22 @@ def _machine() -> str:
 def _python() -> Finding:
     version = platform.python_version()
     right = tuple(map(int, version.split(".")[:2])) >= (3, 11)
-    return Finding("python", "ok" if right else "broken", version if right else f"{version}, but vitrim needs 3.11 or newer", needed=True)
+    return Finding(
+        "python",
+        "ok" if right else "broken",
+        version if right else f"{version}, but vitrim needs 3.11 or newer",
+        needed=True,
+    )
 
 
 def _package(distribution: str, module: str, needed: bool, purpose: str) -> Finding:
     # Found, not imported: importing all of them would take half a minute.
     if importlib.util.find_spec(module) is None:
-        words = f"needed for {purpose}; pip install {distribution}" if needed else f"would enable {purpose}"
+        words = (
+            f"needed for {purpose}; pip install {distribution}"
+            if needed
+            else f"would enable {purpose}"
+        )
         return Finding(distribution, "missing", words, needed)
     try:
         version = importlib.metadata.version(distribution)
@@ -127,7 +165,12 @@ def _pair() -> Finding:
     try:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
     except importlib.metadata.PackageNotFoundError:
-        return Finding("torch and torchvision", "missing", "both are needed; pip install torch torchvision", needed=True)
+        return Finding(
+            "torch and torchvision",
+            "missing",
+            "both are needed; pip install torch torchvision",
+            needed=True,
+        )
     local = {name: version.partition("+")[2] for name, version in versions.items()}
     if local["torch"] != local["torchvision"]:
         words = f"torch {versions['torch']} and torchvision {versions['torchvision']} are of different builds; install both from one index"
@@ -140,23 +183,39 @@ def _emulation() -> Finding:
 
     found = ready()
     if found is None:
-        return Finding("emulation", "missing", "would enable running ARM artifacts without a board (vitrim targets emulate)")
-    return Finding("emulation", "ok", f"{found.name}, python {found.versions.get('python')}, onnxruntime {found.versions.get('onnxruntime')}")
+        return Finding(
+            "emulation",
+            "missing",
+            "would enable running ARM artifacts without a board (vitrim targets emulate)",
+        )
+    return Finding(
+        "emulation",
+        "ok",
+        f"{found.name}, python {found.versions.get('python')}, onnxruntime {found.versions.get('onnxruntime')}",
+    )
 
 
 def _gpu() -> Finding:
-    from ..bench.gpu import gpu_providers, why_no_gpu
+    from ..bench.local.gpu import gpu_providers, why_no_gpu
 
     reason = why_no_gpu()
-    return Finding("GPU", "missing" if reason else "ok", reason.removeprefix("no GPU is measured here: ") if reason else ", ".join(gpu_providers()))
+    return Finding(
+        "GPU",
+        "missing" if reason else "ok",
+        reason.removeprefix("no GPU is measured here: ") if reason else ", ".join(gpu_providers()),
+    )
 
 
 def _energy() -> Finding:
-    from ..bench.energy import open_meter
+    from ..bench.local.energy import open_meter
 
     meter = open_meter()
     if meter is None:
-        return Finding("energy", "missing", "this device shows no meter (RAPL, which may need root, or an INA sensor); results carry no energy")
+        return Finding(
+            "energy",
+            "missing",
+            "this device shows no meter (RAPL, which may need root, or an INA sensor); results carry no energy",
+        )
     meter.close()
     return Finding("energy", "ok", f"{meter.source}, {meter.scope}")
 
@@ -164,4 +223,8 @@ def _energy() -> Finding:
 def _disk(folder: Path) -> Finding:
     free_gib = shutil.disk_usage(folder).free / 2**30
     enough = free_gib >= 1.0
-    return Finding("disk", "ok" if enough else "broken", f"{free_gib:.1f} GiB free here" + ("" if enough else "; a run needs about 1 GiB"))
+    return Finding(
+        "disk",
+        "ok" if enough else "broken",
+        f"{free_gib:.1f} GiB free here" + ("" if enough else "; a run needs about 1 GiB"),
+    )

@@ -7,28 +7,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
-from ..storage import require_empty
+from ..core.errors import InputError
+from ..core.storage import require_empty
 from .model_data import CARD, model_data, read_card
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..compress.data.preprocessing import Preprocessing
-    from ..compress.vit.model import CompactModel
+    from ..compress.network.modules.model import CompactModel
 
 # Of measuring, with --runtime all.
 ALL_LIMIT_S = 30.0
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A folder that vitrim saved, or an .onnx file; with --verify, an artifact.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder that vitrim saved, or an .onnx file; with --verify, an artifact."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the artifact.")] = None,
-    target: Annotated[str, typer.Option("--target", help="A target's name (vitrim targets list), or a target TOML.")] = "x86-64",
+    target: Annotated[
+        str,
+        typer.Option("--target", help="A target's name (vitrim targets list), or a target TOML."),
+    ] = "x86-64",
     runtime: Annotated[
-        str, typer.Option("--runtime", help="The runtime that will run it, or `all`: every one that is here, measured in turns.")
+        str,
+        typer.Option(
+            "--runtime",
+            help="The runtime that will run it, or `all`: every one that is here, measured in turns.",
+        ),
     ] = "onnxruntime",
-    precision: Annotated[str, typer.Option("--precision", help="fp32, int8, and what else the target takes.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="fp32, int8, and what else the target takes.")
+    ] = "fp32",
     batch: Annotated[str, typer.Option("--batch", help="Images a run, or `dynamic`.")] = "1",
     image_size: Annotated[
         str | None,
@@ -40,25 +54,72 @@ def export(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Data set for parity and calibration. Absent: the one of the run that the model lies in."),
+        typer.Option(
+            "--data",
+            help="Data set for parity and calibration. Absent: the one of the run that the model lies in.",
+        ),
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=1, help="How many of its validation images.")] = 64,
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="How many of its validation images.")
+    ] = 64,
     calibration: Annotated[
-        str, typer.Option("--calibration", help="How int8-static finds ranges on the images: min-max, percentile, entropy, or `best` of the three.")
+        str,
+        typer.Option(
+            "--calibration",
+            help="How int8-static finds ranges on the images: min-max, percentile, entropy, or `best` of the three.",
+        ),
     ] = "min-max",
-    form: Annotated[str | None, typer.Option("--form", help="A graph form's name, or `plain`. Absent: the best known one of the target.")] = None,
-    opset: Annotated[int | None, typer.Option("--opset", help="Version of ONNX's operators. Absent: what the form needs.")] = None,
-    tune: Annotated[bool, typer.Option("--tune", help="Build every graph form, measure them here, and keep the fastest that passes parity.")] = False,
-    ort_format: Annotated[
-        bool, typer.Option("--ort-format", help="Also write model.ort and required_operators.config, for a build of ONNX Runtime that holds no more.")
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--form",
+            help="A graph form's name, or `plain`. Absent: the best known one of the target.",
+        ),
+    ] = None,
+    opset: Annotated[
+        int | None,
+        typer.Option("--opset", help="Version of ONNX's operators. Absent: what the form needs."),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Build every graph form, measure them here, and keep the fastest that passes parity.",
+        ),
     ] = False,
-    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="A setting of the runtime's own; may be repeated.")] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads to compile, tune and measure for.")] = 1,
-    bundle: Annotated[Path | None, typer.Option("--bundle", help="Also write a C++ bundle of the artifact to this folder.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check an artifact byte for byte against its manifest, and write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out and --bundle.")] = False,
+    ort_format: Annotated[
+        bool,
+        typer.Option(
+            "--ort-format",
+            help="Also write model.ort and required_operators.config, for a build of ONNX Runtime that holds no more.",
+        ),
+    ] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="A setting of the runtime's own; may be repeated."
+        ),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="Threads to compile, tune and measure for.")
+    ] = 1,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", help="Also write a C++ bundle of the artifact to this folder."),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Check an artifact byte for byte against its manifest, and write nothing.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in --out and --bundle.")
+    ] = False,
 ) -> None:
-    """Write the runnable file and its manifest, and prove at every stage that the answers did not move.
+    """Write the runnable file and its manifest, and prove at every stage that the answers did not
+    move.
 
     [bold]Examples[/bold]
 
@@ -111,17 +172,23 @@ def export(
     }
     settings = _settings(option or [])
     if network is None:
-        from ..export.given_graph import export_graph
+        from ..export.graphs.given_graph import export_graph
 
         if runtime != "onnxruntime" or opset is not None or settings:
-            raise InputError(f"{model}: a graph that was given goes to onnxruntime in its own opset; leave --runtime, --opset and --option out")
+            raise InputError(
+                f"{model}: a graph that was given goes to onnxruntime in its own opset; leave --runtime, --opset and --option out"
+            )
         artifact = export_graph(model, out, **shared)
     elif runtime == "all":
         from .export_everywhere import export_everywhere
 
         if settings or bundle is not None:
-            raise InputError("--runtime all takes no --option and no --bundle, which are one runtime's own; name the runtime")
-        export_everywhere(network, out, time_limit_s=ALL_LIMIT_S, opset=opset, image_size=image_size, **shared)
+            raise InputError(
+                "--runtime all takes no --option and no --bundle, which are one runtime's own; name the runtime"
+            )
+        export_everywhere(
+            network, out, time_limit_s=ALL_LIMIT_S, opset=opset, image_size=image_size, **shared
+        )
         return
     else:
         from ..export.exporter import export as write
@@ -129,7 +196,15 @@ def export(
         if runtime == "tvm" and bundle is not None:
             # The bundle links the model into the program.
             settings.setdefault("static", "yes")
-        artifact = write(network, out, runtime=runtime, opset=opset, image_size=image_size, options=settings, **shared)
+        artifact = write(
+            network,
+            out,
+            runtime=runtime,
+            opset=opset,
+            image_size=image_size,
+            options=settings,
+            **shared,
+        )
     for stage in artifact.manifest.parity:
         typer.echo(
             f"{stage.stage} against {stage.reference}: largest relative error {stage.max_relative_error:.1e}, "
@@ -145,25 +220,29 @@ def export(
 
 
 def _network(folder: Path) -> CompactModel:
-    from ..compress.files import load
+    from ..compress.network.files import load
 
     return load(folder)
 
 
 def _graph(path: Path) -> tuple[int, int, int]:
     """(channels, height, width) of a graph's input."""
-    from ..export.given_graph import image_of, read_graph
+    from ..export.graphs.given_graph import image_of, read_graph
 
     return image_of(read_graph(path), path)
 
 
 def _image_at(network: CompactModel | None, image_size: str, model: Path) -> tuple[int, int, int]:
-    """(channels, height, width) after resizing, refused before anything is read or written for it."""
-    from ..compress.image_size import at_image_size
+    """(channels, height, width) after resizing, refused before anything is read or written for
+    it.
+    """
+    from ..compress.surgery.image_size import at_image_size
     from ..export.another_size import require_memory
 
     if network is None:
-        raise InputError(f"{model}: a graph that was given has its image size built in; export it again at {image_size}, or give the saved model")
+        raise InputError(
+            f"{model}: a graph that was given has its image size built in; export it again at {image_size}, or give the saved model"
+        )
     architecture = at_image_size(network.architecture, image_size)
     require_memory(architecture)
     return architecture.image
@@ -182,9 +261,11 @@ def _settings(given: list[str]) -> dict[str, str]:
 def _data(
     card: dict[str, Any] | None, named: str | None, image: tuple[int, int, int], count: int
 ) -> tuple[Preprocessing | None, list[str] | None, NDArray[Any] | None]:
-    """How pictures become inputs, the words for the answers, and real images; None where nothing is known of them."""
+    """How pictures become inputs, the words for the answers, and real images; None where nothing is
+    known of them.
+    """
     from ..compress.data.door import open_dataset
-    from ..shipping_steps import sample
+    from ..pipeline.shipping_steps import sample
 
     found = model_data(card, named, image)
     if found is None:

@@ -1,4 +1,6 @@
-"""`vitrim export --runtime all`: an artifact for every runtime that is here, measured in turns, and which is fastest for this model on this machine."""
+"""`vitrim export --runtime all`: an artifact for every runtime that is here, measured in turns, and
+which is fastest for this model on this machine.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +10,41 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from ..terminal_lines import show
+from ..core.console import show
 
 if TYPE_CHECKING:
-    from ..bench.measurement import Measurement
+    from ..bench.results.measurement import Measurement
     from ..export.artifact import Artifact
 
 MEASUREMENTS = "measurements"
 
 
-def export_everywhere(model: Any, out: Path, *, threads: int, time_limit_s: float, **options: Any) -> None:
-    """Write OUT/RUNTIME for each, OUT/measurements/RUNTIME.json, and print the table. Errors: InputError."""
-    from ..bench.measure import measure_interleaved
+def export_everywhere(
+    model: Any, out: Path, *, threads: int, time_limit_s: float, **options: Any
+) -> None:
+    """Write OUT/RUNTIME for each, OUT/measurements/RUNTIME.json, and print the table. Errors:
+    InputError.
+    """
+    from ..bench.local.measure import measure_interleaved
     from ..export.another_size import IMAGE_SIZE
     from ..export.every_runtime import export_everywhere as write
 
-    made, absent = write(model, out, threads=threads, tell=lambda name: typer.echo(f"writing for {name}", err=True), **options)
+    made, absent = write(
+        model,
+        out,
+        threads=threads,
+        tell=lambda name: typer.echo(f"writing for {name}", err=True),
+        **options,
+    )
     measured = measure_interleaved(made, threads, time_limit_s=time_limit_s)
     for name, measurement in measured.items():
         measurement.save(out / MEASUREMENTS / f"{name}.json")
     ranked = sorted(measured, key=lambda name: measured[name].summary().p50_s)
     first = measured[ranked[0]]
-    show(_table(ranked, made, measured), f"fastest here: {ranked[0]} ({first.runtime_version}), {out / ranked[0]}")
+    show(
+        _table(ranked, made, measured),
+        f"fastest here: {ranked[0]} ({first.runtime_version}), {out / ranked[0]}",
+    )
     for name, reason in absent.items():
         typer.echo(f"{name}: {reason}")
     for note in made["onnxruntime"].manifest.notes:

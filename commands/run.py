@@ -7,25 +7,54 @@ from typing import Annotated
 
 import typer
 
-from ..recipe import Recipe, load_recipe
+from ..pipeline.recipe import Recipe, load_recipe
 
 RESUMABLE = ("run", "train", "compress")
 
 RecipeName = Annotated[
-    str | None, typer.Argument(help="A recipe (TOML), or the name of one in the package. Default: quickstart.", show_default=False)
+    str | None,
+    typer.Argument(
+        help="A recipe (TOML), or the name of one in the package. Default: quickstart.",
+        show_default=False,
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace one value of the recipe, e.g. --set masks.params=0.1. May be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace one value of the recipe, e.g. --set masks.params=0.1. May be repeated.",
+    ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/NAME of the recipe.", show_default=False)]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder: steps that are whole are kept.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the run in the folder and start anew.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Run folder. Default: runs/NAME of the recipe.", show_default=False),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue the run in the folder: steps that are whole are kept."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run in the folder and start anew.")
+]
 Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, help="Seed of weights, order and augmentation (train.seed).", show_default=False)
+    int | None,
+    typer.Option(
+        "--seed",
+        min=0,
+        help="Seed of weights, order and augmentation (train.seed).",
+        show_default=False,
+    ),
 ]
-NoDistill = Annotated[bool, typer.Option("--no-distill", help="Learn from the labels alone, without the dense model as a teacher.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and the final table only.")]
+NoDistill = Annotated[
+    bool,
+    typer.Option(
+        "--no-distill", help="Learn from the labels alone, without the dense model as a teacher."
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors and the final table only.")
+]
 
 
 def run(
@@ -37,9 +66,15 @@ def run(
     seed: Seed = None,
     no_distill: NoDistill = False,
     quiet: Quiet = False,
-    keys: Annotated[bool, typer.Option("--keys", help="Print every key of a recipe with its default and meaning, and stop.")] = False,
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys", help="Print every key of a recipe with its default and meaning, and stop."
+        ),
+    ] = False,
 ) -> None:
-    """The whole chain: train or read the baseline, learn masks, cut, fine-tune, export, measure, report.
+    """The whole chain: train or read the baseline, learn masks, cut, fine-tune, export, measure,
+    report.
 
     [bold]Examples[/bold]
 
@@ -81,7 +116,8 @@ def compress(
     no_distill: NoDistill = False,
     quiet: Quiet = False,
 ) -> None:
-    """The baseline and its masks: what may go is learned and saved as mask.safetensors, and cut/ holds the smaller model.
+    """The baseline and its masks: what may go is learned and saved as mask.safetensors, and cut/
+    holds the smaller model.
 
     `vitrim run ... --resume` goes on from there.
 
@@ -101,20 +137,33 @@ def _recipe(name: str | None, sets: list[str] | None, seed: int | None, no_disti
     return load_recipe(name, changes)
 
 
-def _chain(recipe: Recipe, until: str, out: Path | None, resume: bool, overwrite: bool, quiet: bool) -> None:
+def _chain(
+    recipe: Recipe, until: str, out: Path | None, resume: bool, overwrite: bool, quiet: bool
+) -> None:
     # torch takes seconds to import, so it waits until there is work for it.
-    from ..pipeline import run as run_chain
+    from ..pipeline.run import run as run_chain
 
-    run_chain(recipe, out if out is not None else Path("runs") / recipe.name, until=until, resume=resume, overwrite=overwrite, quiet=quiet)  # type: ignore[arg-type]
+    run_chain(
+        recipe,
+        out if out is not None else Path("runs") / recipe.name,
+        until=until,  # type: ignore[arg-type]
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
 
 
 def _print_keys() -> None:
     from rich.markup import escape
 
-    from ..recipe_keys import rows
-    from ..terminal_lines import show
+    from ..core.console import show
+    from ..pipeline.recipe_keys import rows
 
     for section, explanation, keys in rows():
-        show(f"\n[bold]{escape(f'[{section}]')}[/bold]  {escape(explanation)}" if section else f"[bold]{escape(explanation)}[/bold]")
+        show(
+            f"\n[bold]{escape(f'[{section}]')}[/bold]  {escape(explanation)}"
+            if section
+            else f"[bold]{escape(explanation)}[/bold]"
+        )
         for key, default, meaning in keys:
             show(f"  [cyan]{key} = {escape(default)}[/cyan]  {escape(meaning)}")

@@ -1,4 +1,6 @@
-"""The images that a saliency looks at: drawn from a data set's training split, opened only when the first batch is asked for."""
+"""The images that a saliency looks at: drawn from a data set's training split, opened only when the
+first batch is asked for.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,21 @@ PATIENCE_S = 2.0
 
 
 class SaliencyImages:
-    """Batches of (images, class numbers), with a bar on a terminal once it lasts; `note` says which images they were.
+    """Batches of (images, class numbers), with a bar on a terminal once it lasts; `note` says which
+    images they were.
 
-    count: at most so many, every class in its own share; classes: the outputs of the model. Errors: InputError as `open_sample`.
+    count: at most so many, every class in its own share; classes: the outputs of the model. Errors:
+    InputError as `open_sample`.
     """
 
     def __init__(self, data: ModelData, count: int, seed: int, classes: int, title: str) -> None:
-        self._data, self._count, self._seed, self._classes, self._title = data, count, seed, classes, title
+        self._data, self._count, self._seed, self._classes, self._title = (
+            data,
+            count,
+            seed,
+            classes,
+            title,
+        )
         self.note: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -37,7 +47,12 @@ class SaliencyImages:
             quiet=False,
             **data.division,
         )
-        self.note = {"data": data.name, "split": "train", "images": str(len(split)), "seed": str(self._seed)}
+        self.note = {
+            "data": data.name,
+            "split": "train",
+            "images": str(len(split)),
+            "seed": str(self._seed),
+        }
         started = time.perf_counter()
         with counting(self._title, len(split)) as advance:
             for start in range(0, len(split), BATCH):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..targets.profile import Precision, TargetProfile, list_targets, load_target
-from ..terminal_lines import show as put
+from ..core.console import show as put
+from ..targets.catalog import list_targets, load_target
+from ..targets.profile import Precision, TargetProfile
 from .emulate import emulate
 
 if TYPE_CHECKING:
@@ -32,11 +33,20 @@ def list_all() -> None:
 
     table = Table(show_edge=False, pad_edge=False)
     for column in ("name", "device", "cores", "memory", "runtime", "precision"):
-        table.add_column(column, justify="right" if column in ("cores", "memory") else "left", no_wrap=column == "name")
+        table.add_column(
+            column,
+            justify="right" if column in ("cores", "memory") else "left",
+            no_wrap=column == "name",
+        )
     for name in list_targets():
         target = load_target(name)
         table.add_row(
-            name, target.title, str(target.cores), _bytes(target.memory.ram_bytes), target.preferred_runtime, target.preferred_precision
+            name,
+            target.title,
+            str(target.cores),
+            _bytes(target.memory.ram_bytes),
+            target.preferred_runtime,
+            target.preferred_precision,
         )
     put(table)
 
@@ -55,24 +65,50 @@ def detect(as_json: AsJson = False) -> None:
 
 @app.command("check")
 def check(
-    model: Annotated[str, typer.Argument(help="A folder that vitrim saved (architecture.json).", metavar="[TARGET] MODEL", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder that vitrim saved (architecture.json).",
+            metavar="[TARGET] MODEL",
+            show_default=False,
+        ),
+    ],
     second: Annotated[str | None, typer.Argument(hidden=True)] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="A target's name, `host` or a TOML. Absent: one line for every described device.", show_default=False)
+        str | None,
+        typer.Option(
+            "--target",
+            help="A target's name, `host` or a TOML. Absent: one line for every described device.",
+            show_default=False,
+        ),
     ] = None,
     precision: Annotated[
-        Literal["fp32", "fp16", "int8"], typer.Option("--precision", help="Precision of weights and activations.")
+        Literal["fp32", "fp16", "int8"],
+        typer.Option("--precision", help="Precision of weights and activations."),
     ] = "fp32",
     runtime: Annotated[
-        str | None, typer.Option("--runtime", help="Runtime of the estimate. Default: the target's preferred one.", show_default=False)
+        str | None,
+        typer.Option(
+            "--runtime",
+            help="Runtime of the estimate. Default: the target's preferred one.",
+            show_default=False,
+        ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of the estimate. Default: the cores of its first cluster.", show_default=False)
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            help="Threads of the estimate. Default: the cores of its first cluster.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Does a model fit a device, and about how long would it take? Leaves with exit code 1 if it does not fit.
+    """Does a model fit a device, and about how long would it take? Leaves with exit code 1 if it
+    does not fit.
 
-    The time is an estimate, with a bar that says how far estimates were from the truth on devices that were measured.
+    The time is an estimate, with a bar that says how far estimates were from the truth on devices
+    that were measured.
 
     [bold]Examples[/bold]
 
@@ -80,19 +116,27 @@ def check(
 
       vitrim targets check runs/quickstart/compact --precision int8
     """
-    from ..errors import InputError
+    from ..core.errors import InputError
 
     if second is not None:
         if target is not None:
             raise InputError(f"two targets: {model!r} and --target {target!r}; name one")
         target, model = model, second
-    asked = [load_target(target)] if target is not None else [load_target(name) for name in (*list_targets(), "host")]
+    asked = (
+        [load_target(target)]
+        if target is not None
+        else [load_target(name) for name in (*list_targets(), "host")]
+    )
     network = _Network(Path(model))
     if target is None:
         _overview(network, asked, precision, runtime, threads)
         return
     fit = network.fit(asked[0], precision)
-    typer.echo("\n".join((*fit.lines[:-1], network.time(asked[0], precision, runtime, threads), fit.lines[-1])))
+    typer.echo(
+        "\n".join(
+            (*fit.lines[:-1], network.time(asked[0], precision, runtime, threads), fit.lines[-1])
+        )
+    )
     if not fit.fits:
         raise typer.Exit(1)
 
@@ -101,33 +145,44 @@ class _Network:
     """A saved model as the checks see it."""
 
     def __init__(self, folder: Path) -> None:
-        from ..compress.count import count_params
-        from ..compress.files import ARCHITECTURE, read_architecture
+        from ..compress.network.count import count_params
+        from ..compress.network.files import ARCHITECTURE, read_architecture
 
         self.architecture = read_architecture(folder / ARCHITECTURE)
         self.params = count_params(self.architecture)
 
     def fit(self, target: TargetProfile, precision: Precision) -> Fit:
-        from ..peak_activations import peak_activation_bytes
+        from ..pipeline.peak_activations import peak_activation_bytes
         from ..targets.check import check as hold
 
         return hold(
-            target, params=self.params, peak_activation_bytes=peak_activation_bytes(self.architecture, precision), precision=precision
+            target,
+            params=self.params,
+            peak_activation_bytes=peak_activation_bytes(self.architecture, precision),
+            precision=precision,
         )
 
-    def time(self, target: TargetProfile, precision: Precision, runtime: str | None, threads: int | None) -> str:
+    def time(
+        self, target: TargetProfile, precision: Precision, runtime: str | None, threads: int | None
+    ) -> str:
         """The estimate on one line, or why there is none."""
         found = self.estimate(target, precision, runtime, threads)
         return found if isinstance(found, str) else str(found)
 
-    def estimate(self, target: TargetProfile, precision: Precision, runtime: str | None, threads: int | None) -> Estimate | str:
+    def estimate(
+        self, target: TargetProfile, precision: Precision, runtime: str | None, threads: int | None
+    ) -> Estimate | str:
         from ..bench.estimate.prediction import can_estimate, estimate
-        from ..network_workload import network_workload
+        from ..pipeline.network_workload import network_workload
 
         if runtime is not None:
             _require_runtime(runtime)
         return can_estimate(target, precision) or estimate(
-            network_workload(self.architecture), target, runtime=runtime, precision=precision, threads=threads
+            network_workload(self.architecture),
+            target,
+            runtime=runtime,
+            precision=precision,
+            threads=threads,
         )
 
 
@@ -135,7 +190,7 @@ def _require_runtime(runtime: str) -> None:
     import difflib
 
     from ..bench.estimate.points import known_runtimes
-    from ..errors import InputError
+    from ..core.errors import InputError
     from ..runtimes import engine_names
 
     known = sorted({*engine_names(), *known_runtimes()})
@@ -145,7 +200,13 @@ def _require_runtime(runtime: str) -> None:
         raise InputError(f"--runtime {runtime!r}: no such runtime; {hint}")
 
 
-def _overview(network: _Network, targets: list[TargetProfile], precision: Precision, runtime: str | None, threads: int | None) -> None:
+def _overview(
+    network: _Network,
+    targets: list[TargetProfile],
+    precision: Precision,
+    runtime: str | None,
+    threads: int | None,
+) -> None:
     from rich.table import Table
 
     from ..bench.estimate.prediction import time_text
@@ -156,16 +217,30 @@ def _overview(network: _Network, targets: list[TargetProfile], precision: Precis
         table.add_column(column, no_wrap=column in ("target", "its bar"))
     for target in targets:
         fit = network.fit(target, precision)
-        wanting = ((fit.weight_excess_bytes, "weights"), (fit.activation_excess_bytes, "activations"))
-        words = "yes" if fit.fits else "no: " + ", ".join(f"{what} {size_text(excess)} too large" for excess, what in wanting if excess)
-        found = network.estimate(target, precision, runtime, min(threads, target.cores) if threads else None)
+        wanting = (
+            (fit.weight_excess_bytes, "weights"),
+            (fit.activation_excess_bytes, "activations"),
+        )
+        words = (
+            "yes"
+            if fit.fits
+            else "no: "
+            + ", ".join(
+                f"{what} {size_text(excess)} too large" for excess, what in wanting if excess
+            )
+        )
+        found = network.estimate(
+            target, precision, runtime, min(threads, target.cores) if threads else None
+        )
         if isinstance(found, str):
             table.add_row(target.name, words, "none", "", found.split("; ")[1])
         else:
             bar = f"{time_text(found.low_s)} to {time_text(found.high_s)}"
             table.add_row(target.name, words, time_text(found.likely_s), bar, found.rests_on)
     put(table)
-    put("estimates, not measurements: the bar is how far they missed on four of five devices left out; measure on the device")
+    put(
+        "estimates, not measurements: the bar is how far they missed on four of five devices left out; measure on the device"
+    )
 
 
 app.command("emulate")(emulate)
@@ -177,11 +252,18 @@ def _print(name: str, as_json: bool) -> None:
         typer.echo(json.dumps(target.model_dump(mode="json", by_alias=True), indent=1))
         return
     typer.echo(f"{target.name}: {target.title} ({target.vendor})")
-    typer.echo(f"  {target.architecture}, {target.triple}; {', '.join(target.features) or 'no special instructions'}")
+    typer.echo(
+        f"  {target.architecture}, {target.triple}; {', '.join(target.features) or 'no special instructions'}"
+    )
     vector = target.vector
-    typer.echo(f"  vectors: {vector.kind}, {vector.registers} registers of {vector.bits} bits" + (", int8 dot products" if vector.int8_dot else ""))
+    typer.echo(
+        f"  vectors: {vector.kind}, {vector.registers} registers of {vector.bits} bits"
+        + (", int8 dot products" if vector.int8_dot else "")
+    )
     typer.echo(f"  TVM target: {json.dumps(target.tvm_target)}")
-    typer.echo(f"  made for {target.preferred_runtime} in {target.preferred_precision}; widths in multiples of {target.round_to}")
+    typer.echo(
+        f"  made for {target.preferred_runtime} in {target.preferred_precision}; widths in multiples of {target.round_to}"
+    )
     for key, value in target.numbers().items():
         typer.echo(f"  {key} = {value:g}  ({target.source_of(key)})")
     for note in target.notes:

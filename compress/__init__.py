@@ -1,1 +1,3 @@
-"""Which parts of a Vision Transformer may go, which should go, and the surgery that takes them out."""
+"""Which parts of a Vision Transformer may go, which should go, and the surgery that takes them
+out.
+"""

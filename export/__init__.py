@@ -13,15 +13,24 @@ _HOMES = {
     "verify_folder": ".artifact",
     "open_session": ".sessions",
     "export": ".exporter",
-    "export_graph": ".given_graph",
+    "export_graph": ".graphs.given_graph",
     "ParityError": ".parity",
 }
-__all__ = ["Artifact", "Manifest", "ParityError", "export", "export_graph", "open_session", "verify", "verify_folder"]
+__all__ = [
+    "Artifact",
+    "Manifest",
+    "ParityError",
+    "export",
+    "export_graph",
+    "open_session",
+    "verify",
+    "verify_folder",
+]
 
 if TYPE_CHECKING:
     from .artifact import Artifact, Manifest, verify, verify_folder
     from .exporter import export
-    from .given_graph import export_graph
+    from .graphs.given_graph import export_graph
     from .parity import ParityError
     from .sessions import open_session
 

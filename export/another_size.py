@@ -1,4 +1,6 @@
-"""Exporting for another image size than the model was trained at: what changes beside the model itself."""
+"""Exporting for another image size than the model was trained at: what changes beside the model
+itself.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..compress.architecture import Architecture, AttentionSpec
-from ..compress.image_size import at_image_size, resized
 from ..compress.lift import read
-from ..compress.patch_fit import Size, checked_size, largest_square, shown
-from ..errors import InputError
+from ..compress.network.architecture import Architecture, AttentionSpec
+from ..compress.network.patch_fit import Size, checked_size, largest_square, shown
+from ..compress.surgery.image_size import at_image_size, resized
+from ..core.errors import InputError
 from .artifact import PreprocessingSpec
-from .model_facts import name_of, weights_sha256
+from .graphs.model_facts import name_of, weights_sha256
 
 # The first words of the note.
 IMAGE_SIZE = "image size"
@@ -24,7 +26,9 @@ RESIZED_FROM, SOURCE_SHA256 = "resized_from", "resized_from_weights_sha256"
 
 @dataclass(frozen=True)
 class AnotherSize:
-    """The model to export instead; preprocessing and provenance that go with it; what the user should know."""
+    """The model to export instead; preprocessing and provenance that go with it; what the user
+    should know.
+    """
 
     model: nn.Module
     name: str
@@ -34,23 +38,36 @@ class AnotherSize:
 
 
 def another_size(
-    model: nn.Module, image_size: int | str | Size, preprocessing: PreprocessingSpec | None, provenance: Mapping[str, str]
+    model: nn.Module,
+    image_size: int | str | Size,
+    preprocessing: PreprocessingSpec | None,
+    provenance: Mapping[str, str],
 ) -> AnotherSize:
-    """The model for `image_size`. Errors: InputError for a size that does not work, or is not that of the preprocessing; UnsupportedModel."""
+    """The model for `image_size`. Errors: InputError for a size that does not work, or is not that
+    of the preprocessing; UnsupportedModel.
+    """
     size = checked_size(image_size)
     architecture = read(model).spec
     trained = architecture.image[1:]
     if preprocessing is not None:
         if (preprocessing.height, preprocessing.width) not in (trained, size):
             made = shown((preprocessing.height, preprocessing.width))
-            raise InputError(f"preprocessing: it makes images of {made}, the model is for {shown(trained)} and goes to {shown(size)}; give one of these two")
+            raise InputError(
+                f"preprocessing: it makes images of {made}, the model is for {shown(trained)} and goes to {shown(size)}; give one of these two"
+            )
         # Crop ratio, resizing and interpolation are shares and names, and stay.
         preprocessing = preprocessing.model_copy(update={"height": size[0], "width": size[1]})
     if size == trained:
         return AnotherSize(model, name_of(model), preprocessing, provenance, ())
     require_memory(at_image_size(architecture, size))
     origin = {RESIZED_FROM: shown(trained), SOURCE_SHA256: weights_sha256(model)}
-    return AnotherSize(resized(model, size), name_of(model), preprocessing, {**provenance, **origin}, (untrained(trained, size),))
+    return AnotherSize(
+        resized(model, size),
+        name_of(model),
+        preprocessing,
+        {**provenance, **origin},
+        (untrained(trained, size),),
+    )
 
 
 def untrained(trained: Size, size: Size) -> str:
@@ -59,7 +76,9 @@ def untrained(trained: Size, size: Size) -> str:
 
 
 def require_memory(architecture: Architecture) -> None:
-    """Refuse a size whose attention this machine cannot hold, for every stage runs here. Errors: InputError with the largest square that works."""
+    """Refuse a size whose attention this machine cannot hold, for every stage runs here. Errors:
+    InputError with the largest square that works.
+    """
     memory_bytes = int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
     needed_bytes = attention_bytes(architecture)
     if needed_bytes <= memory_bytes:
@@ -72,8 +91,12 @@ def require_memory(architecture: Architecture) -> None:
 
 
 def attention_bytes(architecture: Architecture) -> int:
-    """Scores and their softmax in the widest attention, and the offsets' index of every relative bias: all that grows with the square of the tokens."""
-    cores = [branch.core for branch in architecture.branches if isinstance(branch.core, AttentionSpec)]
+    """Scores and their softmax in the widest attention, and the offsets' index of every relative
+    bias: all that grows with the square of the tokens.
+    """
+    cores = [
+        branch.core for branch in architecture.branches if isinstance(branch.core, AttentionSpec)
+    ]
     scores = max((core.heads * core.parts for core in cores), default=0)
     indices = sum(core.bias is not None for core in cores)
     return architecture.tokens**2 * (2 * 4 * scores + 8 * indices)

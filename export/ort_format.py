@@ -1,4 +1,6 @@
-"""ONNX Runtime's own file format, and the list of operators for a runtime build that holds nothing else."""
+"""ONNX Runtime's own file format, and the list of operators for a runtime build that holds nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ OPERATORS = "required_operators.config"
 def save_ort_format(
     model: Path, folder: Path, answer: Callable[[Any], NDArray[Any]]
 ) -> tuple[list[tuple[str, str]], NDArray[Any]]:
-    """Write `model.ort` and `required_operators.config` beside a model; (path, role) of both, and the answers of the file as loaded back.
+    """Write `model.ort` and `required_operators.config` beside a model; (path, role) of both, and
+    the answers of the file as loaded back.
 
-    The file is optimised as far as every processor allows: layouts that only this machine likes are not baked in.
+    The file is optimised as far as every processor allows: layouts that only this machine likes are
+    not baked in.
     """
     import onnxruntime
     from onnxruntime.tools.ort_format_model import create_config_from_models
@@ -40,9 +44,13 @@ def save_ort_format(
         logging.disable(level)
     text = (folder / OPERATORS).read_text()
     # The tool notes the paths it read, which are nobody's business.
-    (folder / OPERATORS).write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")))
+    (folder / OPERATORS).write_text(
+        "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+    )
     plain = onnxruntime.SessionOptions()
     plain.intra_op_num_threads = 1
     plain.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(folder / ORT_FILE), plain, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(folder / ORT_FILE), plain, providers=["CPUExecutionProvider"]
+    )
     return [(ORT_FILE, "other"), (OPERATORS, "operators")], answer(session)

@@ -10,26 +10,39 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .artifact import Parity
+from .graphs.store import open_graph
 from .sessions import open_session
 from .stage_line import stage
-from .store import open_graph
 
 Array = NDArray[Any]
 NOISE_SEED = 0
 NOISE_IMAGES = 8
-# Largest error relative to the largest logit. Single precision sums in another order; eight bits are another network.
-TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 0.5, "int8-static": 0.75, "int8-weights": 0.25, "int4-weights": 1.0}
+# Largest error relative to the largest logit. Single precision sums in another order; eight bits
+# are another network.
+TOLERANCES: dict[str, float] = {
+    "fp32": 1e-4,
+    "fp16": 2e-2,
+    "bf16": 1e-1,
+    "int8": 0.5,
+    "int8-static": 0.75,
+    "int8-weights": 0.25,
+    "int4-weights": 1.0,
+}
 
 
 class ParityError(InputError):
-    """A stage changed the answers more than it may; the message names the stage, the first node that differs and by how much."""
+    """A stage changed the answers more than it may; the message names the stage, the first node
+    that differs and by how much.
+    """
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The inputs that every stage answers: images (n, channels, height, width) float32, real or seeded noise, and the reference's logits."""
+    """The inputs that every stage answers: images (n, channels, height, width) float32, real or
+    seeded noise, and the reference's logits.
+    """
 
     images: Array
     kind: Literal["images", "seeded-noise"]
@@ -37,29 +50,47 @@ class Probe:
     logits: Array
 
     @classmethod
-    def of(cls, answer: Callable[[Array], Array], shape: Sequence[int], images: Array | None) -> Probe:
-        """Ask the reference. Errors: InputError if the images do not fit the model or the answers are not finite."""
+    def of(
+        cls, answer: Callable[[Array], Array], shape: Sequence[int], images: Array | None
+    ) -> Probe:
+        """Ask the reference. Errors: InputError if the images do not fit the model or the answers
+        are not finite.
+        """
         if images is None:
-            noise = np.random.default_rng(NOISE_SEED).standard_normal((NOISE_IMAGES, *shape), dtype=np.float32)
+            noise = np.random.default_rng(NOISE_SEED).standard_normal(
+                (NOISE_IMAGES, *shape), dtype=np.float32
+            )
             probe, kind, seed = noise, "seeded-noise", NOISE_SEED
         else:
             probe, kind, seed = np.ascontiguousarray(images, dtype=np.float32), "images", None
             if probe.ndim != 4 or tuple(probe.shape[1:]) != tuple(shape) or len(probe) == 0:
-                raise InputError(f"images: shape {probe.shape} does not fit the model's (count, {', '.join(map(str, shape))}); prepare them at that size")
+                raise InputError(
+                    f"images: shape {probe.shape} does not fit the model's (count, {', '.join(map(str, shape))}); prepare them at that size"
+                )
             if not np.isfinite(probe).all():
-                raise InputError("images: hold infinite or missing numbers; look at the preprocessing's mean and std")
+                raise InputError(
+                    "images: hold infinite or missing numbers; look at the preprocessing's mean and std"
+                )
         logits = answer(probe)
         if not np.isfinite(logits).all():
-            raise InputError("the model answers with infinite or missing numbers before any export; its weights are broken, train again or load another file")
+            raise InputError(
+                "the model answers with infinite or missing numbers before any export; its weights are broken, train again or load another file"
+            )
         return cls(probe, kind, seed, logits)  # type: ignore[arg-type]
 
-    def compare(self, stage: str, logits: Array, *, tolerance: float | None, reference: str = "torch") -> Parity:
+    def compare(
+        self, stage: str, logits: Array, *, tolerance: float | None, reference: str = "torch"
+    ) -> Parity:
         """The figures of one stage."""
         if logits.shape != self.logits.shape:
-            raise ParityError(f"stage {stage}: answers have shape {logits.shape}, the reference's {self.logits.shape}")
+            raise ParityError(
+                f"stage {stage}: answers have shape {logits.shape}, the reference's {self.logits.shape}"
+            )
         error = relative_error(self.logits, logits)
         if not np.isfinite(error).all():
-            raise ParityError(f"stage {stage}: answers with infinite or missing numbers; export with precision='fp32', or report this model")
+            raise ParityError(
+                f"stage {stage}: answers with infinite or missing numbers; export with precision='fp32', or report this model"
+            )
         return Parity(
             stage=stage,
             reference=reference,
@@ -80,9 +111,21 @@ def relative_error(reference: Array, found: Array) -> Array:
     return error
 
 
-def answers(model: onnx.ModelProto | bytes, images: Array, *, batch: int | Literal["dynamic"] = 1, config: dict[str, str] | None = None) -> Array:
-    """Logits of an ONNX model for all images, at its own batch size; a last incomplete batch is filled up and cut off."""
-    session = open_session(model, config=config) if isinstance(model, bytes) else open_graph(model, config=config)
+def answers(
+    model: onnx.ModelProto | bytes,
+    images: Array,
+    *,
+    batch: int | Literal["dynamic"] = 1,
+    config: dict[str, str] | None = None,
+) -> Array:
+    """Logits of an ONNX model for all images, at its own batch size; a last incomplete batch is
+    filled up and cut off.
+    """
+    session = (
+        open_session(model, config=config)
+        if isinstance(model, bytes)
+        else open_graph(model, config=config)
+    )
     return session_answers(session, images, batch=batch)
 
 
@@ -101,7 +144,9 @@ def session_answers(session: Any, images: Array, *, batch: int | Literal["dynami
 
 
 def require(parity: Parity, where: Callable[[float], str | None]) -> Parity:
-    """Pass a stage within its tolerance. Errors: ParityError; `where` is asked for the first differing node only then."""
+    """Pass a stage within its tolerance. Errors: ParityError; `where` is asked for the first
+    differing node only then.
+    """
     tolerance = parity.tolerance
     if tolerance is None or parity.max_relative_error <= tolerance:
         return parity
@@ -114,55 +159,106 @@ def require(parity: Parity, where: Callable[[float], str | None]) -> Parity:
 
 
 def first_difference(
-    reference: onnx.ModelProto, candidate: onnx.ModelProto, image: Array, tolerance: float, *, endings: tuple[str, ...] = ("",)
+    reference: onnx.ModelProto,
+    candidate: onnx.ModelProto,
+    image: Array,
+    tolerance: float,
+    *,
+    endings: tuple[str, ...] = ("",),
 ) -> str | None:
-    """The candidate's first node, in order of computation, whose value differs from the reference's value of the same name.
+    """The candidate's first node, in order of computation, whose value differs from the reference's
+    value of the same name.
 
-    Values are compared flat, since forms differ in batch dimensions; values that only one graph has are passed over, and those without one
-    of the `endings` (two forms agree on what attention and activation answer, not on the scaled and centred values between).
+    Values are compared flat, since forms differ in batch dimensions; values that only one graph has
+    are passed over, and those without one of the `endings` (two forms agree on what attention and
+    activation answer, not on the scaled and centred values between).
     """
-    wanted = [output for node in candidate.graph.node for output in node.output if output.endswith(endings)]
+    wanted = [
+        output
+        for node in candidate.graph.node
+        for output in node.output
+        if output.endswith(endings)
+    ]
     theirs = {output for node in reference.graph.node for output in node.output if output}
     shared = [name for name in wanted if name in theirs]
-    return first_apart(candidate, shared, inner_values(reference, shared, image), inner_values(candidate, shared, image), tolerance)
+    return first_apart(
+        candidate,
+        shared,
+        inner_values(reference, shared, image),
+        inner_values(candidate, shared, image),
+        tolerance,
+    )
 
 
-def first_apart(graph: onnx.ModelProto, names: Sequence[str], left: Mapping[str, Array], right: Mapping[str, Array], tolerance: float) -> str | None:
-    """The first of the named values of a graph that differs between left and right, in words; those that one of them lacks are passed over."""
+def first_apart(
+    graph: onnx.ModelProto,
+    names: Sequence[str],
+    left: Mapping[str, Array],
+    right: Mapping[str, Array],
+    tolerance: float,
+) -> str | None:
+    """The first of the named values of a graph that differs between left and right, in words; those
+    that one of them lacks are passed over.
+    """
     kinds = {output: node for node in graph.graph.node for output in node.output}
     for name in names:
-        if name not in left or name not in right or left[name].size != right[name].size or left[name].dtype != right[name].dtype:
+        if (
+            name not in left
+            or name not in right
+            or left[name].size != right[name].size
+            or left[name].dtype != right[name].dtype
+        ):
             continue
-        error = float(relative_error(left[name].ravel(), right[name].ravel()).max()) if left[name].size else 0.0
+        error = (
+            float(relative_error(left[name].ravel(), right[name].ravel()).max())
+            if left[name].size
+            else 0.0
+        )
         if not error <= tolerance:
             return f"node {kinds[name].name or name!r} ({kinds[name].op_type}), by {error:.2e} of its largest value"
     return None
 
 
 def inner_values(model: onnx.ModelProto, names: Sequence[str], image: Array) -> dict[str, Array]:
-    """Values inside a graph for one input, by name; those that the runtime cannot show are left out."""
+    """Values inside a graph for one input, by name; those that the runtime cannot show are left
+    out.
+    """
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     present = {output.name for output in opened.graph.output}
-    opened.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in present)
+    opened.graph.output.extend(
+        onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in present
+    )
     try:
         session = open_graph(opened)
         values = session.run(None, {session.get_inputs()[0].name: image})
-    except Exception:  # the runtime's own errors share no type; without inner values the stage's figure still stands
+    # the runtime's own errors share no type; without inner values the stage's figure still stands
+    except Exception:
         return {}
     return {output.name: value for output, value in zip(session.get_outputs(), values, strict=True)}
 
 
-def first_unmatched_module(model: Any, candidate: onnx.ModelProto, image: Array, tolerance: float) -> str | None:
-    """The first torch module, in order of computation, whose output appears nowhere in the ONNX graph: how torch and ONNX are compared inside."""
+def first_unmatched_module(
+    model: Any, candidate: onnx.ModelProto, image: Array, tolerance: float
+) -> str | None:
+    """The first torch module, in order of computation, whose output appears nowhere in the ONNX
+    graph: how torch and ONNX are compared inside.
+    """
     import torch
 
     outputs: list[tuple[str, str, Array]] = []
     hooks = []
     for name, module in model.named_modules():
+
         def keep(module: Any, inputs: Any, output: Any, name: str = name) -> None:
             if isinstance(output, torch.Tensor):
-                outputs.append((name or "the whole model", type(module).__name__, output.detach().cpu().float().numpy()))
+                outputs.append(
+                    (
+                        name or "the whole model",
+                        type(module).__name__,
+                        output.detach().cpu().float().numpy(),
+                    )
+                )
 
         hooks.append(module.register_forward_hook(keep))
     try:
@@ -172,10 +268,16 @@ def first_unmatched_module(model: Any, candidate: onnx.ModelProto, image: Array,
         for hook in hooks:
             hook.remove()
     names = [output for node in candidate.graph.node for output in node.output if output]
-    values = [value for value in inner_values(candidate, names, image).values() if value.dtype == np.float32]
+    values = [
+        value
+        for value in inner_values(candidate, names, image).values()
+        if value.dtype == np.float32
+    ]
     for name, kind, expected in outputs:
         same = [value for value in values if value.shape == expected.shape]
-        nearest = min((float(relative_error(expected, value).max()) for value in same), default=None)
+        nearest = min(
+            (float(relative_error(expected, value).max()) for value in same), default=None
+        )
         if nearest is not None and nearest > tolerance:
             return f"module {name} ({kind}), by {nearest:.2e} of its largest value"
     return None

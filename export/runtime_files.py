@@ -1,4 +1,6 @@
-"""For the other runtimes: the form that each wants, what it writes, and its answers through the very engine that is timed."""
+"""For the other runtimes: the form that each wants, what it writes, and its answers through the
+very engine that is timed.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,17 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from ..compress.vit.model import CompactModel
-from ..errors import InputError, UnsupportedModel
+from ..compress.network.modules.model import CompactModel
+from ..core.errors import InputError, UnsupportedModel
 from ..runtimes import EngineError
 from ..runtimes.apart import ask_apart
-from .artifact import FileEntry, Parity, entry_for
-from .candidates import candidates, readable
+from .artifact import Array, FileEntry, Parity, entry_for
 from .foreign import EMULATED_S
 from .forms import Form
+from .graphs.candidates import candidates, readable
 from .onnxruntime_files import prove
-from .order import Array, Order
 from .parity import Probe, require
+from .request import ExportRequest
 from .runtimes import Runtime, Source, Written
 from .stage_line import stage, stages_hidden
 
@@ -29,13 +31,24 @@ TUNE = {"tune_s": "60"}
 
 
 def source_for(
-    runtime: Runtime, model: nn.Module, tidy: onnx.ModelProto, order: Order, probe: Probe, first: Array, stages: list[Parity], notes: list[str]
+    runtime: Runtime,
+    model: nn.Module,
+    tidy: onnx.ModelProto,
+    order: ExportRequest,
+    probe: Probe,
+    first: Array,
+    stages: list[Parity],
+    notes: list[str],
 ) -> tuple[str, Source]:
-    """The form's name and what the runtime converts; stages and notes grow. Errors: ParityError, UnsupportedModel, InputError."""
+    """The form's name and what the runtime converts; stages and notes grow. Errors: ParityError,
+    UnsupportedModel, InputError.
+    """
     graph, name = tidy, TORCH
     if runtime.form is not None or order.form is not None:
         if isinstance(order.form, Form) and order.form.runtime_operators:
-            raise InputError(f"form {order.form.name} holds operators of ONNX Runtime's own; take another for {runtime.name}, or leave it out")
+            raise InputError(
+                f"form {order.form.name} holds operators of ONNX Runtime's own; take another for {runtime.name}, or leave it out"
+            )
         found, why = candidates(model, tidy, order, portable=runtime.form)
         notes.extend(why)
         parity = prove(model, found[0], order, probe, first)
@@ -54,10 +67,23 @@ def source_for(
 
 
 def write_and_ask(
-    runtime: Runtime, source: Source, folder: Path, order: Order, stages: list[Parity], notes: list[str]
+    runtime: Runtime,
+    source: Source,
+    folder: Path,
+    order: ExportRequest,
+    stages: list[Parity],
+    notes: list[str],
 ) -> tuple[Written, list[FileEntry]]:
-    """Let the runtime write, then hold its answers against torch; stages and notes grow. Errors: InputError, ParityError."""
-    work = "compiling" if runtime.name == "tvm" else "calibrating" if order.precision == "int8-static" else "converting"
+    """Let the runtime write, then hold its answers against torch; stages and notes grow. Errors:
+    InputError, ParityError.
+    """
+    work = (
+        "compiling"
+        if runtime.name == "tvm"
+        else "calibrating"
+        if order.precision == "int8-static"
+        else "converting"
+    )
     stage(f"{work} for {runtime.name}, {order.precision}")
     # Tuning shows a bar of its own.
     with stages_hidden() if "tune_s" in source.options else contextlib.nullcontext():
@@ -85,16 +111,29 @@ def write_and_ask(
     except EngineError as error:
         raise InputError(f"runtime {runtime.name}: what it wrote does not run: {error}") from None
     words = runtime.name if order.precision == "fp32" else f"{runtime.name} {order.precision}"
-    asked = replace(source.probe, images=source.probe.images[: len(logits)], logits=source.probe.logits[: len(logits)])
+    asked = replace(
+        source.probe,
+        images=source.probe.images[: len(logits)],
+        logits=source.probe.logits[: len(logits)],
+    )
     parity = asked.compare(words, logits, tolerance=order.allowed[order.precision])
-    stages.append(require(parity, lambda tolerance: _inside(runtime, source, written, folder, tolerance)))
-    notes.append(f"asked in {told['runtime']} {told['version']} on {told['provider'] or 'what it chose'}")
+    stages.append(
+        require(parity, lambda tolerance: _inside(runtime, source, written, folder, tolerance))
+    )
+    notes.append(
+        f"asked in {told['runtime']} {told['version']} on {told['provider'] or 'what it chose'}"
+    )
     return written, files
 
 
-def _inside(runtime: Runtime, source: Source, written: Written, folder: Path, tolerance: float) -> str:
+def _inside(
+    runtime: Runtime, source: Source, written: Written, folder: Path, tolerance: float
+) -> str:
     """Where in what was written the answers first go wrong, as far as the runtime shows it."""
     if written.where is None or written.command is not None:
         return f"somewhere inside {runtime.name}, which shows no inner values here"
     place = written.where(source, folder / written.main, tolerance)
-    return place or f"somewhere inside {runtime.name}, behind the last inner value that can be held against torch's"
+    return (
+        place
+        or f"somewhere inside {runtime.name}, behind the last inner value that can be held against torch's"
+    )

@@ -1,4 +1,6 @@
-"""Which stage of an export is at work, and for how long: one line on a person's terminal, gone when it is done; nothing for short work."""
+"""Which stage of an export is at work, and for how long: one line on a person's terminal, gone when
+it is done; nothing for short work.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ PATIENCE_S = 2.0
 
 
 class StageLine:
-    """The line of one export: it appears after `patience_s` and tells the newest stage, and the time since that began."""
+    """The line of one export: it appears after `patience_s` and tells the newest stage, and the
+    time since that began.
+    """
 
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
         from rich.console import Console
@@ -24,7 +28,8 @@ class StageLine:
 
         self._lock = threading.Lock()
         self._patience_s, self._there = patience_s, False
-        # The stream itself: converters are run with sys.stderr pointing elsewhere. Nothing is redirected, for results go to standard output meanwhile.
+        # The stream itself: converters are run with sys.stderr pointing elsewhere. Nothing is
+        # redirected, for results go to standard output meanwhile.
         console = Console(file=sys.stderr)
         self._line: Progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,
@@ -67,7 +72,8 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextlib.contextmanager
 def stages_shown(*, quiet: bool = False, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Show the stages that begin within this block, if standard error is a terminal. Within another such block, that one's line goes on.
+    """Show the stages that begin within this block, if standard error is a terminal. Within another
+    such block, that one's line goes on.
 
     quiet: show nothing, whatever blocks within this one say.
     """

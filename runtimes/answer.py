@@ -1,9 +1,11 @@
-"""Ask a model in a process of its own, which may be another interpreter or an emulated one, and keep its answers.
+"""Ask a model in a process of its own, which may be another interpreter or an emulated one, and
+keep its answers.
 
     python answer.py '{"runtime": "openvino", "model": "model.xml", ...}' images.npy logits.npy
 
-images.npy: (count, ...) in the model's own type; a last incomplete batch is filled up and cut off. "time_limit_s" in the job: no further batch is
-begun after so many seconds. Writes logits.npy (count, classes), and one JSON line on standard output: {"runtime", "version", "provider",
+images.npy: (count, ...) in the model's own type; a last incomplete batch is filled up and cut off.
+"time_limit_s" in the job: no further batch is begun after so many seconds. Writes logits.npy
+(count, classes), and one JSON line on standard output: {"runtime", "version", "provider",
 "provider_nodes"}, or {"error"} with exit code 3.
 """
 
@@ -25,7 +27,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def load_package() -> Any:
-    """This folder as the package `runtimes`, wherever it lies and whether or not vitrim is installed."""
+    """This folder as the package `runtimes`, wherever it lies and whether or not vitrim is
+    installed.
+    """
     sys.path.insert(0, os.path.dirname(HERE))
     try:
         return importlib.import_module("runtimes")
@@ -34,7 +38,9 @@ def load_package() -> Any:
 
 
 def answer(engine: Any, images: Any, time_limit_s: float | None = None) -> Any:
-    """Logits (count, classes) float32 of a loaded engine for all images, at its own batch size; of fewer once the time is used up."""
+    """Logits (count, classes) float32 of a loaded engine for all images, at its own batch size; of
+    fewer once the time is used up.
+    """
     import numpy
 
     size, start = engine.input_shape[0], time.monotonic()
@@ -46,7 +52,11 @@ def answer(engine: Any, images: Any, time_limit_s: float | None = None) -> Any:
         there = len(chunk)
         if there < size:
             chunk = numpy.concatenate([chunk, numpy.repeat(chunk[-1:], size - there, axis=0)])
-        found.append(numpy.asarray(engine.infer(numpy.ascontiguousarray(chunk)), dtype=numpy.float32).reshape(size, -1)[:there])
+        found.append(
+            numpy.asarray(
+                engine.infer(numpy.ascontiguousarray(chunk)), dtype=numpy.float32
+            ).reshape(size, -1)[:there]
+        )
     return numpy.concatenate(found)
 
 
@@ -55,7 +65,9 @@ def main(arguments: list[str]) -> int:
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if len(arguments) != 3:
-        sys.stderr.write("three arguments are wanted: the job as JSON, the images to read and the logits to write\n")
+        sys.stderr.write(
+            "three arguments are wanted: the job as JSON, the images to read and the logits to write\n"
+        )
         return 2
     runtimes = load_package()
     try:
@@ -66,7 +78,12 @@ def main(arguments: list[str]) -> int:
         engine.load()
         images = numpy.load(arguments[1], allow_pickle=False).astype(engine.input_type, copy=False)
         numpy.save(arguments[2], answer(engine, images, job.get("time_limit_s")))
-        told = {"runtime": engine.runtime, "version": engine.version, "provider": engine.provider, "provider_nodes": engine.provider_nodes}
+        told = {
+            "runtime": engine.runtime,
+            "version": engine.version,
+            "provider": engine.provider,
+            "provider_nodes": engine.provider_nodes,
+        }
     except runtimes.EngineError as error:
         told = {"error": str(error)}
     except Exception as error:

@@ -1,4 +1,6 @@
-"""ExecuTorch: `.pte` files, with what XNNPACK takes on XNNPACK and the rest on ExecuTorch's own kernels."""
+"""ExecuTorch: `.pte` files, with what XNNPACK takes on XNNPACK and the rest on ExecuTorch's own
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ REQUIREMENT = Requirement("executorch", "executorch")
 
 
 class ExecuTorchEngine(Engine):
-    """The method `forward` of a program. ExecuTorch's Python needs torch, whose memory is below the floor."""
+    """The method `forward` of a program. ExecuTorch's Python needs torch, whose memory is below the
+    floor.
+    """
 
     runtime = "executorch"
 
@@ -34,7 +38,9 @@ class ExecuTorchEngine(Engine):
         # The pool is made at the first use, with a thread a core.
         self.library._unsafe_reset_threadpool(threads)
         if self.library._threadpool_get_thread_count() != threads:
-            raise EngineError(f"ExecuTorch took {self.library._threadpool_get_thread_count()} threads, and {threads} were asked for; give another number")
+            raise EngineError(
+                f"ExecuTorch took {self.library._threadpool_get_thread_count()} threads, and {threads} were asked for; give another number"
+            )
         try:
             self.method = self.runtimes.get().load_program(path).load_method("forward")
         except Exception as error:

@@ -32,9 +32,14 @@ class LiteRtEngine(Engine):
             self.interpreter.allocate_tensors()
         except Exception as error:
             raise self.cannot_load(error) from None
-        inputs, outputs = self.interpreter.get_input_details(), self.interpreter.get_output_details()
+        inputs, outputs = (
+            self.interpreter.get_input_details(),
+            self.interpreter.get_output_details(),
+        )
         if len(inputs) != 1 or not outputs:
-            raise EngineError(f"the model has {len(inputs)} inputs and {len(outputs)} outputs; an image classifier with one of each is measured")
+            raise EngineError(
+                f"the model has {len(inputs)} inputs and {len(outputs)} outputs; an image classifier with one of each is measured"
+            )
         self.take_input([int(size) for size in inputs[0]["shape"]], inputs[0]["dtype"].__name__)
         self.fed, self.told = inputs[0]["index"], outputs[0]["index"]
 

@@ -10,7 +10,9 @@ REQUIREMENT = Requirement("ncnn", "ncnn")
 
 
 class NcnnEngine(Engine):
-    """A network of one image at a time. The session's `storage` is fp32 or fp16: how weights and inner values are kept."""
+    """A network of one image at a time. The session's `storage` is fp32 or fp16: how weights and
+    inner values are kept.
+    """
 
     runtime = "ncnn"
 
@@ -28,7 +30,9 @@ class NcnnEngine(Engine):
         path = self.require_file()
         self.take_input()
         if self.input_shape[0] != 1:
-            raise EngineError(f"ncnn answers one image at a time, and batch {self.input_shape[0]} was asked for; export with batch 1")
+            raise EngineError(
+                f"ncnn answers one image at a time, and batch {self.input_shape[0]} was asked for; export with batch 1"
+            )
         if not path.endswith(".param"):
             raise EngineError(f"{path}: ncnn opens a .param file with its .bin beside it")
         half = (self.job.get("session") or {}).get("storage") == "fp16"
@@ -40,10 +44,14 @@ class NcnnEngine(Engine):
         option.use_fp16_packed = option.use_fp16_storage = option.use_fp16_arithmetic = half
         option.use_bf16_storage = False
         if net.load_param(path) != 0 or net.load_model(path[: -len(".param")] + ".bin") != 0:
-            raise EngineError(f"{path}: ncnn {self.version} cannot load it; it has a layer that this build lacks, or the .bin is missing")
+            raise EngineError(
+                f"{path}: ncnn {self.version} cannot load it; it has a layer that this build lacks, or the .bin is missing"
+            )
         inputs, outputs = list(net.input_names()), list(net.output_names())
         if len(inputs) != 1 or not outputs:
-            raise EngineError(f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs; an image classifier with one of each is measured")
+            raise EngineError(
+                f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs; an image classifier with one of each is measured"
+            )
         # pnnx renames both; the manifest keeps the names that the other runtimes use.
         self.net, self.inner_input, self.inner_output = net, inputs[0], outputs[0]
 

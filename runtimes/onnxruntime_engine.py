@@ -17,10 +17,18 @@ from .engine import Engine, EngineError, Json, Requirement, missing, one_line
 
 REQUIREMENT = Requirement("onnxruntime", "onnxruntime")
 CPU_PROVIDER = "CPUExecutionProvider"
-# Providers whose memory is not the program's: images and logits are bound there, so that copies are made when they are meant to be.
-DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda", "NvTensorRTRTXExecutionProvider": "cuda"}
+# Providers whose memory is not the program's: images and logits are bound there, so that copies are
+# made when they are meant to be.
+DEVICES = {
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",
+    "NvTensorRTRTXExecutionProvider": "cuda",
+}
 # What replays a recorded CUDA graph instead of launching each kernel anew.
-GRAPH_OPTIONS = {"CUDAExecutionProvider": "enable_cuda_graph", "TensorrtExecutionProvider": "trt_cuda_graph_enable"}
+GRAPH_OPTIONS = {
+    "CUDAExecutionProvider": "enable_cuda_graph",
+    "TensorrtExecutionProvider": "trt_cuda_graph_enable",
+}
 # One inference with the log on, for what the arena tells there.
 ARENA_SCRIPT = """
 import json, sys
@@ -34,12 +42,18 @@ for key, value in job["session"].items():
 session = onnxruntime.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
 session.run(None, {job["input"]: numpy.zeros(job["shape"], job["type"])})
 """
-NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8"}
+NUMPY_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(uint8)": "uint8",
+}
 
 
 class OnnxRuntimeEngine(Engine):
-    """A session. Of the job it also reads providers, provider_options ({provider: {key: text}}), arena, spinning and session (config entries); on a
-    GPU device ("cuda", by the provider), copies (true: they are timed) and cuda_graph.
+    """A session. Of the job it also reads providers, provider_options ({provider: {key: text}}),
+    arena, spinning and session (config entries); on a GPU device ("cuda", by the provider), copies
+    (true: they are timed) and cuda_graph.
     """
 
     runtime = "onnxruntime"
@@ -67,15 +81,23 @@ class OnnxRuntimeEngine(Engine):
             )
         found = inputs[0]
         if found.type not in NUMPY_TYPES:
-            raise EngineError(f"input {found.name!r} is a {found.type}; it can be one of {', '.join(NUMPY_TYPES)}")
+            raise EngineError(
+                f"input {found.name!r} is a {found.type}; it can be one of {', '.join(NUMPY_TYPES)}"
+            )
         self.take_input(found.shape, NUMPY_TYPES[found.type], found.name)
         outputs = [output.name for output in self.session.get_outputs()]
-        self.output_name = self.job.get("output") or ("logits" if "logits" in outputs else outputs[0])
+        self.output_name = self.job.get("output") or (
+            "logits" if "logits" in outputs else outputs[0]
+        )
         if self.output_name not in outputs:
-            raise EngineError(f"the model has no output {self.output_name!r}; it has {', '.join(outputs)}")
+            raise EngineError(
+                f"the model has no output {self.output_name!r}; it has {', '.join(outputs)}"
+            )
         self.provider_nodes = nodes_by_provider(self.session) if asked != [CPU_PROVIDER] else None
         nodes = self.provider_nodes
-        self.provider = max(nodes, key=nodes.__getitem__) if nodes else self.session.get_providers()[0]
+        self.provider = (
+            max(nodes, key=nodes.__getitem__) if nodes else self.session.get_providers()[0]
+        )
         self.device = self.job.get("device") or DEVICES.get(self.provider)
         self.bound: Any = None
         if self.device:
@@ -106,37 +128,64 @@ class OnnxRuntimeEngine(Engine):
         return call
 
     def _bind(self, images: Any) -> None:
-        # A recorded graph reads and writes at the addresses that it was recorded with, so both places are taken once.
+        # A recorded graph reads and writes at the addresses that it was recorded with, so both
+        # places are taken once.
         values = self.module.OrtValue
-        outputs = [output for output in self.session.get_outputs() if output.name == self.output_name]
+        outputs = [
+            output for output in self.session.get_outputs() if output.name == self.output_name
+        ]
         shape = [size if isinstance(size, int) else images.shape[0] for size in outputs[0].shape]
         self.images_there = values.ortvalue_from_numpy(images, self.device, 0)
-        self.answer_there = values.ortvalue_from_shape_and_type(shape, NUMPY_TYPES[outputs[0].type], self.device, 0)
+        self.answer_there = values.ortvalue_from_shape_and_type(
+            shape, NUMPY_TYPES[outputs[0].type], self.device, 0
+        )
         self.bound = self.session.io_binding()
         self.bound.bind_ortvalue_input(self.input_name, self.images_there)
         self.bound.bind_ortvalue_output(self.output_name, self.answer_there)
 
     def device_memory_peak_bytes(self) -> int | None:
-        # The runtime's arenas on the device never shrink, so what is taken now is the most that was.
+        # The runtime's arenas on the device never shrink, so what is taken now is the most that
+        # was.
         now = None if self.device_floor_bytes is None else device_memory_used_bytes()
-        return None if now is None or self.device_floor_bytes is None else max(0, now - self.device_floor_bytes)
+        return (
+            None
+            if now is None or self.device_floor_bytes is None
+            else max(0, now - self.device_floor_bytes)
+        )
 
     def arena_bytes(self) -> int | None:
-        """Bytes that the arena took, weights included; None without an arena, where memory is short, or on a GPU, whose engine would be built once more."""
+        """Bytes that the arena took, weights included; None without an arena, where memory is
+        short, or on a GPU, whose engine would be built once more.
+        """
         if not self.job.get("arena", True) or self.device or not room_for_another():
             return None
-        # Python's onnxruntime shows no allocator statistics (the C API does since 1.23, AllocatorGetStats), but the arena tells its log what it takes.
-        # In another process: the log has to be on from the start, and a second session here would be memory that the model does not need.
-        keys = {"model": self.job["model"], "threads": int(self.job.get("threads", 1)), "session": dict(self.job.get("session") or {})}
-        task = json.dumps({**keys, "shape": self.input_shape, "type": self.input_type, "input": self.input_name})
+        # Python's onnxruntime shows no allocator statistics (the C API does since 1.23,
+        # AllocatorGetStats), but the arena tells its log what it takes. In another process: the log
+        # has to be on from the start, and a second session here would be memory that the model does
+        # not need.
+        keys = {
+            "model": self.job["model"],
+            "threads": int(self.job.get("threads", 1)),
+            "session": dict(self.job.get("session") or {}),
+        }
+        task = json.dumps(
+            {**keys, "shape": self.input_shape, "type": self.input_type, "input": self.input_name}
+        )
         try:
-            done = subprocess.run([sys.executable, "-c", ARENA_SCRIPT, task], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", ARENA_SCRIPT, task],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=120,
+                check=True,
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return arena_bytes(done.stderr.decode(errors="replace"))
 
     def profile(self, images: Any, count: int) -> list[Json]:
-        # A second session: the profiler cannot be switched on later, and would cost the timed one time.
+        # A second session: the profiler cannot be switched on later, and would cost the timed one
+        # time.
         folder = tempfile.mkdtemp(prefix="vitrim-profile-")
         try:
             options = self._options()
@@ -157,9 +206,12 @@ class OnnxRuntimeEngine(Engine):
         options.inter_op_num_threads = 1
         options.enable_cpu_mem_arena = bool(job.get("arena", True))
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if job.get("spinning") else "0")
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "1" if job.get("spinning") else "0"
+        )
         if job.get("spinning"):
-            # Threads may wait busily inside a call, but not after it: a neighbour that is measured in turn would pay for that.
+            # Threads may wait busily inside a call, but not after it: a neighbour that is measured
+            # in turn would pay for that.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         for key, value in (job.get("session") or {}).items():
             options.add_session_config_entry(key, value)
@@ -177,20 +229,26 @@ class OnnxRuntimeEngine(Engine):
         path = self.require_file()
         given = self.job.get("provider_options") or {}
         settings = [dict(given.get(provider) or {}) for provider in providers]
-        for provider, wanted in zip(providers, settings):  # noqa: B905 - Python 3.9 reads it
+        for provider, wanted in zip(providers, settings):
             if graph and provider in GRAPH_OPTIONS:
                 wanted[GRAPH_OPTIONS[provider]] = "1"
         try:
-            return self.module.InferenceSession(path, options, providers=providers, provider_options=settings)
+            return self.module.InferenceSession(
+                path, options, providers=providers, provider_options=settings
+            )
         except Exception as error:
-            raise EngineError(f"{os.path.basename(path)}: onnxruntime {self.version} cannot load it: {one_line(error)}") from None
+            raise EngineError(
+                f"{os.path.basename(path)}: onnxruntime {self.version} cannot load it: {one_line(error)}"
+            ) from None
 
 
 ENGINE = OnnxRuntimeEngine
 
 
 def nodes_by_provider(session: Any) -> dict[str, int] | None:
-    """How many nodes each execution provider really took; None where this onnxruntime does not tell."""
+    """How many nodes each execution provider really took; None where this onnxruntime does not
+    tell.
+    """
     try:
         counts: dict[str, int] = {}
         for subgraph in session.get_provider_graph_assignment_info():
@@ -201,19 +259,25 @@ def nodes_by_provider(session: Any) -> dict[str, int] | None:
 
 
 def room_for_another(status: str = "/proc/self/status", meminfo: str = "/proc/meminfo") -> bool:
-    """Whether a second process like this one fits into what is free with room to spare; True where the system does not tell."""
+    """Whether a second process like this one fits into what is free with room to spare; True where
+    the system does not tell.
+    """
     kilobytes = {}
     for path, key in ((status, "VmRSS:"), (meminfo, "MemAvailable:")):
         try:
             with open(path) as stream:
-                kilobytes[key] = next(int(line.split()[1]) for line in stream if line.startswith(key))
+                kilobytes[key] = next(
+                    int(line.split()[1]) for line in stream if line.startswith(key)
+                )
         except (OSError, StopIteration, ValueError, IndexError):
             return True
     return kilobytes["MemAvailable:"] > 2 * kilobytes["VmRSS:"]
 
 
 def arena_bytes(log: str) -> int | None:
-    """The bytes that the CPU arena says it holds at the end of a log; None where no arena speaks."""
+    """The bytes that the CPU arena says it holds at the end of a log; None where no arena
+    speaks.
+    """
     name, held = "", None
     for line in log.splitlines():
         if found := re.search(r"BFCArena for (\w+)", line):
@@ -229,7 +293,9 @@ def arena_bytes(log: str) -> int | None:
 
 
 def operator_rows(trace: list[Json], count: int) -> list[Json]:
-    """Rows (node, operator, provider, calls, seconds of one inference) from a trace, its first two runs left out as warm-up."""
+    """Rows (node, operator, provider, calls, seconds of one inference) from a trace, its first two
+    runs left out as warm-up.
+    """
     found: dict[str, list[Json]] = {}
     for event in trace:
         if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
@@ -238,7 +304,8 @@ def operator_rows(trace: list[Json], count: int) -> list[Json]:
     for node, events in found.items():
         kept = events[-count:]
         args = kept[0].get("args", {})
-        # The median: one interruption of a busy machine is longer than all calls of an operator together.
+        # The median: one interruption of a busy machine is longer than all calls of an operator
+        # together.
         spent = sorted(event["dur"] for event in kept)
         middle = (spent[(len(spent) - 1) // 2] + spent[len(spent) // 2]) / 2
         rows.append(
@@ -246,7 +313,11 @@ def operator_rows(trace: list[Json], count: int) -> list[Json]:
                 "node": node,
                 "operator": args.get("op_name", "?"),
                 "provider": args.get("provider", "?"),
-                "output_shapes": [list(shape) for entry in args.get("output_type_shape", []) for shape in entry.values()],
+                "output_shapes": [
+                    list(shape)
+                    for entry in args.get("output_type_shape", [])
+                    for shape in entry.values()
+                ],
                 "calls": len(kept),
                 "seconds": middle * len(kept) * 1e-6 / count,
             }

@@ -11,7 +11,9 @@ DEVICE = "CPU"
 
 
 class OpenVinoEngine(Engine):
-    """A compiled model and one request. `session` of the job holds properties such as INFERENCE_PRECISION_HINT."""
+    """A compiled model and one request. `session` of the job holds properties such as
+    INFERENCE_PRECISION_HINT.
+    """
 
     runtime = "openvino"
 
@@ -32,7 +34,10 @@ class OpenVinoEngine(Engine):
             model = core.read_model(path)
             if model.is_dynamic():
                 taken = model.inputs[0]
-                free = [size.get_length() if size.is_static else None for size in taken.get_partial_shape()]
+                free = [
+                    size.get_length() if size.is_static else None
+                    for size in taken.get_partial_shape()
+                ]
                 self.take_input(free, name=taken.get_any_name())
                 model.reshape(self.input_shape)
             self.compiled = core.compile_model(model, DEVICE, wanted)
@@ -41,14 +46,18 @@ class OpenVinoEngine(Engine):
         except Exception as error:
             raise self.cannot_load(error) from None
         if len(self.compiled.inputs) != 1:
-            raise EngineError(f"the model has {len(self.compiled.inputs)} inputs; an image classifier with one is measured")
+            raise EngineError(
+                f"the model has {len(self.compiled.inputs)} inputs; an image classifier with one is measured"
+            )
         taken = self.compiled.inputs[0]
         kind = taken.get_element_type().to_dtype().name
         self.take_input([int(size) for size in taken.shape], kind, taken.get_any_name())
         outputs = [output.get_any_name() for output in self.compiled.outputs]
         self.output_name = self.job.get("output") or outputs[0]
         if self.output_name not in outputs:
-            raise EngineError(f"the model has no output {self.output_name!r}; it has {', '.join(outputs)}")
+            raise EngineError(
+                f"the model has no output {self.output_name!r}; it has {', '.join(outputs)}"
+            )
         self._check_precision(wanted)
         self.provider = ",".join(self.compiled.get_property("EXECUTION_DEVICES"))
         self.request = self.compiled.create_infer_request()
@@ -56,21 +65,29 @@ class OpenVinoEngine(Engine):
         self.position = outputs.index(self.output_name)
 
     def infer(self, images: Any) -> Any:
-        # The request reads the images where they lie; binding them anew costs 2 % of DeiT-T, so what was bound stays. The next call writes over
-        # its answer, so that is copied.
+        # The request reads the images where they lie; binding them anew costs 2 % of DeiT-T, so
+        # what was bound stays. The next call writes over its answer, so that is copied.
         if images is not self.bound:
-            self.request.set_input_tensor(self.module.Tensor(images, shared_memory=images.flags.writeable))
+            self.request.set_input_tensor(
+                self.module.Tensor(images, shared_memory=images.flags.writeable)
+            )
             self.bound = images
         self.request.infer()
         return self.request.get_output_tensor(self.position).data.copy()
 
     def profile(self, images: Any, count: int) -> list[Json]:
         # Counters slow every call, so they belong to a compiled model of their own.
-        compiled = self.module.Core().compile_model(str(self.job["model"]), DEVICE, {**self._properties(), "PERF_COUNT": True})
+        compiled = self.module.Core().compile_model(
+            str(self.job["model"]), DEVICE, {**self._properties(), "PERF_COUNT": True}
+        )
         request = compiled.create_infer_request()
         shapes = {}
         for node in compiled.get_runtime_model().get_ordered_ops():
-            shapes[node.get_friendly_name()] = [[int(size) for size in output.shape] for output in node.outputs() if output.partial_shape.is_static]
+            shapes[node.get_friendly_name()] = [
+                [int(size) for size in output.shape]
+                for output in node.outputs()
+                if output.partial_shape.is_static
+            ]
         rows: dict[str, Json] = {}
         for number in range(count + 2):
             request.infer({0: images})
@@ -99,7 +116,8 @@ class OpenVinoEngine(Engine):
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": int(self.job.get("threads", 1)),
-            # Whoever measures pins the process; a runtime that pins its threads besides would leave the CPUs it was given.
+            # Whoever measures pins the process; a runtime that pins its threads besides would leave
+            # the CPUs it was given.
             "ENABLE_CPU_PINNING": False,
             # Left to itself OpenVINO computes in bfloat16 where the processor can.
             "INFERENCE_PRECISION_HINT": "f32",
@@ -107,13 +125,17 @@ class OpenVinoEngine(Engine):
         }
 
     def _check_precision(self, wanted: Json) -> None:
-        """Refuse a model that runs in another precision than was asked for: its times would be another model's."""
+        """Refuse a model that runs in another precision than was asked for: its times would be
+        another model's.
+        """
         names = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
         told = self.compiled.get_property("INFERENCE_PRECISION_HINT")
         name = told.to_string() if hasattr(told, "to_string") else str(told)
         found = names.get(name, name)
         if found != wanted["INFERENCE_PRECISION_HINT"]:
-            raise EngineError(f"OpenVINO runs the model in {found}, and {wanted['INFERENCE_PRECISION_HINT']} was asked for; this processor has no such unit")
+            raise EngineError(
+                f"OpenVINO runs the model in {found}, and {wanted['INFERENCE_PRECISION_HINT']} was asked for; this processor has no such unit"
+            )
 
 
 ENGINE = OpenVinoEngine

@@ -1,6 +1,8 @@
-"""PyTorch itself, as a row to compare with: `model.safetensors` with `architecture.json` beside it, eager or through torch.compile.
+"""PyTorch itself, as a row to compare with: `model.safetensors` with `architecture.json` beside it,
+eager or through torch.compile.
 
-The one engine that needs vitrim: a saved model is data, and only vitrim knows the module that it belongs to.
+The one engine that needs vitrim: a saved model is data, and only vitrim knows the module that it
+belongs to.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ REQUIREMENT = Requirement("torch", "vitrim")
 class TorchEngine(Engine):
     """A module in eval mode. The session's `compile` is 0 or 1.
 
-    With job["device"] "cuda" it runs on a GPU: copies (true: they are timed) and cuda_graph (a recorded graph is replayed) as for onnxruntime.
+    With job["device"] "cuda" it runs on a GPU: copies (true: they are timed) and cuda_graph (a
+    recorded graph is replayed) as for onnxruntime.
     """
 
     runtime = "torch"
@@ -29,7 +32,7 @@ class TorchEngine(Engine):
             import torch
 
             # Before the floor is read, since a program with torch in it has these too.
-            self.files = importlib.import_module("vitrim.compress.files")
+            self.files = importlib.import_module("vitrim.compress.network.files")
         except ImportError as error:
             raise missing(self.runtime, error, REQUIREMENT) from None
         self.torch = torch
@@ -44,17 +47,24 @@ class TorchEngine(Engine):
         except Exception as error:
             raise EngineError(one_line(error)) from None
         compiled = (self.job.get("session") or {}).get("compile") == "1"
-        # Weights that cannot change may be packed and folded; without this torch.compile takes them as inputs.
+        # Weights that cannot change may be packed and folded; without this torch.compile takes them
+        # as inputs.
         self.device = str(self.job.get("device") or "cpu")
         if self.device != "cpu":
             if not self.torch.cuda.is_available():
-                raise EngineError(f"this torch {self.version} reaches no GPU; install a CUDA build on a machine with one, or measure on the processor")
+                raise EngineError(
+                    f"this torch {self.version} reaches no GPU; install a CUDA build on a machine with one, or measure on the processor"
+                )
             model = model.to(self.device)
-            self.provider, self.copies_timed = self.torch.cuda.get_device_name(), bool(self.job.get("copies", True))
+            self.provider, self.copies_timed = (
+                self.torch.cuda.get_device_name(),
+                bool(self.job.get("copies", True)),
+            )
         self.model = self.torch.compile(model, options={"freezing": True}) if compiled else model
 
     def infer(self, images: Any) -> Any:
-        # Freezing wants no_grad, and refuses tensors of inference_mode. Fetching the answer waits for a GPU.
+        # Freezing wants no_grad, and refuses tensors of inference_mode. Fetching the answer waits
+        # for a GPU.
         with self.torch.no_grad():
             return self.model(self.torch.from_numpy(images).to(self.device)).cpu().numpy()
 
@@ -84,7 +94,8 @@ class TorchEngine(Engine):
 
     def _recorded(self, there: Any) -> Callable[[], Any]:
         torch = self.torch
-        # What is allocated once (workspaces, autotuning) must not be recorded, so a few calls go before, on a stream of their own as torch asks.
+        # What is allocated once (workspaces, autotuning) must not be recorded, so a few calls go
+        # before, on a stream of their own as torch asks.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside), torch.no_grad():

@@ -1,4 +1,6 @@
-"""The machine that this program runs on, as a profile. What it does not tell stays absent; what is reckoned says so."""
+"""The machine that this program runs on, as a profile. What it does not tell stays absent; what is
+reckoned says so.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,22 @@ from pathlib import Path
 from .profile import UNVERIFIED, Cluster, Memory, Peak, TargetProfile, TvmTarget
 
 FEATURES = (
-    *("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *(
+        "sse4_2",
+        "avx",
+        "avx2",
+        "fma",
+        "avx_vnni",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512_vnni",
+        "avx512_bf16",
+    ),
     *("amx_int8", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
-# Single-precision multiply-adds a cycle and core: the widest vector with two units on x86 servers, one or two NEON units on ARM.
+# Single-precision multiply-adds a cycle and core: the widest vector with two units on x86 servers,
+# one or two NEON units on ARM.
 MACS_PER_CYCLE = (("avx512f", 32), ("avx2", 16), ("avx", 8), ("asimddp", 8), ("asimd", 4))
 TOLD = "read from the operating system"
 
@@ -24,7 +38,9 @@ def detect_host() -> TargetProfile:
     flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
     features = tuple(name for name in FEATURES if name in flags)
     architecture = platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     clock = _frequency_hz(cpuinfo)
     per_cycle = next((macs for name, macs in MACS_PER_CYCLE if name in features), 1)
     quick_int8 = any(name in features for name in ("avx512_vnni", "avx_vnni", "asimddp"))
@@ -42,20 +58,47 @@ def detect_host() -> TargetProfile:
         preferred_precision="int8" if quick_int8 else "fp32",
         round_to=16 if "avx512f" in features else 8 if "avx2" in features else 4,
         tvm_target=_tvm_target(architecture, features),
-        clusters=(Cluster(core=cpuinfo.get("model name") or architecture, cores=cores, frequency_hz=clock),),
-        memory=Memory(ram_bytes=_memory_bytes(), l1d_bytes=_cache(1), l2_bytes=_cache(2), l3_bytes=_cache(3)),
+        clusters=(
+            Cluster(
+                core=cpuinfo.get("model name") or architecture, cores=cores, frequency_hz=clock
+            ),
+        ),
+        memory=Memory(
+            ram_bytes=_memory_bytes(), l1d_bytes=_cache(1), l2_bytes=_cache(2), l3_bytes=_cache(3)
+        ),
         peak=Peak(fp32_macs_per_s=fp32, int8_macs_per_s=fp32 * 4 if quick_int8 else None),
-        sources={"clusters": TOLD, "memory": TOLD, "peak": f"{UNVERIFIED}: cores x clock x vector width of the CPU's features"},
+        sources={
+            "clusters": TOLD,
+            "memory": TOLD,
+            "peak": f"{UNVERIFIED}: cores x clock x vector width of the CPU's features",
+        },
     )
 
 
 def _tvm_target(architecture: str, features: tuple[str, ...]) -> TvmTarget:
-    # LLVM's name of a core with these features; without one it would compile for the oldest of the architecture.
+    # LLVM's name of a core with these features; without one it would compile for the oldest of the
+    # architecture.
     if architecture == "x86_64":
-        names = (("avx512_vnni", "cascadelake"), ("avx512f", "skylake-avx512"), ("fma", "haswell"), ("avx", "sandybridge"))
-        return {"kind": "llvm", "mcpu": next((name for feature, name in names if feature in features), "x86-64")}
+        names = (
+            ("avx512_vnni", "cascadelake"),
+            ("avx512f", "skylake-avx512"),
+            ("fma", "haswell"),
+            ("avx", "sandybridge"),
+        )
+        return {
+            "kind": "llvm",
+            "mcpu": next((name for feature, name in names if feature in features), "x86-64"),
+        }
     if architecture == "aarch64":
-        attributes = [name for feature, name in (("asimddp", "+dotprod"), ("asimdhp", "+fullfp16"), ("i8mm", "+i8mm")) if feature in features]
+        attributes = [
+            name
+            for feature, name in (
+                ("asimddp", "+dotprod"),
+                ("asimdhp", "+fullfp16"),
+                ("i8mm", "+i8mm"),
+            )
+            if feature in features
+        ]
         return {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", *attributes]}
     return {"kind": "llvm"}
 
@@ -75,9 +118,12 @@ def _cpuinfo() -> dict[str, str]:
 
 def _frequency_hz(cpuinfo: dict[str, str]) -> float:
     try:
-        return float(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").read_text()) * 1000
+        return (
+            float(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").read_text()) * 1000
+        )
     except (OSError, ValueError):
-        # A virtual machine shows only the present clock; 1 GHz is a floor where nothing at all is told.
+        # A virtual machine shows only the present clock; 1 GHz is a floor where nothing at all is
+        # told.
         return float(cpuinfo.get("cpu MHz", "1000")) * 1e6
 
 
@@ -88,7 +134,9 @@ def _memory_bytes() -> int:
 def _cache(level: int) -> int | None:
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
-            if (index / "level").read_text().strip() == str(level) and (index / "type").read_text().strip() in ("Data", "Unified"):
+            if (index / "level").read_text().strip() == str(level) and (
+                index / "type"
+            ).read_text().strip() in ("Data", "Unified"):
                 size = re.match(r"(\d+)([KM]?)", (index / "size").read_text())
                 if size:
                     return int(size[1]) * {"": 1, "K": 1024, "M": 1024**2}[size[2]]

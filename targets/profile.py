@@ -1,25 +1,22 @@
-"""A device as data: one TOML file each, checked key by key, every number with its source or the mark `unverified`."""
+"""A device as data: one TOML file each, checked key by key, every number with its source or the
+mark `unverified`.
+"""
 
 from __future__ import annotations
 
-import difflib
-import re
-import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..errors import InputError
 from .vector import VectorUnit, vector_unit
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Precision = Literal["fp32", "fp16", "int8"]
-# What `tvm.target.Target` takes since TVM 0.27, which refuses the command-line form ("llvm -mcpu=...").
+# What `tvm.target.Target` takes since TVM 0.27, which refuses the command-line form ("llvm
+# -mcpu=...").
 TvmTarget = dict[str, str | int | list[str]]
-FOLDER = Path(__file__).parent
 UNVERIFIED = "unverified"
 
 
@@ -30,7 +27,9 @@ class Plain(BaseModel):
 
 
 class Cluster(Plain):
-    """Equal cores: the core's name, how many there are, and their highest sustained clock in hertz."""
+    """Equal cores: the core's name, how many there are, and their highest sustained clock in
+    hertz.
+    """
 
     core: str
     cores: Count
@@ -38,7 +37,9 @@ class Cluster(Plain):
 
 
 class Memory(Plain):
-    """Bytes and bytes a second. flash_bytes is given where weights stay in flash and are read from there (microcontrollers)."""
+    """Bytes and bytes a second. flash_bytes is given where weights stay in flash and are read from
+    there (microcontrollers).
+    """
 
     ram_bytes: Count
     flash_bytes: Count | None = None
@@ -49,7 +50,9 @@ class Memory(Plain):
 
 
 class Peak(Plain):
-    """Multiply-adds a second of the unit that the preferred runtime uses, all its cores together; the theoretical peak, not a speed."""
+    """Multiply-adds a second of the unit that the preferred runtime uses, all its cores together;
+    the theoretical peak, not a speed.
+    """
 
     fp32_macs_per_s: Rate | None = None
     fp16_macs_per_s: Rate | None = None
@@ -57,14 +60,19 @@ class Peak(Plain):
 
     def of(self, precision: Precision) -> float | None:
         """The peak at a precision, or None where the device has no such unit or nobody says."""
-        return {"fp32": self.fp32_macs_per_s, "fp16": self.fp16_macs_per_s, "int8": self.int8_macs_per_s}[precision]
+        return {
+            "fp32": self.fp32_macs_per_s,
+            "fp16": self.fp16_macs_per_s,
+            "int8": self.int8_macs_per_s,
+        }[precision]
 
 
 class TargetProfile(Plain):
     """A device: what it is, what it can do at most, and how a model should be made for it.
 
-    round_to: widths in multiples of this are quick there. sources: a dotted key, or the table that holds it, to where its numbers come from: an
-    address, `measured` and how, `derived` and from what, or `unverified`.
+    round_to: widths in multiples of this are quick there. sources: a dotted key, or the table that
+    holds it, to where its numbers come from: an address, `measured` and how, `derived` and from
+    what, or `unverified`.
     """
 
     schema_: Literal["vitrim.target/1"] = Field(alias="schema")
@@ -90,7 +98,9 @@ class TargetProfile(Plain):
     def _every_number_has_a_source(self) -> TargetProfile:
         for key in self.numbers():
             if self.source_of(key) is None:
-                raise ValueError(f"the number {key} has no source; add {key.rsplit('.', 1)[0]!r} to [sources], or say {UNVERIFIED!r} there")
+                raise ValueError(
+                    f"the number {key} has no source; add {key.rsplit('.', 1)[0]!r} to [sources], or say {UNVERIFIED!r} there"
+                )
         return self
 
     @field_validator("tvm_target", mode="before")
@@ -104,7 +114,9 @@ class TargetProfile(Plain):
         for option in options:
             name, equals, setting = option.lstrip("-").partition("=")
             if not equals:
-                raise ValueError(f'{option!r} is no option of a TVM target; write a table, {{ kind = "llvm", mcpu = "cortex-a72" }}')
+                raise ValueError(
+                    f'{option!r} is no option of a TVM target; write a table, {{ kind = "llvm", mcpu = "cortex-a72" }}'
+                )
             found[name] = setting.split(",") if name == "mattr" else setting
         return found
 
@@ -120,104 +132,21 @@ class TargetProfile(Plain):
 
     def numbers(self) -> dict[str, float]:
         """Every number of the profile by its dotted key, clusters counted from 0."""
-        return dict(_numbers(self.model_dump(exclude={"sources", "round_to", "tvm_target"}, exclude_none=True)))
+        return dict(
+            _numbers(
+                self.model_dump(exclude={"sources", "round_to", "tvm_target"}, exclude_none=True)
+            )
+        )
 
     def source_of(self, key: str) -> str | None:
-        """Where a number comes from: the longest entry of [sources] that is the key or a table around it."""
+        """Where a number comes from: the longest entry of [sources] that is the key or a table
+        around it.
+        """
         parts = key.split(".")
         for length in range(len(parts), 0, -1):
             if (found := self.sources.get(".".join(parts[:length]))) is not None:
                 return found
         return None
-
-
-def list_targets() -> list[str]:
-    """Names of the shipped profiles, sorted; `host` is detected and not among them."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
-
-
-def load_target(name_or_path: str | Path) -> TargetProfile:
-    """A shipped profile by name, `host` as detected, or a profile of your own by its .toml path.
-
-    Errors: InputError with the nearest name, or with file, line and key of what is wrong.
-    """
-    text = str(name_or_path)
-    if text == "host":
-        from .detect import detect_host
-
-        return detect_host()
-    path = Path(text)
-    if isinstance(name_or_path, Path) or path.suffix == ".toml" or "/" in text:
-        return _read(path)
-    if text not in list_targets():
-        known = [*list_targets(), "host"]
-        near = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise InputError(f"target {text!r}: no such profile; {hint} (or give the path of a .toml file)")
-    return _read(FOLDER / f"{text}.toml")
-
-
-def _read(path: Path) -> TargetProfile:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a target's .toml file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; give the path of a target's .toml file") from None
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not TOML: {error}; correct that line") from None
-    try:
-        return TargetProfile.model_validate(data)
-    except ValidationError as error:
-        # A misspelt key is both unknown and missing; the unknown one tells more.
-        first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
-        raise InputError(_explain(path, text, first["loc"], str(first["type"]), first["msg"])) from None
-
-
-def _explain(path: Path, text: str, where: tuple[int | str, ...], kind: str, message: str) -> str:
-    key = ".".join(str(part) for part in where)
-    message = message.removeprefix("Value error, ")
-    if not where and (found := re.search(r"the number ([\w.]+) has no source", message)):
-        where = tuple(int(part) if part.isdigit() else part for part in found[1].split("."))
-    line = line_of(text, where)
-    place = f"{path}:{line}" if line else str(path)
-    if kind == "missing":
-        return f"{place}: {key}: this key is missing; add it (a shipped profile in targets/ shows how)"
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(where[-1]), _keys_of(where[:-1]), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(_keys_of(where[:-1]))}"
-        return f"{place}: {key}: no such key; {hint}"
-    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
-
-
-def _keys_of(table: tuple[int | str, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {"clusters": Cluster, "memory": Memory, "peak": Peak}
-    model = models.get(str(table[0]), TargetProfile) if table else TargetProfile
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def line_of(text: str, where: tuple[int | str, ...]) -> int | None:
-    """The line (from 1) of a key in TOML text as people write it, or of the innermost table around it; None for a key of no table."""
-    best: tuple[int, int] | None = None
-    table: list[int | str] = []
-    counts: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        bare = line.split("#")[0].strip()
-        if header := re.match(r"^\[\[(.+)\]\]$", bare):
-            counts[header[1].strip()] = counts.get(header[1].strip(), -1) + 1
-            table = [*header[1].strip().split("."), counts[header[1].strip()]]
-            path = list(table)
-        elif header := re.match(r"^\[(.+)\]$", bare):
-            path = table = [part.strip().strip("\"'") for part in header[1].split(".")]
-        elif entry := re.match(r"^([\w\-\"'.]+)\s*=", bare):
-            path = [*table, *(part.strip("\"'") for part in entry[1].split("."))]
-        else:
-            continue
-        if list(where[: len(path)]) == path and (best is None or len(path) > best[0]):
-            best = (len(path), number)
-    return best[1] if best else None
 
 
 def _numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

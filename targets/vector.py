@@ -1,4 +1,6 @@
-"""What a core's vector unit offers to a schedule: how wide a register is, how many there are, and what multiplies fast."""
+"""What a core's vector unit offers to a schedule: how wide a register is, how many there are, and
+what multiplies fast.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["avx512", "avx2", "avx", "sse", "neon", "scalar"]
-# (kind, needs, bits of a register, registers). AVX-512 doubles both; NEON of AArch64 has 32 registers of 128 bits.
+# (kind, needs, bits of a register, registers). AVX-512 doubles both; NEON of AArch64 has 32
+# registers of 128 bits.
 UNITS: tuple[tuple[Kind, frozenset[str], int, int], ...] = (
     ("avx512", frozenset({"avx512f"}), 512, 32),
     ("avx2", frozenset({"avx2"}), 256, 16),
@@ -18,7 +21,9 @@ UNITS: tuple[tuple[Kind, frozenset[str], int, int], ...] = (
 
 @dataclass(frozen=True)
 class VectorUnit:
-    """The widest vector instructions: register width in bits, number of registers, a multiply-add in one instruction, int8 dot products."""
+    """The widest vector instructions: register width in bits, number of registers, a multiply-add
+    in one instruction, int8 dot products.
+    """
 
     kind: Kind
     bits: int
@@ -38,7 +43,13 @@ def vector_unit(architecture: str, features: Iterable[str]) -> VectorUnit:
     dot = bool(have & {"avx512_vnni", "avx_vnni", "asimddp"})
     for kind, needs, bits, registers in UNITS:
         if needs <= have:
-            return VectorUnit(kind, bits, registers, fused=kind in ("avx512", "neon") or "fma" in have, int8_dot=dot)
+            return VectorUnit(
+                kind,
+                bits,
+                registers,
+                fused=kind in ("avx512", "neon") or "fma" in have,
+                int8_dot=dot,
+            )
     if architecture == "x86_64":
         return VectorUnit("sse", 128, 16, fused=False, int8_dot=False)
     return VectorUnit("scalar", 32, 16, fused="fpu" in have, int8_dot=False)

@@ -1,4 +1,6 @@
-"""What runs aarch64 programs in the tests; it is prepared beforehand (`.ci/run` does so), never downloaded by a test."""
+"""What runs aarch64 programs in the tests; it is prepared beforehand (`.ci/run` does so), never
+downloaded by a test.
+"""
 
 from __future__ import annotations
 
@@ -13,5 +15,7 @@ def emulator(*distributions: str) -> Emulator:
         pytest.skip("aarch64 emulation is not prepared: vitrim targets emulate")
     missing = [name for name in distributions if name not in found.versions]
     if missing:
-        pytest.skip(f"the prepared emulation has no {', '.join(missing)}: vitrim targets emulate --runtime tvm")
+        pytest.skip(
+            f"the prepared emulation has no {', '.join(missing)}: vitrim targets emulate --runtime tvm"
+        )
     return found

@@ -1,4 +1,6 @@
-"""A real adb device on loopback: Android's own adbd, as Debian packages it for Linux, with an adb server of its own."""
+"""A real adb device on loopback: Android's own adbd, as Debian packages it for Linux, with an adb
+server of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from pathlib import Path
 
 from loopback_ssh import free_port
 
-# The first release of Debian with the package; older machines take it, and what it is linked with, from there, unpacked aside and not installed.
+# The first release of Debian with the package; older machines take it, and what it is linked with,
+# from there, unpacked aside and not installed.
 RELEASE = "trixie"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrim" / "adbd"
 
@@ -34,16 +37,27 @@ def adbd_command() -> list[str] | None:
     if not loaders:
         return None
     places = ":".join(str(path) for folder in libraries for path in (folder, folder / "android"))
-    return [str(loaders[0]), "--library-path", places, str(root / "usr/lib/android-sdk/platform-tools/adbd")]
+    return [
+        str(loaders[0]),
+        "--library-path",
+        places,
+        str(root / "usr/lib/android-sdk/platform-tools/adbd"),
+    ]
 
 
 def _fetch(root: Path) -> None:
     from vitrim.bench.emulation import debian
-    from vitrim.storage import replace_folder
+    from vitrim.core.storage import replace_folder
 
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     packages = debian.fetch(
-        ["adbd"], machine, CACHE / "apt", dependencies=True, what="adbd", progress=lambda share, text: None, release=RELEASE
+        ["adbd"],
+        machine,
+        CACHE / "apt",
+        dependencies=True,
+        what="adbd",
+        progress=lambda share, text: None,
+        release=RELEASE,
     )
     with replace_folder(root, overwrite=True) as aside:
         for package in packages:
@@ -53,7 +67,9 @@ def _fetch(root: Path) -> None:
 
 @contextlib.contextmanager
 def adb_device() -> Iterator[str]:
-    """The address of a running device; the adb server in the environment is one of its own, and gone afterwards."""
+    """The address of a running device; the adb server in the environment is one of its own, and
+    gone afterwards.
+    """
     import pytest
 
     if shutil.which("adb") is None:
@@ -67,7 +83,12 @@ def adb_device() -> Iterator[str]:
     own_server = {"ANDROID_ADB_SERVER_PORT": str(free_port())}
     before = {key: os.environ.get(key) for key in own_server}
     os.environ.update(own_server)
-    device = subprocess.Popen([*command], env={**os.environ, "ADBD_PORT": str(port)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    device = subprocess.Popen(
+        [*command],
+        env={**os.environ, "ADBD_PORT": str(port)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         for _ in range(50):
             with socket.socket() as probe:

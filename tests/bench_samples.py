@@ -1,4 +1,6 @@
-"""What the tests of bench share: a made-up measurement, and small ONNX models (matrix products over a 28 x 28 image)."""
+"""What the tests of bench share: a made-up measurement, and small ONNX models (matrix products over
+a 28 x 28 image).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from vitrim.bench.measurement import Environment, Measurement
+from vitrim.bench.results.measurement import Environment, Measurement
 
 
 def chain(path: Path, width: int = 256, layers: int = 2, batch: int | str = 1) -> Path:
-    """Write a model image (batch, 1, 28, 28) -> logits (batch, 10) with `layers` products of `width`."""
+    """Write a model image (batch, 1, 28, 28) -> logits (batch, 10) with `layers` products of
+    `width`.
+    """
     rng = np.random.default_rng(0)
     nodes, weights, size = [helper.make_node("Flatten", ["image"], ["x0"])], [], 784
     for layer in range(layers):
@@ -20,17 +24,23 @@ def chain(path: Path, width: int = 256, layers: int = 2, batch: int | str = 1) -
         nodes += [helper.make_node("MatMul", [f"x{layer}", f"w{layer}"], [f"y{layer}"])]
         nodes += [helper.make_node("Relu", [f"y{layer}"], [f"x{layer + 1}"])]
         size = width
-    weights.append(numpy_helper.from_array(rng.standard_normal((size, 10)).astype("float32"), "head"))
+    weights.append(
+        numpy_helper.from_array(rng.standard_normal((size, 10)).astype("float32"), "head")
+    )
     nodes.append(helper.make_node("MatMul", [f"x{layers}", "head"], ["logits"]))
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 1, 28, 28])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 10])
     graph = helper.make_graph(nodes, "chain", [image], [logits], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path
+    )
     return path
 
 
 def images_with_labels(path: Path, model: Path, count: int = 20, wrong: int = 5) -> Path:
-    """Write an .npz of random images, labelled by the model's own answers but for the first `wrong`."""
+    """Write an .npz of random images, labelled by the model's own answers but for the first
+    `wrong`.
+    """
     import onnxruntime
 
     images = np.random.default_rng(1).standard_normal((count, 1, 28, 28), dtype=np.float32)

@@ -12,14 +12,18 @@ import vitrim
 from tiny_models import tiny_vit
 from vitrim.export.artifact import Artifact, Manifest, PreprocessingSpec, TensorSpec
 from vitrim.export.forms import FORMS, write_network
-from vitrim.export.store import save_model
+from vitrim.export.graphs.store import save_model
 
 LABELS = ("ankle boot", 'a "quoted" label', "naïve", "back\\slash", "??=")
 
 
 def artifact_in(folder: Path, **preprocessing: object) -> Artifact:
-    """An artifact without the seconds that torch's exporter takes: the bundle reads only the folder."""
-    settings = PreprocessingSpec.model_validate({"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4], **preprocessing})
+    """An artifact without the seconds that torch's exporter takes: the bundle reads only the
+    folder.
+    """
+    settings = PreprocessingSpec.model_validate(
+        {"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4], **preprocessing}
+    )
     model = vitrim.lift(tiny_vit(in_chans=settings.channels))
     folder.mkdir()
     manifest = Manifest(
@@ -58,9 +62,20 @@ def needs_compiler() -> None:
 def build(folder: Path, header: Path, *settings: str, place: str = "build") -> Path:
     """Build the example of a bundle, with warnings as errors."""
     for command in (
-        ["cmake", "-S", ".", "-B", place, f"-DONNXRUNTIME_INCLUDE={header}", "-DCMAKE_CXX_FLAGS=-Werror", *settings],
+        [
+            "cmake",
+            "-S",
+            ".",
+            "-B",
+            place,
+            f"-DONNXRUNTIME_INCLUDE={header}",
+            "-DCMAKE_CXX_FLAGS=-Werror",
+            *settings,
+        ],
         ["cmake", "--build", place],
     ):
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, check=False)
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=240, cwd=folder, check=False
+        )
         assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder / place / "vitrim_example"

@@ -1,4 +1,6 @@
-"""Chromium without a window, driven over a pipe by its own protocol: pages as a reader's browser shows them, with a record of what they ask for."""
+"""Chromium without a window, driven over a pipe by its own protocol: pages as a reader's browser
+shows them, with a record of what they ask for.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def find_chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-# The protocol wants the descriptors 3 and 4; ours are copied above them first, since one may be in the other's place.
+# The protocol wants the descriptors 3 and 4; ours are copied above them first, since one may be in
+# the other's place.
 _MOVE_PIPES = """
 import fcntl, os, sys
 high = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
@@ -38,7 +41,9 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Page:
-    """One tab. `requests` are the addresses it asked for, `errors` what its console and its scripts complained of."""
+    """One tab. `requests` are the addresses it asked for, `errors` what its console and its scripts
+    complained of.
+    """
 
     def __init__(self, browser: Browser, session: str) -> None:
         self.browser, self.session = browser, session
@@ -53,15 +58,26 @@ class Page:
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
         """Show a file at a width in CSS pixels, as a phone would below 600."""
         phone = width < 600
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self.requests.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.browser.wait_for("Page.loadEventFired", self)
 
     def value(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
             raise AssertionError(answer["exceptionDetails"]["exception"]["description"])
         return answer["result"].get("value")
@@ -73,7 +89,9 @@ class Page:
 
 
 class Browser:
-    """A running browser; one JSON message a NUL, written to its descriptor 3 and read from its descriptor 4."""
+    """A running browser; one JSON message a NUL, written to its descriptor 3 and read from its
+    descriptor 4.
+    """
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self.to_browser, self.from_browser = to_browser, from_browser
@@ -83,13 +101,17 @@ class Browser:
 
     def new_page(self) -> Page:
         target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
-        session = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
+        session = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})[
+            "sessionId"
+        ]
         page = Page.__new__(Page)
         self.pages[session] = page
         page.__init__(self, session)  # type: ignore[misc]
         return page
 
-    def call(self, method: str, parameters: dict[str, Any], page: Page | None = None) -> dict[str, Any]:
+    def call(
+        self, method: str, parameters: dict[str, Any], page: Page | None = None
+    ) -> dict[str, Any]:
         self.number += 1
         message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
         if page is not None:
@@ -145,9 +167,22 @@ def chromium() -> Iterator[Browser]:
     child_reads, to_browser = os.pipe()
     from_browser, child_writes = os.pipe()
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
-        command = [sys.executable, "-ISc", _MOVE_PIPES, str(child_reads), str(child_writes), path, *FLAGS]
+        command = [
+            sys.executable,
+            "-ISc",
+            _MOVE_PIPES,
+            str(child_reads),
+            str(child_writes),
+            path,
+            *FLAGS,
+        ]
         command += [f"--user-data-dir={profile}", "about:blank"]
-        process = subprocess.Popen(command, pass_fds=(child_reads, child_writes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            pass_fds=(child_reads, child_writes),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(child_reads)
         os.close(child_writes)
         browser = Browser(to_browser, from_browser)

@@ -1,4 +1,6 @@
-"""How the golden file was made: `python tests/golden_model.py FOLDER`. Never made again: the point is that it stays."""
+"""How the golden file was made: `python tests/golden_model.py FOLDER`. Never made again: the point
+is that it stays.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from vitrim import StructuredMask, compact, save
-from vitrim.compress.vit.model import CompactModel
+from vitrim.compress.network.modules.model import CompactModel
 
 
 def golden_images(model: CompactModel) -> Tensor:
     """(2, channels, height, width) without any random generator, which may change."""
     shape = (2, *model.architecture.image)
-    return torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * 0.37).float().view(shape)
+    return (
+        torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * 0.37)
+        .float()
+        .view(shape)
+    )
 
 
 def main(folder: Path) -> None:
-    """A cut model with norms of queries and keys, layer scales, index lists and one head set a block."""
+    """A cut model with norms of queries and keys, layer scales, index lists and one head set a
+    block.
+    """
     import timm
 
     torch.manual_seed(0)

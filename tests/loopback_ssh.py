@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
-needs_sshd = pytest.mark.skipif(not Path(SSHD).exists(), reason="sshd is not installed (Debian: apt-get install openssh-server)")
+needs_sshd = pytest.mark.skipif(
+    not Path(SSHD).exists(), reason="sshd is not installed (Debian: apt-get install openssh-server)"
+)
 
 
 @dataclass
@@ -43,7 +45,9 @@ def free_port() -> int:
 def ssh_server(folder: Path, path: str | None = None) -> Iterator[Server]:
     """`path`: the PATH of what is run there, that of the user's shell by default."""
     for name in ("host", "user", "stranger"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
+        )
     port = free_port()
     shutil.copy(folder / "user.pub", folder / "authorized")
     (folder / "config").write_text(
@@ -55,10 +59,19 @@ def ssh_server(folder: Path, path: str | None = None) -> Iterator[Server]:
     if os.geteuid() == 0:
         # Where sshd separates its privileges.
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    process = subprocess.Popen([SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log")])
+    process = subprocess.Popen(
+        [SSHD, "-D", "-f", str(folder / "config"), "-E", str(folder / "log")]
+    )
     key = (folder / "host.pub").read_text().split()
     (folder / "known").write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
-    options = ["-F", "/dev/null", "-o", f"UserKnownHostsFile={folder}/known", "-o", "GlobalKnownHostsFile=/dev/null"]
+    options = [
+        "-F",
+        "/dev/null",
+        "-o",
+        f"UserKnownHostsFile={folder}/known",
+        "-o",
+        "GlobalKnownHostsFile=/dev/null",
+    ]
     options += ["-o", "IdentitiesOnly=yes", "-o", f"IdentityFile={folder}/user"]
     for _ in range(50):
         with socket.socket() as probe:

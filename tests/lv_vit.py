@@ -1,5 +1,6 @@
-"""LV-ViT (Jiang et al. 2021, "All Tokens Matter"), written from its published shapes: a stem of four convolutions, residual branches divided by
-`skip_lam`, and a second classifier on every patch whose largest logits count for half.
+"""LV-ViT (Jiang et al. 2021, "All Tokens Matter"), written from its published shapes: a stem of
+four convolutions, residual branches divided by `skip_lam`, and a second classifier on every patch
+whose largest logits count for half.
 
 LV-ViT-S: 16 blocks, 384 wide, 6 heads, MLP ratio 3, skip_lam 2; 26 M parameters.
 """
@@ -36,7 +37,12 @@ class PatchEmbed4_2(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2, self.drop = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(0.1)
+        self.fc1, self.act, self.fc2, self.drop = (
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, dim),
+            nn.Dropout(0.1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -56,7 +62,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x)
+            .reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+        )
         attn = self.attn_drop(((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1))
         x = (attn @ v).transpose(1, 2).reshape(batch, tokens, self.head_dim * self.num_heads)
         out: Tensor = self.proj_drop(self.proj(x))
@@ -80,7 +90,13 @@ class LVViT(nn.Module):
     """Defaults are LV-ViT-S."""
 
     def __init__(
-        self, img_size: int = 224, embed_dim: int = 384, depth: int = 16, num_heads: int = 6, mlp_ratio: float = 3.0, classes: int = 1000
+        self,
+        img_size: int = 224,
+        embed_dim: int = 384,
+        depth: int = 16,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        classes: int = 1000,
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed4_2(img_size, embed_dim)
@@ -88,7 +104,9 @@ class LVViT(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, patches + 1, embed_dim))
         self.pos_drop = nn.Dropout(0.1)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, skip_lam=2.0) for _ in range(depth)])
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, skip_lam=2.0) for _ in range(depth)]
+        )
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, classes)
         self.aux_head = nn.Linear(embed_dim, classes)

@@ -1,4 +1,6 @@
-"""Where `onnxruntime_c_api.h` lies, fetching Debian's copy into a cache of our own if it lies nowhere."""
+"""Where `onnxruntime_c_api.h` lies, fetching Debian's copy into a cache of our own if it lies
+nowhere.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,26 @@ import subprocess
 from pathlib import Path
 
 from vitrim.bench.emulation import debian
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 HEADER = "onnxruntime_c_api.h"
 PACKAGE = "libonnxruntime-dev"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrim" / "onnxruntime-header"
+CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrim" / "onnxruntime-header"
+)
 
 
 def header_folder() -> Path | None:
     """The folder of the header, or None if it is not to be had here."""
-    places = [Path(os.environ["ONNXRUNTIME_INCLUDE"])] if "ONNXRUNTIME_INCLUDE" in os.environ else []
-    for place in [*places, Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime"), CACHE]:
+    places = (
+        [Path(os.environ["ONNXRUNTIME_INCLUDE"])] if "ONNXRUNTIME_INCLUDE" in os.environ else []
+    )
+    for place in [
+        *places,
+        Path("/usr/include/onnxruntime"),
+        Path("/usr/local/include/onnxruntime"),
+        CACHE,
+    ]:
         found = sorted(place.rglob(HEADER)) if place.is_dir() else []
         if found:
             return found[0].parent
@@ -31,9 +42,18 @@ def header_folder() -> Path | None:
 def _fetch() -> Path | None:
     """From the release that has the package, unpacked aside and not installed."""
     debian.require_debian()
-    here = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    here = subprocess.run(
+        ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout.strip()
     aside = CACHE / "apt"
-    for package in debian.fetch([PACKAGE], here, aside, dependencies=False, what="a header", progress=lambda share, text: None):
+    for package in debian.fetch(
+        [PACKAGE],
+        here,
+        aside,
+        dependencies=False,
+        what="a header",
+        progress=lambda share, text: None,
+    ):
         debian.unpack(package, CACHE / "unpacked")
     shutil.rmtree(aside)
     found = sorted(CACHE.rglob(HEADER))

@@ -1,4 +1,6 @@
-"""A small set of real picture files: noise in three colours, so that a tiny model can tell the classes apart at once."""
+"""A small set of real picture files: noise in three colours, so that a tiny model can tell the
+classes apart at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ CLASSES = ("ant", "bee", "fly")
 
 
 def write_photos(folder: Path, train: int = 8, test: int = 4) -> Path:
-    """PNG files of 16 x 16 in folder/train/CLASS and folder/test/CLASS, so many a class; returns `folder`."""
+    """PNG files of 16 x 16 in folder/train/CLASS and folder/test/CLASS, so many a class; returns
+    `folder`.
+    """
     noise = np.random.default_rng(0)
     for part, count in (("train", train), ("test", test)):
         for number, name in enumerate(CLASSES):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from vitrim.compress.architecture import (
+from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
     BranchSpec,
@@ -26,33 +26,60 @@ from vitrim.compress.architecture import (
     RopeSpec,
     StemSpec,
 )
-from vitrim.compress.vit.model import CompactModel
+from vitrim.compress.network.modules.model import CompactModel
 
 GRID = (2, 3)
 
 
-POOLS = ("token", "mean", "mean_all", "max", "avgmax_all", "token_mean", "distilled", "dense", "attention", "refine")
+POOLS = (
+    "token",
+    "mean",
+    "mean_all",
+    "max",
+    "avgmax_all",
+    "token_mean",
+    "distilled",
+    "dense",
+    "attention",
+    "refine",
+)
 
 
 @st.composite
 def architectures(draw: Any, countable: bool = False, turning: bool = False) -> Architecture:
     """A network of one or two steps on 2 x 3 patches.
 
-    `countable`: of those whose cost follows from live counts alone; `turning`: every rope says how it is made.
+    `countable`: of those whose cost follows from live counts alone; `turning`: every rope says how
+    it is made.
     """
     embed = draw(st.integers(4, 9))
     pool = draw(st.sampled_from([kind for kind in POOLS if not countable or kind != "refine"]))
-    prefix = draw(st.integers({"token": 1, "token_mean": 1, "dense": 1, "distilled": 2, "refine": 1}.get(pool, 0), 3))
+    prefix = draw(
+        st.integers(
+            {"token": 1, "token_mean": 1, "dense": 1, "distilled": 2, "refine": 1}.get(pool, 0), 3
+        )
+    )
     widths = [draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 2)))]
     branches = partial(_branches, embed, prefix, countable=countable, turning=turning)
-    steps = tuple(tuple(draw(branches(f"blocks.{number}.{position}")) for position in range(width)) for number, width in enumerate(widths))
+    steps = tuple(
+        tuple(draw(branches(f"blocks.{number}.{position}")) for position in range(width))
+        for number, width in enumerate(widths)
+    )
     reads, filled = draw(_subset(embed, countable)), draw(_subset(embed, countable))
     width = embed if reads is None else len(reads)
     norm = draw(_norm(width)) if pool != "refine" else NormSpec(width=width)
     spec, after = draw(_pool(pool, width))
     act, hidden = draw(st.sampled_from(["identity", "tanh"])), draw(st.sampled_from([None, 5]))
-    head = HeadSpec(classes=3, bias=draw(st.booleans()), hidden=hidden, act=act) if draw(st.booleans()) else None
-    before = (ConvSpec(channels=3, kernel=(3, 3), padding=(1, 1), act="relu", bias=draw(st.booleans())),) if draw(st.booleans()) else ()
+    head = (
+        HeadSpec(classes=3, bias=draw(st.booleans()), hidden=hidden, act=act)
+        if draw(st.booleans())
+        else None
+    )
+    before = (
+        (ConvSpec(channels=3, kernel=(3, 3), padding=(1, 1), act="relu", bias=draw(st.booleans())),)
+        if draw(st.booleans())
+        else ()
+    )
     written = embed if filled is None else len(filled)
     return Architecture(
         image=(2, 4, 6),
@@ -83,9 +110,13 @@ def network(architecture: Architecture, seed: int = 0) -> CompactModel:
 
 
 @st.composite
-def _branches(draw: Any, embed: int, prefix: int, name: str, countable: bool, turning: bool) -> BranchSpec:
+def _branches(
+    draw: Any, embed: int, prefix: int, name: str, countable: bool, turning: bool
+) -> BranchSpec:
     reads, writes = draw(_subset(embed, countable)), draw(_subset(embed, countable))
-    core: Core = draw(st.one_of(attentions(prefix, countable, turning), _ffns(), _ffns(), st.just(ConstantSpec())))
+    core: Core = draw(
+        st.one_of(attentions(prefix, countable, turning), _ffns(), _ffns(), st.just(ConstantSpec()))
+    )
     constant = isinstance(core, ConstantSpec)
     return BranchSpec(
         name=name,
@@ -99,7 +130,9 @@ def _branches(draw: Any, embed: int, prefix: int, name: str, countable: bool, tu
 
 
 @st.composite
-def attentions(draw: Any, prefix: int, countable: bool = False, turning: bool = False) -> AttentionSpec:
+def attentions(
+    draw: Any, prefix: int, countable: bool = False, turning: bool = False
+) -> AttentionSpec:
     """Self-attention with any of its options that go together."""
     heads, qk, v = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     kind = draw(st.sampled_from(["plain", "rope", "differential"]))
@@ -108,13 +141,23 @@ def attentions(draw: Any, prefix: int, countable: bool = False, turning: bool = 
         qk = 2 * qk
         layout = draw(st.sampled_from(["half", "interleaved"]))
         at = draw(_rope_grids()) if turning or draw(st.booleans()) else None
-        options["rope"] = RopeSpec(layout=layout, tokens=GRID[0] * GRID[1], prefix=prefix, per_head=draw(st.booleans()), at=at)
+        options["rope"] = RopeSpec(
+            layout=layout,
+            tokens=GRID[0] * GRID[1],
+            prefix=prefix,
+            per_head=draw(st.booleans()),
+            at=at,
+        )
     if kind == "differential":
-        options["differential"] = DifferentialSpec(start=0.3, width=draw(st.integers(1, 3)), dual=draw(st.booleans()))
+        options["differential"] = DifferentialSpec(
+            start=0.3, width=draw(st.integers(1, 3)), dual=draw(st.booleans())
+        )
     elif heads % 2 == 0 and not countable and draw(st.booleans()):
         options["kv_of"] = tuple(head // 2 for head in range(heads))
     if draw(st.booleans()):
-        options["bias"] = RelativeBiasSpec(grid=GRID, prefix=prefix, prefix_rows=prefix == 1 and draw(st.booleans()))
+        options["bias"] = RelativeBiasSpec(
+            grid=GRID, prefix=prefix, prefix_rows=prefix == 1 and draw(st.booleans())
+        )
     for name in ("q", "k", "v", "out", "gate"):
         options[f"{name}_bias"] = draw(st.booleans())
     return AttentionSpec(
@@ -157,21 +200,45 @@ def _pool(draw: Any, kind: str, width: int) -> tuple[PoolSpec, int]:
     if kind == "refine":
         first = draw(st.integers(1, width))
         channels = (first,) if first == width else (first, width - first)
-        return PoolSpec(kind=draw(st.sampled_from(["token", "mean_all"])), refine=RefineSpec(channels=channels, scale=0.5)), width
+        return PoolSpec(
+            kind=draw(st.sampled_from(["token", "mean_all"])),
+            refine=RefineSpec(channels=channels, scale=0.5),
+        ), width
     if kind != "attention":
         return PoolSpec(kind=kind), width * (2 if kind == "token_mean" else 1)
     heads, qk, v, out = (draw(st.integers(1, 4)) for _ in range(4))
-    attention = AttentionSpec(heads=heads, qk=qk, v=v, scale=0.5, k_norm=draw(_norm(qk)), qk_norm_per_head=draw(st.booleans()))
+    attention = AttentionSpec(
+        heads=heads,
+        qk=qk,
+        v=v,
+        scale=0.5,
+        k_norm=draw(_norm(qk)),
+        qk_norm_per_head=draw(st.booleans()),
+    )
     ffn = draw(st.one_of(st.none(), _ffns()))
-    return PoolSpec(kind="attention", attention=attention, norm=draw(_norm(out)), ffn=ffn, width=out, prefix=draw(st.booleans())), out
+    return PoolSpec(
+        kind="attention",
+        attention=attention,
+        norm=draw(_norm(out)),
+        ffn=ffn,
+        width=out,
+        prefix=draw(st.booleans()),
+    ), out
 
 
 @st.composite
 def _norm(draw: Any, width: int) -> NormSpec | None:
     if draw(st.booleans()):
         return None
-    # Few channels and a tiny eps would make the norms of random networks so steep that rounding shows.
-    return NormSpec(kind=draw(st.sampled_from(["layer", "rms"])), width=width, eps=1e-2, weight=draw(st.booleans()), bias=draw(st.booleans()))
+    # Few channels and a tiny eps would make the norms of random networks so steep that rounding
+    # shows.
+    return NormSpec(
+        kind=draw(st.sampled_from(["layer", "rms"])),
+        width=width,
+        eps=1e-2,
+        weight=draw(st.booleans()),
+        bias=draw(st.booleans()),
+    )
 
 
 @st.composite

@@ -1,4 +1,6 @@
-"""A run folder with the sizes of the demo model, for tests of the report and for looking at its page."""
+"""A run folder with the sizes of the demo model, for tests of the report and for looking at its
+page.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,16 @@ def environment(**changes: Any) -> dict[str, Any]:
     return {**fields, **changes}
 
 
-def measurement(name: str, precision: str, p50_s: float, file_bytes: int, top1: float, *, seed: int = 0, **changes: Any) -> dict[str, Any]:
+def measurement(
+    name: str,
+    precision: str,
+    p50_s: float,
+    file_bytes: int,
+    top1: float,
+    *,
+    seed: int = 0,
+    **changes: Any,
+) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     # A body a few percent wide, and a tail of interruptions.
     body = p50_s * (1 + 0.02 * rng.standard_normal(1200) + 0.015 * rng.standard_gamma(1.2, 1200))
@@ -89,9 +100,15 @@ def artifact(measured: dict[str, Any]) -> dict[str, Any]:
 
 def measurements(**changes: Any) -> dict[str, dict[str, Any]]:
     return {
-        "baseline-fp32": measurement("baseline-fp32", "fp32", 0.001046, 3_292_000, 0.9131, seed=1, **changes),
-        "compact-fp32": measurement("compact-fp32", "fp32", 0.000371, 961_000, 0.9103, seed=2, **changes),
-        "compact-int8": measurement("compact-int8", "int8", 0.000302, 318_000, 0.9096, seed=3, **changes),
+        "baseline-fp32": measurement(
+            "baseline-fp32", "fp32", 0.001046, 3_292_000, 0.9131, seed=1, **changes
+        ),
+        "compact-fp32": measurement(
+            "compact-fp32", "fp32", 0.000371, 961_000, 0.9103, seed=2, **changes
+        ),
+        "compact-int8": measurement(
+            "compact-int8", "int8", 0.000302, 318_000, 0.9096, seed=3, **changes
+        ),
     }
 
 
@@ -100,7 +117,12 @@ def report() -> dict[str, Any]:
     return {
         "schema": "vitrim.report/1",
         "models": {
-            "baseline": {"params": 803_466, "macs": 40_141_312, "top1": 0.9131, "artifacts": [artifact(made["baseline-fp32"])]},
+            "baseline": {
+                "params": 803_466,
+                "macs": 40_141_312,
+                "top1": 0.9131,
+                "artifacts": [artifact(made["baseline-fp32"])],
+            },
             "compact": {
                 "params": 231_904,
                 "macs": 11_603_200,
@@ -123,15 +145,28 @@ def report() -> dict[str, Any]:
     }
 
 
-NEAR = ["Raspberry Pi 4 Model B at 1.8 GHz, four Cortex-A72", "Intel Core i9-10940X, 14 cores with AVX-512"]
+NEAR = [
+    "Raspberry Pi 4 Model B at 1.8 GHz, four Cortex-A72",
+    "Intel Core i9-10940X, 14 cores with AVX-512",
+]
 FAR = [*NEAR, "Jetson Nano, its four Cortex-A57"]
 
 
 def estimates() -> list[dict[str, Any]]:
-    """Two devices with a time, one of them by another bar, and one without, which the baseline does not fit."""
+    """Two devices with a time, one of them by another bar, and one without, which the baseline does
+    not fit.
+    """
     made = []
-    for target, device, p50_s, factor in (("rpi4", "Raspberry Pi 4 Model B (4 GB)", 0.0091, 2.36), ("x86", "Generic x86-64", 0.00042, 1.57)):
-        for model, precision, share in (("baseline", "fp32", 1.0), ("baseline", "int8", 0.9), ("compact", "fp32", 0.4), ("compact", "int8", 0.39)):
+    for target, device, p50_s, factor in (
+        ("rpi4", "Raspberry Pi 4 Model B (4 GB)", 0.0091, 2.36),
+        ("x86", "Generic x86-64", 0.00042, 1.57),
+    ):
+        for model, precision, share in (
+            ("baseline", "fp32", 1.0),
+            ("baseline", "int8", 0.9),
+            ("compact", "fp32", 0.4),
+            ("compact", "int8", 0.39),
+        ):
             likely_s = p50_s * share
             latency = {
                 "estimated_s": likely_s,
@@ -144,10 +179,26 @@ def estimates() -> list[dict[str, Any]]:
                 "rests_on": "other runtimes on aarch64" if factor > 2 else "onnxruntime on x86_64",
                 "held_against": FAR if factor > 2 else NEAR,
             }
-            made.append({**_needs(model, precision, target, device, 3_220_000_000), "latency": latency})
-    for model, precision in (("baseline", "fp32"), ("baseline", "int8"), ("compact", "fp32"), ("compact", "int8")):
-        why = "it does not fit" if (model, precision) == ("baseline", "fp32") else "no microcontroller was measured to calibrate one with"
-        made.append({**_needs(model, precision, "stm32h7", "STMicroelectronics STM32H743", 2_097_152), "no_latency": why})
+            made.append(
+                {**_needs(model, precision, target, device, 3_220_000_000), "latency": latency}
+            )
+    for model, precision in (
+        ("baseline", "fp32"),
+        ("baseline", "int8"),
+        ("compact", "fp32"),
+        ("compact", "int8"),
+    ):
+        why = (
+            "it does not fit"
+            if (model, precision) == ("baseline", "fp32")
+            else "no microcontroller was measured to calibrate one with"
+        )
+        made.append(
+            {
+                **_needs(model, precision, "stm32h7", "STMicroelectronics STM32H743", 2_097_152),
+                "no_latency": why,
+            }
+        )
     return made
 
 
@@ -170,9 +221,20 @@ def kept(depth: int = 4, *, embed: tuple[int, int] = (80, 128)) -> list[dict[str
     branches: list[dict[str, Any]] = []
     for i in range(depth):
         j = i % 4
-        attention = {"head": [HEADS[j], 4], "qk": [QK[j], 32], "v": [V[j], 32], "embed": list(embed)}
+        attention = {
+            "head": [HEADS[j], 4],
+            "qk": [QK[j], 32],
+            "v": [V[j], 32],
+            "embed": list(embed),
+        }
         branches.append({"branch": f"blocks.{i}.attn", "kind": "attention", "dims": attention})
-        branches.append({"branch": f"blocks.{i}.mlp", "kind": "ffn", "dims": {"ffn": [FFN[j], 512], "embed": list(embed)}})
+        branches.append(
+            {
+                "branch": f"blocks.{i}.mlp",
+                "kind": "ffn",
+                "dims": {"ffn": [FFN[j], 512], "embed": list(embed)},
+            }
+        )
     return branches
 
 
@@ -180,19 +242,59 @@ def history() -> list[dict[str, Any]]:
     rng = np.random.default_rng(5)
     lines: list[dict[str, Any]] = []
     for epoch in range(1, 31):
-        lines.append(_epoch("baseline", epoch, 0.62 + 1.1 * math.exp(-epoch / 4), 91.6 - 22 * math.exp(-epoch / 3.5), 1.0, 1.0, 640, rng))
+        lines.append(
+            _epoch(
+                "baseline",
+                epoch,
+                0.62 + 1.1 * math.exp(-epoch / 4),
+                91.6 - 22 * math.exp(-epoch / 3.5),
+                1.0,
+                1.0,
+                640,
+                rng,
+            )
+        )
     for epoch in range(1, 21):
         share = 0.285 + 0.715 / (1 + math.exp((epoch - 8) / 1.8))
         lines.append(
-            _epoch("masks", epoch, 0.7 + 0.35 * (1 - share), 91.4 - 5.2 * (1 - share), share, share * 0.98, 560 / (0.4 + 0.6 * share), rng)
+            _epoch(
+                "masks",
+                epoch,
+                0.7 + 0.35 * (1 - share),
+                91.4 - 5.2 * (1 - share),
+                share,
+                share * 0.98,
+                560 / (0.4 + 0.6 * share),
+                rng,
+            )
         )
     for epoch in range(1, 21):
         top1 = 91.2 - 4.2 * math.exp(-epoch / 3)
-        lines.append(_epoch("finetune", epoch, 0.66 + 0.25 * math.exp(-epoch / 4), top1, 0.2886, 0.289, 1480, rng))
+        lines.append(
+            _epoch(
+                "finetune",
+                epoch,
+                0.66 + 0.25 * math.exp(-epoch / 4),
+                top1,
+                0.2886,
+                0.289,
+                1480,
+                rng,
+            )
+        )
     return lines
 
 
-def _epoch(phase: str, epoch: int, loss: float, top1: float, params: float, macs: float, speed: float, rng: Any) -> dict[str, Any]:
+def _epoch(
+    phase: str,
+    epoch: int,
+    loss: float,
+    top1: float,
+    params: float,
+    macs: float,
+    speed: float,
+    rng: Any,
+) -> dict[str, Any]:
     return {
         "phase": phase,
         "epoch": epoch,
@@ -209,7 +311,9 @@ def _epoch(phase: str, epoch: int, loss: float, top1: float, params: float, macs
 
 
 def write_run(folder: Path, *, without: tuple[str, ...] = (), **changes: Any) -> Path:
-    """Write the sample run to `folder`; `without` names files to leave out, `changes` replace keys of report.json."""
+    """Write the sample run to `folder`; `without` names files to leave out, `changes` replace keys
+    of report.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "report.json": json.dumps({**report(), **changes}),

@@ -1,8 +1,10 @@
-"""T2T-ViT (Yuan et al. 2021, "Tokens-to-Token ViT"), written from its published shapes: two soft splits with a small transformer behind each, then a
-third soft split and a projection, then a deep and narrow backbone of plain blocks.
+"""T2T-ViT (Yuan et al. 2021, "Tokens-to-Token ViT"), written from its published shapes: two soft
+splits with a small transformer behind each, then a third soft split and a projection, then a deep
+and narrow backbone of plain blocks.
 
-T2T-ViT-14: 14 blocks, 384 wide, 6 heads, MLP ratio 3; tokens-to-token 64 wide; 21.5 M parameters. The backbone here begins with the last soft split,
-which with its projection is a convolution: 3 x 3, stride 2, padding 1.
+T2T-ViT-14: 14 blocks, 384 wide, 6 heads, MLP ratio 3; tokens-to-token 64 wide; 21.5 M parameters.
+The backbone here begins with the last soft split, which with its projection is a convolution: 3 x
+3, stride 2, padding 1.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from torch import Tensor, nn
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2, self.drop = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(0.0)
+        self.fc1, self.act, self.fc2, self.drop = (
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, dim),
+            nn.Dropout(0.0),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -29,21 +36,35 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=False)
-        self.attn_drop, self.proj, self.proj_drop = nn.Dropout(0.0), nn.Linear(dim, dim), nn.Dropout(0.0)
+        self.attn_drop, self.proj, self.proj_drop = (
+            nn.Dropout(0.0),
+            nn.Linear(dim, dim),
+            nn.Dropout(0.0),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(x)
+            .reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         q, k, v = qkv[0], qkv[1], qkv[2]
         attn = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-        out: Tensor = self.proj_drop(self.proj((self.attn_drop(attn) @ v).transpose(1, 2).reshape(batch, tokens, width)))
+        out: Tensor = self.proj_drop(
+            self.proj((self.attn_drop(attn) @ v).transpose(1, 2).reshape(batch, tokens, width))
+        )
         return out
 
 
 class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1, self.attn, self.drop_path = nn.LayerNorm(dim), Attention(dim, num_heads), nn.Identity()
+        self.norm1, self.attn, self.drop_path = (
+            nn.LayerNorm(dim),
+            Attention(dim, num_heads),
+            nn.Identity(),
+        )
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +79,11 @@ class TokenTransformer(nn.Module):
     def __init__(self, dim: int, in_dim: int) -> None:
         super().__init__()
         self.in_dim = in_dim
-        self.norm1, self.qkv, self.proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * in_dim, bias=False), nn.Linear(in_dim, in_dim)
+        self.norm1, self.qkv, self.proj = (
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 3 * in_dim, bias=False),
+            nn.Linear(in_dim, in_dim),
+        )
         self.norm2, self.mlp = nn.LayerNorm(in_dim), Mlp(in_dim, in_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,15 +94,26 @@ class TokenTransformer(nn.Module):
 
 
 class SoftSplits(nn.Module):
-    """Images to 64 feature maps an eighth as large: the tokens-to-token module without its last soft split."""
+    """Images to 64 feature maps an eighth as large: the tokens-to-token module without its last
+    soft split.
+    """
 
     def __init__(self, token_dim: int = 64) -> None:
         super().__init__()
-        self.soft_split0, self.soft_split1 = nn.Unfold(7, stride=4, padding=2), nn.Unfold(3, stride=2, padding=1)
-        self.attention1, self.attention2 = TokenTransformer(3 * 49, token_dim), TokenTransformer(token_dim * 9, token_dim)
+        self.soft_split0, self.soft_split1 = (
+            nn.Unfold(7, stride=4, padding=2),
+            nn.Unfold(3, stride=2, padding=1),
+        )
+        self.attention1, self.attention2 = (
+            TokenTransformer(3 * 49, token_dim),
+            TokenTransformer(token_dim * 9, token_dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        for split, attention in ((self.soft_split0, self.attention1), (self.soft_split1, self.attention2)):
+        for split, attention in (
+            (self.soft_split0, self.attention1),
+            (self.soft_split1, self.attention2),
+        ):
             tokens = attention(split(x).transpose(1, 2))
             side = math.isqrt(tokens.shape[1])
             x = tokens.transpose(1, 2).reshape(len(x), -1, side, side)
@@ -98,10 +134,19 @@ class LastSplit(nn.Module):
 
 
 class T2TBackbone(nn.Module):
-    """Feature maps (batch, 64, side, side) to logits. Defaults are those of T2T-ViT-14 on 224 x 224 images."""
+    """Feature maps (batch, 64, side, side) to logits. Defaults are those of T2T-ViT-14 on 224 x 224
+    images.
+    """
 
     def __init__(
-        self, side: int = 28, token_dim: int = 64, embed_dim: int = 384, depth: int = 14, num_heads: int = 6, mlp_ratio: float = 3.0, classes: int = 1000
+        self,
+        side: int = 28,
+        token_dim: int = 64,
+        embed_dim: int = 384,
+        depth: int = 14,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        classes: int = 1000,
     ) -> None:
         super().__init__()
         self.patch_embed = LastSplit(side, token_dim, embed_dim)
@@ -114,7 +159,9 @@ class T2TBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
-        x = self.pos_drop(torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed)
+        x = self.pos_drop(
+            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        )
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.head(self.norm(x)[:, 0])
@@ -122,13 +169,19 @@ class T2TBackbone(nn.Module):
 
 
 class T2TViT(nn.Module):
-    """The whole network in the published arrangement: blocks beside a `tokens_to_token` that no rule covers."""
+    """The whole network in the published arrangement: blocks beside a `tokens_to_token` that no
+    rule covers.
+    """
 
     def __init__(self, backbone: T2TBackbone) -> None:
         super().__init__()
         self.tokens_to_token = nn.Sequential(SoftSplits(), backbone.patch_embed)
         self.cls_token, self.pos_embed, self.blocks, self.norm, self.head = (
-            backbone.cls_token, backbone.pos_embed, backbone.blocks, backbone.norm, backbone.head
+            backbone.cls_token,
+            backbone.pos_embed,
+            backbone.blocks,
+            backbone.norm,
+            backbone.head,
         )
 
     def forward(self, x: Tensor) -> Tensor:

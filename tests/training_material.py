@@ -12,7 +12,9 @@ SIZE = Preprocessing(channels=1, height=8, width=8, mean=(0.5,), std=(0.25,))
 
 
 def spots(images: int = 96, seed: int = 0) -> DataSplits:
-    """Noise with a bright spot in one of three corners; train, a third of it for validation, and as much for test."""
+    """Noise with a bright spot in one of three corners; train, a third of it for validation, and as
+    much for test.
+    """
 
     def split(count: int, seed: int) -> Split:
         generator = np.random.default_rng(seed)
@@ -23,7 +25,14 @@ def spots(images: int = 96, seed: int = 0) -> DataSplits:
             pixels[index, 0, row : row + 3, column : column + 3] += 130
         return Split(pixels, targets.astype(np.int64), SIZE)
 
-    return DataSplits("spots", split(images, seed), split(images // 3, seed + 1), split(images // 3, seed + 2), ("a", "b", "c"), SIZE)
+    return DataSplits(
+        "spots",
+        split(images, seed),
+        split(images // 3, seed + 1),
+        split(images // 3, seed + 2),
+        ("a", "b", "c"),
+        SIZE,
+    )
 
 
 class Net(nn.Module):
@@ -32,7 +41,9 @@ class Net(nn.Module):
     def __init__(self, seed: int = 0, dropout: float = 0.2) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 3))
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 3)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.layers(images)
@@ -41,4 +52,7 @@ class Net(nn.Module):
 
 def equal_weights(one: nn.Module, other: nn.Module) -> bool:
     """Bit for bit."""
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )

@@ -18,7 +18,14 @@ from vitrim.export.parity import Probe
 from vitrim.export.runtimes import Source, Written, runtime_named
 
 LABELS = ("ankle boot", "coat", "dress", "shirt", "bag")
-PREPROCESSING = {"channels": 3, "height": 16, "width": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 1.0], "interpolation": "bilinear"}
+PREPROCESSING = {
+    "channels": 3,
+    "height": 16,
+    "width": 16,
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.3, 1.0],
+    "interpolation": "bilinear",
+}
 
 
 def images(count: int = 3, seed: int = 0) -> NDArray[Any]:
@@ -33,7 +40,14 @@ def expected(given: NDArray[Any]) -> NDArray[Any]:
     return found
 
 
-def source(target: str, *, batch: int = 1, threads: int = 1, options: Mapping[str, str] | None = None, lifted: bool = True) -> Source:
+def source(
+    target: str,
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    options: Mapping[str, str] | None = None,
+    lifted: bool = True,
+) -> Source:
     """What the exporter hands to a runtime."""
     pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
     compact = vitrim.lift(tiny_vit())
@@ -55,13 +69,22 @@ def job_of(folder: Path, written: Written, batch: int = 1, threads: int = 1) -> 
     """The job that opens them."""
     shape = [batch, 3, 16, 16]
     session = dict(written.session)
-    return {"runtime": "tvm", "model": str(folder / written.main), "threads": threads, "session": session, "input": {"name": "images", "shape": shape}}
+    return {
+        "runtime": "tvm",
+        "model": str(folder / written.main),
+        "threads": threads,
+        "session": session,
+        "input": {"name": "images", "shape": shape},
+    }
 
 
 def artifact_in(folder: Path, target: str = "x86-64") -> Artifact:
     """The same with a manifest, and with the objects that a bundle links."""
     written = compiled(folder, target, options={"static": "yes"})
-    files = [entry_for(folder, written.main, "model"), *(entry_for(folder, path, role) for path, role in written.files)]
+    files = [
+        entry_for(folder, written.main, "model"),
+        *(entry_for(folder, path, role) for path, role in written.files),
+    ]
     manifest = Manifest(
         name="tiny",
         inputs=(TensorSpec(name="images", shape=(1, 3, 16, 16), layout="NCHW"),),

@@ -23,9 +23,11 @@ STAND_INS = (("i8mm", "cortex-a710"), ("asimddp", "cortex-a76"), ("asimd", "cort
 
 @dataclass(frozen=True)
 class Emulator:
-    """qemu-aarch64, a user land (`root`) with its python3 (`python`), and the folders of the packages that python imports.
+    """qemu-aarch64, a user land (`root`) with its python3 (`python`), and the folders of the
+    packages that python imports.
 
-    versions: of qemu, python and each package. cpu: the processor that is emulated, in qemu's words.
+    versions: of qemu, python and each package. cpu: the processor that is emulated, in qemu's
+    words.
     """
 
     qemu: Path
@@ -43,30 +45,57 @@ class Emulator:
     @property
     def tvm_library(self) -> Path | None:
         """The folder of libtvm_runtime.so for aarch64, where that was prepared."""
-        return next((folder / "tvm" / "lib" for folder in self.packages if (folder / "tvm" / "lib" / "libtvm_runtime.so").is_file()), None)
+        return next(
+            (
+                folder / "tvm" / "lib"
+                for folder in self.packages
+                if (folder / "tvm" / "lib" / "libtvm_runtime.so").is_file()
+            ),
+            None,
+        )
 
     @property
     def onnxruntime_library(self) -> Path | None:
         """ONNX Runtime's C library for aarch64, as its wheel carries it."""
-        return next((found for folder in self.packages for found in sorted(folder.glob("onnxruntime/capi/libonnxruntime.so*"))), None)
+        return next(
+            (
+                found
+                for folder in self.packages
+                for found in sorted(folder.glob("onnxruntime/capi/libonnxruntime.so*"))
+            ),
+            None,
+        )
 
     def command(self, program: Sequence[str | Path]) -> list[str]:
-        """The command line that runs an aarch64 program here; `python3` as its first word is the user land's.
+        """The command line that runs an aarch64 program here; `python3` as its first word is the
+        user land's.
 
-        Absolute paths are looked for in the user land first and then on this machine, so that a program reads files of both.
+        Absolute paths are looked for in the user land first and then on this machine, so that a
+        program reads files of both.
         """
         first, *rest = [str(word) for word in program]
         hidden = [part for variable in HIDDEN for part in ("-U", variable)]
         paths = ["-E", f"PYTHONPATH={os.pathsep.join(map(str, self.packages))}"]
         executable = str(self.python) if first in ("python3", "python") else first
-        return [str(self.qemu), "-cpu", self.cpu, "-L", str(self.root), *hidden, *paths, executable, *rest]
+        return [
+            str(self.qemu),
+            "-cpu",
+            self.cpu,
+            "-L",
+            str(self.root),
+            *hidden,
+            *paths,
+            executable,
+            *rest,
+        ]
 
     def as_cpu(self, cpu: str) -> Emulator:
         """The same, emulating another processor."""
         return Emulator(self.qemu, self.root, self.python, self.packages, self.versions, cpu)
 
     def like(self, cores: Sequence[str], features: Sequence[str] = ()) -> Emulator:
-        """The same, emulating the first of the named cores (`Cortex-A72`) that qemu knows, else one with the same instructions.
+        """The same, emulating the first of the named cores (`Cortex-A72`) that qemu knows, else one
+        with the same instructions.
 
         A runtime then chooses the kernels that it would choose on that device.
         """
@@ -78,7 +107,9 @@ class Emulator:
 
 def processors(qemu: Path) -> tuple[str, ...]:
     """The processors that this qemu can be."""
-    done = subprocess.run([str(qemu), "-cpu", "help"], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(
+        [str(qemu), "-cpu", "help"], capture_output=True, text=True, check=False, timeout=30
+    )
     return tuple(word for line in done.stdout.splitlines()[1:] for word in line.split()[:1])
 
 
@@ -88,7 +119,9 @@ def ready() -> Emulator | None:
 
 
 def read(folder: Path) -> Emulator | None:
-    """The emulator that a folder's record describes; None where there is none, or a part of it is gone."""
+    """The emulator that a folder's record describes; None where there is none, or a part of it is
+    gone.
+    """
     try:
         told = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -105,12 +138,18 @@ def read(folder: Path) -> Emulator | None:
         )
     except (KeyError, TypeError, AttributeError):
         return None
-    whole = os.access(found.qemu, os.X_OK) and found.python.is_file() and all(path.is_dir() for path in found.packages)
+    whole = (
+        os.access(found.qemu, os.X_OK)
+        and found.python.is_file()
+        and all(path.is_dir() for path in found.packages)
+    )
     return found if whole else None
 
 
 def record(folder: Path, emulator: Emulator) -> str:
-    """The text of the record: paths within the folder are told relative to it, so that it can be moved."""
+    """The text of the record: paths within the folder are told relative to it, so that it can be
+    moved.
+    """
 
     def told(path: Path) -> str:
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import InputError
+from ...core.errors import InputError
 
 VARIABLE = "VITRIM_EMULATION"
 
 
 def place() -> Path:
-    """The folder of all that was prepared: $VITRIM_EMULATION, else vitrim's part of the user's cache folder."""
+    """The folder of all that was prepared: $VITRIM_EMULATION, else vitrim's part of the user's
+    cache folder.
+    """
     if moved := os.environ.get(VARIABLE):
         return Path(moved).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -24,9 +26,13 @@ def place() -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time prepares; what an earlier one left half-written is removed. Errors: InputError where no such lock exists."""
+    """One process at a time prepares; what an earlier one left half-written is removed. Errors:
+    InputError where no such lock exists.
+    """
     if sys.platform != "linux":
-        raise InputError("aarch64 emulation needs Linux (qemu's user emulation); measure on the device itself with --on ssh://user@host")
+        raise InputError(
+            "aarch64 emulation needs Linux (qemu's user emulation); measure on the device itself with --on ssh://user@host"
+        )
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)

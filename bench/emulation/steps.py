@@ -11,7 +11,9 @@ EVERY_S = 2.0
 
 
 def step_lines(stream: TextIO) -> Progress:
-    """Progress that writes a line when a step begins, and the state of a long step every two seconds."""
+    """Progress that writes a line when a step begins, and the state of a long step every two
+    seconds.
+    """
     state: dict[str, object] = {"step": None, "told": 0.0}
 
     def tell(share: float, text: str) -> None:

@@ -1,10 +1,12 @@
-"""What a roofline needs to know of a machine: how fast it multiplies, reads and counts, with so many threads at a precision."""
+"""What a roofline needs to know of a machine: how fast it multiplies, reads and counts, with so
+many threads at a precision.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...errors import InputError
+from ...core.errors import InputError
 from ...targets.profile import Precision, TargetProfile
 
 BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -14,9 +16,10 @@ BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 class Machine:
     """A machine with a number of threads at a precision.
 
-    device: what is one device, whatever its settings; peak_macs_per_s (of products with weights), float_macs_per_s (of attention products, which
-    stay in floating point when weights are int8) and vector_numbers_per_s of all threads together; last_cache_bytes: weights that fit it are not
-    read from memory at each inference.
+    device: what is one device, whatever its settings; peak_macs_per_s (of products with weights),
+    float_macs_per_s (of attention products, which stay in floating point when weights are int8) and
+    vector_numbers_per_s of all threads together; last_cache_bytes: weights that fit it are not read
+    from memory at each inference.
     """
 
     device: str
@@ -39,19 +42,25 @@ class Machine:
 def machine_of(profile: TargetProfile, precision: Precision, threads: int | None = None) -> Machine:
     """A profile's CPU with `threads` threads (None: every core of its first cluster).
 
-    A CPU without a rate for a precision runs it at the next wider one's. Errors: InputError for a profile without a peak, or more threads than cores.
+    A CPU without a rate for a precision runs it at the next wider one's. Errors: InputError for a
+    profile without a peak, or more threads than cores.
     """
     first = profile.clusters[0]
     threads = first.cores if threads is None else threads
     if threads < 1 or threads > profile.cores:
-        raise InputError(f"{profile.name}: {threads} threads, but the profile has {profile.cores} cores; give 1 to {profile.cores}")
+        raise InputError(
+            f"{profile.name}: {threads} threads, but the profile has {profile.cores} cores; give 1 to {profile.cores}"
+        )
     effective = precision
     peak = profile.peak.of(precision)
     if peak is None and profile.peak.fp32_macs_per_s is not None:
         effective, peak = ("int8" if precision == "int8" else "fp32"), profile.peak.fp32_macs_per_s
     if peak is None:
-        raise InputError(f"{profile.name}: its profile states no {precision} peak, so no time can be estimated; add peak.{precision}_macs_per_s")
-    # The profile's peak is that of its first cluster; slower cores add little to a runtime that splits work evenly.
+        raise InputError(
+            f"{profile.name}: its profile states no {precision} peak, so no time can be estimated; add peak.{precision}_macs_per_s"
+        )
+    # The profile's peak is that of its first cluster; slower cores add little to a runtime that
+    # splits work evenly.
     used = min(threads, first.cores)
     caches = (profile.memory.l3_bytes, profile.memory.l2_bytes)
     return Machine(
@@ -61,7 +70,9 @@ def machine_of(profile: TargetProfile, precision: Precision, threads: int | None
         precision=effective,
         clock_hz=first.frequency_hz,
         peak_macs_per_s=peak * used / first.cores,
-        float_macs_per_s=(peak if effective != "int8" else profile.peak.fp32_macs_per_s or peak) * used / first.cores,
+        float_macs_per_s=(peak if effective != "int8" else profile.peak.fp32_macs_per_s or peak)
+        * used
+        / first.cores,
         vector_numbers_per_s=used * first.frequency_hz * profile.vector.lanes,
         bandwidth_bytes_per_s=profile.memory.bandwidth_bytes_per_s,
         last_cache_bytes=next((size for size in caches if size), 0),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ...errors import InputError
+from ...core.errors import InputError
 from ...targets.profile import Precision, Rate
 from .machine import Machine
 from .workload import PlainVit, Workload
@@ -26,7 +26,9 @@ def family_of(runtime: str, precision: Precision) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """One measured latency: `family` is the runtime (and int8, which is another matter than floating point), `source` says who measured it."""
+    """One measured latency: `family` is the runtime (and int8, which is another matter than
+    floating point), `source` says who measured it.
+    """
 
     machine: Machine
     family: str
@@ -60,11 +62,22 @@ class Model(Plain):
 
     def vit(self) -> PlainVit:
         """With the usual FFN, four times the residual width."""
-        return PlainVit(self.image, self.patch, self.embed, self.depth, self.heads, 4 * self.embed, self.classes, self.channels)
+        return PlainVit(
+            self.image,
+            self.patch,
+            self.embed,
+            self.depth,
+            self.heads,
+            4 * self.embed,
+            self.classes,
+            self.channels,
+        )
 
 
 class Processor(Plain):
-    """A device whose latencies are known: multiply-adds a cycle of one core at each precision, and where the numbers come from."""
+    """A device whose latencies are known: multiply-adds a cycle of one core at each precision, and
+    where the numbers come from.
+    """
 
     title: str
     architecture: str
@@ -80,7 +93,11 @@ class Processor(Plain):
 
     def machine(self, device: str, threads: int, precision: Precision) -> Machine:
         """With `threads` threads at a precision."""
-        rates = {"fp32": self.fp32_macs_per_cycle, "fp16": self.fp16_macs_per_cycle, "int8": self.int8_macs_per_cycle}
+        rates = {
+            "fp32": self.fp32_macs_per_cycle,
+            "fp16": self.fp16_macs_per_cycle,
+            "int8": self.int8_macs_per_cycle,
+        }
         used = min(threads, self.cores)
         return Machine(
             device=device,
@@ -89,7 +106,9 @@ class Processor(Plain):
             precision=precision,
             clock_hz=self.clock_hz,
             peak_macs_per_s=used * self.clock_hz * (rates[precision] or self.fp32_macs_per_cycle),
-            float_macs_per_s=used * self.clock_hz * ((rates[precision] if precision == "fp16" else None) or self.fp32_macs_per_cycle),
+            float_macs_per_s=used
+            * self.clock_hz
+            * ((rates[precision] if precision == "fp16" else None) or self.fp32_macs_per_cycle),
             vector_numbers_per_s=used * self.clock_hz * self.lanes,
             bandwidth_bytes_per_s=self.bandwidth_bytes_per_s,
             last_cache_bytes=self.last_cache_bytes,
@@ -97,7 +116,9 @@ class Processor(Plain):
 
 
 class Latency(Plain):
-    """One figure. `last_queries`: the graph computes the class token's row alone in the last block."""
+    """One figure. `last_queries`: the graph computes the class token's row alone in the last
+    block.
+    """
 
     processor: str
     model: str
@@ -122,18 +143,28 @@ class Collection(Plain):
     def _names_are_known(self) -> Collection:
         for number, latency in enumerate(self.latencies):
             if latency.model not in self.models:
-                raise ValueError(f"latencies.{number}.model: {latency.model!r} is not among the models")
+                raise ValueError(
+                    f"latencies.{number}.model: {latency.model!r} is not among the models"
+                )
             if latency.processor not in self.processors:
-                raise ValueError(f"latencies.{number}.processor: {latency.processor!r} is not among the processors")
+                raise ValueError(
+                    f"latencies.{number}.processor: {latency.processor!r} is not among the processors"
+                )
         return self
 
     def points(self) -> list[Point]:
-        """Every latency with its machine and workload. A processor's name up to its first `/` is the device."""
+        """Every latency with its machine and workload. A processor's name up to its first `/` is
+        the device.
+        """
         return [
             Point(
-                machine=self.processors[entry.processor].machine(entry.processor.split("/")[0], entry.threads, entry.precision),
+                machine=self.processors[entry.processor].machine(
+                    entry.processor.split("/")[0], entry.threads, entry.precision
+                ),
                 family=family_of(entry.runtime, entry.precision),
-                workload=self.models[entry.model].vit().workload(entry.model, last_queries=entry.last_queries),
+                workload=self.models[entry.model]
+                .vit()
+                .workload(entry.model, last_queries=entry.last_queries),
                 latency_s=entry.latency_s,
                 source=entry.source,
                 setting=entry.setting,
@@ -149,11 +180,15 @@ def read_latencies(path: Path) -> Collection:
         data: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
         return Collection.model_validate(data)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file of latencies") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a file of latencies"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}") from None
+        raise InputError(
+            f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be understood ({error}); correct it") from None
 
@@ -164,7 +199,9 @@ def known_points() -> list[Point]:
 
 
 def device_titles() -> dict[str, str]:
-    """What people call each device of `known_points`; settings of one device go by the first one's title."""
+    """What people call each device of `known_points`; settings of one device go by the first one's
+    title.
+    """
     titles: dict[str, str] = {}
     for path in (MEASURED, PUBLISHED):
         for name, processor in read_latencies(path).processors.items():
@@ -174,4 +211,6 @@ def device_titles() -> dict[str, str]:
 
 def known_runtimes() -> set[str]:
     """Runtimes that some figure is of."""
-    return {entry.runtime for path in (MEASURED, PUBLISHED) for entry in read_latencies(path).latencies}
+    return {
+        entry.runtime for path in (MEASURED, PUBLISHED) for entry in read_latencies(path).latencies
+    }

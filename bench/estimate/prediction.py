@@ -1,4 +1,6 @@
-"""An estimate of a latency on a device that is not at hand: a likely value, its error bar, and what both rest on."""
+"""An estimate of a latency on a device that is not at hand: a likely value, its error bar, and what
+both rest on.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from .workload import Workload
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one inference, likely within low_s and high_s. An estimate is never a measurement and never stored as one."""
+    """Seconds of one inference, likely within low_s and high_s. An estimate is never a measurement
+    and never stored as one.
+    """
 
     target: str
     runtime: str
@@ -54,7 +58,11 @@ class _Known:
 def _known() -> _Known:
     points, costs = known_points(), OperatorCosts.load()
     near, far = leave_one_out(points, costs), leave_one_out(points, costs, without_runtime=True)
-    exact = [entry for entry in near if entry.cell == (entry.point.family, entry.point.machine.architecture)]
+    exact = [
+        entry
+        for entry in near
+        if entry.cell == (entry.point.family, entry.point.machine.architecture)
+    ]
     return _Known(
         calibration=fit(points, costs),
         near=error_factor(exact),
@@ -82,12 +90,18 @@ def can_estimate(profile: TargetProfile, precision: Precision) -> str | None:
 
 
 def estimate(
-    workload: Workload, profile: TargetProfile, *, runtime: str | None = None, precision: Precision = "fp32", threads: int | None = None
+    workload: Workload,
+    profile: TargetProfile,
+    *,
+    runtime: str | None = None,
+    precision: Precision = "fp32",
+    threads: int | None = None,
 ) -> Estimate:
     """The latency of a workload on a device, from everything that was measured elsewhere.
 
-    runtime: the profile's preferred one by default; threads: every core of the profile's first cluster by default. The bar holds `LEVEL` of
-    devices that were left out of the calibration. Errors: InputError as `machine_of`.
+    runtime: the profile's preferred one by default; threads: every core of the profile's first
+    cluster by default. The bar holds `LEVEL` of devices that were left out of the calibration.
+    Errors: InputError as `machine_of`.
     """
     machine = machine_of(profile, precision, threads)
     runtime = runtime or profile.preferred_runtime
@@ -100,11 +114,28 @@ def estimate(
     if not exact and cell[1]:
         rests = f"other runtimes on {cell[1]}"
     held = known.near_devices if exact else known.far_devices
-    return Estimate(profile.name, runtime, precision, machine.threads, likely, likely / factor, likely * factor, factor, rests, held)
+    return Estimate(
+        profile.name,
+        runtime,
+        precision,
+        machine.threads,
+        likely,
+        likely / factor,
+        likely * factor,
+        factor,
+        rests,
+        held,
+    )
 
 
 def time_text(seconds: float) -> str:
     """Seconds for people: two or three figures and a unit."""
     if seconds >= 1:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds * 1e3:.2g} ms" if seconds < 0.0995 and seconds >= 1e-3 else f"{seconds * 1e3:.0f} ms" if seconds >= 0.0995 else f"{seconds * 1e6:.0f} µs"
+    return (
+        f"{seconds * 1e3:.2g} ms"
+        if seconds < 0.0995 and seconds >= 1e-3
+        else f"{seconds * 1e3:.0f} ms"
+        if seconds >= 0.0995
+        else f"{seconds * 1e6:.0f} µs"
+    )

@@ -1,4 +1,6 @@
-"""A Vision Transformer as the list of operators that a runtime executes, with the arithmetic and the numbers that each needs."""
+"""A Vision Transformer as the list of operators that a runtime executes, with the arithmetic and
+the numbers that each needs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ OperatorKind = Literal["projection", "attention", "activation", "norm", "add"]
 
 @dataclass(frozen=True)
 class Operator:
-    """One node: multiply-adds, numbers that it writes (scores, for attention), and weights that it reads."""
+    """One node: multiply-adds, numbers that it writes (scores, for attention), and weights that it
+    reads.
+    """
 
     name: str
     kind: OperatorKind
@@ -40,7 +44,9 @@ class Workload:
 
 def projection(name: str, rows: int, inputs: int, outputs: int) -> Operator:
     """A matrix of weights (inputs x outputs) applied to `rows` tokens."""
-    return Operator(name, "projection", rows * inputs * outputs, rows * outputs, inputs * outputs + outputs)
+    return Operator(
+        name, "projection", rows * inputs * outputs, rows * outputs, inputs * outputs + outputs
+    )
 
 
 def attention(name: str, heads: int, asked: int, seen: int, qk: int, v: int) -> Operator:
@@ -72,7 +78,9 @@ class PlainVit:
         return (self.image // self.patch) ** 2 + 1
 
     def workload(self, name: str, *, last_queries: bool = False) -> Workload:
-        """Its operators; with `last_queries` the last block computes the class token's row only, as vitrim's graphs do."""
+        """Its operators; with `last_queries` the last block computes the class token's row only, as
+        vitrim's graphs do.
+        """
         return Workload(name, tuple(self._operators(last_queries)))
 
     def _operators(self, last_queries: bool) -> Iterator[Operator]:

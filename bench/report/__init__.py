@@ -1,4 +1,6 @@
-"""The report of a run: a table, pictures and the truth about how they were measured, as Markdown and one self-contained HTML page."""
+"""The report of a run: a table, pictures and the truth about how they were measured, as Markdown
+and one self-contained HTML page.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
     from .writing import render, render_measurements
 
 
-# No function here shares its name with a module: importing the module would put it in the function's place.
-# Lazy, so that `python -m vitrim.bench.report.picture` does not find its own module imported already.
+# No function here shares its name with a module: importing the module would put it in the
+# function's place. Lazy, so that `python -m vitrim.bench.report.picture` does not find its own
+# module imported already.
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name], __name__), name)

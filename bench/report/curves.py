@@ -1,4 +1,6 @@
-"""Training curves: small panels over the epochs of all phases, one after the other; a line breaks where a phase begins."""
+"""Training curves: small panels over the epochs of all phases, one after the other; a line breaks
+where a phase begins.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,21 @@ from dataclasses import dataclass
 from . import wording
 from .markup import Markup, element, joined
 from .model import Epoch
-from .plot import Frame, line, padded, path, series_class, shortened, svg, text_width, tick_text, ticks, words, x_axis, y_axis
+from .plot import (
+    Frame,
+    line,
+    padded,
+    path,
+    series_class,
+    shortened,
+    svg,
+    text_width,
+    tick_text,
+    ticks,
+    words,
+    x_axis,
+    y_axis,
+)
 
 PHASES = {"baseline": "baseline", "masks": "masks", "finetune": "fine-tune"}
 
@@ -54,34 +70,62 @@ def phases(history: Sequence[Epoch]) -> list[Phase]:
     return found
 
 
-def panels(history: Sequence[Epoch], dense_params: int | None = None, dense_macs: int | None = None) -> list[Panel]:
+def panels(
+    history: Sequence[Epoch], dense_params: int | None = None, dense_macs: int | None = None
+) -> list[Panel]:
     """Loss, top-1, what remains, and speed; a panel without a single value is left out."""
     every = [
         Panel("Loss", "", (_curve("training loss", 1, [e.loss for e in history]),)),
         Panel(
             "Top-1",
             "%",
-            (_curve("validation", 1, [e.val_top1 for e in history]), _curve("training", 0, [e.train_top1 for e in history], dashed=True)),
+            (
+                _curve("validation", 1, [e.val_top1 for e in history]),
+                _curve("training", 0, [e.train_top1 for e in history], dashed=True),
+            ),
         ),
         Panel(
             "What remains",
             "% of the dense model",
             (
-                _curve("parameters", 1, [_share(e.params, e.params_dense or dense_params) for e in history]),
-                _curve("multiply-adds", 2, [_share(e.macs, e.macs_dense or dense_macs) for e in history], dashed=True),
+                _curve(
+                    "parameters",
+                    1,
+                    [_share(e.params, e.params_dense or dense_params) for e in history],
+                ),
+                _curve(
+                    "multiply-adds",
+                    2,
+                    [_share(e.macs, e.macs_dense or dense_macs) for e in history],
+                    dashed=True,
+                ),
             ),
             from_zero=True,
         ),
-        Panel("Training speed", "images/s", (_curve("images/s", 1, [e.images_per_s for e in history]),), from_zero=True),
+        Panel(
+            "Training speed",
+            "images/s",
+            (_curve("images/s", 1, [e.images_per_s for e in history]),),
+            from_zero=True,
+        ),
     ]
-    kept = [Panel(p.title, p.unit, tuple(c for c in p.curves if _finite(c.values)), p.from_zero) for p in every]
+    kept = [
+        Panel(p.title, p.unit, tuple(c for c in p.curves if _finite(c.values)), p.from_zero)
+        for p in every
+    ]
     return [panel for panel in kept if panel.curves]
 
 
-def draw(panel: Panel, spans: Sequence[Phase], *, width: float, height: float, class_: str = "plot") -> Markup:
+def draw(
+    panel: Panel, spans: Sequence[Phase], *, width: float, height: float, class_: str = "plot"
+) -> Markup:
     """The picture of a panel with its phases as bands."""
     values = [value for curve in panel.curves for value in _finite(curve.values)]
-    low, high = (0.0, max(values) * 1.08 or 1.0) if panel.from_zero else padded(min(values), max(values), share=0.06)
+    low, high = (
+        (0.0, max(values) * 1.08 or 1.0)
+        if panel.from_zero
+        else padded(min(values), max(values), share=0.06)
+    )
     write = tick_text(ticks(low, high, 4))
     margin = max(text_width(write(value)) for value in ticks(low, high, 4)) + 14
     frame = Frame(width, height, left=max(30.0, margin), right=12, top=22, bottom=30)
@@ -120,7 +164,9 @@ def draw(panel: Panel, spans: Sequence[Phase], *, width: float, height: float, c
     )
 
 
-def _line(curve: Curve, span: Phase, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
+def _line(
+    curve: Curve, span: Phase, x: Callable[[float], float], y: Callable[[float], float]
+) -> Markup:
     class_ = f"curve {series_class(curve.series)}" + (" dashed" if curve.dashed else "")
     pieces: list[list[tuple[float, float]]] = [[]]
     for number in range(span.first, span.last + 1):
@@ -133,7 +179,15 @@ def _line(curve: Curve, span: Phase, x: Callable[[float], float], y: Callable[[f
     for piece in pieces:
         if len(piece) == 1:
             # A line through one epoch has no length.
-            drawn.append(element("circle", cx=piece[0][0], cy=piece[0][1], r=2.5, class_=f"dot {series_class(curve.series)}"))
+            drawn.append(
+                element(
+                    "circle",
+                    cx=piece[0][0],
+                    cy=piece[0][1],
+                    r=2.5,
+                    class_=f"dot {series_class(curve.series)}",
+                )
+            )
         elif piece:
             drawn.append(path(piece, class_))
     return joined(*drawn)
@@ -144,7 +198,9 @@ def _told(curve: Curve, spans: Sequence[Phase], unit: str) -> str:
     for span in spans:
         values = _finite(curve.values[span.first - 1 : span.last])
         if values:
-            ends.append(f"{wording.three_digits(values[-1])} after {PHASES.get(span.name, span.name)}")
+            ends.append(
+                f"{wording.three_digits(values[-1])} after {PHASES.get(span.name, span.name)}"
+            )
     return f"{curve.name}{' in ' + unit if unit else ''}: {', '.join(ends)}"
 
 

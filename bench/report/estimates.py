@@ -1,4 +1,6 @@
-"""Estimates for devices that were not at hand: one line a device, one column a model in a precision; nothing here was measured."""
+"""Estimates for devices that were not at hand: one line a device, one column a model in a
+precision; nothing here was measured.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,7 @@ from .model import EstimateEntry
 from .table import NONE, Cell, Line
 
 HEADING = "Estimates"
-WARNING = (
-    "Estimates, not measurements: none of these devices was at hand. The first figure is the likely time of one inference, the range under it its error bar."
-)
+WARNING = "Estimates, not measurements: none of these devices was at hand. The first figure is the likely time of one inference, the range under it its error bar."
 
 
 def columns(entries: Sequence[EstimateEntry]) -> list[str]:
@@ -55,7 +55,10 @@ def _label(entry: EstimateEntry) -> str:
 def _cell(entry: EstimateEntry) -> Cell:
     over = entry.excess_bytes
     if over:
-        return Cell("does not fit", ", ".join(f"{what} {wording.size(count)} too large" for what, count in over.items()))
+        return Cell(
+            "does not fit",
+            ", ".join(f"{what} {wording.size(count)} too large" for what, count in over.items()),
+        )
     if entry.latency is None:
         return Cell("fits", "no estimate of its time")
     bar = wording.estimated_range(entry.latency.low_s, entry.latency.high_s)
@@ -63,7 +66,11 @@ def _cell(entry: EstimateEntry) -> Cell:
 
 
 def _setting(entries: Sequence[EstimateEntry]) -> str:
-    told = [f"{latency.runtime}, {wording.plural(latency.threads, 'thread')}" for entry in entries if (latency := entry.latency) is not None]
+    told = [
+        f"{latency.runtime}, {wording.plural(latency.threads, 'thread')}"
+        for entry in entries
+        if (latency := entry.latency) is not None
+    ]
     reasons = [entry.no_latency for entry in entries if entry.no_latency and not entry.excess_bytes]
     return "; ".join(dict.fromkeys([*told, *(f"no time: {reason}" for reason in reasons)]))
 

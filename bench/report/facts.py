@@ -25,12 +25,22 @@ def environment_facts(device: Device) -> list[tuple[str, str]]:
         ("Virtual machine", e.virtual_machine),
         ("Emulator", e.emulator),
         ("Load before and after", _pair(e.load_before, e.load_after, "{:.2f}")),
-        ("Temperature before and after", _pair(e.temperature_before_c, e.temperature_after_c, "{:.0f} °C")),
+        (
+            "Temperature before and after",
+            _pair(e.temperature_before_c, e.temperature_after_c, "{:.0f} °C"),
+        ),
         ("Throttled", e.throttled),
         ("Memory", wording.size(e.memory_total_bytes) if e.memory_total_bytes else None),
-        ("System", " · ".join(part for part in (e.os, f"kernel {e.kernel}" if e.kernel else None) if part) or None),
+        (
+            "System",
+            " · ".join(part for part in (e.os, f"kernel {e.kernel}" if e.kernel else None) if part)
+            or None,
+        ),
         ("Runtime", f"{m.runtime} {m.runtime_version}, {m.provider}"),
-        ("Libraries", ", ".join(f"{name} {version}" for name, version in e.libraries.items()) or None),
+        (
+            "Libraries",
+            ", ".join(f"{name} {version}" for name, version in e.libraries.items()) or None,
+        ),
         ("Python", e.python),
         ("Threads", _threads(row)),
         ("Input", f"{' × '.join(str(side) for side in m.input_shape)}, {m.input_type}"),
@@ -47,9 +57,17 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("Recipe", report.recipe),
         ("Data", report.data),
         ("Seed", None if report.seed is None else str(report.seed)),
-        ("Trained for", f"{wording.plural(len(run.history), 'epoch')}, {wording.long_duration(seconds)}" if seconds else None),
+        (
+            "Trained for",
+            f"{wording.plural(len(run.history), 'epoch')}, {wording.long_duration(seconds)}"
+            if seconds
+            else None,
+        ),
         ("Made at", report.created_at),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()) or None),
+        (
+            "Versions",
+            ", ".join(f"{name} {version}" for name, version in report.versions.items()) or None,
+        ),
     ]
     return [(name, value) for name, value in facts if value]
 
@@ -60,7 +78,10 @@ def _pair(before: float | None, after: float | None, form: str) -> str | None:
 
 
 def _clock(now_hz: float | None, most_hz: float | None) -> str | None:
-    parts = [f"{now_hz / 1e9:.2f} GHz" if now_hz else None, f"at most {most_hz / 1e9:.2f} GHz" if most_hz else None]
+    parts = [
+        f"{now_hz / 1e9:.2f} GHz" if now_hz else None,
+        f"at most {most_hz / 1e9:.2f} GHz" if most_hz else None,
+    ]
     return ", ".join(part for part in parts if part) or None
 
 

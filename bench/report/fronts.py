@@ -12,13 +12,19 @@ from .scatter import Point
 def latency_points(rows: Sequence[Row]) -> list[Point]:
     """Cost is the p50 in milliseconds; rows that were not timed or not scored are left out."""
     return [
-        _point(row, row.summary.p50_s * 1e3, wording.duration(row.summary.p50_s)) for row in rows if row.summary and row.top1 is not None
+        _point(row, row.summary.p50_s * 1e3, wording.duration(row.summary.p50_s))
+        for row in rows
+        if row.summary and row.top1 is not None
     ]
 
 
 def size_points(rows: Sequence[Row]) -> list[Point]:
     """Cost is the artifact's files in megabytes; rows without a top-1 are left out."""
-    return [_point(row, row.file_bytes / 1e6, wording.size(row.file_bytes)) for row in rows if row.top1 is not None]
+    return [
+        _point(row, row.file_bytes / 1e6, wording.size(row.file_bytes))
+        for row in rows
+        if row.top1 is not None
+    ]
 
 
 def _point(row: Row, cost: float, said: str) -> Point:

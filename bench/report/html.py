@@ -1,11 +1,13 @@
-"""report.html: one file without script or request, built from escaped values; it reads on a phone and on a desk, in light and in dark."""
+"""report.html: one file without script or request, built from escaped values; it reads on a phone
+and on a desk, in light and in dark.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 
-from ..operator_table import OperatorTable
+from ..local.operator_table import OperatorTable
 from . import estimates, wording
 from .curves import draw, panels, phases
 from .distribution import Strip, distributions
@@ -48,7 +50,10 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         _environment(view),
         _warnings(run, view),
         _reproduce(run),
-        element("footer", "Made by vitrim. Every statistic on this page is derived from the raw samples in the run's measurement files."),
+        element(
+            "footer",
+            "Made by vitrim. Every statistic on this page is derived from the raw samples in the run's measurement files.",
+        ),
     )
     head = element(
         "head",
@@ -69,7 +74,9 @@ def _head(run: Run, view: Overview) -> Markup:
         said.append(element("span", run.report.created_at[:10]))
     lead = run.report.data
     if view.chosen:
-        lead = f"Figures of {view.chosen}, against the {baseline_name(run)} on the same device." + (f" {lead}." if lead else "")
+        lead = f"Figures of {view.chosen}, against the {baseline_name(run)} on the same device." + (
+            f" {lead}." if lead else ""
+        )
     tiles = [_tile(change) for change in view.changes]
     return element(
         "header",
@@ -81,17 +88,27 @@ def _head(run: Run, view: Overview) -> Markup:
 
 
 def _headline(words: str) -> list[Markup]:
-    # Each part stays on one line where the window is wide enough for it, and a number never leaves its unit.
+    # Each part stays on one line where the window is wide enough for it, and a number never leaves
+    # its unit.
     parts = _UNIT.sub("\u00a0", words).split(", ")
     last = len(parts) - 1
-    return [joined(element("span", part + ("" if number == last else ",")), " ") for number, part in enumerate(parts)]
+    return [
+        joined(element("span", part + ("" if number == last else ",")), " ")
+        for number, part in enumerate(parts)
+    ]
 
 
 def _tile(change: Change) -> Markup:
     meter = None
     if change.share is not None:
         fill = element("i", style=f"width:{100 * min(1.0, change.share):.1f}%")
-        meter = element("div", fill, class_="meter", role="img", aria_label=f"{100 * change.share:.0f} percent of the baseline's")
+        meter = element(
+            "div",
+            fill,
+            class_="meter",
+            role="img",
+            aria_label=f"{100 * change.share:.0f} percent of the baseline's",
+        )
     return element(
         "li",
         element("span", change.name, class_="what"),
@@ -105,7 +122,11 @@ def _tile(change: Change) -> Markup:
 
 def _section(title: str, remark: str | None, *content: Markup | None, id_: str) -> Markup:
     return element(
-        "section", element("h2", title, id=id_), element("p", remark, class_="soft") if remark else None, *content, aria_labelledby=id_
+        "section",
+        element("h2", title, id=id_),
+        element("p", remark, class_="soft") if remark else None,
+        *content,
+        aria_labelledby=id_,
     )
 
 
@@ -116,10 +137,17 @@ def _tables(view: Overview) -> Markup | None:
     first = view.devices[0]
     remark = f"Measured on {first.title}." if len(view.devices) == 1 and first.timed else None
     compared = any(row.speed_up for device in view.devices for row in device.rows)
-    words = "Speed-ups stand over their 95 % interval; the memory floor is the process with the runtime and no model." if compared else None
+    words = (
+        "Speed-ups stand over their 95 % interval; the memory floor is the process with the runtime and no model."
+        if compared
+        else None
+    )
     together = _side_by_side(view) if len(view.devices) > 1 else None
     return _section(
-        "The figures", " ".join(part for part in (remark, words) if part), element("div", together, *tables, class_="stack"), id_="figures"
+        "The figures",
+        " ".join(part for part in (remark, words) if part),
+        element("div", together, *tables, class_="stack"),
+        id_="figures",
     )
 
 
@@ -145,12 +173,26 @@ def _device_table(device: Device, *, titled: bool) -> Markup:
 def _grid(corner: str, heads: list[Markup], lines: list[Line]) -> Markup:
     """A table whose lines become blocks on a phone; the roles say that it is a table still."""
     body = [
-        element("tr", element("th", line.name, _small(line.remark), scope="row", role="rowheader"), *(_cell(cell) for cell in line.cells), role="row")
+        element(
+            "tr",
+            element("th", line.name, _small(line.remark), scope="row", role="rowheader"),
+            *(_cell(cell) for cell in line.cells),
+            role="row",
+        )
         for line in lines
     ]
     return element(
         "table",
-        element("thead", element("tr", element("th", corner, class_="corner", role="columnheader"), *heads, role="row"), role="rowgroup"),
+        element(
+            "thead",
+            element(
+                "tr",
+                element("th", corner, class_="corner", role="columnheader"),
+                *heads,
+                role="row",
+            ),
+            role="rowgroup",
+        ),
         element("tbody", *body, role="rowgroup"),
         class_="figures many" if len(heads) > MANY else "figures",
         role="table",
@@ -170,13 +212,25 @@ def _two_lines(label: str) -> Markup:
 def _cell(cell: Cell) -> Markup:
     if cell is NONE:
         return element("td", cell.figure, class_="none", role="cell")
-    return element("td", cell.figure, _small(cell.remark), class_="best" if cell.best else None, role="cell")
+    return element(
+        "td", cell.figure, _small(cell.remark), class_="best" if cell.best else None, role="cell"
+    )
 
 
 def _side_by_side(view: Overview) -> Markup:
-    heads = [element("th", device.name, element("small", device.setting), scope="col", role="columnheader") for device in view.devices]
+    heads = [
+        element(
+            "th", device.name, element("small", device.setting), scope="col", role="columnheader"
+        )
+        for device in view.devices
+    ]
     inside = _grid("p50", heads, side_by_side(view.devices))
-    return element("div", element("h3", "Devices side by side"), element("div", inside, class_="scroll"), class_="card")
+    return element(
+        "div",
+        element("h3", "Devices side by side"),
+        element("div", inside, class_="scroll"),
+        class_="card",
+    )
 
 
 def _real(view: Overview) -> list[Device]:
@@ -196,23 +250,61 @@ def _fronts(view: Overview) -> Markup | None:
         for points, against, cost_title in pictures:
             if not points:
                 continue
-            label = f"Top-1 against {against}{place}: " + "; ".join(f"{point.label} {point.hint}" for point in points)
-            wide = scatter(points, cost_title=cost_title, label=label, width=HALF_PX, height=300, class_="plot wide")
-            narrow = scatter(points, cost_title=cost_title, label=label, width=NARROW_PX, height=270, class_="plot narrow")
-            figures.append(element("figure", element("h3", f"Accuracy against {against}{place}"), wide, narrow, class_="card"))
+            label = f"Top-1 against {against}{place}: " + "; ".join(
+                f"{point.label} {point.hint}" for point in points
+            )
+            wide = scatter(
+                points,
+                cost_title=cost_title,
+                label=label,
+                width=HALF_PX,
+                height=300,
+                class_="plot wide",
+            )
+            narrow = scatter(
+                points,
+                cost_title=cost_title,
+                label=label,
+                width=NARROW_PX,
+                height=270,
+                class_="plot narrow",
+            )
+            figures.append(
+                element(
+                    "figure",
+                    element("h3", f"Accuracy against {against}{place}"),
+                    wide,
+                    narrow,
+                    class_="card",
+                )
+            )
     if not figures:
-        return _section("Accuracy and cost", "Not shown: no artifact has both a top-1 and a cost.", id_="fronts")
+        return _section(
+            "Accuracy and cost", "Not shown: no artifact has both a top-1 and a cost.", id_="fronts"
+        )
     whiskers = any(row.top1_interval for device in view.devices for row in device.rows)
     several = any(len(device.rows) > 1 for device in _real(view))
-    remark = "The dotted line is the front: nothing measured lies above and left of it. " if several else ""
-    remark += "Whiskers are the 95 % interval that the number of test images allows." if whiskers else ""
-    return _section("Accuracy and cost", remark, element("div", *figures, class_="grid2"), id_="fronts")
+    remark = (
+        "The dotted line is the front: nothing measured lies above and left of it. "
+        if several
+        else ""
+    )
+    remark += (
+        "Whiskers are the 95 % interval that the number of test images allows." if whiskers else ""
+    )
+    return _section(
+        "Accuracy and cost", remark, element("div", *figures, class_="grid2"), id_="fronts"
+    )
 
 
 def _latencies(view: Overview) -> Markup | None:
     figures = []
     for device in _real(view):
-        strips = [Strip(row.label, row.series, row.measurement.latency_s) for row in device.timed if row.measurement]
+        strips = [
+            Strip(row.label, row.series, row.measurement.latency_s)
+            for row in device.timed
+            if row.measurement
+        ]
         if not strips:
             continue
         told = "; ".join(
@@ -225,11 +317,24 @@ def _latencies(view: Overview) -> Markup | None:
             distributions(strips, label=label, width=width, class_=f"plot {name}")
             for name, width in (("wide", FULL_PX), ("narrow", NARROW_PX))
         ]
-        figures.append(element("figure", element("h3", device.title) if len(_real(view)) > 1 else None, *pictures, class_="card"))
+        figures.append(
+            element(
+                "figure",
+                element("h3", device.title) if len(_real(view)) > 1 else None,
+                *pictures,
+                class_="card",
+            )
+        )
     if not figures:
-        return _section("Latency distributions", "Not shown: no artifact of this run was measured.", id_="latency")
+        return _section(
+            "Latency distributions",
+            "Not shown: no artifact of this run was measured.",
+            id_="latency",
+        )
     remark = "Bars reach the median; the shapes are all samples, smoothed; the short strokes are p90 and p99."
-    return _section("Latency distributions", remark, element("div", *figures, class_="stack"), id_="latency")
+    return _section(
+        "Latency distributions", remark, element("div", *figures, class_="stack"), id_="latency"
+    )
 
 
 def _operators(view: Overview) -> Markup | None:
@@ -241,7 +346,10 @@ def _operators(view: Overview) -> Markup | None:
             profile = OperatorTable(row.measurement.operators)
             place = f", {device.title}" if len(_real(view)) > 1 else ""
             drawn = []
-            for head, parts in (("by kind of operator", by_kind(profile)), ("by block", by_block(profile))):
+            for head, parts in (
+                ("by kind of operator", by_kind(profile)),
+                ("by block", by_block(profile)),
+            ):
                 if parts:
                     label = f"{row.label}{place}, {head}"
                     wide = bars(parts, label=label, width=HALF_PX, class_="plot wide")
@@ -250,28 +358,50 @@ def _operators(view: Overview) -> Markup | None:
                         wide,
                         bars(parts, label=label, width=NARROW_PX, class_="plot narrow"),
                     ]
-            figures.append(element("figure", element("h3", f"{row.label}{place}"), *drawn, class_="card"))
+            figures.append(
+                element("figure", element("h3", f"{row.label}{place}"), *drawn, class_="card")
+            )
     if not figures:
         return None
     remark = "As the runtime's own profiler told; it costs time itself, so shares are to be trusted more than times."
-    return _section("Where the time goes", remark, element("div", *figures, class_="grid2"), id_="operators")
+    return _section(
+        "Where the time goes", remark, element("div", *figures, class_="grid2"), id_="operators"
+    )
 
 
 def _estimates(run: Run) -> Markup | None:
     entries = run.report.estimates
     if not entries:
         return None
-    heads = [element("th", _two_lines(label), scope="col", role="columnheader") for label in estimates.columns(entries)]
-    inside = element("div", _grid(Markup("&nbsp;"), heads, estimates.lines(entries)), class_="scroll")
-    notes = element("div", *(element("p", bar, class_="soft") for bar in estimates.bars(entries)), class_="notes")
-    return _section(estimates.HEADING, estimates.WARNING, element("div", inside, class_="card estimates"), notes, id_="estimates")
+    heads = [
+        element("th", _two_lines(label), scope="col", role="columnheader")
+        for label in estimates.columns(entries)
+    ]
+    inside = element(
+        "div", _grid(Markup("&nbsp;"), heads, estimates.lines(entries)), class_="scroll"
+    )
+    notes = element(
+        "div",
+        *(element("p", bar, class_="soft") for bar in estimates.bars(entries)),
+        class_="notes",
+    )
+    return _section(
+        estimates.HEADING,
+        estimates.WARNING,
+        element("div", inside, class_="card estimates"),
+        notes,
+        id_="estimates",
+    )
 
 
 def _kept(run: Run) -> Markup | None:
     if not run.kept:
         return None
     kept = kept_blocks(run.kept)
-    rows = [_kept_row("all blocks", kept.totals, kept, total=True), *(_kept_row(block.name, block.bars, kept) for block in kept.blocks)]
+    rows = [
+        _kept_row("all blocks", kept.totals, kept, total=True),
+        *(_kept_row(block.name, block.bars, kept) for block in kept.blocks),
+    ]
     stream = None
     if kept.embed:
         words = f"The residual stream (embed) keeps {kept.embed.kept} of {kept.embed.total} channels, the same ones in every block."
@@ -283,7 +413,11 @@ def _kept(run: Run) -> Markup | None:
             style="margin-bottom:12px",
         )
     remark = "Filled is kept, pale is gone. Widths of q·k and v are those of one head."
-    content = element("div", element("ul", *rows, class_="blocks", style=f"--n:{max(1, len(kept.columns))}"), class_="card")
+    content = element(
+        "div",
+        element("ul", *rows, class_="blocks", style=f"--n:{max(1, len(kept.columns))}"),
+        class_="card",
+    )
     return _section("What was kept in every block", remark, stream, content, id_="kept")
 
 
@@ -298,14 +432,26 @@ def _kept_row(name: str, bars: tuple[Bar, ...], kept: Kept, *, total: bool = Fal
         if total:
             figure = joined(wording.share_of(bar.kept, bar.total))
         else:
-            figure = joined(bar.word) if bar.word else joined(str(bar.kept), element("span", f" of {bar.total}"))
+            figure = (
+                joined(bar.word)
+                if bar.word
+                else joined(str(bar.kept), element("span", f" of {bar.total}"))
+            )
         say = element("div", element("span", bar.name), element("b", figure), class_="say")
         cells.append(
             element(
-                "div", say, _track(bar, whole=total), class_="kept", data_dimension=bar.dimension, data_kept=bar.kept, data_total=bar.total
+                "div",
+                say,
+                _track(bar, whole=total),
+                class_="kept",
+                data_dimension=bar.dimension,
+                data_kept=bar.kept,
+                data_total=bar.total,
             )
         )
-    return element("li", element("div", name, class_="name"), *cells, class_="block all" if total else "block")
+    return element(
+        "li", element("div", name, class_="name"), *cells, class_="block all" if total else "block"
+    )
 
 
 def _track(bar: Bar, *, whole: bool = False) -> Markup:
@@ -313,9 +459,17 @@ def _track(bar: Bar, *, whole: bool = False) -> Markup:
     if bar.word:
         return element("div", class_="track gone", role="img", aria_label=label)
     if bar.dimension == "head" and not whole and bar.total <= MOST_CELLS:
-        cells = [element("i", class_="on" if number < bar.kept else None) for number in range(bar.total)]
+        cells = [
+            element("i", class_="on" if number < bar.kept else None) for number in range(bar.total)
+        ]
         return element("div", *cells, class_="track cells", role="img", aria_label=label)
-    return element("div", element("i", style=f"width:{100 * bar.share:.2f}%"), class_="track", role="img", aria_label=label)
+    return element(
+        "div",
+        element("i", style=f"width:{100 * bar.share:.2f}%"),
+        class_="track",
+        role="img",
+        aria_label=label,
+    )
 
 
 def _curves(run: Run) -> Markup | None:
@@ -326,7 +480,15 @@ def _curves(run: Run) -> Markup | None:
     figures = []
     for panel in panels(run.history, dense.params, dense.macs):
         keys = [
-            element("span", element("i", class_=f"stroke {series_class(curve.series)}" + (" dashed" if curve.dashed else "")), curve.name)
+            element(
+                "span",
+                element(
+                    "i",
+                    class_=f"stroke {series_class(curve.series)}"
+                    + (" dashed" if curve.dashed else ""),
+                ),
+                curve.name,
+            )
             for curve in panel.curves
         ]
         title = f"{panel.title}, {panel.unit}" if panel.unit else panel.title
@@ -350,17 +512,33 @@ def _parity(run: Run) -> Markup | None:
     if not run.report.parity:
         return None
     lines = [
-        element("tr", element("th", stage, scope="row"), element("td", _log_bar(error)), element("td", wording.relative_error(error)))
+        element(
+            "tr",
+            element("th", stage, scope="row"),
+            element("td", _log_bar(error)),
+            element("td", wording.relative_error(error)),
+        )
         for stage, error in run.report.parity.items()
     ]
     inside = element("table", element("tbody", *lines), class_="parity")
     remark = "The largest relative difference that each stage made to the outputs. The bar is logarithmic: empty at 10⁻⁸, full at 1."
-    return _section("Parity", remark, element("div", element("div", inside, class_="scroll"), class_="card"), id_="parity")
+    return _section(
+        "Parity",
+        remark,
+        element("div", element("div", inside, class_="scroll"), class_="card"),
+        id_="parity",
+    )
 
 
 def _log_bar(error: float | None) -> Markup:
-    share = 0.0 if not error or not math.isfinite(error) else min(1.0, max(0.0, 1 + math.log10(error) / 8))
-    return element("div", element("i", style=f"width:{100 * share:.1f}%"), class_="log", aria_hidden="true")
+    share = (
+        0.0
+        if not error or not math.isfinite(error)
+        else min(1.0, max(0.0, 1 + math.log10(error) / 8))
+    )
+    return element(
+        "div", element("i", style=f"width:{100 * share:.1f}%"), class_="log", aria_hidden="true"
+    )
 
 
 def _environment(view: Overview) -> Markup | None:
@@ -368,24 +546,41 @@ def _environment(view: Overview) -> Markup | None:
     for device in view.devices:
         facts = environment_facts(device)
         if facts:
-            cards.append(element("div", element("h3", device.title) if len(view.devices) > 1 else None, _facts(facts), class_="card"))
+            cards.append(
+                element(
+                    "div",
+                    element("h3", device.title) if len(view.devices) > 1 else None,
+                    _facts(facts),
+                    class_="card",
+                )
+            )
     if not cards:
         return None
     return _section("Environment", None, element("div", *cards, class_="stack"), id_="environment")
 
 
 def _facts(facts: list[tuple[str, str]]) -> Markup:
-    return element("dl", *(element("div", element("dt", name), element("dd", value)) for name, value in facts))
+    return element(
+        "dl", *(element("div", element("dt", name), element("dd", value)) for name, value in facts)
+    )
 
 
 def _warnings(run: Run, view: Overview) -> Markup | None:
-    lines = [element("li", warning) for warning in view.warnings] + [element("li", note, class_="note") for note in run.missing]
-    return _section("Read with care", None, element("ul", *lines, class_="warnings"), id_="warnings") if lines else None
+    lines = [element("li", warning) for warning in view.warnings] + [
+        element("li", note, class_="note") for note in run.missing
+    ]
+    return (
+        _section("Read with care", None, element("ul", *lines, class_="warnings"), id_="warnings")
+        if lines
+        else None
+    )
 
 
 def _reproduce(run: Run) -> Markup | None:
     facts = run_facts(run)
-    command = run.report.command or (f"vitrim run {run.report.recipe}" if run.report.recipe else None)
+    command = run.report.command or (
+        f"vitrim run {run.report.recipe}" if run.report.recipe else None
+    )
     command = command or ("vitrim run recipe.toml" if run.recipe_toml else None)
     if not command and not facts:
         return None
@@ -396,7 +591,11 @@ def _reproduce(run: Run) -> Markup | None:
             "div",
             element("pre", command, tabindex="0") if command else None,
             _facts(facts) if facts else None,
-            element("details", element("summary", "The recipe, every value written out"), element("pre", run.recipe_toml))
+            element(
+                "details",
+                element("summary", "The recipe, every value written out"),
+                element("pre", run.recipe_toml),
+            )
             if run.recipe_toml
             else None,
             class_="card",

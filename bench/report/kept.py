@@ -1,4 +1,6 @@
-"""What is left of every block: branches grouped into blocks, dimensions with their plain names, totals over the network."""
+"""What is left of every block: branches grouped into blocks, dimensions with their plain names,
+totals over the network.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Kept:
-    """The whole network: `columns` are the dimensions that the blocks show, `embed` the residual stream where all blocks agree on it."""
+    """The whole network: `columns` are the dimensions that the blocks show, `embed` the residual
+    stream where all blocks agree on it.
+    """
 
     columns: tuple[str, ...]
     blocks: tuple[Block, ...]
@@ -49,7 +53,11 @@ class Kept:
 def kept_blocks(branches: Sequence[KeptBranch]) -> Kept:
     """Arrange `branches` for people; needs at least one."""
     # A branch that is gone reads nothing, which says nothing about the stream.
-    embeds = {branch.dims["embed"] for branch in branches if "embed" in branch.dims and branch.kind in ("attention", "ffn")}
+    embeds = {
+        branch.dims["embed"]
+        for branch in branches
+        if "embed" in branch.dims and branch.kind in ("attention", "ffn")
+    }
     shared = len(embeds) == 1
     blocks: dict[str, dict[str, Bar]] = {}
     for branch in branches:
@@ -57,20 +65,30 @@ def kept_blocks(branches: Sequence[KeptBranch]) -> Kept:
         if branch.kind in ("removed", "constant"):
             word = "removed" if branch.kind == "removed" else "a constant"
             for dimension in _dims_of(branch):
-                bars[dimension] = Bar(dimension, NAMES.get(dimension, dimension), 0, branch.dims.get(dimension, (0, 0))[1], word)
+                bars[dimension] = Bar(
+                    dimension,
+                    NAMES.get(dimension, dimension),
+                    0,
+                    branch.dims.get(dimension, (0, 0))[1],
+                    word,
+                )
             continue
         for dimension, (part, total) in branch.dims.items():
             if dimension == "embed" and shared:
                 continue
             known = bars.get(dimension)
-            # Two branches of a block may read different channels: the bar shows the wider one, and only where they differ.
+            # Two branches of a block may read different channels: the bar shows the wider one, and
+            # only where they differ.
             if known is None or part > known.kept:
                 bars[dimension] = Bar(dimension, NAMES.get(dimension, dimension), part, total)
     found = {dimension for bars in blocks.values() for dimension in bars}
     columns = [name for name in NAMES if name in found] + sorted(found - set(NAMES))
     return Kept(
         columns=tuple(columns),
-        blocks=tuple(Block(name, tuple(bars[column] for column in columns if column in bars)) for name, bars in blocks.items()),
+        blocks=tuple(
+            Block(name, tuple(bars[column] for column in columns if column in bars))
+            for name, bars in blocks.items()
+        ),
         totals=tuple(_total(column, blocks.values()) for column in columns if column != "embed"),
         embed=Bar("embed", "residual stream", *embeds.pop()) if shared else None,
     )
@@ -95,4 +113,9 @@ def _dims_of(branch: KeptBranch) -> list[str]:
 
 def _total(column: str, blocks: Iterable[dict[str, Bar]]) -> Bar:
     bars = [bars[column] for bars in blocks if column in bars]
-    return Bar(column, NAMES.get(column, column), sum(bar.kept for bar in bars), sum(bar.total for bar in bars))
+    return Bar(
+        column,
+        NAMES.get(column, column),
+        sum(bar.kept for bar in bars),
+        sum(bar.total for bar in bars),
+    )

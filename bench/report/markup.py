@@ -6,7 +6,9 @@ import html
 import re
 
 # Not allowed in XML, or able to turn the order of the text around them.
-_UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_UNWANTED = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 _VOID = frozenset({"meta", "br", "hr", "img", "link"})
 
 
@@ -26,7 +28,9 @@ def text(value: str) -> Markup:
 
 
 def element(name: str, /, *children: Child, **attributes: Attribute) -> Markup:
-    """`<name attributes>children</name>`; a trailing `_` of an attribute is dropped, other `_` become `-`, None and False are left out."""
+    """`<name attributes>children</name>`; a trailing `_` of an attribute is dropped, other `_`
+    become `-`, None and False are left out.
+    """
     parts = [name]
     for key, value in attributes.items():
         if value is None or value is False:
@@ -40,7 +44,13 @@ def element(name: str, /, *children: Child, **attributes: Attribute) -> Markup:
 
 def joined(*children: Child) -> Markup:
     """Children one after the other, plain strings escaped."""
-    return Markup("".join(child if isinstance(child, Markup) else text(child) for child in children if child is not None))
+    return Markup(
+        "".join(
+            child if isinstance(child, Markup) else text(child)
+            for child in children
+            if child is not None
+        )
+    )
 
 
 def _attribute(value: str | float | int) -> str:

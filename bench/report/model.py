@@ -1,7 +1,9 @@
-"""report.json ("vitrim.report/1"), kept.json and history.jsonl as data: what is required, what may be absent, what is refused.
+"""report.json ("vitrim.report/1"), kept.json and history.jsonl as data: what is required, what may
+be absent, what is refused.
 
-Units: `params` and `macs` are counts, `bytes` the size of the artifact's files, `top1` of a model or a measurement a share from 0 to 1;
-in history.jsonl, written while training, `train_top1` and `val_top1` are percent.
+Units: `params` and `macs` are counts, `bytes` the size of the artifact's files, `top1` of a model
+or a measurement a share from 0 to 1; in history.jsonl, written while training, `train_top1` and
+`val_top1` are percent.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..measurement import Measurement
+from ..results.measurement import Measurement
 
 SCHEMA = "vitrim.report/1"
 Count = Annotated[int, Field(ge=0)]
@@ -34,7 +36,9 @@ class ArtifactEntry(_Part):
 
 
 class ModelEntry(_Part):
-    """One model; params, macs and top1 are null where they are not known (a report made of measurements alone)."""
+    """One model; params, macs and top1 are null where they are not known (a report made of
+    measurements alone).
+    """
 
     params: Count | None
     macs: Count | None
@@ -45,8 +49,9 @@ class ModelEntry(_Part):
 class EstimatedLatency(_Part):
     """Seconds of one inference on a device that was not at hand: an estimate, never a measurement.
 
-    `estimated_s` lies within `low_s` and `high_s`, which is `factor` either way; so wide a bar held the share `level` of the devices
-    `held_against`, each predicted by a calibration that never saw it.
+    `estimated_s` lies within `low_s` and `high_s`, which is `factor` either way; so wide a bar held
+    the share `level` of the devices `held_against`, each predicted by a calibration that never saw
+    it.
     """
 
     estimated_s: Seconds
@@ -61,9 +66,11 @@ class EstimatedLatency(_Part):
 
 
 class EstimateEntry(_Part):
-    """A model in a precision held against a target that was not at hand: whether it fits, and how long it would take.
+    """A model in a precision held against a target that was not at hand: whether it fits, and how
+    long it would take.
 
-    Bytes needed and bytes there; `latency` is null where it does not fit or nothing was measured to estimate it from, and `no_latency` says why.
+    Bytes needed and bytes there; `latency` is null where it does not fit or nothing was measured to
+    estimate it from, and `no_latency` says why.
     """
 
     model: str
@@ -88,7 +95,9 @@ class EstimateEntry(_Part):
 
 
 class KeptBranch(_Part):
-    """What is left of one attention or FFN branch: dimension -> (kept, total). `qk` and `v` are widths of one head."""
+    """What is left of one attention or FFN branch: dimension -> (kept, total). `qk` and `v` are
+    widths of one head.
+    """
 
     branch: str = Field(min_length=1)
     kind: Literal["attention", "ffn", "removed", "constant"]
@@ -99,7 +108,9 @@ class KeptBranch(_Part):
     def _kept_is_part_of_total(cls, dims: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         for name, (kept, total) in dims.items():
             if kept > total:
-                raise ValueError(f"{name} keeps {kept} of {total}; kept comes first and is at most the total")
+                raise ValueError(
+                    f"{name} keeps {kept} of {total}; kept comes first and is at most the total"
+                )
         return dims
 
 
@@ -123,7 +134,9 @@ class Epoch(_Part):
 
 
 class Report(_Part):
-    """The whole of report.json. The first model named `baseline`, or else the first model, is what the others are compared with."""
+    """The whole of report.json. The first model named `baseline`, or else the first model, is what
+    the others are compared with.
+    """
 
     schema_: Literal["vitrim.report/1"] = Field(alias="schema")
     models: dict[str, ModelEntry] = Field(min_length=1)
@@ -144,7 +157,10 @@ class Report(_Part):
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, with the key `schema`; absent optional keys are left out."""
         data: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        models = {name: model.model_dump(mode="json", by_alias=True) for name, model in self.models.items()}
+        models = {
+            name: model.model_dump(mode="json", by_alias=True)
+            for name, model in self.models.items()
+        }
         return {"schema": SCHEMA, **data, "models": models, "parity": dict(self.parity)}
 
 

@@ -1,4 +1,6 @@
-"""The figures of a run, derived once: rows grouped by device, speed-ups against the baseline of the same device, and the headline."""
+"""The figures of a run, derived once: rows grouped by device, speed-ups against the baseline of the
+same device, and the headline.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..measurement import Environment, Measurement
-from ..statistics import Interval, Summary, ratio_interval
+from ..results.measurement import Environment, Measurement
+from ..results.statistics import Interval, Summary, ratio_interval
 from . import wording
 from .model import ModelEntry
 from .run import Run
@@ -19,7 +21,9 @@ USUAL_RUNTIME = "onnxruntime"
 
 @dataclass(frozen=True)
 class Row:
-    """One artifact on one device. `series` numbers its colour and shape in all pictures; 0 is the baseline."""
+    """One artifact on one device. `series` numbers its colour and shape in all pictures; 0 is the
+    baseline.
+    """
 
     model: str
     label: str
@@ -62,13 +66,21 @@ class Row:
 
     @property
     def efficiency(self) -> float | None:
-        """Speed-up over MAC reduction: 1 says that every removed multiply-add saved its share of the time."""
-        return self.speed_up.estimate / self.mac_reduction if self.speed_up and self.mac_reduction else None
+        """Speed-up over MAC reduction: 1 says that every removed multiply-add saved its share of
+        the time.
+        """
+        return (
+            self.speed_up.estimate / self.mac_reduction
+            if self.speed_up and self.mac_reduction
+            else None
+        )
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rows taken in one place with equal threads and batch; only these are compared with each other."""
+    """Rows taken in one place with equal threads and batch; only these are compared with each
+    other.
+    """
 
     name: str
     setting: str
@@ -94,7 +106,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Change:
-    """One figure before and after, ready to be shown: `share` is what remains of it (None where that says nothing)."""
+    """One figure before and after, ready to be shown: `share` is what remains of it (None where
+    that says nothing).
+    """
 
     name: str
     before: str | None
@@ -148,7 +162,9 @@ def _devices(run: Run) -> tuple[Device, ...]:
     places: dict[tuple[str, str, bool], list[Row]] = {}
     for name, model, entry in found:
         # The usual runtime goes without saying.
-        label = f"{name} {entry.precision}" + (f" {entry.runtime}" if several_runtimes and entry.runtime != USUAL_RUNTIME else "")
+        label = f"{name} {entry.precision}" + (
+            f" {entry.runtime}" if several_runtimes and entry.runtime != USUAL_RUNTIME else ""
+        )
         number = series.setdefault(label, first_number + len(series))
         row = Row(
             model=name,
@@ -172,7 +188,9 @@ def _devices(run: Run) -> tuple[Device, ...]:
 
 
 def _occasions(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """[("", rows)], or where artifacts were measured more than once in one place, the rows of each occasion with its time."""
+    """[("", rows)], or where artifacts were measured more than once in one place, the rows of each
+    occasion with its time.
+    """
     labels = [row.label for row in rows]
     if len(set(labels)) == len(labels):
         return [("", rows)]
@@ -184,7 +202,11 @@ def _occasions(rows: list[Row]) -> list[tuple[str, list[Row]]]:
         first = part[0].measurement
         when = f", measured {first.started_at[:19].replace('T', ' ')}" if first else ""
         # Two at the same second are told apart by a number.
-        name = next(name for number in range(1, len(sessions) + 1) if (name := when if number == 1 else f"{when} ({number})") not in found)
+        name = next(
+            name
+            for number in range(1, len(sessions) + 1)
+            if (name := when if number == 1 else f"{when} ({number})") not in found
+        )
         found[name] = part
     return list(found.items())
 
@@ -195,7 +217,11 @@ def _place(row: Row) -> tuple[str, str, bool]:
         return row.target, "not measured", False
     environment = m.environment
     told = environment.device_model or environment.cpu_model
-    name = told or (m.target if m.target != "host" else None) or ("this machine" if m.device in ("host", "local") else m.device)
+    name = (
+        told
+        or (m.target if m.target != "host" else None)
+        or ("this machine" if m.device in ("host", "local") else m.device)
+    )
     if m.device not in ("host", "local") and not environment.emulator and name != m.device:
         name = f"{name}, over {m.device}"
     setting = wording.plural(m.threads, "thread") + (f", batch {m.batch}" if m.batch > 1 else "")
@@ -205,8 +231,16 @@ def _place(row: Row) -> tuple[str, str, bool]:
 
 
 def _compared(rows: Sequence[Row], reference: ModelEntry | None) -> list[Row]:
-    # An emulator slows some instructions more than others, so a ratio of emulated times says nothing about the device.
-    first = next((row for row in rows if row.series == 0 and row.measurement and not row.measurement.environment.emulator), None)
+    # An emulator slows some instructions more than others, so a ratio of emulated times says
+    # nothing about the device.
+    first = next(
+        (
+            row
+            for row in rows
+            if row.series == 0 and row.measurement and not row.measurement.environment.emulator
+        ),
+        None,
+    )
     compared = []
     for row in rows:
         speed_up, mac_reduction = None, None
@@ -216,21 +250,33 @@ def _compared(rows: Sequence[Row], reference: ModelEntry | None) -> list[Row]:
             a, b = first.measurement, row.measurement
             turns = a.samples_per_turn or None, b.samples_per_turn or None
             paired = a.session == b.session
-            speed_up = ratio_interval(a.latency_s, b.latency_s, turns[0], turns[1], paired=paired, level=0.95)
+            speed_up = ratio_interval(
+                a.latency_s, b.latency_s, turns[0], turns[1], paired=paired, level=0.95
+            )
         compared.append(replace(row, speed_up=speed_up, mac_reduction=mac_reduction))
     return compared
 
 
 def _pair(devices: Sequence[Device]) -> tuple[Row | None, Row | None]:
-    """The baseline and the artifact of the headline: the fastest within a point of the most accurate, on the first real device."""
+    """The baseline and the artifact of the headline: the fastest within a point of the most
+    accurate, on the first real device.
+    """
     for device in sorted(devices, key=lambda d: (d.emulated, not d.timed)):
         others = [row for row in device.rows if row.series != 0]
         if not others:
             continue
         best = max((row.top1 for row in others if row.top1 is not None), default=None)
-        good = [row for row in others if best is None or (row.top1 is not None and row.top1 >= best - HEADLINE_MARGIN)]
+        good = [
+            row
+            for row in others
+            if best is None or (row.top1 is not None and row.top1 >= best - HEADLINE_MARGIN)
+        ]
         timed = [row for row in good if row.summary]
-        chosen = min(timed, key=lambda row: row.summary.p50_s if row.summary else 0.0) if timed else good[0]
+        chosen = (
+            min(timed, key=lambda row: row.summary.p50_s if row.summary else 0.0)
+            if timed
+            else good[0]
+        )
         return device.baseline, chosen
     rows = [row for device in devices for row in device.rows]
     return (rows[0], None) if rows else (None, None)
@@ -255,7 +301,9 @@ def _headline(run: Run, baseline: Row | None, chosen: Row | None) -> str:
     return f"{wording.plural(len(run.report.models), 'model')}, nothing measured yet"
 
 
-def _before_after(run: Run, baseline: Row | None, chosen: Row | None, key: str) -> tuple[int, int] | None:
+def _before_after(
+    run: Run, baseline: Row | None, chosen: Row | None, key: str
+) -> tuple[int, int] | None:
     """A count of the baseline and of the compact model, also where neither has an artifact yet."""
     models = run.report.models
     reference = baseline.model if baseline else baseline_name(run)
@@ -277,25 +325,56 @@ def _changes(run: Run, baseline: Row | None, chosen: Row | None) -> tuple[Change
         return tuple(found)
     if only.top1 is not None:
         if before is None or before.top1 is None:
-            found.append(Change("Top-1", None, wording.percent(only.top1, 2), "of the test images", None))
+            found.append(
+                Change("Top-1", None, wording.percent(only.top1, 2), "of the test images", None)
+            )
         else:
             difference = wording.points(only.top1 - before.top1)
-            found.append(Change("Top-1", f"{100 * before.top1:.2f}", wording.percent(only.top1, 2), difference, None))
+            found.append(
+                Change(
+                    "Top-1",
+                    f"{100 * before.top1:.2f}",
+                    wording.percent(only.top1, 2),
+                    difference,
+                    None,
+                )
+            )
     if only.summary:
-        p50_s, first_s = only.summary.p50_s, before.summary.p50_s if before and before.summary else None
-        remark = wording.faster(only.speed_up.estimate) if only.speed_up else "median of one inference"
+        p50_s, first_s = (
+            only.summary.p50_s,
+            before.summary.p50_s if before and before.summary else None,
+        )
+        remark = (
+            wording.faster(only.speed_up.estimate) if only.speed_up else "median of one inference"
+        )
         if only.measurement and only.measurement.environment.emulator:
             remark = "emulated: not the device's latency"
         share = p50_s / first_s if first_s and only.speed_up else None
-        found.append(Change("Latency, p50", wording.duration(first_s) if first_s else None, wording.duration(p50_s), remark, share))
-    found.append(_remaining("Files", before.file_bytes if before else None, only.file_bytes, wording.size))
+        found.append(
+            Change(
+                "Latency, p50",
+                wording.duration(first_s) if first_s else None,
+                wording.duration(p50_s),
+                remark,
+                share,
+            )
+        )
+    found.append(
+        _remaining("Files", before.file_bytes if before else None, only.file_bytes, wording.size)
+    )
     return tuple(found)
 
 
 def _remaining(name: str, before: int | None, after: int, write: Callable[[float], str]) -> Change:
     if not before:
         return Change(name, None, write(after), "in all", None)
-    return Change(name, write(before), write(after), f"{wording.share_of(after, before)} remain", after / before)
+    return Change(
+        name,
+        write(before),
+        write(after),
+        f"{wording.share_of(after, before)} remain",
+        after / before,
+    )
 
 
 def _warnings(run: Run, devices: Sequence[Device]) -> tuple[str, ...]:
@@ -307,17 +386,25 @@ def _warnings(run: Run, devices: Sequence[Device]) -> tuple[str, ...]:
             for warning in row.measurement.warnings if row.measurement else ():
                 found.setdefault(warning, []).append(row.label)
         if device.emulated:
-            found.setdefault(f"{device.name}: emulated time is not the device's latency; measure on the device itself.", [])
+            found.setdefault(
+                f"{device.name}: emulated time is not the device's latency; measure on the device itself.",
+                [],
+            )
         sessions = {row.measurement.session for row in device.timed if row.measurement}
         if len(sessions) > 1:
-            text = (
-                f"{device.name}: not all artifacts were measured in turn, so the speed-ups hold the machine's drift; measure them together."
-            )
+            text = f"{device.name}: not all artifacts were measured in turn, so the speed-ups hold the machine's drift; measure them together."
             found.setdefault(text, [])
-        totals = {row.measurement.total for row in device.timed if row.measurement and row.measurement.total}
+        totals = {
+            row.measurement.total
+            for row in device.timed
+            if row.measurement and row.measurement.total
+        }
         if len(totals) > 1:
             counts = " and ".join(f"{total:,}" for total in sorted(totals))
-            found.setdefault(f"{device.name}: top-1 was counted on different numbers of images ({counts}); compare with care.", [])
+            found.setdefault(
+                f"{device.name}: top-1 was counted on different numbers of images ({counts}); compare with care.",
+                [],
+            )
     every = len({row.label for device in devices for row in device.timed})
     lines = []
     for warning, labels in found.items():

@@ -1,4 +1,6 @@
-"""A run folder, or a set of measurements, read into one value; a malformed file is refused by its name and key."""
+"""A run folder, or a set of measurements, read into one value; a malformed file is refused by its
+name and key.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ...errors import InputError
-from ..measurement import Measurement
+from ...core.errors import InputError
+from ..results.measurement import Measurement
 from .model import SCHEMA, ArtifactEntry, Epoch, KeptBranch, ModelEntry, Report
 
 Entry = TypeVar("Entry", bound=BaseModel)
@@ -20,7 +22,9 @@ LONGEST_RECIPE = 20_000
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a report is made of; `missing` holds one line for each piece that the folder does not have."""
+    """Everything that a report is made of; `missing` holds one line for each piece that the folder
+    does not have.
+    """
 
     report: Report
     kept: tuple[KeptBranch, ...] = ()
@@ -30,13 +34,17 @@ class Run:
 
 
 def load_run(folder: Path | str) -> Run:
-    """Read report.json, kept.json, history.jsonl, recipe.toml and measurements/*.json; only a report or a measurement is required.
+    """Read report.json, kept.json, history.jsonl, recipe.toml and measurements/*.json; only a
+    report or a measurement is required.
 
-    Measurements that report.json does not hold already (made later, on another device) join the model that their name begins with.
+    Measurements that report.json does not hold already (made later, on another device) join the
+    model that their name begins with.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such run folder; name a folder that `vitrim run` wrote, or measurement files")
+        raise InputError(
+            f"{folder}: no such run folder; name a folder that `vitrim run` wrote, or measurement files"
+        )
     path = folder / "report.json"
     loose = [Measurement.load(file) for file in sorted((folder / "measurements").glob("*.json"))]
     if path.is_file():
@@ -44,7 +52,9 @@ def load_run(folder: Path | str) -> Run:
     elif loose:
         report = from_measurements(loose)
     else:
-        raise InputError(f"{folder}: holds neither report.json nor measurements/*.json; name a folder that `vitrim run` wrote")
+        raise InputError(
+            f"{folder}: holds neither report.json nor measurements/*.json; name a folder that `vitrim run` wrote"
+        )
     kept = _load_kept(folder / "kept.json") or report.kept
     history = _load_history(folder / "history.jsonl") or report.curves
     recipe = folder / "recipe.toml"
@@ -71,22 +81,32 @@ def load_measurements(files: Iterable[Path | str]) -> Run:
 
 def _alone(measurements: Sequence[Measurement]) -> Run:
     if not measurements:
-        raise InputError("no measurement file was named; give one or more JSON files that `vitrim bench` wrote")
+        raise InputError(
+            "no measurement file was named; give one or more JSON files that `vitrim bench` wrote"
+        )
     return Run(
         report=from_measurements(measurements),
-        missing=("Made of measurements alone: parameters, MACs, kept widths, training curves and parity are not in them.",),
+        missing=(
+            "Made of measurements alone: parameters, MACs, kept widths, training curves and parity are not in them.",
+        ),
     )
 
 
 def load_sources(sources: Iterable[Path | str]) -> Run:
-    """A run made of run folders, folders of measurements (searched to any depth) and measurement files, in any mixture.
+    """A run made of run folders, folders of measurements (searched to any depth) and measurement
+    files, in any mixture.
 
-    Counts, parity and curves come from the first run folder among them. Errors: InputError naming the file, or the folder that holds nothing.
+    Counts, parity and curves come from the first run folder among them. Errors: InputError naming
+    the file, or the folder that holds nothing.
     """
     named = [Path(source) for source in sources]
     runs = [load_run(path) for path in named if is_run_folder(path)]
     measurements: list[Measurement] = [
-        m for run in runs[1:] for model in run.report.models.values() for a in model.artifacts if (m := a.measurement)
+        m
+        for run in runs[1:]
+        for model in run.report.models.values()
+        for a in model.artifacts
+        if (m := a.measurement)
     ]
     for path in named:
         if path.is_dir() and not is_run_folder(path):
@@ -117,19 +137,28 @@ def load_report(path: Path | str) -> Report:
     data = _json(path)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{path}: schema is {found!r}, not {SCHEMA!r}; give a report.json that `vitrim run` wrote")
+        raise InputError(
+            f"{path}: schema is {found!r}, not {SCHEMA!r}; give a report.json that `vitrim run` wrote"
+        )
     return _validated(Report, data, str(path))
 
 
 def from_measurements(measurements: Sequence[Measurement]) -> Report:
-    """A report without counts: measurements grouped into models by their names (`compact-int8` belongs to `compact`)."""
+    """A report without counts: measurements grouped into models by their names (`compact-int8`
+    belongs to `compact`).
+    """
     return join(None, measurements)
 
 
 def join(report: Report | None, measurements: Sequence[Measurement]) -> Report:
     """`report` with the measurements that it does not hold yet."""
     models = dict(report.models) if report else {}
-    held = {_identity(a.measurement) for model in models.values() for a in model.artifacts if a.measurement is not None}
+    held = {
+        _identity(a.measurement)
+        for model in models.values()
+        for a in model.artifacts
+        if a.measurement is not None
+    }
     for measurement in measurements:
         if _identity(measurement) in held:
             continue
@@ -150,10 +179,19 @@ def join(report: Report | None, measurements: Sequence[Measurement]) -> Report:
 
 
 def model_name(measurement: Measurement) -> str:
-    """The model that a measurement's name belongs to: its name without the precision and the runtime at its end."""
+    """The model that a measurement's name belongs to: its name without the precision and the
+    runtime at its end.
+    """
     name = measurement.name
-    endings = [f"{mark}{word}" for mark in "-_ " for word in (measurement.precision, measurement.runtime) if word]
-    while ending := next((ending for ending in endings if name.endswith(ending) and len(name) > len(ending)), None):
+    endings = [
+        f"{mark}{word}"
+        for mark in "-_ "
+        for word in (measurement.precision, measurement.runtime)
+        if word
+    ]
+    while ending := next(
+        (ending for ending in endings if name.endswith(ending) and len(name) > len(ending)), None
+    ):
         name = name[: -len(ending)]
     return name
 
@@ -164,7 +202,9 @@ def _identity(measurement: Measurement) -> tuple[str, str, str, str, str, int]:
 
 
 def _is_measurement(file: Path) -> bool:
-    """By its schema: beside measurements may lie reports and cost tables, which are no fault. What is broken JSON is left to the loader to refuse."""
+    """By its schema: beside measurements may lie reports and cost tables, which are no fault. What
+    is broken JSON is left to the loader to refuse.
+    """
     try:
         data = json.loads(file.read_bytes())
     except ValueError:
@@ -177,22 +217,33 @@ def _load_kept(path: Path) -> tuple[KeptBranch, ...]:
         return ()
     data = _json(path)
     if not isinstance(data, list):
-        raise InputError(f"{path}: a list of branches is wanted, not {type(data).__name__}; make it again with `vitrim run`")
-    return tuple(_validated(KeptBranch, entry, f"{path}: branch {number}") for number, entry in enumerate(data))
+        raise InputError(
+            f"{path}: a list of branches is wanted, not {type(data).__name__}; make it again with `vitrim run`"
+        )
+    return tuple(
+        _validated(KeptBranch, entry, f"{path}: branch {number}")
+        for number, entry in enumerate(data)
+    )
 
 
 def _load_history(path: Path) -> tuple[Epoch, ...]:
     if not path.is_file():
         return ()
-    lines = [(number, line) for number, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+    lines = [
+        (number, line) for number, line in enumerate(_text(path).splitlines(), 1) if line.strip()
+    ]
     epochs = []
     for number, line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             if number == lines[-1][0]:
-                break  # A run that was killed may have cut its last line short; the epochs before it stand.
-            raise InputError(f"{path}: line {number}: not JSON; remove the line, or train again") from None
+                # A run that was killed may have cut its last line short; the epochs before it
+                # stand.
+                break
+            raise InputError(
+                f"{path}: line {number}: not JSON; remove the line, or train again"
+            ) from None
         epochs.append(_validated(Epoch, record, f"{path}: line {number}"))
     return tuple(epochs)
 
@@ -204,7 +255,9 @@ def _validated(kind: type[Entry], data: Any, where: str) -> Entry:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{where}: {key + ': ' if key else ''}{reason[:1].lower() + reason[1:]}; mend it, or run the step again") from None
+        raise InputError(
+            f"{where}: {key + ': ' if key else ''}{reason[:1].lower() + reason[1:]}; mend it, or run the step again"
+        ) from None
 
 
 def _json(path: Path) -> Any:
@@ -218,6 +271,8 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file in UTF-8; run the step that wrote it again") from None
+        raise InputError(
+            f"{path}: not a text file in UTF-8; run the step that wrote it again"
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,4 +1,6 @@
-"""Accuracy against a cost (latency, size): the cost starts at zero, so that distances are honest; the front is drawn."""
+"""Accuracy against a cost (latency, size): the cost starts at zero, so that distances are honest;
+the front is drawn.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .markup import Markup, element, joined
-from .plot import Frame, Scale, line, marker, padded, path, shortened, svg, text_width, words, x_axis, y_axis
+from .plot import (
+    Frame,
+    Scale,
+    line,
+    marker,
+    padded,
+    path,
+    shortened,
+    svg,
+    text_width,
+    words,
+    x_axis,
+    y_axis,
+)
 
 
 @dataclass(frozen=True)
@@ -23,19 +38,35 @@ class Point:
     hint: str
 
 
-def scatter(points: Sequence[Point], *, cost_title: str, label: str, width: float, height: float, class_: str = "plot") -> Markup:
+def scatter(
+    points: Sequence[Point],
+    *,
+    cost_title: str,
+    label: str,
+    width: float,
+    height: float,
+    class_: str = "plot",
+) -> Markup:
     """A picture of `points`; needs at least one."""
     frame = Frame(width, height, left=44, right=14, top=26, bottom=46)
-    lows = [point.accuracy if point.accuracy_low is None else point.accuracy_low for point in points]
-    highs = [point.accuracy if point.accuracy_high is None else point.accuracy_high for point in points]
-    # At least two percent points high: a smaller window would blow up differences that do not matter.
+    lows = [
+        point.accuracy if point.accuracy_low is None else point.accuracy_low for point in points
+    ]
+    highs = [
+        point.accuracy if point.accuracy_high is None else point.accuracy_high for point in points
+    ]
+    # At least two percent points high: a smaller window would blow up differences that do not
+    # matter.
     low, high = padded(min(lows), max(highs), share=0.12, least=2.0)
     x = frame.x(0.0, max(point.cost for point in points) * 1.16 or 1.0)
     # No window reaches above 100 %, but a point that sits there keeps its whole mark.
     y = frame.y(max(low, 0.0), min(high, 100.5))
     drawn = [
         joined(
-            _whiskers(x(point.cost), y, point), marker(x(point.cost), y(point.accuracy), point.series, title=f"{point.label}: {point.hint}")
+            _whiskers(x(point.cost), y, point),
+            marker(
+                x(point.cost), y(point.accuracy), point.series, title=f"{point.label}: {point.hint}"
+            ),
         )
         for point in points
     ]
@@ -79,22 +110,32 @@ def _whiskers(x: float, y: Scale, point: Point) -> Markup | None:
         return None
     top, bottom = y(point.accuracy_high), y(point.accuracy_low)
     ends = [line(x - 4, at, x + 4, at, "whisker") for at in (top, bottom)]
-    return element("g", line(x, top, x, bottom, "whisker"), *ends, class_=f"s{min(point.series, 5)}")
+    return element(
+        "g", line(x, top, x, bottom, "whisker"), *ends, class_=f"s{min(point.series, 5)}"
+    )
 
 
 def _labels(points: Sequence[Point], frame: Frame, x: Scale, y: Scale) -> list[Markup]:
-    """A name beside every point: the first of several places that meets neither an edge, nor a mark, nor another name.
+    """A name beside every point: the first of several places that meets neither an edge, nor a
+    mark, nor another name.
 
-    Where many points crowd, those of the front are named first, and one that finds no place stays without: its mark is that of the table's head.
+    Where many points crowd, those of the front are named first, and one that finds no place stays
+    without: its mark is that of the table's head.
     """
-    taken = [_Box(x(p.cost) - 8, y(p.accuracy) - 8, x(p.cost) + 8, y(p.accuracy) + 8) for p in points]
+    taken = [
+        _Box(x(p.cost) - 8, y(p.accuracy) - 8, x(p.cost) + 8, y(p.accuracy) + 8) for p in points
+    ]
     edge = _Box(frame.left + 2, frame.top - 8, frame.inner_right + 10, frame.inner_bottom)
     made = []
     front = pareto(points)
     for point in sorted(points, key=lambda p: (p not in front, -p.accuracy)):
         name = shortened(point.label, 26 if frame.width > 400 else 20)
         wide, at, level = 1.06 * text_width(name), x(point.cost), y(point.accuracy)
-        places = [(at + 11 if right else at - 11 - wide, level + down) for down in (-9, 17, -24, 32, -39, 47) for right in (True, False)]
+        places = [
+            (at + 11 if right else at - 11 - wide, level + down)
+            for down in (-9, 17, -24, 32, -39, 47)
+            for right in (True, False)
+        ]
         found = next((place for place in places if _free(_box(place, wide), taken, edge)), None)
         if found is None:
             continue
@@ -120,5 +161,13 @@ def _box(place: tuple[float, float], wide: float) -> _Box:
 
 
 def _free(box: _Box, taken: Sequence[_Box], edge: _Box) -> bool:
-    inside = box.left >= edge.left and box.right <= edge.right and box.top >= edge.top and box.bottom <= edge.bottom
-    return inside and not any(box.left < b.right and b.left < box.right and box.top < b.bottom and b.top < box.bottom for b in taken)
+    inside = (
+        box.left >= edge.left
+        and box.right <= edge.right
+        and box.top >= edge.top
+        and box.bottom <= edge.bottom
+    )
+    return inside and not any(
+        box.left < b.right and b.left < box.right and box.top < b.bottom and b.top < box.bottom
+        for b in taken
+    )

@@ -1,8 +1,11 @@
-"""The look of the page: one style sheet, light and dark, from a phone to a desk; no script, no font, no picture from elsewhere."""
+"""The look of the page: one style sheet, light and dark, from a phone to a desk; no script, no
+font, no picture from elsewhere.
+"""
 
 from __future__ import annotations
 
-# Series colours: chosen to differ in lightness too (Okabe and Ito, "Color universal design"), so that colour-blind readers tell them apart.
+# Series colours: chosen to differ in lightness too (Okabe and Ito, "Color universal design"), so
+# that colour-blind readers tell them apart.
 COLOURS = """
 :root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1b1e25;--soft:#5a606c;--faint:#e7e5df;--hair:#d9d6ce;
     --track:#e9e6df;--good:#0a6b3d;--warn:#8a4b00;--warn-paper:#fff6e6;--s0:#7b8190;--s1:#0b6fb8;--s2:#d0570a;

@@ -1,4 +1,6 @@
-"""Numbers as a person reads them: three significant digits, a unit, and never more certainty than there is."""
+"""Numbers as a person reads them: three significant digits, a unit, and never more certainty than
+there is.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ def three_digits(value: float) -> str:
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{decimals}f}"
     # 9.996 rounds up into the next decade and would keep a digit too many.
-    return f"{value:,.{decimals - 1}f}" if decimals and len(text.replace(".", "").replace("-", "").lstrip("0")) > 3 else text
+    return (
+        f"{value:,.{decimals - 1}f}"
+        if decimals and len(text.replace(".", "").replace("-", "").lstrip("0")) > 3
+        else text
+    )
 
 
 def count(value: float) -> str:
@@ -37,7 +43,11 @@ def duration(value_s: float) -> str:
     """Seconds in the unit that fits: 85.0 µs, 1.02 ms, 28.4 ms, 1.20 s."""
     if value_s >= 1:
         return f"{three_digits(value_s)} s"
-    return f"{three_digits(value_s * 1e3)} ms" if value_s >= 1e-4 else f"{three_digits(value_s * 1e6)} µs"
+    return (
+        f"{three_digits(value_s * 1e3)} ms"
+        if value_s >= 1e-4
+        else f"{three_digits(value_s * 1e6)} µs"
+    )
 
 
 def estimated(value_s: float) -> str:

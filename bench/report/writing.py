@@ -1,4 +1,6 @@
-"""Writes report.md and report.html from a run folder, or from measurements alone; each file is whole or absent."""
+"""Writes report.md and report.html from a run folder, or from measurements alone; each file is
+whole or absent.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...errors import InputError
-from ...storage import replace_file
+from ...core.errors import InputError
+from ...core.storage import replace_file
 from .html import render_html
 from .markdown import render_markdown
 from .overview import overview
@@ -15,7 +17,8 @@ from .run import Run, load_run, load_sources
 
 
 def render(run_folder: Path | str) -> list[Path]:
-    """Write report.md and report.html into a run folder (the layout of `vitrim run`); returns their paths.
+    """Write report.md and report.html into a run folder (the layout of `vitrim run`); returns their
+    paths.
 
     Errors: InputError naming the file and the key of a malformed input; nothing is written then.
     """
@@ -23,7 +26,9 @@ def render(run_folder: Path | str) -> list[Path]:
 
 
 def render_measurements(sources: Iterable[Path | str], out: Path | str) -> list[Path]:
-    """Write report.json, report.md and report.html to the folder `out` from measurement files, folders of them and run folders, of any devices."""
+    """Write report.json, report.md and report.html to the folder `out` from measurement files,
+    folders of them and run folders, of any devices.
+    """
     run = load_sources(sources)
     out = Path(out)
     if out.is_file():

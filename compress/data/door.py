@@ -1,8 +1,11 @@
-"""The one door through which every data set comes in: a name or a path in, three splits that do not leak out.
+"""The one door through which every data set comes in: a name or a path in, three splits that do not
+leak out.
 
-The official test split is the test (the official validation split where no labelled test exists); validation is the official one where
-both exist, else it is cut from train, stratified, by a fixed seed; a set with nothing but train gives up a test of its own the same way.
-Fashion-MNIST and the embedded quickstart have a fixed division, so that the shipped baseline has seen nobody's validation images.
+The official test split is the test (the official validation split where no labelled test exists);
+validation is the official one where both exist, else it is cut from train, stratified, by a fixed
+seed; a set with nothing but train gives up a test of its own the same way. Fashion-MNIST and the
+embedded quickstart have a fixed division, so that the shipped baseline has seen nobody's validation
+images.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError
+from ...core.errors import InputError
 from . import fashion_mnist, hub, image_folder
 from .known import KNOWN, canonical, default_preprocessing
 from .pictures import Pictures, Sources, decode, from_arrays
@@ -39,31 +42,50 @@ def open_dataset(
 ) -> DataSplits:
     """Open a data set at a model's input size.
 
-    spec: `quickstart`, `fashion-mnist`, `cifar10`, `cifar100`, `mnist`, `tiny-imagenet`, `imagenet-1k`, a hub name `owner/name`,
-    `imagefolder:PATH`, `parquet:PATH`, `arrow:PATH` or `disk:PATH`. Give `image` = (C, H, W), then mean and std are the data set's own,
-    or a whole `preprocessing`. validation: the share of train held out where no official split serves. limit: at most so many training
-    images, stratified. cache: folder for decoded images (default: memory, or the user's cache folder beyond 256 MB).
-    Errors: InputError, one line, for an unknown name, a missing path, an unreachable hub, a corrupt image, an empty or one-class set.
+    spec: `quickstart`, `fashion-mnist`, `cifar10`, `cifar100`, `mnist`, `tiny-imagenet`,
+    `imagenet-1k`, a hub name `owner/name`, `imagefolder:PATH`, `parquet:PATH`, `arrow:PATH` or
+    `disk:PATH`. Give `image` = (C, H, W), then mean and std are the data set's own, or a whole
+    `preprocessing`. validation: the share of train held out where no official split serves. limit:
+    at most so many training images, stratified. cache: folder for decoded images (default: memory,
+    or the user's cache folder beyond 256 MB). Errors: InputError, one line, for an unknown name, a
+    missing path, an unreachable hub, a corrupt image, an empty or one-class set.
     """
     name = canonical(spec)
     if preprocessing is None:
         if image is None:
-            raise ValueError("open_dataset needs the model's input size: image=(C, H, W), or preprocessing=")
+            raise ValueError(
+                "open_dataset needs the model's input size: image=(C, H, W), or preprocessing="
+            )
         preprocessing = default_preprocessing(spec, image)
     if not 0.0 < validation < 1.0:
-        raise InputError(f"data.validation = {validation}: the share held out for validation lies between 0 and 1, e.g. 0.1")
+        raise InputError(
+            f"data.validation = {validation}: the share held out for validation lies between 0 and 1, e.g. 0.1"
+        )
     sources = _sources(name)
     plan = _plan(spec, sources, seed, validation)
     # The splits are checked before the long decoding begins.
-    require_splits(spec, {part: pictures.targets[rows] for part, (pictures, rows) in plan.items()}, sources.labels)
+    require_splits(
+        spec,
+        {part: pictures.targets[rows] for part, (pictures, rows) in plan.items()},
+        sources.labels,
+    )
     decoded: dict[int, NDArray[np.uint8]] = {}
     splits: dict[str, Split] = {}
     for part, (pictures, rows) in plan.items():
         if id(pictures) not in decoded:
-            decoded[id(pictures)] = decode(pictures, preprocessing, title=f"decoding {spec}", cache=cache, quiet=quiet)
+            decoded[id(pictures)] = decode(
+                pictures, preprocessing, title=f"decoding {spec}", cache=cache, quiet=quiet
+            )
         everything = len(rows) == len(pictures)
-        splits[part] = Split(decoded[id(pictures)], pictures.targets[rows], preprocessing, None if everything else rows)
-    data = DataSplits(spec, splits["train"], splits["val"], splits["test"], sources.labels, preprocessing)
+        splits[part] = Split(
+            decoded[id(pictures)],
+            pictures.targets[rows],
+            preprocessing,
+            None if everything else rows,
+        )
+    data = DataSplits(
+        spec, splits["train"], splits["val"], splits["test"], sources.labels, preprocessing
+    )
     return data.limited(limit, seed)
 
 
@@ -79,21 +101,33 @@ def open_sample(
     draw_seed: int = 0,
     quiet: bool = True,
 ) -> Split:
-    """At most `count` images of one split of a data set, every class in its own share; no others are decoded.
+    """At most `count` images of one split of a data set, every class in its own share; no others
+    are decoded.
 
-    spec, preprocessing, seed and validation as for `open_dataset`, which gives the same splits; `draw_seed` says which of the images.
-    Errors: as `open_dataset`, and InputError if the data set has another number of classes than `classes`.
+    spec, preprocessing, seed and validation as for `open_dataset`, which gives the same splits;
+    `draw_seed` says which of the images. Errors: as `open_dataset`, and InputError if the data set
+    has another number of classes than `classes`.
     """
     sources = _sources(canonical(spec))
     if len(sources.labels) != classes:
-        raise InputError(f"{spec} has {len(sources.labels)} classes, but the model has {classes} outputs; name the data set that it was trained on")
+        raise InputError(
+            f"{spec} has {len(sources.labels)} classes, but the model has {classes} outputs; name the data set that it was trained on"
+        )
     plan = _plan(spec, sources, seed, validation)
-    require_splits(spec, {name: pictures.targets[rows] for name, (pictures, rows) in plan.items()}, sources.labels)
+    require_splits(
+        spec,
+        {name: pictures.targets[rows] for name, (pictures, rows) in plan.items()},
+        sources.labels,
+    )
     pictures, rows = plan[part]
     if count < len(rows):
         rows = rows[stratified_indices(pictures.targets[rows], count, draw_seed)[0]]
     drawn = pictures.part(rows)
-    return Split(decode(drawn, preprocessing, title=f"decoding {spec}", quiet=quiet), drawn.targets, preprocessing)
+    return Split(
+        decode(drawn, preprocessing, title=f"decoding {spec}", quiet=quiet),
+        drawn.targets,
+        preprocessing,
+    )
 
 
 def require_classes(data: DataSplits, classes: int, model_name: str) -> None:
@@ -124,16 +158,24 @@ def _sources(name: str) -> Sources:
     else:
         sources = hub.read_hub(KNOWN[name].hub)
         return _fixed_division(sources) if name == "fashion-mnist" else sources
-    train, val, test = (from_arrays(*arrays[part], f"{name}, split {part}") for part in ("train", "val", "test"))
+    train, val, test = (
+        from_arrays(*arrays[part], f"{name}, split {part}") for part in ("train", "val", "test")
+    )
     return Sources(fashion_mnist.LABELS, train, val, test)
 
 
 def _fixed_division(sources: Sources) -> Sources:
-    """The hub keeps Fashion-MNIST in the order of the original files, so the same division falls out."""
+    """The hub keeps Fashion-MNIST in the order of the original files, so the same division falls
+    out.
+    """
     held_out, rest = stratified_indices(
-        sources.train.targets, min(fashion_mnist.VALIDATION_IMAGES, len(sources.train)), fashion_mnist.DIVISION_SEED
+        sources.train.targets,
+        min(fashion_mnist.VALIDATION_IMAGES, len(sources.train)),
+        fashion_mnist.DIVISION_SEED,
     )
-    return Sources(sources.labels, sources.train.part(rest), sources.train.part(held_out), sources.test)
+    return Sources(
+        sources.labels, sources.train.part(rest), sources.train.part(held_out), sources.test
+    )
 
 
 def _plan(spec: str, sources: Sources, seed: int, validation: float) -> dict[str, Part]:
@@ -153,9 +195,13 @@ def _plan(spec: str, sources: Sources, seed: int, validation: float) -> dict[str
     return {"train": (train, rest), "val": plan["val"], "test": plan["test"]}
 
 
-def _cut(spec: str, train: Pictures, rest: Indices, share: float, seed: int) -> tuple[Part, Indices]:
+def _cut(
+    spec: str, train: Pictures, rest: Indices, share: float, seed: int
+) -> tuple[Part, Indices]:
     count = round(share * len(rest))
     if len(rest) and not 0 < count < len(rest):
-        raise InputError(f"{spec}: {len(rest)} training images cannot give up {share:.0%} of themselves for a held-out split; add images")
+        raise InputError(
+            f"{spec}: {len(rest)} training images cannot give up {share:.0%} of themselves for a held-out split; add images"
+        )
     taken, left = stratified_indices(train.targets[rest], count, seed)
     return (train, rest[taken]), rest[left]

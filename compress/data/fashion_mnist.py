@@ -1,6 +1,8 @@
-"""Fashion-MNIST: Debian's files where they are installed; the fixed 55,000 / 5,000 / 10,000 division.
+"""Fashion-MNIST: Debian's files where they are installed; the fixed 55,000 / 5,000 / 10,000
+division.
 
-Source: Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms", 2017 (MIT).
+Source: Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine
+Learning Algorithms", 2017 (MIT).
 """
 
 from __future__ import annotations
@@ -10,16 +12,28 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError
+from ...core.errors import InputError
 from .idx import read_idx
 from .splits import stratified_indices
 
 FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("/usr/share/dataset-fashion-mnist"))
-LABELS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+LABELS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 # Of the 60,000 training images, in units of pixel / 255.
 MEAN, STD = 0.2860, 0.3530
 VALIDATION_IMAGES = 5_000
-# The division of the train file is the same for everybody, so that the shipped baseline has never seen anybody's validation images.
+# The division of the train file is the same for everybody, so that the shipped baseline has never
+# seen anybody's validation images.
 DIVISION_SEED = 2017
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -27,7 +41,9 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 def installed_folder() -> Path | None:
     """Where Debian's dataset-fashion-mnist put the files, if it did."""
-    return next((folder for folder in FOLDERS if (folder / "train-images-idx3-ubyte.gz").is_file()), None)
+    return next(
+        (folder for folder in FOLDERS if (folder / "train-images-idx3-ubyte.gz").is_file()), None
+    )
 
 
 def read_files(folder: Path) -> tuple[Arrays, Arrays]:
@@ -36,7 +52,10 @@ def read_files(folder: Path) -> tuple[Arrays, Arrays]:
 
 
 def _pair(folder: Path, part: str) -> Arrays:
-    images_file, labels_file = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
+    images_file, labels_file = (
+        folder / f"{part}-images-idx3-ubyte.gz",
+        folder / f"{part}-labels-idx1-ubyte.gz",
+    )
     images, labels = read_idx(images_file), read_idx(labels_file)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise InputError(
@@ -46,7 +65,13 @@ def _pair(folder: Path, part: str) -> Arrays:
 
 
 def division(folder: Path) -> dict[str, Arrays]:
-    """{"train": 55,000, "val": 5,000, "test": 10,000}: the official test file, and a fixed stratified division of the train file."""
+    """{"train": 55,000, "val": 5,000, "test": 10,000}: the official test file, and a fixed
+    stratified division of the train file.
+    """
     (images, labels), test = read_files(folder)
     held_out, rest = stratified_indices(labels, min(VALIDATION_IMAGES, len(labels)), DIVISION_SEED)
-    return {"train": (images[rest], labels[rest]), "val": (images[held_out], labels[held_out]), "test": test}
+    return {
+        "train": (images[rest], labels[rest]),
+        "val": (images[held_out], labels[held_out]),
+        "test": test,
+    }

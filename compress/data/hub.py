@@ -1,4 +1,6 @@
-"""Data sets of the Hugging Face `datasets` library: from the hub by name, or local parquet, arrow and saved-to-disk files."""
+"""Data sets of the Hugging Face `datasets` library: from the hub by name, or local parquet, arrow
+and saved-to-disk files.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...errors import InputError
+from ...core.errors import InputError
 from .pictures import Pictures, Sources
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "answer")
@@ -21,14 +23,21 @@ _VAL, _TEST = ("validation", "valid", "val", "dev"), ("test",)
 
 
 def read_hub(name: str) -> Sources:
-    """Load a data set by its hub name, from the local cache if it is there. Errors: InputError when it cannot be reached or read."""
+    """Load a data set by its hub name, from the local cache if it is there. Errors: InputError when
+    it cannot be reached or read.
+    """
     import datasets
 
     def load() -> Any:
         return datasets.load_dataset(name)
 
     return _sources(
-        _guarded(load, name, f"the hub has no answer for it; check the name and the network (HF_TOKEN for closed sets), {_WAY_OUT}"), name
+        _guarded(
+            load,
+            name,
+            f"the hub has no answer for it; check the name and the network (HF_TOKEN for closed sets), {_WAY_OUT}",
+        ),
+        name,
     )
 
 
@@ -40,16 +49,27 @@ def read_parquet(path: Path) -> Sources:
     import datasets
 
     files = _files(path, "parquet")
-    return _sources(_guarded(lambda: datasets.load_dataset("parquet", data_files=files), str(path), "not readable as parquet"), str(path))
+    return _sources(
+        _guarded(
+            lambda: datasets.load_dataset("parquet", data_files=files),
+            str(path),
+            "not readable as parquet",
+        ),
+        str(path),
+    )
 
 
 def read_arrow(path: Path) -> Sources:
-    """An arrow file as `datasets` writes them, or a folder of them whose names begin with train, validation or test."""
+    """An arrow file as `datasets` writes them, or a folder of them whose names begin with train,
+    validation or test.
+    """
     import datasets
 
     def load() -> Any:
         return {
-            split: datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
+            split: datasets.concatenate_datasets(
+                [datasets.Dataset.from_file(name) for name in names]
+            )
             for split, names in _files(path, "arrow").items()
         }
 
@@ -62,7 +82,14 @@ def read_disk(path: Path) -> Sources:
 
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; disk: names a folder written by save_to_disk")
-    return _sources(_guarded(lambda: datasets.load_from_disk(str(path)), str(path), "not a folder written by save_to_disk"), str(path))
+    return _sources(
+        _guarded(
+            lambda: datasets.load_from_disk(str(path)),
+            str(path),
+            "not a folder written by save_to_disk",
+        ),
+        str(path),
+    )
 
 
 def _files(path: Path, ending: str) -> dict[str, list[str]]:
@@ -72,10 +99,19 @@ def _files(path: Path, ending: str) -> dict[str, list[str]]:
         raise InputError(f"{path}: no such file or folder")
     found: dict[str, list[str]] = {}
     for file in sorted(path.rglob(f"*.{ending}")):
-        kind = next((split for split, names in (("validation", _VAL), ("test", _TEST)) if file.name.lower().startswith(names)), "train")
+        kind = next(
+            (
+                split
+                for split, names in (("validation", _VAL), ("test", _TEST))
+                if file.name.lower().startswith(names)
+            ),
+            "train",
+        )
         found.setdefault(kind, []).append(str(file))
     if "train" not in found:
-        raise InputError(f"{path}: no .{ending} file for training in it; name them train*.{ending}, validation*.{ending}, test*.{ending}")
+        raise InputError(
+            f"{path}: no .{ending} file for training in it; name them train*.{ending}, validation*.{ending}, test*.{ending}"
+        )
     return found
 
 
@@ -88,9 +124,12 @@ def _guarded(load: Callable[[], Any], where: str, what: str) -> Any:
     except InputError:
         raise
     except Exception as error:
-        # Anything may come out of a download and its parsers: requests, urllib3, httpx, pyarrow, zlib, ...
+        # Anything may come out of a download and its parsers: requests, urllib3, httpx, pyarrow,
+        # zlib, ...
         if "corresponds to no data" in str(error):
-            raise InputError(f"{where}: the data set is empty; give it images, or choose another data set") from error
+            raise InputError(
+                f"{where}: the data set is empty; give it images, or choose another data set"
+            ) from error
         reason = (str(error).strip().splitlines() or [""])[0][:160]
         raise InputError(f"{where}: {what} ({type(error).__name__}: {reason})") from error
     finally:
@@ -104,12 +143,27 @@ def _sources(loaded: Any, where: str) -> Sources:
     features = splits["train"].features
     image, label = _image_column(features, where), _label_column(features, where)
     labels, number = _classes(splits["train"], label, where)
-    parts = {kind: _labelled(splits, names, image, label, number, where) for kind, names in (("val", _VAL), ("test", _TEST))}
-    train = _pictures(splits["train"], image, _targets(splits["train"], label, number, where), f"{where}, split train")
+    parts = {
+        kind: _labelled(splits, names, image, label, number, where)
+        for kind, names in (("val", _VAL), ("test", _TEST))
+    }
+    train = _pictures(
+        splits["train"],
+        image,
+        _targets(splits["train"], label, number, where),
+        f"{where}, split train",
+    )
     return Sources(labels, train, parts["val"], parts["test"])
 
 
-def _labelled(splits: Mapping[str, Any], names: tuple[str, ...], image: str, label: str, number: Any, where: str) -> Pictures | None:
+def _labelled(
+    splits: Mapping[str, Any],
+    names: tuple[str, ...],
+    image: str,
+    label: str,
+    number: Any,
+    where: str,
+) -> Pictures | None:
     name = next((name for name in names if name in splits), None)
     if name is None or label not in splits[name].features:
         return None
@@ -149,11 +203,17 @@ def _classes(dataset: Any, label: str, where: str) -> tuple[tuple[str, ...], dic
     if not values:
         raise InputError(f"{where}: it holds no images")
     if any(isinstance(value, float | list | dict) or value is None for value in values):
-        raise InputError(f"{where}: column {label} holds {type(values[0]).__name__} values; class labels are integers or words")
-    return tuple(str(value) for value in values), {value: position for position, value in enumerate(values)}
+        raise InputError(
+            f"{where}: column {label} holds {type(values[0]).__name__} values; class labels are integers or words"
+        )
+    return tuple(str(value) for value in values), {
+        value: position for position, value in enumerate(values)
+    }
 
 
-def _targets(dataset: Any, label: str, number: dict[Any, int] | None, where: str) -> NDArray[np.int64]:
+def _targets(
+    dataset: Any, label: str, number: dict[Any, int] | None, where: str
+) -> NDArray[np.int64]:
     values = dataset[label][:]
     if number is not None:
         strange = next((value for value in values if value not in number), None)
@@ -173,7 +233,9 @@ def _pictures(dataset: Any, image: str, targets: NDArray[np.int64], where: str) 
         cell = raw[index][image]
         if cell is None or (cell.get("bytes") is None and not cell.get("path")):
             raise ValueError("no picture in this row")
-        with Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]) as picture:
+        with Image.open(
+            io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
+        ) as picture:
             picture.load()
             return picture
 

@@ -1,6 +1,8 @@
-"""The idx format of MNIST and Fashion-MNIST: unsigned bytes behind a short header, plain or compressed.
+"""The idx format of MNIST and Fashion-MNIST: unsigned bytes behind a short header, plain or
+compressed.
 
-Format: two zero bytes, a type byte (8 = unsigned byte), the number of dimensions, each dimension as big-endian uint32, the bytes.
+Format: two zero bytes, a type byte (8 = unsigned byte), the number of dimensions, each dimension as
+big-endian uint32, the bytes.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError
+from ...core.errors import InputError
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read an idx file; `.gz` and `.xz` are opened on the way. Errors: InputError naming the file."""
+    """Read an idx file; `.gz` and `.xz` are opened on the way. Errors: InputError naming the
+    file.
+    """
     try:
         raw = path.read_bytes()
         if path.suffix == ".gz":
@@ -29,14 +33,20 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; an idx data set needs its four files") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{path}: cannot be unpacked ({error}); the file is damaged, fetch it again") from error
+        raise InputError(
+            f"{path}: cannot be unpacked ({error}); the file is damaged, fetch it again"
+        ) from error
     return parse_idx(raw, str(path))[0]
 
 
 def parse_idx(raw: bytes, where: str) -> tuple[NDArray[np.uint8], int]:
-    """One array from the head of `raw`, and the number of bytes it took; `where` names the source in errors."""
+    """One array from the head of `raw`, and the number of bytes it took; `where` names the source
+    in errors.
+    """
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise InputError(f"{where}: not an idx file of bytes (it starts with {raw[:4].hex() or 'nothing'}, not 000008)")
+        raise InputError(
+            f"{where}: not an idx file of bytes (it starts with {raw[:4].hex() or 'nothing'}, not 000008)"
+        )
     dimensions = raw[3]
     start = 4 + 4 * dimensions
     if len(raw) < start:
@@ -44,7 +54,9 @@ def parse_idx(raw: bytes, where: str) -> tuple[NDArray[np.uint8], int]:
     shape = struct.unpack(f">{dimensions}I", raw[4:start])
     size = int(np.prod(shape, dtype=np.int64))
     if len(raw) < start + size:
-        raise InputError(f"{where}: cut short, {len(raw) - start} of {size} bytes; fetch the file again")
+        raise InputError(
+            f"{where}: cut short, {len(raw) - start} of {size} bytes; fetch the file again"
+        )
     return np.frombuffer(raw, dtype=np.uint8, count=size, offset=start).reshape(shape), start + size
 
 

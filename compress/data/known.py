@@ -1,11 +1,13 @@
-"""The data sets that vitrim knows by name: where the hub keeps them, and the mean and spread of their pixels."""
+"""The data sets that vitrim knows by name: where the hub keeps them, and the mean and spread of
+their pixels.
+"""
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
 
-from ...errors import InputError
+from ...core.errors import InputError
 from . import fashion_mnist
 from .preprocessing import Preprocessing
 
@@ -15,7 +17,9 @@ PATH_KINDS = ("imagefolder", "parquet", "arrow", "disk")
 
 @dataclass(frozen=True)
 class Known:
-    """A data set with a name. hub: its name on the hub; mean and std of the training images, in units of pixel / 255, one a channel."""
+    """A data set with a name. hub: its name on the hub; mean and std of the training images, in
+    units of pixel / 255, one a channel.
+    """
 
     hub: str
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -24,7 +28,9 @@ class Known:
 
 KNOWN: dict[str, Known] = {
     "quickstart": Known("", (fashion_mnist.MEAN,), (fashion_mnist.STD,)),
-    "fashion-mnist": Known("zalando-datasets/fashion_mnist", (fashion_mnist.MEAN,), (fashion_mnist.STD,)),
+    "fashion-mnist": Known(
+        "zalando-datasets/fashion_mnist", (fashion_mnist.MEAN,), (fashion_mnist.STD,)
+    ),
     "mnist": Known("ylecun/mnist", (0.1307,), (0.3081,)),
     "cifar10": Known("uoft-cs/cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Known("uoft-cs/cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -34,30 +40,42 @@ KNOWN: dict[str, Known] = {
 
 
 def canonical(spec: str) -> str:
-    """The one spelling of a data set's name: `fashion_mnist` is `fashion-mnist`; paths and hub names stay as they are.
+    """The one spelling of a data set's name: `fashion_mnist` is `fashion-mnist`; paths and hub
+    names stay as they are.
 
     Errors: InputError for an unknown name, with the nearest known one.
     """
     kind, colon, rest = spec.partition(":")
     if colon:
         if kind not in (*PATH_KINDS, "hub"):
-            raise InputError(f"data set {spec!r}: {kind!r} is not a kind of source; choose one of {', '.join(PATH_KINDS)}, hub")
+            raise InputError(
+                f"data set {spec!r}: {kind!r} is not a kind of source; choose one of {', '.join(PATH_KINDS)}, hub"
+            )
         if not rest:
             raise InputError(f"data set {spec!r}: a path or name is missing after {kind}:")
         return spec
     if "/" in spec:
         return f"hub:{spec}"
     name = spec.lower().replace("_", "-")
-    name = {"cifar-10": "cifar10", "cifar-100": "cifar100", "imagenet": "imagenet-1k", "tinyimagenet": "tiny-imagenet"}.get(name, name)
+    name = {
+        "cifar-10": "cifar10",
+        "cifar-100": "cifar100",
+        "imagenet": "imagenet-1k",
+        "tinyimagenet": "tiny-imagenet",
+    }.get(name, name)
     if name in KNOWN:
         return name
     near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KNOWN)}"
-    raise InputError(f"data set {spec!r}: not known; {hint} A hub set is written owner/name, a local one imagefolder:PATH or parquet:PATH")
+    raise InputError(
+        f"data set {spec!r}: not known; {hint} A hub set is written owner/name, a local one imagefolder:PATH or parquet:PATH"
+    )
 
 
 def default_preprocessing(spec: str, image: tuple[int, int, int]) -> Preprocessing:
-    """Resize to the model's input (C, H, W), normalised by the data set's own figures (ImageNet's where none are known)."""
+    """Resize to the model's input (C, H, W), normalised by the data set's own figures (ImageNet's
+    where none are known).
+    """
     channels, height, width = image
     if channels not in (1, 3):
         raise InputError(f"the model reads {channels} channels; images have 1 or 3")
@@ -68,4 +86,6 @@ def default_preprocessing(spec: str, image: tuple[int, int, int]) -> Preprocessi
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     if channels == 3 and len(mean) == 1:
         mean, std = mean * 3, std * 3
-    return Preprocessing(channels=1 if channels == 1 else 3, height=height, width=width, mean=mean, std=std)
+    return Preprocessing(
+        channels=1 if channels == 1 else 3, height=height, width=width, mean=mean, std=std
+    )

@@ -19,19 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...errors import InputError
-from ...storage import disk_errors
+from ...core.errors import InputError
+from ...core.storage import disk_errors
 from ..train.progress import counting
 from .preprocessing import Preprocessing
 
-# Above this, decoded images live in a memory-mapped file, so that neither memory nor a second run pays for them.
+# Above this, decoded images live in a memory-mapped file, so that neither memory nor a second run
+# pays for them.
 MEMORY_LIMIT_BYTES = 256 * 2**20
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A split before decoding. `open(i)` gives a PIL image or uint8 array; `where(i)` names it; `fingerprint` follows its content."""
+    """A split before decoding. `open(i)` gives a PIL image or uint8 array; `where(i)` names it;
+    `fingerprint` follows its content.
+    """
 
     targets: NDArray[np.int64]
     open: Callable[[int], Any]
@@ -46,7 +49,10 @@ class Pictures:
         stamp = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
         whole_open, whole_where = self.open, self.where
         return Pictures(
-            self.targets[indices], lambda index: whole_open(int(indices[index])), lambda index: whole_where(int(indices[index])), stamp
+            self.targets[indices],
+            lambda index: whole_open(int(indices[index])),
+            lambda index: whole_where(int(indices[index])),
+            stamp,
         )
 
 
@@ -66,9 +72,15 @@ def cache_folder() -> Path:
 
 
 def decode(
-    pictures: Pictures, preprocessing: Preprocessing, *, title: str, cache: Path | None = None, quiet: bool = True
+    pictures: Pictures,
+    preprocessing: Preprocessing,
+    *,
+    title: str,
+    cache: Path | None = None,
+    quiet: bool = True,
 ) -> NDArray[np.uint8]:
-    """All pictures at the model's input size, uint8 (N, C, H, W); in memory when small, else (or when `cache` is given) memory-mapped.
+    """All pictures at the model's input size, uint8 (N, C, H, W); in memory when small, else (or
+    when `cache` is given) memory-mapped.
 
     Errors: InputError naming the picture that cannot be decoded; a full disk.
     """
@@ -86,17 +98,30 @@ def decode(
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def _decoded(pictures: Pictures, preprocessing: Preprocessing, title: str, quiet: bool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _decoded(
+    pictures: Pictures, preprocessing: Preprocessing, title: str, quiet: bool
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     def one(index: int) -> NDArray[np.uint8]:
         try:
             return preprocessing.pixels(pictures.open(index))
-        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            struct.error,
+            Image.DecompressionBombError,
+        ) as error:
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise InputError(f"{pictures.where(index)}: not a readable image ({reason}); repair or remove it") from error
+            raise InputError(
+                f"{pictures.where(index)}: not a readable image ({reason}); repair or remove it"
+            ) from error
 
     started = time.perf_counter()
     # Pillow lets go of the interpreter while it decodes and resizes.
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool, counting(title, len(pictures), quiet=quiet) as advance:
+    with (
+        ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
+        counting(title, len(pictures), quiet=quiet) as advance,
+    ):
         for start in range(0, len(pictures), _CHUNK):
             indices = range(start, min(len(pictures), start + _CHUNK))
             yield start, np.stack(list(pool.map(one, indices)))
@@ -104,8 +129,11 @@ def _decoded(pictures: Pictures, preprocessing: Preprocessing, title: str, quiet
                 advance(indices.stop)
 
 
-def _write(path: Path, shape: tuple[int, ...], chunks: Iterator[tuple[int, NDArray[np.uint8]]]) -> None:
-    # Plain writes, not a writable map: a full disk is an error here, but a crash of the process there.
+def _write(
+    path: Path, shape: tuple[int, ...], chunks: Iterator[tuple[int, NDArray[np.uint8]]]
+) -> None:
+    # Plain writes, not a writable map: a full disk is an error here, but a crash of the process
+    # there.
     descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -131,10 +159,14 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
 def _key(pictures: Pictures, preprocessing: Preprocessing) -> str:
     # Mean and std are applied after the cache.
     geometry = preprocessing.model_dump(mode="json", exclude={"mean", "std"})
-    return hashlib.sha256(json.dumps([pictures.fingerprint, geometry], sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(
+        json.dumps([pictures.fingerprint, geometry], sort_keys=True).encode()
+    ).hexdigest()[:24]
 
 
 def from_arrays(images: NDArray[np.uint8], targets: NDArray[np.int64], name: str) -> Pictures:
     """Pictures that are arrays already: uint8 (N, H, W) or (N, H, W, 3)."""
     fingerprint = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    return Pictures(targets, lambda index: images[index], lambda index: f"{name}, image {index}", fingerprint)
+    return Pictures(
+        targets, lambda index: images[index], lambda index: f"{name}, image {index}", fingerprint
+    )

@@ -1,4 +1,6 @@
-"""From a picture to a model's input, without torch: the same numbers in training, in calibration and on the device."""
+"""From a picture to a model's input, without torch: the same numbers in training, in calibration
+and on the device.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ _FILTERS: dict[str, Image.Resampling] = {
 
 
 class Preprocessing(BaseModel):
-    """What happens to a picture before the model sees it; plain data, so that an artifact's manifest can carry it.
+    """What happens to a picture before the model sees it; plain data, so that an artifact's
+    manifest can carry it.
 
-    `squash` scales to (height, width) whatever the shape; `center-crop` scales the shorter side to size / crop_ratio and
-    cuts out the middle, as timm's evaluation does. Mean and std are in units of pixel / 255, one a channel.
+    `squash` scales to (height, width) whatever the shape; `center-crop` scales the shorter side to
+    size / crop_ratio and cuts out the middle, as timm's evaluation does. Mean and std are in units
+    of pixel / 255, one a channel.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,7 +47,9 @@ class Preprocessing(BaseModel):
     @model_validator(mode="after")
     def _one_number_a_channel(self) -> Self:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(f"mean and std need {self.channels} numbers, one a channel; got {len(self.mean)} and {len(self.std)}")
+            raise ValueError(
+                f"mean and std need {self.channels} numbers, one a channel; got {len(self.mean)} and {len(self.std)}"
+            )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
         return self
@@ -54,11 +60,15 @@ class Preprocessing(BaseModel):
         return self.channels, self.height, self.width
 
     def apply(self, picture: Image.Image | NDArray[Any]) -> NDArray[np.float32]:
-        """A PIL image, or uint8 (H, W), (H, W, 1) or (H, W, 3) of any size -> float32 (C, H, W), normalised."""
+        """A PIL image, or uint8 (H, W), (H, W, 1) or (H, W, 3) of any size -> float32 (C, H, W),
+        normalised.
+        """
         return self.normalise(self.pixels(picture))
 
     def pixels(self, picture: Image.Image | NDArray[Any]) -> NDArray[np.uint8]:
-        """The resized picture before normalisation: uint8 (C, H, W). This is what the data cache keeps."""
+        """The resized picture before normalisation: uint8 (C, H, W). This is what the data cache
+        keeps.
+        """
         if (
             isinstance(picture, np.ndarray)
             and self.channels == 1
@@ -85,16 +95,26 @@ class Preprocessing(BaseModel):
         return pixels.astype(np.float32) * scale[:, None, None] + shift[:, None, None]
 
     def scale_and_shift(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Normalisation as pixel * scale + shift, both float32 (C,): one fused step, the same everywhere."""
+        """Normalisation as pixel * scale + shift, both float32 (C,): one fused step, the same
+        everywhere.
+        """
         mean, std = np.array(self.mean, dtype=np.float64), np.array(self.std, dtype=np.float64)
         return (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
     def _sized(self, image: Image.Image) -> Image.Image:
         wanted = (self.width, self.height)
         if self.resize == "squash":
-            return image if image.size == wanted else image.resize(wanted, _FILTERS[self.interpolation])
-        # As timm and torchvision do: the shorter side becomes floor(size / crop_ratio), the other follows rounded down; then the centre.
-        target_h, target_w = math.floor(self.height / self.crop_ratio), math.floor(self.width / self.crop_ratio)
+            return (
+                image
+                if image.size == wanted
+                else image.resize(wanted, _FILTERS[self.interpolation])
+            )
+        # As timm and torchvision do: the shorter side becomes floor(size / crop_ratio), the other
+        # follows rounded down; then the centre.
+        target_h, target_w = (
+            math.floor(self.height / self.crop_ratio),
+            math.floor(self.width / self.crop_ratio),
+        )
         if target_h * image.width <= target_w * image.height:
             scaled = (target_w, max(self.height, target_w * image.height // image.width))
         else:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
-from ..architecture import Architecture, BranchSpec, HeadSpec, PoolSpec, StemSpec
+from ...core.errors import UnsupportedModel
+from ..network.architecture import Architecture, BranchSpec, HeadSpec, PoolSpec, StemSpec
 from .parts import absent, linear, norm, present, under
 from .positions import Places
 from .registry import Piece, find
@@ -27,10 +27,17 @@ def assemble(
     pool: Piece[PoolSpec] | None = None,
     head: Piece[HeadSpec] | None = None,
 ) -> Piece[Architecture]:
-    """`norms`: patch_norm, stem_norm, norm and pool_norm as (module, path). `prefix` (tokens, embed), `position` (patches, embed)."""
+    """`norms`: patch_norm, stem_norm, norm and pool_norm as (module, path). `prefix` (tokens,
+    embed), `position` (patches, embed).
+    """
     steps, tensors = blocks
     pool = pool or Piece(PoolSpec())
-    tensors = tensors | dict(stem.tensors) | dict(pool.tensors) | present({"prefix": prefix, "position": position})
+    tensors = (
+        tensors
+        | dict(stem.tensors)
+        | dict(pool.tensors)
+        | present({"prefix": prefix, "position": position})
+    )
     specs: dict[str, Any] = {}
     for name, (module, path) in (norms or {}).items():
         piece = norm(module, path)
@@ -67,13 +74,23 @@ def lift_blocks(modules: Any, path: str, places: list[Places]) -> tuple[Steps, d
     return tuple(steps), tensors
 
 
-def classifier(module: nn.Module | None, path: str, second: tuple[nn.Module, str] | None = None) -> Piece[HeadSpec] | None:
-    """A Linear classifier (and a second one beside it), or None for a model that answers with features."""
+def classifier(
+    module: nn.Module | None, path: str, second: tuple[nn.Module, str] | None = None
+) -> Piece[HeadSpec] | None:
+    """A Linear classifier (and a second one beside it), or None for a model that answers with
+    features.
+    """
     if module is None or absent(module):
         return None
     tensors = under("head", linear(module, path))
     if second is not None:
         tensors |= under("head_dist", linear(*second))
-        if tensors["head.weight"].shape != tensors["head_dist.weight"].shape or ("head.bias" in tensors) != ("head_dist.bias" in tensors):
-            raise UnsupportedModel(f"{second[1]}: two classifiers that differ in shape have no rule")
-    return Piece(HeadSpec(classes=tensors["head.weight"].shape[0], bias="head.bias" in tensors), tensors)
+        if tensors["head.weight"].shape != tensors["head_dist.weight"].shape or (
+            "head.bias" in tensors
+        ) != ("head_dist.bias" in tensors):
+            raise UnsupportedModel(
+                f"{second[1]}: two classifiers that differ in shape have no rule"
+            )
+    return Piece(
+        HeadSpec(classes=tensors["head.weight"].shape[0], bias="head.bias" in tensors), tensors
+    )

@@ -1,4 +1,6 @@
-"""Small pieces that every Vision Transformer shares: norms, linear layers, activations, layer scale."""
+"""Small pieces that every Vision Transformer shares: norms, linear layers, activations, layer
+scale.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
-from ..architecture import NormSpec
+from ...core.errors import UnsupportedModel
+from ..network.architecture import NormSpec
 from .registry import Piece, find, handles, type_name
 
 _ACTIVATIONS = {
@@ -52,14 +54,24 @@ def norm(module: nn.Module | None, path: str) -> Piece[NormSpec] | None:
     return piece
 
 
-@handles("norm", "torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm", "timm.layers.norm.LayerNormFp32")
+@handles(
+    "norm",
+    "torch.nn.modules.normalization.LayerNorm",
+    "timm.layers.norm.LayerNorm",
+    "timm.layers.norm.LayerNormFp32",
+)
 def layer_norm(module: nn.LayerNorm, path: str) -> Piece[NormSpec]:
     """LayerNorm over the last dimension."""
     del path
     return _norm("layer", module, module.eps)
 
 
-@handles("norm", "timm.layers.norm.RmsNorm", "timm.layers.norm.RmsNormFp32", "torch.nn.modules.normalization.RMSNorm")
+@handles(
+    "norm",
+    "timm.layers.norm.RmsNorm",
+    "timm.layers.norm.RmsNormFp32",
+    "torch.nn.modules.normalization.RMSNorm",
+)
 def rms_norm(module: nn.Module, path: str) -> Piece[NormSpec]:
     """RMSNorm over the last dimension."""
     eps = module.eps
@@ -71,7 +83,13 @@ def rms_norm(module: nn.Module, path: str) -> Piece[NormSpec]:
 def _norm(kind: str, module: nn.Module, eps: float) -> Piece[NormSpec]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     shape = module.normalized_shape
-    spec = NormSpec(kind=kind, width=shape[0], eps=eps, weight=weight is not None, bias=bias is not None)  # type: ignore[index]
+    spec = NormSpec(
+        kind=kind,
+        width=shape[0],  # type: ignore[index]
+        eps=eps,
+        weight=weight is not None,
+        bias=bias is not None,
+    )
     return Piece(spec, present({"weight": weight, "bias": bias}))
 
 

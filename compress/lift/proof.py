@@ -26,7 +26,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def difference(module: nn.Module, ours: Callable[[Tensor], Tensor], inputs: Tensor) -> float | str:
-    """Largest difference of outputs over the largest wanted magnitude, or one line on why the two cannot be compared."""
+    """Largest difference of outputs over the largest wanted magnitude, or one line on why the two
+    cannot be compared.
+    """
     reference = next(module.parameters(), None)
     if reference is not None:
         inputs = inputs.to(reference)
@@ -34,7 +36,11 @@ def difference(module: nn.Module, ours: Callable[[Tensor], Tensor], inputs: Tens
         try:
             wanted = module(inputs)
         except Exception as error:  # a stranger's module may fail in any way
-            return f"it raises {type(error).__name__} on {tuple(inputs.shape)}: {error}".splitlines()[0]
+            return (
+                f"it raises {type(error).__name__} on {tuple(inputs.shape)}: {error}".splitlines()[
+                    0
+                ]
+            )
         if not isinstance(wanted, Tensor):
             return f"it answers with {type(wanted).__name__}, not with a tensor"
         found = ours(inputs)
@@ -42,12 +48,16 @@ def difference(module: nn.Module, ours: Callable[[Tensor], Tensor], inputs: Tens
         # A feature map, where ours are tokens.
         wanted = wanted.flatten(2).transpose(1, 2)
     if found.shape != wanted.shape:
-        return f"it answers with shape {tuple(wanted.shape)} where the rule gives {tuple(found.shape)}"
+        return (
+            f"it answers with shape {tuple(wanted.shape)} where the rule gives {tuple(found.shape)}"
+        )
     scale = float(wanted.abs().max())
     return float((found - wanted).abs().max()) / max(scale, 1e-30)
 
 
 def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Our module, built on the meta device, holding these tensors (views of the source's)."""
-    module.load_state_dict({name: tensor.detach() for name, tensor in tensors.items()}, strict=True, assign=True)
+    module.load_state_dict(
+        {name: tensor.detach() for name, tensor in tensors.items()}, strict=True, assign=True
+    )
     return module

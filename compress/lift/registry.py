@@ -1,6 +1,8 @@
-"""The handlers that turn modules of other libraries into pieces of ours, found by the module's exact type.
+"""The handlers that turn modules of other libraries into pieces of ours, found by the module's
+exact type.
 
-A subclass may compute something else, so it is never taken for its parent: an unknown type is refused with its path.
+A subclass may compute something else, so it is never taken for its parent: an unknown type is
+refused with its path.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
+from ...core.errors import UnsupportedModel
 
 SpecT = TypeVar("SpecT")
 
@@ -36,7 +38,9 @@ _INERT = ("Identity", "Dropout", "Dropout1d", "DropPath", "PatchDropout", "Patch
 
 
 def handles(kind: str, *type_names: str) -> Callable[[Handler], Handler]:
-    """Register a handler of `kind` (model, block, attention, ffn, norm, position, pool...) for fully qualified type names."""
+    """Register a handler of `kind` (model, block, attention, ffn, norm, position, pool...) for
+    fully qualified type names.
+    """
 
     def register(handler: Handler) -> Handler:
         for name in type_names:
@@ -47,7 +51,9 @@ def handles(kind: str, *type_names: str) -> Callable[[Handler], Handler]:
 
 
 def falls_back(kind: str) -> Callable[[Handler], Handler]:
-    """Register the handler that tries types of `kind` which nobody knows; it must prove what it finds."""
+    """Register the handler that tries types of `kind` which nobody knows; it must prove what it
+    finds.
+    """
 
     def register(handler: Handler) -> Handler:
         _FALLBACKS[kind] = handler
@@ -67,7 +73,9 @@ def find(kind: str, module: nn.Module, path: str) -> Handler:
     if handler is None:
         raise UnsupportedModel(refusal(kind, module, path))
     if "forward" in vars(module):
-        raise UnsupportedModel(f"{path or 'model'}: this {type(module).__name__} has a forward of its own, set on the instance; no rule reads it")
+        raise UnsupportedModel(
+            f"{path or 'model'}: this {type(module).__name__} has a forward of its own, set on the instance; no rule reads it"
+        )
     _check_inert(module, path)
     return handler
 
@@ -84,8 +92,12 @@ def knows(kind: str, module: nn.Module) -> bool:
 
 
 def _check_inert(module: nn.Module, path: str) -> None:
-    """Refuse a dropout that was replaced by something that computes. Handlers skip these children."""
+    """Refuse a dropout that was replaced by something that computes. Handlers skip these
+    children.
+    """
     for name, child in module.named_children():
-        if (name.startswith("drop") or name.endswith("_drop")) and type(child).__name__ not in _INERT:
+        if (name.startswith("drop") or name.endswith("_drop")) and type(
+            child
+        ).__name__ not in _INERT:
             where = f"{path}.{name}" if path else name
             raise UnsupportedModel(f"{where}: {type_name(child)} where a dropout was expected")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
-from ..architecture import ConvSpec, StemSpec
+from ...core.errors import UnsupportedModel
+from ..network.architecture import ConvSpec, StemSpec
 from .parts import activation, present
 from .registry import Piece, type_name
 
@@ -16,7 +16,8 @@ Pair = tuple[int, int]
 
 
 def conv_stem(module: nn.Module, path: str) -> Piece[StemSpec]:
-    """A convolution, or a (nested) Sequential of convolutions, batch norms and activations that ends in a convolution.
+    """A convolution, or a (nested) Sequential of convolutions, batch norms and activations that
+    ends in a convolution.
 
     The tensors are those of `CompactModel`: `stem.weight`, `before.0.conv.weight`...
     """
@@ -24,15 +25,22 @@ def conv_stem(module: nn.Module, path: str) -> Piece[StemSpec]:
 
 
 def sequence_stem(module: nn.Module, path: str) -> list[Piece[StemSpec]]:
-    """Readings of a stem whose parts are attributes, convolutions in their order: with each activation where it stands, or with the only one it has
-    after every convolution but the last (one module may serve several times). A norm over tokens named `norm` is not part of them.
+    """Readings of a stem whose parts are attributes, convolutions in their order: with each
+    activation where it stands, or with the only one it has after every convolution but the last
+    (one module may serve several times). A norm over tokens named `norm` is not part of them.
     """
     layers = [
         (f"{path}.{name}", child)
         for name, child in module.named_children()
-        if isinstance(child, nn.Conv2d | nn.BatchNorm2d | nn.Sequential) or (name != "norm" and not any(True for _ in child.parameters()))
+        if isinstance(child, nn.Conv2d | nn.BatchNorm2d | nn.Sequential)
+        or (name != "norm" and not any(True for _ in child.parameters()))
     ]
-    flat = [item for where, child in layers for item in _flatten(child, where) if type(item[1]) is not nn.Dropout]
+    flat = [
+        item
+        for where, child in layers
+        for item in _flatten(child, where)
+        if type(item[1]) is not nn.Dropout
+    ]
     readings = [_read(flat, module, path)]
     acts = [item for item in flat if not isinstance(item[1], nn.Conv2d | nn.BatchNorm2d)]
     if len(acts) == 1:
@@ -51,39 +59,64 @@ def _read(layers: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> 
     for where, layer in layers:
         if type(layer) is nn.Conv2d:
             convs.append([where, layer, None, "identity"])
-        elif type(layer) is nn.BatchNorm2d and convs and convs[-1][2] is None and convs[-1][3] == "identity":
+        elif (
+            type(layer) is nn.BatchNorm2d
+            and convs
+            and convs[-1][2] is None
+            and convs[-1][3] == "identity"
+        ):
             convs[-1][2] = layer
         elif convs and convs[-1][3] == "identity":
             convs[-1][3] = activation(layer, where)
         else:
             raise UnsupportedModel(f"{where}: no rule for {type_name(layer)} in a stem")
     if not convs or convs[-1][3] != "identity":
-        raise UnsupportedModel(f"{path}: a stem must end in a convolution, this one is {type_name(module)}")
+        raise UnsupportedModel(
+            f"{path}: a stem must end in a convolution, this one is {type_name(module)}"
+        )
     before: list[ConvSpec] = []
     tensors: dict[str, Tensor] = {}
     for number, (where, conv, batch_norm, act) in enumerate(convs[:-1]):
         weights, geometry = _conv(conv, batch_norm, where)
-        before.append(ConvSpec(channels=conv.out_channels, **geometry, bias="bias" in weights, act=act))
+        before.append(
+            ConvSpec(channels=conv.out_channels, **geometry, bias="bias" in weights, act=act)
+        )
         tensors |= {f"before.{number}.conv.{name}": tensor for name, tensor in weights.items()}
     where, conv, batch_norm, _ = convs[-1]
     weights, geometry = _conv(conv, batch_norm, where)
     stride = None if geometry["stride"] == geometry["kernel"] else geometry["stride"]
-    spec = StemSpec(patch=geometry["kernel"], stride=stride, padding=geometry["padding"], bias="bias" in weights, before=tuple(before))
+    spec = StemSpec(
+        patch=geometry["kernel"],
+        stride=stride,
+        padding=geometry["padding"],
+        bias="bias" in weights,
+        before=tuple(before),
+    )
     return Piece(spec, tensors | {f"stem.{name}": tensor for name, tensor in weights.items()})
 
 
-def linear_stem(weight: Tensor, bias: Tensor | None, patch: Pair, channels: int, *, channels_last: bool) -> Piece[StemSpec]:
-    """A Linear on flattened patches: the same numbers as a convolution whose stride is its kernel."""
+def linear_stem(
+    weight: Tensor, bias: Tensor | None, patch: Pair, channels: int, *, channels_last: bool
+) -> Piece[StemSpec]:
+    """A Linear on flattened patches: the same numbers as a convolution whose stride is its
+    kernel.
+    """
     shape = (*patch, channels) if channels_last else (channels, *patch)
     kernel = torch.unflatten(weight, 1, shape)
     if channels_last:
         kernel = kernel.permute(0, 3, 1, 2)
-    return Piece(StemSpec(patch=patch, bias=bias is not None), present({"stem.weight": kernel, "stem.bias": bias}))
+    return Piece(
+        StemSpec(patch=patch, bias=bias is not None),
+        present({"stem.weight": kernel, "stem.bias": bias}),
+    )
 
 
 def _flatten(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     # torchvision's Conv2dNormActivation is a Sequential by another name.
-    if type(module) is nn.Sequential or type_name(module) == "torchvision.ops.misc.Conv2dNormActivation":
+    if (
+        type(module) is nn.Sequential
+        or type_name(module) == "torchvision.ops.misc.Conv2dNormActivation"
+    ):
         found = []
         for name, child in module.named_children():
             found += _flatten(child, f"{path}.{name}")
@@ -92,9 +125,16 @@ def _flatten(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
 
 
 def _conv(conv: Any, batch_norm: Any, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    plain = (
+        conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
     if not plain:
-        raise UnsupportedModel(f"{path}: only a plain convolution without groups or dilation, not {conv}")
+        raise UnsupportedModel(
+            f"{path}: only a plain convolution without groups or dilation, not {conv}"
+        )
     weights = present({"weight": conv.weight, "bias": conv.bias})
     if batch_norm is not None:
         weights = _folded(weights, batch_norm, path)
@@ -102,9 +142,13 @@ def _conv(conv: Any, batch_norm: Any, path: str) -> tuple[dict[str, Tensor], dic
 
 
 def _folded(weights: dict[str, Tensor], norm: nn.BatchNorm2d, path: str) -> dict[str, Tensor]:
-    """A batch norm with its running statistics is an affine map a channel, and goes into the convolution."""
+    """A batch norm with its running statistics is an affine map a channel, and goes into the
+    convolution.
+    """
     if norm.running_mean is None or norm.running_var is None:
-        raise UnsupportedModel(f"{path}: a batch norm without running statistics depends on the batch")
+        raise UnsupportedModel(
+            f"{path}: a batch norm without running statistics depends on the batch"
+        )
     factor = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight

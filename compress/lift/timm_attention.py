@@ -1,4 +1,6 @@
-"""timm's attentions: fused or separate q, k, v; with rope, relative bias, grouped keys and values, gates."""
+"""timm's attentions: fused or separate q, k, v; with rope, relative bias, grouped keys and values,
+gates.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
-from ..architecture import AttentionSpec, DifferentialSpec
+from ...core.errors import UnsupportedModel
+from ..network.architecture import AttentionSpec, DifferentialSpec
 from .parts import linear, norm, present, under
 from .positions import Places
 from .registry import Piece, handles
@@ -26,7 +28,9 @@ def attention(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
 @handles("attention", "timm.layers.attention.AttentionRope")
 def attention_rope(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
     """Fused or separate q, k, v, with rope, perhaps with fewer heads of keys and values."""
-    projections = split_qkv(module.qkv, f"{path}.qkv") if module.qkv is not None else separate(module, path)
+    projections = (
+        split_qkv(module.qkv, f"{path}.qkv") if module.qkv is not None else separate(module, path)
+    )
     rope = rope_piece(places, module.head_dim, path, half=module.rotate_half)
     kv_of = None
     if module.num_kv_groups > 1:
@@ -48,7 +52,9 @@ def beit_attention(module: Any, path: str, places: Places) -> Piece[AttentionSpe
     no_rope(places, path)
     own = None
     if module.relative_position_bias_table is not None:
-        own = bias_table(module.relative_position_bias_table, tuple(module.window_size), path, places)
+        own = bias_table(
+            module.relative_position_bias_table, tuple(module.window_size), path, places
+        )
     bias = add(own, places.bias, path)
     return _assemble(module, path, apart_biases(module, path), heads=module.num_heads, bias=bias)
 
@@ -59,7 +65,9 @@ def relpos_attention(module: Any, path: str, places: Places) -> Piece[AttentionS
     no_rope(places, path)
     own = relative_bias(module.rel_pos, f"{path}.rel_pos", places)
     bias = places.bias if own is None else own
-    return _assemble(module, path, split_qkv(module.qkv, f"{path}.qkv"), heads=module.num_heads, bias=bias)
+    return _assemble(
+        module, path, split_qkv(module.qkv, f"{path}.qkv"), heads=module.num_heads, bias=bias
+    )
 
 
 @handles("attention", "timm.layers.diff_attention.DiffAttention")
@@ -67,7 +75,12 @@ def diff_attention(module: Any, path: str, places: Places) -> Piece[AttentionSpe
     """Differential attention: two halves of queries and keys a head."""
     no_rope(places, path)
     return _assemble(
-        module, path, split_qkv(module.qkv, f"{path}.qkv"), heads=module.num_heads, differential=differential(module), head_norm=module.sub_norm
+        module,
+        path,
+        split_qkv(module.qkv, f"{path}.qkv"),
+        heads=module.num_heads,
+        differential=differential(module),
+        head_norm=module.sub_norm,
     )
 
 
@@ -76,8 +89,14 @@ def differential(module: Any) -> Piece[DifferentialSpec]:
     if module.lambda_a is not None:
         vectors, dual = torch.stack([module.lambda_a, module.lambda_b]), True
     else:
-        vectors, dual = torch.stack([module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2]), False
-    return Piece(DifferentialSpec(start=module.lambda_init, width=module.head_dim, dual=dual), {"vectors": vectors})
+        vectors, dual = (
+            torch.stack([module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2]),
+            False,
+        )
+    return Piece(
+        DifferentialSpec(start=module.lambda_init, width=module.head_dim, dual=dual),
+        {"vectors": vectors},
+    )
 
 
 def no_rope(places: Places, path: str) -> None:
@@ -98,7 +117,9 @@ def split_qkv(qkv: nn.Module, path: str) -> dict[str, Tensor]:
 
 
 def apart_biases(module: Any, path: str) -> dict[str, Tensor]:
-    """A fused weight whose biases of q and v are parameters of the attention. The k bias is a buffer of zeros unless somebody filled it."""
+    """A fused weight whose biases of q and v are parameters of the attention. The k bias is a
+    buffer of zeros unless somebody filled it.
+    """
     tensors = split_qkv(module.qkv, f"{path}.qkv")
     k_bias = module.k_bias if module.k_bias is not None and bool(module.k_bias.any()) else None
     return tensors | present({"q.bias": module.q_bias, "k.bias": k_bias, "v.bias": module.v_bias})
@@ -112,7 +133,15 @@ def separate(module: Any, path: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _assemble(module: Any, path: str, projections: dict[str, Tensor], *, heads: int, head_norm: nn.Module | None = None, **more: Any) -> Piece[AttentionSpec]:
+def _assemble(
+    module: Any,
+    path: str,
+    projections: dict[str, Tensor],
+    *,
+    heads: int,
+    head_norm: nn.Module | None = None,
+    **more: Any,
+) -> Piece[AttentionSpec]:
     """The parts that timm's attentions name alike."""
     norms = {
         "q_norm": norm(getattr(module, "q_norm", None), f"{path}.q_norm"),
@@ -138,17 +167,43 @@ def assemble(
     bias: Any = None,
     differential: Any = None,
 ) -> Piece[AttentionSpec]:
-    """An attention from its projections `q`, `k`, `v`, `out` and perhaps `gate`, whose widths say the rest."""
-    parts, kv_heads = 2 if differential is not None else 1, heads if kv_of is None else max(kv_of) + 1
+    """An attention from its projections `q`, `k`, `v`, `out` and perhaps `gate`, whose widths say
+    the rest.
+    """
+    parts, kv_heads = (
+        2 if differential is not None else 1,
+        heads if kv_of is None else max(kv_of) + 1,
+    )
     rows = {name: tensors[f"{name}.weight"].shape[0] for name in "qkv"}
     qk, v = rows["q"] // (heads * parts), rows["v"] // kv_heads
-    if rows != {"q": heads * parts * qk, "k": kv_heads * parts * qk, "v": kv_heads * v} or tensors["out.weight"].shape[1] != heads * v:
-        raise UnsupportedModel(f"{path}: {rows} rows and {tensors['out.weight'].shape[1]} columns are not of {heads} equal heads")
+    if (
+        rows != {"q": heads * parts * qk, "k": kv_heads * parts * qk, "v": kv_heads * v}
+        or tensors["out.weight"].shape[1] != heads * v
+    ):
+        raise UnsupportedModel(
+            f"{path}: {rows} rows and {tensors['out.weight'].shape[1]} columns are not of {heads} equal heads"
+        )
     spec: dict[str, Any] = {}
-    for name, piece in {**(norms or {}), "rope": rope, "bias": bias, "differential": differential}.items():
+    for name, piece in {
+        **(norms or {}),
+        "rope": rope,
+        "bias": bias,
+        "differential": differential,
+    }.items():
         if piece is not None:
             spec[name] = piece.spec
             tensors |= piece.under(name)
     for name in ("q", "k", "v", "out", "gate"):
         spec[f"{name}_bias"] = f"{name}.bias" in tensors
-    return Piece(AttentionSpec(heads=heads, qk=qk, v=v, scale=scale, kv_of=kv_of, gated="gate.weight" in tensors, **spec), tensors)
+    return Piece(
+        AttentionSpec(
+            heads=heads,
+            qk=qk,
+            v=v,
+            scale=scale,
+            kv_of=kv_of,
+            gated="gate.weight" in tensors,
+            **spec,
+        ),
+        tensors,
+    )

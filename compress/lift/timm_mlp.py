@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..architecture import FfnSpec
+from ..network.architecture import FfnSpec
 from .parts import activation, linear, norm, under
 from .registry import Piece, handles
 
@@ -21,7 +21,11 @@ def mlp(module: Any, path: str) -> Piece[FfnSpec]:
 def glu(module: Any, path: str) -> Piece[FfnSpec]:
     """One Linear for both halves; the gate is the first of them, or the last."""
     names = ("fc1", "gate") if module.gate_last else ("gate", "fc1")
-    tensors = {f"{name}.{kind}": part for kind, tensor in linear(module.fc1, f"{path}.fc1").items() for name, part in zip(names, tensor.chunk(2), strict=True)}
+    tensors = {
+        f"{name}.{kind}": part
+        for kind, tensor in linear(module.fc1, f"{path}.fc1").items()
+        for name, part in zip(names, tensor.chunk(2), strict=True)
+    }
     return assemble(module, path, tensors)
 
 

@@ -1,4 +1,6 @@
-"""timm's NaFlexVit at one image size: its position table is resampled once, and its Linear patch embedding read as a convolution."""
+"""timm's NaFlexVit at one image size: its position table is resampled once, and its Linear patch
+embedding read as a convolution.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedModel
-from ..architecture import Architecture, StemSpec
+from ...core.errors import UnsupportedModel
+from ..network.architecture import Architecture, StemSpec
 from .assembly import assemble, classifier, lift_blocks
 from .parts import linear
 from .positions import Places
@@ -21,7 +23,9 @@ from .timm_vit import pooling
 
 @handles("model", "timm.models.naflexvit.NaFlexVit")
 def naflex(model: Any, path: str) -> Piece[Architecture]:
-    """The image size is the one of the model's default configuration, or else that of its position table."""
+    """The image size is the one of the model's default configuration, or else that of its position
+    table.
+    """
     embeds = model.embeds
     if type_name(embeds) != "timm.models.naflexvit.NaFlexEmbeds":
         raise UnsupportedModel(f"embeds: no rule for {type_name(embeds)}")
@@ -55,21 +59,36 @@ def _stem(embeds: Any) -> Piece[StemSpec]:
     if not embeds.is_linear:
         return conv_stem(embeds.proj, "embeds.proj")
     tensors = linear(embeds.proj, "embeds.proj")
-    return linear_stem(tensors["weight"], tensors.get("bias"), embeds.patch_size, embeds.in_chans, channels_last=embeds.channels_last)
+    return linear_stem(
+        tensors["weight"],
+        tensors.get("bias"),
+        embeds.patch_size,
+        embeds.in_chans,
+        channels_last=embeds.channels_last,
+    )
 
 
 def _image(model: Any, embeds: Any) -> tuple[int, int, int]:
     patch = embeds.patch_size
-    size = getattr(embeds, "default_img_size", None) or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0, 0, 0))[-2:]
+    size = (
+        getattr(embeds, "default_img_size", None)
+        or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0, 0, 0))[-2:]
+    )
     if not all(size) or any(side % step for side, step in zip(size, patch, strict=True)):
         if embeds.pos_embed_grid_size is None:
-            raise UnsupportedModel("embeds: the model has no image size; create it with img_size, for a compact model has a fixed one")
-        size = tuple(side * step for side, step in zip(embeds.pos_embed_grid_size, patch, strict=True))
+            raise UnsupportedModel(
+                "embeds: the model has no image size; create it with img_size, for a compact model has a fixed one"
+            )
+        size = tuple(
+            side * step for side, step in zip(embeds.pos_embed_grid_size, patch, strict=True)
+        )
     return (embeds.in_chans, *size)
 
 
 def _resampling(embeds: Any, grid: tuple[int, int]) -> str | None:
-    """How the model would resample what `_positions` gives; None where it would start from a table that is not kept, or in a way of its own."""
+    """How the model would resample what `_positions` gives; None where it would start from a table
+    that is not kept, or in a way of its own.
+    """
     if embeds.pos_embed_type == "none":
         return "bicubic"
     if embeds.pos_embed_ar_preserving or tuple(embeds.pos_embed_grid_size or ()) != grid:
@@ -77,7 +96,11 @@ def _resampling(embeds: Any, grid: tuple[int, int]) -> str | None:
     if embeds.pos_embed_type == "factorized":
         # Rows and columns apart, each linearly, then added: the same as the sum in both directions.
         return "bilinear"
-    usual = (embeds.pos_embed_interp_mode, embeds.pos_embed_antialias, embeds.pos_embed_align_corners or False) == ("bicubic", True, False)
+    usual = (
+        embeds.pos_embed_interp_mode,
+        embeds.pos_embed_antialias,
+        embeds.pos_embed_align_corners or False,
+    ) == ("bicubic", True, False)
     return "bicubic" if usual else None
 
 
@@ -85,10 +108,13 @@ def _positions(embeds: Any, grid: tuple[int, int]) -> Tensor | None:
     """(patches, embed) as the model itself would resample them for this grid."""
     if embeds.pos_embed_type == "none":
         return None
-    apply = {"learned": embeds._apply_learned_pos_embed, "factorized": embeds._apply_factorized_pos_embed}[embeds.pos_embed_type]
+    apply = {
+        "learned": embeds._apply_learned_pos_embed,
+        "factorized": embeds._apply_factorized_pos_embed,
+    }[embeds.pos_embed_type]
     reference = next(embeds.proj.parameters())
-    zeros: Tensor = torch.zeros(1, math.prod(grid), embeds.embed_dim, dtype=reference.dtype, device=reference.device)
+    zeros: Tensor = torch.zeros(
+        1, math.prod(grid), embeds.embed_dim, dtype=reference.dtype, device=reference.device
+    )
     apply(zeros, grid_size=grid)
     return zeros[0]
-
-

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ...errors import UnsupportedModel
-from ..architecture import AttentionSpec, PoolSpec, RefineSpec
+from ...core.errors import UnsupportedModel
+from ..network.architecture import AttentionSpec, PoolSpec, RefineSpec
 from .parts import absent, linear, norm, under
 from .registry import Piece, find, handles
 from .timm_mlp import mlp
@@ -21,13 +21,19 @@ def attention_pool(module: Any, path: str, *, prefix: bool) -> Piece[PoolSpec]:
 
 @handles("pool", "timm.layers.attention_pool.AttentionPoolLatent")
 def latent(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
-    """A learned latent asks all tokens; an MLP with its own residual follows. The latent's projection is constant, so its outcome is kept."""
+    """A learned latent asks all tokens; an MLP with its own residual follows. The latent's
+    projection is constant, so its outcome is kept.
+    """
     if module.pos_embed is not None:
         raise UnsupportedModel(f"{path}.pos_embed: no rule for positions inside attention pooling")
     if module.latent_len != 1 and module.pool != "token":
-        raise UnsupportedModel(f"{path}: {module.latent_len} latents pooled by {module.pool!r}, only one latent or the first of them has a rule")
+        raise UnsupportedModel(
+            f"{path}: {module.latent_len} latents pooled by {module.pool!r}, only one latent or the first of them has a rule"
+        )
     if module.mlp is None or not isinstance(module.proj, torch.nn.Linear):
-        raise UnsupportedModel(f"{path}: attention pooling without an output projection has no rule")
+        raise UnsupportedModel(
+            f"{path}: attention pooling without an output projection has no rule"
+        )
     heads, width = module.num_heads, module.head_dim
     query = module.q(module.latent[0, :1]).unflatten(-1, (heads, width))
     query = module.q_norm(query.transpose(0, 1)).flatten()
@@ -50,7 +56,14 @@ def latent(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
         out_bias="out.bias" in tensors,
         k_norm=k_norm and k_norm.spec,
     )
-    spec = PoolSpec(kind="attention", attention=attention, norm=inner and inner.spec, ffn=ffn.spec, width=module.out_features, prefix=prefix)
+    spec = PoolSpec(
+        kind="attention",
+        attention=attention,
+        norm=inner and inner.spec,
+        ffn=ffn.spec,
+        width=module.out_features,
+        prefix=prefix,
+    )
     return Piece(spec, {f"pool.{name}": tensor for name, tensor in tensors.items()})
 
 
@@ -60,6 +73,10 @@ def prr(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
     if not absent(module.pre_norm) or not absent(module.post_norm):
         raise UnsupportedModel(f"{path}: no rule for norms inside the refining attention pool")
     if not prefix:
-        raise UnsupportedModel(f"{path}: the refining attention pool has a rule only with the prefix tokens")
+        raise UnsupportedModel(
+            f"{path}: the refining attention pool has a rule only with the prefix tokens"
+        )
     refine = RefineSpec(channels=(module.head_dim,) * module.num_heads, scale=float(module.scale))
-    return Piece(PoolSpec(kind="token" if module.pool == "token" else "mean_all", refine=refine), {})
+    return Piece(
+        PoolSpec(kind="token" if module.pool == "token" else "mean_all", refine=refine), {}
+    )

@@ -1,7 +1,8 @@
 """timm's rotary position embeddings, evaluated once at the model's image size.
 
-What is learned in the mixed form are frequencies; the lifted model holds the angles that they give, which no longer change. The frequencies are kept beside
-them where they provably give the same angles, for another image size.
+What is learned in the mixed form are frequencies; the lifted model holds the angles that they give,
+which no longer change. The frequencies are kept beside them where they provably give the same
+angles, for another image size.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedModel
-from ..architecture import RopeGridSpec, RopeSpec
-from ..vit.rope import rope_table
+from ...core.errors import UnsupportedModel
+from ..network.architecture import RopeGridSpec, RopeSpec
+from ..network.modules.rope import rope_table
 from .positions import Places, Turns
 from .registry import Piece, find, handles, type_name
 
 _SINCOS = "timm.layers.pos_embed_sincos"
-_CAT, _DINO, _MIXED, _MROPE = (f"{_SINCOS}.RotaryEmbedding{kind}" for kind in ("Cat", "DinoV3", "Mixed", "MRope"))
+_CAT, _DINO, _MIXED, _MROPE = (
+    f"{_SINCOS}.RotaryEmbedding{kind}" for kind in ("Cat", "DinoV3", "Mixed", "MRope")
+)
 # Of a cosine or sine.
 _SAME = 1e-5
 
 
-def rope_tables(rope: Any, path: str, grid: tuple[int, int], depth: int, *, dynamic: bool) -> list[Turns | None]:
-    """What each block turns by, or None without rope. `dynamic`: the model asks for the table of the image it sees, not for the stored one."""
+def rope_tables(
+    rope: Any, path: str, grid: tuple[int, int], depth: int, *, dynamic: bool
+) -> list[Turns | None]:
+    """What each block turns by, or None without rope. `dynamic`: the model asks for the table of
+    the image it sees, not for the stored one.
+    """
     if rope is None:
         return [None] * depth
     found: Tensor = find("rope", rope, path)(rope, grid, dynamic)
@@ -44,7 +51,11 @@ def table(module: Any, grid: tuple[int, int], dynamic: bool) -> Tensor:
     training = module.training
     module.training = False  # Coordinates are jittered in training only.
     try:
-        found: Tensor = module.get_embed(shape=list(grid)) if dynamic or not hasattr(module, "feat_shape") else module.get_embed()
+        found: Tensor = (
+            module.get_embed(shape=list(grid))
+            if dynamic or not hasattr(module, "feat_shape")
+            else module.get_embed()
+        )
     finally:
         module.training = training
     return found
@@ -56,33 +67,54 @@ def rope_piece(places: Places, width: int, path: str, *, half: bool) -> Piece[Ro
         return None
     found, at, frequencies = places.rope.table, places.rope.at, places.rope.frequencies
     if found.shape[-1] != 2 * width:
-        raise UnsupportedModel(f"{path}: rope for {found.shape[-1] // 2} columns, the heads have {width}")
+        raise UnsupportedModel(
+            f"{path}: rope for {found.shape[-1] // 2} columns, the heads have {width}"
+        )
     sines, cosines = found.float().chunk(2, dim=-1)
     # Both columns of a pair turn by the same angle, so one of them is kept.
     pick = slice(0, width // 2) if half else slice(0, width, 2)
     tensors = {"table": torch.stack([cosines[..., pick], sines[..., pick]], dim=1)}
-    if at is not None and frequencies is not None and _gives(at, frequencies, tensors["table"], places.grid):
+    if (
+        at is not None
+        and frequencies is not None
+        and _gives(at, frequencies, tensors["table"], places.grid)
+    ):
         tensors["frequencies"] = frequencies
     else:
         at = None
     layout = "half" if half else "interleaved"
-    return Piece(RopeSpec(layout=layout, tokens=found.shape[-2], prefix=places.prefix, per_head=len(found) > 1, at=at), tensors)
+    return Piece(
+        RopeSpec(
+            layout=layout,
+            tokens=found.shape[-2],
+            prefix=places.prefix,
+            per_head=len(found) > 1,
+            at=at,
+        ),
+        tensors,
+    )
 
 
 def _gives(at: RopeGridSpec, frequencies: Tensor, wanted: Tensor, grid: tuple[int, int]) -> bool:
     if frequencies.shape != (wanted.shape[0], 2, wanted.shape[-1]):
         return False
     made = rope_table(at, frequencies, grid)
-    return made.device.type == "meta" or (made.shape == wanted.shape and bool(((made - wanted).abs() <= _SAME).all()))
+    return made.device.type == "meta" or (
+        made.shape == wanted.shape and bool(((made - wanted).abs() <= _SAME).all())
+    )
 
 
 def _origin(module: Any) -> tuple[RopeGridSpec | None, Tensor | None]:
-    """Frequencies (1, 2, pairs), or (blocks, heads, 2, pairs) of the mixed form, down and across, and the grid that they are meant for."""
+    """Frequencies (1, 2, pairs), or (blocks, heads, 2, pairs) of the mixed form, down and across,
+    and the grid that they are meant for.
+    """
     kind = type_name(module)
     if kind == _MIXED:
         return RopeGridSpec(), torch.stack(_down_across(module, *module.freqs.float()), dim=-2)
     if kind == _MROPE:
-        return RopeGridSpec(), torch.stack([module.inv_freq.float() * (module.axis == axis) for axis in (1, 2)])[None]
+        return RopeGridSpec(), torch.stack(
+            [module.inv_freq.float() * (module.axis == axis) for axis in (1, 2)]
+        )[None]
     if kind == _DINO:
         at = RopeGridSpec(kind="centred", offset=module.grid_offset, over=module.normalize_coords)
         return at, _axial(module, 2 * math.pi / module.periods.float())
@@ -103,7 +135,9 @@ def _origin(module: Any) -> tuple[RopeGridSpec | None, Tensor | None]:
 def _axial(module: Any, bands: Tensor) -> Tensor:
     """The first half of the pairs turns along one axis, the second along the other."""
     still = torch.zeros_like(bands)
-    return torch.stack(_down_across(module, torch.cat([bands, still]), torch.cat([still, bands])))[None]
+    return torch.stack(_down_across(module, torch.cat([bands, still]), torch.cat([still, bands])))[
+        None
+    ]
 
 
 def _down_across(module: Any, first: Tensor, second: Tensor) -> list[Tensor]:

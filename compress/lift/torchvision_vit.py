@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
-from ..architecture import Architecture, AttentionSpec, FfnSpec, HeadSpec
+from ...core.errors import UnsupportedModel
+from ..network.architecture import Architecture, AttentionSpec, FfnSpec, HeadSpec
 from .assembly import assemble, lift_blocks
 from .parts import activation, linear, present, under
 from .positions import Places
@@ -23,7 +23,9 @@ _HOME = "torchvision.models.vision_transformer"
 
 @handles("model", f"{_HOME}.VisionTransformer")
 def vision_transformer(model: Any, path: str) -> Piece[Architecture]:
-    """Class token, learned positions, pre-norm blocks; the head may have a hidden layer with tanh."""
+    """Class token, learned positions, pre-norm blocks; the head may have a hidden layer with
+    tanh.
+    """
     stem = conv_stem(model.conv_proj, "conv_proj")
     channels = model.conv_proj.in_channels if isinstance(model.conv_proj, nn.Conv2d) else 3
     image = (channels, model.image_size, model.image_size)
@@ -45,16 +47,25 @@ def vision_transformer(model: Any, path: str) -> Piece[Architecture]:
 
 def _head(heads: Any, path: str) -> Piece[HeadSpec] | None:
     children = dict(heads.named_children())
-    if isinstance(heads, nn.Identity) or all(isinstance(child, nn.Identity) for child in children.values()):
+    if isinstance(heads, nn.Identity) or all(
+        isinstance(child, nn.Identity) for child in children.values()
+    ):
         return None
-    if type(heads) is not nn.Sequential or list(children) not in (["head"], ["pre_logits", "act", "head"]):
-        raise UnsupportedModel(f"{path}: no rule for a head made of {list(children) or type_name(heads)}")
+    if type(heads) is not nn.Sequential or list(children) not in (
+        ["head"],
+        ["pre_logits", "act", "head"],
+    ):
+        raise UnsupportedModel(
+            f"{path}: no rule for a head made of {list(children) or type_name(heads)}"
+        )
     tensors = under("head", linear(children["head"], f"{path}.head"))
     spec = HeadSpec(classes=tensors["head.weight"].shape[0], bias="head.bias" in tensors)
     if "pre_logits" in children:
         inner = linear(children["pre_logits"], f"{path}.pre_logits")
         if "bias" not in inner:
-            raise UnsupportedModel(f"{path}.pre_logits: a hidden layer of the head without a bias has no rule")
+            raise UnsupportedModel(
+                f"{path}.pre_logits: a hidden layer of the head without a bias has no rule"
+            )
         tensors |= under("pre_head", inner)
         act = activation(children["act"], f"{path}.act")
         spec = spec.model_copy(update={"hidden": inner["weight"].shape[0], "hidden_act": act})
@@ -65,7 +76,14 @@ def _head(heads: Any, path: str) -> Piece[HeadSpec] | None:
 def block(module: Any, path: str, places: Places) -> Steps:
     """x += self_attention(ln_1(x)); x += mlp(ln_2(x))."""
     return [
-        [attention_branch(module.self_attention, f"{path}.self_attention", places, before=(module.ln_1, f"{path}.ln_1"))],
+        [
+            attention_branch(
+                module.self_attention,
+                f"{path}.self_attention",
+                places,
+                before=(module.ln_1, f"{path}.ln_1"),
+            )
+        ],
         [ffn_branch(module.mlp, f"{path}.mlp", before=(module.ln_2, f"{path}.ln_2"))],
     ]
 
@@ -74,9 +92,15 @@ def block(module: Any, path: str, places: Places) -> Steps:
 def multihead(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
     """One stacked weight or three, used as self-attention."""
     no_rope(places, path)
-    for flag, found in (("bias_k", module.bias_k is not None), ("bias_v", module.bias_v is not None), ("add_zero_attn", module.add_zero_attn)):
+    for flag, found in (
+        ("bias_k", module.bias_k is not None),
+        ("bias_v", module.bias_v is not None),
+        ("add_zero_attn", module.add_zero_attn),
+    ):
         if found:
-            raise UnsupportedModel(f"{path}: nn.MultiheadAttention with {flag} adds a token to the keys, which has no rule")
+            raise UnsupportedModel(
+                f"{path}: nn.MultiheadAttention with {flag} adds a token to the keys, which has no rule"
+            )
     if not module.batch_first:
         raise UnsupportedModel(f"{path}: nn.MultiheadAttention without batch_first has no rule")
     tensors: dict[str, Tensor] = {}
@@ -84,7 +108,10 @@ def multihead(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
     weights = apart if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
     tensors |= {f"{name}.weight": weight for name, weight in zip("qkv", weights, strict=True)}
     if module.in_proj_bias is not None:
-        tensors |= {f"{name}.bias": bias for name, bias in zip("qkv", module.in_proj_bias.chunk(3), strict=True)}
+        tensors |= {
+            f"{name}.bias": bias
+            for name, bias in zip("qkv", module.in_proj_bias.chunk(3), strict=True)
+        }
     tensors |= present({"out.weight": module.out_proj.weight, "out.bias": module.out_proj.bias})
     return assemble_attention(tensors, module.num_heads, module.head_dim**-0.5, path)
 
@@ -92,9 +119,17 @@ def multihead(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
 @handles("ffn", f"{_HOME}.MLPBlock")
 def mlp_block(module: Any, path: str) -> Piece[FfnSpec]:
     """A Sequential of Linear, activation, dropout, Linear, dropout."""
-    layers = [(name, child) for name, child in module.named_children() if not isinstance(child, nn.Dropout)]
+    layers = [
+        (name, child)
+        for name, child in module.named_children()
+        if not isinstance(child, nn.Dropout)
+    ]
     if [isinstance(child, nn.Linear) for _, child in layers] != [True, False, True]:
-        raise UnsupportedModel(f"{path}: no rule for an MLP of {[type(child).__name__ for _, child in layers]}")
+        raise UnsupportedModel(
+            f"{path}: no rule for an MLP of {[type(child).__name__ for _, child in layers]}"
+        )
     (first, fc1), (between, act), (last, fc2) = layers
-    tensors = under("fc1", linear(fc1, f"{path}.{first}")) | under("fc2", linear(fc2, f"{path}.{last}"))
+    tensors = under("fc1", linear(fc1, f"{path}.{first}")) | under(
+        "fc2", linear(fc2, f"{path}.{last}")
+    )
     return ffn(tensors, activation(act, f"{path}.{between}"))

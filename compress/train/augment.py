@@ -1,7 +1,9 @@
-"""Augmentation on whole batches of uint8 tensors, so that two cores spend their time in the model and not in the loader.
+"""Augmentation on whole batches of uint8 tensors, so that two cores spend their time in the model
+and not in the loader.
 
-Presets: `none`; `erasing` (a little erasing alone: for pictures that are all centred and face one way); `light` (shifted crop, flip and a little
-erasing: for small images); `thesis` (RandAugment(2, 9), MixUp 0.8, CutMix 1.0, random erasing 0.25, by timm: Tredese, "Structured Pruning of Vision
+Presets: `none`; `erasing` (a little erasing alone: for pictures that are all centred and face one
+way); `light` (shifted crop, flip and a little erasing: for small images); `thesis` (RandAugment(2,
+9), MixUp 0.8, CutMix 1.0, random erasing 0.25, by timm: Tredese, "Structured Pruning of Vision
 Transformers at Training Time", 2023).
 """
 
@@ -20,7 +22,7 @@ from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from ...errors import InputError
+from ...core.errors import InputError
 from ..data.preprocessing import Preprocessing
 from ..data.splits import normalise
 
@@ -31,15 +33,24 @@ LIGHT_ERASING, THESIS_ERASING = 0.1, 0.25
 
 
 class Augmentation:
-    """uint8 images (B, C, H, W) and int64 labels (B,) -> float32 images, and labels (B,) or soft targets (B, classes).
+    """uint8 images (B, C, H, W) and int64 labels (B,) -> float32 images, and labels (B,) or soft
+    targets (B, classes).
 
-    Soft targets (thesis) carry the label smoothing already. Random numbers come from the global generators of torch, numpy and
-    Python, which the training loop seeds and saves.
+    Soft targets (thesis) carry the label smoothing already. Random numbers come from the global
+    generators of torch, numpy and Python, which the training loop seeds and saves.
     """
 
-    def __init__(self, preset: Preset, preprocessing: Preprocessing, classes: int, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        preset: Preset,
+        preprocessing: Preprocessing,
+        classes: int,
+        label_smoothing: float = 0.0,
+    ) -> None:
         if preset not in get_args(Preset):
-            raise InputError(f"augmentation {preset!r}: not known; choose one of {', '.join(get_args(Preset))}")
+            raise InputError(
+                f"augmentation {preset!r}: not known; choose one of {', '.join(get_args(Preset))}"
+            )
         self.preset, self.preprocessing = preset, preprocessing
         self.mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.erase: Callable[[Tensor], Tensor] | None = None
@@ -49,40 +60,63 @@ class Augmentation:
         if preset == "thesis":
             fill = tuple(round(255 * mean) for mean in preprocessing.mean)
             self.policy = rand_augment_transform(
-                "rand-m9-n2", {"translate_const": max(1, int(0.45 * preprocessing.width)), "img_mean": fill if len(fill) > 1 else fill[0]}
+                "rand-m9-n2",
+                {
+                    "translate_const": max(1, int(0.45 * preprocessing.width)),
+                    "img_mean": fill if len(fill) > 1 else fill[0],
+                },
             )
-            self.mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=label_smoothing, num_classes=classes)
+            self.mix = Mixup(
+                mixup_alpha=0.8,
+                cutmix_alpha=1.0,
+                label_smoothing=label_smoothing,
+                num_classes=classes,
+            )
             self.erase = RandomErasing(probability=THESIS_ERASING, mode="pixel", device="cpu")
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.preset == "none":
             return normalise(pixels, self.preprocessing), labels
         if self.policy is not None:
-            pixels = torch.from_numpy(np.stack([self._by_policy(picture) for picture in pixels.numpy()]))
-        images = normalise(pixels if self.preset == "erasing" else shift_and_flip(pixels), self.preprocessing)
+            pixels = torch.from_numpy(
+                np.stack([self._by_policy(picture) for picture in pixels.numpy()])
+            )
+        images = normalise(
+            pixels if self.preset == "erasing" else shift_and_flip(pixels), self.preprocessing
+        )
         images = self.erase(images) if self.erase is not None else images
         if self.mix is not None:
             if len(images) % 2:
-                raise InputError(f"MixUp pairs images, so a batch must be even, not {len(images)}; choose an even batch_size")
+                raise InputError(
+                    f"MixUp pairs images, so a batch must be even, not {len(images)}; choose an even batch_size"
+                )
             images, labels = self.mix(images, labels)
         return images, labels
 
     def _by_policy(self, picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         assert self.policy is not None
-        image = Image.fromarray(picture[0] if picture.shape[0] == 1 else np.ascontiguousarray(picture.transpose(1, 2, 0)))
+        image = Image.fromarray(
+            picture[0]
+            if picture.shape[0] == 1
+            else np.ascontiguousarray(picture.transpose(1, 2, 0))
+        )
         array = np.asarray(self.policy(image), dtype=np.uint8)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def shift_and_flip(pixels: Tensor) -> Tensor:
-    """Crop each image at its own random place from a zero-padded copy, and mirror half of them. uint8 (B, C, H, W) -> the same shape."""
+    """Crop each image at its own random place from a zero-padded copy, and mirror half of them.
+    uint8 (B, C, H, W) -> the same shape.
+    """
     count, _, height, width = pixels.shape
     reach_y, reach_x = max(1, round(height * SHIFT_SHARE)), max(1, round(width * SHIFT_SHARE))
     padded = F.pad(pixels, (reach_x, reach_x, reach_y, reach_y))
     rows = torch.randint(0, 2 * reach_y + 1, (count, 1)) + torch.arange(height)
     columns = torch.randint(0, 2 * reach_x + 1, (count, 1)) + torch.arange(width)
     columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
-    taken = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    taken = padded.permute(0, 2, 3, 1)[
+        torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
+    ]
     return taken.permute(0, 3, 1, 2).contiguous()
 
 

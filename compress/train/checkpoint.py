@@ -1,4 +1,6 @@
-"""The state of a training at the end of an epoch: tensors and plain data only, so that no file can run code when it is read."""
+"""The state of a training at the end of an epoch: tensors and plain data only, so that no file can
+run code when it is read.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import InputError
-from ...storage import replace_file
+from ...core.errors import InputError
+from ...core.storage import replace_file
 
 State = dict[str, Any]
 
@@ -26,11 +28,23 @@ def write_state(path: Path, state: State) -> None:
 
 
 def read_state(path: Path) -> State:
-    """Read what `write_state` wrote. Errors: InputError if the file is damaged or holds more than tensors and plain data."""
+    """Read what `write_state` wrote. Errors: InputError if the file is damaged or holds more than
+    tensors and plain data.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({_first_line(error)}); delete it to start this phase anew") from error
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise InputError(
+            f"{path}: not a readable checkpoint ({_first_line(error)}); delete it to start this phase anew"
+        ) from error
     if not isinstance(state, dict):
         raise InputError(f"{path}: not a training checkpoint; delete it to start this phase anew")
     return state
@@ -42,7 +56,13 @@ def random_states() -> State:
     version, words, python_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
         "python": [version, torch.tensor(words, dtype=torch.int64), python_gauss],
     }
 

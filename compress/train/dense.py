@@ -1,7 +1,9 @@
-"""Ordinary training of a whole model: the baseline, and the fine-tuning after the cut, with or without a teacher.
+"""Ordinary training of a whole model: the baseline, and the fine-tuning after the cut, with or
+without a teacher.
 
-Distillation: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2:
-loss = (1 - alpha) * CE(logits, targets) + alpha * T^2 * KL(softmax(teacher / T) || softmax(logits / T)).
+Distillation: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section
+2: loss = (1 - alpha) * CE(logits, targets) + alpha * T^2 * KL(softmax(teacher / T) ||
+softmax(logits / T)).
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...errors import InputError
+from ...core.errors import InputError
 from .optimizers import OptimizerName, make_optimizer
 from .task import EpochEnd
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Learn from a teacher's outputs. alpha: its share of the loss; temperature: the softening of both outputs."""
+    """Learn from a teacher's outputs. alpha: its share of the loss; temperature: the softening of
+    both outputs.
+    """
 
     teacher: nn.Module
     alpha: float = 0.9
@@ -29,7 +33,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0 or self.temperature <= 0.0:
-            raise InputError(f"distillation: alpha = {self.alpha} must lie in [0, 1] and temperature = {self.temperature} above 0")
+            raise InputError(
+                f"distillation: alpha = {self.alpha} must lie in [0, 1] and temperature = {self.temperature} above 0"
+            )
 
 
 class DenseTask:
@@ -47,9 +53,16 @@ class DenseTask:
         metrics: dict[str, float] | None = None,
         optimizer: OptimizerName = "adamw",
     ) -> None:
-        self.model, self.phase, self.lr, self.weight_decay, self.optimizer_name = model, phase, lr, weight_decay, optimizer
+        self.model, self.phase, self.lr, self.weight_decay, self.optimizer_name = (
+            model,
+            phase,
+            lr,
+            weight_decay,
+            optimizer,
+        )
         self.label_smoothing, self.distillation = label_smoothing, distillation
-        # Figures that do not change in this phase but belong in its history, such as params and macs.
+        # Figures that do not change in this phase but belong in its history, such as params and
+        # macs.
         self.metrics = dict(metrics or {})
 
     def optimizer(self) -> Optimizer:
@@ -72,18 +85,32 @@ class DenseTask:
         return self.model
 
     def state(self) -> dict[str, Any]:
-        return {"model": {key: value.detach().clone() for key, value in self.model.state_dict().items()}}
+        return {
+            "model": {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
 
 
-def task_loss(logits: Tensor, targets: Tensor, images: Tensor, label_smoothing: float, distillation: Distillation | None) -> Tensor:
-    """Cross-entropy, mixed with the teacher's word if there is a teacher. Soft targets (B, classes) carry their smoothing already."""
-    own = F.cross_entropy(logits, targets, label_smoothing=label_smoothing if targets.ndim == 1 else 0.0)
+def task_loss(
+    logits: Tensor,
+    targets: Tensor,
+    images: Tensor,
+    label_smoothing: float,
+    distillation: Distillation | None,
+) -> Tensor:
+    """Cross-entropy, mixed with the teacher's word if there is a teacher. Soft targets (B, classes)
+    carry their smoothing already.
+    """
+    own = F.cross_entropy(
+        logits, targets, label_smoothing=label_smoothing if targets.ndim == 1 else 0.0
+    )
     if distillation is None or distillation.alpha == 0.0:
         return own
-    return (1.0 - distillation.alpha) * own + distillation.alpha * distillation_loss(logits, images, distillation)
+    return (1.0 - distillation.alpha) * own + distillation.alpha * distillation_loss(
+        logits, images, distillation
+    )
 
 
 def distillation_loss(logits: Tensor, images: Tensor, distillation: Distillation) -> Tensor:
@@ -94,4 +121,6 @@ def distillation_loss(logits: Tensor, images: Tensor, distillation: Distillation
         taught = teacher(images)
     # Out of inference mode by a copy, so that the backward pass may keep it.
     wanted = F.log_softmax(taught.clone() / temperature, dim=1)
-    return temperature**2 * F.kl_div(F.log_softmax(logits / temperature, dim=1), wanted, reduction="batchmean", log_target=True)
+    return temperature**2 * F.kl_div(
+        F.log_softmax(logits / temperature, dim=1), wanted, reduction="batchmean", log_target=True
+    )

@@ -1,4 +1,6 @@
-"""history.jsonl: one JSON line an epoch, for every phase of a run; a resumed phase drops the lines past its checkpoint."""
+"""history.jsonl: one JSON line an epoch, for every phase of a run; a resumed phase drops the lines
+past its checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...storage import replace_file
+from ...core.storage import replace_file
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -26,9 +28,15 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind_history(path: Path, phase: str, last_epoch: int) -> list[dict[str, Any]]:
-    """Keep this phase's lines up to `last_epoch` and every line of other phases; returns this phase's."""
+    """Keep this phase's lines up to `last_epoch` and every line of other phases; returns this
+    phase's.
+    """
     records = read_history(path)
-    kept = [record for record in records if record.get("phase") != phase or int(record.get("epoch", 0)) <= last_epoch]
+    kept = [
+        record
+        for record in records
+        if record.get("phase") != phase or int(record.get("epoch", 0)) <= last_epoch
+    ]
     if path.is_file():
         replace_file(path, "".join(f"{json.dumps(record)}\n" for record in kept))
     return [record for record in kept if record.get("phase") == phase]

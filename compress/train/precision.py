@@ -12,16 +12,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextlib.contextmanager
-def arithmetic(matmul_precision: Literal["highest", "high", "medium"], threads: int | None, model: nn.Module) -> Iterator[None]:
-    """Set torch's threads and float32 matmul precision; `medium` lets a CPU multiply in bfloat16 where it has the instructions.
+def arithmetic(
+    matmul_precision: Literal["highest", "high", "medium"], threads: int | None, model: nn.Module
+) -> Iterator[None]:
+    """Set torch's threads and float32 matmul precision; `medium` lets a CPU multiply in bfloat16
+    where it has the instructions.
 
-    torch's flash attention on the CPU is slower under anything but `highest`, so attention is then computed by plain matrix products, and modules
-    with a `fused_attn` switch, as timm's, do so themselves. Training steps of a small ViT, images a CPU-second: `highest` flash 241, plain 223;
+    torch's flash attention on the CPU is slower under anything but `highest`, so attention is then
+    computed by plain matrix products, and modules with a `fused_attn` switch, as timm's, do so
+    themselves. Training steps of a small ViT, images a CPU-second: `highest` flash 241, plain 223;
     `medium` flash 149, plain 315, timm's own products 347.
     """
     precision_before, threads_before = torch.get_float32_matmul_precision(), torch.get_num_threads()
     plain = matmul_precision != "highest"
-    switched = [module for module in model.modules() if plain and getattr(module, "fused_attn", None) is True]
+    switched = [
+        module
+        for module in model.modules()
+        if plain and getattr(module, "fused_attn", None) is True
+    ]
     with contextlib.ExitStack() as stack:
         if plain:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -1,4 +1,6 @@
-"""What a person sees while a model trains: one live line on a terminal, one plain line an epoch anywhere else."""
+"""What a person sees while a model trains: one live line on a terminal, one plain line an epoch
+anywhere else.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _TITLES = {"baseline": "training", "masks": "learning masks", "finetune": "fine-tuning"}
 
@@ -16,12 +25,28 @@ class TrainingProgress:
     """Shows a phase. `quiet` prints nothing; without a terminal one line an epoch is printed."""
 
     def __init__(
-        self, phase: str, epochs: int, steps_per_epoch: int, first_epoch: int, *, quiet: bool = False, console: Console | None = None
+        self,
+        phase: str,
+        epochs: int,
+        steps_per_epoch: int,
+        first_epoch: int,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
     ) -> None:
-        self.title, self.epochs, self.steps, self.quiet = _TITLES.get(phase, phase), epochs, steps_per_epoch, quiet
+        self.title, self.epochs, self.steps, self.quiet = (
+            _TITLES.get(phase, phase),
+            epochs,
+            steps_per_epoch,
+            quiet,
+        )
         # Standard error, so that a command's own output can be piped.
         self.console = console or Console(stderr=True)
-        self.live = None if quiet or not self.console.is_terminal else _bar(self.console, TextColumn("{task.fields[figures]}"))
+        self.live = (
+            None
+            if quiet or not self.console.is_terminal
+            else _bar(self.console, TextColumn("{task.fields[figures]}"))
+        )
         if self.live is not None:
             self.live.start()
             total, done = epochs * steps_per_epoch, (first_epoch - 1) * steps_per_epoch
@@ -31,7 +56,12 @@ class TrainingProgress:
         """`step` steps of this epoch are done; figures as in history.jsonl, so far."""
         if self.live is not None:
             completed = (epoch - 1) * self.steps + step
-            self.live.update(self.row, completed=completed, description=f"{self.title} {epoch}/{self.epochs}", figures=line(figures))
+            self.live.update(
+                self.row,
+                completed=completed,
+                description=f"{self.title} {epoch}/{self.epochs}",
+                figures=line(figures),
+            )
 
     def epoch(self, figures: Mapping[str, Any]) -> None:
         """An epoch is over."""
@@ -65,7 +95,11 @@ def line(figures: Mapping[str, Any]) -> str:
         words.append(f"val {figures['val_top1']:.2f} %")
     for key, unit in (("params", "params"), ("macs", "MACs")):
         if key in figures:
-            share = f" ({100 * figures[key] / figures[f'{key}_dense']:.0f} %)" if figures.get(f"{key}_dense") else ""
+            share = (
+                f" ({100 * figures[key] / figures[f'{key}_dense']:.0f} %)"
+                if figures.get(f"{key}_dense")
+                else ""
+            )
             words.append(f"{_short(figures[key])} {unit}{share}")
     if "images_per_s" in figures:
         words.append(f"{figures['images_per_s']:.0f} images/s")
@@ -75,8 +109,12 @@ def line(figures: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def counting(title: str, total: int, *, quiet: bool = False, console: Console | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar for a plain count; it appears at the first call of the yielded `advance(done)`, and only on a terminal."""
+def counting(
+    title: str, total: int, *, quiet: bool = False, console: Console | None = None
+) -> Iterator[Callable[[int], None]]:
+    """A bar for a plain count; it appears at the first call of the yielded `advance(done)`, and
+    only on a terminal.
+    """
     console = console or Console(stderr=True)
     bar: Progress | None = None
     row = None

@@ -1,4 +1,6 @@
-"""What a training phase brings to the loop. Dense training, fine-tuning and mask learning are tasks; the loop knows nothing of masks."""
+"""What a training phase brings to the loop. Dense training, fine-tuning and mask learning are
+tasks; the loop knows nothing of masks.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from torch.optim import Optimizer
 class EpochEnd:
     """A task's word at the end of an epoch.
 
-    metrics: keys for history.jsonl and the progress line (`params` and `macs` are absolute counts, `lambda` the penalty).
-    score: what `best` means, higher is better; None is validation top-1, -inf: this epoch may not be the best (over budget).
-    stop: end the phase after this epoch, with a reason to print.
-    optimizer: set when the model was rebuilt smaller. Its groups carry their peak learning rate in `lr` (or `initial_lr`).
+    metrics: keys for history.jsonl and the progress line (`params` and `macs` are absolute counts,
+    `lambda` the penalty). score: what `best` means, higher is better; None is validation top-1,
+    -inf: this epoch may not be the best (over budget). stop: end the phase after this epoch, with a
+    reason to print. optimizer: set when the model was rebuilt smaller. Its groups carry their peak
+    learning rate in `lr` (or `initial_lr`).
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -38,13 +41,19 @@ class Task(Protocol):
         """Put the model into training mode (called at the start of each epoch)."""
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """images float32 (B, C, H, W), targets int64 (B,) or soft (B, classes) -> scalar loss, logits (B, classes)."""
+        """images float32 (B, C, H, W), targets int64 (B,) or soft (B, classes) -> scalar loss,
+        logits (B, classes).
+        """
 
     def after_step(self, step: int) -> None:
-        """Called after each optimizer step, `step` counted from 0 over the whole phase (multiplier updates, pinned scores, ...)."""
+        """Called after each optimizer step, `step` counted from 0 over the whole phase (multiplier
+        updates, pinned scores, ...).
+        """
 
     def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
-        """Called once validation is done, before the checkpoint is written; epochs count from 1, top-1 is in percent."""
+        """Called once validation is done, before the checkpoint is written; epochs count from 1,
+        top-1 is in percent.
+        """
 
     def model_for_eval(self) -> nn.Module:
         """The model whose validation top-1 counts, in evaluation mode."""

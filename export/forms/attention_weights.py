@@ -1,12 +1,16 @@
-"""The weights of one `compress.vit.attention.Attention`, folded: the same function with fewer and cheaper operations.
+"""The weights of one `compress.vit.attention.Attention`, folded: the same function with fewer and
+cheaper operations.
 
 Exact, and computed in double precision:
 
-- the columns of rope's pairs are put in halves, in q and k alike, since a product does not see the order of its columns;
+- the columns of rope's pairs are put in halves, in q and k alike, since a product does not see the
+  order of its columns;
 - the softmax scale goes into q's weights, or into its norm's;
-- what adds the same to all scores of a query is left out, since softmax does not see it: k's bias, or its norm's (unless rope turns them);
+- what adds the same to all scores of a query is left out, since softmax does not see it: k's bias,
+  or its norm's (unless rope turns them);
 - the gain of differential attention goes into the heads' norm or into v; λ is a number;
-- v's bias goes into the output's bias, since attention rows sum to one (to 1 - λ when differential), and the weights and biases of the norms
+- v's bias goes into the output's bias, since attention rows sum to one (to 1 - λ when
+  differential), and the weights and biases of the norms
   after the heads go into the output projection, unless a norm or a gate stands between.
 """
 
@@ -16,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...compress.architecture import AttentionSpec, NormSpec
+from ...compress.network.architecture import AttentionSpec, NormSpec
 from .graph import Array
 from .rows import Linear
 
@@ -34,10 +38,12 @@ class NormWeights:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Projections of shape (in, heads * width), norms, and what is added to or multiplied with scores.
+    """Projections of shape (in, heads * width), norms, and what is added to or multiplied with
+    scores.
 
-    cosine, sine: (tokens, heads or 1, qk) for halves, the sine with its sign, or None without rope. table: (heads, offsets), or None without relative
-    bias. kv_of: the key/value head of each head. second: λ, or None without differential attention; then the first maps of all heads come before
+    cosine, sine: (tokens, heads or 1, qk) for halves, the sine with its sign, or None without rope.
+    table: (heads, offsets), or None without relative bias. kv_of: the key/value head of each head.
+    second: λ, or None without differential attention; then the first maps of all heads come before
     the second ones in q, k and table.
     """
 
@@ -60,19 +66,36 @@ class AttentionWeights:
 def fold(spec: AttentionSpec, state: State) -> AttentionWeights:
     """The folded weights of an attention core whose state is `state`."""
     wide = {name: value.astype(np.float64) for name, value in state.items()}
-    weight = {part: wide[f"{part}.weight"].T for part in ("q", "k", "v", "out", *(["gate"] if spec.gated else []))}
+    weight = {
+        part: wide[f"{part}.weight"].T
+        for part in ("q", "k", "v", "out", *(["gate"] if spec.gated else []))
+    }
     bias = {part: wide.get(f"{part}.bias") for part in weight}
     norms = {name: _norm(wide, name, part) for name, part in _norms(spec).items()}
     if spec.rope is not None and spec.rope.layout == "interleaved":
         halves = np.concatenate([np.arange(0, spec.qk, 2), np.arange(1, spec.qk, 2)])
         for part, heads in (("q", spec.heads), ("k", spec.kv_heads)):
-            _reorder(weight, bias, norms, part, (np.arange(heads)[:, None] * spec.qk + halves).ravel(), norm_columns=halves)
+            _reorder(
+                weight,
+                bias,
+                norms,
+                part,
+                (np.arange(heads)[:, None] * spec.qk + halves).ravel(),
+                norm_columns=halves,
+            )
     second = _second(spec, wide)
     if second is not None:
         # (head, map) -> (map, head)
         order = np.arange(2 * spec.heads).reshape(spec.heads, 2).T.ravel()
         for part in ("q", "k"):
-            _reorder(weight, bias, norms, part, (order[:, None] * spec.qk + np.arange(spec.qk)).ravel(), norm_rows=order)
+            _reorder(
+                weight,
+                bias,
+                norms,
+                part,
+                (order[:, None] * spec.qk + np.arange(spec.qk)).ravel(),
+                norm_rows=order,
+            )
     if "q_norm" in norms:
         norms["q_norm"] = _scaled(norms["q_norm"], spec.scale)
     else:
@@ -89,15 +112,28 @@ def fold(spec: AttentionSpec, state: State) -> AttentionWeights:
             norms["head_norm"] = _scaled(norms["head_norm"], gain)
         else:
             weight["v"], bias["v"] = weight["v"] * gain, _times(bias["v"], gain)
-    if "head_norm" not in norms and "out_norm" not in norms and not spec.gated and bias["v"] is not None:
-        mixed = bias["v"].reshape(spec.kv_heads, spec.v)[list(kv_of)].ravel() * (1.0 if second is None else 1.0 - second)
+    if (
+        "head_norm" not in norms
+        and "out_norm" not in norms
+        and not spec.gated
+        and bias["v"] is not None
+    ):
+        mixed = bias["v"].reshape(spec.kv_heads, spec.v)[list(kv_of)].ravel() * (
+            1.0 if second is None else 1.0 - second
+        )
         bias["out"], bias["v"] = _plus(bias["out"], mixed @ weight["out"]), None
     last = "out_norm" if "out_norm" in norms else "head_norm"
     if last in norms and not spec.gated:
         _into_output(weight, bias, norms, last, spec.heads)
     cosine, sine = _turns(spec, wide)
-    made = {part: Linear(single(weight[part]), None if (shift := bias[part]) is None else single(shift)) for part in weight}
-    kept = {name: _single_norm(norms.get(name)) for name in ("q_norm", "k_norm", "head_norm", "out_norm")}
+    made = {
+        part: Linear(single(weight[part]), None if (shift := bias[part]) is None else single(shift))
+        for part in weight
+    }
+    kept = {
+        name: _single_norm(norms.get(name))
+        for name in ("q_norm", "k_norm", "head_norm", "out_norm")
+    }
     return AttentionWeights(
         q=made["q"],
         k=made["k"],
@@ -117,7 +153,9 @@ def fold(spec: AttentionSpec, state: State) -> AttentionWeights:
 
 
 def apart(spec: AttentionSpec, state: State) -> tuple[AttentionSpec, State]:
-    """Heads that share keys, but turn them by tables of their own, have nothing to share: each gets its copy."""
+    """Heads that share keys, but turn them by tables of their own, have nothing to share: each gets
+    its copy.
+    """
     if spec.kv_of is None or spec.rope is None or not spec.rope.per_head:
         return spec, state
     copied, kv_of = dict(state), list(spec.kv_of)
@@ -138,7 +176,12 @@ def single(value: Array) -> Array:
 
 
 def _norms(spec: AttentionSpec) -> dict[str, NormSpec]:
-    found = {"q_norm": spec.q_norm, "k_norm": spec.k_norm, "head_norm": spec.head_norm, "out_norm": spec.out_norm}
+    found = {
+        "q_norm": spec.q_norm,
+        "k_norm": spec.k_norm,
+        "head_norm": spec.head_norm,
+        "out_norm": spec.out_norm,
+    }
     return {name: part for name, part in found.items() if part is not None}
 
 
@@ -149,7 +192,11 @@ def _norm(wide: State, name: str, spec: NormSpec) -> NormWeights:
 def _single_norm(norm: NormWeights | None) -> NormWeights | None:
     if norm is None:
         return None
-    return NormWeights(norm.spec, None if norm.weight is None else single(norm.weight), None if norm.bias is None else single(norm.bias))
+    return NormWeights(
+        norm.spec,
+        None if norm.weight is None else single(norm.weight),
+        None if norm.bias is None else single(norm.bias),
+    )
 
 
 def _scaled(norm: NormWeights, factor: float) -> NormWeights:
@@ -185,12 +232,22 @@ def _reorder(
     def moved(value: Array | None) -> Array | None:
         if value is not None and norm_columns is not None:
             value = value[..., norm_columns]
-        return value[norm_rows] if value is not None and norm_rows is not None and value.ndim == 2 else value
+        return (
+            value[norm_rows]
+            if value is not None and norm_rows is not None and value.ndim == 2
+            else value
+        )
 
     norms[f"{part}_norm"] = replace(norm, weight=moved(norm.weight), bias=moved(norm.bias))
 
 
-def _into_output(weight: State, bias: dict[str, Array | None], norms: dict[str, NormWeights], name: str, heads: int) -> None:
+def _into_output(
+    weight: State,
+    bias: dict[str, Array | None],
+    norms: dict[str, NormWeights],
+    name: str,
+    heads: int,
+) -> None:
     norm = norms[name]
 
     def rows(value: Array) -> Array:
@@ -218,11 +275,14 @@ def _second(spec: AttentionSpec, wide: State) -> float | None:
 def _turns(spec: AttentionSpec, wide: State) -> tuple[Array | None, Array | None]:
     if spec.rope is None:
         return None, None
-    # (heads or 1, 2, patches, pairs) -> two of (patches, heads or 1, pairs); prefix tokens turn by nothing.
+    # (heads or 1, 2, patches, pairs) -> two of (patches, heads or 1, pairs); prefix tokens turn by
+    # nothing.
     cosine, sine = wide["rope.table"].transpose(1, 2, 0, 3)
     still = ((spec.rope.prefix, 0), (0, 0), (0, 0))
     cosine, sine = np.pad(cosine, still, constant_values=1.0), np.pad(sine, still)
-    return single(np.concatenate([cosine, cosine], axis=-1)), single(np.concatenate([-sine, sine], axis=-1))
+    return single(np.concatenate([cosine, cosine], axis=-1)), single(
+        np.concatenate([-sine, sine], axis=-1)
+    )
 
 
 def _table(spec: AttentionSpec, wide: State) -> Array | None:

@@ -1,23 +1,38 @@
 """LayerNorm as RMSNorm, exactly: whatever writes to the residual stream is centred in its weights.
 
-Requires: every reader of the stream is a LayerNorm over the whole of it, followed by a Linear in each core (a bias of the norm is folded into that
-Linear). Ensures: the same function; the stream differs from the original by each token's mean, which LayerNorm takes out anyway.
-After Ashkboos et al. 2024 (SliceGPT), section 3.
+Requires: every reader of the stream is a LayerNorm over the whole of it, followed by a Linear in
+each core (a bias of the norm is folded into that Linear). Ensures: the same function; the stream
+differs from the original by each token's mean, which LayerNorm takes out anyway. After Ashkboos et
+al. 2024 (SliceGPT), section 3.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ...compress.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec, NormSpec
+from ...compress.network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    FfnSpec,
+    NormSpec,
+)
 from .graph import Array
 
 State = dict[str, Array]
 
 
 def applicable(architecture: Architecture) -> bool:
-    """Whether the stream is only ever seen through LayerNorms over all of it, and only Linears write to it."""
-    if architecture.norm is None or architecture.norm.kind != "layer" or architecture.head_reads is not None or architecture.stem_norm is not None:
+    """Whether the stream is only ever seen through LayerNorms over all of it, and only Linears
+    write to it.
+    """
+    if (
+        architecture.norm is None
+        or architecture.norm.kind != "layer"
+        or architecture.head_reads is not None
+        or architecture.stem_norm is not None
+    ):
         return False
     if architecture.patch_norm is not None:
         return False
@@ -27,11 +42,18 @@ def applicable(architecture: Architecture) -> bool:
 def _whole(branch: BranchSpec) -> bool:
     if isinstance(branch.core, ConstantSpec):
         return branch.post_norm is None
-    return branch.norm is not None and branch.norm.kind == "layer" and branch.reads is None and branch.post_norm is None
+    return (
+        branch.norm is not None
+        and branch.norm.kind == "layer"
+        and branch.reads is None
+        and branch.post_norm is None
+    )
 
 
 def centre(architecture: Architecture, state: State) -> tuple[Architecture, State]:
-    """An equal network whose norms over the stream are RMSNorms without bias. Everything is computed in double precision."""
+    """An equal network whose norms over the stream are RMSNorms without bias. Everything is
+    computed in double precision.
+    """
     wide = {name: value.astype(np.float64) for name, value in state.items()}
     embed = architecture.embed
     _widen_stem(architecture, wide)
@@ -42,19 +64,39 @@ def centre(architecture: Architecture, state: State) -> tuple[Architecture, Stat
             wide[name] = wide[name] - wide[name].mean(axis=-1, keepdims=True)
     steps = []
     for number, step in enumerate(architecture.steps):
-        steps.append(tuple(_branch(branch, wide, f"steps.{number}.{position}.", embed) for position, branch in enumerate(step)))
+        steps.append(
+            tuple(
+                _branch(branch, wide, f"steps.{number}.{position}.", embed)
+                for position, branch in enumerate(step)
+            )
+        )
     assert architecture.norm is not None
     if _straight(architecture):
-        _fold_shift(wide, "norm", ["head", *(["head_dist"] if architecture.pool.kind == "distilled" else [])])
+        _fold_shift(
+            wide,
+            "norm",
+            ["head", *(["head_dist"] if architecture.pool.kind == "distilled" else [])],
+        )
     norm = _rms(architecture.norm, wide, "norm")
-    changed = architecture.model_copy(update={"steps": tuple(steps), "norm": norm, "stem_writes": None})
-    return changed, {name: np.ascontiguousarray(value.astype(np.float32)) for name, value in wide.items()}
+    changed = architecture.model_copy(
+        update={"steps": tuple(steps), "norm": norm, "stem_writes": None}
+    )
+    return changed, {
+        name: np.ascontiguousarray(value.astype(np.float32)) for name, value in wide.items()
+    }
 
 
 def _straight(architecture: Architecture) -> bool:
-    """Whether the last norm is followed by nothing but averages and classifiers; elsewhere its bias stays a sum of its own, on few rows."""
+    """Whether the last norm is followed by nothing but averages and classifiers; elsewhere its bias
+    stays a sum of its own, on few rows.
+    """
     head = architecture.head
-    plain = head is not None and head.hidden is None and architecture.pool.refine is None and architecture.pool_norm is None
+    plain = (
+        head is not None
+        and head.hidden is None
+        and architecture.pool.refine is None
+        and architecture.pool_norm is None
+    )
     return plain and architecture.pool.kind in ("token", "mean", "mean_all", "distilled")
 
 
@@ -81,7 +123,9 @@ def _branch(branch: BranchSpec, wide: State, at: str, embed: int) -> BranchSpec:
     if bias is not None:
         bias = _spread(bias, branch, embed)
         wide[f"{at}core.{out}.bias"] = bias - bias.mean()
-    return branch.model_copy(update={"norm": _rms(branch.norm, wide, f"{at}norm"), "layer_scale": False, "writes": None})
+    return branch.model_copy(
+        update={"norm": _rms(branch.norm, wide, f"{at}norm"), "layer_scale": False, "writes": None}
+    )
 
 
 def _fold_shift(wide: State, norm: str, readers: list[str]) -> None:
@@ -91,12 +135,16 @@ def _fold_shift(wide: State, norm: str, readers: list[str]) -> None:
         return
     for reader in readers:
         moved = wide[f"{reader}.weight"] @ shift
-        wide[f"{reader}.bias"] = moved + wide[f"{reader}.bias"] if f"{reader}.bias" in wide else moved
+        wide[f"{reader}.bias"] = (
+            moved + wide[f"{reader}.bias"] if f"{reader}.bias" in wide else moved
+        )
 
 
 def _rms(spec: NormSpec, wide: State, norm: str) -> NormSpec:
     wide.setdefault(f"{norm}.weight", np.ones(spec.width))
-    return NormSpec(kind="rms", width=spec.width, eps=spec.eps, weight=True, bias=f"{norm}.bias" in wide)
+    return NormSpec(
+        kind="rms", width=spec.width, eps=spec.eps, weight=True, bias=f"{norm}.bias" in wide
+    )
 
 
 def _widen_stem(architecture: Architecture, wide: State) -> None:

@@ -1,4 +1,6 @@
-"""Which architectures the graph forms cover: an allow-list of what they read, so that whatever is added to an architecture is refused until written."""
+"""Which architectures the graph forms cover: an allow-list of what they read, so that whatever is
+added to an architecture is refused until written.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ...compress.architecture import (
+from ...compress.network.architecture import (
     Architecture,
     AttentionSpec,
     BranchSpec,
@@ -25,10 +27,34 @@ from ...compress.architecture import (
     StemSpec,
 )
 
-POOLS = ("token", "mean", "mean_all", "max", "max_all", "avgmax", "avgmax_all", "token_mean", "distilled", "dense", "attention")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu6", "hardswish", "tanh", "sigmoid", "identity")
+POOLS = (
+    "token",
+    "mean",
+    "mean_all",
+    "max",
+    "max_all",
+    "avgmax",
+    "avgmax_all",
+    "token_mean",
+    "distilled",
+    "dense",
+    "attention",
+)
+ACTIVATIONS = (
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "silu",
+    "relu",
+    "relu6",
+    "hardswish",
+    "tanh",
+    "sigmoid",
+    "identity",
+)
 
-# Fields that the forms read, or that say how tables follow another image size; any other must be at its default, where it changes nothing.
+# Fields that the forms read, or that say how tables follow another image size; any other must be at
+# its default, where it changes nothing.
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: {
         "schema_", "image", "embed", "stem", "prefix", "position", "position_resize", "patch_norm", "stem_norm", "stem_writes", "steps", "norm", "pool",
@@ -73,7 +99,14 @@ def _parts(path: str, part: BaseModel) -> Iterator[tuple[str, BaseModel]]:
     yield path, part
     for name in type(part).model_fields:
         for inner in _inside(getattr(part, name)):
-            yield from _parts(inner.name if isinstance(inner, BranchSpec) else name if path == "model" else f"{path}.{name}", inner)
+            yield from _parts(
+                inner.name
+                if isinstance(inner, BranchSpec)
+                else name
+                if path == "model"
+                else f"{path}.{name}",
+                inner,
+            )
 
 
 def _inside(value: Any) -> Iterator[BaseModel]:
@@ -88,6 +121,8 @@ def _unread(part: BaseModel) -> str | None:
     read = _READ.get(type(part), set())
     for name, field in type(part).model_fields.items():
         value: Any = getattr(part, name)
-        if name not in read and (field.is_required() or value != field.get_default(call_default_factory=True)):
+        if name not in read and (
+            field.is_required() or value != field.get_default(call_default_factory=True)
+        ):
             return name
     return None

@@ -6,28 +6,35 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...errors import InputError
+from ...core.errors import InputError
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the network is written. Every form computes the same function; the exporter proves that for each artifact.
+    """How the network is written. Every form computes the same function; the exporter proves that
+    for each artifact.
 
-    rows: `matrix` keeps tokens as a (tokens, width) matrix, so that each Linear is one Gemm with its bias (batch 1 only);
-        `batch` keeps (batch, tokens, width).
-    attention: `split` has a product each for q, k and v; `fused-qkv` one for the three; `runtime` hands q, k and v to ONNX Runtime's
+    rows: `matrix` keeps tokens as a (tokens, width) matrix, so that each Linear is one Gemm with
+    its bias (batch 1 only); `batch` keeps (batch, tokens, width).
+    attention: `split` has a product each for q, k and v; `fused-qkv` one for the three; `runtime`
+    hands q, k and v to ONNX Runtime's
         MultiHeadAttention; `opset23` to the standard's Attention.
-    residual: `add`, or `skip-norm` for ONNX Runtime's SkipLayerNormalization (residual, bias and norm in one node).
-    norm: `layer`, or `centred-rms`: what writes to the stream is centred once, in the weights, so that each LayerNorm becomes the cheaper RMSNorm.
-    activation: `gelu` (opset 20), or `bias-gelu` for ONNX Runtime's BiasGelu.
-    stem: `conv`, or `matrix` (patches cut out by reshaping, then one Gemm); `int8` is `matrix`, and in eight bits where the other products are.
-    last_queries: the last block computes only the tokens that the head reads.
-    last_keys: there it makes no keys and values either, since few queries meet the tokens themselves sooner.
-    stream: what writes to (or reads without a norm) only some channels of the stream is a matrix with zeros for the others (`dense`), goes by
-        index (`index`), or each as a measured cost model says (`cheaper`). Only unshared masks leave such.
-    tile: token rows are filled up to a multiple of it; nobody attends to the rows behind the real ones.
-    qdq: where ranges were found on images, eight bits are written as QuantizeLinear and DequantizeLinear pairs around float products, for execution
-        providers that have no use for ONNX Runtime's own eight-bit products. Means nothing to other precisions.
+    residual: `add`, or `skip-norm` for ONNX Runtime's SkipLayerNormalization (residual, bias and
+    norm in one node). norm: `layer`, or `centred-rms`: what writes to the stream is centred once,
+    in the weights, so that each LayerNorm becomes the cheaper RMSNorm. activation: `gelu` (opset
+    20), or `bias-gelu` for ONNX Runtime's BiasGelu. stem: `conv`, or `matrix` (patches cut out by
+    reshaping, then one Gemm); `int8` is `matrix`, and in eight bits where the other products are.
+    last_queries: the last block computes only the tokens that the head reads. last_keys: there it
+    makes no keys and values either, since few queries meet the tokens themselves sooner. stream:
+    what writes to (or reads without a norm) only some channels of the stream is a matrix with zeros
+    for the others (`dense`), goes by
+        index (`index`), or each as a measured cost model says (`cheaper`). Only unshared masks
+        leave such.
+    tile: token rows are filled up to a multiple of it; nobody attends to the rows behind the real
+    ones. qdq: where ranges were found on images, eight bits are written as QuantizeLinear and
+    DequantizeLinear pairs around float products, for execution
+        providers that have no use for ONNX Runtime's own eight-bit products. Means nothing to other
+        precisions.
     """
 
     rows: Literal["matrix", "batch"] = "matrix"
@@ -45,7 +52,14 @@ class Form:
     @property
     def name(self) -> str:
         """The parts, joined: what a manifest records and `form_named` reads."""
-        parts = [self.rows, self.attention, self.residual, self.norm, self.activation, f"{self.stem}-stem"]
+        parts = [
+            self.rows,
+            self.attention,
+            self.residual,
+            self.norm,
+            self.activation,
+            f"{self.stem}-stem",
+        ]
         parts += ["last-queries"] if self.last_queries else []
         parts += ["last-keys"] if self.last_keys else []
         parts += [f"{self.stream}-stream"] if self.stream != "cheaper" else []
@@ -60,7 +74,12 @@ class Form:
     @property
     def runtime_operators(self) -> bool:
         """Whether it needs ONNX Runtime's own operators."""
-        return self.attention == "runtime" or self.residual == "skip-norm" or self.norm == "centred-rms" or self.activation == "bias-gelu"
+        return (
+            self.attention == "runtime"
+            or self.residual == "skip-norm"
+            or self.norm == "centred-rms"
+            or self.activation == "bias-gelu"
+        )
 
 
 # The forms that `tune` measures, likely winners first.
@@ -73,7 +92,13 @@ FORMS: tuple[Form, ...] = (
     Form(residual="skip-norm", norm="layer"),
     Form(rows="batch", stem="matrix"),
     Form(rows="batch", attention="opset23", norm="layer"),
-    Form(rows="batch", attention="runtime", residual="skip-norm", norm="layer", activation="bias-gelu"),
+    Form(
+        rows="batch",
+        attention="runtime",
+        residual="skip-norm",
+        norm="layer",
+        activation="bias-gelu",
+    ),
     Form(attention="opset23", stem="matrix", last_keys=False),
     # A kernel for AVX-512 takes twelve rows of a matrix at a time.
     Form(attention="opset23", stem="matrix", tile=12),
@@ -85,18 +110,32 @@ INT8_FORMS: tuple[Form, ...] = (
     Form(rows="batch", attention="runtime", stem="int8"),
 )
 # Two more where masks are not shared.
-STREAM_FORMS: tuple[Form, ...] = tuple(Form(attention="opset23", stem="matrix", stream=kind) for kind in ("dense", "index"))
+STREAM_FORMS: tuple[Form, ...] = tuple(
+    Form(attention="opset23", stem="matrix", stream=kind) for kind in ("dense", "index")
+)
 
 
 def form_named(name: str) -> Form:
-    """The form of a name made by `Form.name`. Errors: InputError with the names that `tune` knows."""
+    """The form of a name made by `Form.name`. Errors: InputError with the names that `tune`
+    knows.
+    """
     match = _NAME.fullmatch(name)
     if match is None:
         names = ", ".join(["plain", *(form.name for form in FORMS)])
-        raise InputError(f"form {name!r} is unknown; take one of {names}, or leave it out for the best known one of the target")
-    choices: dict[str, Any] = {part: match[part] for part in ("rows", "attention", "residual", "norm", "activation", "stem")}
+        raise InputError(
+            f"form {name!r} is unknown; take one of {names}, or leave it out for the best known one of the target"
+        )
+    choices: dict[str, Any] = {
+        part: match[part]
+        for part in ("rows", "attention", "residual", "norm", "activation", "stem")
+    }
     choices |= {"last_queries": bool(match["queries"]), "last_keys": bool(match["keys"])}
-    return Form(**choices, stream=match["stream"] or "cheaper", tile=int(match["tile"] or 1), qdq=bool(match["qdq"]))  # type: ignore[arg-type]
+    return Form(
+        **choices,
+        stream=match["stream"] or "cheaper",  # type: ignore[arg-type]
+        tile=int(match["tile"] or 1),
+        qdq=bool(match["qdq"]),
+    )
 
 
 _NAME = re.compile(

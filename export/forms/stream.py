@@ -1,10 +1,12 @@
-"""The residual stream: what is added to it waits for the next norm, which may take residual, bias and norm in one node."""
+"""The residual stream: what is added to it waits for the next norm, which may take residual, bias
+and norm in one node.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ...compress.architecture import NormSpec
+from ...compress.network.architecture import NormSpec
 from .form import Form
 from .graph import Array, Graph
 from .rows import RUNTIME, first_tokens, norm
@@ -13,7 +15,8 @@ from .rows import RUNTIME, first_tokens, norm
 class Stream:
     """(tokens, embed) rows. Ensures that a branch reads everything that was written before it.
 
-    With `skip-norm`, one written value (whose bias is not added yet) is held back until a norm over the whole stream asks for it.
+    With `skip-norm`, one written value (whose bias is not added yet) is held back until a norm over
+    the whole stream asks for it.
     """
 
     def __init__(self, graph: Graph, form: Form, value: str) -> None:
@@ -36,21 +39,37 @@ class Stream:
     def write_constant(self, vector: Array, name: str) -> None:
         """stream += vector, the same for each token."""
         self.settle(name)
-        self.value = str(self.graph.node("Add", [self.value, self.graph.constant(f"{name}.value", vector)], name))
+        self.value = str(
+            self.graph.node("Add", [self.value, self.graph.constant(f"{name}.value", vector)], name)
+        )
 
     def write_by_index(self, y: str, writes: tuple[int, ...], count: int, name: str) -> None:
         """stream[..., writes] += y, for `count` rows of a matrix."""
         self.settle(name)
         # One row of indices on disk; runtimes spread it when they load.
-        where = self.graph.node("Expand", [self.graph.sizes_row(writes), self.graph.sizes([count, len(writes)])], f"{name}.channels")
-        self.value = str(self.graph.node("ScatterElements", [self.value, where, y], f"{name}.residual", axis=1, reduction="add"))
+        where = self.graph.node(
+            "Expand",
+            [self.graph.sizes_row(writes), self.graph.sizes([count, len(writes)])],
+            f"{name}.channels",
+        )
+        self.value = str(
+            self.graph.node(
+                "ScatterElements",
+                [self.value, where, y],
+                f"{name}.residual",
+                axis=1,
+                reduction="add",
+            )
+        )
 
     def read(self, name: str) -> str:
         """Everything written so far."""
         self.settle(name)
         return self.value
 
-    def read_normed(self, spec: NormSpec, weight: Array | None, bias: Array | None, name: str) -> str:
+    def read_normed(
+        self, spec: NormSpec, weight: Array | None, bias: Array | None, name: str
+    ) -> str:
         """norm(stream)."""
         if self._held is None or spec.kind != "layer":
             return norm(self.graph, self.read(name), spec, weight, bias, name)
@@ -58,10 +77,17 @@ class Stream:
         self._held = None
         scale = np.ones(spec.width, np.float32) if weight is None else weight
         shift = np.zeros(spec.width, np.float32) if bias is None else bias
-        inputs = [y, self.value, self.graph.constant(f"{name}.weight", scale), self.graph.constant(f"{name}.bias", shift)]
+        inputs = [
+            y,
+            self.value,
+            self.graph.constant(f"{name}.weight", scale),
+            self.graph.constant(f"{name}.bias", shift),
+        ]
         if y_bias is not None:
             inputs.append(self.graph.constant(f"{name}.written", y_bias))
-        outputs = self.graph.node("SkipLayerNormalization", inputs, name, outputs=4, domain=RUNTIME, epsilon=spec.eps)
+        outputs = self.graph.node(
+            "SkipLayerNormalization", inputs, name, outputs=4, domain=RUNTIME, epsilon=spec.eps
+        )
         self.graph.drop_outputs([1, 2])
         self.value = outputs[3]
         return str(outputs[0])
@@ -80,5 +106,9 @@ class Stream:
 
     def _add(self, y: str, bias: Array | None, name: str) -> None:
         if bias is not None:
-            y = str(self.graph.node("Add", [y, self.graph.constant(f"{name}.bias", bias)], f"{name}.biased"))
+            y = str(
+                self.graph.node(
+                    "Add", [y, self.graph.constant(f"{name}.bias", bias)], f"{name}.biased"
+                )
+            )
         self.value = str(self.graph.node("Add", [self.value, y], f"{name}.residual"))

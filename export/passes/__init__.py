@@ -1,4 +1,6 @@
-"""Exact transformations of ONNX graphs that somebody else wrote: one a file, each with what it requires and ensures, `modified` true only when so."""
+"""Exact transformations of ONNX graphs that somebody else wrote: one a file, each with what it
+requires and ensures, `modified` true only when so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a pass is. Ideas after onnx/ir-py's passes: a transformation says what it needs, and what holds afterwards."""
+"""What a pass is. Ideas after onnx/ir-py's passes: a transformation says what it needs, and what
+holds afterwards.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import onnx
 
 @dataclass(frozen=True)
 class Result:
-    """The model after a pass, the very same object when nothing was found, and how often the pattern was rewritten."""
+    """The model after a pass, the very same object when nothing was found, and how often the
+    pattern was rewritten.
+    """
 
     model: onnx.ModelProto
     count: int
@@ -22,7 +26,9 @@ class Result:
 
 
 class Pass(Protocol):
-    """One exact transformation. It never touches the model that it is given, and passes over whatever it cannot prove."""
+    """One exact transformation. It never touches the model that it is given, and passes over
+    whatever it cannot prove.
+    """
 
     @property
     def name(self) -> str:

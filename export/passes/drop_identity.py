@@ -20,7 +20,11 @@ def apply(model: onnx.ModelProto) -> Result:
     net = Net(model, shapes=any(node.op_type == "Cast" for node in model.graph.node))
     count = 0
     for node in list(net.graph.node):
-        if node.domain not in ("", "ai.onnx") or node.output[0] in net.outputs or not _same(net, node):
+        if (
+            node.domain not in ("", "ai.onnx")
+            or node.output[0] in net.outputs
+            or not _same(net, node)
+        ):
             continue
         net.replace_reads(node.output[0], node.input[0])
         count += 1
@@ -33,7 +37,11 @@ def _same(net: Net, node: onnx.NodeProto) -> bool:
     if node.op_type == "Dropout":
         mask_wanted = len(node.output) > 1 and bool(net.readers.get(node.output[1]))
         training = net.value(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        off = len(node.input) <= 2 or not node.input[2] or (training is not None and not bool(training))
+        off = (
+            len(node.input) <= 2
+            or not node.input[2]
+            or (training is not None and not bool(training))
+        )
         return off and not mask_wanted
     if node.op_type == "Cast":
         return bool(net.types.get(node.input[0]) == attribute(node, "to", -1))

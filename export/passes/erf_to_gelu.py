@@ -19,7 +19,10 @@ ensures = "no chain of Div, Erf, Add and two Mul that is a Gelu"
 
 def apply(model: onnx.ModelProto) -> Result:
     """Rewrite a copy."""
-    version = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    version = max(
+        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        default=0,
+    )
     if version < 20:
         return Result(model, 0)
     net = Net(model)
@@ -42,7 +45,12 @@ def _chain(net: Net, erf: onnx.NodeProto) -> tuple[str, onnx.NodeProto] | None:
     """x and the last node."""
     x = _scaled(net, erf.input[0])
     plus = net.only_reader(erf.output[0])
-    if x is None or plus is None or plus.op_type != "Add" or not _is(net, _other(plus, erf.output[0]), 1.0):
+    if (
+        x is None
+        or plus is None
+        or plus.op_type != "Add"
+        or not _is(net, _other(plus, erf.output[0]), 1.0)
+    ):
         return None
     value, halved, times_x = plus.output[0], False, False
     # Two products follow, by x and by a half; or one by x / 2.
@@ -90,4 +98,8 @@ def _other(node: onnx.NodeProto, name: str) -> str:
 
 def _is(net: Net, name: str, wanted: float) -> bool:
     value = net.value(name)
-    return value is not None and value.size == 1 and math.isclose(float(value.ravel()[0]), wanted, rel_tol=1e-6)
+    return (
+        value is not None
+        and value.size == 1
+        and math.isclose(float(value.ravel()[0]), wanted, rel_tol=1e-6)
+    )

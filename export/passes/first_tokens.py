@@ -1,8 +1,11 @@
-"""Tokens that nobody reads are not computed: a class token at the end asks for one row of everything that works row by row.
+"""Tokens that nobody reads are not computed: a class token at the end asks for one row of
+everything that works row by row.
 
-Requires: static shapes, and a Gather or Slice of some rows. From there the demand is carried backwards: through sums, norms over other dimensions,
-products, Softmax, Reshape and Transpose that keep the rows apart. Where all readers of a value ask for the same rows, it is made with those alone;
-where a value is needed whole, it is sliced for whoever needs less. Ensures: no node that makes rows of which nobody reads any.
+Requires: static shapes, and a Gather or Slice of some rows. From there the demand is carried
+backwards: through sums, norms over other dimensions, products, Softmax, Reshape and Transpose that
+keep the rows apart. Where all readers of a value ask for the same rows, it is made with those
+alone; where a value is needed whole, it is sliced for whoever needs less. Ensures: no node that
+makes rows of which nobody reads any.
 """
 
 from __future__ import annotations
@@ -20,7 +23,24 @@ name = "first-tokens"
 requires = "static shapes, as a fixed batch and constant folding leave them"
 ensures = "the last block computes only the rows that the classifier reads"
 
-_ALIKE = {"Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "Exp", "Sqrt", "Neg", "Abs", "HardSwish", "HardSigmoid", "Cast", "Identity", "Clip", "Elu", "LeakyRelu"}
+_ALIKE = {
+    "Gelu",
+    "Erf",
+    "Relu",
+    "Sigmoid",
+    "Tanh",
+    "Exp",
+    "Sqrt",
+    "Neg",
+    "Abs",
+    "HardSwish",
+    "HardSigmoid",
+    "Cast",
+    "Identity",
+    "Clip",
+    "Elu",
+    "LeakyRelu",
+}
 _PAIRS = {"Add", "Mul", "Sub", "Div", "Pow"}
 Shape = tuple[int, ...]
 
@@ -53,7 +73,9 @@ def apply(model: onnx.ModelProto) -> Result:
         for value, rows in zip(node.input, inputs, strict=True):
             if value:
                 asked.setdefault(value, []).append(rows)
-    if not narrow or not any(node.op_type in ("MatMul", "Gemm") and node.output[0] in narrow for node in net.graph.node):
+    if not narrow or not any(
+        node.op_type in ("MatMul", "Gemm") and node.output[0] in narrow for node in net.graph.node
+    ):
         return Result(model, 0)
     _rewrite(net, narrow, wants)
     return Result(net.finished(), len(narrow))
@@ -66,7 +88,11 @@ def _agreed(asked: dict[str, list[Rows | None]], value: str) -> Rows | None:
 
 def _static(net: Net, value: str) -> Shape | None:
     shape = net.shapes.get(value)
-    return None if shape is None or any(side is None for side in shape) else tuple(side for side in shape if side is not None)
+    return (
+        None
+        if shape is None or any(side is None for side in shape)
+        else tuple(side for side in shape if side is not None)
+    )
 
 
 def _sink(net: Net, node: onnx.NodeProto) -> list[Rows | None] | None:
@@ -84,7 +110,11 @@ def _sink(net: Net, node: onnx.NodeProto) -> list[Rows | None] | None:
     if node.op_type != "Slice":
         return None
     parts = [net.value(name) if name else None for name in node.input[1:]]
-    if len(parts) < 3 or any(part is None or part.size != 1 for part in parts) or (len(parts) > 3 and int(parts[3].ravel()[0]) != 1):  # type: ignore[union-attr]
+    if (
+        len(parts) < 3
+        or any(part is None or part.size != 1 for part in parts)
+        or (len(parts) > 3 and int(parts[3].ravel()[0]) != 1)  # type: ignore[union-attr]
+    ):
         return None
     start, stop, axis = (int(part.ravel()[0]) for part in parts[:3] if part is not None)
     axis %= len(shape)
@@ -96,7 +126,11 @@ def _through(net: Net, node: onnx.NodeProto, rows: Rows) -> list[Rows | None] | 
     """What a node must read to make only these rows, or None if it cannot."""
     out = _static(net, node.output[0])
     shapes = [_static(net, value) if value else () for value in node.input]
-    if out is None or node.domain not in ("", "ai.onnx") or rows.stop - rows.start >= out[rows.axis]:
+    if (
+        out is None
+        or node.domain not in ("", "ai.onnx")
+        or rows.stop - rows.start >= out[rows.axis]
+    ):
         return None
     rest: list[Rows | None] = [None] * (len(node.input) - 1)
     kind, rank, axis = node.op_type, len(out), rows.axis
@@ -114,12 +148,20 @@ def _through(net: Net, node: onnx.NodeProto, rows: Rows) -> list[Rows | None] | 
         return _product(shapes[0], shapes[1], rank, rows)  # type: ignore[arg-type]
     if kind == "Gemm" and axis == 0 and not attribute(node, "transA", 0):
         bias = shapes[2] if len(shapes) > 2 else ()
-        return None if bias is None else [rows, None, *([_broadcast(bias, 2, rows)] if len(shapes) > 2 else [])]
+        return (
+            None
+            if bias is None
+            else [rows, None, *([_broadcast(bias, 2, rows)] if len(shapes) > 2 else [])]
+        )
     if kind == "Transpose":
         perm = attribute(node, "perm", list(range(rank))[::-1])
         return [Rows(perm[axis], rows.start, rows.stop)]
     if kind == "Reshape" and net.value(node.input[1]) is not None:
-        same = [place for place, side in enumerate(shapes[0]) if side == out[axis] and prod(shapes[0][:place]) == prod(out[:axis])]
+        same = [
+            place
+            for place, side in enumerate(shapes[0])
+            if side == out[axis] and prod(shapes[0][:place]) == prod(out[:axis])
+        ]
         return [Rows(same[0], rows.start, rows.stop), None] if len(same) == 1 else None
     return None
 
@@ -157,15 +199,21 @@ def _rewrite(net: Net, narrow: dict[str, Rows], wants: dict[int, list[Rows | Non
             _move(net, node, narrow[node.input[0]])
 
 
-def _slice(net: Net, node: onnx.NodeProto, value: str, rows: Rows, sliced: dict[tuple[str, Rows], str]) -> str:
+def _slice(
+    net: Net, node: onnx.NodeProto, value: str, rows: Rows, sliced: dict[tuple[str, Rows], str]
+) -> str:
     if (value, rows) in sliced:
         return sliced[value, rows]
     constant = net.value(value)
     if constant is not None:
-        made = net.constant(f"{value}.rows", constant[(*([slice(None)] * rows.axis), slice(rows.start, rows.stop))])
+        made = net.constant(
+            f"{value}.rows", constant[(*([slice(None)] * rows.axis), slice(rows.start, rows.stop))]
+        )
     else:
         named = (("start", rows.start), ("stop", rows.stop), ("axis", rows.axis))
-        places = [net.constant(f"{value}.{label}", np.array([place], np.int64)) for label, place in named]
+        places = [
+            net.constant(f"{value}.{label}", np.array([place], np.int64)) for label, place in named
+        ]
         made = net.fresh(f"{value}.rows")
         net.insert_before(node, [net.node("Slice", [value, *places], made)])
     sliced[value, rows] = made

@@ -1,7 +1,9 @@
-"""The bias of keys is left out, since it adds the same to all scores of a query; the bias of values goes into the output's, since shares sum to one.
+"""The bias of keys is left out, since it adds the same to all scores of a query; the bias of values
+goes into the output's, since shares sum to one.
 
-Requires: MatMul(shares, values) with shares = Softmax over the last dimension of MatMul(queries, keys), perhaps scaled, or with a constant added;
-keys and values made by x W + b through Reshape and Transpose that nobody else reads. That the bias is the same for every token is not read off the
+Requires: MatMul(shares, values) with shares = Softmax over the last dimension of MatMul(queries,
+keys), perhaps scaled, or with a constant added; keys and values made by x W + b through Reshape and
+Transpose that nobody else reads. That the bias is the same for every token is not read off the
 pattern but computed: the bias alone is sent through the same nodes. Ensures: no such bias.
 """
 
@@ -83,10 +85,16 @@ def _values(net: Net, softmax: onnx.NodeProto) -> bool:
     if not np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape)):
         return False
     follower = net.only_reader(out.y)
-    whole = linear_making(net, follower.output[0]) if follower is not None and follower.op_type == "Add" else None
+    whole = (
+        linear_making(net, follower.output[0])
+        if follower is not None and follower.op_type == "Add"
+        else None
+    )
     out = whole if whole is not None and whole.first is out.first else out
     shift = rows[0].astype(np.float64) @ out.weight.astype(np.float64)
-    replace_linear(net, out, out.weight, shift if out.bias is None else out.bias.astype(np.float64) + shift)
+    replace_linear(
+        net, out, out.weight, shift if out.bias is None else out.bias.astype(np.float64) + shift
+    )
     replace_linear(net, chain, chain.weight, None)
     return True
 
@@ -111,7 +119,9 @@ def _alone(net: Net, chain: LinearChain, moves: list[onnx.NodeProto]) -> Array |
     shape = net.shapes.get(chain.y)
     if chain.bias is None or shape is None or any(side is None for side in shape):
         return None
-    value: Array | None = np.broadcast_to(chain.bias, tuple(side for side in shape if side is not None))
+    value: Array | None = np.broadcast_to(
+        chain.bias, tuple(side for side in shape if side is not None)
+    )
     for node in moves:
         value = _moved(net, node, value) if value is not None else None
     return value
@@ -123,4 +133,6 @@ def _moved(net: Net, node: onnx.NodeProto, value: Array) -> Array | None:
     sizes = net.value(node.input[1]) if node.op_type == "Reshape" else None
     if sizes is None or (attribute(node, "allowzero", 0) and 0 in sizes):
         return None
-    return value.reshape([value.shape[axis] if size == 0 else int(size) for axis, size in enumerate(sizes)])
+    return value.reshape(
+        [value.shape[axis] if size == 0 else int(size) for axis, size in enumerate(sizes)]
+    )

@@ -1,6 +1,7 @@
 """Sums of constants are one constant: of two in a row, and of a product with a matrix in a Gemm.
 
-Requires: (x + a) + b with constants a and b; or a MatMul of a value with two dimensions and a sum behind it. Ensures: no such pair.
+Requires: (x + a) + b with constants a and b; or a MatMul of a value with two dimensions and a sum
+behind it. Ensures: no such pair.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def _joined(net: Net, node: onnx.NodeProto) -> bool:
     # A sum that is larger than both would cost more than it saves.
     if together.size > max(first.size, second.size) or first.dtype != second.dtype:
         return False
-    node.input[0], node.input[1] = inner[0], net.constant(f"{node.name or node.output[0]}.constants", together.astype(first.dtype))
+    node.input[0], node.input[1] = (
+        inner[0],
+        net.constant(f"{node.name or node.output[0]}.constants", together.astype(first.dtype)),
+    )
     net.graph.node.remove(inner_node)
     net.index()
     return True
@@ -59,7 +63,12 @@ def _joined(net: Net, node: onnx.NodeProto) -> bool:
 
 def _gemm(net: Net, node: onnx.NodeProto) -> bool:
     chain = linear_making(net, node.output[0])
-    if chain is None or chain.first.op_type != "MatMul" or chain.bias is None or len(net.shapes.get(chain.x, ())) != 2:
+    if (
+        chain is None
+        or chain.first.op_type != "MatMul"
+        or chain.bias is None
+        or len(net.shapes.get(chain.x, ())) != 2
+    ):
         return False
     bias = net.constant(f"{node.name or node.output[0]}.bias", np.ascontiguousarray(chain.bias))
     gemm = net.node("Gemm", [chain.x, chain.first.input[1], bias], node.output[0])

@@ -1,7 +1,7 @@
 """What is computed of constants alone is computed once; a static shape is a constant.
 
-Requires: nothing. Ensures: no node of the standard's operators all of whose inputs are known, but random ones and those whose result would be more
-than a mebibyte larger than what it is made of.
+Requires: nothing. Ensures: no node of the standard's operators all of whose inputs are known, but
+random ones and those whose result would be more than a mebibyte larger than what it is made of.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ requires = "nothing"
 ensures = "no node all of whose inputs are constants"
 
 GROWTH_BYTES = 1 << 20
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_RANDOM = {
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+}
 
 
 def apply(model: onnx.ModelProto) -> Result:
@@ -37,7 +44,11 @@ def _round(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     count = 0
     known: dict[str, Array] = {}
     for node in list(net.graph.node):
-        if node.domain not in ("", "ai.onnx") or node.op_type in _RANDOM or any(name in net.outputs for name in node.output):
+        if (
+            node.domain not in ("", "ai.onnx")
+            or node.op_type in _RANDOM
+            or any(name in net.outputs for name in node.output)
+        ):
             continue
         found = _shape(net, node) if node.op_type == "Shape" else _computed(net, node, known)
         if found is None:
@@ -73,11 +84,23 @@ def _computed(net: Net, node: onnx.NodeProto, known: dict[str, Array]) -> list[A
         if value is None:
             return None
         values[name] = value
-    if any(entry.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for entry in node.attribute):
+    if any(
+        entry.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+        for entry in node.attribute
+    ):
         return None
-    sides = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), list(value.shape)) for name, value in values.items()]
+    sides = [
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(value.dtype), list(value.shape)
+        )
+        for name, value in values.items()
+    ]
     outputs = [helper.make_empty_tensor_value_info(name) for name in node.output if name]
-    alone = helper.make_model(helper.make_graph([node], "alone", sides, outputs), opset_imports=net.model.opset_import, ir_version=net.model.ir_version)
+    alone = helper.make_model(
+        helper.make_graph([node], "alone", sides, outputs),
+        opset_imports=net.model.opset_import,
+        ir_version=net.model.ir_version,
+    )
     try:
         found = [np.asarray(value) for value in ReferenceEvaluator(alone).run(None, values)]
     except Exception:  # an operator that the reference does not know stays where it is

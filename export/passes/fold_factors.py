@@ -1,7 +1,7 @@
 """A constant factor behind a linear map goes into its weights: attention's scale, LayerScale.
 
-Requires: Mul or Div by a constant, a number or one a column, of x W + b; for a number also through Reshape and Transpose. Nobody else may read what
-lies between. Ensures: no such factor.
+Requires: Mul or Div by a constant, a number or one a column, of x W + b; for a number also through
+Reshape and Transpose. Nobody else may read what lies between. Ensures: no such factor.
 """
 
 from __future__ import annotations
@@ -25,15 +25,26 @@ def apply(model: onnx.ModelProto) -> Result:
     net = Net(model)
     count = 0
     for node in list(net.graph.node):
-        if node.op_type in ("Mul", "Div") and node.output[0] not in net.outputs and _folded(net, node):
+        if (
+            node.op_type in ("Mul", "Div")
+            and node.output[0] not in net.outputs
+            and _folded(net, node)
+        ):
             count += 1
     return Result(net.finished() if count else model, count)
 
 
 def _folded(net: Net, node: onnx.NodeProto) -> bool:
-    for data, other in ((node.input[0], node.input[1]), *([(node.input[1], node.input[0])] if node.op_type == "Mul" else [])):
+    for data, other in (
+        (node.input[0], node.input[1]),
+        *([(node.input[1], node.input[0])] if node.op_type == "Mul" else []),
+    ):
         factor = net.value(other)
-        if factor is None or not np.issubdtype(factor.dtype, np.floating) or (factor.size != 1 and factor.shape[-1] != factor.size):
+        if (
+            factor is None
+            or not np.issubdtype(factor.dtype, np.floating)
+            or (factor.size != 1 and factor.shape[-1] != factor.size)
+        ):
             continue
         factor = factor.astype(np.float64).ravel()
         if _into_weights(net, data, 1.0 / factor if node.op_type == "Div" else factor):

@@ -10,20 +10,26 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from ..names import unused_name
+from ..graphs.names import unused_name
 
 Array = NDArray[Any]
 
 
 class Net:
-    """An index over a copy of a model's graph. Requires one graph without inner graphs that read its values; new nodes go in order of computation."""
+    """An index over a copy of a model's graph. Requires one graph without inner graphs that read
+    its values; new nodes go in order of computation.
+    """
 
     def __init__(self, model: onnx.ModelProto, *, shapes: bool = False) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
         self.graph = self.model.graph
-        self._taken = {value.name for value in (*self.graph.input, *self.graph.initializer)} | {name for node in self.graph.node for name in node.output}
-        self.constants: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in self.graph.initializer}
+        self._taken = {value.name for value in (*self.graph.input, *self.graph.initializer)} | {
+            name for node in self.graph.node for name in node.output
+        }
+        self.constants: dict[str, onnx.TensorProto] = {
+            tensor.name: tensor for tensor in self.graph.initializer
+        }
         self.outputs = {value.name for value in self.graph.output}
         self.shapes: dict[str, tuple[int | None, ...]] = {}
         self.types: dict[str, int] = {}
@@ -56,7 +62,10 @@ class Net:
             kind = value.type.tensor_type
             self.types[value.name] = kind.elem_type
             if kind.HasField("shape"):
-                self.shapes[value.name] = tuple(entry.dim_value if entry.HasField("dim_value") else None for entry in kind.shape.dim)
+                self.shapes[value.name] = tuple(
+                    entry.dim_value if entry.HasField("dim_value") else None
+                    for entry in kind.shape.dim
+                )
 
     def value(self, name: str) -> Array | None:
         """A constant's numbers, or None for what is computed."""
@@ -66,12 +75,22 @@ class Net:
     def made_by(self, name: str, *kinds: str) -> onnx.NodeProto | None:
         """The node that makes a value, if it is of one of these kinds."""
         node = self.maker.get(name)
-        return node if node is not None and node.op_type in kinds and node.domain in ("", "ai.onnx") else None
+        return (
+            node
+            if node is not None and node.op_type in kinds and node.domain in ("", "ai.onnx")
+            else None
+        )
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
         """The one node that reads a value once, if nobody else does."""
         readers = self.readers.get(name, [])
-        return readers[0] if len(readers) == 1 and name not in self.outputs and list(readers[0].input).count(name) == 1 else None
+        return (
+            readers[0]
+            if len(readers) == 1
+            and name not in self.outputs
+            and list(readers[0].input).count(name) == 1
+            else None
+        )
 
     def fresh(self, name: str) -> str:
         """A name that nobody has."""
@@ -85,9 +104,13 @@ class Net:
         self.constants[name] = tensor
         return name
 
-    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    def node(
+        self, kind: str, inputs: Sequence[str], output: str, **attributes: Any
+    ) -> onnx.NodeProto:
         """A node of the standard's domain that is not in the graph yet."""
-        made: onnx.NodeProto = helper.make_node(kind, list(inputs), [output], name=output, **attributes)
+        made: onnx.NodeProto = helper.make_node(
+            kind, list(inputs), [output], name=output, **attributes
+        )
         return made
 
     def insert_before(self, at: onnx.NodeProto, nodes: Iterable[onnx.NodeProto]) -> None:
@@ -104,10 +127,14 @@ class Net:
                     node.input[number] = new
 
     def finished(self) -> onnx.ModelProto:
-        """The model without nodes and constants that nobody reads, and without shapes of inner values."""
+        """The model without nodes and constants that nobody reads, and without shapes of inner
+        values.
+        """
         while True:
             wanted = set(self.outputs) | {name for node in self.graph.node for name in node.input}
-            dead = [node for node in self.graph.node if not any(name in wanted for name in node.output)]
+            dead = [
+                node for node in self.graph.node if not any(name in wanted for name in node.output)
+            ]
             if not dead:
                 break
             for node in dead:

@@ -1,6 +1,7 @@
 """The standard's opset up to 20, the first with Gelu.
 
-Requires: operators that onnx's version converter knows. Ensures: opset 20 or more; where the converter fails, the model stays as it is.
+Requires: operators that onnx's version converter knows. Ensures: opset 20 or more; where the
+converter fails, the model stays as it is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ WANTED = 20
 
 def apply(model: onnx.ModelProto) -> Result:
     """Rewrite a copy."""
-    version = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    if version >= WANTED or any(entry.domain not in ("", "ai.onnx") for entry in model.opset_import):
+    version = max(
+        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        default=0,
+    )
+    if version >= WANTED or any(
+        entry.domain not in ("", "ai.onnx") for entry in model.opset_import
+    ):
         return Result(model, 0)
     try:
         raised = onnx.version_converter.convert_version(model, WANTED)

@@ -55,7 +55,17 @@ class Step:
     count: int
 
 
-_ORDER = (drop_identity, fold_constants, raise_opset, erf_to_gelu, split_qkv, fold_factors, fold_biases, fold_attention_biases, first_tokens)
+_ORDER = (
+    drop_identity,
+    fold_constants,
+    raise_opset,
+    erf_to_gelu,
+    split_qkv,
+    fold_factors,
+    fold_biases,
+    fold_attention_biases,
+    first_tokens,
+)
 PASSES: tuple[Pass, ...] = tuple(_FilePass(module) for module in _ORDER)
 
 

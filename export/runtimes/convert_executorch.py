@@ -21,7 +21,9 @@ def convert(job: dict[str, Any]) -> dict[str, str]:
         program = torch.export.export(model, (images,))
         if job["precision"] == "int8":
             program = torch.export.export(in_eight_bits(program.module(), images), (images,))
-        written = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+        written = to_edge_transform_and_lower(
+            program, partitioner=[XnnpackPartitioner()]
+        ).to_executorch()
     with open(os.path.join(job["out"], "model.pte"), "wb") as stream:
         stream.write(written.buffer)
     return {name: importlib.metadata.version(name) for name in ("executorch", "torch", "torchao")}
@@ -35,7 +37,9 @@ def in_eight_bits(module: Any, images: Any) -> Any:
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
+    quantizer = XNNPACKQuantizer().set_global(
+        get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    )
     prepared = prepare_pt2e(module, quantizer)
     prepared(images)
     return convert_pt2e(prepared)

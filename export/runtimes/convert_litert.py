@@ -22,8 +22,13 @@ def convert(job: dict[str, Any]) -> dict[str, str]:
     if job["precision"] == "int8":
         from ai_edge_quantizer import quantizer, recipe
 
-        quantizer.Quantizer(path, recipe.dynamic_wi8_afp32()).quantize().export_model(path, overwrite=True)
-    return {name: importlib.metadata.version(name) for name in ("litert-torch", "ai-edge-litert", "torch")}
+        quantizer.Quantizer(path, recipe.dynamic_wi8_afp32()).quantize().export_model(
+            path, overwrite=True
+        )
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("litert-torch", "ai-edge-litert", "torch")
+    }
 
 
 if __name__ == "__main__":

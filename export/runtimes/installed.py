@@ -6,7 +6,9 @@ import importlib.util
 
 
 def lacking(runtime: str, extra: str, *modules: str) -> str | None:
-    """Why a runtime cannot be used: the first of its modules that cannot be imported, and what to install; None where all are there."""
+    """Why a runtime cannot be used: the first of its modules that cannot be imported, and what to
+    install; None where all are there.
+    """
     for module in modules:
         try:
             if importlib.util.find_spec(module) is not None:

@@ -4,4 +4,10 @@ from __future__ import annotations
 
 from .conversion import ConvertedApart
 
-RUNTIME = ConvertedApart("litert", extra="litert", module="litert_torch", converter="convert_litert.py", main="model.tflite")
+RUNTIME = ConvertedApart(
+    "litert",
+    extra="litert",
+    module="litert_torch",
+    converter="convert_litert.py",
+    main="model.tflite",
+)

@@ -1,11 +1,13 @@
-"""PyTorch itself: the saved model, which needs vitrim and torch where it runs. A row to compare with, not something to ship."""
+"""PyTorch itself: the saved model, which needs vitrim and torch where it runs. A row to compare
+with, not something to ship.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ...compress.files import ARCHITECTURE, WEIGHTS, save
-from ...errors import InputError
+from ...compress.network.files import ARCHITECTURE, WEIGHTS, save
+from ...core.errors import InputError
 from ..artifact import Precision
 from ..forms import Form
 from ..versions import tool_versions
@@ -16,7 +18,9 @@ PRECISIONS: tuple[Precision, ...] = ("fp32",)
 
 
 class Torch:
-    """Writes `model.safetensors` and `architecture.json`. option compile=1: run through torch.compile."""
+    """Writes `model.safetensors` and `architecture.json`. option compile=1: run through
+    torch.compile.
+    """
 
     name = "torch"
     extra = "test"
@@ -36,7 +40,9 @@ class Torch:
             (folder / "saved" / name).rename(folder / name)
         (folder / "saved").rmdir()
         session = {"compile": source.options.get("compile", "0")}
-        return Written(WEIGHTS, ((ARCHITECTURE, "weights"),), session=session, versions=tool_versions("torch"))
+        return Written(
+            WEIGHTS, ((ARCHITECTURE, "weights"),), session=session, versions=tool_versions("torch")
+        )
 
 
 RUNTIME = Torch()

@@ -1,4 +1,6 @@
-"""Artifacts for ARM targets: asked on the target's own processor, emulated; and the C++ bundle cross-compiled for it."""
+"""Artifacts for ARM targets: asked on the target's own processor, emulated; and the C++ bundle
+cross-compiled for it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from onnxruntime_header import header_folder
 from PIL import Image
 from tiny_models import tiny_vit
 from vitrim.compress.data.preprocessing import Preprocessing
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
 from vitrim.export.exporter import export
@@ -25,49 +27,83 @@ IMAGES = np.random.default_rng(1).standard_normal((6, 3, 16, 16), dtype=np.float
 
 
 def exported(folder: Path, target: str, precision: str) -> Artifact:
-    return export(vitrim.lift(tiny_vit()), folder, target=target, precision=precision, images=IMAGES)  # type: ignore[arg-type]
+    return export(
+        vitrim.lift(tiny_vit()),
+        folder,
+        target=target,
+        precision=precision,  # type: ignore[arg-type]
+        images=IMAGES,
+    )
 
 
 @pytest.mark.parametrize(
     ("target", "cpu", "precision", "allowed"),
     [
         ("rpi4", "cortex-a72", "fp32", 1e-5),
-        # With the eight-bit dot product, which a kernel of its own computes; `python -m benchmarks.aarch64_parity` asks all targets.
+        # With the eight-bit dot product, which a kernel of its own computes; `python -m
+        # benchmarks.aarch64_parity` asks all targets.
         ("rpi5", "cortex-a76", "int8", 0.05),
         # Products with ranges found on images are the runtime's own there too.
         ("rpi5", "cortex-a76", "int8-static", 0.05),
     ],
 )
-def test_the_targets_processor_answers_as_torch_does(tmp_path: Path, target: str, cpu: str, precision: str, allowed: float) -> None:
+def test_the_targets_processor_answers_as_torch_does(
+    tmp_path: Path, target: str, cpu: str, precision: str, allowed: float
+) -> None:
     found = emulator("onnxruntime")
     artifact = exported(tmp_path / "artifact", target, precision)
     stage = artifact.manifest.parity[-1]
     assert stage.stage == f"{target} under qemu-aarch64 {found.versions['qemu']} ({cpu})"
-    assert (stage.reference, stage.images, stage.input_kind, stage.top1_agreement) == ("torch", len(IMAGES), "images", 1.0)
+    assert (stage.reference, stage.images, stage.input_kind, stage.top1_agreement) == (
+        "torch",
+        len(IMAGES),
+        "images",
+        1.0,
+    )
     assert stage.max_relative_error < allowed
-    note = next(note for note in artifact.manifest.notes if note.startswith(f"{target}: asked under qemu-aarch64"))
+    note = next(
+        note
+        for note in artifact.manifest.notes
+        if note.startswith(f"{target}: asked under qemu-aarch64")
+    )
     assert float(note.split("its answers are ")[1].split()[0]) < 1e-4
 
 
-def test_where_nothing_is_prepared_the_manifest_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_is_prepared_the_manifest_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VITRIM_EMULATION", str(tmp_path / "empty"))
     artifact = exported(tmp_path / "artifact", "rpi4", "fp32")
-    assert "parity was not run on rpi4: emulation is not prepared on this machine (vitrim targets emulate)" in artifact.manifest.notes
+    assert (
+        "parity was not run on rpi4: emulation is not prepared on this machine (vitrim targets emulate)"
+        in artifact.manifest.notes
+    )
     assert all("under" not in stage.stage for stage in artifact.manifest.parity)
 
 
 def test_a_target_that_nothing_here_emulates_is_told(tmp_path: Path) -> None:
     artifact = exported(tmp_path / "artifact", "stm32h7", "fp32")
-    assert "parity was not run on stm32h7: programs for armv7e-m do not run on this machine" in artifact.manifest.notes
+    assert (
+        "parity was not run on stm32h7: programs for armv7e-m do not run on this machine"
+        in artifact.manifest.notes
+    )
 
 
-def test_an_artifact_that_the_target_cannot_run_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_that_the_target_cannot_run_stops_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = emulator("onnxruntime")
     from vitrim.bench.emulation.emulator import Emulator
 
     # A user land whose python knows no runtime.
-    monkeypatch.setattr(Emulator, "command", lambda self, program: [str(found.qemu), "-L", str(found.root), str(found.python)])
-    with pytest.raises(InputError, match=r"rpi4: the artifact gave no answer under qemu-aarch64 .*numpy"):
+    monkeypatch.setattr(
+        Emulator,
+        "command",
+        lambda self, program: [str(found.qemu), "-L", str(found.root), str(found.python)],
+    )
+    with pytest.raises(
+        InputError, match=r"rpi4: the artifact gave no answer under qemu-aarch64 .*numpy"
+    ):
         exported(tmp_path / "artifact", "rpi4", "fp32")
     assert not (tmp_path / "artifact").exists()
 
@@ -79,7 +115,9 @@ def test_the_cross_compiled_example_answers_as_the_artifact_does_here(tmp_path: 
     needs_compiler()
     header = header_folder()
     if header is None:
-        pytest.skip("onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder")
+        pytest.skip(
+            "onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder"
+        )
     artifact = artifact_in(tmp_path / "artifact")
     folder = bundle(artifact, tmp_path / "bundle")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (23, 31), dtype=np.uint8))
@@ -87,22 +125,47 @@ def test_the_cross_compiled_example_answers_as_the_artifact_does_here(tmp_path: 
     program = build(folder, header, "-DCMAKE_TOOLCHAIN_FILE=aarch64.cmake")
     library = arm.onnxruntime_library
     assert library is not None
-    command = arm.command([program, library, folder / "model", tmp_path / "picture.pgm", "--logits", "--repeat", "1", "--report"])
+    command = arm.command(
+        [
+            program,
+            library,
+            folder / "model",
+            tmp_path / "picture.pgm",
+            "--logits",
+            "--repeat",
+            "1",
+            "--report",
+        ]
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
 
     assert artifact.manifest.preprocessing is not None
     preprocessing = Preprocessing.model_validate(artifact.manifest.preprocessing.model_dump())
-    expected = open_session(artifact).run(None, {"images": preprocessing.apply(picture)[None]})[0][0]
+    expected = open_session(artifact).run(None, {"images": preprocessing.apply(picture)[None]})[0][
+        0
+    ]
     logits = next(line for line in lines if line.startswith("logits")).split()[1:]
-    np.testing.assert_allclose([float(value) for value in logits], expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        [float(value) for value in logits], expected, atol=1e-5 * np.abs(expected).max()
+    )
     assert lines[0].endswith(LABELS[int(expected.argmax())])
-    report = {name: int(value) for name, value in (line.split() for line in lines if "_bytes" in line and "p50" not in line)}
+    report = {
+        name: int(value)
+        for name, value in (
+            line.split() for line in lines if "_bytes" in line and "p50" not in line
+        )
+    }
     assert report["program_bytes"] == program.stat().st_size
     assert report["runtime_bytes"] == library.stat().st_size
     assert report["model_bytes"] == artifact.model_path.stat().st_size
     # What the system tells there are the emulator's time and memory, and they are called so.
-    assert set(report) == {"program_bytes", "runtime_bytes", "model_bytes", "peak_rss_bytes_with_emulator"}
+    assert set(report) == {
+        "program_bytes",
+        "runtime_bytes",
+        "model_bytes",
+        "peak_rss_bytes_with_emulator",
+    }
     assert "p50_s_emulated" in done.stdout
     assert "p50_s " not in done.stdout

@@ -13,8 +13,19 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vitrim.errors import InputError
-from vitrim.export.artifact import MANIFEST, Artifact, Manifest, Parity, TensorSpec, entry_for, foreign, manifest_schema, seal_of, verify
+from vitrim.core.errors import InputError
+from vitrim.export.artifact import (
+    MANIFEST,
+    Artifact,
+    Manifest,
+    Parity,
+    TensorSpec,
+    entry_for,
+    foreign,
+    manifest_schema,
+    seal_of,
+    verify,
+)
 
 PREPROCESSING = {"channels": 1, "height": 8, "width": 8, "mean": [0.5], "std": [0.25]}
 
@@ -35,7 +46,10 @@ def make(folder: Path) -> Artifact:
         runtime="onnxruntime",
         precision="fp32",
         form="plain",
-        files=(entry_for(folder, "model.onnx", "model"), entry_for(folder, "ops/required.config", "operators")),
+        files=(
+            entry_for(folder, "model.onnx", "model"),
+            entry_for(folder, "ops/required.config", "operators"),
+        ),
         parity=(
             Parity(
                 stage="onnx",
@@ -74,7 +88,10 @@ def test_written_and_read_back_it_is_the_same(folder: Path) -> None:
     assert artifact.sha256 == seal_of(json.loads((folder / MANIFEST).read_text()))
     assert artifact.manifest.preprocessing is not None
     assert artifact.manifest.preprocessing.mean == (0.5,)
-    assert verify(folder) == "tiny: fp32 for x86-64 on onnxruntime, 1024 bytes, 2 files unchanged, parity 1.0e-06 over 1 stages"
+    assert (
+        verify(folder)
+        == "tiny: fp32 for x86-64 on onnxruntime, 1024 bytes, 2 files unchanged, parity 1.0e-06 over 1 stages"
+    )
 
 
 def test_the_schema_accepts_what_is_written_and_refuses_what_is_not(folder: Path) -> None:
@@ -100,7 +117,9 @@ def test_a_flipped_byte_of_the_model_is_named(folder: Path, position: int) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
-def test_a_flipped_bit_of_the_manifest_never_passes_unseen(tmp_path_factory: pytest.TempPathFactory, position: int, bit: int) -> None:
+def test_a_flipped_bit_of_the_manifest_never_passes_unseen(
+    tmp_path_factory: pytest.TempPathFactory, position: int, bit: int
+) -> None:
     folder = tmp_path_factory.mktemp("flip") / "artifact"
     make(folder)
     path = folder / MANIFEST
@@ -124,7 +143,10 @@ def test_a_flipped_bit_of_the_manifest_never_passes_unseen(tmp_path_factory: pyt
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "ops" / "required.config").unlink()
-    with pytest.raises(InputError, match=r"required\.config: missing; the manifest lists 'ops/required\.config' with 18 bytes"):
+    with pytest.raises(
+        InputError,
+        match=r"required\.config: missing; the manifest lists 'ops/required\.config' with 18 bytes",
+    ):
         Artifact.load(folder)
 
 
@@ -169,7 +191,9 @@ def test_a_symbolic_link_is_refused_wherever_it_leads(folder: Path, tmp_path: Pa
         ("x" * 2000, "longer"),
     ],
 )
-def test_a_foreign_path_is_named_even_under_a_fresh_seal(folder: Path, path: str, reason: str) -> None:
+def test_a_foreign_path_is_named_even_under_a_fresh_seal(
+    folder: Path, path: str, reason: str
+) -> None:
     assert reason in str(foreign(path))
 
     def change(data: dict[str, Any]) -> None:
@@ -196,9 +220,15 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "list": (b"[]", "holds a list"),
     "null": (b"null", "holds a NoneType"),
     "latin-1": (b'{"name": "\xe9"}', "not valid JSON"),
-    "repeated key": (b'{"schema": "vitrim.manifest/1", "schema": "vitrim.manifest/1"}', "the key 'schema' is there twice"),
+    "repeated key": (
+        b'{"schema": "vitrim.manifest/1", "schema": "vitrim.manifest/1"}',
+        "the key 'schema' is there twice",
+    ),
     "no schema": (b"{}", "schema is None"),
-    "another schema": (b'{"schema": "vitrim.manifest/2"}', r"schema is 'vitrim.manifest/2', this vitrim reads 'vitrim.manifest/1'"),
+    "another schema": (
+        b'{"schema": "vitrim.manifest/2"}',
+        r"schema is 'vitrim.manifest/2', this vitrim reads 'vitrim.manifest/1'",
+    ),
     "nan": (b'{"schema": "vitrim.manifest/1", "name": NaN}', "NaN is no number"),
     "no fields": (b'{"schema": "vitrim.manifest/1"}', "name: Field required"),
     "deep": (b"[" * 100_000, "not valid JSON"),
@@ -224,13 +254,19 @@ def test_a_malformed_manifest_is_refused_in_one_line(folder: Path, case: str) ->
         ("labels", ["one"], "1 labels for 2 classes"),
         ("batch", 0, "batch"),
         ("surprise", 1, "surprise: Extra inputs are not permitted"),
-        ("preprocessing", {**PREPROCESSING, "height": 9}, "preprocessing makes (1, 9, 8), the input takes (1, 8, 8)"),
+        (
+            "preprocessing",
+            {**PREPROCESSING, "height": 9},
+            "preprocessing makes (1, 9, 8), the input takes (1, 8, 8)",
+        ),
         ("preprocessing", {**PREPROCESSING, "std": [0.0]}, "preprocessing.std.0"),
         ("preprocessing", {**PREPROCESSING, "mean": [0.1, 0.2]}, "mean and std need 1 numbers"),
         ("seal", "xyz", "seal"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_key(folder: Path, key: str, value: Any, reason: str) -> None:
+def test_a_wrong_value_is_named_with_its_key(
+    folder: Path, key: str, value: Any, reason: str
+) -> None:
     edit(folder, lambda data: data.update({key: value}), reseal=key != "seal")
     with pytest.raises(InputError) as caught:
         Artifact.load(folder)

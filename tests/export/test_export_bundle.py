@@ -12,7 +12,7 @@ from bundle_sample import LABELS, artifact_in, build, needs_compiler, runtime_li
 from onnxruntime_header import header_folder
 from PIL import Image
 from vitrim.compress.data.preprocessing import Preprocessing
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
 from vitrim.export.sessions import open_session
@@ -23,12 +23,22 @@ def header() -> Path:
     needs_compiler()
     found = header_folder()
     if found is None:
-        pytest.skip("onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder")
+        pytest.skip(
+            "onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder"
+        )
     return found
 
 
-def run(program: Path, bundle_folder: Path, picture: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [str(program), str(runtime_library()), str(bundle_folder / "model"), str(picture), *options]
+def run(
+    program: Path, bundle_folder: Path, picture: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
+    command = [
+        str(program),
+        str(runtime_library()),
+        str(bundle_folder / "model"),
+        str(picture),
+        *options,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -50,7 +60,9 @@ def run(program: Path, bundle_folder: Path, picture: Path, *options: str) -> sub
     ],
     ids=["grey, squashed", "colour, cropped"],
 )
-def test_the_program_answers_as_the_artifact(header: Path, tmp_path: Path, settings: dict[str, object], mode: str) -> None:
+def test_the_program_answers_as_the_artifact(
+    header: Path, tmp_path: Path, settings: dict[str, object], mode: str
+) -> None:
     artifact = artifact_in(tmp_path / "artifact", **settings)
     program = build(bundle(artifact, tmp_path / "bundle"), header)
     assert artifact.manifest.preprocessing is not None
@@ -58,14 +70,25 @@ def test_the_program_answers_as_the_artifact(header: Path, tmp_path: Path, setti
     session = open_session(artifact)
     random = np.random.default_rng(0)
     # Larger, smaller, oblong, and of the other kind of colour than the model takes.
-    for number, (height, width, kind) in enumerate([(53, 31, mode), (16, 16, mode), (9, 40, mode), (24, 24, "L" if mode == "RGB" else "RGB")]):
-        picture = Image.fromarray(random.integers(0, 256, (height, width, 3) if kind == "RGB" else (height, width), dtype=np.uint8))
+    for number, (height, width, kind) in enumerate(
+        [(53, 31, mode), (16, 16, mode), (9, 40, mode), (24, 24, "L" if mode == "RGB" else "RGB")]
+    ):
+        picture = Image.fromarray(
+            random.integers(
+                0, 256, (height, width, 3) if kind == "RGB" else (height, width), dtype=np.uint8
+            )
+        )
         path = tmp_path / f"{number}.ppm"
         picture.save(path, format="PPM")
         ran = run(program, tmp_path / "bundle", path, "--logits", "--repeat", "3", "--report")
         assert ran.returncode == 0, ran.stderr
         lines = ran.stdout.splitlines()
-        logits = np.array([float(value) for value in next(line for line in lines if line.startswith("logits")).split()[1:]])
+        logits = np.array(
+            [
+                float(value)
+                for value in next(line for line in lines if line.startswith("logits")).split()[1:]
+            ]
+        )
         expected = session.run(None, {"images": preprocessing.apply(picture)[None]})[0][0]
         np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
         assert lines[0].endswith(LABELS[int(expected.argmax())])
@@ -98,7 +121,10 @@ def test_the_program_refuses_in_one_line(header: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_bundled_is_refused(tmp_path: Path) -> None:
     artifact = artifact_in(tmp_path / "artifact")
-    for change, reason in (({"preprocessing": None}, "has no preprocessing"), ({"batch": 4}, "holds batches of 4")):
+    for change, reason in (
+        ({"preprocessing": None}, "has no preprocessing"),
+        ({"batch": 4}, "holds batches of 4"),
+    ):
         Artifact.write(artifact.folder, artifact.manifest.model_copy(update=change))
         with pytest.raises(InputError, match=reason):
             bundle(artifact.folder, tmp_path / "bundle")
@@ -117,4 +143,6 @@ def test_the_bundle_holds_the_artifact_untouched(tmp_path: Path) -> None:
     assert "@" not in text
     assert "#define VITRIM_CLASSES 5" in text
     assert '"na\\303\\257ve"' in text
-    assert torch.tensor(1.0 / (255 * 0.4)).item() == np.float32(text.split("VITRIM_SCALE[VITRIM_CHANNELS] = {")[1].split("f}")[0])
+    assert torch.tensor(1.0 / (255 * 0.4)).item() == np.float32(
+        text.split("VITRIM_SCALE[VITRIM_CHANNELS] = {")[1].split("f}")[0]
+    )

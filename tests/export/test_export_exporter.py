@@ -13,12 +13,12 @@ import timm
 import torch
 import vitrim
 from torch import Tensor, nn
-from vitrim.errors import InputError, UnsupportedModel
+from vitrim.core.errors import InputError, UnsupportedModel
 from vitrim.export import Artifact, ParityError, export, open_session, verify
-from vitrim.export import candidates as candidates_module
 from vitrim.export.forms import FORMS, Form, write_network
-from vitrim.export.model_facts import image_shape, weights_sha256
-from vitrim.export.store import save_model
+from vitrim.export.graphs import candidates as candidates_module
+from vitrim.export.graphs.model_facts import image_shape, weights_sha256
+from vitrim.export.graphs.store import save_model
 
 PREPROCESSING = {"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4]}
 
@@ -27,7 +27,14 @@ PREPROCESSING = {"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std":
 def model() -> nn.Module:
     torch.manual_seed(0)
     made = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_classes=4
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        in_chans=1,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=4,
     ).eval()
     with torch.no_grad():
         for parameter in made.parameters():
@@ -46,7 +53,9 @@ def logits_of(artifact: Artifact, images: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def made(model: nn.Module, images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def made(
+    model: nn.Module, images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
     """One artifact for all tests that only look at it: torch's exporter takes seconds."""
     return export(
         model,
@@ -59,25 +68,39 @@ def made(model: nn.Module, images: np.ndarray, tmp_path_factory: pytest.TempPath
     )
 
 
-def test_an_artifact_answers_as_the_model_and_says_what_it_is(model: nn.Module, made: Artifact, images: np.ndarray) -> None:
+def test_an_artifact_answers_as_the_model_and_says_what_it_is(
+    model: nn.Module, made: Artifact, images: np.ndarray
+) -> None:
     with torch.no_grad():
         expected = model(torch.from_numpy(images)).numpy()
-    np.testing.assert_allclose(logits_of(made, images), expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        logits_of(made, images), expected, atol=1e-5 * np.abs(expected).max()
+    )
     manifest = made.manifest
-    assert [stage.stage for stage in manifest.parity] == ["onnx", "simplified", f"form {FORMS[0].name}", "ort file"]
-    assert all(stage.max_relative_error < 1e-5 and stage.top1_agreement == 1 for stage in manifest.parity)
+    assert [stage.stage for stage in manifest.parity] == [
+        "onnx",
+        "simplified",
+        f"form {FORMS[0].name}",
+        "ort file",
+    ]
+    assert all(
+        stage.max_relative_error < 1e-5 and stage.top1_agreement == 1 for stage in manifest.parity
+    )
     assert all(stage.input_kind == "images" and stage.images == 12 for stage in manifest.parity)
     assert manifest.form == FORMS[0].name
     assert manifest.inputs[0].shape == (1, 1, 16, 16)
     assert manifest.outputs[0].shape == (1, 4)
     assert manifest.provenance.weights_sha256 == weights_sha256(model)
     assert manifest.provenance.details == {"recipe": "test"}
-    assert manifest.provenance.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert manifest.provenance.parameters == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
     assert manifest.preprocessing is not None
     assert manifest.preprocessing.mean == (0.3,)
     assert {"torch", "onnx", "onnxruntime"} <= set(manifest.versions)
     assert "file" in verify(made.folder)
-    # The operator list of a reduced runtime build names what the file uses, and no path of this machine.
+    # The operator list of a reduced runtime build names what the file uses, and no path of this
+    # machine.
     operators = (made.folder / "required_operators.config").read_text()
     assert "Gemm" in operators
     assert str(made.folder.parent) not in operators
@@ -94,17 +117,23 @@ def test_a_flipped_weight_byte_is_found(made: Artifact, tmp_path: Path) -> None:
         Artifact.load(copy)
 
 
-def test_a_cut_model_exports_in_eight_bits_smaller_and_alike(model: nn.Module, images: np.ndarray, tmp_path: Path) -> None:
+def test_a_cut_model_exports_in_eight_bits_smaller_and_alike(
+    model: nn.Module, images: np.ndarray, tmp_path: Path
+) -> None:
     cut = vitrim.compact(model, vitrim.StructuredMask.random(model, keep_ratio=0.5)).eval()
     small = export(cut, tmp_path / "int8", precision="int8", images=images)
     big = write_network(cut, FORMS[0]).ByteSize()
     assert small.manifest.parity[-1].stage == "int8"
     assert 1e-5 < small.manifest.parity[-1].max_relative_error < 0.1
     assert small.bytes < 0.8 * big
-    assert {node.op_type for node in onnx.load(small.model_path).graph.node} >= {"DynamicQuantizeMatMul"}
+    assert {node.op_type for node in onnx.load(small.model_path).graph.node} >= {
+        "DynamicQuantizeMatMul"
+    }
 
 
-def test_a_free_batch_takes_any_number(model: nn.Module, images: np.ndarray, tmp_path: Path) -> None:
+def test_a_free_batch_takes_any_number(
+    model: nn.Module, images: np.ndarray, tmp_path: Path
+) -> None:
     made = export(model, tmp_path / "artifact", batch="dynamic", images=images)
     assert made.manifest.inputs[0].shape == ("batch", 1, 16, 16)
     session = open_session(made)
@@ -129,7 +158,9 @@ def test_a_foreign_module_is_shipped_as_torch_writes_it(tmp_path: Path) -> None:
     learner = Convolutional().train()
     made = export(learner, tmp_path / "artifact", image=(1, 16, 16), precision="int8")
     # Made-up inputs are marked as such, and the module is given back as it came.
-    assert {(stage.input_kind, stage.seed) for stage in made.manifest.parity} == {("seeded-noise", 0)}
+    assert {(stage.input_kind, stage.seed) for stage in made.manifest.parity} == {
+        ("seeded-noise", 0)
+    }
     assert learner.training
     assert made.manifest.form == "plain"
     assert any("do not cover it" in note for note in made.manifest.notes)
@@ -146,7 +177,11 @@ def test_a_form_that_computes_something_else_is_stopped_with_its_first_node(
         if form == FORMS[1]:
             for tensor in graph.graph.initializer:
                 if tensor.name == "blocks.1.ffn.fc1.bias":
-                    tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + 0.5, tensor.name))
+                    tensor.CopyFrom(
+                        onnx.numpy_helper.from_array(
+                            onnx.numpy_helper.to_array(tensor) + 0.5, tensor.name
+                        )
+                    )
         return graph
 
     monkeypatch.setattr(candidates_module, "write_network", broken)
@@ -168,9 +203,15 @@ def test_a_form_that_computes_something_else_is_stopped_with_its_first_node(
         ({"precision": "int8-static"}, "int8-static finds its ranges on images"),
         ({"batch": 0}, "batch 0: give a whole number above 0"),
         ({"batch": "many"}, "batch 'many'"),
-        ({"target": "rpi4", "tune": True}, "tune measures on this machine, and the target is 'rpi4'"),
+        (
+            {"target": "rpi4", "tune": True},
+            "tune measures on this machine, and the target is 'rpi4'",
+        ),
         ({"opset": 17}, "opset 17: the export needs at least 20"),
-        ({"images": np.zeros((2, 3, 16, 16), np.float32)}, "does not fit the model's (count, 1, 16, 16)"),
+        (
+            {"images": np.zeros((2, 3, 16, 16), np.float32)},
+            "does not fit the model's (count, 1, 16, 16)",
+        ),
         ({"images": np.full((2, 1, 16, 16), np.nan, np.float32)}, "infinite or missing"),
         ({"form": "fastest"}, "form 'fastest' is unknown"),
         ({"preprocessing": {"channels": 1}}, "preprocessing: "),
@@ -214,7 +255,12 @@ def test_the_image_size_comes_from_the_model_or_the_caller(model: nn.Module) -> 
 def test_large_weights_go_to_a_file_of_their_own(model: nn.Module, tmp_path: Path) -> None:
     graph = write_network(vitrim.lift(model), FORMS[0])
     entries = save_model(graph, tmp_path, external_above_bytes=1000)
-    assert [(entry.path, entry.role) for entry in entries] == [("model.onnx", "model"), ("model.onnx.data", "weights")]
+    assert [(entry.path, entry.role) for entry in entries] == [
+        ("model.onnx", "model"),
+        ("model.onnx.data", "weights"),
+    ]
     image = np.ones((1, 1, 16, 16), np.float32)
     apart = open_session(tmp_path / "model.onnx").run(None, {"images": image})[0]
-    np.testing.assert_array_equal(apart, open_session(graph.SerializeToString()).run(None, {"images": image})[0])
+    np.testing.assert_array_equal(
+        apart, open_session(graph.SerializeToString()).run(None, {"images": image})[0]
+    )

@@ -1,4 +1,6 @@
-"""Tampered and malformed artifacts, kept as folders: each is refused by the name of what is wrong with it, and the whole one is read for ever."""
+"""Tampered and malformed artifacts, kept as folders: each is refused by the name of what is wrong
+with it, and the whole one is read for ever.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 from vitrim.cli import app
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 from vitrim.export.artifact import MANIFEST, MAX_MANIFEST_BYTES, Artifact
 
 FOLDER = Path(__file__).with_name("malformed")
@@ -51,7 +53,9 @@ def test_a_manifest_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> No
     folder = Path(shutil.copytree(FOLDER / "whole", tmp_path / "artifact"))
     with (folder / MANIFEST).open("r+b") as stream:
         stream.truncate(MAX_MANIFEST_BYTES + 1)
-    with pytest.raises(InputError, match=r"manifest\.json: 16777217 bytes are more than a manifest may have"):
+    with pytest.raises(
+        InputError, match=r"manifest\.json: 16777217 bytes are more than a manifest may have"
+    ):
         Artifact.load(folder)
 
 

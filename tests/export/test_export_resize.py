@@ -22,32 +22,60 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("g++ not installed: apt-get install g++")
     made = tmp_path_factory.mktemp("resize") / "resize_samples"
     source = Path(__file__).with_name("resize_samples.cpp")
-    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-result", f"-I{SOURCES}", str(source), "-o", str(made)]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-result",
+        f"-I{SOURCES}",
+        str(source),
+        "-o",
+        str(made),
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     return made
 
 
 def pictures(count: int, seed: int) -> list[tuple[np.ndarray, tuple[int, int], str]]:
-    """Random sizes, colours, filters and samples; every third picture is black and white, where filters overshoot most."""
+    """Random sizes, colours, filters and samples; every third picture is black and white, where
+    filters overshoot most.
+    """
     random = np.random.default_rng(seed)
     found = []
     for number in range(count):
-        width, height, new_width, new_height = (int(size) for size in random.integers(1, 250 if number % 50 == 0 else 70, 4))
-        new_width, new_height = width if number % 7 == 0 else new_width, height if number % 11 == 0 else new_height
-        samples = random.integers(0, 256, (height, width, 3) if number % 2 else (height, width), dtype=np.uint8)
+        width, height, new_width, new_height = (
+            int(size) for size in random.integers(1, 250 if number % 50 == 0 else 70, 4)
+        )
+        new_width, new_height = (
+            width if number % 7 == 0 else new_width,
+            height if number % 11 == 0 else new_height,
+        )
+        samples = random.integers(
+            0, 256, (height, width, 3) if number % 2 else (height, width), dtype=np.uint8
+        )
         samples = np.where(samples > 127, 255, 0).astype(np.uint8) if number % 3 == 0 else samples
         found.append((samples, (new_width, new_height), FILTERS[number % len(FILTERS)]))
     return found
 
 
-def resized(program: Path, wanted: list[tuple[np.ndarray, tuple[int, int], str]], pillow: int) -> list[np.ndarray]:
+def resized(
+    program: Path, wanted: list[tuple[np.ndarray, tuple[int, int], str]], pillow: int
+) -> list[np.ndarray]:
     pieces = []
     for samples, size, name in wanted:
         channels = 1 if samples.ndim == 2 else 3
         line = f"{samples.shape[1]} {samples.shape[0]} {channels} {size[0]} {size[1]} {pillow} {name}\n"
         pieces.append(line.encode() + samples.tobytes())
-    answer = np.frombuffer(subprocess.run([str(program)], input=b"".join(pieces), capture_output=True, check=True, timeout=120).stdout, np.uint8)
+    answer = np.frombuffer(
+        subprocess.run(
+            [str(program)], input=b"".join(pieces), capture_output=True, check=True, timeout=120
+        ).stdout,
+        np.uint8,
+    )
     found, start = [], 0
     for samples, size, _ in wanted:
         shape = (size[1], size[0], *samples.shape[2:])
@@ -65,10 +93,14 @@ def test_every_filter_gives_pillows_bits_at_any_size(program: Path) -> None:
 
 
 def test_older_pillows_resized_columns_first(program: Path) -> None:
-    wanted = [(samples, size, name) for samples, size, name in pictures(400, seed=5) if name != "nearest"]
+    wanted = [
+        (samples, size, name) for samples, size, name in pictures(400, seed=5) if name != "nearest"
+    ]
     differ = 0
     newer = resized(program, wanted, 13)
-    for (samples, size, name), found, new in zip(wanted, resized(program, wanted, 12), newer, strict=True):
+    for (samples, size, name), found, new in zip(
+        wanted, resized(program, wanted, 12), newer, strict=True
+    ):
         kind, picture = Image.Resampling[name.upper()], Image.fromarray(samples)
         expected = np.asarray(picture.resize((size[0], picture.height), kind).resize(size, kind))
         np.testing.assert_array_equal(found, expected, err_msg=f"{name} {samples.shape} -> {size}")

@@ -1,4 +1,6 @@
-"""Every stage of an export stops at a really broken graph, naming itself and the first node that differs; and the precisions beside int8."""
+"""Every stage of an export stops at a really broken graph, naming itself and the first node that
+differs; and the precisions beside int8.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ import pytest
 import vitrim
 from onnx import numpy_helper
 from tiny_models import tiny_vit
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 from vitrim.export import ParityError, export, open_session
-from vitrim.export import candidates as candidates_module
 from vitrim.export import onnxruntime_files as files_module
 from vitrim.export import ort_format as ort_module
-from vitrim.export import tracing as tracing_module
 from vitrim.export.forms import Form, write_network
+from vitrim.export.graphs import candidates as candidates_module
+from vitrim.export.graphs import tracing as tracing_module
+from vitrim.export.graphs.store import open_graph
 from vitrim.export.parity import answers
-from vitrim.export.quantize import int8_static
-from vitrim.export.store import open_graph
+from vitrim.export.quantization.quantize import int8_static
 
 IMAGES = np.random.default_rng(6).standard_normal((16, 3, 16, 16), dtype=np.float32)
 
@@ -30,32 +32,52 @@ def damaged(graph: onnx.ModelProto) -> onnx.ModelProto:
     """The second block's first FFN product gets other weights."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
-    products = [node for node in copy.graph.node if node.op_type in ("MatMul", "Gemm", "DynamicQuantizeMatMul")]
+    products = [
+        node
+        for node in copy.graph.node
+        if node.op_type in ("MatMul", "Gemm", "DynamicQuantizeMatMul")
+    ]
     weights = {tensor.name: tensor for tensor in copy.graph.initializer}
-    wide = [node for node in products if node.input[1] in weights and max(weights[node.input[1]].dims) >= 64]
+    wide = [
+        node
+        for node in products
+        if node.input[1] in weights and max(weights[node.input[1]].dims) >= 64
+    ]
     tensor = weights[wide[-1].input[1]]
     value = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value[::-1]), tensor.name))
     return copy
 
 
-def breaks(module: Any, name: str, *, result: Callable[[Any], Any] = damaged) -> Callable[[pytest.MonkeyPatch], None]:
+def breaks(
+    module: Any, name: str, *, result: Callable[[Any], Any] = damaged
+) -> Callable[[pytest.MonkeyPatch], None]:
     whole = getattr(module, name)
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, name, lambda *positional, **named: result(whole(*positional, **named)))
+        monkeypatch.setattr(
+            module, name, lambda *positional, **named: result(whole(*positional, **named))
+        )
 
     return apply
 
 
 STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], str]] = {
-    "onnx": (breaks(tracing_module, "torch_to_onnx"), {}, r"stage onnx: answers differ from torch by .* first difference: module "),
+    "onnx": (
+        breaks(tracing_module, "torch_to_onnx"),
+        {},
+        r"stage onnx: answers differ from torch by .* first difference: module ",
+    ),
     "simplified": (
         breaks(tracing_module, "simplify", result=lambda pair: (damaged(pair[0]), None)),
         {},
         r"stage simplified: answers differ from torch by .* first difference: node '.*' \(\w+\), by ",
     ),
-    "form": (breaks(candidates_module, "write_network"), {"form": Form()}, r"stage form matrix/.* answers differ from torch by "),
+    "form": (
+        breaks(candidates_module, "write_network"),
+        {"form": Form()},
+        r"stage form matrix/.* answers differ from torch by ",
+    ),
     "int8": (
         breaks(files_module, "in_precision"),
         {"precision": "int8", "tolerances": {"int8": 0.05}},
@@ -72,7 +94,9 @@ STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], st
         r"stage fp16: answers differ from torch by .* 2e-02 is allowed",
     ),
     "ort file": (
-        breaks(ort_module, "save_ort_format", result=lambda pair: (pair[0], pair[1][:, ::-1].copy())),
+        breaks(
+            ort_module, "save_ort_format", result=lambda pair: (pair[0], pair[1][:, ::-1].copy())
+        ),
         {"ort_format": True},
         "stage ort file: answers differ from torch by ",
     ),
@@ -80,7 +104,9 @@ STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], st
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_broken_stage_stops_and_leaves_nothing(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_stage_stops_and_leaves_nothing(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     apply, options, message = STAGES[stage]
     apply(monkeypatch)
     with pytest.raises(ParityError, match=message) as caught:
@@ -92,7 +118,9 @@ def test_a_broken_stage_stops_and_leaves_nothing(stage: str, tmp_path: Path, mon
 def test_half_precision_runs_here_and_keeps_float_at_both_ends(tmp_path: Path) -> None:
     made = export(tiny_vit(), tmp_path / "out", images=IMAGES, precision="fp16", target="rpi5")
     graph = onnx.load(made.model_path)
-    assert {value.type.tensor_type.elem_type for value in (*graph.graph.input, *graph.graph.output)} == {onnx.TensorProto.FLOAT}
+    assert {
+        value.type.tensor_type.elem_type for value in (*graph.graph.input, *graph.graph.output)
+    } == {onnx.TensorProto.FLOAT}
     weights = [tensor for tensor in graph.graph.initializer if len(tensor.dims) == 2]
     assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
     stage = next(stage for stage in made.manifest.parity if stage.stage == "fp16")
@@ -105,18 +133,33 @@ def test_half_precision_runs_here_and_keeps_float_at_both_ends(tmp_path: Path) -
 
 
 def test_the_best_calibration_is_told_with_the_others(tmp_path: Path) -> None:
-    made = export(tiny_vit(), tmp_path / "out", images=IMAGES, precision="int8-static", calibration="best")
+    made = export(
+        tiny_vit(), tmp_path / "out", images=IMAGES, precision="int8-static", calibration="best"
+    )
     told = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
-    assert [note.split(" calibration")[0].removeprefix("int8-static by ") for note in told[:3]] == ["min-max", "percentile", "entropy"]
+    assert [note.split(" calibration")[0].removeprefix("int8-static by ") for note in told[:3]] == [
+        "min-max",
+        "percentile",
+        "entropy",
+    ]
     assert all("same answer on" in note for note in told)
     # What stays float was timed against it, but for what the form hands to one operator.
-    assert [note.split(" calibration, ")[1].split(" in eight bits")[0] for note in told[3:]] == ["patch"]
+    assert [note.split(" calibration, ")[1].split(" in eight bits")[0] for note in told[3:]] == [
+        "patch"
+    ]
     assert "of the latency: " in told[3]
 
 
 def test_what_a_form_leaves_open_is_timed_in_eight_bits_too(tmp_path: Path) -> None:
     form = Form(rows="batch", norm="layer", stem="matrix")
-    made = export(tiny_vit(), tmp_path / "out", images=IMAGES, precision="int8-static", calibration="best", form=form)
+    made = export(
+        tiny_vit(),
+        tmp_path / "out",
+        images=IMAGES,
+        precision="int8-static",
+        calibration="best",
+        form=form,
+    )
     told = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
     assert len(told) == 6
     for note, part in zip(told[3:], ("patch", "attention", "norm"), strict=True):
@@ -124,12 +167,21 @@ def test_what_a_form_leaves_open_is_timed_in_eight_bits_too(tmp_path: Path) -> N
         assert "of the latency: " in note
 
 
-@pytest.mark.parametrize(("also", "kind"), [("patch", "MatMul"), ("attention", "Softmax"), ("norm", "LayerNormalization")])
+@pytest.mark.parametrize(
+    ("also", "kind"),
+    [("patch", "MatMul"), ("attention", "Softmax"), ("norm", "LayerNormalization")],
+)
 def test_what_is_left_float_is_quantized_when_it_is_named(also: str, kind: str) -> None:
-    graph = write_network(vitrim.lift(tiny_vit()), Form(norm="layer", stem="matrix", last_keys=False), linears="product")
+    graph = write_network(
+        vitrim.lift(tiny_vit()),
+        Form(norm="layer", stem="matrix", last_keys=False),
+        linears="product",
+    )
 
     def read(model: onnx.ModelProto) -> int:
-        answered = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        answered = {
+            node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"
+        }
         return sum(node.op_type == kind and node.input[0] in answered for node in model.graph.node)
 
     plain, more = int8_static(graph, IMAGES), int8_static(graph, IMAGES, also=(also,))  # type: ignore[arg-type]
@@ -141,7 +193,9 @@ def test_a_graph_too_large_for_a_message_is_asked_through_a_file() -> None:
     graph = write_network(vitrim.lift(tiny_vit()), Form())
     feed = {"images": IMAGES[:1]}
     whole = open_graph(graph).run(None, feed)[0]
-    np.testing.assert_array_equal(open_graph(graph, external_above_bytes=100).run(None, feed)[0], whole)
+    np.testing.assert_array_equal(
+        open_graph(graph, external_above_bytes=100).run(None, feed)[0], whole
+    )
 
 
 def test_an_opset_leaves_out_the_forms_that_need_more(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""What a person sees while an export lasts: its stage and the time, on a terminal only, and gone afterwards."""
+"""What a person sees while an export lasts: its stage and the time, on a terminal only, and gone
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import pytest
 from tiny_models import tiny_vit
 from vitrim.export import export, stage_line
 from vitrim.export.forms import Form, write_network
-from vitrim.export.given_graph import export_graph
+from vitrim.export.graphs.given_graph import export_graph
 
 pty = pytest.importorskip("pty", reason="needs a terminal of its own (a Unix)")
 
@@ -42,7 +44,9 @@ def seen(patience_s: float, code: str = LASTING, kind: str = "xterm") -> tuple[s
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CI"):
         environment.pop(name, None)
     code = code.format(patience_s=patience_s)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=end, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=end, text=True, env=environment
+    )
     os.close(end)
     told = b""
     while True:
@@ -61,9 +65,16 @@ def seen(patience_s: float, code: str = LASTING, kind: str = "xterm") -> tuple[s
 
 def test_a_stage_that_lasts_is_named_with_its_time_and_leaves_no_trace() -> None:
     told, out = seen(0.1)
-    assert told.index("tracing") < told.index("compiling the network") < told.index("another bar") < told.index("parity") < told.index("saved")
+    assert (
+        told.index("tracing")
+        < told.index("compiling the network")
+        < told.index("another bar")
+        < told.index("parity")
+        < told.index("saved")
+    )
     assert "0:00:00" in told
-    # While another bar is shown, and after the end, the line is taken away (erase line), and the result goes where it belongs.
+    # While another bar is shown, and after the end, the line is taken away (erase line), and the
+    # result goes where it belongs.
     before = told[: told.index("another bar")]
     assert before.rindex("\x1b[2K") > before.rindex("compiling the network")
     between = told[told.index("another bar") : told.index("parity")]
@@ -82,12 +93,19 @@ def test_short_work_shows_nothing() -> None:
 
 
 def test_a_quiet_command_shows_nothing() -> None:
-    code = LASTING.replace("with stages_shown(patience_s={patience_s}):", "with stages_shown(quiet=True):").replace("0.5", "0.2")
+    code = LASTING.replace(
+        "with stages_shown(patience_s={patience_s}):", "with stages_shown(quiet=True):"
+    ).replace("0.5", "0.2")
     assert seen(0.0, code) == ("another bar\r\nsaved\r\n", "the result\n")
 
 
 def test_where_nobody_looks_nothing_is_written() -> None:
-    done = subprocess.run([sys.executable, "-c", LASTING.format(patience_s=0)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LASTING.format(patience_s=0)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert (done.stdout, done.stderr) == ("the result\n", "another bar\nsaved\n")
 
 
@@ -128,7 +146,10 @@ def test_every_stage_of_a_given_graph_is_told(tmp_path: Path, told: list[str]) -
     import onnx
     import vitrim
 
-    onnx.save(write_network(vitrim.lift(tiny_vit()), Form(rows="batch", norm="layer", last_keys=False)), str(tmp_path / "given.onnx"))
+    onnx.save(
+        write_network(vitrim.lift(tiny_vit()), Form(rows="batch", norm="layer", last_keys=False)),
+        str(tmp_path / "given.onnx"),
+    )
     export_graph(tmp_path / "given.onnx", tmp_path / "a", precision="int8")
     assert told == [
         "reading given.onnx", "parity of the given graph", "simplifying", "parity of the simplified graph", "quantizing", "parity of int8",

@@ -1,14 +1,17 @@
-"""Profiles are whole and sourced; a broken one is refused by file, line and key; a model that does not fit is told by how much."""
+"""Profiles are whole and sourced; a broken one is refused by file, line and key; a model that does
+not fit is told by how much.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
+from vitrim.targets.catalog import list_targets, load_target
 from vitrim.targets.check import check
 from vitrim.targets.detect import detect_host
-from vitrim.targets.profile import TargetProfile, list_targets, load_target
+from vitrim.targets.profile import TargetProfile
 
 SHIPPED = list_targets()
 # Of the demo.
@@ -37,7 +40,10 @@ def test_every_number_of_a_shipped_profile_has_a_source(name: str) -> None:
     profile = load_target(name)
     assert profile.name == name
     sources = {key: profile.source_of(key) for key in profile.numbers()}
-    assert all(source and (source.startswith(("http", "measured", "derived: ", "unverified"))) for source in sources.values()), sources
+    assert all(
+        source and (source.startswith(("http", "measured", "derived: ", "unverified")))
+        for source in sources.values()
+    ), sources
 
 
 def test_the_host_is_detected_as_a_whole_profile() -> None:
@@ -53,7 +59,13 @@ def test_avx512_wants_widths_of_sixteen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "nearest"), [("rpi-4", "rpi4"), ("jetson-orin", "jetson-orin-nano"), ("x86_64", "x86-64"), ("hots", "host")]
+    ("wrong", "nearest"),
+    [
+        ("rpi-4", "rpi4"),
+        ("jetson-orin", "jetson-orin-nano"),
+        ("x86_64", "x86-64"),
+        ("hots", "host"),
+    ],
 )
 def test_an_unknown_name_gets_the_nearest(wrong: str, nearest: str) -> None:
     with pytest.raises(InputError, match=f"did you mean '{nearest}'"):
@@ -66,7 +78,9 @@ def test_a_name_like_nothing_gets_the_list() -> None:
 
 
 def own(tmp_path: Path, old: str, new: str) -> Path:
-    text = (Path(str(__import__("vitrim.targets", fromlist=["x"]).__path__[0])) / "rpi4.toml").read_text()
+    text = (
+        Path(str(__import__("vitrim.targets", fromlist=["x"]).__path__[0])) / "rpi4.toml"
+    ).read_text()
     assert old in text
     path = tmp_path / "mine.toml"
     path.write_text(text.replace(old, new, 1))
@@ -85,18 +99,44 @@ def test_a_profile_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
             "round_too = 4",
             r"mine.toml:\d+: round_too: no such key; did you mean 'round_to'\?",
         ),
-        ("round_to = 4", "round_to = 0", r"mine.toml:11: round_to: Input should be greater than or equal to 1"),
-        ("cores = 4", 'cores = "four"', r"mine.toml:\d+: clusters.0.cores: Input should be a valid integer"),
-        ("cores = 4", "core_count = 4", r"mine.toml:\d+: clusters.0.core_count: no such key; did you mean 'core'\?"),
+        (
+            "round_to = 4",
+            "round_to = 0",
+            r"mine.toml:11: round_to: Input should be greater than or equal to 1",
+        ),
+        (
+            "cores = 4",
+            'cores = "four"',
+            r"mine.toml:\d+: clusters.0.cores: Input should be a valid integer",
+        ),
+        (
+            "cores = 4",
+            "core_count = 4",
+            r"mine.toml:\d+: clusters.0.core_count: no such key; did you mean 'core'\?",
+        ),
         ("cores = 4\n", "", r"mine.toml:\d+: clusters.0.cores: this key is missing"),
         ("[peak]", "[speak]", r"mine.toml:\d+: speak: no such key; did you mean 'peak'\?"),
-        ("[memory]", "[memory]\nflesh_bytes = 5", r"mine.toml:\d+: memory.flesh_bytes: no such key; did you mean 'flash_bytes'\?"),
-        ("memory = ", "memorial = ", r"mine.toml:\d+: the number memory.l1d_bytes has no source; add 'memory' to \[sources\]"),
+        (
+            "[memory]",
+            "[memory]\nflesh_bytes = 5",
+            r"mine.toml:\d+: memory.flesh_bytes: no such key; did you mean 'flash_bytes'\?",
+        ),
+        (
+            "memory = ",
+            "memorial = ",
+            r"mine.toml:\d+: the number memory.l1d_bytes has no source; add 'memory' to \[sources\]",
+        ),
         ("schema = ", "schema = = ", r"mine.toml: not TOML: .*line 1"),
-        ('"vitrim.target/1"', '"vitrim.target/9"', r"mine.toml:1: schema: Input should be 'vitrim.target/1'"),
+        (
+            '"vitrim.target/1"',
+            '"vitrim.target/9"',
+            r"mine.toml:1: schema: Input should be 'vitrim.target/1'",
+        ),
     ],
 )
-def test_a_broken_profile_is_refused_by_file_line_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_a_broken_profile_is_refused_by_file_line_and_key(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message) as caught:
         load_target(own(tmp_path, old, new))
     assert "\n" not in str(caught.value)
@@ -118,11 +158,21 @@ def test_a_model_too_large_for_a_microcontroller_is_told_by_how_much() -> None:
     fit = check(load_target("stm32h7"), params=PARAMS, peak_activation_bytes=PEAK_BYTES)
     assert not fit.fits
     assert fit.weight_excess_bytes == 3_200_000 - 2 * 2**20
-    assert "weights (fp32): 3.2 MB, but only 2.1 MB flash: 1.1 MB too much, 1.5 times too large" in str(fit)
-    assert check(load_target("stm32h7"), params=PARAMS, peak_activation_bytes=PEAK_BYTES, precision="int8").fits
+    assert (
+        "weights (fp32): 3.2 MB, but only 2.1 MB flash: 1.1 MB too much, 1.5 times too large"
+        in str(fit)
+    )
+    assert check(
+        load_target("stm32h7"), params=PARAMS, peak_activation_bytes=PEAK_BYTES, precision="int8"
+    ).fits
 
 
 def test_activations_that_do_not_fit_are_told_too() -> None:
-    fit = check(load_target("stm32h7"), params=100_000, peak_activation_bytes=3_700_000, precision="int8")
+    fit = check(
+        load_target("stm32h7"), params=100_000, peak_activation_bytes=3_700_000, precision="int8"
+    )
     assert not fit.fits
-    assert "peak activation: 3.7 MB, but only 786 kB usable memory beside the weights: 2.91 MB too much, 4.7 times too large" in str(fit)
+    assert (
+        "peak activation: 3.7 MB, but only 786 kB usable memory beside the weights: 2.91 MB too much, 4.7 times too large"
+        in str(fit)
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vitrim.errors import InputError
-from vitrim.targets.profile import list_targets, load_target
+from vitrim.core.errors import InputError
+from vitrim.targets.catalog import list_targets, load_target
 from vitrim.targets.vector import vector_unit
 
 
@@ -24,10 +24,22 @@ from vitrim.targets.vector import vector_unit
     ],
 )
 def test_the_widest_unit_is_taken(
-    architecture: str, features: list[str], kind: str, lanes: int, registers: int, fused: bool, dot: bool
+    architecture: str,
+    features: list[str],
+    kind: str,
+    lanes: int,
+    registers: int,
+    fused: bool,
+    dot: bool,
 ) -> None:
     unit = vector_unit(architecture, features)
-    assert (unit.kind, unit.lanes, unit.registers, unit.fused, unit.int8_dot) == (kind, lanes, registers, fused, dot)
+    assert (unit.kind, unit.lanes, unit.registers, unit.fused, unit.int8_dot) == (
+        kind,
+        lanes,
+        registers,
+        fused,
+        dot,
+    )
 
 
 def test_a_profile_offers_its_unit() -> None:
@@ -44,7 +56,9 @@ def test_tvm_takes_the_target_of_every_profile(name: str) -> None:
 
 
 def mine(tmp_path: Path, line: str) -> Path:
-    text = (Path(str(__import__("vitrim.targets", fromlist=["x"]).__path__[0])) / "rpi5.toml").read_text()
+    text = (
+        Path(str(__import__("vitrim.targets", fromlist=["x"]).__path__[0])) / "rpi5.toml"
+    ).read_text()
     lines = [line if old.startswith("tvm_target") else old for old in text.splitlines()]
     path = tmp_path / "mine.toml"
     path.write_text("\n".join(lines) + "\n")
@@ -52,7 +66,10 @@ def mine(tmp_path: Path, line: str) -> Path:
 
 
 def test_the_command_line_form_of_older_profiles_is_read(tmp_path: Path) -> None:
-    path = mine(tmp_path, "tvm_target = 'llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76 -mattr=+dotprod,+fullfp16'")
+    path = mine(
+        tmp_path,
+        "tvm_target = 'llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76 -mattr=+dotprod,+fullfp16'",
+    )
     assert load_target(path).tvm_target == {
         "kind": "llvm",
         "mtriple": "aarch64-linux-gnu",
@@ -62,5 +79,7 @@ def test_the_command_line_form_of_older_profiles_is_read(tmp_path: Path) -> None
 
 
 def test_a_tvm_target_that_is_none_is_refused_by_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"mine\.toml:\d+: tvm_target: '-mcpu' is no option of a TVM target"):
+    with pytest.raises(
+        InputError, match=r"mine\.toml:\d+: tvm_target: '-mcpu' is no option of a TVM target"
+    ):
         load_target(mine(tmp_path, "tvm_target = 'llvm -mcpu cortex-a76'"))

@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 from vitrim.bench.estimate.calibration import error_factor, fit, leave_one_out
-from vitrim.bench.estimate.costs import OperatorCost, OperatorCosts, TimedOperator, fit_costs, rescale
+from vitrim.bench.estimate.costs import (
+    OperatorCost,
+    OperatorCosts,
+    TimedOperator,
+    fit_costs,
+    rescale,
+)
 from vitrim.bench.estimate.machine import Machine, machine_of
 from vitrim.bench.estimate.points import MEASURED, PUBLISHED, Point, known_points, read_latencies
 from vitrim.bench.estimate.prediction import can_estimate, estimate, time_text
 from vitrim.bench.estimate.workload import PlainVit
-from vitrim.errors import InputError
-from vitrim.targets.profile import list_targets, load_target
+from vitrim.core.errors import InputError
+from vitrim.targets.catalog import list_targets, load_target
 
 COSTS = OperatorCosts(
     {
@@ -33,35 +39,61 @@ VITS = {
 }
 
 
-def machine(name: str, threads: int = 1, gigamacs: float = 20.0, architecture: str = "aarch64") -> Machine:
+def machine(
+    name: str, threads: int = 1, gigamacs: float = 20.0, architecture: str = "aarch64"
+) -> Machine:
     rate = gigamacs * 1e9 * threads
     return Machine(name, architecture, threads, "fp32", 2e9, rate, rate, 8e9 * threads)
 
 
-def point(name: str, family: str, factor: float, threads: int = 1, vit: str = "middle", architecture: str = "aarch64") -> Point:
+def point(
+    name: str,
+    family: str,
+    factor: float,
+    threads: int = 1,
+    vit: str = "middle",
+    architecture: str = "aarch64",
+) -> Point:
     work, where = VITS[vit].workload(vit), machine(name, threads, architecture=architecture)
     return Point(where, family, work, COSTS.seconds(work, where) * factor * threads**0.25, "made")
 
 
 def test_operator_costs_are_found_again() -> None:
     timed = [
-        TimedOperator(operator, machine("a"), COSTS.operator_seconds(operator, machine("a"), from_memory=False))
+        TimedOperator(
+            operator,
+            machine("a"),
+            COSTS.operator_seconds(operator, machine("a"), from_memory=False),
+        )
         for vit in VITS.values()
         for operator in vit.workload("x").operators
     ]
     found = fit_costs(timed, "a")
     for kind, cost in COSTS.kinds.items():
-        assert found.kinds[kind].cycles_per_node == pytest.approx(cost.cycles_per_node, rel=0.01), kind
+        assert found.kinds[kind].cycles_per_node == pytest.approx(cost.cycles_per_node, rel=0.01), (
+            kind
+        )
         if kind not in ("attention",):
             # Scores and multiply-adds of attention grow together, so only their sum is known.
             assert found.kinds[kind].over_peak == pytest.approx(cost.over_peak, rel=0.01)
     large = VITS["large"].workload("x")
-    assert found.seconds(large, machine("a")) == pytest.approx(COSTS.seconds(large, machine("a")), rel=0.01)
+    assert found.seconds(large, machine("a")) == pytest.approx(
+        COSTS.seconds(large, machine("a")), rel=0.01
+    )
 
 
 def test_a_profiler_that_costs_time_at_each_node_is_taken_off() -> None:
-    slow = OperatorCosts({kind: replace(cost, cycles_per_node=cost.cycles_per_node * 3) for kind, cost in COSTS.kinds.items()}, "a")
-    whole = [(vit.workload(name), machine("a"), COSTS.seconds(vit.workload(name), machine("a"))) for name, vit in VITS.items()]
+    slow = OperatorCosts(
+        {
+            kind: replace(cost, cycles_per_node=cost.cycles_per_node * 3)
+            for kind, cost in COSTS.kinds.items()
+        },
+        "a",
+    )
+    whole = [
+        (vit.workload(name), machine("a"), COSTS.seconds(vit.workload(name), machine("a")))
+        for name, vit in VITS.items()
+    ]
     found = rescale(slow, whole)
     for kind, cost in COSTS.kinds.items():
         assert found.kinds[kind].cycles_per_node == pytest.approx(cost.cycles_per_node, rel=1e-6)
@@ -76,18 +108,25 @@ def test_weights_beyond_the_cache_are_read_from_memory() -> None:
 
 
 def test_the_factor_of_a_runtime_and_the_loss_over_threads_are_found() -> None:
-    points = [point(name, "quick", 2.0, threads) for name in "abc" for threads in (1, 4)] + [point("d", "slow", 5.0)]
+    points = [point(name, "quick", 2.0, threads) for name in "abc" for threads in (1, 4)] + [
+        point("d", "slow", 5.0)
+    ]
     found = fit(points, COSTS)
     assert found.threads_power == pytest.approx(0.25)
     assert math.exp(found.levels["quick", "aarch64"]) == pytest.approx(2.0)
     assert math.exp(found.levels["slow", "aarch64"]) == pytest.approx(5.0)
-    # A runtime that nobody measured rests on the others there, and an architecture that nobody measured on all.
+    # A runtime that nobody measured rests on the others there, and an architecture that nobody
+    # measured on all.
     assert found.cell(machine("x"), "unknown") == ("", "aarch64")
     assert found.cell(machine("x", architecture="riscv64"), "quick") == ("", "")
 
 
 def test_a_device_left_out_is_not_seen_with_any_thread_count() -> None:
-    points = [point(name, "quick", factor, threads) for name, factor in (("a", 2.0), ("b", 2.0), ("odd", 6.0)) for threads in (1, 4)]
+    points = [
+        point(name, "quick", factor, threads)
+        for name, factor in (("a", 2.0), ("b", 2.0), ("odd", 6.0))
+        for threads in (1, 4)
+    ]
     left_out = leave_one_out(points, COSTS)
     odd = [entry.ratio for entry in left_out if entry.point.machine.device == "odd"]
     assert odd == pytest.approx([1 / 3, 1 / 3])
@@ -96,7 +135,9 @@ def test_a_device_left_out_is_not_seen_with_any_thread_count() -> None:
 
 
 def test_without_its_runtime_a_device_rests_on_the_others() -> None:
-    points = [point(name, "quick", 2.0, threads) for name in "ab" for threads in (1, 4)] + [point("c", "slow", 5.0)]
+    points = [point(name, "quick", 2.0, threads) for name in "ab" for threads in (1, 4)] + [
+        point("c", "slow", 5.0)
+    ]
     far = leave_one_out(points, COSTS, without_runtime=True)
     assert {entry.cell for entry in far} == {("", "aarch64")}
     assert {round(entry.ratio, 6) for entry in far if entry.point.machine.device == "a"} == {2.5}
@@ -108,7 +149,9 @@ def test_without_its_runtime_a_device_rests_on_the_others() -> None:
 def test_every_published_latency_has_a_source() -> None:
     collection = read_latencies(PUBLISHED)
     assert all(entry.source for entry in collection.latencies)
-    assert all(entry.source.startswith(("https://", "unverified:")) for entry in collection.latencies)
+    assert all(
+        entry.source.startswith(("https://", "unverified:")) for entry in collection.latencies
+    )
     assert all(processor.source for processor in collection.processors.values())
 
 
@@ -118,7 +161,11 @@ def test_no_emulated_time_is_among_the_points() -> None:
 
 
 def test_published_latencies_are_predicted_within_a_factor_of_two() -> None:
-    published = [entry for entry in leave_one_out(known_points(), OperatorCosts.load()) if entry.point.machine.device != "host"]
+    published = [
+        entry
+        for entry in leave_one_out(known_points(), OperatorCosts.load())
+        if entry.point.machine.device != "host"
+    ]
     within = sum(0.5 <= entry.ratio <= 2 for entry in published) / len(published)
     assert within >= 0.9
 
@@ -130,14 +177,19 @@ def test_an_estimate_says_that_it_is_one_and_carries_its_bar() -> None:
     assert found.low_s > 0.5 * VITS["large"].workload("x").macs / 6e9
     assert "estimate" in str(found)
     assert "measure it on the device" in str(found)
-    near = estimate(VITS["large"].workload("vit_tiny"), load_target("rpi4"), threads=1, runtime="ncnn")
+    near = estimate(
+        VITS["large"].workload("vit_tiny"), load_target("rpi4"), threads=1, runtime="ncnn"
+    )
     assert near.factor < found.factor
     assert near.rests_on == "ncnn on aarch64"
     assert found.rests_on == "other runtimes on aarch64"
 
 
 def test_more_threads_are_estimated_quicker_but_not_in_proportion() -> None:
-    one, four = (estimate(VITS["large"].workload("x"), load_target("rpi5"), threads=threads).likely_s for threads in (1, 4))
+    one, four = (
+        estimate(VITS["large"].workload("x"), load_target("rpi5"), threads=threads).likely_s
+        for threads in (1, 4)
+    )
     assert one / 4 < four < one
 
 
@@ -152,26 +204,41 @@ def test_every_target_has_an_estimate_or_says_why_not(name: str) -> None:
 
 
 def test_more_threads_than_cores_are_refused() -> None:
-    with pytest.raises(InputError, match="rpi4: 5 threads, but the profile has 4 cores; give 1 to 4"):
+    with pytest.raises(
+        InputError, match="rpi4: 5 threads, but the profile has 4 cores; give 1 to 4"
+    ):
         machine_of(load_target("rpi4"), "fp32", 5)
 
 
 def test_a_precision_without_a_peak_is_refused() -> None:
     with pytest.raises(InputError, match="gap8: its profile states no fp32 peak"):
         machine_of(load_target("gap8"), "fp32")
-    assert can_estimate(load_target("gap8"), "fp32") == "time: no estimate; the profile states no fp32 peak for this device"
+    assert (
+        can_estimate(load_target("gap8"), "fp32")
+        == "time: no estimate; the profile states no fp32 peak for this device"
+    )
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('processor = "rpi4"', 'processor = "rpi44"', r"latencies\.\d+\.processor: 'rpi44' is not among the processors"),
-        ("latency_s = 1.90921", "latency_s = -1", r"latencies\.\d+\.latency_s: Input should be greater than 0"),
+        (
+            'processor = "rpi4"',
+            'processor = "rpi44"',
+            r"latencies\.\d+\.processor: 'rpi44' is not among the processors",
+        ),
+        (
+            "latency_s = 1.90921",
+            "latency_s = -1",
+            r"latencies\.\d+\.latency_s: Input should be greater than 0",
+        ),
         ("cores = 4", "corez = 4", r"processors\..*cores?z?: (Field required|Extra inputs)"),
         ("schema = ", "schema == ", "cannot be understood"),
     ],
 )
-def test_a_broken_file_of_latencies_is_refused_by_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_a_broken_file_of_latencies_is_refused_by_key(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
     text = PUBLISHED.read_text()
     assert old in text
     path = tmp_path / "mine.toml"
@@ -182,7 +249,15 @@ def test_a_broken_file_of_latencies_is_refused_by_key(tmp_path: Path, old: str, 
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.00028, "280 µs"), (0.0036, "3.6 ms"), (0.12, "120 ms"), (1.9, "1.9 s"), (14.75, "15 s"), (0.0996, "100 ms")]
+    ("seconds", "text"),
+    [
+        (0.00028, "280 µs"),
+        (0.0036, "3.6 ms"),
+        (0.12, "120 ms"),
+        (1.9, "1.9 s"),
+        (14.75, "15 s"),
+        (0.0996, "100 ms"),
+    ],
 )
 def test_times_for_people(seconds: float, text: str) -> None:
     assert time_text(seconds) == text

@@ -26,14 +26,29 @@ def test_a_saved_network_counts_as_a_plain_vit_of_its_sizes() -> None:
     torch = pytest.importorskip("torch")
     timm = pytest.importorskip("timm")
     import vitrim
-    from vitrim.compress.count import count_macs
-    from vitrim.network_workload import network_workload
+    from vitrim.compress.network.count import count_macs
+    from vitrim.pipeline.network_workload import network_workload
 
     torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+    sizes = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
     architecture = vitrim.lift(timm.models.VisionTransformer(**sizes).eval()).architecture
     mine = network_workload(architecture)
-    plain = PlainVit(image=32, patch=8, embed=48, depth=2, heads=3, ffn=192, classes=5).workload("plain", last_queries=True)
-    assert mine.macs == plain.macs == count_macs(architecture.model_copy(update={"last_queries": True}))
+    plain = PlainVit(image=32, patch=8, embed=48, depth=2, heads=3, ffn=192, classes=5).workload(
+        "plain", last_queries=True
+    )
+    assert (
+        mine.macs
+        == plain.macs
+        == count_macs(architecture.model_copy(update={"last_queries": True}))
+    )
     assert mine.weights == plain.weights
-    assert [operator.kind for operator in mine.operators if operator.kind == "attention"] == ["attention"] * 2
+    assert [operator.kind for operator in mine.operators if operator.kind == "attention"] == [
+        "attention"
+    ] * 2

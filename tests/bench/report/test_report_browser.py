@@ -1,4 +1,6 @@
-"""The page in a real browser, as on a phone and on a desk: nothing asked for, nothing overflowing, bars as long as their numbers."""
+"""The page in a real browser, as on a phone and on a desk: nothing asked for, nothing overflowing,
+bars as long as their numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import report_sample
 from chromium_browser import Browser, Page, chromium, find_chromium
 from vitrim.bench.report import render, render_measurements, write_picture
 
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs Chromium (Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    find_chromium() is None, reason="needs Chromium (Debian: apt-get install chromium)"
+)
 
 PHONE, DESK = 390, 1280
 HOSTILE = "<script>window.hit=1</script><img src=x onerror='window.hit=2'> averylongwordwithoutanyplacetobreakitatallintheworld"
@@ -29,18 +33,30 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     made = report_sample.report()
     made["models"][HOSTILE] = made["models"].pop("compact")
-    hostile = report_sample.write_run(root / "hostile", **{**made, "title": HOSTILE, "command": HOSTILE, "warnings": [HOSTILE]})
+    hostile = report_sample.write_run(
+        root / "hostile", **{**made, "title": HOSTILE, "command": HOSTILE, "warnings": [HOSTILE]}
+    )
     branches = report_sample.kept(12)
     for number, branch in enumerate(branches):
         branch["dims"]["embed"] = [128 - 4 * number, 128]
     branches[4] = {"branch": "blocks.2.attn", "kind": "removed", "dims": {}}
     (hostile / "kept.json").write_text(json.dumps(branches))
     files = []
-    for number, (device, factor) in enumerate((("Intel(R) Xeon(R)", 1), ("Raspberry Pi 5 Model B Rev 1.0", 9), ("Jetson Orin Nano", 4))):
+    for number, (device, factor) in enumerate(
+        (("Intel(R) Xeon(R)", 1), ("Raspberry Pi 5 Model B Rev 1.0", 9), ("Jetson Orin Nano", 4))
+    ):
         environment = report_sample.environment(device_model=device)
         for name, p50_s in (("baseline-fp32", 0.001), ("compact-int8", 0.0004)):
             files.append(root / f"{number}-{name}.json")
-            made_one = report_sample.measurement(name, name[-4:], p50_s * factor, 1_000_000, 0.91, environment=environment, session=device)
+            made_one = report_sample.measurement(
+                name,
+                name[-4:],
+                p50_s * factor,
+                1_000_000,
+                0.91,
+                environment=environment,
+                session=device,
+            )
             files[-1].write_text(json.dumps(made_one))
     return {
         "run": render(report_sample.write_run(root / "run"))[1],
@@ -60,7 +76,9 @@ def page(browser: Browser) -> Iterator[Page]:
 
 @pytest.mark.parametrize("name", ["run", "hostile", "devices"])
 @pytest.mark.parametrize("width", [320, PHONE, 768, DESK])
-def test_nothing_is_asked_for_and_nothing_overflows(page: Page, pages: dict[str, Path], name: str, width: int) -> None:
+def test_nothing_is_asked_for_and_nothing_overflows(
+    page: Page, pages: dict[str, Path], name: str, width: int
+) -> None:
     page.open(pages[name], width=width)
     assert page.requests == [pages[name].resolve().as_uri()]
     assert page.value("document.documentElement.scrollWidth") <= width
@@ -70,7 +88,9 @@ def test_nothing_is_asked_for_and_nothing_overflows(page: Page, pages: dict[str,
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_every_card_lies_inside_the_window_and_no_text_leaves_its_picture(page: Page, pages: dict[str, Path], width: int) -> None:
+def test_every_card_lies_inside_the_window_and_no_text_leaves_its_picture(
+    page: Page, pages: dict[str, Path], width: int
+) -> None:
     page.open(pages["run"], width=width)
     edges = page.value(
         "[...document.querySelectorAll('.card')].map(c => [c.getBoundingClientRect().left, c.getBoundingClientRect().right])"
@@ -86,7 +106,9 @@ def test_every_card_lies_inside_the_window_and_no_text_leaves_its_picture(page: 
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_every_column_of_every_table_is_in_sight(page: Page, pages: dict[str, Path], width: int) -> None:
+def test_every_column_of_every_table_is_in_sight(
+    page: Page, pages: dict[str, Path], width: int
+) -> None:
     page.open(pages["run"], width=width)
     hidden = page.value(
         "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth).map(s => s.closest('section').querySelector('h2').textContent)"
@@ -95,9 +117,13 @@ def test_every_column_of_every_table_is_in_sight(page: Page, pages: dict[str, Pa
 
 
 @pytest.mark.parametrize(("width", "shown"), [(PHONE, "narrow"), (DESK, "wide")])
-def test_each_picture_is_shown_once_in_the_size_that_fits(page: Page, pages: dict[str, Path], width: int, shown: str) -> None:
+def test_each_picture_is_shown_once_in_the_size_that_fits(
+    page: Page, pages: dict[str, Path], width: int, shown: str
+) -> None:
     page.open(pages["run"], width=width)
-    visible = page.value("[...document.querySelectorAll('svg')].filter(s => s.getClientRects().length).map(s => s.getAttribute('class'))")
+    visible = page.value(
+        "[...document.querySelectorAll('svg')].filter(s => s.getClientRects().length).map(s => s.getAttribute('class'))"
+    )
     assert visible == [f"plot {shown}"] * 7
     smallest = page.value(
         "Math.min(...[...document.querySelectorAll('svg text')].filter(t => t.getClientRects().length)"
@@ -115,7 +141,12 @@ def test_bars_are_as_long_as_what_was_kept(page: Page, pages: dict[str, Path], w
         " const filled = on.reduce((sum, i) => sum + i.getBoundingClientRect().width, 0);"
         " return [k.dataset.dimension, +k.dataset.kept, +k.dataset.total, filled / t.getBoundingClientRect().width, on.length] })"
     )
-    wanted = [(name, *branch["dims"][name]) for branch in report_sample.kept() for name in branch["dims"] if name != "embed"]
+    wanted = [
+        (name, *branch["dims"][name])
+        for branch in report_sample.kept()
+        for name in branch["dims"]
+        if name != "embed"
+    ]
     assert [tuple(bar[:3]) for bar in drawn] == wanted
     for dimension, kept, total, share, cells in drawn:
         if dimension == "head":
@@ -123,7 +154,9 @@ def test_bars_are_as_long_as_what_was_kept(page: Page, pages: dict[str, Path], w
         assert share == pytest.approx(kept / total, abs=0.06 if dimension == "head" else 0.01)
 
 
-def test_the_marks_of_the_front_stand_where_the_figures_say(page: Page, pages: dict[str, Path]) -> None:
+def test_the_marks_of_the_front_stand_where_the_figures_say(
+    page: Page, pages: dict[str, Path]
+) -> None:
     page.open(pages["run"], width=DESK)
     marks = page.value(
         "[...document.querySelector('svg.wide').querySelectorAll('.mark')].map(m => { const b = m.getBBox();"
@@ -161,14 +194,18 @@ def test_light_and_dark_are_both_readable(page: Page, pages: dict[str, Path]) ->
     assert cards[1] < 0.05
 
 
-def test_a_picture_of_the_page_can_be_taken(page: Page, pages: dict[str, Path], tmp_path: Path) -> None:
+def test_a_picture_of_the_page_can_be_taken(
+    page: Page, pages: dict[str, Path], tmp_path: Path
+) -> None:
     page.open(pages["run"], width=PHONE)
     page.screenshot(tmp_path / "phone.png")
     header = (tmp_path / "phone.png").read_bytes()[:24]
     assert int.from_bytes(header[16:20], "big") == 2 * PHONE
 
 
-def test_the_readme_picture_shows_in_a_browser_without_a_request(page: Page, pages: dict[str, Path]) -> None:
+def test_the_readme_picture_shows_in_a_browser_without_a_request(
+    page: Page, pages: dict[str, Path]
+) -> None:
     page.open(pages["picture"], width=DESK)
     assert page.requests == [pages["picture"].resolve().as_uri()]
     beyond = page.value(

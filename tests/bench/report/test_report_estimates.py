@@ -1,4 +1,6 @@
-"""The report's estimates: each is called one, with its bar and the devices it was held against; what does not fit is told by how much."""
+"""The report's estimates: each is called one, with its bar and the devices it was held against;
+what does not fit is told by how much.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import report_sample
 from vitrim.bench.report import load_run
 from vitrim.bench.report.html import render_html
 from vitrim.bench.report.markdown import render_markdown
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 
 def rendered(folder: Path, **changes: Any) -> tuple[str, str]:
@@ -32,9 +34,18 @@ def test_every_time_is_called_an_estimate_with_its_bar(tmp_path: Path) -> None:
 
 def test_each_bar_names_the_devices_that_it_was_held_against(tmp_path: Path) -> None:
     for text in rendered(tmp_path / "run"):
-        assert "A bar of 2.4× either way (estimates that rest on other runtimes on aarch64)" in text.replace("\\_", "_")
-        assert "held 80 % of 3 devices that were measured, each predicted without its own figures" in text
-        assert "A bar of 1.6× either way (estimates that rest on onnxruntime on x86_64) held 80 % of 2 devices" in text.replace("\\_", "_")
+        assert (
+            "A bar of 2.4× either way (estimates that rest on other runtimes on aarch64)"
+            in text.replace("\\_", "_")
+        )
+        assert (
+            "held 80 % of 3 devices that were measured, each predicted without its own figures"
+            in text
+        )
+        assert (
+            "A bar of 1.6× either way (estimates that rest on onnxruntime on x86_64) held 80 % of 2 devices"
+            in text.replace("\\_", "_")
+        )
         assert "Jetson Nano, its four Cortex-A57" in text
 
 
@@ -58,7 +69,9 @@ def test_a_run_without_estimates_has_no_such_section(tmp_path: Path) -> None:
         ("held_against", [], "estimates.0.latency.held_against: tuple should have at least 1 item"),
     ],
 )
-def test_a_malformed_estimate_is_refused_by_key(tmp_path: Path, key: str, value: Any, words: str) -> None:
+def test_a_malformed_estimate_is_refused_by_key(
+    tmp_path: Path, key: str, value: Any, words: str
+) -> None:
     made = report_sample.estimates()
     made[0]["latency"][key] = value
     with pytest.raises(InputError) as error:

@@ -1,4 +1,6 @@
-"""The figures: compared only on one device, the headline from the fastest accurate artifact, nothing invented."""
+"""The figures: compared only on one device, the headline from the fastest accurate artifact,
+nothing invented.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,24 @@ def test_the_headline_says_what_went_what_stayed_and_how_fast(tmp_path: Path) ->
     view = overview(load_run(report_sample.write_run(tmp_path / "run")))
     assert view.headline == "0.80 M → 0.23 M parameters, 91.3 → 91.0 % top-1, 3.5× faster"
     assert view.chosen == "compact int8"
-    assert [change.name for change in view.changes] == ["Parameters", "Multiply-adds", "Top-1", "Latency, p50", "Files"]
+    assert [change.name for change in view.changes] == [
+        "Parameters",
+        "Multiply-adds",
+        "Top-1",
+        "Latency, p50",
+        "Files",
+    ]
 
 
 def test_figures_agree_with_the_raw_samples(tmp_path: Path) -> None:
     made = report_sample.measurements()
     row = overview(load_run(report_sample.write_run(tmp_path / "run"))).devices[0].rows[1]
-    ratio = np.median(made["baseline-fp32"]["latency_s"]) / np.median(made["compact-fp32"]["latency_s"])
+    ratio = np.median(made["baseline-fp32"]["latency_s"]) / np.median(
+        made["compact-fp32"]["latency_s"]
+    )
     assert row.speed_up is not None
-    # Taken in turn, the ratio is that of the turns, which cancels drift; without drift the two agree closely.
+    # Taken in turn, the ratio is that of the turns, which cancels drift; without drift the two
+    # agree closely.
     assert row.speed_up.estimate == pytest.approx(ratio, rel=0.005)
     assert row.speed_up.low < ratio < row.speed_up.high
     assert row.efficiency == pytest.approx(row.speed_up.estimate / (40_141_312 / 11_603_200))
@@ -70,9 +81,14 @@ def test_devices_are_not_compared_with_each_other(tmp_path: Path) -> None:
     view = measured(
         tmp_path,
         report_sample.measurement("baseline-fp32", "fp32", 0.001, 3_000_000, 0.91, seed=1),
-        report_sample.measurement("compact-fp32", "fp32", 0.004, 900_000, 0.91, seed=2, environment=board, session="two"),
+        report_sample.measurement(
+            "compact-fp32", "fp32", 0.004, 900_000, 0.91, seed=2, environment=board, session="two"
+        ),
     )
-    assert [device.name for device in view.devices] == ["Intel(R) Xeon(R) Platinum 8488C", "Raspberry Pi 5"]
+    assert [device.name for device in view.devices] == [
+        "Intel(R) Xeon(R) Platinum 8488C",
+        "Raspberry Pi 5",
+    ]
     assert all(row.speed_up is None for device in view.devices for row in device.rows)
     lines = side_by_side(view.devices)
     assert [line.name for line in lines] == ["baseline fp32", "compact fp32"]
@@ -84,36 +100,70 @@ def test_threads_and_batches_are_kept_apart(tmp_path: Path) -> None:
     view = measured(
         tmp_path,
         report_sample.measurement("baseline-fp32", "fp32", 0.001, 3_000_000, 0.91, seed=1),
-        report_sample.measurement("baseline-fp32", "fp32", 0.0006, 3_000_000, 0.91, seed=2, threads=2),
+        report_sample.measurement(
+            "baseline-fp32", "fp32", 0.0006, 3_000_000, 0.91, seed=2, threads=2
+        ),
         report_sample.measurement("baseline-fp32", "fp32", 0.008, 3_000_000, 0.91, seed=3, batch=8),
     )
-    assert [device.setting for device in view.devices] == ["1 thread", "2 threads", "1 thread, batch 8"]
+    assert [device.setting for device in view.devices] == [
+        "1 thread",
+        "2 threads",
+        "1 thread, batch 8",
+    ]
 
 
 def test_emulated_time_makes_no_speed_up_and_a_warning(tmp_path: Path) -> None:
     emulated = report_sample.environment(emulator="qemu-aarch64 10.0")
     view = measured(
         tmp_path,
-        report_sample.measurement("baseline-fp32", "fp32", 0.3, 3_000_000, 0.91, seed=1, environment=emulated),
-        report_sample.measurement("compact-fp32", "fp32", 0.1, 900_000, 0.91, seed=2, environment=emulated),
+        report_sample.measurement(
+            "baseline-fp32", "fp32", 0.3, 3_000_000, 0.91, seed=1, environment=emulated
+        ),
+        report_sample.measurement(
+            "compact-fp32", "fp32", 0.1, 900_000, 0.91, seed=2, environment=emulated
+        ),
     )
     assert "faster" not in view.headline
     assert not any("faster" in change.remark for change in view.changes)
     assert [line for line in view.warnings if "emulated time is not the device's latency" in line]
-    assert all("(emulated)" in line.name for device in view.devices for line in table(device) if line.name.startswith(("Latency", "Throughput", "Load")))
+    assert all(
+        "(emulated)" in line.name
+        for device in view.devices
+        for line in table(device)
+        if line.name.startswith(("Latency", "Throughput", "Load"))
+    )
 
 
 def test_emulated_time_is_no_headline(tmp_path: Path) -> None:
     emulated = report_sample.environment(emulator="qemu-aarch64 10.0")
-    view = measured(tmp_path, report_sample.measurement("compact-fp32", "fp32", 0.1, 900_000, 0.91, seed=2, environment=emulated))
-    assert view.headline == "compact fp32: runs under qemu-aarch64 10.0, which tells nothing of a device's latency"
+    view = measured(
+        tmp_path,
+        report_sample.measurement(
+            "compact-fp32", "fp32", 0.1, 900_000, 0.91, seed=2, environment=emulated
+        ),
+    )
+    assert (
+        view.headline
+        == "compact fp32: runs under qemu-aarch64 10.0, which tells nothing of a device's latency"
+    )
 
 
 def test_warnings_are_told_once_and_name_whom_they_concern(tmp_path: Path) -> None:
     view = measured(
         tmp_path,
-        report_sample.measurement("baseline-fp32", "fp32", 0.001, 3_000_000, 0.91, seed=1, warnings=["hot", "loaded"]),
-        report_sample.measurement("compact-fp32", "fp32", 0.0004, 900_000, 0.91, seed=2, warnings=["loaded"], session="two"),
+        report_sample.measurement(
+            "baseline-fp32", "fp32", 0.001, 3_000_000, 0.91, seed=1, warnings=["hot", "loaded"]
+        ),
+        report_sample.measurement(
+            "compact-fp32",
+            "fp32",
+            0.0004,
+            900_000,
+            0.91,
+            seed=2,
+            warnings=["loaded"],
+            session="two",
+        ),
     )
     assert view.warnings[:2] == ("baseline fp32: hot", "loaded")
     assert "not all artifacts were measured in turn" in view.warnings[2]
@@ -136,7 +186,12 @@ def test_artifacts_without_measurement_still_make_a_table(tmp_path: Path) -> Non
             artifact["measurement"] = None
     view = overview(load_run(report_sample.write_run(tmp_path / "run", **made)))
     assert view.headline == "0.80 M → 0.23 M parameters, 91.3 → 91.0 % top-1"
-    assert [line.name for line in table(view.devices[0])] == ["Parameters", "Multiply-adds (MACs)", "Files", "Top-1"]
+    assert [line.name for line in table(view.devices[0])] == [
+        "Parameters",
+        "Multiply-adds (MACs)",
+        "Files",
+        "Top-1",
+    ]
 
 
 def test_blocks_agree_on_the_stream_or_show_it_each() -> None:
@@ -146,7 +201,12 @@ def test_blocks_agree_on_the_stream_or_show_it_each() -> None:
     assert (kept.embed.kept, kept.embed.total) == (80, 128)
     assert kept.columns == ("head", "qk", "v", "ffn")
     assert [block.name for block in kept.blocks] == ["block 0", "block 1", "block 2", "block 3"]
-    assert [(bar.kept, bar.total) for bar in kept.totals] == [(9, 16), (52, 128), (78, 128), (476, 2048)]
+    assert [(bar.kept, bar.total) for bar in kept.totals] == [
+        (9, 16),
+        (52, 128),
+        (78, 128),
+        (476, 2048),
+    ]
     uneven = report_sample.kept()
     uneven[2]["dims"]["embed"] = [64, 128]
     other = kept_blocks([KeptBranch.model_validate(entry) for entry in uneven])
@@ -156,7 +216,11 @@ def test_blocks_agree_on_the_stream_or_show_it_each() -> None:
 
 def test_a_branch_that_is_gone_says_how_and_does_not_disturb_the_stream() -> None:
     entries = report_sample.kept()
-    entries[0] = {"branch": "blocks.0.attn", "kind": "removed", "dims": {"embed": [0, 128], "head": [0, 4], "qk": [0, 32], "v": [0, 32]}}
+    entries[0] = {
+        "branch": "blocks.0.attn",
+        "kind": "removed",
+        "dims": {"embed": [0, 128], "head": [0, 4], "qk": [0, 32], "v": [0, 32]},
+    }
     entries[3] = {"branch": "blocks.1.mlp", "kind": "constant", "dims": {}}
     kept = kept_blocks([KeptBranch.model_validate(entry) for entry in entries])
     assert kept.embed is not None

@@ -1,4 +1,6 @@
-"""Markdown and HTML: everything is there, hostile labels are harmless, missing pieces are told, nothing is half-written."""
+"""Markdown and HTML: everything is there, hostile labels are harmless, missing pieces are told,
+nothing is half-written.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import report_sample
 from vitrim.bench.report import load_run, render, render_measurements
 from vitrim.bench.report.html import render_html
 from vitrim.bench.report.markdown import render_markdown
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`|*_&amp;\u202e\x00"
 VOID = {"meta", "br"}
@@ -64,8 +66,28 @@ def test_the_page_holds_every_section_and_asks_for_nothing(tmp_path: Path) -> No
     page = render_html(load_run(report_sample.write_run(tmp_path / "run")))
     tree = Tree(page)
     ids = [attributes["id"] for _, attributes in tree.tags if attributes.get("id")]
-    assert ids == ["figures", "fronts", "latency", "estimates", "kept", "training", "parity", "environment", "warnings", "reproduce"]
-    assert not {tag for tag, _ in tree.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    assert ids == [
+        "figures",
+        "fronts",
+        "latency",
+        "estimates",
+        "kept",
+        "training",
+        "parity",
+        "environment",
+        "warnings",
+        "reproduce",
+    ]
+    assert not {tag for tag, _ in tree.tags} & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+    }
     asking = {"src", "href", "srcset", "action", "data", "poster", "xlink:href", "background"}
     assert not [attributes for _, attributes in tree.tags if asking & set(attributes)]
     assert "url(" not in page
@@ -76,7 +98,8 @@ def test_the_page_holds_every_section_and_asks_for_nothing(tmp_path: Path) -> No
 def test_every_picture_says_in_words_what_it_shows(tmp_path: Path) -> None:
     tree = Tree(render_html(load_run(report_sample.write_run(tmp_path / "run"))))
     labels = [attributes.get("aria-label") for tag, attributes in tree.tags if tag == "svg"]
-    # Two fronts, one strip of distributions, four training curves; each drawn for a desk and for a phone.
+    # Two fronts, one strip of distributions, four training curves; each drawn for a desk and for a
+    # phone.
     assert len(labels) == 14
     assert all(labels)
     assert any(label and "compact int8 90.96 % top-1, 0.307 ms" in label for label in labels)
@@ -87,18 +110,31 @@ def test_hostile_labels_stay_text(tmp_path: Path) -> None:
     made["models"][HOSTILE] = made["models"].pop("compact")
     made["parity"] = {HOSTILE: 1e-6}
     made["estimates"][0] |= {"model": HOSTILE, "device": HOSTILE}
-    made["estimates"][0]["latency"] |= {"runtime": HOSTILE, "rests_on": HOSTILE, "held_against": [HOSTILE]}
+    made["estimates"][0]["latency"] |= {
+        "runtime": HOSTILE,
+        "rests_on": HOSTILE,
+        "held_against": [HOSTILE],
+    }
     made["models"]["baseline"]["artifacts"][0]["measurement"]["environment"]["cpu_model"] = HOSTILE
     folder = report_sample.write_run(
-        tmp_path / "run", **{**made, "title": HOSTILE, "command": HOSTILE, "warnings": [HOSTILE], "data": HOSTILE}
+        tmp_path / "run",
+        **{**made, "title": HOSTILE, "command": HOSTILE, "warnings": [HOSTILE], "data": HOSTILE},
     )
-    (folder / "kept.json").write_text(json.dumps([{"branch": HOSTILE, "kind": "ffn", "dims": {HOSTILE: [1, 2]}}]))
-    (folder / "history.jsonl").write_text(json.dumps({"phase": HOSTILE, "epoch": 1, "loss": 1.0}) + "\n")
+    (folder / "kept.json").write_text(
+        json.dumps([{"branch": HOSTILE, "kind": "ffn", "dims": {HOSTILE: [1, 2]}}])
+    )
+    (folder / "history.jsonl").write_text(
+        json.dumps({"phase": HOSTILE, "epoch": 1, "loss": 1.0}) + "\n"
+    )
     (folder / "recipe.toml").write_text(HOSTILE.replace("\x00", ""))
     run = load_run(folder)
     tree = Tree(render_html(run))
     assert not {tag for tag, _ in tree.tags} & {"script", "img"}
-    assert not [attributes for _, attributes in tree.tags if any(name.startswith("on") for name in attributes)]
+    assert not [
+        attributes
+        for _, attributes in tree.tags
+        if any(name.startswith("on") for name in attributes)
+    ]
     assert any("<script>alert(1)</script>" in words for words in tree.words)
     markdown = render_markdown(run)
     assert "<script" not in markdown[: markdown.index("Command")]
@@ -107,18 +143,37 @@ def test_hostile_labels_stay_text(tmp_path: Path) -> None:
 
 
 def test_missing_pieces_are_left_out_with_a_line(tmp_path: Path) -> None:
-    folder = report_sample.write_run(tmp_path / "run", without=("kept.json", "history.jsonl", "recipe.toml"), parity={})
+    folder = report_sample.write_run(
+        tmp_path / "run", without=("kept.json", "history.jsonl", "recipe.toml"), parity={}
+    )
     run = load_run(folder)
     tree = Tree(render_html(run))
-    assert not [attributes for _, attributes in tree.tags if attributes.get("id") in ("kept", "training", "parity")]
-    for line in ("the folder holds no kept.json", "the folder holds no history.jsonl", "holds no parity figures"):
+    assert not [
+        attributes
+        for _, attributes in tree.tags
+        if attributes.get("id") in ("kept", "training", "parity")
+    ]
+    for line in (
+        "the folder holds no kept.json",
+        "the folder holds no history.jsonl",
+        "holds no parity figures",
+    ):
         assert any(line in words for words in tree.words)
         assert line in render_markdown(run)
 
 
 def test_one_artifact_alone_makes_a_report(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
-    path.write_text(json.dumps({**report_sample.measurements()["compact-int8"], "top1": None, "correct": None, "total": None}))
+    path.write_text(
+        json.dumps(
+            {
+                **report_sample.measurements()["compact-int8"],
+                "top1": None,
+                "correct": None,
+                "total": None,
+            }
+        )
+    )
     written = render_measurements([path], tmp_path / "out")
     assert [file.name for file in written] == ["report.json", "report.md", "report.html"]
     page = (tmp_path / "out" / "report.html").read_text()
@@ -128,7 +183,9 @@ def test_one_artifact_alone_makes_a_report(tmp_path: Path) -> None:
 
 
 def test_a_run_with_nothing_measured_makes_a_report(tmp_path: Path) -> None:
-    models = {name: {"params": 10_000_000, "macs": 1, "top1": None} for name in ("baseline", "compact")}
+    models = {
+        name: {"params": 10_000_000, "macs": 1, "top1": None} for name in ("baseline", "compact")
+    }
     folder = report_sample.write_run(tmp_path / "run", models=models)
     run = load_run(folder)
     tree = Tree(render_html(run))
@@ -152,7 +209,10 @@ def test_markdown_tables_hold_the_figures(tmp_path: Path) -> None:
 
 def test_a_history_with_gaps_and_a_single_epoch_draws(tmp_path: Path) -> None:
     folder = report_sample.write_run(tmp_path / "run")
-    lines = ['{"phase": "masks", "epoch": 1, "loss": NaN, "val_top1": 50.0}', '{"phase": "masks", "epoch": 2, "val_top1": null}']
+    lines = [
+        '{"phase": "masks", "epoch": 1, "loss": NaN, "val_top1": 50.0}',
+        '{"phase": "masks", "epoch": 2, "val_top1": null}',
+    ]
     for content in ("\n".join(lines), lines[0]):
         (folder / "history.jsonl").write_text(content)
         page = render_html(load_run(folder))
@@ -167,5 +227,7 @@ def test_the_report_needs_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
         "import sys; from vitrim.bench.report import render, write_picture; render(sys.argv[1]); write_picture(sys.argv[1], sys.argv[1] + '/p.svg');"
         "sys.exit(' '.join({'torch', 'matplotlib', 'onnxruntime'} & set(sys.modules)) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Pictures say what the numbers say: positions, fronts, shapes, and the README's picture as one well-formed SVG."""
+"""Pictures say what the numbers say: positions, fronts, shapes, and the README's picture as one
+well-formed SVG.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from vitrim.bench.report.distribution import Strip, distributions, shape
 from vitrim.bench.report.picture import main
 from vitrim.bench.report.plot import Scale, text_width
 from vitrim.bench.report.scatter import Point, pareto, scatter
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -32,7 +34,12 @@ def test_the_front_is_what_no_other_point_beats(pairs: list[tuple[float, float]]
     points = [point(str(number), *pair) for number, pair in enumerate(pairs)]
     front = pareto(points)
     for p in points:
-        beaten = any(q.cost <= p.cost and q.accuracy >= p.accuracy and (q.cost, q.accuracy) != (p.cost, p.accuracy) for q in points)
+        beaten = any(
+            q.cost <= p.cost
+            and q.accuracy >= p.accuracy
+            and (q.cost, q.accuracy) != (p.cost, p.accuracy)
+            for q in points
+        )
         on_front = any((f.cost, f.accuracy) == (p.cost, p.accuracy) for f in front)
         assert on_front != beaten
 
@@ -41,9 +48,15 @@ def test_the_front_is_what_no_other_point_beats(pairs: list[tuple[float, float]]
     st.lists(st.tuples(st.floats(0.001, 1e4), st.floats(0, 100)), min_size=1, max_size=8),
     st.sampled_from([330.0, 480.0]),
 )
-def test_a_scatter_is_well_formed_and_keeps_its_marks_inside(pairs: list[tuple[float, float]], width: float) -> None:
+def test_a_scatter_is_well_formed_and_keeps_its_marks_inside(
+    pairs: list[tuple[float, float]], width: float
+) -> None:
     drawn = scatter(
-        [point(f"artifact {n}", *pair, series=n) for n, pair in enumerate(pairs)], cost_title="ms", label="x", width=width, height=300
+        [point(f"artifact {n}", *pair, series=n) for n, pair in enumerate(pairs)],
+        cost_title="ms",
+        label="x",
+        width=width,
+        height=300,
     )
     assert "nan" not in drawn
     tree = ElementTree.fromstring(drawn)
@@ -53,7 +66,10 @@ def test_a_scatter_is_well_formed_and_keeps_its_marks_inside(pairs: list[tuple[f
 
 
 def test_names_of_crowded_points_never_lie_on_each_other() -> None:
-    points = [point(f"compact int8-static {n}", 1.0 + 0.02 * n, 89.7 + 0.01 * (n % 3), series=n) for n in range(12)]
+    points = [
+        point(f"compact int8-static {n}", 1.0 + 0.02 * n, 89.7 + 0.01 * (n % 3), series=n)
+        for n in range(12)
+    ]
     drawn = scatter(points, cost_title="ms", label="x", width=480, height=300)
     boxes = []
     for text in ElementTree.fromstring(drawn).iter("text"):
@@ -64,20 +80,34 @@ def test_names_of_crowded_points_never_lie_on_each_other() -> None:
     # Those of the front are named first; some of the others find no place.
     assert 3 <= len(boxes) < len(points)
     for number, (left, right, base) in enumerate(boxes):
-        assert not any(left < end and start < right and abs(base - at) < 11 for start, end, at in boxes[number + 1 :])
+        assert not any(
+            left < end and start < right and abs(base - at) < 11
+            for start, end, at in boxes[number + 1 :]
+        )
     named = {text.text for text in ElementTree.fromstring(drawn).iter("text")}
     assert {p.label for p in pareto(points)} <= named
 
 
 def test_cost_grows_to_the_right_from_zero() -> None:
-    drawn = scatter([point("a", 1.0, 90.0), point("b", 2.0, 91.0)], cost_title="ms", label="x", width=480, height=300)
-    xs = sorted(float(circle.attrib["cx"]) for circle in ElementTree.fromstring(drawn).iter("circle"))
+    drawn = scatter(
+        [point("a", 1.0, 90.0), point("b", 2.0, 91.0)],
+        cost_title="ms",
+        label="x",
+        width=480,
+        height=300,
+    )
+    xs = sorted(
+        float(circle.attrib["cx"]) for circle in ElementTree.fromstring(drawn).iter("circle")
+    )
     # From zero at the left edge of the frame, twice the cost is twice as far.
     assert xs[1] - 44 == pytest.approx(2 * (xs[0] - 44), abs=0.05)
 
 
 def test_bars_of_the_distributions_are_as_long_as_the_medians() -> None:
-    strips = [Strip("slow", 0, tuple(np.linspace(0.9, 1.1, 101))), Strip("fast", 1, tuple(np.linspace(0.2, 0.3, 101)))]
+    strips = [
+        Strip("slow", 0, tuple(np.linspace(0.9, 1.1, 101))),
+        Strip("fast", 1, tuple(np.linspace(0.2, 0.3, 101))),
+    ]
     tree = ElementTree.fromstring(distributions(strips, label="x", width=1000))
     slow, fast = (float(bar.attrib["width"]) for bar in tree.iter("rect"))
     assert slow / fast == pytest.approx(4.0, rel=1e-3)
@@ -105,7 +135,11 @@ def test_samples_beyond_the_picture_are_counted_in_words() -> None:
 
 def test_phases_follow_each_other_and_remaining_sizes_are_shares(tmp_path: Path) -> None:
     run = load_run(report_sample.write_run(tmp_path / "run"))
-    assert [(p.name, p.first, p.last) for p in phases(run.history)] == [("baseline", 1, 30), ("masks", 31, 50), ("finetune", 51, 70)]
+    assert [(p.name, p.first, p.last) for p in phases(run.history)] == [
+        ("baseline", 1, 30),
+        ("masks", 31, 50),
+        ("finetune", 51, 70),
+    ]
     made = {panel.title: panel for panel in panels(run.history, 803_466, 40_141_312)}
     assert list(made) == ["Loss", "Top-1", "What remains", "Training speed"]
     assert made["What remains"].curves[0].values[-1] == pytest.approx(28.86, abs=0.01)
@@ -125,15 +159,32 @@ def test_the_readme_picture_is_one_whole_svg(tmp_path: Path) -> None:
 
 
 def test_the_bars_of_the_picture_are_as_long_as_what_was_kept(tmp_path: Path) -> None:
-    tree = ElementTree.parse(write_picture(report_sample.write_run(tmp_path / "run"), tmp_path / "p.svg")).getroot()
-    bar = next(g for g in tree.iter(f"{SVG}g") if any(t.text == "FFN units: 148 of 512 kept" for t in g.findall(f"{SVG}title")))
+    tree = ElementTree.parse(
+        write_picture(report_sample.write_run(tmp_path / "run"), tmp_path / "p.svg")
+    ).getroot()
+    bar = next(
+        g
+        for g in tree.iter(f"{SVG}g")
+        if any(t.text == "FFN units: 148 of 512 kept" for t in g.findall(f"{SVG}title"))
+    )
     track, fill = (float(rect.attrib["width"]) for rect in bar.findall(f"{SVG}rect"))
     assert fill / track == pytest.approx(148 / 512, rel=1e-3)
-    heads = next(g for g in tree.iter(f"{SVG}g") if any(t.text == "heads: 1 of 4 kept" for t in g.findall(f"{SVG}title")))
-    assert [rect.attrib["class"] for rect in heads.findall(f"{SVG}rect")] == ["fill", "track", "track", "track"]
+    heads = next(
+        g
+        for g in tree.iter(f"{SVG}g")
+        if any(t.text == "heads: 1 of 4 kept" for t in g.findall(f"{SVG}title"))
+    )
+    assert [rect.attrib["class"] for rect in heads.findall(f"{SVG}rect")] == [
+        "fill",
+        "track",
+        "track",
+        "track",
+    ]
 
 
-def test_the_picture_is_made_by_a_command_and_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_picture_is_made_by_a_command_and_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = report_sample.write_run(tmp_path / "run")
     assert main([str(folder), str(tmp_path / "p.svg")]) == 0
     assert main([str(folder), str(tmp_path / "p.png")]) == 2
@@ -158,13 +209,19 @@ def test_half_a_run_makes_half_a_picture(tmp_path: Path, missing: str) -> None:
         for model in made["models"].values():
             model["artifacts"] = []
     folder = report_sample.write_run(tmp_path / "run", without=(missing,), **made)
-    words = "".join(ElementTree.parse(write_picture(folder, tmp_path / "p.svg")).getroot().itertext())
+    words = "".join(
+        ElementTree.parse(write_picture(folder, tmp_path / "p.svg")).getroot().itertext()
+    )
     assert ("What was kept" in words) == (missing == "measurement")
     assert ("Accuracy against latency" in words) == (missing == "kept.json")
 
 
 def test_a_hostile_run_keeps_the_picture_well_formed(tmp_path: Path) -> None:
-    folder = report_sample.write_run(tmp_path / "run", title="</title><script>alert(1)</script>\x00")
-    (folder / "kept.json").write_text(json.dumps([{"branch": "<b>\x01", "kind": "ffn", "dims": {"<i>&": [1, 2]}}]))
+    folder = report_sample.write_run(
+        tmp_path / "run", title="</title><script>alert(1)</script>\x00"
+    )
+    (folder / "kept.json").write_text(
+        json.dumps([{"branch": "<b>\x01", "kind": "ffn", "dims": {"<i>&": [1, 2]}}])
+    )
     tree = ElementTree.parse(write_picture(folder, tmp_path / "p.svg")).getroot()
     assert not list(tree.iter(f"{SVG}script"))

@@ -1,4 +1,6 @@
-"""A run folder is read whole; a malformed file is refused by its name and key; later measurements join their model."""
+"""A run folder is read whole; a malformed file is refused by its name and key; later measurements
+join their model.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 import report_sample
 from vitrim.bench.report.model import Report, json_schema
 from vitrim.bench.report.run import load_measurements, load_run
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 
 def test_a_run_folder_is_read_whole(tmp_path: Path) -> None:
@@ -49,14 +51,28 @@ def test_a_missing_piece_is_told_in_a_line(tmp_path: Path, name: str, part: str)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema": "vitrim.report/9"}, "report.json: schema is 'vitrim.report/9', not 'vitrim.report/1'"),
+        (
+            {"schema": "vitrim.report/9"},
+            "report.json: schema is 'vitrim.report/9', not 'vitrim.report/1'",
+        ),
         ({"models": {}}, "report.json: models: dictionary should have at least 1 item"),
-        ({"models": {"baseline": {"macs": 1, "top1": None}}}, "report.json: models.baseline.params: field required"),
-        ({"models": {"baseline": {"params": 1, "macs": 1, "top1": 91.3}}}, "report.json: models.baseline.top1: input should be less than"),
-        ({"parity": {"cut": -1}}, "report.json: parity.cut: input should be greater than or equal to 0"),
+        (
+            {"models": {"baseline": {"macs": 1, "top1": None}}},
+            "report.json: models.baseline.params: field required",
+        ),
+        (
+            {"models": {"baseline": {"params": 1, "macs": 1, "top1": 91.3}}},
+            "report.json: models.baseline.top1: input should be less than",
+        ),
+        (
+            {"parity": {"cut": -1}},
+            "report.json: parity.cut: input should be greater than or equal to 0",
+        ),
     ],
 )
-def test_a_malformed_report_is_refused_by_key(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_a_malformed_report_is_refused_by_key(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     folder = report_sample.write_run(tmp_path / "run", **change)
     with pytest.raises(InputError) as error:
         load_run(folder)
@@ -68,7 +84,9 @@ def test_a_measurement_inside_the_report_is_checked_too(tmp_path: Path) -> None:
     made = report_sample.report()
     made["models"]["compact"]["artifacts"][1]["measurement"]["latency_s"] = []
     folder = report_sample.write_run(tmp_path / "run", **made)
-    with pytest.raises(InputError, match=r"report\.json: models\.compact\.artifacts\.1\.measurement\.latency_s: "):
+    with pytest.raises(
+        InputError, match=r"report\.json: models\.compact\.artifacts\.1\.measurement\.latency_s: "
+    ):
         load_run(folder)
 
 
@@ -78,14 +96,28 @@ def test_a_measurement_inside_the_report_is_checked_too(tmp_path: Path) -> None:
         ("report.json", "{", "report.json: not JSON"),
         ("report.json", "[]", "report.json: schema is 'list'"),
         ("kept.json", "{}", "kept.json: a list of branches is wanted, not dict"),
-        ("kept.json", '[{"branch": "b", "kind": "ffn", "dims": {"ffn": [9, 3]}}]', "kept.json: branch 0: dims: ffn keeps 9 of 3"),
-        ("kept.json", '[{"branch": "b", "kind": "conv"}]', "kept.json: branch 0: kind: input should be 'attention'"),
+        (
+            "kept.json",
+            '[{"branch": "b", "kind": "ffn", "dims": {"ffn": [9, 3]}}]',
+            "kept.json: branch 0: dims: ffn keeps 9 of 3",
+        ),
+        (
+            "kept.json",
+            '[{"branch": "b", "kind": "conv"}]',
+            "kept.json: branch 0: kind: input should be 'attention'",
+        ),
         ("history.jsonl", '{"phase": "masks"}\n', "history.jsonl: line 1: epoch: field required"),
         ("history.jsonl", 'x\n{"phase": "masks", "epoch": 1}\n', "history.jsonl: line 1: not JSON"),
-        ("history.jsonl", '{"phase": "masks", "epoch": 1, "loss": "low"}\n', "history.jsonl: line 1: loss: input should be a valid number"),
+        (
+            "history.jsonl",
+            '{"phase": "masks", "epoch": 1, "loss": "low"}\n',
+            "history.jsonl: line 1: loss: input should be a valid number",
+        ),
     ],
 )
-def test_a_malformed_file_is_refused_by_file_and_key(tmp_path: Path, name: str, content: str, words: str) -> None:
+def test_a_malformed_file_is_refused_by_file_and_key(
+    tmp_path: Path, name: str, content: str, words: str
+) -> None:
     folder = report_sample.write_run(tmp_path / "run")
     (folder / name).write_text(content)
     with pytest.raises(InputError) as error:
@@ -114,16 +146,24 @@ def test_no_folder_and_an_empty_folder_are_told_apart(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-def test_a_measurement_made_later_joins_its_model_and_a_known_one_does_not_come_twice(tmp_path: Path) -> None:
+def test_a_measurement_made_later_joins_its_model_and_a_known_one_does_not_come_twice(
+    tmp_path: Path,
+) -> None:
     folder = report_sample.write_run(tmp_path / "run")
     (folder / "measurements").mkdir()
     known = report_sample.measurements()["compact-int8"]
-    later = report_sample.measurement("compact-int8", "int8", 0.003, 318_000, 0.9096, device="ssh://board", session="two")
+    later = report_sample.measurement(
+        "compact-int8", "int8", 0.003, 318_000, 0.9096, device="ssh://board", session="two"
+    )
     for name, data in (("a", known), ("b", later)):
         (folder / "measurements" / f"{name}.json").write_text(json.dumps(data))
     compact = load_run(folder).report.models["compact"]
     assert compact.params == 231_904
-    assert [a.measurement.device for a in compact.artifacts if a.measurement] == ["host", "host", "ssh://board"]
+    assert [a.measurement.device for a in compact.artifacts if a.measurement] == [
+        "host",
+        "host",
+        "ssh://board",
+    ]
 
 
 def test_measurements_alone_make_models_by_their_names(tmp_path: Path) -> None:
@@ -132,7 +172,10 @@ def test_measurements_alone_make_models_by_their_names(tmp_path: Path) -> None:
         files.append(tmp_path / f"{name}.json")
         files[-1].write_text(json.dumps(data))
     run = load_measurements(files)
-    assert {name: len(model.artifacts) for name, model in run.report.models.items()} == {"baseline": 1, "compact": 2}
+    assert {name: len(model.artifacts) for name, model in run.report.models.items()} == {
+        "baseline": 1,
+        "compact": 2,
+    }
     assert run.report.models["baseline"].params is None
     with pytest.raises(InputError, match="no measurement file was named"):
         load_measurements([])

@@ -90,7 +90,9 @@ def test_a_back_tick_cannot_end_a_code_span() -> None:
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))
-def test_ticks_lie_in_their_range_and_equally_far_apart(low: float, span: float, wanted: int) -> None:
+def test_ticks_lie_in_their_range_and_equally_far_apart(
+    low: float, span: float, wanted: int
+) -> None:
     values = ticks(low, low + span, wanted)
     slack = 1e-6 * span
     assert all(low - slack <= value <= low + span + slack for value in values)
@@ -101,4 +103,10 @@ def test_ticks_lie_in_their_range_and_equally_far_apart(low: float, span: float,
 
 def test_tick_texts_tell_their_values_apart() -> None:
     values = ticks(90.7, 91.9, 5)
-    assert [tick_text(values)(value) for value in values] == ["90.75", "91.00", "91.25", "91.50", "91.75"]
+    assert [tick_text(values)(value) for value in values] == [
+        "90.75",
+        "91.00",
+        "91.25",
+        "91.50",
+        "91.75",
+    ]

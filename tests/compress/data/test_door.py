@@ -1,4 +1,6 @@
-"""Real files through the door: folders of pictures, parquet, arrow and saved sets, and what is refused."""
+"""Real files through the door: folders of pictures, parquet, arrow and saved sets, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from vitrim.compress.data.known import canonical, default_preprocessing
 from vitrim.compress.data.pictures import cache_folder
 from vitrim.compress.data.quickstart import ARCHIVE
 from vitrim.compress.data.splits import DataSplits, Split
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 SMALL = (3, 8, 8)
 
@@ -46,13 +48,23 @@ def folder_of_pictures(root: Path, counts: dict[str, int], first: int = 0) -> Pa
 
 
 def hub_like(count: int, first: int = 0, classes: int = 3) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"][:classes])})
-    rows = {"image": [picture(first + index) for index in range(count)], "label": [index % classes for index in range(count)]}
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["ant", "bee", "cat"][:classes]),
+        }
+    )
+    rows = {
+        "image": [picture(first + index) for index in range(count)],
+        "label": [index % classes for index in range(count)],
+    }
     return datasets.Dataset.from_dict(rows, features=features)
 
 
 def contents(split: Split) -> set[bytes]:
-    return {split.batch(slice(index, index + 1))[0].numpy().tobytes() for index in range(len(split))}
+    return {
+        split.batch(slice(index, index + 1))[0].numpy().tobytes() for index in range(len(split))
+    }
 
 
 def assert_no_leak(data: DataSplits) -> None:
@@ -64,7 +76,11 @@ def assert_no_leak(data: DataSplits) -> None:
 
 
 def test_quickstart_is_real_small_and_fair(quickstart: DataSplits) -> None:
-    assert (len(quickstart.train), len(quickstart.val), len(quickstart.test)) == (11_000, 1_500, 3_000)
+    assert (len(quickstart.train), len(quickstart.val), len(quickstart.test)) == (
+        11_000,
+        1_500,
+        3_000,
+    )
     assert quickstart.labels == fashion_mnist.LABELS
     assert ARCHIVE.stat().st_size <= 6 * 10**6
     assert "Zalando SE" in ARCHIVE.with_name("LICENSE.fashion-mnist").read_text(encoding="utf-8")
@@ -88,10 +104,20 @@ def test_quickstart_lies_inside_the_baselines_division(quickstart: DataSplits) -
     for part in ("train", "val", "test"):
         few: Split = getattr(quickstart, part)
         images, labels = getattr(whole, part).batch(slice(None))
-        known = {image.tobytes(): int(label) for image, label in zip(images.numpy(), labels, strict=True)}
+        known = {
+            image.tobytes(): int(label) for image, label in zip(images.numpy(), labels, strict=True)
+        }
         few_images, few_labels = few.batch(slice(None))
         assert all(known.get(image.tobytes()) is not None for image in few_images.numpy())
-        assert np.mean([known[image.tobytes()] == int(label) for image, label in zip(few_images.numpy(), few_labels, strict=True)]) > 0.999
+        assert (
+            np.mean(
+                [
+                    known[image.tobytes()] == int(label)
+                    for image, label in zip(few_images.numpy(), few_labels, strict=True)
+                ]
+            )
+            > 0.999
+        )
 
 
 def test_quickstart_at_another_size() -> None:
@@ -111,7 +137,9 @@ def test_a_folder_of_classes_is_divided_without_leaks(tmp_path: Path) -> None:
     assert_no_leak(data)
     again = open_dataset(f"imagefolder:{root}", image=SMALL)
     assert contents(again.val) == contents(data.val)
-    assert contents(open_dataset(f"imagefolder:{root}", image=SMALL, seed=5).val) != contents(data.val)
+    assert contents(open_dataset(f"imagefolder:{root}", image=SMALL, seed=5).val) != contents(
+        data.val
+    )
 
 
 def test_official_splits_are_kept(tmp_path: Path) -> None:
@@ -157,7 +185,9 @@ def test_local_files_of_the_datasets_library(tmp_path: Path, kind: str) -> None:
 
 def test_a_split_without_labels_is_no_test_split(tmp_path: Path) -> None:
     hidden = hub_like(6, first=300).map(lambda row: {"label": -1})
-    sets = datasets.DatasetDict({"train": hub_like(30), "validation": hub_like(9, first=100), "test": hidden})
+    sets = datasets.DatasetDict(
+        {"train": hub_like(30), "validation": hub_like(9, first=100), "test": hidden}
+    )
     sets.save_to_disk(str(tmp_path / "set"))
     data = open_dataset(f"disk:{tmp_path}/set", image=SMALL)
     assert (len(data.train), len(data.val), len(data.test)) == (27, 3, 9)
@@ -180,15 +210,23 @@ def test_decoded_images_are_kept_on_disk_and_found_again(tmp_path: Path) -> None
     stamp = file.stat().st_mtime_ns
     again = open_dataset(f"imagefolder:{root}", image=SMALL, cache=cache)
     assert file.stat().st_mtime_ns == stamp
-    assert contents(again.test) == contents(data.test) == contents(open_dataset(f"imagefolder:{root}", image=SMALL).test)
+    assert (
+        contents(again.test)
+        == contents(data.test)
+        == contents(open_dataset(f"imagefolder:{root}", image=SMALL).test)
+    )
     # A changed picture is another data set, a cut file no cache.
     picture(999).save(root / "ant" / "0.png")
     changed = open_dataset(f"imagefolder:{root}", image=SMALL, cache=cache)
     assert len(list(cache.iterdir())) == 2
-    assert data.preprocessing.pixels(picture(999)).tobytes() in contents(changed.train) | contents(changed.val) | contents(changed.test)
+    assert data.preprocessing.pixels(picture(999)).tobytes() in contents(changed.train) | contents(
+        changed.val
+    ) | contents(changed.test)
     file.write_bytes(file.read_bytes()[:100])
     picture(1).save(root / "ant" / "0.png")
-    assert len(open_dataset(f"imagefolder:{root}", image=SMALL, cache=cache).train) == len(data.train)
+    assert len(open_dataset(f"imagefolder:{root}", image=SMALL, cache=cache).train) == len(
+        data.train
+    )
 
 
 def test_large_sets_go_to_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +240,9 @@ def test_a_corrupt_picture_is_named(tmp_path: Path) -> None:
     root = folder_of_pictures(tmp_path / "pictures", {"ant": 20, "bee": 20})
     whole = root / "bee" / "7.png"
     whole.write_bytes(whole.read_bytes()[:80])
-    with pytest.raises(InputError, match=rf"^{re.escape(str(whole))}: not a readable image") as error:
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(whole))}: not a readable image"
+    ) as error:
         open_dataset(f"imagefolder:{root}", image=SMALL, cache=tmp_path / "decoded")
     assert "\n" not in str(error.value)
     # Nothing half-written.
@@ -214,9 +254,16 @@ def test_a_corrupt_picture_is_named(tmp_path: Path) -> None:
 
 def test_a_corrupt_row_is_named(tmp_path: Path) -> None:
     good = hub_like(20).cast_column("image", datasets.Image(decode=False))
-    bad = good.map(lambda row, index: {"image": {"bytes": b"\x89PNG\r\n", "path": None}} if index == 13 else row, with_indices=True)
+    bad = good.map(
+        lambda row, index: (
+            {"image": {"bytes": b"\x89PNG\r\n", "path": None}} if index == 13 else row
+        ),
+        with_indices=True,
+    )
     bad.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "set.parquet"))
-    with pytest.raises(InputError, match=r"set\.parquet, split train, row 13: not a readable image"):
+    with pytest.raises(
+        InputError, match=r"set\.parquet, split train, row 13: not a readable image"
+    ):
         open_dataset(f"parquet:{tmp_path}/set.parquet", image=SMALL)
 
 
@@ -229,7 +276,9 @@ def test_a_corrupt_row_is_named(tmp_path: Path) -> None:
         ({"ant": 1, "bee": 1}, "cannot give up"),
     ],
 )
-def test_folders_that_cannot_be_learned_from(tmp_path: Path, counts: dict[str, int], message: str) -> None:
+def test_folders_that_cannot_be_learned_from(
+    tmp_path: Path, counts: dict[str, int], message: str
+) -> None:
     root = tmp_path / "pictures"
     root.mkdir()
     folder_of_pictures(root, counts)
@@ -252,9 +301,14 @@ def test_an_empty_set_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "kind", "message"),
-    [(b"PAR1 not really PAR1", "parquet", "not readable as parquet"), (b"nothing", "arrow", "not readable as arrow")],
+    [
+        (b"PAR1 not really PAR1", "parquet", "not readable as parquet"),
+        (b"nothing", "arrow", "not readable as arrow"),
+    ],
 )
-def test_a_file_that_is_not_what_it_says(tmp_path: Path, content: bytes, kind: str, message: str) -> None:
+def test_a_file_that_is_not_what_it_says(
+    tmp_path: Path, content: bytes, kind: str, message: str
+) -> None:
     path = tmp_path / f"train.{kind}"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
@@ -293,14 +347,19 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     # The library's own switch: it then refuses exactly as without a network, at once.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"^nobody/nothing: the hub has no answer for it.*imagefolder:PATH") as error:
+    with pytest.raises(
+        InputError, match=r"^nobody/nothing: the hub has no answer for it.*imagefolder:PATH"
+    ) as error:
         open_dataset("nobody/nothing", image=SMALL)
     assert "\n" not in str(error.value)
 
 
 def test_the_head_must_fit(quickstart: DataSplits) -> None:
     require_classes(quickstart, 10, "vit_tiny")
-    with pytest.raises(InputError, match="quickstart has 10 classes, but vit_tiny has 1000 outputs; set num_classes = 10"):
+    with pytest.raises(
+        InputError,
+        match="quickstart has 10 classes, but vit_tiny has 1000 outputs; set num_classes = 10",
+    ):
         require_classes(quickstart, 1000, "vit_tiny")
 
 
@@ -311,13 +370,18 @@ def test_a_sample_is_of_its_split_and_nothing_else_is_decoded(tmp_path: Path) ->
     whole = open_dataset(spec, image=SMALL, seed=4, validation=0.2)
     parts: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
     for part in parts:
-        drawn = open_sample(spec, part, 3, preprocessing=preprocessing, classes=2, seed=4, validation=0.2)
+        drawn = open_sample(
+            spec, part, 3, preprocessing=preprocessing, classes=2, seed=4, validation=0.2
+        )
         assert len(drawn) == min(3, len(getattr(whole, part)))
         assert contents(drawn) <= contents(getattr(whole, part))
     drawn = open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2)
     assert sorted(drawn.targets.tolist()) == [0, 0, 0, 0, 1, 1]
     one, same, other = (
-        contents(open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2, draw_seed=seed)) for seed in (1, 1, 2)
+        contents(
+            open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2, draw_seed=seed)
+        )
+        for seed in (1, 1, 2)
     )
     assert one == same
     assert one != other
@@ -328,6 +392,9 @@ def test_a_sample_is_of_its_split_and_nothing_else_is_decoded(tmp_path: Path) ->
             pixels = preprocessing.pixels(image)
         if pixels.tobytes() not in kept:
             file.write_bytes(file.read_bytes()[:50] + bytes(file.stat().st_size - 50))
-    assert contents(open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2, draw_seed=1)) == one
+    assert (
+        contents(open_sample(spec, "train", 6, preprocessing=preprocessing, classes=2, draw_seed=1))
+        == one
+    )
     with pytest.raises(InputError, match=f"{spec} has 2 classes, but the model has 7 outputs"):
         open_sample(spec, "train", 6, preprocessing=preprocessing, classes=7)

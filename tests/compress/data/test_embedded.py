@@ -12,9 +12,9 @@ from vitrim.compress.data.door import open_dataset
 from vitrim.compress.data.embedded import WEIGHTS, embedded_card
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.train.evaluate import evaluate
-from vitrim.errors import InputError
-from vitrim.recipe import load_recipe
-from vitrim.storage import sha256_file
+from vitrim.core.errors import InputError
+from vitrim.core.storage import sha256_file
+from vitrim.pipeline.recipe import load_recipe
 
 
 def test_the_weights_are_the_cards() -> None:
@@ -24,7 +24,9 @@ def test_the_weights_are_the_cards() -> None:
     model = timm.create_model(card["model"], **card["overrides"])
     model.load_state_dict(load_file(WEIGHTS))
     assert sum(parameter.numel() for parameter in model.parameters()) == card["params"]
-    data = open_dataset("quickstart", preprocessing=Preprocessing.model_validate(card["preprocessing"]))
+    data = open_dataset(
+        "quickstart", preprocessing=Preprocessing.model_validate(card["preprocessing"])
+    )
     assert list(data.labels) == card["labels"]
     few = data.test.take(np.arange(600))
     # Within four standard deviations of what the card says for all 3,000.
@@ -38,6 +40,8 @@ def test_the_recipes_that_made_it_are_there() -> None:
 
 
 def test_a_package_without_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("vitrim.compress.data.embedded.WEIGHTS", tmp_path / "quickstart_vit.safetensors")
+    monkeypatch.setattr(
+        "vitrim.compress.data.embedded.WEIGHTS", tmp_path / "quickstart_vit.safetensors"
+    )
     with pytest.raises(InputError, match="the shipped baseline is missing; install vitrim again"):
         embedded_card()

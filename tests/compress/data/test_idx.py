@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from vitrim.compress.data.idx import idx_bytes, parse_idx, read_idx
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 
-@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5)), st.binary(max_size=9))
+@given(
+    hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5)),
+    st.binary(max_size=9),
+)
 def test_what_is_written_is_read_back(array: np.ndarray, rest: bytes) -> None:
     found, used = parse_idx(idx_bytes(array) + rest, "here")
     assert np.array_equal(found, array)
@@ -22,7 +25,11 @@ def test_what_is_written_is_read_back(array: np.ndarray, rest: bytes) -> None:
 
 def test_compressed_files_are_opened(tmp_path: Path) -> None:
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    for name, content in (("a", idx_bytes(array)), ("b.gz", gzip.compress(idx_bytes(array))), ("c.xz", lzma.compress(idx_bytes(array)))):
+    for name, content in (
+        ("a", idx_bytes(array)),
+        ("b.gz", gzip.compress(idx_bytes(array))),
+        ("c.xz", lzma.compress(idx_bytes(array))),
+    ):
         (tmp_path / name).write_bytes(content)
         assert np.array_equal(read_idx(tmp_path / name), array)
 

@@ -15,33 +15,48 @@ from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.data.splits import normalise
 
 GREY = Preprocessing(channels=1, height=28, width=28, mean=(0.286,), std=(0.353,))
-COLOUR = Preprocessing(channels=3, height=32, width=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+COLOUR = Preprocessing(
+    channels=3, height=32, width=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth colours with a little noise, so that resizing has something to get wrong."""
     generator = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
-    waves = np.stack([127 + 90 * np.sin(rows / (5 + c) + c) * np.cos(columns / (7 - c)) for c in range(3)], axis=2)
-    return Image.fromarray(np.clip(waves + generator.normal(0, 12, waves.shape), 0, 255).astype(np.uint8))
+    waves = np.stack(
+        [127 + 90 * np.sin(rows / (5 + c) + c) * np.cos(columns / (7 - c)) for c in range(3)],
+        axis=2,
+    )
+    return Image.fromarray(
+        np.clip(waves + generator.normal(0, 12, waves.shape), 0, 255).astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 40), (40, 50), (32, 32), (97, 31), (20, 64)])
 @pytest.mark.parametrize("crop_ratio", [1.0, 0.875, 0.9])
-def test_center_crop_is_timms_evaluation_transform(width: int, height: int, crop_ratio: float) -> None:
+def test_center_crop_is_timms_evaluation_transform(
+    width: int, height: int, crop_ratio: float
+) -> None:
     ours = COLOUR.model_copy(update={"resize": "center-crop", "crop_ratio": crop_ratio})
-    theirs = create_transform((3, 32, 32), interpolation="bicubic", mean=ours.mean, std=ours.std, crop_pct=crop_ratio)
+    theirs = create_transform(
+        (3, 32, 32), interpolation="bicubic", mean=ours.mean, std=ours.std, crop_pct=crop_ratio
+    )
     picture = photo(width, height)
     np.testing.assert_allclose(ours.apply(picture), theirs(picture).numpy(), atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([GREY, COLOUR]))
-def test_training_and_the_device_see_the_same_numbers(seed: int, preprocessing: Preprocessing) -> None:
+def test_training_and_the_device_see_the_same_numbers(
+    seed: int, preprocessing: Preprocessing
+) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (3, *preprocessing.image), dtype=np.uint8)
     by_torch = normalise(torch.from_numpy(pixels), preprocessing).numpy()
     assert np.array_equal(by_torch, preprocessing.normalise(pixels))
-    wanted = (pixels / 255.0 - np.array(preprocessing.mean)[:, None, None]) / np.array(preprocessing.std)[:, None, None]
+    wanted = (pixels / 255.0 - np.array(preprocessing.mean)[:, None, None]) / np.array(
+        preprocessing.std
+    )[:, None, None]
     np.testing.assert_allclose(by_torch, wanted, atol=1e-5)
 
 
@@ -54,7 +69,9 @@ def test_an_array_and_its_picture_are_the_same() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 def test_every_kind_of_picture_becomes_the_models_channels(mode: str) -> None:
     picture = (
-        photo(40, 30).convert(mode) if mode != "I;16" else Image.fromarray(np.asarray(photo(40, 30).convert("L")).astype(np.uint16) * 257)
+        photo(40, 30).convert(mode)
+        if mode != "I;16"
+        else Image.fromarray(np.asarray(photo(40, 30).convert("L")).astype(np.uint16) * 257)
     )
     assert GREY.pixels(picture).shape == (1, 28, 28)
     pixels = COLOUR.pixels(picture)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.data.splits import Split, require_splits, stratified_indices
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 SIZE = Preprocessing(channels=1, height=2, width=2, mean=(0.5,), std=(0.5,))
 
@@ -28,7 +28,9 @@ def test_a_cut_is_whole_fair_and_repeatable(labels: list[int], share: float, see
 
 def test_seeds_differ() -> None:
     targets = np.zeros(100, dtype=np.int64)
-    assert not np.array_equal(stratified_indices(targets, 50, 0)[0], stratified_indices(targets, 50, 1)[0])
+    assert not np.array_equal(
+        stratified_indices(targets, 50, 0)[0], stratified_indices(targets, 50, 1)[0]
+    )
 
 
 def test_more_than_there_is_cannot_be_taken() -> None:
@@ -66,7 +68,9 @@ def test_a_batch_may_be_written_to_without_touching_the_data() -> None:
         ([0, 2], [0], r"label outside 0\.\.1"),
     ],
 )
-def test_what_cannot_be_learned_from_is_refused(train: list[int], val: list[int], message: str) -> None:
+def test_what_cannot_be_learned_from_is_refused(
+    train: list[int], val: list[int], message: str
+) -> None:
     targets = {"train": np.array(train, np.int64), "val": np.array(val, np.int64)}
     with pytest.raises(InputError, match=message):
         require_splits("mine", targets, ("a", "b"))

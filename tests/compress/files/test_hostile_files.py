@@ -1,4 +1,6 @@
-"""Files that are damaged or meant to do harm: each is refused with one line that names the entry, before memory is taken for what it claims."""
+"""Files that are damaged or meant to do harm: each is refused with one line that names the entry,
+before memory is taken for what it claims.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, message: str, *, most_bytes: int = 64 * 2**20) -> None:
-    """The folder does not load, the reason matches and is one printable line, and no memory is taken that the file does not fill."""
+    """The folder does not load, the reason matches and is one printable line, and no memory is
+    taken that the file does not fill.
+    """
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match=message) as caught:
@@ -66,20 +70,53 @@ Q = "steps.0.0.core.q.weight"
     ("change", "message"),
     [
         (lambda s: s.pop(Q), f"tensor '{Q}' is missing"),
-        (lambda s: s.update(extra=torch.ones(1)), "tensor 'extra' is not part of this architecture"),
-        (lambda s: s.update({"e\x1b[31m\nvil": torch.ones(1)}), r"tensor 'e\?\[31m\?vil' is not part"),
-        (lambda s: s.update({"../../../etc/passwd": torch.ones(1)}), "'../../../etc/passwd' is not part"),
-        (lambda s: s.update({Q: torch.ones(3, 3)}), rf"tensor '{Q}' has shape \[3, 3\], the architecture says"),
-        (lambda s: s.update({Q: s[Q].T.contiguous()}) if s[Q].shape[0] != s[Q].shape[1] else s.update({Q: s[Q][None]}), "has shape"),
+        (
+            lambda s: s.update(extra=torch.ones(1)),
+            "tensor 'extra' is not part of this architecture",
+        ),
+        (
+            lambda s: s.update({"e\x1b[31m\nvil": torch.ones(1)}),
+            r"tensor 'e\?\[31m\?vil' is not part",
+        ),
+        (
+            lambda s: s.update({"../../../etc/passwd": torch.ones(1)}),
+            "'../../../etc/passwd' is not part",
+        ),
+        (
+            lambda s: s.update({Q: torch.ones(3, 3)}),
+            rf"tensor '{Q}' has shape \[3, 3\], the architecture says",
+        ),
+        (
+            lambda s: (
+                s.update({Q: s[Q].T.contiguous()})
+                if s[Q].shape[0] != s[Q].shape[1]
+                else s.update({Q: s[Q][None]})
+            ),
+            "has shape",
+        ),
         (lambda s: s.update({Q: s[Q].int()}), f"tensor '{Q}' has type I32"),
         (lambda s: s.update({Q: s[Q].to(torch.float8_e4m3fn)}), f"tensor '{Q}' has type F8"),
         (lambda s: s.update({Q: s[Q].double()}), "all must have the same"),
         (lambda s: s[Q].view(-1)[0].fill_(float("nan")), f"tensor '{Q}' holds NaN or infinity"),
         (lambda s: s[Q].view(-1)[-1].fill_(float("-inf")), f"tensor '{Q}' holds NaN or infinity"),
     ],
-    ids=["missing", "extra", "escape", "path", "shape", "transposed", "int", "float8", "mixed", "nan", "inf"],
+    ids=[
+        "missing",
+        "extra",
+        "escape",
+        "path",
+        "shape",
+        "transposed",
+        "int",
+        "float8",
+        "mixed",
+        "nan",
+        "inf",
+    ],
 )
-def test_tensors_that_do_not_belong(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str) -> None:
+def test_tensors_that_do_not_belong(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
     retensor(folder, change)
     refused(folder, message)
 
@@ -91,7 +128,11 @@ def branch(number: int = 0) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("way", "value", "message"),
     [
-        (("schema",), "vitrim.architecture/2", "schema 'vitrim.architecture/2', this version reads"),
+        (
+            ("schema",),
+            "vitrim.architecture/2",
+            "schema 'vitrim.architecture/2', this version reads",
+        ),
         (("schema",), "\x1b[2J", r"schema '\?\[2J'"),
         (("embed",), -1, "embed: Input should be greater"),
         (("embed",), 10**30, "embed: "),
@@ -112,10 +153,16 @@ def branch(number: int = 0) -> tuple[Any, ...]:
         (("image",), [1_000_000, 1_000_000, 1_000_000], "tokens, more than the 65536"),
         (("image",), [3, 2, 2], "too small for convolution"),
         (("head", "classes"), 1_000_000, "has shape"),
-        (("head",), {"classes": 1_000_000, "hidden": 1_000_000}, "asks for 1000.* parameters|more than the"),
+        (
+            ("head",),
+            {"classes": 1_000_000, "hidden": 1_000_000},
+            "asks for 1000.* parameters|more than the",
+        ),
     ],
 )
-def test_architectures_that_do_not_hold(folder: Path, way: tuple[Any, ...], value: Any, message: str) -> None:
+def test_architectures_that_do_not_hold(
+    folder: Path, way: tuple[Any, ...], value: Any, message: str
+) -> None:
     edit(folder, lambda data: put(data, *way, value=value))
     refused(folder, message)
 
@@ -132,7 +179,9 @@ def test_architectures_that_do_not_hold(folder: Path, way: tuple[Any, ...], valu
     ],
     ids=["nan", "infinity", "negative", "twice", "nul", "digits"],
 )
-def test_numbers_and_keys_that_json_lets_pass(folder: Path, old: str, new: str, message: str) -> None:
+def test_numbers_and_keys_that_json_lets_pass(
+    folder: Path, old: str, new: str, message: str
+) -> None:
     path = folder / "architecture.json"
     text = path.read_text()
     assert old in text
@@ -148,7 +197,9 @@ def test_a_softmax_scale_that_is_no_number(folder: Path) -> None:
 def test_a_million_sub_layers(folder: Path) -> None:
     path = folder / "architecture.json"
     text = path.read_text()
-    path.write_text(text[: text.index('"steps": ')] + '"steps": [' + "[" + ",".join(["0"] * 1_000_000) + "]]}")
+    path.write_text(
+        text[: text.index('"steps": ')] + '"steps": [' + "[" + ",".join(["0"] * 1_000_000) + "]]}"
+    )
     refused(folder, "steps: 1000000 sub-layers, more than the 4096", most_bytes=256 * 2**20)
 
 
@@ -157,7 +208,9 @@ def test_deep_json(folder: Path) -> None:
     refused(folder, "not JSON")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"\xff\xfe{}", b"[]", b"null", b'"' + b"a" * 1000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00" * 64, b"\xff\xfe{}", b"[]", b"null", b'"' + b"a" * 1000]
+)
 def test_json_that_is_none(folder: Path, content: bytes) -> None:
     (folder / "architecture.json").write_bytes(content)
     refused(folder, "not JSON|schema 'None'")
@@ -174,7 +227,9 @@ def test_ten_gigabytes_in_the_architecture_alone(folder: Path) -> None:
     refused(folder, r"tensor 'steps.1.0.core.fc1.weight' has shape")
 
 
-def tamper(folder: Path, change: Callable[[dict[str, Any]], object], data: bytes | None = None) -> None:
+def tamper(
+    folder: Path, change: Callable[[dict[str, Any]], object], data: bytes | None = None
+) -> None:
     """Rewrite the header of the weights, and perhaps what follows it."""
     path = folder / "model.safetensors"
     raw = path.read_bytes()
@@ -182,7 +237,9 @@ def tamper(folder: Path, change: Callable[[dict[str, Any]], object], data: bytes
     header = json.loads(raw[8 : 8 + length])
     change(header)
     text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + (raw[8 + length :] if data is None else data))
+    path.write_bytes(
+        struct.pack("<Q", len(text)) + text + (raw[8 + length :] if data is None else data)
+    )
 
 
 def test_ten_gigabytes_in_both_files(folder: Path) -> None:
@@ -191,7 +248,11 @@ def test_ten_gigabytes_in_both_files(folder: Path) -> None:
     width = json.loads((folder / "architecture.json").read_text())["steps"][1][0]["reads"]
 
     def claim(header: dict[str, Any]) -> None:
-        header["steps.1.0.core.fc1.weight"] = {"dtype": "F32", "shape": [500_000, len(width)], "data_offsets": [0, 500_000 * len(width) * 4]}
+        header["steps.1.0.core.fc1.weight"] = {
+            "dtype": "F32",
+            "shape": [500_000, len(width)],
+            "data_offsets": [0, 500_000 * len(width) * 4],
+        }
 
     tamper(folder, claim)
     refused(folder, "not a whole safetensors file")
@@ -210,7 +271,17 @@ def test_ten_gigabytes_in_both_files(folder: Path) -> None:
         lambda header: header.update({Q: header["stem.weight"]}),
         lambda header: header.update(__metadata__={"schema": {"a": 1}}),
     ],
-    ids=["end", "outside", "backwards", "negative", "overflow", "below-zero", "type", "overlap", "metadata"],
+    ids=[
+        "end",
+        "outside",
+        "backwards",
+        "negative",
+        "overflow",
+        "below-zero",
+        "type",
+        "overlap",
+        "metadata",
+    ],
 )
 def test_headers_that_lie(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     tamper(folder, change)

@@ -1,4 +1,6 @@
-"""A saved model comes back bit for bit, its schema is the one published, and a model saved by the first version loads for ever."""
+"""A saved model comes back bit for bit, its schema is the one published, and a model saved by the
+first version loads for ever.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 from golden_model import golden_images
 from tiny_models import relative_error, tiny_vit
 from vitrim import StructuredMask, compact, load, save
-from vitrim.compress.schema import SCHEMA_FILE, schema_text
+from vitrim.compress.network.schema import SCHEMA_FILE, schema_text
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -24,8 +26,12 @@ def test_a_reload_computes_the_same_bits(tmp_path: Path, name: str, sharing: str
     save(model, tmp_path / "model")
     again = load(tmp_path / "model")
     assert again.architecture == model.architecture
-    assert {key: tensor.shape for key, tensor in again.state_dict().items()} == {key: t.shape for key, t in model.state_dict().items()}
-    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert {key: tensor.shape for key, tensor in again.state_dict().items()} == {
+        key: t.shape for key, t in model.state_dict().items()
+    }
+    assert all(
+        torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items()
+    )
     for batch in (1, 3):
         images = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))
         with torch.no_grad():
@@ -60,7 +66,7 @@ def test_the_golden_model_still_loads_and_answers() -> None:
 
 
 def test_the_schema_file_is_that_of_the_code() -> None:
-    assert SCHEMA_FILE.read_text() == schema_text(), "run python -m vitrim.compress.schema"
+    assert SCHEMA_FILE.read_text() == schema_text(), "run python -m vitrim.compress.network.schema"
 
 
 def test_saved_architectures_fit_the_schema(tmp_path: Path) -> None:

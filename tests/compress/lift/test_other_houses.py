@@ -41,13 +41,28 @@ def answer(output: Any) -> Tensor:
 
 
 def torchvision_model(**more: Any) -> nn.Module:
-    return shake(VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=48, num_classes=7, **more))
+    return shake(
+        VisionTransformer(
+            image_size=32,
+            patch_size=8,
+            num_layers=2,
+            num_heads=3,
+            hidden_dim=24,
+            mlp_dim=48,
+            num_classes=7,
+            **more,
+        )
+    )
 
 
 STEM = [ConvStemConfig(8, 3, 2)] * 3
 
 
-@pytest.mark.parametrize("more", [{}, {"representation_size": 10}, {"conv_stem_configs": STEM}], ids=["plain", "hidden head", "conv stem"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"representation_size": 10}, {"conv_stem_configs": STEM}],
+    ids=["plain", "hidden head", "conv stem"],
+)
 def test_torchvision(more: dict[str, Any]) -> None:
     exact(torchvision_model(**more))
 
@@ -55,7 +70,10 @@ def test_torchvision(more: dict[str, Any]) -> None:
 def test_multihead_attention_that_adds_a_key_is_refused() -> None:
     model: Any = torchvision_model()
     model.encoder.layers[1].self_attention.add_zero_attn = True
-    with pytest.raises(UnsupportedModel, match=r"encoder\.layers\.encoder_layer_1\.self_attention: nn\.MultiheadAttention with add_zero_attn"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"encoder\.layers\.encoder_layer_1\.self_attention: nn\.MultiheadAttention with add_zero_attn",
+    ):
         lift(model)
 
 
@@ -74,21 +92,44 @@ def test_multihead_attention_that_adds_a_key_is_refused() -> None:
 def test_transformers(house: str, kind: str, more: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers", minversion="5")
     config = getattr(transformers, f"{house}Config")(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=32, patch_size=8, num_labels=5, **more
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+        **more,
     )
     exact(shake(getattr(transformers, house + kind)(config)))
 
 
 def test_transformers_without_a_pooler_answers_with_the_class_token() -> None:
     transformers = pytest.importorskip("transformers", minversion="5")
-    config = transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40, image_size=32, patch_size=8)
+    config = transformers.ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        intermediate_size=40,
+        image_size=32,
+        patch_size=8,
+    )
     exact(shake(transformers.ViTModel(config, add_pooling_layer=False)))
 
 
 def test_causal_attention_is_refused() -> None:
     transformers = pytest.importorskip("transformers", minversion="5")
-    config = transformers.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40, image_size=32, patch_size=8)
+    config = transformers.ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        intermediate_size=40,
+        image_size=32,
+        patch_size=8,
+    )
     model = transformers.ViTModel(config)
     model.layers[0].attention.is_causal = True
-    with pytest.raises(UnsupportedModel, match=r"layers\.0\.attention\.is_causal: causal attention has no rule"):
+    with pytest.raises(
+        UnsupportedModel, match=r"layers\.0\.attention\.is_causal: causal attention has no rule"
+    ):
         lift(model)

@@ -1,4 +1,6 @@
-"""Modules that nobody registered: read by timm's convention of names, and believed only after a trial."""
+"""Modules that nobody registered: read by timm's convention of names, and believed only after a
+trial.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from t2t_vit import SoftSplits, T2TBackbone, T2TViT
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor, nn
 from vitrim import StructuredMask, UnsupportedModel, compact, lift, masked
-from vitrim.compress.count import count_params
-from vitrim.compress.mask import Sharing
-from vitrim.compress.vit.model import CompactModel
+from vitrim.compress.masks.groups import Sharing
+from vitrim.compress.network.count import count_params
+from vitrim.compress.network.modules.model import CompactModel
 
 SHARINGS: tuple[Sharing, ...] = ("unshared", "residual", "full")
 
@@ -41,7 +43,10 @@ def exact(model: nn.Module, images: Tensor) -> CompactModel:
 
 
 def test_lv_vit_is_cut_exactly() -> None:
-    lifted = exact(shake(LVViT(img_size=32, embed_dim=24, depth=2, num_heads=3, classes=5)), torch.randn(2, 3, 32, 32))
+    lifted = exact(
+        shake(LVViT(img_size=32, embed_dim=24, depth=2, num_heads=3, classes=5)),
+        torch.randn(2, 3, 32, 32),
+    )
     assert lifted.architecture.pool.kind == "dense"
     assert [conv.kernel for conv in lifted.architecture.stem.before] == [(7, 7), (3, 3), (3, 3)]
 
@@ -57,12 +62,18 @@ def test_the_published_shapes_have_the_published_sizes() -> None:
     with torch.device("meta"):
         lv_vit, front, backbone = LVViT(), SoftSplits(), T2TBackbone()
     assert round(sum(p.numel() for p in lv_vit.parameters()) / 1e6, 1) == 26.2
-    assert round(sum(p.numel() for module in (front, backbone) for p in module.parameters()) / 1e6, 1) == 21.5
+    assert (
+        round(sum(p.numel() for module in (front, backbone) for p in module.parameters()) / 1e6, 1)
+        == 21.5
+    )
 
 
 def test_the_whole_t2t_vit_is_refused_by_the_path_of_its_stem() -> None:
     backbone = T2TBackbone(side=8, embed_dim=24, depth=2, num_heads=3, classes=5)
-    with pytest.raises(UnsupportedModel, match=r"tokens_to_token: .*Sequential stands where a convolutional patch_embed was expected; lift what comes after"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"tokens_to_token: .*Sequential stands where a convolutional patch_embed was expected; lift what comes after",
+    ):
         lift(shake(T2TViT(backbone)))
 
 
@@ -80,9 +91,16 @@ class DoublesQueries(nn.Module):
 
     def __init__(self, other: Any) -> None:
         super().__init__()
-        self.qkv, self.proj, self.num_heads, self.scale = other.qkv, other.proj, other.num_heads, other.scale
+        self.qkv, self.proj, self.num_heads, self.scale = (
+            other.qkv,
+            other.proj,
+            other.num_heads,
+            other.scale,
+        )
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         y = nn.functional.scaled_dot_product_attention(2 * q, k, v)
         out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
@@ -92,7 +110,10 @@ class DoublesQueries(nn.Module):
 def test_an_attention_that_only_looks_alike_is_refused() -> None:
     model: Any = tiny_vit()
     model.blocks[1].attn = DoublesQueries(model.blocks[1].attn)
-    with pytest.raises(UnsupportedModel, match=r"blocks\.1\.attn: .*DoublesQueries has timm's names, but does not compute softmax"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"blocks\.1\.attn: .*DoublesQueries has timm's names, but does not compute softmax",
+    ):
         lift(model)
 
 
@@ -104,14 +125,20 @@ class Negated(nn.Module):
 def test_a_dropout_that_was_replaced_is_refused() -> None:
     model: Any = tiny_vit()
     model.blocks[0].attn.proj_drop = Negated()
-    with pytest.raises(UnsupportedModel, match=r"blocks\.0\.attn\.proj_drop: .*Negated where a dropout was expected"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"blocks\.0\.attn\.proj_drop: .*Negated where a dropout was expected",
+    ):
         lift(model)
 
 
 def test_an_unknown_block_is_refused_with_what_it_lacks() -> None:
     model: Any = tiny_vit()
     model.blocks[1] = nn.Linear(24, 24)
-    with pytest.raises(UnsupportedModel, match=r"blocks\.1: no rule for block type torch\.nn\.modules\.linear\.Linear .* it has no norm1 and no attn"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"blocks\.1: no rule for block type torch\.nn\.modules\.linear\.Linear .* it has no norm1 and no attn",
+    ):
         lift(model)
 
 
@@ -119,7 +146,9 @@ def test_a_forward_set_on_the_instance_is_refused() -> None:
     model = tiny_vit()
     attn = model.blocks[0].attn  # type: ignore[index,union-attr]
     attn.forward = lambda x, **_: x
-    with pytest.raises(UnsupportedModel, match=r"blocks\.0\.attn: this Attention has a forward of its own"):
+    with pytest.raises(
+        UnsupportedModel, match=r"blocks\.0\.attn: this Attention has a forward of its own"
+    ):
         lift(model)
 
 
@@ -131,4 +160,7 @@ def test_a_network_of_another_kind_is_refused() -> None:
 def test_a_lifted_strangers_parameters_are_its_own() -> None:
     backbone = T2TBackbone(side=8, embed_dim=24, depth=2, num_heads=3, classes=5)
     # The class token's position is a constant added to a constant, so one of the two rows goes.
-    assert count_params(lift(backbone).architecture) == sum(p.numel() for p in backbone.parameters()) - 24
+    assert (
+        count_params(lift(backbone).architecture)
+        == sum(p.numel() for p in backbone.parameters()) - 24
+    )

@@ -1,4 +1,6 @@
-"""A name of every kind that timm's plain Vision Transformers come in: the lifted network gives what the source gives, the compact one what the masked gives."""
+"""A name of every kind that timm's plain Vision Transformers come in: the lifted network gives what
+the source gives, the compact one what the masked gives.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from vitrim import InputError, StructuredMask, UnsupportedModel, compact, lift, 
 KINDS: list[tuple[str, str, dict[str, Any]]] = [
     ("vit_tiny_patch16_224", "plain", {}),
     ("vit_tiny_patch16_224", "max pooling", {"global_pool": "max", "class_token": False}),
-    ("vit_tiny_patch16_224", "avgmax pooling, prefix included", {"global_pool": "avgmax", "pool_include_prefix": True}),
+    (
+        "vit_tiny_patch16_224",
+        "avgmax pooling, prefix included",
+        {"global_pool": "avgmax", "pool_include_prefix": True},
+    ),
     ("vit_tiny_patch16_224", "refining attention pool", {"global_pool": "prr"}),
     ("vit_tiny_patch16_224", "features, no classifier", {"num_classes": 0}),
     ("vit_tiny_patch16_224", "features, no norm either", {"num_classes": 0, "final_norm": False}),
@@ -54,7 +60,10 @@ def build(name: str, overrides: dict[str, Any]) -> nn.Module:
     size = (2 * patch, 3 * patch)
     settings: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": size}
     if name.startswith("naflexvit"):
-        settings |= {"pos_embed_grid_size": (4, 3), "pretrained_cfg_overlay": {"input_size": (3, *size)}}
+        settings |= {
+            "pos_embed_grid_size": (4, 3),
+            "pretrained_cfg_overlay": {"input_size": (3, *size)},
+        }
     model: nn.Module = timm.create_model(name, **settings | overrides)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,14 +71,20 @@ def build(name: str, overrides: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "kind", "overrides"), KINDS, ids=[f"{name}: {kind}" for name, kind, _ in KINDS])
-def test_lift_equals_source_and_compact_equals_masked(name: str, kind: str, overrides: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "overrides"), KINDS, ids=[f"{name}: {kind}" for name, kind, _ in KINDS]
+)
+def test_lift_equals_source_and_compact_equals_masked(
+    name: str, kind: str, overrides: dict[str, Any]
+) -> None:
     model = build(name, overrides)
     lifted = lift(model)
     images = torch.randn(2, *lifted.architecture.image)
     with torch.no_grad():
         assert relative_error(lifted(images), model(images)) < 1e-5
-        for seed, (sharing, per_head) in enumerate([("unshared", True), ("residual", True), ("full", False)]):
+        for seed, (sharing, per_head) in enumerate(
+            [("unshared", True), ("residual", True), ("full", False)]
+        ):
             mask = StructuredMask.random(lifted, 0.4, sharing, seed=seed, per_head=per_head)  # type: ignore[arg-type]
             small = compact(model, mask)
             wanted = masked(lifted, mask)(images)
@@ -79,7 +94,11 @@ def test_lift_equals_source_and_compact_equals_masked(name: str, kind: str, over
 
 def test_a_compact_model_is_cut_again() -> None:
     grouped = {"num_kv_heads": (3, 1), "qk_norm": True}
-    for name, overrides in (("vit_base_patch16_rope_mixed_224", {}), ("vit_dwee_patch16_reg1_gap_256", {}), ("vit_base_patch16_sapiens2", grouped)):
+    for name, overrides in (
+        ("vit_base_patch16_rope_mixed_224", {}),
+        ("vit_dwee_patch16_reg1_gap_256", {}),
+        ("vit_base_patch16_sapiens2", grouped),
+    ):
         model = build(name, overrides)
         once = compact(model, StructuredMask.random(model, 0.7, "unshared", per_head=True))
         mask = StructuredMask.random(once, 0.5, "unshared", seed=1, per_head=True)
@@ -89,7 +108,9 @@ def test_a_compact_model_is_cut_again() -> None:
 
 
 def test_saved_and_loaded_bit_equal(tmp_path: Any) -> None:
-    for number, name in enumerate(["beit_base_patch16_224", "vit_tiny_patch16_dinov3_qkvb", "vit_so400m_patch14_siglip_224"]):
+    for number, name in enumerate(
+        ["beit_base_patch16_224", "vit_tiny_patch16_dinov3_qkvb", "vit_so400m_patch14_siglip_224"]
+    ):
         model = build(name, {})
         small = compact(model, StructuredMask.random(model, 0.5, "unshared", per_head=True))
         images = torch.randn(1, *small.architecture.image)
@@ -101,7 +122,10 @@ def test_a_split_rope_pair_is_refused_with_the_reason() -> None:
     model = build("vit_tiny_patch16_dinov3_qkvb", {})
     keep = torch.ones(16, dtype=torch.bool)
     keep[3] = False
-    with pytest.raises(InputError, match=r"mask qk/blocks\.0\.attn splits columns 3 and 11: rotary position embedding turns them together"):
+    with pytest.raises(
+        InputError,
+        match=r"mask qk/blocks\.0\.attn splits columns 3 and 11: rotary position embedding turns them together",
+    ):
         compact(model, StructuredMask({"qk": {"blocks.0.attn": keep}}))
 
 
@@ -109,7 +133,10 @@ def test_heads_that_share_keys_keep_the_same_columns() -> None:
     model = build("vit_base_patch16_sapiens2", {"num_kv_heads": (3, 1)})
     keep = torch.ones(3, 16, dtype=torch.bool)
     keep[0, :8], keep[1:, 8:] = False, False
-    with pytest.raises(InputError, match=r"mask v/blocks\.1\.attn: heads that share keys and values must keep the same columns"):
+    with pytest.raises(
+        InputError,
+        match=r"mask v/blocks\.1\.attn: heads that share keys and values must keep the same columns",
+    ):
         compact(model, StructuredMask({"v": {"blocks.1.attn": keep}}))
 
 
@@ -123,5 +150,20 @@ def test_the_pooling_heads_own_units_are_no_part_of_a_shared_mask() -> None:
     mask = StructuredMask.random(lifted, 0.5, "full")
     assert set(mask.kept["head"]) == {"*", "pool.attn"}
     assert set(mask.kept["embed"]) == {"*", "pool.out"}
-    with pytest.raises(InputError, match=r"mask ffn/pool\.ffn keeps nothing; the pooling head needs one unit at least"):
-        compact(lifted, StructuredMask({"ffn": {"pool.ffn": torch.zeros(lifted.architecture.pool.ffn.hidden, dtype=torch.bool)}}))  # type: ignore[union-attr]
+    with pytest.raises(
+        InputError,
+        match=r"mask ffn/pool\.ffn keeps nothing; the pooling head needs one unit at least",
+    ):
+        compact(
+            lifted,
+            StructuredMask(
+                {
+                    "ffn": {
+                        "pool.ffn": torch.zeros(
+                            lifted.architecture.pool.ffn.hidden,  # type: ignore[union-attr]
+                            dtype=torch.bool,
+                        )
+                    }
+                }
+            ),
+        )

@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.data.splits import normalise
 from vitrim.compress.train.augment import SHIFT_SHARE, Augmentation, seed_everything, shift_and_flip
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 GREY = Preprocessing(channels=1, height=28, width=28, mean=(0.286,), std=(0.353,))
-COLOUR = Preprocessing(channels=3, height=32, width=24, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+COLOUR = Preprocessing(
+    channels=3, height=32, width=24, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+)
 
 
 def batch(preprocessing: Preprocessing, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    return torch.randint(0, 256, (count, *preprocessing.image), dtype=torch.uint8), torch.arange(count) % 10
+    return torch.randint(0, 256, (count, *preprocessing.image), dtype=torch.uint8), torch.arange(
+        count
+    ) % 10
 
 
 def test_none_only_normalises() -> None:
@@ -31,7 +35,9 @@ def test_none_only_normalises() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([GREY, COLOUR]))
-def test_shift_and_flip_moves_each_image_as_a_whole(seed: int, preprocessing: Preprocessing) -> None:
+def test_shift_and_flip_moves_each_image_as_a_whole(
+    seed: int, preprocessing: Preprocessing
+) -> None:
     pixels, _ = batch(preprocessing, 6)
     torch.manual_seed(seed)
     moved = shift_and_flip(pixels)
@@ -39,7 +45,11 @@ def test_shift_and_flip_moves_each_image_as_a_whole(seed: int, preprocessing: Pr
     reach_y, reach_x = max(1, round(height * SHIFT_SHARE)), max(1, round(width * SHIFT_SHARE))
     padded = torch.nn.functional.pad(pixels, (reach_x, reach_x, reach_y, reach_y))
     for image, source in zip(moved, padded, strict=True):
-        crops = [source[:, top : top + height, left : left + width] for top in range(2 * reach_y + 1) for left in range(2 * reach_x + 1)]
+        crops = [
+            source[:, top : top + height, left : left + width]
+            for top in range(2 * reach_y + 1)
+            for left in range(2 * reach_x + 1)
+        ]
         assert any(torch.equal(image, crop) or torch.equal(image, crop.flip(2)) for crop in crops)
 
 
@@ -55,7 +65,9 @@ def test_about_half_are_mirrored_and_places_differ() -> None:
 
 @pytest.mark.parametrize("preprocessing", [GREY, COLOUR])
 @pytest.mark.parametrize("preset", ["light", "thesis"])
-def test_images_keep_their_shape_and_the_seed_decides(preset: Any, preprocessing: Preprocessing) -> None:
+def test_images_keep_their_shape_and_the_seed_decides(
+    preset: Any, preprocessing: Preprocessing
+) -> None:
     augment = Augmentation(preset, preprocessing, 10, 0.1)
     seed_everything(1)
     first = augment(*batch(preprocessing))

@@ -16,12 +16,16 @@ from vitrim.compress.train.evaluate import evaluate, predict, top1
 from vitrim.compress.train.loop import TrainSettings, fit
 from vitrim.compress.train.optimizers import make_optimizer
 from vitrim.compress.train.positions import start_positions
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 
 def test_distillation_is_hintons_formula() -> None:
     torch.manual_seed(0)
-    teacher, images, logits = Net(1, dropout=0.0), torch.randn(6, 1, 8, 8), torch.randn(6, 3, requires_grad=True)
+    teacher, images, logits = (
+        Net(1, dropout=0.0),
+        torch.randn(6, 1, 8, 8),
+        torch.randn(6, 3, requires_grad=True),
+    )
     distillation = Distillation(teacher, alpha=0.3, temperature=2.5)
     targets = torch.tensor([0, 1, 2, 0, 1, 2])
     taught = F.softmax(teacher(images) / 2.5, dim=1)
@@ -45,14 +49,21 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
 def test_soft_targets_are_not_smoothed_twice() -> None:
     logits, images = torch.randn(4, 3), torch.randn(4, 1, 8, 8)
     soft = F.softmax(torch.randn(4, 3), dim=1)
-    torch.testing.assert_close(task_loss(logits, soft, images, 0.1, None), F.cross_entropy(logits, soft))
+    torch.testing.assert_close(
+        task_loss(logits, soft, images, 0.1, None), F.cross_entropy(logits, soft)
+    )
 
 
 def test_a_teacher_helps_a_student_agree_with_it(tmp_path: Path) -> None:
-    data, settings = spots(192), TrainSettings(epochs=8, batch_size=16, augmentation="none", quiet=True)
+    data, settings = (
+        spots(192),
+        TrainSettings(epochs=8, batch_size=16, augmentation="none", quiet=True),
+    )
     teacher = DenseTask(Net(0), lr=3e-3)
     fit(teacher, data, settings, tmp_path / "teacher")
-    student = DenseTask(Net(7), phase="finetune", lr=3e-3, distillation=Distillation(teacher.model, alpha=1.0))
+    student = DenseTask(
+        Net(7), phase="finetune", lr=3e-3, distillation=Distillation(teacher.model, alpha=1.0)
+    )
     fit(student, data, settings, tmp_path / "student")
     agreed = top1(predict(student.model, data.test), predict(teacher.model, data.test).argmax(1))
     assert agreed > 85
@@ -75,7 +86,11 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any, lift
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             key = names[id(parameter)]
-            bare = key.endswith("bias") or "norm" in key or key in ("cls_token", "pos_embed", "prefix", "position")
+            bare = (
+                key.endswith("bias")
+                or "norm" in key
+                or key in ("cls_token", "pos_embed", "prefix", "position")
+            )
             assert group["weight_decay"] == (0.0 if bare else 0.05), key
             if name == "muon" and not group["use_fallback"]:
                 assert parameter.ndim == 2
@@ -85,7 +100,10 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any, lift
 def test_evaluation_is_in_evaluation_mode_and_leaves_no_trace() -> None:
     data, model = spots(), Net(0, dropout=0.9)
     model.train()
-    first, second = predict(model, data.test, batch_size=5), predict(model, data.test, batch_size=32)
+    first, second = (
+        predict(model, data.test, batch_size=5),
+        predict(model, data.test, batch_size=32),
+    )
     torch.testing.assert_close(first, second)
     assert model.training
     wanted = 100 * float((first.argmax(1) == torch.from_numpy(data.test.targets)).float().mean())
@@ -100,5 +118,7 @@ def test_positions_start_where_patches_lie() -> None:
     places = model.pos_embed[0, 1:].detach()
     assert len({tuple(place.tolist()) for place in places}) == len(places)
     # Neighbours are more alike than corners.
-    assert F.cosine_similarity(places[0], places[1], dim=0) > F.cosine_similarity(places[0], places[-1], dim=0)
+    assert F.cosine_similarity(places[0], places[1], dim=0) > F.cosine_similarity(
+        places[0], places[-1], dim=0
+    )
     assert not start_positions(Net())

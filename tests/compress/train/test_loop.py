@@ -23,7 +23,7 @@ from vitrim.compress.train.evaluate import evaluate
 from vitrim.compress.train.history import append_history
 from vitrim.compress.train.loop import BEST, CHECKPOINT, Schedule, TrainSettings, fit
 from vitrim.compress.train.task import EpochEnd
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 QUICK = TrainSettings(epochs=4, batch_size=16, augmentation="none", quiet=True)
 
@@ -57,7 +57,15 @@ def test_it_learns_and_writes_its_history(tmp_path: Path) -> None:
     for line in lines:
         assert line["phase"] == "baseline"
         assert line["params"] == 7.0
-        assert {"loss", "train_top1", "val_top1", "images_per_s", "loader_share", "lr", "seconds"} <= line.keys()
+        assert {
+            "loss",
+            "train_top1",
+            "val_top1",
+            "images_per_s",
+            "loader_share",
+            "lr",
+            "seconds",
+        } <= line.keys()
         assert 0 <= line["loader_share"] <= 1
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert result.best_val_top1 == max(line["val_top1"] for line in lines)
@@ -94,9 +102,15 @@ def test_an_epoch_that_does_not_qualify_is_never_the_best(tmp_path: Path) -> Non
 @pytest.mark.parametrize("augmentation", ["none", "light", "thesis"])
 @pytest.mark.parametrize("kind", ["cosine", "restarts", "constant"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_broken_run_resumes_to_the_same_bits(tmp_path: Path, augmentation: Any, kind: Any, optimizer: Any) -> None:
+def test_a_broken_run_resumes_to_the_same_bits(
+    tmp_path: Path, augmentation: Any, kind: Any, optimizer: Any
+) -> None:
     data = spots()
-    settings = replace(QUICK, augmentation=augmentation, schedule=Schedule(kind, warmup_epochs=0.5, restart_epochs=2))
+    settings = replace(
+        QUICK,
+        augmentation=augmentation,
+        schedule=Schedule(kind, warmup_epochs=0.5, restart_epochs=2),
+    )
     whole, broken = task(optimizer=optimizer), task(kind=CrashingTask, optimizer=optimizer)
     wanted = fit(whole, data, settings, tmp_path / "whole")
     broken.crash_at = 15
@@ -169,7 +183,9 @@ def test_kill_and_ctrl_c_lose_at_most_one_epoch(tmp_path: Path, sign: signal.Sig
     assert whole_epochs >= 1
     again = start("broken", 0)
     assert again.wait(400) == 0
-    assert (tmp_path / "broken.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert (tmp_path / "broken.safetensors").read_bytes() == (
+        tmp_path / "whole.safetensors"
+    ).read_bytes()
     epochs = [json.loads(line)["epoch"] for line in history.read_text().splitlines()]
     assert epochs == [1, 2, 3, 4, 5]
 
@@ -200,17 +216,29 @@ def test_other_phases_lines_stay(tmp_path: Path) -> None:
         stream.write('{"phase": "finet')
     fit(task(phase="finetune"), spots(), replace(QUICK, epochs=2), tmp_path / "t", history=history)
     lines = [json.loads(line) for line in history.read_text().splitlines()]
-    assert [(line["phase"], line["epoch"]) for line in lines] == [("masks", 1), ("finetune", 1), ("finetune", 2)]
+    assert [(line["phase"], line["epoch"]) for line in lines] == [
+        ("masks", 1),
+        ("finetune", 1),
+        ("finetune", 2),
+    ]
     assert "lr" in lines[1]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"batch_size": 8}, "batch_size = 16, now 8"), ({"seed": 9}, "seed = 7, now 9"), ({"epochs": 9}, "epochs = 4, now 9")],
+    [
+        ({"batch_size": 8}, "batch_size = 16, now 8"),
+        ({"seed": 9}, "seed = 7, now 9"),
+        ({"epochs": 9}, "epochs = 4, now 9"),
+    ],
 )
-def test_resuming_with_other_settings_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_resuming_with_other_settings_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     fit(task(), spots(), QUICK, tmp_path)
-    with pytest.raises(InputError, match=f"{message}; resume with the same settings, or start anew"):
+    with pytest.raises(
+        InputError, match=f"{message}; resume with the same settings, or start anew"
+    ):
         fit(task(), spots(), replace(QUICK, **change), tmp_path, resume=True)
     fit(task(), spots(), replace(QUICK, threads=1), tmp_path, resume=True)
 
@@ -218,7 +246,10 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, change: dict[st
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CHECKPOINT).write_bytes(content)
-    with pytest.raises(InputError, match=r"checkpoint\.pt: not a readable checkpoint .*; delete it to start this phase anew") as error:
+    with pytest.raises(
+        InputError,
+        match=r"checkpoint\.pt: not a readable checkpoint .*; delete it to start this phase anew",
+    ) as error:
         fit(task(), spots(), QUICK, tmp_path, resume=True)
     assert "\n" not in str(error.value)
 
@@ -240,11 +271,22 @@ def test_patience_and_the_tasks_own_stop(tmp_path: Path) -> None:
             return EpochEnd(score=-float(epoch), stop="enough" if epoch == stop_at else None)
 
     stop_at = 99
-    result = fit(task(kind=Tired), spots(), replace(QUICK, epochs=9, patience_epochs=2), tmp_path / "a")
+    result = fit(
+        task(kind=Tired), spots(), replace(QUICK, epochs=9, patience_epochs=2), tmp_path / "a"
+    )
     assert (result.epochs, result.best_epoch) == (3, 1)
     assert result.stopped == "no better validation top-1 for 2 epochs"
     # What was stopped stays stopped.
-    assert fit(task(kind=Tired), spots(), replace(QUICK, epochs=9, patience_epochs=2), tmp_path / "a", resume=True).epochs == 3
+    assert (
+        fit(
+            task(kind=Tired),
+            spots(),
+            replace(QUICK, epochs=9, patience_epochs=2),
+            tmp_path / "a",
+            resume=True,
+        ).epochs
+        == 3
+    )
     stop_at = 2
     result = fit(task(kind=Tired), spots(), QUICK, tmp_path / "b")
     assert (result.epochs, result.stopped) == (2, "enough")
@@ -259,7 +301,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path: Path) -> None:
             return super().loss(images * (float("inf") if self.steps == 9 else 1.0), targets)
 
     with pytest.raises(
-        InputError, match=r"baseline: the loss became nan at step 8 \(epoch 2\) with learning rate .*; lower the learning rate"
+        InputError,
+        match=r"baseline: the loss became nan at step 8 \(epoch 2\) with learning rate .*; lower the learning rate",
     ):
         fit(task(kind=Exploding), spots(), QUICK, tmp_path)
     # The epoch before is whole and can be continued.
@@ -314,8 +357,15 @@ def test_the_callers_generators_and_settings_come_back(tmp_path: Path) -> None:
     assert (torch.get_float32_matmul_precision(), torch.get_num_threads()) == (precision, threads)
 
 
-def test_without_a_terminal_each_epoch_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(task(metrics={"params": 1500.0, "params_dense": 3000.0}), spots(), replace(QUICK, epochs=2, quiet=False), tmp_path)
+def test_without_a_terminal_each_epoch_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(
+        task(metrics={"params": 1500.0, "params_dense": 3000.0}),
+        spots(),
+        replace(QUICK, epochs=2, quiet=False),
+        tmp_path,
+    )
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()

@@ -1,4 +1,6 @@
-"""Mask learning: lands on the budget, equals its cut model, shrinks without changing what is computed, and resumes to the same masks."""
+"""Mask learning: lands on the budget, equals its cut model, shrinks without changing what is
+computed, and resumes to the same masks.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ import pytest
 import torch
 import vitrim
 from tiny_models import relative_error, tiny_vit
-from vitrim.compress.architecture import AttentionSpec
-from vitrim.compress.budget import Budget
-from vitrim.compress.count import count_macs, count_params
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.data.splits import DataSplits, Split
 from vitrim.compress.lift import lift
+from vitrim.compress.masks.budget import Budget
+from vitrim.compress.network.architecture import AttentionSpec
+from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.train.loop import TrainSettings, fit
 from vitrim.compress.train.masks import MaskSettings, MaskTask
 from vitrim.compress.train.optimizers import OptimizerName
@@ -40,13 +42,25 @@ def stripes(images: int = 128, seed: int = 0) -> DataSplits:
             pixel[:, 4 * target : 4 * target + 4] += 100
         return Split(pixels, targets.astype(np.int64), preprocessing)
 
-    return DataSplits("stripes", split(images), split(32), split(32), ("a", "b", "c", "d"), preprocessing)
+    return DataSplits(
+        "stripes", split(images), split(32), split(32), ("a", "b", "c", "d"), preprocessing
+    )
 
 
 def learn(folder: Path, settings: MaskSettings, *, resume: bool = False, **model: Any) -> MaskTask:
     """One whole mask-learning phase on the stripes."""
-    task = MaskTask(lift(tiny_vit(**{"num_classes": 4, "embed_dim": 32, "num_heads": 4, **model})), settings, EPOCHS * STEPS)
-    fit(task, stripes(), TrainSettings(epochs=EPOCHS, batch_size=16, quiet=True, threads=1), folder, resume=resume)
+    task = MaskTask(
+        lift(tiny_vit(**{"num_classes": 4, "embed_dim": 32, "num_heads": 4, **model})),
+        settings,
+        EPOCHS * STEPS,
+    )
+    fit(
+        task,
+        stripes(),
+        TrainSettings(epochs=EPOCHS, batch_size=16, quiet=True, threads=1),
+        folder,
+        resume=resume,
+    )
     return task
 
 
@@ -62,16 +76,28 @@ def learn(folder: Path, settings: MaskSettings, *, resume: bool = False, **model
         MaskSettings(budget=Budget("params", 0.35), update_steps=2, **WHOLE),
         MaskSettings(budget=Budget("macs", 0.4), update_steps=2, round_to=4, **WHOLE),
     ],
-    ids=["params", "macs, full", "unshared", "fixed", "rounded", "muon", "whole sub-layers", "whole sub-layers, macs"],
+    ids=[
+        "params",
+        "macs, full",
+        "unshared",
+        "fixed",
+        "rounded",
+        "muon",
+        "whole sub-layers",
+        "whole sub-layers, macs",
+    ],
 )
-def test_learned_masks_meet_the_budget_and_equal_their_cut(tmp_path: Path, settings: MaskSettings) -> None:
+def test_learned_masks_meet_the_budget_and_equal_their_cut(
+    tmp_path: Path, settings: MaskSettings
+) -> None:
     task = learn(tmp_path, settings)
     assert settings.budget is not None
     network, mask = task.reference()
     cut = task.result(last_queries=False)
     spent = {"params": count_params, "macs": count_macs}[settings.budget.kind](cut.architecture)
     target = settings.budget.ratio * task.dense_cost
-    # Whole units of a tiny network are coarse; with `full` sharing one unit goes from every block at once.
+    # Whole units of a tiny network are coarse; with `full` sharing one unit goes from every block
+    # at once.
     assert (0.95 if settings.sharing == "full" else 0.985) * target <= spent <= target
     images = torch.randn(4, 3, 16, 16)
     assert relative_error(cut(images), vitrim.masked(network, mask)(images)) < 1e-5
@@ -80,7 +106,9 @@ def test_learned_masks_meet_the_budget_and_equal_their_cut(tmp_path: Path, setti
         assert cut.architecture.embed == 32
         assert attention.heads == 4  # type: ignore[union-attr]
     if settings.ffn_overhead_macs:
-        assert len(cut.architecture.branches) < len(task.dense.branches), "a sub-layer should have gone as a whole"
+        assert len(cut.architecture.branches) < len(task.dense.branches), (
+            "a sub-layer should have gone as a whole"
+        )
     if settings.round_to == 4:
         assert cut.architecture.embed % 4 == 0
 
@@ -94,10 +122,20 @@ def test_learned_masks_meet_the_budget_and_equal_their_cut(tmp_path: Path, setti
     ],
     ids=["params", "macs, rounded", "lambda"],
 )
-def test_grouped_queries_are_learned_counted_and_cut(tmp_path: Path, settings: MaskSettings) -> None:
-    """Two heads to one of keys and values in the first block, four in the second; rope, RMSNorm and norms of queries and keys besides."""
-    task = learn(tmp_path, settings, name="vit_base_patch16_sapiens2", num_kv_heads=(2, 1), qk_norm=True)
-    assert [core.kv_of for branch in task.dense.branches if isinstance(core := branch.core, AttentionSpec)] == [(0, 0, 1, 1), (0, 0, 0, 0)]
+def test_grouped_queries_are_learned_counted_and_cut(
+    tmp_path: Path, settings: MaskSettings
+) -> None:
+    """Two heads to one of keys and values in the first block, four in the second; rope, RMSNorm and
+    norms of queries and keys besides.
+    """
+    task = learn(
+        tmp_path, settings, name="vit_base_patch16_sapiens2", num_kv_heads=(2, 1), qk_norm=True
+    )
+    assert [
+        core.kv_of
+        for branch in task.dense.branches
+        if isinstance(core := branch.core, AttentionSpec)
+    ] == [(0, 0, 1, 1), (0, 0, 0, 0)]
     network, mask = task.reference()
     cut = task.result(last_queries=False)
     assert task.size() == (count_params(cut.architecture), count_macs(cut.architecture))
@@ -113,20 +151,30 @@ def test_grouped_queries_are_learned_counted_and_cut(tmp_path: Path, settings: M
 
 
 @pytest.mark.parametrize("overheads", [{}, WHOLE])
-def test_the_mask_speaks_of_the_dense_model_whatever_was_cut_on_the_way(tmp_path: Path, overheads: dict[str, Any]) -> None:
+def test_the_mask_speaks_of_the_dense_model_whatever_was_cut_on_the_way(
+    tmp_path: Path, overheads: dict[str, Any]
+) -> None:
     task = learn(tmp_path, MaskSettings(budget=Budget("params", 0.35), update_steps=2, **overheads))
     assert task.progress.shrunk, "the training graph should have shrunk in this run"
     mask = task.mask()
     mask.check(task.dense)
-    from vitrim.compress.plan import plan
+    from vitrim.compress.surgery.plan import plan
 
-    assert count_params(plan(task.dense, mask).architecture) == count_params(task.result(last_queries=False).architecture)
+    assert count_params(plan(task.dense, mask).architecture) == count_params(
+        task.result(last_queries=False).architecture
+    )
 
 
-@pytest.mark.parametrize(("optimizer_name", "overheads"), [("adamw", {}), ("muon", {}), ("muon", WHOLE)])
-def test_shrinking_changes_neither_the_function_nor_the_optimizer(optimizer_name: OptimizerName, overheads: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("optimizer_name", "overheads"), [("adamw", {}), ("muon", {}), ("muon", WHOLE)]
+)
+def test_shrinking_changes_neither_the_function_nor_the_optimizer(
+    optimizer_name: OptimizerName, overheads: dict[str, Any]
+) -> None:
     data = stripes()
-    settings = MaskSettings(budget=Budget("params", 0.35), update_steps=2, optimizer=optimizer_name, **overheads)
+    settings = MaskSettings(
+        budget=Budget("params", 0.35), update_steps=2, optimizer=optimizer_name, **overheads
+    )
     task = MaskTask(lift(tiny_vit(num_classes=4, embed_dim=32, num_heads=4)), settings, 20)
     optimizer = task.optimizer()
     images, targets = data.train.floats(slice(0, 16)), torch.from_numpy(data.train.targets[:16])
@@ -144,7 +192,11 @@ def test_shrinking_changes_neither_the_function_nor_the_optimizer(optimizer_name
     for name, parameter in task.masked.network.named_parameters():
         memory = rebuilt.state[parameter]
         assert memory, name
-        assert all(moment.shape == parameter.shape for moment in memory.values() if isinstance(moment, torch.Tensor) and moment.ndim), name
+        assert all(
+            moment.shape == parameter.shape
+            for moment in memory.values()
+            if isinstance(moment, torch.Tensor) and moment.ndim
+        ), name
         assert float(memory.get("step", 16)) == 16
     loss, _ = task.loss(images, targets)
     loss.backward()
@@ -155,8 +207,17 @@ def test_lambda_pushes_units_out_and_stops_when_nothing_moves(tmp_path: Path) ->
     settings = MaskSettings(lambda_=1e-4, score_lr=0.05, size_patience_epochs=2)
     task = learn(tmp_path / "pushed", settings)
     assert task.size()[0] < count_params(task.dense)
-    still = MaskTask(lift(tiny_vit(num_classes=4)), MaskSettings(lambda_=0.0, score_lr=1e-9, lr=0.0, size_patience_epochs=2), 99)
-    result = fit(still, stripes(), TrainSettings(epochs=9, batch_size=16, quiet=True, threads=1), tmp_path / "still")
+    still = MaskTask(
+        lift(tiny_vit(num_classes=4)),
+        MaskSettings(lambda_=0.0, score_lr=1e-9, lr=0.0, size_patience_epochs=2),
+        99,
+    )
+    result = fit(
+        still,
+        stripes(),
+        TrainSettings(epochs=9, batch_size=16, quiet=True, threads=1),
+        tmp_path / "still",
+    )
     assert result.epochs == 3
     assert result.stopped == "no better accuracy and no smaller size for 2 epochs"
 
@@ -168,20 +229,31 @@ def test_budget_and_lambda_exclude_each_other(both: dict[str, Any]) -> None:
 
 
 def test_a_sub_layer_that_has_gone_costs_nothing_and_the_others_can_fill_its_place() -> None:
-    settings = MaskSettings(budget=Budget("params", 0.4), update_steps=1, attention_overhead_macs=1e12, ffn_overhead_macs=1e12)
+    settings = MaskSettings(
+        budget=Budget("params", 0.4),
+        update_steps=1,
+        attention_overhead_macs=1e12,
+        ffn_overhead_macs=1e12,
+    )
     task = MaskTask(lift(tiny_vit()), settings, 20)
     images, targets = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
     for step in range(14):
         task.loss(images, targets)[0].backward()
         task.after_step(step)
-    # At such a price no sub-layer is worth its place, yet only so many go that the budget can still be used.
+    # At such a price no sub-layer is worth its place, yet only so many go that the budget can still
+    # be used.
     assert task.gates.gone
     assert 0.97 * 0.4 * task.dense_cost <= task.size()[0] <= 0.4 * task.dense_cost
-    assert task.size() == (count_params(task.result(False).architecture), count_macs(task.result(False).architecture))
+    assert task.size() == (
+        count_params(task.result(False).architecture),
+        count_macs(task.result(False).architecture),
+    )
 
 
 def test_an_infeasible_budget_is_refused_before_training() -> None:
-    with pytest.raises(vitrim.InputError, match=r"not feasible; with sharing = 'residual' the smallest is"):
+    with pytest.raises(
+        vitrim.InputError, match=r"not feasible; with sharing = 'residual' the smallest is"
+    ):
         MaskTask(lift(tiny_vit()), MaskSettings(budget=Budget("params", 0.0001)), 10)
 
 
@@ -209,14 +281,24 @@ def test_a_killed_run_resumes_to_equal_masks(tmp_path: Path) -> None:
     tests = f"{here}:{here.parents[1]}"
 
     def run(folder: str, mask: str, *, kill: bool, resume: bool) -> int:
-        script = SCRIPT.format(tests=str(here), kill=kill, folder=str(tmp_path / folder), resume=resume, mask=str(tmp_path / mask))
+        script = SCRIPT.format(
+            tests=str(here),
+            kill=kill,
+            folder=str(tmp_path / folder),
+            resume=resume,
+            mask=str(tmp_path / mask),
+        )
         import os
 
         environment = {**os.environ, "PYTHONPATH": tests}
-        return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, env=environment).returncode
+        return subprocess.run(
+            [sys.executable, "-c", script], check=False, capture_output=True, env=environment
+        ).returncode
 
     assert run("whole", "whole.safetensors", kill=False, resume=False) == 0
     assert run("broken", "broken.safetensors", kill=True, resume=False) == -signal.SIGKILL
     assert not (tmp_path / "broken.safetensors").exists()
     assert run("broken", "broken.safetensors", kill=False, resume=True) == 0
-    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "broken.safetensors").read_bytes()
+    assert (tmp_path / "whole.safetensors").read_bytes() == (
+        tmp_path / "broken.safetensors"
+    ).read_bytes()

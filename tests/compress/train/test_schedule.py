@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from vitrim.compress.train.schedule import LearningRate, Schedule
-from vitrim.errors import InputError
+from vitrim.core.errors import InputError
 
 
 def rates(schedule: Schedule, epochs: int = 8, steps: int = 10) -> list[tuple[float, float]]:
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 0.1}])
+    optimizer = torch.optim.SGD(
+        [{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 0.1}]
+    )
     rate = LearningRate(optimizer, schedule, epochs, steps)
     found = []
     for step in range(epochs * steps):
@@ -51,11 +53,16 @@ def test_a_rate_is_a_function_of_the_step() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     rate = LearningRate(optimizer, Schedule("restarts", warmup_epochs=1), 8, 10)
     forwards = [rate.set(step) for step in range(80)]
-    backwards = [LearningRate(optimizer, Schedule("restarts", warmup_epochs=1), 8, 10).set(step) for step in reversed(range(80))]
+    backwards = [
+        LearningRate(optimizer, Schedule("restarts", warmup_epochs=1), 8, 10).set(step)
+        for step in reversed(range(80))
+    ]
     assert forwards == backwards[::-1]
 
 
-@pytest.mark.parametrize("change", [{"kind": "linear"}, {"restart_epochs": 0}, {"warmup_epochs": -1.0}, {"min_lr": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"kind": "linear"}, {"restart_epochs": 0}, {"warmup_epochs": -1.0}, {"min_lr": -1.0}]
+)
 def test_schedules_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="schedule"):
         Schedule(**change)

@@ -1,0 +1,1 @@
+"""Measuring an artifact on this machine."""

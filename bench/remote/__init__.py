@@ -1,0 +1,1 @@
+"""Measuring an artifact on another machine: ssh, adb, TVM RPC, the native runner."""

@@ -1,0 +1,1 @@
+"""What was measured: samples, statistics, comparisons, warnings."""

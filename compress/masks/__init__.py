@@ -1,0 +1,3 @@
+"""Structured masks: the values, how they are learned or ranked, and the dense network that computes
+with them.
+"""

@@ -1,0 +1,125 @@
+"""The groups of units that a mask is made of: the dimensions of a network, where each occurs, and
+what is tied.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import InputError
+from ..lift import read
+from ..network.architecture import Architecture, AttentionSpec, FfnSpec
+from ..network.axes import (
+    HEAD_IN,
+    POOL_ATTENTION,
+    POOL_FFN,
+    POOL_OUT,
+    POOL_SITES,
+    STEM_OUT,
+    site_in,
+    site_out,
+)
+from ..network.modules.rope import pairs
+
+Sharing = Literal["unshared", "residual", "full"]
+ScaleRule = Literal["kept", "original"]
+DIMENSIONS = ("embed", "head", "qk", "v", "ffn", "block")
+SHARED = "*"
+
+
+def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
+    """Where a dimension occurs in a network: site -> size."""
+    found: dict[str, int] = {}
+    if dimension == "embed":
+        found[STEM_OUT] = architecture.embed
+    for branch in architecture.branches:
+        core = branch.core
+        if dimension == "embed":
+            found[site_in(branch)] = found[site_out(branch)] = architecture.embed
+        elif dimension == "block":
+            found[branch.name] = 1
+        elif isinstance(core, AttentionSpec) and dimension in ("head", "qk", "v"):
+            found[branch.name] = {"head": core.heads, "qk": core.qk, "v": core.v}[dimension]
+        elif isinstance(core, FfnSpec) and dimension == "ffn":
+            found[branch.name] = core.hidden
+    pool = architecture.pool
+    if dimension == "embed":
+        found[HEAD_IN] = architecture.embed
+        if pool.width is not None:
+            found[POOL_OUT] = pool.width
+    elif pool.attention is not None and dimension in ("head", "qk", "v"):
+        found[POOL_ATTENTION] = {
+            "head": pool.attention.heads,
+            "qk": pool.attention.qk,
+            "v": pool.attention.v,
+        }[dimension]
+    elif pool.ffn is not None and dimension == "ffn":
+        found[POOL_FFN] = pool.ffn.hidden
+    return found
+
+
+def tied_units(architecture: Architecture, dimension: str, site: str) -> Tensor:
+    """(units, members): the indices of a group that are kept or dropped as one, such as the two
+    columns of a rope pair; mostly one member each.
+    """
+    if dimension == "qk":
+        for _, core in attentions_at(architecture, site):
+            if core.rope is not None:
+                return pairs(core.rope.layout, core.qk)
+    found = sites(architecture, dimension)
+    size = (
+        found[site]
+        if site != SHARED
+        else next(size for name, size in found.items() if name not in POOL_SITES)
+    )
+    return torch.arange(size)[:, None]
+
+
+def attentions_at(architecture: Architecture, site: str) -> list[tuple[str, AttentionSpec]]:
+    """The attentions of the blocks that a mask at `site` is for."""
+    found = (
+        (branch.name, branch.core)
+        for branch in architecture.branches
+        if site in (SHARED, branch.name)
+    )
+    return [(name, core) for name, core in found if isinstance(core, AttentionSpec)]
+
+
+def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, int]]:
+    """The masks that a sharing asks for: dimension -> site (or `*` for one shared by all) -> size.
+
+    Sharings of METHODS A: `unshared`, `residual` (one embed mask), `full` (one mask a dimension).
+    Sub-layers as a whole are never shared, nor is what belongs to an attention-pooling head.
+    """
+    if sharing not in ("unshared", "residual", "full"):
+        raise InputError(f"sharing = {sharing!r}: choose 'unshared', 'residual' or 'full'")
+    wanted: dict[str, dict[str, int]] = {}
+    for dimension in DIMENSIONS:
+        found = sites(architecture, dimension)
+        shared = (dimension == "embed" and sharing != "unshared") or (
+            dimension in ("head", "qk", "v", "ffn") and sharing == "full"
+        )
+        own = {site: size for site, size in found.items() if site in POOL_SITES}
+        sizes = {found[site] for site in found if site not in own}
+        if shared and sizes:
+            if len(sizes) > 1:
+                raise InputError(
+                    f"sharing = 'full' needs the same {dimension} size in every block, this model has {sorted(sizes)}; use 'residual'"
+                )
+            found = {SHARED: sizes.pop(), **own}
+        if found:
+            wanted[dimension] = found
+    return wanted
+
+
+def architecture_of(model: nn.Module | Architecture) -> Architecture:
+    """The architecture of a model, lifting it from its source library if need be."""
+    if isinstance(model, Architecture):
+        return model
+    found = getattr(model, "architecture", None)
+    if isinstance(found, Architecture):
+        return found
+    return read(model).spec

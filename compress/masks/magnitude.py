@@ -1,0 +1,154 @@
+"""Sums over what each unit of a network owns: of its squared or absolute weights (magnitude
+saliency), or of ones (what it costs).
+
+A unit owns the slices of every parameter that its removal would take out: an FFN unit its row of
+fc1 and its column of fc2, a channel of a shared residual stream a slice of everything that reads or
+writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..network.architecture import Architecture, AttentionSpec
+from ..network.axes import POOL_ATTENTION, POOL_SITES, Axis, parameter_axes
+from .groups import SHARED, Sharing, groups, sites
+
+Scores = dict[str, dict[str, Tensor]]
+
+
+def magnitude(
+    architecture: Architecture, parameters: Mapping[str, Tensor], power: int, sharing: Sharing
+) -> Scores:
+    """Sum of |weight| ** power over the matrices and convolutions that each unit owns: (size,) a
+    group.
+
+    With power 2 this is the squared L2 norm: it ranks as the norm does, and adds up over units.
+    Norms, biases and tables are no magnitudes and stay out. Source: Kolev et al. (METHODS B),
+    structured magnitude.
+    """
+    matrices = {
+        name: tensor
+        for name, tensor in parameters.items()
+        if name.endswith(".weight") and tensor.ndim >= 2 and "norm." not in name
+    }
+    return owned(
+        architecture, matrices, lambda tensor: tensor.detach().float().abs().pow(power), sharing
+    )
+
+
+def unit_costs(
+    architecture: Architecture, parameters: Mapping[str, Tensor], sharing: Sharing
+) -> Scores:
+    """Parameters that each unit owns in the network as it is: (size,) a group."""
+    return owned(architecture, parameters, torch.ones_like, sharing)
+
+
+def owned(
+    architecture: Architecture,
+    parameters: Mapping[str, Tensor],
+    value: Callable[[Tensor], Tensor],
+    sharing: Sharing,
+) -> Scores:
+    """Sum of `value(parameter)` over the slices that each unit owns, for every group of a sharing;
+    `qk` and `v` are summed over heads.
+    """
+    each = per_head(architecture, parameters, value, sharing)
+    return {
+        dimension: {
+            site: scores if dimension == "block" or scores.ndim == 1 else scores.sum(dim=0)
+            for site, scores in entries.items()
+        }
+        for dimension, entries in each.items()
+    }
+
+
+def per_head(
+    architecture: Architecture,
+    parameters: Mapping[str, Tensor],
+    value: Callable[[Tensor], Tensor],
+    sharing: Sharing,
+) -> Scores:
+    """As `owned`, but `qk` and `v` are (heads, size)."""
+    wanted = groups(architecture, sharing)
+    attentions = _attentions(architecture)
+    totals: Scores = {}
+    for dimension in wanted:
+        for site, size in sites(architecture, dimension).items():
+            rows = (attentions[site].heads, size) if dimension in ("qk", "v") else (size,)
+            totals.setdefault(dimension, {})[site] = torch.zeros(rows)
+    axes = parameter_axes(architecture)
+    for name, tensor in parameters.items():
+        if name not in axes:
+            continue
+        values = value(tensor)
+        # Norms with one weight for all heads lack the axis of heads, which then stands first in the
+        # table.
+        for number, axis in enumerate(axes[name][-values.ndim :]):
+            others = [other for other in range(values.ndim) if other != number]
+            _add(totals, axis, values.sum(dim=others) if others else values, attentions)
+    for number, step in enumerate(architecture.steps):
+        for position, branch in enumerate(step):
+            prefix = f"steps.{number}.{position}."
+            inner = [
+                value(tensor).sum()
+                for name, tensor in parameters.items()
+                if name.startswith(prefix)
+            ]
+            totals["block"][branch.name] = (
+                torch.stack(inner).sum()[None] if inner else torch.zeros(1)
+            )
+    return {dimension: _shared(totals[dimension], entries) for dimension, entries in wanted.items()}
+
+
+def _add(
+    totals: Scores, axis: Axis, values: Tensor, attentions: Mapping[str, AttentionSpec]
+) -> None:
+    dimension, site = axis.dimension, axis.site
+    values = values.detach().cpu()
+    if dimension == "embed":
+        totals["embed"][site] += values
+    elif dimension == "embed*2":
+        totals["embed"][site] += values.view(2, -1).sum(dim=0)
+    elif dimension in ("ffn", "head"):
+        totals[dimension][site] += values
+    elif "*" in dimension and dimension.split("*")[-1] in ("qk", "v"):
+        core = attentions[site]
+        owners, column = dimension.split("*")[0], dimension.split("*")[-1]
+        heads = core.kv_heads if owners == "kv" else core.heads
+        # (heads, halves, columns), the halves being those of differential attention.
+        table = values.view(heads, -1, core.qk if column == "qk" else core.v).sum(dim=1)
+        if owners == "kv":
+            # Heads that share keys and values own an equal part of them each.
+            kv_of = torch.tensor(core.kv_of if core.kv_of is not None else range(core.heads))
+            table = (table / torch.bincount(kv_of)[:, None])[kv_of]
+        totals["head"][site] += table.sum(dim=1)
+        totals[column][site] += table
+    elif dimension in ("qk", "v"):
+        # A norm's weight, the same for all heads.
+        totals[dimension][site] += values / len(totals[dimension][site])
+
+
+def _shared(found: Mapping[str, Tensor], wanted: Mapping[str, int]) -> dict[str, Tensor]:
+    return {
+        site: torch.stack([scores for name, scores in found.items() if name not in POOL_SITES]).sum(
+            dim=0
+        )
+        if site == SHARED
+        else found[site]
+        for site in wanted
+    }
+
+
+def _attentions(architecture: Architecture) -> dict[str, AttentionSpec]:
+    found = {
+        branch.name: branch.core
+        for branch in architecture.branches
+        if isinstance(branch.core, AttentionSpec)
+    }
+    if architecture.pool.attention is not None:
+        found[POOL_ATTENTION] = architecture.pool.attention
+    return found

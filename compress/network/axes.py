@@ -1,0 +1,170 @@
+"""Which dimension of a Vision Transformer each axis of each parameter runs over: the one table that
+the surgery cuts by.
+
+An axis is a dimension of DESIGN (`embed`, `head`, `qk`, `v`, `ffn`) at a site. Sites of `embed` are
+`stem.out`, `<branch>.in`, `<branch>.out`, `head.in` and, with attention pooling, `pool.out`; sites
+of the others are branch names, `pool.attn` and `pool.ffn`. `head*qk` and `head*v` are the flattened
+(head, column) axes of the projections; `head*2*qk` that of differential attention, `kv*qk` and
+`kv*v` those of grouped keys and values. `embed*2` is a class token's and a mean's features side by
+side. `head*` says that an index may differ from head to head (see `compactor.take`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a tensor; `fixed` axes are never cut."""
+
+    dimension: str
+    site: str = ""
+
+
+FIXED = Axis("fixed")
+STEM_OUT = "stem.out"
+HEAD_IN = "head.in"
+# Attention pooling: the stream behind it is its own, so the masks shared by the blocks do not reach
+# it.
+POOL_OUT = "pool.out"
+POOL_ATTENTION = "pool.attn"
+POOL_FFN = "pool.ffn"
+POOL_SITES = (POOL_OUT, POOL_ATTENTION, POOL_FFN)
+
+
+def site_in(branch: BranchSpec) -> str:
+    """Where a branch reads the residual stream."""
+    return f"{branch.name}.in"
+
+
+def site_out(branch: BranchSpec) -> str:
+    """Where a branch writes to the residual stream."""
+    return f"{branch.name}.out"
+
+
+def parameter_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
+    """Parameter name in `CompactModel` -> its axes."""
+    table = outer_axes(architecture)
+    for number, step in enumerate(architecture.steps):
+        for position, branch in enumerate(step):
+            prefix = f"steps.{number}.{position}"
+            for name, axes in branch_axes(branch).items():
+                table[f"{prefix}.{name}"] = axes
+    return table
+
+
+def outer_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
+    """Parameter name -> its axes, for all that is not in a branch."""
+    table: dict[str, tuple[Axis, ...]] = {}
+    stem, reading = Axis("embed", STEM_OUT), Axis("embed", HEAD_IN)
+    table["stem.weight"] = (stem, FIXED, FIXED, FIXED)
+    table["stem.bias"] = (stem,)
+    table["prefix"] = table["position"] = (FIXED, stem)
+    pooled = reading
+    if architecture.pool.kind == "attention":
+        pooled = Axis("embed", POOL_OUT)
+        table |= _pool_axes(reading, pooled)
+    elif architecture.pool.kind == "token_mean":
+        pooled = Axis("embed*2", HEAD_IN)
+    for name, axis in (
+        ("patch_norm", stem),
+        ("stem_norm", stem),
+        ("norm", reading),
+        ("pool_norm", pooled),
+    ):
+        table[f"{name}.weight"] = table[f"{name}.bias"] = (axis,)
+    inner = FIXED if architecture.head is not None and architecture.head.hidden else pooled
+    for name, axis in (("pre_head", pooled), ("head", inner), ("head_dist", inner)):
+        table[f"{name}.weight"] = (FIXED, axis)
+        table[f"{name}.bias"] = (FIXED,)
+    return table
+
+
+def _pool_axes(read: Axis, write: Axis) -> dict[str, tuple[Axis, ...]]:
+    qk, v, hidden = (
+        Axis("head*qk", POOL_ATTENTION),
+        Axis("head*v", POOL_ATTENTION),
+        Axis("ffn", POOL_FFN),
+    )
+    table: dict[str, tuple[Axis, ...]] = {"pool.query": (qk,)}
+    for name, axis in (("k", qk), ("v", v)):
+        table[f"pool.{name}.weight"] = (axis, read)
+        table[f"pool.{name}.bias"] = (axis,)
+    table["pool.k_norm.weight"] = table["pool.k_norm.bias"] = (
+        Axis("head*", POOL_ATTENTION),
+        Axis("qk", POOL_ATTENTION),
+    )
+    table["pool.out.weight"] = (write, v)
+    table["pool.out.bias"] = (write,)
+    table["pool.norm.weight"] = table["pool.norm.bias"] = (write,)
+    for name, axes in _ffn_axes(hidden, write, write).items():
+        table[f"pool.ffn.{name}"] = axes
+    return table
+
+
+def branch_axes(branch: BranchSpec) -> dict[str, tuple[Axis, ...]]:
+    """Parameter name inside a branch -> its axes."""
+    read, write = Axis("embed", site_in(branch)), Axis("embed", site_out(branch))
+    table: dict[str, tuple[Axis, ...]] = {"layer_scale": (write,)}
+    table["norm.weight"] = table["norm.bias"] = (read,)
+    table["post_norm.weight"] = table["post_norm.bias"] = (write,)
+    core = branch.core
+    if isinstance(core, AttentionSpec):
+        table |= _attention_axes(core, branch.name, read, write)
+    elif isinstance(core, FfnSpec):
+        for name, axes in _ffn_axes(Axis("ffn", branch.name), read, write).items():
+            table[f"core.{name}"] = axes
+    else:
+        table["core.value"] = (write,)
+    return table
+
+
+def _ffn_axes(hidden: Axis, read: Axis, write: Axis) -> dict[str, tuple[Axis, ...]]:
+    table: dict[str, tuple[Axis, ...]] = {"norm.weight": (hidden,), "norm.bias": (hidden,)}
+    for name in ("fc1", "gate"):
+        table[f"{name}.weight"] = (hidden, read)
+        table[f"{name}.bias"] = (hidden,)
+    table["fc2.weight"] = (write, hidden)
+    table["fc2.bias"] = (write,)
+    return table
+
+
+def _attention_axes(
+    core: AttentionSpec, name: str, read: Axis, write: Axis
+) -> dict[str, tuple[Axis, ...]]:
+    table: dict[str, tuple[Axis, ...]] = {}
+    both = "head*2*qk" if core.parts == 2 else "head*qk"
+    columns = {
+        "q": Axis(both, name),
+        "k": Axis("kv*qk" if core.kv_of else both, name),
+        "v": Axis("kv*v" if core.kv_of else "head*v", name),
+        "gate": Axis("head*v", name),
+    }
+    for leaf, axis in columns.items():
+        table[f"core.{leaf}.weight"] = (axis, read)
+        table[f"core.{leaf}.bias"] = (axis,)
+    # One weight for all heads has no axis of heads; the first axis here is that of the rows, where
+    # there are any.
+    heads = {"q_norm": "head*", "k_norm": "kv*" if core.kv_of else "head*"}
+    if core.parts == 2:
+        heads = dict.fromkeys(heads, "head*2*")
+    for leaf, rows in heads.items():
+        table[f"core.{leaf}.weight"] = table[f"core.{leaf}.bias"] = (
+            Axis(rows, name),
+            Axis("qk", name),
+        )
+    table["core.head_norm.weight"] = table["core.head_norm.bias"] = (
+        Axis("head*", name),
+        Axis("v", name),
+    )
+    table["core.rope.table"] = (Axis("head*", name), FIXED, FIXED, Axis("pair", name))
+    table["core.rope.frequencies"] = (Axis("head*", name), FIXED, Axis("pair", name))
+    table["core.bias.table"] = (FIXED, Axis("head", name))
+    table["core.differential.vectors"] = (FIXED, FIXED)
+    table["core.out_norm.weight"] = table["core.out_norm.bias"] = (Axis("head*v", name),)
+    table["core.out.weight"] = (write, Axis("head*v", name))
+    table["core.out.bias"] = (write,)
+    return table

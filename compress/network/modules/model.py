@@ -1,0 +1,207 @@
+"""The network that an `Architecture` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import Architecture, AttentionSpec, Indices
+from .branch import Branch
+from .ffn import ACTIVATIONS
+from .norm import Norm
+from .pool import AttentionPool, Refine
+from .relative_bias import RelativeBias
+from .stem import ConvAct
+
+
+class CompactModel(nn.Module):
+    """A Vision Transformer rebuilt from plain data: images (batch, channels, height, width) ->
+    logits (batch, classes), or features.
+
+    It is the one module of this project: a lifted dense model, a model in training and a cut model
+    differ only in their architecture.
+    """
+
+    head_reads: Tensor | None
+    stem_writes: Tensor | None
+    feature_writes: Tensor | None
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        embed, channels, stem = architecture.embed, architecture.image[0], architecture.stem
+        filled = architecture.read_width(architecture.stem_writes)
+        self._index("stem_writes", architecture.stem_writes)
+        inputs = [channels, *(conv.channels for conv in stem.before)]
+        self.before = (
+            nn.Sequential(
+                *(ConvAct(conv, width) for conv, width in zip(stem.before, inputs, strict=False))
+            )
+            if stem.before
+            else None
+        )
+        self.stem = nn.Conv2d(
+            inputs[-1],
+            filled,
+            stem.patch,
+            stride=stem.stride or stem.patch,
+            padding=stem.padding,
+            bias=stem.bias,
+        )
+        self.prefix = (
+            nn.Parameter(torch.zeros(architecture.prefix, filled)) if architecture.prefix else None
+        )
+        patches = architecture.tokens - architecture.prefix
+        self.position = (
+            nn.Parameter(torch.zeros(patches, filled)) if architecture.position else None
+        )
+        self.patch_norm = Norm(architecture.patch_norm) if architecture.patch_norm else None
+        self.stem_norm = Norm(architecture.stem_norm) if architecture.stem_norm else None
+        self.steps = nn.ModuleList(
+            nn.ModuleList(Branch(branch, embed) for branch in step) for step in architecture.steps
+        )
+        self._index("head_reads", architecture.head_reads)
+        self.norm = Norm(architecture.norm) if architecture.norm else None
+        pool = architecture.pool
+        self.refine = Refine(pool.refine) if pool.refine else None
+        self.pool = (
+            AttentionPool(pool, architecture.read_width(architecture.head_reads))
+            if pool.kind == "attention"
+            else None
+        )
+        self.pool_norm = Norm(architecture.pool_norm) if architecture.pool_norm else None
+        self._index("feature_writes", architecture.feature_writes)
+        head, width = architecture.head, architecture.head_width
+        self.pre_head = nn.Linear(width, head.hidden) if head is not None and head.hidden else None
+        width = head.hidden if head is not None and head.hidden else width
+        self.head = nn.Linear(width, head.classes, bias=head.bias) if head is not None else None
+        self.head_dist = (
+            nn.Linear(width, head.classes, bias=head.bias)
+            if head is not None and architecture.classifiers == 2
+            else None
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, classes)."""
+        return self.classify(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The residual stream after the last step: (batch, tokens, embed), or only the tokens that
+        the head reads.
+        """
+        x = self.embed(images)
+        last = self._last_attention() if self.architecture.last_queries else None
+        for number, step in enumerate(cast("Iterable[Sequence[Branch]]", self.steps)):
+            queries = (
+                self.architecture.pooled_prefix if last is not None and number >= last else None
+            )
+            written = [branch(x, queries) for branch in step]
+            if queries is not None:
+                x = x[:, :queries]
+            for branch, y in zip(step, written, strict=True):
+                x = branch.add(x, y)
+        return x
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The stem: (batch, channels, height, width) -> (batch, tokens, embed)."""
+        if self.before is not None:
+            images = self.before(images)
+        x: Tensor = self.stem(images).flatten(2).transpose(1, 2)
+        if self.patch_norm is not None:
+            x = self.patch_norm(x)
+        if self.position is not None:
+            x = x + self.position
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        if self.stem_norm is not None:
+            x = self.stem_norm(x)
+        if self.stem_writes is not None:
+            x = x.new_zeros(*x.shape[:-1], self.architecture.embed).index_copy(
+                -1, self.stem_writes, x
+            )
+        return x
+
+    def classify(self, x: Tensor) -> Tensor:
+        """(batch, tokens, embed) -> (batch, classes), or features where there is no head."""
+        kind, wanted = self.architecture.pool.kind, self.architecture.pooled_prefix
+        if wanted:
+            # Norm works token by token, so the others need none.
+            x = x[:, :wanted]
+        if self.head_reads is not None:
+            x = x.index_select(-1, self.head_reads)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.refine is not None:
+            x = self.refine(x)
+        if kind == "distilled":
+            return (self._answer(x[:, 0]) + self._answer(x[:, 1], self.head_dist)) / 2
+        if kind == "dense":
+            patches = self._answer(x[:, self.architecture.prefix :], self.head_dist)
+            return self._answer(x[:, 0]) + 0.5 * patches.amax(dim=1)
+        x = self._pooled(x)
+        if self.pool_norm is not None:
+            x = self.pool_norm(x)
+        return self._answer(x)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        kind, prefix = self.architecture.pool.kind, self.architecture.prefix
+        if self.pool is not None:
+            pooled: Tensor = self.pool(x if self.architecture.pool.prefix else x[:, prefix:])
+            return pooled
+        if kind == "token":
+            return x[:, 0]
+        if kind == "token_mean":
+            return torch.cat([x[:, 0], x[:, prefix:].mean(dim=1)], dim=-1)
+        if not kind.endswith("_all"):
+            x = x[:, prefix:]
+        if kind.startswith("mean"):
+            return x.mean(dim=1)
+        return x.amax(dim=1) if kind.startswith("max") else 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+
+    def _answer(self, x: Tensor, classifier: nn.Linear | None = None) -> Tensor:
+        head, classifier = self.architecture.head, classifier or self.head
+        if head is None or classifier is None:
+            if self.feature_writes is None:
+                return x
+            width = self.architecture.classes
+            return x.new_zeros(*x.shape[:-1], width).index_copy(-1, self.feature_writes, x)
+        if self.pre_head is not None:
+            x = ACTIVATIONS[head.hidden_act](self.pre_head(x))
+        return ACTIVATIONS[head.act](classifier(x))
+
+    def _index(self, name: str, indices: Indices | None) -> None:
+        # Part of the architecture, hence not saved; real numbers even where the rest is built
+        # without memory.
+        self.register_buffer(
+            name, None if indices is None else torch.tensor(indices, device="cpu"), persistent=False
+        )
+
+    def _last_attention(self) -> int | None:
+        """The step after which tokens no longer meet, when the head reads prefix tokens only."""
+        if not self.architecture.pooled_prefix:
+            return None
+        with_attention = [
+            number
+            for number, step in enumerate(self.architecture.steps)
+            if any(isinstance(branch.core, AttentionSpec) for branch in step)
+        ]
+        return with_attention[-1] if with_attention else 0
+
+
+def build(architecture: Architecture, state: Mapping[str, Tensor]) -> CompactModel:
+    """The module of an architecture holding these tensors, without initialising weights that are
+    overwritten at once.
+    """
+    with torch.device("meta"):
+        model = CompactModel(architecture)
+    for module in model.modules():
+        if isinstance(module, RelativeBias):
+            module.place()
+    model.load_state_dict(state, strict=True, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    device = next(iter(state.values())).device
+    return model if device.type == "cpu" else model.to(device)

@@ -1,0 +1,3 @@
+"""Removing what a mask does not keep: slicing plans, compaction, constant folding, dead-weight
+search.
+"""

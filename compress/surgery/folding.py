@@ -1,0 +1,97 @@
+"""Constants that sub-layers left behind are moved into a bias that is there anyway, so that they
+cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from ..network.architecture import AttentionSpec, ConstantSpec, FfnSpec
+from ..network.modules.attention import Attention
+from ..network.modules.branch import Branch, Constant
+from ..network.modules.ffn import Ffn
+from ..network.modules.model import CompactModel
+
+
+def fold_constants(model: CompactModel) -> CompactModel:
+    """Fold every constant sub-layer into the bias written just before it; those with no such place
+    stay, and stay exact.
+    """
+    architecture = model.architecture
+    if not any(isinstance(branch.core, ConstantSpec) for branch in architecture.branches):
+        return model
+    steps: list[list[Branch]] = []
+    with torch.no_grad():
+        for branches in cast("Iterable[Sequence[Branch]]", model.steps):
+            kept = [branch for branch in branches if not isinstance(branch.core, Constant)]
+            # Nothing may read the stream between the place and the constant: a sibling of the same
+            # step will do, else the step just before, or the stem.
+            beside = list(kept)
+            for branch in branches:
+                if isinstance(branch.core, Constant) and not _place(model, branch, beside, steps):
+                    kept.append(branch)
+            if kept:
+                steps.append(kept)
+    model.steps = nn.ModuleList(nn.ModuleList(row) for row in steps)
+    model.architecture = architecture.model_copy(
+        update={"steps": tuple(tuple(branch.spec for branch in row) for row in steps)}
+    )
+    return model
+
+
+def _place(
+    model: CompactModel, constant: Branch, beside: list[Branch], steps: list[list[Branch]]
+) -> bool:
+    if beside:
+        return _into_step(constant, beside)
+    return _into_step(constant, steps[-1]) if steps else _into_stem(model, constant)
+
+
+def _into_step(constant: Branch, row: list[Branch]) -> bool:
+    for branch in row:
+        if branch.spec.writes != constant.spec.writes or branch.post_norm is not None:
+            continue
+        bias = _out_bias(branch)
+        if bias is None:
+            continue
+        value = _value(constant)
+        if branch.layer_scale is not None:
+            if bool((branch.layer_scale.abs() < 1e-3).any()):
+                # Dividing by a tiny scale would cost precision.
+                continue
+            value = value / branch.layer_scale
+        bias += value
+        return True
+    return False
+
+
+def _into_stem(model: CompactModel, constant: Branch) -> bool:
+    if model.stem_norm is not None or model.architecture.stem_writes != constant.spec.writes:
+        return False
+    patches: torch.Tensor | None = model.position
+    if patches is None and model.patch_norm is None:
+        patches = model.stem.bias
+    if patches is None:
+        return False
+    patches.add_(_value(constant))
+    if model.prefix is not None:
+        model.prefix.add_(_value(constant))
+    return True
+
+
+def _out_bias(branch: Branch) -> torch.Tensor | None:
+    core = branch.core
+    if isinstance(core, Attention) and isinstance(branch.spec.core, AttentionSpec):
+        return core.out.bias
+    if isinstance(core, Ffn) and isinstance(branch.spec.core, FfnSpec):
+        return core.fc2.bias
+    return core.value if isinstance(core, Constant) else None
+
+
+def _value(constant: Branch) -> torch.Tensor:
+    assert isinstance(constant.core, Constant)
+    return constant.core.value

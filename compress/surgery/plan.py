@@ -1,0 +1,320 @@
+"""What a mask does to a network, before anything is cut: the new architecture, and for every
+parameter the indices to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..masks.mask import StructuredMask
+from ..network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    Core,
+    FfnSpec,
+    Indices,
+    PoolSpec,
+)
+from ..network.axes import (
+    HEAD_IN,
+    POOL_ATTENTION,
+    POOL_FFN,
+    POOL_OUT,
+    STEM_OUT,
+    Axis,
+    branch_axes,
+    outer_axes,
+    site_in,
+    site_out,
+)
+from .plan_attention import Index, cut_attention, keep_columns, keep_heads, kept_scale, resize
+
+__all__ = ["BranchPlan", "Plan", "keep_columns", "keep_heads", "kept_scale", "plan"]
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """One surviving sub-layer: where it stood, what it becomes, and the indices kept on each axis
+    of each parameter (None = all).
+    """
+
+    step: int
+    position: int
+    spec: BranchSpec
+    slices: Mapping[str, tuple[Tensor | None, ...]]
+    # True: only the bias survives; its value has to be computed from the old parameters.
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole surgery."""
+
+    source: Architecture
+    architecture: Architecture
+    outer: Mapping[str, tuple[Tensor | None, ...]]
+    branches: tuple[tuple[BranchPlan, ...], ...]
+    removed: tuple[str, ...] = field(default=())
+
+
+def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
+    """Decide every cut. Errors: InputError when the mask does not fit the network."""
+    mask.check(architecture)
+    alive = [[branch for branch in step if _alive(branch, mask)] for step in architecture.steps]
+    embed = _Embed(architecture, mask, [branch for step in alive for branch in step])
+    removed = [branch.name for branch in architecture.branches if not _alive(branch, mask)]
+    plans: list[tuple[BranchPlan, ...]] = []
+    for number, step in enumerate(architecture.steps):
+        row: list[BranchPlan] = []
+        for position, branch in enumerate(step):
+            if branch not in alive[number]:
+                continue
+            built = _plan_branch(number, position, branch, mask, embed)
+            if built is None:
+                removed.append(branch.name)
+            else:
+                row.append(built)
+        if row:
+            plans.append(tuple(row))
+    indices: dict[tuple[str, str], Tensor] = {
+        ("embed", STEM_OUT): embed.stem_rows,
+        ("embed", HEAD_IN): embed.head_columns,
+        ("embed*2", HEAD_IN): torch.cat(
+            [
+                embed.head_columns,
+                embed.head_columns + architecture.read_width(architecture.head_reads),
+            ]
+        ),
+    }
+    leaves: dict[str, tuple[Index, ...]] = {}
+    pool = _plan_pool(architecture, mask, embed, indices, leaves)
+    outer = {
+        name: tuple(_index(axis, indices) for axis in axes)
+        for name, axes in outer_axes(architecture).items()
+    } | leaves
+    reading = len(embed.head_columns)
+    new = architecture.model_copy(
+        update={
+            "embed": embed.width,
+            "stem_writes": embed.stem_writes,
+            "patch_norm": resize(architecture.patch_norm, len(embed.stem_rows)),
+            "stem_norm": resize(architecture.stem_norm, len(embed.stem_rows)),
+            "steps": tuple(tuple(item.spec for item in row) for row in plans),
+            "norm": resize(architecture.norm, reading),
+            "pool": pool,
+            "head_reads": embed.head_reads,
+        }
+    )
+    new = new.model_copy(
+        update={
+            "pool_norm": resize(architecture.pool_norm, new.head_width),
+            **_features(architecture, indices),
+        }
+    )
+    # model_copy skips validation; a plan that does not hold together must stop here, not at the
+    # first forward pass.
+    new = Architecture.model_validate(new.model_dump(by_alias=True))
+    return Plan(architecture, new, outer, tuple(plans), tuple(removed))
+
+
+def _plan_pool(
+    architecture: Architecture,
+    mask: StructuredMask,
+    embed: _Embed,
+    indices: dict[tuple[str, str], Tensor],
+    leaves: dict[str, tuple[Index, ...]],
+) -> PoolSpec:
+    """The pooling after the cut; its indices are added to `indices` and `leaves`."""
+    pool = architecture.pool
+    changes: dict[str, object] = {}
+    if pool.refine is not None:
+        ends = torch.cumsum(torch.tensor(pool.refine.channels), 0)
+        head = torch.searchsorted(ends, embed.head_columns, right=True)
+        channels = tuple(torch.bincount(head, minlength=len(ends)).tolist())
+        changes["refine"] = pool.refine.model_copy(update={"channels": channels})
+    if pool.attention is not None and pool.width is not None:
+        keep = mask.get("embed", POOL_OUT)
+        rows = torch.arange(pool.width) if keep is None else torch.nonzero(keep).flatten()
+        indices["embed", POOL_OUT] = rows
+        cut = cut_attention(pool.attention, POOL_ATTENTION, mask)
+        assert cut is not None, "a pooling head without heads, which StructuredMask.check refuses"
+        indices |= {(dimension, POOL_ATTENTION): index for dimension, index in cut.indices.items()}
+        leaves |= {
+            f"pool.{leaf}": index for leaf, index in cut.leaves.items() if leaf.startswith("k_norm")
+        }
+        changes |= {"attention": cut.spec, "width": len(rows), "norm": resize(pool.norm, len(rows))}
+        if pool.ffn is not None:
+            hidden = mask.get("ffn", POOL_FFN)
+            units = (
+                torch.arange(pool.ffn.hidden) if hidden is None else torch.nonzero(hidden).flatten()
+            )
+            indices["ffn", POOL_FFN] = units
+            changes["ffn"] = pool.ffn.model_copy(
+                update={"hidden": len(units), "norm": resize(pool.ffn.norm, len(units))}
+            )
+    return pool.model_copy(update=changes)
+
+
+def _features(
+    architecture: Architecture, indices: Mapping[tuple[str, str], Tensor]
+) -> dict[str, object]:
+    """Where the features of a network without a head go, so that they keep their places."""
+    if architecture.head is not None:
+        return {}
+    axis = (
+        ("embed", POOL_OUT)
+        if architecture.pool.width
+        else ("embed*2" if architecture.pool.kind == "token_mean" else "embed", HEAD_IN)
+    )
+    width = architecture.classes
+    places = (
+        torch.arange(width)
+        if architecture.feature_writes is None
+        else torch.tensor(architecture.feature_writes)
+    )
+    kept = places[indices[axis]].tolist()
+    return (
+        {"feature_width": None, "feature_writes": None}
+        if len(kept) == width
+        else {"feature_width": width, "feature_writes": tuple(kept)}
+    )
+
+
+class _Embed:
+    """The residual stream after the cut: which channels live, and how each reader and writer sees
+    them.
+
+    A channel lives if somebody reads it. A reader's statistics run over all channels that its mask
+    keeps, so those live even if nobody writes them; what is written and never read is dropped by
+    its writer.
+    """
+
+    def __init__(
+        self, architecture: Architecture, mask: StructuredMask, branches: list[BranchSpec]
+    ) -> None:
+        self._size = architecture.embed
+        self._mask = mask
+        self._live = torch.zeros(self._size, dtype=torch.bool)
+        self._live |= self._seen(architecture.head_reads, HEAD_IN)
+        for branch in branches:
+            if not isinstance(branch.core, ConstantSpec):
+                self._live |= self._seen(branch.reads, site_in(branch))
+            if branch.post_norm is not None:
+                self._live |= self._seen(branch.writes, site_out(branch))
+        stem = self._seen(architecture.stem_writes, STEM_OUT)
+        if architecture.stem_norm is not None or architecture.patch_norm is not None:
+            self._live |= stem
+        if not bool((stem & self._live).any()):
+            # Nobody reads what the stem writes; a convolution needs an output all the same.
+            self._live[torch.nonzero(stem).flatten()[0]] = True
+        self._place = torch.cumsum(self._live, 0) - 1
+        self.width = int(self._live.sum())
+        self.stem_rows, self.stem_writes = self.locate(
+            architecture.stem_writes, STEM_OUT, writing=True
+        )
+        self.head_columns, self.head_reads = self.locate(architecture.head_reads, HEAD_IN)
+
+    def locate(
+        self, old: Indices | None, site: str, *, writing: bool = False
+    ) -> tuple[Tensor, Indices | None]:
+        """Positions kept on the tensor's own axis, and the new index list into the stream (None
+        when it is the whole stream).
+        """
+        seen = self._seen(old, site)
+        if writing:
+            seen = seen & self._live
+        channels = torch.arange(self._size) if old is None else torch.tensor(old)
+        rows = torch.nonzero(seen[channels]).flatten()
+        new = self._place[channels[rows]].tolist()
+        return rows, None if len(new) == self.width else tuple(new)
+
+    def _seen(self, old: Indices | None, site: str) -> Tensor:
+        keep = self._mask.get("embed", site)
+        keep = torch.ones(self._size, dtype=torch.bool) if keep is None else keep
+        if old is None:
+            return keep
+        within = torch.zeros(self._size, dtype=torch.bool)
+        within[list(old)] = True
+        return keep & within
+
+
+def _alive(branch: BranchSpec, mask: StructuredMask) -> bool:
+    block = mask.get("block", branch.name)
+    return block is None or bool(block.all())
+
+
+def _plan_branch(
+    step: int, position: int, branch: BranchSpec, mask: StructuredMask, embed: _Embed
+) -> BranchPlan | None:
+    columns, reads = embed.locate(branch.reads, site_in(branch))
+    rows, writes = embed.locate(branch.writes, site_out(branch), writing=True)
+    if not len(rows):
+        return None
+    core, kept, leaves = _plan_core(branch, mask)
+    if not len(columns) and not isinstance(core, ConstantSpec):
+        raise AssertionError(f"{branch.name} reads nothing, which StructuredMask.check refuses")
+    constant = isinstance(core, ConstantSpec) and not isinstance(branch.core, ConstantSpec)
+    if constant and not _has_constant(branch):
+        return None
+    indices = {("embed", site_in(branch)): columns, ("embed", site_out(branch)): rows, **kept}
+    spec = branch.model_copy(
+        update={
+            "core": core,
+            "norm": None if isinstance(core, ConstantSpec) else resize(branch.norm, len(columns)),
+            "post_norm": None
+            if isinstance(core, ConstantSpec)
+            else resize(branch.post_norm, len(rows)),
+            "layer_scale": branch.layer_scale and not isinstance(core, ConstantSpec),
+            "reads": None if isinstance(core, ConstantSpec) else reads,
+            "writes": writes,
+        }
+    )
+    slices = {
+        name: tuple(_index(axis, indices) for axis in axes)
+        for name, axes in branch_axes(branch).items()
+    }
+    slices |= {f"core.{leaf}": index for leaf, index in leaves.items()}
+    return BranchPlan(step, position, spec, slices, constant)
+
+
+def _plan_core(
+    branch: BranchSpec, mask: StructuredMask
+) -> tuple[Core, dict[tuple[str, str], Tensor], Mapping[str, tuple[Index, ...]]]:
+    core, name = branch.core, branch.name
+    if isinstance(core, AttentionSpec):
+        cut = cut_attention(core, name, mask)
+        if cut is None:
+            return ConstantSpec(), {}, {}
+        return (
+            cut.spec,
+            {(dimension, name): index for dimension, index in cut.indices.items()},
+            cut.leaves,
+        )
+    if isinstance(core, FfnSpec):
+        keep = mask.get("ffn", name)
+        hidden = torch.arange(core.hidden) if keep is None else torch.nonzero(keep).flatten()
+        if not len(hidden):
+            return ConstantSpec(), {}, {}
+        return (
+            core.model_copy(update={"hidden": len(hidden), "norm": resize(core.norm, len(hidden))}),
+            {("ffn", name): hidden},
+            {},
+        )
+    return core, {}, {}
+
+
+def _has_constant(branch: BranchSpec) -> bool:
+    """Whether a sub-layer of which nothing is left still adds something."""
+    core = branch.core
+    biased = isinstance(core, AttentionSpec | FfnSpec) and core.out_bias
+    return biased or (branch.post_norm is not None and branch.post_norm.bias)
+
+
+def _index(axis: Axis, indices: Mapping[tuple[str, str], Tensor]) -> Tensor | None:
+    return indices.get((axis.dimension, axis.site))

@@ -1,0 +1,3 @@
+"""Errors, atomic files, strict JSON, console output and the zig compiler: what every package may
+import.
+"""

@@ -1,0 +1,1 @@
+"""ONNX graphs: traced, given, named, stored, and chosen by measurement."""

@@ -1,0 +1,97 @@
+"""What a torch module tells of itself: its answers, its image size, its name and where it came
+from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ...compress.lift import lift
+from ...compress.network.count import count_macs
+from ...core.errors import InputError, UnsupportedModel
+from ..artifact import Provenance
+
+Array = NDArray[Any]
+
+
+def ask(model: nn.Module, images: Array) -> Array:
+    """Logits (count, classes) float32 of all images. Errors: InputError if the module does not
+    answer with logits.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    found = []
+    with torch.no_grad():
+        for first in range(0, len(images), 64):
+            logits = model(torch.from_numpy(images[first : first + 64]).to(device))
+            if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+                raise InputError(
+                    f"{type(model).__name__} does not answer with logits (batch, classes); wrap it so that it does"
+                )
+            found.append(logits.float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def image_shape(
+    model: nn.Module, image: tuple[int, int, int] | None = None
+) -> tuple[int, int, int]:
+    """(channels, height, width) that a model takes. Errors: InputError if neither the model nor the
+    caller tells.
+    """
+    if image is not None:
+        if len(image) != 3 or any(not isinstance(size, int) or size < 1 for size in image):
+            raise InputError(f"image {image}: give (channels, height, width), three sizes above 0")
+        return image
+    architecture = getattr(model, "architecture", None)
+    if architecture is not None and hasattr(architecture, "image"):
+        channels, height, width = architecture.image
+        return int(channels), int(height), int(width)
+    embed: Any = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    if size is not None and hasattr(getattr(embed, "proj", None), "in_channels"):
+        return int(embed.proj.in_channels), int(size[0]), int(size[1])
+    config: Any = getattr(model, "default_cfg", None) or getattr(model, "pretrained_cfg", None)
+    if config and config.get("input_size"):
+        channels, height, width = config["input_size"]
+        return int(channels), int(height), int(width)
+    raise InputError(
+        f"{type(model).__name__} does not tell its image size; pass image=(channels, height, width)"
+    )
+
+
+def name_of(model: nn.Module) -> str:
+    """What an artifact is called unless the caller says."""
+    config: Any = getattr(model, "default_cfg", None)
+    return str((config or {}).get("architecture") or type(model).__name__)
+
+
+def provenance_of(model: nn.Module, given: Mapping[str, str]) -> Provenance:
+    """The module's kind, a digest of its weights and its counts, with the caller's own words."""
+    try:
+        macs: int | None = count_macs(lift(model).architecture)
+    except UnsupportedModel:
+        macs = None
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    return Provenance(
+        source=kind,
+        weights_sha256=weights_sha256(model),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=macs,
+        details={str(key): str(value) for key, value in given.items()},
+    )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of a module's state, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Eight-bit and half-precision graphs."""

@@ -1,0 +1,178 @@
+"""Products of eight-bit pairs as the runtime's own eight-bit products: one node that multiplies,
+scales and adds the bias.
+
+Requires: DequantizeLinear of a quantized value and DequantizeLinear of a constant matrix, met by a
+MatMul or a Gemm with constant scales, and perhaps a constant sum behind it. Ensures:
+MatMulIntegerToFloat in their place, the same numbers but for the rounding of one float product;
+other pairs stay.
+
+ONNX Runtime is meant to do that by itself when it loads such pairs, and does not: it first joins
+MatMul and Add to a Gemm, and a Gemm becomes an eight-bit one only with its bias in 32 bits and its
+output quantized (microsoft/onnxruntime issue 11961, PR 22889). What is left multiplies floats, and
+turns the weights into floats for each image. On DeiT-Tiny only 24 of 73 products went to eight
+bits: 18.5 ms against 13.2 in fp32 and 7.0 as written here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from ..passes.net import Array, Net, attribute
+
+RUNTIME = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """An eight-bit value by name, with its constant scale and zero point."""
+
+    name: str
+    scale: Array
+    zero: Array
+    axis: int
+
+
+def eight_bit_products(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    """(a copy with the runtime's products, how many were written)."""
+    net = Net(model)
+    count = sum(
+        _rewritten(net, node)
+        for node in list(net.graph.node)
+        if node.op_type in ("MatMul", "Gemm") and node.domain in ("", "ai.onnx")
+    )
+    if count:
+        _select_floats(net)
+    if count and all(entry.domain != RUNTIME for entry in net.model.opset_import):
+        net.model.opset_import.append(onnx.helper.make_opsetid(RUNTIME, 1))
+    return (net.finished() if count else model), count
+
+
+def _rewritten(net: Net, node: onnx.NodeProto) -> bool:
+    x, matrix = _behind(net, node.input[0]), _behind(net, node.input[1])
+    if x is None or matrix is None or x.scale.size != 1:
+        return False
+    weight = net.value(matrix.name)
+    if weight is None or weight.ndim != 2 or not _plain(node):
+        return False
+    turned = bool(attribute(node, "transB", 0))
+    # A scale belongs to a column of the product, or to all of them.
+    if matrix.scale.size != 1 and matrix.axis % 2 != (0 if turned else 1):
+        return False
+    if turned:
+        weight = np.ascontiguousarray(weight.T)
+    columns, last = weight.shape[1], node
+    bias = _constant(net, node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    if len(node.input) > 2 and node.input[2] and bias is None:
+        return False
+    if (
+        bias is None
+        and (found := _sum_behind(net, node)) is not None
+        and _one_row(found[1], columns)
+    ):
+        last, bias = found
+    if bias is not None and not _one_row(bias, columns):
+        return False
+    name = node.name or node.output[0]
+    scale = np.broadcast_to(matrix.scale.ravel(), (columns,)).astype(np.float32)
+    inputs = [
+        x.name,
+        net.constant(f"{name}.weight", weight),
+        net.constant(f"{name}.scale", x.scale.reshape(()).astype(np.float32)),
+    ]
+    inputs += [
+        net.constant(f"{name}.weight.scale", scale),
+        net.constant(f"{name}.zero", x.zero.reshape(())),
+    ]
+    centred = not matrix.zero.any()
+    inputs.append(
+        ""
+        if centred
+        else net.constant(f"{name}.weight.zero", np.broadcast_to(matrix.zero.ravel(), (columns,)))
+    )
+    if bias is not None:
+        inputs.append(
+            net.constant(
+                f"{name}.bias", np.broadcast_to(bias.ravel(), (columns,)).astype(np.float32)
+            )
+        )
+    while not inputs[-1]:
+        inputs.pop()
+    made = onnx.helper.make_node(
+        "MatMulIntegerToFloat", inputs, [last.output[0]], name=name, domain=RUNTIME
+    )
+    net.insert_before(last, [made])
+    net.graph.node.remove(last)
+    if last is not node:
+        net.graph.node.remove(node)
+    net.index()
+    return True
+
+
+def _select_floats(net: Net) -> None:
+    """The quantizer gives every reader the value that came out of eight bits; what only picks rows
+    of it takes the one that went in.
+    """
+    for node in net.graph.node:
+        pair = net.made_by(node.input[0], "DequantizeLinear") if node.op_type == "Slice" else None
+        source = net.made_by(pair.input[0], "QuantizeLinear") if pair is not None else None
+        if source is not None:
+            node.input[0] = source.input[0]
+    net.index()
+
+
+def _behind(net: Net, name: str) -> _Quantized | None:
+    """The eight-bit value that a DequantizeLinear reads."""
+    node = net.made_by(name, "DequantizeLinear")
+    if node is None or attribute(node, "block_size", 0):
+        return None
+    scale = net.value(node.input[1])
+    zero = net.value(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    if scale is None or zero is None or zero.dtype not in (np.uint8, np.int8):
+        return None
+    return _Quantized(node.input[0], scale, zero, int(attribute(node, "axis", 1)))
+
+
+def _constant(net: Net, name: str) -> Array | None:
+    """A constant, be it stored as it is or in 32 bits with a scale."""
+    value, node = net.value(name), net.made_by(name, "DequantizeLinear")
+    if value is not None or node is None:
+        return value
+    stored, scale = net.value(node.input[0]), net.value(node.input[1])
+    if (
+        stored is None
+        or scale is None
+        or stored.ndim > 1
+        or (len(node.input) > 2 and (zero := net.value(node.input[2])) is not None and zero.any())
+    ):
+        return None
+    found: Array = stored.astype(np.float64) * scale
+    return found
+
+
+def _sum_behind(net: Net, node: onnx.NodeProto) -> tuple[onnx.NodeProto, Array] | None:
+    """(the Add that alone reads a product, its constant)."""
+    reader = net.only_reader(node.output[0])
+    if reader is None or reader.op_type != "Add" or reader.domain not in ("", "ai.onnx"):
+        return None
+    constants = [_constant(net, name) for name in reader.input if name != node.output[0]]
+    return (reader, constants[0]) if len(constants) == 1 and constants[0] is not None else None
+
+
+def _one_row(value: Array, columns: int) -> bool:
+    """Whether a sum with it adds the same to each row."""
+    return (
+        value.size in (1, columns)
+        and value.ndim <= 2
+        and (value.ndim == 0 or value.shape[-1] == value.size)
+    )
+
+
+def _plain(node: onnx.NodeProto) -> bool:
+    return (
+        not attribute(node, "transA", 0)
+        and attribute(node, "alpha", 1.0) == 1.0
+        and attribute(node, "beta", 1.0) == 1.0
+    )

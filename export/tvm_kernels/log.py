@@ -1,0 +1,97 @@
+"""What a tuner measured, one JSON line a measurement, so that another build can take the quickest
+tiles without measuring again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...core.errors import InputError
+from ...targets.vector import VectorUnit
+from .schedule import Kind, Shape, Tile
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Small = Annotated[int, Field(ge=1, le=64)]
+
+
+class Trial(BaseModel):
+    """One tile of one shape: the lower quartile of its times. processor: the name of what it was
+    measured on.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
+    )
+
+    schema_: Literal["vitrim.tvm-trial/1"] = Field(default="vitrim.tvm-trial/1", alias="schema")
+    target: Annotated[str, Field(max_length=100)]
+    processor: Annotated[str, Field(max_length=200)]
+    threads: Small
+    kind: Kind
+    sizes: Annotated[tuple[Count, ...], Field(min_length=3, max_length=4)]
+    rows: Small
+    vectors: Small
+    steps: Small
+    latency_s: Annotated[float, Field(gt=0)]
+
+    @property
+    def shape(self) -> Shape:
+        """What was measured."""
+        return Shape(self.kind, self.sizes)
+
+    @property
+    def tile(self) -> Tile:
+        """How it was cut."""
+        return Tile(self.rows, self.vectors, self.steps)
+
+
+def append(path: Path, trials: Iterable[Trial]) -> None:
+    """Lines behind those that are there."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(trial.model_dump_json(by_alias=True) + "\n" for trial in trials)
+
+
+def read(path: Path) -> list[Trial]:
+    """All trials of a log. Errors: InputError with the file, the line and the key of what is
+    wrong.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give the log that the tuner wrote"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; give the log that the tuner wrote") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(Trial.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(
+                f"{path}:{number}: {where + ': ' if where else ''}{first['msg']}; remove that line, or tune again"
+            ) from None
+    return found
+
+
+def quickest(
+    trials: Iterable[Trial], target: str, threads: int, unit: VectorUnit
+) -> dict[Shape, Tile]:
+    """For each shape the quickest tile that was measured for a target with so many threads and that
+    fits its registers.
+    """
+    best: dict[Shape, Trial] = {}
+    for trial in trials:
+        if trial.target == target and trial.threads == threads and trial.tile.fits(unit):
+            known = best.get(trial.shape)
+            if known is None or trial.latency_s < known.latency_s:
+                best[trial.shape] = trial
+    return {shape: trial.tile for shape, trial in best.items()}

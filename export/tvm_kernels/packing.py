@@ -1,0 +1,49 @@
+"""Weights in the order in which the kernels read them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .tiles import Run, pieces
+
+Array = NDArray[np.float32]
+Number = TypeVar("Number", np.float32, np.int8)
+
+
+def panels(
+    weight: NDArray[Number], runs: tuple[Run, ...], lanes: int, group: int = 1
+) -> NDArray[Number]:
+    """(K, N) -> the panels one behind the other, each (K / group, its vectors * lanes, group),
+    flat; rows and columns that fill the last are zero.
+    """
+    depth, width = weight.shape
+    groups = -(-depth // group)
+    wide = np.zeros((groups * group, sum(run.length for run in runs) * lanes), weight.dtype)
+    wide[:depth, :width] = weight
+    grouped = wide.reshape(groups, group, -1).transpose(0, 2, 1)
+    parts = [
+        grouped[:, start * lanes : (start + size) * lanes].ravel() for start, size in pieces(runs)
+    ]
+    return np.concatenate(parts)
+
+
+def in_eight_bits(weight: Array) -> tuple[NDArray[np.int8], Array]:
+    """(K, N) -> codes from -127 to 127 and the scale of each column."""
+    largest = np.abs(weight).max(axis=0)
+    scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    return np.rint(weight / scales).astype(np.int8), scales
+
+
+def padded(vector: Array, width: int) -> Array:
+    """A vector with zeros behind it."""
+    return np.pad(vector, (0, width - len(vector))).astype(np.float32)
+
+
+def padded_heads(matrix: Array, heads: int, width: int) -> Array:
+    """(rows, heads * w) -> (rows, heads * width): zero columns behind each head's own."""
+    rows = matrix.shape[0]
+    own = matrix.reshape(rows, heads, -1)
+    return np.pad(own, ((0, 0), (0, 0), (0, width - own.shape[2]))).reshape(rows, heads * width)

@@ -1,0 +1,1 @@
+"""Recipes, run folders, and the chain from a dense model to a measured artifact."""

@@ -1,0 +1,124 @@
+"""Target profiles by name or path: the shipped ones, `host` as detected, and a user's own .toml
+files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from ..core.errors import InputError
+from .detect import detect_host
+from .profile import Cluster, Memory, Peak, TargetProfile
+
+FOLDER = Path(__file__).parent
+
+
+def list_targets() -> list[str]:
+    """Names of the shipped profiles, sorted; `host` is detected and not among them."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_target(name_or_path: str | Path) -> TargetProfile:
+    """A shipped profile by name, `host` as detected, or a profile of your own by its .toml path.
+
+    Errors: InputError with the nearest name, or with file, line and key of what is wrong.
+    """
+    text = str(name_or_path)
+    if text == "host":
+        return detect_host()
+    path = Path(text)
+    if isinstance(name_or_path, Path) or path.suffix == ".toml" or "/" in text:
+        return _read(path)
+    if text not in list_targets():
+        known = [*list_targets(), "host"]
+        near = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise InputError(
+            f"target {text!r}: no such profile; {hint} (or give the path of a .toml file)"
+        )
+    return _read(FOLDER / f"{text}.toml")
+
+
+def _read(path: Path) -> TargetProfile:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a target's .toml file"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(
+            f"{path}: not UTF-8 text; give the path of a target's .toml file"
+        ) from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not TOML: {error}; correct that line") from None
+    try:
+        return TargetProfile.model_validate(data)
+    except ValidationError as error:
+        # A misspelt key is both unknown and missing; the unknown one tells more.
+        first = next(
+            (entry for entry in error.errors() if entry["type"] == "extra_forbidden"),
+            error.errors()[0],
+        )
+        raise InputError(
+            _explain(path, text, first["loc"], str(first["type"]), first["msg"])
+        ) from None
+
+
+def _explain(path: Path, text: str, where: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(str(part) for part in where)
+    message = message.removeprefix("Value error, ")
+    if not where and (found := re.search(r"the number ([\w.]+) has no source", message)):
+        where = tuple(int(part) if part.isdigit() else part for part in found[1].split("."))
+    line = line_of(text, where)
+    place = f"{path}:{line}" if line else str(path)
+    if kind == "missing":
+        return (
+            f"{place}: {key}: this key is missing; add it (a shipped profile in targets/ shows how)"
+        )
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(where[-1]), _keys_of(where[:-1]), n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"known here are {', '.join(_keys_of(where[:-1]))}"
+        )
+        return f"{place}: {key}: no such key; {hint}"
+    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
+
+
+def _keys_of(table: tuple[int | str, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {"clusters": Cluster, "memory": Memory, "peak": Peak}
+    model = models.get(str(table[0]), TargetProfile) if table else TargetProfile
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def line_of(text: str, where: tuple[int | str, ...]) -> int | None:
+    """The line (from 1) of a key in TOML text as people write it, or of the innermost table around
+    it; None for a key of no table.
+    """
+    best: tuple[int, int] | None = None
+    table: list[int | str] = []
+    counts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        bare = line.split("#")[0].strip()
+        if header := re.match(r"^\[\[(.+)\]\]$", bare):
+            counts[header[1].strip()] = counts.get(header[1].strip(), -1) + 1
+            table = [*header[1].strip().split("."), counts[header[1].strip()]]
+            path = list(table)
+        elif header := re.match(r"^\[(.+)\]$", bare):
+            path = table = [part.strip().strip("\"'") for part in header[1].split(".")]
+        elif entry := re.match(r"^([\w\-\"'.]+)\s*=", bare):
+            path = [*table, *(part.strip("\"'") for part in entry[1].split("."))]
+        else:
+            continue
+        if list(where[: len(path)]) == path and (best is None or len(path) > best[0]):
+            best = (len(path), number)
+    return best[1] if best else None

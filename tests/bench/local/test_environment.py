@@ -1,0 +1,125 @@
+"""What a machine tells, read from files as the kernel lays them out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vitrim.bench.local import environment
+
+STAT = "cpu  1000 0 500 8000 100 0 0 0 0 0\ncpu0 1000 0 500 8000 100 0 0 0 0 0"
+CPU0 = "sys/devices/system/cpu/cpu0/cpufreq"
+
+
+def read(root: Path, files: dict[str, str]) -> dict[str, Any]:
+    for name, content in {"proc/stat": STAT, "proc/stat.after": STAT, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    script = Path(str(environment.__file__))
+    done = subprocess.run(
+        [sys.executable, "-I", str(script), str(root)], capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("files", "hottest"),
+    [
+        ({}, None),
+        (
+            {
+                "sys/class/thermal/thermal_zone0/temp": "47236",
+                "sys/class/thermal/thermal_zone1/temp": "51100",
+            },
+            51.1,
+        ),
+        # Most x86: no zone of the processor, but its sensor chip; a disk's sensor is nobody's
+        # processor.
+        (
+            {
+                "sys/class/hwmon/hwmon3/name": "k10temp",
+                "sys/class/hwmon/hwmon3/temp1_input": "63125",
+            },
+            63.125,
+        ),
+        (
+            {"sys/class/hwmon/hwmon1/name": "nvme", "sys/class/hwmon/hwmon1/temp1_input": "81000"},
+            None,
+        ),
+        # A sensor that is off shows nonsense.
+        ({"sys/class/thermal/thermal_zone0/temp": "-273000"}, None),
+    ],
+)
+def test_temperature(tmp_path: Path, files: dict[str, str], hottest: float | None) -> None:
+    assert read(tmp_path, files)["state"]["temperature_c"] == hottest
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, None),
+        ({"vcgencmd": "throttled=0x50005"}, "under-voltage, throttled"),
+        ({"vcgencmd": "throttled=0x50000"}, "no"),
+        (
+            {
+                "sys/class/thermal/cooling_device0/type": "cpufreq-cpu0",
+                "sys/class/thermal/cooling_device0/cur_state": "0",
+            },
+            "no",
+        ),
+        (
+            {
+                "sys/class/thermal/cooling_device0/type": "thermal-cpufreq-0",
+                "sys/class/thermal/cooling_device0/cur_state": "2",
+            },
+            "clock lowered because of the heat",
+        ),
+        # A fan that turns lowers no clock.
+        (
+            {
+                "sys/class/thermal/cooling_device0/type": "pwm-fan",
+                "sys/class/thermal/cooling_device0/cur_state": "3",
+            },
+            None,
+        ),
+    ],
+)
+def test_throttling(tmp_path: Path, files: dict[str, str], told: str | None) -> None:
+    assert read(tmp_path, files)["state"]["throttled"] == told
+
+
+def test_clock_and_governor(tmp_path: Path) -> None:
+    files = {
+        f"{CPU0}/cpuinfo_max_freq": "2400000",
+        f"{CPU0}/scaling_max_freq": "1500000",
+        f"{CPU0}/scaling_governor": "ondemand",
+    }
+    machine = read(tmp_path, files)["machine"]
+    assert (machine["frequency_max_hz"], machine["frequency_limit_hz"], machine["governor"]) == (
+        2.4e9,
+        1.5e9,
+        "ondemand",
+    )
+
+
+def test_time_that_the_hypervisor_gave_to_others(tmp_path: Path) -> None:
+    before = read(tmp_path / "a", {})
+    after = read(tmp_path / "b", {"proc/stat": "cpu  1500 0 500 8400 100 0 0 100 0 0"})
+    assert environment.combine(before["machine"], before["state"], after["state"])[
+        "stolen_share"
+    ] == pytest.approx(0.1)
+    # A machine that tells no ticks tells no share.
+    none = {**before["state"], "stolen_ticks": None}
+    assert environment.combine(before["machine"], none, none)["stolen_share"] is None
+
+
+def test_a_machine_that_tells_nothing_is_still_read(tmp_path: Path) -> None:
+    told = read(tmp_path, {"proc/stat": "", "proc/stat.after": ""})
+    assert told["state"]["stolen_ticks"] is None
+    assert told["machine"]["governor"] is None

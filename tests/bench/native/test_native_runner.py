@@ -1,0 +1,416 @@
+"""The C++ runner: the same protocol and figures as runner.py, here, behind a link, and as an
+aarch64 program under qemu.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adb_device import adb_device
+from bench_samples import chain, images_with_labels
+from loopback_ssh import Server, needs_sshd, ssh_server
+from onnxruntime_header import header_folder
+from vitrim.bench.emulation import ready
+from vitrim.bench.remote import native_build
+from vitrim.bench.remote.device_link import LinkLost
+from vitrim.bench.remote.native_build import NativeRunner, native_runner
+from vitrim.bench.remote.remote import measure_on
+from vitrim.bench.remote.remote_native import arrays
+from vitrim.core.errors import InputError
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="no C++ compiler is installed (Debian: apt-get install g++)"
+)
+PYTHON_RUNNER = Path(native_build.__file__).parents[1] / "local" / "runner.py"
+# What the shell scripts of a remote run call; no Python among it.
+TOOLS = (
+    "sh",
+    "bash",
+    "cat",
+    "chmod",
+    "df",
+    "env",
+    "kill",
+    "mkdir",
+    "rm",
+    "sleep",
+    "tail",
+    "tar",
+    "uname",
+    "nohup",
+    "setsid",
+)
+QUICK: dict[str, Any] = {"time_limit_s": 0.5, "least_rounds": 3, "quiet": True, "poll_s": 0.1}
+
+
+@pytest.fixture(scope="module")
+def runner() -> NativeRunner:
+    return native_runner()
+
+
+def converse(
+    command: list[str], job: dict[str, Any], *commands: dict[str, Any]
+) -> list[dict[str, Any]]:
+    lines = "".join(json.dumps(line) + "\n" for line in (job, *commands))
+    done = subprocess.run(command, input=lines.encode(), capture_output=True, timeout=300)
+    events: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == (3 if events[-1]["event"] == "error" else 0), done.stderr
+    return events
+
+
+def ask(
+    runner: NativeRunner, job: dict[str, Any], *commands: dict[str, Any]
+) -> list[dict[str, Any]]:
+    return converse(runner.command(), job, *commands)
+
+
+def test_it_speaks_as_the_python_runner_does(runner: NativeRunner, tmp_path: Path) -> None:
+    model = chain(tmp_path / "m.onnx")
+    data = images_with_labels(tmp_path / "d.npz", model)
+    (tmp_path / "d").mkdir()
+    for name, content in arrays(data, None).items():
+        (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
+    job = {"model": str(model), "threads": 1, "session": {"session.set_denormal_as_zero": "1"}}
+    commands: list[dict[str, Any]] = [
+        {"do": "warm", "limit_s": 1.0},
+        {"do": "run", "count": 7, "settle": 1},
+        {"do": "memory"},
+    ]
+    commands += [
+        {"do": "score", "dataset": str(tmp_path / "d"), "limit": None},
+        {"do": "profile", "count": 4},
+        {"do": "stop"},
+    ]
+    ours = ask(runner, job, *commands)
+    theirs = converse([sys.executable, str(PYTHON_RUNNER), "-"], job, *commands)
+    assert (
+        [event["event"] for event in ours]
+        == [event["event"] for event in theirs]
+        == ["ready", "warm", "samples", "memory", "score", "profile"]
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        # What only an engine in Python tells: its allocator, and a GPU's side of the matter.
+        assert set(other) - set(mine) <= {"arena_bytes", "copies_timed", "device_memory_peak_bytes"}
+    for key in (
+        "runtime",
+        "runtime_version",
+        "provider",
+        "provider_nodes",
+        "input_shape",
+        "input_type",
+        "peak_rss_exact",
+    ):
+        assert ours[0][key] == theirs[0][key]
+    assert len(ours[2]["latency_s"]) == 7
+    assert ours[2]["cpu_s"] > 0
+    assert ours[3]["peak_rss_bytes"] > ours[0]["floor_rss_bytes"] > 0
+    assert (
+        (ours[4]["correct"], ours[4]["total"])
+        == (theirs[4]["correct"], theirs[4]["total"])
+        == (15, 20)
+    )
+    assert {
+        (row["node"], row["operator"], row["calls"], str(row["output_shapes"]))
+        for row in ours[5]["rows"]
+    } == {
+        (row["node"], row["operator"], row["calls"], str(row["output_shapes"]))
+        for row in theirs[5]["rows"]
+    }
+
+
+@pytest.mark.parametrize("limit", [None, 6])
+def test_bytes_are_normalised_as_in_python(
+    runner: NativeRunner, tmp_path: Path, limit: int | None
+) -> None:
+    model = chain(tmp_path / "m.onnx", batch=4)
+    rng = np.random.default_rng(3)
+    images, labels = rng.integers(0, 256, (10, 28, 28), dtype=np.uint8), rng.integers(0, 10, 10)
+    np.savez(tmp_path / "d.npz", images=images, labels=labels)
+    (tmp_path / "d").mkdir()
+    for name, content in arrays(tmp_path / "d.npz", None).items():
+        (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
+    job = {"model": str(model), "preprocessing": {"mean": [0.3], "std": [0.2]}}
+    command = {"do": "score", "dataset": str(tmp_path / "d"), "limit": limit}
+    command = command if limit else {"do": "score", "dataset": str(tmp_path / "d")}
+    ours, theirs = (
+        ask(runner, job, command)[-1],
+        converse([sys.executable, str(PYTHON_RUNNER), "-"], job, command)[-1],
+    )
+    assert ours == theirs
+    assert ours["total"] == (limit or 10)
+
+
+@pytest.mark.parametrize(
+    ("job", "commands", "message"),
+    [
+        ({"model": "missing.onnx"}, [], "missing.onnx: no such file"),
+        ({"model": "BROKEN"}, [], "onnxruntime .* cannot load it"),
+        ({"model": "MODEL", "batch": 3}, [], "has the fixed batch 1, and batch 3 was asked for"),
+        (
+            {"model": "MODEL", "output": "nothing"},
+            [],
+            "the model has no output 'nothing'; it has logits",
+        ),
+        (
+            {"model": "MODEL", "providers": ["CUDAExecutionProvider"]},
+            [],
+            "measures CPUExecutionProvider only, not CUDA",
+        ),
+        (
+            {"model": "MODEL", "runtime": "tvm"},
+            [],
+            "the native runner measures onnxruntime models, not tvm",
+        ),
+        ({"model": "MODEL", "pinning": [999]}, [], "cannot pin to the CPUs .999."),
+        ({"model": "MODEL"}, [{"do": "dance"}], "unknown command 'dance'"),
+        (
+            {"model": "MODEL"},
+            [{"do": "score", "dataset": "nowhere"}],
+            "images.npy: is no .npy file",
+        ),
+        ({"nothing": 1}, [], "the job is no JSON object with a model"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    runner: NativeRunner,
+    tmp_path: Path,
+    job: dict[str, Any],
+    commands: list[dict[str, Any]],
+    message: str,
+) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"x")
+    names = {"MODEL": str(chain(tmp_path / "m.onnx")), "BROKEN": str(tmp_path / "broken.onnx")}
+    event = ask(
+        runner,
+        {**job, **({"model": names.get(job["model"], job["model"])} if "model" in job else {})},
+        *commands,
+    )[-1]
+    assert event["event"] == "error"
+    assert re.search(message, event["message"])
+    assert "\n" not in event["message"]
+
+
+def test_what_is_no_json_is_one_line(runner: NativeRunner) -> None:
+    for text in ("nonsense", '{"model": ', "[" * 100, '{"model": "a\\q"}'):
+        done = subprocess.run([*runner.command()[:2], text], capture_output=True, timeout=60)
+        assert done.returncode == 3
+        assert json.loads(done.stdout)["event"] == "error"
+
+
+def test_a_library_that_is_none_is_one_line(runner: NativeRunner, tmp_path: Path) -> None:
+    (tmp_path / "lib.so").write_bytes(b"no library")
+    event = converse(
+        runner.command(library=str(tmp_path / "lib.so")), {"model": str(chain(tmp_path / "m.onnx"))}
+    )[-1]
+    assert "the runtime is missing here" in event["message"]
+
+
+def test_the_places_in_the_runtimes_table_are_the_headers(tmp_path: Path) -> None:
+    folder = header_folder()
+    if folder is None:
+        pytest.skip("onnxruntime_c_api.h is not to be had here")
+    listed = (native_build.SOURCES / "ort_api.h").read_text()
+    places = dict(re.findall(r"^    ([A-Z]\w+) = (\d+),$", listed, re.M))
+    assert len(places) > 30
+    checks = "\n".join(
+        f'static_assert(offsetof(OrtApi, {name}) == {place} * sizeof(void *), "{name}");'
+        for name, place in places.items()
+    )
+    numbers = (
+        "static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == 1 && ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 == 2 && ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == 10"
+        ' && ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == 11 && ORT_LOGGING_LEVEL_ERROR == 3 && OrtArenaAllocator == 1 && OrtMemTypeDefault == 0, "");'
+    )
+    (tmp_path / "check.cpp").write_text(
+        f"#include <cstddef>\n#include <onnxruntime_c_api.h>\n{checks}\n{numbers}\n"
+    )
+    done = subprocess.run(
+        ["g++", "-std=c++17", "-fsyntax-only", f"-I{folder}", str(tmp_path / "check.cpp")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_cmake_builds_it_without_a_warning(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    subprocess.run(
+        ["cmake", "-S", native_build.SOURCES, "-B", tmp_path], check=True, capture_output=True
+    )
+    done = subprocess.run(["cmake", "--build", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def bare_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Who logs in there finds no Python."""
+    folder = tmp_path_factory.mktemp("bare")
+    tools = folder / "tools"
+    tools.mkdir()
+    for name in TOOLS:
+        if found := shutil.which(name):
+            (tools / name).symlink_to(found)
+    with ssh_server(folder, path=str(tools)) as running:
+        yield running
+
+
+@needs_sshd
+def test_a_device_without_python_is_measured_over_ssh(bare_server: Server, tmp_path: Path) -> None:
+    small, large = (
+        chain(tmp_path / "small.onnx", width=64),
+        chain(tmp_path / "large.onnx", width=1500),
+    )
+    data = images_with_labels(tmp_path / "d.npz", small)
+    there = tmp_path / "device"
+    call: dict[str, Any] = {"ssh_options": bare_server.options, "folder": str(there), **QUICK}
+    with pytest.raises(
+        InputError, match=r"there is no python3; install Python 3\.9 or newer there"
+    ):
+        measure_on(bare_server.url, {"small": small}, runner="python", **call)
+    found = measure_on(
+        bare_server.url, {"small": small, "large": large}, dataset=data, dataset_limit=19, **call
+    )
+    assert found["small"].device == "ssh"
+    assert found["small"].session == found["large"].session
+    assert found["large"].summary().p50_s > found["small"].summary().p50_s
+    assert (found["small"].correct, found["small"].total) == (14, 19)
+    where = found["small"].environment
+    assert where.python is None
+    assert where.cores == os.cpu_count()
+    assert where.architecture == platform.machine()
+    assert where.cpu_model
+    assert where.memory_total_bytes
+    assert where.busy_cores_before is not None
+    assert list(there.iterdir()) == []
+    text = str(found["small"].to_dict())
+    assert "127.0.0.1" not in text
+    assert str(tmp_path) not in text
+
+
+@needs_sshd
+def test_what_the_native_runner_cannot_do_there_is_one_line(
+    bare_server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"x")
+    call: dict[str, Any] = {
+        "ssh_options": bare_server.options,
+        "folder": str(tmp_path / "device"),
+        **QUICK,
+    }
+    with pytest.raises(
+        InputError, match=r"^127\.0\.0\.1:\d+: m: broken\.onnx: onnxruntime .* cannot load it"
+    ):
+        measure_on(bare_server.url, {"m": tmp_path / "broken.onnx"}, **call)
+    with pytest.raises(
+        InputError, match="measures CPUExecutionProvider only, not CUDAExecutionProvider"
+    ):
+        measure_on(
+            bare_server.url,
+            {"m": chain(tmp_path / "m.onnx")},
+            providers=["CUDAExecutionProvider"],
+            **call,
+        )
+    with pytest.raises(InputError, match=r"--runner-file .*: no such file"):
+        measure_on(
+            bare_server.url,
+            {"m": chain(tmp_path / "m.onnx")},
+            runner_file=tmp_path / "none",
+            **call,
+        )
+    assert list((tmp_path / "device").iterdir()) == []
+
+
+@needs_sshd
+def test_without_python_the_run_ends_with_the_link(tmp_path: Path) -> None:
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    def cut(share: float, text: str) -> None:
+        if text.startswith("round"):
+            connections = psutil.Process(running.process.pid).children(recursive=True)
+            running.process.kill()
+            running.process.wait(timeout=10)
+            for connection in connections:
+                connection.kill()
+
+    with ssh_server(tmp_path) as running:
+        call: dict[str, Any] = {
+            "ssh_options": running.options,
+            "runner": "native",
+            **QUICK,
+            "time_limit_s": 20.0,
+            "least_rounds": 1000,
+        }
+        with pytest.raises(
+            LinkLost, match="without Python there the run ended with the link: measure again"
+        ):
+            measure_on(
+                running.url,
+                {"m": chain(tmp_path / "m.onnx")},
+                folder=str(tmp_path / "device"),
+                progress=cut,
+                **call,
+            )
+
+
+def test_the_native_runner_goes_over_adb_too(tmp_path: Path) -> None:
+    with adb_device() as address:
+        found = measure_on(
+            address,
+            {"m": chain(tmp_path / "m.onnx")},
+            folder=str(tmp_path / "device"),
+            runner="native",
+            **QUICK,
+        )
+    assert found["m"].device == "adb"
+    assert found["m"].environment.python is None
+    assert list((tmp_path / "device").iterdir()) == []
+
+
+def test_an_aarch64_runner_runs_under_qemu(tmp_path: Path) -> None:
+    emulator = ready()
+    if emulator is None:
+        pytest.skip("aarch64 emulation is not prepared (vitrim targets emulate)")
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip(
+            "no aarch64 compiler is installed (Debian: apt-get install g++-aarch64-linux-gnu)"
+        )
+    made = native_runner("aarch64", library=emulator.onnxruntime_library)
+    model = chain(tmp_path / "m.onnx", width=32)
+    data = images_with_labels(tmp_path / "d.npz", model)
+    (tmp_path / "d").mkdir()
+    for name, content in arrays(data, None).items():
+        (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
+    events = converse(
+        emulator.command(made.command()),
+        {"model": str(model)},
+        {"do": "run", "count": 2},
+        {"do": "score", "dataset": str(tmp_path / "d")},
+    )
+    assert [event["event"] for event in events] == ["ready", "samples", "score"]
+    assert events[-1]["correct"] == 15
+
+
+def test_a_missing_compiler_and_a_phone_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(native_build, "ZIG", {})
+    with pytest.raises(
+        InputError,
+        match=r"no C\+\+ compiler for aarch64 here .*apt-get install g\+\+-aarch64-linux-gnu",
+    ):
+        native_runner("aarch64")
+    with pytest.raises(InputError, match="build bench/native with the NDK"):
+        native_runner("aarch64", android=True)

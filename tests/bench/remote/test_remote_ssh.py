@@ -1,0 +1,385 @@
+"""Over a real sshd on loopback, started here on a high port with keys of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_samples import chain, images_with_labels
+from loopback_ssh import Server, free_port, needs_sshd, ssh_server
+from vitrim.bench.remote.device_link import LinkLost
+from vitrim.bench.remote.remote import measure_on
+from vitrim.bench.remote.remote_ssh import measure_over_ssh
+from vitrim.bench.remote.ssh_link import SshAddress, SshLink
+from vitrim.core.errors import InputError
+
+QUICK: dict[str, Any] = {
+    "time_limit_s": 0.5,
+    "least_rounds": 3,
+    "quiet": True,
+    "poll_s": 0.1,
+    "python": sys.executable,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with ssh_server(tmp_path_factory.mktemp("sshd")) as running:
+        yield running
+
+
+@needs_sshd
+def test_two_artifacts_are_measured_there_and_nothing_stays(server: Server, tmp_path: Path) -> None:
+    small, large = (
+        chain(tmp_path / "small.onnx", width=64),
+        chain(tmp_path / "large.onnx", width=1500),
+    )
+    data = images_with_labels(tmp_path / "d.npz", small)
+    there = tmp_path / "device"
+    found = measure_on(
+        server.url,
+        {"small": small, "large": large},
+        ssh_options=server.options,
+        folder=str(there),
+        dataset=data,
+        target="rpi4",
+        **QUICK,
+    )
+    assert found["small"].device == "ssh"
+    assert found["small"].target == "rpi4"
+    assert found["small"].session == found["large"].session
+    assert found["large"].summary().p50_s > found["small"].summary().p50_s
+    assert (found["small"].correct, found["small"].total) == (15, 20)
+    assert found["small"].environment.libraries["onnxruntime"]
+    assert list(there.iterdir()) == []
+    text = str(found["small"].to_dict())
+    assert "127.0.0.1" not in text
+    assert str(tmp_path) not in text
+
+
+@needs_sshd
+def test_a_dropped_link_loses_nothing(server: Server, tmp_path: Path) -> None:
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    model, there = chain(tmp_path / "m.onnx"), tmp_path / "device"
+    call: dict[str, Any] = {
+        "ssh_options": server.options,
+        "folder": str(there),
+        **QUICK,
+        "time_limit_s": 4.0,
+        "least_rounds": 1000,
+    }
+
+    def cut(share: float, text: str) -> None:
+        # The run is on its way: the server ends every connection and takes no new one for a while.
+        if text.startswith("round"):
+            server.process.send_signal(signal.SIGSTOP)
+            for child in psutil.Process(server.process.pid).children(recursive=True):
+                # The run itself lives in a session of its own and is no child of the server.
+                assert "conductor.py" not in " ".join(child.cmdline())
+                child.kill()
+
+    with pytest.raises(
+        LinkLost, match="the run goes on there: give the same command again for its result"
+    ):
+        measure_over_ssh(
+            server.url,
+            {"m": model},
+            progress=cut,
+            patience_s=0.0,
+            **{**call, "ssh_options": [*call["ssh_options"], "-o", "ConnectTimeout=1"]},
+        )
+    server.process.send_signal(signal.SIGCONT)
+    (run,) = there.iterdir()
+    dropped_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found = measure_over_ssh(server.url, {"m": model}, **call)["m"]
+    # The same run, not another one.
+    assert found.started_at < dropped_at
+    assert run.name.startswith("run-")
+    assert found.summary().count >= 64
+    assert list(there.iterdir()) == []
+
+
+@needs_sshd
+def test_a_run_that_died_there_is_told(server: Server, tmp_path: Path) -> None:
+    there = tmp_path / "device"
+
+    def kill(share: float, text: str) -> None:
+        if text.startswith("round"):
+            (run,) = there.iterdir()
+            os.kill(int((run / "pid").read_text()), signal.SIGKILL)
+
+    with pytest.raises(
+        InputError, match=r"the run ended there without a result.*restarted, or killed it"
+    ):
+        measure_over_ssh(
+            server.url,
+            {"m": chain(tmp_path / "m.onnx")},
+            ssh_options=server.options,
+            folder=str(there),
+            progress=kill,
+            **{**QUICK, "time_limit_s": 20.0, "least_rounds": 1000},
+        )
+    assert list(there.iterdir()) == []
+
+
+@needs_sshd
+def test_a_failed_runner_there_is_one_line(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"x")
+    with pytest.raises(
+        InputError, match=r"127\.0\.0\.1:\d+: m: broken\.onnx: onnxruntime .* cannot load it"
+    ) as caught:
+        measure_over_ssh(
+            server.url,
+            {"m": tmp_path / "broken.onnx"},
+            ssh_options=server.options,
+            folder=str(tmp_path / "device"),
+            **QUICK,
+        )
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "device").iterdir()) == []
+
+
+def refused(server: Server, tmp_path: Path, message: str, **changes: Any) -> None:
+    call = {"ssh_options": server.options, "folder": str(tmp_path / "device"), **QUICK, **changes}
+    url = call.pop("url", server.url)
+    with pytest.raises(InputError, match=message) as caught:
+        measure_over_ssh(url, {"m": chain(tmp_path / "m.onnx")}, patience_s=0.0, **call)
+    assert "\n" not in str(caught.value)
+
+
+@needs_sshd
+def test_a_changed_host_key_is_told(server: Server, tmp_path: Path) -> None:
+    port, key = server.url.rsplit(":", 1)[1], (server.folder / "stranger.pub").read_text().split()
+    options = server.known(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
+    refused(
+        server,
+        tmp_path,
+        rf"its host key is not the one known here.*ssh-keygen -R '\[127\.0\.0\.1\]:{port}'",
+        ssh_options=options,
+    )
+
+
+@needs_sshd
+def test_an_unknown_host_key_is_told(server: Server, tmp_path: Path) -> None:
+    refused(
+        server,
+        tmp_path,
+        "its host key is not known yet; connect once by hand",
+        ssh_options=server.known(""),
+    )
+
+
+@needs_sshd
+def test_a_refused_login_is_told(server: Server, tmp_path: Path) -> None:
+    options = [
+        option.replace(f"{server.folder}/user", f"{server.folder}/stranger")
+        for option in server.options
+    ]
+    refused(
+        server, tmp_path, "the login was refused; put your public key there", ssh_options=options
+    )
+
+
+@needs_sshd
+def test_a_missing_python_and_a_missing_runtime_are_told(server: Server, tmp_path: Path) -> None:
+    refused(
+        server,
+        tmp_path,
+        "there is no python9; install Python 3.9 or newer",
+        python="python9",
+        runner="python",
+    )
+    bare = tmp_path / "bare-python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    refused(server, tmp_path, "has no onnxruntime and numpy; install them there", python=str(bare))
+
+
+@needs_sshd
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root only")
+def test_a_full_disk_is_told(server: Server, tmp_path: Path) -> None:
+    small = tmp_path / "small-disk"
+    small.mkdir()
+    if (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True
+        ).returncode
+        != 0
+    ):
+        pytest.skip("mounting is not permitted here")
+    try:
+        refused(
+            server,
+            tmp_path,
+            r"its disk is full: \d+ bytes are free, \d+ are needed",
+            folder=str(small),
+        )
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+            capture_output=True,
+        ).returncode
+    ):
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@needs_sshd
+def test_a_disk_that_fills_up_on_the_way_or_during_the_run_is_told(
+    server: Server, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "small", "256k") as small:
+        link = SshLink(SshAddress.parse(server.url), server.options)
+        with pytest.raises(
+            InputError, match="its disk is full; free some space there, then measure again"
+        ):
+            link.copy({"large": bytes(400_000)}, str(small / "there"))
+        link.close()
+    with small_disk(tmp_path / "large", "6m") as large:
+
+        def fill(share: float, text: str) -> None:
+            with contextlib.suppress(OSError), (large / "fill").open("ab", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(4096))
+
+        with pytest.raises(
+            InputError, match="its disk is full; free some space there, then measure again"
+        ):
+            measure_over_ssh(
+                server.url,
+                {"m": chain(tmp_path / "m.onnx", width=16)},
+                ssh_options=server.options,
+                folder=str(large / "device"),
+                progress=fill,
+                **{**QUICK, "time_limit_s": 3.0, "least_rounds": 1000},
+            )
+
+
+@needs_sshd
+def test_a_device_that_was_restarted_is_told(server: Server, tmp_path: Path) -> None:
+    there = tmp_path / "device"
+
+    def restart(share: float, text: str) -> None:
+        # Another boot: the number of the run's process may well be somebody else's now.
+        if text.startswith("round"):
+            (run,) = there.iterdir()
+            (run / "boot").write_text("another boot\n")
+
+    with pytest.raises(
+        InputError, match=r"the run ended there without a result.*the device was restarted"
+    ):
+        measure_over_ssh(
+            server.url,
+            {"m": chain(tmp_path / "m.onnx")},
+            ssh_options=server.options,
+            folder=str(there),
+            progress=restart,
+            **{**QUICK, "time_limit_s": 20.0, "least_rounds": 1000},
+        )
+    assert list(there.iterdir()) == []
+
+
+@needs_sshd
+def test_neither_results_nor_output_tell_who_was_where(
+    server: Server,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vitrim.cli import call
+
+    monkeypatch.setenv("VITRIM_SECRET_OF_A_TEST", "a-password-in-the-environment")
+    out = tmp_path / "out"
+    words = [
+        "bench",
+        str(chain(tmp_path / "m.onnx")),
+        "--on",
+        server.url,
+        "--python",
+        sys.executable,
+        "--time-limit",
+        "0.5",
+        "--out",
+        str(out),
+    ]
+    for option in zip(server.options[::2], server.options[1::2], strict=True):
+        words += ["--ssh-option", shlex.join(option)]
+    assert call(words) == 0
+    captured = capfd.readouterr()
+    saved = (out / "m.json").read_text()
+    for told in (saved, captured.out, captured.err):
+        for secret in (
+            "127.0.0.1",
+            server.url.rsplit(":", 1)[1],
+            "PRIVATE KEY",
+            str(server.folder),
+            socket.gethostname() + "@",
+            "a-password-in",
+        ):
+            assert secret not in told
+    assert str(tmp_path) not in saved
+
+
+@needs_sshd
+def test_nobody_at_the_address_is_told(server: Server, tmp_path: Path) -> None:
+    refused(
+        server,
+        tmp_path,
+        r"no connection \(.*refused\); is the device on",
+        url=f"ssh://127.0.0.1:{free_port()}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("ssh://pi@raspberry", SshAddress("raspberry", "pi")),
+        ("ssh://raspberry:2222/", SshAddress("raspberry", None, 2222)),
+        ("ssh://pi@[fe80::1]:22", SshAddress("fe80::1", "pi", 22)),
+    ],
+)
+def test_addresses_are_read(url: str, address: SshAddress) -> None:
+    assert SshAddress.parse(url) == address
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ssh://", "not an address; write ssh://user@host"),
+        ("ssh://pi:secret@board", "a password does not belong into an address"),
+        ("ssh://-oProxyCommand=x", "a name cannot begin with '-'"),
+        ("ssh://board:99999", "port 99999 is outside"),
+        ("ssh://board/path", "not an address"),
+    ],
+)
+def test_what_is_no_address_is_refused_without_repeating_a_password(url: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        SshAddress.parse(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_another_way_is_refused() -> None:
+    with pytest.raises(InputError, match="no way to such a device"):
+        measure_on("smoke://signals", {})

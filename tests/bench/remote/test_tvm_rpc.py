@@ -1,0 +1,228 @@
+"""Over TVM's own tracker and servers on loopback, with a small model compiled here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_samples import chain
+from loopback_ssh import free_port
+from vitrim.bench.local.options import MeasureOptions
+from vitrim.bench.remote.remote import measure_at
+from vitrim.bench.remote.remote_tvm_rpc import TrackerAddress, shared_out
+from vitrim.core.errors import InputError
+from vitrim.export.artifact import Artifact, Manifest, TensorSpec, entry_for
+
+pytest.importorskip("tvm", reason="needs TVM (pip install 'vitrim[tvm]')")
+QUICK = MeasureOptions(time_limit_s=0.5, least_rounds=3)
+
+
+def compiled(folder: Path, factor: float) -> Path:
+    """An artifact (1, 1, 2, 5) -> (1, 10): each pixel times `factor`."""
+    import tvm
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    images = relax.Var("images", relax.TensorType((1, 1, 2, 5), "float32"))
+    with builder.function("main", [images]):
+        with builder.dataflow():
+            scaled = builder.emit(relax.op.multiply(images, relax.const(np.float32(factor))))
+            logits = builder.emit_output(relax.op.reshape(scaled, (1, 10)))
+        builder.emit_func_output(logits)
+    folder.mkdir()
+    tvm.compile(builder.get(), target=tvm.target.Target({"kind": "llvm"})).export_library(
+        str(folder / "model.so")
+    )
+    manifest = Manifest(
+        name=folder.name,
+        inputs=(TensorSpec(name="images", shape=(1, 1, 2, 5), layout="NCHW"),),
+        outputs=(TensorSpec(name="logits", shape=(1, 10), layout="NC"),),
+        target="x86-64",
+        runtime="tvm",
+        precision="fp32",
+        form="plain",
+        session={"device": "cpu"},
+        files=(entry_for(folder, "model.so", "model"),),
+    )
+    return Artifact.write(folder, manifest).folder
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("compiled")
+    return {
+        "plus": compiled(folder / "plus", 2.0),
+        "minus": compiled(folder / "minus", -2.0),
+        "nil": compiled(folder / "nil", 0.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tracker with two boards of the kind `loop`."""
+    port = free_port()
+    work = tmp_path_factory.mktemp("farm")
+    environment = {**os.environ, "TVM_NUM_THREADS": "1"}
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", *words, "--host", "127.0.0.1", "--port-end", "65535"]
+        return subprocess.Popen(
+            command,
+            cwd=work,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    farm = [start("tvm.exec.rpc_tracker", "--port", str(port))]
+    try:
+        wait_for(port)
+        for _ in range(2):
+            farm.append(
+                start(
+                    "tvm.exec.rpc_server",
+                    "--port",
+                    str(free_port()),
+                    "--tracker",
+                    f"127.0.0.1:{port}",
+                    "--key",
+                    "loop",
+                )
+            )
+        wait_for_boards(port, 2)
+        yield f"tvm-rpc://127.0.0.1:{port}"
+    finally:
+        for process in reversed(farm):
+            # Its helpers are in the same group.
+            os.killpg(process.pid, 9)
+            process.wait(timeout=10)
+
+
+def wait_for(port: int) -> None:
+    for _ in range(2400):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail("the tracker did not start")
+
+
+def wait_for_boards(port: int, count: int) -> None:
+    from tvm import rpc
+
+    found = rpc.connect_tracker("127.0.0.1", port)
+    for _ in range(2400):
+        if found.summary()["queue_info"].get("loop", {}).get("free", 0) >= count:
+            found.close()
+            return
+        time.sleep(0.1)
+    pytest.fail("the boards did not register")
+
+
+def test_two_boards_measure_three_artifacts(
+    tracker: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).standard_normal((8, 1, 2, 5), dtype=np.float32)
+    np.savez(tmp_path / "d.npz", images=images, labels=images.reshape(8, 10).argmax(axis=1))
+    options = MeasureOptions(
+        time_limit_s=0.5, least_rounds=3, dataset=tmp_path / "d.npz", profile_runs=2
+    )
+    found = measure_at(f"{tracker}/loop", artifacts, options, target="rpi4", quiet=True)
+    assert list(found) == ["plus", "minus", "nil"]
+    # The answers are the board's own: twice the images keep their largest, minus twice make it the
+    # smallest.
+    assert (found["plus"].correct, found["minus"].correct) == (8, 0)
+    for measured in found.values():
+        assert (measured.device, measured.target, measured.runtime) == (
+            "tvm-rpc loop",
+            "rpi4",
+            "tvm",
+        )
+        assert measured.peak_rss_bytes is None
+        assert measured.cpu_share is None
+        assert any("tells nothing of the board's state" in warning for warning in measured.warnings)
+        assert any("no profile of its operators" in warning for warning in measured.warnings)
+        assert "127.0.0.1" not in str(measured.to_dict())
+    # One board took the first artifact and the second, the other one the first and the third.
+    assert found["plus"].session == found["minus"].session != found["nil"].session
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "nobody",
+            r"no board registered as 'nobody' \(it has loop\); start one there: python -m tvm\.exec\.rpc_server",
+        )
+    ],
+)
+def test_a_board_that_is_not_there_is_told(
+    tracker: str, artifacts: dict[str, Path], key: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        measure_at(f"{tracker}/{key}", artifacts, QUICK, quiet=True)
+
+
+def test_a_broken_library_is_one_line(
+    tracker: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "model.so").write_bytes(b"no library")
+    told = Artifact.load(artifacts["plus"]).manifest
+    Artifact.write(
+        folder, told.model_copy(update={"files": (entry_for(folder, "model.so", "model"),)})
+    )
+    with pytest.raises(InputError, match="broken: the board cannot load it") as caught:
+        measure_at(f"{tracker}/loop", {"broken": folder}, QUICK, quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tracker_is_told(artifacts: dict[str, Path]) -> None:
+    with pytest.raises(
+        InputError,
+        match=r"no TVM tracker answers there \(.*refused\); start one: python -m tvm\.exec\.rpc_tracker",
+    ):
+        measure_at(f"tvm-rpc://127.0.0.1:{free_port()}/x", artifacts, QUICK, quiet=True)
+
+
+def test_another_runtimes_artifact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError,
+        match="m: is made for onnxruntime, and TVM's boards run TVM artifacts; export it with --runtime tvm",
+    ):
+        measure_at("tvm-rpc://nowhere/x", {"m": chain(tmp_path / "m.onnx")}, QUICK, quiet=True)
+
+
+def test_artifacts_are_shared_out_with_the_first_on_every_board() -> None:
+    assert shared_out(["a"], 4) == [["a"]]
+    assert shared_out(["a", "b", "c", "d"], 2) == [["a", "b", "d"], ["a", "c"]]
+    assert shared_out(["a", "b"], 8) == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("tvm-rpc://tracker:9190/rpi4", TrackerAddress("tracker", 9190, "rpi4")),
+        ("tvm-rpc://10.0.0.1/a-b", TrackerAddress("10.0.0.1", 9190, "a-b")),
+        ("tvm-rpc://[::1]:7/x", TrackerAddress("::1", 7, "x")),
+    ],
+)
+def test_addresses_are_read(url: str, address: TrackerAddress) -> None:
+    assert TrackerAddress.parse(url) == address
+
+
+@pytest.mark.parametrize(
+    "url", ["tvm-rpc://", "tvm-rpc://tracker:9190", "tvm-rpc://t:99999/k", "tvm-rpc://u:p@t/k"]
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match="write tvm-rpc://tracker:port/key"):
+        TrackerAddress.parse(url)

@@ -1,0 +1,145 @@
+"""The explanation of a cut: shapes are those of the real module, masks are named, and the counts
+are fvcore's on that module.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from rich.console import Console
+from tiny_models import tiny_vit
+from torch import nn
+from vitrim import StructuredMask, compact, lift
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.surgery.explain import explain, kept_table
+
+MASK = StructuredMask(
+    {
+        "embed": {"*": torch.arange(24) % 3 != 0},
+        "head": {"blocks.0.attn": torch.tensor([True, False, True])},
+        "qk": {"blocks.0.attn": torch.arange(8) < 5},
+        "ffn": {
+            "blocks.0.ffn": torch.arange(96) < 40,
+            "blocks.1.ffn": torch.zeros(96, dtype=torch.bool),
+        },
+        "block": {"blocks.1.attn": torch.tensor([False])},
+    }
+)
+
+
+def attention_products(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of softmax(q kᵀ) v for one call of scaled_dot_product_attention: (batch, heads,
+    tokens, width) each.
+    """
+    q, k, v = (value.type().sizes() for value in inputs[:3])
+    del outputs
+    return int(q[0] * q[1] * q[2] * k[2] * (q[3] + v[3]))
+
+
+def nothing(inputs: list[Any], outputs: list[Any]) -> int:
+    """No multiply-adds."""
+    del inputs, outputs
+    return 0
+
+
+def counted_by_fvcore(model: nn.Module, images: torch.Tensor) -> int:
+    analysis = FlopCountAnalysis(model.eval(), images)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", attention_products)
+    # Norms, which fvcore counts and vitrim does not.
+    for name in ("aten::layer_norm", "aten::rms_norm"):
+        analysis.set_op_handle(name, nothing)
+    analysis.unsupported_ops_warnings(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return int(analysis.total())
+
+
+@pytest.fixture(scope="module")
+def model() -> CompactModel:
+    return lift(tiny_vit())
+
+
+def test_shapes_are_those_of_the_cut_module(model: CompactModel) -> None:
+    told = {
+        (module.module, cut.tensor): cut
+        for module in explain(model, MASK).modules
+        for cut in module.tensors
+    }
+    small = compact(model, MASK)
+    q = told["blocks.0.attn", "core.q.weight"]
+    assert q.before == (24, 24)
+    assert q.after == (10, 16) == tuple(small.get_parameter("steps.0.0.core.q.weight").shape)
+    assert q.masks == ("head/blocks.0.attn", "qk/blocks.0.attn", "embed/*")
+    out = told["blocks.0.attn", "core.out.weight"]
+    assert (out.before, out.after, out.masks) == (
+        (24, 24),
+        (16, 16),
+        ("embed/*", "head/blocks.0.attn"),
+    )
+    fc1 = told["blocks.0.ffn", "core.fc1.bias"]
+    assert (fc1.before, fc1.after, fc1.masks) == ((96,), (40,), ("ffn/blocks.0.ffn",))
+    assert told["head", "head.bias"].masks == ()
+
+
+def test_what_goes_whole_is_told(model: CompactModel) -> None:
+    fates = {module.module: module for module in explain(model, MASK).modules}
+    assert fates["blocks.1.attn"].fate == "removed"
+    assert {cut.masks for cut in fates["blocks.1.attn"].tensors} == {("block/blocks.1.attn",)}
+    assert fates["blocks.1.ffn"].fate == "constant"
+    assert fates["blocks.1.ffn"].params[1] == 16
+    assert fates["blocks.0.ffn"].fate == ""
+
+
+def test_modules_sum_to_the_whole(model: CompactModel) -> None:
+    told = explain(model, MASK)
+    for side in (0, 1):
+        assert sum(module.params[side] for module in told.modules) == told.params[side]
+        assert sum(module.macs[side] for module in told.modules) == told.macs[side]
+    assert told.params[0] == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sharing", ["unshared", "residual", "full"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit_tiny_patch16_224", {"qk_norm": True}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
+    ],
+)
+def test_counts_agree_with_fvcore_on_the_real_module(
+    name: str, settings: dict[str, Any], sharing: str
+) -> None:
+    source = tiny_vit(name, **settings)
+    mask = StructuredMask.random(source, 0.6, sharing=sharing, seed=2)  # type: ignore[arg-type]
+    told, images = explain(source, mask), torch.randn(1, 3, 16, 16)
+    small = compact(source, mask)
+    assert told.params == tuple(
+        sum(parameter.numel() for parameter in model.parameters())
+        for model in (lift(source), small)
+    )
+    assert told.macs == (counted_by_fvcore(lift(source), images), counted_by_fvcore(small, images))
+
+
+def test_the_table_prints_every_cut(model: CompactModel) -> None:
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))
+    console.print(explain(model, MASK).table())
+    text = console.export_text()
+    assert "core.q.weight" in text
+    assert "10 x 16" in text
+    assert "block/blocks.1.attn" in text
+
+
+def test_kept_tables_of_a_mask_and_of_a_model_agree(model: CompactModel) -> None:
+    mask = StructuredMask.random(model, 0.5, seed=1)
+    rows = kept_table(model, mask)
+    assert rows == kept_table(model, compact(model, mask))
+    assert rows[0] == {
+        "branch": "blocks.0.attn",
+        "kind": "attention",
+        "dims": {"embed": [12, 24], "head": [2, 3], "qk": [4, 8], "v": [4, 8]},
+    }

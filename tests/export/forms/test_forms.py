@@ -1,0 +1,297 @@
+"""Every graph form computes what the network computes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+import vitrim
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from random_networks import architectures, network
+from torch import nn
+from vitrim.compress.network.architecture import Architecture, AttentionSpec, PoolSpec
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.surgery.stream_form import choose_stream_form
+from vitrim.core.errors import InputError, UnsupportedModel
+from vitrim.export.forms import FORMS, STREAM_FORMS, Form, form_named, write_network
+from vitrim.export.forms.centring import applicable
+from vitrim.export.forms.coverage import reason_against
+from vitrim.export.graphs.known_forms import best_form
+from vitrim.export.parity import answers, first_difference, relative_error
+
+TINY: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 5,
+}
+
+
+def vit(seed: int = 0, model: str = "vit_tiny_patch16_224", **overrides: Any) -> nn.Module:
+    """A tiny timm model with every parameter random, so that no bias is zero and no scale is
+    one.
+    """
+    torch.manual_seed(seed)
+    made = timm.create_model(model, **{**TINY, **overrides}).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+def lifted(seed: int = 0, **overrides: Any) -> CompactModel:
+    return vitrim.lift(vit(seed, **overrides))
+
+
+def error_of(
+    model: CompactModel, graph: onnx.ModelProto, *, batch: int | str = 1, count: int = 3
+) -> float:
+    images = torch.randn(
+        count, *model.architecture.image, generator=torch.Generator().manual_seed(1)
+    )
+    with torch.no_grad():
+        expected = model(images.to(next(model.parameters()).dtype)).numpy()
+    return float(relative_error(expected, answers(graph, images.numpy(), batch=batch)).max())  # type: ignore[arg-type]
+
+
+def well_conditioned(model: CompactModel) -> bool:
+    """Whether single precision can answer at all: several norms over two channels in a row make a
+    number of any rounding error.
+    """
+    images = torch.randn(3, *model.architecture.image, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact, single = model(images.double()), copy.deepcopy(model).float()(images)
+    return float(relative_error(exact.numpy(), single.numpy()).max()) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_each_form_answers_as_the_network(form: Form) -> None:
+    model = lifted()
+    assert error_of(model, write_network(model, form)) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "form", [form for form in FORMS if form.rows == "batch"], ids=lambda form: form.name
+)
+@pytest.mark.parametrize("batch", [3, "dynamic"])
+def test_batch_forms_hold_batches(form: Form, batch: int | str) -> None:
+    model = lifted()
+    graph = write_network(model, form, batch="batch" if batch == "dynamic" else batch)
+    assert error_of(model, graph, batch=batch, count=5) < 2e-5
+
+
+def test_matrix_rows_refuse_batches() -> None:
+    with pytest.raises(InputError, match="holds one image, and batch 2 was asked for"):
+        write_network(lifted(), FORMS[0], batch=2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"init_values": 0.5},
+        {"qk_norm": True},
+        {"qkv_bias": False},
+        {"global_pool": "avg", "class_token": False},
+        {"global_pool": "avg", "fc_norm": True},
+        {"reg_tokens": 2},
+        {"pre_norm": True},
+        {"num_classes": 7, "in_chans": 3},
+        {"model": "deit_tiny_distilled_patch16_224"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[5], FORMS[6]], ids=lambda form: form.name)
+def test_forms_hold_for_the_kinds_of_model(overrides: dict[str, Any], form: Form) -> None:
+    model = lifted(**overrides)
+    assert error_of(model, write_network(model, form)) < 5e-5
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    ratios=st.fixed_dictionaries(
+        {
+            name: st.sampled_from([0.3, 0.6, 1.0])
+            for name in ("embed", "head", "qk", "v", "ffn", "block")
+        }
+    ),
+    sharing=st.sampled_from(["residual", "full", "unshared"]),
+    form=st.sampled_from(FORMS),
+)
+def test_a_cut_network_holds_in_every_form(
+    seed: int, ratios: dict[str, float], sharing: str, form: Form
+) -> None:
+    dense = lifted(seed % 3)
+    mask = vitrim.StructuredMask.random(dense, keep_ratio=ratios, sharing=sharing, seed=seed)  # type: ignore[arg-type]
+    cut = vitrim.compact(dense, mask).eval()
+    assert error_of(cut, write_network(cut, form)) < 1e-4
+
+
+def test_centring_is_taken_only_where_every_reader_is_a_layer_norm() -> None:
+    assert applicable(lifted().architecture)
+    assert not applicable(lifted(pre_norm=True).architecture)
+    unshared = vitrim.StructuredMask.random(lifted(), keep_ratio=0.5, sharing="unshared", seed=0)
+    assert not applicable(vitrim.compact(lifted(), unshared).architecture)
+
+
+def test_the_chosen_form_has_fewer_nodes_than_a_plain_one() -> None:
+    model = lifted()
+    plain = write_network(
+        model, Form(rows="batch", attention="split", norm="layer", stem="conv", last_queries=False)
+    )
+    # The last block without keys has fewer products, in more nodes.
+    best = write_network(model, replace(FORMS[0], last_keys=False))
+    assert len(best.graph.node) < 0.75 * len(plain.graph.node)
+    kinds = [node.op_type for node in best.graph.node]
+    # Only the patches are still turned; attention and products take rows as they are.
+    assert kinds.count("Transpose") == 1
+    assert not {"Conv", "Erf", "LayerNormalization", "Softmax"} & set(kinds)
+
+
+def test_names_lead_back_to_forms() -> None:
+    for form in (*FORMS, *STREAM_FORMS, Form(last_queries=False, last_keys=False)):
+        assert form_named(form.name) == form
+    with pytest.raises(InputError, match="form 'fastest' is unknown; take one of plain, matrix/"):
+        form_named("fastest")
+
+
+class LaterPool(PoolSpec):
+    """A pooling with a field that the forms have never heard of."""
+
+    temperature: float = 1.0
+
+
+def test_what_no_form_has_a_rule_for_is_named() -> None:
+    architecture = lifted().architecture
+    later = architecture.model_copy(update={"pool": LaterPool(temperature=2.0)})
+    assert reason_against(architecture) is None
+    assert reason_against(later) == "pool: temperature"
+    ffn = architecture.branches[1].core.model_copy(update={"act": "mish"})
+    step = (architecture.branches[1].model_copy(update={"core": ffn}),)
+    assert (
+        reason_against(architecture.model_copy(update={"steps": (step,)}))
+        == "blocks.0.ffn.core: activation 'mish'"
+    )
+    model = lifted()
+    model.architecture = later
+    with pytest.raises(
+        UnsupportedModel, match="the graph forms have no rule for pool: temperature"
+    ):
+        write_network(model, FORMS[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    architecture=architectures(),
+    form=st.sampled_from([*FORMS, *STREAM_FORMS]),
+    seed=st.integers(0, 9),
+)
+def test_whatever_an_architecture_can_say_every_form_writes(
+    architecture: Architecture, form: Form, seed: int
+) -> None:
+    model = network(architecture, seed)
+    assume(well_conditioned(model))
+    assert error_of(model, write_network(model, form)) < 2e-4
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    architecture=architectures(),
+    form=st.sampled_from([form for form in FORMS if form.rows == "batch"]),
+)
+def test_whatever_an_architecture_can_say_holds_for_a_free_batch(
+    architecture: Architecture, form: Form
+) -> None:
+    model = network(architecture, 0)
+    assume(well_conditioned(model))
+    assert (
+        error_of(model, write_network(model, form, batch="batch"), batch="dynamic", count=3) < 2e-4
+    )
+
+
+@pytest.mark.parametrize("tile", [4, 12, 16])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_rows_filled_up_to_a_tile_are_seen_by_nobody(tile: int, pool: str) -> None:
+    model = lifted(global_pool=pool)
+    graph = write_network(model, Form(attention="split", tile=tile))
+    assert error_of(model, graph) < 2e-5
+    rows = {tuple(tensor.dims) for tensor in graph.graph.initializer if tensor.name == "padding"}
+    assert rows == ({(-17 % tile, 24)})
+
+
+def test_the_last_block_makes_no_keys_for_a_class_token_alone() -> None:
+    model = lifted()
+    last = next(
+        branch
+        for branch in reversed(model.architecture.branches)
+        if isinstance(branch.core, AttentionSpec)
+    ).name
+    names = [node.name for node in write_network(model, FORMS[0]).graph.node]
+    assert f"{last}.k" not in names
+    assert f"{last}.q" in names
+    assert "blocks.0.attn.k" in names
+    # Eight-bit products are cheaper than the float ones that would replace them.
+    assert f"{last}.k" in [
+        node.name for node in write_network(model, FORMS[0], linears="int8").graph.node
+    ]
+
+
+def test_unshared_channels_go_by_index_or_as_zeros_as_the_form_says() -> None:
+    dense = lifted()
+    cut = vitrim.compact(
+        dense, vitrim.StructuredMask.random(dense, keep_ratio=0.5, sharing="unshared", seed=3)
+    ).eval()
+    for form, scatters in zip(STREAM_FORMS, (False, True), strict=True):
+        graph = write_network(cut, form)
+        assert error_of(cut, graph) < 2e-5
+        assert any(node.op_type == "ScatterElements" for node in graph.graph.node) is scatters
+    # What the cost model says for each site, the graph does.
+    chosen = choose_stream_form(cut)
+    writers = sum(
+        choice.site.endswith(".out") and choice.form == "index" and choice.site != "stem.out"
+        for choice in chosen.choices
+    )
+    cheaper = write_network(cut, FORMS[0])
+    assert sum(node.op_type == "ScatterElements" for node in cheaper.graph.node) == writers
+    assert error_of(cut, cheaper) < 2e-5
+
+
+def test_an_opset_is_at_least_the_forms_own() -> None:
+    model = lifted()
+    graph = write_network(model, FORMS[1], opset=22)
+    assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [22]
+    assert error_of(model, graph) < 2e-5
+    with pytest.raises(InputError, match="needs opset 23, and 22 was asked for"):
+        write_network(model, FORMS[0], opset=22)
+
+
+def test_the_first_node_that_differs_is_found() -> None:
+    model = lifted()
+    good = write_network(model, FORMS[1])
+    with torch.no_grad():
+        model.get_parameter("steps.3.0.core.fc1.weight").mul_(1.5)
+    wrong = write_network(model, FORMS[1])
+    image = np.random.default_rng(0).standard_normal((1, 1, 16, 16), dtype=np.float32)
+    assert first_difference(good, good, image, 1e-6) is None
+    found = first_difference(good, wrong, image, 1e-4)
+    assert found is not None
+    assert found.startswith("node 'blocks.1.ffn.fc1' (Gemm), by ")
+
+
+def test_the_known_form_follows_batch_and_tokens() -> None:
+    assert best_form("x86-64", 1)[0] == best_form("x86-64", 1, 50)[0] == FORMS[0]
+    large, why = best_form("x86-64", 1, 197)
+    assert large == replace(FORMS[0], stem="conv")
+    assert "patches by convolution" in why
+    assert best_form("rpi4", "dynamic", 197)[0].rows == "batch"
+    assert "not measured on this target" in best_form("rpi4", 1, 197)[1]

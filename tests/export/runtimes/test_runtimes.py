@@ -1,0 +1,216 @@
+"""Each runtime that is installed: what it writes answers as the model, through the engine that is
+timed; what is not there says what to install.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import vitrim
+from torch import nn
+from vitrim.bench.local.measure import measure_interleaved
+from vitrim.core.errors import InputError
+from vitrim.export import Artifact, export
+from vitrim.export.every_runtime import export_everywhere
+from vitrim.export.runtimes import runtime_named, runtime_names
+from vitrim.runtimes import EngineError, engine_names, open_engine, requirement
+from vitrim.runtimes.apart import ask_apart
+from vitrim.runtimes.interpreter import interpreter, variable
+
+# The largest errors that were seen here are a third of these.
+BOUNDS = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.1, "int8-static": 0.2}
+QUICK = [
+    ("torch", "fp32"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "int8"),
+    ("openvino", "int8-static"),
+    ("ncnn", "fp32"),
+    ("ncnn", "fp16"),
+]
+# Their converters take a minute and more.
+SLOW = [("executorch", "fp32"), ("litert", "fp32"), ("executorch", "int8"), ("litert", "int8")]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        in_chans=1,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=4,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(3).standard_normal((12, 1, 16, 16), dtype=np.float32)
+
+
+def written(
+    model: nn.Module, images: np.ndarray, folder: Path, runtime: str, precision: str
+) -> Artifact:
+    if reason := runtime_named(runtime).missing():
+        pytest.skip(reason)
+    if precision == "bf16" and "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no bfloat16")
+    cut = vitrim.compact(model, vitrim.StructuredMask.random(model, keep_ratio=0.5)).eval()
+    try:
+        made = export(cut, folder, runtime=runtime, precision=precision, images=images)  # type: ignore[arg-type]
+    except InputError as error:
+        if "is not installed" in str(error):
+            pytest.skip(str(error))
+        raise
+    stage = made.manifest.parity[-1]
+    assert stage.stage.startswith(runtime)
+    assert stage.max_relative_error < BOUNDS[precision]
+    # The answers come from the cut model, not from constants.
+    job = {"runtime": runtime, "model": str(made.model_path), "threads": 1, "session": made.manifest.session,
+           "input": {"name": "images", "shape": [1, 1, 16, 16], "type": "float32"}}  # fmt: skip
+    logits, told = ask_apart(job, images)
+    with torch.no_grad():
+        expected = cut(torch.from_numpy(images)).numpy()
+    assert np.abs(logits - expected).max() <= BOUNDS[precision] * np.abs(expected).max()
+    assert told["runtime"] == runtime
+    return made
+
+
+@pytest.mark.parametrize(("runtime", "precision"), QUICK)
+def test_what_is_written_answers_as_the_model_and_is_measured(
+    model: nn.Module, images: np.ndarray, tmp_path: Path, runtime: str, precision: str
+) -> None:
+    made = written(model, images, tmp_path / "artifact", runtime, precision)
+    found = measure_interleaved({"it": made}, time_limit_s=0.2, least_rounds=2, quiet=True)["it"]
+    assert (found.runtime, found.precision, found.input_shape) == (
+        runtime,
+        precision,
+        (1, 1, 16, 16),
+    )
+    assert found.artifact_sha256 == made.sha256
+    assert found.provider == "CPU"
+
+
+@pytest.mark.parametrize(("runtime", "precision"), SLOW)
+def test_a_converter_in_a_process_of_its_own_does_the_same(
+    model: nn.Module, images: np.ndarray, tmp_path: Path, runtime: str, precision: str
+) -> None:
+    written(model, images, tmp_path / "artifact", runtime, precision)
+
+
+def test_every_runtime_has_an_engine_and_every_engine_says_what_it_needs() -> None:
+    assert set(runtime_names()) | {"onnxruntime"} == set(engine_names())
+    for name in engine_names():
+        assert requirement(name).module.isidentifier()
+        assert requirement(name).install
+
+
+@pytest.mark.parametrize("name", ["openvino", "ncnn", "executorch", "litert", "onnxruntime"])
+def test_a_missing_runtime_is_one_line_with_what_to_install(name: str, tmp_path: Path) -> None:
+    module = requirement(name).module
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from vitrim.runtimes import EngineError, open_engine\n"
+        f"try: open_engine({{'runtime': {name!r}, 'model': 'absent'}})\n"
+        "except EngineError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == 1
+    assert "python3 -m pip install " in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"runtime": "openvino", "precision": "int4-weights"},
+            "runtime 'openvino' has fp32, bf16, int8, int8-static",
+        ),
+        ({"runtime": "torch", "options": {"fast": "1"}}, "its one option is compile"),
+        ({"runtime": "torch", "tune": True}, "tune is for onnxruntime"),
+        (
+            {"runtime": "abacus"},
+            "runtime 'abacus' is unknown; this vitrim exports for onnxruntime, ",
+        ),
+    ],
+)
+def test_what_a_runtime_cannot_do_is_refused_in_one_line(
+    model: nn.Module, tmp_path: Path, options: dict[str, object], reason: str
+) -> None:
+    if options["runtime"] == "openvino":
+        pytest.importorskip("openvino")
+    with pytest.raises(InputError) as caught:
+        export(model, tmp_path / "artifact", **options)  # type: ignore[arg-type]
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../answer", "apart", "engine", "os", ""])
+def test_a_manifest_cannot_name_another_file_as_an_engine(name: str) -> None:
+    if not name:
+        assert open_engine({"runtime": name, "model": "x"}).runtime == "onnxruntime"
+        return
+    with pytest.raises(EngineError, match="there is no engine for the runtime"):
+        open_engine({"runtime": name, "model": "x"})
+
+
+def test_another_interpreter_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert variable("litert") == "VITRIM_PYTHON_LITERT"
+    monkeypatch.delenv("VITRIM_PYTHON_LITERT", raising=False)
+    assert interpreter("litert") is None
+    monkeypatch.setenv("VITRIM_PYTHON_LITERT", sys.executable)
+    assert interpreter("litert") == sys.executable
+    monkeypatch.setenv("VITRIM_PYTHON_LITERT", "no-such-python")
+    with pytest.raises(
+        EngineError, match="VITRIM_PYTHON_LITERT=no-such-python: no such interpreter"
+    ):
+        interpreter("litert")
+    assert "no such interpreter" in str(runtime_named("litert").missing())
+
+
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "model.xml").write_text("<net")
+    with pytest.raises(EngineError, match=r"model\.xml: openvino .* cannot load it") as caught:
+        ask_apart(
+            {"runtime": "openvino", "model": str(tmp_path / "model.xml")},
+            np.zeros((1, 1, 16, 16), np.float32),
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_all_runtimes_are_tried_and_the_absent_say_why(
+    model: nn.Module, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("executorch", "litert", "tvm"):
+        monkeypatch.setattr(
+            runtime_named(name),
+            "missing",
+            lambda name=name: f"{name} is left out of this test",
+            raising=False,
+        )
+    made, absent = export_everywhere(
+        vitrim.lift(model), tmp_path / "all", precision="fp32", images=images
+    )
+    assert "onnxruntime" in made
+    assert set(made) | set(absent) == {"onnxruntime", *runtime_names()} - {"torch"}
+    assert absent["litert"] == "litert is left out of this test"
+    for name, artifact in made.items():
+        assert artifact.folder == tmp_path / "all" / name
+        assert artifact.manifest.runtime == name
+    assert sorted(os.listdir(tmp_path / "all")) == sorted(made)

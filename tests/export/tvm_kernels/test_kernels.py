@@ -1,0 +1,442 @@
+"""TVM's programs of our own kernels compute what the network computes, for odd widths, several
+images, every vector unit and several threads.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_networks import network
+from vitrim.compress.network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    Core,
+    DifferentialSpec,
+    FfnSpec,
+    HeadSpec,
+    Indices,
+    NormSpec,
+    PoolSpec,
+    RelativeBiasSpec,
+    RopeSpec,
+    StemSpec,
+)
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.core.errors import InputError
+from vitrim.export.parity import relative_error
+from vitrim.targets.catalog import load_target
+from vitrim.targets.detect import detect_host
+from vitrim.targets.profile import TargetProfile
+
+pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
+
+from vitrim.export.tvm_kernels.build import build_network
+from vitrim.export.tvm_kernels.built import Built
+from vitrim.export.tvm_kernels.coverage import reason_against
+from vitrim.export.tvm_kernels.lanes import Lanes
+from vitrim.export.tvm_kernels.log import Trial, quickest, read
+from vitrim.export.tvm_kernels.network import write_program
+from vitrim.export.tvm_kernels.program import lowering
+from vitrim.export.tvm_kernels.schedule import Schedule, Shape, Tile, candidates
+from vitrim.export.tvm_kernels.targets import tvm_target
+from vitrim.export.tvm_kernels.tiles import bounds, even, pieces, shares
+from vitrim.export.tvm_kernels.tune import tune
+
+HOST = detect_host()
+X86 = ("x86-64", "x86-64-avx2")
+
+
+@cache
+def runnable() -> tuple[TargetProfile, ...]:
+    """Profiles whose vector instructions this machine has, and one without any."""
+    shipped = [load_target(name) for name in X86]
+    able = [
+        profile
+        for profile in shipped
+        if HOST.architecture == "x86_64" and set(profile.features) <= set(HOST.features)
+    ]
+    plain = (
+        {"kind": "llvm"} if HOST.architecture != "x86_64" else {"kind": "llvm", "mcpu": "x86-64"}
+    )
+    return (*able, HOST.model_copy(update={"features": (), "tvm_target": plain}))
+
+
+def answers(built: Built, images: torch.Tensor) -> np.ndarray[Any, Any]:
+    import tvm
+    from tvm import relax
+
+    machine = relax.VirtualMachine(built.compile(), tvm.cpu())
+    found: np.ndarray[Any, Any] = machine["main"](
+        tvm.runtime.tensor(images.float().numpy())
+    ).numpy()
+    return found
+
+
+def error_of(model: CompactModel, built: Built, batch: int) -> float:
+    images = torch.randn(
+        batch,
+        *model.architecture.image,
+        generator=torch.Generator().manual_seed(1),
+        dtype=torch.float64,
+    )
+    with torch.no_grad():
+        expected = model(images).numpy()
+    return float(relative_error(expected, answers(built, images)).max())
+
+
+@st.composite
+def architectures(draw: Any) -> Architecture:
+    """Networks of the kinds that our kernels cover, with widths on both sides of a vector's."""
+    embed, grid, patch = (
+        draw(st.integers(3, 40)),
+        draw(st.tuples(st.integers(1, 5), st.integers(1, 4))),
+        draw(st.integers(1, 3)),
+    )
+    channels, padding = draw(st.integers(1, 3)), (draw(st.integers(0, 1)) if patch > 1 else 0)
+    pool = draw(st.sampled_from(["token", "mean", "mean_all", "distilled", "attention"]))
+    spec = StemSpec(patch=(patch, patch), padding=(padding, padding), bias=draw(st.booleans()))
+    sizes = spec.sizes(grid[0] * patch, grid[1] * patch)[-1]
+    prefix = draw(st.integers({"token": 1, "distilled": 2}.get(pool, 0), 3))
+    widths = [draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 2)))]
+    steps = tuple(
+        tuple(
+            draw(branches(embed, sizes, prefix, f"blocks.{number}.{position}"))
+            for position in range(width)
+        )
+        for number, width in enumerate(widths)
+    )
+    reads = draw(subset(embed))
+    width = len(reads or range(embed))
+    spec_pool = draw(attention_pools()) if pool == "attention" else PoolSpec(kind=pool)
+    width_pooled = spec_pool.width or width
+    classified = pool == "distilled" or draw(st.booleans())
+    written = (
+        None
+        if classified
+        else draw(st.one_of(st.none(), st.just(tuple(range(1, 2 * width_pooled, 2)))))
+    )
+    return Architecture(
+        image=(channels, grid[0] * patch, grid[1] * patch),
+        embed=embed,
+        stem=spec,
+        prefix=prefix,
+        position=draw(st.booleans()),
+        patch_norm=draw(norms(embed)),
+        stem_norm=draw(norms(embed)),
+        steps=steps,
+        norm=draw(norms(width)),
+        pool=spec_pool,
+        pool_norm=draw(norms(width_pooled)) if pool != "distilled" else None,
+        head=HeadSpec(
+            classes=draw(st.integers(1, 20)),
+            bias=draw(st.booleans()),
+            hidden=draw(st.sampled_from([None, 5])),
+            act="identity"
+            if pool == "distilled"
+            else draw(st.sampled_from(["identity", "sigmoid"])),
+        )
+        if classified
+        else None,
+        head_reads=reads,
+        feature_width=None if written is None else 2 * width_pooled,
+        feature_writes=written,
+    )
+
+
+@st.composite
+def attention_pools(draw: Any) -> PoolSpec:
+    width, (qk, v) = (
+        draw(st.integers(1, 20)),
+        draw(st.tuples(st.integers(1, 20), st.integers(1, 20))),
+    )
+    biases = {f"{name}_bias": draw(st.booleans()) for name in ("k", "v", "out")}
+    attention = AttentionSpec(
+        heads=draw(st.integers(1, 3)),
+        qk=qk,
+        v=v,
+        scale=0.5,
+        k_norm=draw(norms(qk)),
+        qk_norm_per_head=draw(st.booleans()),
+        **biases,
+    )
+    ffn = draw(st.one_of(st.none(), ffns()))
+    return PoolSpec(
+        kind="attention",
+        attention=attention,
+        width=width,
+        prefix=draw(st.booleans()),
+        norm=draw(norms(width)),
+        ffn=ffn,
+    )
+
+
+@st.composite
+def branches(draw: Any, embed: int, grid: tuple[int, int], prefix: int, name: str) -> BranchSpec:
+    reads, writes = draw(subset(embed)), draw(subset(embed))
+    core: Core = draw(st.one_of(attentions(grid, prefix), ffns(), st.just(ConstantSpec())))
+    constant = isinstance(core, ConstantSpec)
+    return BranchSpec(
+        name=name,
+        core=core,
+        norm=None if constant else draw(norms(len(reads or range(embed)))),
+        post_norm=None if constant or writes is not None else draw(norms(embed)),
+        layer_scale=not constant and draw(st.booleans()),
+        reads=None if constant else reads,
+        writes=writes,
+    )
+
+
+@st.composite
+def attentions(draw: Any, grid: tuple[int, int], prefix: int) -> AttentionSpec:
+    heads, qk, v = draw(st.integers(1, 4)), draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    options: dict[str, Any] = {}
+    if draw(st.booleans()):
+        qk += qk % 2
+        layout = draw(st.sampled_from(["half", "interleaved"]))
+        options["rope"] = RopeSpec(
+            layout=layout, tokens=grid[0] * grid[1], prefix=prefix, per_head=draw(st.booleans())
+        )
+    if draw(st.booleans()):
+        options["bias"] = RelativeBiasSpec(
+            grid=grid, prefix=prefix, prefix_rows=prefix == 1 and draw(st.booleans())
+        )
+    if "rope" not in options and draw(st.booleans()):
+        options["differential"] = DifferentialSpec(start=0.3, width=3, dual=draw(st.booleans()))
+    elif heads % 2 == 0 and draw(st.booleans()):
+        options["kv_of"] = tuple(head // 2 for head in range(heads))
+    biases = {f"{name}_bias": draw(st.booleans()) for name in ("q", "k", "v", "out", "gate")}
+    return AttentionSpec(
+        heads=heads,
+        qk=qk,
+        v=v,
+        scale=draw(st.sampled_from([0.3, 1.0])),
+        q_norm=draw(norms(qk)),
+        k_norm=draw(norms(qk)),
+        qk_norm_per_head=draw(st.booleans()),
+        head_norm=draw(norms(v)),
+        head_norm_per_head=draw(st.booleans()),
+        out_norm=draw(norms(heads * v)),
+        gated=draw(st.booleans()),
+        **biases,
+        **options,
+    )
+
+
+@st.composite
+def ffns(draw: Any) -> FfnSpec:
+    hidden = draw(st.integers(1, 70))
+    act = draw(
+        st.sampled_from(
+            ["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu6", "hardswish", "tanh"]
+        )
+    )
+    flags = {name: draw(st.booleans()) for name in ("gated", "in_bias", "gate_bias", "out_bias")}
+    return FfnSpec(hidden=hidden, act=act, norm=draw(norms(hidden)), **flags)
+
+
+@st.composite
+def norms(draw: Any, width: int) -> NormSpec | None:
+    if draw(st.booleans()):
+        return None
+    return NormSpec(
+        kind=draw(st.sampled_from(["layer", "rms"])),
+        width=width,
+        eps=1e-1,
+        weight=draw(st.booleans()),
+        bias=draw(st.booleans()),
+    )
+
+
+@st.composite
+def subset(draw: Any, size: int) -> Indices | None:
+    if draw(st.integers(0, 3)):
+        return None
+    return tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=2))))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    architecture=architectures(),
+    batch=st.integers(1, 3),
+    threads=st.integers(1, 2),
+    unit=st.integers(0, 2),
+)
+def test_any_covered_network_answers_the_same(
+    architecture: Architecture, batch: int, threads: int, unit: int
+) -> None:
+    model = network(architecture)
+    built = build_network(model, runnable()[unit % len(runnable())], batch=batch, threads=threads)
+    assert built.route == "kernels"
+    assert error_of(model, built, batch) < 1e-4
+
+
+def small(**changes: Any) -> CompactModel:
+    """A network of one attention and one FFN."""
+    attention = AttentionSpec(heads=2, qk=5, v=6, scale=0.4)
+    architecture = Architecture(
+        image=(1, 8, 8),
+        embed=12,
+        stem=StemSpec(patch=(2, 2)),
+        steps=(
+            (BranchSpec(name="attn", core=attention, norm=NormSpec(width=12)),),
+            (BranchSpec(name="mlp", core=FfnSpec(hidden=20)),),
+        ),
+        norm=NormSpec(width=12),
+        head=HeadSpec(classes=7),
+    )
+    return network(architecture.model_copy(update=changes))
+
+
+@pytest.mark.parametrize("kind", ["token", "mean"])
+def test_columns_that_the_head_reads_are_picked_by_the_norm_after_the_pool_too(kind: str) -> None:
+    model = small(
+        norm=None,
+        prefix=1,
+        pool=PoolSpec(kind=kind),
+        pool_norm=NormSpec(width=5),
+        head_reads=(1, 3, 4, 8, 11),
+    )
+    assert error_of(model, build_network(model, runnable()[-1], batch=2), 2) < 1e-4
+
+
+@given(total=st.integers(1, 500), most=st.integers(1, 16))
+def test_pieces_cover_everything_once_and_are_nearly_equal(total: int, most: int) -> None:
+    found = list(pieces(even(total, most)))
+    assert [start for start, _ in found] == [
+        sum(size for _, size in found[:number]) for number in range(len(found))
+    ]
+    assert sum(size for _, size in found) == total
+    assert max(size for _, size in found) <= most
+    assert max(size for _, size in found) - min(size for _, size in found) <= 1
+    assert len(found) == -(-total // most)
+
+
+@given(count=st.integers(0, 50), parts=st.integers(1, 9))
+def test_shares_of_threads_meet_end_to_end(count: int, parts: int) -> None:
+    limits = [bounds(count, part, parts) for part in range(parts)]
+    assert limits[0][0] == 0
+    assert limits[-1][1] == count
+    assert all(before[1] == after[0] for before, after in pairwise(limits))
+
+
+@pytest.mark.parametrize(
+    ("panels", "rows", "expected"), [(4, 25, (2, 1)), (1, 25, (1, 2)), (3, 8, (1, 2))]
+)
+def test_threads_share_panels_before_rows_where_that_is_as_even(
+    panels: int, rows: int, expected: tuple[int, int]
+) -> None:
+    grid = shares(2, even(panels, 1), even(rows, 1))
+    assert (grid.panels, grid.rows) == expected
+
+
+def test_what_no_kernel_covers_is_named_with_its_place() -> None:
+    attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4)
+    branch = BranchSpec(
+        name="blocks.0.attn", core=attention, post_norm=NormSpec(width=3), writes=(1, 4, 7)
+    )
+    reason = reason_against(small(steps=((branch,),)).architecture)
+    assert (
+        reason
+        == "blocks.0.attn: a norm after a sub-layer that writes to a part of the stream (post_norm with writes)"
+    )
+    assert reason_against(small(pool=PoolSpec(kind="max")).architecture) == "pooling 'max'"
+
+
+@pytest.mark.parametrize("name", ["rpi4", "rpi5"])
+def test_kernels_are_cut_for_the_targets_own_registers(name: str) -> None:
+    built = build_network(small(), load_target(name), batch=2)
+    assert built.route == "kernels"
+    assert built.notes[0].startswith("neon kernels, vectors of 4")
+    assert "float32x4" in str(built.module)
+    assert "float32x8" not in str(built.module)
+
+
+def test_a_target_without_code_generation_is_refused() -> None:
+    profile = load_target("x86-64").model_copy(update={"tvm_target": None})
+    with pytest.raises(
+        InputError, match=r"target 'x86-64' has no tvm_target; add one to its profile"
+    ):
+        build_network(small(), profile)
+
+
+def test_a_tuned_log_is_used_by_the_next_build(tmp_path: Path) -> None:
+    log, profile, model = tmp_path / "tiles.jsonl", runnable()[0], small()
+    tuned = tune(model, profile, log, time_limit_s=1.0)
+    assert 1 <= tuned.shapes <= tuned.of
+    assert tuned.best_s <= tuned.usual_s
+    trials = read(log)
+    assert len(trials) == tuned.trials
+    built = build_network(model, profile, log=log)
+    assert built.notes[1] == f"tiles of {tuned.shapes} shapes from tiles.jsonl"
+    assert error_of(model, built, 1) < 1e-4
+
+
+@given(tile=st.sampled_from(candidates(load_target("x86-64").vector)))
+@settings(max_examples=4, deadline=None)
+def test_every_tile_computes_the_same(tile: Tile) -> None:
+    model, profile = small(), runnable()[0]
+    writer = write_program(model, Lanes.of(profile.vector), Schedule(tile), 1)
+    built = Built(writer, tvm_target(profile), lowering(), "kernels", 1)
+    assert error_of(model, built, 1) < 1e-4
+
+
+def trial(**changes: Any) -> dict[str, Any]:
+    line = {
+        "schema": "vitrim.tvm-trial/1",
+        "target": "x86-64",
+        "processor": "a core",
+        "threads": 1,
+        "kind": "dense",
+        "sizes": [9, 4, 16],
+    }
+    return {**line, "rows": 8, "vectors": 3, "steps": 1, "latency_s": 1e-5, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rows": 0},
+            r"tiles.jsonl:2: rows: Input should be greater than or equal to 1; remove that line, or tune again",
+        ),
+        ({"latency_s": "soon"}, r"tiles.jsonl:2: latency_s: Input should be a valid number"),
+        (
+            {"schema": "vitrim.tvm-trial/9"},
+            r"tiles.jsonl:2: schema: Input should be 'vitrim.tvm-trial/1'",
+        ),
+        ({"shell": "rm"}, r"tiles.jsonl:2: shell: Extra inputs are not permitted"),
+        ({"sizes": [1] * 9}, r"tiles.jsonl:2: sizes: Tuple should have at most 4 items"),
+    ],
+)
+def test_a_malformed_log_is_refused_by_line_and_key(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "tiles.jsonl"
+    path.write_text(json.dumps(trial()) + "\n" + json.dumps(trial(**changes)) + "\n")
+    with pytest.raises(InputError, match=message):
+        read(path)
+
+
+def test_the_quickest_tile_of_this_target_and_thread_count_wins() -> None:
+    lines = [
+        trial(rows=8, latency_s=3e-5),
+        trial(rows=6, latency_s=2e-5),
+        trial(rows=4, latency_s=1e-6, threads=2),
+        trial(rows=5, latency_s=1e-6, target="rpi5"),
+        trial(rows=12, vectors=3, latency_s=1e-6),
+    ]
+    found = quickest(
+        [Trial.model_validate(line) for line in lines], "x86-64", 1, load_target("x86-64").vector
+    )
+    assert found == {Shape("dense", (9, 4, 16)): Tile(6, 3, 1)}

@@ -1,0 +1,228 @@
+"""Networks compiled by TVM: straight programs, the virtual machine, other processors, and what is
+refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import vitrim
+from aarch64 import emulator
+from tiny_models import tiny_vit
+from tvm_sample import compiled, expected, images, job_of, source
+from vitrim.core.errors import InputError
+from vitrim.export.exporter import export
+from vitrim.export.runtimes import runtime_named, tvm_runtime
+from vitrim.export.tvm_kernels import link as tvm_link
+from vitrim.export.tvm_kernels.compiled_program import NotStraight
+from vitrim.export.tvm_kernels.weights import lift_weights
+from vitrim.runtimes import EngineError, open_engine
+from vitrim.runtimes.apart import ask_apart
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> None:
+    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here: apt-get install g++")
+    if lacking := tvm_runtime.lacking_features(vitrim.targets.profile.load_target("x86-64")):
+        pytest.skip(f"this processor has no {', '.join(lacking)}")
+
+
+def loaded(job: dict[str, Any]) -> Any:
+    engine = open_engine(job)
+    engine.load()
+    return engine
+
+
+def close(found: Any, wanted: Any) -> None:
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_program_needs_no_runtime_and_answers_as_torch(tmp_path: Path) -> None:
+    written = compiled(tmp_path / "a")
+    assert written.session["entry"] == "program"
+    assert sorted(os.listdir(tmp_path / "a")) == ["model.so"]
+    given = images(1)
+    # In a process that has numpy and no TVM.
+    logits, told = ask_apart(job_of(tmp_path / "a", written), given)
+    close(logits, expected(given))
+    assert told["runtime"] == "tvm"
+    engine = loaded(job_of(tmp_path / "a", written))
+    # Images that begin anywhere, not only where vectors may.
+    odd = np.empty(given.size + 1, dtype=np.float32)[1:].reshape(given.shape)
+    odd[...] = given
+    close(engine.infer(odd), expected(given))
+    rows = engine.profile(given, 3)
+    assert {row["calls"] for row in rows} == {3}
+    assert all(row["seconds"] > 0 for row in rows)
+    assert len({row["node"] for row in rows}) == len(rows) > 5
+    assert engine.arena_bytes() > 0
+
+
+def test_several_images_and_several_threads(tmp_path: Path) -> None:
+    written = compiled(tmp_path / "a", batch=2, threads=2)
+    assert written.session["threads"] == "2"
+    given = images(2)
+    wanted = expected(given)
+    for threads in (1, 2, 3):
+        engine = loaded(job_of(tmp_path / "a", written, batch=2, threads=threads))
+        # Many times over, since what threads do to each other they do seldom.
+        for _ in range(50):
+            close(engine.infer(given), wanted)
+
+
+def test_what_is_no_straight_program_runs_in_the_virtual_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(built: Any) -> Any:
+        raise NotStraight("it calls vm.builtin.shape_of")
+
+    monkeypatch.setattr(tvm_runtime, "straight_program", never)
+    lift = lift_weights
+    monkeypatch.setattr(
+        tvm_runtime,
+        "lift_weights",
+        lambda module: lift(module, least_tensor_bytes=512, least_bytes=1),
+    )
+    written = compiled(tmp_path / "a")
+    assert written.session["entry"] == "machine"
+    assert written.files == (("weights.bin", "weights"),)
+    assert (
+        "runs in TVM's virtual machine, for it is no straight program: it calls vm.builtin.shape_of"
+        in written.notes
+    )
+    given = images(1)
+    logits, _ = ask_apart(job_of(tmp_path / "a", written), given)
+    close(logits, expected(given))
+    job = job_of(tmp_path / "a", written)
+    assert loaded(job).profile(given, 2)[0]["calls"] % 2 == 0
+    weights = tmp_path / "a" / "weights.bin"
+    whole = weights.read_bytes()
+    for broken, reason in (
+        (whole[:-4096], "a tensor lies outside of the file"),
+        (whole.replace(b"vitrim.weights/1", b"vitrim.weights/9"), "schema 'vitrim.weights/9'"),
+        (whole.replace(b'"float32"', b'"object" ', 1), "type 'object'"),
+        (b"no table", "not a whole file of weights"),
+    ):
+        weights.write_bytes(broken)
+        with pytest.raises(EngineError, match=reason):
+            loaded(job)
+    weights.unlink()
+    with pytest.raises(
+        EngineError, match=r"weights\.bin: no such file, and the model wants \d+ weights from it"
+    ):
+        loaded(job)
+    with pytest.raises(InputError, match="static=yes: this model runs in TVM's virtual machine"):
+        compiled(tmp_path / "b", options={"static": "yes"})
+
+
+def test_code_for_arm_answers_as_code_for_this_machine(tmp_path: Path) -> None:
+    emulator("apache-tvm-ffi")
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
+    written = compiled(tmp_path / "a", "rpi4")
+    assert written.session["triple"] == "aarch64-linux-gnu"
+    assert written.unasked is None
+    assert written.command is not None
+    given = images(2)
+    logits, _ = ask_apart(job_of(tmp_path / "a", written), given, command=written.command)
+    close(logits, expected(given))
+    with pytest.raises(
+        EngineError,
+        match=r"model\.so was compiled for aarch64-linux-gnu, and this machine is x86_64",
+    ):
+        loaded(job_of(tmp_path / "a", written))
+
+
+def test_code_for_cuda_is_written_where_no_gpu_is(tmp_path: Path) -> None:
+    if tvm_runtime.cuda_here():
+        pytest.skip("this machine has a GPU")
+    written = compiled(tmp_path / "a", "cuda")
+    assert (
+        written.unasked
+        == "there is no CUDA device on this machine; `vitrim bench` on one tells its answers and its speed"
+    )
+    assert (tmp_path / "a" / written.main).stat().st_size > 10_000
+    with pytest.raises(
+        EngineError,
+        match=r"was compiled for cuda, and this machine has no such device|libtvm_runtime_cuda",
+    ):
+        loaded(job_of(tmp_path / "a", written))
+
+
+def test_the_exporter_proves_what_was_compiled(tmp_path: Path) -> None:
+    artifact = export(tiny_vit(), tmp_path / "a", runtime="tvm", images=images(4))
+    compiled_stage = artifact.manifest.parity[-1]
+    assert (compiled_stage.stage, compiled_stage.images) == ("tvm", 4)
+    assert compiled_stage.max_relative_error < 1e-4
+    assert artifact.manifest.versions["apache-tvm"] == artifact.manifest.session["compiler"]
+    assert "compiled for llvm" in " ".join(artifact.manifest.notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"options": {"speed": "high"}},
+            "option 'speed' is none of tvm's; it has log, tune_s, schedule, static",
+        ),
+        ({"options": {"static": "perhaps"}}, "option static=perhaps: say yes or no"),
+        ({"options": {"schedule": "quick"}}, "option schedule=quick: say ours or default"),
+        (
+            {"options": {"schedule": "default", "tune_s": "5"}},
+            "tuning measures our own kernels, and this network, target or schedule has none of them",
+        ),
+        ({"options": {"tune_s": "long"}}, "option tune_s=long: give the seconds"),
+        ({"options": {"log": "nowhere.jsonl"}}, r"option log=nowhere\.jsonl: no such file"),
+        ({"target": "stm32h7"}, "no linker for thumbv7em-none-eabihf on this machine"),
+        ({"target": "snapdragon-8-gen-2"}, "no linker for aarch64-linux-android on this machine"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(
+    tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        runtime_named("tvm").write(source(**{"target": "x86-64", **settings}), tmp_path)
+
+
+def test_compiled_code_has_no_dynamic_batch(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError,
+        match="runtime tvm: a file holds one batch size; export with batch 1 or another number, or for another runtime",
+    ):
+        export(tiny_vit(), tmp_path / "a", runtime="tvm", batch="dynamic")
+
+
+def test_a_linker_is_found_or_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert tvm_link.linker_for("x86_64-linux-gnu").name.split()[0].endswith("++")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError,
+        match="no linker for aarch64-linux-gnu on this machine; install one with `apt-get install g\\+\\+-aarch64-linux-gnu`",
+    ):
+        tvm_link.linker_for("aarch64-linux-gnu")
+
+
+def test_a_library_that_is_no_network_is_refused(tmp_path: Path) -> None:
+    job = {
+        "runtime": "tvm",
+        "model": str(tmp_path / "model.so"),
+        "session": {"entry": "program"},
+        "input": {"shape": [1, 3, 16, 16]},
+    }
+    with pytest.raises(EngineError, match="no such file"):
+        loaded(job)
+    (tmp_path / "model.so").write_bytes(b"no library")
+    with pytest.raises(EngineError, match=r"model\.so: cannot be loaded"):
+        loaded(job)
+    with pytest.raises(EngineError, match="device 'tpu' is none that this engine drives"):
+        open_engine({**job, "session": {"device": "tpu"}})

@@ -1,0 +1,142 @@
+"""The bundle of a compiled network, built from a clean folder: the model linked into the program,
+or opened by it; for this machine, and for ARM.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from aarch64 import emulator
+from bundle_sample import needs_compiler
+from PIL import Image
+from tvm_sample import LABELS, PREPROCESSING, artifact_in, compiled, expected
+from vitrim.compress.data.preprocessing import Preprocessing
+from vitrim.core.errors import InputError
+from vitrim.export.artifact import Artifact
+from vitrim.export.bundle import bundle
+
+
+@pytest.fixture(autouse=True)
+def _tools() -> None:
+    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
+    needs_compiler()
+
+
+def build(folder: Path, place: str, *settings: str) -> Path:
+    for command in (
+        ["cmake", "-S", ".", "-B", place, "-DCMAKE_CXX_FLAGS=-Werror", *settings],
+        ["cmake", "--build", place],
+    ):
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=600, cwd=folder, check=False
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder / place / "vitrim_example"
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def picture_in(folder: Path) -> tuple[Path, np.ndarray]:
+    """A picture of another size than the model takes, and what torch answers for it."""
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (31, 53, 3), dtype=np.uint8)
+    )
+    picture.save(folder / "picture.ppm")
+    return folder / "picture.ppm", expected(
+        Preprocessing.model_validate(PREPROCESSING).apply(picture)[None]
+    )[0]
+
+
+def check(ran: subprocess.CompletedProcess[str], wanted: np.ndarray) -> dict[str, int]:
+    """The labels and logits are right; what the program told of itself."""
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    logits = np.array(
+        [
+            float(value)
+            for value in next(line for line in lines if line.startswith("logits")).split()[1:]
+        ]
+    )
+    np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
+    assert lines[0].endswith(LABELS[int(wanted.argmax())])
+    return {name: int(number) for name, number in (line.split() for line in lines[-4:])}
+
+
+def test_the_model_is_a_part_of_the_program_or_a_library_beside_it(tmp_path: Path) -> None:
+    artifact = artifact_in(tmp_path / "artifact")
+    folder = bundle(artifact, tmp_path / "bundle")
+    assert Artifact.load(folder / "model").sha256 == artifact.sha256
+    picture, wanted = picture_in(tmp_path)
+    linked = build(folder, "linked")
+    told = check(run(linked, picture, "--logits", "--report"), wanted)
+    # No runtime: the program is its code and its weights, and needs a few megabytes to run.
+    assert told["runtime_bytes"] == told["model_bytes"] == 0
+    assert told["program_bytes"] < 2_000_000
+    assert 1_000_000 < told["peak_rss_bytes"] < 20_000_000
+    needed = run("readelf", "-d", linked).stdout
+    assert "tvm" not in needed
+    opened = build(folder, "opened", "-DVITRIM_LINKED=OFF")
+    told = check(run(opened, "-", folder / "model", picture, "--logits", "--report"), wanted)
+    assert told["model_bytes"] == artifact.bytes
+    (folder / "model" / "model.so").write_bytes(b"no library")
+    ran = run(opened, "-", folder / "model", picture)
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (3, 1)
+    assert "cannot open the model" in ran.stderr
+
+
+def test_one_file_for_arm_needs_no_shared_library(tmp_path: Path) -> None:
+    machine = emulator()
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
+    folder = bundle(artifact_in(tmp_path / "artifact", "rpi4"), tmp_path / "bundle")
+    program = build(folder, "arm", "-DCMAKE_TOOLCHAIN_FILE=aarch64.cmake", "-DVITRIM_STATIC=ON")
+    picture, wanted = picture_in(tmp_path)
+    # No user land either: the program alone.
+    told = check(
+        run(machine.qemu, "-cpu", "cortex-a72", program, picture, "--logits", "--report"), wanted
+    )
+    assert told["program_bytes"] == program.stat().st_size < 4_000_000
+
+
+def test_what_cannot_be_bundled_is_refused(tmp_path: Path) -> None:
+    artifact = artifact_in(tmp_path / "artifact")
+    Artifact.write(
+        artifact.folder, artifact.manifest.model_copy(update={"session": {"entry": "machine"}})
+    )
+    with pytest.raises(
+        InputError, match="this model runs in TVM's virtual machine, which no bundle holds"
+    ):
+        bundle(artifact.folder, tmp_path / "bundle")
+    Artifact.write(artifact.folder, artifact.manifest.model_copy(update={"runtime": "ncnn"}))
+    with pytest.raises(
+        InputError, match="runtime 'ncnn' has no bundle; export for onnxruntime or tvm"
+    ):
+        bundle(artifact.folder, tmp_path / "bundle")
+
+
+def test_without_objects_the_program_opens_the_model(tmp_path: Path) -> None:
+    artifact = artifact_in(tmp_path / "artifact")
+    shutil.rmtree(artifact.folder / "objects")
+    only = compiled(tmp_path / "only")
+    assert only.files == ()
+    Artifact.write(
+        artifact.folder, artifact.manifest.model_copy(update={"files": artifact.manifest.files[:1]})
+    )
+    folder = bundle(artifact.folder, tmp_path / "bundle")
+    configured = subprocess.run(
+        ["cmake", "-S", ".", "-B", "build", "-DVITRIM_LINKED=ON"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert configured.returncode != 0
+    assert "bundle an artifact that was exported with" in configured.stderr

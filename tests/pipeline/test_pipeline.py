@@ -1,0 +1,513 @@
+"""The whole chain on a tiny model: what it leaves, what it skips on resume, and that a killed run
+ends like an unbroken one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vitrim
+from photo_folder import CLASSES, write_photos, write_recipe
+from vitrim.bench.report.model import Report
+from vitrim.bench.results.measurement import Measurement
+from vitrim.cli import call
+from vitrim.compress.masks.mask import StructuredMask
+from vitrim.compress.network.count import count_macs, count_params
+from vitrim.compress.surgery.image_size import at_image_size
+from vitrim.core.errors import InputError
+from vitrim.export.artifact import Artifact
+from vitrim.export.runtimes.tvm_runtime import lacking_features
+from vitrim.pipeline.kept_units import kept_branches
+from vitrim.pipeline.recipe import load_recipe
+from vitrim.pipeline.run import fingerprints, prepare, run
+from vitrim.pipeline.run_folder import RunFolder
+from vitrim.targets.catalog import load_target
+
+NAMES = ("baseline-fp32", "compact-fp32", "compact-int8")
+QUICK = "[bench]\ntime_limit_s = 1.0\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chain")
+    write_photos(folder / "photos")
+    write_recipe(folder / "tiny.toml", folder / "photos", QUICK)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    """The folder of a run that went through."""
+    run(load_recipe(place / "tiny.toml"), place / "run", quiet=True)
+    return place / "run"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_value_of_the_chain_is_there(finished: Path) -> None:
+    baseline, compact = vitrim.load(finished / "baseline"), vitrim.load(finished / "compact")
+    assert baseline.architecture.classes == len(CLASSES)
+    dense, left = count_params(baseline.architecture), count_params(compact.architecture)
+    assert 0.59 * dense <= left <= 0.6 * dense
+    StructuredMask.load(finished / "mask.safetensors").check(baseline.architecture)
+    assert load_recipe(finished / "recipe.toml") == load_recipe(finished.parent / "tiny.toml")
+    phases = [
+        json.loads(line)["phase"] for line in (finished / "history.jsonl").read_text().splitlines()
+    ]
+    assert phases == ["baseline"] * 2 + ["masks"] * 3 + ["finetune"]
+    assert not (finished / "training" / "masks").exists(), (
+        "checkpoints are cleared once the step is saved"
+    )
+
+
+def test_the_mask_cuts_the_baseline_to_the_shape_of_the_compact_model(finished: Path) -> None:
+    again = vitrim.compact(
+        vitrim.load(finished / "baseline"), StructuredMask.load(finished / "mask.safetensors")
+    )
+    assert again.architecture == vitrim.load(finished / "compact").architecture
+
+
+def test_the_report_says_what_the_files_say(finished: Path) -> None:
+    report = Report.model_validate(read(finished / "report.json"))
+    assert list(report.models) == ["baseline", "compact"]
+    for name, entry in report.models.items():
+        architecture = vitrim.load(finished / name).architecture
+        assert (entry.params, entry.macs) == (count_params(architecture), count_macs(architecture))
+        first = entry.artifacts[0].measurement
+        assert first is not None
+        assert entry.top1 == first.top1
+        assert first.total == 4 * len(CLASSES)
+    assert report.seed == 7
+    written = read(finished / "report.json")
+    assert written["versions"]["vitrim"] == vitrim.__version__
+    assert set(written["seconds"]) == {"baseline", "masks", "finetune", "export", "bench"}
+    assert "<html" in (finished / "report.html").read_text()
+    assert "compact" in (finished / "report.md").read_text()
+
+
+def test_the_report_estimates_the_devices_of_the_recipe(finished: Path) -> None:
+    report = Report.model_validate(read(finished / "report.json"))
+    assert {entry.target for entry in report.estimates} == set(
+        load_recipe(finished / "recipe.toml").report.estimate_for
+    )
+    assert {(entry.model, entry.precision) for entry in report.estimates} == {
+        (m, p) for m in ("baseline", "compact") for p in ("fp32", "int8")
+    }
+    pi = {
+        (entry.model, entry.precision): entry
+        for entry in report.estimates
+        if entry.target == "rpi4"
+    }
+    dense, compact = pi["baseline", "fp32"].latency, pi["compact", "fp32"].latency
+    assert dense is not None
+    assert compact is not None
+    assert dense.low_s < dense.estimated_s < dense.high_s
+    assert compact.estimated_s < dense.estimated_s
+    assert len(compact.held_against) >= 5
+    # What was exported is held against the device by its own size, what was not by its parameters.
+    assert pi["compact", "int8"].weight_bytes == report.models["compact"].artifacts[1].bytes
+    assert pi["baseline", "int8"].weight_bytes == report.models["baseline"].params
+    assert all(
+        entry.latency is None and entry.no_latency
+        for entry in report.estimates
+        if entry.target == "stm32h7"
+    )
+
+
+def test_every_stage_is_equal_to_the_one_before(finished: Path) -> None:
+    parity = read(finished / "report.json")["parity"]
+    assert parity["cut: masked against compact"] < 1e-5
+    exact = {stage: error for stage, error in parity.items() if "int8" not in stage}
+    assert len(exact) >= 5
+    assert max(exact.values()) < 1e-4
+
+
+def test_the_measured_file_is_the_shipped_file(finished: Path) -> None:
+    measured = {name: Measurement.load(finished / f"measurements/{name}.json") for name in NAMES}
+    for name, measurement in measured.items():
+        assert measurement.artifact_sha256 == Artifact.load(finished / f"artifacts/{name}").sha256
+        assert measurement.top1 is not None
+    assert len({measurement.session for measurement in measured.values()}) == 1, (
+        "measured in turns, in one session"
+    )
+
+
+def test_kept_json_adds_up(finished: Path) -> None:
+    kept = read(finished / "kept.json")
+    compact = vitrim.load(finished / "compact").architecture
+    assert [entry["branch"] for entry in kept] == [
+        "blocks.0.attn",
+        "blocks.0.ffn",
+        "blocks.1.attn",
+        "blocks.1.ffn",
+    ]
+    assert all(
+        entry["dims"]["embed"] == [compact.embed, 24]
+        for entry in kept
+        if entry["kind"] in ("attention", "ffn")
+    )
+
+
+def test_a_removed_sub_layer_is_told_as_removed() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=3,
+    )
+    dense = vitrim.lift(model).architecture
+    mask = StructuredMask(
+        {
+            "block": {"blocks.0.attn": torch.tensor([False])},
+            "ffn": {"blocks.1.ffn": torch.zeros(96, dtype=torch.bool)},
+        }
+    )
+    kept = {
+        entry["branch"]: entry
+        for entry in kept_branches(dense, vitrim.compact(model, mask).architecture)
+    }
+    assert kept["blocks.0.attn"]["kind"] == "removed"
+    assert kept["blocks.0.attn"]["dims"]["head"] == [0, 3]
+    assert kept["blocks.1.ffn"]["kind"] in ("constant", "removed")
+    assert kept["blocks.1.attn"]["dims"]["head"] == [3, 3]
+
+
+def test_resume_of_a_finished_run_does_nothing_again(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, told = (
+        read(finished / "steps.json"),
+        (finished / "compact/model.safetensors").stat().st_mtime_ns,
+    )
+    assert (
+        call(["run", str(finished.parent / "tiny.toml"), "--out", str(finished), "--resume"]) == 0
+    )
+    assert read(finished / "steps.json") == before
+    assert (finished / "compact/model.safetensors").stat().st_mtime_ns == told
+    shown = capsys.readouterr()
+    assert shown.err.count("kept from before") == 3
+    row = next(
+        line.split("│") for line in shown.out.splitlines() if line.startswith("compact int8")
+    )
+    # The terminal and the report give one and the same ratio.
+    told_ratio = next(
+        line.split("|")[4].split("×")[0].strip()
+        for line in (finished / "report.md").read_text().splitlines()
+        if line.startswith("| Speed-up |")
+    )
+    assert row[5].strip() == f"{told_ratio}x"
+    assert str(finished / "report.html") in shown.out
+
+
+def test_a_run_is_not_overwritten_unasked(finished: Path) -> None:
+    with pytest.raises(
+        InputError, match="holds an earlier run; --resume continues it, --overwrite starts anew"
+    ):
+        run(load_recipe(finished.parent / "tiny.toml"), finished, quiet=True)
+
+
+def test_an_exported_model_of_the_run_needs_no_more_words(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        call(
+            [
+                "export",
+                str(finished / "compact"),
+                "--out",
+                str(tmp_path / "any"),
+                "--batch",
+                "dynamic",
+                "--images",
+                "4",
+            ]
+        )
+        == 0
+    )
+    assert "on 100.0 % of 4 images" in capsys.readouterr().out
+    manifest = Artifact.load(tmp_path / "any").manifest
+    assert manifest.labels == CLASSES
+    assert manifest.batch == "dynamic"
+    assert manifest.preprocessing is not None
+
+
+def test_a_step_depends_on_its_own_sections_and_those_before(place: Path) -> None:
+    def marks(*sets: str) -> dict[str, str]:
+        return fingerprints(prepare(load_recipe(place / "tiny.toml", sets), quiet=True))
+
+    def changed(*sets: str) -> list[str]:
+        now = marks(*sets)
+        return [step for step, mark in base.items() if now[step] != mark]
+
+    base = marks()
+    assert changed() == []
+    assert changed("bench.threads=2") == ["bench"]
+    assert changed("finetune.lr=1e-4") == ["finetune", "export", "bench"]
+    assert changed("train.seed=13") == list(base)
+    assert changed("masks.round_to=2") == ["masks", "finetune", "export", "bench"]
+
+
+def test_no_distill_trains_without_a_teacher(place: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        place / "tiny.toml", ["distill.enabled=false", "masks.epochs=1", "finetune.epochs=0"]
+    )
+    run(recipe, tmp_path / "run", until="finetune", quiet=True)
+    cut, compact = vitrim.load(tmp_path / "run/cut"), vitrim.load(tmp_path / "run/compact")
+    assert all(
+        torch.equal(value, compact.state_dict()[key]) for key, value in cut.state_dict().items()
+    )
+
+
+def test_a_lambda_instead_of_a_budget(place: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        place / "tiny.toml", ["masks.lambda=1e-3", "masks.epochs=2", "masks.score_lr=0.2"]
+    )
+    run(recipe, tmp_path / "run", until="masks", quiet=True)
+    dense, cut = (
+        count_params(vitrim.load(tmp_path / "run" / name).architecture)
+        for name in ("baseline", "cut")
+    )
+    assert cut < dense
+
+
+def test_a_recipe_ships_at_another_size(finished: Path, place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    recipe = load_recipe(
+        place / "tiny.toml", ["export.image_size=24x16", 'export.precisions=["fp32"]']
+    )
+    run(recipe, folder, resume=True, quiet=True)
+    assert load_recipe(folder / "recipe.toml").export.image_size == (24, 16)
+    # The model itself stays as it was trained; only what leaves the chain has the other size, and
+    # is counted and measured there.
+    trained = vitrim.load(folder / "compact").architecture
+    assert trained.image == (3, 16, 16)
+    report = Report.model_validate(read(folder / "report.json"))
+    assert (
+        report.models["compact"].macs
+        == count_macs(at_image_size(trained, "24x16"))
+        > count_macs(trained)
+    )
+    assert str(report.data).endswith("; artifacts at 24x16, without training there")
+    assert report.models["compact"].top1 is not None
+    manifest = Artifact.load(folder / "artifacts/compact-fp32").manifest
+    assert manifest.inputs[0].shape == (1, 3, 24, 16)
+    assert manifest.preprocessing is not None
+    assert (manifest.preprocessing.height, manifest.preprocessing.width) == (24, 16)
+    assert manifest.parity[0].input_kind == "images"
+
+
+def test_a_size_that_does_not_work_is_refused_before_anything_is_trained(
+    place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError,
+        match="image size 20x20: height 20 does not make whole patches, which start every 8 pixels; 16 and 24 are the nearest",
+    ):
+        run(
+            load_recipe(place / "tiny.toml", ["export.image_size=20"]), tmp_path / "run", quiet=True
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_ships_for_several_runtimes(finished: Path, place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
+    if lacking := lacking_features(load_target("x86-64")):
+        pytest.skip(f"this processor has no {', '.join(lacking)}")
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    changes = [
+        'export.runtimes=["onnxruntime","tvm"]',
+        'export.precisions=["fp32","int8","int8-weights"]',
+    ]
+    run(load_recipe(place / "tiny.toml", changes), folder, resume=True, quiet=True)
+    # TVM has no int8-weights, and its own baseline stands beside its compact models.
+    names = [
+        *NAMES,
+        "compact-int8-weights",
+        "baseline-tvm-fp32",
+        "compact-tvm-fp32",
+        "compact-tvm-int8",
+    ]
+    assert sorted(path.name for path in (folder / "artifacts").iterdir()) == sorted(names)
+    report = Report.model_validate(read(folder / "report.json"))
+    rows = [(entry.runtime, entry.precision) for entry in report.models["compact"].artifacts]
+    assert rows == [
+        ("onnxruntime", "fp32"),
+        ("onnxruntime", "int8"),
+        ("onnxruntime", "int8-weights"),
+        ("tvm", "fp32"),
+        ("tvm", "int8"),
+    ]
+    assert all(
+        entry.measurement is not None and entry.measurement.top1 is not None
+        for entry in report.models["compact"].artifacts
+    )
+    assert "tvm" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            ['export.runtimes=["tvn"]'],
+            "export.runtimes: 'tvn' is unknown; this vitrim exports for onnxruntime, executorch, litert, ncnn, openvino, torch, tvm",
+        ),
+        (['export.runtimes=["torch","torch"]'], "a runtime is named twice"),
+        (
+            ['export.runtimes=["torch"]', 'export.precisions=["int8-weights"]'],
+            "torch has fp32.*, and export.precisions asks for int8-weights",
+        ),
+    ],
+)
+def test_runtimes_that_do_not_work_are_refused_before_anything_is_trained(
+    changes: list[str], reason: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        run(load_recipe(place / "tiny.toml", changes), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_kill_and_resume_end_like_an_unbroken_run(place: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "long.toml", place / "photos", masks_epochs=12)
+    run(load_recipe(recipe), tmp_path / "whole", until="masks", quiet=True)
+
+    command = [
+        sys.executable,
+        "-m",
+        "vitrim.cli",
+        "compress",
+        str(recipe),
+        "--out",
+        str(tmp_path / "killed"),
+        "--quiet",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    history, deadline = tmp_path / "killed" / "history.jsonl", time.monotonic() + 120
+    while (
+        time.monotonic() < deadline
+        and process.poll() is None
+        and not (history.is_file() and '"masks"' in history.read_text())
+    ):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert '"masks"' in history.read_text(), "the run was under way when it was killed"
+    assert call([*command[3:], "--resume"]) == 0
+
+    for name in ("mask.safetensors", "cut/model.safetensors", "cut/architecture.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes(), name
+
+
+def test_ctrl_c_ends_with_130_and_the_command_to_go_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vitrim.compress.train.masks import MaskTask
+
+    real = MaskTask.after_epoch
+
+    def interrupted(self: MaskTask, epoch: int, val_top1: float) -> Any:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return real(self, epoch, val_top1)
+
+    monkeypatch.setattr(MaskTask, "after_epoch", interrupted)
+    arguments = ["compress", str(place / "tiny.toml"), "--out", str(tmp_path / "run"), "--quiet"]
+    assert call(arguments) == 130
+    assert capsys.readouterr().err.endswith(f"resume with: vitrim {' '.join(arguments)} --resume\n")
+    monkeypatch.undo()
+    assert call([*arguments, "--resume"]) == 0
+
+
+# ---- the ledger ------------------------------------------------------------------------------------------------------------------------
+
+
+def opened(path: Path, **flags: bool) -> RunFolder:
+    return RunFolder.open(
+        path, resume=flags.get("resume", False), overwrite=flags.get("overwrite", False)
+    )
+
+
+def write_value(folder: RunFolder, text: str = "value") -> str:
+    (folder / "value.txt").write_text(text)
+    return text
+
+
+def test_a_step_is_made_once(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "run")
+    assert folder.step(
+        "one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded"
+    ) == ("value", True)
+    again = opened(tmp_path / "run", resume=True)
+    assert again.step(
+        "one", "a", ["value.txt"], lambda _: pytest.fail("made again"), lambda: "loaded"
+    ) == ("loaded", False)
+
+
+def test_a_damaged_value_is_made_again(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "run")
+    folder.step("one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded")
+    (folder / "value.txt").write_text("valu")
+    assert folder.step(
+        "one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded"
+    ) == ("value", True)
+    (folder / "value.txt").unlink()
+    assert folder.step(
+        "one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded"
+    ) == ("value", True)
+
+
+def test_a_begun_step_is_continued_only_by_the_same_recipe(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        folder.step(
+            "one",
+            "a",
+            ["value.txt"],
+            lambda _: (_ for _ in ()).throw(KeyboardInterrupt),
+            lambda: "",
+        )
+    asked: list[bool] = []
+
+    def make(continued: bool) -> str:
+        asked.append(continued)
+        raise KeyboardInterrupt
+
+    for fingerprint in ("a", "b"):
+        with pytest.raises(KeyboardInterrupt):
+            opened(tmp_path / "run", resume=True).step(
+                "one", fingerprint, ["value.txt"], make, lambda: ""
+            )
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"schema": "vitrim.steps/2", "steps": {}, "begun": {}}']
+)
+def test_a_damaged_ledger_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "steps.json").write_text(text)
+    with pytest.raises(InputError, match=r"steps\.json: .*--overwrite"):
+        opened(tmp_path, resume=True)
+
+
+def test_overwrite_empties_a_run(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "run")
+    folder.step("one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded")
+    assert not (opened(tmp_path / "run", overwrite=True) / "value.txt").exists()

@@ -1,0 +1,247 @@
+"""Recipes: what is accepted, what is refused and in which words, and that a written recipe reads
+back equal.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vitrim.core.errors import InputError
+from vitrim.pipeline.recipe import Recipe, load_recipe, parse_recipe, recipe_names
+
+SMALLEST = "[masks]\nparams = 0.3\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def line_for(folder: Path, text: str) -> str:
+    path = write(folder, text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: "), "the line names the file first"
+    assert "\n" not in line
+    return line.removeprefix(f"{path}: ")
+
+
+def test_the_name_of_the_run_is_the_file_name(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, SMALLEST)).name == "mine"
+    assert load_recipe(write(tmp_path, f'name = "trial 7"\n{SMALLEST}')).name == "trial 7"
+
+
+def test_without_a_name_the_quickstart_is_read() -> None:
+    assert load_recipe() == load_recipe("quickstart")
+    assert load_recipe().name == "quickstart"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_reads_back_equal(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert load_recipe(write(tmp_path, recipe.toml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "[masks]\nparms = 0.3\n",
+            "unknown key `masks.parms`; the nearest valid key is `masks.params`",
+        ),
+        (
+            f"batch_size = 3\n{SMALLEST}",
+            "unknown key `batch_size`; the nearest valid key is `train.batch_size`",
+        ),
+        (f"{SMALLEST}[trian]\nseed = 1\n", "unknown key `trian`; the nearest valid key is `train`"),
+        (
+            f"{SMALLEST}[finetune]\nepoch = 1\n",
+            "unknown key `finetune.epoch`; the nearest valid key is `finetune.epochs`",
+        ),
+        (
+            "[masks]\nlamda = 1e-7\n",
+            "unknown key `masks.lamda`; the nearest valid key is `masks.lambda`",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(tmp_path: Path, text: str, line: str) -> None:
+    assert line_for(tmp_path, text) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            '[masks]\nparams = "a third"\n',
+            '`masks.params` = "a third" has the wrong type or value: wanted a number',
+        ),
+        (
+            f"{SMALLEST}epochs = 1.5\n",
+            "`masks.epochs` = 1.5 has the wrong type or value: wanted a whole number",
+        ),
+        (
+            f"{SMALLEST}epochs = true\n",
+            "`masks.epochs` = true has the wrong type or value: wanted a whole number",
+        ),
+        (
+            f"{SMALLEST}sharing = 3\n",
+            "`masks.sharing` = 3 has the wrong type or value: wanted one of residual, unshared, full",
+        ),
+        (
+            f"{SMALLEST}[model]\noverrides = 3\n",
+            "`model.overrides` = 3 has the wrong type or value: wanted a table",
+        ),
+        ("masks = 0.3\n", "`masks` = 0.3 has the wrong type or value: wanted a table"),
+        (
+            f'{SMALLEST}[export]\nbatch = "some"\n',
+            '`export.batch` = "some" has the wrong type or value: wanted a whole number or dynamic',
+        ),
+        (
+            f'{SMALLEST}fixed = ["hed"]\n',
+            '`masks.fixed` = "hed" has the wrong type or value: wanted a list, each one of head, embed, ffn, qk, v',
+        ),
+    ],
+)
+def test_a_wrong_type_is_named_with_key_value_and_wanted_type(
+    tmp_path: Path, text: str, line: str
+) -> None:
+    assert line_for(tmp_path, text) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[masks]\nparams = 1.3\n", "`masks.params` = 1.3 is out of range"),
+        ("[masks]\nparams = nan\n", "finite"),
+        (
+            "[masks]\nparams = 0.3\nmacs = 0.5\n",
+            "[masks]: `params` and `macs` both say how much goes; keep one",
+        ),
+        ("[masks]\nparams = 0.3\nlambda = 1e-7\n", "`params` and `lambda` both"),
+        ("[masks]\nepochs = 3\n", "nothing says how much goes; add one of `params = 0.3`"),
+        ('[data]\nname = "cifar10"\n', "the table [masks] is missing"),
+        (
+            f'{SMALLEST}[model]\npretrained = true\ncheckpoint = "m.pth"\n',
+            "[model]: `pretrained` and `checkpoint` both name the weights",
+        ),
+        (f'{SMALLEST}fixed = ["head", "head"]\n', "a dimension is named twice"),
+        (
+            f"{SMALLEST}[export]\nimage_size = [160]\n",
+            "`export.image_size` = [160]: image size [160]: write 160, or 160x192 for height x width",
+        ),
+        (f'{SMALLEST}[export]\nimage_size = "big"\n', "write 160, or 160x192"),
+        (f'name = "../up"\n{SMALLEST}', "it names a folder"),
+        ("[masks\n", "not valid TOML"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_way_out(tmp_path: Path, text: str, words: str) -> None:
+    assert words in line_for(tmp_path, text)
+
+
+def test_several_mistakes_are_counted(tmp_path: Path) -> None:
+    assert line_for(tmp_path, "[masks]\nparms = 0.3\nsharing = 3\n").endswith(
+        "(and 1 more like this)"
+    )
+
+
+def test_a_recipe_that_is_no_text_or_does_not_exist_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"mine\.toml: not a text file"):
+        load_recipe(path)
+    with pytest.raises(
+        InputError, match=r"no such recipe; name a TOML file, or one of .*quickstart"
+    ):
+        load_recipe(tmp_path / "absent.toml")
+    with pytest.raises(InputError, match="this is a folder"):
+        load_recipe(tmp_path)
+
+
+def test_set_replaces_one_value() -> None:
+    recipe = load_recipe(
+        None,
+        [
+            "train.seed=42",
+            "data.name=cifar10",
+            "masks.sharing=full",
+            "model.overrides.depth=2",
+            "masks.fixed=['head']",
+        ],
+    )
+    assert (recipe.train.seed, recipe.data.name, recipe.masks.sharing) == (42, "cifar10", "full")
+    assert recipe.model.overrides["depth"] == 2
+    assert recipe.masks.fixed == ("head",)
+
+
+def test_set_of_another_amount_means_that_one_instead() -> None:
+    masks = load_recipe(None, ["masks.macs=0.5"]).masks
+    assert (masks.params, masks.macs, masks.lambda_) == (None, 0.5, None)
+    assert load_recipe(None, ["masks.lambda=1e-7"]).masks.lambda_ == 1e-7
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (
+            "masks.parms=1",
+            "--set masks.parms=1: unknown key `masks.parms`; the nearest valid key is `masks.params`",
+        ),
+        ("masks.params=much", "wanted a number"),
+        ("masks.params", "write --set section.key=value"),
+        ("=3", "write --set section.key=value"),
+        ("data.name.x=3", "`name` is a value, not a table"),
+    ],
+)
+def test_a_bad_set_is_refused_by_name(item: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(None, [item])
+    assert words in str(caught.value)
+
+
+def test_the_fingerprint_follows_only_the_named_sections() -> None:
+    recipe = load_recipe()
+    other = load_recipe(None, ["bench.threads=2"])
+    assert recipe.fingerprint("data", "model") == other.fingerprint("data", "model")
+    assert recipe.fingerprint("bench") != other.fingerprint("bench")
+    assert recipe.fingerprint("bench", previous="a") != recipe.fingerprint("bench", previous="b")
+
+
+values = st.recursive(
+    st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(overrides=st.dictionaries(st.text(), values, max_size=4), name=st.text(min_size=1))
+def test_any_overrides_survive_writing_and_reading(overrides: dict[str, Any], name: str) -> None:
+    import tomllib
+
+    recipe = parse_recipe(
+        {"masks": {"params": 0.5}, "model": {"overrides": overrides}, "data": {"name": name}},
+        where="here",
+    )
+    assert Recipe.model_validate(tomllib.loads(recipe.toml())) == recipe
+
+
+def test_devices_to_estimate_for_must_exist(tmp_path: Path) -> None:
+    wrong = f'{SMALLEST}[report]\nestimate_for = ["rpi5", "rpi44"]\n'
+    assert line_for(tmp_path, wrong) == (
+        "`report.estimate_for` = ['rpi5', 'rpi44']: target 'rpi44': no such profile; did you mean 'rpi4'? (or give the path of a .toml file)"
+    )
+    assert line_for(tmp_path, f'{SMALLEST}[report]\nestimate_for = ["rpi5", "rpi5"]\n').endswith(
+        "a target is named twice"
+    )
+    assert (
+        load_recipe(write(tmp_path, SMALLEST), ["report.estimate_for=[]"]).report.estimate_for == ()
+    )
