@@ -27,7 +27,7 @@ import onnxruntime
 import timm
 import torch
 import vitrim
-from vitrim.compress.masks.rounding import macs_cost, snap
+from vitrim.compress.surgery.rounding import macs_cost, snap
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export.forms import FORMS, Form, write_network

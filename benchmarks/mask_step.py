@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from vitrim.compress.lift import lift
 from vitrim.compress.masks.budget import Budget
 from vitrim.compress.train.dense import DenseTask
-from vitrim.compress.train.masks import MaskSettings, MaskTask
+from vitrim.compress.train.mask_task import MaskSettings, MaskTask
 
 MODEL = {
     "img_size": 28,

@@ -304,7 +304,7 @@ def _by_saliency(
 def _rounded(
     model: CompactModel, mask: StructuredMask, scores: Scores | None, round_to: int
 ) -> StructuredMask:
-    from ..compress.masks.rounding import snap
+    from ..compress.surgery.rounding import snap
     from ..compress.masks.saliency import saliency as score
 
     # By what the mask was chosen by; magnitudes for dimensions that it left whole, and for masks

@@ -264,7 +264,7 @@ def _data(
     """How pictures become inputs, the words for the answers, and real images; None where nothing is
     known of them.
     """
-    from ..compress.data.door import open_dataset
+    from ..compress.data.loading import open_dataset
     from ..pipeline.shipping_steps import sample
 
     found = model_data(card, named, image)

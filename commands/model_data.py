@@ -53,7 +53,7 @@ def model_data(
     """The data set `named`, or else the run's own; None where neither is known. Errors: InputError
     for an unknown name or a broken card.
     """
-    from ..compress.data.known import default_preprocessing
+    from ..compress.data.named_datasets import default_preprocessing
     from ..compress.data.preprocessing import Preprocessing
 
     name = named or (card["name"] if card else None)

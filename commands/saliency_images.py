@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..compress.data.door import open_sample
+from ..compress.data.loading import open_sample
 from ..compress.train.progress import counting
 from .model_data import ModelData
 

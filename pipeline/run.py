@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..compress.data.door import open_dataset
+from ..compress.data.loading import open_dataset
 from ..compress.data.preprocessing import Preprocessing
 from ..compress.data.splits import DataSplits
 from ..compress.lift import lift

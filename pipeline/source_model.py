@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..compress.data.embedded import WEIGHTS, embedded_card
-from ..compress.data.known import default_preprocessing
+from ..compress.data.named_datasets import default_preprocessing
 from ..compress.data.preprocessing import Preprocessing
 from ..compress.lift import lift
 from ..compress.network.files import ARCHITECTURE, load, read_architecture

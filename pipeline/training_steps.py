@@ -21,7 +21,7 @@ from ..compress.network.modules.model import CompactModel
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation
 from ..compress.train.loop import Schedule, TrainSettings, fit
-from ..compress.train.masks import MaskSettings, MaskTask
+from ..compress.train.mask_task import MaskSettings, MaskTask
 from ..core.storage import replace_file
 from .recipe import BaselineSection, FinetuneSection, Recipe
 from .run_folder import RunFolder

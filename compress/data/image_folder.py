@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ...core.errors import InputError
-from .pictures import Pictures, Sources
+from .decoding import Pictures, Sources
 
 _TRAIN, _VAL, _TEST = (
     ("train", "training"),

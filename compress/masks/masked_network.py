@@ -9,7 +9,7 @@ from torch.func import functional_call
 from ..network.modules.model import CompactModel
 from ..network.modules.norm import Norm
 from .groups import ScaleRule
-from .masking import Values, masked_features, masked_tensors
+from .masked_parameters import Values, masked_features, masked_tensors
 
 
 class MaskedNorm(nn.Module):

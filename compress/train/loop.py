@@ -23,13 +23,13 @@ from torch import Tensor
 from ...core.errors import InputError
 from ..data.splits import DataSplits
 from .augment import Augmentation, Preset, seed_everything
-from .checkpoint import random_states, read_state, set_random_states, write_state
 from .evaluate import evaluate, top1
 from .history import append_history, rewind_history
 from .precision import arithmetic
 from .progress import TrainingProgress
 from .schedule import LearningRate, Schedule
 from .task import EpochEnd, Task
+from .training_files import random_states, read_state, set_random_states, write_state
 
 CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 # Settings that may differ between a run and its continuation, since they do not change what is

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from vitrim import StructuredMask, lift, load, save
 from vitrim.cli import app
 from vitrim.commands import saliency_images
-from vitrim.compress.data.door import open_sample
-from vitrim.compress.data.known import default_preprocessing
+from vitrim.compress.data.loading import open_sample
+from vitrim.compress.data.named_datasets import default_preprocessing
 from vitrim.compress.network.architecture import FfnSpec
 from vitrim.core.errors import InputError
 

@@ -419,7 +419,7 @@ def test_kill_and_resume_end_like_an_unbroken_run(place: Path, tmp_path: Path) -
 def test_ctrl_c_ends_with_130_and_the_command_to_go_on(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vitrim.compress.train.masks import MaskTask
+    from vitrim.compress.train.mask_task import MaskTask
 
     real = MaskTask.after_epoch
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import timm
 from safetensors.torch import load_file
-from vitrim.compress.data.door import open_dataset
 from vitrim.compress.data.embedded import WEIGHTS, embedded_card
+from vitrim.compress.data.loading import open_dataset
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.core.errors import InputError

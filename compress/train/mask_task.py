@@ -22,13 +22,13 @@ from ..masks.gates import START, THRESHOLD, Gates
 from ..masks.groups import SHARED, Sharing, sites
 from ..masks.mask import StructuredMask
 from ..masks.masked_network import MaskedNetwork
-from ..masks.rounding import snap
 from ..network.architecture import Architecture
 from ..network.cost import live_macs, live_params, movement_cost
 from ..network.count import count_macs
 from ..network.modules.model import CompactModel, build
 from ..surgery.compactor import compact, cut, cut_names
 from ..surgery.plan import Plan, plan
+from ..surgery.rounding import snap
 from .dense import Distillation, task_loss
 from .optimizers import OptimizerName, make_optimizer
 from .task import EpochEnd

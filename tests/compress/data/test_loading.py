@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from vitrim.compress.data import fashion_mnist
-from vitrim.compress.data.door import open_dataset, open_sample, require_classes
-from vitrim.compress.data.known import canonical, default_preprocessing
-from vitrim.compress.data.pictures import cache_folder
+from vitrim.compress.data.decoding import cache_folder
+from vitrim.compress.data.loading import open_dataset, open_sample, require_classes
+from vitrim.compress.data.named_datasets import canonical, default_preprocessing
 from vitrim.compress.data.quickstart import ARCHIVE
 from vitrim.compress.data.splits import DataSplits, Split
 from vitrim.core.errors import InputError
@@ -230,7 +230,7 @@ def test_decoded_images_are_kept_on_disk_and_found_again(tmp_path: Path) -> None
 
 
 def test_large_sets_go_to_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitrim.compress.data.pictures.MEMORY_LIMIT_BYTES", 1000)
+    monkeypatch.setattr("vitrim.compress.data.decoding.MEMORY_LIMIT_BYTES", 1000)
     root = folder_of_pictures(tmp_path / "pictures", {"ant": 20, "bee": 20})
     assert isinstance(open_dataset(f"imagefolder:{root}", image=SMALL).train.pixels, np.memmap)
     assert len(list(cache_folder().iterdir())) == 1

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import InputError
-from . import fashion_mnist, hub, image_folder
-from .known import KNOWN, canonical, default_preprocessing
-from .pictures import Pictures, Sources, decode, from_arrays
+from . import fashion_mnist, image_folder
+from . import hf_datasets as hub
+from .decoding import Pictures, Sources, decode, from_arrays
+from .named_datasets import KNOWN, canonical, default_preprocessing
 from .preprocessing import Preprocessing
 from .quickstart import read_quickstart
 from .splits import DataSplits, Indices, Split, require_splits, stratified_indices

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...core.errors import InputError
-from .pictures import Pictures, Sources
+from .decoding import Pictures, Sources
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "answer")
 _IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "jpg", "png")

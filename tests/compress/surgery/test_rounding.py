@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vitrim.compress.masks.groups import Sharing, architecture_of
 from vitrim.compress.masks.mask import StructuredMask
-from vitrim.compress.masks.rounding import macs_cost, params_cost, snap
 from vitrim.compress.network.architecture import Architecture, AttentionSpec, FfnSpec
 from vitrim.compress.surgery.plan import plan
+from vitrim.compress.surgery.rounding import macs_cost, params_cost, snap
 from vitrim.core.errors import InputError
 
 

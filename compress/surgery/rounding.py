@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InputError
+from ..masks.groups import SHARED, sites, tied_units
+from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture
 from ..network.axes import POOL_SITES
 from ..network.count import count_macs, count_params
-from ..surgery.plan import plan
-from .groups import SHARED, sites, tied_units
-from .mask import StructuredMask
+from .plan import plan
 
 Saliency = Mapping[str, Mapping[str, Tensor]]
 Cost = Callable[[StructuredMask], int]

@@ -22,7 +22,7 @@ from vitrim.compress.masks.budget import Budget
 from vitrim.compress.network.architecture import AttentionSpec
 from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.train.loop import TrainSettings, fit
-from vitrim.compress.train.masks import MaskSettings, MaskTask
+from vitrim.compress.train.mask_task import MaskSettings, MaskTask
 from vitrim.compress.train.optimizers import OptimizerName
 
 EPOCHS, STEPS = 4, 8
@@ -261,8 +261,8 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_masks import *
-import vitrim.compress.train.masks as masks
+from test_mask_task import *
+import vitrim.compress.train.mask_task as masks
 if {kill}:
     whole = masks.MaskTask.after_epoch
     def after_epoch(self, epoch, val):
