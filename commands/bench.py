@@ -318,7 +318,7 @@ def _run(
     device: DeviceOptions,
     quiet: bool,
 ) -> None:
-    from ..bench.remote.remote import measure_at
+    from ..bench.remote.measure import measure_at
     from .measurement_table import measurement_table
 
     for size in sizes:
@@ -352,7 +352,7 @@ def _warnings(measured: Mapping[str, Measurement]) -> list[str]:
 
 
 def _operators(name: str, measurement: Measurement, file: Path | None) -> None:
-    from ..bench.local.operator_table import OperatorTable
+    from ..bench.results.operator_table import OperatorTable
     from .measurement_table import operator_table
 
     if not measurement.operators:
@@ -381,7 +381,7 @@ def _cost_table(
 ) -> None:
     from ..bench.local.cost_table import chosen_shapes, measure_cost_table
     from ..bench.local.progress import Progress
-    from ..bench.remote.remote import measure_at
+    from ..bench.remote.measure import measure_at
 
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; --overwrite replaces it")

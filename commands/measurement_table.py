@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from ..bench.local.operator_table import OperatorTable
+from ..bench.results.operator_table import OperatorTable
 from ..bench.results.measurement import NOT_LATENCY, Measurement
 from ..bench.results.statistics import ratio_interval
 

@@ -19,7 +19,7 @@ from ..results.warnings import warnings_for, wrong_provider
 from . import environment
 from .artifact_facts import Subject, open_subject
 from .conductor import ConductorError, conduct
-from .operator_table import operator_rows
+from ..results.operator_table import operator_rows
 from .options import CPU, MeasureOptions
 from .progress import Progress, progress_bar
 

@@ -11,7 +11,7 @@ from ...core.errors import InputError
 from ...export.artifact import Artifact
 from .conductor import Child, ConductorError
 from .measure import make_plan
-from .operator_table import OperatorRow, OperatorTable, operator_rows
+from ..results.operator_table import OperatorRow, OperatorTable, operator_rows
 from .options import CPU
 
 __all__ = ["OperatorRow", "OperatorTable", "profile_operators"]

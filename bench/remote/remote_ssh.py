@@ -8,7 +8,7 @@ from typing import Any
 from ...core.errors import InputError
 from ..local.measure import Measurable
 from ..results.measurement import Measurement
-from .remote import measure_on
+from .measure import measure_on
 
 
 def measure_over_ssh(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import re
 
-from ..local.operator_table import OperatorTable
+from ..results.operator_table import OperatorTable
 from . import estimates, wording
 from .curves import draw, panels, phases
 from .distribution import Strip, distributions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..local.operator_table import OperatorTable
+from ..results.operator_table import OperatorTable
 from . import estimates, wording
 from .facts import environment_facts, run_facts
 from .kept import Bar, kept_blocks

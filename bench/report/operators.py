@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..local.operator_table import OperatorTable
+from ..results.operator_table import OperatorTable
 from . import wording
 from .markup import Markup, element
 from .plot import Frame, line, shortened, svg, text_width, ticks, words

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...core.errors import InputError
 from ...core.storage import replace_file
-from ..local.operator_table import OperatorRow
+from .operator_table import OperatorRow
 from .statistics import Interval, Summary, median_interval, summarise
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -25,8 +25,8 @@ from vitrim.bench.emulation import ready
 from vitrim.bench.remote import native_build
 from vitrim.bench.remote.device_link import LinkLost
 from vitrim.bench.remote.native_build import NativeRunner, native_runner
-from vitrim.bench.remote.remote import measure_on
-from vitrim.bench.remote.remote_native import arrays
+from vitrim.bench.remote.measure import measure_on
+from vitrim.bench.remote.native_run import arrays
 from vitrim.core.errors import InputError
 
 pytestmark = pytest.mark.skipif(

@@ -15,8 +15,8 @@ import pytest
 from bench_samples import chain
 from loopback_ssh import free_port
 from vitrim.bench.local.options import MeasureOptions
-from vitrim.bench.remote.remote import measure_at
-from vitrim.bench.remote.remote_tvm_rpc import TrackerAddress, shared_out
+from vitrim.bench.remote.measure import measure_at
+from vitrim.bench.remote.tvm_rpc import TrackerAddress, shared_out
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact, Manifest, TensorSpec, entry_for
 

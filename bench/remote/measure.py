@@ -16,8 +16,8 @@ from ..local.options import DeviceOptions, MeasureOptions, told_apart
 from ..local.progress import Progress, progress_bar
 from ..results.measurement import Measurement
 from .device_link import DeviceLink
-from .remote_native import require_native, run_native
-from .remote_run import identity, probe, require_python, require_space, run_there, state, travel
+from .native_run import require_native, run_native
+from .python_run import identity, probe, require_python, require_space, run_there, state, travel
 
 WAYS = "host, ssh://user@host[:port], adb://SERIAL, tvm-rpc://tracker:port/key or qemu-aarch64"
 
@@ -61,7 +61,7 @@ def measure_at(
             progress=progress,
         )
     if address.startswith("tvm-rpc://"):
-        from .remote_tvm_rpc import measure_over_tvm_rpc
+        from .tvm_rpc import measure_over_tvm_rpc
 
         return measure_over_tvm_rpc(
             address, artifacts, options, device, target=target, quiet=quiet, progress=progress

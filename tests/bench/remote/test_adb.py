@@ -19,7 +19,7 @@ from bench_samples import chain, images_with_labels
 from loopback_ssh import free_port
 from vitrim.bench.remote.adb_link import AdbAddress, AdbLink
 from vitrim.bench.remote.device_link import LinkLost
-from vitrim.bench.remote.remote import measure_on
+from vitrim.bench.remote.measure import measure_on
 from vitrim.core.errors import InputError
 
 needs_adb = pytest.mark.skipif(

@@ -18,7 +18,7 @@ import pytest
 from bench_samples import chain, images_with_labels
 from loopback_ssh import Server, free_port, needs_sshd, ssh_server
 from vitrim.bench.remote.device_link import LinkLost
-from vitrim.bench.remote.remote import measure_on
+from vitrim.bench.remote.measure import measure_on
 from vitrim.bench.remote.remote_ssh import measure_over_ssh
 from vitrim.bench.remote.ssh_link import SshAddress, SshLink
 from vitrim.core.errors import InputError

@@ -23,7 +23,7 @@ from ..local.progress import Progress
 from .device_link import DeviceLink, LinkLost, quote
 from .device_snapshot import device_environment
 from .native_build import LIBRARY, PROGRAM, native_runner
-from .remote_run import Probe, models, remove, require_space
+from .python_run import Probe, models, remove, require_space
 
 
 class There:
