@@ -13,7 +13,7 @@ import torch
 from golden_model import golden_images
 from tiny_models import relative_error, tiny_vit
 from vitrim import StructuredMask, compact, load, save
-from vitrim.compress.network.schema import SCHEMA_FILE, schema_text
+from vitrim.compress.network.architecture import SCHEMA_FILE, schema_text
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -66,7 +66,7 @@ def test_the_golden_model_still_loads_and_answers() -> None:
 
 
 def test_the_schema_file_is_that_of_the_code() -> None:
-    assert SCHEMA_FILE.read_text() == schema_text(), "run python -m vitrim.compress.network.schema"
+    assert SCHEMA_FILE.read_text() == schema_text(), "run python -m vitrim.compress.network.architecture"
 
 
 def test_saved_architectures_fit_the_schema(tmp_path: Path) -> None:
