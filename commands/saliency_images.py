@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..compress.data.loading import open_sample
-from ..compress.train.progress import counting
+from ..core.progress_bar import progress_bar
 from .model_data import ModelData
 
 BATCH = 32
@@ -54,7 +54,7 @@ class SaliencyImages:
             "seed": str(self._seed),
         }
         started = time.perf_counter()
-        with counting(self._title, len(split)) as advance:
+        with progress_bar(self._title, len(split)) as advance:
             for start in range(0, len(split), BATCH):
                 stop = min(len(split), start + BATCH)
                 part = slice(start, stop)

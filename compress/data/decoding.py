@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...core.errors import InputError
+from ...core.progress_bar import progress_bar
 from ...core.storage import disk_errors
-from ..train.progress import counting
 from .preprocessing import Preprocessing
 
 # Above this, decoded images live in a memory-mapped file, so that neither memory nor a second run
@@ -120,7 +120,7 @@ def _decoded(
     # Pillow lets go of the interpreter while it decodes and resizes.
     with (
         ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
-        counting(title, len(pictures), quiet=quiet) as advance,
+        progress_bar(title, len(pictures), quiet=quiet) as advance,
     ):
         for start in range(0, len(pictures), _CHUNK):
             indices = range(start, min(len(pictures), start + _CHUNK))

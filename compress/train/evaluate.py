@@ -9,8 +9,8 @@ import time
 import torch
 from torch import Tensor, nn
 
+from ...core.progress_bar import progress_bar
 from ..data.splits import Split
-from .progress import counting
 
 BATCH = 256
 
@@ -30,7 +30,7 @@ def predict(
     model.eval()
     started, parts = time.perf_counter(), []
     try:
-        with torch.inference_mode(), counting(title, len(split), quiet=quiet) as advance:
+        with torch.inference_mode(), progress_bar(title, len(split), quiet=quiet) as advance:
             for start in range(0, len(split), batch_size):
                 parts.append(model(split.floats(slice(start, start + batch_size))).float())
                 # Short evaluations stay silent.

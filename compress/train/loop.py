@@ -166,9 +166,9 @@ class _Run:
                 self._close_epoch(record, end)
                 progress.epoch({**end.metrics, **record})
                 if self.stopped:
-                    progress.say(f"stopped after epoch {self.epoch}: {self.stopped}")
+                    progress.message(f"stopped after epoch {self.epoch}: {self.stopped}")
         except KeyboardInterrupt:
-            progress.say(
+            progress.message(
                 f"interrupted; {self.epoch} whole epochs are kept in {self.folder}, --resume continues from there"
             )
             raise

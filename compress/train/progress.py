@@ -1,28 +1,29 @@
-"""What a person sees while a model trains: one live line on a terminal, one plain line an epoch
-anywhere else.
-"""
+"""The progress of a training: one live line on a terminal, one plain line an epoch elsewhere."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
+
+from ...core.progress_bar import make_bar
 
 _TITLES = {"baseline": "training", "masks": "learning masks", "finetune": "fine-tuning"}
 
 
 class TrainingProgress:
-    """Shows a phase. `quiet` prints nothing; without a terminal one line an epoch is printed."""
+    """Shows the progress of a phase on standard error, so that a command's output can be piped.
+
+    Args:
+        phase: `baseline`, `masks`, `finetune`, or any other title.
+        epochs: How many epochs the whole phase has.
+        steps_per_epoch: Optimizer steps of one epoch.
+        first_epoch: The first epoch that is trained, counted from 1; above 1 in a resumed run.
+        quiet: Print nothing.
+        console: Where to print instead of standard error.
+    """
 
     def __init__(
         self,
@@ -34,46 +35,32 @@ class TrainingProgress:
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
-        self.title, self.epochs, self.steps, self.quiet = (
-            _TITLES.get(phase, phase),
-            epochs,
-            steps_per_epoch,
-            quiet,
-        )
-        # Standard error, so that a command's own output can be piped.
-        self.console = console or Console(stderr=True)
-        self.live = (
-            None
-            if quiet or not self.console.is_terminal
-            else _bar(self.console, TextColumn("{task.fields[figures]}"))
-        )
-        if self.live is not None:
+        self.title, self.epochs, self.steps = _TITLES.get(phase, phase), epochs, steps_per_epoch
+        self.quiet, self.console = quiet, console or Console(stderr=True)
+        self.live = None
+        if not quiet and self.console.is_terminal:
+            self.live = make_bar(self.console, TextColumn("{task.fields[figures]}"))
             self.live.start()
             total, done = epochs * steps_per_epoch, (first_epoch - 1) * steps_per_epoch
             self.row = self.live.add_task(self.title, total=total, completed=done, figures="")
 
     def step(self, epoch: int, step: int, figures: Mapping[str, Any]) -> None:
-        """`step` steps of this epoch are done; figures as in history.jsonl, so far."""
+        """Show that `step` steps of `epoch` are done; `figures` as in history.jsonl, so far."""
         if self.live is not None:
-            completed = (epoch - 1) * self.steps + step
             self.live.update(
                 self.row,
-                completed=completed,
+                completed=(epoch - 1) * self.steps + step,
                 description=f"{self.title} {epoch}/{self.epochs}",
-                figures=line(figures),
+                figures=format_figures(figures),
             )
 
     def epoch(self, figures: Mapping[str, Any]) -> None:
-        """An epoch is over."""
-        if self.quiet:
-            return
-        text = f"{self.title} {figures['epoch']}/{self.epochs}  {line(figures)}"
-        if self.live is None:
-            text += f"  {figures['seconds']:.0f} s"
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """Print the line of a finished epoch."""
+        text = f"{self.title} {figures['epoch']}/{self.epochs}  {format_figures(figures)}"
+        self.message(text if self.live is not None else f"{text}  {figures['seconds']:.0f} s")
 
-    def say(self, text: str) -> None:
-        """A plain remark between epochs."""
+    def message(self, text: str) -> None:
+        """Print a line between epochs."""
         if not self.quiet:
             self.console.print(text, highlight=False, soft_wrap=True)
 
@@ -84,69 +71,25 @@ class TrainingProgress:
             self.live = None
 
 
-def line(figures: Mapping[str, Any]) -> str:
-    """The figures of a training moment in one readable line; absent ones are left out."""
-    words = []
+def format_figures(figures: Mapping[str, Any]) -> str:
+    """The figures of a training step or epoch in one line; absent ones are left out."""
+    parts = []
     if "loss" in figures:
-        words.append(f"loss {figures['loss']:.3f}")
+        parts.append(f"loss {figures['loss']:.3f}")
     if "train_top1" in figures:
-        words.append(f"train {figures['train_top1']:.1f} %")
+        parts.append(f"train {figures['train_top1']:.1f} %")
     if "val_top1" in figures:
-        words.append(f"val {figures['val_top1']:.2f} %")
+        parts.append(f"val {figures['val_top1']:.2f} %")
     for key, unit in (("params", "params"), ("macs", "MACs")):
         if key in figures:
-            share = (
-                f" ({100 * figures[key] / figures[f'{key}_dense']:.0f} %)"
-                if figures.get(f"{key}_dense")
-                else ""
-            )
-            words.append(f"{_short(figures[key])} {unit}{share}")
+            dense = figures.get(f"{key}_dense")
+            share = f" ({100 * figures[key] / dense:.0f} %)" if dense else ""
+            parts.append(f"{_short(figures[key])} {unit}{share}")
     if "images_per_s" in figures:
-        words.append(f"{figures['images_per_s']:.0f} images/s")
+        parts.append(f"{figures['images_per_s']:.0f} images/s")
     if "loader_share" in figures:
-        words.append(f"loader {100 * figures['loader_share']:.0f} %")
-    return "  ".join(words)
-
-
-@contextlib.contextmanager
-def counting(
-    title: str, total: int, *, quiet: bool = False, console: Console | None = None
-) -> Iterator[Callable[[int], None]]:
-    """A bar for a plain count; it appears at the first call of the yielded `advance(done)`, and
-    only on a terminal.
-    """
-    console = console or Console(stderr=True)
-    bar: Progress | None = None
-    row = None
-
-    def advance(done: int) -> None:
-        nonlocal bar, row
-        if quiet or not console.is_terminal:
-            return
-        if bar is None:
-            bar = _bar(console, MofNCompleteColumn(), transient=True)
-            bar.start()
-            row = bar.add_task(title, total=total)
-        assert row is not None
-        bar.update(row, completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def _bar(console: Console, last: Any, *, transient: bool = False) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        last,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=transient)
+        parts.append(f"loader {100 * figures['loader_share']:.0f} %")
+    return "  ".join(parts)
 
 
 def _short(count: float) -> str:
