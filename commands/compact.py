@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..compress.masks.mask import StructuredMask
     from ..compress.masks.saliency import Scores
     from ..compress.network.modules.model import CompactModel
-    from ..pipeline.recipe import ModelSection
+    from ..pipeline.recipe_sections import ModelSection
     from .saliency_images import SaliencyImages
 
 FROM_IMAGES = ("taylor", "head")
@@ -221,7 +221,8 @@ def _source(
 ) -> _Given:
     from ..compress.lift import lift
     from ..compress.network.files import load
-    from ..pipeline.recipe import ModelSection, parse_value
+    from ..pipeline.recipe import parse_value
+    from ..pipeline.recipe_sections import ModelSection
     from ..pipeline.source_model import classes_in, source_model
 
     if checkpoint is None and not pretrained:

@@ -157,13 +157,11 @@ def _print_keys() -> None:
     from rich.markup import escape
 
     from ..core.console import show
-    from ..pipeline.recipe_keys import rows
+    from ..pipeline.recipe_keys import key_reference
 
-    for section, explanation, keys in rows():
-        show(
-            f"\n[bold]{escape(f'[{section}]')}[/bold]  {escape(explanation)}"
-            if section
-            else f"[bold]{escape(explanation)}[/bold]"
-        )
-        for key, default, meaning in keys:
-            show(f"  [cyan]{key} = {escape(default)}[/cyan]  {escape(meaning)}")
+    for table in key_reference(Recipe):
+        meaning = escape(table.meaning)
+        head = f"[bold]{escape(f'[{table.name}]')}[/bold]  {meaning}"
+        show(f"\n{head}" if table.name else f"[bold]{meaning}[/bold]")
+        for key in table.keys:
+            show(f"  [cyan]{key.name} = {escape(key.default)}[/cyan]  {escape(key.meaning)}")

@@ -152,7 +152,7 @@ class _Network:
         self.params = count_params(self.architecture)
 
     def fit(self, target: TargetProfile, precision: Precision) -> Fit:
-        from ..pipeline.peak_activations import peak_activation_bytes
+        from ..pipeline.estimates import peak_activation_bytes
         from ..targets.check import check as hold
 
         return hold(
@@ -173,7 +173,7 @@ class _Network:
         self, target: TargetProfile, precision: Precision, runtime: str | None, threads: int | None
     ) -> Estimate | str:
         from ..bench.estimate.prediction import can_estimate, estimate
-        from ..pipeline.network_workload import network_workload
+        from ..pipeline.estimates import network_workload
 
         if runtime is not None:
             _require_runtime(runtime)

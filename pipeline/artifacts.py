@@ -12,7 +12,7 @@ from ..export.artifact import Precision
 from ..export.runtimes import runtime_named, runtime_names
 
 if TYPE_CHECKING:
-    from .recipe import ExportSection
+    from .recipe_sections import ExportSection
 
 ONNX_RUNTIME = "onnxruntime"
 

@@ -1,22 +1,25 @@
-"""What the models of a run would need on devices that are not at hand: fit and estimated latency,
-as the report's entries.
+"""Fit and estimated latency of a run's models on devices that were not measured.
+
+Everything follows from a network's architecture: its operators, its weights and the memory that its
+activations need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 from ..bench.estimate.calibration import LEVEL
 from ..bench.estimate.prediction import Estimate, can_estimate, estimate
+from ..bench.estimate.workload import Operator, Workload, attention, pointwise, projection
 from ..bench.report.model import EstimatedLatency, EstimateEntry
-from ..compress.network.architecture import Architecture
-from ..compress.network.count import count_params
+from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
+from ..compress.network.count import branch_tokens, count_params
 from ..targets.catalog import load_target
 from ..targets.check import check
 from ..targets.profile import Precision, TargetProfile
-from .network_workload import network_workload
-from .peak_activations import peak_activation_bytes
+
+WIDTH_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
 def run_estimates(
@@ -25,20 +28,27 @@ def run_estimates(
     targets: Sequence[str],
     file_bytes: Mapping[tuple[str, str], int],
 ) -> list[EstimateEntry]:
-    """Every model in every precision that the estimator knows (fp32, fp16, int8), on every target.
+    """Estimate every model on every target, in every precision that the estimator supports.
 
-    file_bytes: of each (model, precision) that was exported, in place of parameters times width.
-    Errors: InputError for an unknown target.
+    Args:
+        models: Architectures by the names that the report uses.
+        precisions: Precisions of the run; all but fp32, fp16 and int8 are ignored.
+        targets: Names of targets, or paths of target TOMLs.
+        file_bytes: Size of each exported (model, precision). Where it is missing, the weights are
+            counted as parameters times the width of the precision.
+
+    Returns:
+        The entries of report.json, grouped by target.
+
+    Raises:
+        InputError: A target does not exist.
     """
-    known: list[Precision] = [
-        precision for precision in get_args(Precision) if precision in precisions
-    ]
-    profiles = [load_target(name) for name in targets]
+    supported = [precision for precision in get_args(Precision) if precision in precisions]
     return [
         _entry(name, architecture, precision, profile, file_bytes.get((name, precision)))
-        for profile in profiles
+        for profile in map(load_target, targets)
         for name, architecture in models.items()
-        for precision in known
+        for precision in supported
     ]
 
 
@@ -56,7 +66,10 @@ def _entry(
         precision=precision,
         weight_bytes=weight_bytes,
     )
-    why = can_estimate(profile, precision) if fit.fits else "it does not fit"
+    reason = can_estimate(profile, precision) if fit.fits else "it does not fit"
+    latency = None
+    if not reason:
+        latency = estimate(network_workload(architecture), profile, precision=precision)
     return EstimateEntry(
         model=name,
         precision=precision,
@@ -66,10 +79,8 @@ def _entry(
         weight_space_bytes=fit.weight_space_bytes,
         activation_bytes=fit.activation_bytes,
         activation_space_bytes=fit.activation_space_bytes,
-        latency=None
-        if why
-        else _latency(estimate(network_workload(architecture), profile, precision=precision)),
-        no_latency=why and why.removeprefix("time: no estimate; "),
+        latency=latency and _latency(latency),
+        no_latency=reason and reason.removeprefix("time: no estimate; "),
     )
 
 
@@ -85,3 +96,85 @@ def _latency(found: Estimate) -> EstimatedLatency:
         rests_on=found.rests_on,
         held_against=found.held_against,
     )
+
+
+def peak_activation_bytes(architecture: Architecture, precision: str = "fp32") -> int:
+    """Peak memory of the activations in bytes, at batch 1, if each tensor is freed after its last use.
+
+    This is a lower bound: it counts the residual stream and the inputs and outputs of one operator
+    at a time. A runtime that fuses less or that needs scratch memory uses more.
+    """
+    channels, height, width = architecture.image
+    stream = architecture.tokens * architecture.embed
+    moments = [channels * height * width + stream]
+    moments += [stream + _branch_peak(branch, architecture) for branch in architecture.branches]
+    return max(moments) * WIDTH_BYTES[precision]
+
+
+def _branch_peak(branch: BranchSpec, architecture: Architecture) -> int:
+    tokens, core = architecture.tokens, branch.core
+    read = tokens * architecture.read_width(branch.reads)
+    written = tokens * architecture.read_width(branch.writes)
+    if isinstance(core, AttentionSpec):
+        qk, v = tokens * core.heads * core.qk, tokens * core.heads * core.v
+        scores = core.heads * tokens * tokens
+        # In order: projections; scores of queries and keys; softmax in place and the weighted
+        # values; the output projection.
+        return max(read + 2 * qk + v, 2 * qk + v + scores, scores + 2 * v, v + written)
+    if isinstance(core, FfnSpec):
+        hidden = tokens * core.hidden * (2 if core.gated else 1)
+        return max(read + hidden, hidden + written)
+    return 0
+
+
+def network_workload(architecture: Architecture, name: str = "network") -> Workload:
+    """List the operators of one inference of one image, as vitrim's graphs compute it.
+
+    The last attention has queries only for the tokens that the head reads. Gates, rotary embeddings
+    and position biases are left out: they are small beside the products, which are all counted.
+    """
+    return Workload(name, tuple(_operators(architecture.model_copy(update={"last_queries": True}))))
+
+
+def _operators(architecture: Architecture) -> Iterator[Operator]:
+    yield from _stem_operators(architecture)
+    for branch, tokens_in, tokens_out in branch_tokens(architecture):
+        yield from _branch_operators(architecture, branch, tokens_in, tokens_out)
+    pooled = architecture.pooled_prefix or architecture.tokens
+    yield pointwise("norm", "norm", pooled * architecture.embed)
+    if architecture.head is not None:
+        yield projection("head", 1, architecture.head_width, architecture.classes)
+
+
+def _stem_operators(architecture: Architecture) -> Iterator[Operator]:
+    stem, channels = architecture.stem, architecture.image[0]
+    sizes = stem.sizes(*architecture.image[1:])
+    for number, (conv, (height, width)) in enumerate(zip(stem.before, sizes, strict=False)):
+        window = channels * conv.kernel[0] * conv.kernel[1]
+        yield projection(f"stem.{number}", height * width, window, conv.channels)
+        channels = conv.channels
+    height, width = sizes[-1]
+    window = channels * stem.patch[0] * stem.patch[1]
+    written = architecture.read_width(architecture.stem_writes)
+    yield projection("stem", height * width, window, written)
+
+
+def _branch_operators(
+    architecture: Architecture, branch: BranchSpec, tokens_in: int, tokens_out: int
+) -> Iterator[Operator]:
+    read = architecture.read_width(branch.reads)
+    written = architecture.read_width(branch.writes)
+    core, site = branch.core, branch.name
+    yield pointwise(f"{site}.norm", "norm", tokens_in * read)
+    if isinstance(core, AttentionSpec):
+        qk, values = core.parts * core.qk, core.heads * core.v
+        yield projection(f"{site}.q", tokens_out, read, core.heads * qk)
+        yield projection(f"{site}.k", tokens_in, read, core.kv_heads * qk)
+        yield projection(f"{site}.v", tokens_in, read, core.kv_heads * core.v)
+        yield attention(site, core.heads, tokens_out, tokens_in, qk, core.v)
+        yield projection(f"{site}.out", tokens_out, values, written)
+    elif isinstance(core, FfnSpec):
+        yield projection(f"{site}.fc1", tokens_out, read, core.hidden * (2 if core.gated else 1))
+        yield pointwise(f"{site}.act", "activation", tokens_out * core.hidden)
+        yield projection(f"{site}.out", tokens_out, core.hidden, written)
+    yield pointwise(f"{site}.add", "add", tokens_out * written)

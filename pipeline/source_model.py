@@ -25,7 +25,7 @@ from ..compress.surgery.prune_masks import fold_prune_masks
 from ..compress.train.positions import start_positions
 from ..core.errors import InputError
 from ..core.storage import sha256_file
-from .recipe import ModelSection
+from .recipe_sections import ModelSection
 
 # Where trainers put the weights inside a checkpoint, the averaged ones first.
 _NESTS = ("model_ema", "state_dict_ema", "state_dict", "model", "net", "module")

@@ -23,7 +23,8 @@ from ..compress.train.dense import DenseTask, Distillation
 from ..compress.train.loop import Schedule, TrainSettings, fit
 from ..compress.train.mask_task import MaskSettings, MaskTask
 from ..core.storage import replace_file
-from .recipe import BaselineSection, FinetuneSection, Recipe
+from .recipe import Recipe
+from .recipe_sections import BaselineSection, FinetuneSection
 from .run_folder import RunFolder
 
 BASELINE, MASK, CUT, COMPACT, CUT_PARITY = (

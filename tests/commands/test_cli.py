@@ -77,7 +77,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_keys_lists_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     from vitrim.pipeline.recipe import Recipe
-    from vitrim.pipeline.recipe_errors import all_keys
+    from vitrim.pipeline.recipe_keys import all_keys
 
     assert call(["run", "--keys"]) == 0
     out = capsys.readouterr().out
@@ -135,7 +135,7 @@ def test_a_recipe_value_of_the_wrong_type(
     line = refused("run", path, "--out", tmp_path / "out")
     assert (
         line
-        == f'{path}: `bench.threads` = "all" has the wrong type or value: wanted a whole number'
+        == f'{path}: `bench.threads` = "all" has the wrong type or value: expected a whole number'
     )
 
 

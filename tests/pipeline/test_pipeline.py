@@ -368,7 +368,7 @@ def test_a_recipe_ships_for_several_runtimes(finished: Path, place: Path, tmp_pa
             ['export.runtimes=["tvn"]'],
             "export.runtimes: 'tvn' is unknown; this vitrim exports for onnxruntime, executorch, litert, ncnn, openvino, torch, tvm",
         ),
-        (['export.runtimes=["torch","torch"]'], "a runtime is named twice"),
+        (['export.runtimes=["torch","torch"]'], "a runtime is listed twice"),
         (
             ['export.runtimes=["torch"]', 'export.precisions=["int8-weights"]'],
             "torch has fp32.*, and export.precisions asks for int8-weights",

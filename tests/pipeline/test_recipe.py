@@ -79,32 +79,32 @@ def test_an_unknown_key_is_named_with_the_nearest(tmp_path: Path, text: str, lin
     [
         (
             '[masks]\nparams = "a third"\n',
-            '`masks.params` = "a third" has the wrong type or value: wanted a number',
+            '`masks.params` = "a third" has the wrong type or value: expected a number',
         ),
         (
             f"{SMALLEST}epochs = 1.5\n",
-            "`masks.epochs` = 1.5 has the wrong type or value: wanted a whole number",
+            "`masks.epochs` = 1.5 has the wrong type or value: expected a whole number",
         ),
         (
             f"{SMALLEST}epochs = true\n",
-            "`masks.epochs` = true has the wrong type or value: wanted a whole number",
+            "`masks.epochs` = true has the wrong type or value: expected a whole number",
         ),
         (
             f"{SMALLEST}sharing = 3\n",
-            "`masks.sharing` = 3 has the wrong type or value: wanted one of residual, unshared, full",
+            "`masks.sharing` = 3 has the wrong type or value: expected one of residual, unshared, full",
         ),
         (
             f"{SMALLEST}[model]\noverrides = 3\n",
-            "`model.overrides` = 3 has the wrong type or value: wanted a table",
+            "`model.overrides` = 3 has the wrong type or value: expected a table",
         ),
-        ("masks = 0.3\n", "`masks` = 0.3 has the wrong type or value: wanted a table"),
+        ("masks = 0.3\n", "`masks` = 0.3 has the wrong type or value: expected a table"),
         (
             f'{SMALLEST}[export]\nbatch = "some"\n',
-            '`export.batch` = "some" has the wrong type or value: wanted a whole number or dynamic',
+            '`export.batch` = "some" has the wrong type or value: expected a whole number or dynamic',
         ),
         (
             f'{SMALLEST}fixed = ["hed"]\n',
-            '`masks.fixed` = "hed" has the wrong type or value: wanted a list, each one of head, embed, ffn, qk, v',
+            '`masks.fixed` = "hed" has the wrong type or value: expected a list, each one of head, embed, ffn, qk, v',
         ),
     ],
 )
@@ -121,16 +121,16 @@ def test_a_wrong_type_is_named_with_key_value_and_wanted_type(
         ("[masks]\nparams = nan\n", "finite"),
         (
             "[masks]\nparams = 0.3\nmacs = 0.5\n",
-            "[masks]: `params` and `macs` both say how much goes; keep one",
+            "[masks]: `params` and `macs` both set the size; keep one",
         ),
         ("[masks]\nparams = 0.3\nlambda = 1e-7\n", "`params` and `lambda` both"),
-        ("[masks]\nepochs = 3\n", "nothing says how much goes; add one of `params = 0.3`"),
+        ("[masks]\nepochs = 3\n", "nothing sets the size; add one of `params = 0.3`"),
         ('[data]\nname = "cifar10"\n', "the table [masks] is missing"),
         (
             f'{SMALLEST}[model]\npretrained = true\ncheckpoint = "m.pth"\n',
             "[model]: `pretrained` and `checkpoint` both name the weights",
         ),
-        (f'{SMALLEST}fixed = ["head", "head"]\n', "a dimension is named twice"),
+        (f'{SMALLEST}fixed = ["head", "head"]\n', "a dimension is listed twice"),
         (
             f"{SMALLEST}[export]\nimage_size = [160]\n",
             "`export.image_size` = [160]: image size [160]: write 160, or 160x192 for height x width",
@@ -192,7 +192,7 @@ def test_set_of_another_amount_means_that_one_instead() -> None:
             "masks.parms=1",
             "--set masks.parms=1: unknown key `masks.parms`; the nearest valid key is `masks.params`",
         ),
-        ("masks.params=much", "wanted a number"),
+        ("masks.params=much", "expected a number"),
         ("masks.params", "write --set section.key=value"),
         ("=3", "write --set section.key=value"),
         ("data.name.x=3", "`name` is a value, not a table"),
@@ -240,7 +240,7 @@ def test_devices_to_estimate_for_must_exist(tmp_path: Path) -> None:
         "`report.estimate_for` = ['rpi5', 'rpi44']: target 'rpi44': no such profile; did you mean 'rpi4'? (or give the path of a .toml file)"
     )
     assert line_for(tmp_path, f'{SMALLEST}[report]\nestimate_for = ["rpi5", "rpi5"]\n').endswith(
-        "a target is named twice"
+        "a target is listed twice"
     )
     assert (
         load_recipe(write(tmp_path, SMALLEST), ["report.estimate_for=[]"]).report.estimate_for == ()

@@ -27,7 +27,7 @@ def test_a_saved_network_counts_as_a_plain_vit_of_its_sizes() -> None:
     timm = pytest.importorskip("timm")
     import vitrim
     from vitrim.compress.network.count import count_macs
-    from vitrim.pipeline.network_workload import network_workload
+    from vitrim.pipeline.estimates import network_workload
 
     torch.manual_seed(0)
     sizes = {

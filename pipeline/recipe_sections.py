@@ -1,0 +1,314 @@
+"""The tables of a recipe: every key with its type, its range, its default and its meaning."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from ..compress.network.patch_fit import checked_size
+from ..core.errors import InputError
+from ..targets.catalog import load_target
+
+Augmentation = Literal["none", "erasing", "light", "thesis"]
+Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys are errors, types are strict, values are immutable."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True
+    )
+
+
+class DataSection(Section):
+    """The images and their splits."""
+
+    name: str = Field(
+        "quickstart",
+        min_length=1,
+        description="quickstart (embedded), fashion-mnist, cifar10, another data set of the "
+        "Hugging Face hub, or imagefolder:PATH",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        description="seed of the validation split; separate from train.seed, so that training "
+        "seeds are compared on the same data",
+    )
+    validation: float = Field(
+        0.1,
+        gt=0.0,
+        lt=1.0,
+        description="share of the training images that is held out for masks and early stopping",
+    )
+    limit: int | None = Field(
+        None, gt=0, description="maximum number of training images, for a quick trial"
+    )
+
+
+class ModelSection(Section):
+    """The dense Vision Transformer to compress."""
+
+    name: str = Field("vit_tiny_patch16_224", min_length=1, description="a timm model name")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments for timm.create_model, e.g. embed_dim = 128",
+    )
+    pretrained: bool = Field(
+        False, description="start from timm's published weights (downloaded once)"
+    )
+    checkpoint: str | None = Field(
+        None,
+        min_length=1,
+        description="a trained checkpoint: `embedded` for the one in the package, a .safetensors "
+        "or .pth file, or a folder that vitrim saved",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError("`pretrained` and `checkpoint` both name the weights; keep one")
+        return self
+
+
+class BaselineSection(Section):
+    """Training of the dense model, before compression. `epochs = 0` keeps its weights unchanged."""
+
+    epochs: int = Field(
+        0, ge=0, description="epochs of dense training; 0 for weights that are trained already"
+    )
+    lr: float = Field(1e-3, gt=0.0, description="peak learning rate")
+    weight_decay: float = Field(0.05, ge=0.0, description="weight decay of the weights")
+    warmup_epochs: int = Field(2, ge=0, description="epochs of learning rate warm-up")
+    patience_epochs: int = Field(
+        20, gt=0, description="stop after this many epochs without a better validation top-1"
+    )
+    augmentation: Augmentation = Field(
+        "light",
+        description="none, erasing, light (shift, flip, erasing), or thesis (RandAugment, MixUp, "
+        "CutMix, erasing)",
+    )
+
+
+class MasksSection(Section):
+    """The size of the compact model and how its masks are learned.
+
+    Exactly one of `params`, `macs` and `lambda` sets the size.
+    """
+
+    params: float | None = Field(
+        None, gt=0.0, le=1.0, description="budget: share of the parameters that remains, e.g. 0.3"
+    )
+    macs: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="budget: share of the multiply-adds that remains, e.g. 0.5",
+    )
+    lambda_: float | None = Field(
+        None,
+        alias="lambda",
+        ge=0.0,
+        description="without a budget: fixed weight of the size penalty, e.g. 1e-7",
+    )
+    sharing: Literal["residual", "unshared", "full"] = Field(
+        "residual",
+        description="residual: one mask for the residual stream; full: one mask per dimension for "
+        "all blocks; unshared: every mask is independent",
+    )
+    fixed: tuple[Literal["head", "embed", "ffn", "qk", "v"], ...] = Field(
+        (), strict=False, description="dimensions that are not pruned"
+    )
+    epochs: int = Field(20, gt=0, description="maximum number of epochs of mask learning")
+    lr: float = Field(1e-4, gt=0.0, description="learning rate of the weights during mask learning")
+    score_lr: float = Field(
+        1e-2, gt=0.0, description="learning rate of the mask scores (their weight decay is 0)"
+    )
+    weight_decay: float = Field(0.05, ge=0.0, description="weight decay of the weights")
+    restart_epochs: int = Field(
+        4, gt=0, description="period in epochs of cosine annealing with warm restarts"
+    )
+    patience_epochs: int = Field(
+        20,
+        gt=0,
+        description="stop after this many epochs with neither a better accuracy nor a smaller size",
+    )
+    augmentation: Augmentation = Field("light", description="augmentation during mask learning")
+    attention_overhead_macs: float = Field(
+        1.3e6,
+        ge=0.0,
+        description="with a budget: fixed cost of an attention, as the multiply-adds that take "
+        "equally long; an attention that is not worth it is removed; 0: attentions are never "
+        "removed as a whole",
+    )
+    ffn_overhead_macs: float = Field(
+        4e5,
+        ge=0.0,
+        description="the same for an FFN (`python -m benchmarks.sublayer_cost` measures both)",
+    )
+    round_to: int | None = Field(
+        None,
+        gt=0,
+        description="round kept widths to multiples of this; absent: the target's preferred "
+        "multiple",
+    )
+
+    @field_validator("fixed")
+    @classmethod
+    def _no_duplicates(cls, fixed: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(fixed)) != len(fixed):
+            raise ValueError("a dimension is listed twice")
+        return fixed
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        sizes = {"params": self.params, "macs": self.macs, "lambda": self.lambda_}
+        given = [f"`{key}`" for key, value in sizes.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both set the size; keep one")
+        if not given:
+            raise ValueError(
+                "nothing sets the size; add one of `params = 0.3`, `macs = 0.5` or `lambda = 1e-7`"
+            )
+        return self
+
+
+class FinetuneSection(Section):
+    """Training of the compact model, after the cut."""
+
+    epochs: int = Field(
+        20, ge=0, description="maximum number of epochs; 0 keeps the weights after the cut"
+    )
+    lr: float = Field(5e-4, gt=0.0, description="peak learning rate, cosine without restarts")
+    weight_decay: float = Field(0.05, ge=0.0, description="weight decay of the weights")
+    warmup_epochs: int = Field(0, ge=0, description="epochs of learning rate warm-up")
+    patience_epochs: int = Field(
+        10, gt=0, description="stop after this many epochs without a better validation top-1"
+    )
+    augmentation: Augmentation = Field("light", description="augmentation during fine-tuning")
+
+
+class DistillSection(Section):
+    """Knowledge distillation from the dense model, during mask learning and fine-tuning."""
+
+    enabled: bool = Field(True, description="`--no-distill` sets it to false")
+    alpha: float = Field(
+        0.5, ge=0.0, le=1.0, description="share of the distillation loss in the total loss"
+    )
+    temperature: float = Field(2.0, gt=0.0, description="softmax temperature of both outputs")
+
+
+class TrainSection(Section):
+    """Settings of every training in this recipe."""
+
+    batch_size: int = Field(128, gt=0, description="images per step")
+    threads: int | None = Field(
+        None, gt=0, description="threads of torch; absent: the number of cores"
+    )
+    seed: int = Field(7, ge=0, description="seed of weights, batch order and augmentation")
+    label_smoothing: float = Field(
+        0.1, ge=0.0, lt=1.0, description="label smoothing of the task loss"
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw, the usual choice, or muon for short trainings of small models",
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest", description="argument of torch.set_float32_matmul_precision"
+    )
+
+
+class ExportSection(Section):
+    """The artifacts of the run."""
+
+    target: str = Field(
+        "x86-64",
+        min_length=1,
+        description="a target name (`vitrim targets list`) or the path of a target TOML",
+    )
+    precisions: tuple[Precision, ...] = Field(
+        ("fp32", "int8"), strict=False, min_length=1, description="precisions of the compact model"
+    )
+    runtimes: tuple[str, ...] = Field(
+        ("onnxruntime",),
+        strict=False,
+        min_length=1,
+        description="runtimes to export for; every artifact is compared with the baseline of the "
+        "first one",
+    )
+    batch: int | Literal["dynamic"] = Field(1, description="images per inference, or dynamic")
+    image_size: tuple[int, int] | None = Field(
+        None,
+        strict=False,
+        description='resize the artifacts to another height and width, 160 or "160x192", without '
+        "training; absent: the size of training",
+    )
+    calibration_images: int = Field(
+        64, gt=0, description="validation images for parity figures and int8 calibration"
+    )
+
+    @field_validator("precisions", "runtimes")
+    @classmethod
+    def _no_duplicates(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError(f"a {(info.field_name or '').removesuffix('s')} is listed twice")
+        return names
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _height_and_width(cls, size: Any) -> tuple[int, int] | None:
+        try:
+            return None if size is None else checked_size(size)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("batch")
+    @classmethod
+    def _positive_batch(cls, batch: int | str) -> int | str:
+        if isinstance(batch, int) and batch < 1:
+            raise ValueError("a batch holds at least one image")
+        return batch
+
+
+class BenchSection(Section):
+    """The measurement of the artifacts."""
+
+    threads: int = Field(1, gt=0, description="threads of the runtime")
+    time_limit_s: float = Field(
+        30.0, gt=0.0, description="time limit in seconds of the timing of all artifacts together"
+    )
+    top1_images: int | None = Field(
+        None, gt=0, description="test images for the top-1 of the timed artifact; absent: all"
+    )
+
+
+class ReportSection(Section):
+    """Contents of the report beyond the measurements."""
+
+    estimate_for: tuple[str, ...] = Field(
+        ("rpi-zero-2w", "rpi4", "rpi5", "snapdragon-8-gen-2", "stm32h7"),
+        strict=False,
+        description="devices to estimate fit and latency for, without measuring on them: target "
+        "names (`vitrim targets list`) or paths of target TOMLs; [] for none",
+    )
+
+    @field_validator("estimate_for")
+    @classmethod
+    def _existing_targets(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("a target is listed twice")
+        for name in names:
+            try:
+                load_target(name)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return names
