@@ -1,3 +1,9 @@
-"""Structured masks: the values, how they are learned or ranked, and the dense network that computes
-with them.
+"""Structured masks: which units of a Vision Transformer stay, and how that is chosen.
+
+- `mask`: `StructuredMask`, the value, its constructors and its file; `mask_checks` validates it.
+- `groups`: the dimensions of a network, the sites where each occurs, and the tied units.
+- `saliency`: one-shot scores; computed in `magnitude` (weights) and `gate_saliency` (gradients),
+  turned into a mask by `ranking`.
+- `gates`, `budget`: trainable masks, and the solver that holds them at a budget.
+- `masked`, `masked_network`, `masked_parameters`: the full-size network computed with a mask.
 """

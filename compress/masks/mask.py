@@ -1,6 +1,4 @@
-"""Structured masks: what is kept of each dimension of a Vision Transformer. They are what leaves
-training.
-"""
+"""`StructuredMask`: which units of a Vision Transformer are kept, the result of mask learning."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from torch import Tensor, nn
 
 from ...core.errors import InputError
 from ...core.storage import replace_file
-from ..network.architecture import Architecture, ConstantSpec, Indices
-from ..network.axes import HEAD_IN, POOL_ATTENTION, POOL_SITES, STEM_OUT, site_in
-from ..network.modules.rope import pairs
+from ..network.architecture import Architecture
 from .groups import (
     DIMENSIONS,
     SHARED,
@@ -30,32 +26,32 @@ from .groups import (
     sites,
     tied_units,
 )
+from .mask_checks import check_entries, check_fit, entry_at
 from .ranking import Scope
-from .saliency import Criterion, SaliencyOptions, Scores, kept_units
+from .saliency import USUAL, Criterion, SaliencyOptions, Scores, kept_units
 
 SCHEMA = "vitrim.mask/1"
 
 
-def _readers(architecture: Architecture) -> list[tuple[str, Indices | None]]:
-    """The sites that need a channel of the residual stream (its readers, and the stem), and which
-    channels there are.
-    """
-    found = [
-        (site_in(branch), branch.reads)
-        for branch in architecture.branches
-        if not isinstance(branch.core, ConstantSpec)
-    ]
-    return [*found, (HEAD_IN, architecture.head_reads), (STEM_OUT, architecture.stem_writes)]
-
-
 @dataclass(frozen=True)
 class StructuredMask:
-    """Booleans, True = keep: `kept[dimension][site]`, site `*` being shared by all sites. A missing
-    entry keeps everything.
+    """Booleans, True = keep, over the named dimensions of a Vision Transformer.
 
-    Shapes: (size,), or (heads, size) for `qk` and `v` where heads keep different columns, equal in
-    number. `scale` says what the softmax scale becomes: "kept", 1/sqrt(kept qk) as in movement
-    pruning, or "original" for a post-hoc mask.
+    Attributes:
+        kept: `kept[dimension][site]`, a boolean tensor of shape (size,), or (heads, size) for `qk`
+            and `v` where heads keep different columns, equal in number. Dimensions are `embed`,
+            `head`, `qk`, `v`, `ffn` and `block`; the site `*` applies to all sites that have no
+            entry of their own. A missing entry keeps everything.
+        scale: The softmax scale after the cut: "kept", 1/sqrt(number of kept qk columns), as in
+            movement pruning (default), or "original", that of the source model, for post-hoc masks.
+        note: How the mask was made, as text by key; saved with it, and otherwise unused.
+
+    Raises:
+        InputError: A dimension, data type or shape that no network has.
+
+    References:
+        L. Tredese 2023, "Structured Pruning of Vision Transformers at Training Time" (masks per
+        dimension, sharing, the kept softmax scale).
     """
 
     kept: Mapping[str, Mapping[str, Tensor]]
@@ -65,27 +61,11 @@ class StructuredMask:
     def __post_init__(self) -> None:
         if self.scale not in ("kept", "original"):
             raise InputError(f"mask scale {self.scale!r}: choose 'kept' or 'original'")
-        for dimension, entries in self.kept.items():
-            if dimension not in DIMENSIONS:
-                raise InputError(
-                    f"mask has an unknown dimension {dimension!r}; known: {', '.join(DIMENSIONS)}"
-                )
-            for site, keep in entries.items():
-                if keep.dtype != torch.bool:
-                    raise InputError(f"mask {dimension}/{site} is {keep.dtype}, not boolean")
-                if keep.ndim == 2 and dimension in ("qk", "v"):
-                    counts = keep.sum(dim=1)
-                    if int(counts.min()) != int(counts.max()):
-                        raise InputError(
-                            f"mask {dimension}/{site}: heads keep {sorted(set(counts.tolist()))} columns; every head must keep equally many"
-                        )
-                elif keep.ndim != 1:
-                    raise InputError(f"mask {dimension}/{site} has shape {tuple(keep.shape)}")
+        check_entries(self.kept)
 
     def get(self, dimension: str, site: str) -> Tensor | None:
-        """The mask at a site, or None where everything is kept."""
-        entries = self.kept.get(dimension, {})
-        return entries.get(site, None if site in POOL_SITES else entries.get(SHARED))
+        """The entry that applies at a site, or None where everything is kept."""
+        return entry_at(self.kept, dimension, site)
 
     def __iter__(self) -> Iterator[tuple[str, str, Tensor]]:
         for dimension, entries in self.kept.items():
@@ -97,48 +77,17 @@ class StructuredMask:
         """The sharing that these entries amount to."""
         if SHARED in self.kept.get("head", {}) or SHARED in self.kept.get("ffn", {}):
             return "full"
-        return (
-            "residual"
-            if SHARED in self.kept.get("embed", {}) or not self.kept.get("embed")
-            else "unshared"
-        )
+        embed = self.kept.get("embed")
+        return "residual" if not embed or SHARED in embed else "unshared"
 
     def check(self, architecture: Architecture) -> None:
-        """Refuse a mask that is not of this network: unknown site, wrong size, nothing kept where
-        something must be.
+        """Validate the mask against a network.
 
-        Errors: InputError naming the entry.
+        Raises:
+            InputError: An unknown site, a wrong size, or nothing kept where something must be; the
+                message names the entry.
         """
-        places = {dimension: sites(architecture, dimension) for dimension in self.kept}
-        for dimension, site, keep in self:
-            found = places[dimension]
-            sizes = (
-                {found[name] for name in found if name not in POOL_SITES}
-                if site == SHARED
-                else {found.get(site)}
-            )
-            size = sizes.pop() if len(sizes) == 1 else None
-            if size is None:
-                raise InputError(
-                    f"mask {dimension}/{site}: this model has no such site; it has {', '.join(list(found)[:6]) or 'none'}"
-                )
-            if keep.shape[-1] != size:
-                raise InputError(
-                    f"mask {dimension}/{site} has {keep.shape[-1]} entries, the model has {size}"
-                )
-            if (dimension in _WHY_ONE or site in POOL_SITES) and not bool(keep.any()):
-                raise InputError(
-                    f"mask {dimension}/{site} keeps nothing; "
-                    + _WHY_ONE.get(dimension, "the pooling head needs one unit at least")
-                )
-            if dimension in ("qk", "v"):
-                _check_columns(architecture, dimension, site, keep)
-        for site, reads in _readers(architecture):
-            seen = self.get("embed", site)
-            if seen is not None and reads is not None and not bool(seen[list(reads)].any()):
-                raise InputError(
-                    f"mask embed keeps none of the {len(reads)} channels that there are at {site}; it needs one at least"
-                )
+        check_fit(self.kept, architecture)
 
     @classmethod
     def random(
@@ -151,27 +100,34 @@ class StructuredMask:
         per_head: bool = False,
         scale: ScaleRule = "kept",
     ) -> StructuredMask:
-        """A random mask: each group keeps round(keep_ratio * size) units, at least one.
+        """Draw a random mask: each group keeps round(keep_ratio * size) units, at least one.
 
-        `keep_ratio`: one number for embed, head, qk, v and ffn, or one a dimension (also `block`).
-        `per_head`: another set of qk and v columns a head.
+        Args:
+            model: A supported Vision Transformer, a `CompactModel`, or its architecture.
+            keep_ratio: The share of units to keep, above 0 and at most 1: one number for embed,
+                head, qk, v and ffn, or one a dimension (`block` too). Missing dimensions are kept.
+            sharing: "unshared", every site has its own mask; "residual" (default), one embed mask
+                for the whole residual stream; "full", also one head, qk, v and ffn mask.
+            seed: Equal seeds give equal masks.
+            per_head: Draw other qk and v columns for each head instead of the same for all.
+            scale: The softmax scale after the cut, as in `StructuredMask`.
+
+        Returns:
+            A mask that fits `model`.
+
+        Raises:
+            InputError: An unknown dimension, a ratio out of range, or a sharing that the model
+                does not allow.
+            UnsupportedModel: A module has no rule; the message names its path.
         """
         architecture = architecture_of(model)
         generator = torch.Generator().manual_seed(seed)
         ratios = (
             dict(keep_ratio)
             if isinstance(keep_ratio, Mapping)
-            else dict.fromkeys(("embed", "head", "qk", "v", "ffn"), float(keep_ratio))
+            else dict.fromkeys(USUAL, float(keep_ratio))
         )
-        for name, ratio in ratios.items():
-            if name not in DIMENSIONS:
-                raise InputError(
-                    f"keep_ratio names {name!r}; known dimensions: {', '.join(DIMENSIONS)}"
-                )
-            if not 0 < ratio <= 1:
-                raise InputError(
-                    f"keep_ratio {name} = {ratio}: give a number above 0 and at most 1"
-                )
+        _check_ratios(ratios)
         kept: dict[str, dict[str, Tensor]] = {}
         for dimension, entries in groups(architecture, sharing).items():
             ratio = ratios.get(dimension, 1.0)
@@ -180,9 +136,9 @@ class StructuredMask:
                 if dimension == "block":
                     keep = torch.rand(1, generator=generator) < ratio
                 else:
-                    keep = _random_columns(
-                        architecture, dimension, site, ratio, generator, per_head=per_head
-                    )
+                    rows = _rows(architecture, dimension, site) if per_head else None
+                    units = tied_units(architecture, dimension, site)
+                    keep = _random_units(units, ratio, rows, generator)
                 kept[dimension][site] = keep
         return cls(kept, scale=scale)
 
@@ -200,13 +156,38 @@ class StructuredMask:
         scale: ScaleRule = "original",
         seed: int = 0,
     ) -> StructuredMask:
-        """The mask that keeps the most salient units, without training.
+        """Keep the most salient units, without training.
 
-        `criterion`: l1, l2, taylor, head (heads alone) or random; `data`, batches of (images, class
-        numbers), for taylor and head. `keep_ratio`: the share of units that stays, each weighed by
-        its parameters: of each group (scope "layer"), of all groups of the same structure
-        ("isomorphic"), or of the network ("global"); one number, or one a dimension. `fixed`:
-        dimensions kept whole. Errors: InputError.
+        Args:
+            model: A supported Vision Transformer, or a `CompactModel`.
+            criterion: "l1" or "l2", the norm of the weights that a unit owns (default "l2");
+                "taylor", the first-order change of the loss; "head", the sensitivity of heads
+                alone; "random".
+            keep_ratio: The share of units to keep, each weighted by its parameters: one number
+                (default 0.5), or one a dimension.
+            scope: Which units are ranked against each other: all of the network ("global",
+                default), those of one group ("layer"), or those of all groups of the same
+                structure ("isomorphic").
+            sharing: Which sites share a mask, as in `random`.
+            data: Batches of (images, class numbers), shapes (batch, channels, height, width) and
+                (batch,). "taylor" and "head" need them, the other criteria ignore them.
+            fixed: Dimensions that are kept whole (default: none).
+            scale: The softmax scale after the cut, by default that of the source model.
+            seed: For the criterion "random".
+
+        Returns:
+            A mask that fits `model`; its note names the criterion, scope and ratio.
+
+        Raises:
+            InputError: An option is out of range, or needs data that are not given.
+            UnsupportedModel: A module has no rule; the message names its path.
+
+        References:
+            Kolev et al., "Evaluating Neural Network Pruning Techniques on Vision Transformers"
+            (structured magnitude).
+            Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", eq. 8.
+            Michel et al. 2019, "Are Sixteen Heads Really Better than One?", eq. 2.
+            Fang et al. 2024, "Isomorphic Pruning for Vision Models".
         """
         options = SaliencyOptions(keep_ratio, scope, sharing, data, tuple(fixed), scale, seed)
         return mask_and_scores(model, criterion, options)[0]
@@ -215,7 +196,19 @@ class StructuredMask:
     def everything(
         cls, model: nn.Module | Architecture, sharing: Sharing = "residual"
     ) -> StructuredMask:
-        """The mask that removes nothing."""
+        """The mask that removes nothing.
+
+        Args:
+            model: A supported Vision Transformer, a `CompactModel`, or its architecture.
+            sharing: Which sites share a mask, as in `random`.
+
+        Returns:
+            A mask with an entry for each group of the sharing.
+
+        Raises:
+            InputError: The model does not allow this sharing.
+            UnsupportedModel: A module has no rule; the message names its path.
+        """
         found = groups(architecture_of(model), sharing)
         return cls(
             {
@@ -227,23 +220,40 @@ class StructuredMask:
         )
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file: one uint8 tensor `dimension/site` an entry, scale and schema in
-        its metadata.
+        """Write a safetensors file.
+
+        It holds one uint8 tensor `dimension/site` an entry; its metadata hold schema, scale and
+        note. Equal masks give equal files.
+
+        Args:
+            path: The file to write or to replace.
+
+        Raises:
+            InputError: The file cannot be written.
         """
         tensors = {
             f"{dimension}/{site}": keep.to(torch.uint8).contiguous()
             for dimension, site, keep in self
         }
-        # One metadata entry, because safetensors writes several in random order and equal masks
-        # should be equal files.
-        about = json.dumps(
-            {"schema": SCHEMA, "scale": self.scale, "note": dict(self.note)}, sort_keys=True
-        )
-        replace_file(path, tensors_to_bytes(tensors, {"vitrim": about}))
+        # One metadata entry, because safetensors writes several in random order.
+        about = {"schema": SCHEMA, "scale": self.scale, "note": dict(self.note)}
+        metadata = {"vitrim": json.dumps(about, sort_keys=True)}
+        replace_file(path, tensors_to_bytes(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path | str) -> StructuredMask:
-        """Read what `save` wrote. Errors: InputError naming the file and the entry."""
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file, which may be untrusted.
+
+        Returns:
+            The mask; whether it fits a model is validated by `check`.
+
+        Raises:
+            InputError: There is no such file, or it is not a valid mask; the message names the
+                file and the entry.
+        """
         path = Path(path)
         if not path.is_file():
             raise InputError(f"{path}: no such mask file")
@@ -254,9 +264,11 @@ class StructuredMask:
                 found = about.get("schema") if isinstance(about, dict) else None
                 if found != SCHEMA:
                     raise InputError(
-                        f"{path}: schema {found!r}, wanted {SCHEMA!r}; is this a mask saved by vitrim?"
+                        f"{path}: schema {found!r}, wanted {SCHEMA!r}; "
+                        "is this a mask saved by vitrim?"
                     )
-                for name in file.keys():
+                names = file.keys()
+                for name in names:
                     dimension, _, site = name.partition("/")
                     values = file.get_tensor(name)
                     if values.dtype != torch.uint8 or bool((values > 1).any()):
@@ -264,101 +276,52 @@ class StructuredMask:
                     kept.setdefault(dimension, {})[site] = values.bool()
         except (SafetensorError, ValueError) as error:
             raise InputError(f"{path}: not a readable mask file ({error})") from error
-        return cls(
-            kept,
-            scale=about.get("scale", "kept"),
-            note={str(key): str(value) for key, value in dict(about.get("note") or {}).items()},
-        )
-
-
-_WHY_ONE = {
-    "embed": "the residual stream needs at least one channel",
-    "qk": "with no query/key column the softmax becomes uniform, which is not a dead head; remove heads by the head mask",
-}
-
-
-def _random_columns(
-    architecture: Architecture,
-    dimension: str,
-    site: str,
-    ratio: float,
-    generator: torch.Generator,
-    *,
-    per_head: bool,
-) -> Tensor:
-    """(size,) booleans, or (heads, size) with `per_head`; units that go together are drawn
-    together.
-    """
-    units = tied_units(architecture, dimension, site)
-    count = max(1, round(ratio * len(units)))
-    rows, kv_of = 1, None
-    if per_head and dimension in ("qk", "v") and site != SHARED:
-        rows = sites(architecture, "head")[site]
-        kv_of = next((core.kv_of for _, core in attentions_at(architecture, site)), None)
-    drawn = []
-    for _ in range(rows if kv_of is None else max(kv_of) + 1):
-        keep = torch.zeros(units.numel(), dtype=torch.bool)
-        keep[units[_random_keep(len(units), count, generator)]] = True
-        drawn.append(keep)
-    keeps = torch.stack(drawn)
-    if kv_of is not None:
-        keeps = keeps[list(kv_of)]
-    return keeps if rows > 1 else keeps[0]
-
-
-def _random_keep(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """(size,) booleans of which `count` are True."""
-    keep = torch.zeros(size, dtype=torch.bool)
-    keep[torch.randperm(size, generator=generator)[:count]] = True
-    return keep
-
-
-def _check_columns(architecture: Architecture, dimension: str, site: str, keep: Tensor) -> None:
-    """Columns of queries, keys and values that cannot be parted. Errors: InputError with the
-    reason.
-    """
-    for name, core in attentions_at(architecture, site):
-        if keep.ndim == 2 and keep.shape[0] != core.heads:
-            raise InputError(
-                f"mask {dimension}/{site} has {keep.shape[0]} rows, {name} has {core.heads} heads"
-            )
-        if keep.ndim == 2 and core.kv_of is not None:
-            first = [core.kv_of.index(kv) for kv in core.kv_of]
-            if not bool((keep == keep[first]).all()):
-                raise InputError(
-                    f"mask {dimension}/{site}: heads that share keys and values must keep the same columns"
-                )
-        if dimension == "qk" and core.rope is not None:
-            pair = keep[..., pairs(core.rope.layout, core.qk)]
-            split = torch.nonzero(pair.any(dim=-1) & ~pair.all(dim=-1))
-            if len(split):
-                one, other = pairs(core.rope.layout, core.qk)[int(split[0, -1])].tolist()
-                raise InputError(
-                    f"mask qk/{site} splits columns {one} and {other}: rotary position embedding turns them together; keep or drop whole pairs"
-                )
-    if (
-        site == POOL_ATTENTION
-        and keep.ndim == 2
-        and architecture.pool.attention is not None
-        and keep.shape[0] != architecture.pool.attention.heads
-    ):
-        raise InputError(
-            f"mask {dimension}/{site} has {keep.shape[0]} rows, the pooling head has {architecture.pool.attention.heads} heads"
-        )
+        note = {str(key): str(value) for key, value in dict(about.get("note") or {}).items()}
+        return cls(kept, scale=about.get("scale", "kept"), note=note)
 
 
 def mask_and_scores(
     model: nn.Module, criterion: Criterion, options: SaliencyOptions
 ) -> tuple[StructuredMask, Scores]:
-    """The mask of `StructuredMask.from_saliency` and the scores behind it, so that rounding the
-    mask needs no second pass over the data.
+    """The mask of `StructuredMask.from_saliency`, and the scores that it was ranked by.
+
+    With the scores, rounding the mask needs no second pass over the data.
 
     Raises:
-        InputError: An option is out of range, or needs data that is not there; checked before the
-        first batch is read.
+        InputError: An option is out of range, or needs data that are not given; raised before the
+            first batch is read.
     """
     kept, scores = kept_units(model, criterion, options)
     note = {"saliency": criterion, "scope": options.scope, "keep_ratio": str(options.keep_ratio)}
     mask = StructuredMask(kept, scale=options.scale, note=note)
     mask.check(architecture_of(model))
     return mask, scores
+
+
+def _check_ratios(ratios: Mapping[str, float]) -> None:
+    for name, ratio in ratios.items():
+        if name not in DIMENSIONS:
+            raise InputError(
+                f"keep_ratio names {name!r}; known dimensions: {', '.join(DIMENSIONS)}"
+            )
+        if not 0 < ratio <= 1:
+            raise InputError(f"keep_ratio {name} = {ratio}: give a number above 0 and at most 1")
+
+
+def _rows(architecture: Architecture, dimension: str, site: str) -> list[int] | None:
+    """For each head the row of columns that it uses; None where all heads use the same."""
+    if dimension not in ("qk", "v") or site == SHARED:
+        return None
+    kv_of = next((core.kv_of for _, core in attentions_at(architecture, site)), None)
+    return list(range(sites(architecture, "head")[site])) if kv_of is None else list(kv_of)
+
+
+def _random_units(
+    units: Tensor, ratio: float, rows: list[int] | None, generator: torch.Generator
+) -> Tensor:
+    """(size,) booleans, or (heads, size) with `rows`; `units` (units, members) are drawn whole."""
+    count = max(1, round(ratio * len(units)))
+    drawn = torch.zeros(1 if rows is None else max(rows) + 1, units.numel(), dtype=torch.bool)
+    for keep in drawn:
+        keep[units[torch.randperm(len(units), generator=generator)[:count]]] = True
+    return drawn[0] if rows is None or len(rows) == 1 else drawn[rows]

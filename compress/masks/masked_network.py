@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..network.modules.layers import Norm
 from ..network.modules.model import CompactModel
-from ..network.modules.norm import Norm
 from .groups import ScaleRule
 from .masked_parameters import Values, masked_features, masked_tensors
 

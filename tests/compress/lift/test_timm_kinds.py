@@ -124,7 +124,7 @@ def test_a_split_rope_pair_is_refused_with_the_reason() -> None:
     keep[3] = False
     with pytest.raises(
         InputError,
-        match=r"mask qk/blocks\.0\.attn splits columns 3 and 11: rotary position embedding turns them together",
+        match=r"mask qk/blocks\.0\.attn splits columns 3 and 11: rotary position embedding rotates them as a pair",
     ):
         compact(model, StructuredMask({"qk": {"blocks.0.attn": keep}}))
 

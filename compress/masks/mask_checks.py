@@ -1,0 +1,132 @@
+"""Validation of structured masks, alone and against the network that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ...core.errors import InputError
+from ..network.architecture import Architecture, ConstantSpec, Indices
+from ..network.axes import HEAD_IN, POOL_ATTENTION, POOL_SITES, STEM_OUT, site_in
+from ..network.modules.rope import pairs
+from .groups import DIMENSIONS, SHARED, attentions_at, sites
+
+Entries = Mapping[str, Mapping[str, Tensor]]
+
+_WHY_ONE = {
+    "embed": "the residual stream needs at least one channel",
+    "qk": "with no query/key column the softmax becomes uniform, which is not a dead head; "
+    "remove heads by the head mask",
+}
+
+
+def entry_at(kept: Entries, dimension: str, site: str) -> Tensor | None:
+    """The mask entry that applies at a site, or None where everything is kept."""
+    entries = kept.get(dimension, {})
+    return entries.get(site, None if site in POOL_SITES else entries.get(SHARED))
+
+
+def check_entries(kept: Entries) -> None:
+    """Validate dimensions, data types and shapes without a network.
+
+    Raises:
+        InputError: The first entry that no network could have; the message names it.
+    """
+    for dimension, entries in kept.items():
+        if dimension not in DIMENSIONS:
+            raise InputError(
+                f"mask has an unknown dimension {dimension!r}; known: {', '.join(DIMENSIONS)}"
+            )
+        for site, keep in entries.items():
+            where = f"mask {dimension}/{site}"
+            if keep.dtype != torch.bool:
+                raise InputError(f"{where} is {keep.dtype}, not boolean")
+            if keep.ndim == 2 and dimension in ("qk", "v"):
+                counts = keep.sum(dim=1)
+                if int(counts.min()) != int(counts.max()):
+                    found = sorted(set(counts.tolist()))
+                    raise InputError(
+                        f"{where}: heads keep {found} columns; every head must keep equally many"
+                    )
+            elif keep.ndim != 1:
+                raise InputError(f"{where} has shape {tuple(keep.shape)}")
+
+
+def check_fit(kept: Entries, architecture: Architecture) -> None:
+    """Validate a mask against a network: sites, sizes, and what must not become empty.
+
+    Raises:
+        InputError: The first entry that does not fit; the message names it.
+    """
+    for dimension, entries in kept.items():
+        places = sites(architecture, dimension)
+        for site, keep in entries.items():
+            _check_entry(architecture, dimension, site, keep, places)
+    for site, reads in _readers(architecture):
+        seen = entry_at(kept, "embed", site)
+        if seen is not None and reads is not None and not bool(seen[list(reads)].any()):
+            raise InputError(
+                f"mask embed keeps none of the {len(reads)} channels that there are at {site}; "
+                "it needs one at least"
+            )
+
+
+def _check_entry(
+    architecture: Architecture, dimension: str, site: str, keep: Tensor, places: Mapping[str, int]
+) -> None:
+    where = f"mask {dimension}/{site}"
+    if site == SHARED:
+        sizes = {size for name, size in places.items() if name not in POOL_SITES}
+    else:
+        sizes = {places[site]} if site in places else set()
+    if len(sizes) != 1:
+        known = ", ".join(list(places)[:6]) or "none"
+        raise InputError(f"{where}: this model has no such site; it has {known}")
+    (size,) = sizes
+    if keep.shape[-1] != size:
+        raise InputError(f"{where} has {keep.shape[-1]} entries, the model has {size}")
+    if (dimension in _WHY_ONE or site in POOL_SITES) and not bool(keep.any()):
+        reason = _WHY_ONE.get(dimension, "the pooling head needs one unit at least")
+        raise InputError(f"{where} keeps nothing; {reason}")
+    if dimension in ("qk", "v"):
+        _check_columns(architecture, dimension, site, keep)
+
+
+def _check_columns(architecture: Architecture, dimension: str, site: str, keep: Tensor) -> None:
+    """Validate query, key and value columns: the number of rows, and tied columns."""
+    where = f"mask {dimension}/{site}"
+    for name, core in attentions_at(architecture, site):
+        if keep.ndim == 2 and keep.shape[0] != core.heads:
+            raise InputError(f"{where} has {keep.shape[0]} rows, {name} has {core.heads} heads")
+        if keep.ndim == 2 and core.kv_of is not None:
+            first = [core.kv_of.index(kv) for kv in core.kv_of]
+            if not bool((keep == keep[first]).all()):
+                raise InputError(
+                    f"{where}: heads that share keys and values must keep the same columns"
+                )
+        if dimension == "qk" and core.rope is not None:
+            tied = pairs(core.rope.layout, core.qk)
+            pair = keep[..., tied]
+            split = torch.nonzero(pair.any(dim=-1) & ~pair.all(dim=-1))
+            if len(split):
+                one, other = tied[int(split[0, -1])].tolist()
+                raise InputError(
+                    f"mask qk/{site} splits columns {one} and {other}: rotary position embedding "
+                    "rotates them as a pair; keep or drop whole pairs"
+                )
+    pool = architecture.pool.attention if site == POOL_ATTENTION else None
+    if pool is not None and keep.ndim == 2 and keep.shape[0] != pool.heads:
+        raise InputError(
+            f"{where} has {keep.shape[0]} rows, the pooling head has {pool.heads} heads"
+        )
+
+
+def _readers(architecture: Architecture) -> Iterator[tuple[str, Indices | None]]:
+    """The sites that need a channel of the residual stream, and the channels that each has."""
+    for branch in architecture.branches:
+        if not isinstance(branch.core, ConstantSpec):
+            yield site_in(branch), branch.reads
+    yield HEAD_IN, architecture.head_reads
+    yield STEM_OUT, architecture.stem_writes
