@@ -18,9 +18,9 @@ from ...core.errors import UnsupportedModel
 from ..network.architecture import Architecture, AttentionSpec, FfnSpec, PoolSpec, StemSpec
 from ..network.modules.attention import Attention
 from ..network.modules.branch import Branch
-from ..network.modules.ffn import Ffn
+from ..network.modules.layers import Ffn
 from ..network.modules.model import build
-from ..network.modules.stem import ConvAct
+from ..network.modules.layers import ConvAct
 from .assembly import assemble, classifier, lift_blocks
 from .parts import absent, activation, layer_scale, linear, norm, under
 from .positions import Places

@@ -13,7 +13,7 @@ from ..lift import read
 from ..masks.mask import StructuredMask
 from ..network.architecture import AttentionSpec, BranchSpec
 from ..network.modules.model import CompactModel, build
-from ..network.modules.norm import affine, normalise
+from ..network.modules.layers import affine, normalize
 from .folding import fold_constants
 from .plan import BranchPlan, Plan, plan
 
@@ -119,7 +119,7 @@ def constant_of(spec: BranchSpec, branch: BranchPlan, inner: Mapping[str, Tensor
             inner[name][rows] if name in inner else None
             for name in ("post_norm.weight", "post_norm.bias")
         ]
-        value = affine(normalise(value, sized), *parts)
+        value = affine(normalize(value, sized), *parts)
     if "layer_scale" in inner:
         value = value * inner["layer_scale"][rows]
     return value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..network.architecture import FfnSpec
-from ..network.modules.ffn import ACTIVATIONS
+from ..network.modules.layers import ACTIVATIONS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from ..network.architecture import AttentionSpec, ConstantSpec, FfnSpec
 from ..network.modules.attention import Attention
 from ..network.modules.branch import Branch, Constant
-from ..network.modules.ffn import Ffn
+from ..network.modules.layers import Ffn
 from ..network.modules.model import CompactModel
 
 

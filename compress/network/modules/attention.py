@@ -1,4 +1,4 @@
-"""Self-attention whose query/key width, value width and head count are free of each other."""
+"""Self-attention with independent query/key width, value width and number of heads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..architecture import AttentionSpec
-from .differential import Differential
-from .norm import Norm
+from ..architecture import AttentionSpec, DifferentialSpec
+from .layers import Norm
 from .relative_bias import RelativeBias
 from .rope import Rope
 
@@ -16,8 +15,8 @@ from .rope import Rope
 class Attention(nn.Module):
     """Multi-head self-attention: (batch, tokens, width_in) -> (batch, queries, width_out).
 
-    Separate q, k and v projections: after pruning they have unequal widths, and runtimes fuse
-    attention only in this form.
+    The q, k and v projections are separate: after pruning they have unequal widths, and runtimes
+    fuse attention only in this form.
     """
 
     kv_index: Tensor | None
@@ -25,28 +24,20 @@ class Attention(nn.Module):
     def __init__(self, spec: AttentionSpec, width_in: int, width_out: int) -> None:
         super().__init__()
         self.spec = spec
-        self.q = nn.Linear(width_in, spec.heads * spec.parts * spec.qk, bias=spec.q_bias)
-        self.k = nn.Linear(width_in, spec.kv_heads * spec.parts * spec.qk, bias=spec.k_bias)
+        q_heads, kv_heads = spec.heads * spec.parts, spec.kv_heads * spec.parts
+        self.q = nn.Linear(width_in, q_heads * spec.qk, bias=spec.q_bias)
+        self.k = nn.Linear(width_in, kv_heads * spec.qk, bias=spec.k_bias)
         self.v = nn.Linear(width_in, spec.kv_heads * spec.v, bias=spec.v_bias)
         per_head = spec.qk_norm_per_head
-        self.q_norm = (
-            Norm(spec.q_norm, spec.heads * spec.parts if per_head else 0) if spec.q_norm else None
-        )
-        self.k_norm = (
-            Norm(spec.k_norm, spec.kv_heads * spec.parts if per_head else 0)
-            if spec.k_norm
-            else None
-        )
+        self.q_norm = Norm(spec.q_norm, q_heads if per_head else 0) if spec.q_norm else None
+        self.k_norm = Norm(spec.k_norm, kv_heads if per_head else 0) if spec.k_norm else None
         kv_index = None if spec.kv_of is None else torch.tensor(spec.kv_of, device="cpu")
         self.register_buffer("kv_index", kv_index, persistent=False)
         self.rope = Rope(spec.rope, spec.heads, spec.qk) if spec.rope else None
         self.bias = RelativeBias(spec.bias, spec.heads) if spec.bias else None
         self.differential = Differential(spec.differential) if spec.differential else None
-        self.head_norm = (
-            Norm(spec.head_norm, spec.heads if spec.head_norm_per_head else 0)
-            if spec.head_norm
-            else None
-        )
+        rows = spec.heads if spec.head_norm_per_head else 0
+        self.head_norm = Norm(spec.head_norm, rows) if spec.head_norm else None
         self.out_norm = Norm(spec.out_norm) if spec.out_norm else None
         self.gate = (
             nn.Linear(width_in, spec.heads * spec.v, bias=spec.gate_bias) if spec.gated else None
@@ -54,10 +45,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(spec.heads * spec.v, width_out, bias=spec.out_bias)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """`queries`: compute only the first so many tokens (they still attend to all)."""
+        """With `queries`, compute that many leading tokens only; they still attend to all."""
         spec = self.spec
-        asking = x if queries is None else x[:, :queries]
-        q = _split(self.q(asking), spec.heads * spec.parts)
+        computed = x if queries is None else x[:, :queries]
+        q = _split(self.q(computed), spec.heads * spec.parts)
         k = _split(self.k(x), spec.kv_heads * spec.parts)
         v = _split(self.v(x), spec.kv_heads)
         if self.q_norm is not None:
@@ -77,7 +68,7 @@ class Attention(nn.Module):
         if self.out_norm is not None:
             y = self.out_norm(y)
         if self.gate is not None:
-            y = y * self.gate(asking).sigmoid()
+            y = y * self.gate(computed).sigmoid()
         out: Tensor = self.out(y)
         return out
 
@@ -87,6 +78,53 @@ class Attention(nn.Module):
         if self.differential is not None:
             return self.differential.attend(q, k, v, self.spec.scale, bias)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
+
+
+class Differential(nn.Module):
+    """The factor λ of the second attention map, and differential attention with it.
+
+    `vectors` has shape (4, width) with rows q1, k1, q2, k2, or (2,) with the exponents if `dual`.
+    Ye et al. 2024, "Differential Transformer", eq. 2.
+    """
+
+    def __init__(self, spec: DifferentialSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.vectors = nn.Parameter(torch.zeros(2) if spec.dual else torch.zeros(4, spec.width))
+
+    def forward(self) -> Tensor:
+        """λ: () -> scalar."""
+        vectors = self.vectors
+        exponents = vectors if self.spec.dual else (vectors[0::2] * vectors[1::2]).sum(dim=-1)
+        first, second = exponents.exp().unbind()
+        return first - second + self.spec.start
+
+    @property
+    def gain(self) -> float:
+        """Factor of the heads' outputs after their norm, 1 - λ_init."""
+        return 1.0 - self.spec.start
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+    ) -> Tensor:
+        """(softmax(scale * q1 k1ᵀ + bias) - λ softmax(scale * q2 k2ᵀ + bias)) v.
+
+        Args:
+            q: (batch, 2 * heads, queries, qk); the two queries of a head are neighbors.
+            k: (batch, 2 * heads, tokens, qk).
+            v: (batch, heads, tokens, v).
+            scale: Multiplies the scores before the softmax.
+            bias: (heads, queries, tokens), added to both scores of a head. None: no bias.
+
+        Returns:
+            (batch, heads, queries, v).
+        """
+        scores = q @ k.transpose(-2, -1) * scale
+        if bias is not None:
+            scores = scores + bias.repeat_interleave(2, dim=0)
+        maps = torch.unflatten(scores.softmax(dim=-1), 1, (-1, 2))
+        out: Tensor = (maps[:, :, 0] - self() * maps[:, :, 1]) @ v
+        return out
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

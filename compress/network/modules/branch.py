@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ..architecture import AttentionSpec, BranchSpec, FfnSpec
 from .attention import Attention
-from .ffn import Ffn
-from .norm import Norm
+from .layers import Ffn, Norm
 
 
 class Constant(nn.Module):

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture, AttentionSpec, Indices
 from .branch import Branch
-from .ffn import ACTIVATIONS
-from .norm import Norm
+from .layers import ACTIVATIONS, ConvAct, Norm
 from .pool import AttentionPool, Refine
 from .relative_bias import RelativeBias
-from .stem import ConvAct
 
 
 class CompactModel(nn.Module):

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..architecture import PoolSpec, RefineSpec
-from .ffn import Ffn
-from .norm import Norm
+from .layers import Ffn, Norm
 
 
 class AttentionPool(nn.Module):
