@@ -31,7 +31,7 @@ from vitrim.compress.surgery.rounding import macs_cost, snap
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export.forms import FORMS, Form, write_network
-from vitrim.export.graphs.store import open_graph
+from vitrim.export.graphs.model_proto import open_graph
 from vitrim.export.graphs.torch_graph import simplify, torch_to_onnx
 from vitrim.export.passes import steps
 

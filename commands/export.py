@@ -237,7 +237,7 @@ def _image_at(network: CompactModel | None, image_size: str, model: Path) -> tup
     it.
     """
     from ..compress.surgery.image_size import at_image_size
-    from ..export.another_size import require_memory
+    from ..export.resized_model import require_memory
 
     if network is None:
         raise InputError(

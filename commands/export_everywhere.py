@@ -26,7 +26,7 @@ def export_everywhere(
     InputError.
     """
     from ..bench.local.measure import measure_interleaved
-    from ..export.another_size import IMAGE_SIZE
+    from ..export.resized_model import IMAGE_SIZE
     from ..export.every_runtime import export_everywhere as write
 
     made, absent = write(

@@ -11,14 +11,14 @@ from torch import nn
 
 from ..core.errors import InputError
 from ..core.storage import replace_folder, require_empty
-from .another_size import another_size
+from .resized_model import another_size
 from .artifact import Array, Artifact, Batch, FileEntry, Manifest, Parity, Precision, TensorSpec
-from .foreign import ask_elsewhere
+from .cross_target import ask_elsewhere
 from .forms import Form, form_named
 from .graphs.candidates import PLAIN
 from .graphs.model_facts import ask, image_shape, name_of, provenance_of
-from .graphs.model_versions import opset_of
-from .graphs.store import MODEL
+from .graphs.model_proto import opset_of
+from .graphs.model_proto import MODEL
 from .graphs.tracing import trace
 from .onnxruntime_files import choose, save
 from .parity import TOLERANCES, Probe, answers

@@ -10,7 +10,7 @@ from torch import nn
 from . import capabilities
 from .artifact import Array, FileEntry, Parity, entry_for
 from .graphs.candidates import Candidate, candidates, in_precision, where_in_form
-from .graphs.store import save_model
+from .graphs.model_proto import save_model
 from .graphs.tuning import fastest
 from .parity import Probe, answers, first_difference, require, session_answers
 from .request import ExportRequest

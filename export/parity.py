@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError
 from .artifact import Parity
-from .graphs.store import open_graph
+from .graphs.model_proto import open_graph
 from .sessions import open_session
 from .stage_line import stage
 

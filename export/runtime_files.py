@@ -16,7 +16,7 @@ from ..core.errors import InputError, UnsupportedModel
 from ..runtimes import EngineError
 from ..runtimes.apart import ask_apart
 from .artifact import Array, FileEntry, Parity, entry_for
-from .foreign import EMULATED_S
+from .cross_target import EMULATED_S
 from .forms import Form
 from .graphs.candidates import candidates, readable
 from .onnxruntime_files import prove

@@ -12,7 +12,7 @@ import vitrim
 from tiny_models import tiny_vit
 from vitrim.export.artifact import Artifact, Manifest, PreprocessingSpec, TensorSpec
 from vitrim.export.forms import FORMS, write_network
-from vitrim.export.graphs.store import save_model
+from vitrim.export.graphs.model_proto import save_model
 
 LABELS = ("ankle boot", 'a "quoted" label', "naïve", "back\\slash", "??=")
 

@@ -69,7 +69,7 @@ def attention(
             [linear(graph, form, rows.asking, parts.gate, f"{name}.gate")],
             f"{name}.gate.open",
         )
-        mixed = str(graph.node("Mul", [mixed, opened], f"{name}.gated"))
+        mixed = graph.node("Mul", [mixed, opened], f"{name}.gated")
     return mixed, parts.out
 
 
@@ -89,70 +89,42 @@ def _products(
     matrix = form.rows == "matrix"
     heads_first, keys_last = ([1, 0, 2], [1, 2, 0]) if matrix else ([0, 2, 1, 3], [0, 2, 3, 1])
     lead = [] if matrix else [0]
-    q = str(graph.node("Transpose", [q], f"{name}.q.heads", perm=heads_first))
-    k = str(graph.node("Transpose", [k], f"{name}.k.last", perm=keys_last))
-    v = str(graph.node("Transpose", [v], f"{name}.v.heads", perm=heads_first))
+    q = graph.node("Transpose", [q], f"{name}.q.heads", perm=heads_first)
+    k = graph.node("Transpose", [k], f"{name}.k.last", perm=keys_last)
+    v = graph.node("Transpose", [v], f"{name}.v.heads", perm=heads_first)
     bias = relative_bias(graph, spec.bias, parts.table, rows, name)
     group = _group(spec)
     grouped = spec.kv_of is not None and group is not None
     if grouped:
-        q = str(
-            graph.node(
-                "Reshape",
-                [q, graph.sizes([*lead, spec.kv_heads, -1, spec.qk])],
-                f"{name}.q.grouped",
-            )
-        )
+        q = graph.reshape(q, [*lead, spec.kv_heads, -1, spec.qk], f"{name}.q.grouped")
         if bias is not None:
-            bias = str(
-                graph.node(
-                    "Reshape",
-                    [bias, graph.sizes([spec.kv_heads, -1, rows.tokens])],
-                    f"{name}.bias.grouped",
-                )
-            )
+            bias = graph.reshape(bias, [spec.kv_heads, -1, rows.tokens], f"{name}.bias.grouped")
     elif spec.kv_of is not None:
         axis = 0 if matrix else 1
         k, v = (
-            str(
-                graph.node(
-                    "Gather", [value, graph.sizes(spec.kv_of)], f"{name}.{part}.each", axis=axis
-                )
-            )
+            graph.node("Gather", [value, graph.sizes(spec.kv_of)], f"{name}.{part}.each", axis=axis)
             for part, value in (("k", k), ("v", v))
         )
-    shares = _shares(graph, str(graph.node("MatMul", [q, k], f"{name}.scores")), bias, name)
+    shares = _shares(graph, graph.node("MatMul", [q, k], f"{name}.scores"), bias, name)
     if parts.second is not None:
-        first, second = graph.node(
-            "Split", [shares], f"{name}.maps", outputs=2, axis=0 if matrix else 1, num_outputs=2
+        first, second = graph.node_outputs(
+            "Split", [shares], f"{name}.maps", 2, axis=0 if matrix else 1, num_outputs=2
         )
         less = graph.node(
-            "Mul",
-            [second, graph.constant(f"{name}.lambda", np.array(parts.second, np.float32))],
-            f"{name}.second",
+            "Mul", [second, graph.scalar(f"{name}.lambda", parts.second)], f"{name}.second"
         )
-        shares = str(graph.node("Sub", [first, less], f"{name}.difference"))
-    mixed = str(graph.node("MatMul", [shares, v], f"{name}.mix"))
+        shares = graph.node("Sub", [first, less], f"{name}.difference")
+    mixed = graph.node("MatMul", [shares, v], f"{name}.mix")
     if grouped:
-        mixed = str(
-            graph.node(
-                "Reshape",
-                [mixed, graph.sizes([*lead, spec.heads, -1, spec.v])],
-                f"{name}.mix.heads",
-            )
-        )
-    mixed = str(graph.node("Transpose", [mixed], f"{name}.mix.tokens", perm=heads_first))
-    return str(
-        graph.node(
-            "Reshape", [mixed, graph.sizes([*lead, -1, spec.heads * spec.v])], f"{name}.mix.rows"
-        )
-    )
+        mixed = graph.reshape(mixed, [*lead, spec.heads, -1, spec.v], f"{name}.mix.heads")
+    mixed = graph.node("Transpose", [mixed], f"{name}.mix.tokens", perm=heads_first)
+    return graph.reshape(mixed, [*lead, -1, spec.heads * spec.v], f"{name}.mix.rows")
 
 
 def _shares(graph: Graph, scores: str, bias: str | None, name: str) -> str:
     if bias is not None:
-        scores = str(graph.node("Add", [scores, bias], f"{name}.scores.placed"))
-    return str(graph.node("Softmax", [scores], f"{name}.softmax", axis=-1))
+        scores = graph.node("Add", [scores, bias], f"{name}.scores.placed")
+    return graph.node("Softmax", [scores], f"{name}.softmax", axis=-1)
 
 
 def _projected(
@@ -175,7 +147,7 @@ def _projected(
         bias = None if all(part.bias is None for part in linears) else np.concatenate(biases)
         together = linear(graph, form, rows.x, Linear(joined, bias), f"{name}.qkv")
         sections = graph.sizes([heads * width for _, heads, width in kinds])
-        pieces = graph.node("Split", [together, sections], f"{name}.qkv.split", outputs=3, axis=-1)
+        pieces = graph.node_outputs("Split", [together, sections], f"{name}.qkv.split", 3, axis=-1)
     else:
         sources = (rows.asking, rows.x, rows.x)
         pieces = [
@@ -186,11 +158,7 @@ def _projected(
     for piece, (part, heads, width) in zip(pieces, kinds, strict=True):
         if rows.padding and part != "q":
             piece = first_tokens(graph, form, piece, rows.tokens, f"{name}.{part}.real")
-        y = str(
-            graph.node(
-                "Reshape", [piece, graph.sizes([*lead, heads, width])], f"{name}.{part}.split"
-            )
-        )
+        y = graph.reshape(piece, [*lead, heads, width], f"{name}.{part}.split")
         y = _normed(
             graph, {"q": parts.q_norm, "k": parts.k_norm}.get(part), y, f"{name}.{part}_norm"
         )
@@ -207,7 +175,7 @@ def _flat(
     lead = 1 if form.rows == "matrix" else 0
     widths = (spec.heads * spec.qk, spec.kv_heads * spec.qk, spec.kv_heads * spec.v)
     return [
-        str(graph.node("Reshape", [value, graph.sizes([lead, -1, width])], f"{name}.{part}.one"))
+        graph.reshape(value, [lead, -1, width], f"{name}.{part}.one")
         for value, part, width in zip(values, "qkv", widths, strict=True)
     ]
 
@@ -229,38 +197,26 @@ def _standard(
         ]
         if form.rows == "matrix":
             inputs = [
-                str(
-                    graph.node(
-                        "Reshape",
-                        [y, graph.sizes([1, -1, part.weight.shape[1]])],
-                        f"{name}.{label}.one",
-                    )
-                )
+                graph.reshape(y, [1, -1, part.weight.shape[1]], f"{name}.{label}.one")
                 for y, (_, part), label in zip(inputs, linears, "qkv", strict=True)
             ]
     else:
         inputs = _flat(graph, form, _projected(graph, form, spec, parts, rows, name), spec, name)
     bias = relative_bias(graph, spec.bias, parts.table, rows, name)
     if bias is not None:
-        inputs.append(str(graph.node("Unsqueeze", [bias, graph.sizes([0])], f"{name}.bias.one")))
-    mixed = str(
-        graph.node(
-            "Attention",
-            inputs,
-            f"{name}.mix",
-            q_num_heads=spec.heads,
-            kv_num_heads=spec.kv_heads,
-            scale=1.0,
-        )
+        inputs.append(graph.node("Unsqueeze", [bias, graph.sizes([0])], f"{name}.bias.one"))
+    mixed = graph.node(
+        "Attention",
+        inputs,
+        f"{name}.mix",
+        q_num_heads=spec.heads,
+        kv_num_heads=spec.kv_heads,
+        scale=1.0,
     )
     return (
         mixed
         if form.rows == "batch"
-        else str(
-            graph.node(
-                "Reshape", [mixed, graph.sizes([-1, spec.heads * spec.v])], f"{name}.mix.rows"
-            )
-        )
+        else graph.reshape(mixed, [-1, spec.heads * spec.v], f"{name}.mix.rows")
     )
 
 
@@ -276,12 +232,10 @@ def _runtime(
         ]
     elif _plain(spec, rows):
         inputs = [
-            str(
-                graph.node(
-                    "MatMul",
-                    [source, graph.constant(f"{name}.{label}.weight", part.weight)],
-                    f"{name}.{label}",
-                )
+            graph.node(
+                "MatMul",
+                [source, graph.constant(f"{name}.{label}.weight", part.weight)],
+                f"{name}.{label}",
             )
             for source, part, label in linears
         ]
@@ -298,19 +252,12 @@ def _runtime(
         inputs += [
             shift,
             "",
-            str(graph.node("Unsqueeze", [table, graph.sizes([0])], f"{name}.bias.one")),
+            graph.node("Unsqueeze", [table, graph.sizes([0])], f"{name}.bias.one"),
         ]
     elif shift:
         inputs.append(shift)
-    return str(
-        graph.node(
-            "MultiHeadAttention",
-            inputs,
-            f"{name}.mix",
-            domain=RUNTIME,
-            num_heads=spec.heads,
-            scale=1.0,
-        )
+    return graph.node(
+        "MultiHeadAttention", inputs, f"{name}.mix", domain=RUNTIME, num_heads=spec.heads, scale=1.0
     )
 
 
@@ -344,11 +291,9 @@ def _without_keys(
         parts.v.weight.reshape(-1, spec.kv_heads, spec.v).transpose(1, 0, 2)[list(parts.kv_of)]
     )
     q = linear(graph, form, rows.asking, parts.q, f"{name}.q")
-    q = str(
-        graph.node("Reshape", [q, graph.sizes([*lead, -1, spec.heads, spec.qk])], f"{name}.q.split")
-    )
+    q = graph.reshape(q, [*lead, -1, spec.heads, spec.qk], f"{name}.q.split")
     q = _normed(graph, parts.q_norm, q, f"{name}.q_norm")
-    q = str(graph.node("Transpose", [q], f"{name}.q.heads", perm=heads_first))
+    q = graph.node("Transpose", [q], f"{name}.q.heads", perm=heads_first)
     asking = graph.node(
         "MatMul", [q, graph.constant(f"{name}.k.weight", keys)], f"{name}.asking.heads"
     )
@@ -362,22 +307,14 @@ def _without_keys(
         relative_bias(graph, spec.bias, parts.table, rows, name),
         name,
     )
-    mixed = str(
-        graph.node("MatMul", [mixed, graph.constant(f"{name}.v.weight", values)], f"{name}.mix")
-    )
+    mixed = graph.node("MatMul", [mixed, graph.constant(f"{name}.v.weight", values)], f"{name}.mix")
     if parts.v.bias is not None:
         shift = parts.v.bias.reshape(spec.kv_heads, 1, spec.v)[list(parts.kv_of)]
-        mixed = str(
-            graph.node(
-                "Add", [mixed, graph.constant(f"{name}.v.bias", shift)], f"{name}.mix.shifted"
-            )
+        mixed = graph.node(
+            "Add", [mixed, graph.constant(f"{name}.v.bias", shift)], f"{name}.mix.shifted"
         )
-    mixed = str(graph.node("Transpose", [mixed], f"{name}.mix.tokens", perm=heads_first))
-    return str(
-        graph.node(
-            "Reshape", [mixed, graph.sizes([*lead, -1, spec.heads * spec.v])], f"{name}.mix.rows"
-        )
-    )
+    mixed = graph.node("Transpose", [mixed], f"{name}.mix.tokens", perm=heads_first)
+    return graph.reshape(mixed, [*lead, -1, spec.heads * spec.v], f"{name}.mix.rows")
 
 
 def pooled_rows(
@@ -394,19 +331,13 @@ def pooled_rows(
     matrix = form.rows == "matrix"
     x = first_tokens(graph, form, rows.x, rows.tokens, f"{name}.real") if rows.padding else rows.x
     lead = [] if matrix else [0]
-    flat = graph.node("Reshape", [asking, graph.sizes([*lead, -1, width])], f"{name}.asking.rows")
+    flat = graph.reshape(asking, [*lead, -1, width], f"{name}.asking.rows")
     turned = graph.node("Transpose", [x], f"{name}.turned", perm=[1, 0] if matrix else [0, 2, 1])
-    scores = str(graph.node("MatMul", [flat, turned], f"{name}.scores"))
+    scores = graph.node("MatMul", [flat, turned], f"{name}.scores")
     if bias is not None:
-        bias = str(
-            graph.node("Reshape", [bias, graph.sizes([-1, rows.tokens])], f"{name}.bias.rows")
-        )
+        bias = graph.reshape(bias, [-1, rows.tokens], f"{name}.bias.rows")
     mixed = graph.node("MatMul", [_shares(graph, scores, bias, name), x], f"{name}.pooled")
-    return str(
-        graph.node(
-            "Reshape", [mixed, graph.sizes([*lead, heads, -1, width])], f"{name}.pooled.heads"
-        )
-    )
+    return graph.reshape(mixed, [*lead, heads, -1, width], f"{name}.pooled.heads")
 
 
 def _normed(graph: Graph, part: NormWeights | None, x: str, name: str) -> str:
@@ -420,14 +351,12 @@ def _normed(graph: Graph, part: NormWeights | None, x: str, name: str) -> str:
         return norm(graph, x, part.spec, part.weight, part.bias, name)
     plain = norm(graph, x, part.spec, None, None, name)
     if part.weight is not None:
-        plain = str(
-            graph.node(
-                "Mul", [plain, graph.constant(f"{name}.weight", part.weight)], f"{name}.scaled"
-            )
+        plain = graph.node(
+            "Mul", [plain, graph.constant(f"{name}.weight", part.weight)], f"{name}.scaled"
         )
     if part.bias is not None:
-        plain = str(
-            graph.node("Add", [plain, graph.constant(f"{name}.bias", part.bias)], f"{name}.biased")
+        plain = graph.node(
+            "Add", [plain, graph.constant(f"{name}.bias", part.bias)], f"{name}.biased"
         )
     return plain
 
@@ -438,17 +367,9 @@ def _normed_heads(
     if part is None:
         return mixed
     lead = [] if form.rows == "matrix" else [0]
-    apart = str(
-        graph.node(
-            "Reshape", [mixed, graph.sizes([*lead, -1, spec.heads, spec.v])], f"{name}.mix.apart"
-        )
-    )
+    apart = graph.reshape(mixed, [*lead, -1, spec.heads, spec.v], f"{name}.mix.apart")
     apart = _normed(graph, part, apart, f"{name}.head_norm")
-    return str(
-        graph.node(
-            "Reshape", [apart, graph.sizes([*lead, -1, spec.heads * spec.v])], f"{name}.mix.normed"
-        )
-    )
+    return graph.reshape(apart, [*lead, -1, spec.heads * spec.v], f"{name}.mix.normed")
 
 
 def _turned(
@@ -470,7 +391,7 @@ def _turned(
         return x
     still = ((0, rows.padding if part == "q" and rows.queries is None else 0), (0, 0), (0, 0))
     cosine, sine = np.pad(parts.cosine[:count], still), np.pad(parts.sine[:count], still)
-    first, second = graph.node("Split", [x], f"{name}.halves", outputs=2, axis=-1, num_outputs=2)
+    first, second = graph.node_outputs("Split", [x], f"{name}.halves", 2, axis=-1, num_outputs=2)
     swapped = graph.node("Concat", [second, first], f"{name}.swapped", axis=-1)
     straight = graph.node(
         "Mul", [x, graph.constant("rope.cosine", cosine, shared=True)], f"{name}.straight"
@@ -478,7 +399,7 @@ def _turned(
     across = graph.node(
         "Mul", [swapped, graph.constant("rope.sine", sine, shared=True)], f"{name}.across"
     )
-    return str(graph.node("Add", [straight, across], f"{name}.turned"))
+    return graph.node("Add", [straight, across], f"{name}.turned")
 
 
 def relative_bias(
@@ -500,8 +421,6 @@ def relative_bias(
     elif rows.padding:
         index = np.pad(index, ((0, rows.padding), (0, 0)))
     where = graph.constant("bias.offsets", index.astype(np.int64), shared=True)
-    return str(
-        graph.node(
-            "Gather", [graph.constant(f"{name}.bias.table", table), where], f"{name}.bias", axis=1
-        )
+    return graph.node(
+        "Gather", [graph.constant(f"{name}.bias.table", table), where], f"{name}.bias", axis=1
     )

@@ -44,17 +44,11 @@ def attention_pool(
     width_in = wide["v.weight"].shape[1]
     heads, v = attention.heads, attention.v
     values = wide["v.weight"].reshape(heads, v, width_in).transpose(0, 2, 1)
-    apart = graph.node(
-        "Reshape",
-        [pooled, graph.sizes([*([] if matrix else [0]), heads, 1, width_in])],
-        "pool.apart",
-    )
+    apart = graph.reshape(pooled, [*([] if matrix else [0]), heads, 1, width_in], "pool.apart")
     mixed = graph.node(
         "MatMul", [apart, graph.constant("pool.v.weight", single(values))], "pool.values"
     )
-    row = str(
-        graph.node("Reshape", [mixed, graph.sizes([1 if matrix else 0, heads * v])], "pool.row")
-    )
+    row = graph.reshape(mixed, [1 if matrix else 0, heads * v], "pool.row")
     out, shift = wide["out.weight"].T, wide.get("out.bias")
     if "v.bias" in wide:
         moved = wide["v.bias"] @ out
@@ -76,8 +70,8 @@ def attention_pool(
         )
     )
     hidden, last = ffn(graph, plain, spec.ffn, under, seen, "pool.ffn")
-    return str(
-        graph.node("Add", [y, linear(graph, plain, hidden, last, "pool.ffn.out")], "pool.residual")
+    return graph.node(
+        "Add", [y, linear(graph, plain, hidden, last, "pool.ffn.out")], "pool.residual"
     )
 
 
@@ -88,19 +82,17 @@ def _scores(graph: Graph, form: Form, spec: AttentionSpec, wide: State, x: str) 
     keys = wide["k.weight"]
     if spec.k_norm is None:
         folded = np.einsum("hc,hci->ih", query, keys.reshape(heads, qk, -1))
-        return str(
-            graph.node(
-                "MatMul", [x, graph.constant("pool.k.weight", single(folded))], "pool.scores"
-            )
+        return graph.node(
+            "MatMul", [x, graph.constant("pool.k.weight", single(folded))], "pool.scores"
         )
     bias = wide.get("k.bias")
     k = linear(
         graph, form, x, Linear(single(keys.T), None if bias is None else single(bias)), "pool.k"
     )
     lead = [] if form.rows == "matrix" else [0]
-    k = str(graph.node("Reshape", [k, graph.sizes([*lead, -1, heads, qk])], "pool.k.split"))
+    k = graph.reshape(k, [*lead, -1, heads, qk], "pool.k.split")
     k = norm(graph, k, spec.k_norm, None, None, "pool.k_norm")
     weight = wide.get("k_norm.weight")
     query = query if weight is None else query * weight
     product = graph.node("Mul", [k, graph.constant("pool.query", single(query))], "pool.k.asked")
-    return str(graph.node("ReduceSum", [product, graph.sizes([-1])], "pool.scores", keepdims=0))
+    return graph.node("ReduceSum", [product, graph.sizes([-1])], "pool.scores", keepdims=0)

@@ -25,20 +25,16 @@ def ffn(
         opened = activation(
             graph, spec.act, linear(graph, form, x, gate, f"{name}.gate"), f"{name}.act"
         )
-        hidden = str(
-            graph.node(
-                "Mul", [opened, linear(graph, form, x, first, f"{name}.fc1")], f"{name}.gated"
-            )
+        hidden = graph.node(
+            "Mul", [opened, linear(graph, form, x, first, f"{name}.fc1")], f"{name}.gated"
         )
     elif form.activation == "bias-gelu" and spec.act == "gelu" and first.bias is not None:
         product = linear(graph, form, x, Linear(first.weight, None), f"{name}.fc1")
-        hidden = str(
-            graph.node(
-                "BiasGelu",
-                [product, graph.constant(f"{name}.fc1.bias", first.bias)],
-                f"{name}.act",
-                domain=RUNTIME,
-            )
+        hidden = graph.node(
+            "BiasGelu",
+            [product, graph.constant(f"{name}.fc1.bias", first.bias)],
+            f"{name}.act",
+            domain=RUNTIME,
         )
     else:
         hidden = activation(
@@ -61,27 +57,20 @@ def activation(graph: Graph, kind: str, x: str, name: str) -> str:
     if kind == "identity":
         return x
     if kind == "gelu":
-        return str(graph.node("Gelu", [x], name))
+        return graph.node("Gelu", [x], name)
     if kind == "gelu_tanh":
-        return str(graph.node("Gelu", [x], name, approximate="tanh"))
+        return graph.node("Gelu", [x], name, approximate="tanh")
     if kind == "relu6":
         bounds = [
-            graph.constant(f"{name}.{label}", np.array(value, np.float32))
-            for label, value in (("low", 0.0), ("high", 6.0))
+            graph.scalar(f"{name}.{label}", value) for label, value in (("low", 0.0), ("high", 6.0))
         ]
-        return str(graph.node("Clip", [x, *bounds], name))
+        return graph.node("Clip", [x, *bounds], name)
     if kind in ("silu", "quick_gelu"):
         inner = x
         if kind == "quick_gelu":
-            inner = str(
-                graph.node(
-                    "Mul",
-                    [x, graph.constant(f"{name}.slope", np.array(1.702, np.float32))],
-                    f"{name}.steep",
-                )
-            )
-        return str(graph.node("Mul", [x, graph.node("Sigmoid", [inner], f"{name}.sigmoid")], name))
+            inner = graph.node("Mul", [x, graph.scalar(f"{name}.slope", 1.702)], f"{name}.steep")
+        return graph.node("Mul", [x, graph.node("Sigmoid", [inner], f"{name}.sigmoid")], name)
     operator = {"relu": "Relu", "hardswish": "HardSwish", "tanh": "Tanh", "sigmoid": "Sigmoid"}[
         kind
     ]
-    return str(graph.node(operator, [x], name))
+    return graph.node(operator, [x], name)

@@ -1,4 +1,4 @@
-"""Writes an ONNX graph node by node: the few calls that the forms need."""
+"""Writes an ONNX graph node by node, with the few calls that the forms need."""
 
 from __future__ import annotations
 
@@ -10,54 +10,61 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ..graphs.names import unused_name
+from ..graphs.model_proto import unused_name
 
 Array = NDArray[Any]
+State = dict[str, Array]
+RUNTIME = "com.microsoft"
 
 
 class Graph:
-    """Nodes and constants in the order of computation. Values are names; a node's name says which
-    part of the network it belongs to.
+    """Nodes and constants in the order of computation.
+
+    Values are referred to by name; a node's name states which part of the network it belongs to.
     """
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
-        self._taken: set[str] = set()
-        self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._used: set[str] = set()
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._uses_runtime = False
         # How a Linear is written: one Gemm where rows are a matrix, always a product and a sum (as
-        # quantizers want it), or in eight bits.
+        # quantizers need it), or in eight bits.
         self.linears: Literal["gemm", "product", "int8"] = "gemm"
         self.weight_bits = 8
         # Whether RMSNorm may be written as ONNX Runtime's operator.
         self.runtime_norm = False
 
     def constant(self, name: str, value: Array, *, shared: bool = False) -> str:
-        """A weight; the same small array, or `shared` one, is kept once."""
+        """Add a weight. Equal arrays are stored once if they are small or `shared`."""
         value = np.asarray(value, order="C")
         key = (
             value.dtype.str,
             value.shape,
             value.tobytes() if value.nbytes <= 256 or shared else b"",
         )
-        if key[2] and key in self._known:
-            return self._known[key]
-        name = unused_name(name, self._taken)
+        if key[2] and key in self._shared:
+            return self._shared[key]
+        name = unused_name(name, self._used)
         self.constants[name] = numpy_helper.from_array(value, name)
         if key[2]:
-            self._known[key] = name
+            self._shared[key] = name
         return name
 
+    def scalar(self, name: str, value: float) -> str:
+        """Add a float32 constant without dimensions."""
+        return self.constant(name, np.array(value, np.float32))
+
     def sizes(self, values: Sequence[int]) -> str:
-        """An int64 vector, as shapes and axes are given."""
+        """Add an int64 vector, the type of shapes, axes and indices."""
         return self.constant(
             "sizes." + "_".join(str(value).replace("-", "m") for value in values),
             np.array(values, dtype=np.int64),
         )
 
     def sizes_row(self, values: Sequence[int]) -> str:
-        """An int64 matrix of one row."""
+        """Add an int64 matrix of one row."""
         return self.constant("indices", np.array([values], dtype=np.int64), shared=True)
 
     def node(
@@ -66,23 +73,71 @@ class Graph:
         inputs: Sequence[str],
         name: str,
         *,
-        outputs: int = 1,
         domain: str = "",
         **attributes: Any,
-    ) -> Any:
-        """Add a node and return the name of its output, or a list of names for several; empty ones
-        are unused.
+    ) -> str:
+        """Add a node with one output.
+
+        Args:
+            operator: The operator type.
+            inputs: Names of the inputs; an empty name is an input left out.
+            name: Name of the node and of its output; a number is appended if it is in use.
+            domain: The operator's domain, by default the standard's.
+            **attributes: Attributes of the node.
+
+        Returns:
+            The name of the output.
         """
-        name = unused_name(name, self._taken)
+        return self._add(operator, inputs, name, 1, domain, attributes)[0]
+
+    def node_outputs(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        name: str,
+        outputs: int,
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[str]:
+        """Add a node with several outputs.
+
+        Args:
+            operator: The operator type.
+            inputs: Names of the inputs; an empty name is an input left out.
+            name: Name of the node; its outputs are `name.0`, `name.1`, ...
+            outputs: Number of outputs.
+            domain: The operator's domain, by default the standard's.
+            **attributes: Attributes of the node.
+
+        Returns:
+            The names of the outputs.
+        """
+        return self._add(operator, inputs, name, outputs, domain, attributes)
+
+    def _add(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        name: str,
+        outputs: int,
+        domain: str,
+        attributes: dict[str, Any],
+    ) -> list[str]:
+        name = unused_name(name, self._used)
         names = [name] if outputs == 1 else [f"{name}.{number}" for number in range(outputs)]
         self.nodes.append(
             helper.make_node(operator, list(inputs), names, name=name, domain=domain, **attributes)
         )
-        self._uses_runtime |= domain == "com.microsoft"
-        return names[0] if outputs == 1 else names
+        self._uses_runtime |= domain == RUNTIME
+        return names
+
+    def reshape(self, x: str, shape: Sequence[int], name: str) -> str:
+        """Add a Reshape to a constant shape (0 copies a dimension, -1 infers one)."""
+        return self.node("Reshape", [x, self.sizes(shape)], name)
 
     def drop_outputs(self, unused: Sequence[int]) -> None:
-        """Mark outputs of the last node as not wanted."""
+        """Mark outputs of the last node as unused."""
         for number in unused:
             self.nodes[-1].output[number] = ""
 
@@ -93,7 +148,17 @@ class Graph:
         output: str,
         opset: int,
     ) -> onnx.ModelProto:
-        """The finished model: `images` in, `logits` out."""
+        """Return the finished model, `images` -> `logits`.
+
+        Args:
+            input_shape: Shape of `images`; a free dimension is given by its name.
+            output_shape: Shape of `logits`.
+            output: Name of the value that becomes `logits`.
+            opset: Version of the standard's operators.
+
+        Returns:
+            The model, with its constants as initializers.
+        """
         self._rename(output, "logits")
         graph = helper.make_graph(
             self.nodes,
@@ -104,7 +169,7 @@ class Graph:
         )
         opsets = [helper.make_opsetid("", opset)]
         if self._uses_runtime:
-            opsets.append(helper.make_opsetid("com.microsoft", 1))
+            opsets.append(helper.make_opsetid(RUNTIME, 1))
         model: onnx.ModelProto = helper.make_model(
             graph, producer_name="vitrim", opset_imports=opsets, ir_version=10
         )

@@ -48,11 +48,7 @@ def head(graph: Graph, form: Form, architecture: Architecture, state: State, str
         )
     elif kind == "token":
         x = (
-            str(
-                graph.node(
-                    "Reshape", [_one(graph, form, x, tokens), graph.sizes([-1, width])], "pool"
-                )
-            )
+            graph.node("Reshape", [_one(graph, form, x, tokens), graph.sizes([-1, width])], "pool")
             if form.rows == "batch" or tokens > 1
             else x
         )
@@ -62,13 +58,11 @@ def head(graph: Graph, form: Form, architecture: Architecture, state: State, str
             [first_tokens(graph, form, x, 1, "class"), graph.sizes([-1, width])],
             "class.row",
         )
-        x = str(
-            graph.node(
-                "Concat",
-                [first, _mean(graph, form, _patches(graph, form, x, prefix, tokens))],
-                "pool.joined",
-                axis=-1,
-            )
+        x = graph.node(
+            "Concat",
+            [first, _mean(graph, form, _patches(graph, form, x, prefix, tokens))],
+            "pool.joined",
+            axis=-1,
         )
     else:
         rows = x if kind.endswith("_all") else _patches(graph, form, x, prefix, tokens)
@@ -82,11 +76,7 @@ def head(graph: Graph, form: Form, architecture: Architecture, state: State, str
                 [_largest(graph, form, rows, "pool.max"), _mean(graph, form, rows)],
                 "pool.both",
             )
-            x = str(
-                graph.node(
-                    "Mul", [both, graph.constant("half", np.array(0.5, np.float32))], "pool.avgmax"
-                )
-            )
+            x = graph.node("Mul", [both, graph.scalar("half", 0.5)], "pool.avgmax")
     if architecture.pool_norm is not None:
         x = norm(
             graph,
@@ -136,12 +126,10 @@ def _distilled(
     spec, plain = architecture.head, replace(form, rows="matrix")
     if spec is not None and spec.hidden is None and spec.act == "identity":
         # The mean of two classifiers on two rows is one classifier on the rows side by side.
-        x = str(
-            graph.node(
-                "Reshape",
-                [first_tokens(graph, form, x, 2, "asked"), graph.sizes([-1, 2 * width])],
-                "pool",
-            )
+        x = graph.node(
+            "Reshape",
+            [first_tokens(graph, form, x, 2, "asked"), graph.sizes([-1, 2 * width])],
+            "pool",
         )
         matrix = np.concatenate([state["head.weight"].T, state["head_dist.weight"].T]) / 2
         shift = (state["head.bias"] + state["head_dist.bias"]) / 2 if "head.bias" in state else None
@@ -154,22 +142,16 @@ def _distilled(
             [x, graph.sizes([number]), graph.sizes([number + 1]), graph.sizes([axis])],
             f"{classifier}.row",
         )
-        flat = str(graph.node("Reshape", [row, graph.sizes([-1, width])], f"{classifier}.flat"))
+        flat = graph.reshape(row, [-1, width], f"{classifier}.flat")
         answers.append(_answer(graph, plain, architecture, state, flat, classifier))
     both = graph.node("Add", answers, "head.both")
-    return str(
-        graph.node("Mul", [both, graph.constant("half", np.array(0.5, np.float32))], "head.mean")
-    )
+    return graph.node("Mul", [both, graph.scalar("half", 0.5)], "head.mean")
 
 
 def _dense(graph: Graph, form: Form, architecture: Architecture, state: State, x: str) -> str:
     width = architecture.read_width(architecture.head_reads)
-    first = str(
-        graph.node(
-            "Reshape",
-            [first_tokens(graph, form, x, 1, "class"), graph.sizes([-1, width])],
-            "class.row",
-        )
+    first = graph.node(
+        "Reshape", [first_tokens(graph, form, x, 1, "class"), graph.sizes([-1, width])], "class.row"
     )
     patches = _answer(
         graph,
@@ -181,21 +163,13 @@ def _dense(graph: Graph, form: Form, architecture: Architecture, state: State, x
     )
     best = graph.node(
         "Mul",
-        [
-            _largest(graph, form, patches, "head_dist.best"),
-            graph.constant("half", np.array(0.5, np.float32)),
-        ],
+        [_largest(graph, form, patches, "head_dist.best"), graph.scalar("half", 0.5)],
         "head_dist.half",
     )
-    return str(
-        graph.node(
-            "Add",
-            [
-                _answer(graph, replace(form, rows="matrix"), architecture, state, first, "head"),
-                best,
-            ],
-            "head.dense",
-        )
+    return graph.node(
+        "Add",
+        [_answer(graph, replace(form, rows="matrix"), architecture, state, first, "head"), best],
+        "head.dense",
     )
 
 
@@ -212,26 +186,20 @@ def _refined(graph: Graph, form: Form, spec: RefineSpec, x: str, asked: int | No
         )
         x = place(graph, x, spread, heads * wide, "refine.even")
     lead, heads_first = ([], [1, 0, 2]) if matrix else ([0], [0, 2, 1, 3])
-    apart = graph.node("Reshape", [x, graph.sizes([*lead, -1, heads, wide])], "refine.heads")
-    keys = str(graph.node("Transpose", [apart], "refine.keys", perm=heads_first))
+    apart = graph.reshape(x, [*lead, -1, heads, wide], "refine.heads")
+    keys = graph.node("Transpose", [apart], "refine.keys", perm=heads_first)
     turned = graph.node(
         "Transpose", [apart], "refine.turned", perm=[1, 2, 0] if matrix else [0, 2, 3, 1]
     )
     asking = keys
     if asked is not None:
         axis = 1 if matrix else 2
-        asking = str(
-            graph.node(
-                "Slice",
-                [keys, graph.sizes([0]), graph.sizes([asked]), graph.sizes([axis])],
-                "refine.asking",
-            )
+        asking = graph.node(
+            "Slice",
+            [keys, graph.sizes([0]), graph.sizes([asked]), graph.sizes([axis])],
+            "refine.asking",
         )
-    scaled = graph.node(
-        "Mul",
-        [asking, graph.constant("refine.scale", np.array(spec.scale, np.float32))],
-        "refine.scaled",
-    )
+    scaled = graph.node("Mul", [asking, graph.scalar("refine.scale", spec.scale)], "refine.scaled")
     shares = graph.node(
         "Softmax",
         [graph.node("MatMul", [scaled, turned], "refine.scores")],
@@ -244,7 +212,7 @@ def _refined(graph: Graph, form: Form, spec: RefineSpec, x: str, asked: int | No
         "refine.tokens",
         perm=heads_first,
     )
-    y = str(graph.node("Reshape", [mixed, graph.sizes([*lead, -1, heads * wide])], "refine.rows"))
+    y = graph.reshape(mixed, [*lead, -1, heads * wide], "refine.rows")
     if even:
         return y
     kept = tuple(
@@ -263,34 +231,20 @@ def _patches(graph: Graph, form: Form, x: str, prefix: int, tokens: int) -> str:
     if not prefix:
         return x
     axis = 0 if form.rows == "matrix" else 1
-    return str(
-        graph.node(
-            "Slice",
-            [x, graph.sizes([prefix]), graph.sizes([tokens]), graph.sizes([axis])],
-            "patches",
-        )
+    return graph.node(
+        "Slice", [x, graph.sizes([prefix]), graph.sizes([tokens]), graph.sizes([axis])], "patches"
     )
 
 
 def _mean(graph: Graph, form: Form, rows: str) -> str:
     matrix = form.rows == "matrix"
-    return str(
-        graph.node(
-            "ReduceMean",
-            [rows, graph.sizes([0 if matrix else 1])],
-            "pool",
-            keepdims=1 if matrix else 0,
-        )
+    return graph.node(
+        "ReduceMean", [rows, graph.sizes([0 if matrix else 1])], "pool", keepdims=1 if matrix else 0
     )
 
 
 def _largest(graph: Graph, form: Form, rows: str, name: str) -> str:
     matrix = form.rows == "matrix"
-    return str(
-        graph.node(
-            "ReduceMax",
-            [rows, graph.sizes([0 if matrix else 1])],
-            name,
-            keepdims=1 if matrix else 0,
-        )
+    return graph.node(
+        "ReduceMax", [rows, graph.sizes([0 if matrix else 1])], name, keepdims=1 if matrix else 0
     )

@@ -32,9 +32,9 @@ def linear(graph: Graph, form: Form, x: str, layer: Linear, name: str) -> str:
     weight = graph.constant(f"{name}.weight", layer.weight)
     bias = None if layer.bias is None else graph.constant(f"{name}.bias", layer.bias)
     if form.rows == "matrix" and bias is not None and graph.linears != "product":
-        return str(graph.node("Gemm", [x, weight, bias], name))
-    product = str(graph.node("MatMul", [x, weight], name))
-    return product if bias is None else str(graph.node("Add", [product, bias], f"{name}.add"))
+        return graph.node("Gemm", [x, weight, bias], name)
+    product = graph.node("MatMul", [x, weight], name)
+    return product if bias is None else graph.node("Add", [product, bias], f"{name}.add")
 
 
 def int8_linear(graph: Graph, x: str, layer: Linear, name: str) -> str:
@@ -53,7 +53,7 @@ def int8_linear(graph: Graph, x: str, layer: Linear, name: str) -> str:
     inputs.append(graph.constant(f"{name}.weight.zero", np.zeros(scale.shape, np.int8)))
     if layer.bias is not None:
         inputs.append(graph.constant(f"{name}.bias", layer.bias))
-    return str(graph.node("DynamicQuantizeMatMul", inputs, name, domain=RUNTIME))
+    return graph.node("DynamicQuantizeMatMul", inputs, name, domain=RUNTIME)
 
 
 def norm(
@@ -65,53 +65,47 @@ def norm(
     if spec.kind == "rms" and weight is not None and weight.ndim == 1 and graph.runtime_norm:
         # ONNX Runtime's own name for RMSNorm; the standard's came with opset 23, at which this
         # runtime no longer fuses Transpose into MatMul.
-        y = str(
-            graph.node(
-                "SimplifiedLayerNormalization",
-                [x, graph.constant(f"{name}.weight", weight)],
-                name,
-                axis=-1,
-                epsilon=spec.eps,
-            )
+        y = graph.node(
+            "SimplifiedLayerNormalization",
+            [x, graph.constant(f"{name}.weight", weight)],
+            name,
+            axis=-1,
+            epsilon=spec.eps,
         )
         return (
             y
             if bias is None
-            else str(graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], f"{name}.biased"))
+            else graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], f"{name}.biased")
         )
     if spec.kind == "layer":
         scale = np.ones(spec.width, np.float32) if weight is None else weight
         inputs = [x, graph.constant(f"{name}.weight", scale)]
         if bias is not None:
             inputs.append(graph.constant(f"{name}.bias", bias))
-        return str(graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=spec.eps))
+        return graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=spec.eps)
     # RMSNorm has an operator of its own from opset 23 on only; these five run everywhere.
     square = graph.node("Mul", [x, x], f"{name}.square")
     mean = graph.node("ReduceMean", [square, graph.sizes([-1])], f"{name}.mean", keepdims=1)
-    shifted = graph.node(
-        "Add",
-        [mean, graph.constant(f"{name}.eps", np.array(spec.eps, np.float32))],
-        f"{name}.shifted",
-    )
-    y = str(graph.node("Div", [x, graph.node("Sqrt", [shifted], f"{name}.root")], f"{name}.unit"))
+    shifted = graph.node("Add", [mean, graph.scalar(f"{name}.eps", spec.eps)], f"{name}.shifted")
+    y = graph.node("Div", [x, graph.node("Sqrt", [shifted], f"{name}.root")], f"{name}.unit")
     if weight is not None:
-        y = str(graph.node("Mul", [y, graph.constant(f"{name}.weight", weight)], f"{name}.scaled"))
+        y = graph.node("Mul", [y, graph.constant(f"{name}.weight", weight)], f"{name}.scaled")
     if bias is not None:
-        y = str(graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], f"{name}.biased"))
+        y = graph.node("Add", [y, graph.constant(f"{name}.bias", bias)], f"{name}.biased")
     return y
 
 
 def first_tokens(graph: Graph, form: Form, x: str, count: int, name: str) -> str:
     """The first `count` token rows."""
     axis = 0 if form.rows == "matrix" else 1
-    return str(
-        graph.node("Slice", [x, graph.sizes([0]), graph.sizes([count]), graph.sizes([axis])], name)
+    return graph.node(
+        "Slice", [x, graph.sizes([0]), graph.sizes([count]), graph.sizes([axis])], name
     )
 
 
 def pick_channels(graph: Graph, x: str, indices: tuple[int, ...], name: str) -> str:
     """x[..., indices]."""
-    return str(graph.node("Gather", [x, graph.sizes(indices)], name, axis=-1))
+    return graph.node("Gather", [x, graph.sizes(indices)], name, axis=-1)
 
 
 def place(graph: Graph, y: str, writes: tuple[int, ...], width: int, name: str) -> str:
@@ -121,6 +115,4 @@ def place(graph: Graph, y: str, writes: tuple[int, ...], width: int, name: str) 
     where = np.full(width, len(writes), np.int64)
     where[list(writes)] = np.arange(len(writes))
     wider = graph.node("Pad", [y, graph.sizes([0, 1]), "", graph.sizes([-1])], f"{name}.wider")
-    return str(
-        graph.node("Gather", [wider, graph.constant(f"{name}.channels", where)], name, axis=-1)
-    )
+    return graph.node("Gather", [wider, graph.constant(f"{name}.channels", where)], name, axis=-1)

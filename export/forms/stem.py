@@ -42,10 +42,8 @@ def stem(
             "patch_norm",
         )
         if "position" in state:
-            rows = str(
-                graph.node(
-                    "Add", [rows, graph.constant("position", state["position"])], "stem.placed"
-                )
+            rows = graph.node(
+                "Add", [rows, graph.constant("position", state["position"])], "stem.placed"
             )
     width = weight.shape[0]
     if prefix is not None or padding:
@@ -97,9 +95,7 @@ def _patches(
         return (
             rows
             if offset is None
-            else str(
-                graph.node("Add", [rows, graph.constant("stem.position", offset)], "stem.placed")
-            )
+            else graph.node("Add", [rows, graph.constant("stem.position", offset)], "stem.placed")
         )
     images = "images"
     for number, conv in enumerate(spec.before):
@@ -107,15 +103,13 @@ def _patches(
         inputs = [images, graph.constant(f"{name}.weight", state[f"{name}.conv.weight"])]
         if conv.bias:
             inputs.append(graph.constant(f"{name}.bias", state[f"{name}.conv.bias"]))
-        images = str(
-            graph.node(
-                "Conv",
-                inputs,
-                name,
-                kernel_shape=list(conv.kernel),
-                strides=list(conv.stride),
-                pads=2 * list(conv.padding),
-            )
+        images = graph.node(
+            "Conv",
+            inputs,
+            name,
+            kernel_shape=list(conv.kernel),
+            strides=list(conv.stride),
+            pads=2 * list(conv.padding),
         )
         images = activation(graph, conv.act, images, f"{name}.act")
     pixels = graph.node(
@@ -129,10 +123,10 @@ def _patches(
     flat = graph.node(
         "Reshape", [pixels, graph.sizes([width, -1] if matrix else [0, width, -1])], "stem.flat"
     )
-    rows = str(graph.node("Transpose", [flat], "stem.rows", perm=[1, 0] if matrix else [0, 2, 1]))
+    rows = graph.node("Transpose", [flat], "stem.rows", perm=[1, 0] if matrix else [0, 2, 1])
     if offset is None:
         return rows
-    return str(graph.node("Add", [rows, graph.constant("stem.position", offset)], "stem.placed"))
+    return graph.node("Add", [rows, graph.constant("stem.position", offset)], "stem.placed")
 
 
 def _between(
@@ -151,13 +145,13 @@ def _between(
             for label, value in parts
             if not label or value is not None
         ]
-        return str(graph.node("Concat", listed, "tokens", axis=0))
+        return graph.node("Concat", listed, "tokens", axis=0)
     listed = [
         rows if not label else _repeated(graph, label, value, batch)  # type: ignore[arg-type]
         for label, value in parts
         if not label or value is not None
     ]
-    return str(graph.node("Concat", listed, "tokens", axis=1))
+    return graph.node("Concat", listed, "tokens", axis=1)
 
 
 def _repeated(graph: Graph, label: str, value: Array, batch: int | str) -> str:
@@ -166,9 +160,7 @@ def _repeated(graph: Graph, label: str, value: Array, batch: int | str) -> str:
         return graph.constant(label, np.repeat(value[None], batch, axis=0))
     first = graph.node("Shape", ["images"], f"{label}.batch", start=0, end=1)
     shape = graph.node("Concat", [first, graph.sizes(value.shape)], f"{label}.shape", axis=0)
-    return str(
-        graph.node("Expand", [graph.constant(label, value[None]), shape], f"{label}.repeated")
-    )
+    return graph.node("Expand", [graph.constant(label, value[None]), shape], f"{label}.repeated")
 
 
 def _weights(
@@ -222,10 +214,6 @@ def _cut(graph: Graph, form: Form, architecture: Architecture) -> str:
     turned = graph.node(
         "Transpose", [blocks], "stem.turned", perm=[1, 3, 0, 2, 4] if matrix else [0, 2, 4, 1, 3, 5]
     )
-    return str(
-        graph.node(
-            "Reshape",
-            [turned, graph.sizes([-1, area] if matrix else [0, -1, area])],
-            "stem.patches",
-        )
+    return graph.node(
+        "Reshape", [turned, graph.sizes([-1, area] if matrix else [0, -1, area])], "stem.patches"
     )

@@ -39,8 +39,8 @@ class Stream:
     def write_constant(self, vector: Array, name: str) -> None:
         """stream += vector, the same for each token."""
         self.settle(name)
-        self.value = str(
-            self.graph.node("Add", [self.value, self.graph.constant(f"{name}.value", vector)], name)
+        self.value = self.graph.node(
+            "Add", [self.value, self.graph.constant(f"{name}.value", vector)], name
         )
 
     def write_by_index(self, y: str, writes: tuple[int, ...], count: int, name: str) -> None:
@@ -52,14 +52,8 @@ class Stream:
             [self.graph.sizes_row(writes), self.graph.sizes([count, len(writes)])],
             f"{name}.channels",
         )
-        self.value = str(
-            self.graph.node(
-                "ScatterElements",
-                [self.value, where, y],
-                f"{name}.residual",
-                axis=1,
-                reduction="add",
-            )
+        self.value = self.graph.node(
+            "ScatterElements", [self.value, where, y], f"{name}.residual", axis=1, reduction="add"
         )
 
     def read(self, name: str) -> str:
@@ -85,8 +79,8 @@ class Stream:
         ]
         if y_bias is not None:
             inputs.append(self.graph.constant(f"{name}.written", y_bias))
-        outputs = self.graph.node(
-            "SkipLayerNormalization", inputs, name, outputs=4, domain=RUNTIME, epsilon=spec.eps
+        outputs = self.graph.node_outputs(
+            "SkipLayerNormalization", inputs, name, 4, domain=RUNTIME, epsilon=spec.eps
         )
         self.graph.drop_outputs([1, 2])
         self.value = outputs[3]
@@ -106,9 +100,7 @@ class Stream:
 
     def _add(self, y: str, bias: Array | None, name: str) -> None:
         if bias is not None:
-            y = str(
-                self.graph.node(
-                    "Add", [y, self.graph.constant(f"{name}.bias", bias)], f"{name}.biased"
-                )
+            y = self.graph.node(
+                "Add", [y, self.graph.constant(f"{name}.bias", bias)], f"{name}.biased"
             )
-        self.value = str(self.graph.node("Add", [self.value, y], f"{name}.residual"))
+        self.value = self.graph.node("Add", [self.value, y], f"{name}.residual")

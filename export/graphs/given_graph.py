@@ -15,7 +15,7 @@ from ...core.errors import InputError
 from ...core.storage import replace_folder, require_empty, sha256_file
 from .. import capabilities
 from ..artifact import Array, Artifact, Batch, Manifest, Parity, Precision, Provenance, TensorSpec
-from ..foreign import ask_elsewhere
+from ..cross_target import ask_elsewhere
 from ..onnxruntime_files import save
 from ..parity import TOLERANCES, Probe, answers, first_difference, require, session_answers
 from ..passes import steps
@@ -26,8 +26,8 @@ from ..sessions import config_for
 from ..stage_line import stage, stages_shown
 from ..versions import tool_versions
 from .candidates import static
-from .model_versions import opset_of
-from .store import MODEL, open_graph
+from .model_proto import opset_of
+from .model_proto import MODEL, open_graph
 from .torch_graph import simplify, tidy_names
 from .tuning import fastest
 

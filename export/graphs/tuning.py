@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..sessions import config_for
-from .store import open_graph
+from .model_proto import open_graph
 
 LIMIT_S = 4.0
 LEAST_ROUNDS = 7

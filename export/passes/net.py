@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from ..graphs.names import unused_name
+from ..graphs.model_proto import unused_name
 
 Array = NDArray[Any]
 

@@ -19,7 +19,7 @@ from ...compress.network.modules.model import CompactModel
 from ...core.errors import InputError
 from ...targets.catalog import load_target
 from ...targets.profile import TargetProfile
-from ..foreign import elsewhere
+from ..cross_target import elsewhere
 from ..forms import Form
 from ..quantization.quantize import CALIBRATION_IMAGES
 from ..tvm_kernels.compiled_program import NotStraight, straight_program

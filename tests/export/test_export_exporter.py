@@ -18,7 +18,7 @@ from vitrim.export import Artifact, ParityError, export, open_session, verify
 from vitrim.export.forms import FORMS, Form, write_network
 from vitrim.export.graphs import candidates as candidates_module
 from vitrim.export.graphs.model_facts import image_shape, weights_sha256
-from vitrim.export.graphs.store import save_model
+from vitrim.export.graphs.model_proto import save_model
 
 PREPROCESSING = {"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4]}
 

@@ -21,7 +21,7 @@ from vitrim.export import ort_format as ort_module
 from vitrim.export.forms import Form, write_network
 from vitrim.export.graphs import candidates as candidates_module
 from vitrim.export.graphs import tracing as tracing_module
-from vitrim.export.graphs.store import open_graph
+from vitrim.export.graphs.model_proto import open_graph
 from vitrim.export.parity import answers
 from vitrim.export.quantization.quantize import int8_static
 

@@ -20,7 +20,7 @@ from vitrim.export import capabilities
 from vitrim.export.exporter import export
 from vitrim.export.forms import FORMS, INT8_FORMS, Form, form_named, write_network
 from vitrim.export.graphs.known_forms import best_form
-from vitrim.export.graphs.store import open_graph
+from vitrim.export.graphs.model_proto import open_graph
 from vitrim.export.parity import answers, relative_error
 from vitrim.export.quantization.quantize import int8_static
 from vitrim.export.quantization.static_kernels import eight_bit_products

@@ -1,4 +1,7 @@
-"""An ONNX graph on disk; above protobuf's limit its weights go to a file of their own."""
+"""Operations on `onnx.ModelProto`: save, open a session, read the opset, choose unused names.
+
+Above protobuf's size limit the weights are stored in a file next to the graph.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
+STANDARD_DOMAINS = ("", "ai.onnx")
 # Protobuf refuses messages of 2 GiB; the graph itself needs some room.
 EXTERNAL_ABOVE_BYTES = 2_000_000_000
 
@@ -23,8 +27,10 @@ EXTERNAL_ABOVE_BYTES = 2_000_000_000
 def save_model(
     model: onnx.ModelProto, folder: Path, *, external_above_bytes: int = EXTERNAL_ABOVE_BYTES
 ) -> list[FileEntry]:
-    """Write `model.onnx`, and `model.onnx.data` if the weights are larger than the limit; the
-    manifest's lines for them.
+    """Write `model.onnx`, and `model.onnx.data` where the weights exceed the limit.
+
+    Returns:
+        The manifest's entries of the written files.
     """
     size = sum(tensor.ByteSize() for tensor in model.graph.initializer)
     if size <= external_above_bytes:
@@ -51,8 +57,17 @@ def open_graph(
     optimised: bool = True,
     external_above_bytes: int = EXTERNAL_ABOVE_BYTES,
 ) -> onnxruntime.InferenceSession:
-    """A session on a graph in memory; one that is too large for a message goes through a file that
-    is gone again when this returns.
+    """Open an ONNX Runtime session on a graph in memory.
+
+    Args:
+        model: The graph. Above the limit it is loaded through a temporary file.
+        threads: Threads within an operator.
+        config: Session config entries beside the defaults of `sessions`.
+        optimised: Whether the runtime optimises the graph.
+        external_above_bytes: Weights above this size do not fit a protobuf message.
+
+    Returns:
+        The session.
     """
     if sum(tensor.ByteSize() for tensor in model.graph.initializer) <= external_above_bytes:
         return open_session(
@@ -63,3 +78,21 @@ def open_graph(
         return open_session(
             Path(folder) / MODEL, threads=threads, config=config, optimised=optimised
         )
+
+
+def opset_of(model: onnx.ModelProto) -> int | None:
+    """Return the version of the standard's operators, or None where the graph uses none."""
+    return max(
+        (entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS),
+        default=None,
+    )
+
+
+def unused_name(name: str, used: set[str]) -> str:
+    """Return `name`, with a number appended if it is in `used`, and add the result to `used`."""
+    found, number = name, 1
+    while found in used:
+        number += 1
+        found = f"{name}_{number}"
+    used.add(found)
+    return found
