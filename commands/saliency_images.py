@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..compress.data.loading import open_sample
-from ..core.progress_bar import progress_bar
+from ..core.console import progress_bar
 from .model_data import ModelData
 
 BATCH = 32

@@ -1,3 +1,1 @@
-"""Errors, atomic files, strict JSON, console output and the zig compiler: what every package may
-import.
-"""
+"""What every package may import: errors, atomic files, strict JSON, console output, compilers."""

@@ -1,13 +1,14 @@
-"""What vitrim raises when the user's input is at fault; the command line prints the message and
-exits with 2.
-"""
+"""Errors that the command line prints as one line, with exit code 2."""
 
 from __future__ import annotations
 
 
 class InputError(Exception):
-    """One line that names what is wrong, where (file, key or value), and the way out."""
+    """A fault in the user's input: one line with what is wrong, where, and what to do about it.
+
+    The place is a file, a key or a value.
+    """
 
 
 class UnsupportedModel(InputError):
-    """A module that the compactor has no rule for; the message holds its path and type."""
+    """A module type without a surgery rule; the message contains the module's path and type."""

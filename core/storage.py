@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written aside, then renamed."""
+"""Atomic files and folders: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -15,62 +15,72 @@ from .errors import InputError
 
 
 def replace_file(path: Path | str, content: bytes | str) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half of
-    either.
+    """Write a file so that readers see the old content or the new one, never half of either.
+
+    Args:
+        path: The file; missing parent folders are created.
+        content: The whole content; text is encoded as UTF-8.
+
+    Raises:
+        InputError: The disk is full or the folder is not writable.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
+                os.unlink(temporary)
             raise
 
 
 @contextlib.contextmanager
 def replace_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `final`, renamed to it on success and removed on failure.
+    """Yield a temporary folder that becomes `final` on success and is removed on failure.
 
-    Errors: InputError if `final` exists and is not empty (unless `overwrite`), or if the disk is
-    full.
+    Args:
+        final: The folder to write.
+        overwrite: Replace a folder that is not empty.
+
+    Raises:
+        InputError: `final` is not empty, the disk is full, or the folder is not writable.
     """
     final = Path(final)
     require_empty(final, overwrite=overwrite)
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
         try:
-            os.chmod(aside, 0o755)
-            yield aside
+            os.chmod(temporary, 0o755)
+            yield temporary
             if final.exists():
-                # Renaming over a non-empty folder is refused by the system, so the old one steps
-                # aside first and comes back if we fail.
+                # A non-empty folder cannot be renamed over, so the old one is moved away first
+                # and moved back on failure.
                 old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
                 os.replace(final, old)
                 try:
-                    os.replace(aside, final)
+                    os.replace(temporary, final)
                 except BaseException:
                     os.replace(old, final)
                     raise
                 shutil.rmtree(old)
             else:
-                os.replace(aside, final)
+                os.replace(temporary, final)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
 def require_empty(folder: Path | str, *, overwrite: bool = False) -> None:
-    """Refuse an output folder that holds something, or a file where a folder is wanted."""
+    """Raise `InputError` if an output folder is a file, or is not empty unless `overwrite`."""
     folder = Path(folder)
     if folder.is_file():
         raise InputError(
@@ -78,27 +88,31 @@ def require_empty(folder: Path | str, *, overwrite: bool = False) -> None:
         )
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(
-            f"{folder}: the output folder is not empty; name another one, or pass --overwrite to replace it"
+            f"{folder}: the output folder is not empty; "
+            "name another one, or pass --overwrite to replace it"
         )
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line for the user; `path` is what was being
-    written.
+    """Raise `InputError` in place of an `OSError` of a full or read-only disk.
+
+    Args:
+        path: The file or folder being written, for the message.
     """
     try:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise InputError(
-                f"{path}: no space left on the disk; nothing was written; free some space or name another folder"
+                f"{path}: no space left on the disk; nothing was written; "
+                "free some space or name another folder"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(

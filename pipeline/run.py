@@ -23,7 +23,7 @@ from ..compress.network.files import load
 from ..compress.network.modules.model import CompactModel, build
 from ..compress.network.patch_fit import shown
 from ..compress.surgery.image_size import at_image_size
-from ..core.console import say, unit_count
+from ..core.console import status, unit_count
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_runtimes
@@ -136,7 +136,7 @@ def run(
         return folder
 
     if recipe.export.image_size is not None:
-        say(
+        status(
             f"artifacts at {shown(recipe.export.image_size)}, trained at {shown(baseline.architecture.image[1:])}",
             quiet=quiet,
         )
@@ -253,7 +253,7 @@ def data_card(data: DataSplits, recipe: Recipe) -> str:
 def _tell(name: str, model: CompactModel, made: bool, quiet: bool) -> None:
     params, macs = count_params(model.architecture), count_macs(model.architecture)
     before = "" if made else "  (kept from before)"
-    say(
+    status(
         f"[bold]{name}[/bold]  {unit_count(params)} parameters, {unit_count(macs)} MACs{before}",
         quiet=quiet,
     )

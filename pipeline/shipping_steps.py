@@ -24,7 +24,7 @@ from ..compress.network.count import count_macs, count_params
 from ..compress.network.modules.model import CompactModel
 from ..compress.network.patch_fit import shown
 from ..compress.surgery.image_size import at_image_size
-from ..core.console import say
+from ..core.console import status
 from ..core.storage import replace_file
 from ..export.artifact import Artifact
 from .artifacts import ONNX_RUNTIME, planned_artifacts
@@ -55,7 +55,7 @@ def export_all(
     images, _ = sample(data.val, recipe.export.calibration_images).arrays()
     made: dict[str, Artifact] = {}
     for name, plan in planned_artifacts(recipe.export).items():
-        say(f"exporting {name}", quiet=quiet)
+        status(f"exporting {name}", quiet=quiet)
         with stages_shown(quiet=quiet):
             made[name] = export(
                 {"baseline": baseline, "compact": compact}[plan.model],
@@ -99,7 +99,7 @@ def measure_all(
     """All artifacts measured in turns on this machine, each with its top-1 on the test images."""
     from ..bench.local.measure import measure_interleaved
 
-    say(f"measuring {', '.join(artifacts)} in turns", quiet=quiet)
+    status(f"measuring {', '.join(artifacts)} in turns", quiet=quiet)
     with tempfile.TemporaryDirectory() as aside:
         dataset = write_dataset(data, Path(aside) / "test.npz", recipe.bench.top1_images)
         measured = measure_interleaved(

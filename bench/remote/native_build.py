@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...core.errors import InputError
 from ...core.storage import replace_folder
-from ...core.zig_compiler import PACKAGE, zig_command
+from ...core.cross_compiler import PACKAGE, zig_command
 
 SOURCES = Path(__file__).parents[1] / "native"
 PROGRAM = "vitrim_runner"

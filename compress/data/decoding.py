@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...core.errors import InputError
-from ...core.progress_bar import progress_bar
+from ...core.console import progress_bar
 from ...core.storage import disk_errors
 from .preprocessing import Preprocessing
 

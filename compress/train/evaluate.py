@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from ...core.progress_bar import progress_bar
+from ...core.console import progress_bar
 from ..data.splits import Split
 
 BATCH = 256

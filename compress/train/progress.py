@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 
-from ...core.progress_bar import make_bar
+from ...core.console import make_bar
 
 _TITLES = {"baseline": "training", "masks": "learning masks", "finetune": "fine-tuning"}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.errors import InputError
-from ...core.zig_compiler import PACKAGE, zig_command
+from ...core.cross_compiler import PACKAGE, zig_command
 
 # `x86_64-linux-gnu` without what names no machine: Debian's cross compilers carry it so.
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}

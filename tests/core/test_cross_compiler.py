@@ -37,7 +37,7 @@ from tvm_sample import (
 from vitrim.bench.remote import native_build
 from vitrim.bench.remote.native_build import native_runner
 from vitrim.compress.data.preprocessing import Preprocessing
-from vitrim.core.zig_compiler import OLDEST_GLIBC
+from vitrim.core.cross_compiler import OLDEST_GLIBC
 from vitrim.export.bundle import bundle
 from vitrim.export.runtimes import runtime_named, tvm_runtime
 from vitrim.export.sessions import open_session
