@@ -1,3 +1,1 @@
-"""Which parts of a Vision Transformer may go, which should go, and the surgery that takes them
-out.
-"""
+"""Compression: which parts of a Vision Transformer to remove, and the surgery that removes them."""

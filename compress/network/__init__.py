@@ -1,3 +1,1 @@
-"""The network that the surgery cuts: its architecture as plain data, its modules, its size and
-cost, its files.
-"""
+"""The network that the surgery cuts: architecture as plain data, modules, size, cost and files."""

@@ -1,1 +1,1 @@
-"""The one network of this project, built from an `Architecture`."""
+"""The PyTorch modules of a network that an `Architecture` describes."""

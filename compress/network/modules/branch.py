@@ -1,4 +1,4 @@
-"""One sub-layer on the residual stream: read, normalise, compute, scale, write."""
+"""One sub-layer on the residual stream: read, normalize, compute, scale, write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .layers import Ffn, Norm
 
 
 class Constant(nn.Module):
-    """The same vector for every token: a sub-layer of which only the bias survived."""
+    """The same vector for every token: the remaining bias of a removed sub-layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -23,9 +23,7 @@ class Constant(nn.Module):
 
 
 class Branch(nn.Module):
-    """Computes what one sub-layer adds to the stream: (batch, tokens, embed) -> (batch, queries,
-    written).
-    """
+    """The update of one sub-layer: (batch, tokens, embed) -> (batch, queries, written channels)."""
 
     reads: Tensor | None
     writes: Tensor | None
@@ -35,24 +33,17 @@ class Branch(nn.Module):
         self.spec = spec
         width_in = embed if spec.reads is None else len(spec.reads)
         width_out = embed if spec.writes is None else len(spec.writes)
-        # Rebuilt from the architecture, hence not part of the saved state.
-        self.register_buffer(
-            "reads",
-            None if spec.reads is None else torch.tensor(spec.reads, device="cpu"),
-            persistent=False,
-        )
-        self.register_buffer(
-            "writes",
-            None if spec.writes is None else torch.tensor(spec.writes, device="cpu"),
-            persistent=False,
-        )
+        for name, indices in (("reads", spec.reads), ("writes", spec.writes)):
+            # Rebuilt from the architecture, hence not part of the saved state.
+            buffer = None if indices is None else torch.tensor(indices, device="cpu")
+            self.register_buffer(name, buffer, persistent=False)
         self.norm = Norm(spec.norm) if spec.norm else None
         self.core = _core(spec, width_in, width_out)
         self.post_norm = Norm(spec.post_norm) if spec.post_norm else None
         self.layer_scale = nn.Parameter(torch.ones(width_out)) if spec.layer_scale else None
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """`queries`: the first so many tokens are wanted; attention still looks at all."""
+        """With `queries`, compute that many leading tokens only; attention still reads all."""
         attention = isinstance(self.core, Attention)
         if queries is not None and not attention:
             x = x[:, :queries]
@@ -66,7 +57,7 @@ class Branch(nn.Module):
         return y if self.layer_scale is None else y * self.layer_scale
 
     def add(self, stream: Tensor, y: Tensor) -> Tensor:
-        """stream[..., writes] + y, without touching `stream`."""
+        """Return stream[..., writes] + y; `stream` itself is not modified."""
         if self.writes is None:
             return stream + y
         return stream.index_add(-1, self.writes, y.expand(*stream.shape[:-1], -1))

@@ -16,11 +16,11 @@ from .relative_bias import RelativeBias
 
 
 class CompactModel(nn.Module):
-    """A Vision Transformer rebuilt from plain data: images (batch, channels, height, width) ->
-    logits (batch, classes), or features.
+    """A Vision Transformer built from plain data, with the weights at their initial values.
 
-    It is the one module of this project: a lifted dense model, a model in training and a cut model
-    differ only in their architecture.
+    Images (batch, channels, height, width) -> logits (batch, classes), or features without a head.
+    A lifted dense model, a model in training and a pruned model are all of this type and differ
+    only in their architecture.
     """
 
     head_reads: Tensor | None
@@ -34,13 +34,8 @@ class CompactModel(nn.Module):
         filled = architecture.read_width(architecture.stem_writes)
         self._index("stem_writes", architecture.stem_writes)
         inputs = [channels, *(conv.channels for conv in stem.before)]
-        self.before = (
-            nn.Sequential(
-                *(ConvAct(conv, width) for conv, width in zip(stem.before, inputs, strict=False))
-            )
-            if stem.before
-            else None
-        )
+        convs = [ConvAct(conv, width) for conv, width in zip(stem.before, inputs, strict=False)]
+        self.before = nn.Sequential(*convs) if convs else None
         self.stem = nn.Conv2d(
             inputs[-1],
             filled,
@@ -87,24 +82,25 @@ class CompactModel(nn.Module):
         return self.classify(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """The residual stream after the last step: (batch, tokens, embed), or only the tokens that
-        the head reads.
+        """Return the residual stream after the last step, (batch, tokens, embed).
+
+        With `last_queries`, only the tokens that the head reads.
         """
         x = self.embed(images)
         last = self._last_attention() if self.architecture.last_queries else None
         for number, step in enumerate(cast("Iterable[Sequence[Branch]]", self.steps)):
-            queries = (
-                self.architecture.pooled_prefix if last is not None and number >= last else None
-            )
-            written = [branch(x, queries) for branch in step]
+            queries = None
+            if last is not None and number >= last:
+                queries = self.architecture.pooled_prefix
+            updates = [branch(x, queries) for branch in step]
             if queries is not None:
                 x = x[:, :queries]
-            for branch, y in zip(step, written, strict=True):
+            for branch, y in zip(step, updates, strict=True):
                 x = branch.add(x, y)
         return x
 
     def embed(self, images: Tensor) -> Tensor:
-        """The stem: (batch, channels, height, width) -> (batch, tokens, embed)."""
+        """Run the stem: (batch, channels, height, width) -> (batch, tokens, embed)."""
         if self.before is not None:
             images = self.before(images)
         x: Tensor = self.stem(images).flatten(2).transpose(1, 2)
@@ -124,10 +120,10 @@ class CompactModel(nn.Module):
 
     def classify(self, x: Tensor) -> Tensor:
         """(batch, tokens, embed) -> (batch, classes), or features where there is no head."""
-        kind, wanted = self.architecture.pool.kind, self.architecture.pooled_prefix
-        if wanted:
-            # Norm works token by token, so the others need none.
-            x = x[:, :wanted]
+        kind, pooled_prefix = self.architecture.pool.kind, self.architecture.pooled_prefix
+        if pooled_prefix:
+            # A norm works token by token, so the other tokens need none.
+            x = x[:, :pooled_prefix]
         if self.head_reads is not None:
             x = x.index_select(-1, self.head_reads)
         if self.norm is not None:
@@ -135,14 +131,14 @@ class CompactModel(nn.Module):
         if self.refine is not None:
             x = self.refine(x)
         if kind == "distilled":
-            return (self._answer(x[:, 0]) + self._answer(x[:, 1], self.head_dist)) / 2
+            return (self._logits(x[:, 0]) + self._logits(x[:, 1], self.head_dist)) / 2
         if kind == "dense":
-            patches = self._answer(x[:, self.architecture.prefix :], self.head_dist)
-            return self._answer(x[:, 0]) + 0.5 * patches.amax(dim=1)
+            patches = self._logits(x[:, self.architecture.prefix :], self.head_dist)
+            return self._logits(x[:, 0]) + 0.5 * patches.amax(dim=1)
         x = self._pooled(x)
         if self.pool_norm is not None:
             x = self.pool_norm(x)
-        return self._answer(x)
+        return self._logits(x)
 
     def _pooled(self, x: Tensor) -> Tensor:
         kind, prefix = self.architecture.pool.kind, self.architecture.prefix
@@ -159,7 +155,7 @@ class CompactModel(nn.Module):
             return x.mean(dim=1)
         return x.amax(dim=1) if kind.startswith("max") else 0.5 * (x.amax(dim=1) + x.mean(dim=1))
 
-    def _answer(self, x: Tensor, classifier: nn.Linear | None = None) -> Tensor:
+    def _logits(self, x: Tensor, classifier: nn.Linear | None = None) -> Tensor:
         head, classifier = self.architecture.head, classifier or self.head
         if head is None or classifier is None:
             if self.feature_writes is None:
@@ -171,14 +167,13 @@ class CompactModel(nn.Module):
         return ACTIVATIONS[head.act](classifier(x))
 
     def _index(self, name: str, indices: Indices | None) -> None:
-        # Part of the architecture, hence not saved; real numbers even where the rest is built
-        # without memory.
-        self.register_buffer(
-            name, None if indices is None else torch.tensor(indices, device="cpu"), persistent=False
-        )
+        # Part of the architecture, hence not saved; on the CPU even if the rest is built on the
+        # meta device.
+        buffer = None if indices is None else torch.tensor(indices, device="cpu")
+        self.register_buffer(name, buffer, persistent=False)
 
     def _last_attention(self) -> int | None:
-        """The step after which tokens no longer meet, when the head reads prefix tokens only."""
+        """The last step with attention if the head reads prefix tokens only, else None."""
         if not self.architecture.pooled_prefix:
             return None
         with_attention = [
@@ -190,14 +185,15 @@ class CompactModel(nn.Module):
 
 
 def build(architecture: Architecture, state: Mapping[str, Tensor]) -> CompactModel:
-    """The module of an architecture holding these tensors, without initialising weights that are
-    overwritten at once.
+    """Return the module of `architecture` that holds the tensors of `state`, without copying them.
+
+    No weight is initialized first. The module is in training mode, on the device of the tensors.
     """
     with torch.device("meta"):
         model = CompactModel(architecture)
     for module in model.modules():
         if isinstance(module, RelativeBias):
-            module.place()
+            module.materialize()
     model.load_state_dict(state, strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)

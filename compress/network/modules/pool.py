@@ -1,4 +1,4 @@
-"""How tokens become one vector, where that takes more than a class token or a mean."""
+"""Pooling with attention: by a learned query, and among the tokens before they are pooled."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .layers import Ffn, Norm
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to all tokens: (batch, tokens, width_in) -> (batch, width). Lee et
-    al. 2019 (Set Transformer), Zhai et al. 2022.
+    """One learned query attends to all tokens: (batch, tokens, width_in) -> (batch, width).
 
-    `query`: (heads * qk,), what the latent vector's projection gives; it does not depend on the
-    image.
+    `query` has shape (heads * qk,): the projected latent vector, which does not depend on the
+    image. Lee et al. 2019, "Set Transformer"; Zhai et al. 2022, "Scaling Vision Transformers".
     """
 
     def __init__(self, spec: PoolSpec, width_in: int) -> None:
@@ -53,11 +52,10 @@ class AttentionPool(nn.Module):
 
 
 class Refine(nn.Module):
-    """Self-attention without parameters, the channels dealt out to heads in order: (batch, tokens,
-    width) -> the same shape.
+    """Self-attention without parameters: (batch, tokens, width) -> (batch, tokens, width).
 
-    Source: Locality-Attending Vision Transformer (ICLR 2026). After a cut the heads may have
-    unequal widths; the narrow ones are filled with zeros.
+    Heads take the channels in order. After pruning they may have unequal widths; the narrow ones
+    are padded with zeros. Locality-Attending Vision Transformer (ICLR 2026).
     """
 
     spread: Tensor | None
@@ -71,7 +69,7 @@ class Refine(nn.Module):
         gather: list[int] = []
         start, total = 0, sum(spec.channels)
         for head, channels in enumerate(spec.channels):
-            # Index `total` is a channel of zeros behind the real ones.
+            # Index `total` is a channel of zeros after the real ones.
             spread += [start + i if i < channels else total for i in range(width)]
             gather += [head * width + i for i in range(channels)]
             start += channels

@@ -1,4 +1,4 @@
-"""Relative position bias: what is added to q·k for the offset between two tokens."""
+"""Relative position bias: added to the attention scores by the offset between two tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ..architecture import RelativeBiasSpec
 
 
 class RelativeBias(nn.Module):
-    """A table of biases, one row an offset, one column a head: () -> (heads, tokens, tokens). Swin
-    (Liu et al. 2021), BEiT (Bao et al. 2021).
+    """A table with one row per offset and one column per head: () -> (heads, tokens, tokens).
+
+    Liu et al. 2021, "Swin Transformer", eq. 4; Bao et al. 2021, "BEiT".
     """
 
     index: Tensor
@@ -22,11 +23,11 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.spec = spec
         self.table = nn.Parameter(torch.zeros(spec.rows, heads))
-        # Follows from the grid, hence not saved.
+        # Computed from the grid, hence not saved.
         self.register_buffer("index", offsets(spec), persistent=False)
 
-    def place(self) -> None:
-        """Give the index real numbers after the module was built without memory."""
+    def materialize(self) -> None:
+        """Compute the index on the CPU after the module was built on the meta device."""
         self.index = offsets(self.spec, torch.device("cpu"))
 
     def forward(self) -> Tensor:
@@ -37,8 +38,9 @@ class RelativeBias(nn.Module):
 
 
 def offsets(spec: RelativeBiasSpec, device: torch.device | None = None) -> Tensor:
-    """(tokens, tokens) rows of the table for query i and key j; tokens are the patches, after one
-    class token if the table has rows for it.
+    """Return the row of the table for query i and key j, (tokens, tokens).
+
+    Tokens are the patches, after one class token if the table has rows for it.
     """
     down, across = spec.grid
     rows, columns = torch.arange(down, device=device), torch.arange(across, device=device)
@@ -56,39 +58,42 @@ def offsets(spec: RelativeBiasSpec, device: torch.device | None = None) -> Tenso
 
 
 def bias_table(table: Tensor, old: RelativeBiasSpec, new: RelativeBiasSpec) -> Tensor:
-    """(offsets, heads) of the old grid -> the same of the new one: resampled or cropped, as
-    `new.resize` says; a class token's rows stay.
+    """Convert a table (offsets, heads) of the `old` grid into one of the `new` grid.
+
+    `new.resize` selects resampling or cropping; the rows of a class token stay unchanged.
     """
-    pairs = [(had, has) for had, has in zip(old.grid, new.grid, strict=True)]
-    count = math.prod(2 * had - 1 for had, _ in pairs)
+    sides = list(zip(old.grid, new.grid, strict=True))
+    count = math.prod(2 * before - 1 for before, _ in sides)
     offsets = torch.unflatten(table[:count], 0, (2 * old.grid[0] - 1, 2 * old.grid[1] - 1))
     if new.resize == "crop":
-        (first, down), (left, across) = ((had - has, 2 * has - 1) for had, has in pairs)
-        offsets = offsets[first : first + down, left : left + across]
+        (top, down), (left, across) = ((before - after, 2 * after - 1) for before, after in sides)
+        offsets = offsets[top : top + down, left : left + across]
     elif old.grid != new.grid:
-        down_weights, across_weights = (_weights(had, has).to(table) for had, has in pairs)
+        down_weights, across_weights = (_weights(*side).to(table) for side in sides)
         offsets = torch.einsum("do,ap,oph->dah", down_weights, across_weights, offsets)
     return torch.cat([offsets.flatten(0, 1), table[count:]])
 
 
-def _weights(had: int, has: int) -> Tensor:
-    """(2 has - 1, 2 had - 1) shares of the known offsets in the wanted ones: linear between them,
-    and the last value beyond the ends.
+def _weights(before: int, after: int) -> Tensor:
+    """Return interpolation weights, (2 after - 1, 2 before - 1): a row per offset of the new grid.
 
-    The known ones are spread so that near ones keep their places and far ones reach the new edge
-    (Bao et al. 2021, as in their code and in timm).
+    Linear between the known offsets, constant beyond them. The known offsets are spaced as a
+    geometric series so that near ones keep their coordinates and far ones reach the new edge (Bao
+    et al. 2021, "BEiT", as in their code and in timm).
     """
     near, far = 1.01, 1.5
     ratio = near
     while far - near > 1e-6:
         ratio = (near + far) / 2.0
-        if (1.0 - ratio ** (had - 1)) / (1.0 - ratio) > has - 1:
+        if (1.0 - ratio ** (before - 1)) / (1.0 - ratio) > after - 1:
             far = ratio
         else:
             near = ratio
-    known = torch.tensor([ratio**power for power in range(had - 1)], dtype=torch.float64).cumsum(0)
+    known = torch.tensor([ratio**power for power in range(before - 1)], dtype=torch.float64).cumsum(
+        0
+    )
     known = torch.cat([-known.flip(0), known.new_zeros(1), known])
-    wanted = torch.arange(1 - has, has, dtype=torch.float64)
+    wanted = torch.arange(1 - after, after, dtype=torch.float64)
     right = torch.bucketize(wanted, known).clamp(max=len(known) - 1)
     left = (right - 1).clamp(min=0)
     share = ((wanted - known[left]) / (known[right] - known[left]).clamp(min=1e-9)).clamp(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys by a fixed table."""
+"""Rotary position embedding of queries and keys, from a fixed table."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from ..architecture import RopeGridSpec, RopeSpec
 
 
 class Rope(nn.Module):
-    """Turns each pair of columns by the angle of its token: (batch, heads, tokens, qk) -> the same
-    shape. Su et al. 2021, eq. 34.
+    """Rotates each pair of columns by the angle of its token, on (batch, heads, tokens, qk).
 
-    `table`: (heads or 1, 2, patches, pairs), cosines and sines; it is saved with the weights and
-    not trained. `frequencies`: (heads or 1, 2, pairs), down and across, where the table's origin is
-    known; they are there for other image sizes, and nothing is computed with them.
+    `table`: (heads or 1, 2, patches, pairs), cosines and sines; saved with the weights and not
+    trained. `frequencies`: (heads or 1, 2, pairs), vertical and horizontal, in radians per unit of
+    the coordinates; only another image size needs them. Su et al. 2021, "RoFormer", eq. 34.
     """
 
     table: Tensor
@@ -28,12 +27,12 @@ class Rope(nn.Module):
         self.register_buffer("frequencies", torch.zeros(rows, 2, width // 2) if spec.at else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Prefix tokens stay as they are; of the patches the first so many are there as `x` has."""
-        turned = x.shape[-2] - self.spec.prefix
-        if turned <= 0:
+        """Rotate the patches in `x`, which may be only the first ones; keep the prefix tokens."""
+        count = x.shape[-2] - self.spec.prefix
+        if count <= 0:
             return x
         patches = x[:, :, self.spec.prefix :] if self.spec.prefix else x
-        cos, sin = self.table[:, 0, :turned], self.table[:, 1, :turned]
+        cos, sin = self.table[:, 0, :count], self.table[:, 1, :count]
         if self.spec.layout == "half":
             first, second = patches.chunk(2, dim=-1)
             y = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -47,10 +46,11 @@ class Rope(nn.Module):
 
 
 def rope_table(at: RopeGridSpec, frequencies: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(heads or 1, 2, patches, pairs) cosines and sines of a grid, from frequencies (heads or 1, 2,
-    pairs); computed in their type.
+    """Return the cosines and sines of a grid, (heads or 1, 2, patches, pairs).
+
+    `frequencies` has shape (heads or 1, 2, pairs); the table is computed in its type.
     """
-    down, across = (places.to(frequencies) for places in coordinates(at, grid))
+    down, across = (axis.to(frequencies) for axis in coordinates(at, grid))
     angles = (
         down[:, None, None] * frequencies[:, 0, None, None]
         + across[:, None] * frequencies[:, 1, None, None]
@@ -60,26 +60,23 @@ def rope_table(at: RopeGridSpec, frequencies: Tensor, grid: tuple[int, int]) -> 
 
 
 def coordinates(at: RopeGridSpec, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Float32 coordinates of the rows and of the columns, each rounded as timm rounds them."""
+    """Return the float32 coordinates of rows and columns, rounded in the same steps as in timm."""
     found = []
     for axis, count in enumerate(grid):
         if at.kind == "pixel":
-            places = torch.linspace(-1.0, 1.0, steps=count)
+            values = torch.linspace(-1.0, 1.0, steps=count)
         else:
-            places = (
-                torch.arange(count, dtype=torch.float32)
-                + (0.5 if at.kind == "centred" else 0.0)
-                + at.offset
-            )
+            center = 0.5 if at.kind == "centred" else 0.0
+            values = torch.arange(count, dtype=torch.float32) + center + at.offset
         if at.kind == "centred":
-            places = places / {"separate": count, "min": min(grid), "max": max(grid)}[at.over]
+            values = values / {"separate": count, "min": min(grid), "max": max(grid)}[at.over]
         if at.reference is not None:
-            places = places / count * at.reference[axis]
-        found.append(2.0 * places - 1.0 if at.kind == "centred" else places)
+            values = values / count * at.reference[axis]
+        found.append(2.0 * values - 1.0 if at.kind == "centred" else values)
     return found[0], found[1]
 
 
 def pairs(layout: str, width: int) -> Tensor:
-    """(width / 2, 2) columns that turn together."""
+    """Return the pairs of columns that are rotated as one, (width / 2, 2)."""
     columns = torch.arange(width)
     return columns.view(2, -1).T.contiguous() if layout == "half" else columns.view(-1, 2)
