@@ -1,1 +1,1 @@
-"""What a device is: a validated profile, its limits and its measured costs."""
+"""Target devices: validated profiles, detection of this machine, memory checks."""

@@ -1,6 +1,4 @@
-"""Target profiles by name or path: the shipped ones, `host` as detected, and a user's own .toml
-files.
-"""
+"""Target profiles by name or path: the shipped ones, the detected `host`, and .toml files."""
 
 from __future__ import annotations
 
@@ -19,14 +17,19 @@ FOLDER = Path(__file__).parent
 
 
 def list_targets() -> list[str]:
-    """Names of the shipped profiles, sorted; `host` is detected and not among them."""
+    """Names of the shipped profiles, sorted, without `host`."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load_target(name_or_path: str | Path) -> TargetProfile:
-    """A shipped profile by name, `host` as detected, or a profile of your own by its .toml path.
+    """Load a shipped profile by name, the detected `host`, or a profile from a .toml file.
 
-    Errors: InputError with the nearest name, or with file, line and key of what is wrong.
+    Args:
+        name_or_path: A name, or a path: a `Path`, or text that contains a slash or ends in .toml.
+
+    Raises:
+        InputError: No profile has the name, or the file is malformed; the message contains the
+            nearest name, or the file, line and key.
     """
     text = str(name_or_path)
     if text == "host":
@@ -62,7 +65,7 @@ def _read(path: Path) -> TargetProfile:
     try:
         return TargetProfile.model_validate(data)
     except ValidationError as error:
-        # A misspelt key is both unknown and missing; the unknown one tells more.
+        # A misspelt key is both unknown and missing; the unknown one is more informative.
         first = next(
             (entry for entry in error.errors() if entry["type"] == "extra_forbidden"),
             error.errors()[0],
@@ -101,8 +104,14 @@ def _keys_of(table: tuple[int | str, ...]) -> list[str]:
 
 
 def line_of(text: str, where: tuple[int | str, ...]) -> int | None:
-    """The line (from 1) of a key in TOML text as people write it, or of the innermost table around
-    it; None for a key of no table.
+    """The line (from 1) of a key in TOML text, or of the innermost table that contains it.
+
+    Args:
+        text: TOML as people write it: one header or key a line.
+        where: The path of the key; numbers are positions in arrays of tables.
+
+    Returns:
+        None where the text contains neither the key nor a table around it.
     """
     best: tuple[int, int] | None = None
     table: list[int | str] = []

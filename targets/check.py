@@ -1,6 +1,4 @@
-"""Does a model fit a device? Weights and activations against its memory, and what does not fit told
-by how much.
-"""
+"""Whether a model fits a device: weights and activations compared with its memory."""
 
 from __future__ import annotations
 
@@ -16,8 +14,16 @@ USABLE_SHARE = 0.75
 
 @dataclass(frozen=True)
 class Fit:
-    """The answer: needed and available bytes. weight_excess_bytes and activation_excess_bytes are 0
-    where they fit.
+    """Required and available bytes of a model on a device.
+
+    Attributes:
+        target: The profile's name.
+        fits: Whether both weights and activations fit.
+        weight_bytes: Bytes of the weights.
+        weight_space_bytes: Bytes available for weights.
+        activation_bytes: Bytes of the largest activations that exist at one moment.
+        activation_space_bytes: Bytes available for activations.
+        lines: The same for people, one line each.
     """
 
     target: str
@@ -30,12 +36,12 @@ class Fit:
 
     @property
     def weight_excess_bytes(self) -> int:
-        """By how much the weights are too large."""
+        """By how many bytes the weights are too large, 0 where they fit."""
         return max(0, self.weight_bytes - self.weight_space_bytes)
 
     @property
     def activation_excess_bytes(self) -> int:
-        """By how much the activations are too large."""
+        """By how many bytes the activations are too large, 0 where they fit."""
         return max(0, self.activation_bytes - self.activation_space_bytes)
 
     def __str__(self) -> str:
@@ -50,11 +56,21 @@ def check(
     precision: Precision = "fp32",
     weight_bytes: int | None = None,
 ) -> Fit:
-    """Hold a model against a device.
+    """Compare a model's memory with a device's.
 
-    peak_activation_bytes at the given precision; weight_bytes replaces params x width where a
-    file's size is known. On a microcontroller weights must fit its flash and activations its RAM;
-    elsewhere both share the RAM. How long it takes is estimated in bench/estimate/.
+    On a microcontroller the weights must fit its flash and the activations its RAM; elsewhere both
+    share the RAM. Latency is estimated in `bench/estimate`.
+
+    Args:
+        target: The device.
+        params: Number of weights.
+        peak_activation_bytes: Bytes of the largest activations at one moment, at `precision`.
+        precision: The number format of weights and activations.
+        weight_bytes: Bytes of the weights where a file's size is known, by default `params` times
+            the width of the format.
+
+    Returns:
+        Both comparisons, as figures and as lines of text.
     """
     weights = params * BYTES_PER_WEIGHT[precision] if weight_bytes is None else weight_bytes
     ram = int(target.memory.ram_bytes * USABLE_SHARE)
@@ -62,56 +78,41 @@ def check(
         weight_space, activation_space = target.memory.flash_bytes, ram
     else:
         weight_space, activation_space = ram, max(0, ram - weights)
-    lines = [f"{target.name}: {target.title}"]
-    weights_fit = _line(
-        lines,
-        f"weights ({precision})",
-        weights,
-        weight_space,
-        "flash" if target.memory.flash_bytes else "usable memory",
-    )
-    activations_fit = _line(
-        lines,
-        "peak activation",
-        peak_activation_bytes,
-        activation_space,
-        "usable memory beside the weights",
-    )
-    fits = weights_fit and activations_fit
-    lines.append(
-        "it fits"
-        if fits
-        else "it does not fit; cut further, quantise to int8, or choose a larger device"
-    )
+    fits = weights <= weight_space and peak_activation_bytes <= activation_space
+    weight_memory = "flash" if target.memory.flash_bytes else "usable memory"
+    activation_memory = "usable memory beside the weights"
+    verdict = "it does not fit; cut further, quantise to int8, or choose a larger device"
     return Fit(
-        target.name,
-        fits,
-        weights,
-        weight_space,
-        peak_activation_bytes,
-        activation_space,
-        tuple(lines),
+        target=target.name,
+        fits=fits,
+        weight_bytes=weights,
+        weight_space_bytes=weight_space,
+        activation_bytes=peak_activation_bytes,
+        activation_space_bytes=activation_space,
+        lines=(
+            f"{target.name}: {target.title}",
+            _comparison(f"weights ({precision})", weights, weight_space, weight_memory),
+            _comparison(
+                "peak activation", peak_activation_bytes, activation_space, activation_memory
+            ),
+            "it fits" if fits else verdict,
+        ),
     )
 
 
-def _line(lines: list[str], what: str, need: int, space: int, where: str) -> bool:
+def _comparison(what: str, need: int, space: int, where: str) -> str:
+    need_text, space_text = size_text(need), size_text(space)
     if need <= space:
-        lines.append(f"{what}: {size_text(need)} of {size_text(space)} {where}")
-        return True
+        return f"{what}: {need_text} of {space_text} {where}"
     times = f", {need / space:.1f} times too large" if space else ""
-    lines.append(
-        f"{what}: {size_text(need)}, but only {size_text(space)} {where}: {size_text(need - space)} too much{times}"
-    )
-    return False
+    excess = size_text(need - space)
+    return f"{what}: {need_text}, but only {space_text} {where}: {excess} too much{times}"
 
 
 def size_text(count: int) -> str:
-    """Bytes for people, in powers of a thousand."""
+    """Format a number of bytes in powers of a thousand: 3200000 -> '3.2 MB'."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return (
-                f"{count / scale:.3g} {unit}"
-                if count < 1000 * scale
-                else f"{count / scale:.0f} {unit}"
-            )
+            digits = ".3g" if count < 1000 * scale else ".0f"
+            return f"{count / scale:{digits}} {unit}"
     return f"{count} B"

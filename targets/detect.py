@@ -1,5 +1,6 @@
-"""The machine that this program runs on, as a profile. What it does not tell stays absent; what is
-reckoned says so.
+"""The machine that this program runs on, as a profile.
+
+What the operating system does not report stays absent; what is estimated is marked `unverified`.
 """
 
 from __future__ import annotations
@@ -11,29 +12,19 @@ from pathlib import Path
 
 from .profile import UNVERIFIED, Cluster, Memory, Peak, TargetProfile, TvmTarget
 
-FEATURES = (
-    *(
-        "sse4_2",
-        "avx",
-        "avx2",
-        "fma",
-        "avx_vnni",
-        "avx512f",
-        "avx512bw",
-        "avx512vl",
-        "avx512_vnni",
-        "avx512_bf16",
-    ),
-    *("amx_int8", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+_X86_FEATURES = (
+    "sse4_2 avx avx2 fma avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 amx_int8"
 )
+_ARM_FEATURES = "asimd asimdhp asimddp i8mm bf16 sve sve2"
+FEATURES = (*_X86_FEATURES.split(), *_ARM_FEATURES.split())
 # Single-precision multiply-adds a cycle and core: the widest vector with two units on x86 servers,
 # one or two NEON units on ARM.
 MACS_PER_CYCLE = (("avx512f", 32), ("avx2", 16), ("avx", 8), ("asimddp", 8), ("asimd", 4))
-TOLD = "read from the operating system"
+_FROM_SYSTEM = "read from the operating system"
 
 
 def detect_host() -> TargetProfile:
-    """The host's profile, named `host`."""
+    """The profile of this machine, named `host`."""
     cpuinfo = _cpuinfo()
     flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
     features = tuple(name for name in FEATURES if name in flags)
@@ -43,7 +34,7 @@ def detect_host() -> TargetProfile:
     )
     clock = _frequency_hz(cpuinfo)
     per_cycle = next((macs for name, macs in MACS_PER_CYCLE if name in features), 1)
-    quick_int8 = any(name in features for name in ("avx512_vnni", "avx_vnni", "asimddp"))
+    fast_int8 = any(name in features for name in ("avx512_vnni", "avx_vnni", "asimddp"))
     fp32 = cores * clock * per_cycle
     return TargetProfile(
         schema_="vitrim.target/1",
@@ -55,7 +46,7 @@ def detect_host() -> TargetProfile:
         triple=f"{architecture}-{platform.system().lower()}-gnu",
         features=features,
         preferred_runtime="onnxruntime",
-        preferred_precision="int8" if quick_int8 else "fp32",
+        preferred_precision="int8" if fast_int8 else "fp32",
         round_to=16 if "avx512f" in features else 8 if "avx2" in features else 4,
         tvm_target=_tvm_target(architecture, features),
         clusters=(
@@ -66,17 +57,17 @@ def detect_host() -> TargetProfile:
         memory=Memory(
             ram_bytes=_memory_bytes(), l1d_bytes=_cache(1), l2_bytes=_cache(2), l3_bytes=_cache(3)
         ),
-        peak=Peak(fp32_macs_per_s=fp32, int8_macs_per_s=fp32 * 4 if quick_int8 else None),
+        peak=Peak(fp32_macs_per_s=fp32, int8_macs_per_s=fp32 * 4 if fast_int8 else None),
         sources={
-            "clusters": TOLD,
-            "memory": TOLD,
+            "clusters": _FROM_SYSTEM,
+            "memory": _FROM_SYSTEM,
             "peak": f"{UNVERIFIED}: cores x clock x vector width of the CPU's features",
         },
     )
 
 
 def _tvm_target(architecture: str, features: tuple[str, ...]) -> TvmTarget:
-    # LLVM's name of a core with these features; without one it would compile for the oldest of the
+    # LLVM's name of a core with these features; without one it compiles for the oldest core of the
     # architecture.
     if architecture == "x86_64":
         names = (
@@ -122,8 +113,7 @@ def _frequency_hz(cpuinfo: dict[str, str]) -> float:
             float(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").read_text()) * 1000
         )
     except (OSError, ValueError):
-        # A virtual machine shows only the present clock; 1 GHz is a floor where nothing at all is
-        # told.
+        # A virtual machine shows only the present clock; 1 GHz is the floor where nothing is shown.
         return float(cpuinfo.get("cpu MHz", "1000")) * 1e6
 
 

@@ -1,5 +1,6 @@
-"""A device as data: one TOML file each, checked key by key, every number with its source or the
-mark `unverified`.
+"""A device as data: one TOML file, validated key by key.
+
+Every number has a source, or the mark `unverified`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from .vector import VectorUnit, vector_unit
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Precision = Literal["fp32", "fp16", "int8"]
-# What `tvm.target.Target` takes since TVM 0.27, which refuses the command-line form ("llvm
-# -mcpu=...").
+# The argument of `tvm.target.Target` since TVM 0.27, which refuses the command-line form
+# ("llvm -mcpu=...").
 TvmTarget = dict[str, str | int | list[str]]
 UNVERIFIED = "unverified"
 
@@ -27,8 +28,12 @@ class Plain(BaseModel):
 
 
 class Cluster(Plain):
-    """Equal cores: the core's name, how many there are, and their highest sustained clock in
-    hertz.
+    """Cores of one kind.
+
+    Attributes:
+        core: The core's name.
+        cores: How many there are.
+        frequency_hz: Their highest sustained clock.
     """
 
     core: str
@@ -37,8 +42,9 @@ class Cluster(Plain):
 
 
 class Memory(Plain):
-    """Bytes and bytes a second. flash_bytes is given where weights stay in flash and are read from
-    there (microcontrollers).
+    """Sizes in bytes, bandwidth in bytes a second; caches are those of one core.
+
+    `flash_bytes` is present where weights stay in flash and are read from there (microcontrollers).
     """
 
     ram_bytes: Count
@@ -50,8 +56,9 @@ class Memory(Plain):
 
 
 class Peak(Plain):
-    """Multiply-adds a second of the unit that the preferred runtime uses, all its cores together;
-    the theoretical peak, not a speed.
+    """Theoretical peak of the unit that the preferred runtime uses, in multiply-adds a second.
+
+    The sum over all cores; not a measured rate.
     """
 
     fp32_macs_per_s: Rate | None = None
@@ -59,7 +66,7 @@ class Peak(Plain):
     int8_macs_per_s: Rate | None = None
 
     def of(self, precision: Precision) -> float | None:
-        """The peak at a precision, or None where the device has no such unit or nobody says."""
+        """The peak at a precision, or None where it is unknown or the device has no such unit."""
         return {
             "fp32": self.fp32_macs_per_s,
             "fp16": self.fp16_macs_per_s,
@@ -68,11 +75,18 @@ class Peak(Plain):
 
 
 class TargetProfile(Plain):
-    """A device: what it is, what it can do at most, and how a model should be made for it.
+    """A device, its limits, and how to prepare a model for it.
 
-    round_to: widths in multiples of this are quick there. sources: a dotted key, or the table that
-    holds it, to where its numbers come from: an address, `measured` and how, `derived` and from
-    what, or `unverified`.
+    Attributes:
+        name: The name by which commands and recipes refer to it.
+        triple: The triple of its machine code, such as `aarch64-linux-gnu`.
+        features: Instruction sets, as /proc/cpuinfo names them.
+        preferred_runtime: The runtime that artifacts are exported for by default.
+        preferred_precision: The precision that artifacts are exported in by default.
+        round_to: Widths in multiples of this are fast.
+        tvm_target: Options of `tvm.target.Target`, None where TVM generates no code.
+        sources: From a dotted key, or the table that contains it, to the source of its numbers: an
+            address, `measured` and how, `derived` and from what, or `unverified`.
     """
 
     schema_: Literal["vitrim.target/1"] = Field(alias="schema")
@@ -98,15 +112,17 @@ class TargetProfile(Plain):
     def _every_number_has_a_source(self) -> TargetProfile:
         for key in self.numbers():
             if self.source_of(key) is None:
+                table = key.rsplit(".", 1)[0]
                 raise ValueError(
-                    f"the number {key} has no source; add {key.rsplit('.', 1)[0]!r} to [sources], or say {UNVERIFIED!r} there"
+                    f"the number {key} has no source; "
+                    f"add {table!r} to [sources], with {UNVERIFIED!r} where there is none"
                 )
         return self
 
     @field_validator("tvm_target", mode="before")
     @classmethod
-    def _as_tvm_wants_it(cls, value: Any) -> Any:
-        # Profiles written for older TVMs hold the command-line form.
+    def _as_options(cls, value: Any) -> Any:
+        # Profiles written for older TVMs contain the command-line form.
         if not isinstance(value, str):
             return value
         kind, *options = value.split() or [""]
@@ -115,7 +131,8 @@ class TargetProfile(Plain):
             name, equals, setting = option.lstrip("-").partition("=")
             if not equals:
                 raise ValueError(
-                    f'{option!r} is no option of a TVM target; write a table, {{ kind = "llvm", mcpu = "cortex-a72" }}'
+                    f"{option!r} is no option of a TVM target; "
+                    'write a table, { kind = "llvm", mcpu = "cortex-a72" }'
                 )
             found[name] = setting.split(",") if name == "mattr" else setting
         return found
@@ -132,16 +149,11 @@ class TargetProfile(Plain):
 
     def numbers(self) -> dict[str, float]:
         """Every number of the profile by its dotted key, clusters counted from 0."""
-        return dict(
-            _numbers(
-                self.model_dump(exclude={"sources", "round_to", "tvm_target"}, exclude_none=True)
-            )
-        )
+        not_facts = {"sources", "round_to", "tvm_target"}
+        return dict(_numbers(self.model_dump(exclude=not_facts, exclude_none=True)))
 
     def source_of(self, key: str) -> str | None:
-        """Where a number comes from: the longest entry of [sources] that is the key or a table
-        around it.
-        """
+        """The source of a number: the longest entry of [sources] that is the key or contains it."""
         parts = key.split(".")
         for length in range(len(parts), 0, -1):
             if (found := self.sources.get(".".join(parts[:length]))) is not None:

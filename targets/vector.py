@@ -1,6 +1,4 @@
-"""What a core's vector unit offers to a schedule: how wide a register is, how many there are, and
-what multiplies fast.
-"""
+"""The vector unit of a core: register width, number of registers, fast multiplications."""
 
 from __future__ import annotations
 
@@ -9,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["avx512", "avx2", "avx", "sse", "neon", "scalar"]
-# (kind, needs, bits of a register, registers). AVX-512 doubles both; NEON of AArch64 has 32
-# registers of 128 bits.
+# (kind, required features, bits of a register, registers).
 UNITS: tuple[tuple[Kind, frozenset[str], int, int], ...] = (
     ("avx512", frozenset({"avx512f"}), 512, 32),
     ("avx2", frozenset({"avx2"}), 256, 16),
@@ -21,8 +18,14 @@ UNITS: tuple[tuple[Kind, frozenset[str], int, int], ...] = (
 
 @dataclass(frozen=True)
 class VectorUnit:
-    """The widest vector instructions: register width in bits, number of registers, a multiply-add
-    in one instruction, int8 dot products.
+    """The widest vector instructions of a core.
+
+    Attributes:
+        kind: The instruction set.
+        bits: Width of a register.
+        registers: How many there are.
+        fused: Whether one instruction multiplies and adds.
+        int8_dot: Whether one instruction multiplies int8 numbers and adds them into int32.
     """
 
     kind: Kind
@@ -38,18 +41,13 @@ class VectorUnit:
 
 
 def vector_unit(architecture: str, features: Iterable[str]) -> VectorUnit:
-    """The unit that a profile's features name; a scalar one where they name none."""
+    """The widest unit among a profile's features, scalar where they contain none."""
     have = set(features)
     dot = bool(have & {"avx512_vnni", "avx_vnni", "asimddp"})
-    for kind, needs, bits, registers in UNITS:
-        if needs <= have:
-            return VectorUnit(
-                kind,
-                bits,
-                registers,
-                fused=kind in ("avx512", "neon") or "fma" in have,
-                int8_dot=dot,
-            )
+    for kind, required, bits, registers in UNITS:
+        if required <= have:
+            fused = kind in ("avx512", "neon") or "fma" in have
+            return VectorUnit(kind, bits, registers, fused=fused, int8_dot=dot)
     if architecture == "x86_64":
         return VectorUnit("sse", 128, 16, fused=False, int8_dot=False)
     return VectorUnit("scalar", 32, 16, fused="fpu" in have, int8_dot=False)
