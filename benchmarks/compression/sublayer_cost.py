@@ -1,11 +1,11 @@
-"""What a live sub-layer costs however small it is: `python -m benchmarks.sublayer_cost`.
+"""What a live sub-layer costs however small it is: `python -m benchmarks.compression.sublayer_cost`.
 
 Copies of a small network with and without one sub-layer of the least width run interleaved in ONNX
 Runtime fp32 at batch 1; the difference, less the time of its few multiply-adds at the dense
 network's rate, is the fixed cost: starting operators, the norm, the softmax. Divided by that rate
 it is the `masks.attention_overhead_macs` and `masks.ffn_overhead_macs` of a recipe.
 
-    python -m benchmarks.sublayer_cost [--threads 1] [--limit-s 20] [--json FILE]
+    python -m benchmarks.compression.sublayer_cost [--threads 1] [--limit-s 20] [--json FILE]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vitrim.export.forms import write_network
 from vitrim.export.graphs.known_forms import best_form
 from vitrim.export.sessions import open_session
 
-from .proportionality import DEMO, computed_macs
+from ..speed.proportionality import DEMO, computed_macs
 
 # Blocks 1 and 2 of four, so that neither the first nor the last attention, which the forms treat
 # apart, is looked at.

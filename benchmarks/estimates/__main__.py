@@ -338,7 +338,7 @@ def measure(python: str) -> None:
         else None,
         "bandwidth_bytes_per_s": bandwidth,
         "last_cache_bytes": _last_cache_bytes(),
-        "source": "clock and multiply-adds a cycle measured beside the timings by benchmarks/processor_rates.c; bandwidth: one core's read of 512 MB",
+        "source": "clock and multiply-adds a cycle measured beside the timings by benchmarks/estimates/processor_rates.c; bandwidth: one core's read of 512 MB",
     }
     models = {
         name: dict(

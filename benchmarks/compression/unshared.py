@@ -1,5 +1,5 @@
 """Unshared masks in ONNX Runtime: what placing a writer's channels costs against zero rows in its
-matrix. `python -m benchmarks.unshared`
+matrix. `python -m benchmarks.compression.unshared`
 
 For one writer of `written` of `embed` channels from `inner` inputs, over 197 tokens on one thread,
 three graphs, timed in turns, the least time each: `scatter` (ScatterElements into zeros), `place`

@@ -1,11 +1,11 @@
-"""Do ARM targets answer as this machine does? `python -m benchmarks.aarch64_parity`.
+"""Do ARM targets answer as this machine does? `python -m benchmarks.accuracy.aarch64_parity`.
 
 The demo's shapes with random weights are exported for every aarch64 target in every precision, and
 each file is asked on the target's own processor under qemu-aarch64 (`vitrim targets emulate`).
 Told: the largest error against torch there and here, relative to the largest logit, how far the two
 are apart, and on how many images the answer is torch's.
 
-    python -m benchmarks.aarch64_parity [--targets rpi4 rpi5] [--images 8] [--json FILE]
+    python -m benchmarks.accuracy.aarch64_parity [--targets rpi4 rpi5] [--images 8] [--json FILE]
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         found = rows(targets, options.images, Path(name))
     versions = ", ".join(f"{key} {value}" for key, value in emulator.versions.items())
-    text = f"# Answers of ARM targets, emulated\n\n`python -m benchmarks.aarch64_parity`; {versions}; the demo's shapes, random weights.\n"
+    text = f"# Answers of ARM targets, emulated\n\n`python -m benchmarks.accuracy.aarch64_parity`; {versions}; the demo's shapes, random weights.\n"
     text += "Errors are relative to the largest logit, against torch in fp32.\n\n"
     text += "\n".join([head, "|---|---|---|---|---|---|---|", *map(line, found)]) + "\n"
     options.json.write_text(

@@ -1,4 +1,4 @@
-"""TVM with our schedule beside ONNX Runtime: `python -m benchmarks.tvm_schedule`.
+"""TVM with our schedule beside ONNX Runtime: `python -m benchmarks.speed.tvm_kernels`.
 
 First the products of a Vision Transformer's layers, as rates: ONNX Runtime's MatMul (MLAS) and our
 dense kernel. Then whole networks at batch 1: ONNX Runtime in our best graph form for this target,
@@ -7,7 +7,7 @@ one process in turns; medians, and the median of the ratios of neighbours in tim
 stands the processor time, which a machine with other work does not stretch: rates are by processor
 time. Relative error is against torch.
 
-    python -m benchmarks.tvm_schedule [--model NAME ...] [--half] [--threads 1] [--target x86-64]
+    python -m benchmarks.speed.tvm_kernels [--model NAME ...] [--half] [--threads 1] [--target x86-64]
     [--rounds 30] [--log FILE] [--tune SECONDS] [--default] [--json FILE]
 
 `--tune` measures tiles for so many seconds a network first, and writes them to `--log`. With

@@ -1,4 +1,4 @@
-"""How much of the removed arithmetic becomes time: `python -m benchmarks.proportionality`.
+"""How much of the removed arithmetic becomes time: `python -m benchmarks.speed.proportionality`.
 
 (latency speed-up) / (MAC reduction) between a dense Vision Transformer and cut ones, both written
 by `vitrim.export`'s forms, in ONNX Runtime fp32 at batch 1. 1.0 means that time fell exactly as the
@@ -7,7 +7,7 @@ and the ratio's own quartiles over rounds (each round divides two neighbours in 
 machine cancels out). MACs count what the form computes: the last block's queries only for the
 tokens that the head reads, in the dense model as in the cut ones.
 
-    python -m benchmarks.proportionality [--run runs/quickstart ...] [--model
+    python -m benchmarks.speed.proportionality [--run runs/quickstart ...] [--model
     demo|deit_small_patch16_224|...] [--form NAME|all] [--threads 1] [--limit-s 20] [--json FILE]
 """
 

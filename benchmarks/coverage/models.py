@@ -1,5 +1,5 @@
 """Which of timm's plain Vision Transformers are cut exactly, which are refused and why: `python -m
-benchmarks.coverage`.
+benchmarks.coverage.models`.
 
 For vitrim a name is *exact* if the lifted network gives what the source gives, and the compact one
 what the masked one gives, to a relative 1e-5 in fp32, for random masks of every dimension, three

@@ -1,12 +1,12 @@
-"""Where static eight bits spend their time on ONNX Runtime: `python -m benchmarks.static_int8` ->
+"""Where static eight bits spend their time on ONNX Runtime: `python -m benchmarks.speed.static_int8` ->
 benchmarks/results/static_int8.{json,md}
 
 DeiT-Tiny, one thread, batch 1: fp32, dynamic int8, and static int8 written in every way that was
 tried, with the operators that the runtime made of it. All graphs run in turns in one process; what
-is timed is the processor time of the one thread, as in benchmarks.forms, and ratios are medians
+is timed is the processor time of the one thread, as in benchmarks.speed.forms, and ratios are medians
 over rounds of the ratio within the round.
 
-    taskset -c 0 python -m benchmarks.static_int8 [--model deit_tiny_patch16_224] [--rounds 40]
+    taskset -c 0 python -m benchmarks.speed.static_int8 [--model deit_tiny_patch16_224] [--rounds 40]
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from vitrim.export.parity import answers, relative_error
 from vitrim.export.quantization.quantize import int8_static
 from vitrim.export.quantization.static_kernels import eight_bit_products
 
-from .graph_sessions import opened, profiled
-from .result_files import save_result
+from ..graph_sessions import opened, profiled
+from ..result_files import save_result
 
 RESULTS = Path(__file__).parent / "results" / "static_int8"
 TARGET, PROFILED_RUNS = "x86-64", 30
@@ -135,7 +135,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Static eight bits on ONNX Runtime",
         "",
-        f"`python -m benchmarks.static_int8` on {machine['cpu_model']}, ONNX Runtime {result['onnxruntime']}, {result['model']}, one thread, batch 1: "
+        f"`python -m benchmarks.speed.static_int8` on {machine['cpu_model']}, ONNX Runtime {result['onnxruntime']}, {result['model']}, one thread, batch 1: "
         f"processor time, median of {result['rounds']} rounds in turns; the ratio to dynamic int8 as shipped is the median of the rounds' ratios. Errors are "
         f"relative to the largest logit, on the {result['images']} images of noise that it was calibrated on.",
         "",

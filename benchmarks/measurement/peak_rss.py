@@ -1,10 +1,10 @@
 """Peak memory as the runner tells it beside GNU time's of the very same process: `python -m
-benchmarks.peak_rss`.
+benchmarks.measurement.peak_rss`.
 
 The goal is within 2 %. Several sizes of model are asked, since a fixed error would hide in a large
 one. Writes benchmarks/results/peak_rss.json.
 
-    python -m benchmarks.peak_rss [MODEL.onnx ...] [--threads 1] [--out FOLDER]
+    python -m benchmarks.measurement.peak_rss [MODEL.onnx ...] [--threads 1] [--out FOLDER]
 
 Without models, blocks of transformers of three sizes with random weights are written and measured.
 Needs /usr/bin/time (Debian: time).
@@ -21,7 +21,7 @@ from pathlib import Path
 from vitrim.bench.local.block_graph import BlockShape, block_model
 from vitrim.core.storage import replace_file
 
-from benchmarks.repeatability import memory_witness
+from benchmarks.measurement.repeatability import memory_witness
 
 GOAL = 0.02
 # tokens, heads, width of a head, ffn, embed, copies

@@ -1,5 +1,5 @@
 """What it costs to compact ViT-B, L and H at half, against Torch-Pruning's own recipe: `python -m
-benchmarks.compaction_cost`.
+benchmarks.compression.compaction_cost`.
 
 Each tool cuts each model in a process of its own, one thread, the tools taking turns. `cpu_s` and
 `wall_s` are of the compaction alone (for Torch-Pruning: building its pruner, which traces the
@@ -69,7 +69,7 @@ def measure(tool: str, name: str) -> dict[str, Any]:
     if tool == "vitrim":
         from vitrim import StructuredMask, compact
     else:
-        from .torch_pruning_recipe import prune_half
+        from ..coverage.torch_pruning_recipe import prune_half
 
     process = psutil.Process()
     # Loaded before the model, so that libraries are not counted as its memory.
@@ -118,7 +118,7 @@ HALF = {"embed": 0.5, "head": 0.5, "ffn": 0.5}
 
 
 def _child(tool: str, name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.compaction_cost", "--child", tool, name]
+    command = [sys.executable, "-m", "benchmarks.compression.compaction_cost", "--child", tool, name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
     except subprocess.TimeoutExpired:

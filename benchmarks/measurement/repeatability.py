@@ -1,4 +1,4 @@
-"""Do the numbers come again? `python -m benchmarks.repeatability`.
+"""Do the numbers come again? `python -m benchmarks.measurement.repeatability`.
 
 The same two artifacts are measured several times, each time anew; the table shows each time's p50s
 and their ratio, and by how much the ratio varies (largest over smallest, less one; the goal is
@@ -7,7 +7,7 @@ runner's p50 is held against a C program that times the same file through ONNX R
 in turns of random order (goal: within 3 %), and its peak memory against GNU time's (goal: within 2
 %).
 
-    python -m benchmarks.repeatability [DENSE COMPACT] [--times 5] [--time-limit 20] [--threads 1]
+    python -m benchmarks.measurement.repeatability [DENSE COMPACT] [--times 5] [--time-limit 20] [--threads 1]
     [--header FOLDER] [--json FILE]
 
 Without paths, the demo's shapes with random weights are exported: dense, and cut to half of its
@@ -27,7 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vitrim.bench.local.conductor import Child
+from vitrim.bench.local.conductor import RunnerProcess
 from vitrim.bench.local.measure import make_plan, measure_interleaved
 from vitrim.bench.results.compare import compare
 from vitrim.bench.results.statistics import ratio_interval
@@ -119,8 +119,8 @@ def witness(model: Path, threads: int, header: Path, folder: Path) -> dict[str, 
         check=True,
     )
     plan, _ = make_plan({"model": model}, threads=threads)
-    child = Child("model", plan["jobs"]["model"], 120.0)
-    shape = [str(size) for size in child.ready["input_shape"]]
+    runner = RunnerProcess("model", plan["jobs"]["model"], 120.0)
+    shape = [str(size) for size in runner.ready["input_shape"]]
     command = [str(program), str(library), str(model), str(threads), *shape]
     order, ours, theirs = random.Random(0), [], []
     with subprocess.Popen(
@@ -136,16 +136,16 @@ def witness(model: Path, threads: int, header: Path, folder: Path) -> dict[str, 
 
         # The same standing with the scheduler as the runner has.
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, other.pid, child.ready["niceness"])
-        child.ask("warm")
+            os.setpriority(os.PRIO_PROCESS, other.pid, runner.ready["niceness"])
+        runner.request("warm")
         ask_other()
         for _ in range(ROUNDS):
             for name in order.sample(["ours", "theirs"], 2):
                 if name == "ours":
-                    ours += child.ask("run", count=PER_ROUND)["latency_s"]
+                    ours += runner.request("run", count=PER_ROUND)["latency_s"]
                 else:
                     theirs += ask_other()
-        child.close()
+        runner.close()
     turns = [PER_ROUND] * ROUNDS
     interval = ratio_interval(ours, theirs, turns, turns, paired=True, level=0.95)
     return {"ratio": interval.estimate, "low": interval.low, "high": interval.high}

@@ -1,4 +1,4 @@
-"""Every runtime on the same models, in turns, in one table: `python -m benchmarks.runtimes`.
+"""Every runtime on the same models, in turns, in one table: `python -m benchmarks.speed.runtimes`.
 
 DeiT-Tiny and DeiT-Small, dense and cut to half of their multiply-adds (whole heads, FFN widths in
 multiples of the target's round_to), at batch 1. Each row is an artifact in a process of its own;
@@ -6,7 +6,7 @@ the rows of a model and of its half take turns in random order, so that a busy m
 all. Artifacts and finished sessions stay under runs/benchmark-runtimes: what was killed goes on
 where it was. A runtime that is not installed is a line that says what to install.
 
-    python -m benchmarks.runtimes [--model deit_tiny_patch16_224 ...] [--threads 1 2] [--row WORD
+    python -m benchmarks.speed.runtimes [--model deit_tiny_patch16_224 ...] [--threads 1 2] [--row WORD
     ...] [--limit-s 60] [--pin 0] [--note TEXT] [--out benchmarks/results/runtimes]
 """
 
@@ -35,7 +35,7 @@ from vitrim.export.exporter import export
 from vitrim.export.forms import Form
 from vitrim.targets.catalog import load_target
 
-from .result_files import save_result
+from ..result_files import save_result
 
 TARGET = "x86-64"
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
@@ -321,7 +321,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Runtimes",
         "",
-        f"`python -m benchmarks.runtimes` on {machine['cpu_model']}, {machine['cores']} cores"
+        f"`python -m benchmarks.speed.runtimes` on {machine['cpu_model']}, {machine['cores']} cores"
         + (
             f" of a virtual machine ({machine['virtual_machine']})"
             if machine.get("virtual_machine")

@@ -1,7 +1,7 @@
 """One model in one runtime, timed on request: a line with a number of calls on standard input, that
 many seconds back. For benchmarks/estimates.py.
 
-    python -m benchmarks.estimate_timing RUNTIME MODEL THREADS [CLOCK]       (RUNTIME: onnxruntime,
+    python -m benchmarks.estimates.timing RUNTIME MODEL THREADS [CLOCK]       (RUNTIME: onnxruntime,
     openvino or ncnn; CLOCK: wall, or processor)
 
 ncnn's MODEL is a .param file, with the input's shape in a file of the same name that ends in

@@ -1,5 +1,5 @@
 """What a step of mask learning costs beside a dense step, and what it costs once the graph has
-shrunk: `python -m benchmarks.mask_step`.
+shrunk: `python -m benchmarks.compression.mask_step`.
 
 The variants take turns in one process; figures are medians of processor time and ratios to the
 dense step of the same run.

@@ -1,4 +1,4 @@
-"""What two threads are worth on ONNX Runtime in eight bits: `python -m benchmarks.int8_threads` ->
+"""What two threads are worth on ONNX Runtime in eight bits: `python -m benchmarks.speed.int8_threads` ->
 benchmarks/results/int8_threads.{json,md}
 
 Which operators scale, and how threads should wait for the next one: asleep, busily for a bounded
@@ -8,7 +8,7 @@ random order; the processor time of all threads for an image says what waiting c
 Other work on a core that a thread waits for costs more than the waiting, so a round begins only
 when the machine has been idle for a moment.
 
-    python -m benchmarks.int8_threads [--model deit_tiny_patch16_224] [--rounds 40] [--threads 2]
+    python -m benchmarks.speed.int8_threads [--model deit_tiny_patch16_224] [--rounds 40] [--threads 2]
     [--patience-s 600]
 """
 
@@ -34,8 +34,8 @@ from vitrim.export.quantization.quantize import int8_static
 from vitrim.export.quantization.static_kernels import eight_bit_products
 from vitrim.export.sessions import SPIN_US, THREADS_CONFIG
 
-from .graph_sessions import opened, profiled
-from .result_files import save_result
+from ..graph_sessions import opened, profiled
+from ..result_files import save_result
 
 RESULTS = Path(__file__).parent / "results" / "int8_threads"
 PROFILED_RUNS = 40
@@ -147,7 +147,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Eight bits on more than one thread, ONNX Runtime",
         "",
-        f"`python -m benchmarks.int8_threads` on {machine['cpu_model']}, ONNX Runtime {result['onnxruntime']}, {result['model']}, batch 1, "
+        f"`python -m benchmarks.speed.int8_threads` on {machine['cpu_model']}, ONNX Runtime {result['onnxruntime']}, {result['model']}, batch 1, "
         f"{result['rows'][0]['rounds']} rounds in turns of random order, each begun on an idle machine: the median over rounds of the quickest of five "
         f"calls (and of the quickest quarter of rounds), and the processor time of all threads for an image.{' ' + result['note'] if result['note'] else ''}",
         "",

@@ -1,4 +1,4 @@
-"""Does bench's p50 agree with another's tool? `python -m benchmarks.agreement`.
+"""Does bench's p50 agree with another's tool? `python -m benchmarks.measurement.agreement`.
 
 The same OpenVINO file is timed by bench/local/runner.py and by OpenVINO's own `benchmark_app`
 (synchronous, one request), with the same threads, precision and priority. Both processes are alive
@@ -8,7 +8,7 @@ of processes are taken. Told: the ratio of the p50s of each pair, their median (
 and extremes. benchmark_app tells its median to 0.01 ms, so a model of ten milliseconds or more is
 wanted.
 
-    python -m benchmarks.agreement [ARTIFACT] [--pairs 7] [--turns 12] [--threads 1] [--json FILE]
+    python -m benchmarks.measurement.agreement [ARTIFACT] [--pairs 7] [--turns 12] [--threads 1] [--json FILE]
 
 Without an artifact DeiT-T with random weights is exported for openvino (`pip install
 'vitrim[openvino]'`).
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.bench.local import environment
-from vitrim.bench.local.conductor import Child
+from vitrim.bench.local.conductor import RunnerProcess
 from vitrim.bench.local.measure import make_plan
 from vitrim.bench.local.options import MeasureOptions
 from vitrim.core.errors import InputError
@@ -131,15 +131,15 @@ def pair(
     plan, _ = make_plan(
         {"runner": artifact.folder}, MeasureOptions(threads=threads, priority="normal")
     )
-    child = Child("runner", plan["jobs"]["runner"], 300.0)
+    runner = RunnerProcess("runner", plan["jobs"]["runner"], 300.0)
     try:
-        count = max(5, math.ceil(TURN_S / child.ask("warm", limit_s=3.0)["p50_s"]))
+        count = max(5, math.ceil(TURN_S / runner.request("warm", limit_s=3.0)["p50_s"]))
         app = BenchmarkApp(program, artifact.model_path, threads, turns * count, folder)
         latency_s: list[float] = []
         while app.go_on(TURN_S):
-            latency_s += child.ask("run", count=count, settle=1)["latency_s"]
+            latency_s += runner.request("run", count=count, settle=1)["latency_s"]
     finally:
-        child.close()
+        runner.close()
     return statistics.median(latency_s), app.p50_s()
 
 

@@ -1,4 +1,4 @@
-"""A recipe over several seeds, as a table of means and spreads: `python -m benchmarks.seeds
+"""A recipe over several seeds, as a table of means and spreads: `python -m benchmarks.accuracy.seeds
 fashion_mnist fashion_mnist_90`.
 
 Each seed is a whole `vitrim run` in a process of its own, with its own folder; finished runs are
@@ -121,7 +121,7 @@ def main() -> None:
     rows = [row(Path(recipe).stem, found) for recipe, found in by_recipe.items()]
     printed = table(rows, options.seeds)
     print(printed)
-    command = "python -m benchmarks.seeds " + " ".join(sys.argv[1:])
+    command = "python -m benchmarks.accuracy.seeds " + " ".join(sys.argv[1:])
     machine = read_machine()
     replace_file(
         RESULTS / f"{options.name}.json",

@@ -1,4 +1,4 @@
-"""Is the C++ example as fast as the Python runner? `python -m benchmarks.native_runner`.
+"""Is the C++ example as fast as the Python runner? `python -m benchmarks.measurement.native_runner`.
 
 Both time the same artifact in turns of random order, each in a process of its own at the same
 priority, one thread: the example of `vitrim export --bundle` as its CMake builds it, and
@@ -6,7 +6,7 @@ bench/local/runner.py. Told: both medians, their ratio with its 95 % interval (g
 not slower by 3 % or more), the spread of each, and what the example itself reports of bytes on disk
 and in memory.
 
-    python -m benchmarks.native_runner [ARTIFACT...] [--rounds 40] [--threads 1] [--header FOLDER]
+    python -m benchmarks.measurement.native_runner [ARTIFACT...] [--rounds 40] [--threads 1] [--header FOLDER]
     [--json FILE]
 
 Without paths, the demo's shapes and DeiT-T with random weights are exported in fp32 and int8.
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 from vitrim.bench.local import environment
-from vitrim.bench.local.conductor import Child
+from vitrim.bench.local.conductor import RunnerProcess
 from vitrim.bench.local.measure import make_plan
 from vitrim.bench.results.statistics import ratio_interval, summarise
 from vitrim.core.errors import InputError
@@ -128,7 +128,7 @@ def hold(
     }
 
     plan, _ = make_plan({"runner": artifact.folder}, threads=threads)
-    child = Child("runner", plan["jobs"]["runner"], 300.0)
+    runner = RunnerProcess("runner", plan["jobs"]["runner"], 300.0)
     order, ours, theirs = random.Random(0), [], []
     with subprocess.Popen(
         [*command, "--listen"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -146,18 +146,18 @@ def hold(
 
         # The same standing with the scheduler as the runner has.
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, example.pid, child.ready["niceness"])
-        p50_s = child.ask("warm")["p50_s"]
+            os.setpriority(os.PRIO_PROCESS, example.pid, runner.ready["niceness"])
+        p50_s = runner.request("warm")["p50_s"]
         count = max(5, min(200, math.ceil(TURN_S / p50_s)))
         ask_example(count)
         for _ in range(rounds):
             for name in order.sample(["runner", "example"], 2):
                 if name == "runner":
-                    ours += child.ask("run", count=count, settle=2)["latency_s"]
+                    ours += runner.request("run", count=count, settle=2)["latency_s"]
                 else:
                     theirs += ask_example(count + 2)[2:]
-        memory = child.ask("memory")
-        child.close()
+        memory = runner.request("memory")
+        runner.close()
         assert example.stdin is not None
         example.stdin.close()
     turns = [count] * rounds
@@ -185,7 +185,7 @@ def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     lines = [
         "# The C++ example beside the Python runner",
         "",
-        f"`python -m benchmarks.native_runner`, {machine['cpu_model']}, ONNX Runtime {machine['libraries'].get('onnxruntime')}, interleaved, medians.",
+        f"`python -m benchmarks.measurement.native_runner`, {machine['cpu_model']}, ONNX Runtime {machine['libraries'].get('onnxruntime')}, interleaved, medians.",
         "A ratio below 1 says that the example is faster. Memory is the highest of the whole process; the runner's holds a Python with numpy.",
         "",
         "| artifact | threads | runner p50 | example p50 | example / runner (95 %) | spread, runner / example "

@@ -1,4 +1,4 @@
-"""What each graph form is worth on ONNX Runtime, one thread: `python -m benchmarks.forms` ->
+"""What each graph form is worth on ONNX Runtime, one thread: `python -m benchmarks.speed.forms` ->
 benchmarks/results/forms.{json,md}
 
 DeiT-Tiny, DeiT-Small and both cut in two ways to half of their multiply-adds (random shared masks,
@@ -225,7 +225,7 @@ def table(data: dict[str, Any]) -> str:
     head = "| form | " + " | ".join(labels) + " |"
     lines = [
         f"One thread of {data['machine']['processor']}, ONNX Runtime {data['machine']['onnxruntime']}, batch 1, medians of {data['rounds']} interleaved "
-        "rounds: processor time in milliseconds, and its ratio to the best form's of the same model. `python -m benchmarks.forms`",
+        "rounds: processor time in milliseconds, and its ratio to the best form's of the same model. `python -m benchmarks.speed.forms`",
         "",
         head,
         "|---" * (len(labels) + 1) + "|",

@@ -1,7 +1,7 @@
 """The native runner held against the Python runner: the same files, both alive, turns in random
 order.
 
-    python -m benchmarks.runners runs/quickstart/artifacts/* [--time-limit 30] [--json OUT]
+    python -m benchmarks.measurement.runners runs/quickstart/artifacts/* [--time-limit 30] [--json OUT]
 
 Prints p50 of both and the ratio of the rounds' medians with its 95 % interval. Times of one run on
 one machine are compared with each other only.
@@ -15,23 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vitrim.bench.local.conductor import Child, Here, conduct
+from vitrim.bench.local.conductor import LocalExecutor, RunnerProcess, conduct
 from vitrim.bench.local.measure import make_plan
 from vitrim.bench.remote.native_build import native_runner
 from vitrim.bench.results.statistics import ratio_interval
 
 
-class Both(Here):
+class Both(LocalExecutor):
     """This machine, where some jobs are given to the C++ runner."""
 
     def __init__(self) -> None:
         super().__init__()
         self.native = native_runner().command()
 
-    def child(self, name: str, job: dict[str, Any], reply_limit_s: float) -> Child:
+    def start_runner(self, name: str, job: dict[str, Any], reply_limit_s: float) -> RunnerProcess:
         """A runner of the kind that the name says."""
-        return Child(
-            name, job, reply_limit_s, self.native if name.endswith("native") else self.runner(job)
+        return RunnerProcess(
+            name,
+            job,
+            reply_limit_s,
+            self.native if name.endswith("native") else self.runner_command(job),
         )
 
 

@@ -1,0 +1,1 @@
+"""Accuracy over seeds, and outputs on other processors."""

@@ -1,0 +1,1 @@
+"""What compaction and mask learning cost."""

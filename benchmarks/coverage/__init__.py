@@ -1,0 +1,1 @@
+"""Which published models can be compacted exactly."""

@@ -1,0 +1,1 @@
+"""Estimated latencies compared with measured ones."""

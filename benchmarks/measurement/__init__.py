@@ -1,0 +1,1 @@
+"""Measurements compared with repetitions, and with those of other tools."""

@@ -1,0 +1,1 @@
+"""Latency of graph forms, precisions and runtimes."""
