@@ -1,11 +1,10 @@
-"""Energy where the device tells it: RAPL, INA sensors (hwmon or iio), tegrastats, a GPU's own
-meter. Where none tells, there is none; nothing is guessed.
+"""Energy meters: RAPL, INA sensors (hwmon or iio), tegrastats, and a GPU's own meter.
 
-This file needs Python 3.9 and nothing else: it travels to a device beside the runner. A meter shows
-joules that only rise; what a run took is the difference of two readings. It includes whatever else
-the metered part did meanwhile, and its idle power.
+This file needs Python 3.9 and nothing else: it is copied to a device next to the runner. A reading
+is a rising count of joules; a run's energy is the difference of two readings. It includes the idle
+power of the metered part and whatever else that part did. Without a meter no energy is reported.
 
-    python energy.py [ROOT]          (what is found here, and its power over half a second)
+    python energy.py [ROOT]          (prints the meter and its power over half a second)
 """
 
 from __future__ import annotations
@@ -27,32 +26,31 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Sensors of one board often meter a part of what another meters; the first name that is there
-# stands for all.
+# Rails that include the others of their board; the first that exists is the board's total.
 TOTALS = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0", "VDD_5V_IN", "5V0_SYS")
 INA = re.compile(r"^ina(2\d\d|2xx|3221)x?$")
 SAMPLE_S = 0.02
+Power = Callable[[], "float | None"]
 
 
 class Meter:
-    """source: which meter, in a few words; scope: what it meters."""
+    """An energy meter: `source` is its kind, `scope` the part of the device that it meters."""
 
     source = ""
     scope = ""
 
     def read_j(self) -> float | None:
-        """Joules since the meter was opened, or since the device's own count began; None where this
-        reading failed.
-        """
+        """Return joules since an arbitrary start; None where the reading failed."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Stop what runs in the background."""
+        """Stop background threads and processes."""
 
 
 class Rapl(Meter):
-    """The processor's own counters (Linux powercap): packages, and memory where it is counted
-    apart. Counters that wrapped around are followed.
+    """The processor's own counters (Linux powercap), for packages and separately counted memory.
+
+    A counter that wraps around is corrected by its range.
     """
 
     def __init__(self, zones: list[str]) -> None:
@@ -66,6 +64,7 @@ class Rapl(Meter):
         self.total_uj = 0
 
     def read_j(self) -> float | None:
+        """Return joules since the first reading."""
         for index, (zone, highest) in enumerate(self.zones):
             now = _whole(os.path.join(zone, "energy_uj"))
             if now is None:
@@ -83,52 +82,50 @@ class Rapl(Meter):
 
 
 class Sampled(Meter):
-    """A power sensor, asked again and again in the background and summed over time by
-    trapezoids.
-    """
+    """A power sensor that is sampled in the background and integrated by trapezoids."""
 
     def __init__(
         self,
         source: str,
         scope: str,
-        power_w: Callable[[], float | None],
+        power_w: Power,
         every_s: float = SAMPLE_S,
     ) -> None:
         self.source, self.scope, self.power_w, self.every_s = source, scope, power_w, every_s
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.total_j, self.failed = 0.0, False
         self.last: tuple[float, float] | None = None
-        self._take()
+        self._sample()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def read_j(self) -> float | None:
-        self._take()
+        """Return joules since the meter was opened."""
+        self._sample()
         with self.lock:
             return None if self.failed else self.total_j
 
     def close(self) -> None:
+        """Stop the sampling."""
         self.ended.set()
         self.thread.join(timeout=2)
 
     def _run(self) -> None:
         while not self.ended.wait(self.every_s):
-            self._take()
+            self._sample()
 
-    def _take(self) -> None:
+    def _sample(self) -> None:
         watts, now = self.power_w(), time.perf_counter()
         with self.lock:
-            # A gap cannot be summed over: from then on nothing is told.
+            # The energy of a gap is unknown, so every later reading fails.
             self.failed = self.failed or watts is None
             if watts is not None and self.last is not None:
                 self.total_j += (now - self.last[0]) * (watts + self.last[1]) / 2
             self.last = None if watts is None else (now, watts)
 
 
-class Told(Meter):
-    """A program that prints one reading after another (tegrastats, nvidia-smi -lms); its newest is
-    the present power.
-    """
+class PrintedPower(Meter):
+    """A program that prints power readings (tegrastats, nvidia-smi -lms); the newest one counts."""
 
     def __init__(
         self, source: str, scope: str, command: list[str], power_w: Callable[[str], float | None]
@@ -140,20 +137,19 @@ class Told(Meter):
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
         )
         self.parse = power_w
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._read_lines, daemon=True).start()
         self.first.wait(timeout=3)
-        self.inner = (
-            None
-            if self.newest is None
-            else Sampled(
-                source, scope, lambda: self.newest if self.process.poll() is None else None
-            )
-        )
+        self.inner = None if self.newest is None else Sampled(source, scope, self._power_w)
+
+    def _power_w(self) -> float | None:
+        return self.newest if self.process.poll() is None else None
 
     def read_j(self) -> float | None:
+        """Return joules since the meter was opened."""
         return None if self.inner is None else self.inner.read_j()
 
     def close(self) -> None:
+        """End the program."""
         if self.inner is not None:
             self.inner.close()
         if self.process.poll() is None:
@@ -164,7 +160,7 @@ class Told(Meter):
                 self.process.kill()
                 self.process.wait()
 
-    def _listen(self) -> None:
+    def _read_lines(self) -> None:
         for line in self.process.stdout or ():
             watts = self.parse(line.decode(errors="replace"))
             if watts is not None:
@@ -181,52 +177,56 @@ class Nvml(Meter):
         self.source, self.scope = "NVML", "GPU board"
 
     def read_j(self) -> float | None:
+        """Return joules since the driver was loaded."""
         millijoules = ctypes.c_ulonglong()
-        if (
-            self.library.nvmlDeviceGetTotalEnergyConsumption(self.device, ctypes.byref(millijoules))
-            != 0
-        ):
+        read = self.library.nvmlDeviceGetTotalEnergyConsumption
+        if read(self.device, ctypes.byref(millijoules)) != 0:
             return None
         return millijoules.value * 1e-3
 
 
 def open_meter(root: str = "/", *, gpu: bool = False) -> Meter | None:
-    """The meter nearest to what runs the model: a GPU's own for a GPU, else the board's sensors,
-    else the processor's counters; None without any.
+    """Open the meter closest to what runs the model.
 
-    root: where /sys begins, for a copy of a device's files; programs and libraries are only asked
-    for the machine's own root.
+    It is the GPU's own for a model on a GPU, else the board's sensors, else the processor's
+    counters; None where the device has none of them.
+
+    Args:
+        root: The folder that contains `sys`, for a copy of a device's files. Programs and
+            libraries are used for `/` only.
+        gpu: Whether the model runs on a GPU.
     """
-    here = root == "/"
-    if gpu and here:
+    this_machine = root == "/"
+    if gpu and this_machine:
         return _nvml() or _nvidia_smi()
     sensor = _ina(root)
     if sensor is not None:
         return sensor
-    if here and (tegra := _tegrastats()) is not None:
+    if this_machine and (tegra := _tegrastats()) is not None:
         return tegra
     zones = rapl_zones(root)
     if zones:
         meter = Rapl(zones)
-        # A counter that only root may read is no meter.
+        # Often only root may read the counters.
         return meter if meter.read_j() is not None else None
     return None
 
 
-# ---- where the kernel shows them -------------------------------------------------------------------------------------------------------
+# ---- files of the kernel -------------------------------------------------------------------------
 
 
 def rapl_zones(root: str = "/") -> list[str]:
-    """The zones to sum: packages, and their memory. Cores and graphics are parts of a package, and
-    psys counts it once more.
+    """Return the zones to add up: packages and their memory.
+
+    Cores and graphics are parts of a package, and psys includes it.
     """
     folder = os.path.join(root, "sys/class/powercap")
     found = []
     for zone in _listing(folder):
         name = _text(os.path.join(folder, zone, "name")) or ""
-        if (re.match(r"^(intel|amd)-rapl:\d+$", zone) and name.startswith("package")) or (
-            re.match(r"^(intel|amd)-rapl:\d+:\d+$", zone) and name == "dram"
-        ):
+        is_package = re.match(r"^(intel|amd)-rapl:\d+$", zone) and name.startswith("package")
+        is_memory = re.match(r"^(intel|amd)-rapl:\d+:\d+$", zone) and name == "dram"
+        if is_package or is_memory:
             found.append(os.path.join(folder, zone))
     return found
 
@@ -237,66 +237,49 @@ def _ina(root: str) -> Meter | None:
         return None
     total = next((name for name in TOTALS if name in rails), None)
     if total is None and len(rails) > 1:
-        # Nobody says which rails contain which; a sum could count one twice.
+        # It is unknown which rails include others; a sum could count one twice.
         return None
     name = total or next(iter(rails))
     return Sampled("INA sensor", f"board, rail {name}", rails[name])
 
 
-def _hwmon_rails(root: str) -> dict[str, Callable[[], float | None]]:
-    """{rail: power in watts} of INA chips under hwmon: powerN_input in microwatts, or inN_input
-    (mV) times currN_input (mA).
+def _hwmon_rails(root: str) -> dict[str, Power]:
+    """Return {rail: power in watts} of the INA chips under hwmon.
+
+    The files are powerN_input in microwatts, or inN_input (mV) times currN_input (mA).
     """
     folder, found = os.path.join(root, "sys/class/hwmon"), {}
     for entry in _listing(folder):
         chip = os.path.join(folder, entry)
         kind = _text(os.path.join(chip, "name")) or ""
-        if not INA.match(kind):
-            continue
-        files = _listing(chip)
+        files = _listing(chip) if INA.match(kind) else []
         for file in files:
             match = re.match(r"^(curr|power)(\d+)_input$", file)
             if not match:
                 continue
             number = match[2]
+            # An ina219 or ina226 has the shunt as in0 and the bus as in1; an ina3221 has each
+            # channel's bus under its own number.
+            volts = f"in{number}_input" if f"in{number}_input" in files else "in1_input"
             label = _text(os.path.join(chip, f"in{number}_label")) or f"{kind} {entry} {number}"
+            path = os.path.join(chip, file)
             if match[1] == "power":
-                found[label] = _scaled(os.path.join(chip, file), 1e-6)
-            elif (
-                f"power{number}_input" not in files
-                and f"in{_voltage_of(files, number)}_input" in files
-            ):
-                volts, amps = (
-                    os.path.join(chip, f"in{_voltage_of(files, number)}_input"),
-                    os.path.join(chip, file),
+                found[label] = _scaled(path, 1e-6)
+            elif f"power{number}_input" not in files and volts in files:
+                found[label] = _product(
+                    _scaled(os.path.join(chip, volts), 1e-3), _scaled(path, 1e-3)
                 )
-                found[label] = _product(_scaled(volts, 1e-3), _scaled(amps, 1e-3))
     return found
 
 
-def _voltage_of(files: list[str], number: str) -> str:
-    # An ina219 or ina226 shows the shunt as in0 and the bus as in1, an ina3221 each channel's bus
-    # under its own number.
-    return number if f"in{number}_input" in files else "1"
+def _iio_rails(root: str) -> dict[str, Power]:
+    """Return {rail: power in watts} of the INA chips under iio.
 
-
-def _iio_rails(root: str) -> dict[str, Callable[[], float | None]]:
-    """The same under iio: NVIDIA's ina3221x (rail_name_N, in_powerN_input in milliwatts), and the
+    The files are NVIDIA's ina3221x (rail_name_N, in_powerN_input in milliwatts), or those of the
     mainline driver (in_powerN_raw times its scale).
     """
     found = {}
-    folders = [
-        os.path.join(root, "sys/bus/iio/devices", entry)
-        for entry in _listing(os.path.join(root, "sys/bus/iio/devices"))
-    ]
-    drivers = os.path.join(root, "sys/bus/i2c/drivers/ina3221x")
-    for device in _listing(drivers):
-        folders += [
-            os.path.join(drivers, device, entry)
-            for entry in _listing(os.path.join(drivers, device))
-            if entry.startswith("iio:device")
-        ]
-    for folder in folders:
+    for folder in _iio_folders(root):
         kind, files = _text(os.path.join(folder, "name")) or "", _listing(folder)
         if not (INA.match(kind) or any(file.startswith("rail_name_") for file in files)):
             continue
@@ -304,27 +287,39 @@ def _iio_rails(root: str) -> dict[str, Callable[[], float | None]]:
             match = re.match(r"^in_power(\d+)_(input|raw)$", file)
             if not match:
                 continue
+            number = match[1]
             label = (
-                _text(os.path.join(folder, f"rail_name_{match[1]}"))
-                or f"{kind or 'ina'} {os.path.basename(folder)} {match[1]}"
+                _text(os.path.join(folder, f"rail_name_{number}"))
+                or f"{kind or 'ina'} {os.path.basename(folder)} {number}"
             )
-            scale = (
-                1.0
-                if match[2] == "input"
-                else _real(os.path.join(folder, f"in_power{match[1]}_scale"))
-            )
+            scale: float | None = 1.0
+            if match[2] == "raw":
+                scale = _real(os.path.join(folder, f"in_power{number}_scale"))
             if scale is not None:
-                # iio counts power in milliwatts.
+                # iio's unit of power is the milliwatt.
                 found[label] = _scaled(os.path.join(folder, file), scale * 1e-3)
     return found
 
 
-# ---- programs and libraries ------------------------------------------------------------------------------------------------------------
+def _iio_folders(root: str) -> list[str]:
+    devices = os.path.join(root, "sys/bus/iio/devices")
+    drivers = os.path.join(root, "sys/bus/i2c/drivers/ina3221x")
+    folders = [os.path.join(devices, entry) for entry in _listing(devices)]
+    for device in _listing(drivers):
+        folder = os.path.join(drivers, device)
+        entries = [entry for entry in _listing(folder) if entry.startswith("iio:device")]
+        folders += [os.path.join(folder, entry) for entry in entries]
+    return folders
+
+
+# ---- programs and libraries ----------------------------------------------------------------------
 
 
 def tegrastats_power_w(line: str) -> float | None:
-    """The board's input power in a line of tegrastats: `VDD_IN 4532mW/4400mW` (JetPack 5 and later)
-    or `POM_5V_IN 2522/2480` (JetPack 4), now/mean.
+    """Return the board's input power from a line of tegrastats.
+
+    It reads `VDD_IN 4532mW/4400mW` (JetPack 5 and later) or `POM_5V_IN 2522/2480` (JetPack 4): the
+    power now, and its mean.
     """
     for name in TOTALS:
         match = re.search(rf"\b{name}\s+(\d+)(?:mW)?/\d+(?:mW)?", line)
@@ -334,9 +329,7 @@ def tegrastats_power_w(line: str) -> float | None:
 
 
 def nvidia_smi_power_w(line: str) -> float | None:
-    """Watts in a line of `nvidia-smi --query-gpu=power.draw --format=csv,noheader,nounits`; [N/A]
-    where the GPU does not tell.
-    """
+    """Return the watts in a line of nvidia-smi's power.draw (csv, no units); None for [N/A]."""
     try:
         return float(line.split(",")[0])
     except ValueError:
@@ -346,27 +339,19 @@ def nvidia_smi_power_w(line: str) -> float | None:
 def _tegrastats() -> Meter | None:
     if shutil.which("tegrastats") is None:
         return None
-    return _telling(
-        Told("tegrastats", "board", ["tegrastats", "--interval", "50"], tegrastats_power_w)
-    )
+    command = ["tegrastats", "--interval", "50"]
+    return _working(PrintedPower("tegrastats", "board", command, tegrastats_power_w))
 
 
 def _nvidia_smi() -> Meter | None:
     if shutil.which("nvidia-smi") is None:
         return None
-    command = [
-        "nvidia-smi",
-        "--query-gpu=power.draw",
-        "--format=csv,noheader,nounits",
-        "-lms",
-        "50",
-        "-i",
-        "0",
-    ]
-    return _telling(Told("nvidia-smi", "GPU board", command, nvidia_smi_power_w))
+    query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", *query, "-lms", "50", "-i", "0"]
+    return _working(PrintedPower("nvidia-smi", "GPU board", command, nvidia_smi_power_w))
 
 
-def _telling(meter: Told) -> Meter | None:
+def _working(meter: PrintedPower) -> Meter | None:
     if meter.inner is None:
         meter.close()
         return None
@@ -388,10 +373,10 @@ def _nvml() -> Meter | None:
     return meter if meter.read_j() is not None else None
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------------------
+# ---- reading files -------------------------------------------------------------------------------
 
 
-def _scaled(path: str, factor: float) -> Callable[[], float | None]:
+def _scaled(path: str, factor: float) -> Power:
     def read() -> float | None:
         value = _real(path)
         return None if value is None else value * factor
@@ -399,9 +384,7 @@ def _scaled(path: str, factor: float) -> Callable[[], float | None]:
     return read
 
 
-def _product(
-    first: Callable[[], float | None], second: Callable[[], float | None]
-) -> Callable[[], float | None]:
+def _product(first: Power, second: Power) -> Power:
     def read() -> float | None:
         one, two = first(), second()
         return None if one is None or two is None else one * two
@@ -439,10 +422,10 @@ def _listing(folder: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what is metered here."""
+    """Print this device's meter; return the exit code."""
     meter = open_meter(arguments[0] if arguments else "/")
     if meter is None:
-        sys.stdout.write("no meter: this device tells no energy (RAPL may need root)\n")
+        sys.stdout.write("no energy meter on this device (RAPL may need root)\n")
         return 1
     before, start = meter.read_j(), time.perf_counter()
     time.sleep(0.5)

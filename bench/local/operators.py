@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...core.errors import InputError
 from ...export.artifact import Artifact
-from .conductor import Child, ConductorError
+from .conductor import RunnerProcess, ConductorError
 from .measure import make_plan
 from ..results.operator_table import OperatorRow, OperatorTable, operator_rows
 from .options import CPU
@@ -34,9 +34,9 @@ def profile_operators(
         {"model": artifact}, threads=threads, batch=batch, providers=tuple(providers)
     )
     try:
-        child = Child("model", plan["jobs"]["model"], 300.0)
+        child = RunnerProcess("model", plan["jobs"]["model"], 300.0)
         try:
-            told = child.ask("profile", count=runs)
+            told = child.request("profile", count=runs)
         finally:
             child.close()
     except ConductorError as error:

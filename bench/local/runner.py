@@ -1,19 +1,21 @@
-"""Run one model in this process and tell what happened: one JSON line an event on standard output.
+"""Run one model in this process and report events, one JSON line each, on standard output.
 
 This file needs Python 3.9 with numpy and the model's runtime, and nothing of vitrim: copied to a
-device beside the folder `runtimes` it does the same work there.
+device next to the folder `runtimes`, it does the same work there.
 
-    python runner.py '{"model": "model.onnx", "commands": [{"do": "warm"}, {"do": "run", "count":
-    100}, {"do": "memory"}]}' python runner.py - < job.json            (the job alone, on the first
-    line; further commands one JSON object a line)
+    python runner.py '{"model": "model.onnx",
+                       "commands": [{"do": "warm"}, {"do": "run", "count": 100}, {"do": "memory"}]}'
+    python runner.py - < job.json
 
-Job: model (path), runtime (onnxruntime if absent), threads, pinning (list of CPU numbers), priority
+With `-` the job is the first line of standard input, and each further line is a command.
+
+Job: model (path), runtime (default onnxruntime), threads, pinning (list of CPU numbers), priority
 (high or normal), spinning, arena, providers, batch (for a free batch dimension), seed, session
-(settings of the runtime), preprocessing ({"mean", "std"} for data sets of bytes), input and output
-(what the manifest says of them), commands (else they are read from standard input). Commands: warm
-{limit_s}, run {count, settle}, memory, score {dataset, limit}, profile {count}, stop. Events:
-ready, warm, samples, memory, progress, score, profile, error (with a one-line message; the process
-then exits with 3).
+(settings of the runtime), preprocessing ({"mean", "std"} for uint8 data sets), input and output
+(from the manifest), commands (default: read from standard input).
+Commands: warm {limit_s}, run {count, settle}, memory, score {dataset, limit}, profile {count},
+stop. Events: ready, warm, samples, memory, progress, score, profile, error (with a one-line
+message; the process then exits with code 3).
 """
 
 from __future__ import annotations
@@ -39,13 +41,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def load_runtimes() -> Any:
-    """The package `runtimes`: beside this file on a device, beside this folder in the package."""
-    place = (
-        HERE
-        if os.path.isdir(os.path.join(HERE, "runtimes"))
-        else os.path.dirname(os.path.dirname(HERE))
-    )
-    sys.path.insert(0, place)
+    """Import the package `runtimes`: next to this file on a device, two folders up in vitrim."""
+    on_device = os.path.isdir(os.path.join(HERE, "runtimes"))
+    sys.path.insert(0, HERE if on_device else os.path.dirname(os.path.dirname(HERE)))
     try:
         return importlib.import_module("runtimes")
     finally:
@@ -56,16 +54,14 @@ runtimes = load_runtimes()
 
 
 class RunnerError(Exception):
-    """One line that says why the job cannot be done."""
+    """Why the job failed, in one line."""
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------------------------
+# ---- this process --------------------------------------------------------------------------------
 
 
 def read_memory_bytes() -> tuple[int | None, int | None]:
-    """(resident now, highest since the last reset) in bytes; None where the system does not
-    tell.
-    """
+    """Return (resident memory now, its peak since the last reset) in bytes, None where unknown."""
     now = peak = None
     try:
         with open("/proc/self/status") as stream:
@@ -88,9 +84,7 @@ def read_memory_bytes() -> tuple[int | None, int | None]:
 
 
 def reset_peak() -> bool:
-    """Start the high-water mark anew (Linux: 5 into clear_refs); False where that is not
-    permitted.
-    """
+    """Reset the peak of resident memory (Linux); return False where that is not permitted."""
     try:
         with open("/proc/self/clear_refs", "w") as stream:
             stream.write("5")
@@ -99,22 +93,18 @@ def reset_peak() -> bool:
     return True
 
 
-# ---- the processor ---------------------------------------------------------------------------------------------------------------------
-
-
 def current_niceness() -> int | None:
-    """The scheduler's niceness of this process, -20 (first) to 19 (last); None where there is no
-    such thing.
-    """
+    """Return this process's niceness, -20 (first) to 19 (last); None where there is none."""
     try:
         return os.getpriority(os.PRIO_PROCESS, 0)
     except (OSError, AttributeError):
         return None
 
 
-def take_priority() -> int | None:
-    """Go before other work where that is permitted (root, as a rule): a sample should be the
-    model's time, not a neighbour's.
+def raise_priority() -> int | None:
+    """Run before other processes where that is permitted (as root), and return the niceness.
+
+    Other processes' work would otherwise be part of the samples.
     """
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, 0, -20)
@@ -122,42 +112,30 @@ def take_priority() -> int | None:
 
 
 def one_line(error: BaseException) -> str:
+    """Return an error's text in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-# ---- what can be asked -----------------------------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 
 class Runner:
-    """A loaded model with one fixed input."""
+    """A loaded model with one fixed input; each command is a method that returns its event."""
 
     def __init__(self, job: Json) -> None:
         self.job = job
         if job.get("pinning"):
-            try:
-                os.sched_setaffinity(0, set(job["pinning"]))
-            except (OSError, AttributeError) as error:
-                raise RunnerError(
-                    f"cannot pin to the CPUs {job['pinning']}: {one_line(error)}; name CPUs that this machine has"
-                ) from None
-        self.niceness = (
-            take_priority() if job.get("priority", "high") == "high" else current_niceness()
-        )
+            _pin(job["pinning"])
+        high = job.get("priority", "high") == "high"
+        self.niceness = raise_priority() if high else current_niceness()
         self.engine = runtimes.open_engine(job)
-        try:
-            import numpy
-        except ImportError as error:
-            raise RunnerError(
-                f"numpy is missing here: {one_line(error)}; install it with `python3 -m pip install numpy`"
-            ) from None
-        self.numpy = numpy
+        self.numpy = _import_numpy()
         gc.collect()
         self.floor_bytes, _ = read_memory_bytes()
         was_reset = reset_peak()
         _, after_reset = read_memory_bytes()
-        # Where the mark cannot be reset it may still show the import of the runtime instead of the
-        # model.
+        # Without a reset the peak may be that of the runtime's import and not the model's.
         self.peak_exact = was_reset or after_reset == self.floor_bytes
 
         start = time.perf_counter()
@@ -165,21 +143,22 @@ class Runner:
         self.load_s = time.perf_counter() - start
 
         self.shape, self.type = self.engine.input_shape, self.engine.input_type
-        images = numpy.random.default_rng(int(job.get("seed", 0))).standard_normal(
-            self.shape, dtype=numpy.float32
-        )
-        self.images = (
-            (images * 64 + 128).clip(0, 255).astype("uint8")
-            if self.type == "uint8"
-            else images.astype(self.type)
-        )
+        self.images = self._random_images(int(job.get("seed", 0)))
         self.infer = self.engine.infer
         start = time.perf_counter()
         self.infer(self.images)
         self.first_s = time.perf_counter() - start
         self.call = self.engine.timed_call(self.images)
 
+    def _random_images(self, seed: int) -> Any:
+        source = self.numpy.random.default_rng(seed)
+        images = source.standard_normal(self.shape, dtype=self.numpy.float32)
+        if self.type == "uint8":
+            return (images * 64 + 128).clip(0, 255).astype("uint8")
+        return images.astype(self.type)
+
     def ready(self) -> Json:
+        """Return the event that describes the loaded model."""
         return {
             "event": "ready",
             "runtime": self.engine.runtime,
@@ -197,30 +176,32 @@ class Runner:
         }
 
     def warm(self, limit_s: float = 10.0, tolerance: float = 0.03, least_s: float = 0.2) -> Json:
-        """Run until the medians of two windows in a row agree within `tolerance`, or the limit is
-        reached.
+        """Run until two successive windows agree in their medians, or the time limit is reached.
+
+        Args:
+            limit_s: Time limit in seconds.
+            tolerance: Largest relative difference of two medians that agree.
+            least_s: Shortest warm-up in seconds.
         """
         start = time.perf_counter()
         window = 5 if self.first_s < 0.5 else 1
         count, stable = 0, False
         before: float | None = None
         while True:
-            middle = sorted(self.timed(window))[window // 2]
+            median = sorted(self.timed(window))[window // 2]
             count += window
             elapsed = time.perf_counter() - start
-            if (
-                before is not None
-                and elapsed >= least_s
-                and abs(middle - before) <= tolerance * before
-            ):
+            agree = before is not None and abs(median - before) <= tolerance * before
+            if agree and elapsed >= least_s:
                 stable = True
                 break
             if elapsed >= limit_s:
                 break
-            before = middle
-        return {"event": "warm", "count": count, "stable": stable, "p50_s": middle}
+            before = median
+        return {"event": "warm", "count": count, "stable": stable, "p50_s": median}
 
     def timed(self, count: int) -> list[float]:
+        """Return the seconds of each of `count` inferences."""
         call, clock = self.call, time.perf_counter
         latency_s = []
         for _ in range(count):
@@ -230,8 +211,9 @@ class Runner:
         return latency_s
 
     def run(self, count: int, settle: int = 2) -> Json:
-        """`count` timed calls after `settle` calls that bring the caches back after another
-        process's turn.
+        """Time `count` inferences.
+
+        `settle` untimed inferences come first: they refill the caches after another process ran.
         """
         gc.collect()
         gc.disable()
@@ -245,61 +227,83 @@ class Runner:
         return {"event": "samples", "latency_s": latency_s, "cpu_s": cpu_s, "wall_s": wall_s}
 
     def memory(self) -> Json:
+        """Return resident memory, and the engine's own counts where it has any."""
         now, peak = read_memory_bytes()
-        # In this order: what the engine does to tell its arena takes memory itself.
+        # The process's memory is read first: reading the arena's size allocates memory itself.
         device = self.engine.device_memory_peak_bytes()
-        told = {
+        return {
+            "event": "memory",
             "peak_rss_bytes": peak,
             "steady_rss_bytes": now,
             "device_memory_peak_bytes": device,
             "arena_bytes": self.engine.arena_bytes(),
         }
-        return {"event": "memory", **told}
 
     def score(self, dataset: str, limit: int | None = None) -> Iterator[Json]:
-        """Top-1 over a data set, at the batch that is timed."""
-        numpy = self.numpy
-        images, labels = open_dataset(numpy, dataset)
+        """Yield progress events, then the top-1 count over a data set, at the timed batch size."""
+        name = os.path.basename(dataset)
+        images, labels = open_dataset(self.numpy, dataset)
         total = len(labels) if limit is None else min(limit, len(labels))
-        batch, correct, told = self.shape[0], 0, time.perf_counter()
+        batch, correct, last_report_s = self.shape[0], 0, time.perf_counter()
         for first in range(0, total, batch):
             last = min(first + batch, total)
-            chunk = prepare_images(
-                numpy, images[first:last], self.shape, self.type, self.job.get("preprocessing")
-            )
-            if len(chunk) < batch:
-                # A fixed batch is filled up with copies of the last image, whose answers are not
-                # counted.
-                chunk = numpy.concatenate(
-                    [chunk, numpy.repeat(chunk[-1:], batch - len(chunk), axis=0)]
-                )
-            answers = self.infer(numpy.ascontiguousarray(chunk)).reshape(batch, -1)[: last - first]
-            if not numpy.isfinite(answers).all():
+            logits, wanted = self._logits(images[first:last]), labels[first:last]
+            if not self.numpy.isfinite(logits).all():
                 raise RunnerError(
-                    f"the model answers with infinite or missing numbers for image {first} of {os.path.basename(dataset)}"
+                    f"the model returns NaN or infinite values for image {first} of {name}"
                 )
-            classes = answers.shape[1]
-            if int(labels[first:last].max()) >= classes or int(labels[first:last].min()) < 0:
+            classes = logits.shape[1]
+            if int(wanted.max()) >= classes or int(wanted.min()) < 0:
                 raise RunnerError(
-                    f"{os.path.basename(dataset)}: has labels outside of the model's {classes} classes; give the set it was trained on"
+                    f"{name}: has labels outside of the model's {classes} classes; "
+                    "give the set it was trained on"
                 )
-            correct += int((answers.argmax(axis=1) == labels[first:last]).sum())
-            if time.perf_counter() - told > 1:
-                told = time.perf_counter()
+            correct += int((logits.argmax(axis=1) == wanted).sum())
+            if time.perf_counter() - last_report_s > 1:
+                last_report_s = time.perf_counter()
                 yield {"event": "progress", "done": last, "total": total}
         yield {"event": "score", "correct": correct, "total": total}
 
+    def _logits(self, images: Any) -> Any:
+        numpy, batch, count = self.numpy, self.shape[0], len(images)
+        chunk = prepare_images(numpy, images, self.shape, self.type, self.job.get("preprocessing"))
+        if count < batch:
+            # A fixed batch is padded with copies of the last image; their outputs are dropped.
+            chunk = numpy.concatenate([chunk, numpy.repeat(chunk[-1:], batch - count, axis=0)])
+        return self.infer(numpy.ascontiguousarray(chunk)).reshape(batch, -1)[:count]
+
     def profile(self, count: int = 10) -> Json:
-        """One row an operator, from the runtime's own profiler."""
+        """Return one row for each operator, from the runtime's own profiler."""
         return {"event": "profile", "runs": count, "rows": self.engine.profile(self.images, count)}
 
 
-# ---- the data set ----------------------------------------------------------------------------------------------------------------------
+def _pin(cpus: list[int]) -> None:
+    try:
+        os.sched_setaffinity(0, set(cpus))
+    except (OSError, AttributeError) as error:
+        raise RunnerError(
+            f"cannot pin to the CPUs {cpus}: {one_line(error)}; name CPUs that this machine has"
+        ) from None
+
+
+def _import_numpy() -> Any:
+    try:
+        import numpy
+    except ImportError as error:
+        raise RunnerError(
+            f"numpy is missing here: {one_line(error)}; "
+            "install it with `python3 -m pip install numpy`"
+        ) from None
+    return numpy
+
+
+# ---- the data set --------------------------------------------------------------------------------
 
 
 def open_dataset(numpy: Any, path: str) -> tuple[Any, Any]:
-    """`images` and `labels` of an .npz file, or of a folder with images.npy (read as it is needed)
-    and labels.npy.
+    """Open the images and labels of an .npz file, or of a folder of images.npy and labels.npy.
+
+    The images of a folder are memory-mapped. Raises RunnerError for anything else.
     """
     name = os.path.basename(path.rstrip("/"))
     try:
@@ -311,16 +315,14 @@ def open_dataset(numpy: Any, path: str) -> tuple[Any, Any]:
                 images, labels = archive["images"], archive["labels"]
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
         raise RunnerError(
-            f"{name}: not a data set ({one_line(error)}); give an .npz with the arrays `images` and `labels`"
+            f"{name}: not a data set ({one_line(error)}); "
+            "give an .npz with the arrays `images` and `labels`"
         ) from None
-    if (
-        labels.ndim != 1
-        or labels.dtype.kind not in "iu"
-        or len(labels) != len(images)
-        or len(labels) == 0
-    ):
+    one_each = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) == len(images)
+    if not one_each or len(labels) == 0:
         raise RunnerError(
-            f"{name}: {len(images)} images and labels of shape {labels.shape} {labels.dtype}; give one whole number for each image"
+            f"{name}: {len(images)} images and labels of shape {labels.shape} {labels.dtype}; "
+            "give one integer label for each image"
         )
     return images, labels
 
@@ -328,27 +330,38 @@ def open_dataset(numpy: Any, path: str) -> tuple[Any, Any]:
 def prepare_images(
     numpy: Any, images: Any, shape: list[int], kind: str, preprocessing: Json | None
 ) -> Any:
-    """Images as the model wants them: floats pass unchanged, bytes are put in channel order and
-    normalised as the manifest says.
+    """Return images in the model's layout, type and normalisation.
+
+    Args:
+        numpy: The module, which is imported only once the runtime is.
+        images: Floats (N, C, H, W), which are not normalised, or uint8 (N, C, H, W), (N, H, W, C)
+            or, for one channel, (N, H, W).
+        shape: The model's input, (batch, C, H, W).
+        kind: The type of the model's input.
+        preprocessing: `mean` and `std` of each channel, applied to uint8 images.
+
+    Returns:
+        Images of shape (N, C, H, W) and type `kind`.
+
+    Raises:
+        RunnerError: The size differs, or uint8 images come without mean and std.
     """
     channels, height, width = shape[1:4]
+    is_bytes = images.dtype == numpy.uint8
     if images.ndim == 3 and channels == 1:
         images = images[:, None]
-    elif (
-        images.dtype == numpy.uint8
-        and images.ndim == 4
-        and images.shape[1] != channels
-        and images.shape[3] == channels
-    ):
+    elif is_bytes and images.ndim == 4 and images.shape[1] != channels == images.shape[3]:
         images = images.transpose(0, 3, 1, 2)
     if list(images.shape[1:]) != shape[1:]:
         raise RunnerError(
-            f"the data set's images are {list(images.shape[1:])}, the model takes {[channels, height, width]}; prepare them at that size"
+            f"the data set's images are {list(images.shape[1:])}, "
+            f"the model takes {[channels, height, width]}; prepare them at that size"
         )
-    if images.dtype == numpy.uint8 and kind != "uint8":
+    if is_bytes and kind != "uint8":
         if not preprocessing:
             raise RunnerError(
-                "the data set holds bytes, and no mean and std are known to normalise them; give prepared float32 images, or an artifact"
+                "the data set holds bytes, and no mean and std are known to normalise them; "
+                "give prepared float32 images, or an artifact"
             )
         mean = numpy.asarray(preprocessing["mean"], dtype=numpy.float32).reshape(1, -1, 1, 1)
         std = numpy.asarray(preprocessing["std"], dtype=numpy.float32).reshape(1, -1, 1, 1)
@@ -356,73 +369,75 @@ def prepare_images(
     return images.astype(kind, copy=False)
 
 
-# ---- the conversation ------------------------------------------------------------------------------------------------------------------
+# ---- the line protocol ---------------------------------------------------------------------------
 
 
 def json_lines() -> Callable[[Json], None]:
-    """What writes a line of JSON to standard output, which it has to itself from now on: whatever a
-    library prints goes to standard error.
+    """Reserve standard output for JSON lines and return the function that writes one.
+
+    What libraries print goes to standard error from now on.
     """
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(line: Json) -> None:
-        lines.write(json.dumps(line) + "\n")
+    def write(event: Json) -> None:
+        lines.write(json.dumps(event) + "\n")
         lines.flush()
 
-    return tell
+    return write
+
+
+def _read_job(argument: str) -> tuple[Json, Iterator[Json]]:
+    try:
+        job = json.loads(sys.stdin.readline() if argument == "-" else argument)
+        commands = (
+            iter(job["commands"])
+            if "commands" in job
+            else (json.loads(line) for line in sys.stdin if line.strip())
+        )
+        job["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunnerError(f"the job is no JSON object with a model: {one_line(error)}") from None
+    return job, commands
+
+
+def _run_commands(arguments: list[str], write: Callable[[Json], None]) -> None:
+    if len(arguments) != 1:
+        raise RunnerError("expected one argument: the job as JSON, or - to read standard input")
+    job, commands = _read_job(arguments[0])
+    runner = Runner(job)
+    write(runner.ready())
+    for command in commands:
+        options = {key: value for key, value in command.items() if key != "do"}
+        action = command.get("do")
+        if action == "stop":
+            return
+        if action == "score":
+            for event in runner.score(**options):
+                write(event)
+        elif action in ("warm", "run", "memory", "profile"):
+            write(getattr(runner, action)(**options))
+        else:
+            raise RunnerError(
+                f"unknown command {action!r}; it can be warm, run, memory, score, profile or stop"
+            )
 
 
 def main(arguments: list[str]) -> int:
-    tell = json_lines()
+    """Run the job of the command line; return the exit code."""
+    write = json_lines()
     try:
-        if len(arguments) != 1:
-            raise RunnerError(
-                "one argument is wanted: the job as JSON, or - to read it from standard input"
-            )
-        try:
-            job = json.loads(sys.stdin.readline() if arguments[0] == "-" else arguments[0])
-            commands = (
-                iter(job["commands"])
-                if "commands" in job
-                else (json.loads(line) for line in sys.stdin if line.strip())
-            )
-            job["model"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunnerError(
-                f"the job is no JSON object with a model: {one_line(error)}"
-            ) from None
-        runner = Runner(job)
-        tell(runner.ready())
-        for command in commands:
-            options = {key: value for key, value in command.items() if key != "do"}
-            action = command.get("do")
-            if action == "stop":
-                break
-            if action == "score":
-                for event in runner.score(**options):
-                    tell(event)
-            elif action in ("warm", "run", "memory", "profile"):
-                tell(getattr(runner, action)(**options))
-            else:
-                raise RunnerError(
-                    f"unknown command {action!r}; it can be warm, run, memory, score, profile or stop"
-                )
+        _run_commands(arguments, write)
     except (RunnerError, runtimes.EngineError) as error:
-        tell({"event": "error", "message": str(error)})
-        return 3
+        message = str(error)
     except MemoryError:
-        tell(
-            {
-                "event": "error",
-                "message": "the memory of this device is used up; measure a smaller model or batch",
-            }
-        )
-        return 3
+        message = "this device is out of memory; measure a smaller model or batch"
     except Exception as error:
-        tell({"event": "error", "message": f"{type(error).__name__}: {one_line(error)}"})
-        return 3
-    return 0
+        message = f"{type(error).__name__}: {one_line(error)}"
+    else:
+        return 0
+    write({"event": "error", "message": message})
+    return 3
 
 
 if __name__ == "__main__":

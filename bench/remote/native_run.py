@@ -17,7 +17,7 @@ import numpy as np
 
 from ...core.errors import InputError
 from ..local.artifact_facts import Subject
-from ..local.conductor import Child, ConductorError, conduct
+from ..local.conductor import RunnerProcess, ConductorError, conduct
 from ..local.options import CPU, DeviceOptions
 from ..local.progress import Progress
 from .device_link import DeviceLink, LinkLost, quote
@@ -34,9 +34,9 @@ class There:
     def __init__(self, link: DeviceLink, folder: str) -> None:
         self.link, self.folder = link, folder
 
-    def child(self, name: str, job: dict[str, Any], reply_limit_s: float) -> Child:
+    def start_runner(self, name: str, job: dict[str, Any], reply_limit_s: float) -> RunnerProcess:
         """A runner there that has loaded its model, spoken to through the link."""
-        return Child(
+        return RunnerProcess(
             name,
             job,
             reply_limit_s,

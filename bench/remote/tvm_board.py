@@ -33,7 +33,7 @@ class Board:
     def __init__(self, session: Any, key: str) -> None:
         self.session, self.key = session, key
 
-    def child(self, name: str, job: Json, reply_limit_s: float) -> BoardModel:
+    def start_runner(self, name: str, job: Json, reply_limit_s: float) -> BoardModel:
         """A model that the board has loaded."""
         del reply_limit_s
         try:
@@ -167,7 +167,7 @@ class BoardModel:
             "niceness": None,
         }
 
-    def ask(self, do: str, **options: Any) -> Json:
+    def request(self, do: str, **options: Any) -> Json:
         """warm, run, memory or profile, as of runner.py."""
         try:
             if do == "warm":
@@ -248,7 +248,7 @@ class BoardModel:
 
 def weights_of(model: Path, count: int) -> list[Any]:
     """Large weights that lie beside the compiled code."""
-    from ...runtimes.tvm_machine import WEIGHTS, map_weights
+    from ...runtimes.tvm_virtual_machine import WEIGHTS, map_weights
 
     return map_weights(str(model.parent / WEIGHTS), count)
 

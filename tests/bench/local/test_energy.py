@@ -1,6 +1,4 @@
-"""Meters read the kernel's files as the kernel lays them out; where no meter tells, there is
-none.
-"""
+"""Meters read the files of real kernels; without a readable meter there is none."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ import pytest
 from vitrim.bench.local import energy
 
 
-def put(root: Path, files: dict[str, str]) -> None:
+def write_files(root: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,19 +37,19 @@ INTEL = {
 
 
 def test_rapl_sums_packages_and_memory_and_nothing_twice(tmp_path: Path) -> None:
-    put(tmp_path, INTEL)
+    write_files(tmp_path, INTEL)
     meter = energy.open_meter(str(tmp_path))
     assert meter is not None
     assert (meter.source, meter.scope) == ("RAPL", "processor dram and package")
     assert meter.read_j() == 0.0
-    put(
+    write_files(
         tmp_path,
         {
             "sys/class/powercap/intel-rapl:0/energy_uj": "3500000",
             "sys/class/powercap/intel-rapl:0:1/energy_uj": "150000",
         },
     )
-    put(
+    write_files(
         tmp_path,
         {
             "sys/class/powercap/intel-rapl:1/energy_uj": "99000000",
@@ -61,9 +59,9 @@ def test_rapl_sums_packages_and_memory_and_nothing_twice(tmp_path: Path) -> None
     assert meter.read_j() == pytest.approx(2.6)
 
 
-def test_a_counter_that_wrapped_around_is_followed(tmp_path: Path) -> None:
+def test_a_counter_that_wraps_around_is_corrected(tmp_path: Path) -> None:
     zone = "sys/class/powercap/intel-rapl:0"
-    put(
+    write_files(
         tmp_path,
         {
             f"{zone}/name": "package-0",
@@ -73,26 +71,26 @@ def test_a_counter_that_wrapped_around_is_followed(tmp_path: Path) -> None:
     )
     meter = energy.open_meter(str(tmp_path))
     assert meter is not None
-    put(tmp_path, {f"{zone}/energy_uj": "4000"})
+    write_files(tmp_path, {f"{zone}/energy_uj": "4000"})
     assert meter.read_j() == pytest.approx(0.005)
 
 
-def test_a_wrap_without_a_known_range_tells_nothing(tmp_path: Path) -> None:
+def test_a_wrap_without_a_known_range_fails_the_reading(tmp_path: Path) -> None:
     zone = "sys/class/powercap/intel-rapl:0"
-    put(tmp_path, {f"{zone}/name": "package-0", f"{zone}/energy_uj": "999000"})
+    write_files(tmp_path, {f"{zone}/name": "package-0", f"{zone}/energy_uj": "999000"})
     meter = energy.open_meter(str(tmp_path))
     assert meter is not None
-    put(tmp_path, {f"{zone}/energy_uj": "4000"})
+    write_files(tmp_path, {f"{zone}/energy_uj": "4000"})
     assert meter.read_j() is None
 
 
 def test_counters_without_a_readable_number_are_no_meter(tmp_path: Path) -> None:
     zone = "sys/class/powercap/intel-rapl:0"
-    put(tmp_path, {f"{zone}/name": "package-0", f"{zone}/energy_uj": "secret"})
+    write_files(tmp_path, {f"{zone}/name": "package-0", f"{zone}/energy_uj": "secret"})
     assert energy.open_meter(str(tmp_path)) is None
 
 
-def test_no_files_no_meter(tmp_path: Path) -> None:
+def test_without_files_there_is_no_meter(tmp_path: Path) -> None:
     assert energy.open_meter(str(tmp_path)) is None
 
 
@@ -112,9 +110,10 @@ ORIN = {
 }
 
 
-def holds_watts(meter: energy.Meter, watts: float) -> bool:
-    """Whether what is counted over 60 ms lies between this power over the time that surely passed
-    and over the time that may have passed.
+def meters_watts(meter: energy.Meter, watts: float) -> bool:
+    """Return whether 60 ms of metered energy fit this power.
+
+    The bounds are the shortest and the longest time that can lie between the two readings.
     """
     outer_start = time.perf_counter()
     first = meter.read_j()
@@ -136,7 +135,7 @@ def holds_watts(meter: energy.Meter, watts: float) -> bool:
     ("files", "scope", "watts"),
     [
         (ORIN, "board, rail VDD_IN", 4.5),
-        # An ina226 on a carrier board: the kernel multiplies itself, in microwatts.
+        # An ina226 on a carrier board: the kernel computes the power, in microwatts.
         (
             {
                 "sys/class/hwmon/hwmon2/name": "ina226",
@@ -174,21 +173,21 @@ def holds_watts(meter: energy.Meter, watts: float) -> bool:
         ),
     ],
 )
-def test_ina_sensors_are_summed_over_time(
+def test_ina_sensors_are_integrated_over_time(
     tmp_path: Path, files: dict[str, str], scope: str, watts: float
 ) -> None:
-    put(tmp_path, files)
+    write_files(tmp_path, files)
     meter = energy.open_meter(str(tmp_path))
     assert meter is not None
     try:
         assert (meter.source, meter.scope) == ("INA sensor", scope)
-        assert holds_watts(meter, watts)
+        assert meters_watts(meter, watts)
     finally:
         meter.close()
 
 
-def test_the_boards_sensor_goes_before_the_processors_counters(tmp_path: Path) -> None:
-    put(tmp_path, {**INTEL, **ORIN})
+def test_the_boards_sensor_is_preferred_to_the_processors_counters(tmp_path: Path) -> None:
+    write_files(tmp_path, {**INTEL, **ORIN})
     meter = energy.open_meter(str(tmp_path))
     assert meter is not None
     assert meter.source == "INA sensor"
@@ -196,17 +195,17 @@ def test_the_boards_sensor_goes_before_the_processors_counters(tmp_path: Path) -
 
 
 def test_several_rails_without_a_total_are_not_added_up(tmp_path: Path) -> None:
-    put(tmp_path, {name: text.replace("VDD_IN", "VDD_CORE") for name, text in ORIN.items()})
+    write_files(tmp_path, {name: text.replace("VDD_IN", "VDD_CORE") for name, text in ORIN.items()})
     assert energy.open_meter(str(tmp_path)) is None
 
 
-def test_a_sensor_that_stops_tells_nothing_more(tmp_path: Path) -> None:
-    put(tmp_path, ORIN)
+def test_every_reading_fails_after_a_sensor_stopped(tmp_path: Path) -> None:
+    write_files(tmp_path, ORIN)
     meter = energy.open_meter(str(tmp_path))
     assert meter is not None
     (tmp_path / "sys/class/hwmon/hwmon1/curr1_input").unlink()
     assert meter.read_j() is None
-    put(tmp_path, ORIN)
+    write_files(tmp_path, ORIN)
     assert meter.read_j() is None
     meter.close()
 
@@ -215,29 +214,31 @@ def test_a_sensor_that_stops_tells_nothing_more(tmp_path: Path) -> None:
     ("line", "watts"),
     [
         (
-            "RAM 2448/7620MB (lfb 2x1MB) CPU [5%@729,3%@729] GR3D_FREQ 0% VDD_IN 4532mW/4400mW VDD_CPU_GPU_CV 503mW/500mW VDD_SOC 1467mW/1460mW",
+            "RAM 2448/7620MB (lfb 2x1MB) CPU [5%@729,3%@729] GR3D_FREQ 0% "
+            "VDD_IN 4532mW/4400mW VDD_CPU_GPU_CV 503mW/500mW VDD_SOC 1467mW/1460mW",
             4.532,
         ),
         (
-            "RAM 1050/3964MB (lfb 443x4MB) SWAP 0/1982MB CPU [10%@1479] EMC_FREQ 0% GR3D_FREQ 0% POM_5V_IN 2522/2480 POM_5V_GPU 40/40 POM_5V_CPU 646/600",
+            "RAM 1050/3964MB (lfb 443x4MB) SWAP 0/1982MB CPU [10%@1479] EMC_FREQ 0% GR3D_FREQ 0% "
+            "POM_5V_IN 2522/2480 POM_5V_GPU 40/40 POM_5V_CPU 646/600",
             2.522,
         ),
         ("RAM 1050/3964MB CPU [10%@1479]", None),
     ],
 )
-def test_lines_of_tegrastats(line: str, watts: float | None) -> None:
+def test_tegrastats_lines_are_parsed(line: str, watts: float | None) -> None:
     assert energy.tegrastats_power_w(line) == watts
 
 
 @pytest.mark.parametrize(
     ("line", "watts"), [("71.34", 71.34), ("71.34, 30.0", 71.34), ("[N/A]", None), ("", None)]
 )
-def test_lines_of_nvidia_smi(line: str, watts: float | None) -> None:
+def test_nvidia_smi_lines_are_parsed(line: str, watts: float | None) -> None:
     assert energy.nvidia_smi_power_w(line) == watts
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a shell script stands for the program")
-def test_a_program_that_tells_power_is_followed(
+def test_a_program_that_prints_power_is_a_meter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "tegrastats"
@@ -249,12 +250,12 @@ def test_a_program_that_tells_power_is_followed(
     meter = energy._tegrastats()
     assert meter is not None
     try:
-        assert holds_watts(meter, 4.0)
+        assert meters_watts(meter, 4.0)
     finally:
         meter.close()
 
 
-def test_a_program_that_tells_nothing_is_no_meter(
+def test_a_program_that_prints_no_power_is_no_meter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "nvidia-smi"
@@ -264,8 +265,8 @@ def test_a_program_that_tells_nothing_is_no_meter(
     assert energy._nvidia_smi() is None
 
 
-def test_the_file_runs_alone(tmp_path: Path) -> None:
-    put(tmp_path / "device", ORIN)
+def test_the_file_runs_on_its_own(tmp_path: Path) -> None:
+    write_files(tmp_path / "device", ORIN)
     copy = tmp_path / "energy.py"
     copy.write_text(Path(str(energy.__file__)).read_text())
     done = subprocess.run(
@@ -286,5 +287,5 @@ def test_the_file_runs_alone(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (
         1,
-        "no meter: this device tells no energy (RAPL may need root)\n",
+        "no energy meter on this device (RAPL may need root)\n",
     )

@@ -134,31 +134,31 @@ def test_bad_settings_are_refused(tmp_path: Path, options: dict[str, Any], messa
 
 def test_a_killed_runner_is_one_clear_line(tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx")
-    child = conductor.Child("victim", {"model": str(model)}, 60)
-    threading.Timer(0.3, lambda: os.kill(child.process.pid, signal.SIGKILL)).start()
+    runner = conductor.RunnerProcess("victim", {"model": str(model)}, 60)
+    threading.Timer(0.3, lambda: os.kill(runner.process.pid, signal.SIGKILL)).start()
     with pytest.raises(
         conductor.ConductorError,
-        match=r"victim: its process was ended by signal 9 \(a kill, most often for want of memory\)",
+        match=r"victim: its process was ended by signal 9 \(a kill, most often because memory ran out\)",
     ):
-        _ask_for_long(child)
+        _request_runs(runner)
 
 
-def _ask_for_long(child: conductor.Child) -> None:
+def _request_runs(runner: conductor.RunnerProcess) -> None:
     for _ in range(1000):
-        child.ask("run", count=1000)
+        runner.request("run", count=1000)
 
 
 def test_a_runner_that_hangs_is_stopped(tmp_path: Path) -> None:
-    child = conductor.Child("sleeper", {"model": str(chain(tmp_path / "m.onnx"))}, 60)
-    child.reply_limit_s = 0.3
-    os.kill(child.process.pid, signal.SIGSTOP)
+    runner = conductor.RunnerProcess("sleeper", {"model": str(chain(tmp_path / "m.onnx"))}, 60)
+    runner.reply_limit_s = 0.3
+    os.kill(runner.process.pid, signal.SIGSTOP)
     start = time.perf_counter()
     with pytest.raises(
-        conductor.ConductorError, match=r"sleeper: no answer from its process for 0 s"
+        conductor.ConductorError, match=r"sleeper: no event from its process for 0 s"
     ):
-        child.ask("memory")
+        runner.request("memory")
     assert time.perf_counter() - start < 10
-    assert child.process.poll() is not None
+    assert runner.process.poll() is not None
 
 
 def test_rounds_run_in_a_seeded_random_order(tmp_path: Path) -> None:

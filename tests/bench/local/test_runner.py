@@ -16,8 +16,8 @@ import vitrim.bench
 from bench_samples import chain, images_with_labels
 from vitrim.runtimes import engine_names, requirement
 
-FOLDER = Path(vitrim.bench.__path__[0])
-RUNTIMES = FOLDER.parent / "runtimes"
+FOLDER = Path(vitrim.bench.__path__[0]) / "local"
+RUNTIMES = FOLDER.parents[1] / "runtimes"
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
         "conductor.py",
         "environment.py",
         "energy.py",
-        *(f"../runtimes/{file.name}" for file in RUNTIMES.glob("*.py")),
+        *(f"../../runtimes/{file.name}" for file in RUNTIMES.glob("*.py")),
     ],
 )
 def test_what_travels_is_python_3_9_without_vitrim(name: str) -> None:
