@@ -1,6 +1,4 @@
-"""The groups of units that a mask is made of: the dimensions of a network, where each occurs, and
-what is tied.
-"""
+"""The groups of units that a mask consists of: dimensions, the sites of each, and tied units."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ SHARED = "*"
 
 
 def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
-    """Where a dimension occurs in a network: site -> size."""
+    """The sites of a network at which a dimension occurs: site -> size."""
     found: dict[str, int] = {}
     if dimension == "embed":
         found[STEM_OUT] = architecture.embed
@@ -62,8 +60,10 @@ def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
 
 
 def tied_units(architecture: Architecture, dimension: str, site: str) -> Tensor:
-    """(units, members): the indices of a group that are kept or dropped as one, such as the two
-    columns of a rope pair; mostly one member each.
+    """The indices of a group that are kept or dropped as one, such as the columns of a rope pair.
+
+    Returns:
+        (units, members); most groups have one member a unit.
     """
     if dimension == "qk":
         for _, core in attentions_at(architecture, site):
@@ -79,7 +79,7 @@ def tied_units(architecture: Architecture, dimension: str, site: str) -> Tensor:
 
 
 def attentions_at(architecture: Architecture, site: str) -> list[tuple[str, AttentionSpec]]:
-    """The attentions of the blocks that a mask at `site` is for."""
+    """Name and spec of each attention in the blocks that a mask at `site` applies to."""
     found = (
         (branch.name, branch.core)
         for branch in architecture.branches
@@ -89,10 +89,17 @@ def attentions_at(architecture: Architecture, site: str) -> list[tuple[str, Atte
 
 
 def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, int]]:
-    """The masks that a sharing asks for: dimension -> site (or `*` for one shared by all) -> size.
+    """The masks that a sharing defines: dimension -> site (or `*` for one shared by all) -> size.
 
-    Sharings of METHODS A: `unshared`, `residual` (one embed mask), `full` (one mask a dimension).
-    Sub-layers as a whole are never shared, nor is what belongs to an attention-pooling head.
+    `unshared`: every site has its own masks. `residual`: one embed mask for the residual stream.
+    `full`: one mask a dimension. Whole sub-layers are never shared, nor are the units of an
+    attention-pooling head.
+
+    Raises:
+        InputError: The sharing is unknown, or needs equal sizes where the model has several.
+
+    References:
+        L. Tredese 2023, "Structured Pruning of Vision Transformers at Training Time" (sharing).
     """
     if sharing not in ("unshared", "residual", "full"):
         raise InputError(f"sharing = {sharing!r}: choose 'unshared', 'residual' or 'full'")
@@ -107,7 +114,8 @@ def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, 
         if shared and sizes:
             if len(sizes) > 1:
                 raise InputError(
-                    f"sharing = 'full' needs the same {dimension} size in every block, this model has {sorted(sizes)}; use 'residual'"
+                    f"sharing = 'full' needs the same {dimension} size in every block, "
+                    f"this model has {sorted(sizes)}; use 'residual'"
                 )
             found = {SHARED: sizes.pop(), **own}
         if found:
@@ -116,7 +124,7 @@ def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, 
 
 
 def architecture_of(model: nn.Module | Architecture) -> Architecture:
-    """The architecture of a model, lifting it from its source library if need be."""
+    """The architecture of a model; a model of another library is read first."""
     if isinstance(model, Architecture):
         return model
     found = getattr(model, "architecture", None)

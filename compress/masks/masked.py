@@ -1,4 +1,4 @@
-"""The reference: a network of full size that computes with a mask."""
+"""The masked reference model: a network of full size that computes with a mask."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from .masked_network import MaskedNetwork
 
 
 class MaskedModel(nn.Module):
-    """A network with a fixed mask: images (batch, channels, height, width) -> logits (batch,
-    classes).
-    """
+    """A full-size network with a fixed mask, the reference that a compact model must equal."""
 
     def __init__(self, model: CompactModel, mask: StructuredMask) -> None:
         super().__init__()
@@ -40,8 +38,19 @@ class MaskedModel(nn.Module):
 
 
 def masked(model: nn.Module, mask: StructuredMask) -> MaskedModel:
-    """The reference for `compact`: same shapes as `model`, computing with the mask. `model` is
-    copied, not changed.
+    """The dense model computing with a mask: the reference for `compact`.
+
+    Args:
+        model: A supported Vision Transformer, or a `CompactModel`. It is copied, not changed.
+        mask: What to keep. Missing entries keep everything.
+
+    Returns:
+        A module with parameters of full size, in the mode (training or evaluation) of `model`.
+        Shapes: (batch, channels, height, width) -> (batch, classes).
+
+    Raises:
+        InputError: The mask does not fit the model; the message names the entry.
+        UnsupportedModel: A module has no rule; the message names its path.
     """
     result = MaskedModel(copy.deepcopy(lift(model)), mask)
     result.train(model.training)

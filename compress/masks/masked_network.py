@@ -1,4 +1,4 @@
-"""A full-size network that computes with masks or gates: masked norms, masked parameters."""
+"""A full-size network that computes with masks or gates, by masked norms and parameters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from .masked_parameters import Values, masked_features, masked_tensors
 
 
 class MaskedNorm(nn.Module):
-    """A norm whose statistics run over the kept channels only, and whose other outputs are zero: y
-    = mask * (x̂ γ + β) * gain.
+    """A norm with statistics over the kept channels only: y = mask * (x̂ γ + β) * gain.
 
-    Shapes: x (..., width); `mask` and `gain` broadcast against x.
+    Outputs of other channels are zero. Shapes: x (..., width); `mask` and `gain` broadcast to x.
+
+    References:
+        L. Tredese 2023, "Structured Pruning of Vision Transformers at Training Time" (LayerNorm).
     """
 
     mask: Tensor
@@ -35,11 +37,10 @@ class MaskedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         mask = self.mask
-        # Where nothing is kept nothing is divided, and the output is zero.
+        # Clamped, so that a norm of which nothing is kept gives zeros.
         count = mask.sum(dim=-1, keepdim=True).clamp(min=1e-6)
         x = x * mask
         if self.spec.kind == "layer":
-            # The kept channels' mean, taken off the kept channels alone.
             x = (x - x.sum(dim=-1, keepdim=True) / count) * mask
         variance = x.square().sum(dim=-1, keepdim=True) / count
         weight, bias = mask * self.gain, None
@@ -52,8 +53,9 @@ class MaskedNorm(nn.Module):
 
 
 class MaskedNetwork(nn.Module):
-    """A lifted network whose norms can be masked; `forward(images, values)` computes with the mask
-    that `values` gives.
+    """A lifted network that computes with the mask given to each forward pass.
+
+    The norms of `model` are replaced in place by `MaskedNorm`.
     """
 
     def __init__(self, model: CompactModel) -> None:
@@ -66,7 +68,7 @@ class MaskedNetwork(nn.Module):
                 setattr(model.get_submodule(owner), leaf, MaskedNorm(module))
 
     def forward(self, images: Tensor, values: Values, scale: ScaleRule = "kept") -> Tensor:
-        """(batch, channels, height, width) -> (batch, classes)."""
+        """(batch, channels, height, width) -> (batch, classes), with the mask of `values`."""
         parameters = dict(self.network.named_parameters())
         changed = masked_tensors(self.architecture, parameters, values, scale)
         logits: Tensor = functional_call(self.network, changed, (images,))

@@ -1,14 +1,15 @@
-"""How a mask enters the computation of a full-size network: as factors on parameters and as weights
-of the norms' statistics.
+"""Parameters and norm masks with which a full-size network computes with a structured mask.
 
-This is the other half of the promise "masked equals compact", written apart from the table that the
-surgery cuts by, so that each checks the other. Values may be booleans made float, or trainable
-gates: gradients flow to them.
+Masked and compact models must give equal outputs. This module is independent of the axis table by
+which the surgery slices (`network/axes.py`), so each validates the other. Mask values are floats:
+converted booleans, or trainable gates, to which gradients flow.
 
-A factor is put where it stops a unit and nowhere twice: a query column is masked in q (its product
-with k is then zero), a head's value columns where the output projection reads them, an FFN unit
-behind its activation (act(0) is not 0 for all of them), a channel where it is written and in the
-norm that reads it.
+Each unit is masked exactly once:
+
+- a query column in q, which makes its product with k zero;
+- a value column, and a head, where the output projection reads it;
+- an FFN unit behind its activation, since act(0) is not always 0;
+- a channel where it is written, and in the norm that reads it.
 """
 
 from __future__ import annotations
@@ -29,58 +30,31 @@ Values = Callable[[str, str], Tensor | None]
 def masked_tensors(
     architecture: Architecture, parameters: Mapping[str, Tensor], values: Values, scale: ScaleRule
 ) -> dict[str, Tensor]:
-    """Parameters and norm masks that make the full-size network compute with the mask.
+    """Parameters and norm masks that make the full-size network compute with a mask.
 
-    `values(dimension, site)` gives 1 (keep) or 0 a unit, or None for all; shapes as in
-    `StructuredMask`.
+    Args:
+        architecture: The network.
+        parameters: Its parameters by name.
+        values: `values(dimension, site)` returns a float factor a unit, 1 = keep, or None where
+            everything is kept; shapes as in `StructuredMask`.
+        scale: The softmax scale: "kept", that of the kept width, or "original".
+
+    Returns:
+        The changed tensors by name: parameters, and the `mask` and `gain` buffers of `MaskedNorm`.
     """
-    changed: dict[str, Tensor] = {}
-    rows = _Rows(parameters, changed)
-    stem = _embed(values, STEM_OUT, architecture.stem_writes)
-    if stem is not None:
-        rows.scale("stem.weight", stem, 0)
-        for name in ("stem.bias", "prefix", "position"):
-            rows.scale(name, stem, -1)
-        for name in ("patch_norm", "stem_norm"):
-            if getattr(architecture, name) is not None:
-                changed[f"{name}.mask"] = stem
-    reading = _embed(values, HEAD_IN, architecture.head_reads)
-    if reading is not None and architecture.norm is not None:
-        changed["norm.mask"] = reading
-    pooled = reading
-    if architecture.pool.kind == "attention":
-        if reading is not None and architecture.norm is None:
-            for name in ("k", "v"):
-                rows.scale(f"pool.{name}.weight", reading, -1)
-        pooled = values("embed", POOL_OUT)
-        _mask_pool(architecture, rows, changed, values, scale, pooled)
-    elif reading is not None and architecture.pool.kind == "token_mean":
-        pooled = torch.cat([reading, reading])
-    if pooled is not None and architecture.pool_norm is not None:
-        changed["pool_norm.mask"] = pooled
-    # Twice masking by zeros and ones is masking once, but a gate between them would enter twice:
-    # mostly the last norm, or the pool, has done it already.
-    if (
-        pooled is not None
-        and architecture.norm is None
-        and architecture.pool_norm is None
-        and architecture.pool.kind != "attention"
-    ):
-        for name in (
-            ("pre_head",)
-            if architecture.head is not None and architecture.head.hidden
-            else ("head", "head_dist")
-        ):
-            rows.scale(f"{name}.weight", pooled, -1)
+    masking = _Masking(architecture, parameters, values, scale)
+    masking.stem()
+    masking.head()
     for number, step in enumerate(architecture.steps):
         for position, branch in enumerate(step):
-            _mask_branch(f"steps.{number}.{position}.", branch, rows, changed, values, scale)
-    return changed
+            masking.branch(f"steps.{number}.{position}.", branch)
+    return masking.changed
 
 
 def masked_features(architecture: Architecture, values: Values) -> Tensor | None:
-    """Factors on the features of a network that has neither a head nor a norm where the mask could
-    enter: (features,), or None.
+    """Factors (features,) on the output of a network without a head, or None.
+
+    They are needed only where no norm and no pool can apply the mask.
     """
     if (
         architecture.head is not None
@@ -102,127 +76,166 @@ def masked_features(architecture: Architecture, values: Values) -> Tensor | None
     )
 
 
-def _mask_pool(
-    architecture: Architecture,
-    rows: _Rows,
-    changed: dict[str, Tensor],
-    values: Values,
-    scale: ScaleRule,
-    writing: Tensor | None,
-) -> None:
-    pool = architecture.pool
-    assert pool.attention is not None
-    attention = pool.attention
-    qk = values("qk", POOL_ATTENTION)
-    if qk is not None:
-        each = _scaled(qk, attention, scale)
-        rows.scale("pool.query", each.reshape(-1), 0)
-        if attention.k_norm is not None:
-            changed["pool.k_norm.mask"] = qk if qk.ndim == 1 else qk.unsqueeze(-2)
-    columns = _value_columns(attention, values, POOL_ATTENTION)
-    if columns is not None:
-        rows.scale("pool.out.weight", columns.reshape(-1), -1)
-    hidden = values("ffn", POOL_FFN)
-    if hidden is not None and pool.ffn is not None:
-        if pool.ffn.norm is not None:
-            changed["pool.ffn.norm.mask"] = hidden
-        rows.scale("pool.ffn.fc2.weight", hidden, -1)
-    if writing is not None:
-        if pool.norm is not None:
-            changed["pool.norm.mask"] = writing
-        for leaf in ("out", "ffn.fc2"):
-            rows.scale(f"pool.{leaf}.weight", writing, 0)
-            rows.scale(f"pool.{leaf}.bias", writing, -1)
+class _Masking:
+    """Applies a mask part by part and collects the changed tensors."""
 
+    def __init__(
+        self,
+        architecture: Architecture,
+        parameters: Mapping[str, Tensor],
+        values: Values,
+        scale: ScaleRule,
+    ) -> None:
+        self._architecture, self._parameters = architecture, parameters
+        self._values, self._scale = values, scale
+        self.changed: dict[str, Tensor] = {}
 
-def _mask_branch(
-    prefix: str,
-    branch: BranchSpec,
-    rows: _Rows,
-    changed: dict[str, Tensor],
-    values: Values,
-    scale: ScaleRule,
-) -> None:
-    reading = _embed(values, site_in(branch), branch.reads)
-    core = branch.core
-    if reading is not None:
-        if branch.norm is not None:
-            changed[f"{prefix}norm.mask"] = reading
-        else:
-            for name in (
-                ("q", "k", "v", "gate") if isinstance(core, AttentionSpec) else ("fc1", "gate")
-            ):
-                rows.scale(f"{prefix}core.{name}.weight", reading, -1)
-    if isinstance(core, AttentionSpec):
-        _mask_attention(prefix, branch.name, core, rows, changed, values, scale)
-    elif isinstance(core, FfnSpec):
-        hidden = values("ffn", branch.name)
-        if hidden is not None:
-            if core.norm is not None:
-                changed[f"{prefix}core.norm.mask"] = hidden
-            rows.scale(f"{prefix}core.fc2.weight", hidden, -1)
-    writing, block = _embed(values, site_out(branch), branch.writes), values("block", branch.name)
-    if branch.post_norm is not None and writing is not None:
-        changed[f"{prefix}post_norm.mask"] = writing
-    for factor in (writing, block):
-        if factor is None:
-            continue
-        leaf = {"attention": "out", "ffn": "fc2"}.get(core.kind)
-        if leaf is None:
-            rows.scale(f"{prefix}core.value", factor, -1)
-        else:
-            rows.scale(f"{prefix}core.{leaf}.weight", factor, 0)
-            rows.scale(f"{prefix}core.{leaf}.bias", factor, -1)
-    if block is not None:
-        for name in ("post_norm.weight", "post_norm.bias"):
-            rows.scale(prefix + name, block, -1)
+    def stem(self) -> None:
+        """Mask what the patch embedding writes."""
+        stem = _embed(self._values, STEM_OUT, self._architecture.stem_writes)
+        if stem is None:
+            return
+        self._multiply("stem.weight", stem, 0)
+        for name in ("stem.bias", "prefix", "position"):
+            self._multiply(name, stem, -1)
+        for name in ("patch_norm", "stem_norm"):
+            if getattr(self._architecture, name) is not None:
+                self.changed[f"{name}.mask"] = stem
 
+    def head(self) -> None:
+        """Mask what the last norm, the pool and the classifier read."""
+        architecture = self._architecture
+        pool, attention = architecture.pool, architecture.pool.kind == "attention"
+        reading = _embed(self._values, HEAD_IN, architecture.head_reads)
+        if reading is not None and architecture.norm is not None:
+            self.changed["norm.mask"] = reading
+        pooled = reading
+        if attention:
+            if reading is not None and architecture.norm is None:
+                for name in ("k", "v"):
+                    self._multiply(f"pool.{name}.weight", reading, -1)
+            pooled = self._values("embed", POOL_OUT)
+            self._pool(pooled)
+        elif reading is not None and pool.kind == "token_mean":
+            pooled = torch.cat([reading, reading])
+        if pooled is None:
+            return
+        if architecture.pool_norm is not None:
+            self.changed["pool_norm.mask"] = pooled
+        # Otherwise the last norm or the pool has applied this mask; a gate must enter once.
+        elif architecture.norm is None and not attention:
+            hidden = architecture.head is not None and architecture.head.hidden
+            for name in ("pre_head",) if hidden else ("head", "head_dist"):
+                self._multiply(f"{name}.weight", pooled, -1)
 
-def _mask_attention(
-    prefix: str,
-    name: str,
-    core: AttentionSpec,
-    rows: _Rows,
-    changed: dict[str, Tensor],
-    values: Values,
-    scale: ScaleRule,
-) -> None:
-    qk = values("qk", name)
-    if qk is not None:
-        each = _scaled(qk, core, scale).repeat_interleave(core.parts, dim=0)
+    def branch(self, prefix: str, branch: BranchSpec) -> None:
+        """Mask one sub-layer, whose parameters are named `prefix` + leaf."""
+        core = branch.core
+        attention = isinstance(core, AttentionSpec)
+        reading = _embed(self._values, site_in(branch), branch.reads)
+        if reading is not None and branch.norm is not None:
+            self.changed[f"{prefix}norm.mask"] = reading
+        elif reading is not None:
+            for name in ("q", "k", "v", "gate") if attention else ("fc1", "gate"):
+                self._multiply(f"{prefix}core.{name}.weight", reading, -1)
+        if isinstance(core, AttentionSpec):
+            self._attention(f"{prefix}core.", branch.name, core)
+        elif isinstance(core, FfnSpec):
+            hidden = self._values("ffn", branch.name)
+            if hidden is not None:
+                if core.norm is not None:
+                    self.changed[f"{prefix}core.norm.mask"] = hidden
+                self._multiply(f"{prefix}core.fc2.weight", hidden, -1)
+        self._output(prefix, branch)
+
+    def _output(self, prefix: str, branch: BranchSpec) -> None:
+        writing = _embed(self._values, site_out(branch), branch.writes)
+        block = self._values("block", branch.name)
+        if branch.post_norm is not None and writing is not None:
+            self.changed[f"{prefix}post_norm.mask"] = writing
+        leaf = {"attention": "out", "ffn": "fc2"}.get(branch.core.kind)
+        for factor in (writing, block):
+            if factor is None:
+                continue
+            if leaf is None:
+                self._multiply(f"{prefix}core.value", factor, -1)
+            else:
+                self._multiply(f"{prefix}core.{leaf}.weight", factor, 0)
+                self._multiply(f"{prefix}core.{leaf}.bias", factor, -1)
+        if block is not None:
+            for name in ("post_norm.weight", "post_norm.bias"):
+                self._multiply(prefix + name, block, -1)
+
+    def _attention(self, prefix: str, name: str, core: AttentionSpec) -> None:
+        qk, v = self._values("qk", name), self._values("v", name)
+        if qk is not None:
+            self._query_key(prefix, qk, core)
+        if v is not None and core.head_norm is not None:
+            self.changed[f"{prefix}head_norm.mask"] = v if v.ndim == 1 else v.unsqueeze(-2)
+        columns = _value_columns(core, self._values, name)
+        if columns is None:
+            return
+        if core.out_norm is not None:
+            self.changed[f"{prefix}out_norm.mask"] = columns.reshape(-1)
+        self._multiply(f"{prefix}out.weight", columns.reshape(-1), -1)
+
+    def _query_key(self, prefix: str, qk: Tensor, core: AttentionSpec) -> None:
+        def each_part(heads: Tensor) -> Tensor:
+            # Differential attention has several query and key parts a head.
+            return heads.repeat_interleave(core.parts, dim=0)
+
+        same = qk.ndim == 1
+        factors = each_part(_scaled(qk, core, self._scale))
         if core.q_norm is None:
-            rows.scale(f"{prefix}core.q.weight", each.reshape(-1), 0)
-            rows.scale(f"{prefix}core.q.bias", each.reshape(-1), -1)
+            self._multiply(f"{prefix}q.weight", factors.reshape(-1), 0)
+            self._multiply(f"{prefix}q.bias", factors.reshape(-1), -1)
         else:
-            changed[f"{prefix}core.q_norm.mask"] = (
-                qk if qk.ndim == 1 else qk.repeat_interleave(core.parts, dim=0).unsqueeze(-2)
-            )
-            changed[f"{prefix}core.q_norm.gain"] = each[0] if qk.ndim == 1 else each.unsqueeze(-2)
+            self.changed[f"{prefix}q_norm.mask"] = qk if same else each_part(qk).unsqueeze(-2)
+            self.changed[f"{prefix}q_norm.gain"] = factors[0] if same else factors.unsqueeze(-2)
         if core.k_norm is not None:
-            shared = (
-                qk
-                if qk.ndim == 1 or core.kv_of is None
-                else qk[[core.kv_of.index(kv) for kv in range(core.kv_heads)]]
-            )
-            changed[f"{prefix}core.k_norm.mask"] = (
-                shared
-                if qk.ndim == 1
-                else shared.repeat_interleave(core.parts, dim=0).unsqueeze(-2)
-            )
-    v = values("v", name)
-    if v is not None and core.head_norm is not None:
-        changed[f"{prefix}core.head_norm.mask"] = v if v.ndim == 1 else v.unsqueeze(-2)
-    columns = _value_columns(core, values, name)
-    if columns is None:
-        return
-    if core.out_norm is not None:
-        changed[f"{prefix}core.out_norm.mask"] = columns.reshape(-1)
-    rows.scale(f"{prefix}core.out.weight", columns.reshape(-1), -1)
+            if not same and core.kv_of is not None:
+                qk = qk[[core.kv_of.index(kv) for kv in range(core.kv_heads)]]
+            self.changed[f"{prefix}k_norm.mask"] = qk if same else each_part(qk).unsqueeze(-2)
+
+    def _pool(self, writing: Tensor | None) -> None:
+        """Mask an attention-pooling head, of whose output `writing` is kept."""
+        pool, attention = self._architecture.pool, self._architecture.pool.attention
+        assert attention is not None
+        qk = self._values("qk", POOL_ATTENTION)
+        if qk is not None:
+            self._multiply("pool.query", _scaled(qk, attention, self._scale).reshape(-1), 0)
+            if attention.k_norm is not None:
+                self.changed["pool.k_norm.mask"] = qk if qk.ndim == 1 else qk.unsqueeze(-2)
+        columns = _value_columns(attention, self._values, POOL_ATTENTION)
+        if columns is not None:
+            self._multiply("pool.out.weight", columns.reshape(-1), -1)
+        hidden = self._values("ffn", POOL_FFN)
+        if hidden is not None and pool.ffn is not None:
+            if pool.ffn.norm is not None:
+                self.changed["pool.ffn.norm.mask"] = hidden
+            self._multiply("pool.ffn.fc2.weight", hidden, -1)
+        if writing is not None:
+            if pool.norm is not None:
+                self.changed["pool.norm.mask"] = writing
+            for leaf in ("out", "ffn.fc2"):
+                self._multiply(f"pool.{leaf}.weight", writing, 0)
+                self._multiply(f"pool.{leaf}.bias", writing, -1)
+
+    def _multiply(self, name: str, factor: Tensor, axis: int) -> None:
+        """Multiply a parameter, if there is one, by factors along one axis."""
+        tensor = self.changed.get(name, self._parameters.get(name))
+        if tensor is None:
+            return
+        shape = [1] * tensor.ndim
+        shape[axis] = factor.shape[0]
+        self.changed[name] = tensor * factor.reshape(shape)
 
 
 def _scaled(qk: Tensor, core: AttentionSpec, scale: ScaleRule) -> Tensor:
-    """(heads, qk) factors on the query columns. With "kept" the softmax scale follows the kept
-    width (METHODS A); as a factor it also passes gradients.
+    """(heads, qk) factors on the query columns.
+
+    With "kept" they contain the softmax scale of the kept width, so that it passes gradients
+    (L. Tredese 2023, "Structured Pruning of Vision Transformers at Training Time").
     """
     each = qk.expand(core.heads, core.qk)
     return (
@@ -233,7 +246,7 @@ def _scaled(qk: Tensor, core: AttentionSpec, scale: ScaleRule) -> Tensor:
 
 
 def _value_columns(core: AttentionSpec, values: Values, name: str) -> Tensor | None:
-    """(heads, v) factors on what the output projection reads, or None where all is kept."""
+    """(heads, v) factors on the inputs of the output projection, or None where all is kept."""
     heads, v = values("head", name), values("v", name)
     if heads is None and v is None:
         return None
@@ -244,19 +257,3 @@ def _value_columns(core: AttentionSpec, values: Values, name: str) -> Tensor | N
 def _embed(values: Values, site: str, indices: tuple[int, ...] | None) -> Tensor | None:
     found = values("embed", site)
     return found if found is None or indices is None else found[list(indices)]
-
-
-class _Rows:
-    """Multiplies parameters by factors along one axis, collecting the results."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], changed: dict[str, Tensor]) -> None:
-        self._parameters = parameters
-        self._changed = changed
-
-    def scale(self, name: str, factor: Tensor, axis: int) -> None:
-        tensor = self._changed.get(name, self._parameters.get(name))
-        if tensor is None:
-            return
-        shape = [1] * tensor.ndim
-        shape[axis] = factor.shape[0]
-        self._changed[name] = tensor * factor.reshape(shape)
