@@ -1,13 +1,12 @@
-"""What the machine is and how busy it is; Linux tells most, other systems less, and what is not
-told is None.
+"""The machine and how busy it is; what a system does not report is None (Linux reports most).
 
-This file needs Python 3.9 and nothing else: it travels to a device beside the runner. It reads no
-host name, user name or path.
+This file needs Python 3.9 and nothing else: it is copied to a device next to the runner. It reads
+no host name, user name or path.
 
     python environment.py [SNAPSHOT]
 
-SNAPSHOT: a folder with copies of another machine's files (device_snapshot.py takes them), for a
-device that has no Python itself.
+SNAPSHOT: a folder with copies of another machine's files (from device_snapshot.py), for a device
+without Python.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import time
 from typing import Any
 
 Json = dict[str, Any]
-# The folder that stands for the root of the file system; empty on the machine itself.
+# The folder that replaces the root of the file system; empty on the machine itself.
 ROOT = ""
 LIBRARIES = (
     "onnxruntime",
@@ -42,7 +41,7 @@ LIBRARIES = (
     "numpy",
     "vitrim",
 )
-# Chips whose sensors are the processor's, where no thermal zone shows it (most x86).
+# Sensor chips of processors, for machines without a thermal zone for them (most x86).
 PROCESSOR_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 # The ARM cores of the shipped targets, by the part number in /proc/cpuinfo (ARM's Main ID Register,
 # implementer 0x41).
@@ -64,25 +63,14 @@ ARM_CORES = {
     "0xd4f": "Neoverse-V2",
 }
 FEATURES = (
-    *(
-        "sse4_2",
-        "avx",
-        "avx2",
-        "fma",
-        "avx_vnni",
-        "avx512f",
-        "avx512bw",
-        "avx512vl",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-    ),
-    *("amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "fphp", "i8mm", "bf16", "sve", "sve2"),
+    *("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512vl"),
+    *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "fphp", "i8mm", "bf16", "sve", "sve2"),
 )
 
 
 def read_machine() -> Json:
-    """What does not change while a model runs."""
+    """Return what does not change while a model runs."""
     cpuinfo = _cpuinfo()
     architecture = _uname()[1] if ROOT else platform.machine()
     flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
@@ -107,8 +95,9 @@ def read_machine() -> Json:
 
 
 def read_state(watch_s: float = 0.2) -> Json:
-    """What does change: frequency, load, busy cores (watched for `watch_s`), temperature,
-    throttling, free memory.
+    """Return what does change: frequency, load, temperature, throttling and free memory.
+
+    The busy cores are the mean over `watch_s` seconds.
     """
     return {
         "frequency_hz": _frequency_hz(),
@@ -123,16 +112,11 @@ def read_state(watch_s: float = 0.2) -> Json:
 
 
 def combine(machine: Json, before: Json, after: Json) -> Json:
-    """The fields of a measurement's environment from the machine and its state before and after the
-    samples.
-    """
+    """Return a measurement's environment, from the machine and its state before and after it."""
     throttled = after["throttled"] or before["throttled"]
-    if (
-        throttled is None
-        and before["throttle_count"] is not None
-        and after["throttle_count"] is not None
-    ):
-        times = after["throttle_count"] - before["throttle_count"]
+    counts = before["throttle_count"], after["throttle_count"]
+    if throttled is None and None not in counts:
+        times = counts[1] - counts[0]
         throttled = f"{times} times during the run" if times > 0 else "no"
     return {
         **machine,
@@ -156,9 +140,7 @@ def _share(before: list[float] | None, after: list[float] | None) -> float | Non
 
 
 def _stolen_ticks() -> list[float] | None:
-    """[ticks that the hypervisor gave to others while something here wanted to run, all ticks]
-    since the start.
-    """
+    """Return [ticks of runnable processes that the hypervisor gave away, all ticks] since boot."""
     lines = (_text("/proc/stat") or "").splitlines()
     words = lines[0].split() if lines else []
     if len(words) < 9:
@@ -168,7 +150,7 @@ def _stolen_ticks() -> list[float] | None:
 
 
 def _uname() -> tuple[str, str]:
-    """(release, machine) from a snapshot's `uname -r -m`, which tells them in this order."""
+    """Return (release, machine) from a snapshot's `uname -r -m`."""
     words = (_text("/uname") or "").split()
     return (words[0], words[1]) if len(words) == 2 else ("", "")
 
@@ -202,16 +184,8 @@ def _cpu_model(cpuinfo: dict[str, str]) -> str | None:
 
 def _cores() -> int | None:
     if ROOT:
-        return (
-            len(
-                [
-                    line
-                    for line in (_text("/proc/cpuinfo") or "").splitlines()
-                    if line.split(":")[0].strip() == "processor"
-                ]
-            )
-            or None
-        )
+        lines = (_text("/proc/cpuinfo") or "").splitlines()
+        return sum(line.split(":")[0].strip() == "processor" for line in lines) or None
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -225,19 +199,15 @@ def _virtual_machine(cpuinfo: dict[str, str]) -> str | None:
 
 
 def _emulator(architecture: str, cpuinfo: dict[str, str]) -> str | None:
-    # qemu's user emulation runs a program of another architecture. Older ones show it the host's
-    # own cpuinfo; newer ones make up one that looks real, but leave the list of interrupts, where
-    # only x86 counts those of its local timer ("LOC").
-    is_arm = architecture in ("aarch64", "armv7l", "armv8l")
-    if is_arm and (
-        "vendor_id" in cpuinfo or re.search(r"^\s*LOC:", _text("/proc/interrupts") or "", re.M)
-    ):
+    # qemu's user emulation shows an emulated program the host's own cpuinfo, or, in newer releases,
+    # one that looks real; /proc/interrupts is always the host's, and only x86 has the line "LOC".
+    if architecture not in ("aarch64", "armv7l", "armv8l"):
+        return None
+    interrupts = _text("/proc/interrupts") or ""
+    if "vendor_id" in cpuinfo or re.search(r"^\s*LOC:", interrupts, re.M):
         return "qemu-user"
-    if (
-        is_arm
-        and cpuinfo.get("CPU implementer") in ("0x00", "0x0", "0x51")
-        and "qemu" in (_text("/proc/cpuinfo") or "").lower()
-    ):
+    unknown = cpuinfo.get("CPU implementer") in ("0x00", "0x0", "0x51")
+    if unknown and "qemu" in (_text("/proc/cpuinfo") or "").lower():
         return "qemu"
     return None
 
@@ -293,10 +263,10 @@ def _temperature_c() -> float | None:
 
 
 def _throttled() -> str | None:
-    told = _output(["vcgencmd", "get_throttled"])
-    if not told or "=" not in told:
-        return _cooled()
-    bits = int(told.split("=")[1], 16)
+    output = _output(["vcgencmd", "get_throttled"])
+    if not output or "=" not in output:
+        return _clock_lowered()
+    bits = int(output.split("=")[1], 16)
     # Raspberry Pi firmware: bit 0 under-voltage, 1 frequency capped, 2 throttled, 3 soft
     # temperature limit; +16: since boot.
     names = ["under-voltage", "frequency capped", "throttled", "soft temperature limit"]
@@ -304,10 +274,8 @@ def _throttled() -> str | None:
     return ", ".join(now) if now else "no"
 
 
-def _cooled() -> str | None:
-    """What Linux does to the processor's clock because of the heat, where it may (boards and
-    phones).
-    """
+def _clock_lowered() -> str | None:
+    """Return whether Linux lowers the clock because of the heat (boards and phones)."""
     states = []
     for entry in _listing("/sys/class/thermal"):
         kind = _text(f"/sys/class/thermal/{entry}/type") or ""

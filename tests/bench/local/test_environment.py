@@ -1,4 +1,4 @@
-"""What a machine tells, read from files as the kernel lays them out."""
+"""The environment is read from files of real kernels."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def read(root: Path, files: dict[str, str]) -> dict[str, Any]:
             },
             51.1,
         ),
-        # Most x86: no zone of the processor, but its sensor chip; a disk's sensor is nobody's
-        # processor.
+        # Most x86: no thermal zone of the processor, but its sensor chip; a disk's is no such chip.
         (
             {
                 "sys/class/hwmon/hwmon3/name": "k10temp",
@@ -52,16 +51,18 @@ def read(root: Path, files: dict[str, str]) -> dict[str, Any]:
             {"sys/class/hwmon/hwmon1/name": "nvme", "sys/class/hwmon/hwmon1/temp1_input": "81000"},
             None,
         ),
-        # A sensor that is off shows nonsense.
+        # A disabled sensor reports an impossible value.
         ({"sys/class/thermal/thermal_zone0/temp": "-273000"}, None),
     ],
 )
-def test_temperature(tmp_path: Path, files: dict[str, str], hottest: float | None) -> None:
+def test_the_hottest_sensor_of_the_processor_is_reported(
+    tmp_path: Path, files: dict[str, str], hottest: float | None
+) -> None:
     assert read(tmp_path, files)["state"]["temperature_c"] == hottest
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "throttled"),
     [
         ({}, None),
         ({"vcgencmd": "throttled=0x50005"}, "under-voltage, throttled"),
@@ -80,7 +81,7 @@ def test_temperature(tmp_path: Path, files: dict[str, str], hottest: float | Non
             },
             "clock lowered because of the heat",
         ),
-        # A fan that turns lowers no clock.
+        # A running fan does not lower the clock.
         (
             {
                 "sys/class/thermal/cooling_device0/type": "pwm-fan",
@@ -90,11 +91,13 @@ def test_temperature(tmp_path: Path, files: dict[str, str], hottest: float | Non
         ),
     ],
 )
-def test_throttling(tmp_path: Path, files: dict[str, str], told: str | None) -> None:
-    assert read(tmp_path, files)["state"]["throttled"] == told
+def test_throttling_is_reported(
+    tmp_path: Path, files: dict[str, str], throttled: str | None
+) -> None:
+    assert read(tmp_path, files)["state"]["throttled"] == throttled
 
 
-def test_clock_and_governor(tmp_path: Path) -> None:
+def test_the_clock_and_the_governor_are_reported(tmp_path: Path) -> None:
     files = {
         f"{CPU0}/cpuinfo_max_freq": "2400000",
         f"{CPU0}/scaling_max_freq": "1500000",
@@ -108,18 +111,18 @@ def test_clock_and_governor(tmp_path: Path) -> None:
     )
 
 
-def test_time_that_the_hypervisor_gave_to_others(tmp_path: Path) -> None:
+def test_the_share_of_time_that_the_hypervisor_gave_away_is_reported(tmp_path: Path) -> None:
     before = read(tmp_path / "a", {})
     after = read(tmp_path / "b", {"proc/stat": "cpu  1500 0 500 8400 100 0 0 100 0 0"})
     assert environment.combine(before["machine"], before["state"], after["state"])[
         "stolen_share"
     ] == pytest.approx(0.1)
-    # A machine that tells no ticks tells no share.
+    # Without ticks there is no share.
     none = {**before["state"], "stolen_ticks": None}
     assert environment.combine(before["machine"], none, none)["stolen_share"] is None
 
 
-def test_a_machine_that_tells_nothing_is_still_read(tmp_path: Path) -> None:
-    told = read(tmp_path, {"proc/stat": "", "proc/stat.after": ""})
-    assert told["state"]["stolen_ticks"] is None
-    assert told["machine"]["governor"] is None
+def test_a_machine_without_readable_files_is_read(tmp_path: Path) -> None:
+    found = read(tmp_path, {"proc/stat": "", "proc/stat.after": ""})
+    assert found["state"]["stolen_ticks"] is None
+    assert found["machine"]["governor"] is None
