@@ -1,0 +1,83 @@
+"""Write the generated reference pages: `python -m docs.generate`, or `--check` to find stale ones.
+
+`cli.md` and `api.md` are generated whole. In other pages the text between the two comments
+
+    <!-- generated: NAME -->
+    <!-- end of generated -->
+
+is replaced: NAME is `recipe keys`, or the path of a result file under `benchmarks/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from vitrim.pipeline.recipe import Recipe
+from vitrim.pipeline.recipe_keys import key_reference
+
+from .api_page import api_page
+from .cli_page import cli_page
+from .markdown import table
+from .result_tables import result_table
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+PART = re.compile(
+    r"(?P<begin><!-- generated: (?P<name>[^\n]+) -->\n).*?(?P<end><!-- end of generated -->)",
+    re.DOTALL,
+)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page with generated text: its path, and what it should contain."""
+    yield DOCS / "cli.md", cli_page()
+    yield DOCS / "api.md", api_page()
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if PART.search(text):
+            yield path, PART.sub(_filled, text)
+
+
+def _filled(match: re.Match[str]) -> str:
+    name = match["name"]
+    text = recipe_keys() if name == "recipe keys" else result_table(ROOT / name)
+    return f"{match['begin']}\n{text.strip()}\n\n{match['end']}"
+
+
+def recipe_keys() -> str:
+    """One table for each table of a recipe: key, default, meaning."""
+    parts = []
+    for section in key_reference(Recipe):
+        cells = [(f"`{key.name}`", f"`{key.default}`", key.meaning) for key in section.keys]
+        title = f"### `[{section.name}]`" if section.name else "### Top level"
+        meaning = [" ".join(section.meaning.split())] if section.name else []
+        parts += [title, *meaning, table(("key", "default", "meaning"), cells)]
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    """Write the pages, or with `--check` list those that differ; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, list stale pages")
+    check = parser.parse_args().check
+    stale = [
+        (path, text)
+        for path, text in pages()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    for path, text in stale:
+        name = path.relative_to(ROOT)
+        if check:
+            print(f"{name} is stale; write it again with `make docs-reference`", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"written: {name}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
