@@ -265,7 +265,7 @@ def _data(
     known of them.
     """
     from ..compress.data.loading import open_dataset
-    from ..pipeline.shipping_steps import sample
+    from ..pipeline.shipping_steps import stratified_sample
 
     found = model_data(card, named, image)
     if found is None:
@@ -277,5 +277,5 @@ def _data(
     # A run's own preprocessing makes images of the size that it trained at.
     preprocessing = found.preprocessing.model_copy(update={"height": image[1], "width": image[2]})
     opened = open_dataset(found.name, preprocessing=preprocessing, **found.division)
-    pictures, _ = sample(opened.val, count).arrays()
+    pictures, _ = stratified_sample(opened.val, count).arrays()
     return preprocessing, list(opened.labels), pictures

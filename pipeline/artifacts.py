@@ -1,5 +1,7 @@
-"""Which artifacts a run makes: each precision of the compact model for each runtime that has it,
-and the baseline in fp32 to compare with.
+"""The artifacts that a run exports.
+
+Those are the compact model in every precision for every runtime that supports it, and the baseline
+in fp32 for comparison.
 """
 
 from __future__ import annotations
@@ -27,50 +29,60 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """Of its folder and its measurement. ONNX Runtime goes without saying."""
-        return "-".join(
-            [self.model, *([] if self.runtime == ONNX_RUNTIME else [self.runtime]), self.precision]
-        )
+        """Name of its folder and of its measurement; ONNX Runtime is left out."""
+        runtime = [] if self.runtime == ONNX_RUNTIME else [self.runtime]
+        return "-".join([self.model, *runtime, self.precision])
 
 
 def planned_artifacts(section: ExportSection) -> dict[str, Planned]:
-    """By name, the baseline of the first runtime first: it is what the others are held against."""
+    """The artifacts by name; the first one, a baseline, is what the others are compared with."""
     plans = [Planned("baseline", runtime, "fp32") for runtime in section.runtimes]
     plans += [
         Planned("compact", runtime, precision)
         for runtime in section.runtimes
         for precision in section.precisions
-        if precision in offered(runtime)
+        if precision in supported_precisions(runtime)
     ]
     return {plan.name: plan for plan in plans}
 
 
-def offered(runtime: str) -> tuple[str, ...]:
-    """The precisions of a runtime. Errors: InputError with the runtimes that there are."""
-    return (
-        get_args(Precision) if runtime == ONNX_RUNTIME else tuple(runtime_named(runtime).precisions)
-    )
+def supported_precisions(runtime: str) -> tuple[str, ...]:
+    """The precisions that a runtime supports.
+
+    Raises:
+        InputError: The runtime does not exist; the message lists those that do.
+    """
+    if runtime == ONNX_RUNTIME:
+        return get_args(Precision)
+    return tuple(runtime_named(runtime).precisions)
 
 
 def require_runtimes(section: ExportSection) -> None:
-    """Refuse, before anything is trained, what could not be exported in the end. Errors:
-    InputError.
+    """Check, before any training, that every requested artifact can be exported.
+
+    Raises:
+        InputError: A runtime does not exist, is not installed, or does not support what is
+            requested of it.
     """
     for runtime in section.runtimes:
-        if runtime == ONNX_RUNTIME:
-            continue
-        if runtime not in runtime_names():
-            known = ", ".join((ONNX_RUNTIME, *runtime_names()))
-            raise InputError(
-                f"export.runtimes: {runtime!r} is unknown; this vitrim exports for {known}"
-            )
-        if reason := runtime_named(runtime).missing():
-            raise InputError(f"export.runtimes: {reason}")
-        if not set(section.precisions) & set(offered(runtime)):
-            raise InputError(
-                f"export.runtimes: {runtime} has {', '.join(offered(runtime))}, and export.precisions asks for {', '.join(section.precisions)}"
-            )
-        if section.batch == "dynamic" and not runtime_named(runtime).dynamic_batch:
-            raise InputError(
-                f"export.batch: {runtime} holds one batch size; give a number, or leave {runtime} out of export.runtimes"
-            )
+        if runtime != ONNX_RUNTIME:
+            _require_runtime(runtime, section)
+
+
+def _require_runtime(runtime: str, section: ExportSection) -> None:
+    if runtime not in runtime_names():
+        known = ", ".join((ONNX_RUNTIME, *runtime_names()))
+        raise InputError(f"export.runtimes: {runtime!r} is unknown; choose from {known}")
+    if reason := runtime_named(runtime).missing():
+        raise InputError(f"export.runtimes: {reason}")
+    supported = supported_precisions(runtime)
+    if not set(section.precisions) & set(supported):
+        raise InputError(
+            f"export.runtimes: {runtime} supports {', '.join(supported)}, but export.precisions "
+            f"is {', '.join(section.precisions)}"
+        )
+    if section.batch == "dynamic" and not runtime_named(runtime).dynamic_batch:
+        raise InputError(
+            f"export.batch: {runtime} needs a fixed batch size; give a number, or remove {runtime} "
+            "from export.runtimes"
+        )

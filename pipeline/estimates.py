@@ -99,7 +99,7 @@ def _latency(found: Estimate) -> EstimatedLatency:
 
 
 def peak_activation_bytes(architecture: Architecture, precision: str = "fp32") -> int:
-    """Peak memory of the activations in bytes, at batch 1, if each tensor is freed after its last use.
+    """Peak memory of the activations in bytes at batch 1, each tensor freed after its last use.
 
     This is a lower bound: it counts the residual stream and the inputs and outputs of one operator
     at a time. A runtime that fuses less or that needs scratch memory uses more.

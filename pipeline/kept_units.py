@@ -1,34 +1,45 @@
-"""What is left of each sub-layer after the cut, for kept.json: what a person looks at to see where
-the model was trimmed.
-"""
+"""What remains of each sub-layer after the cut: the contents of kept.json."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from ..compress.masks.groups import architecture_of
+from ..compress.masks.mask import StructuredMask
 from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
+from ..compress.surgery.plan import plan
 
 
-def kept_branches(dense: Architecture, compact: Architecture) -> list[dict[str, Any]]:
-    """One entry for each sub-layer of the dense network: {"branch", "kind", "dims": {dimension:
-    [kept, total]}}.
+def kept_branches(
+    dense: nn.Module | Architecture, compact: nn.Module | Architecture | StructuredMask
+) -> list[dict[str, Any]]:
+    """The entries of kept.json, for a compact model or for a mask of the dense one.
 
-    `kind` is attention, ffn, constant (only its bias is left) or removed; `embed` is the part of
-    the residual stream that it reads.
+    Args:
+        dense: The network before the cut.
+        compact: The network after the cut, or the mask that cuts it.
+
+    Returns:
+        One entry per sub-layer of `dense`: {"branch", "kind", "dims": {dimension: [kept, total]}}.
+        `kind` is attention, ffn, constant (only the bias remains) or removed; `embed` is the part
+        of the residual stream that the sub-layer reads.
     """
-    left = {branch.name: branch for branch in compact.branches}
-    return [_entry(branch, left.get(branch.name), dense, compact) for branch in dense.branches]
+    before = architecture_of(dense)
+    if isinstance(compact, StructuredMask):
+        after = plan(before, compact).architecture
+    else:
+        after = architecture_of(compact)
+    branches = {branch.name: branch for branch in after.branches}
+    return [_entry(branch, branches.get(branch.name), before, after) for branch in before.branches]
 
 
 def _entry(
     before: BranchSpec, after: BranchSpec | None, dense: Architecture, compact: Architecture
 ) -> dict[str, Any]:
-    dims = {
-        "embed": [
-            0 if after is None else compact.read_width(after.reads),
-            dense.read_width(before.reads),
-        ]
-    }
+    read = 0 if after is None else compact.read_width(after.reads)
+    dims = {"embed": [read, dense.read_width(before.reads)]}
     for name, total in _widths(before).items():
         dims[name] = [0 if after is None else _widths(after).get(name, 0), total]
     kind = "removed" if after is None else after.core.kind

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..compress.network.patch_fit import checked_size
+from ..compress.network.patch_grid import parse_image_size
 from ..core.errors import InputError
 from ..targets.catalog import load_target
 
@@ -153,7 +153,8 @@ class MasksSection(Section):
     ffn_overhead_macs: float = Field(
         4e5,
         ge=0.0,
-        description="the same for an FFN (`python -m benchmarks.sublayer_cost` measures both)",
+        description="the same for an FFN (`python -m benchmarks.compression.sublayer_cost` "
+        "measures both)",
     )
     round_to: int | None = Field(
         None,
@@ -267,7 +268,7 @@ class ExportSection(Section):
     @classmethod
     def _height_and_width(cls, size: Any) -> tuple[int, int] | None:
         try:
-            return None if size is None else checked_size(size)
+            return None if size is None else parse_image_size(size)
         except InputError as error:
             raise ValueError(str(error)) from None
 

@@ -1,16 +1,15 @@
-"""The one chain: data, baseline, masks, cut, fine-tuning, artifacts, measurements, report.
+"""The chain: data, baseline, masks, cut, fine-tuning, artifacts, measurements, report.
 
-Each step is f(previous value, recipe) -> value, saved in the run folder and skipped on resume when
-it is whole and made from the same recipe.
+Each step is f(previous value, recipe) -> value. Its value is saved in the run folder. A resumed run
+skips a step if its files are complete and made from the same recipe.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,22 +20,23 @@ from ..compress.lift import lift
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import load
 from ..compress.network.modules.model import CompactModel, build
-from ..compress.network.patch_fit import shown
+from ..compress.network.patch_grid import format_image_size
 from ..compress.surgery.image_size import at_image_size
 from ..core.console import status, unit_count
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_runtimes
-from .final_table import final_table
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .shipping_steps import (
     ARTIFACTS,
     MEASUREMENTS,
+    TrainedModels,
     export_all,
     load_artifacts,
     load_measurements,
     measure_all,
+    show_final_table,
     write_report,
 )
 from .source_model import image_of, preprocessing_of, source_model, weights_digest
@@ -46,6 +46,8 @@ from .training_steps import (
     CUT,
     CUT_PARITY,
     MASK,
+    Cut,
+    RunContext,
     finetune,
     learn_masks,
     load_cut,
@@ -61,9 +63,7 @@ DATA = "data.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run holds before it touches the disk: everything in the recipe that can be wrong has
-    been tried.
-    """
+    """What a run needs before it writes any file; everything in the recipe has been validated."""
 
     recipe: Recipe
     data: DataSplits
@@ -80,109 +80,133 @@ def run(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> RunFolder:
-    """Run the chain up to and including the step `until`, in the folder `out`.
+    """Run the chain.
 
-    Errors: InputError for anything in the recipe, the data or the model that cannot work, found
-    before the folder is made.
+    Args:
+        recipe: All settings.
+        out: The run folder; it is created.
+        until: The last step to run.
+        resume: Continue the run in the folder; complete steps are loaded.
+        overwrite: Delete the run in the folder and start again.
+        quiet: Print the final table only.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: The recipe, the data and the model do not fit together, or the folder holds
+            something else. Nothing is written then.
     """
-    last = STEPS.index(until)
     RunFolder.check(Path(out), resume=resume, overwrite=overwrite)
     prepared = prepare(recipe, quiet=quiet)
     folder = RunFolder.open(Path(out), resume=resume, overwrite=overwrite)
     replace_file(folder / "recipe.toml", recipe.toml())
     replace_file(folder / DATA, data_card(prepared.data, recipe))
-    data, marks = prepared.data, fingerprints(prepared)
+    _run_steps(prepared, RunContext(recipe, prepared.data, folder, quiet), until)
+    return folder
 
-    baseline, made = folder.step(
-        "baseline",
-        marks["baseline"],
-        [BASELINE],
-        lambda again: train_baseline(
-            prepared.dense, data, recipe, folder, resume=again, quiet=quiet
-        ),
-        lambda: load(folder / BASELINE),
-    )
-    _tell("baseline", baseline, made, quiet)
-    _clear_checkpoints(folder, "baseline")
-    if last < STEPS.index("masks"):
-        return folder
 
-    cut, made = folder.step(
-        "masks",
-        marks["masks"],
-        [MASK, CUT, CUT_PARITY],
-        lambda again: learn_masks(
-            baseline, data, recipe, prepared.round_to, folder, resume=again, quiet=quiet
-        ),
-        lambda: load_cut(folder),
-    )
-    _tell("cut", cut.model, made, quiet)
-    _clear_checkpoints(folder, "masks")
-    if last < STEPS.index("finetune"):
-        return folder
-
-    compact, made = folder.step(
-        "finetune",
-        marks["finetune"],
-        [COMPACT],
-        lambda again: finetune(
-            cut.model, baseline, data, recipe, folder, resume=again, quiet=quiet
-        ),
-        lambda: load(folder / COMPACT),
-    )
-    _tell("compact", compact, made, quiet)
-    _clear_checkpoints(folder, "finetune")
-    if last < STEPS.index("export"):
-        return folder
-
-    if recipe.export.image_size is not None:
-        status(
-            f"artifacts at {shown(recipe.export.image_size)}, trained at {shown(baseline.architecture.image[1:])}",
-            quiet=quiet,
-        )
-        data = _data_of(recipe, _at_export_size(data.preprocessing, recipe), quiet=quiet)
+def _run_steps(prepared: Prepared, context: RunContext, until: Step) -> None:
+    recipe, folder, marks = context.recipe, context.folder, fingerprints(prepared)
+    baseline = _baseline(prepared, context, marks["baseline"])
+    if until == "baseline":
+        return
+    cut = _cut(baseline, prepared.round_to, context, marks["masks"])
+    if until == "masks":
+        return
+    compact = _compact(cut, baseline, context, marks["finetune"])
+    if until == "finetune":
+        return
+    context = _at_export_size(context, baseline)
     artifacts, _ = folder.step(
         "export",
         marks["export"],
         [ARTIFACTS],
-        lambda _: export_all(baseline, compact, data, recipe, folder, quiet=quiet),
+        lambda _: export_all(baseline, compact, context),
         lambda: load_artifacts(recipe, folder),
     )
-    if last < STEPS.index("bench"):
-        return folder
-
+    if until == "export":
+        return
     measurements, _ = folder.step(
         "bench",
         marks["bench"],
         [MEASUREMENTS],
-        lambda _: measure_all(artifacts, data, recipe, folder, quiet=quiet),
+        lambda _: measure_all(artifacts, context),
         lambda: load_measurements(recipe, folder),
     )
-    # Cheap, and it follows the code that renders it, so it is always made anew.
-    write_report(baseline, compact, cut, artifacts, measurements, data, recipe, folder)
-    final_table(folder)
-    return folder
+    if until == "bench":
+        return
+    # Rendering is cheap and its code changes, so the report is always written again.
+    models = TrainedModels(baseline, compact, cut.max_relative_error)
+    write_report(models, artifacts, measurements, context)
+    show_final_table(folder)
+
+
+def _baseline(prepared: Prepared, context: RunContext, fingerprint: str) -> CompactModel:
+    folder = context.folder
+    baseline, made = folder.step(
+        "baseline",
+        fingerprint,
+        [BASELINE],
+        lambda resume: train_baseline(prepared.dense, context, resume=resume),
+        lambda: load(folder / BASELINE),
+    )
+    _report_model("baseline", baseline, made, context.quiet)
+    _remove_checkpoints(folder, "baseline")
+    return baseline
+
+
+def _cut(baseline: CompactModel, round_to: int, context: RunContext, fingerprint: str) -> Cut:
+    folder = context.folder
+    cut, made = folder.step(
+        "masks",
+        fingerprint,
+        [MASK, CUT, CUT_PARITY],
+        lambda resume: learn_masks(baseline, round_to, context, resume=resume),
+        lambda: load_cut(folder),
+    )
+    _report_model("cut", cut.model, made, context.quiet)
+    _remove_checkpoints(folder, "masks")
+    return cut
+
+
+def _compact(
+    cut: Cut, baseline: CompactModel, context: RunContext, fingerprint: str
+) -> CompactModel:
+    folder = context.folder
+    compact, made = folder.step(
+        "finetune",
+        fingerprint,
+        [COMPACT],
+        lambda resume: finetune(cut.model, baseline, context, resume=resume),
+        lambda: load(folder / COMPACT),
+    )
+    _report_model("compact", compact, made, context.quiet)
+    _remove_checkpoints(folder, "finetune")
+    return compact
 
 
 def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
-    """Open the data, build the dense model, and try the budget. Errors: InputError for whatever
-    does not fit together.
+    """Open the data, build the dense model and check the budget.
+
+    Raises:
+        InputError: Something in the recipe does not fit together.
     """
     target = load_target(recipe.export.target)
     require_runtimes(recipe.export)
     preprocessing = preprocessing_of(recipe.model, recipe.data.name, image_of(recipe.model))
-    data = _data_of(recipe, preprocessing, quiet=quiet)
+    data = _open_data(recipe, preprocessing, quiet=quiet)
     seed_weights(recipe)
-    dense = skipping(lift(source_model(recipe.model, data.classes)))
+    dense = with_last_queries(lift(source_model(recipe.model, data.classes)))
     if recipe.export.image_size is not None:
         at_image_size(dense.architecture, recipe.export.image_size)
     round_to = recipe.masks.round_to or target.round_to
-    # Making the task tries the budget; the task itself is made again when its turn comes.
-    mask_task(copy.deepcopy(dense), dense, data, recipe, round_to)
+    # Creating the task checks the budget; mask learning creates another one.
+    mask_task(dense, data, recipe, round_to)
     return Prepared(recipe, data, dense, round_to)
 
 
-def _data_of(recipe: Recipe, preprocessing: Preprocessing, *, quiet: bool) -> DataSplits:
+def _open_data(recipe: Recipe, preprocessing: Preprocessing, *, quiet: bool) -> DataSplits:
     section = recipe.data
     return open_dataset(
         section.name,
@@ -194,28 +218,34 @@ def _data_of(recipe: Recipe, preprocessing: Preprocessing, *, quiet: bool) -> Da
     )
 
 
-def _at_export_size(preprocessing: Preprocessing, recipe: Recipe) -> Preprocessing:
-    """For the artifacts: what is measured on them is measured at their size."""
-    height, width = recipe.export.image_size or preprocessing.image[1:]
-    return preprocessing.model_copy(update={"height": height, "width": width})
+def _at_export_size(context: RunContext, baseline: CompactModel) -> RunContext:
+    """The context with the data resized to the artifacts, which are measured at their size."""
+    recipe, quiet, size = context.recipe, context.quiet, context.recipe.export.image_size
+    if size is None:
+        return context
+    trained = format_image_size(baseline.architecture.image[1:])
+    status(f"artifacts at {format_image_size(size)}, trained at {trained}", quiet=quiet)
+    resized = {"height": size[0], "width": size[1]}
+    preprocessing = context.data.preprocessing.model_copy(update=resized)
+    return replace(context, data=_open_data(recipe, preprocessing, quiet=quiet))
 
 
-def skipping(model: CompactModel) -> CompactModel:
-    """The same network with `last_queries`: what the head cannot see is not computed. Exact, and
-    what every artifact does, so MACs compare.
+def with_last_queries(model: CompactModel) -> CompactModel:
+    """The same network with `last_queries`: the last block computes only what the head reads.
+
+    This is exact, and every artifact does it, so that multiply-adds are comparable.
     """
-    architecture = model.architecture.model_copy(
-        update={"last_queries": model.architecture.pooled_prefix > 0}
-    )
+    last_queries = model.architecture.pooled_prefix > 0
+    architecture = model.architecture.model_copy(update={"last_queries": last_queries})
     return build(architecture, model.state_dict())
 
 
 def fingerprints(prepared: Prepared) -> dict[str, str]:
-    """What each step's value depends on: its sections of the recipe, the files named there, and the
-    step before.
+    """Hash what each step depends on.
+
+    That is its sections of the recipe, the files named there, and the step before.
     """
     recipe = prepared.recipe
-    marks: dict[str, str] = {}
     sections: dict[Step, tuple[str, ...]] = {
         "baseline": ("data", "model", "baseline", "train"),
         "masks": ("masks", "distill"),
@@ -223,21 +253,19 @@ def fingerprints(prepared: Prepared) -> dict[str, str]:
         "export": ("export",),
         "bench": ("bench",),
     }
-    # The target's good multiple may be what decides the widths, so it counts even where the recipe
-    # does not name it.
+    # The target's preferred multiple may determine the widths, so it counts even where the recipe
+    # does not set it.
     other = {"baseline": weights_digest(recipe.model), "masks": f"round_to {prepared.round_to}"}
+    marks: dict[str, str] = {}
     previous = ""
     for step, names in sections.items():
-        previous = marks[step] = recipe.fingerprint(
-            *names, previous=f"{previous} {other.get(step, '')}"
-        )
+        previous = recipe.fingerprint(*names, previous=f"{previous} {other.get(step, '')}")
+        marks[step] = previous
     return marks
 
 
 def data_card(data: DataSplits, recipe: Recipe) -> str:
-    """data.json: what the run's models read and answer, for whoever exports or measures them
-    later.
-    """
+    """The contents of data.json: inputs and labels of the run's models, for later commands."""
     card = {
         "schema": "vitrim.data/1",
         "name": data.name,
@@ -250,18 +278,18 @@ def data_card(data: DataSplits, recipe: Recipe) -> str:
     return json.dumps(card, indent=1) + "\n"
 
 
-def _tell(name: str, model: CompactModel, made: bool, quiet: bool) -> None:
+def _report_model(name: str, model: CompactModel, made: bool, quiet: bool) -> None:
     params, macs = count_params(model.architecture), count_macs(model.architecture)
-    before = "" if made else "  (kept from before)"
+    loaded = "" if made else "  (loaded from the run folder)"
     status(
-        f"[bold]{name}[/bold]  {unit_count(params)} parameters, {unit_count(macs)} MACs{before}",
+        f"[bold]{name}[/bold]  {unit_count(params)} parameters, {unit_count(macs)} MACs{loaded}",
         quiet=quiet,
     )
 
 
-def _clear_checkpoints(folder: RunFolder, phase: str) -> None:
-    # The step's value is saved; its checkpoints are many times as large and have done their work.
+def _remove_checkpoints(folder: RunFolder, phase: str) -> None:
+    # The step's value is saved; its checkpoints are many times larger and no longer needed.
     shutil.rmtree(folder / f"training/{phase}", ignore_errors=True)
     with contextlib.suppress(OSError):
-        # Only once it is empty.
+        # Fails unless the folder is empty.
         (folder / "training").rmdir()

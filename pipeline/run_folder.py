@@ -1,5 +1,7 @@
-"""The folder of one run, and its ledger: which step made which files, from what; a resumed run
-skips what is whole and still true.
+"""The folder of one run and its ledger, steps.json.
+
+The ledger records which step made which files, and from what. A resumed run skips every step whose
+files are complete and made from the same recipe.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ Value = TypeVar("Value")
 
 
 class RunFolder:
-    """`steps.json` holds, for each finished step, its fingerprint, its seconds, and the SHA-256 of
-    every file it made.
+    """A run folder with its ledger.
 
-    A step that was begun and not finished is noted too, so that its training checkpoint is taken up
-    only by the same recipe.
+    `steps.json` holds, for each finished step, its fingerprint, its seconds and the SHA-256 of
+    every file that it made. A step that was begun and not finished is listed too, so that only the
+    same recipe continues from its training checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +35,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, *, resume: bool, overwrite: bool) -> RunFolder:
-        """The folder, made if need be, emptied with `overwrite`. Errors: as `check`."""
+        """Create the folder where it is missing, or empty it with `overwrite`.
+
+        Raises:
+            InputError: As for `check`.
+        """
         cls.check(path, resume=resume, overwrite=overwrite)
         if overwrite and path.is_dir():
             shutil.rmtree(path)
@@ -43,20 +49,25 @@ class RunFolder:
 
     @staticmethod
     def check(path: Path, *, resume: bool, overwrite: bool) -> None:
-        """Errors: InputError if the folder holds something and neither resume nor overwrite is
-        given, or is no run folder.
+        """Check that a run may write to `path`.
+
+        Raises:
+            InputError: The folder holds an earlier run and neither `resume` nor `overwrite` is
+                given, or it holds something other than a run.
         """
         if path.is_file():
             require_empty(path)
-        held = path.is_dir() and any(path.iterdir())
-        if held and not (path / LEDGER).is_file():
+        if not path.is_dir() or not any(path.iterdir()):
+            return
+        if not (path / LEDGER).is_file():
             raise InputError(
-                f"{path}: the output folder is not empty and is no run of vitrim; name another one with --out"
+                f"{path}: the output folder is not empty and holds no vitrim run; "
+                "name another one with --out"
             )
-        if held and not resume and not overwrite:
+        if not resume and not overwrite:
             raise InputError(
-                f"{path}: the output folder is not empty, it holds an earlier run; --resume continues it, --overwrite starts anew, "
-                "--out names another one"
+                f"{path}: the output folder holds an earlier run; --resume continues it, "
+                "--overwrite deletes it and starts again, --out names another one"
             )
 
     def __truediv__(self, name: str) -> Path:
@@ -70,11 +81,18 @@ class RunFolder:
         make: Callable[[bool], Value],
         load: Callable[[], Value],
     ) -> tuple[Value, bool]:
-        """The step's value, and whether it was made now: `load()` if it is on disk, whole, and of
-        this fingerprint; else `make(resume)`.
+        """Load the value of a step where it is complete, or make it.
 
-        `make` writes `files` (paths in the run folder; a folder counts with all that is in it). Its
-        `resume` says that a part done before may be used.
+        Args:
+            name: Name of the step in the ledger.
+            fingerprint: Hash of everything that the value depends on.
+            files: What `make` writes, as paths in the run folder. A folder includes all its files.
+            make: Computes and saves the value. Its argument is True if an earlier attempt of the
+                same fingerprint may be continued.
+            load: Loads the value from `files`.
+
+        Returns:
+            The value, and whether it was made now.
         """
         if self.is_done(name, fingerprint):
             return load(), False
@@ -84,18 +102,18 @@ class RunFolder:
         self._write()
         started = time.perf_counter()
         value = make(continued)
-        found = {path: sha256_file(self.path / path) for path in sorted(self._expand(files))}
+        digests = {path: sha256_file(self.path / path) for path in sorted(self._expand(files))}
         self._ledger["steps"][name] = {
             "fingerprint": fingerprint,
             "seconds": round(time.perf_counter() - started, 3),
-            "files": found,
+            "files": digests,
         }
         del self._ledger["begun"][name]
         self._write()
         return value, True
 
     def is_done(self, name: str, fingerprint: str) -> bool:
-        """Whether the step's files are all there, unchanged, and made from the same recipe."""
+        """Whether all files of the step are present, unchanged and made from the same recipe."""
         entry = self._ledger["steps"].get(name)
         if entry is None or entry["fingerprint"] != fingerprint:
             return False
@@ -105,18 +123,16 @@ class RunFolder:
         )
 
     def seconds(self) -> dict[str, float]:
-        """How long each finished step took."""
+        """The duration of each finished step."""
         return {name: entry["seconds"] for name, entry in self._ledger["steps"].items()}
 
     def _expand(self, files: Sequence[str]) -> list[str]:
-        found: list[str] = []
+        found: list[Path] = []
         for name in files:
             path = self.path / name
-            inside = (
-                [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
-            )
-            found += [part.relative_to(self.path).as_posix() for part in inside]
-        return found
+            inside = [part for part in path.rglob("*") if part.is_file()]
+            found += inside if path.is_dir() else [path]
+        return [path.relative_to(self.path).as_posix() for path in found]
 
     def _write(self) -> None:
         replace_file(self.path / LEDGER, json.dumps(self._ledger, indent=1) + "\n")
@@ -128,14 +144,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); start anew with --overwrite") from error
-    whole = (
+        raise InputError(f"{path}: damaged ({error}); start again with --overwrite") from error
+    valid = (
         isinstance(ledger, dict)
+        and ledger.get("schema") == SCHEMA
         and isinstance(ledger.get("steps"), dict)
         and isinstance(ledger.get("begun"), dict)
     )
-    if not whole or ledger.get("schema") != SCHEMA:
+    if not valid:
         raise InputError(
-            f"{path}: not a ledger of this version (wanted schema {SCHEMA!r}); start anew with --overwrite"
+            f"{path}: not a ledger of this version (expected schema {SCHEMA!r}); "
+            "start again with --overwrite"
         )
     return dict(ledger)

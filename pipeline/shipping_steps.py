@@ -1,6 +1,4 @@
-"""The last links of the chain: artifacts from models, measurements from artifacts, and the report
-of them all.
-"""
+"""The last steps of the chain: artifacts, their measurements, the report and the final table."""
 
 from __future__ import annotations
 
@@ -10,56 +8,66 @@ import json
 import platform
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from .. import __version__
 from ..bench.report.model import Report
+from ..bench.report.overview import Row, overview
+from ..bench.report.run import load_run
 from ..bench.results.measurement import Measurement
 from ..compress.data.splits import DataSplits, Split, stratified_indices
 from ..compress.network.architecture import Architecture
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.modules.model import CompactModel
-from ..compress.network.patch_fit import shown
+from ..compress.network.patch_grid import format_image_size
 from ..compress.surgery.image_size import at_image_size
-from ..core.console import status
+from ..core.console import show, status, unit_count
 from ..core.storage import replace_file
 from ..export.artifact import Artifact
-from .artifacts import ONNX_RUNTIME, planned_artifacts
+from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
 from .kept_units import kept_branches
 from .recipe import Recipe
 from .run_folder import RunFolder
-from .training_steps import Cut
+from .training_steps import RunContext
 
 ARTIFACTS, MEASUREMENTS = "artifacts", "measurements"
 SAMPLE_SEED = 0
 VERSIONED = ("torch", "timm", "numpy", "onnx", "onnxruntime", "onnxsim")
 
 
+@dataclass(frozen=True)
+class TrainedModels:
+    """The models of a run, and the relative error of the cut (`training_steps.Cut`)."""
+
+    baseline: CompactModel
+    compact: CompactModel
+    cut_error: float
+
+
 def export_all(
-    baseline: CompactModel,
-    compact: CompactModel,
-    data: DataSplits,
-    recipe: Recipe,
-    folder: RunFolder,
-    *,
-    quiet: bool,
+    baseline: CompactModel, compact: CompactModel, context: RunContext
 ) -> dict[str, Artifact]:
-    """Artifacts of both models; parity and int8 calibration on validation images."""
+    """Export both models to artifacts/; parity and int8 calibration use validation images."""
     from ..export.exporter import export
     from ..export.stage_line import stages_shown
 
-    images, _ = sample(data.val, recipe.export.calibration_images).arrays()
+    recipe, data, quiet = context.recipe, context.data, context.quiet
+    images, _ = stratified_sample(data.val, recipe.export.calibration_images).arrays()
+    provenance = {"recipe": recipe.name, "seed": str(recipe.train.seed), "data": data.name}
+    models = {"baseline": baseline, "compact": compact}
     made: dict[str, Artifact] = {}
     for name, plan in planned_artifacts(recipe.export).items():
         status(f"exporting {name}", quiet=quiet)
         with stages_shown(quiet=quiet):
             made[name] = export(
-                {"baseline": baseline, "compact": compact}[plan.model],
-                folder / f"{ARTIFACTS}/{name}",
+                models[plan.model],
+                context.folder / f"{ARTIFACTS}/{name}",
                 target=recipe.export.target,
                 runtime=plan.runtime,
                 precision=plan.precision,
@@ -71,99 +79,90 @@ def export_all(
                 image_size=recipe.export.image_size,
                 overwrite=True,
                 name=name,
-                provenance={
-                    "recipe": recipe.name,
-                    "seed": str(recipe.train.seed),
-                    "data": data.name,
-                },
+                provenance=provenance,
             )
     return made
 
 
 def load_artifacts(recipe: Recipe, folder: RunFolder) -> dict[str, Artifact]:
-    """The artifacts that `export_all` left in the run folder."""
-    return {
-        name: Artifact.load(folder / f"{ARTIFACTS}/{name}")
-        for name in planned_artifacts(recipe.export)
-    }
+    """Load the artifacts that `export_all` wrote."""
+    names = planned_artifacts(recipe.export)
+    return {name: Artifact.load(folder / f"{ARTIFACTS}/{name}") for name in names}
 
 
-def measure_all(
-    artifacts: Mapping[str, Artifact],
-    data: DataSplits,
-    recipe: Recipe,
-    folder: RunFolder,
-    *,
-    quiet: bool,
-) -> dict[str, Measurement]:
-    """All artifacts measured in turns on this machine, each with its top-1 on the test images."""
+def measure_all(artifacts: Mapping[str, Artifact], context: RunContext) -> dict[str, Measurement]:
+    """Measure all artifacts interleaved on this machine, with their top-1 on the test images."""
     from ..bench.local.measure import measure_interleaved
 
-    status(f"measuring {', '.join(artifacts)} in turns", quiet=quiet)
-    with tempfile.TemporaryDirectory() as aside:
-        dataset = write_dataset(data, Path(aside) / "test.npz", recipe.bench.top1_images)
+    bench = context.recipe.bench
+    status(f"measuring {', '.join(artifacts)}, interleaved", quiet=context.quiet)
+    with tempfile.TemporaryDirectory() as temporary:
+        dataset = write_dataset(context.data, Path(temporary) / "test.npz", bench.top1_images)
         measured = measure_interleaved(
             artifacts,
-            recipe.bench.threads,
+            bench.threads,
             dataset=dataset,
-            time_limit_s=recipe.bench.time_limit_s,
-            quiet=quiet,
+            time_limit_s=bench.time_limit_s,
+            quiet=context.quiet,
         )
     for name, measurement in measured.items():
-        measurement.save(folder / f"{MEASUREMENTS}/{name}.json")
+        measurement.save(context.folder / f"{MEASUREMENTS}/{name}.json")
     return measured
 
 
+def load_measurements(recipe: Recipe, folder: RunFolder) -> dict[str, Measurement]:
+    """Load the measurements that `measure_all` wrote."""
+    names = planned_artifacts(recipe.export)
+    return {name: Measurement.load(folder / f"{MEASUREMENTS}/{name}.json") for name in names}
+
+
 def write_dataset(data: DataSplits, path: Path, limit: int | None) -> Path:
-    """The test images as the runner reads them: uint8 `images` (N, C, H, W) and int64 `labels`
-    (N,).
-    """
-    images, labels = sample(data.test, limit).batch(slice(None))
+    """Write test images for the runner: uint8 `images` (N, C, H, W) and int64 `labels` (N,)."""
+    images, labels = stratified_sample(data.test, limit).batch(slice(None))
     np.savez(path, images=images.numpy(), labels=labels.numpy())
     return path
 
 
-def sample(split: Split, count: int | None) -> Split:
-    """At most `count` images, every class in its own share: the first ones of a folder may all be
-    of one class.
+def stratified_sample(split: Split, count: int | None) -> Split:
+    """At most `count` images with the class proportions of the split.
+
+    The first images of a folder may all be of one class.
     """
     if count is None or count >= len(split):
         return split
     return split.take(stratified_indices(split.targets, count, SAMPLE_SEED)[0])
 
 
-def load_measurements(recipe: Recipe, folder: RunFolder) -> dict[str, Measurement]:
-    """The measurements that `measure_all` left in the run folder."""
-    return {
-        name: Measurement.load(folder / f"{MEASUREMENTS}/{name}.json")
-        for name in planned_artifacts(recipe.export)
-    }
-
-
 def write_report(
-    baseline: CompactModel,
-    compact: CompactModel,
-    cut: Cut,
+    models: TrainedModels,
     artifacts: Mapping[str, Artifact],
     measurements: Mapping[str, Measurement],
-    data: DataSplits,
-    recipe: Recipe,
-    folder: RunFolder,
+    context: RunContext,
 ) -> Report:
-    """kept.json, report.json, report.md and report.html in the run folder."""
+    """Write kept.json, report.json, report.md and report.html to the run folder.
+
+    Args:
+        models: The trained models.
+        artifacts: The exported artifacts by name.
+        measurements: Their measurements by the same names.
+        context: The run; its data has the image size of the artifacts.
+
+    Returns:
+        The contents of report.json.
+    """
     from ..bench.report import render
 
-    replace_file(
-        folder / "kept.json",
-        json.dumps(kept_branches(baseline.architecture, compact.architecture), indent=1) + "\n",
-    )
-    # As they were exported, so that their multiply-adds go with their latencies.
+    recipe, folder = context.recipe, context.folder
+    baseline, compact = models.baseline.architecture, models.compact.architecture
+    kept = kept_branches(baseline, compact)
+    replace_file(folder / "kept.json", json.dumps(kept, indent=1) + "\n")
+    # Counted at the image size of the artifacts, so that multiply-adds match latencies.
     architectures = {
-        name: _exported(model.architecture, recipe)
-        for name, model in (("baseline", baseline), ("compact", compact))
+        "baseline": _exported(baseline, recipe),
+        "compact": _exported(compact, recipe),
     }
     plans = planned_artifacts(recipe.export)
-    models = {
+    entries = {
         name: _model_entry(
             architecture,
             [key for key, plan in plans.items() if plan.model == name],
@@ -172,39 +171,22 @@ def write_report(
         )
         for name, architecture in architectures.items()
     }
-    parity = {"cut: masked against compact": cut.max_relative_error}
-    for name, artifact in artifacts.items():
-        parity |= {
-            f"{name}: {stage.stage} against {stage.reference}": stage.max_relative_error
-            for stage in artifact.manifest.parity
-        }
-    # Estimates are of ONNX Runtime.
-    sizes: dict[tuple[str, str], int] = {
-        (plans[name].model, plans[name].precision): measured.file_bytes
-        for name, measured in measurements.items()
-        if plans[name].runtime == ONNX_RUNTIME
-    }
-    size = recipe.export.image_size
-    resized = (
-        f"; artifacts at {shown(size)}, without training there"
-        if size and size != baseline.architecture.image[1:]
-        else ""
+    estimates = run_estimates(
+        architectures,
+        ("fp32", *recipe.export.precisions),
+        recipe.report.estimate_for,
+        _file_bytes(plans, measurements),
     )
     report = Report.model_validate(
         {
             "schema": "vitrim.report/1",
-            "models": models,
-            "parity": parity,
-            "estimates": run_estimates(
-                architectures,
-                ("fp32", *recipe.export.precisions),
-                recipe.report.estimate_for,
-                sizes,
-            ),
+            "models": entries,
+            "parity": _parity(models.cut_error, artifacts),
+            "estimates": estimates,
             "title": recipe.name,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "recipe": recipe.name,
-            "data": f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation, {len(data.test):,} test images{resized}",
+            "data": _data_text(context, baseline.image[1:]),
             "seed": recipe.train.seed,
             "data_seed": recipe.data.seed,
             "versions": versions(),
@@ -217,15 +199,42 @@ def write_report(
 
 
 def _exported(architecture: Architecture, recipe: Recipe) -> Architecture:
-    return (
-        architecture
-        if recipe.export.image_size is None
-        else at_image_size(architecture, recipe.export.image_size)
-    )
+    size = recipe.export.image_size
+    return architecture if size is None else at_image_size(architecture, size)
+
+
+def _parity(cut_error: float, artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    parity = {"cut: masked against compact": cut_error}
+    for name, artifact in artifacts.items():
+        for stage in artifact.manifest.parity:
+            key = f"{name}: {stage.stage} against {stage.reference}"
+            parity[key] = stage.max_relative_error
+    return parity
+
+
+def _file_bytes(
+    plans: Mapping[str, Planned], measurements: Mapping[str, Measurement]
+) -> dict[tuple[str, str], int]:
+    """File sizes by (model, precision); the estimates are of ONNX Runtime."""
+    return {
+        (plans[name].model, plans[name].precision): measured.file_bytes
+        for name, measured in measurements.items()
+        if plans[name].runtime == ONNX_RUNTIME
+    }
+
+
+def _data_text(context: RunContext, trained_size: tuple[int, ...]) -> str:
+    data, size = context.data, context.recipe.export.image_size
+    counts = {"training": data.train, "validation": data.val, "test": data.test}
+    text = ", ".join(f"{len(split):,} {name}" for name, split in counts.items())
+    text = f"{data.name}: {text} images"
+    if size and size != trained_size:
+        text += f"; artifacts at {format_image_size(size)}, without training at that size"
+    return text
 
 
 def versions() -> dict[str, str]:
-    """vitrim, Python, and the libraries whose version a figure may depend on."""
+    """Versions of vitrim, Python and the libraries that may change a figure."""
     found = {"vitrim": __version__, "python": platform.python_version()}
     for name in VERSIONED:
         try:
@@ -251,11 +260,37 @@ def _model_entry(
         }
         for name in names
     ]
-    # The model's own accuracy is that of its first artifact: a file that ran, not the network it
-    # was written from.
+    # The accuracy of a model is that of its first artifact: of a file that ran, not of the network
+    # that it was exported from.
     return {
         "params": count_params(architecture),
         "macs": count_macs(architecture),
         "top1": measurements[names[0]].top1,
         "artifacts": entries,
     }
+
+
+def show_final_table(folder: RunFolder) -> None:
+    """Print the report's figures of each artifact, and the path of the report."""
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("artifact", "params", "MACs", "top-1", "p50", "faster", "memory", "file"):
+        table.add_column(column, justify="left" if column == "artifact" else "right", no_wrap=True)
+    for device in overview(load_run(folder.path)).devices:
+        for row in device.rows:
+            table.add_row(*_cells(row))
+    show(table, f"report: {folder / 'report.html'}")
+
+
+def _cells(row: Row) -> list[str]:
+    memory = row.measurement.beyond_floor_rss_bytes if row.measurement else None
+    faster = "" if row.speed_up is None else f"{row.speed_up.estimate:.2f}x"
+    return [
+        row.label,
+        unit_count(row.params or 0),
+        unit_count(row.macs or 0),
+        "" if row.top1 is None else f"{100 * row.top1:.2f} %",
+        "" if row.summary is None else f"{1e3 * row.summary.p50_s:.2f} ms",
+        "1.00x" if row.series == 0 and row.summary else faster,
+        "" if memory is None else f"{memory / 1e6:.1f} MB",
+        "" if row.file_bytes is None else f"{row.file_bytes / 1e6:.2f} MB",
+    ]

@@ -1,6 +1,4 @@
-"""The three trainings of the chain: the dense baseline, the masks, and the fine-tuning of what is
-left.
-"""
+"""The three trainings of the chain: the dense baseline, the masks, the compact model."""
 
 from __future__ import annotations
 
@@ -20,28 +18,39 @@ from ..compress.network.files import load, save
 from ..compress.network.modules.model import CompactModel
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation
-from ..compress.train.loop import Schedule, TrainSettings, fit
+from ..compress.train.loop import TrainSettings, fit
 from ..compress.train.mask_task import MaskSettings, MaskTask
+from ..compress.train.schedule import Schedule
 from ..core.storage import replace_file
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection
 from .run_folder import RunFolder
 
-BASELINE, MASK, CUT, COMPACT, CUT_PARITY = (
-    "baseline",
-    "mask.safetensors",
-    "cut",
-    "compact",
-    "cut-parity.json",
-)
-HISTORY = "history.jsonl"
+# Files and folders of the run.
+BASELINE, COMPACT, CUT = "baseline", "compact", "cut"
+MASK, CUT_PARITY, HISTORY = "mask.safetensors", "cut-parity.json", "history.jsonl"
 PARITY_IMAGES = 64
 
 
 @dataclass(frozen=True)
+class RunContext:
+    """What every step of a run reads: its recipe, its data and its folder."""
+
+    recipe: Recipe
+    data: DataSplits
+    folder: RunFolder
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
 class Cut:
-    """What mask learning leaves behind: the model cut by its masks, what was kept of the baseline,
-    and how far the cut moved the logits.
+    """The result of mask learning.
+
+    Attributes:
+        model: The baseline, cut by the learned masks and not fine-tuned.
+        mask: What was kept of the baseline.
+        max_relative_error: Largest difference between the logits of the masked baseline and of
+            `model`, relative to the largest logit.
     """
 
     model: CompactModel
@@ -49,66 +58,65 @@ class Cut:
     max_relative_error: float
 
 
-def train_baseline(
-    dense: CompactModel,
-    data: DataSplits,
-    recipe: Recipe,
-    folder: RunFolder,
-    *,
-    resume: bool,
-    quiet: bool,
-) -> CompactModel:
-    """The dense model, trained by `[baseline]` where it asks for epochs; saved in baseline/."""
-    _train_dense(
-        dense, "baseline", recipe.baseline, None, data, recipe, folder, resume=resume, quiet=quiet
-    )
-    save(dense, folder / BASELINE, overwrite=True)
+def train_baseline(dense: CompactModel, context: RunContext, *, resume: bool) -> CompactModel:
+    """Train the dense model in place for the epochs of `[baseline]`, and save it in baseline/."""
+    _train_dense(dense, "baseline", context, teacher=None, resume=resume)
+    save(dense, context.folder / BASELINE, overwrite=True)
     return dense.eval()
 
 
-def learn_masks(
-    baseline: CompactModel,
-    data: DataSplits,
-    recipe: Recipe,
-    round_to: int,
-    folder: RunFolder,
-    *,
-    resume: bool,
-    quiet: bool,
-) -> Cut:
-    """Learn what may go, cut it out; mask.safetensors says what was kept, cut/ is the smaller
-    model.
+def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, resume: bool) -> Cut:
+    """Learn the masks and cut the baseline by them.
+
+    Args:
+        baseline: The trained dense model; it is also the teacher.
+        round_to: Kept widths are multiples of this.
+        context: The run. Its folder receives mask.safetensors, cut/ and cut-parity.json.
+        resume: Continue from the training checkpoint of an earlier attempt.
+
+    Returns:
+        The cut model and its mask.
     """
-    task = mask_task(copy.deepcopy(baseline), baseline, data, recipe, round_to)
-    # A budget follows its own ramp, so the learning rate falls once; the source's lambda recipe
-    # restarts.
+    recipe, folder = context.recipe, context.folder
+    task = mask_task(baseline, context.data, recipe, round_to)
+    # A budget has a schedule of its own, so the learning rate decays once. With a fixed lambda it
+    # restarts, as in Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
     kind = "cosine" if recipe.masks.lambda_ is None else "restarts"
     schedule = Schedule(kind, restart_epochs=recipe.masks.restart_epochs, min_lr=1e-8)  # type: ignore[arg-type]
-    # The task itself says when an epoch may be the best and when to stop.
-    settings = _settings(
-        recipe, recipe.masks.epochs, recipe.masks.augmentation, schedule, None, quiet
-    )
-    _fit(task, data, settings, folder, resume)
+    # The task itself decides which epoch may be the best one and when to stop.
+    settings = _settings(context, recipe.masks.epochs, recipe.masks.augmentation, schedule, None)
+    _fit(task, context, settings, resume)
     model, mask = task.result(), task.mask()
-    error = cut_error(task, model, data.val.floats(slice(0, PARITY_IMAGES)))
+    error = cut_error(task, model, context.data.val.floats(slice(0, PARITY_IMAGES)))
     save(model, folder / CUT, overwrite=True)
     mask.save(folder / MASK)
     replace_file(folder / CUT_PARITY, json.dumps({"max_relative_error": error}) + "\n")
     return Cut(model, mask, error)
 
 
-def mask_task(
-    model: CompactModel, teacher: CompactModel, data: DataSplits, recipe: Recipe, round_to: int
-) -> MaskTask:
-    """The task of `[masks]`. Errors: InputError for a budget that no mask can meet, with the
-    smallest feasible one.
+def mask_task(baseline: CompactModel, data: DataSplits, recipe: Recipe, round_to: int) -> MaskTask:
+    """Create the training task of `[masks]` on a copy of the baseline.
+
+    Args:
+        baseline: The dense model; it is also the teacher.
+        data: Its training images determine the number of steps.
+        recipe: The sections `[masks]`, `[distill]` and `[train]`.
+        round_to: Kept widths are multiples of this.
+
+    Returns:
+        The task, not trained yet.
+
+    Raises:
+        InputError: No mask meets the budget; the message gives the smallest feasible one.
     """
     section = recipe.masks
-    kind, ratio = (
-        ("params", section.params) if section.params is not None else ("macs", section.macs)
-    )
+    budget = None
+    if section.params is not None:
+        budget = Budget("params", section.params)
+    elif section.macs is not None:
+        budget = Budget("macs", section.macs)
     settings = MaskSettings(
-        budget=None if ratio is None else Budget("params" if kind == "params" else "macs", ratio),
+        budget=budget,
         lambda_=section.lambda_,
         sharing=section.sharing,
         fixed=section.fixed,
@@ -123,50 +131,70 @@ def mask_task(
         ffn_overhead_macs=section.ffn_overhead_macs,
     )
     steps = section.epochs * (len(data.train) // min(recipe.train.batch_size, len(data.train)))
-
-    return MaskTask(model, settings, steps, distillation=distillation(teacher, recipe))
+    model, teacher = copy.deepcopy(baseline), distillation(baseline, recipe)
+    return MaskTask(model, settings, steps, distillation=teacher)
 
 
 def finetune(
-    cut: CompactModel,
-    baseline: CompactModel,
-    data: DataSplits,
-    recipe: Recipe,
-    folder: RunFolder,
-    *,
-    resume: bool,
-    quiet: bool,
+    cut: CompactModel, baseline: CompactModel, context: RunContext, *, resume: bool
 ) -> CompactModel:
-    """Train the cut model by `[finetune]`; saved in compact/."""
+    """Train a copy of the cut model for the epochs of `[finetune]`.
+
+    Args:
+        cut: The model after the cut.
+        baseline: The dense model, used as the teacher.
+        context: The run. Its folder receives compact/.
+        resume: Continue from the training checkpoint of an earlier attempt.
+
+    Returns:
+        The compact model in eval mode.
+    """
     model = copy.deepcopy(cut)
-    _train_dense(
-        model,
-        "finetune",
-        recipe.finetune,
-        distillation(baseline, recipe),
-        data,
-        recipe,
-        folder,
-        resume=resume,
-        quiet=quiet,
-    )
-    save(model, folder / COMPACT, overwrite=True)
+    teacher = distillation(baseline, context.recipe)
+    _train_dense(model, "finetune", context, teacher=teacher, resume=resume)
+    save(model, context.folder / COMPACT, overwrite=True)
     return model.eval()
+
+
+def distillation(teacher: CompactModel, recipe: Recipe) -> Distillation | None:
+    """Distillation from the dense model, or None where `[distill]` is disabled."""
+    section = recipe.distill
+    if not section.enabled:
+        return None
+    return Distillation(teacher, alpha=section.alpha, temperature=section.temperature)
+
+
+def cut_error(task: MaskTask, model: CompactModel, images: Tensor) -> float:
+    """Largest difference between masked and cut network, relative to the largest logit."""
+    network, mask = task.reference()
+    with torch.inference_mode():
+        expected, found = masked(network, mask).eval()(images), model(images)
+    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def load_cut(folder: RunFolder) -> Cut:
+    """Load what `learn_masks` saved in the run folder."""
+    parity = json.loads((folder / CUT_PARITY).read_text(encoding="utf-8"))
+    model, mask = load(folder / CUT), StructuredMask.load(folder / MASK)
+    return Cut(model, mask, float(parity["max_relative_error"]))
+
+
+def seed_weights(recipe: Recipe) -> None:
+    """Seed the initial weights of the dense model."""
+    seed_everything(recipe.train.seed)
 
 
 def _train_dense(
     model: CompactModel,
     phase: str,
-    section: BaselineSection | FinetuneSection,
-    teacher: Distillation | None,
-    data: DataSplits,
-    recipe: Recipe,
-    folder: RunFolder,
+    context: RunContext,
     *,
+    teacher: Distillation | None,
     resume: bool,
-    quiet: bool,
 ) -> None:
-    """Train `model` in place by its section of the recipe, where that asks for epochs."""
+    """Train `model` in place as its section of the recipe describes, if it has any epochs."""
+    recipe = context.recipe
+    section: BaselineSection | FinetuneSection = getattr(recipe, phase)
     if not section.epochs:
         return
     task = DenseTask(
@@ -181,51 +209,19 @@ def _train_dense(
     )
     schedule = Schedule("cosine", section.warmup_epochs)
     settings = _settings(
-        recipe, section.epochs, section.augmentation, schedule, section.patience_epochs, quiet
+        context, section.epochs, section.augmentation, schedule, section.patience_epochs
     )
-    _fit(task, data, settings, folder, resume)
-
-
-def distillation(teacher: CompactModel, recipe: Recipe) -> Distillation | None:
-    """The dense model as teacher, unless `[distill]` is off."""
-    section = recipe.distill
-    if not section.enabled:
-        return None
-    return Distillation(teacher, alpha=section.alpha, temperature=section.temperature)
-
-
-def cut_error(task: MaskTask, model: CompactModel, images: Tensor) -> float:
-    """Largest difference between the masked network and the cut one, relative to the largest
-    logit.
-    """
-    network, mask = task.reference()
-    with torch.inference_mode():
-        wanted, found = masked(network, mask).eval()(images), model(images)
-    return float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-12))
-
-
-def load_cut(folder: RunFolder) -> Cut:
-    """What `learn_masks` left in the run folder."""
-    parity = json.loads((folder / CUT_PARITY).read_text(encoding="utf-8"))
-    return Cut(
-        load(folder / CUT), StructuredMask.load(folder / MASK), float(parity["max_relative_error"])
-    )
-
-
-def seed_weights(recipe: Recipe) -> None:
-    """Seed what builds the untrained model."""
-    seed_everything(recipe.train.seed)
+    _fit(task, context, settings, resume)
 
 
 def _settings(
-    recipe: Recipe,
+    context: RunContext,
     epochs: int,
     augmentation: str,
     schedule: Schedule,
-    patience: int | None,
-    quiet: bool,
+    patience_epochs: int | None,
 ) -> TrainSettings:
-    train = recipe.train
+    train = context.recipe.train
     return TrainSettings(
         epochs=epochs,
         batch_size=train.batch_size,
@@ -233,26 +229,21 @@ def _settings(
         augmentation=augmentation,  # type: ignore[arg-type]
         label_smoothing=train.label_smoothing,
         schedule=schedule,
-        patience_epochs=patience,
+        patience_epochs=patience_epochs,
         matmul_precision=train.matmul_precision,
         threads=train.threads,
-        quiet=quiet,
+        quiet=context.quiet,
     )
 
 
 def _fit(
-    task: MaskTask | DenseTask,
-    data: DataSplits,
-    settings: TrainSettings,
-    folder: RunFolder,
-    resume: bool,
+    task: MaskTask | DenseTask, context: RunContext, settings: TrainSettings, resume: bool
 ) -> None:
-    training = folder / f"training/{task.phase}"
-    fit(task, data, settings, training, history=folder / HISTORY, resume=resume)
+    folder = context.folder
+    checkpoints = folder / f"training/{task.phase}"
+    fit(task, context.data, settings, checkpoints, history=folder / HISTORY, resume=resume)
 
 
 def _size(model: CompactModel) -> dict[str, float]:
-    return {
-        "params": float(count_params(model.architecture)),
-        "macs": float(count_macs(model.architecture)),
-    }
+    architecture = model.architecture
+    return {"params": float(count_params(architecture)), "macs": float(count_macs(architecture))}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..lift import read
-from ..masks.groups import SHARED, architecture_of
+from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture
 from ..network.axes import POOL_SITES, Axis, parameter_axes
@@ -141,23 +141,6 @@ def explain(model: nn.Module | Architecture, mask: StructuredMask) -> Explanatio
         (count_params(source), count_params(after)),
         (count_macs(source), count_macs(after)),
     )
-
-
-def kept_table(
-    dense: nn.Module | Architecture, compact: nn.Module | Architecture | StructuredMask
-) -> list[dict[str, object]]:
-    """One entry a sub-layer for kept.json: {"branch", "kind", "dims": {dimension: [kept, total]}};
-    of a compact model, or of a mask.
-    """
-    from ...pipeline.kept_units import kept_branches
-
-    before = architecture_of(dense)
-    after = (
-        plan(before, compact).architecture
-        if isinstance(compact, StructuredMask)
-        else architecture_of(compact)
-    )
-    return kept_branches(before, after)
 
 
 def _shapes(architecture: Architecture) -> dict[str, Shape]:

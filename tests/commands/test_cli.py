@@ -236,8 +236,8 @@ def test_a_checkpoint_that_does_not_fit(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "not a whole checkpoint file"),
-        (b"PK\x03\x04broken", "not a whole checkpoint file"),
+        (b"", "not a complete checkpoint"),
+        (b"PK\x03\x04broken", "not a complete checkpoint"),
         (None, "no such checkpoint"),
     ],
 )
@@ -257,7 +257,7 @@ def test_a_checkpoint_that_could_run_code_is_not_read(
     path = tmp_path / "whole.pth"
     torch.save(small_model(), path)
     line = refused("run", recipe(), "--set", f"model.checkpoint={path}", "--out", tmp_path / "out")
-    assert line.startswith(f"{path}: it holds more than tensors and could run code")
+    assert line.startswith(f"{path}: it contains more than tensors and could run code")
 
 
 def test_a_checkpoint_with_a_hole(
@@ -277,7 +277,7 @@ def test_a_checkpoint_with_nan(
     path, state = tmp_path / "nan.pth", small_model().state_dict()
     state["norm.bias"][3] = float("nan")
     torch.save(state, path)
-    assert "norm.bias holds NaN or infinity" in refused(
+    assert "norm.bias contains NaN or infinity" in refused(
         "train", recipe(), "--set", f"model.checkpoint={path}", "--out", tmp_path / "out"
     )
 
@@ -335,7 +335,7 @@ def test_an_output_folder_that_is_not_empty(
         line = refused("run", recipe(), "--out", out, *flag)
         assert (
             line
-            == f"{out}: the output folder is not empty and is no run of vitrim; name another one with --out"
+            == f"{out}: the output folder is not empty and holds no vitrim run; name another one with --out"
         )
     assert (out / "thesis.txt").read_text() == "my only copy"
 

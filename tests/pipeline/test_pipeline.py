@@ -1,6 +1,4 @@
-"""The whole chain on a tiny model: what it leaves, what it skips on resume, and that a killed run
-ends like an unbroken one.
-"""
+"""The chain on a tiny model: its files, what a resumed run skips, and a run that was killed."""
 
 from __future__ import annotations
 
@@ -26,10 +24,8 @@ from vitrim.compress.surgery.image_size import at_image_size
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.runtimes.tvm_runtime import lacking_features
-from vitrim.pipeline.kept_units import kept_branches
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import fingerprints, prepare, run
-from vitrim.pipeline.run_folder import RunFolder
 from vitrim.targets.catalog import load_target
 
 NAMES = ("baseline-fp32", "compact-fp32", "compact-int8")
@@ -46,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
-    """The folder of a run that went through."""
+    """The folder of a complete run."""
     run(load_recipe(place / "tiny.toml"), place / "run", quiet=True)
     return place / "run"
 
@@ -55,7 +51,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_every_value_of_the_chain_is_there(finished: Path) -> None:
+def test_every_value_of_the_chain_is_saved(finished: Path) -> None:
     baseline, compact = vitrim.load(finished / "baseline"), vitrim.load(finished / "compact")
     assert baseline.architecture.classes == len(CLASSES)
     dense, left = count_params(baseline.architecture), count_params(compact.architecture)
@@ -78,7 +74,7 @@ def test_the_mask_cuts_the_baseline_to_the_shape_of_the_compact_model(finished: 
     assert again.architecture == vitrim.load(finished / "compact").architecture
 
 
-def test_the_report_says_what_the_files_say(finished: Path) -> None:
+def test_the_report_matches_the_files(finished: Path) -> None:
     report = Report.model_validate(read(finished / "report.json"))
     assert list(report.models) == ["baseline", "compact"]
     for name, entry in report.models.items():
@@ -115,7 +111,7 @@ def test_the_report_estimates_the_devices_of_the_recipe(finished: Path) -> None:
     assert dense.low_s < dense.estimated_s < dense.high_s
     assert compact.estimated_s < dense.estimated_s
     assert len(compact.held_against) >= 5
-    # What was exported is held against the device by its own size, what was not by its parameters.
+    # The weights of an exported model are its file, those of another its parameters.
     assert pi["compact", "int8"].weight_bytes == report.models["compact"].artifacts[1].bytes
     assert pi["baseline", "int8"].weight_bytes == report.models["baseline"].params
     assert all(
@@ -125,7 +121,7 @@ def test_the_report_estimates_the_devices_of_the_recipe(finished: Path) -> None:
     )
 
 
-def test_every_stage_is_equal_to_the_one_before(finished: Path) -> None:
+def test_every_stage_equals_the_previous_one(finished: Path) -> None:
     parity = read(finished / "report.json")["parity"]
     assert parity["cut: masked against compact"] < 1e-5
     exact = {stage: error for stage, error in parity.items() if "int8" not in stage}
@@ -133,17 +129,17 @@ def test_every_stage_is_equal_to_the_one_before(finished: Path) -> None:
     assert max(exact.values()) < 1e-4
 
 
-def test_the_measured_file_is_the_shipped_file(finished: Path) -> None:
+def test_the_measured_file_is_the_exported_file(finished: Path) -> None:
     measured = {name: Measurement.load(finished / f"measurements/{name}.json") for name in NAMES}
     for name, measurement in measured.items():
         assert measurement.artifact_sha256 == Artifact.load(finished / f"artifacts/{name}").sha256
         assert measurement.top1 is not None
     assert len({measurement.session for measurement in measured.values()}) == 1, (
-        "measured in turns, in one session"
+        "measured interleaved, in one session"
     )
 
 
-def test_kept_json_adds_up(finished: Path) -> None:
+def test_kept_json_matches_the_compact_model(finished: Path) -> None:
     kept = read(finished / "kept.json")
     compact = vitrim.load(finished / "compact").architecture
     assert [entry["branch"] for entry in kept] == [
@@ -159,71 +155,39 @@ def test_kept_json_adds_up(finished: Path) -> None:
     )
 
 
-def test_a_removed_sub_layer_is_told_as_removed() -> None:
-    import timm
-
-    torch.manual_seed(0)
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=24,
-        depth=2,
-        num_heads=3,
-        num_classes=3,
-    )
-    dense = vitrim.lift(model).architecture
-    mask = StructuredMask(
-        {
-            "block": {"blocks.0.attn": torch.tensor([False])},
-            "ffn": {"blocks.1.ffn": torch.zeros(96, dtype=torch.bool)},
-        }
-    )
-    kept = {
-        entry["branch"]: entry
-        for entry in kept_branches(dense, vitrim.compact(model, mask).architecture)
-    }
-    assert kept["blocks.0.attn"]["kind"] == "removed"
-    assert kept["blocks.0.attn"]["dims"]["head"] == [0, 3]
-    assert kept["blocks.1.ffn"]["kind"] in ("constant", "removed")
-    assert kept["blocks.1.attn"]["dims"]["head"] == [3, 3]
-
-
-def test_resume_of_a_finished_run_does_nothing_again(
+def test_resuming_a_finished_run_repeats_no_step(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, told = (
-        read(finished / "steps.json"),
-        (finished / "compact/model.safetensors").stat().st_mtime_ns,
-    )
+    before = read(finished / "steps.json")
+    written = (finished / "compact/model.safetensors").stat().st_mtime_ns
     assert (
         call(["run", str(finished.parent / "tiny.toml"), "--out", str(finished), "--resume"]) == 0
     )
     assert read(finished / "steps.json") == before
-    assert (finished / "compact/model.safetensors").stat().st_mtime_ns == told
+    assert (finished / "compact/model.safetensors").stat().st_mtime_ns == written
     shown = capsys.readouterr()
-    assert shown.err.count("kept from before") == 3
+    assert shown.err.count("loaded from the run folder") == 3
     row = next(
         line.split("│") for line in shown.out.splitlines() if line.startswith("compact int8")
     )
-    # The terminal and the report give one and the same ratio.
-    told_ratio = next(
+    # The terminal and the report show the same ratio.
+    ratio = next(
         line.split("|")[4].split("×")[0].strip()
         for line in (finished / "report.md").read_text().splitlines()
         if line.startswith("| Speed-up |")
     )
-    assert row[5].strip() == f"{told_ratio}x"
+    assert row[5].strip() == f"{ratio}x"
     assert str(finished / "report.html") in shown.out
 
 
-def test_a_run_is_not_overwritten_unasked(finished: Path) -> None:
+def test_a_run_is_not_overwritten_by_default(finished: Path) -> None:
     with pytest.raises(
-        InputError, match="holds an earlier run; --resume continues it, --overwrite starts anew"
+        InputError, match="holds an earlier run; --resume continues it, --overwrite deletes it"
     ):
         run(load_recipe(finished.parent / "tiny.toml"), finished, quiet=True)
 
 
-def test_an_exported_model_of_the_run_needs_no_more_words(
+def test_a_model_of_the_run_is_exported_with_the_data_of_the_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -248,7 +212,7 @@ def test_an_exported_model_of_the_run_needs_no_more_words(
     assert manifest.preprocessing is not None
 
 
-def test_a_step_depends_on_its_own_sections_and_those_before(place: Path) -> None:
+def test_a_step_depends_on_its_sections_and_on_earlier_steps(place: Path) -> None:
     def marks(*sets: str) -> dict[str, str]:
         return fingerprints(prepare(load_recipe(place / "tiny.toml", sets), quiet=True))
 
@@ -275,7 +239,7 @@ def test_no_distill_trains_without_a_teacher(place: Path, tmp_path: Path) -> Non
     )
 
 
-def test_a_lambda_instead_of_a_budget(place: Path, tmp_path: Path) -> None:
+def test_a_lambda_replaces_the_budget(place: Path, tmp_path: Path) -> None:
     recipe = load_recipe(
         place / "tiny.toml", ["masks.lambda=1e-3", "masks.epochs=2", "masks.score_lr=0.2"]
     )
@@ -287,15 +251,17 @@ def test_a_lambda_instead_of_a_budget(place: Path, tmp_path: Path) -> None:
     assert cut < dense
 
 
-def test_a_recipe_ships_at_another_size(finished: Path, place: Path, tmp_path: Path) -> None:
+def test_artifacts_are_exported_at_another_image_size(
+    finished: Path, place: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     recipe = load_recipe(
         place / "tiny.toml", ["export.image_size=24x16", 'export.precisions=["fp32"]']
     )
     run(recipe, folder, resume=True, quiet=True)
     assert load_recipe(folder / "recipe.toml").export.image_size == (24, 16)
-    # The model itself stays as it was trained; only what leaves the chain has the other size, and
-    # is counted and measured there.
+    # The model keeps its image size; only the artifacts have the other one, and are counted and
+    # measured at it.
     trained = vitrim.load(folder / "compact").architecture
     assert trained.image == (3, 16, 16)
     report = Report.model_validate(read(folder / "report.json"))
@@ -304,7 +270,7 @@ def test_a_recipe_ships_at_another_size(finished: Path, place: Path, tmp_path: P
         == count_macs(at_image_size(trained, "24x16"))
         > count_macs(trained)
     )
-    assert str(report.data).endswith("; artifacts at 24x16, without training there")
+    assert str(report.data).endswith("; artifacts at 24x16, without training at that size")
     assert report.models["compact"].top1 is not None
     manifest = Artifact.load(folder / "artifacts/compact-fp32").manifest
     assert manifest.inputs[0].shape == (1, 3, 24, 16)
@@ -313,12 +279,11 @@ def test_a_recipe_ships_at_another_size(finished: Path, place: Path, tmp_path: P
     assert manifest.parity[0].input_kind == "images"
 
 
-def test_a_size_that_does_not_work_is_refused_before_anything_is_trained(
-    place: Path, tmp_path: Path
-) -> None:
+def test_an_invalid_size_is_refused_before_training(place: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
-        match="image size 20x20: height 20 does not make whole patches, which start every 8 pixels; 16 and 24 are the nearest",
+        match="image size 20x20: height 20 does not make whole patches, "
+        "which start every 8 pixels; 16 and 24 are the nearest",
     ):
         run(
             load_recipe(place / "tiny.toml", ["export.image_size=20"]), tmp_path / "run", quiet=True
@@ -326,7 +291,9 @@ def test_a_size_that_does_not_work_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_ships_for_several_runtimes(finished: Path, place: Path, tmp_path: Path) -> None:
+def test_artifacts_are_exported_for_several_runtimes(
+    finished: Path, place: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
     if lacking := lacking_features(load_target("x86-64")):
         pytest.skip(f"this processor has no {', '.join(lacking)}")
@@ -336,7 +303,7 @@ def test_a_recipe_ships_for_several_runtimes(finished: Path, place: Path, tmp_pa
         'export.precisions=["fp32","int8","int8-weights"]',
     ]
     run(load_recipe(place / "tiny.toml", changes), folder, resume=True, quiet=True)
-    # TVM has no int8-weights, and its own baseline stands beside its compact models.
+    # TVM does not support int8-weights; it has a baseline of its own.
     names = [
         *NAMES,
         "compact-int8-weights",
@@ -366,16 +333,17 @@ def test_a_recipe_ships_for_several_runtimes(finished: Path, place: Path, tmp_pa
     [
         (
             ['export.runtimes=["tvn"]'],
-            "export.runtimes: 'tvn' is unknown; this vitrim exports for onnxruntime, executorch, litert, ncnn, openvino, torch, tvm",
+            "export.runtimes: 'tvn' is unknown; choose from onnxruntime, executorch, litert, ncnn, "
+            "openvino, torch, tvm",
         ),
         (['export.runtimes=["torch","torch"]'], "a runtime is listed twice"),
         (
             ['export.runtimes=["torch"]', 'export.precisions=["int8-weights"]'],
-            "torch has fp32.*, and export.precisions asks for int8-weights",
+            "torch supports fp32.*, but export.precisions is int8-weights",
         ),
     ],
 )
-def test_runtimes_that_do_not_work_are_refused_before_anything_is_trained(
+def test_unusable_runtimes_are_refused_before_training(
     changes: list[str], reason: str, place: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=reason):
@@ -383,7 +351,7 @@ def test_runtimes_that_do_not_work_are_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_kill_and_resume_end_like_an_unbroken_run(place: Path, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "long.toml", place / "photos", masks_epochs=12)
     run(load_recipe(recipe), tmp_path / "whole", until="masks", quiet=True)
 
@@ -407,7 +375,7 @@ def test_kill_and_resume_end_like_an_unbroken_run(place: Path, tmp_path: Path) -
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert '"masks"' in history.read_text(), "the run was under way when it was killed"
+    assert '"masks"' in history.read_text(), "the run was killed during mask learning"
     assert call([*command[3:], "--resume"]) == 0
 
     for name in ("mask.safetensors", "cut/model.safetensors", "cut/architecture.json"):
@@ -416,7 +384,7 @@ def test_kill_and_resume_end_like_an_unbroken_run(place: Path, tmp_path: Path) -
         ).read_bytes(), name
 
 
-def test_ctrl_c_ends_with_130_and_the_command_to_go_on(
+def test_ctrl_c_exits_with_130_and_the_command_that_resumes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from vitrim.compress.train.mask_task import MaskTask
@@ -434,80 +402,3 @@ def test_ctrl_c_ends_with_130_and_the_command_to_go_on(
     assert capsys.readouterr().err.endswith(f"resume with: vitrim {' '.join(arguments)} --resume\n")
     monkeypatch.undo()
     assert call([*arguments, "--resume"]) == 0
-
-
-# ---- the ledger ------------------------------------------------------------------------------------------------------------------------
-
-
-def opened(path: Path, **flags: bool) -> RunFolder:
-    return RunFolder.open(
-        path, resume=flags.get("resume", False), overwrite=flags.get("overwrite", False)
-    )
-
-
-def write_value(folder: RunFolder, text: str = "value") -> str:
-    (folder / "value.txt").write_text(text)
-    return text
-
-
-def test_a_step_is_made_once(tmp_path: Path) -> None:
-    folder = opened(tmp_path / "run")
-    assert folder.step(
-        "one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded"
-    ) == ("value", True)
-    again = opened(tmp_path / "run", resume=True)
-    assert again.step(
-        "one", "a", ["value.txt"], lambda _: pytest.fail("made again"), lambda: "loaded"
-    ) == ("loaded", False)
-
-
-def test_a_damaged_value_is_made_again(tmp_path: Path) -> None:
-    folder = opened(tmp_path / "run")
-    folder.step("one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded")
-    (folder / "value.txt").write_text("valu")
-    assert folder.step(
-        "one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded"
-    ) == ("value", True)
-    (folder / "value.txt").unlink()
-    assert folder.step(
-        "one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded"
-    ) == ("value", True)
-
-
-def test_a_begun_step_is_continued_only_by_the_same_recipe(tmp_path: Path) -> None:
-    folder = opened(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        folder.step(
-            "one",
-            "a",
-            ["value.txt"],
-            lambda _: (_ for _ in ()).throw(KeyboardInterrupt),
-            lambda: "",
-        )
-    asked: list[bool] = []
-
-    def make(continued: bool) -> str:
-        asked.append(continued)
-        raise KeyboardInterrupt
-
-    for fingerprint in ("a", "b"):
-        with pytest.raises(KeyboardInterrupt):
-            opened(tmp_path / "run", resume=True).step(
-                "one", fingerprint, ["value.txt"], make, lambda: ""
-            )
-    assert asked == [True, False]
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"schema": "vitrim.steps/2", "steps": {}, "begun": {}}']
-)
-def test_a_damaged_ledger_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "steps.json").write_text(text)
-    with pytest.raises(InputError, match=r"steps\.json: .*--overwrite"):
-        opened(tmp_path, resume=True)
-
-
-def test_overwrite_empties_a_run(tmp_path: Path) -> None:
-    folder = opened(tmp_path / "run")
-    folder.step("one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded")
-    assert not (opened(tmp_path / "run", overwrite=True) / "value.txt").exists()

@@ -1,6 +1,4 @@
-"""Recipes: what is accepted, what is refused and in which words, and that a written recipe reads
-back equal.
-"""
+"""Recipes: valid ones, the error lines of invalid ones, and equality after writing and reading."""
 
 from __future__ import annotations
 
@@ -27,17 +25,17 @@ def line_for(folder: Path, text: str) -> str:
     with pytest.raises(InputError) as caught:
         load_recipe(path)
     line = str(caught.value)
-    assert line.startswith(f"{path}: "), "the line names the file first"
+    assert line.startswith(f"{path}: "), "the line begins with the file"
     assert "\n" not in line
     return line.removeprefix(f"{path}: ")
 
 
-def test_the_name_of_the_run_is_the_file_name(tmp_path: Path) -> None:
+def test_the_run_is_named_after_the_file(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, SMALLEST)).name == "mine"
     assert load_recipe(write(tmp_path, f'name = "trial 7"\n{SMALLEST}')).name == "trial 7"
 
 
-def test_without_a_name_the_quickstart_is_read() -> None:
+def test_the_default_recipe_is_the_quickstart() -> None:
     assert load_recipe() == load_recipe("quickstart")
     assert load_recipe().name == "quickstart"
 
@@ -70,7 +68,9 @@ def test_every_shipped_recipe_reads_back_equal(name: str, tmp_path: Path) -> Non
         ),
     ],
 )
-def test_an_unknown_key_is_named_with_the_nearest(tmp_path: Path, text: str, line: str) -> None:
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(
+    tmp_path: Path, text: str, line: str
+) -> None:
     assert line_for(tmp_path, text) == line
 
 
@@ -91,7 +91,8 @@ def test_an_unknown_key_is_named_with_the_nearest(tmp_path: Path, text: str, lin
         ),
         (
             f"{SMALLEST}sharing = 3\n",
-            "`masks.sharing` = 3 has the wrong type or value: expected one of residual, unshared, full",
+            "`masks.sharing` = 3 has the wrong type or value: expected one of residual, unshared, "
+            "full",
         ),
         (
             f"{SMALLEST}[model]\noverrides = 3\n",
@@ -100,15 +101,17 @@ def test_an_unknown_key_is_named_with_the_nearest(tmp_path: Path, text: str, lin
         ("masks = 0.3\n", "`masks` = 0.3 has the wrong type or value: expected a table"),
         (
             f'{SMALLEST}[export]\nbatch = "some"\n',
-            '`export.batch` = "some" has the wrong type or value: expected a whole number or dynamic',
+            '`export.batch` = "some" has the wrong type or value: expected a whole number or '
+            "dynamic",
         ),
         (
             f'{SMALLEST}fixed = ["hed"]\n',
-            '`masks.fixed` = "hed" has the wrong type or value: expected a list, each one of head, embed, ffn, qk, v',
+            '`masks.fixed` = "hed" has the wrong type or value: expected a list, each one of head, '
+            "embed, ffn, qk, v",
         ),
     ],
 )
-def test_a_wrong_type_is_named_with_key_value_and_wanted_type(
+def test_a_wrong_type_is_named_with_key_value_and_expected_type(
     tmp_path: Path, text: str, line: str
 ) -> None:
     assert line_for(tmp_path, text) == line
@@ -133,7 +136,8 @@ def test_a_wrong_type_is_named_with_key_value_and_wanted_type(
         (f'{SMALLEST}fixed = ["head", "head"]\n', "a dimension is listed twice"),
         (
             f"{SMALLEST}[export]\nimage_size = [160]\n",
-            "`export.image_size` = [160]: image size [160]: write 160, or 160x192 for height x width",
+            "`export.image_size` = [160]: image size [160]: write 160, "
+            "or 160x192 for height x width",
         ),
         (f'{SMALLEST}[export]\nimage_size = "big"\n', "write 160, or 160x192"),
         (f'name = "../up"\n{SMALLEST}', "it names a folder"),
@@ -150,7 +154,7 @@ def test_several_mistakes_are_counted(tmp_path: Path) -> None:
     )
 
 
-def test_a_recipe_that_is_no_text_or_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_a_binary_or_missing_recipe_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"mine\.toml: not a text file"):
@@ -179,7 +183,7 @@ def test_set_replaces_one_value() -> None:
     assert recipe.masks.fixed == ("head",)
 
 
-def test_set_of_another_amount_means_that_one_instead() -> None:
+def test_set_of_another_size_key_replaces_the_one_in_the_file() -> None:
     masks = load_recipe(None, ["masks.macs=0.5"]).masks
     assert (masks.params, masks.macs, masks.lambda_) == (None, 0.5, None)
     assert load_recipe(None, ["masks.lambda=1e-7"]).masks.lambda_ == 1e-7
@@ -190,7 +194,8 @@ def test_set_of_another_amount_means_that_one_instead() -> None:
     [
         (
             "masks.parms=1",
-            "--set masks.parms=1: unknown key `masks.parms`; the nearest valid key is `masks.params`",
+            "--set masks.parms=1: unknown key `masks.parms`; the nearest valid key is "
+            "`masks.params`",
         ),
         ("masks.params=much", "expected a number"),
         ("masks.params", "write --set section.key=value"),
@@ -204,7 +209,7 @@ def test_a_bad_set_is_refused_by_name(item: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_the_fingerprint_follows_only_the_named_sections() -> None:
+def test_the_fingerprint_depends_only_on_the_named_sections() -> None:
     recipe = load_recipe()
     other = load_recipe(None, ["bench.threads=2"])
     assert recipe.fingerprint("data", "model") == other.fingerprint("data", "model")
@@ -224,7 +229,9 @@ values = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(overrides=st.dictionaries(st.text(), values, max_size=4), name=st.text(min_size=1))
-def test_any_overrides_survive_writing_and_reading(overrides: dict[str, Any], name: str) -> None:
+def test_overrides_are_equal_after_writing_and_reading(
+    overrides: dict[str, Any], name: str
+) -> None:
     import tomllib
 
     recipe = parse_recipe(
@@ -234,10 +241,11 @@ def test_any_overrides_survive_writing_and_reading(overrides: dict[str, Any], na
     assert Recipe.model_validate(tomllib.loads(recipe.toml())) == recipe
 
 
-def test_devices_to_estimate_for_must_exist(tmp_path: Path) -> None:
+def test_targets_of_estimates_must_exist(tmp_path: Path) -> None:
     wrong = f'{SMALLEST}[report]\nestimate_for = ["rpi5", "rpi44"]\n'
     assert line_for(tmp_path, wrong) == (
-        "`report.estimate_for` = ['rpi5', 'rpi44']: target 'rpi44': no such profile; did you mean 'rpi4'? (or give the path of a .toml file)"
+        "`report.estimate_for` = ['rpi5', 'rpi44']: target 'rpi44': no such profile; "
+        "did you mean 'rpi4'? (or give the path of a .toml file)"
     )
     assert line_for(tmp_path, f'{SMALLEST}[report]\nestimate_for = ["rpi5", "rpi5"]\n').endswith(
         "a target is listed twice"

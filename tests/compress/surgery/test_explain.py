@@ -15,7 +15,7 @@ from tiny_models import tiny_vit
 from torch import nn
 from vitrim import StructuredMask, compact, lift
 from vitrim.compress.network.modules.model import CompactModel
-from vitrim.compress.surgery.explain import explain, kept_table
+from vitrim.compress.surgery.explain import explain
 
 MASK = StructuredMask(
     {
@@ -132,14 +132,3 @@ def test_the_table_prints_every_cut(model: CompactModel) -> None:
     assert "core.q.weight" in text
     assert "10 x 16" in text
     assert "block/blocks.1.attn" in text
-
-
-def test_kept_tables_of_a_mask_and_of_a_model_agree(model: CompactModel) -> None:
-    mask = StructuredMask.random(model, 0.5, seed=1)
-    rows = kept_table(model, mask)
-    assert rows == kept_table(model, compact(model, mask))
-    assert rows[0] == {
-        "branch": "blocks.0.attn",
-        "kind": "attention",
-        "dims": {"embed": [12, 24], "head": [2, 3], "qk": [4, 8], "v": [4, 8]},
-    }

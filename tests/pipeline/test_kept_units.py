@@ -1,0 +1,50 @@
+"""What remains of each sub-layer: of a compact model or of a mask alike."""
+
+from __future__ import annotations
+
+import timm
+import torch
+import vitrim
+from tiny_models import tiny_vit
+from vitrim.compress.masks.mask import StructuredMask
+from vitrim.pipeline.kept_units import kept_branches
+
+
+def test_a_mask_and_its_compact_model_give_the_same_entries() -> None:
+    model = vitrim.lift(tiny_vit())
+    mask = StructuredMask.random(model, 0.5, seed=1)
+    rows = kept_branches(model, mask)
+    assert rows == kept_branches(model, vitrim.compact(model, mask))
+    assert rows[0] == {
+        "branch": "blocks.0.attn",
+        "kind": "attention",
+        "dims": {"embed": [12, 24], "head": [2, 3], "qk": [4, 8], "v": [4, 8]},
+    }
+
+
+def test_a_removed_sub_layer_is_listed_as_removed() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=3,
+    )
+    dense = vitrim.lift(model).architecture
+    mask = StructuredMask(
+        {
+            "block": {"blocks.0.attn": torch.tensor([False])},
+            "ffn": {"blocks.1.ffn": torch.zeros(96, dtype=torch.bool)},
+        }
+    )
+    kept = {
+        entry["branch"]: entry
+        for entry in kept_branches(dense, vitrim.compact(model, mask).architecture)
+    }
+    assert kept["blocks.0.attn"]["kind"] == "removed"
+    assert kept["blocks.0.attn"]["dims"]["head"] == [0, 3]
+    assert kept["blocks.1.ffn"]["kind"] in ("constant", "removed")
+    assert kept["blocks.1.attn"]["dims"]["head"] == [3, 3]
