@@ -1,9 +1,9 @@
-"""Parameters and multiply-adds of an architecture, by arithmetic.
+"""Parameters and multiply-adds of an architecture, computed without running it.
 
-Conventions: a parameter is a learnable number. One multiply-add is one; batch 1 at the stated image
-size; matrix products and convolutions count, attention products included; norms, activations,
-softmax and additions do not (fvcore's convention for matmul, linear, conv, bmm). With
-`last_queries` only what is computed counts.
+Conventions: a parameter is a learnable number. One multiply-add counts once, for one image of the
+architecture's size. Matrix products and convolutions count, attention products included; norms,
+activations, softmax and additions do not (as in fvcore for matmul, linear, conv and bmm). With
+`last_queries` only the tokens that are computed count.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .modules.model import CompactModel
 
 
 def count_params(architecture: Architecture) -> int:
-    """Learnable numbers of the network."""
+    """Number of parameters of the network."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in CompactModel(architecture).parameters())
 
 
 def count_macs(architecture: Architecture) -> int:
-    """Multiply-adds of one image."""
+    """Number of multiply-adds for one image."""
     total = _stem_macs(architecture)
     total += sum(
-        branch_macs(branch, architecture.embed, tokens, asked)
-        for branch, tokens, asked in branch_tokens(architecture)
+        branch_macs(branch, architecture.embed, tokens, queries)
+        for branch, tokens, queries in branch_tokens(architecture)
     )
     return total + _pool_macs(architecture) + _head_macs(architecture)
 
@@ -39,27 +39,16 @@ def _stem_macs(architecture: Architecture) -> int:
     for conv, (height, width) in zip(stem.before, sizes, strict=False):
         total += height * width * conv.channels * channels * conv.kernel[0] * conv.kernel[1]
         channels = conv.channels
-    height, width = sizes[-1]
-    return (
-        total
-        + height
-        * width
-        * architecture.read_width(architecture.stem_writes)
-        * channels
-        * stem.patch[0]
-        * stem.patch[1]
-    )
+    filled, (height, width) = architecture.read_width(architecture.stem_writes), sizes[-1]
+    return total + height * width * filled * channels * stem.patch[0] * stem.patch[1]
 
 
 def _pool_macs(architecture: Architecture) -> int:
-    pool, tokens, width_in = (
-        architecture.pool,
-        architecture.tokens,
-        architecture.read_width(architecture.head_reads),
-    )
+    pool, tokens = architecture.pool, architecture.tokens
+    width_in = architecture.read_width(architecture.head_reads)
     total = 0
     if pool.refine is not None:
-        # Heads of unequal width are filled up to the widest.
+        # Heads of unequal width are padded to the widest.
         total += 2 * tokens * tokens * len(pool.refine.channels) * max(pool.refine.channels)
     if pool.attention is not None and pool.width is not None:
         seen = tokens if pool.prefix else tokens - architecture.prefix
@@ -75,50 +64,59 @@ def _head_macs(architecture: Architecture) -> int:
     if head is None:
         return 0
     each = width * head.hidden + head.hidden * head.classes if head.hidden else width * head.classes
-    # Of a dense head the second classifier looks at every patch.
+    # The second classifier of a dense head reads every patch.
     patches = architecture.tokens - architecture.prefix
     return each * {"distilled": 2, "dense": 1 + patches}.get(architecture.pool.kind, 1)
 
 
 def branch_tokens(
-    architecture: Architecture, gone: Collection[str] = ()
+    architecture: Architecture, removed: Collection[str] = ()
 ) -> list[tuple[BranchSpec, int, int]]:
-    """Each branch, but those named in `gone`, with the tokens it looks at and the tokens it
-    computes.
+    """List the branches with the number of tokens that each reads, and that each computes.
+
+    Branches named in `removed` are left out, and are not counted as the last attention.
     """
-    tokens, asked = architecture.tokens, architecture.pooled_prefix
-    with_attention = [
-        number
-        for number, step in enumerate(architecture.steps)
-        if any(
-            isinstance(branch.core, AttentionSpec) and branch.name not in gone for branch in step
-        )
+    tokens, pooled = architecture.tokens, architecture.pooled_prefix
+    remaining = [
+        [branch for branch in step if branch.name not in removed] for step in architecture.steps
     ]
-    last = len(architecture.steps)
-    if architecture.last_queries and asked:
+    last = len(remaining)
+    if architecture.last_queries and pooled:
+        with_attention = [
+            number
+            for number, step in enumerate(remaining)
+            if any(isinstance(branch.core, AttentionSpec) for branch in step)
+        ]
         last = with_attention[-1] if with_attention else 0
-    rows = []
-    for number, step in enumerate(architecture.steps):
-        for branch in step:
-            if branch.name in gone:
-                continue
-            seen = tokens if number <= last else asked
-            rows.append((branch, seen, asked if number >= last else tokens))
-    return rows
+    return [
+        (branch, tokens if number <= last else pooled, pooled if number >= last else tokens)
+        for number, step in enumerate(remaining)
+        for branch in step
+    ]
 
 
-def branch_macs(branch: BranchSpec, embed: int, tokens: int, asked: int) -> int:
-    """Multiply-adds of one sub-layer that looks at `tokens` and computes `asked` of them."""
+def branch_macs(branch: BranchSpec, embed: int, tokens: int, queries: int) -> int:
+    """Number of multiply-adds of one sub-layer for one image.
+
+    Args:
+        branch: The sub-layer.
+        embed: Number of channels of the residual stream.
+        tokens: Number of tokens that the sub-layer reads.
+        queries: Number of tokens that it computes; an FFN reads no others.
+
+    Returns:
+        The count, attention products included; 0 for a constant.
+    """
     width_in = embed if branch.reads is None else len(branch.reads)
     width_out = embed if branch.writes is None else len(branch.writes)
     core = branch.core
     if isinstance(core, AttentionSpec):
         qk, v = core.heads * core.parts * core.qk, core.heads * core.v
         keys, values = core.kv_heads * core.parts * core.qk, core.kv_heads * core.v
-        projections = width_in * (qk * asked + (keys + values) * tokens) + v * width_out * asked
-        gate = width_in * v * asked if core.gated else 0
-        # Differential attention takes one map off the other before it meets the values.
-        return projections + gate + asked * tokens * (qk + v)
+        projections = width_in * (qk * queries + (keys + values) * tokens) + v * width_out * queries
+        gate = width_in * v * queries if core.gated else 0
+        # Differential attention subtracts its maps before the one product with the values.
+        return projections + gate + queries * tokens * (qk + v)
     if isinstance(core, FfnSpec):
-        return asked * core.hidden * (width_in * (2 if core.gated else 1) + width_out)
+        return queries * core.hidden * (width_in * (2 if core.gated else 1) + width_out)
     return 0
