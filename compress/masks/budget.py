@@ -1,16 +1,16 @@
-"""How much may stay, and which units: keep what loses most a unit of cost, with the price chosen so
-that the budget is met exactly.
+"""Which units to keep within a budget: the highest saliency per cost, at a price that meets it.
 
-Minimise loss(mask) subject to cost(mask) <= budget. With the second-order saliency s_u (how much
-the loss grows without unit u) and its marginal cost c_u, the Lagrangian keeps u exactly if s_u >=
-lambda c_u. A gradient ascent on lambda would have to be tuned; the dual problem has one variable
-and is solved at once by bisection, at every update, on live costs. So the budget is followed to the
-unit during the whole ramp, and there is no search by the user.
+Minimise loss(mask) subject to cost(mask) <= budget. With the saliency s_u of unit u (the growth of
+the loss without it) and its marginal cost c_u, the Lagrangian keeps u if s_u >= lambda c_u. The
+dual problem has one variable and is solved by bisection at every update, on live costs. Unlike
+gradient ascent on lambda it needs no tuning, and it meets the budget to the unit during the ramp.
 
-Saliency: the moving average of (dLoss/dgate)², the empirical Fisher information of a gate
-(Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", eq. 8; Kwon et al.
-2022). For a trained network the first-order movement of a gate is noise around zero, which is why
-it is squared.
+The saliency is the moving average of (dLoss/dgate)², the empirical Fisher information of a gate.
+The first-order term is not used: in a trained network it is noise around zero.
+
+References:
+    Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", eq. 8.
+    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers".
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from ...core.errors import InputError
 from ..network.architecture import Architecture
 from ..network.cost import CostKind, live_cost
 from .gates import Gates
+from .groups import sites
 
 # A budget counts as met when at most this share of it is left over.
 SLACK = 0.01
-# The dimensions whose units make up what a sub-layer gives.
+# The dimensions whose units write the output of a sub-layer.
 WRITING = ("v", "ffn")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `ratio` of the dense network's `kind` ("params" or "macs")."""
+    """At most `ratio` (above 0, at most 1) of the dense network's `kind` ("params" or "macs")."""
 
     kind: CostKind
     ratio: float
@@ -50,8 +51,7 @@ class Budget:
 
 
 def dense_cost(architecture: Architecture, kind: CostKind) -> int:
-    """Cost with everything live."""
-    from .groups import sites
+    """The cost of the network with everything kept."""
 
     def live(dimension: str, site: str, indices: Any = None) -> int:
         return sites(architecture, dimension)[site] if indices is None else len(indices)
@@ -60,7 +60,7 @@ def dense_cost(architecture: Architecture, kind: CostKind) -> int:
 
 
 def smallest_ratio(architecture: Architecture, gates: Gates, kind: CostKind) -> float:
-    """The share that is left when every mask keeps its one pinned unit."""
+    """The share of the cost that remains when every mask keeps its one pinned unit."""
     least = []
     for group in gates.groups:
         keep = torch.zeros(group.size, dtype=torch.bool)
@@ -72,22 +72,31 @@ def smallest_ratio(architecture: Architecture, gates: Gates, kind: CostKind) -> 
 
 
 def require_feasible(architecture: Architecture, gates: Gates, budget: Budget) -> None:
-    """Refuse a budget that no mask can meet. Errors: InputError with the smallest feasible
-    budget.
+    """Validate that some mask meets a budget.
+
+    Raises:
+        InputError: No mask does; the message has the smallest feasible budget.
     """
     least = smallest_ratio(architecture, gates, budget.kind)
     if budget.ratio < least:
         kept = f" with {', '.join(gates.fixed)} fixed" if gates.fixed else ""
         raise InputError(
-            f"budget {budget.kind} = {budget.ratio}: not feasible; with sharing = '{gates.sharing}'{kept} the smallest is {_up(least):.4f} "
+            f"budget {budget.kind} = {budget.ratio}: not feasible; "
+            f"with sharing = '{gates.sharing}'{kept} the smallest is {_round_up(least):.4f} "
             "(one unit of each mask is always kept)"
         )
 
 
 class DualSolver:
-    """Chooses what is kept for a target cost, from saliencies that it averages over steps.
+    """Chooses the units to keep for a target cost, by saliencies averaged over steps.
 
-    Shapes: one tensor (size,) a group of `gates`.
+    Lists of tensors have one tensor (size,) for each group of `gates`, in their order.
+
+    Args:
+        architecture: The network.
+        gates: Its groups of units.
+        kind: The cost, "params" or "macs".
+        decay: The decay of the moving averages for each step.
     """
 
     def __init__(
@@ -95,48 +104,58 @@ class DualSolver:
     ) -> None:
         self.architecture, self.gates, self.kind, self.decay = architecture, gates, kind, decay
         self.saliency = [torch.zeros(group.size, dtype=torch.float64) for group in gates.groups]
-        # Of each sub-layer as a whole, by its branch's name.
-        self.worth = {branch.name: 0.0 for branch in architecture.branches}
+        # The saliency of each sub-layer as a whole, by the name of its branch.
+        self.branch_saliency = {branch.name: 0.0 for branch in architecture.branches}
         self.price = 0.0
 
     @property
     def memory_steps(self) -> int:
-        """How many steps the averages look back."""
+        """The number of steps that the averages extend over."""
         return round(1.0 / (1.0 - self.decay))
 
     def observe(
         self, gradients: Sequence[Tensor | None], kept: Sequence[Tensor] | None = None
     ) -> None:
-        """Take in the gates' gradients of one step, in which `kept` lived (absent: all)."""
+        """Update the averages.
+
+        Args:
+            gradients: The gradients of the gates in one step; None leaves a group unchanged.
+            kept: The units that were kept in this step (default: all).
+        """
         for number, (average, gradient, group) in enumerate(
             zip(self.saliency, gradients, self.gates.groups, strict=True)
         ):
             if gradient is None:
                 continue
-            # Scores of one unit share its gradient evenly; together they have all of it.
-            whole = gradient.detach().double().cpu() * group.whole
+            # The gradient of a unit is divided evenly among the scores of its members.
+            whole = gradient.detach().double().cpu() * group.unit_size
             average.mul_(self.decay).add_(whole.square(), alpha=1.0 - self.decay)
-            if group.dimension in WRITING and group.site in self.worth:
-                # A gate on the whole output has the sum of its units' gradients (each unit's is
-                # spread over its members).
+            if group.dimension in WRITING and group.site in self.branch_saliency:
+                # The gradient of a gate on the whole output is the sum over its units.
                 live = whole if kept is None else whole[kept[number]]
-                together = float(live.sum()) / group.whole
-                self.worth[group.site] = (
-                    self.decay * self.worth[group.site] + (1.0 - self.decay) * together**2
+                total = float(live.sum()) / group.unit_size
+                self.branch_saliency[group.site] = (
+                    self.decay * self.branch_saliency[group.site] + (1.0 - self.decay) * total**2
                 )
 
     def cost(self, kept: Sequence[Tensor]) -> int:
-        """Exact cost of keeping `kept`."""
+        """The exact cost of keeping `kept`."""
         return int(live_cost(self.architecture, self.gates.counter(kept), self.kind))
 
     def solve(self, kept: Sequence[Tensor], target: int) -> list[Tensor]:
-        """What to keep so that the cost is at most `target` and as near to it as whole units allow.
-        Marginal costs are taken at `kept`.
+        """The units to keep for a cost of at most `target`, as near to it as whole units allow.
+
+        Args:
+            kept: The units kept now, at which the marginal costs are taken.
+            target: The cost not to exceed.
+
+        Returns:
+            Booleans, one tensor a group.
         """
-        prices = self.marginal_costs(kept)
+        costs = self.marginal_costs(kept)
         values = [
-            saliency / price if group.site not in self.gates.gone else torch.zeros_like(saliency)
-            for saliency, price, group in zip(self.saliency, prices, self.gates.groups, strict=True)
+            saliency / cost if group.site not in self.gates.removed else torch.zeros_like(saliency)
+            for saliency, cost, group in zip(self.saliency, costs, self.gates.groups, strict=True)
         ]
         everything = torch.cat(values)
         positive = everything[everything > 0]
@@ -153,35 +172,33 @@ class DualSolver:
         return self.fill(self._keep(values, high), values, target)
 
     def fill(self, kept: list[Tensor], values: Sequence[Tensor], target: int) -> list[Tensor]:
-        """Spend what the price left over: best units first, group by group from the cheapest."""
-        spent, prices = self.cost(kept), self.marginal_costs(kept)
-        for number in sorted(range(len(kept)), key=lambda index: prices[index]):
-            if self.gates.groups[number].site in self.gates.gone:
+        """Spend the rest of the budget: best units first, group by group from the cheapest."""
+        spent, costs = self.cost(kept), self.marginal_costs(kept)
+        for number in sorted(range(len(kept)), key=lambda index: costs[index]):
+            if self.gates.groups[number].site in self.gates.removed:
                 continue
-            room = int((target - spent) // prices[number])
-            if room < 1:
+            count = int((target - spent) // costs[number])
+            if count < 1:
                 break
             members = self.gates.groups[number].members
             candidates = members[~kept[number][members[:, 0]]]
-            best = candidates[values[number][candidates[:, 0]].argsort(descending=True)[:room]]
+            best = candidates[values[number][candidates[:, 0]].argsort(descending=True)[:count]]
             trial = kept[number].clone()
             trial[best.flatten()] = True
             changed = [*kept[:number], trial, *kept[number + 1 :]]
             if self.cost(changed) <= target:
                 kept, spent = changed, self.cost(changed)
-        return kept if target - spent <= SLACK * target else self._trade(kept, values, target)
+        return kept if target - spent <= SLACK * target else self._exchange(kept, values, target)
 
-    def _trade(self, kept: list[Tensor], values: Sequence[Tensor], target: int) -> list[Tensor]:
-        """Nothing cheap is left to take in: take in one dear unit and give up the cheap ones that
-        it displaces.
-        """
-        prices = self.marginal_costs(kept)
+    def _exchange(self, kept: list[Tensor], values: Sequence[Tensor], target: int) -> list[Tensor]:
+        """Add one unit of an expensive group in exchange for units of the cheapest group."""
+        costs = self.marginal_costs(kept)
         alive = [
             number
             for number, group in enumerate(self.gates.groups)
-            if group.site not in self.gates.gone
+            if group.site not in self.gates.removed
         ]
-        cheap = min(alive, key=lambda index: prices[index])
+        cheap = min(alive, key=lambda index: costs[index])
         best, spent = kept, self.cost(kept)
         for number in alive:
             members = self.gates.groups[number].members
@@ -190,40 +207,45 @@ class DualSolver:
                 continue
             trial = [keep.clone() for keep in kept]
             trial[number][candidates[values[number][candidates[:, 0]].argmax()]] = True
-            over = self.cost(trial) - target
+            excess = self.cost(trial) - target
             own = self.gates.groups[cheap].members
             live = own[trial[cheap][own[:, 0]]]
-            count = -int(-over // self.marginal_costs(trial)[cheap])
+            count = -int(-excess // self.marginal_costs(trial)[cheap])
             if 0 < count < len(live):
                 trial[cheap][live[values[cheap][live[:, 0]].argsort()[:count]].flatten()] = False
             if spent < self.cost(trial) <= target:
                 best, spent = trial, self.cost(trial)
         return best
 
-    def worthless(
+    def branch_to_remove(
         self, kept: Sequence[Tensor], overhead: Mapping[str, float], target: int
     ) -> str | None:
-        """The sub-layer that is worth least for what it costs, if the price is above its worth: it
-        should go as a whole.
+        """The sub-layer of the lowest saliency per cost, if that is below the price.
 
-        A sub-layer costs what its live units cost and, however few they are, `overhead` of its kind
-        ("attention", "ffn"): the time of its operators' starts, its norm and its softmax, in units
-        of the cost. Its worth is the saliency of one gate on its whole output: units of an
-        attention say much the same, so that each alone could go, and the sum of their saliencies
-        was two to four times less than that of all together. None goes whose place the others, at
-        their full size, could not fill up to `target`.
+        The saliency is that of one gate on the whole output. The sum over units is two to four
+        times lower in an attention, whose units are redundant, so that each alone could go.
+
+        Args:
+            kept: The units kept now.
+            overhead: The cost of a sub-layer beside its units by kind ("attention", "ffn"): the
+                starts of its operators, its norm and its softmax, in units of the cost. A kind
+                without overhead is never removed.
+            target: The cost that the other sub-layers, at full size, must be able to reach.
+
+        Returns:
+            The name of the branch, or None.
         """
         alive = {
             branch.name: branch.core.kind
             for branch in self.architecture.branches
-            if branch.name not in self.gates.gone
+            if branch.name not in self.gates.removed
         }
         spent, everything = self.cost(kept), [torch.ones_like(keep) for keep in kept]
         found = {
-            name: self.worth[name]
+            name: self.branch_saliency[name]
             / max(spent - self._cost_without(name, kept) + overhead[kind], 1.0)
             for name, kind in alive.items()
-            if self.worth[name]
+            if self.branch_saliency[name]
             and overhead.get(kind)
             and self._cost_without(name, everything) >= target
         }
@@ -237,31 +259,28 @@ class DualSolver:
         counter = self.gates.counter(kept)
 
         def live(dimension: str, site: str, indices: Any = None) -> int:
-            return (
-                0
-                if (dimension, site) == ("block", branch)
-                else int(counter(dimension, site, indices))
-            )
+            removed = (dimension, site) == ("block", branch)
+            return 0 if removed else int(counter(dimension, site, indices))
 
         return int(live_cost(self.architecture, live, self.kind))
 
-    def surely_dead(self, kept: Sequence[Tensor], margin: float = 0.5) -> list[Tensor]:
-        """Units that are out and whose value is far under the price: booleans, True = may be
-        removed from the training graph.
+    def removable(self, kept: Sequence[Tensor], margin: float = 0.5) -> list[Tensor]:
+        """Booleans, True for units that may leave the training graph.
+
+        These are not kept, and their saliency per cost is below `margin` times the price.
         """
-        prices = self.marginal_costs(kept)
+        costs = self.marginal_costs(kept)
         return [
-            ~keep & (saliency < margin * self.price * price)
-            for keep, saliency, price in zip(kept, self.saliency, prices, strict=True)
+            ~keep & (saliency < margin * self.price * cost)
+            for keep, saliency, cost in zip(kept, self.saliency, costs, strict=True)
         ]
 
     def marginal_costs(self, kept: Sequence[Tensor]) -> list[float]:
-        """What one more or one less unit of each group costs, at the present live widths."""
+        """The cost of one more or one less unit of each group, at the current widths."""
         base, result = self.cost(kept), []
         for number, (keep, group) in enumerate(zip(kept, self.gates.groups, strict=True)):
             live = keep[group.members[:, 0]]
-            # One less where possible: the last unit's price counts, not that of one that may not
-            # exist.
+            # One less where possible, since there may not be one more.
             fewer = int(live.sum()) > 1
             places = group.members[live if fewer else ~live]
             if not len(places):
@@ -269,13 +288,12 @@ class DualSolver:
                 continue
             other = keep.clone()
             other[places[0]] = not fewer
-            result.append(
-                max(1.0, abs(base - self.cost([*kept[:number], other, *kept[number + 1 :]])))
-            )
+            changed = self.cost([*kept[:number], other, *kept[number + 1 :]])
+            result.append(max(1.0, abs(base - changed)))
         return result
 
     def select(self, keep: Sequence[Tensor]) -> list[Tensor]:
-        """Saliencies of the units that stay in the training graph."""
+        """The saliencies of the units `keep`, which stay in the training graph."""
         return [saliency[index] for saliency, index in zip(self.saliency, keep, strict=True)]
 
     def _keep(self, values: Sequence[Tensor], price: float) -> list[Tensor]:
@@ -289,8 +307,20 @@ class DualSolver:
 
 
 def ramp(step: int, start: int, end: int, ratio: float) -> float:
-    """The share to keep at a step: 1 until `start`, then a cubic fall to `ratio` at `end` (Zhu and
-    Gupta 2017, eq. 1).
+    """The share to keep at a step: 1 until `start`, then a cubic fall to `ratio` at `end`.
+
+    Args:
+        step: The current optimizer step.
+        start: The last step at which everything is kept.
+        end: The first step at which `ratio` is kept.
+        ratio: The final share, above 0 and at most 1.
+
+    Returns:
+        A share between `ratio` and 1.
+
+    References:
+        Zhu and Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for
+        model compression", eq. 1.
     """
     if step <= start:
         return 1.0
@@ -298,5 +328,5 @@ def ramp(step: int, start: int, end: int, ratio: float) -> float:
     return ratio + (1.0 - ratio) * (1.0 - done) ** 3
 
 
-def _up(ratio: float) -> float:
+def _round_up(ratio: float) -> float:
     return int(ratio * 10_000 + 1) / 10_000

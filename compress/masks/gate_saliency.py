@@ -1,9 +1,8 @@
-"""How much the loss feels each unit: gradients of the loss on gates that stand at one beside the
-units.
+"""Saliency from gradients of the loss on gates, one gate of value 1 for each unit.
 
-A gate g multiplies what its unit gives, so that by the chain rule ∂loss/∂g at g = 1 is the sum of
-weight times gradient over what the gate scales: the first-order Taylor estimate of what the loss
-loses with the unit.
+A gate g multiplies the output of its unit. At g = 1, ∂loss/∂g is the sum of weight times gradient
+over what the gate scales: the first-order Taylor estimate of the change of the loss when the unit
+is removed.
 """
 
 from __future__ import annotations
@@ -33,11 +32,24 @@ def taylor(
     *,
     scale: ScaleRule = "original",
 ) -> Scores:
-    """|mean over the data of ∂loss/∂gate|: (size,) a group, of `dimensions`.
+    """The magnitude of the mean gradient, |mean over the data of ∂loss/∂gate|.
 
-    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", eq. 8 with
-    gates (its square ranks the same). `data`: (images (batch, channels, height, width), class
-    numbers (batch,)). Errors: InputError when there is none.
+    Args:
+        model: The network to score; it is copied.
+        data: Batches of (images, class numbers), (batch, channels, height, width) and (batch,).
+        dimensions: Which dimensions get scores.
+        sharing: Which sites share a gate.
+        scale: The softmax scale, as in `StructuredMask`.
+
+    Returns:
+        `scores[dimension][site]`, (size,) each.
+
+    Raises:
+        InputError: `data` has no image.
+
+    References:
+        Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", eq. 8 with
+        gates; its square ranks the same.
     """
     gates = _Gates(model, dimensions, sharing, scale)
     totals, images = [torch.zeros_like(gate) for gate in gates.ones], 0
@@ -45,7 +57,7 @@ def taylor(
         for total, gradient in zip(totals, gates.gradients(batch, targets), strict=True):
             total += gradient * len(batch)
         images += len(batch)
-    return gates.scores([(total / _some(images)).abs() for total in totals])
+    return gates.scores([(total / _at_least_one(images)).abs() for total in totals])
 
 
 def sensitivity(
@@ -56,27 +68,39 @@ def sensitivity(
     *,
     scale: ScaleRule = "original",
 ) -> Scores:
-    """Mean over the data of |∂loss/∂gate| of each single image, divided by the group's L2 norm:
-    (size,) a group, of `dimensions`.
+    """The mean gradient magnitude over single images, divided by the L2 norm of its group.
 
-    Source: Michel et al. 2019, "Are Sixteen Heads Really Better than One?", eq. 2 and the
-    normalisation below it, for heads.
+    Args:
+        model: The network to score; it is copied.
+        data: Batches of (images, class numbers), (batch, channels, height, width) and (batch,).
+        dimensions: Which dimensions get scores.
+        sharing: Which sites share a gate.
+        scale: The softmax scale, as in `StructuredMask`.
+
+    Returns:
+        `scores[dimension][site]`, (size,) each.
+
+    Raises:
+        InputError: `data` has no image.
+
+    References:
+        Michel et al. 2019, "Are Sixteen Heads Really Better than One?", eq. 2 and the
+        normalisation below it, for heads.
     """
     gates = _Gates(model, dimensions, sharing, scale)
     totals, images = [torch.zeros_like(gate) for gate in gates.ones], 0
     for batch, targets in data:
         for image, target in zip(batch, targets, strict=True):
-            for total, gradient in zip(
-                totals, gates.gradients(image[None], target[None]), strict=True
-            ):
+            gradients = gates.gradients(image[None], target[None])
+            for total, gradient in zip(totals, gradients, strict=True):
                 total += gradient.abs()
         images += len(batch)
-    means = [total / _some(images) for total in totals]
+    means = [total / _at_least_one(images) for total in totals]
     return gates.scores([mean / mean.norm().clamp(min=1e-20) for mean in means])
 
 
 class _Gates:
-    """A gate of one for every unit of every group, and the network that computes with them."""
+    """A gate of 1 for each unit of each group, and the network that computes with them."""
 
     def __init__(
         self, model: CompactModel, dimensions: Sequence[str], sharing: Sharing, scale: ScaleRule
@@ -85,22 +109,20 @@ class _Gates:
         device = next(model.parameters()).device
         self._network = MaskedNetwork(copy.deepcopy(model).eval())
         self._network.requires_grad_(False)
-        wanted = groups(model.architecture, sharing)
-        self._places = [
-            (dimension, site, size)
+        found = groups(model.architecture, sharing)
+        sizes = {
+            (dimension, site): size
             for dimension in dimensions
-            for site, size in wanted.get(dimension, {}).items()
-        ]
-        self.ones = [
-            torch.ones(size, device=device, requires_grad=True) for _, _, size in self._places
-        ]
-        self._found = {
-            (dimension, site): gate
-            for (dimension, site, _), gate in zip(self._places, self.ones, strict=True)
+            for site, size in found.get(dimension, {}).items()
         }
+        self._gates = {
+            place: torch.ones(size, device=device, requires_grad=True)
+            for place, size in sizes.items()
+        }
+        self.ones = list(self._gates.values())
 
     def gradients(self, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """∂(mean cross-entropy)/∂gate for every group."""
+        """∂(mean cross-entropy)/∂gate for each group."""
         device = self.ones[0].device
         logits = self._network(images.to(device), self._value, self._scale)
         loss = F.cross_entropy(logits, targets.to(device))
@@ -111,22 +133,22 @@ class _Gates:
         )
 
     def scores(self, values: Sequence[Tensor]) -> Scores:
-        """Values in the order of the gates, under their names."""
+        """Values in the order of the gates, by dimension and site."""
         result: Scores = {}
-        for (dimension, site, _), value in zip(self._places, values, strict=True):
+        for (dimension, site), value in zip(self._gates, values, strict=True):
             result.setdefault(dimension, {})[site] = value.detach().cpu()
         return result
 
     def _value(self, dimension: str, site: str) -> Tensor | None:
-        own = self._found.get((dimension, site))
-        return (
-            own if own is not None or site in POOL_SITES else self._found.get((dimension, SHARED))
-        )
+        gate = self._gates.get((dimension, site))
+        if gate is not None or site in POOL_SITES:
+            return gate
+        return self._gates.get((dimension, SHARED))
 
 
-def _some(images: int) -> int:
+def _at_least_one(images: int) -> int:
     if images == 0:
         raise InputError(
-            "data: no image came; this saliency needs some batches of (images, class numbers)"
+            "data: no images; this saliency needs some batches of (images, class numbers)"
         )
     return images

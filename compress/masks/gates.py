@@ -1,7 +1,11 @@
-"""Trainable masks: one score a unit, a hard threshold in the forward pass, the identity in the
-backward pass (straight-through estimator).
+"""Trainable masks: one score a unit, thresholded by a straight-through estimator.
 
-Source: Sanh et al. 2020 (movement pruning), Lagunas et al. 2021 (structured), METHODS A.
+The forward pass uses the hard mask; the backward pass takes the threshold as the identity.
+
+References:
+    Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning".
+    Lagunas et al. 2021, "Block Pruning For Faster Transformers".
+    L. Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
 """
 
 from __future__ import annotations
@@ -18,32 +22,37 @@ from ..network.architecture import Architecture, Indices
 from .groups import DIMENSIONS, SHARED, Sharing, groups, sites, tied_units
 from .mask import StructuredMask
 
-# Scores start in the middle between "surely kept" and the threshold.
+# Scores start above the threshold, so that every unit is kept at first.
 START, THRESHOLD = 1.0, 0.5
 GATED = ("embed", "head", "qk", "v", "ffn")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units that share a mask: a dimension at a site, or at all sites (`*`)."""
+    """Units that share a mask: a dimension at a site, or at all sites (`*`).
+
+    Attributes:
+        dimension: The dimension of the units.
+        site: Where they are, or `*`.
+        size: The number of indices.
+        uses: The number of sites that this mask applies to.
+        members: (units, members), the indices of each unit; most units have one, a rope pair two.
+    """
 
     dimension: str
     site: str
     size: int
-    # How many places of the network this one mask serves.
     uses: int
-    # (units, members): indices that go or stay as one, such as the two columns of a rope pair;
-    # mostly one member each.
     members: Tensor
 
     @property
-    def whole(self) -> int:
-        """Indices that one unit holds."""
+    def unit_size(self) -> int:
+        """The number of indices in one unit."""
         return int(self.members.shape[1])
 
     def spread(self, units: Tensor) -> Tensor:
         """(units,) -> (size,): each unit's value at all its indices."""
-        if self.whole == 1:
+        if self.unit_size == 1:
             return units
         return units.new_zeros(self.size).index_put(
             (self.members,), units[:, None].expand(self.members.shape)
@@ -51,7 +60,7 @@ class Group:
 
 
 class _Straight(torch.autograd.Function):
-    """1[scores >= threshold]; at least one unit is pinned to keep. Backward: the identity."""
+    """1[scores >= threshold], at least one of them 1. Backward: the identity."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, threshold: float) -> Tensor:
@@ -71,14 +80,16 @@ def _straight(scores: Tensor) -> Tensor:
     return mask
 
 
-def _uses(architecture: Architecture, dimension: str, site: str) -> int:
-    return len(sites(architecture, dimension)) if site == SHARED else 1
-
-
 class Gates(nn.Module):
-    """Scores for every group of units that may go, and the masks they make at this step.
+    """Trainable scores for every group of units, and the masks that they give.
 
-    `fixed`: dimensions kept whole (`head`, `embed`, `ffn`, `qk`, `v`).
+    Args:
+        architecture: The network.
+        sharing: Which sites share a mask.
+        fixed: Dimensions that are kept whole (`head`, `embed`, `ffn`, `qk`, `v`); default: none.
+
+    Raises:
+        InputError: An unknown dimension is fixed, or all of them are.
     """
 
     def __init__(
@@ -97,7 +108,7 @@ class Gates(nn.Module):
                 dimension,
                 site,
                 size,
-                _uses(architecture, dimension, site),
+                len(sites(architecture, dimension)) if site == SHARED else 1,
                 tied_units(architecture, dimension, site),
             )
             for dimension in GATED
@@ -115,36 +126,37 @@ class Gates(nn.Module):
             (group.dimension, group.site): number for number, group in enumerate(self.groups)
         }
         self._sizes = {dimension: sites(architecture, dimension) for dimension in DIMENSIONS}
-        self._now: list[Tensor] = []
-        # Sub-layers that have gone as a whole, by the name of their branch.
-        self.gone: frozenset[str] = frozenset()
+        self._current: list[Tensor] = []
+        # Names of the sub-layers that were removed as a whole.
+        self.removed: frozenset[str] = frozenset()
 
     def begin(self) -> None:
-        """Make the masks of this step; call it before each forward pass."""
-        self._now = self._masks()
+        """Compute the masks of this step; call it before each forward pass."""
+        self._current = self._masks()
 
     def value(self, dimension: str, site: str) -> Tensor | None:
-        """(size,) of 0 and 1 with a path for gradients, or None where nothing is gated: what
-        `MaskedNetwork` asks for.
+        """The gates at a site for `MaskedNetwork`: (size,) of 0 and 1 that pass gradients, or None.
+
+        None: nothing is gated there.
         """
         if dimension == "block":
-            return self.scores[0].detach().new_zeros(1) if site in self.gone else None
+            return self.scores[0].detach().new_zeros(1) if site in self.removed else None
         number = self._number(dimension, site)
-        return None if number is None else self._now[number]
+        return None if number is None else self._current[number]
 
     def live(self, dimension: str, site: str, indices: Indices | None = None) -> Any:
-        """How many units live, as a differentiable sum: what the cost functions ask for."""
+        """The number of kept units for the cost functions, as a differentiable sum."""
         value = self.value(dimension, site)
         if value is None:
             return self._sizes[dimension][site] if indices is None else len(indices)
         return value.sum() if indices is None else value[list(indices)].sum()
 
     def counter(self, kept: Sequence[Tensor]) -> Any:
-        """A `live` function of plain numbers for booleans `kept`, one tensor a group."""
+        """A `live` function that returns integers, for booleans `kept`, one tensor a group."""
         totals = [int(keep.sum()) for keep in kept]
 
         def live(dimension: str, site: str, indices: Indices | None = None) -> int:
-            if dimension == "block" and site in self.gone:
+            if dimension == "block" and site in self.removed:
                 return 0
             number = self._number(dimension, site)
             if number is None:
@@ -153,36 +165,38 @@ class Gates(nn.Module):
 
         return live
 
-    def drop(self, branch: str) -> None:
-        """Take a sub-layer out as a whole. It does not come back: without a path for gradients
-        nothing would tell when it should.
-        """
-        self.gone |= {branch}
+    def remove_branch(self, branch: str) -> None:
+        """Remove a sub-layer as a whole, for good: without gradients it cannot return."""
+        self.removed |= {branch}
 
     def kept(self) -> list[Tensor]:
-        """Booleans of every group, as the scores stand."""
+        """Booleans of every group at the current scores."""
         with torch.no_grad():
             return [mask > 0.5 for mask in self._masks()]
 
     def mask(self, kept: Sequence[Tensor] | None = None) -> StructuredMask:
-        """The masks as they stand (or `kept`), without gates."""
+        """The current masks (or `kept`) as a `StructuredMask`."""
         entries: dict[str, dict[str, Tensor]] = {}
         for group, keep in zip(self.groups, self.kept() if kept is None else kept, strict=True):
             entries.setdefault(group.dimension, {})[group.site] = keep.clone()
-        if self.gone:
+        if self.removed:
             entries["block"] = {
-                name: torch.zeros(1, dtype=torch.bool) for name in sorted(self.gone)
+                name: torch.zeros(1, dtype=torch.bool) for name in sorted(self.removed)
             }
         return StructuredMask(entries, scale="kept")
 
     def parameter_groups(self, lr: float) -> Iterator[dict[str, Any]]:
-        """One optimizer group a mask: no weight decay; a shared mask's rate is scaled by 1 - (times
-        shared / all masks) (METHODS A).
+        """One optimizer group a mask, without weight decay, at the learning rate `lr`.
+
+        The rate of a shared mask is scaled by 1 - (times shared / total masks).
+
+        References:
+            L. Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
         """
         total = sum(group.uses for group in self.groups)
         for group, scores in zip(self.groups, self.scores, strict=True):
             factor = 1.0 - group.uses / total if group.uses > 1 else 1.0
-            # With a single mask in all, the source's factor would stop it altogether.
+            # With a single mask in all, the factor of the paper is 0 and would stop it altogether.
             yield {"params": [scores], "lr": lr * factor if factor > 0 else lr, "weight_decay": 0.0}
 
     def _masks(self) -> list[Tensor]:

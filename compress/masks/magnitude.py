@@ -1,9 +1,7 @@
-"""Sums over what each unit of a network owns: of its squared or absolute weights (magnitude
-saliency), or of ones (what it costs).
+"""Sums over the weights that each unit owns: their magnitude, or their number.
 
-A unit owns the slices of every parameter that its removal would take out: an FFN unit its row of
-fc1 and its column of fc2, a channel of a shared residual stream a slice of everything that reads or
-writes it.
+A unit owns the slices of parameters that go with it. An FFN unit owns its row of fc1 and its column
+of fc2; a channel of a shared residual stream owns a slice of everything that reads or writes it.
 """
 
 from __future__ import annotations
@@ -23,12 +21,23 @@ Scores = dict[str, dict[str, Tensor]]
 def magnitude(
     architecture: Architecture, parameters: Mapping[str, Tensor], power: int, sharing: Sharing
 ) -> Scores:
-    """Sum of |weight| ** power over the matrices and convolutions that each unit owns: (size,) a
-    group.
+    """Sum of |weight| ** power over the matrices and convolutions that each unit owns.
 
-    With power 2 this is the squared L2 norm: it ranks as the norm does, and adds up over units.
-    Norms, biases and tables are no magnitudes and stay out. Source: Kolev et al. (METHODS B),
-    structured magnitude.
+    Norms, biases and position tables are left out. With power 2 this is the squared L2 norm, which
+    ranks as the norm does and adds up over units.
+
+    Args:
+        architecture: The network.
+        parameters: Its parameters by name.
+        power: 1 for L1, 2 for L2.
+        sharing: Which sites share a mask.
+
+    Returns:
+        `scores[dimension][site]`, (size,) each.
+
+    References:
+        Kolev et al., "Evaluating Neural Network Pruning Techniques on Vision Transformers"
+        (structured magnitude).
     """
     matrices = {
         name: tensor
@@ -43,7 +52,7 @@ def magnitude(
 def unit_costs(
     architecture: Architecture, parameters: Mapping[str, Tensor], sharing: Sharing
 ) -> Scores:
-    """Parameters that each unit owns in the network as it is: (size,) a group."""
+    """The number of parameters that each unit of the whole network owns, (size,) a group."""
     return owned(architecture, parameters, torch.ones_like, sharing)
 
 
@@ -53,8 +62,16 @@ def owned(
     value: Callable[[Tensor], Tensor],
     sharing: Sharing,
 ) -> Scores:
-    """Sum of `value(parameter)` over the slices that each unit owns, for every group of a sharing;
-    `qk` and `v` are summed over heads.
+    """Sum of `value(parameter)` over the slices that each unit owns.
+
+    Args:
+        architecture: The network.
+        parameters: The parameters to sum over, by name.
+        value: Elementwise function of a parameter.
+        sharing: Which sites share a mask.
+
+    Returns:
+        `scores[dimension][site]`, (size,) each; `qk` and `v` are summed over heads.
     """
     each = per_head(architecture, parameters, value, sharing)
     return {
@@ -72,7 +89,17 @@ def per_head(
     value: Callable[[Tensor], Tensor],
     sharing: Sharing,
 ) -> Scores:
-    """As `owned`, but `qk` and `v` are (heads, size)."""
+    """Sum of `value(parameter)` over the slices that each unit owns, heads apart.
+
+    Args:
+        architecture: The network.
+        parameters: The parameters to sum over, by name.
+        value: Elementwise function of a parameter.
+        sharing: Which sites share a mask.
+
+    Returns:
+        As `owned`, but `qk` and `v` have shape (heads, size).
+    """
     wanted = groups(architecture, sharing)
     attentions = _attentions(architecture)
     totals: Scores = {}
@@ -85,8 +112,7 @@ def per_head(
         if name not in axes:
             continue
         values = value(tensor)
-        # Norms with one weight for all heads lack the axis of heads, which then stands first in the
-        # table.
+        # A norm with one weight for all heads lacks the heads axis, the first one of the table.
         for number, axis in enumerate(axes[name][-values.ndim :]):
             others = [other for other in range(values.ndim) if other != number]
             _add(totals, axis, values.sum(dim=others) if others else values, attentions)
@@ -119,10 +145,10 @@ def _add(
         core = attentions[site]
         owners, column = dimension.split("*")[0], dimension.split("*")[-1]
         heads = core.kv_heads if owners == "kv" else core.heads
-        # (heads, halves, columns), the halves being those of differential attention.
+        # (heads, parts, columns); differential attention has two parts.
         table = values.view(heads, -1, core.qk if column == "qk" else core.v).sum(dim=1)
         if owners == "kv":
-            # Heads that share keys and values own an equal part of them each.
+            # Heads that share keys and values own equal parts of them.
             kv_of = torch.tensor(core.kv_of if core.kv_of is not None else range(core.heads))
             table = (table / torch.bincount(kv_of)[:, None])[kv_of]
         totals["head"][site] += table.sum(dim=1)
@@ -133,13 +159,9 @@ def _add(
 
 
 def _shared(found: Mapping[str, Tensor], wanted: Mapping[str, int]) -> dict[str, Tensor]:
+    blocks = [scores for name, scores in found.items() if name not in POOL_SITES]
     return {
-        site: torch.stack([scores for name, scores in found.items() if name not in POOL_SITES]).sum(
-            dim=0
-        )
-        if site == SHARED
-        else found[site]
-        for site in wanted
+        site: torch.stack(blocks).sum(dim=0) if site == SHARED else found[site] for site in wanted
     }
 
 

@@ -1,7 +1,7 @@
-"""From scores to a mask: which units are weighed against which, and where the line is drawn.
+"""From scores to a mask: units are ranked within a scope, and the best ones are kept.
 
-Scopes: `layer` ranks the units of each group by themselves; `isomorphic` those of all groups of the
-same structure (Fang et al. 2024, "Isomorphic Pruning for Vision Models"); `global` all units of the
+Scopes: `layer` ranks the units of each group alone; `isomorphic` those of all groups of the same
+structure (Fang et al. 2024, "Isomorphic Pruning for Vision Models"); `global` all units of the
 network, by score per parameter.
 """
 
@@ -26,7 +26,7 @@ Scores = Mapping[str, Mapping[str, Tensor]]
 class _Group:
     dimension: str
     site: str
-    # (units, members): indices that go together.
+    # (units, members): the indices of each unit.
     members: Tensor
     # (rows, units): rows are heads where each keeps its own columns.
     scores: Tensor
@@ -36,11 +36,11 @@ class _Group:
 
     @property
     def ranked(self) -> Tensor:
-        """(units,) scores from high to low; the mean over heads of each head's own order."""
+        """(units,) scores in descending order, sorted for each head and averaged over heads."""
         return self.scores.sort(dim=1, descending=True).values.mean(dim=0)
 
     def mask(self) -> Tensor:
-        """Booleans of the `keep` best."""
+        """Booleans, True for the `keep` best units."""
         best = self.scores.argsort(dim=1, descending=True, stable=True)[:, : self.keep]
         result = torch.zeros(len(best), self.members.numel(), dtype=torch.bool)
         for row, units in zip(result, best, strict=True):
@@ -49,7 +49,7 @@ class _Group:
 
 
 def require_scope(scope: str) -> None:
-    """Errors: InputError for a word that is no scope."""
+    """Raise InputError if there is no such scope."""
     if scope not in get_args(Scope):
         raise InputError(f"scope = {scope!r}: choose 'global', 'layer' or 'isomorphic'")
 
@@ -61,12 +61,23 @@ def rank(
     keep_ratio: Mapping[str, float],
     scope: Scope,
 ) -> dict[str, dict[str, Tensor]]:
-    """Booleans a group: the best units, until they make up `keep_ratio[dimension]` of what all
-    cost. Every group keeps one unit at least.
+    """Keep the best units until they make up `keep_ratio[dimension]` of the total cost.
 
-    `scores`, `costs`: (size,) or (heads, size) a group; a group without scores is left out, which
-    keeps it whole. Where two dimensions have different ratios they are not weighed against each
-    other.
+    Args:
+        architecture: The network.
+        scores: `scores[dimension][site]`, (size,) or (heads, size); higher is kept first. Groups
+            without scores are kept whole.
+        costs: The cost of each unit, in the same shapes.
+        keep_ratio: The share of the cost to keep for each dimension. Dimensions of different
+            ratios are not ranked against each other.
+        scope: "global", "layer" or "isomorphic".
+
+    Returns:
+        `kept[dimension][site]`, booleans in the shape of the scores. Every group keeps at least
+        one unit, except `block`.
+
+    Raises:
+        InputError: There is no such scope.
     """
     require_scope(scope)
     groups = [
@@ -79,7 +90,7 @@ def rank(
     for group in groups:
         pools.setdefault(_pool(group, scope, keep_ratio), []).append(group)
     for pool in pools.values():
-        _draw_line(pool, keep_ratio[pool[0].dimension])
+        _set_counts(pool, keep_ratio[pool[0].dimension])
     kept: dict[str, dict[str, Tensor]] = {}
     for group in groups:
         kept.setdefault(group.dimension, {})[group.site] = group.mask()
@@ -105,20 +116,15 @@ def _pool(group: _Group, scope: Scope, keep_ratio: Mapping[str, float]) -> objec
     if scope == "layer":
         return group.dimension, group.site
     if scope == "isomorphic":
-        # Without its numbers a site's name says which structure it is: blocks.attn.in, blocks.ffn.
-        return (
-            group.dimension,
-            len(group.members),
-            tuple(part for part in group.site.split(".") if not part.isdigit()),
-        )
-    # Whole sub-layers own the units in them, so they are weighed among themselves.
+        # A site's name without its numbers identifies the structure: blocks.attn.in, blocks.ffn.
+        structure = tuple(part for part in group.site.split(".") if not part.isdigit())
+        return group.dimension, len(group.members), structure
+    # Whole sub-layers own the units in them, so they are ranked among themselves.
     return "block" if group.dimension == "block" else keep_ratio[group.dimension]
 
 
-def _draw_line(pool: list[_Group], ratio: float) -> None:
-    """Keep the units with the most score per cost until `ratio` of all costs is reached, as near as
-    whole units come.
-    """
+def _set_counts(pool: list[_Group], ratio: float) -> None:
+    """Keep the units with the highest score per cost until about `ratio` of all costs is spent."""
     if len(pool) == 1:
         pool[0].keep = max(1, round(ratio * len(pool[0].members)))
         return

@@ -1,6 +1,4 @@
-"""Masks without training: score every unit, rank, keep the best. One-shot starts, and the baselines
-of the literature.
-"""
+"""One-shot pruning criteria: a score for every unit, and the masks that keep the best units."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ Criterion = Literal["l1", "l2", "taylor", "head", "random"]
 Scores = dict[str, dict[str, Tensor]]
 Data = Iterable[tuple[Tensor, Tensor]]
 
-# Dimensions that a ratio without names is for; whole sub-layers go only when asked for by name.
+# The dimensions that a single ratio applies to; whole sub-layers go only when named.
 USUAL = ("embed", "head", "qk", "v", "ffn")
 
 
@@ -38,12 +36,25 @@ def saliency(
     scale: ScaleRule = "original",
     seed: int = 0,
 ) -> Scores:
-    """A score for every unit, higher is kept first: `scores[dimension][site]`, (size,) each, for
-    the groups of a sharing.
+    """A score for every unit; units with higher scores are kept first.
 
-    `l1`, `l2`: sum of absolute or squared weights. `taylor`: first-order estimate of the loss's
-    change. `head`: sensitivity of heads alone (Michel et al. 2019). `random`: uniform. `data`:
-    batches of (images, class numbers), for `taylor` and `head`. Errors: InputError.
+    Args:
+        model: A supported Vision Transformer, or a `CompactModel`.
+        criterion: "l1" or "l2", the sum of absolute or squared weights; "taylor", the first-order
+            change of the loss; "head", the sensitivity of heads alone; "random", uniform.
+        sharing: Which sites share a mask.
+        data: Batches of (images, class numbers), shapes (batch, channels, height, width) and
+            (batch,); needed by "taylor" and "head".
+        dimensions: Which dimensions get scores.
+        scale: The softmax scale during "taylor" and "head".
+        seed: For the criterion "random".
+
+    Returns:
+        `scores[dimension][site]`, (size,) each.
+
+    Raises:
+        InputError: An unknown criterion or dimension, or no data where they are needed.
+        UnsupportedModel: A module has no rule; the message names its path.
     """
     require_criterion(criterion)
     for name in dimensions:
@@ -69,7 +80,8 @@ def saliency(
         }
     if data is None:
         raise InputError(
-            f"saliency = {criterion!r} needs data: batches of (images, class numbers); 'l1', 'l2' and 'random' need none"
+            f"saliency = {criterion!r} needs data: batches of (images, class numbers); "
+            "'l1', 'l2' and 'random' need none"
         )
     if criterion == "head":
         return sensitivity(source, data, ["head"], sharing, scale=scale)
@@ -77,7 +89,7 @@ def saliency(
 
 
 def require_criterion(name: str) -> None:
-    """Errors: InputError with the nearest name if no saliency is called so."""
+    """Raise InputError, with the nearest name, if there is no such criterion."""
     known = get_args(Criterion)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -87,7 +99,7 @@ def require_criterion(name: str) -> None:
 
 @dataclass(frozen=True)
 class SaliencyOptions:
-    """How `StructuredMask.from_saliency` ranks and cuts; the fields are its keyword arguments."""
+    """The keyword arguments of `StructuredMask.from_saliency`, which documents them."""
 
     keep_ratio: float | Mapping[str, float] = 0.5
     scope: Scope = "global"
@@ -101,9 +113,7 @@ class SaliencyOptions:
 def kept_units(
     model: nn.Module, criterion: Criterion, options: SaliencyOptions
 ) -> tuple[dict[str, dict[str, Tensor]], Scores]:
-    """Booleans of the most salient units of every group, and the scores that they were ranked
-    by.
-    """
+    """Booleans of the most salient units of each group, and the scores behind the ranking."""
     require_criterion(criterion)
     require_scope(options.scope)
     ratios = _ratios(options.keep_ratio, criterion, options.fixed)
@@ -119,8 +129,7 @@ def kept_units(
     )
     costs = unit_costs(source.architecture, dict(source.named_parameters()), options.sharing)
     if criterion == "random":
-        # Ranking divides by the cost, which would keep the cheap units first; every unit is to have
-        # the same chance.
+        # Ranking divides by the cost; multiplied by it, all units have the same probability.
         for dimension, entries in scores.items():
             for site, values in entries.items():
                 values *= costs[dimension][site]

@@ -203,8 +203,8 @@ class MaskTask:
             "price": self.solver.price,
             "origin": [index.clone() for index in self.origin],
             "progress": dict(vars(self.progress)),
-            "gone": sorted(self.gates.gone),
-            "worth": dict(self.solver.worth),
+            "gone": sorted(self.gates.removed),
+            "worth": dict(self.solver.branch_saliency),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -217,11 +217,11 @@ class MaskTask:
             for scores, saved in zip(gates.scores, state["scores"], strict=True):
                 scores.copy_(saved)
         for name in state["gone"]:
-            gates.drop(name)
+            gates.remove_branch(name)
         self._install(model, gates)
         self.solver.saliency = [saliency.clone() for saliency in state["saliency"]]
         self.solver.price = float(state["price"])
-        self.solver.worth.update(state["worth"])
+        self.solver.branch_saliency.update(state["worth"])
         self.origin = [index.clone() for index in state["origin"]]
         self.progress = _Progress(**state["progress"])
 
@@ -243,7 +243,7 @@ class MaskTask:
         for group, keep, origin in zip(
             self.gates.groups, self.gates.kept(), self.origin, strict=True
         ):
-            if group.site in self.gates.gone:
+            if group.site in self.gates.removed:
                 continue
             size = (
                 next(iter(sites(self.dense, group.dimension).values()))
@@ -253,7 +253,7 @@ class MaskTask:
             whole = torch.zeros(size, dtype=torch.bool)
             whole[origin[keep]] = True
             entries.setdefault(group.dimension, {})[group.site] = whole
-        alive = {branch.name for branch in self.masked.architecture.branches} - self.gates.gone
+        alive = {branch.name for branch in self.masked.architecture.branches} - self.gates.removed
         for branch in self.dense.branches:
             if branch.name not in alive:
                 entries.setdefault("block", {})[branch.name] = torch.zeros(1, dtype=torch.bool)
@@ -298,9 +298,9 @@ class MaskTask:
         # One at a time, and then a pause: what one leaves undone makes the others worth more, which
         # their averages must have seen.
         if step >= self.progress.pause_until and (
-            name := self.solver.worthless(kept, self.overhead, target)
+            name := self.solver.branch_to_remove(kept, self.overhead, target)
         ):
-            self.gates.drop(name)
+            self.gates.remove_branch(name)
             self.progress.pause_until = step + self.solver.memory_steps
             kept = self.solver.solve(kept, target)
         if step >= freeze:
@@ -351,7 +351,7 @@ class MaskTask:
             cut(surgery, {name: tensor.detach() for name, tensor in old.state_dict().items()}),
         )
         gates = Gates(model.architecture, self.settings.sharing, self.settings.fixed)
-        price, worth = self.solver.price, self.solver.worth
+        price, worth = self.solver.price, self.solver.branch_saliency
         # Groups of sub-layers that have gone as a whole are not in the new graph.
         place = {
             (group.dimension, group.site): number for number, group in enumerate(self.gates.groups)
@@ -370,7 +370,7 @@ class MaskTask:
         ]
         self._install(model, gates)
         self.solver.saliency, self.solver.price = saliency, price
-        self.solver.worth.update({name: worth[name] for name in self.solver.worth})
+        self.solver.branch_saliency.update({name: worth[name] for name in self.solver.branch_saliency})
         self.progress.shrunk.append(left / macs)
         rebuilt = self.optimizer()
         for name, parameter in self.masked.network.named_parameters():
@@ -392,7 +392,7 @@ class MaskTask:
                 keep | (scores.detach() > THRESHOLD - 0.2)
                 for keep, scores in zip(kept, self.gates.scores, strict=True)
             ]
-        return [~dead for dead in self.solver.surely_dead(kept)]
+        return [~dead for dead in self.solver.removable(kept)]
 
     def _idle(self, val_top1: float, params: int) -> str | None:
         progress = self.progress

@@ -182,7 +182,7 @@ def test_fixed_dimensions_stay_whole_and_blocks_go_when_named(model: CompactMode
     [
         ({"criterion": "l3"}, "saliency = 'l3': choose"),
         ({"criterion": "taylor"}, "needs data"),
-        ({"criterion": "taylor", "data": []}, "no image came"),
+        ({"criterion": "taylor", "data": []}, "data: no images"),
         ({"scope": "local"}, "scope = 'local': choose"),
         ({"keep_ratio": 0.0}, "keep_ratio embed = 0.0"),
         ({"keep_ratio": {"width": 0.5}}, "names 'width'"),

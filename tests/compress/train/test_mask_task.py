@@ -242,7 +242,7 @@ def test_a_sub_layer_that_has_gone_costs_nothing_and_the_others_can_fill_its_pla
         task.after_step(step)
     # At such a price no sub-layer is worth its place, yet only so many go that the budget can still
     # be used.
-    assert task.gates.gone
+    assert task.gates.removed
     assert 0.97 * 0.4 * task.dense_cost <= task.size()[0] <= 0.4 * task.dense_cost
     assert task.size() == (
         count_params(task.result(False).architecture),
