@@ -13,7 +13,7 @@ from torch import nn
 
 from ..compress.lift import read
 from ..compress.network.architecture import Architecture, AttentionSpec
-from ..compress.network.patch_fit import Size, checked_size, largest_square, shown
+from ..compress.network.patch_grid import Size, format_image_size, largest_square, parse_image_size
 from ..compress.surgery.image_size import at_image_size, resized
 from ..core.errors import InputError
 from .artifact import PreprocessingSpec
@@ -46,21 +46,21 @@ def another_size(
     """The model for `image_size`. Errors: InputError for a size that does not work, or is not that
     of the preprocessing; UnsupportedModel.
     """
-    size = checked_size(image_size)
+    size = parse_image_size(image_size)
     architecture = read(model).spec
     trained = architecture.image[1:]
     if preprocessing is not None:
         if (preprocessing.height, preprocessing.width) not in (trained, size):
-            made = shown((preprocessing.height, preprocessing.width))
+            made = format_image_size((preprocessing.height, preprocessing.width))
             raise InputError(
-                f"preprocessing: it makes images of {made}, the model is for {shown(trained)} and goes to {shown(size)}; give one of these two"
+                f"preprocessing: it makes images of {made}, the model is for {format_image_size(trained)} and goes to {format_image_size(size)}; give one of these two"
             )
         # Crop ratio, resizing and interpolation are shares and names, and stay.
         preprocessing = preprocessing.model_copy(update={"height": size[0], "width": size[1]})
     if size == trained:
         return AnotherSize(model, name_of(model), preprocessing, provenance, ())
     require_memory(at_image_size(architecture, size))
-    origin = {RESIZED_FROM: shown(trained), SOURCE_SHA256: weights_sha256(model)}
+    origin = {RESIZED_FROM: format_image_size(trained), SOURCE_SHA256: weights_sha256(model)}
     return AnotherSize(
         resized(model, size),
         name_of(model),
@@ -72,7 +72,7 @@ def another_size(
 
 def untrained(trained: Size, size: Size) -> str:
     """One line that no report of accuracy may be without."""
-    return f"{IMAGE_SIZE} {shown(size)}: the model was trained at {shown(trained)}, not at this size; its accuracy here is another, and not yet measured"
+    return f"{IMAGE_SIZE} {format_image_size(size)}: the model was trained at {format_image_size(trained)}, not at this size; its accuracy here is another, and not yet measured"
 
 
 def require_memory(architecture: Architecture) -> None:
@@ -85,7 +85,7 @@ def require_memory(architecture: Architecture) -> None:
         return
     tokens = math.isqrt(architecture.tokens**2 * memory_bytes // needed_bytes)
     raise InputError(
-        f"image size {shown(architecture.image[1:])}: its {architecture.tokens} tokens need {needed_bytes / 1e9:.0f} GB for attention, this machine has "
+        f"image size {format_image_size(architecture.image[1:])}: its {architecture.tokens} tokens need {needed_bytes / 1e9:.0f} GB for attention, this machine has "
         f"{memory_bytes / 1e9:.0f} GB; {largest_square(architecture, tokens - architecture.prefix)}"
     )
 

@@ -1,12 +1,13 @@
-"""Which dimension of a Vision Transformer each axis of each parameter runs over: the one table that
-the surgery cuts by.
+"""The dimension that each axis of each parameter runs over: the table that the surgery cuts by.
 
-An axis is a dimension of DESIGN (`embed`, `head`, `qk`, `v`, `ffn`) at a site. Sites of `embed` are
+An axis is a dimension of a mask (`embed`, `head`, `qk`, `v`, `ffn`) at a site. Sites of `embed` are
 `stem.out`, `<branch>.in`, `<branch>.out`, `head.in` and, with attention pooling, `pool.out`; sites
-of the others are branch names, `pool.attn` and `pool.ffn`. `head*qk` and `head*v` are the flattened
-(head, column) axes of the projections; `head*2*qk` that of differential attention, `kv*qk` and
-`kv*v` those of grouped keys and values. `embed*2` is a class token's and a mean's features side by
-side. `head*` says that an index may differ from head to head (see `compactor.take`).
+of the others are branch names, `pool.attn` and `pool.ffn`.
+
+Compound axes: `head*qk` and `head*v` are the flattened (head, column) axes of the projections;
+`head*2*qk` is that of differential attention; `kv*qk` and `kv*v` are those of grouped keys and
+values. `embed*2` is the concatenated features of a class token and a mean. With `head*` the indices
+of the next axis may differ from head to head.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a tensor; `fixed` axes are never cut."""
+    """One axis of a tensor: the mask dimension and the site that it runs over."""
 
     dimension: str
+    # Empty for `fixed` axes, which are never cut.
     site: str = ""
 
 
 FIXED = Axis("fixed")
 STEM_OUT = "stem.out"
 HEAD_IN = "head.in"
-# Attention pooling: the stream behind it is its own, so the masks shared by the blocks do not reach
-# it.
+# Attention pooling writes to channels of its own, which masks shared by the blocks do not cover.
 POOL_OUT = "pool.out"
 POOL_ATTENTION = "pool.attn"
 POOL_FFN = "pool.ffn"
@@ -36,17 +37,17 @@ POOL_SITES = (POOL_OUT, POOL_ATTENTION, POOL_FFN)
 
 
 def site_in(branch: BranchSpec) -> str:
-    """Where a branch reads the residual stream."""
+    """The site at which a branch reads the residual stream."""
     return f"{branch.name}.in"
 
 
 def site_out(branch: BranchSpec) -> str:
-    """Where a branch writes to the residual stream."""
+    """The site at which a branch writes to the residual stream."""
     return f"{branch.name}.out"
 
 
 def parameter_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
-    """Parameter name in `CompactModel` -> its axes."""
+    """Map each parameter name of `CompactModel` to its axes."""
     table = outer_axes(architecture)
     for number, step in enumerate(architecture.steps):
         for position, branch in enumerate(step):
@@ -57,7 +58,7 @@ def parameter_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
 
 
 def outer_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
-    """Parameter name -> its axes, for all that is not in a branch."""
+    """Map the parameter names outside of the branches to their axes."""
     table: dict[str, tuple[Axis, ...]] = {}
     stem, reading = Axis("embed", STEM_OUT), Axis("embed", HEAD_IN)
     table["stem.weight"] = (stem, FIXED, FIXED, FIXED)
@@ -84,11 +85,8 @@ def outer_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
 
 
 def _pool_axes(read: Axis, write: Axis) -> dict[str, tuple[Axis, ...]]:
-    qk, v, hidden = (
-        Axis("head*qk", POOL_ATTENTION),
-        Axis("head*v", POOL_ATTENTION),
-        Axis("ffn", POOL_FFN),
-    )
+    qk, v = Axis("head*qk", POOL_ATTENTION), Axis("head*v", POOL_ATTENTION)
+    hidden = Axis("ffn", POOL_FFN)
     table: dict[str, tuple[Axis, ...]] = {"pool.query": (qk,)}
     for name, axis in (("k", qk), ("v", v)):
         table[f"pool.{name}.weight"] = (axis, read)
@@ -106,7 +104,7 @@ def _pool_axes(read: Axis, write: Axis) -> dict[str, tuple[Axis, ...]]:
 
 
 def branch_axes(branch: BranchSpec) -> dict[str, tuple[Axis, ...]]:
-    """Parameter name inside a branch -> its axes."""
+    """Map the parameter names inside a branch to their axes."""
     read, write = Axis("embed", site_in(branch)), Axis("embed", site_out(branch))
     table: dict[str, tuple[Axis, ...]] = {"layer_scale": (write,)}
     table["norm.weight"] = table["norm.bias"] = (read,)
@@ -146,8 +144,7 @@ def _attention_axes(
     for leaf, axis in columns.items():
         table[f"core.{leaf}.weight"] = (axis, read)
         table[f"core.{leaf}.bias"] = (axis,)
-    # One weight for all heads has no axis of heads; the first axis here is that of the rows, where
-    # there are any.
+    # The first axis exists only if each head has its own weight.
     heads = {"q_norm": "head*", "k_norm": "kv*" if core.kv_of else "head*"}
     if core.parts == 2:
         heads = dict.fromkeys(heads, "head*2*")

@@ -1,11 +1,10 @@
-"""What a network costs when only some units live: parameters and multiply-adds as functions of live
-counts.
+"""Parameters and multiply-adds of a network of which only some units are live.
 
-The functions are polynomials of the counts, so they run on plain numbers (for a budget) and on sums
-of gates (for gradients) alike. `live(dimension, site, indices)` answers how many units live there;
-with `indices`, how many of those channels or heads. Input widths are the live ones: what an earlier
-mask removed is not paid for by a later layer. `live("block", branch, None)` is 0 for a sub-layer
-that has gone as a whole.
+The functions are polynomials of the live counts. They accept plain numbers (for a budget) and sums
+of gates (for gradients). `live(dimension, site, indices)` returns how many units are live at a
+site; with `indices`, how many of those channels or heads. `live("block", branch, None)` is 0 for a
+sub-layer that is removed as a whole. Input widths are live widths: a later layer does not pay for
+what an earlier mask removed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec, Indices, NormSpec
+from .architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    FfnSpec,
+    Indices,
+    NormSpec,
+    PoolSpec,
+)
 from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, site_in, site_out
 from .count import branch_tokens
 
@@ -22,226 +29,234 @@ CostKind = Literal["params", "macs"]
 
 
 def live_cost(architecture: Architecture, live: Live, kind: CostKind) -> Any:
-    """Parameters, or multiply-adds an image, of the network that `compact` would build."""
+    """Parameters, or multiply-adds per image, of the network that `compact` would build."""
     return live_params(architecture, live) if kind == "params" else live_macs(architecture, live)
 
 
 def live_params(architecture: Architecture, live: Live) -> Any:
-    """Learnable numbers of the live network: what `count_params` finds after the cut."""
-    stem, reading = (
-        live("embed", STEM_OUT, architecture.stem_writes),
-        live("embed", HEAD_IN, architecture.head_reads),
-    )
-    spec, patches = architecture.stem, architecture.tokens - architecture.prefix
-    channels = [architecture.image[0], *(conv.channels for conv in spec.before)]
+    """Number of parameters of the live network; equals `count_params` of the pruned one."""
+    stem, read = _stem_and_head_widths(architecture, live)
+    spec, channels = architecture.stem, _conv_inputs(architecture)
     total: Any = sum(
-        conv.channels * (before * conv.kernel[0] * conv.kernel[1] + conv.bias)
-        for conv, before in zip(spec.before, channels, strict=False)
+        conv.channels * (inputs * conv.kernel[0] * conv.kernel[1] + conv.bias)
+        for conv, inputs in zip(spec.before, channels, strict=False)
     )
     per_channel = (
         channels[-1] * spec.patch[0] * spec.patch[1]
         + spec.bias
         + architecture.prefix
-        + patches * architecture.position
+        + (architecture.tokens - architecture.prefix) * architecture.position
     )
-    total = (
-        total
-        + stem * per_channel
-        + _norm(architecture.patch_norm, stem)
-        + _norm(architecture.stem_norm, stem)
-        + _norm(architecture.norm, reading)
-    )
-    pooled = reading * (2 if architecture.pool.kind == "token_mean" else 1)
-    pool = architecture.pool
-    if pool.attention is not None:
-        pooled, attention = live("embed", POOL_OUT, None), pool.attention
-        heads, qk, v = (live(dimension, POOL_ATTENTION, None) for dimension in ("head", "qk", "v"))
-        total = (
-            total
-            + heads * qk * (1 + reading + attention.k_bias)
-            + heads * v * (reading + attention.v_bias)
-            + _norm(attention.k_norm, qk)
-        )
-        total = total + (heads * v + attention.out_bias) * pooled + _norm(pool.norm, pooled)
-        if pool.ffn is not None:
-            total = total + _ffn_params(pool.ffn, pooled, live("ffn", POOL_FFN, None), pooled)
+    total = total + stem * per_channel
+    total = total + _norm(architecture.patch_norm, stem) + _norm(architecture.stem_norm, stem)
+    total = total + _norm(architecture.norm, read)
+    pooled = _pooled_width(architecture, live, read)
+    total = total + _pool_params(architecture.pool, live, read, pooled)
     total = total + _norm(architecture.pool_norm, pooled)
     head = architecture.head
     if head is not None:
         if head.hidden:
             total, pooled = total + (pooled + 1) * head.hidden, head.hidden
         total = total + architecture.classifiers * (pooled + head.bias) * head.classes
-    gone = _gone(architecture, live)
+    removed = _removed(architecture, live)
     for branch in architecture.branches:
-        if branch.name not in gone:
+        if branch.name not in removed:
             total = total + _branch_params(branch, live)
     return total
 
 
 def live_macs(architecture: Architecture, live: Live) -> Any:
-    """Multiply-adds of one image through the live network, attention products included: what
-    `count_macs` finds after the cut.
+    """Number of multiply-adds of the live network for one image, attention products included.
+
+    Equals `count_macs` of the pruned network.
     """
-    spec, patches = architecture.stem, architecture.tokens - architecture.prefix
-    channels = [architecture.image[0], *(conv.channels for conv in spec.before)]
+    stem, read = _stem_and_head_widths(architecture, live)
+    spec, channels = architecture.stem, _conv_inputs(architecture)
+    patches = architecture.tokens - architecture.prefix
     sizes = spec.sizes(*architecture.image[1:])
     total: Any = sum(
-        down * across * conv.channels * before * conv.kernel[0] * conv.kernel[1]
-        for conv, before, (down, across) in zip(spec.before, channels, sizes, strict=False)
+        down * across * conv.channels * inputs * conv.kernel[0] * conv.kernel[1]
+        for conv, inputs, (down, across) in zip(spec.before, channels, sizes, strict=False)
     )
-    total = total + live("embed", STEM_OUT, architecture.stem_writes) * (
-        patches * channels[-1] * spec.patch[0] * spec.patch[1]
-    )
-    reading = live("embed", HEAD_IN, architecture.head_reads)
-    pooled, pool = reading * (2 if architecture.pool.kind == "token_mean" else 1), architecture.pool
+    total = total + stem * (patches * channels[-1] * spec.patch[0] * spec.patch[1])
+    pooled, pool = _pooled_width(architecture, live, read), architecture.pool
     if pool.attention is not None:
         seen = architecture.tokens if pool.prefix else patches
-        pooled = live("embed", POOL_OUT, None)
-        heads = live("head", POOL_ATTENTION, None)
-        qk, v = heads * live("qk", POOL_ATTENTION, None), heads * live("v", POOL_ATTENTION, None)
-        total = total + (reading + 1) * (qk + v) * seen + v * pooled
+        heads, qk, v = _attention_counts(POOL_ATTENTION, live)
+        total = total + (read + 1) * (heads * qk + heads * v) * seen + heads * v * pooled
         if pool.ffn is not None:
             total = total + live("ffn", POOL_FFN, None) * pooled * (3 if pool.ffn.gated else 2)
     head = architecture.head
     if head is not None:
-        each = (
-            pooled * head.hidden + head.hidden * head.classes
-            if head.hidden
-            else pooled * head.classes
-        )
+        each = pooled * head.classes
+        if head.hidden:
+            each = pooled * head.hidden + head.hidden * head.classes
         total = total + each * {"distilled": 2, "dense": 1 + patches}.get(pool.kind, 1)
-    for branch, tokens, asked in branch_tokens(architecture, _gone(architecture, live)):
-        width_in, width_out = (
-            live("embed", site_in(branch), branch.reads),
-            live("embed", site_out(branch), branch.writes),
-        )
-        core = branch.core
-        if isinstance(core, AttentionSpec):
-            number, stored = (
-                live("head", branch.name, None),
-                _live_kv_heads(branch.name, core, live),
-            )
-            each_qk, each_v = (
-                live("qk", branch.name, None) * core.parts,
-                live("v", branch.name, None),
-            )
-            qk, v = number * each_qk, number * each_v
-            total = (
-                total
-                + width_in * (qk * asked + stored * (each_qk + each_v) * tokens)
-                + v * width_out * asked
-                + (qk + v) * (asked * tokens)
-            )
-            if core.gated:
-                total = total + width_in * v * asked
-        elif isinstance(core, FfnSpec):
-            hidden = live("ffn", branch.name, None)
-            total = total + hidden * asked * (width_in * (2 if core.gated else 1) + width_out)
+    for branch, tokens, queries in branch_tokens(architecture, _removed(architecture, live)):
+        total = total + _branch_macs(branch, live, tokens, queries)
     return total
 
 
 def movement_cost(architecture: Architecture, live: Live) -> Any:
-    """The source's own cost, in parameters (METHODS A): what lambda is multiplied with.
+    """Cost in parameters as the source of structured movement pruning defines it.
 
-    Linear (n_in + 1) ΣS; convolution (n_in k² + 1) ΣS; LayerNorm 2 ΣS; attention n_in ΣS_H (2 ΣS_QK
-    + ΣS_V) + (ΣS_H ΣS_V + 1) ΣS_O. Grouped queries are not in the source: their keys and values are
-    counted once a group.
+    This is the term that lambda multiplies in the loss. Linear: (n_in + 1) ΣS; convolution: (n_in
+    k² + 1) ΣS; LayerNorm: 2 ΣS; attention: n_in ΣS_H (2 ΣS_QK + ΣS_V) + (ΣS_H ΣS_V + 1) ΣS_O.
+    Grouped queries are not in the source: their keys and values are counted once per group.
+
+    Args:
+        architecture: The network.
+        live: Returns the number of live units, as described at the top of this module.
+
+    Returns:
+        A number, or a scalar tensor if `live` returns tensors.
+
+    References:
+        Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
     """
-    stem, reading = (
-        live("embed", STEM_OUT, architecture.stem_writes),
-        live("embed", HEAD_IN, architecture.head_reads),
-    )
+    stem, read = _stem_and_head_widths(architecture, live)
     patch = architecture.stem.patch
     total = (architecture.image[0] * patch[0] * patch[1] + 1) * stem
     for norm, width in (
         (architecture.stem_norm, stem),
-        (architecture.norm, reading),
-        (architecture.pool_norm, reading),
+        (architecture.norm, read),
+        (architecture.pool_norm, read),
     ):
         if norm is not None:
             total = total + 2 * width
-    total = total + architecture.classifiers * (reading + 1) * architecture.classes
+    total = total + architecture.classifiers * (read + 1) * architecture.classes
     for branch in architecture.branches:
-        n_in, n_out = (
-            live("embed", site_in(branch), branch.reads),
-            live("embed", site_out(branch), branch.writes),
-        )
+        n_in, n_out = _branch_widths(branch, live)
         if branch.norm is not None:
             total = total + 2 * n_in
         if branch.post_norm is not None:
             total = total + 2 * n_out
         core = branch.core
         if isinstance(core, AttentionSpec):
-            heads, qk, v = (live(dimension, branch.name, None) for dimension in ("head", "qk", "v"))
-            total = (
-                total
-                + n_in * (heads * qk + _live_kv_heads(branch.name, core, live) * (qk + v))
-                + (heads * v + 1) * n_out
-            )
+            heads, qk, v = _attention_counts(branch.name, live)
+            kv_heads = _live_kv_heads(branch.name, core, live)
+            total = total + n_in * (heads * qk + kv_heads * (qk + v)) + (heads * v + 1) * n_out
         elif isinstance(core, FfnSpec):
             hidden = live("ffn", branch.name, None)
             total = total + (n_in + 1) * hidden * (2 if core.gated else 1) + (hidden + 1) * n_out
     return total
 
 
-def _gone(architecture: Architecture, live: Live) -> set[str]:
-    return {branch.name for branch in architecture.branches if not live("block", branch.name, None)}
+def _stem_and_head_widths(architecture: Architecture, live: Live) -> tuple[Any, Any]:
+    """Live channels that the stem fills, and that the head reads."""
+    return (
+        live("embed", STEM_OUT, architecture.stem_writes),
+        live("embed", HEAD_IN, architecture.head_reads),
+    )
 
 
-def _branch_params(branch: BranchSpec, live: Live) -> Any:
-    width_in, width_out = (
+def _branch_widths(branch: BranchSpec, live: Live) -> tuple[Any, Any]:
+    """Live channels that a branch reads, and that it writes."""
+    return (
         live("embed", site_in(branch), branch.reads),
         live("embed", site_out(branch), branch.writes),
     )
-    total = (
-        _norm(branch.norm, width_in)
-        + _norm(branch.post_norm, width_out)
-        + width_out * branch.layer_scale
-    )
+
+
+def _attention_counts(site: str, live: Live) -> tuple[Any, Any, Any]:
+    """Live heads, and live query/key and value columns per head."""
+    return live("head", site, None), live("qk", site, None), live("v", site, None)
+
+
+def _conv_inputs(architecture: Architecture) -> list[int]:
+    """Input channels of each convolution of the stem, the patch projection last."""
+    return [architecture.image[0], *(conv.channels for conv in architecture.stem.before)]
+
+
+def _pooled_width(architecture: Architecture, live: Live, read: Any) -> Any:
+    if architecture.pool.attention is not None:
+        return live("embed", POOL_OUT, None)
+    return read * (2 if architecture.pool.kind == "token_mean" else 1)
+
+
+def _removed(architecture: Architecture, live: Live) -> set[str]:
+    return {branch.name for branch in architecture.branches if not live("block", branch.name, None)}
+
+
+def _pool_params(pool: PoolSpec, live: Live, read: Any, pooled: Any) -> Any:
+    attention = pool.attention
+    if attention is None:
+        return 0
+    heads, qk, v = _attention_counts(POOL_ATTENTION, live)
+    total = heads * qk * (1 + read + attention.k_bias) + heads * v * (read + attention.v_bias)
+    total = total + _norm(attention.k_norm, qk)
+    total = total + (heads * v + attention.out_bias) * pooled + _norm(pool.norm, pooled)
+    if pool.ffn is not None:
+        total = total + _ffn_params(pool.ffn, pooled, live("ffn", POOL_FFN, None), pooled)
+    return total
+
+
+def _branch_params(branch: BranchSpec, live: Live) -> Any:
+    width_in, width_out = _branch_widths(branch, live)
+    total = _norm(branch.norm, width_in) + _norm(branch.post_norm, width_out)
+    total = total + width_out * branch.layer_scale
     core = branch.core
     if isinstance(core, AttentionSpec):
-        heads, qk, v = (live(dimension, branch.name, None) for dimension in ("head", "qk", "v"))
-        stored = _live_kv_heads(branch.name, core, live)
-        total = total + heads * core.parts * qk * (width_in + core.q_bias)
-        total = total + stored * (
-            core.parts * qk * (width_in + core.k_bias) + v * (width_in + core.v_bias)
-        )
-        rows = (heads * core.parts, stored * core.parts) if core.qk_norm_per_head else (1, 1)
-        total = (
-            total
-            + rows[0] * _norm(core.q_norm, qk)
-            + rows[1] * _norm(core.k_norm, qk)
-            + _norm(core.out_norm, heads * v)
-        )
-        total = total + (heads if core.head_norm_per_head else 1) * _norm(core.head_norm, v)
-        if core.gated:
-            total = total + heads * v * (width_in + core.gate_bias)
-        if core.bias is not None:
-            total = total + heads * core.bias.rows
-        if core.differential is not None:
-            total = total + (2 if core.differential.dual else 4 * core.differential.width)
-        return total + (heads * v + core.out_bias) * width_out
+        return total + _attention_params(core, branch.name, live, width_in, width_out)
     if isinstance(core, FfnSpec):
         return total + _ffn_params(core, width_in, live("ffn", branch.name, None), width_out)
     return total + width_out
 
 
-def _live_kv_heads(site: str, core: AttentionSpec, live: Live) -> Any:
-    """Heads of keys and values that some live head asks: as many as heads, but where queries are
-    grouped.
+def _attention_params(
+    core: AttentionSpec, site: str, live: Live, width_in: Any, width_out: Any
+) -> Any:
+    heads, qk, v = _attention_counts(site, live)
+    kv_heads, parts = _live_kv_heads(site, core, live), core.parts
+    total = heads * parts * qk * (width_in + core.q_bias)
+    total = total + kv_heads * (
+        parts * qk * (width_in + core.k_bias) + v * (width_in + core.v_bias)
+    )
+    q_rows, k_rows = (heads * parts, kv_heads * parts) if core.qk_norm_per_head else (1, 1)
+    total = total + q_rows * _norm(core.q_norm, qk) + k_rows * _norm(core.k_norm, qk)
+    total = total + _norm(core.out_norm, heads * v)
+    total = total + (heads if core.head_norm_per_head else 1) * _norm(core.head_norm, v)
+    if core.gated:
+        total = total + heads * v * (width_in + core.gate_bias)
+    if core.bias is not None:
+        total = total + heads * core.bias.rows
+    if core.differential is not None:
+        total = total + (2 if core.differential.dual else 4 * core.differential.width)
+    return total + (heads * v + core.out_bias) * width_out
 
-    1 - product over a group of (1 - live) is 1 as soon as one of its heads lives, and its slope at
-    a head is what that head alone decides: nothing while another of the group lives.
+
+def _branch_macs(branch: BranchSpec, live: Live, tokens: int, queries: int) -> Any:
+    width_in, width_out = _branch_widths(branch, live)
+    core = branch.core
+    if isinstance(core, AttentionSpec):
+        heads, each_qk, each_v = _attention_counts(branch.name, live)
+        kv_heads = _live_kv_heads(branch.name, core, live)
+        each_qk = each_qk * core.parts
+        qk, v = heads * each_qk, heads * each_v
+        total = width_in * (qk * queries + kv_heads * (each_qk + each_v) * tokens)
+        total = total + v * width_out * queries + (qk + v) * (queries * tokens)
+        return total + width_in * v * queries if core.gated else total
+    if isinstance(core, FfnSpec):
+        hidden = live("ffn", branch.name, None)
+        return hidden * queries * (width_in * (2 if core.gated else 1) + width_out)
+    return 0
+
+
+def _live_kv_heads(site: str, core: AttentionSpec, live: Live) -> Any:
+    """Key/value heads that some live query head reads.
+
+    With grouped queries, 1 - Π (1 - live) over a group is 1 if one of its heads is live. Its slope
+    at a head is what that head alone decides: 0 while another head of the group is live.
     """
     if core.kv_of is None:
         return live("head", site, None)
     total: Any = 0
     for group in range(core.kv_heads):
-        nobody: Any = 1
-        for head, asked in enumerate(core.kv_of):
-            if asked == group:
-                nobody = nobody * (1 - live("head", site, (head,)))
-        total = total + (1 - nobody)
+        none_live: Any = 1
+        for head, kv_head in enumerate(core.kv_of):
+            if kv_head == group:
+                none_live = none_live * (1 - live("head", site, (head,)))
+        total = total + (1 - none_live)
     return total
 
 

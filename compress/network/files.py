@@ -1,4 +1,4 @@
-"""A saved model: `model.safetensors` and `architecture.json` in one folder. No pickle."""
+"""Saved models: a folder with `model.safetensors` and `architecture.json`, never a pickle."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from ...core import strict_json
 from ...core.errors import InputError
 from ...core.storage import replace_file, replace_folder
-from .architecture import SCHEMA, Architecture, AttentionSpec
+from .architecture import SCHEMA, Architecture
 from .modules.model import CompactModel, build
-from .patch_fit import MAX_BIASED_TOKENS, MAX_TOKENS
+from .patch_grid import max_tokens
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "architecture.json"
-# Far above any Vision Transformer; what claims to be larger is refused before memory is taken.
+# Far above any Vision Transformer. A larger claim is refused before memory is allocated.
 MAX_PARAMETERS = 20_000_000_000
 MAX_ARCHITECTURE_BYTES = 16 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024 * 1024
@@ -31,40 +31,52 @@ _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 
 
 def save(model: CompactModel, folder: Path | str, *, overwrite: bool = False) -> Path:
-    """Write a model to a folder, whole or not at all. Errors: InputError if the folder is not empty
-    or the disk is full.
+    """Write a `CompactModel` to a folder; `vitrim.save` also accepts other models.
+
+    Raises:
+        InputError: The folder is not empty, or the disk is full. Nothing is left half-written.
     """
-    with replace_folder(folder, overwrite=overwrite) as aside:
-        replace_file(
-            aside / ARCHITECTURE,
-            model.architecture.model_dump_json(by_alias=True, indent=1, exclude_defaults=False)
-            + "\n",
-        )
-        state = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-        }
-        replace_file(aside / WEIGHTS, tensors_to_bytes(state, {"schema": SCHEMA}))
+    architecture = model.architecture.model_dump_json(by_alias=True, indent=1)
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    with replace_folder(folder, overwrite=overwrite) as temporary:
+        replace_file(temporary / ARCHITECTURE, architecture + "\n")
+        replace_file(temporary / WEIGHTS, tensors_to_bytes(state, {"schema": SCHEMA}))
     return Path(folder)
 
 
 def load(folder: Path | str) -> CompactModel:
-    """Rebuild a saved model, bit-equal, in eval mode.
+    """Load a saved model. Its outputs are bit-equal to those of the model that was saved.
 
-    Everything is checked before memory is taken for it. Errors: InputError naming the file and the
-    entry.
+    Both files are untrusted: they are validated before memory is allocated for what they claim.
+
+    Args:
+        folder: A folder that `vitrim.save` wrote.
+
+    Returns:
+        The model in eval mode, on the CPU.
+
+    Raises:
+        InputError: A file is missing, malformed or inconsistent with the other; the message names
+            the file and the entry.
     """
     folder = Path(folder)
     architecture = read_architecture(folder / ARCHITECTURE)
-    wanted = _shapes(architecture, folder / ARCHITECTURE)
-    state = _read_weights(folder / WEIGHTS, wanted)
+    shapes = _shapes(architecture, folder / ARCHITECTURE)
+    state = _read_weights(folder / WEIGHTS, shapes)
     return build(architecture, state).eval()
 
 
 def read_architecture(path: Path) -> Architecture:
-    """Parse and check an architecture file. Errors: InputError naming the file and the key."""
+    """Parse and validate an architecture file.
+
+    Raises:
+        InputError: The file is missing or not a valid architecture; the message names file and key.
+    """
     _require_plain_file(path)
     if path.stat().st_size > MAX_ARCHITECTURE_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size} bytes is no architecture file")
+        raise InputError(f"{path}: {path.stat().st_size} bytes are too many for an architecture")
     try:
         data = strict_json.parse(path.read_bytes())
     except ValueError as error:
@@ -80,10 +92,10 @@ def read_architecture(path: Path) -> Architecture:
     )
     if branches > MAX_BRANCHES or (isinstance(steps, list) and len(steps) > MAX_BRANCHES):
         raise InputError(
-            f"{path}: steps: {max(branches, len(steps))} sub-layers, more than the {MAX_BRANCHES} that this version takes"
+            f"{path}: steps: {max(branches, len(steps))} sub-layers, {_above(MAX_BRANCHES)}"
         )
     try:
-        # Strict, and as JSON: "12" is no number, and a list is how JSON writes a tuple.
+        # Strict, so that "12" is not a number; from JSON text, where a list is a valid tuple.
         architecture = Architecture.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
@@ -91,25 +103,26 @@ def read_architecture(path: Path) -> Architecture:
         raise InputError(f"{path}: {_clean(where)}: {_clean(first['msg'])}") from error
     except (RecursionError, OverflowError) as error:
         raise InputError(f"{path}: not an architecture ({error})") from error
-    _require_sane(architecture, path)
+    _require_names_and_tokens(architecture, path)
     return architecture
 
 
-def _require_sane(architecture: Architecture, path: Path) -> None:
+def _require_names_and_tokens(architecture: Architecture, path: Path) -> None:
     for number, branch in enumerate(architecture.branches):
         if not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", branch.name) or len(branch.name) > 200:
             raise InputError(
-                f"{path}: sub-layer {number}: the name {_printable(branch.name)} is not made of words and dots"
+                f"{path}: sub-layer {number}: the name {_printable(branch.name)} "
+                "is not made of words and dots"
             )
-    biased = any(
-        isinstance(branch.core, AttentionSpec) and branch.core.bias is not None
-        for branch in architecture.branches
-    )
-    most = MAX_BIASED_TOKENS if biased else MAX_TOKENS
+    most = max_tokens(architecture)
     if architecture.tokens > most:
         raise InputError(
-            f"{path}: image and stem make {architecture.tokens} tokens, more than the {most} that this version takes"
+            f"{path}: image and stem make {architecture.tokens} tokens, {_above(most)}"
         )
+
+
+def _above(limit: int) -> str:
+    return f"more than the {limit} that this version supports"
 
 
 def _require_plain_file(path: Path) -> None:
@@ -118,7 +131,7 @@ def _require_plain_file(path: Path) -> None:
             f"{path}: no such file; a saved model is a folder with {WEIGHTS} and {ARCHITECTURE}"
         )
     if path.resolve().parent != path.parent.resolve():
-        raise InputError(f"{path}: a link that leaves the folder; copy the file here")
+        raise InputError(f"{path}: a link to a file outside of the folder; copy the file here")
 
 
 def _shapes(architecture: Architecture, path: Path) -> dict[str, torch.Size]:
@@ -131,23 +144,21 @@ def _shapes(architecture: Architecture, path: Path) -> dict[str, torch.Size]:
             }
     except (RuntimeError, OverflowError) as error:
         raise InputError(
-            f"{path}: no memory holds these shapes ({_clean(str(error).splitlines()[0])[:160]})"
+            f"{path}: these shapes exceed any memory ({_clean(str(error).splitlines()[0])[:160]})"
         ) from error
     total = sum(shape.numel() for shape in shapes.values())
     if total > MAX_PARAMETERS:
-        raise InputError(
-            f"{path}: asks for {total} parameters, more than the {MAX_PARAMETERS} that this version takes"
-        )
+        raise InputError(f"{path}: describes {total} parameters, {_above(MAX_PARAMETERS)}")
     return shapes
 
 
-def _read_weights(path: Path, wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
+def _read_weights(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     _require_plain_file(path)
     _require_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            _require_same(path, file, wanted)
-            return {name: _read_tensor(path, file, name) for name in wanted}
+            _require_same(path, file, shapes)
+            return {name: _read_tensor(path, file, name) for name in shapes}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"{path}: not a whole safetensors file ({_clean(str(error))[:200]})"
@@ -155,46 +166,50 @@ def _read_weights(path: Path, wanted: dict[str, torch.Size]) -> dict[str, Tensor
 
 
 def _require_header(path: Path) -> None:
-    # The library believes a length of up to 100 MB; nothing honest comes near.
+    # The library accepts headers of up to 100 MB, far above those of real models.
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > size - 8:
         raise InputError(
-            f"{path}: not a whole safetensors file: its header says {length} bytes, the file has {size}"
+            f"{path}: not a whole safetensors file: "
+            f"its header claims {length} bytes, the file has {size}"
         )
     if length > MAX_HEADER_BYTES:
-        raise InputError(f"{path}: a header of {length} bytes is no model's")
+        raise InputError(f"{path}: a header of {length} bytes is too long for a model")
 
 
-def _require_same(path: Path, file: Any, wanted: dict[str, torch.Size]) -> None:
+def _require_same(path: Path, file: Any, shapes: dict[str, torch.Size]) -> None:
     found = set(file.keys())
-    for name in sorted(wanted.keys() - found):
+    for name in sorted(shapes.keys() - found):
         raise InputError(f"{path}: tensor {name!r} is missing")
-    for name in sorted(found - wanted.keys()):
+    for name in sorted(found - shapes.keys()):
         raise InputError(f"{path}: tensor {_printable(name)} is not part of this architecture")
     first: tuple[str, str] | None = None
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         part = file.get_slice(name)
         if list(part.get_shape()) != list(shape):
             raise InputError(
-                f"{path}: tensor {name!r} has shape {part.get_shape()}, the architecture says {list(shape)}"
+                f"{path}: tensor {name!r} has shape {part.get_shape()}, "
+                f"the architecture requires {list(shape)}"
             )
         kind = part.get_dtype()
         if kind not in _TYPES:
             raise InputError(
-                f"{path}: tensor {name!r} has type {kind}, not a floating-point type that torch computes with"
+                f"{path}: tensor {name!r} has type {kind}, "
+                "not a floating-point type that torch computes with"
             )
         first = first or (name, kind)
         if kind != first[1]:
             raise InputError(
-                f"{path}: tensor {name!r} has type {kind}, {first[0]!r} has {first[1]}; all must have the same"
+                f"{path}: tensor {name!r} has type {kind}, {first[0]!r} has {first[1]}; "
+                "all must have the same"
             )
 
 
 def _read_tensor(path: Path, file: Any, name: str) -> Tensor:
-    # A copy of our own starts at an address that is aligned as any tensor's; the file's do not, and
-    # BLAS may then round the last bit otherwise.
+    # Tensors in the file are not aligned like torch's own, and BLAS may then round the last bit
+    # differently; a copy is aligned.
     tensor: Tensor = file.get_tensor(name).clone()
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(f"{path}: tensor {name!r} holds NaN or infinity")

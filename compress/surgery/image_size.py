@@ -20,7 +20,13 @@ from ..network.architecture import Architecture, AttentionSpec, BranchSpec, Rela
 from ..network.modules.model import CompactModel, build
 from ..network.modules.relative_bias import bias_table
 from ..network.modules.rope import rope_table
-from ..network.patch_fit import Size, checked_size, require_few_tokens, require_whole_patches, shown
+from ..network.patch_grid import (
+    Size,
+    format_image_size,
+    parse_image_size,
+    require_few_tokens,
+    require_whole_patches,
+)
 
 
 def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
@@ -59,7 +65,7 @@ def at_image_size(architecture: Architecture, image_size: int | str | Size) -> A
     """The architecture for another image size, without any weights. Errors: InputError as
     `resized`.
     """
-    size = checked_size(image_size)
+    size = parse_image_size(image_size)
     if size == architecture.image[1:]:
         return architecture
     require_whole_patches(architecture, size)
@@ -67,7 +73,7 @@ def at_image_size(architecture: Architecture, image_size: int | str | Size) -> A
     grid = architecture.stem.sizes(*size)[-1]
     if architecture.position and architecture.position_resize is None and grid != architecture.grid:
         raise InputError(
-            f"image size {shown(size)}: position: the positions were resampled when the model was read, from a table that is not kept; {_way_out(size)}"
+            f"image size {format_image_size(size)}: position: the positions were resampled when the model was read, from a table that is not kept; {_way_out(size)}"
         )
     steps = tuple(
         tuple(_at_grid(branch, grid, architecture, size) for branch in step)
@@ -88,13 +94,13 @@ def _at_grid(branch: BranchSpec, grid: Size, architecture: Architecture, size: S
     if rope is not None:
         if rope.at is None:
             raise InputError(
-                f"image size {shown(size)}: {branch.name}: its rotary table is saved without the frequencies that it came from; {_way_out(size)}"
+                f"image size {format_image_size(size)}: {branch.name}: its rotary table is saved without the frequencies that it came from; {_way_out(size)}"
             )
         rope = rope.model_copy(update={"tokens": math.prod(grid)})
     if bias is not None:
         reason = _bias_in_the_way(bias, grid)
         if reason:
-            raise InputError(f"image size {shown(size)}: {branch.name}: {reason}; {_way_out(size)}")
+            raise InputError(f"image size {format_image_size(size)}: {branch.name}: {reason}; {_way_out(size)}")
         bias = bias.model_copy(update={"grid": grid})
     return branch.model_copy(update={"core": core.model_copy(update={"rope": rope, "bias": bias})})
 
@@ -104,16 +110,16 @@ def _bias_in_the_way(bias: RelativeBiasSpec, grid: Size) -> str | None:
     if bias.resize is None:
         return "its relative bias came from a function of the offset's share of the grid, which is not kept"
     if bias.resize == "crop" and larger:
-        return f"its relative bias came from a function of the offset, which is not kept; the table ends at {shown(bias.grid)} patches, smaller sizes work"
+        return f"its relative bias came from a function of the offset, which is not kept; the table ends at {format_image_size(bias.grid)} patches, smaller sizes work"
     if bias.resize == "resample" and any(
         new > old == 1 for new, old in zip(grid, bias.grid, strict=True)
     ):
-        return f"its relative bias table is for {shown(bias.grid)} patches, and one patch knows no offsets to start from"
+        return f"its relative bias table is for {format_image_size(bias.grid)} patches, and one patch knows no offsets to start from"
     return None
 
 
 def _way_out(size: Size) -> str:
-    return f"lift the source model at {shown(size)} (timm: img_size=({size[0]}, {size[1]})) and cut that"
+    return f"lift the source model at {format_image_size(size)} (timm: img_size=({size[0]}, {size[1]})) and cut that"
 
 
 def _positions(table: Tensor, old: Architecture, new: Architecture) -> Tensor:

@@ -84,7 +84,7 @@ Q = "steps.0.0.core.q.weight"
         ),
         (
             lambda s: s.update({Q: torch.ones(3, 3)}),
-            rf"tensor '{Q}' has shape \[3, 3\], the architecture says",
+            rf"tensor '{Q}' has shape \[3, 3\], the architecture requires",
         ),
         (
             lambda s: (
@@ -156,7 +156,7 @@ def branch(number: int = 0) -> tuple[Any, ...]:
         (
             ("head",),
             {"classes": 1_000_000, "hidden": 1_000_000},
-            "asks for 1000.* parameters|more than the",
+            "describes 1000.* parameters|more than the",
         ),
     ],
 )
@@ -219,7 +219,7 @@ def test_json_that_is_none(folder: Path, content: bytes) -> None:
 def test_an_architecture_file_of_a_gigabyte(folder: Path) -> None:
     # A sparse file: it says it is large and takes no room.
     os.truncate(folder / "architecture.json", 2**30)
-    refused(folder, "1073741824 bytes is no architecture file")
+    refused(folder, "1073741824 bytes are too many for an architecture")
 
 
 def test_ten_gigabytes_in_the_architecture_alone(folder: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_header_of_a_gigabyte(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**30))
     os.truncate(path, 2**30 + 8)
-    refused(folder, "a header of 1073741824 bytes is no model's")
+    refused(folder, "a header of 1073741824 bytes is too long for a model")
 
 
 def test_bytes_behind_the_end(folder: Path) -> None:
@@ -324,7 +324,7 @@ def test_a_pickle_in_place_of_weights(folder: Path) -> None:
 def test_links_that_leave_the_folder(folder: Path, tmp_path: Path, file: str) -> None:
     (folder / file).rename(tmp_path / file)
     (folder / file).symlink_to(tmp_path / file)
-    refused(folder, "a link that leaves the folder")
+    refused(folder, "a link to a file outside of the folder")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "architecture.json"])

@@ -21,7 +21,7 @@ from vitrim import InputError, StructuredMask
 from vitrim.compress.network.architecture import Architecture, AttentionSpec
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.model import build as rebuilt
-from vitrim.compress.network.patch_fit import checked_size
+from vitrim.compress.network.patch_grid import parse_image_size
 from vitrim.compress.surgery.image_size import at_image_size
 
 # Name, what it is there for, overrides beside the size, and the size in patches to go to from 3 x
@@ -215,7 +215,7 @@ def test_a_cut_and_a_new_size_may_come_in_any_order(data: Any) -> None:
         (True, "image size True: write 160"),
         (
             800_000,
-            "image size 800000x800000: it makes 10000000001 tokens, more than the 65536 that this version takes; 2040x2040 is the largest square that works",
+            "image size 800000x800000: it makes 10000000001 tokens, more than the 65536 that this version supports; 2040x2040 is the largest square that works",
         ),
     ],
 )
@@ -313,4 +313,4 @@ def test_one_patch_knows_no_offsets() -> None:
     ],
 )
 def test_how_a_size_is_written(text: Any, size: tuple[int, int]) -> None:
-    assert checked_size(text) == size
+    assert parse_image_size(text) == size

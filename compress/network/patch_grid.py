@@ -1,4 +1,4 @@
-"""Which image sizes a stem cuts into patches, and how they are written. Free of torch."""
+"""Image sizes: how they are written, and which ones a stem divides into whole patches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from .architecture import Architecture, AttentionSpec, StemSpec
 Size = tuple[int, int]
 LARGEST = 1_000_000
 MAX_TOKENS = 65_536
-# A relative bias has a table entry for every pair of tokens.
+# A relative bias has an index of (tokens, tokens).
 MAX_BIASED_TOKENS = 8192
 
 
-def checked_size(image_size: object) -> Size:
-    """(height, width) of a number, a pair, or text such as 160 or 160x192. Errors: InputError."""
+def parse_image_size(image_size: object) -> Size:
+    """Return (height, width) of a number, a pair, or text such as "160" or "160x192".
+
+    Raises:
+        InputError: `image_size` is none of these, or out of range.
+    """
     size: object = image_size
     if isinstance(size, str):
         found = re.fullmatch(
@@ -32,18 +36,22 @@ def checked_size(image_size: object) -> Size:
         for side in pair
     ):
         raise InputError(
-            f"image size {image_size!r}: write 160, or 160x192 for height x width, in pixels above 0 and up to {LARGEST}"
+            f"image size {image_size!r}: write 160, or 160x192 for height x width, "
+            f"in pixels above 0 and up to {LARGEST}"
         )
     return cast("Size", pair)
 
 
-def shown(size: Size) -> str:
-    """160x192, as it is written on the command line."""
+def format_image_size(size: Size) -> str:
+    """Return the size as text, for example "160x192"."""
     return f"{size[0]}x{size[1]}"
 
 
 def require_whole_patches(architecture: Architecture, size: Size) -> None:
-    """Errors: InputError with the nearest heights or widths that the stem cuts into patches."""
+    """Raise InputError if the stem does not divide `size` into whole patches.
+
+    The message names the nearest heights or widths that work.
+    """
     stem, trained = architecture.stem, architecture.image[1:]
     for axis, (name, side) in enumerate(zip(("height", "width"), size, strict=True)):
         if _fits(stem, side, trained[axis], axis):
@@ -68,14 +76,13 @@ def require_whole_patches(architecture: Architecture, size: Size) -> None:
             else f"{above} is the smallest that works"
         )
         raise InputError(
-            f"image size {shown(size)}: {name} {side} does not make whole patches, which start every {stride} pixels; {nearest}"
+            f"image size {format_image_size(size)}: {name} {side} does not make whole patches, "
+            f"which start every {stride} pixels; {nearest}"
         )
 
 
 def _fits(stem: StemSpec, side: int, trained: int, axis: int) -> bool:
-    """Whether no pixel is left over, or the stem at least meets the far edge as it does at the
-    trained size.
-    """
+    """Whether no pixel is left over, or as many as at the trained size."""
     if stem.sizes(side, side)[-1][axis] < 1:
         return False
     if side % _stride(stem, axis) == trained % _stride(stem, axis):
@@ -101,25 +108,28 @@ def _stride(stem: StemSpec, axis: int) -> int:
 
 
 def require_few_tokens(architecture: Architecture, size: Size) -> None:
-    """Errors: InputError where a saved model of this size would not be read."""
-    grid = architecture.stem.sizes(*size)[-1]
-    most = (
-        MAX_BIASED_TOKENS
-        if any(
-            isinstance(branch.core, AttentionSpec) and branch.core.bias
-            for branch in architecture.branches
-        )
-        else MAX_TOKENS
-    )
-    if architecture.prefix + math.prod(grid) > most:
-        made = f"it makes {architecture.prefix + math.prod(grid)} tokens, more than the {most} that this version takes"
+    """Raise InputError if a saved model of this size would have too many tokens to be loaded."""
+    tokens = architecture.prefix + math.prod(architecture.stem.sizes(*size)[-1])
+    most = max_tokens(architecture)
+    if tokens > most:
         raise InputError(
-            f"image size {shown(size)}: {made}; {largest_square(architecture, most - architecture.prefix)}"
+            f"image size {format_image_size(size)}: it makes {tokens} tokens, "
+            f"more than the {most} that this version supports; "
+            f"{largest_square(architecture, most - architecture.prefix)}"
         )
+
+
+def max_tokens(architecture: Architecture) -> int:
+    """Return the number of tokens above which a model is not loaded."""
+    biased = any(
+        isinstance(branch.core, AttentionSpec) and branch.core.bias is not None
+        for branch in architecture.branches
+    )
+    return MAX_BIASED_TOKENS if biased else MAX_TOKENS
 
 
 def largest_square(architecture: Architecture, patches: int) -> str:
-    """The end of a refusal: the largest square image of so many patches."""
+    """Return the end of an error message: the largest square image with at most `patches`."""
     stem, trained = architecture.stem, architecture.image[1:]
     strides = _stride(stem, 0), _stride(stem, 1)
     side = math.isqrt(max(0, patches) * strides[0] * strides[1]) + max(strides)
@@ -128,6 +138,6 @@ def largest_square(architecture: Architecture, patches: int) -> str:
         if down * across <= patches and all(
             _fits(stem, side, trained[axis], axis) for axis in (0, 1)
         ):
-            return f"{shown((side, side))} is the largest square that works"
+            return f"{format_image_size((side, side))} is the largest square that works"
         side -= 1
     return "no square of this model is small enough"
