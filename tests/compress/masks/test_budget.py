@@ -1,4 +1,4 @@
-"""Budgets are met to the unit, best units first, and refused when no mask can meet them."""
+"""Budgets are met to the unit, best units first, and refused when no mask meets them."""
 
 from __future__ import annotations
 

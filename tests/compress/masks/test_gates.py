@@ -1,4 +1,4 @@
-"""Gates: hard masks forward, identity backward, one unit of each always kept."""
+"""Gates: hard masks forward, identity backward, one unit of each group always kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitrim.compress.masks.masked_network import MaskedNetwork
 
 
 @pytest.mark.parametrize("sharing", ["unshared", "residual", "full"])
-def test_gates_compute_what_the_mask_they_leave_computes(sharing: str) -> None:
+def test_gates_compute_the_same_as_their_mask(sharing: str) -> None:
     dense = lift(tiny_vit())
     gates = Gates(dense.architecture, sharing)  # type: ignore[arg-type]
     torch.manual_seed(1)
@@ -35,12 +35,10 @@ def test_gates_compute_what_the_mask_they_leave_computes(sharing: str) -> None:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.data())
-def test_gates_of_any_kind_of_network_compute_what_their_mask_leaves(data: st.DataObject) -> None:
-    """Masked equals compact for whatever scores stand, over random networks: grouped queries,
-    ropes, norms and gates of every kind.
-    """
+def test_gates_of_any_kind_of_network_equal_the_cut_model(data: st.DataObject) -> None:
+    """Masked equals compact for random scores and networks: grouped queries, ropes, norms, gates."""
     architecture = data.draw(architectures())
-    # Double precision: what is left is rounding.
+    # Double precision, so that only rounding differs.
     gates = Gates(architecture, data.draw(st.sampled_from(["unshared", "residual"]))).double()
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     with torch.no_grad():
@@ -53,7 +51,7 @@ def test_gates_of_any_kind_of_network_compute_what_their_mask_leaves(data: st.Da
     try:
         mask.check(architecture)
     except vitrim.InputError as error:
-        # A reader that sees few channels may be left with none, which is refused.
+        # A reader of few channels may keep none, which is refused.
         if "channels that there are at" not in str(error):
             raise
         reject()
@@ -69,7 +67,7 @@ def test_gates_of_any_kind_of_network_compute_what_their_mask_leaves(data: st.Da
     )
 
 
-def test_every_score_feels_the_loss_even_where_its_unit_is_out() -> None:
+def test_every_score_gets_a_gradient_even_if_its_unit_is_removed() -> None:
     dense = lift(tiny_vit())
     gates = Gates(dense.architecture, "residual")
     with torch.no_grad():
@@ -82,7 +80,7 @@ def test_every_score_feels_the_loss_even_where_its_unit_is_out() -> None:
         assert bool((scores.grad != 0).any()), group
         if group.dimension in ("ffn", "qk", "v"):
             assert bool((scores.grad[::2] != 0).any()), (
-                f"{group}: a removed unit could never come back"
+                f"{group}: a removed unit could never return"
             )
 
 
@@ -114,17 +112,14 @@ def test_fixing_everything_or_something_unknown_is_refused() -> None:
 
 
 def test_shared_masks_learn_slower_and_none_decays() -> None:
-    """METHODS A: a shared mask's rate is scaled by 1 - (times shared / total masks); scores have no
-    weight decay.
-    """
+    """L. Tredese 2023: the rate of a shared mask is scaled by 1 - (times shared / total masks)."""
     gates = Gates(lift(tiny_vit()).architecture, "residual")
     uses = sum(group.uses for group in gates.groups)
     rates = {
         group.dimension: entry["lr"]
         for group, entry in zip(gates.groups, gates.parameter_groups(0.01), strict=True)
     }
-    # Stem, in and out of two attention and two FFN sub-layers, and the head read the one embed
-    # mask.
+    # The stem, the inputs and outputs of four sub-layers, and the head share the embed mask.
     assert rates["embed"] == pytest.approx(0.01 * (1 - 10 / uses))
     assert rates["ffn"] == 0.01
     assert all(entry["weight_decay"] == 0.0 for entry in gates.parameter_groups(0.01))

@@ -1,6 +1,4 @@
-"""Masks by saliency: the scores are what their sources define, the scopes weigh what they say, and
-the masks cut exactly.
-"""
+"""Masks by saliency: the scores follow their papers, and the masked and cut models are equal."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ def model() -> CompactModel:
     return lift(tiny_vit())
 
 
-def test_costs_are_the_parameters_that_go(model: CompactModel) -> None:
+def test_costs_are_the_removed_parameters(model: CompactModel) -> None:
     costs = unit_costs(model.architecture, dict(model.named_parameters()), "residual")
     # fc1 row, fc1 bias, fc2 column.
     assert costs["ffn"][FFN].tolist() == [2 * 24 + 1] * 96
@@ -60,12 +58,12 @@ def test_magnitudes_are_sums_over_rows_and_columns(model: CompactModel) -> None:
 
 def test_shared_scores_are_sums_over_sites(model: CompactModel) -> None:
     state = dict(model.named_parameters())
-    apart, shared = (
+    unshared, shared = (
         magnitude(model.architecture, state, 2, sharing) for sharing in ("unshared", "full")
     )
     for dimension in ("embed", "head", "qk", "v", "ffn"):
         torch.testing.assert_close(
-            shared[dimension]["*"], torch.stack(list(apart[dimension].values())).sum(0)
+            shared[dimension]["*"], torch.stack(list(unshared[dimension].values())).sum(0)
         )
 
 
@@ -81,7 +79,7 @@ def test_taylor_is_weight_times_gradient(model: CompactModel) -> None:
     )
 
 
-def test_head_sensitivity_is_the_mean_size_of_single_gradients(model: CompactModel) -> None:
+def test_head_sensitivity_is_the_mean_magnitude_of_single_gradients(model: CompactModel) -> None:
     sizes = torch.zeros(3)
     for image, target in zip(IMAGES, TARGETS, strict=True):
         network = lift(tiny_vit())
@@ -94,7 +92,7 @@ def test_head_sensitivity_is_the_mean_size_of_single_gradients(model: CompactMod
     torch.testing.assert_close(found["head"][ATTENTION], sizes / sizes.norm(), rtol=1e-3, atol=1e-5)
 
 
-def test_saliency_leaves_the_model_as_it_was(model: CompactModel) -> None:
+def test_saliency_leaves_the_model_unchanged(model: CompactModel) -> None:
     before = model(IMAGES)
     saliency(model, "taylor", data=DATA)
     assert torch.equal(model(IMAGES), before)
@@ -115,7 +113,7 @@ def test_layer_scope_keeps_the_ratio_in_every_group(model: CompactModel) -> None
 
 
 @pytest.mark.parametrize("scope", ["global", "isomorphic"])
-def test_wider_scopes_take_from_the_weak_layer(scope: str) -> None:
+def test_wider_scopes_remove_from_the_weak_layer(scope: str) -> None:
     network = lift(tiny_vit())
     with torch.no_grad():
         network.get_parameter("steps.1.0.core.fc1.weight").mul_(0.01)
@@ -126,7 +124,7 @@ def test_wider_scopes_take_from_the_weak_layer(scope: str) -> None:
     assert kept["blocks.1.ffn"] in (95, 96)
 
 
-def test_global_scope_weighs_dimensions_against_each_other_and_isomorphic_does_not() -> None:
+def test_global_scope_ranks_dimensions_against_each_other_and_isomorphic_does_not() -> None:
     network = lift(tiny_vit())
     with torch.no_grad():
         for step in (1, 3):
@@ -140,7 +138,9 @@ def test_global_scope_weighs_dimensions_against_each_other_and_isomorphic_does_n
 
 @pytest.mark.parametrize("criterion", ["l1", "l2", "taylor", "random"])
 @pytest.mark.parametrize("sharing", ["unshared", "residual", "full"])
-def test_the_masks_cut_exactly(model: CompactModel, criterion: str, sharing: str) -> None:
+def test_the_cut_model_equals_the_masked_model(
+    model: CompactModel, criterion: str, sharing: str
+) -> None:
     mask = StructuredMask.from_saliency(
         model,
         criterion,  # type: ignore[arg-type]
@@ -167,7 +167,9 @@ def test_random_is_fixed_by_its_seed(model: CompactModel) -> None:
     assert any(not torch.equal(keep, other.kept[dimension][site]) for dimension, site, keep in one)
 
 
-def test_fixed_dimensions_stay_whole_and_blocks_go_when_named(model: CompactModel) -> None:
+def test_fixed_dimensions_stay_whole_and_blocks_are_removed_only_by_name(
+    model: CompactModel,
+) -> None:
     mask = StructuredMask.from_saliency(model, "l2", keep_ratio=0.5, fixed=("embed", "head"))
     assert set(mask.kept) == {"qk", "v", "ffn"}
     blocks = StructuredMask.from_saliency(model, "taylor", keep_ratio={"block": 0.5}, data=DATA)
@@ -190,6 +192,8 @@ def test_fixed_dimensions_stay_whole_and_blocks_go_when_named(model: CompactMode
         ({"fixed": ("embed", "head", "qk", "v", "ffn")}, "every dimension is fixed"),
     ],
 )
-def test_refusals(model: CompactModel, arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused(
+    model: CompactModel, arguments: dict[str, object], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         StructuredMask.from_saliency(model, **arguments)  # type: ignore[arg-type]
