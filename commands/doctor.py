@@ -196,7 +196,7 @@ def _emulation() -> Finding:
 
 
 def _gpu() -> Finding:
-    from ..bench.local.gpu import gpu_providers, why_no_gpu
+    from ..bench.local.options import gpu_providers, why_no_gpu
 
     reason = why_no_gpu()
     return Finding(

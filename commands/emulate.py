@@ -29,7 +29,7 @@ def emulate(
       vitrim targets emulate
     """
     from ..bench.emulation import prepare
-    from ..bench.emulation.steps import step_lines
+    from ..bench.local.progress import step_lines
 
     found = prepare(step_lines(sys.stderr), runtimes=runtime or ["onnxruntime"])
     parts = ", ".join(

@@ -9,7 +9,7 @@ import sys
 
 from ...core.errors import InputError
 from .preparation import RUNTIMES, prepare
-from .steps import step_lines
+from ..local.progress import step_lines
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What is measured: an artifact's folder, or a bare .onnx file of which nothing else is known."""
+"""The files and facts that a runner needs, of an artifact's folder or of a bare .onnx file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,22 @@ from ...runtimes import engine_names
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The files and facts that a runner needs; `files` are absolute, the model first; `session`
-    holds the runtime's own settings.
+class ArtifactFacts:
+    """What a runner needs of an artifact; of a bare .onnx file only the files are known.
 
-    input: name, shape and type as the manifest tells them, for runtimes whose files do not.
+    Attributes:
+        model: Path of the model file.
+        files: Absolute paths, the model first.
+        root: The folder that the files are in.
+        sha256: Digest of all files.
+        file_bytes: Size of all files.
+        precision: As stated in the manifest.
+        batch: The fixed batch size; None where it is free or unknown.
+        output: Name of the output to read; None for the model's first one.
+        session: Settings of the runtime.
+        preprocessing: Mean and std of each channel.
+        runtime: Name of the engine.
+        input: Name, shape and type, for runtimes whose files do not contain them.
     """
 
     model: Path
@@ -35,9 +46,10 @@ class Subject:
     input: dict[str, Any] | None = None
 
 
-def open_subject(artifact: Artifact | Path | str) -> Subject:
-    """The subject of an Artifact, an artifact's folder or an .onnx path. Errors: InputError for
-    anything else, or a runtime without an engine.
+def artifact_facts(artifact: Artifact | Path | str) -> ArtifactFacts:
+    """Collect the facts of an Artifact, of an artifact's folder or of an .onnx file.
+
+    Raises InputError for anything else, and for a runtime without an engine.
     """
     if isinstance(artifact, Artifact):
         return _of_artifact(artifact)
@@ -45,35 +57,34 @@ def open_subject(artifact: Artifact | Path | str) -> Subject:
     if path.is_dir():
         if not (path / MANIFEST).exists():
             raise InputError(
-                f"{path}: no artifact (there is no {MANIFEST}); give a folder that `vitrim export` wrote, or an .onnx file"
+                f"{path}: no artifact (there is no {MANIFEST}); "
+                "give a folder that `vitrim export` wrote, or an .onnx file"
             )
         return _of_artifact(Artifact.load(path))
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an artifact's folder or an .onnx file")
     if path.suffix != ".onnx":
         raise InputError(
-            f"{path}: not an .onnx file; give an artifact's folder, or an ONNX model named so"
+            f"{path}: not an .onnx file; give an artifact's folder, or an ONNX model with that name"
         )
     files = (path, *_external_data(path))
-    return Subject(
-        path,
-        files,
-        path.parent,
-        _digest(files, path.parent),
-        sum(file.stat().st_size for file in files),
-    )
+    file_bytes = sum(file.stat().st_size for file in files)
+    return ArtifactFacts(path, files, path.parent, _digest(files, path.parent), file_bytes)
 
 
-def _of_artifact(artifact: Artifact) -> Subject:
+def _of_artifact(artifact: Artifact) -> ArtifactFacts:
     manifest = artifact.manifest
     if manifest.runtime not in engine_names():
-        known = ", ".join(engine_names())
         raise InputError(
-            f"{artifact.folder}: is made for the runtime {manifest.runtime!r}; `vitrim bench` measures artifacts of {known}"
+            f"{artifact.folder}: is made for the runtime {manifest.runtime!r}; "
+            f"`vitrim bench` measures artifacts of {', '.join(engine_names())}"
         )
     weights = [artifact.folder / entry.path for entry in manifest.files if entry.role == "weights"]
-    prepared, taken = manifest.preprocessing, manifest.inputs[0]
-    return Subject(
+    prepared, given = manifest.preprocessing, manifest.inputs[0]
+    preprocessing: dict[str, Any] | None = None
+    if prepared is not None:
+        preprocessing = {"mean": list(prepared.mean), "std": list(prepared.std)}
+    return ArtifactFacts(
         model=artifact.model_path,
         files=(artifact.model_path, *weights),
         root=artifact.folder,
@@ -83,16 +94,14 @@ def _of_artifact(artifact: Artifact) -> Subject:
         batch=None if manifest.batch == "dynamic" else manifest.batch,
         output=manifest.outputs[0].name,
         session=dict(manifest.session),
-        preprocessing=None
-        if prepared is None
-        else {"mean": list(prepared.mean), "std": list(prepared.std)},
+        preprocessing=preprocessing,
         runtime=manifest.runtime,
-        input={"name": taken.name, "shape": list(taken.shape), "type": taken.type},
+        input={"name": given.name, "shape": list(given.shape), "type": given.type},
     )
 
 
 def _external_data(model: Path) -> list[Path]:
-    # The names that torch.onnx and onnx give to weights beside the model.
+    # The names that torch.onnx and onnx give to external weights.
     names = (
         f"{model.name}.data",
         f"{model.name}_data",

@@ -419,7 +419,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.flush()
 
     try:
-        content = {"result": conduct(plan, progress)}
+        content: Json = {"result": conduct(plan, progress)}
     except ConductorError as error:
         content = {"error": str(error)}
     except Exception as error:

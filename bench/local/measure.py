@@ -1,5 +1,6 @@
-"""Measure artifacts on this machine: a fresh process each, interleaved, as many rounds as the
-wanted confidence needs.
+"""Measure artifacts on this machine, each in a fresh process, interleaved in rounds.
+
+The rounds go on until the time ratios are as precise as requested, or the time limit is reached.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ from typing import Any
 from ...core.errors import InputError
 from ...export.artifact import Artifact
 from ...runtimes import EngineError
-from ...runtimes.interpreter import interpreter
+from ...runtimes.subprocess_inference import interpreter
 from ...targets.catalog import load_target
 from ...targets.profile import TargetProfile
 from ..results.measurement import Environment, Measurement
+from ..results.operator_table import OperatorTable, operator_rows
 from ..results.warnings import warnings_for, wrong_provider
 from . import environment
-from .artifact_facts import Subject, open_subject
-from .conductor import ConductorError, conduct
-from ..results.operator_table import operator_rows
+from .artifact_facts import ArtifactFacts, artifact_facts
+from .conductor import ConductorError, RunnerProcess, conduct
 from .options import CPU, MeasureOptions
 from .progress import Progress, progress_bar
 
 Measurable = Artifact | Path | str
+Json = dict[str, Any]
 
 
 def measure(
@@ -34,11 +36,22 @@ def measure(
     name: str | None = None,
     **options: Any,
 ) -> Measurement:
-    """Measure one artifact (an Artifact, its folder, or an .onnx file) in a fresh process on this
-    machine.
+    """Measure one artifact in a fresh process on this machine.
 
-    Takes the options of `measure_interleaved`. Errors: InputError, one line, for a bad input or a
-    runner that failed.
+    Args:
+        artifact: An `Artifact`, its folder, or an .onnx file.
+        target: The device profile that the measurement names, or its name in the catalog.
+        threads: Threads of the runtime.
+        name: The measurement's name; by default the artifact's, or the file's without its suffix.
+        **options: `quiet`, `progress` and the fields of `MeasureOptions`, such as `time_limit_s`
+            (seconds, 60 by default), `dataset` (for top-1) and `batch`.
+
+    Returns:
+        Raw latency samples in seconds, memory in bytes, and the machine's state; `summary()` and
+        `interval()` derive the statistics.
+
+    Raises:
+        InputError: The artifact or an option is invalid, or the runner failed.
     """
     title = name or (
         artifact.manifest.name if isinstance(artifact, Artifact) else Path(artifact).stem
@@ -55,11 +68,22 @@ def measure_interleaved(
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Measurement]:
-    """Measure artifacts against each other on this machine, in rounds of random order, and return
-    {name: Measurement}.
+    """Measure artifacts against each other on this machine, in rounds of random order.
 
-    options: the fields of `MeasureOptions`. Top-1 is computed by the very process that was timed.
-    `progress(share, text)` replaces the bar on the terminal. Errors: InputError, one line.
+    Args:
+        artifacts: {name: an `Artifact`, its folder, or an .onnx file}.
+        threads: Threads of the runtime.
+        target: The device profile that the measurements name, or its name in the catalog.
+        quiet: Show no progress bar.
+        progress: Called with the share done (0 to 1) and a text, in place of the bar.
+        **options: The fields of `MeasureOptions`.
+
+    Returns:
+        {name: measurement}; the measurements share one session, so `compare` pairs their rounds.
+        Top-1 comes from the process that was timed.
+
+    Raises:
+        InputError: An artifact or an option is invalid, or a runner failed.
     """
     return measure_here(
         artifacts,
@@ -78,64 +102,88 @@ def measure_here(
     quiet: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Measurement]:
-    """`measure_interleaved` with its options as one value."""
-    plan, subjects = make_plan(artifacts, options)
+    """Run `measure_interleaved` with its options as one value.
+
+    Args:
+        artifacts: {name: an `Artifact`, its folder, or an .onnx file}.
+        options: What is measured, and for how long.
+        target: The device profile that the measurements name, or its name in the catalog.
+        quiet: Show no progress bar.
+        progress: Called with the share done (0 to 1) and a text, in place of the bar.
+
+    Returns:
+        {name: measurement}.
+
+    Raises:
+        InputError: An artifact is invalid, or a runner failed.
+    """
+    plan, facts = make_plan(artifacts, options)
     profile = target if isinstance(target, TargetProfile) else load_target(target)
-    with progress_bar(quiet=quiet, replacement=progress) as tell:
+    with progress_bar(quiet=quiet, replacement=progress) as report:
         try:
-            raw = conduct(plan, tell)
+            raw = conduct(plan, report)
         except ConductorError as error:
             raise InputError(str(error)) from None
-    return assemble(raw, plan, subjects, target=profile.name, device="host")
+    return assemble(raw, plan, facts, target=profile.name, device="host")
+
+
+def profile_operators(
+    artifact: Measurable,
+    threads: int = 1,
+    *,
+    runs: int = 20,
+    batch: int | None = None,
+    providers: Sequence[str] = (CPU,),
+) -> OperatorTable:
+    """Profile a model by operator, with the runtime's own profiler in a fresh process.
+
+    Args:
+        artifact: An `Artifact`, its folder, or an .onnx file.
+        threads: Threads of the runtime.
+        runs: Profiled inferences; two untimed ones come first.
+        batch: Batch size of a model whose batch dimension is free.
+        providers: Execution providers of onnxruntime, preferred ones first.
+
+    Returns:
+        One row for each operator, with the seconds of one inference.
+
+    Raises:
+        InputError: The artifact is invalid, its runtime has no profiler, or the runner failed.
+    """
+    if runs < 1:
+        raise InputError(f"runs = {runs}: must be at least 1")
+    options = MeasureOptions(threads=threads, batch=batch, providers=tuple(providers))
+    plan, _ = make_plan({"model": artifact}, options)
+    try:
+        runner = RunnerProcess("model", plan["jobs"]["model"], 300.0)
+        try:
+            event = runner.request("profile", count=runs)
+        finally:
+            runner.close()
+    except ConductorError as error:
+        raise InputError(str(error)) from None
+    return OperatorTable(operator_rows(event["rows"]), runs)
 
 
 def make_plan(
     artifacts: Mapping[str, Measurable], options: MeasureOptions | None = None, **named: Any
-) -> tuple[dict[str, Any], dict[str, Subject]]:
-    """The conductor's plan and what it measures; the options as one value, or by name.
+) -> tuple[Json, dict[str, ArtifactFacts]]:
+    """Return the conductor's plan, and the facts of each artifact in it.
 
-    Errors: InputError for no artifact, a bad number, or a path that is not there.
+    The options are one value, or the fields of `MeasureOptions` by name. Raises InputError without
+    artifacts, for an option out of range, and for a path that does not exist.
     """
     options = options or MeasureOptions(**named)
     if not artifacts:
         raise InputError("nothing to measure: name at least one artifact")
     if options.dataset is not None and not Path(options.dataset).exists():
         raise InputError(
-            f"{options.dataset}: no such data set; give an .npz with the arrays `images` and `labels`"
+            f"{options.dataset}: no such data set; "
+            "give an .npz with the arrays `images` and `labels`"
         )
-    subjects = {name: open_subject(artifact) for name, artifact in artifacts.items()}
-    jobs = {
-        name: {
-            "model": str(subject.model.resolve()),
-            "runtime": subject.runtime,
-            "python": _interpreter(name, subject),
-            "threads": options.threads,
-            "pinning": list(options.pinning) if options.pinning else None,
-            "priority": options.priority,
-            "spinning": options.spinning,
-            "arena": options.arena,
-            "providers": _with_fallback(options.providers),
-            # torch is told of a device, onnxruntime of a provider.
-            "device": "cuda"
-            if subject.runtime == "torch" and options.providers[0].startswith("CUDA")
-            else None,
-            "copies": options.copies,
-            "cuda_graph": options.cuda_graph,
-            "batch": options.batch,
-            "session": {
-                key: value
-                for key, value in subject.session.items()
-                if not (options.spinning and key.endswith("allow_spinning"))
-            },
-            "input": subject.input,
-            "output": subject.output,
-            "preprocessing": subject.preprocessing,
-            "seed": options.seed,
-        }
-        for name, subject in subjects.items()
-    }
+    facts = {name: artifact_facts(artifact) for name, artifact in artifacts.items()}
     plan = {
-        "jobs": jobs,
+        "jobs": {name: _job(name, about, options) for name, about in facts.items()},
         "seed": options.seed,
         "time_limit_s": options.time_limit_s,
         "half_width": options.half_width,
@@ -145,95 +193,151 @@ def make_plan(
         "dataset_limit": options.dataset_limit,
         "profile": options.profile_runs,
     }
-    return plan, subjects
+    return plan, facts
+
+
+def _job(name: str, facts: ArtifactFacts, options: MeasureOptions) -> Json:
+    try:
+        python = interpreter(facts.runtime)
+    except EngineError as error:
+        raise InputError(f"{name}: {error}") from None
+    on_cuda = facts.runtime == "torch" and options.providers[0].startswith("CUDA")
+    session = {
+        key: value
+        for key, value in facts.session.items()
+        if not (options.spinning and key.endswith("allow_spinning"))
+    }
+    return {
+        "model": str(facts.model.resolve()),
+        "runtime": facts.runtime,
+        "python": python,
+        "threads": options.threads,
+        "pinning": list(options.pinning) if options.pinning else None,
+        "priority": options.priority,
+        "spinning": options.spinning,
+        "arena": options.arena,
+        # onnxruntime needs the CPU for the operators that a device does not support; how many
+        # those are is recorded and warned of.
+        "providers": list(dict.fromkeys([*options.providers, CPU])),
+        # torch has devices where onnxruntime has providers.
+        "device": "cuda" if on_cuda else None,
+        "copies": options.copies,
+        "cuda_graph": options.cuda_graph,
+        "batch": options.batch,
+        "session": session,
+        "input": facts.input,
+        "output": facts.output,
+        "preprocessing": facts.preprocessing,
+        "seed": options.seed,
+    }
 
 
 def assemble(
-    raw: dict[str, Any],
-    plan: dict[str, Any],
-    subjects: Mapping[str, Subject],
+    raw: Json,
+    plan: Json,
+    facts: Mapping[str, ArtifactFacts],
     *,
     target: str,
     device: str,
 ) -> dict[str, Measurement]:
-    """Measurements from the conductor's raw result."""
+    """Build measurements from the conductor's raw result.
+
+    Args:
+        raw: What `conduct` returned.
+        plan: The plan that it ran.
+        facts: The facts of the plan's artifacts, by name.
+        target: Name of the device profile.
+        device: How the device was reached: host, ssh, adb, ...
+
+    Returns:
+        {name: measurement}, with their warnings.
+    """
     where = Environment.model_validate(
         environment.combine(raw["machine"], raw["before"], raw["after"])
     )
     found = {}
     for name, run in raw["runs"].items():
-        job, ready, subject = plan["jobs"][name], run["ready"], subjects[name]
-        score, energy = run.get("score"), run["energy_j"]
-        one_cpu_thread = job["threads"] == 1 and ready["provider"] in (CPU, "CPU")
+        job = plan["jobs"][name]
         measured = Measurement(
             name=name,
             target=target,
             device=device,
             started_at=raw["started_at"],
             session=raw["session"],
-            artifact_sha256=subject.sha256,
-            file_bytes=subject.file_bytes,
-            precision=subject.precision,
-            runtime=ready["runtime"],
-            runtime_version=ready["runtime_version"],
-            provider=ready["provider"],
-            provider_nodes=ready["provider_nodes"],
-            copies_timed=ready.get("copies_timed"),
-            cuda_graph=job.get("cuda_graph", False) and ready.get("copies_timed") is not None,
-            input_shape=tuple(ready["input_shape"]),
-            input_type=ready["input_type"],
-            batch=ready["input_shape"][0],
-            threads=job["threads"],
-            pinning=tuple(job["pinning"]) if job["pinning"] else None,
-            niceness=ready["niceness"],
-            spinning=job["spinning"]
-            or job["session"].get("session.intra_op.allow_spinning") == "1",
-            arena=job["arena"],
-            latency_s=tuple(run["latency_s"]),
-            samples_per_turn=tuple(run["samples_per_turn"]),
-            first_inference_s=ready["first_inference_s"],
-            load_s=ready["load_s"],
-            warm_up_count=run["warm"]["count"],
-            warm_up_stable=run["warm"]["stable"],
-            floor_rss_bytes=ready["floor_rss_bytes"],
-            peak_rss_bytes=run["memory"]["peak_rss_bytes"],
-            steady_rss_bytes=run["memory"]["steady_rss_bytes"],
-            arena_bytes=run["memory"].get("arena_bytes"),
-            device_memory_peak_bytes=run["memory"].get("device_memory_peak_bytes"),
-            peak_rss_exact=ready["peak_rss_exact"],
-            cpu_share=min(1.0, run["cpu_s"] / run["wall_s"])
-            if one_cpu_thread and run["wall_s"] > 0
-            else None,
-            energy_per_inference_j=energy[0] / energy[1] if energy and energy[1] else None,
-            energy_source=raw.get("energy_source") if energy and energy[1] else None,
-            top1=score["correct"] / score["total"] if score else None,
-            correct=score["correct"] if score else None,
-            total=score["total"] if score else None,
-            operators=operator_rows(run["profile"]["rows"]) if run.get("profile") else (),
+            artifact_sha256=facts[name].sha256,
+            file_bytes=facts[name].file_bytes,
+            precision=facts[name].precision,
             environment=where,
+            **_model_fields(run["ready"], job),
+            **_run_fields(run, raw.get("energy_source")),
+            cpu_share=_cpu_share(run, job),
         )
-        warned = list(
-            warnings_for(measured, stopped_by=raw["stopped_by"], half_width=plan["half_width"])
+        found[name] = measured.model_copy(
+            update={"warnings": _warnings(measured, run, job, raw["stopped_by"], plan)}
         )
-        # Only onnxruntime is asked for a provider by name.
-        if subject.runtime == "onnxruntime" and (
-            message := wrong_provider(job["providers"][0], measured)
-        ):
-            warned.insert(0, message)
-        if message := run.get("profile_error"):
-            warned.append(f"no profile of its operators: {message.removeprefix(f'{name}: ')}")
-        found[name] = measured.model_copy(update={"warnings": tuple(warned)})
     return found
 
 
-def _interpreter(name: str, subject: Subject) -> str | None:
-    try:
-        return interpreter(subject.runtime)
-    except EngineError as error:
-        raise InputError(f"{name}: {error}") from None
+def _model_fields(ready: Json, job: Json) -> Json:
+    allowed_to_spin = job["session"].get("session.intra_op.allow_spinning") == "1"
+    return {
+        "runtime": ready["runtime"],
+        "runtime_version": ready["runtime_version"],
+        "provider": ready["provider"],
+        "provider_nodes": ready["provider_nodes"],
+        "copies_timed": ready.get("copies_timed"),
+        "cuda_graph": job.get("cuda_graph", False) and ready.get("copies_timed") is not None,
+        "input_shape": tuple(ready["input_shape"]),
+        "input_type": ready["input_type"],
+        "batch": ready["input_shape"][0],
+        "threads": job["threads"],
+        "pinning": tuple(job["pinning"]) if job["pinning"] else None,
+        "niceness": ready["niceness"],
+        "spinning": job["spinning"] or allowed_to_spin,
+        "arena": job["arena"],
+        "first_inference_s": ready["first_inference_s"],
+        "load_s": ready["load_s"],
+        "floor_rss_bytes": ready["floor_rss_bytes"],
+        "peak_rss_exact": ready["peak_rss_exact"],
+    }
 
 
-def _with_fallback(providers: Sequence[str]) -> list[str]:
-    # onnxruntime needs the CPU for what a device does not take; how much that was is recorded and
-    # warned of.
-    return list(dict.fromkeys([*providers, CPU]))
+def _run_fields(run: Json, energy_source: str | None) -> Json:
+    score, memory = run.get("score"), run["memory"]
+    total_j, inferences = run["energy_j"] or (0.0, 0)
+    return {
+        "latency_s": tuple(run["latency_s"]),
+        "samples_per_turn": tuple(run["samples_per_turn"]),
+        "warm_up_count": run["warm"]["count"],
+        "warm_up_stable": run["warm"]["stable"],
+        "peak_rss_bytes": memory["peak_rss_bytes"],
+        "steady_rss_bytes": memory["steady_rss_bytes"],
+        "arena_bytes": memory.get("arena_bytes"),
+        "device_memory_peak_bytes": memory.get("device_memory_peak_bytes"),
+        "energy_per_inference_j": total_j / inferences if inferences else None,
+        "energy_source": energy_source if inferences else None,
+        "top1": score["correct"] / score["total"] if score else None,
+        "correct": score["correct"] if score else None,
+        "total": score["total"] if score else None,
+        "operators": operator_rows(run["profile"]["rows"]) if run.get("profile") else (),
+    }
+
+
+def _cpu_share(run: Json, job: Json) -> float | None:
+    one_cpu_thread = job["threads"] == 1 and run["ready"]["provider"] in (CPU, "CPU")
+    if not one_cpu_thread or run["wall_s"] <= 0:
+        return None
+    return min(1.0, float(run["cpu_s"] / run["wall_s"]))
+
+
+def _warnings(
+    measured: Measurement, run: Json, job: Json, stopped_by: str, plan: Json
+) -> tuple[str, ...]:
+    found = list(warnings_for(measured, stopped_by=stopped_by, half_width=plan["half_width"]))
+    # Only onnxruntime has providers that can be requested by name.
+    if job["runtime"] == "onnxruntime":
+        message = wrong_provider(job["providers"][0], measured)
+        found = [message, *found] if message else found
+    if message := run.get("profile_error"):
+        found.append(f"no profile of its operators: {message.removeprefix(f'{measured.name}: ')}")
+    return tuple(found)

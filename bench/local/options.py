@@ -1,4 +1,4 @@
-"""How to measure, said once: the options of every way of measuring, checked when they are made."""
+"""The options of every way of measuring, validated at construction, and the available providers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,40 @@ from typing import Any, Literal
 from ...core.errors import InputError
 
 CPU = "CPUExecutionProvider"
+GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What is measured and for how long. The rounds end when every ratio to the first artifact (or
-    the one artifact's p50) is known to ± `half_width` at 95 %, after at least `least_rounds`, or
-    when `time_limit_s` of rounds have passed.
+    """What is measured, and for how long.
 
-    dataset: an .npz with `images` (N, C, H, W) float32 as the model takes them, or bytes that the
-    manifest's mean and std normalise, and `labels` (N); batch: for a model whose batch is free;
-    pinning: CPU numbers; priority: "high" lets the runners go before other work where that is
-    permitted (the niceness they got is recorded); spinning: threads wait busily inside a call;
-    arena: the runtime keeps its memory; providers: onnxruntime's, best first; copies: on a GPU,
-    time carrying the images there and the logits back; cuda_graph: replay a recorded graph there;
-    profile_runs: inferences of the per-operator profile, 0 for none. Errors: InputError, one line,
-    with the number that is out of range.
+    The rounds end when every ratio to the first artifact (or the single artifact's p50) is known to
+    ± `half_width` at 95 %, after at least `least_rounds`; or after `most_rounds` or `time_limit_s`.
+
+    Attributes:
+        threads: Threads of the runtime.
+        dataset: Data for top-1: an .npz with `labels` (N) and `images` (N, C, H, W), float32 as the
+            model takes them or uint8, which the manifest's mean and std normalise; or a folder of
+            images.npy and labels.npy. Without one top-1 is not counted.
+        dataset_limit: Use only so many images of the data set; all by default.
+        time_limit_s: Time limit of the rounds in seconds.
+        half_width: Relative half width of the interval at which the rounds end.
+        least_rounds: Smallest number of rounds.
+        most_rounds: Largest number of rounds.
+        batch: Batch size of models whose batch dimension is free.
+        pinning: CPU numbers that the runners are pinned to; no pinning by default.
+        priority: "high" lets the runners run before other processes where that is permitted. The
+            niceness that they got is recorded.
+        spinning: Whether threads wait busily inside a call.
+        arena: Whether the runtime keeps the memory that it allocated.
+        providers: Execution providers of onnxruntime, preferred ones first.
+        copies: On a GPU, whether the time includes copying images there and logits back.
+        cuda_graph: On a GPU, whether a recorded CUDA graph is replayed.
+        seed: Seed of the random images and of the order in a round.
+        profile_runs: Inferences of the profile by operator; 0 for no profile.
+
+    Raises:
+        InputError: A number is out of range.
     """
 
     threads: int = 1
@@ -55,27 +73,35 @@ class MeasureOptions:
         }
         for label, value in counts.items():
             if value < 1:
-                raise InputError(f"{label} = {value}: at least 1 is wanted")
+                raise InputError(f"{label} = {value}: must be at least 1")
         if self.time_limit_s <= 0 or self.half_width <= 0:
             raise InputError(
-                f"time_limit_s = {self.time_limit_s}, half_width = {self.half_width}: both must be above 0"
+                f"time_limit_s = {self.time_limit_s}, half_width = {self.half_width}: "
+                "both must be above 0"
             )
         if self.profile_runs < 0:
-            raise InputError(f"profile_runs = {self.profile_runs}: 0 or more is wanted")
-        # Lists are taken too; what is kept cannot be changed.
+            raise InputError(f"profile_runs = {self.profile_runs}: must be 0 or more")
+        # Lists are accepted and become immutable.
         object.__setattr__(self, "pinning", tuple(self.pinning) if self.pinning else None)
         object.__setattr__(self, "providers", tuple(self.providers) or (CPU,))
 
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """How to reach a device and what to run there.
+    """How to reach a device, and what to run there.
 
-    python: the interpreter there; runner: "python" (needs Python 3.9 with numpy and the runtime
-    there), "native" (the C++ runner and the runtime's library are sent) or "auto": native where
-    there is no Python; runner_file, runtime_library: take these instead of what is built here;
-    folder: where the files lie there while it runs; patience_s: how long a lost link is tried
-    again, every `poll_s`.
+    Attributes:
+        python: The interpreter on the device.
+        runner: "python" (needs Python 3.9 with numpy and the runtime on the device), "native" (the
+            C++ runner and the runtime's library are sent), or "auto": native where the device has
+            no Python.
+        runner_file: A native runner to send; by default it is built.
+        runtime_library: ONNX Runtime's shared library to send; by default that of the wheel.
+        ssh_options: Options of ssh, such as ("-i", "key").
+        folder: The folder on the device that holds the files while they run; by default a folder
+            of the user's cache.
+        patience_s: How long to retry after the link is lost, in seconds.
+        poll_s: Seconds between two looks at a run on the device.
     """
 
     python: str = "python3"
@@ -91,12 +117,41 @@ class DeviceOptions:
         object.__setattr__(self, "ssh_options", tuple(self.ssh_options))
 
 
-def told_apart(named: Mapping[str, Any]) -> tuple[MeasureOptions, DeviceOptions]:
-    """Options given by name, sorted into the two. Errors: TypeError for a name that is in
-    neither.
+def split_options(named: Mapping[str, Any]) -> tuple[MeasureOptions, DeviceOptions]:
+    """Split named options into those of the measurement and those of the device.
+
+    Raises TypeError for a name that neither of them has.
     """
     of_device = {field.name for field in fields(DeviceOptions)}
     device = {key: value for key, value in named.items() if key in of_device}
-    return MeasureOptions(
-        **{key: value for key, value in named.items() if key not in of_device}
-    ), DeviceOptions(**device)
+    measure = {key: value for key, value in named.items() if key not in of_device}
+    return MeasureOptions(**measure), DeviceOptions(**device)
+
+
+def why_no_gpu() -> str | None:
+    """Return None where onnxruntime can use an NVIDIA GPU, else what is missing, in one line."""
+    from ...runtimes.onnxruntime_engine import device_memory_used_bytes
+
+    if device_memory_used_bytes() is None:
+        return (
+            "no GPU is measured here: the NVIDIA driver's management library finds none "
+            "(libnvidia-ml.so.1); run this on a machine with a GPU and its driver"
+        )
+    try:
+        import onnxruntime
+    except ImportError:
+        return "no GPU is measured here: onnxruntime is missing; pip install onnxruntime-gpu"
+    if GPU_PROVIDERS[0] not in onnxruntime.get_available_providers():
+        return (
+            f"no GPU is measured here: this onnxruntime {onnxruntime.__version__} has no "
+            f"{GPU_PROVIDERS[0]}; pip install onnxruntime-gpu in its place"
+        )
+    return None
+
+
+def gpu_providers() -> list[str]:
+    """Return the GPU providers of this onnxruntime, CUDA first."""
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    return [provider for provider in GPU_PROVIDERS if provider in available]

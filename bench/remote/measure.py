@@ -12,7 +12,7 @@ from ...core.errors import InputError
 from ...targets.catalog import load_target
 from ...targets.profile import TargetProfile
 from ..local.measure import Measurable, assemble, make_plan, measure_here
-from ..local.options import DeviceOptions, MeasureOptions, told_apart
+from ..local.options import DeviceOptions, MeasureOptions, split_options
 from ..local.progress import Progress, progress_bar
 from ..results.measurement import Measurement
 from .device_link import DeviceLink
@@ -32,7 +32,7 @@ def measure_on(
     name. Errors: InputError.
     """
     rest = {key: options.pop(key) for key in ("target", "quiet", "progress") if key in options}
-    how, device = told_apart({"threads": threads, **options})
+    how, device = split_options({"threads": threads, **options})
     return measure_at(address, artifacts, how, device, **rest)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import InputError
-from ..local.artifact_facts import Subject
+from ..local.artifact_facts import ArtifactFacts
 from ..local.conductor import RunnerProcess, ConductorError, conduct
 from ..local.options import CPU, DeviceOptions
 from ..local.progress import Progress
@@ -52,7 +52,7 @@ class There:
         return None
 
 
-def require_native(name: str, subject: Subject, providers: tuple[str, ...]) -> None:
+def require_native(name: str, subject: ArtifactFacts, providers: tuple[str, ...]) -> None:
     """Errors: InputError for what the native runner does not measure."""
     if subject.runtime != "onnxruntime":
         raise InputError(
@@ -69,7 +69,7 @@ def run_native(
     parent: str,
     found: Probe,
     plan: dict[str, Any],
-    subjects: Mapping[str, Subject],
+    subjects: Mapping[str, ArtifactFacts],
     options: DeviceOptions,
     tell: Progress,
 ) -> dict[str, Any]:

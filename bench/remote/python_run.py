@@ -19,7 +19,7 @@ from typing import Any
 
 from ...core.errors import InputError
 from ...runtimes import requirement
-from ..local.artifact_facts import Subject
+from ..local.artifact_facts import ArtifactFacts
 from ..local.options import DeviceOptions
 from ..local.progress import Progress
 from .device_link import DeviceLink, LinkLost, disk_full, is_disk_full, quote, size_bytes
@@ -127,7 +127,7 @@ def run_there(
     return raw
 
 
-def travel(plan: dict[str, Any], subjects: Mapping[str, Subject]) -> dict[str, Path | bytes]:
+def travel(plan: dict[str, Any], subjects: Mapping[str, ArtifactFacts]) -> dict[str, Path | bytes]:
     """The files by their names on the device; the paths in the plan are changed to those names."""
     files: dict[str, Path | bytes] = {
         name: PACKAGE / "bench" / "local" / name for name in TRAVELLERS
@@ -146,7 +146,7 @@ def travel(plan: dict[str, Any], subjects: Mapping[str, Subject]) -> dict[str, P
     return files
 
 
-def models(plan: dict[str, Any], subjects: Mapping[str, Subject]) -> dict[str, Path | bytes]:
+def models(plan: dict[str, Any], subjects: Mapping[str, ArtifactFacts]) -> dict[str, Path | bytes]:
     """The artifacts' files by their names on the device, which the plan's jobs are told."""
     files: dict[str, Path | bytes] = {}
     for number, (name, subject) in enumerate(subjects.items()):
@@ -160,7 +160,7 @@ def models(plan: dict[str, Any], subjects: Mapping[str, Subject]) -> dict[str, P
     return files
 
 
-def identity(link: DeviceLink, plan: dict[str, Any], subjects: Mapping[str, Subject]) -> str:
+def identity(link: DeviceLink, plan: dict[str, Any], subjects: Mapping[str, ArtifactFacts]) -> str:
     """The folder's name: the same for the same artifacts, measured in the same way, on the same
     device.
     """

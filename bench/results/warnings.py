@@ -94,7 +94,7 @@ def wrong_provider(asked: str, measured: Measurement) -> str | None:
     """The warning when the execution provider that was asked for did not run the model."""
     if asked == measured.provider:
         return None
-    return f"{asked} was asked for, but {measured.provider} ran the model: this is not {asked}'s time; check its driver and libraries"
+    return f"{asked} was requested, but {measured.provider} ran the model: this is not {asked}'s time; check its driver and libraries"
 
 
 def _samples(measured: Measurement, stopped_by: str, half_width: float | None) -> Iterator[str]:

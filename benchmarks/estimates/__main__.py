@@ -377,7 +377,7 @@ def _last_cache_bytes() -> int:
 
 def profile(path: Path) -> list[Any]:
     """Rows of the runtime's own profiler, one thread."""
-    from vitrim.bench.local.operators import profile_operators
+    from vitrim.bench.local.measure import profile_operators
 
     return list(profile_operators(path, 1, runs=10).rows)
 

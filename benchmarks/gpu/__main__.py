@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vitrim.bench.local.gpu import gpu_providers, why_no_gpu
+from vitrim.bench.local.options import gpu_providers, why_no_gpu
 
 HERE = Path(__file__).parent
 BATCHES = (1, 8, 32, 128)

@@ -18,7 +18,7 @@ from vitrim.bench.emulation import debian, preparation, prepare, ready, wheels
 from vitrim.bench.emulation.emulated import for_target, measure_emulated
 from vitrim.bench.emulation.emulator import RECORD, Emulator, read, record
 from vitrim.bench.emulation.place import locked, place
-from vitrim.bench.emulation.steps import step_lines
+from vitrim.bench.local.progress import step_lines
 from vitrim.bench.local.options import MeasureOptions
 from vitrim.bench.results.compare import compare
 from vitrim.bench.results.measurement import Environment, Measurement

@@ -14,7 +14,7 @@ from bench_samples import chain
 from vitrim.bench.local.measure import make_plan, measure
 from vitrim.core.errors import InputError
 from vitrim.runtimes import EngineError, open_engine
-from vitrim.runtimes.onnxruntime_engine import arena_bytes, room_for_another
+from vitrim.runtimes.onnxruntime_engine import arena_bytes, memory_for_second_process
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 gpu = pytest.mark.gpu
@@ -50,7 +50,7 @@ def test_without_copies_the_timed_call_leaves_the_answer_on_the_device(tmp_path:
     images = np.random.default_rng(1).standard_normal(engine.input_shape, dtype=np.float32)
     call = engine.timed_call(images)
     assert call() is None
-    assert np.array_equal(engine.answer_there.numpy(), engine.infer(images))  # type: ignore[attr-defined]
+    assert np.array_equal(engine.device_logits.numpy(), engine.infer(images))  # type: ignore[attr-defined]
 
 
 def test_with_copies_the_timed_call_brings_the_answer(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_without_a_gpu_one_line_says_what_to_do(tmp_path: Path) -> None:
 def test_the_benchmark_refuses_in_one_line_without_a_gpu(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from vitrim.bench.local.gpu import why_no_gpu
+    from vitrim.bench.local.options import why_no_gpu
 
     reason = why_no_gpu()
     assert reason is not None
@@ -162,8 +162,8 @@ def test_no_second_process_is_started_where_memory_is_short(
 ) -> None:
     (tmp_path / "status").write_text("Name:\tpython3\nVmRSS:\t  100000 kB\n")
     (tmp_path / "meminfo").write_text(f"MemTotal:  427072 kB\nMemAvailable:  {free} kB\n")
-    assert room_for_another(str(tmp_path / "status"), str(tmp_path / "meminfo")) is room
-    assert room_for_another(str(tmp_path / "absent"), str(tmp_path / "meminfo")) is True
+    assert memory_for_second_process(str(tmp_path / "status"), str(tmp_path / "meminfo")) is room
+    assert memory_for_second_process(str(tmp_path / "absent"), str(tmp_path / "meminfo")) is True
 
 
 def test_a_measurement_holds_the_arenas_bytes(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""Measuring for real, with models of microseconds: what is recorded, what is warned of, and how a
-runner may fail.
-"""
+"""Measurements of models of microseconds: what is recorded and warned of, how runners fail."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ from typing import Any
 import pytest
 from bench_samples import chain, images_with_labels, measurement
 from vitrim.bench.local import conductor
-from vitrim.bench.local.artifact_facts import open_subject
-from vitrim.bench.local.measure import measure, measure_interleaved
+from vitrim.bench.local.artifact_facts import artifact_facts
+from vitrim.bench.local.measure import measure, measure_interleaved, profile_operators
 from vitrim.bench.results.measurement import Environment, Measurement
 from vitrim.bench.results.warnings import warnings_for
 from vitrim.core.errors import InputError
@@ -25,17 +23,17 @@ from vitrim.core.storage import sha256_file
 QUICK: dict[str, Any] = {"time_limit_s": 1.0, "least_rounds": 4, "quiet": True}
 
 
-def test_two_models_are_measured_together(tmp_path: Path) -> None:
+def test_two_models_are_measured_in_one_session(tmp_path: Path) -> None:
     small, large = (
         chain(tmp_path / "small.onnx", width=64),
         chain(tmp_path / "large.onnx", width=1500),
     )
     data = images_with_labels(tmp_path / "d.npz", small)
-    told: list[tuple[float, str]] = []
+    reports: list[tuple[float, str]] = []
     found = measure_interleaved(
         {"small": small, "large": large},
         dataset=data,
-        progress=lambda s, t: told.append((s, t)),
+        progress=lambda share, text: reports.append((share, text)),
         **QUICK,
     )
     one, two = found["small"], found["large"]
@@ -51,11 +49,11 @@ def test_two_models_are_measured_together(tmp_path: Path) -> None:
     assert two.beyond_floor_rss_bytes > one.beyond_floor_rss_bytes + large.stat().st_size / 2
     assert one.environment.cpu_model
     assert one.environment.libraries["onnxruntime"] == one.runtime_version
-    assert told
-    assert all(0 <= share <= 1 for share, _ in told)
+    assert reports
+    assert all(0 <= share <= 1 for share, _ in reports)
     one.save(tmp_path / "one.json")
     assert Measurement.load(tmp_path / "one.json") == one
-    # Nothing private: no path, no host name.
+    # The file contains no path and no host name.
     text = (tmp_path / "one.json").read_text()
     assert str(tmp_path) not in text
     assert f'"{os.uname().nodename}"' not in text
@@ -82,7 +80,7 @@ def test_settings_are_applied_and_recorded(tmp_path: Path) -> None:
     assert found.name == "m"
 
 
-def test_runners_go_before_other_work_where_that_is_permitted(tmp_path: Path) -> None:
+def test_runners_get_a_high_priority_where_that_is_permitted(tmp_path: Path) -> None:
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     model = chain(tmp_path / "m.onnx")
     assert measure(model, priority="normal", **QUICK).niceness == mine
@@ -90,10 +88,10 @@ def test_runners_go_before_other_work_where_that_is_permitted(tmp_path: Path) ->
     assert high == (-20 if os.geteuid() == 0 else mine)
 
 
-def test_another_provider_than_asked_is_warned_of(tmp_path: Path) -> None:
+def test_another_provider_than_the_requested_one_is_warned_of(tmp_path: Path) -> None:
     found = measure(chain(tmp_path / "m.onnx"), providers=["AzureExecutionProvider"], **QUICK)
     assert (
-        "AzureExecutionProvider was asked for, but CPUExecutionProvider ran the model"
+        "AzureExecutionProvider was requested, but CPUExecutionProvider ran the model"
         in found.warnings[0]
     )
 
@@ -107,7 +105,7 @@ def test_another_provider_than_asked_is_warned_of(tmp_path: Path) -> None:
         ("broken.onnx", "broken.onnx: onnxruntime .* cannot load it"),
     ],
 )
-def test_what_is_no_artifact_is_refused_in_one_line(
+def test_an_invalid_artifact_is_refused_in_one_line(
     tmp_path: Path, name: str, message: str
 ) -> None:
     (tmp_path / "model.pt").write_bytes(b"x")
@@ -120,25 +118,25 @@ def test_what_is_no_artifact_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": 0}, "threads = 0: at least 1"),
+        ({"threads": 0}, "threads = 0: must be at least 1"),
         ({"time_limit_s": 0}, "must be above 0"),
         ({"dataset": "absent.npz"}, "absent.npz: no such data set"),
     ],
 )
-def test_bad_settings_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         measure_interleaved({"m": chain(tmp_path / "m.onnx")}, **{**QUICK, **options})
     with pytest.raises(InputError, match="nothing to measure"):
         measure_interleaved({})
 
 
-def test_a_killed_runner_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_killed_runner_is_reported_in_one_line(tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx")
     runner = conductor.RunnerProcess("victim", {"model": str(model)}, 60)
     threading.Timer(0.3, lambda: os.kill(runner.process.pid, signal.SIGKILL)).start()
     with pytest.raises(
         conductor.ConductorError,
-        match=r"victim: its process was ended by signal 9 \(a kill, most often because memory ran out\)",
+        match=r"victim: its process was ended by signal 9 \(a kill, most often because memory",
     ):
         _request_runs(runner)
 
@@ -148,7 +146,7 @@ def _request_runs(runner: conductor.RunnerProcess) -> None:
         runner.request("run", count=1000)
 
 
-def test_a_runner_that_hangs_is_stopped(tmp_path: Path) -> None:
+def test_a_hanging_runner_is_stopped(tmp_path: Path) -> None:
     runner = conductor.RunnerProcess("sleeper", {"model": str(chain(tmp_path / "m.onnx"))}, 60)
     runner.reply_limit_s = 0.3
     os.kill(runner.process.pid, signal.SIGSTOP)
@@ -175,7 +173,7 @@ def test_rounds_go_on_until_the_ratio_is_known() -> None:
     wild = [1.0 + 0.5 * (i % 3) for i in range(20)]
     assert conductor.widest({"a": steady, "b": steady}) < 0.01
     assert conductor.widest({"a": steady, "b": wild}) > 0.1
-    # Noise that both share does not count against their ratio.
+    # Noise that both models share cancels in their ratio.
     assert conductor.widest({"a": wild, "b": [2 * value for value in wild]}) == 0
     assert conductor.widest({"a": [1.0, 1.0]}) == float("inf")
 
@@ -187,24 +185,24 @@ def test_a_turn_holds_enough_calls(p50_s: float, count: int) -> None:
     assert conductor.samples_in_a_turn(p50_s, 0.1) == count
 
 
-def test_external_weights_count_and_seal(tmp_path: Path) -> None:
+def test_external_weights_are_part_of_the_size_and_the_digest(tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx")
-    alone = open_subject(model)
+    alone = artifact_facts(model)
     (tmp_path / "m.onnx.data").write_bytes(b"weights")
-    with_weights = open_subject(model)
+    with_weights = artifact_facts(model)
     assert with_weights.file_bytes == alone.file_bytes + 7
     assert with_weights.sha256 != alone.sha256
     assert [file.name for file in with_weights.files] == ["m.onnx", "m.onnx.data"]
 
 
-def warned(**changes: object) -> str:
+def all_warnings(**changes: object) -> str:
     fields = {"latency_s": (0.01,) * 100, "samples_per_turn": (5,) * 20, **changes}
     return " | ".join(warnings_for(measurement(**fields)))
 
 
 def test_a_quiet_machine_gives_no_warning() -> None:
     assert (
-        warned(
+        all_warnings(
             environment=Environment(
                 busy_cores_before=0.1, governor="performance", throttled="no", cores=4
             )
@@ -224,8 +222,8 @@ def test_a_quiet_machine_gives_no_warning() -> None:
         ({"temperature_after_c": 86.0}, "reached 86 °C"),
     ],
 )
-def test_each_trouble_of_the_machine_is_warned_of(where: dict[str, object], message: str) -> None:
-    assert message in warned(environment=Environment.model_validate(where))
+def test_each_problem_of_the_machine_is_warned_of(where: dict[str, object], message: str) -> None:
+    assert message in all_warnings(environment=Environment.model_validate(where))
 
 
 @pytest.mark.parametrize(
@@ -245,5 +243,27 @@ def test_each_trouble_of_the_machine_is_warned_of(where: dict[str, object], mess
         ),
     ],
 )
-def test_each_trouble_of_the_samples_is_warned_of(changes: dict[str, object], message: str) -> None:
-    assert message in warned(**changes)
+def test_each_problem_of_the_samples_is_warned_of(changes: dict[str, object], message: str) -> None:
+    assert message in all_warnings(**changes)
+
+
+def test_operator_rows_add_up_to_the_whole(tmp_path: Path) -> None:
+    table = profile_operators(chain(tmp_path / "m.onnx", width=400, layers=3), runs=5)
+    assert sum(table.share(row.seconds) for row in table.rows) == pytest.approx(1)
+    assert [row.seconds for row in table.rows] == sorted(
+        (row.seconds for row in table.rows), reverse=True
+    )
+    kinds = table.by_operator()
+    assert kinds["MatMul"][0] == 4
+    assert sum(seconds for _, seconds, _ in kinds.values()) == pytest.approx(table.seconds)
+    assert {
+        shape for row in table.rows if row.operator == "MatMul" for shape in row.output_shapes
+    } == {(1, 400), (1, 10)}
+
+
+def test_a_profile_of_no_run_or_of_a_broken_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="runs = 0: must be at least 1"):
+        profile_operators(chain(tmp_path / "m.onnx"), runs=0)
+    (tmp_path / "broken.onnx").write_bytes(b"x")
+    with pytest.raises(InputError, match="cannot load it"):
+        profile_operators(tmp_path / "broken.onnx")

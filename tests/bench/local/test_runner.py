@@ -169,7 +169,7 @@ def test_the_profile_has_a_row_for_every_operator(tmp_path: Path) -> None:
         ),
         (
             {"model": "m.onnx", "batch": 4},
-            "input 'image' has the fixed batch 1, and batch 4 was asked for",
+            "input 'image' has the fixed batch 1, and batch 4 was requested",
         ),
         (
             {"model": "m.onnx", "output": "scores"},
