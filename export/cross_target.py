@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
 from ..runtimes import EngineError
-from ..runtimes.apart import ask_apart
+from ..runtimes.subprocess_inference import infer_in_subprocess
 from ..targets.profile import TargetProfile
 from .artifact import Array, Parity
 from .capabilities import profile_of
@@ -104,7 +104,7 @@ def ask_elsewhere(
         "time_limit_s": EMULATED_S,
     }
     try:
-        logits, told = ask_apart(job, probe.images, command=found.command)
+        logits, told = infer_in_subprocess(job, probe.images, command=found.command)
     except EngineError as error:
         raise InputError(
             f"{order.target}: the artifact gave no answer under {found.emulator.name}: {error}; take another form, or name an empty folder in "

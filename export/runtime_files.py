@@ -14,7 +14,7 @@ from torch import nn
 from ..compress.network.modules.model import CompactModel
 from ..core.errors import InputError, UnsupportedModel
 from ..runtimes import EngineError
-from ..runtimes.apart import ask_apart
+from ..runtimes.subprocess_inference import infer_in_subprocess
 from .artifact import Array, FileEntry, Parity, entry_for
 from .cross_target import EMULATED_S
 from .forms import Form
@@ -107,7 +107,7 @@ def write_and_ask(
         **({} if written.command is None else {"time_limit_s": EMULATED_S}),
     }
     try:
-        logits, told = ask_apart(job, source.probe.images, command=written.command)
+        logits, told = infer_in_subprocess(job, source.probe.images, command=written.command)
     except EngineError as error:
         raise InputError(f"runtime {runtime.name}: what it wrote does not run: {error}") from None
     words = runtime.name if order.precision == "fp32" else f"{runtime.name} {order.precision}"

@@ -1,8 +1,7 @@
-"""How a model is opened and asked in each runtime, one file each.
+"""How each runtime opens and runs a model: one `<runtime>_engine.py` a runtime.
 
-Within vitrim this is `vitrim.runtimes`. On a device, where there is no vitrim, the runner loads the
-same folder from beside itself, so nothing here imports more than Python 3.9, numpy and the runtime
-that the job names.
+Within vitrim this is `vitrim.runtimes`. On a device without vitrim the runner loads the same folder
+from beside itself, so nothing here imports more than Python 3.9, numpy and the job's runtime.
 """
 
 from __future__ import annotations
@@ -36,23 +35,23 @@ def engine_names() -> list[str]:
 
 
 def open_engine(job: Json) -> Engine:
-    """The engine for job["runtime"] (default onnxruntime), its runtime imported, its model not yet
-    loaded. Errors: EngineError.
+    """The engine of job["runtime"], by default onnxruntime, with the model not yet loaded.
+
+    Raises:
+        EngineError: There is no such engine, or its runtime is not installed.
     """
     engine: Engine = _module(str(job.get("runtime") or "onnxruntime")).ENGINE(job)
     return engine
 
 
 def requirement(runtime: str) -> Requirement:
-    """What must be importable for a runtime's engine, and what pip is given for it. Imports nothing
-    of the runtime.
-    """
+    """What a runtime's engine needs; the runtime is not imported."""
     found: Requirement = _module(runtime).REQUIREMENT
     return found
 
 
 def _module(runtime: str) -> Any:
-    # A manifest is somebody else's text: only the name of a file that lies here becomes an import.
+    # Manifests are untrusted: only the name of an engine's file in this folder is imported.
     if runtime not in engine_names():
         raise EngineError(
             f"there is no engine for the runtime {runtime!r}; there are {', '.join(engine_names())}"

@@ -10,37 +10,39 @@ from .engine import EngineError
 
 
 class CompiledProgram:
-    """`model.so` with its entry `vitrim_network_run`. One inference at a time, also of two objects
-    of the same file, since the memory is the library's own.
+    """`model.so` with its entry `vitrim_network_run`.
+
+    One inference at a time, for all objects of the same file together: the memory is the library's.
+
+    Args:
+        path: The library.
+        shape: The shape of the images.
+        threads: How many threads are requested; the library may use fewer.
+
+    Raises:
+        EngineError: The file is not such a library, or takes images of another size.
     """
 
     def __init__(self, path: str, shape: list[int], threads: int) -> None:
         import numpy
 
+        name = os.path.basename(path)
         try:
             library = ctypes.CDLL(os.path.abspath(path))
             self._run = library.vitrim_network_run
         except OSError as error:
             raise EngineError(
-                f"{os.path.basename(path)}: cannot be loaded ({error}); export it for this machine"
+                f"{name}: cannot be loaded ({error}); export it for this machine"
             ) from None
         except AttributeError:
             raise EngineError(
-                f"{os.path.basename(path)}: has no vitrim_network_run; export the model again"
+                f"{name}: has no vitrim_network_run; export the model again"
             ) from None
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        library.vitrim_network_profile.argtypes = [ctypes.c_void_p] * 3
-        library.vitrim_network_failure.restype = library.vitrim_network_step.restype = (
-            ctypes.c_char_p
-        )
-        library.vitrim_network_arena_bytes.restype = ctypes.c_int64
-        library.vitrim_network_logit_numbers.restype = (
-            library.vitrim_network_image_numbers.restype
-        ) = ctypes.c_int64
-        wanted = int(library.vitrim_network_image_numbers())
-        if int(numpy.prod(shape)) != wanted:
+        _declare(library)
+        wanted, given = int(library.vitrim_network_image_numbers()), int(numpy.prod(shape))
+        if given != wanted:
             raise EngineError(
-                f"{os.path.basename(path)} takes {wanted} numbers, and the input's shape {shape} holds {int(numpy.prod(shape))}"
+                f"{name} takes {wanted} numbers, and the input's shape {shape} has {given}"
             )
         self.library = library
         self.shape = shape
@@ -49,12 +51,14 @@ class CompiledProgram:
 
     @property
     def arena_bytes(self) -> int:
-        """Memory that was planned for values between the kernels."""
+        """The memory planned for values between the kernels."""
         return int(self.library.vitrim_network_arena_bytes())
 
     def infer(self, images: Any) -> Any:
-        """Logits (batch, classes) float32 of images float32, C-contiguous. Errors: RuntimeError
-        with the kernel's words.
+        """Logits (batch, classes) float32 of C-contiguous images float32.
+
+        Raises:
+            RuntimeError: A kernel failed; the message is the kernel's.
         """
         import numpy
 
@@ -64,31 +68,31 @@ class CompiledProgram:
         return found
 
     def profile(self, images: Any, count: int) -> list[tuple[str, str, int, float]]:
-        """(node, kernel, calls, seconds of all calls) for each step, in order."""
+        """(node, kernel, calls, seconds of all calls) of each step, in order."""
         import numpy
 
-        steps = int(self.library.vitrim_network_steps())
+        library = self.library
+        steps = int(library.vitrim_network_steps())
         seconds = numpy.zeros(steps, dtype=numpy.float64)
         found = numpy.empty(self.logits, dtype=numpy.float32)
+        pointers = [array.ctypes.data for array in (images, found, seconds)]
         for _ in range(2):
             self.infer(images)
         for _ in range(count):
-            if (
-                self.library.vitrim_network_profile(
-                    images.ctypes.data, found.ctypes.data, seconds.ctypes.data
-                )
-                != 0
-            ):
+            if library.vitrim_network_profile(*pointers) != 0:
                 raise RuntimeError(self._failure())
-        names = [self.library.vitrim_network_step(number).decode() for number in range(steps)]
+        names = [library.vitrim_network_step(number).decode() for number in range(steps)]
         return [
             (f"{number}.{name}", name, count, float(seconds[number]))
             for number, name in enumerate(names)
         ]
 
     def watch(self, images: Any) -> list[tuple[str, bytes]]:
-        """(node, what it wrote) for each step, in order. Errors: EngineError where the library was
-        written before this could be asked.
+        """(node, bytes that it wrote) of each step, in order.
+
+        Raises:
+            EngineError: The library was exported by a version without this function.
+            RuntimeError: A kernel failed.
         """
         import numpy
 
@@ -97,24 +101,32 @@ class CompiledProgram:
         except AttributeError:
             raise EngineError("the model shows no inner values; export it again") from None
         seen: list[tuple[str, bytes]] = []
-        watcher = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
 
-        def told(number: int, written: int, size: int) -> None:
-            seen.append(
-                (
-                    f"{number}.{self.library.vitrim_network_step(number).decode()}",
-                    ctypes.string_at(written, size),
-                )
-            )
+        def record(number: int, written: int, size: int) -> None:
+            name = self.library.vitrim_network_step(number).decode()
+            seen.append((f"{number}.{name}", ctypes.string_at(written, size)))
 
-        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, watcher]
+        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, callback]
         found = numpy.empty(self.logits, dtype=numpy.float32)
-        if run(images.ctypes.data, found.ctypes.data, watcher(told)) != 0:
+        if run(images.ctypes.data, found.ctypes.data, callback(record)) != 0:
             raise RuntimeError(self._failure())
         return seen
 
     def _failure(self) -> str:
-        return (
-            str(self.library.vitrim_network_failure().decode(errors="replace"))
-            or "a kernel failed without a word"
-        )
+        message = str(self.library.vitrim_network_failure().decode(errors="replace"))
+        return message or "a kernel failed without a message"
+
+
+def _declare(library: Any) -> None:
+    """Set the C types of the library's functions."""
+    library.vitrim_network_run.argtypes = [ctypes.c_void_p] * 2
+    library.vitrim_network_profile.argtypes = [ctypes.c_void_p] * 3
+    for function in (library.vitrim_network_failure, library.vitrim_network_step):
+        function.restype = ctypes.c_char_p
+    for function in (
+        library.vitrim_network_arena_bytes,
+        library.vitrim_network_logit_numbers,
+        library.vitrim_network_image_numbers,
+    ):
+        function.restype = ctypes.c_int64

@@ -1,12 +1,18 @@
-"""What every runtime's engine has in common: open one model, answer one batch.
+"""The base class of all engines: open one model, run one batch.
 
-The files of this folder need Python 3.9 with numpy and their own runtime, and nothing of vitrim:
-copied to a device beside the runner they do the same work there.
+The files of this folder need Python 3.9, numpy and their own runtime, and nothing of vitrim: copied
+to a device beside the runner they work unchanged.
 
-Job: model (path of the main file; its siblings lie beside it), runtime, threads, batch (for a free
-batch dimension), output (name of the logits), input ({"name", "shape", "type"} as the manifest
-tells it, for files that do not), session (the runtime's own settings, text to text), and what a
-single runtime reads besides (providers, arena and spinning for onnxruntime).
+A job is a dict with
+
+- model: path of the main file; the other files of the artifact are in the same folder;
+- runtime, threads;
+- batch: the batch size, for a model with a free batch dimension;
+- output: name of the logits;
+- input: {"name", "shape", "type"} as in the manifest, for files that do not contain them;
+- session: the runtime's own settings, text to text;
+
+and with what a single engine reads besides (its docstring lists the keys).
 """
 
 from __future__ import annotations
@@ -16,37 +22,51 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Json = dict[str, Any]
-# A runtime that does not choose between devices ran on the processor.
+# The provider of runtimes that do not choose between devices.
 CPU = "CPU"
+_MOST_ERROR_CHARACTERS = 300
 
 
 class EngineError(Exception):
-    """One line that says why the model cannot be run here, and the way out."""
+    """Why a model cannot run here, and what to do about it, in one line."""
 
 
 class Requirement(NamedTuple):
-    """A module that must be importable, and what pip is given to install it."""
+    """What an engine needs.
+
+    Attributes:
+        module: The module that must be importable.
+        install: The arguments of `pip install` that provide it.
+    """
 
     module: str
     install: str
 
 
 class Engine:
-    """One model in one runtime. A subclass fills in every attribute below: `runtime` and `version`
-    in `__init__`, the others in `load`.
+    """One model in one runtime.
 
-    __init__(job) imports the runtime and opens nothing, since the memory floor is read after it;
-    load() opens the model.
+    `__init__` imports the runtime and opens nothing, since the runner reads the memory floor after
+    it; `load` opens the model. A subclass sets `runtime` and `version` in `__init__`, the other
+    attributes in `load`.
+
+    Attributes:
+        runtime: The runtime's name.
+        version: The runtime's version.
+        provider: The device that runs the model.
+        provider_nodes: How many nodes run on each provider; None where the runtime does not report
+            it.
+        copies_timed: On a GPU, whether timed calls include copies between host and device; None
+            elsewhere.
+        input_name, input_shape, input_type: The model's input; the type is numpy's name.
+        output_name: The output with the logits.
     """
 
     runtime = ""
     version = ""
-    # Which device really ran, and how many nodes ran where; None where the runtime does not tell.
     provider: str | None = CPU
-    # On a GPU: whether what is timed includes carrying the images there and the logits back. None
-    # elsewhere.
-    copies_timed: bool | None = None
     provider_nodes: dict[str, int] | None = None
+    copies_timed: bool | None = None
     input_name = "images"
     input_shape: list[int]
     input_type = "float32"
@@ -56,43 +76,58 @@ class Engine:
         self.job = job
 
     def load(self) -> None:
-        """Open job["model"] with job["threads"]. Errors: EngineError."""
+        """Open job["model"] with job["threads"]; raises EngineError."""
         raise NotImplementedError
 
     def infer(self, images: Any) -> Any:
-        """Logits (batch, classes) float32 of images of `input_shape` and `input_type`,
-        C-contiguous.
+        """Compute logits.
+
+        Args:
+            images: C-contiguous, of `input_shape` and `input_type`.
+
+        Returns:
+            Logits (batch, classes) float32.
         """
         raise NotImplementedError
 
     def profile(self, images: Any, count: int) -> list[Json]:
-        """One row an operator: node, operator, provider, output_shapes, calls, seconds (of one
-        inference). Errors: EngineError.
+        """Time each operator.
+
+        Args:
+            images: As for `infer`.
+            count: Number of inferences.
+
+        Returns:
+            One row an operator: node, operator, provider, output_shapes, calls, and seconds (of one
+            inference).
+
+        Raises:
+            EngineError: The runtime has no profiler.
         """
         raise EngineError(
-            f"{self.runtime} has no profile of its operators here; measure without it, or profile the onnxruntime artifact"
+            f"{self.runtime} has no profile of its operators here; "
+            "measure without it, or profile the onnxruntime artifact"
         )
 
     def timed_call(self, images: Any) -> Callable[[], Any]:
-        """What a timing calls: one whole answer. A device that works behind the program's back is
-        waited for.
+        """The function that a benchmark times: one inference, complete when it returns.
 
-        With job["copies"] false an engine on a GPU leaves images and logits there, and what is
-        timed is its work alone.
+        Where the device works asynchronously the function waits for it. With job["copies"] false an
+        engine on a GPU leaves images and logits on the device, and only computation is timed.
         """
         infer = self.infer
         return lambda: infer(images)
 
     def arena_bytes(self) -> int | None:
-        """The highest that the runtime's own allocator held, where it tells."""
+        """The peak of the runtime's own allocator; None where the runtime does not report it."""
         return None
 
     def device_memory_peak_bytes(self) -> int | None:
-        """The most that was taken of a GPU's memory, where the model runs on one that tells."""
+        """The peak of GPU memory; None without a GPU, or where it is not reported."""
         return None
 
     def require_file(self) -> str:
-        """The path of the model. Errors: EngineError where no file is there."""
+        """The path of the model; raises EngineError if there is no such file."""
         path = str(self.job["model"])
         if not os.path.isfile(path):
             raise EngineError(
@@ -100,59 +135,88 @@ class Engine:
             )
         return path
 
-    def take_input(
-        self, told: list[Any] | None = None, kind: str | None = None, name: str | None = None
+    def set_input(
+        self, shape: list[Any] | None = None, dtype: str | None = None, name: str | None = None
     ) -> None:
-        """Set the input from what the file tells (free sizes are anything but whole numbers above
-        0), else from the job. Errors: EngineError.
+        """Set `input_name`, `input_shape` and `input_type`.
+
+        Args:
+            shape: The shape in the model's file; free sizes are anything but positive integers. By
+                default the shape in the job.
+            dtype: The type in the model's file, by default the job's.
+            name: The name in the model's file, by default the job's.
+
+        Raises:
+            EngineError: No shape is given, or a size stays free.
         """
         given = self.job.get("input") or {}
         self.input_name = name or given.get("name") or self.input_name
-        self.input_type = kind or given.get("type") or self.input_type
-        shape = told if told is not None else given.get("shape")
+        self.input_type = dtype or given.get("type") or self.input_type
+        if shape is None:
+            shape = given.get("shape")
         if not shape:
             raise EngineError(
-                "the model's file does not tell its input, and the job does not either; measure an artifact's folder"
+                "neither the model's file nor the job contains the shape of the input; "
+                "measure an artifact's folder"
             )
         self.input_shape = concrete_shape(self.input_name, list(shape), self.job.get("batch"))
 
     def cannot_load(self, error: BaseException) -> EngineError:
-        """The one line for a file that the runtime refuses."""
+        """The error for a file that the runtime refuses."""
+        name = os.path.basename(str(self.job["model"]))
         return EngineError(
-            f"{os.path.basename(str(self.job['model']))}: {self.runtime} {self.version} cannot load it: {one_line(error)}"
+            f"{name}: {self.runtime} {self.version} cannot load it: {one_line(error)}"
         )
 
 
-def concrete_shape(name: str, shape: list[Any], asked: int | None) -> list[int]:
-    """A shape without free sizes: a free first dimension becomes the batch that was asked for, or
-    1. Errors: EngineError.
+def concrete_shape(name: str, shape: list[Any], batch: int | None) -> list[int]:
+    """A shape without free sizes.
+
+    Args:
+        name: The input's name, for messages.
+        shape: Sizes; free ones are anything but positive integers.
+        batch: The size of a free first dimension, by default 1.
+
+    Raises:
+        EngineError: Another dimension is free, or the first is fixed to another size than `batch`.
     """
-    batch = int(asked or 1)
+    wanted = int(batch or 1)
     found = []
     for position, size in enumerate(shape):
         if isinstance(size, int) and size > 0:
-            if position == 0 and asked and size != batch:
+            if position == 0 and batch and size != wanted:
                 raise EngineError(
-                    f"input {name!r} has the fixed batch {size}, and batch {batch} was asked for; export it so, or with a free batch"
+                    f"input {name!r} has the fixed batch {size}, and batch {wanted} was requested; "
+                    "export the model with that batch, or with a free batch"
                 )
             found.append(size)
         elif position == 0:
-            found.append(batch)
+            found.append(wanted)
         else:
             raise EngineError(
-                f"input {name!r} leaves dimension {position} open ({shape}); export the model with fixed image sizes"
+                f"input {name!r} leaves dimension {position} open ({shape}); "
+                "export the model with fixed image sizes"
             )
     return found
 
 
 def missing(runtime: str, error: BaseException, needed: Requirement) -> EngineError:
-    """The one line for a runtime that is not installed."""
+    """The error for a runtime that is not installed.
+
+    Args:
+        runtime: The runtime's name.
+        error: What importing it raised.
+        needed: What to install.
+    """
     return EngineError(
-        f"the runtime {runtime} is missing here: {one_line(error)}; install it with `python3 -m pip install {needed.install} numpy`"
+        f"the runtime {runtime} is missing here: {one_line(error)}; "
+        f"install it with `python3 -m pip install {needed.install} numpy`"
     )
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text on one line of at most 300 letters."""
+    """An error's text on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    if len(text) <= _MOST_ERROR_CHARACTERS:
+        return text
+    return text[: _MOST_ERROR_CHARACTERS - 3] + "..."

@@ -1,6 +1,4 @@
-"""ExecuTorch: `.pte` files, with what XNNPACK takes on XNNPACK and the rest on ExecuTorch's own
-kernels.
-"""
+"""ExecuTorch: `.pte` files, on XNNPACK where it has the operator, else on ExecuTorch's kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +10,9 @@ REQUIREMENT = Requirement("executorch", "executorch")
 
 
 class ExecuTorchEngine(Engine):
-    """The method `forward` of a program. ExecuTorch's Python needs torch, whose memory is below the
-    floor.
+    """The method `forward` of a program.
+
+    ExecuTorch's Python imports torch, whose memory therefore counts to the floor.
     """
 
     runtime = "executorch"
@@ -32,23 +31,27 @@ class ExecuTorchEngine(Engine):
         self.version = metadata.version("executorch")
 
     def load(self) -> None:
+        """Open the model; see `Engine.load`."""
         path = self.require_file()
         threads = int(self.job.get("threads", 1))
         self.torch.set_num_threads(threads)
-        # The pool is made at the first use, with a thread a core.
+        # The pool is created at its first use, with a thread a core.
         self.library._unsafe_reset_threadpool(threads)
-        if self.library._threadpool_get_thread_count() != threads:
+        found = self.library._threadpool_get_thread_count()
+        if found != threads:
             raise EngineError(
-                f"ExecuTorch took {self.library._threadpool_get_thread_count()} threads, and {threads} were asked for; give another number"
+                f"ExecuTorch uses {found} threads, and {threads} were requested; "
+                "give another number"
             )
         try:
             self.method = self.runtimes.get().load_program(path).load_method("forward")
         except Exception as error:
             raise self.cannot_load(error) from None
-        told = self.method.metadata.input_tensor_meta(0)
-        self.take_input([int(size) for size in told.sizes()])
+        sizes = self.method.metadata.input_tensor_meta(0).sizes()
+        self.set_input([int(size) for size in sizes])
 
     def infer(self, images: Any) -> Any:
+        """Run the model; see `Engine.infer`."""
         return self.method.execute([self.torch.from_numpy(images)])[0].numpy()
 
 

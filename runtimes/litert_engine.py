@@ -1,4 +1,4 @@
-"""LiteRT (once TensorFlow Lite): `.tflite` files, on its XNNPACK delegate."""
+"""LiteRT (formerly TensorFlow Lite): `.tflite` files, on its XNNPACK delegate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ REQUIREMENT = Requirement("ai_edge_litert", "ai-edge-litert")
 
 
 class LiteRtEngine(Engine):
-    """An interpreter, which takes its XNNPACK delegate by itself."""
+    """An interpreter, which applies the XNNPACK delegate without being configured."""
 
     runtime = "litert"
 
@@ -22,31 +22,33 @@ class LiteRtEngine(Engine):
             raise missing(self.runtime, error, REQUIREMENT) from None
         from importlib import metadata
 
-        self.interpreters = Interpreter
+        self.interpreter_class = Interpreter
         self.version = metadata.version("ai-edge-litert")
 
     def load(self) -> None:
+        """Open the model; see `Engine.load`."""
         path = self.require_file()
         try:
-            self.interpreter = self.interpreters(path, num_threads=int(self.job.get("threads", 1)))
+            threads = int(self.job.get("threads", 1))
+            self.interpreter = self.interpreter_class(path, num_threads=threads)
             self.interpreter.allocate_tensors()
         except Exception as error:
             raise self.cannot_load(error) from None
-        inputs, outputs = (
-            self.interpreter.get_input_details(),
-            self.interpreter.get_output_details(),
-        )
+        inputs = self.interpreter.get_input_details()
+        outputs = self.interpreter.get_output_details()
         if len(inputs) != 1 or not outputs:
             raise EngineError(
-                f"the model has {len(inputs)} inputs and {len(outputs)} outputs; an image classifier with one of each is measured"
+                f"the model has {len(inputs)} inputs and {len(outputs)} outputs; "
+                "an image classifier with one of each is measured"
             )
-        self.take_input([int(size) for size in inputs[0]["shape"]], inputs[0]["dtype"].__name__)
-        self.fed, self.told = inputs[0]["index"], outputs[0]["index"]
+        self.set_input([int(size) for size in inputs[0]["shape"]], inputs[0]["dtype"].__name__)
+        self.input_index, self.output_index = inputs[0]["index"], outputs[0]["index"]
 
     def infer(self, images: Any) -> Any:
-        self.interpreter.set_tensor(self.fed, images)
+        """Run the model; see `Engine.infer`."""
+        self.interpreter.set_tensor(self.input_index, images)
         self.interpreter.invoke()
-        return self.interpreter.get_tensor(self.told)
+        return self.interpreter.get_tensor(self.output_index)
 
 
 ENGINE = LiteRtEngine

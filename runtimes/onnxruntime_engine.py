@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -12,24 +13,23 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from .device_memory import device_memory_used_bytes
-from .engine import Engine, EngineError, Json, Requirement, missing, one_line
+from .engine import Engine, EngineError, Json, Requirement, missing
 
 REQUIREMENT = Requirement("onnxruntime", "onnxruntime")
 CPU_PROVIDER = "CPUExecutionProvider"
-# Providers whose memory is not the program's: images and logits are bound there, so that copies are
-# made when they are meant to be.
+# Providers with memory of their own: images and logits are bound there, so that copies happen only
+# where they are to be timed.
 DEVICES = {
     "CUDAExecutionProvider": "cuda",
     "TensorrtExecutionProvider": "cuda",
     "NvTensorRTRTXExecutionProvider": "cuda",
 }
-# What replays a recorded CUDA graph instead of launching each kernel anew.
+# The option that replays a recorded CUDA graph instead of launching each kernel.
 GRAPH_OPTIONS = {
     "CUDAExecutionProvider": "enable_cuda_graph",
     "TensorrtExecutionProvider": "trt_cuda_graph_enable",
 }
-# One inference with the log on, for what the arena tells there.
+# One inference with logging on, for the arena's lines in the log.
 ARENA_SCRIPT = """
 import json, sys
 import numpy, onnxruntime
@@ -51,9 +51,11 @@ NUMPY_TYPES = {
 
 
 class OnnxRuntimeEngine(Engine):
-    """A session. Of the job it also reads providers, provider_options ({provider: {key: text}}),
-    arena, spinning and session (config entries); on a GPU device ("cuda", by the provider), copies
-    (true: they are timed) and cuda_graph.
+    """An inference session.
+
+    It also reads these keys of the job: providers, provider_options ({provider: {key: text}}),
+    arena, spinning, session (config entries); on a GPU device ("cuda", by default from the
+    provider), copies (whether they are timed) and cuda_graph (replay a recorded graph).
     """
 
     runtime = "onnxruntime"
@@ -68,23 +70,27 @@ class OnnxRuntimeEngine(Engine):
         self.version = onnxruntime.__version__
 
     def load(self) -> None:
+        """Open the model; see `Engine.load`."""
         options = self._options()
-        asked = list(self.job.get("providers") or [CPU_PROVIDER])
-        if asked != [CPU_PROVIDER]:
+        providers = list(self.job.get("providers") or [CPU_PROVIDER])
+        assigns = providers != [CPU_PROVIDER]
+        if assigns:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        self.device_floor_bytes = device_memory_used_bytes() if asked[0] in DEVICES else None
+        self.device_floor_bytes = device_memory_used_bytes() if providers[0] in DEVICES else None
         self.session = self._open(options, graph=bool(self.job.get("cuda_graph")))
         inputs = self.session.get_inputs()
         if len(inputs) != 1:
+            names = ", ".join(entry.name for entry in inputs)
             raise EngineError(
-                f"the model has {len(inputs)} inputs ({', '.join(i.name for i in inputs)}); an image classifier with one is measured"
+                f"the model has {len(inputs)} inputs ({names}); "
+                "an image classifier with one is measured"
             )
-        found = inputs[0]
-        if found.type not in NUMPY_TYPES:
+        only = inputs[0]
+        if only.type not in NUMPY_TYPES:
             raise EngineError(
-                f"input {found.name!r} is a {found.type}; it can be one of {', '.join(NUMPY_TYPES)}"
+                f"input {only.name!r} is a {only.type}; it can be one of {', '.join(NUMPY_TYPES)}"
             )
-        self.take_input(found.shape, NUMPY_TYPES[found.type], found.name)
+        self.set_input(only.shape, NUMPY_TYPES[only.type], only.name)
         outputs = [output.name for output in self.session.get_outputs()]
         self.output_name = self.job.get("output") or (
             "logits" if "logits" in outputs else outputs[0]
@@ -93,8 +99,7 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(
                 f"the model has no output {self.output_name!r}; it has {', '.join(outputs)}"
             )
-        self.provider_nodes = nodes_by_provider(self.session) if asked != [CPU_PROVIDER] else None
-        nodes = self.provider_nodes
+        self.provider_nodes = nodes = nodes_by_provider(self.session) if assigns else None
         self.provider = (
             max(nodes, key=nodes.__getitem__) if nodes else self.session.get_providers()[0]
         )
@@ -104,21 +109,23 @@ class OnnxRuntimeEngine(Engine):
             self.copies_timed = bool(self.job.get("copies", True))
 
     def infer(self, images: Any) -> Any:
+        """Run the model; see `Engine.infer`."""
         if not self.device:
             return self.session.run([self.output_name], {self.input_name: images})[0]
         if self.bound is None:
             self._bind(images)
-        self.images_there.update_inplace(images)
+        self.device_images.update_inplace(images)
         self.session.run_with_iobinding(self.bound)
-        # Reading the answer waits for the device.
-        return self.answer_there.numpy()
+        # Copying the logits to the host waits for the device.
+        return self.device_logits.numpy()
 
     def timed_call(self, images: Any) -> Callable[[], Any]:
+        """The function to time; see `Engine.timed_call`."""
         if not self.device or self.copies_timed:
             return super().timed_call(images)
         if self.bound is None:
             self._bind(images)
-        self.images_there.update_inplace(images)
+        self.device_images.update_inplace(images)
         run, bound = self.session.run_with_iobinding, self.bound
 
         def call() -> None:
@@ -129,51 +136,49 @@ class OnnxRuntimeEngine(Engine):
 
     def _bind(self, images: Any) -> None:
         # A recorded graph reads and writes at the addresses that it was recorded with, so both
-        # places are taken once.
+        # buffers are allocated once.
         values = self.module.OrtValue
         outputs = [
             output for output in self.session.get_outputs() if output.name == self.output_name
         ]
         shape = [size if isinstance(size, int) else images.shape[0] for size in outputs[0].shape]
-        self.images_there = values.ortvalue_from_numpy(images, self.device, 0)
-        self.answer_there = values.ortvalue_from_shape_and_type(
+        self.device_images = values.ortvalue_from_numpy(images, self.device, 0)
+        self.device_logits = values.ortvalue_from_shape_and_type(
             shape, NUMPY_TYPES[outputs[0].type], self.device, 0
         )
         self.bound = self.session.io_binding()
-        self.bound.bind_ortvalue_input(self.input_name, self.images_there)
-        self.bound.bind_ortvalue_output(self.output_name, self.answer_there)
+        self.bound.bind_ortvalue_input(self.input_name, self.device_images)
+        self.bound.bind_ortvalue_output(self.output_name, self.device_logits)
 
     def device_memory_peak_bytes(self) -> int | None:
-        # The runtime's arenas on the device never shrink, so what is taken now is the most that
-        # was.
-        now = None if self.device_floor_bytes is None else device_memory_used_bytes()
-        return (
-            None
-            if now is None or self.device_floor_bytes is None
-            else max(0, now - self.device_floor_bytes)
-        )
+        """The peak of GPU memory."""
+        # The runtime's arenas on the device never shrink, so the present use is the peak.
+        floor = self.device_floor_bytes
+        now = None if floor is None else device_memory_used_bytes()
+        return None if now is None or floor is None else max(0, now - floor)
 
     def arena_bytes(self) -> int | None:
-        """Bytes that the arena took, weights included; None without an arena, where memory is
-        short, or on a GPU, whose engine would be built once more.
+        """The arena's bytes, weights included.
+
+        None without an arena, where memory is short, or on a GPU, whose engine would have to be
+        built a second time.
         """
-        if not self.job.get("arena", True) or self.device or not room_for_another():
+        if not self.job.get("arena", True) or self.device or not memory_for_second_process():
             return None
         # Python's onnxruntime shows no allocator statistics (the C API does since 1.23,
-        # AllocatorGetStats), but the arena tells its log what it takes. In another process: the log
-        # has to be on from the start, and a second session here would be memory that the model does
-        # not need.
-        keys = {
+        # AllocatorGetStats), but the arena logs its allocations. Another process, because logging
+        # has to be on from the start, and a second session here would count as the model's memory.
+        task = {
             "model": self.job["model"],
             "threads": int(self.job.get("threads", 1)),
             "session": dict(self.job.get("session") or {}),
+            "shape": self.input_shape,
+            "type": self.input_type,
+            "input": self.input_name,
         }
-        task = json.dumps(
-            {**keys, "shape": self.input_shape, "type": self.input_type, "input": self.input_name}
-        )
         try:
             done = subprocess.run(
-                [sys.executable, "-c", ARENA_SCRIPT, task],
+                [sys.executable, "-c", ARENA_SCRIPT, json.dumps(task)],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 timeout=120,
@@ -184,8 +189,8 @@ class OnnxRuntimeEngine(Engine):
         return arena_bytes(done.stderr.decode(errors="replace"))
 
     def profile(self, images: Any, count: int) -> list[Json]:
-        # A second session: the profiler cannot be switched on later, and would cost the timed one
-        # time.
+        """Time each operator; see `Engine.profile`."""
+        # A second session: profiling cannot be switched on later, and slows the session down.
         folder = tempfile.mkdtemp(prefix="vitrim-profile-")
         try:
             options = self._options()
@@ -210,8 +215,8 @@ class OnnxRuntimeEngine(Engine):
             "session.intra_op.allow_spinning", "1" if job.get("spinning") else "0"
         )
         if job.get("spinning"):
-            # Threads may wait busily inside a call, but not after it: a neighbour that is measured
-            # in turn would pay for that.
+            # Threads spin inside a call, not after it: models that are measured alternately would
+            # slow each other down.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         for key, value in (job.get("session") or {}).items():
             options.add_session_config_entry(key, value)
@@ -223,8 +228,9 @@ class OnnxRuntimeEngine(Engine):
         for provider in providers:
             if provider not in available:
                 raise EngineError(
-                    f"this onnxruntime {self.version} has no {provider} (it has {', '.join(available)}); "
-                    "install the onnxruntime build for that device, or ask for a provider that is there"
+                    f"this onnxruntime {self.version} has no {provider} "
+                    f"(it has {', '.join(available)}); install the onnxruntime build "
+                    "for that device, or request a provider that it has"
                 )
         path = self.require_file()
         given = self.job.get("provider_options") or {}
@@ -237,18 +243,14 @@ class OnnxRuntimeEngine(Engine):
                 path, options, providers=providers, provider_options=settings
             )
         except Exception as error:
-            raise EngineError(
-                f"{os.path.basename(path)}: onnxruntime {self.version} cannot load it: {one_line(error)}"
-            ) from None
+            raise self.cannot_load(error) from None
 
 
 ENGINE = OnnxRuntimeEngine
 
 
 def nodes_by_provider(session: Any) -> dict[str, int] | None:
-    """How many nodes each execution provider really took; None where this onnxruntime does not
-    tell.
-    """
+    """How many nodes run on each execution provider; None where onnxruntime does not report it."""
     try:
         counts: dict[str, int] = {}
         for subgraph in session.get_provider_graph_assignment_info():
@@ -258,9 +260,14 @@ def nodes_by_provider(session: Any) -> dict[str, int] | None:
         return None
 
 
-def room_for_another(status: str = "/proc/self/status", meminfo: str = "/proc/meminfo") -> bool:
-    """Whether a second process like this one fits into what is free with room to spare; True where
-    the system does not tell.
+def memory_for_second_process(
+    status: str = "/proc/self/status", meminfo: str = "/proc/meminfo"
+) -> bool:
+    """Whether twice this process's memory is free; True where the system does not report it.
+
+    Args:
+        status: The file with this process's resident memory.
+        meminfo: The file with the system's available memory.
     """
     kilobytes = {}
     for path, key in ((status, "VmRSS:"), (meminfo, "MemAvailable:")):
@@ -275,9 +282,7 @@ def room_for_another(status: str = "/proc/self/status", meminfo: str = "/proc/me
 
 
 def arena_bytes(log: str) -> int | None:
-    """The bytes that the CPU arena says it holds at the end of a log; None where no arena
-    speaks.
-    """
+    """The bytes that the CPU arena holds at the end of a log; None if the log has no arena."""
     name, held = "", None
     for line in log.splitlines():
         if found := re.search(r"BFCArena for (\w+)", line):
@@ -287,14 +292,20 @@ def arena_bytes(log: str) -> int | None:
         if found := re.search(r"Reserving memory in BFCArena for Cpu size: (\d+)", line):
             held = (held or 0) + int(found[1])
         elif found := re.search(r"Total allocated bytes: (\d+)", line):
-            # This total holds what was reserved before it.
+            # This total includes what was reserved before it.
             held = int(found[1])
     return held
 
 
 def operator_rows(trace: list[Json], count: int) -> list[Json]:
-    """Rows (node, operator, provider, calls, seconds of one inference) from a trace, its first two
-    runs left out as warm-up.
+    """One row an operator from a trace, without its warm-up runs.
+
+    Args:
+        trace: The events of the trace.
+        count: How many runs count, the last ones.
+
+    Returns:
+        Rows as of `Engine.profile`, the slowest operator first.
     """
     found: dict[str, list[Json]] = {}
     for event in trace:
@@ -304,8 +315,7 @@ def operator_rows(trace: list[Json], count: int) -> list[Json]:
     for node, events in found.items():
         kept = events[-count:]
         args = kept[0].get("args", {})
-        # The median: one interruption of a busy machine is longer than all calls of an operator
-        # together.
+        # The median: one interruption on a busy machine takes longer than all calls of an operator.
         spent = sorted(event["dur"] for event in kept)
         middle = (spent[(len(spent) - 1) // 2] + spent[len(spent) // 2]) / 2
         rows.append(
@@ -323,3 +333,36 @@ def operator_rows(trace: list[Json], count: int) -> list[Json]:
             }
         )
     return sorted(rows, key=lambda row: -float(row["seconds"]))
+
+
+class _MemoryInfo(ctypes.Structure):
+    _fields_ = [
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    ]
+
+
+def device_memory_used_bytes(index: int = 0) -> int | None:
+    """Memory of an NVIDIA GPU in use by all programs, as the driver counts it.
+
+    The difference of two readings is what was allocated between them.
+
+    Args:
+        index: The GPU's number.
+
+    Returns:
+        Bytes, or None without such a GPU.
+    """
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, info = ctypes.c_void_p(), _MemoryInfo()
+    if (
+        library.nvmlInit_v2() != 0
+        or library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0
+        or library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(info)) != 0
+    ):
+        return None
+    return int(info.used)

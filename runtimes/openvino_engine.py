@@ -11,8 +11,9 @@ DEVICE = "CPU"
 
 
 class OpenVinoEngine(Engine):
-    """A compiled model and one request. `session` of the job holds properties such as
-    INFERENCE_PRECISION_HINT.
+    """A compiled model and one inference request.
+
+    The session contains properties such as INFERENCE_PRECISION_HINT.
     """
 
     runtime = "openvino"
@@ -27,18 +28,19 @@ class OpenVinoEngine(Engine):
         self.version = str(openvino.__version__).split("-")[0]
 
     def load(self) -> None:
+        """Open the model; see `Engine.load`."""
         path = self.require_file()
         core = self.module.Core()
         wanted = self._properties()
         try:
             model = core.read_model(path)
             if model.is_dynamic():
-                taken = model.inputs[0]
-                free = [
+                only = model.inputs[0]
+                shape = [
                     size.get_length() if size.is_static else None
-                    for size in taken.get_partial_shape()
+                    for size in only.get_partial_shape()
                 ]
-                self.take_input(free, name=taken.get_any_name())
+                self.set_input(shape, name=only.get_any_name())
                 model.reshape(self.input_shape)
             self.compiled = core.compile_model(model, DEVICE, wanted)
         except EngineError:
@@ -47,11 +49,12 @@ class OpenVinoEngine(Engine):
             raise self.cannot_load(error) from None
         if len(self.compiled.inputs) != 1:
             raise EngineError(
-                f"the model has {len(self.compiled.inputs)} inputs; an image classifier with one is measured"
+                f"the model has {len(self.compiled.inputs)} inputs; "
+                "an image classifier with one is measured"
             )
-        taken = self.compiled.inputs[0]
-        kind = taken.get_element_type().to_dtype().name
-        self.take_input([int(size) for size in taken.shape], kind, taken.get_any_name())
+        only = self.compiled.inputs[0]
+        dtype = only.get_element_type().to_dtype().name
+        self.set_input([int(size) for size in only.shape], dtype, only.get_any_name())
         outputs = [output.get_any_name() for output in self.compiled.outputs]
         self.output_name = self.job.get("output") or outputs[0]
         if self.output_name not in outputs:
@@ -65,8 +68,9 @@ class OpenVinoEngine(Engine):
         self.position = outputs.index(self.output_name)
 
     def infer(self, images: Any) -> Any:
-        # The request reads the images where they lie; binding them anew costs 2 % of DeiT-T, so
-        # what was bound stays. The next call writes over its answer, so that is copied.
+        """Run the model; see `Engine.infer`."""
+        # The request reads the images in place. Binding costs 2 % of DeiT-T, so the same array is
+        # bound once. The next call overwrites the output, so it is copied.
         if images is not self.bound:
             self.request.set_input_tensor(
                 self.module.Tensor(images, shared_memory=images.flags.writeable)
@@ -76,7 +80,8 @@ class OpenVinoEngine(Engine):
         return self.request.get_output_tensor(self.position).data.copy()
 
     def profile(self, images: Any, count: int) -> list[Json]:
-        # Counters slow every call, so they belong to a compiled model of their own.
+        """Time each operator; see `Engine.profile`."""
+        # Counters slow every call, so the profile uses a second compiled model.
         compiled = self.module.Core().compile_model(
             str(self.job["model"]), DEVICE, {**self._properties(), "PERF_COUNT": True}
         )
@@ -93,22 +98,22 @@ class OpenVinoEngine(Engine):
             request.infer({0: images})
             if number < 2:
                 continue
-            for told in request.profiling_info:
-                if "EXECUTED" not in str(told.status):
+            for info in request.profiling_info:
+                if "EXECUTED" not in str(info.status):
                     continue
                 row = rows.setdefault(
-                    told.node_name,
+                    info.node_name,
                     {
-                        "node": told.node_name,
-                        "operator": told.node_type,
-                        "provider": told.exec_type,
-                        "output_shapes": shapes.get(told.node_name, []),
+                        "node": info.node_name,
+                        "operator": info.node_type,
+                        "provider": info.exec_type,
+                        "output_shapes": shapes.get(info.node_name, []),
                         "calls": 0,
                         "seconds": 0.0,
                     },
                 )
                 row["calls"] += 1
-                row["seconds"] += told.real_time.total_seconds() / count
+                row["seconds"] += info.real_time.total_seconds() / count
         return sorted(rows.values(), key=lambda row: -float(row["seconds"]))
 
     def _properties(self) -> Json:
@@ -116,25 +121,24 @@ class OpenVinoEngine(Engine):
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": int(self.job.get("threads", 1)),
-            # Whoever measures pins the process; a runtime that pins its threads besides would leave
-            # the CPUs it was given.
+            # The runner pins the process; a runtime that pins its threads too would leave the
+            # process's CPUs.
             "ENABLE_CPU_PINNING": False,
-            # Left to itself OpenVINO computes in bfloat16 where the processor can.
+            # By default OpenVINO computes in bfloat16 where the processor supports it.
             "INFERENCE_PRECISION_HINT": "f32",
             **(self.job.get("session") or {}),
         }
 
     def _check_precision(self, wanted: Json) -> None:
-        """Refuse a model that runs in another precision than was asked for: its times would be
-        another model's.
-        """
+        """Raise EngineError if the model runs in another precision than requested."""
         names = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-        told = self.compiled.get_property("INFERENCE_PRECISION_HINT")
-        name = told.to_string() if hasattr(told, "to_string") else str(told)
-        found = names.get(name, name)
-        if found != wanted["INFERENCE_PRECISION_HINT"]:
+        hint = self.compiled.get_property("INFERENCE_PRECISION_HINT")
+        name = hint.to_string() if hasattr(hint, "to_string") else str(hint)
+        found, requested = names.get(name, name), wanted["INFERENCE_PRECISION_HINT"]
+        if found != requested:
             raise EngineError(
-                f"OpenVINO runs the model in {found}, and {wanted['INFERENCE_PRECISION_HINT']} was asked for; this processor has no such unit"
+                f"OpenVINO runs the model in {found}, and {requested} was requested; "
+                "this processor has no such unit"
             )
 
 

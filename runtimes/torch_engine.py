@@ -1,8 +1,6 @@
-"""PyTorch itself, as a row to compare with: `model.safetensors` with `architecture.json` beside it,
-eager or through torch.compile.
+"""PyTorch as a baseline: `model.safetensors` with `architecture.json`, eager or torch.compile.
 
-The one engine that needs vitrim: a saved model is data, and only vitrim knows the module that it
-belongs to.
+The one engine that needs vitrim, which builds the module from a saved architecture.
 """
 
 from __future__ import annotations
@@ -18,10 +16,9 @@ REQUIREMENT = Requirement("torch", "vitrim")
 
 
 class TorchEngine(Engine):
-    """A module in eval mode. The session's `compile` is 0 or 1.
+    """A module in eval mode; the session's `compile` is 0 or 1.
 
-    With job["device"] "cuda" it runs on a GPU: copies (true: they are timed) and cuda_graph (a
-    recorded graph is replayed) as for onnxruntime.
+    With job["device"] "cuda" it runs on a GPU; copies and cuda_graph as for onnxruntime.
     """
 
     runtime = "torch"
@@ -31,7 +28,7 @@ class TorchEngine(Engine):
         try:
             import torch
 
-            # Before the floor is read, since a program with torch in it has these too.
+            # Imported before the memory floor is read: every program with torch has these too.
             self.files = importlib.import_module("vitrim.compress.network.files")
         except ImportError as error:
             raise missing(self.runtime, error, REQUIREMENT) from None
@@ -40,79 +37,86 @@ class TorchEngine(Engine):
         torch.set_num_threads(int(job.get("threads", 1)))
 
     def load(self) -> None:
+        """Open the model; see `Engine.load`."""
         folder = os.path.dirname(self.require_file())
-        self.take_input()
+        self.set_input()
         try:
             model = self.files.load(folder)
         except Exception as error:
             raise EngineError(one_line(error)) from None
         compiled = (self.job.get("session") or {}).get("compile") == "1"
-        # Weights that cannot change may be packed and folded; without this torch.compile takes them
-        # as inputs.
         self.device = str(self.job.get("device") or "cpu")
         if self.device != "cpu":
             if not self.torch.cuda.is_available():
                 raise EngineError(
-                    f"this torch {self.version} reaches no GPU; install a CUDA build on a machine with one, or measure on the processor"
+                    f"this torch {self.version} reaches no GPU; "
+                    "install a CUDA build on a machine with one, or measure on the processor"
                 )
             model = model.to(self.device)
-            self.provider, self.copies_timed = (
-                self.torch.cuda.get_device_name(),
-                bool(self.job.get("copies", True)),
-            )
+            self.provider = self.torch.cuda.get_device_name()
+            self.copies_timed = bool(self.job.get("copies", True))
+        # Freezing packs and folds constant weights; otherwise torch.compile takes them as inputs.
         self.model = self.torch.compile(model, options={"freezing": True}) if compiled else model
 
     def infer(self, images: Any) -> Any:
-        # Freezing wants no_grad, and refuses tensors of inference_mode. Fetching the answer waits
-        # for a GPU.
+        """Run the model; see `Engine.infer`."""
+        # Freezing needs no_grad, and refuses tensors of inference_mode. Copying the logits to the
+        # host waits for the GPU.
         with self.torch.no_grad():
             return self.model(self.torch.from_numpy(images).to(self.device)).cpu().numpy()
 
     def timed_call(self, images: Any) -> Callable[[], Any]:
+        """The function to time; see `Engine.timed_call`."""
         if self.device == "cpu":
             return super().timed_call(images)
         torch, host = self.torch, self.torch.from_numpy(images)
-        there = host.to(self.device)
-        work = self._recorded(there) if self.job.get("cuda_graph") else self._launched(there)
+        on_device = host.to(self.device)
+        forward = (
+            self._graph_forward(on_device)
+            if self.job.get("cuda_graph")
+            else self._eager_forward(on_device)
+        )
 
-        def alone() -> None:
-            work()
+        def without_copies() -> None:
+            forward()
             torch.cuda.synchronize()
 
         def with_copies() -> Any:
-            there.copy_(host)
-            return work().cpu()
+            on_device.copy_(host)
+            return forward().cpu()
 
-        return with_copies if self.copies_timed else alone
+        return with_copies if self.copies_timed else without_copies
 
-    def _launched(self, there: Any) -> Callable[[], Any]:
-        def work() -> Any:
+    def _eager_forward(self, images: Any) -> Callable[[], Any]:
+        def forward() -> Any:
             with self.torch.no_grad():
-                return self.model(there)
+                return self.model(images)
 
-        return work
+        return forward
 
-    def _recorded(self, there: Any) -> Callable[[], Any]:
+    def _graph_forward(self, images: Any) -> Callable[[], Any]:
+        """Replay a CUDA graph that reads `images` at their present address."""
         torch = self.torch
-        # What is allocated once (workspaces, autotuning) must not be recorded, so a few calls go
-        # before, on a stream of their own as torch asks.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside), torch.no_grad():
+        # One-time allocations (workspaces, autotuning) must not be recorded; torch requires the
+        # warm-up calls on a side stream.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
             for _ in range(3):
-                self.model(there)
-        torch.cuda.current_stream().wait_stream(aside)
+                self.model(images)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), torch.no_grad():
-            answer = self.model(there)
+            logits = self.model(images)
 
-        def work() -> Any:
+        def forward() -> Any:
             graph.replay()
-            return answer
+            return logits
 
-        return work
+        return forward
 
     def device_memory_peak_bytes(self) -> int | None:
+        """The peak of GPU memory."""
         return None if self.device == "cpu" else int(self.torch.cuda.max_memory_reserved())
 
 

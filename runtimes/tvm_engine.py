@@ -1,8 +1,8 @@
 """TVM: `model.so` as `vitrim export --runtime tvm` compiled it.
 
-A straight program (session: entry = program) needs numpy and nothing else, no part of TVM either.
-What could not be made one is called by TVM's virtual machine, which needs apache-tvm-ffi and
-libtvm_runtime.so on the device.
+A model with a static execution plan (session: entry = program) needs numpy only, and no part of
+TVM. Any other model runs in TVM's virtual machine, which needs apache-tvm-ffi and libtvm_runtime.so
+on the device.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from typing import Any
 
 from .compiled_program import CompiledProgram
 from .engine import Engine, EngineError, Json, Requirement, one_line
-from .tvm_machine import Machine, import_ffi, load_runtime, runtime_version
+from .tvm_virtual_machine import VirtualMachine, import_ffi, load_runtime, runtime_version
 
-# All that a straight program asks for; a model for the virtual machine says what else it needs when
-# it is opened.
+# What a model with a static plan needs; a model for the virtual machine reports what else it needs
+# when it is opened.
 REQUIREMENT = Requirement("numpy", "numpy")
 DEVICES = ("cpu", "cuda")
 
 
 class TvmEngine(Engine):
-    """Of the job's session it reads entry (program or machine), device (cpu or cuda), triple, and
+    """A compiled network.
+
+    It reads these keys of the session: entry (program or machine), device (cpu or cuda), triple and
     compiler.
     """
 
@@ -34,31 +36,33 @@ class TvmEngine(Engine):
         self.device = str(session.get("device", "cpu"))
         if self.device not in DEVICES:
             raise EngineError(
-                f"session: device {self.device!r} is none that this engine drives; export for {' or '.join(DEVICES)}"
+                f"session: device {self.device!r} is unknown to this engine; "
+                f"export for {' or '.join(DEVICES)}"
             )
-        self.straight = session.get("entry") == "program"
+        self.has_plan = session.get("entry") == "program"
         self.ffi = None
         self.version = str(session.get("compiler", ""))
-        if not self.straight:
+        if not self.has_plan:
             self.ffi = import_ffi()
             load_runtime(self.ffi, str(job["model"]), self.device)
             self.version = self.version or runtime_version(self.ffi)
         self.provider = "CPU" if self.device == "cpu" else self.device.upper()
 
     def load(self) -> None:
-        self.take_input()
+        """Open the library; see `Engine.load`."""
+        self.set_input()
         if self.input_type != "float32":
             raise EngineError(
                 f"input {self.input_name!r} is {self.input_type}; a compiled model takes float32"
             )
         path = self.require_file()
-        self._refuse_foreign(path)
+        self._check_processor(path)
         threads = int(self.job.get("threads", 1))
         try:
-            if self.straight:
-                self.model: Any = CompiledProgram(path, self.input_shape, threads)
-            else:
-                self.model = Machine(
+            self.model: Any = (
+                CompiledProgram(path, self.input_shape, threads)
+                if self.has_plan
+                else VirtualMachine(
                     self.ffi,
                     path,
                     self.input_shape,
@@ -66,15 +70,18 @@ class TvmEngine(Engine):
                     self.device,
                     spinning=bool(self.job.get("spinning")),
                 )
+            )
         except EngineError:
             raise
         except Exception as error:
             raise self.cannot_load(error) from None
 
     def infer(self, images: Any) -> Any:
+        """Run the model; see `Engine.infer`."""
         if list(images.shape) != self.input_shape:
             raise EngineError(
-                f"input {self.input_name!r} takes {self.input_shape}, got {list(images.shape)}; this model has fixed shapes"
+                f"input {self.input_name!r} takes {self.input_shape}, got {list(images.shape)}; "
+                "this model has fixed shapes"
             )
         try:
             return self.model.infer(images)
@@ -82,6 +89,7 @@ class TvmEngine(Engine):
             raise EngineError(f"tvm {self.version}: the model stopped: {one_line(error)}") from None
 
     def profile(self, images: Any, count: int) -> list[Json]:
+        """Time each kernel; see `Engine.profile`."""
         rows = [
             {
                 "node": node,
@@ -95,24 +103,24 @@ class TvmEngine(Engine):
         ]
         if not rows:
             raise EngineError(
-                "this model was compiled into a single function, so its kernels cannot be told apart; profile the onnxruntime artifact"
+                "this model was compiled into a single function, whose kernels cannot be timed one "
+                "by one; profile the onnxruntime artifact"
             )
         return sorted(rows, key=lambda row: -float(row["seconds"]))
 
     def arena_bytes(self) -> int | None:
-        return self.model.arena_bytes if self.straight else None
+        """The planned memory of a model with a static plan."""
+        return self.model.arena_bytes if self.has_plan else None
 
-    def _refuse_foreign(self, path: str) -> None:
-        """Errors: EngineError for machine code of another processor, which the loader would refuse
-        in words that help nobody.
-        """
+    def _check_processor(self, path: str) -> None:
+        """Raise EngineError for another processor's code, which the loader refuses obscurely."""
         triple = str((self.job.get("session") or {}).get("triple", ""))
-        here = {"arm64": "aarch64", "amd64": "x86_64"}.get(
-            platform.machine().lower(), platform.machine().lower()
-        )
+        machine = platform.machine().lower()
+        here = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
         if triple and triple.split("-")[0] != here:
             raise EngineError(
-                f"{os.path.basename(path)} was compiled for {triple}, and this machine is {here}; run it there, or export for this one"
+                f"{os.path.basename(path)} was compiled for {triple}, and this machine is {here}; "
+                "run it there, or export for this one"
             )
 
 
@@ -120,5 +128,5 @@ ENGINE = TvmEngine
 
 
 def operator_of(kernel: str) -> str:
-    """A kernel's name without the number that tells it from its like: `dense_3` is a `dense`."""
+    """A kernel's name without its number: `dense_3` is a `dense`."""
     return kernel.rstrip("0123456789").rstrip("_") or kernel

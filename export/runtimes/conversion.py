@@ -20,7 +20,7 @@ from typing import Any
 from ...compress.network.files import save
 from ...core.errors import InputError
 from ...runtimes import EngineError
-from ...runtimes.interpreter import interpreter, variable
+from ...runtimes.subprocess_inference import interpreter, interpreter_variable
 from ..forms import Form
 from .installed import lacking
 from .runtime import Source, Written
@@ -38,7 +38,7 @@ def lacking_here_or_there(runtime: str, extra: str, module: str) -> str | None:
         return str(error)
     if named is None:
         reason = lacking(runtime, extra, module)
-        return reason and f"{reason}, here or in a Python that {variable(runtime)} names"
+        return reason and f"{reason}, here or in a Python that {interpreter_variable(runtime)} names"
     found = subprocess.run(
         [
             named,
@@ -50,7 +50,7 @@ def lacking_here_or_there(runtime: str, extra: str, module: str) -> str | None:
     return (
         None
         if found.returncode == 0
-        else f"runtime {runtime!r}: the Python of {variable(runtime)} has no {module}; install vitrim[{extra}] there"
+        else f"runtime {runtime!r}: the Python of {interpreter_variable(runtime)} has no {module}; install vitrim[{extra}] there"
     )
 
 

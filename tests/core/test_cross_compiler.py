@@ -43,7 +43,7 @@ from vitrim.export.runtimes import runtime_named, tvm_runtime
 from vitrim.export.sessions import open_session
 from vitrim.export.tvm_kernels import link as tvm_link
 from vitrim.export.tvm_kernels.compiled_program import NotStraight
-from vitrim.runtimes.apart import ask_apart
+from vitrim.runtimes.subprocess_inference import infer_in_subprocess
 from vitrim.targets.catalog import load_target
 
 TOOLS = ("cmake", "make")
@@ -103,7 +103,7 @@ def test_code_for_arm_answers_as_torch_does_and_loads_beside_an_old_c_library(
     assert written.session["entry"] == "program"
     assert any("linked by zig c++ " in note for note in written.notes)
     given = images(2)
-    logits, _ = ask_apart(job_of(tmp_path / "a", written), given, command=written.command)
+    logits, _ = infer_in_subprocess(job_of(tmp_path / "a", written), given, command=written.command)
     close(logits, expected(given))
     asked = re.findall(rb"GLIBC_([0-9.]+)\0", (tmp_path / "a" / "model.so").read_bytes())
     assert asked
@@ -123,7 +123,7 @@ def test_code_for_this_machine_answers_as_torch_does(
         written = compiled(tmp_path / entry)
         assert written.session["entry"] == entry
         assert any("linked by zig c++ " in note for note in written.notes)
-        logits, _ = ask_apart(job_of(tmp_path / entry, written), given)
+        logits, _ = infer_in_subprocess(job_of(tmp_path / entry, written), given)
         close(logits, expected(given))
 
         def never(built: object) -> None:
@@ -149,7 +149,7 @@ def test_other_weights_are_never_taken_from_what_zig_keeps(tmp_path: Path) -> No
         written = runtime_named("tvm").write(
             replace(source("x86-64"), model=model, compact=vitrim.lift(model)), tmp_path / "same"
         )
-        logits, _ = ask_apart(job_of(tmp_path / "same", written), given)
+        logits, _ = infer_in_subprocess(job_of(tmp_path / "same", written), given)
         close(logits, wanted)
 
 

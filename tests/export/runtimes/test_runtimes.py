@@ -21,8 +21,11 @@ from vitrim.export import Artifact, export
 from vitrim.export.every_runtime import export_everywhere
 from vitrim.export.runtimes import runtime_named, runtime_names
 from vitrim.runtimes import EngineError, engine_names, open_engine, requirement
-from vitrim.runtimes.apart import ask_apart
-from vitrim.runtimes.interpreter import interpreter, variable
+from vitrim.runtimes.subprocess_inference import (
+    infer_in_subprocess,
+    interpreter,
+    interpreter_variable,
+)
 
 # The largest errors that were seen here are a third of these.
 BOUNDS = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.1, "int8-static": 0.2}
@@ -79,7 +82,7 @@ def written(
     # The answers come from the cut model, not from constants.
     job = {"runtime": runtime, "model": str(made.model_path), "threads": 1, "session": made.manifest.session,
            "input": {"name": "images", "shape": [1, 1, 16, 16], "type": "float32"}}  # fmt: skip
-    logits, told = ask_apart(job, images)
+    logits, told = infer_in_subprocess(job, images)
     with torch.no_grad():
         expected = cut(torch.from_numpy(images)).numpy()
     assert np.abs(logits - expected).max() <= BOUNDS[precision] * np.abs(expected).max()
@@ -160,7 +163,7 @@ def test_what_a_runtime_cannot_do_is_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["../answer", "apart", "engine", "os", ""])
+@pytest.mark.parametrize("name", ["../infer", "subprocess_inference", "engine", "os", ""])
 def test_a_manifest_cannot_name_another_file_as_an_engine(name: str) -> None:
     if not name:
         assert open_engine({"runtime": name, "model": "x"}).runtime == "onnxruntime"
@@ -170,7 +173,7 @@ def test_a_manifest_cannot_name_another_file_as_an_engine(name: str) -> None:
 
 
 def test_another_interpreter_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert variable("litert") == "VITRIM_PYTHON_LITERT"
+    assert interpreter_variable("litert") == "VITRIM_PYTHON_LITERT"
     monkeypatch.delenv("VITRIM_PYTHON_LITERT", raising=False)
     assert interpreter("litert") is None
     monkeypatch.setenv("VITRIM_PYTHON_LITERT", sys.executable)
@@ -187,7 +190,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     (tmp_path / "model.xml").write_text("<net")
     with pytest.raises(EngineError, match=r"model\.xml: openvino .* cannot load it") as caught:
-        ask_apart(
+        infer_in_subprocess(
             {"runtime": "openvino", "model": str(tmp_path / "model.xml")},
             np.zeros((1, 1, 16, 16), np.float32),
         )

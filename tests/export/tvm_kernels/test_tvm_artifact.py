@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import vitrim
 from aarch64 import emulator
 from tiny_models import tiny_vit
 from tvm_sample import compiled, expected, images, job_of, source
@@ -23,7 +22,8 @@ from vitrim.export.tvm_kernels import link as tvm_link
 from vitrim.export.tvm_kernels.compiled_program import NotStraight
 from vitrim.export.tvm_kernels.weights import lift_weights
 from vitrim.runtimes import EngineError, open_engine
-from vitrim.runtimes.apart import ask_apart
+from vitrim.runtimes.subprocess_inference import infer_in_subprocess
+from vitrim.targets.catalog import load_target
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def _compiler() -> None:
     pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
     if shutil.which("g++") is None:
         pytest.skip("no g++ here: apt-get install g++")
-    if lacking := tvm_runtime.lacking_features(vitrim.targets.profile.load_target("x86-64")):
+    if lacking := tvm_runtime.lacking_features(load_target("x86-64")):
         pytest.skip(f"this processor has no {', '.join(lacking)}")
 
 
@@ -51,7 +51,7 @@ def test_a_program_needs_no_runtime_and_answers_as_torch(tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path / "a")) == ["model.so"]
     given = images(1)
     # In a process that has numpy and no TVM.
-    logits, told = ask_apart(job_of(tmp_path / "a", written), given)
+    logits, told = infer_in_subprocess(job_of(tmp_path / "a", written), given)
     close(logits, expected(given))
     assert told["runtime"] == "tvm"
     engine = loaded(job_of(tmp_path / "a", written))
@@ -99,7 +99,7 @@ def test_what_is_no_straight_program_runs_in_the_virtual_machine(
         in written.notes
     )
     given = images(1)
-    logits, _ = ask_apart(job_of(tmp_path / "a", written), given)
+    logits, _ = infer_in_subprocess(job_of(tmp_path / "a", written), given)
     close(logits, expected(given))
     job = job_of(tmp_path / "a", written)
     assert loaded(job).profile(given, 2)[0]["calls"] % 2 == 0
@@ -116,7 +116,7 @@ def test_what_is_no_straight_program_runs_in_the_virtual_machine(
             loaded(job)
     weights.unlink()
     with pytest.raises(
-        EngineError, match=r"weights\.bin: no such file, and the model wants \d+ weights from it"
+        EngineError, match=r"weights\.bin: no such file, and the model needs \d+ weights from it"
     ):
         loaded(job)
     with pytest.raises(InputError, match="static=yes: this model runs in TVM's virtual machine"):
@@ -132,7 +132,7 @@ def test_code_for_arm_answers_as_code_for_this_machine(tmp_path: Path) -> None:
     assert written.unasked is None
     assert written.command is not None
     given = images(2)
-    logits, _ = ask_apart(job_of(tmp_path / "a", written), given, command=written.command)
+    logits, _ = infer_in_subprocess(job_of(tmp_path / "a", written), given, command=written.command)
     close(logits, expected(given))
     with pytest.raises(
         EngineError,
@@ -224,5 +224,5 @@ def test_a_library_that_is_no_network_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.so").write_bytes(b"no library")
     with pytest.raises(EngineError, match=r"model\.so: cannot be loaded"):
         loaded(job)
-    with pytest.raises(EngineError, match="device 'tpu' is none that this engine drives"):
+    with pytest.raises(EngineError, match="device 'tpu' is unknown to this engine"):
         open_engine({**job, "session": {"device": "tpu"}})

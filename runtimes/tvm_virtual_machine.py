@@ -1,13 +1,13 @@
-"""A compiled network in TVM's virtual machine: apache-tvm-ffi and libtvm_runtime.so, never the
-compiler, so that a device is measured as it is.
+"""A compiled network in TVM's virtual machine.
 
-The library lies beside the model, in a folder that TVM_LIBRARY_PATH names, or in an installed
-apache-tvm.
+It needs apache-tvm-ffi and libtvm_runtime.so, but not the compiler. The library is searched beside
+the model, in the folders of TVM_LIBRARY_PATH, and in an installed apache-tvm.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -19,44 +19,55 @@ from .engine import EngineError, Requirement, missing, one_line
 
 NEEDED = Requirement("tvm_ffi", "apache-tvm apache-tvm-ffi")
 LIBRARY = "libtvm_runtime.so"
-# Large weights, where the compiled code does not hold them itself.
+# Large weights, where they are not part of the compiled code.
 WEIGHTS = "weights.bin"
 WEIGHTS_SCHEMA = "vitrim.weights/1"
 WEIGHT_TYPES = ("float32", "float16", "int8", "uint8", "int32", "int64")
-# Beside the runtime, for models that were compiled for such a device.
+# Loaded after the runtime, for models that were compiled for the device.
 DEVICE_LIBRARIES = {"cuda": "libtvm_runtime_cuda.so"}
-# As DLPack numbers them; TVM's virtual machine wants a CPU besides any other device.
+# DLPack's numbers; TVM's virtual machine needs a CPU besides any other device.
 DEVICES = {"cpu": 1, "cuda": 2}
 POOLED = 2
-# What TVM's generated code may take for granted of a pointer.
+# The alignment that TVM's generated code assumes.
 ALIGNMENT_BYTES = 64
 _libraries: list[Any] = []
 
 
-class Machine:
-    """A Relax executable, its weights mapped from their file where it has them outside."""
+class VirtualMachine:
+    """A Relax executable; large weights are mapped from their file.
+
+    Args:
+        ffi: The module `tvm_ffi`.
+        path: The library of the executable.
+        shape: The shape of the images.
+        threads: Size of the runtime's thread pool.
+        device: cpu or cuda.
+        spinning: Let idle threads of the pool spin.
+
+    Raises:
+        EngineError: The machine lacks the device, or the weights' file is missing or malformed.
+    """
 
     def __init__(
         self, ffi: Any, path: str, shape: list[int], threads: int, device: str, *, spinning: bool
     ) -> None:
-        name = os.path.basename(path)
-        if device != "cpu" and not device_there(ffi, device):
+        if device != "cpu" and not has_device(ffi, device):
             raise EngineError(
-                f"{name} was compiled for {device}, and this machine has no such device; run it where one is"
+                f"{os.path.basename(path)} was compiled for {device}, "
+                "and this machine has no such device; run it on one that has"
             )
         set_threads(threads, spinning=spinning)
         self.ffi, self.device, self.path = ffi, device, os.path.abspath(path)
         self.machine = start_machine(ffi.load_module(self.path), device)
         self.main = self.machine["main"]
         count = int(self.machine["get_function_arity"]("main")) - 1
-        arrays = (
-            map_weights(os.path.join(os.path.dirname(self.path), WEIGHTS), count) if count else []
-        )
+        weights = os.path.join(os.path.dirname(self.path), WEIGHTS)
+        arrays = map_weights(weights, count) if count else []
         self.weights = [
             ffi.from_dlpack(array) if device == "cpu" else to_device(ffi, array, device)
             for array in arrays
         ]
-        self._buffer = aligned(shape)
+        self._buffer = aligned_zeros(shape)
 
     def infer(self, images: Any) -> Any:
         """Logits (batch, classes) float32 of images float32."""
@@ -67,22 +78,22 @@ class Machine:
         )
 
     def profile(self, images: Any, count: int) -> list[tuple[str, str, int, float]]:
-        """(node, kernel, calls, seconds of all calls) for each kernel."""
+        """(node, kernel, calls, seconds of all calls) of each kernel."""
         from time import perf_counter
 
-        began: list[float] = []
+        started: list[float] = []
         found: dict[str, list[float]] = {}
 
-        def watch(function: Any, symbol: str, before: bool, *_: Any) -> int:
+        def record(function: Any, symbol: str, before: bool, *_: Any) -> int:
             if before:
-                began.append(perf_counter())
+                started.append(perf_counter())
             else:
-                found.setdefault(symbol, []).append(perf_counter() - began.pop())
+                found.setdefault(symbol, []).append(perf_counter() - started.pop())
             return 0
 
-        # Nothing takes an instrument off again, so another machine is watched.
+        # An instrument cannot be removed, so another machine is instrumented.
         machine = start_machine(self.ffi.load_module(self.path), self.device)
-        machine["set_instrument"](self.ffi.convert(watch))
+        machine["set_instrument"](self.ffi.convert(record))
         for number in range(count + 2):
             if number == 2:
                 found.clear()
@@ -94,9 +105,7 @@ class Machine:
         ]
 
     def _tensor(self, images: Any) -> Any:
-        """The images where the device reads them: as they lie if aligned, else copied, which then
-        is part of the inference.
-        """
+        """The images in memory that the device reads; copied where they are not aligned there."""
         if self.device != "cpu":
             return to_device(self.ffi, images, self.device)
         if (
@@ -110,19 +119,19 @@ class Machine:
 
 
 def set_threads(threads: int, *, spinning: bool) -> None:
-    """Settings that the runtime reads from the environment; the number holds for every model of
-    this process, since there is one pool.
-    """
+    """Set the environment variables of the runtime's thread pool, one for the whole process."""
     os.environ["TVM_NUM_THREADS"] = str(threads)
-    # The pool would bind its threads to the first CPUs, whatever CPUs this process was given.
+    # The pool would bind its threads to the first CPUs, whatever the process's affinity.
     os.environ["TVM_BIND_THREADS"] = "0"
     if not spinning:
         os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 
 
 def import_ffi() -> Any:
-    """`tvm_ffi` without torch, which it would import for exchanging tensors. Errors: EngineError
-    where it is missing.
+    """Import `tvm_ffi`, but not torch, which it imports to exchange tensors.
+
+    Raises:
+        EngineError: It is not installed.
     """
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
     try:
@@ -135,9 +144,7 @@ def import_ffi() -> Any:
 
 @contextlib.contextmanager
 def hidden(module: str) -> Iterator[None]:
-    """Let `import module` fail inside, unless it is here already: two hundred megabytes that a
-    device has not.
-    """
+    """Make `import module` fail inside the block, unless the module is already imported."""
     if module in sys.modules:
         yield
         return
@@ -149,20 +156,30 @@ def hidden(module: str) -> Iterator[None]:
 
 
 def library_folders(model: str) -> list[str]:
-    """Where the runtime's library may lie, in order."""
+    """The folders in which the runtime's library is searched, in order."""
     folders = [os.path.dirname(os.path.abspath(model))]
     folders += [
         folder for folder in os.environ.get("TVM_LIBRARY_PATH", "").split(os.pathsep) if folder
     ]
     found = importlib.util.find_spec("tvm")
-    for place in (found.submodule_search_locations or []) if found else []:
-        folders.append(os.path.join(place, "lib"))
+    for folder in (found.submodule_search_locations or []) if found else []:
+        folders.append(os.path.join(folder, "lib"))
     return folders
 
 
 def load_runtime(ffi: Any, model: str, device: str = "cpu") -> str:
-    """Load libtvm_runtime.so, and what the device needs besides; the path. Errors: EngineError
-    naming the folders that were searched.
+    """Load libtvm_runtime.so, and the device's library where it has one.
+
+    Args:
+        ffi: The module `tvm_ffi`.
+        model: The path of the compiled model.
+        device: cpu or cuda.
+
+    Returns:
+        The path of libtvm_runtime.so.
+
+    Raises:
+        EngineError: A library is in none of the folders, which the message lists.
     """
     folders = library_folders(model)
     runtime = ""
@@ -172,31 +189,27 @@ def load_runtime(ffi: Any, model: str, device: str = "cpu") -> str:
                 break
         else:
             raise EngineError(
-                f"{name} is in none of {', '.join(folders)}; put it beside the model, or install it with `python3 -m pip install {NEEDED.install}`"
+                f"{name} is in none of {', '.join(folders)}; put it beside the model, "
+                f"or install it with `python3 -m pip install {NEEDED.install}`"
             )
         runtime = runtime or path
-        # A program that has imported tvm itself has loaded it already; twice would register
-        # everything twice.
-        if (
-            name == LIBRARY
-            and ffi.get_global_func("runtime.NumThreads", allow_missing=True) is not None
-        ):
+        # Where tvm is imported the library is loaded; a second copy would register all functions
+        # again.
+        loaded = ffi.get_global_func("runtime.NumThreads", allow_missing=True) is not None
+        if name == LIBRARY and loaded:
             continue
-        import ctypes
-
         try:
             _libraries.append(ctypes.CDLL(path, ctypes.RTLD_GLOBAL))
         except OSError as error:
             raise EngineError(
-                f"{path}: cannot be loaded ({one_line(error)}); take the library of this apache-tvm-ffi's release and machine"
+                f"{path}: cannot be loaded ({one_line(error)}); "
+                "use the library of this apache-tvm-ffi's release and machine"
             ) from None
     return runtime
 
 
 def runtime_version(ffi: Any) -> str:
-    """Of apache-tvm where it is installed; else of the exchange layer, which is what the device
-    has.
-    """
+    """The version of apache-tvm where it is installed, else that of apache-tvm-ffi."""
     from importlib import metadata
 
     try:
@@ -206,7 +219,7 @@ def runtime_version(ffi: Any) -> str:
 
 
 def start_machine(module: Any, device: str) -> Any:
-    """The virtual machine of a loaded module, its allocators set up."""
+    """The virtual machine of a loaded module, with its allocators."""
     machine = module["vm_load_executable"]()
     devices = [DEVICES[device], 0, POOLED]
     machine["vm_initialization"](
@@ -215,8 +228,8 @@ def start_machine(module: Any, device: str) -> Any:
     return machine
 
 
-def device_there(ffi: Any, device: str) -> bool:
-    """Whether the runtime finds such a device here."""
+def has_device(ffi: Any, device: str) -> bool:
+    """Whether the runtime finds such a device."""
     query = ffi.get_global_func("runtime.GetDeviceAttr", allow_missing=True)
     try:
         # Attribute 0: whether it exists.
@@ -226,26 +239,37 @@ def device_there(ffi: Any, device: str) -> bool:
 
 
 def map_weights(path: str, count: int) -> list[Any]:
-    """The tensors of a `weights.bin` as arrays over the mapped file. Errors: EngineError for a file
-    that is not whole or has other tensors than `count`.
+    """Map the tensors of a `weights.bin` into memory.
+
+    Args:
+        path: The file.
+        count: How many tensors the model takes.
+
+    Returns:
+        One array a tensor, in the file's order.
+
+    Raises:
+        EngineError: The file is missing or malformed, or has another number of tensors.
     """
     import numpy
 
     name = os.path.basename(path)
     if not os.path.isfile(path):
         raise EngineError(
-            f"{path}: no such file, and the model wants {count} weights from it; copy the whole artifact"
+            f"{path}: no such file, and the model needs {count} weights from it; "
+            "copy the whole artifact"
         )
     try:
         with open(path, "rb") as stream:
             head = stream.readline(1 << 24)
-        told = json.loads(head)
-        rows = told["tensors"]
-        if told["schema"] != WEIGHTS_SCHEMA or len(rows) != count:
+        table = json.loads(head)
+        rows = table["tensors"]
+        if table["schema"] != WEIGHTS_SCHEMA or len(rows) != count:
             raise ValueError(
-                f"schema {told['schema']!r} with {len(rows)} tensors, wanted {WEIGHTS_SCHEMA!r} with {count}"
+                f"schema {table['schema']!r} with {len(rows)} tensors, "
+                f"expected {WEIGHTS_SCHEMA!r} with {count}"
             )
-        # Copy on write: never written to, but what is exchanged as a tensor must not be read-only.
+        # Copy on write: never written to, but a tensor to exchange must not be read-only.
         whole = numpy.memmap(path, dtype=numpy.uint8, mode="c")
         found = []
         for row in rows:
@@ -255,26 +279,26 @@ def map_weights(path: str, count: int) -> list[Any]:
             last = first + int(row["bytes"])
             if not len(head) <= first <= last <= len(whole):
                 raise ValueError("a tensor lies outside of the file")
-            found.append(
-                whole[first:last].view(row["type"]).reshape([int(size) for size in row["shape"]])
-            )
+            shape = [int(size) for size in row["shape"]]
+            found.append(whole[first:last].view(row["type"]).reshape(shape))
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(
-            f"{name}: not a whole file of weights ({one_line(error)}); copy the whole artifact again"
+            f"{name}: not a whole file of weights ({one_line(error)}); "
+            "copy the whole artifact again"
         ) from None
     return found
 
 
-def aligned(shape: list[int]) -> Any:
-    """An array of zeros that begins where the generated code wants it."""
+def aligned_zeros(shape: list[int]) -> Any:
+    """An array of zeros, float32, at an aligned address."""
     import numpy
 
     count = 4
     for size in shape:
         count *= size
-    room = numpy.zeros(count + ALIGNMENT_BYTES, dtype=numpy.uint8)
-    first = -room.ctypes.data % ALIGNMENT_BYTES
-    return room[first : first + count].view(numpy.float32).reshape(shape)
+    buffer = numpy.zeros(count + ALIGNMENT_BYTES, dtype=numpy.uint8)
+    first = -buffer.ctypes.data % ALIGNMENT_BYTES
+    return buffer[first : first + count].view(numpy.float32).reshape(shape)
 
 
 def to_device(ffi: Any, images: Any, device: str) -> Any:
@@ -283,13 +307,13 @@ def to_device(ffi: Any, images: Any, device: str) -> Any:
         ffi.Shape(images.shape), ffi.dtype("float32"), ffi.device(DEVICES[device], 0), None
     )
     ffi.get_global_func("runtime.TVMTensorCopyFromBytes")(
-        tensor, images.ctypes.data_as(_pointer()), images.nbytes
+        tensor, images.ctypes.data_as(ctypes.c_void_p), images.nbytes
     )
     return tensor
 
 
 def to_numpy(ffi: Any, tensor: Any, device: str) -> Any:
-    """The logits as an array; from another device they are copied."""
+    """The logits as an array, copied from any device but the CPU."""
     import numpy
 
     if hasattr(tensor, "__len__") and not hasattr(tensor, "shape"):
@@ -298,12 +322,6 @@ def to_numpy(ffi: Any, tensor: Any, device: str) -> Any:
         return numpy.from_dlpack(tensor)
     found = numpy.empty(tuple(tensor.shape), dtype=numpy.float32)
     ffi.get_global_func("runtime.TVMTensorCopyToBytes")(
-        tensor, found.ctypes.data_as(_pointer()), found.nbytes
+        tensor, found.ctypes.data_as(ctypes.c_void_p), found.nbytes
     )
     return found
-
-
-def _pointer() -> Any:
-    import ctypes
-
-    return ctypes.c_void_p
