@@ -22,7 +22,12 @@ extensions = ["myst_parser"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 exclude_patterns = ["**.ipynb_checkpoints"]
+# Two hyphens are the beginning of an option, not a dash.
+smartquotes = False
+highlight_language = "text"
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_title = f"vitrim {release}"
 html_show_sourcelink = False
 html_copy_source = False
