@@ -1,5 +1,13 @@
-"""What a mask does to a network, before anything is cut: the new architecture, and for every
-parameter the indices to keep.
+"""The plan of a cut: the new architecture, and the indices to keep of every parameter.
+
+Rules:
+
+1. The statistics of LayerNorm and RMSNorm run over the kept channels, and their weight and bias
+   are sliced by the same indices.
+2. A sub-layer without any unit still adds its output bias, as a constant.
+3. A head is removed only by the head mask: with zero queries its softmax is uniform, not dead.
+4. The softmax scale is stated in the new architecture.
+5. A channel of the residual stream is kept if something reads it.
 """
 
 from __future__ import annotations
@@ -33,28 +41,39 @@ from ..network.axes import (
     site_in,
     site_out,
 )
-from .plan_attention import Index, cut_attention, keep_columns, keep_heads, kept_scale, resize
-
-__all__ = ["BranchPlan", "Plan", "keep_columns", "keep_heads", "kept_scale", "plan"]
+from .plan_attention import Index, cut_attention, resize
 
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """One surviving sub-layer: where it stood, what it becomes, and the indices kept on each axis
-    of each parameter (None = all).
+    """One sub-layer that stays.
+
+    Attributes:
+        step: Its step in the source network.
+        position: Its position in that step.
+        spec: Its new specification.
+        slices: The indices to keep on each axis of each parameter, by leaf name; None = all.
+        constant: Only its bias stays, to be computed from the source parameters.
     """
 
     step: int
     position: int
     spec: BranchSpec
     slices: Mapping[str, tuple[Tensor | None, ...]]
-    # True: only the bias survives; its value has to be computed from the old parameters.
     constant: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole surgery."""
+    """The plan of a whole cut.
+
+    Attributes:
+        source: The architecture before.
+        architecture: The architecture after.
+        outer: The indices to keep on each axis of each parameter outside the sub-layers.
+        branches: The sub-layers that stay, by step.
+        removed: The names of the sub-layers that are removed.
+    """
 
     source: Architecture
     architecture: Architecture
@@ -64,7 +83,11 @@ class Plan:
 
 
 def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
-    """Decide every cut. Errors: InputError when the mask does not fit the network."""
+    """Plan the cut of a network by a mask.
+
+    Raises:
+        InputError: The mask does not fit the network.
+    """
     mask.check(architecture)
     alive = [[branch for branch in step if _alive(branch, mask)] for step in architecture.steps]
     embed = _Embed(architecture, mask, [branch for step in alive for branch in step])
@@ -117,8 +140,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
             **_features(architecture, indices),
         }
     )
-    # model_copy skips validation; a plan that does not hold together must stop here, not at the
-    # first forward pass.
+    # model_copy skips validation; an invalid plan must fail here, not in the first forward pass.
     new = Architecture.model_validate(new.model_dump(by_alias=True))
     return Plan(architecture, new, outer, tuple(plans), tuple(removed))
 
@@ -130,7 +152,7 @@ def _plan_pool(
     indices: dict[tuple[str, str], Tensor],
     leaves: dict[str, tuple[Index, ...]],
 ) -> PoolSpec:
-    """The pooling after the cut; its indices are added to `indices` and `leaves`."""
+    """The pool after the cut; its indices are added to `indices` and `leaves`."""
     pool = architecture.pool
     changes: dict[str, object] = {}
     if pool.refine is not None:
@@ -143,7 +165,7 @@ def _plan_pool(
         rows = torch.arange(pool.width) if keep is None else torch.nonzero(keep).flatten()
         indices["embed", POOL_OUT] = rows
         cut = cut_attention(pool.attention, POOL_ATTENTION, mask)
-        assert cut is not None, "a pooling head without heads, which StructuredMask.check refuses"
+        assert cut is not None, "StructuredMask.check refuses a pooling head without heads"
         indices |= {(dimension, POOL_ATTENTION): index for dimension, index in cut.indices.items()}
         leaves |= {
             f"pool.{leaf}": index for leaf, index in cut.leaves.items() if leaf.startswith("k_norm")
@@ -164,7 +186,7 @@ def _plan_pool(
 def _features(
     architecture: Architecture, indices: Mapping[tuple[str, str], Tensor]
 ) -> dict[str, object]:
-    """Where the features of a network without a head go, so that they keep their places."""
+    """The places of the features of a network without a head, which do not move."""
     if architecture.head is not None:
         return {}
     axis = (
@@ -187,12 +209,11 @@ def _features(
 
 
 class _Embed:
-    """The residual stream after the cut: which channels live, and how each reader and writer sees
-    them.
+    """The residual stream after the cut: its channels, and those of each reader and writer.
 
-    A channel lives if somebody reads it. A reader's statistics run over all channels that its mask
-    keeps, so those live even if nobody writes them; what is written and never read is dropped by
-    its writer.
+    A channel stays if something reads it. The statistics of a reader run over all channels that its
+    mask keeps, so these stay even if nothing writes them. What is written but never read is not
+    written any more.
     """
 
     def __init__(
@@ -211,7 +232,7 @@ class _Embed:
         if architecture.stem_norm is not None or architecture.patch_norm is not None:
             self._live |= stem
         if not bool((stem & self._live).any()):
-            # Nobody reads what the stem writes; a convolution needs an output all the same.
+            # Nothing reads what the stem writes, but a convolution needs an output.
             self._live[torch.nonzero(stem).flatten()[0]] = True
         self._place = torch.cumsum(self._live, 0) - 1
         self.width = int(self._live.sum())
@@ -223,8 +244,9 @@ class _Embed:
     def locate(
         self, old: Indices | None, site: str, *, writing: bool = False
     ) -> tuple[Tensor, Indices | None]:
-        """Positions kept on the tensor's own axis, and the new index list into the stream (None
-        when it is the whole stream).
+        """Positions to keep on a tensor's own axis, and its new index list into the stream.
+
+        The list is None if it is the whole stream.
         """
         seen = self._seen(old, site)
         if writing:
@@ -258,23 +280,21 @@ def _plan_branch(
         return None
     core, kept, leaves = _plan_core(branch, mask)
     if not len(columns) and not isinstance(core, ConstantSpec):
-        raise AssertionError(f"{branch.name} reads nothing, which StructuredMask.check refuses")
+        raise AssertionError(f"{branch.name}: StructuredMask.check refuses a reader of nothing")
     constant = isinstance(core, ConstantSpec) and not isinstance(branch.core, ConstantSpec)
     if constant and not _has_constant(branch):
         return None
     indices = {("embed", site_in(branch)): columns, ("embed", site_out(branch)): rows, **kept}
-    spec = branch.model_copy(
-        update={
-            "core": core,
-            "norm": None if isinstance(core, ConstantSpec) else resize(branch.norm, len(columns)),
-            "post_norm": None
-            if isinstance(core, ConstantSpec)
-            else resize(branch.post_norm, len(rows)),
-            "layer_scale": branch.layer_scale and not isinstance(core, ConstantSpec),
-            "reads": None if isinstance(core, ConstantSpec) else reads,
-            "writes": writes,
+    update: dict[str, object] = {"core": core, "writes": writes}
+    if isinstance(core, ConstantSpec):
+        update |= {"norm": None, "post_norm": None, "layer_scale": False, "reads": None}
+    else:
+        update |= {
+            "norm": resize(branch.norm, len(columns)),
+            "post_norm": resize(branch.post_norm, len(rows)),
+            "reads": reads,
         }
-    )
+    spec = branch.model_copy(update=update)
     slices = {
         name: tuple(_index(axis, indices) for axis in axes)
         for name, axes in branch_axes(branch).items()
@@ -310,7 +330,7 @@ def _plan_core(
 
 
 def _has_constant(branch: BranchSpec) -> bool:
-    """Whether a sub-layer of which nothing is left still adds something."""
+    """Whether a sub-layer without units still adds a constant."""
     core = branch.core
     biased = isinstance(core, AttentionSpec | FfnSpec) and core.out_bias
     return biased or (branch.post_norm is not None and branch.post_norm.bias)

@@ -1,4 +1,4 @@
-"""What a mask leaves of one attention: its new spec, and the indices kept on each of its axes."""
+"""The plan of a cut attention: its new spec, and the indices to keep on each of its axes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ Index = Tensor | None
 
 @dataclass(frozen=True)
 class AttentionCut:
-    """The new spec; indices by axis dimension; and for tensors that may differ from head to head,
-    their indices by leaf name.
+    """The plan for one attention.
+
+    Attributes:
+        spec: Its new specification.
+        indices: The indices to keep by dimension of an axis, such as `qk` or `head*v`.
+        leaves: The indices on each axis, by leaf name, of tensors that may differ between heads.
     """
 
     spec: AttentionSpec
@@ -27,47 +31,22 @@ class AttentionCut:
 
 
 def cut_attention(core: AttentionSpec, name: str, mask: StructuredMask) -> AttentionCut | None:
-    """Decide the cut of the attention at site `name`; None when no head or no value column is
-    left.
-    """
-    alive = keep_heads(mask, core, name)
-    heads = torch.nonzero(alive).flatten()
-    qk, v = keep_columns(mask, core, name, "qk"), keep_columns(mask, core, name, "v")
+    """Plan the cut of the attention at site `name`; None if no head or no value column stays."""
+    heads = torch.nonzero(_keep_heads(mask, core, name)).flatten()
+    qk, v = _keep_columns(mask, core, name, "qk"), _keep_columns(mask, core, name, "v")
     if not len(heads) or not bool(v.any()):
         return None
     kv_of = torch.arange(core.heads) if core.kv_of is None else torch.tensor(core.kv_of)
-    # Key/value heads that nobody asks any more go; one head of each group stands for its columns,
-    # which are the same in all of the group.
+    # Key/value heads without queries go. The heads of a group have equal columns, so the first one
+    # represents it.
     groups = torch.unique(kv_of[heads])
     members = torch.stack([heads[kv_of[heads] == group][0] for group in groups])
     new_kv = torch.searchsorted(groups, kv_of[heads])
     qk_each, v_each = _columns(qk[heads]), _columns(v[heads])
-    qk_width, v_width = qk_each.shape[1], v_each.shape[1]
-    qk_differ, v_differ = bool((qk_each != qk_each[0]).any()), bool((v_each != v_each[0]).any())
-    norms = core.q_norm is not None or core.k_norm is not None
-    norm_per_head = core.qk_norm_per_head or (qk_differ and norms)
-    head_norm_per_head = core.head_norm_per_head or (v_differ and core.head_norm is not None)
-    rope = core.rope
-    if rope is not None:
-        rope = rope.model_copy(update={"per_head": rope.per_head or qk_differ})
-    spec = core.model_copy(
-        update={
-            "heads": len(heads),
-            "qk": qk_width,
-            "v": v_width,
-            "scale": kept_scale(core, qk_width, mask),
-            "kv_of": None
-            if core.kv_of is None or len(groups) == len(heads)
-            else tuple(new_kv.tolist()),
-            "q_norm": resize(core.q_norm, qk_width),
-            "k_norm": resize(core.k_norm, qk_width),
-            "qk_norm_per_head": norm_per_head,
-            "rope": rope,
-            "head_norm": resize(core.head_norm, v_width),
-            "head_norm_per_head": head_norm_per_head,
-            "out_norm": resize(core.out_norm, len(heads) * v_width),
-        }
-    )
+    spec = _cut_spec(core, mask, qk_each, v_each)
+    if core.kv_of is not None:
+        shared = len(groups) < len(heads)
+        spec = spec.model_copy(update={"kv_of": tuple(new_kv.tolist()) if shared else None})
     indices = {
         "head": heads,
         "qk": qk_each[0],
@@ -78,54 +57,64 @@ def cut_attention(core: AttentionSpec, name: str, mask: StructuredMask) -> Atten
         "kv*qk": _flat(groups, qk[members], core.qk),
         "kv*v": _flat(groups, v[members], core.v),
     }
-    rows = {"head": _parts(heads, core.parts), "kv": _parts(groups, core.parts)}
-    kv_each = _columns(qk[members])
-    leaves: dict[str, tuple[Index, ...]] = {}
-    for kind in ("weight", "bias"):
-        leaves[f"q_norm.{kind}"] = _each(
-            rows["head"], _repeat(qk_each, core.parts), old=core.qk_norm_per_head, new=norm_per_head
-        )
-        leaves[f"k_norm.{kind}"] = _each(
-            rows["kv"], _repeat(kv_each, core.parts), old=core.qk_norm_per_head, new=norm_per_head
-        )
-        leaves[f"head_norm.{kind}"] = _each(
-            heads, v_each, old=core.head_norm_per_head, new=head_norm_per_head
-        )
-    if core.rope is not None and rope is not None:
+    leaves = _norm_leaves(core, spec, heads, v_each, kind="head_norm")
+    leaves |= _norm_leaves(core, spec, heads, qk_each, kind="q_norm")
+    leaves |= _norm_leaves(core, spec, groups, _columns(qk[members]), kind="k_norm")
+    if core.rope is not None and spec.rope is not None:
         found = _pairs(core, qk_each)
-        index = found if rope.per_head else found[0]
+        index = found if spec.rope.per_head else found[0]
         own = heads if core.rope.per_head else None
         leaves |= {"rope.table": (own, None, None, index), "rope.frequencies": (own, None, index)}
     return AttentionCut(spec, indices, leaves)
 
 
-def keep_columns(mask: StructuredMask, core: AttentionSpec, name: str, dimension: str) -> Tensor:
-    """(heads, width) booleans: the columns of each head that are kept, False throughout for heads
-    that go.
-    """
-    width = core.qk if dimension == "qk" else core.v
-    columns = mask.get(dimension, name)
-    columns = torch.ones(width, dtype=torch.bool) if columns is None else columns
-    heads = keep_heads(mask, core, name)
-    return columns.expand(core.heads, width) & heads[:, None]
-
-
-def keep_heads(mask: StructuredMask, core: AttentionSpec, name: str) -> Tensor:
-    """(heads,) booleans."""
-    heads = mask.get("head", name)
-    return torch.ones(core.heads, dtype=torch.bool) if heads is None else heads
-
-
-def kept_scale(core: AttentionSpec, kept: int, mask: StructuredMask) -> float:
-    """The softmax scale after the cut: times sqrt(qk / kept) where the mask was learned with
-    1/sqrt(kept).
-    """
-    return core.scale * math.sqrt(core.qk / kept) if mask.scale == "kept" else core.scale
-
-
 def resize(norm: NormSpec | None, width: int) -> NormSpec | None:
     """The same norm over `width` units."""
     return None if norm is None else norm.model_copy(update={"width": width})
+
+
+def _cut_spec(
+    core: AttentionSpec, mask: StructuredMask, qk_each: Tensor, v_each: Tensor
+) -> AttentionSpec:
+    """The spec of the columns (heads, kept) that stay, before key/value heads are regrouped."""
+    heads, qk, v = len(qk_each), qk_each.shape[1], v_each.shape[1]
+    qk_differ, v_differ = bool((qk_each != qk_each[0]).any()), bool((v_each != v_each[0]).any())
+    qk_norm = core.q_norm is not None or core.k_norm is not None
+    head_norm = core.head_norm is not None
+    rope = core.rope
+    if rope is not None:
+        rope = rope.model_copy(update={"per_head": rope.per_head or qk_differ})
+    # A mask that was learned with the scale 1/sqrt(kept) keeps it.
+    scale = core.scale * math.sqrt(core.qk / qk) if mask.scale == "kept" else core.scale
+    return core.model_copy(
+        update={
+            "heads": heads,
+            "qk": qk,
+            "v": v,
+            "scale": scale,
+            "q_norm": resize(core.q_norm, qk),
+            "k_norm": resize(core.k_norm, qk),
+            "qk_norm_per_head": core.qk_norm_per_head or (qk_differ and qk_norm),
+            "rope": rope,
+            "head_norm": resize(core.head_norm, v),
+            "head_norm_per_head": core.head_norm_per_head or (v_differ and head_norm),
+            "out_norm": resize(core.out_norm, heads * v),
+        }
+    )
+
+
+def _keep_columns(mask: StructuredMask, core: AttentionSpec, name: str, dimension: str) -> Tensor:
+    """(heads, width) booleans of the kept columns, all False for removed heads."""
+    width = core.qk if dimension == "qk" else core.v
+    columns = mask.get(dimension, name)
+    columns = torch.ones(width, dtype=torch.bool) if columns is None else columns
+    return columns.expand(core.heads, width) & _keep_heads(mask, core, name)[:, None]
+
+
+def _keep_heads(mask: StructuredMask, core: AttentionSpec, name: str) -> Tensor:
+    """(heads,) booleans."""
+    heads = mask.get("head", name)
+    return torch.ones(core.heads, dtype=torch.bool) if heads is None else heads
 
 
 def _columns(keep: Tensor) -> Tensor:
@@ -142,23 +131,28 @@ def _parts(rows: Tensor, parts: int) -> Tensor:
     return (rows[:, None] * parts + torch.arange(parts)).flatten()
 
 
-def _repeat(each: Tensor, parts: int) -> Tensor:
-    return each.repeat_interleave(parts, dim=0)
+def _norm_leaves(
+    core: AttentionSpec, spec: AttentionSpec, rows: Tensor, each: Tensor, *, kind: str
+) -> dict[str, tuple[Index, ...]]:
+    """The indices on the weight and bias of a norm inside the attention.
 
-
-def _each(rows: Tensor, each: Tensor, *, old: bool, new: bool) -> tuple[Index, ...]:
-    """Indices of a weight that all heads share (`old` and `new` False), or that has a row a
-    head.
+    `rows`: the heads that stay; `each` (rows, kept): their columns. All heads share the weight, or
+    each head has a row of it, before (`core`) and after the cut (`spec`).
     """
-    if not new:
-        return (each[0],)
-    return (rows, each) if old else (each,)
+    if kind == "head_norm":
+        old, new = core.head_norm_per_head, spec.head_norm_per_head
+    else:
+        old, new = core.qk_norm_per_head, spec.qk_norm_per_head
+        # Differential attention has two queries and keys a head.
+        rows, each = _parts(rows, core.parts), each.repeat_interleave(core.parts, dim=0)
+    index: tuple[Index, ...] = (each[0],)
+    if new:
+        index = (rows, each) if old else (each,)
+    return {f"{kind}.weight": index, f"{kind}.bias": index}
 
 
 def _pairs(core: AttentionSpec, each: Tensor) -> Tensor:
-    """(heads, kept columns) -> (heads, kept pairs): which rope pairs the columns are; whole ones,
-    as StructuredMask.check saw to.
-    """
+    """(heads, kept columns) -> (heads, kept rope pairs); StructuredMask.check keeps pairs whole."""
     assert core.rope is not None
     half = each.shape[1] // 2
     return each[:, :half] if core.rope.layout == "half" else each[:, ::2] // 2

@@ -36,7 +36,7 @@ def test_gates_compute_the_same_as_their_mask(sharing: str) -> None:
 )
 @given(st.data())
 def test_gates_of_any_kind_of_network_equal_the_cut_model(data: st.DataObject) -> None:
-    """Masked equals compact for random scores and networks: grouped queries, ropes, norms, gates."""
+    """Masked equals compact for random scores, over random networks of every kind."""
     architecture = data.draw(architectures())
     # Double precision, so that only rounding differs.
     gates = Gates(architecture, data.draw(st.sampled_from(["unshared", "residual"]))).double()
