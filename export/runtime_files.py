@@ -22,7 +22,7 @@ from .graphs.candidates import candidates, readable
 from .onnxruntime_files import prove
 from .parity import Probe, require
 from .request import ExportRequest
-from .runtimes import Runtime, Source, Written
+from .runtimes import Runtime, Source, RuntimeFiles
 from .stage_line import stage, stages_hidden
 
 TORCH = "torch"
@@ -73,7 +73,7 @@ def write_and_ask(
     order: ExportRequest,
     stages: list[Parity],
     notes: list[str],
-) -> tuple[Written, list[FileEntry]]:
+) -> tuple[RuntimeFiles, list[FileEntry]]:
     """Let the runtime write, then hold its answers against torch; stages and notes grow. Errors:
     InputError, ParityError.
     """
@@ -92,7 +92,7 @@ def write_and_ask(
     files += [entry_for(folder, path, role) for path, role in written.files if path != written.main]
     stages.extend(written.stages)
     notes.extend(written.notes)
-    if written.unasked is not None:
+    if written.parity_skipped is not None:
         notes.append(f"parity was not run: {written.unasked}")
         return written, files
     stage(f"parity of {runtime.name}")
@@ -127,7 +127,7 @@ def write_and_ask(
 
 
 def _inside(
-    runtime: Runtime, source: Source, written: Written, folder: Path, tolerance: float
+    runtime: Runtime, source: Source, written: RuntimeFiles, folder: Path, tolerance: float
 ) -> str:
     """Where in what was written the answers first go wrong, as far as the runtime shows it."""
     if written.where is None or written.command is not None:

@@ -1,5 +1,6 @@
-"""Graph forms: the same network written for a runtime in several ways, of which the fastest that
-proves equal is shipped.
+"""Graph forms: the same network written for a runtime in several ways.
+
+The fastest one whose outputs match the model's is shipped.
 """
 
 from __future__ import annotations

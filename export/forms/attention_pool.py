@@ -1,8 +1,9 @@
 """Attention pooling: one learned query that does not depend on the image.
 
-So the query goes into the keys' weights, and the shares are applied before the values' weights:
-scores x (Wk q), then (shares x) Wv. No token's key or value is made unless the keys are normed.
-Requires the weights of one `compress.vit.pool.AttentionPool`; exact, folded in double precision.
+The query is folded into the keys' weights, and the softmax is applied before the values' weights:
+scores x (Wk q), then (softmax x) Wv. No token's key or value is computed unless the keys are
+normed. Exact, from the weights of one `compress.network.modules.pool.AttentionPool`, folded in
+double precision.
 """
 
 from __future__ import annotations
@@ -12,87 +13,83 @@ from dataclasses import replace
 import numpy as np
 
 from ...compress.network.architecture import AttentionSpec, PoolSpec
-from .attention_weights import single
+from .attention_weights import to_float32
 from .ffn import ffn
 from .form import Form
-from .graph import Array, Graph
-from .rows import Linear, linear, norm
-
-State = dict[str, Array]
+from .graph import Graph, State, entries_below
+from .rows import Linear, Norm, linear, norm
 
 
-def attention_pool(
-    graph: Graph, form: Form, spec: PoolSpec, state: State, x: str, tokens: int
-) -> str:
-    """(tokens, width_in) -> (1, width), or with a batch."""
+def attention_pool(graph: Graph, form: Form, spec: PoolSpec, state: State, x: str) -> str:
+    """Write the pooling of token rows to one row.
+
+    Args:
+        graph: Gets the nodes.
+        form: Decides the layout of the rows.
+        spec: The pooling, with its attention.
+        state: Weights of the whole network; those below `pool.` are read.
+        x: Rows (tokens, width_in), or with a batch.
+
+    Returns:
+        One row (1, width), or (batch, width).
+    """
     attention = spec.attention
     assert attention is not None
-    inner = {
-        name.removeprefix("pool."): value
-        for name, value in state.items()
-        if name.startswith("pool.")
-    }
-    wide = {name: value.astype(np.float64) for name, value in inner.items()}
-    matrix = form.rows == "matrix"
-    scores = _scores(graph, form, attention, wide, x)
+    weights = entries_below(state, "pool")
+    wide = {name: value.astype(np.float64) for name, value in weights.items()}
+    matrix, plain = form.rows == "matrix", replace(form, rows="matrix")
     # (…, tokens, heads) -> (…, heads, tokens)
-    turned = graph.node(
-        "Transpose", [scores], "pool.scores.heads", perm=[1, 0] if matrix else [0, 2, 1]
+    scores = graph.node(
+        "Transpose",
+        [_scores(graph, form, attention, wide, x)],
+        "pool.scores.heads",
+        perm=[1, 0] if matrix else [0, 2, 1],
     )
-    shares = graph.node("Softmax", [turned], "pool.softmax", axis=-1)
-    pooled = graph.node("MatMul", [shares, x], "pool.tokens")
-    width_in = wide["v.weight"].shape[1]
-    heads, v = attention.heads, attention.v
+    probabilities = graph.node("Softmax", [scores], "pool.softmax", axis=-1)
+    pooled = graph.node("MatMul", [probabilities, x], "pool.tokens")
+    heads, v, width_in = attention.heads, attention.v, wide["v.weight"].shape[1]
     values = wide["v.weight"].reshape(heads, v, width_in).transpose(0, 2, 1)
-    apart = graph.reshape(pooled, [*([] if matrix else [0]), heads, 1, width_in], "pool.apart")
-    mixed = graph.node(
-        "MatMul", [apart, graph.constant("pool.v.weight", single(values))], "pool.values"
-    )
-    row = graph.reshape(mixed, [1 if matrix else 0, heads * v], "pool.row")
-    out, shift = wide["out.weight"].T, wide.get("out.bias")
-    if "v.bias" in wide:
-        moved = wide["v.bias"] @ out
-        shift = moved if shift is None else shift + moved
-    plain = replace(form, rows="matrix")
-    y = linear(
-        graph, plain, row, Linear(single(out), None if shift is None else single(shift)), "pool.out"
-    )
+    lead = [] if matrix else [0]
+    pooled = graph.reshape(pooled, [*lead, heads, 1, width_in], "pool.split")
+    value_weight = graph.constant("pool.v.weight", to_float32(values))
+    row = graph.node("MatMul", [pooled, value_weight], "pool.values")
+    row = graph.reshape(row, [1 if matrix else 0, heads * v], "pool.row")
+    y = linear(graph, plain, row, _output_projection(wide), "pool.out")
     if spec.ffn is None:
         return y
-    under = {
-        name.removeprefix("ffn."): value for name, value in inner.items() if name.startswith("ffn.")
-    }
-    seen = (
-        y
-        if spec.norm is None
-        else norm(
-            graph, y, spec.norm, inner.get("norm.weight"), inner.get("norm.bias"), "pool.norm"
-        )
-    )
-    hidden, last = ffn(graph, plain, spec.ffn, under, seen, "pool.ffn")
-    return graph.node(
-        "Add", [y, linear(graph, plain, hidden, last, "pool.ffn.out")], "pool.residual"
-    )
+    hidden = y
+    if spec.norm is not None:
+        hidden = norm(graph, y, Norm.of(spec.norm, weights, "norm"), "pool.norm")
+    hidden, last = ffn(graph, plain, spec.ffn, entries_below(weights, "ffn"), hidden, "pool.ffn")
+    hidden = linear(graph, plain, hidden, last, "pool.ffn.out")
+    return graph.node("Add", [y, hidden], "pool.residual")
+
+
+def _output_projection(wide: State) -> Linear:
+    """The output projection with v's bias folded in, since the softmax sums to one."""
+    weight, bias = wide["out.weight"].T, wide.get("out.bias")
+    if "v.bias" in wide:
+        shift = wide["v.bias"] @ weight
+        bias = shift if bias is None else bias + shift
+    return Linear(to_float32(weight), None if bias is None else to_float32(bias))
 
 
 def _scores(graph: Graph, form: Form, spec: AttentionSpec, wide: State, x: str) -> str:
-    """(…, tokens, heads). What adds the same to all tokens, such as k's bias, is left out."""
+    """(…, tokens, heads), without what adds the same to all tokens, such as k's bias."""
     heads, qk = spec.heads, spec.qk
     query = wide["query"].reshape(heads, qk) * spec.scale
     keys = wide["k.weight"]
     if spec.k_norm is None:
         folded = np.einsum("hc,hci->ih", query, keys.reshape(heads, qk, -1))
-        return graph.node(
-            "MatMul", [x, graph.constant("pool.k.weight", single(folded))], "pool.scores"
-        )
+        key_weight = graph.constant("pool.k.weight", to_float32(folded))
+        return graph.node("MatMul", [x, key_weight], "pool.scores")
     bias = wide.get("k.bias")
-    k = linear(
-        graph, form, x, Linear(single(keys.T), None if bias is None else single(bias)), "pool.k"
-    )
+    layer = Linear(to_float32(keys.T), None if bias is None else to_float32(bias))
+    k = linear(graph, form, x, layer, "pool.k")
     lead = [] if form.rows == "matrix" else [0]
     k = graph.reshape(k, [*lead, -1, heads, qk], "pool.k.split")
-    k = norm(graph, k, spec.k_norm, None, None, "pool.k_norm")
+    k = norm(graph, k, Norm(spec.k_norm), "pool.k_norm")
     weight = wide.get("k_norm.weight")
-    query = query if weight is None else query * weight
-    product = graph.node("Mul", [k, graph.constant("pool.query", single(query))], "pool.k.asked")
+    query = to_float32(query if weight is None else query * weight)
+    product = graph.node("Mul", [k, graph.constant("pool.query", query)], "pool.k.product")
     return graph.node("ReduceSum", [product, graph.sizes([-1])], "pool.scores", keepdims=0)

@@ -1,50 +1,45 @@
-"""The weights of one `compress.vit.attention.Attention`, folded: the same function with fewer and
-cheaper operations.
+"""Folded weights of one attention: the same function with fewer and cheaper operations.
 
-Exact, and computed in double precision:
+Exact, and computed in double precision from the weights of one
+`compress.network.modules.attention.Attention`:
 
-- the columns of rope's pairs are put in halves, in q and k alike, since a product does not see the
-  order of its columns;
-- the softmax scale goes into q's weights, or into its norm's;
-- what adds the same to all scores of a query is left out, since softmax does not see it: k's bias,
-  or its norm's (unless rope turns them);
-- the gain of differential attention goes into the heads' norm or into v; λ is a number;
-- v's bias goes into the output's bias, since attention rows sum to one (to 1 - λ when
-  differential), and the weights and biases of the norms
-  after the heads go into the output projection, unless a norm or a gate stands between.
+1. The columns of rope's pairs are put in halves, in q and k alike, since a product does not depend
+   on the order of its columns.
+2. The softmax scale goes into q's weights, or into its norm's.
+3. What adds the same to all scores of a query is left out, since softmax is invariant to it: k's
+   bias, or its norm's (unless rope rotates them).
+4. The gain of differential attention goes into the heads' norm or into v; λ is a number.
+5. v's bias goes into the output's bias, since the softmax sums to one (to 1 - λ when
+   differential).
+6. The weights and biases of the norms after the heads go into the output projection, unless a
+   norm or a gate stands between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...compress.network.architecture import AttentionSpec, NormSpec
-from .graph import Array
-from .rows import Linear
+from ...compress.network.architecture import AttentionSpec
+from .graph import Array, State
+from .rows import Linear, Norm
 
-State = dict[str, Array]
-
-
-@dataclass(frozen=True)
-class NormWeights:
-    """A norm and its weights, (width,) or (heads, width), or None."""
-
-    spec: NormSpec
-    weight: Array | None
-    bias: Array | None
+NORMS = ("q_norm", "k_norm", "head_norm", "out_norm")
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Projections of shape (in, heads * width), norms, and what is added to or multiplied with
-    scores.
+    """Projections of shape (in, heads * width), norms, and terms of the scores.
 
-    cosine, sine: (tokens, heads or 1, qk) for halves, the sine with its sign, or None without rope.
-    table: (heads, offsets), or None without relative bias. kv_of: the key/value head of each head.
-    second: λ, or None without differential attention; then the first maps of all heads come before
-    the second ones in q, k and table.
+    Attributes:
+        cosine: (tokens, heads or 1, qk) for rope in halves, or None without rope.
+        sine: The same for the sine, with its sign.
+        table: Relative bias (heads, offsets), or None.
+        kv_of: The key/value head of each head.
+        lambda_: λ of differential attention, or None; with it, the first maps of all heads come
+            before the second ones in q, k and table.
     """
 
     q: Linear
@@ -52,109 +47,54 @@ class AttentionWeights:
     v: Linear
     out: Linear
     gate: Linear | None
-    q_norm: NormWeights | None
-    k_norm: NormWeights | None
-    head_norm: NormWeights | None
-    out_norm: NormWeights | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    head_norm: Norm | None
+    out_norm: Norm | None
     cosine: Array | None
     sine: Array | None
     table: Array | None
     kv_of: tuple[int, ...]
-    second: float | None
+    lambda_: float | None
 
 
 def fold(spec: AttentionSpec, state: State) -> AttentionWeights:
-    """The folded weights of an attention core whose state is `state`."""
+    """Return the folded weights of an attention whose weights are `state`."""
     wide = {name: value.astype(np.float64) for name, value in state.items()}
-    weight = {
-        part: wide[f"{part}.weight"].T
-        for part in ("q", "k", "v", "out", *(["gate"] if spec.gated else []))
-    }
-    bias = {part: wide.get(f"{part}.bias") for part in weight}
-    norms = {name: _norm(wide, name, part) for name, part in _norms(spec).items()}
-    if spec.rope is not None and spec.rope.layout == "interleaved":
-        halves = np.concatenate([np.arange(0, spec.qk, 2), np.arange(1, spec.qk, 2)])
-        for part, heads in (("q", spec.heads), ("k", spec.kv_heads)):
-            _reorder(
-                weight,
-                bias,
-                norms,
-                part,
-                (np.arange(heads)[:, None] * spec.qk + halves).ravel(),
-                norm_columns=halves,
-            )
-    second = _second(spec, wide)
-    if second is not None:
-        # (head, map) -> (map, head)
-        order = np.arange(2 * spec.heads).reshape(spec.heads, 2).T.ravel()
-        for part in ("q", "k"):
-            _reorder(
-                weight,
-                bias,
-                norms,
-                part,
-                (order[:, None] * spec.qk + np.arange(spec.qk)).ravel(),
-                norm_rows=order,
-            )
-    if "q_norm" in norms:
-        norms["q_norm"] = _scaled(norms["q_norm"], spec.scale)
-    else:
-        weight["q"], bias["q"] = weight["q"] * spec.scale, _times(bias["q"], spec.scale)
-    if spec.rope is None:
-        if "k_norm" in norms:
-            norms["k_norm"] = replace(norms["k_norm"], bias=None)
-        else:
-            bias["k"] = None
-    kv_of = tuple(range(spec.heads)) if spec.kv_of is None else spec.kv_of
-    if spec.differential is not None:
-        gain = 1.0 - spec.differential.start
-        if "head_norm" in norms:
-            norms["head_norm"] = _scaled(norms["head_norm"], gain)
-        else:
-            weight["v"], bias["v"] = weight["v"] * gain, _times(bias["v"], gain)
-    if (
-        "head_norm" not in norms
-        and "out_norm" not in norms
-        and not spec.gated
-        and bias["v"] is not None
-    ):
-        mixed = bias["v"].reshape(spec.kv_heads, spec.v)[list(kv_of)].ravel() * (
-            1.0 if second is None else 1.0 - second
-        )
-        bias["out"], bias["v"] = _plus(bias["out"], mixed @ weight["out"]), None
-    last = "out_norm" if "out_norm" in norms else "head_norm"
-    if last in norms and not spec.gated:
-        _into_output(weight, bias, norms, last, spec.heads)
-    cosine, sine = _turns(spec, wide)
-    made = {
-        part: Linear(single(weight[part]), None if (shift := bias[part]) is None else single(shift))
-        for part in weight
-    }
-    kept = {
-        name: _single_norm(norms.get(name))
-        for name in ("q_norm", "k_norm", "head_norm", "out_norm")
-    }
+    folding = _Folding(spec, wide)
+    lambda_ = _lambda(spec, wide)
+    folding.put_pairs_in_halves()
+    if lambda_ is not None:
+        folding.put_first_maps_first()
+    folding.fold_scale()
+    folding.drop_key_bias()
+    folding.fold_gain()
+    folding.fold_value_bias(1.0 if lambda_ is None else 1.0 - lambda_)
+    folding.fold_output_norm()
+    cosine, sine = _rotations(spec, wide)
+    linears, norms = folding.linears(), folding.float32_norms()
     return AttentionWeights(
-        q=made["q"],
-        k=made["k"],
-        v=made["v"],
-        out=made["out"],
-        gate=made.get("gate"),
-        q_norm=kept["q_norm"],
-        k_norm=kept["k_norm"],
-        head_norm=kept["head_norm"],
-        out_norm=kept["out_norm"],
+        q=linears["q"],
+        k=linears["k"],
+        v=linears["v"],
+        out=linears["out"],
+        gate=linears.get("gate"),
+        q_norm=norms["q_norm"],
+        k_norm=norms["k_norm"],
+        head_norm=norms["head_norm"],
+        out_norm=norms["out_norm"],
         cosine=cosine,
         sine=sine,
         table=_table(spec, wide),
-        kv_of=kv_of,
-        second=second,
+        kv_of=folding.kv_of,
+        lambda_=lambda_,
     )
 
 
-def apart(spec: AttentionSpec, state: State) -> tuple[AttentionSpec, State]:
-    """Heads that share keys, but turn them by tables of their own, have nothing to share: each gets
-    its copy.
+def ungroup(spec: AttentionSpec, state: State) -> tuple[AttentionSpec, State]:
+    """Copy shared keys and values for each head where rope has a table for each head.
+
+    Heads that rotate their keys differently cannot share them; other attentions stay unchanged.
     """
     if spec.kv_of is None or spec.rope is None or not spec.rope.per_head:
         return spec, state
@@ -170,100 +110,145 @@ def apart(spec: AttentionSpec, state: State) -> tuple[AttentionSpec, State]:
     return spec.model_copy(update={"kv_of": None}), copied
 
 
-def single(value: Array) -> Array:
-    """In single precision and in one piece."""
+def to_float32(value: Array) -> Array:
+    """Return a contiguous copy in single precision."""
     return np.ascontiguousarray(value.astype(np.float32))
 
 
-def _norms(spec: AttentionSpec) -> dict[str, NormSpec]:
-    found = {
-        "q_norm": spec.q_norm,
-        "k_norm": spec.k_norm,
-        "head_norm": spec.head_norm,
-        "out_norm": spec.out_norm,
-    }
-    return {name: part for name, part in found.items() if part is not None}
+class _Folding:
+    """The weights of one attention while they are folded, in double precision."""
+
+    def __init__(self, spec: AttentionSpec, wide: State) -> None:
+        self.spec = spec
+        parts = ("q", "k", "v", "out", *(["gate"] if spec.gated else []))
+        self.weight = {part: wide[f"{part}.weight"].T for part in parts}
+        self.bias = {part: wide.get(f"{part}.bias") for part in parts}
+        specs = {name: getattr(spec, name) for name in NORMS}
+        self.norms = {
+            name: Norm.of(norm, wide, name) for name, norm in specs.items() if norm is not None
+        }
+        self.kv_of = tuple(range(spec.heads)) if spec.kv_of is None else spec.kv_of
+
+    def put_pairs_in_halves(self) -> None:
+        """Case 1."""
+        spec = self.spec
+        if spec.rope is None or spec.rope.layout != "interleaved":
+            return
+        halves = np.concatenate([np.arange(0, spec.qk, 2), np.arange(1, spec.qk, 2)])
+        for part, heads in (("q", spec.heads), ("k", spec.kv_heads)):
+            self._reorder(part, (np.arange(heads)[:, None] * spec.qk + halves).ravel())
+            name = f"{part}_norm"
+            if name in self.norms:
+                self.norms[name] = _map_arrays(self.norms[name], lambda value: value[..., halves])
+
+    def put_first_maps_first(self) -> None:
+        """Reorder q and k of differential attention: (head, map) -> (map, head)."""
+        spec = self.spec
+        order = np.arange(2 * spec.heads).reshape(spec.heads, 2).T.ravel()
+        for part in ("q", "k"):
+            self._reorder(part, (order[:, None] * spec.qk + np.arange(spec.qk)).ravel())
+            name = f"{part}_norm"
+            if name in self.norms:
+                self.norms[name] = _map_arrays(
+                    self.norms[name], lambda value: value[order] if value.ndim == 2 else value
+                )
+
+    def fold_scale(self) -> None:
+        """Case 2."""
+        self._scale("q_norm", "q", self.spec.scale)
+
+    def drop_key_bias(self) -> None:
+        """Case 3."""
+        if self.spec.rope is not None:
+            return
+        if "k_norm" in self.norms:
+            self.norms["k_norm"] = replace(self.norms["k_norm"], bias=None)
+        else:
+            self.bias["k"] = None
+
+    def fold_gain(self) -> None:
+        """Case 4."""
+        if self.spec.differential is not None:
+            self._scale("head_norm", "v", 1.0 - self.spec.differential.start)
+
+    def fold_value_bias(self, probability_sum: float) -> None:
+        """Case 5."""
+        spec, value_bias = self.spec, self.bias["v"]
+        if "head_norm" in self.norms or "out_norm" in self.norms or spec.gated:
+            return
+        if value_bias is None:
+            return
+        output = value_bias.reshape(spec.kv_heads, spec.v)[list(self.kv_of)].ravel()
+        output = output * probability_sum
+        self.bias["out"] = _plus(self.bias["out"], output @ self.weight["out"])
+        self.bias["v"] = None
+
+    def fold_output_norm(self) -> None:
+        """Case 6."""
+        name = "out_norm" if "out_norm" in self.norms else "head_norm"
+        if name not in self.norms or self.spec.gated:
+            return
+        norm = self.norms[name]
+
+        def row(value: Array) -> Array:
+            if name == "out_norm":
+                return value
+            return value.ravel() if value.ndim == 2 else np.tile(value, self.spec.heads)
+
+        if norm.bias is not None:
+            self.bias["out"] = _plus(self.bias["out"], row(norm.bias) @ self.weight["out"])
+        if norm.weight is not None:
+            self.weight["out"] = self.weight["out"] * row(norm.weight)[:, None]
+        self.norms[name] = Norm(norm.spec)
+
+    def linears(self) -> dict[str, Linear]:
+        """Return the projections in single precision."""
+        return {
+            part: Linear(
+                to_float32(weight), None if (bias := self.bias[part]) is None else to_float32(bias)
+            )
+            for part, weight in self.weight.items()
+        }
+
+    def float32_norms(self) -> dict[str, Norm | None]:
+        """Return the norms in single precision, None for those that are absent."""
+        return {
+            name: _map_arrays(self.norms[name], to_float32) if name in self.norms else None
+            for name in NORMS
+        }
+
+    def _reorder(self, part: str, columns: Array) -> None:
+        self.weight[part] = self.weight[part][:, columns]
+        bias = self.bias[part]
+        self.bias[part] = None if bias is None else bias[columns]
+
+    def _scale(self, norm_name: str, part: str, factor: float) -> None:
+        """Multiply a norm's weights, or where there is none the projection's."""
+        norm = self.norms.get(norm_name)
+        if norm is None:
+            self.weight[part] = self.weight[part] * factor
+            bias = self.bias[part]
+            self.bias[part] = None if bias is None else bias * factor
+            return
+        weight = np.ones(norm.spec.width) if norm.weight is None else norm.weight
+        bias = None if norm.bias is None else norm.bias * factor
+        self.norms[norm_name] = Norm(norm.spec, weight * factor, bias)
 
 
-def _norm(wide: State, name: str, spec: NormSpec) -> NormWeights:
-    return NormWeights(spec, wide.get(f"{name}.weight"), wide.get(f"{name}.bias"))
-
-
-def _single_norm(norm: NormWeights | None) -> NormWeights | None:
-    if norm is None:
-        return None
-    return NormWeights(
+def _map_arrays(norm: Norm, change: Callable[[Array], Array]) -> Norm:
+    return Norm(
         norm.spec,
-        None if norm.weight is None else single(norm.weight),
-        None if norm.bias is None else single(norm.bias),
+        None if norm.weight is None else change(norm.weight),
+        None if norm.bias is None else change(norm.bias),
     )
-
-
-def _scaled(norm: NormWeights, factor: float) -> NormWeights:
-    weight = np.ones(norm.spec.width) if norm.weight is None else norm.weight
-    return replace(norm, weight=weight * factor, bias=_times(norm.bias, factor))
-
-
-def _times(value: Array | None, factor: float) -> Array | None:
-    return None if value is None else value * factor
 
 
 def _plus(value: Array | None, shift: Array) -> Array:
     return shift if value is None else value + shift
 
 
-def _reorder(
-    weight: State,
-    bias: dict[str, Array | None],
-    norms: dict[str, NormWeights],
-    part: str,
-    columns: Array,
-    *,
-    norm_columns: Array | None = None,
-    norm_rows: Array | None = None,
-) -> None:
-    weight[part] = weight[part][:, columns]
-    shift = bias[part]
-    bias[part] = None if shift is None else shift[columns]
-    norm = norms.get(f"{part}_norm")
-    if norm is None:
-        return
-
-    def moved(value: Array | None) -> Array | None:
-        if value is not None and norm_columns is not None:
-            value = value[..., norm_columns]
-        return (
-            value[norm_rows]
-            if value is not None and norm_rows is not None and value.ndim == 2
-            else value
-        )
-
-    norms[f"{part}_norm"] = replace(norm, weight=moved(norm.weight), bias=moved(norm.bias))
-
-
-def _into_output(
-    weight: State,
-    bias: dict[str, Array | None],
-    norms: dict[str, NormWeights],
-    name: str,
-    heads: int,
-) -> None:
-    norm = norms[name]
-
-    def rows(value: Array) -> Array:
-        if name == "out_norm":
-            return value
-        return value.ravel() if value.ndim == 2 else np.tile(value, heads)
-
-    if norm.bias is not None:
-        bias["out"] = _plus(bias["out"], rows(norm.bias) @ weight["out"])
-    if norm.weight is not None:
-        weight["out"] = weight["out"] * rows(norm.weight)[:, None]
-    norms[name] = replace(norm, weight=None, bias=None)
-
-
-def _second(spec: AttentionSpec, wide: State) -> float | None:
-    """λ of Ye et al. 2024, eq. 2."""
+def _lambda(spec: AttentionSpec, wide: State) -> float | None:
+    """λ of Ye et al. 2024, "Differential Transformer", eq. 2."""
     if spec.differential is None:
         return None
     vectors = wide["differential.vectors"]
@@ -272,16 +257,17 @@ def _second(spec: AttentionSpec, wide: State) -> float | None:
     return float(first - second + spec.differential.start)
 
 
-def _turns(spec: AttentionSpec, wide: State) -> tuple[Array | None, Array | None]:
+def _rotations(spec: AttentionSpec, wide: State) -> tuple[Array | None, Array | None]:
     if spec.rope is None:
         return None, None
-    # (heads or 1, 2, patches, pairs) -> two of (patches, heads or 1, pairs); prefix tokens turn by
-    # nothing.
+    # (heads or 1, 2, patches, pairs) -> two of (patches, heads or 1, pairs); prefix tokens are not
+    # rotated.
     cosine, sine = wide["rope.table"].transpose(1, 2, 0, 3)
-    still = ((spec.rope.prefix, 0), (0, 0), (0, 0))
-    cosine, sine = np.pad(cosine, still, constant_values=1.0), np.pad(sine, still)
-    return single(np.concatenate([cosine, cosine], axis=-1)), single(
-        np.concatenate([-sine, sine], axis=-1)
+    prefix = ((spec.rope.prefix, 0), (0, 0), (0, 0))
+    cosine, sine = np.pad(cosine, prefix, constant_values=1.0), np.pad(sine, prefix)
+    return (
+        to_float32(np.concatenate([cosine, cosine], axis=-1)),
+        to_float32(np.concatenate([-sine, sine], axis=-1)),
     )
 
 
@@ -290,6 +276,6 @@ def _table(spec: AttentionSpec, wide: State) -> Array | None:
         return None
     table = wide["bias.table"].T
     if spec.bias.prefix and not spec.bias.prefix_rows:
-        # One more offset, for whatever meets a prefix token.
+        # One more offset, zero, for every pair with a prefix token.
         table = np.pad(table, ((0, 0), (0, 1)))
-    return single(np.concatenate([table, table]) if spec.differential is not None else table)
+    return to_float32(np.concatenate([table, table]) if spec.differential is not None else table)

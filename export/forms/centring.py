@@ -1,9 +1,9 @@
-"""LayerNorm as RMSNorm, exactly: whatever writes to the residual stream is centred in its weights.
+"""LayerNorm as RMSNorm, exactly: everything that writes to the residual stream is centred.
 
-Requires: every reader of the stream is a LayerNorm over the whole of it, followed by a Linear in
-each core (a bias of the norm is folded into that Linear). Ensures: the same function; the stream
-differs from the original by each token's mean, which LayerNorm takes out anyway. After Ashkboos et
-al. 2024 (SliceGPT), section 3.
+Requires that every reader of the stream is a LayerNorm over the whole of it, followed by a Linear
+in each core (a bias of the norm is folded into that Linear). The function stays the same; the
+stream differs from the original by each token's mean, which LayerNorm subtracts anyway. After
+Ashkboos et al. 2024, "SliceGPT", section 3.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from ...compress.network.architecture import (
     FfnSpec,
     NormSpec,
 )
-from .graph import Array
-
-State = dict[str, Array]
+from .graph import Array, State
+from .rows import scatter_array
 
 
 def applicable(architecture: Architecture) -> bool:
-    """Whether the stream is only ever seen through LayerNorms over all of it, and only Linears
-    write to it.
-    """
+    """Return whether only LayerNorms over all of the stream read it, and only Linears write it."""
     if (
         architecture.norm is None
         or architecture.norm.kind != "layer"
@@ -51,32 +48,29 @@ def _whole(branch: BranchSpec) -> bool:
 
 
 def centre(architecture: Architecture, state: State) -> tuple[Architecture, State]:
-    """An equal network whose norms over the stream are RMSNorms without bias. Everything is
-    computed in double precision.
+    """Return an equal network whose norms over the stream are RMSNorms without bias.
+
+    Everything is computed in double precision.
     """
     wide = {name: value.astype(np.float64) for name, value in state.items()}
     embed = architecture.embed
-    _widen_stem(architecture, wide)
+    _scatter_stem(architecture, wide)
     stem_weight = wide["stem.weight"]
     wide["stem.weight"] = stem_weight - stem_weight.mean(axis=0)
     for name in ("stem.bias", "position", "prefix"):
         if name in wide:
             wide[name] = wide[name] - wide[name].mean(axis=-1, keepdims=True)
-    steps = []
-    for number, step in enumerate(architecture.steps):
-        steps.append(
-            tuple(
-                _branch(branch, wide, f"steps.{number}.{position}.", embed)
-                for position, branch in enumerate(step)
-            )
+    steps = [
+        tuple(
+            _centred(branch, wide, f"steps.{number}.{position}.", embed)
+            for position, branch in enumerate(step)
         )
+        for number, step in enumerate(architecture.steps)
+    ]
     assert architecture.norm is not None
-    if _straight(architecture):
-        _fold_shift(
-            wide,
-            "norm",
-            ["head", *(["head_dist"] if architecture.pool.kind == "distilled" else [])],
-        )
+    if _linear_head(architecture):
+        second = ["head_dist"] if architecture.pool.kind == "distilled" else []
+        _fold_norm_bias(wide, "norm", ["head", *second])
     norm = _rms(architecture.norm, wide, "norm")
     changed = architecture.model_copy(
         update={"steps": tuple(steps), "norm": norm, "stem_writes": None}
@@ -86,9 +80,10 @@ def centre(architecture: Architecture, state: State) -> tuple[Architecture, Stat
     }
 
 
-def _straight(architecture: Architecture) -> bool:
-    """Whether the last norm is followed by nothing but averages and classifiers; elsewhere its bias
-    stays a sum of its own, on few rows.
+def _linear_head(architecture: Architecture) -> bool:
+    """Whether only averages and classifiers follow the last norm.
+
+    Elsewhere its bias stays an Add, on few rows.
     """
     head = architecture.head
     plain = (
@@ -100,11 +95,11 @@ def _straight(architecture: Architecture) -> bool:
     return plain and architecture.pool.kind in ("token", "mean", "mean_all", "distilled")
 
 
-def _branch(branch: BranchSpec, wide: State, at: str, embed: int) -> BranchSpec:
+def _centred(branch: BranchSpec, wide: State, at: str, embed: int) -> BranchSpec:
     core = branch.core
     if isinstance(core, ConstantSpec):
         value = wide.pop(f"{at}layer_scale", np.ones(1)) * wide[f"{at}core.value"]
-        value = _spread(value, branch, embed)
+        value = _scattered(value, branch, embed)
         wide[f"{at}core.value"] = value - value.mean()
         return branch.model_copy(update={"layer_scale": False, "writes": None})
     assert branch.norm is not None
@@ -113,31 +108,29 @@ def _branch(branch: BranchSpec, wide: State, at: str, embed: int) -> BranchSpec:
     else:
         assert isinstance(core, FfnSpec)
         readers, out = (["fc1", "gate"] if core.gated else ["fc1"]), "fc2"
-    _fold_shift(wide, f"{at}norm", [f"{at}core.{reader}" for reader in readers])
+    _fold_norm_bias(wide, f"{at}norm", [f"{at}core.{reader}" for reader in readers])
     scale = wide.pop(f"{at}layer_scale", None)
     weight, bias = wide[f"{at}core.{out}.weight"].T, wide.get(f"{at}core.{out}.bias")
     if scale is not None:
         weight, bias = weight * scale, None if bias is None else bias * scale
-    weight = _spread(weight, branch, embed)
+    weight = _scattered(weight, branch, embed)
     wide[f"{at}core.{out}.weight"] = (weight - weight.mean(axis=-1, keepdims=True)).T
     if bias is not None:
-        bias = _spread(bias, branch, embed)
+        bias = _scattered(bias, branch, embed)
         wide[f"{at}core.{out}.bias"] = bias - bias.mean()
     return branch.model_copy(
         update={"norm": _rms(branch.norm, wide, f"{at}norm"), "layer_scale": False, "writes": None}
     )
 
 
-def _fold_shift(wide: State, norm: str, readers: list[str]) -> None:
-    """The norm's bias b goes into each reader: W (y + b) + c = W y + (c + W b)."""
+def _fold_norm_bias(wide: State, norm: str, readers: list[str]) -> None:
+    """Fold the norm's bias b into each reader: W (y + b) + c = W y + (c + W b)."""
     shift = wide.pop(f"{norm}.bias", None)
     if shift is None:
         return
     for reader in readers:
-        moved = wide[f"{reader}.weight"] @ shift
-        wide[f"{reader}.bias"] = (
-            moved + wide[f"{reader}.bias"] if f"{reader}.bias" in wide else moved
-        )
+        folded, name = wide[f"{reader}.weight"] @ shift, f"{reader}.bias"
+        wide[name] = folded + wide[name] if name in wide else folded
 
 
 def _rms(spec: NormSpec, wide: State, norm: str) -> NormSpec:
@@ -147,24 +140,15 @@ def _rms(spec: NormSpec, wide: State, norm: str) -> NormSpec:
     )
 
 
-def _widen_stem(architecture: Architecture, wide: State) -> None:
+def _scatter_stem(architecture: Architecture, wide: State) -> None:
     writes = architecture.stem_writes
     if writes is None:
         return
-    indices = list(writes)
-    weight = np.zeros((architecture.embed, *wide["stem.weight"].shape[1:]))
-    weight[indices] = wide["stem.weight"]
-    wide["stem.weight"] = weight
+    wide["stem.weight"] = scatter_array(wide["stem.weight"].T, writes, architecture.embed).T
     for name in ("stem.bias", "position", "prefix"):
         if name in wide:
-            rows = np.zeros((*wide[name].shape[:-1], architecture.embed))
-            rows[..., indices] = wide[name]
-            wide[name] = rows
+            wide[name] = scatter_array(wide[name], writes, architecture.embed)
 
 
-def _spread(value: Array, branch: BranchSpec, embed: int) -> Array:
-    if branch.writes is None:
-        return value
-    spread = np.zeros((*value.shape[:-1], embed))
-    spread[..., list(branch.writes)] = value
-    return spread
+def _scattered(value: Array, branch: BranchSpec, embed: int) -> Array:
+    return value if branch.writes is None else scatter_array(value, branch.writes, embed)

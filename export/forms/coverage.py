@@ -1,5 +1,7 @@
-"""Which architectures the graph forms cover: an allow-list of what they read, so that whatever is
-added to an architecture is refused until written.
+"""Which architectures the graph forms cover.
+
+An allow-list of the fields that they read, so that a new field of an architecture is refused until
+the forms implement it.
 """
 
 from __future__ import annotations
@@ -53,23 +55,30 @@ ACTIVATIONS = (
     "identity",
 )
 
-# Fields that the forms read, or that say how tables follow another image size; any other must be at
-# its default, where it changes nothing.
+
+def _fields(names: str) -> set[str]:
+    return set(names.split())
+
+
+# Fields that the forms read, or that state how tables are resized; any other must be at its
+# default, where it changes nothing.
 _READ: dict[type[BaseModel], set[str]] = {
-    Architecture: {
-        "schema_", "image", "embed", "stem", "prefix", "position", "position_resize", "patch_norm", "stem_norm", "stem_writes", "steps", "norm", "pool",
-        "pool_norm", "head", "feature_width", "feature_writes", "head_reads", "last_queries",
-    },
+    Architecture: _fields(
+        "schema_ image embed stem prefix position position_resize patch_norm stem_norm "
+        "stem_writes steps norm pool pool_norm head feature_width feature_writes "
+        "head_reads last_queries"
+    ),
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
     ConvSpec: {"channels", "kernel", "stride", "padding", "bias", "act"},
     PoolSpec: {"kind", "attention", "norm", "ffn", "width", "prefix", "refine"},
     RefineSpec: {"channels", "scale"},
     HeadSpec: {"classes", "bias", "hidden", "hidden_act", "act"},
     BranchSpec: {"name", "core", "norm", "post_norm", "layer_scale", "reads", "writes"},
-    AttentionSpec: {
-        "kind", "heads", "qk", "v", "scale", "q_bias", "k_bias", "v_bias", "out_bias", "q_norm", "k_norm", "qk_norm_per_head", "out_norm",
-        "kv_of", "gated", "gate_bias", "rope", "bias", "differential", "head_norm", "head_norm_per_head",
-    },
+    AttentionSpec: _fields(
+        "kind heads qk v scale q_bias k_bias v_bias out_bias q_norm k_norm "
+        "qk_norm_per_head out_norm kv_of gated gate_bias rope bias differential "
+        "head_norm head_norm_per_head"
+    ),
     RopeSpec: {"layout", "tokens", "prefix", "per_head", "at"},
     RopeGridSpec: {"kind", "offset", "over", "reference"},
     RelativeBiasSpec: {"grid", "prefix", "prefix_rows", "resize"},
@@ -77,11 +86,11 @@ _READ: dict[type[BaseModel], set[str]] = {
     FfnSpec: {"kind", "hidden", "act", "gated", "in_bias", "gate_bias", "out_bias", "norm"},
     ConstantSpec: {"kind"},
     NormSpec: {"kind", "width", "eps", "weight", "bias"},
-}  # fmt: skip
+}
 
 
 def reason_against(architecture: Architecture) -> str | None:
-    """The first part that no form has a rule for, or None if all is covered."""
+    """Return the first part that no form has a rule for, or None if all is covered."""
     if architecture.pool.kind not in POOLS:
         return f"pooling by {architecture.pool.kind!r}"
     for path, part in _parts("model", architecture):
@@ -95,18 +104,12 @@ def reason_against(architecture: Architecture) -> str | None:
 
 
 def _parts(path: str, part: BaseModel) -> Iterator[tuple[str, BaseModel]]:
-    """A specification and all those inside it; sub-layers go by their own names."""
+    """Yield a specification and all those inside it; sub-layers are named by their own names."""
     yield path, part
     for name in type(part).model_fields:
         for inner in _inside(getattr(part, name)):
-            yield from _parts(
-                inner.name
-                if isinstance(inner, BranchSpec)
-                else name
-                if path == "model"
-                else f"{path}.{name}",
-                inner,
-            )
+            inner_path = name if path == "model" else f"{path}.{name}"
+            yield from _parts(inner.name if isinstance(inner, BranchSpec) else inner_path, inner)
 
 
 def _inside(value: Any) -> Iterator[BaseModel]:

@@ -11,30 +11,32 @@ from ...core.errors import InputError
 
 @dataclass(frozen=True)
 class Form:
-    """How the network is written. Every form computes the same function; the exporter proves that
-    for each artifact.
+    """How the network is written. Every form computes the same function.
 
-    rows: `matrix` keeps tokens as a (tokens, width) matrix, so that each Linear is one Gemm with
-    its bias (batch 1 only); `batch` keeps (batch, tokens, width).
-    attention: `split` has a product each for q, k and v; `fused-qkv` one for the three; `runtime`
-    hands q, k and v to ONNX Runtime's
-        MultiHeadAttention; `opset23` to the standard's Attention.
-    residual: `add`, or `skip-norm` for ONNX Runtime's SkipLayerNormalization (residual, bias and
-    norm in one node). norm: `layer`, or `centred-rms`: what writes to the stream is centred once,
-    in the weights, so that each LayerNorm becomes the cheaper RMSNorm. activation: `gelu` (opset
-    20), or `bias-gelu` for ONNX Runtime's BiasGelu. stem: `conv`, or `matrix` (patches cut out by
-    reshaping, then one Gemm); `int8` is `matrix`, and in eight bits where the other products are.
-    last_queries: the last block computes only the tokens that the head reads. last_keys: there it
-    makes no keys and values either, since few queries meet the tokens themselves sooner. stream:
-    what writes to (or reads without a norm) only some channels of the stream is a matrix with zeros
-    for the others (`dense`), goes by
-        index (`index`), or each as a measured cost model says (`cheaper`). Only unshared masks
-        leave such.
-    tile: token rows are filled up to a multiple of it; nobody attends to the rows behind the real
-    ones. qdq: where ranges were found on images, eight bits are written as QuantizeLinear and
-    DequantizeLinear pairs around float products, for execution
-        providers that have no use for ONNX Runtime's own eight-bit products. Means nothing to other
-        precisions.
+    The exporter checks that for each artifact.
+
+    Attributes:
+        rows: `matrix` keeps tokens as a (tokens, width) matrix, so that each Linear is one Gemm
+            with its bias (batch 1 only); `batch` keeps (batch, tokens, width).
+        attention: `split` has one product each for q, k and v; `fused-qkv` one for the three;
+            `runtime` uses ONNX Runtime's MultiHeadAttention; `opset23` the standard's Attention.
+        residual: `add`, or `skip-norm` for ONNX Runtime's SkipLayerNormalization (residual, bias
+            and norm in one node).
+        norm: `layer`, or `centred-rms`: what writes to the stream is centred once, in the weights,
+            so that each LayerNorm becomes the cheaper RMSNorm.
+        activation: `gelu` (opset 20), or `bias-gelu` for ONNX Runtime's BiasGelu.
+        stem: `conv`, or `matrix` (patches cut out by a Reshape, then one Gemm); `int8` is `matrix`,
+            in eight bits where the other products are.
+        last_queries: The last block computes only the tokens that the head reads.
+        last_keys: The last block computes no keys and values either, where a few queries are
+            cheaper to multiply with the tokens themselves.
+        stream: How branches write (or, without a norm, read) only some channels of the stream,
+            which unshared masks leave: as a matrix with zeros for the others (`dense`), by index
+            (`index`), or each as a measured cost model decides (`cheaper`).
+        tile: Token rows are padded to a multiple of it; no query attends to the padding.
+        qdq: Static eight bits are written as QuantizeLinear and DequantizeLinear pairs around
+            float products, for execution providers that do not use ONNX Runtime's own eight-bit
+            products. No effect on other precisions.
     """
 
     rows: Literal["matrix", "batch"] = "matrix"
@@ -51,15 +53,9 @@ class Form:
 
     @property
     def name(self) -> str:
-        """The parts, joined: what a manifest records and `form_named` reads."""
-        parts = [
-            self.rows,
-            self.attention,
-            self.residual,
-            self.norm,
-            self.activation,
-            f"{self.stem}-stem",
-        ]
+        """The parts, joined, as manifests record it and `form_named` parses it."""
+        parts: list[str] = [self.rows, self.attention, self.residual, self.norm, self.activation]
+        parts += [f"{self.stem}-stem"]
         parts += ["last-queries"] if self.last_queries else []
         parts += ["last-keys"] if self.last_keys else []
         parts += [f"{self.stream}-stream"] if self.stream != "cheaper" else []
@@ -68,7 +64,7 @@ class Form:
 
     @property
     def opset(self) -> int:
-        """Lowest opset of the standard that has its operators."""
+        """The lowest opset of the standard that has its operators."""
         return 23 if self.attention == "opset23" else 20
 
     @property
@@ -82,7 +78,7 @@ class Form:
         )
 
 
-# The forms that `tune` measures, likely winners first.
+# The forms that `tune` measures, the most promising first.
 FORMS: tuple[Form, ...] = (
     Form(attention="opset23", stem="matrix"),
     Form(stem="matrix"),
@@ -100,10 +96,10 @@ FORMS: tuple[Form, ...] = (
         activation="bias-gelu",
     ),
     Form(attention="opset23", stem="matrix", last_keys=False),
-    # A kernel for AVX-512 takes twelve rows of a matrix at a time.
+    # A kernel for AVX-512 multiplies twelve rows of a matrix at a time.
     Form(attention="opset23", stem="matrix", tile=12),
 )
-# More in eight bits, whose products take rows of any rank as they are.
+# More in eight bits, whose products accept rows of any rank.
 INT8_FORMS: tuple[Form, ...] = (
     Form(rows="batch", attention="opset23", stem="int8"),
     Form(rows="batch", attention="opset23", stem="matrix"),
@@ -116,14 +112,17 @@ STREAM_FORMS: tuple[Form, ...] = tuple(
 
 
 def form_named(name: str) -> Form:
-    """The form of a name made by `Form.name`. Errors: InputError with the names that `tune`
-    knows.
+    """Return the form of a name made by `Form.name`.
+
+    Raises:
+        InputError: The name is unknown; the message lists the forms that `tune` measures.
     """
     match = _NAME.fullmatch(name)
     if match is None:
         names = ", ".join(["plain", *(form.name for form in FORMS)])
         raise InputError(
-            f"form {name!r} is unknown; take one of {names}, or leave it out for the best known one of the target"
+            f"form {name!r} is unknown; use one of {names}, or leave it out for the best known "
+            "one of the target"
         )
     choices: dict[str, Any] = {
         part: match[part]
@@ -139,7 +138,8 @@ def form_named(name: str) -> Form:
 
 
 _NAME = re.compile(
-    "(?P<rows>matrix|batch)/(?P<attention>split|fused-qkv|runtime|opset23)/(?P<residual>add|skip-norm)/(?P<norm>layer|centred-rms)/"
-    "(?P<activation>gelu|bias-gelu)/(?P<stem>conv|matrix|int8)-stem(?P<queries>/last-queries)?(?P<keys>/last-keys)?"
+    "(?P<rows>matrix|batch)/(?P<attention>split|fused-qkv|runtime|opset23)"
+    "/(?P<residual>add|skip-norm)/(?P<norm>layer|centred-rms)/(?P<activation>gelu|bias-gelu)"
+    "/(?P<stem>conv|matrix|int8)-stem(?P<queries>/last-queries)?(?P<keys>/last-keys)?"
     "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?(?P<qdq>/qdq)?"
 )

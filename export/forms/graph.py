@@ -180,3 +180,11 @@ class Graph:
             for number, output in enumerate(node.output):
                 if output == old:
                     node.output[number] = new
+
+
+def entries_below(state: State, prefix: str) -> State:
+    """Return the entries of `state` whose names start with `prefix.`, without it."""
+    start = f"{prefix}."
+    return {
+        name.removeprefix(start): value for name, value in state.items() if name.startswith(start)
+    }

@@ -1,10 +1,8 @@
-"""From the residual stream to logits: the final norm, pooling of every kind that an architecture
-knows, the classifier.
-"""
+"""From the residual stream to logits: the final norm, pooling of every kind, the classifier."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,239 +10,208 @@ from ...compress.network.architecture import Architecture, RefineSpec
 from .attention_pool import attention_pool
 from .ffn import activation
 from .form import Form
-from .graph import Array, Graph
-from .rows import Linear, first_tokens, linear, norm, pick_channels, place
+from .graph import Graph, State
+from .rows import (
+    Linear,
+    Norm,
+    first_tokens,
+    gather_channels,
+    linear,
+    norm,
+    scatter_channels,
+    slice_tokens,
+)
 from .stream import Stream
 
-State = dict[str, Array]
+# Rows that a pooling by prefix tokens reads.
+_PREFIX_ROWS = {"token": 1, "distilled": 2}
 
 
 def head(graph: Graph, form: Form, architecture: Architecture, state: State, stream: Stream) -> str:
-    """(tokens, embed) -> (1, classes), or with a batch. Features where there is no classifier."""
-    tokens = architecture.pooled_prefix or architecture.tokens
-    x = _normed(graph, architecture, state, stream)
-    kind, prefix = architecture.pool.kind, architecture.prefix
-    if architecture.pool.refine is not None:
-        # Norms and refining work token by token on what is asked, so a class token needs no other
-        # token refined.
-        asked = {"token": 1, "distilled": 2}.get(kind)
-        x = _refined(graph, form, architecture.pool.refine, x, asked)
-        tokens = asked or tokens
-    plain = replace(form, rows="matrix")
-    width = architecture.read_width(architecture.head_reads)
-    if kind == "distilled":
-        return _distilled(graph, form, architecture, state, x, width)
-    if kind == "dense":
-        return _dense(graph, form, architecture, state, x)
-    if kind == "attention":
-        rows = x if architecture.pool.prefix else _patches(graph, form, x, prefix, tokens)
-        x = attention_pool(
-            graph,
-            form,
-            architecture.pool,
-            state,
-            rows,
-            tokens - (0 if architecture.pool.prefix else prefix),
-        )
-    elif kind == "token":
-        x = (
-            graph.node("Reshape", [_one(graph, form, x, tokens), graph.sizes([-1, width])], "pool")
-            if form.rows == "batch" or tokens > 1
-            else x
-        )
-    elif kind == "token_mean":
-        first = graph.node(
-            "Reshape",
-            [first_tokens(graph, form, x, 1, "class"), graph.sizes([-1, width])],
-            "class.row",
-        )
-        x = graph.node(
-            "Concat",
-            [first, _mean(graph, form, _patches(graph, form, x, prefix, tokens))],
-            "pool.joined",
-            axis=-1,
-        )
-    else:
-        rows = x if kind.endswith("_all") else _patches(graph, form, x, prefix, tokens)
+    """Write everything after the last sub-layer.
+
+    Args:
+        graph: Gets the nodes.
+        form: Decides the layout of the rows.
+        architecture: The network.
+        state: Its weights.
+        stream: The residual stream after the last sub-layer, without padding rows.
+
+    Returns:
+        Logits (1, classes), or with a batch; features where there is no classifier.
+    """
+    writer = _HeadWriter(graph, form, architecture, state)
+    return writer.logits(writer.final_norm(stream))
+
+
+@dataclass(frozen=True)
+class _HeadWriter:
+    graph: Graph
+    form: Form
+    architecture: Architecture
+    state: State
+
+    @property
+    def matrix(self) -> bool:
+        return self.form.rows == "matrix"
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the stream that the head reads."""
+        return self.architecture.pooled_prefix or self.architecture.tokens
+
+    def final_norm(self, stream: Stream) -> str:
+        spec, reads = self.architecture.norm, self.architecture.head_reads
+        if reads is None and spec is not None:
+            return stream.read_normed(Norm.of(spec, self.state, "norm"), "norm")
+        x = stream.read("head.stream")
+        if reads is not None:
+            x = gather_channels(self.graph, x, reads, "head.reads")
+        return x if spec is None else norm(self.graph, x, Norm.of(spec, self.state, "norm"), "norm")
+
+    def logits(self, x: str) -> str:
+        architecture, tokens = self.architecture, self.tokens
+        kind = architecture.pool.kind
+        if architecture.pool.refine is not None:
+            # Norms and refining work token by token, so a class token needs no other one refined.
+            count = _PREFIX_ROWS.get(kind)
+            x = _refined(self.graph, self.form, architecture.pool.refine, x, count)
+            tokens = count or tokens
+        if kind == "distilled":
+            return self._distilled(x)
+        if kind == "dense":
+            return self._dense(x)
+        x = self._pooled(kind, x, tokens)
+        if architecture.pool_norm is not None:
+            layer = Norm.of(architecture.pool_norm, self.state, "pool_norm")
+            x = norm(self.graph, x, layer, "pool_norm")
+        return self._classified(x, "head", one_row=True)
+
+    def _pooled(self, kind: str, x: str, tokens: int) -> str:
+        """(…, tokens, width) -> (batch, width)."""
+        graph, pool = self.graph, self.architecture.pool
+        if kind == "attention":
+            rows = x if pool.prefix else self._patches(x, tokens)
+            return attention_pool(graph, self.form, pool, self.state, rows)
+        if kind == "token":
+            if self.matrix and tokens == 1:
+                return x
+            row = x if tokens == 1 else first_tokens(graph, self.form, x, 1, "class")
+            return graph.reshape(row, [-1, self._width], "pool")
+        if kind == "token_mean":
+            first = self._class_row(x)
+            mean = self._mean(self._patches(x, tokens))
+            return graph.node("Concat", [first, mean], "pool.joined", axis=-1)
+        rows = x if kind.endswith("_all") else self._patches(x, tokens)
         if kind.startswith("mean"):
-            x = _mean(graph, form, rows)
-        elif kind.startswith("max"):
-            x = _largest(graph, form, rows, "pool")
-        else:
-            both = graph.node(
-                "Add",
-                [_largest(graph, form, rows, "pool.max"), _mean(graph, form, rows)],
-                "pool.both",
-            )
-            x = graph.node("Mul", [both, graph.scalar("half", 0.5)], "pool.avgmax")
-    if architecture.pool_norm is not None:
-        x = norm(
-            graph,
-            x,
-            architecture.pool_norm,
-            state.get("pool_norm.weight"),
-            state.get("pool_norm.bias"),
-            "pool_norm",
-        )
-    return _answer(graph, plain, architecture, state, x, "head")
+            return self._mean(rows)
+        if kind.startswith("max"):
+            return self._maximum(rows, "pool")
+        both = graph.node("Add", [self._maximum(rows, "pool.max"), self._mean(rows)], "pool.both")
+        return graph.node("Mul", [both, graph.scalar("half", 0.5)], "pool.avgmax")
 
+    def _classified(self, x: str, classifier: str, *, one_row: bool) -> str:
+        """Apply a classifier, or spread the features where there is none."""
+        graph, state, spec = self.graph, self.state, self.architecture.head
+        form = replace(self.form, rows="matrix") if one_row else self.form
+        if spec is None:
+            writes = self.architecture.feature_writes
+            if writes is None:
+                return x
+            return scatter_channels(graph, x, writes, self.architecture.classes, "features")
+        if spec.hidden:
+            x = linear(graph, form, x, Linear.of(state, "pre_head"), "pre_head")
+            x = activation(graph, spec.hidden_act, x, "pre_head.act")
+        x = linear(graph, form, x, Linear.of(state, classifier), classifier)
+        return activation(graph, spec.act, x, f"{classifier}.act")
 
-def _normed(graph: Graph, architecture: Architecture, state: State, stream: Stream) -> str:
-    spec, weight, bias = architecture.norm, state.get("norm.weight"), state.get("norm.bias")
-    if architecture.head_reads is None and spec is not None:
-        return stream.read_normed(spec, weight, bias, "norm")
-    x = stream.read("head.stream")
-    if architecture.head_reads is not None:
-        x = pick_channels(graph, x, architecture.head_reads, "head.reads")
-    return x if spec is None else norm(graph, x, spec, weight, bias, "norm")
+    def _distilled(self, x: str) -> str:
+        """The mean of two classifiers on class and distillation token."""
+        graph, state, spec = self.graph, self.state, self.architecture.head
+        if spec is not None and spec.hidden is None and spec.act == "identity":
+            # It is one classifier on the rows side by side.
+            rows = first_tokens(graph, self.form, x, 2, "pool.rows")
+            x = graph.reshape(rows, [-1, 2 * self._width], "pool")
+            weight = np.concatenate([state["head.weight"].T, state["head_dist.weight"].T]) / 2
+            bias = None
+            if "head.bias" in state:
+                bias = (state["head.bias"] + state["head_dist.bias"]) / 2
+            layer = Linear(np.ascontiguousarray(weight), bias)
+            return linear(graph, replace(self.form, rows="matrix"), x, layer, "head")
+        logits = []
+        for number, classifier in enumerate(("head", "head_dist")):
+            row = slice_tokens(graph, self.form, x, number, number + 1, f"{classifier}.row")
+            row = graph.reshape(row, [-1, self._width], f"{classifier}.flat")
+            logits.append(self._classified(row, classifier, one_row=True))
+        both = graph.node("Add", logits, "head.both")
+        return graph.node("Mul", [both, graph.scalar("half", 0.5)], "head.mean")
 
+    def _dense(self, x: str) -> str:
+        """Logits of the class token plus half of the largest logits of the patches."""
+        graph = self.graph
+        first = self._class_row(x)
+        patches = self._patches(x, self.architecture.tokens)
+        patches = self._classified(patches, "head_dist", one_row=False)
+        best = self._maximum(patches, "head_dist.best")
+        best = graph.node("Mul", [best, graph.scalar("half", 0.5)], "head_dist.half")
+        logits = self._classified(first, "head", one_row=True)
+        return graph.node("Add", [logits, best], "head.dense")
 
-def _answer(
-    graph: Graph, form: Form, architecture: Architecture, state: State, x: str, classifier: str
-) -> str:
-    spec = architecture.head
-    if spec is None:
-        if architecture.feature_writes is None:
+    @property
+    def _width(self) -> int:
+        return self.architecture.read_width(self.architecture.head_reads)
+
+    def _class_row(self, x: str) -> str:
+        row = first_tokens(self.graph, self.form, x, 1, "class")
+        return self.graph.reshape(row, [-1, self._width], "class.row")
+
+    def _patches(self, x: str, tokens: int) -> str:
+        prefix = self.architecture.prefix
+        if not prefix:
             return x
-        return place(graph, x, architecture.feature_writes, architecture.classes, "features")
-    if spec.hidden:
-        inner = Linear(np.ascontiguousarray(state["pre_head.weight"].T), state.get("pre_head.bias"))
-        x = activation(
-            graph, spec.hidden_act, linear(graph, form, x, inner, "pre_head"), "pre_head.act"
-        )
-    outer = Linear(
-        np.ascontiguousarray(state[f"{classifier}.weight"].T), state.get(f"{classifier}.bias")
-    )
-    return activation(
-        graph, spec.act, linear(graph, form, x, outer, classifier), f"{classifier}.act"
-    )
+        return slice_tokens(self.graph, self.form, x, prefix, tokens, "patches")
+
+    def _mean(self, rows: str) -> str:
+        return self._reduced("ReduceMean", rows, "pool")
+
+    def _maximum(self, rows: str, name: str) -> str:
+        return self._reduced("ReduceMax", rows, name)
+
+    def _reduced(self, operator: str, rows: str, name: str) -> str:
+        """Reduce over tokens: (tokens, width) -> (1, width), or (batch, width)."""
+        axes = self.graph.sizes([0 if self.matrix else 1])
+        return self.graph.node(operator, [rows, axes], name, keepdims=1 if self.matrix else 0)
 
 
-def _distilled(
-    graph: Graph, form: Form, architecture: Architecture, state: State, x: str, width: int
-) -> str:
-    spec, plain = architecture.head, replace(form, rows="matrix")
-    if spec is not None and spec.hidden is None and spec.act == "identity":
-        # The mean of two classifiers on two rows is one classifier on the rows side by side.
-        x = graph.node(
-            "Reshape",
-            [first_tokens(graph, form, x, 2, "asked"), graph.sizes([-1, 2 * width])],
-            "pool",
-        )
-        matrix = np.concatenate([state["head.weight"].T, state["head_dist.weight"].T]) / 2
-        shift = (state["head.bias"] + state["head_dist.bias"]) / 2 if "head.bias" in state else None
-        return linear(graph, plain, x, Linear(np.ascontiguousarray(matrix), shift), "head")
-    axis = 0 if form.rows == "matrix" else 1
-    answers = []
-    for number, classifier in enumerate(("head", "head_dist")):
-        row = graph.node(
-            "Slice",
-            [x, graph.sizes([number]), graph.sizes([number + 1]), graph.sizes([axis])],
-            f"{classifier}.row",
-        )
-        flat = graph.reshape(row, [-1, width], f"{classifier}.flat")
-        answers.append(_answer(graph, plain, architecture, state, flat, classifier))
-    both = graph.node("Add", answers, "head.both")
-    return graph.node("Mul", [both, graph.scalar("half", 0.5)], "head.mean")
+def _refined(graph: Graph, form: Form, spec: RefineSpec, x: str, count: int | None) -> str:
+    """softmax(scale x xᵀ) x among the channels of each head, for the first `count` rows or all.
 
-
-def _dense(graph: Graph, form: Form, architecture: Architecture, state: State, x: str) -> str:
-    width = architecture.read_width(architecture.head_reads)
-    first = graph.node(
-        "Reshape", [first_tokens(graph, form, x, 1, "class"), graph.sizes([-1, width])], "class.row"
-    )
-    patches = _answer(
-        graph,
-        form,
-        architecture,
-        state,
-        _patches(graph, form, x, architecture.prefix, architecture.tokens),
-        "head_dist",
-    )
-    best = graph.node(
-        "Mul",
-        [_largest(graph, form, patches, "head_dist.best"), graph.scalar("half", 0.5)],
-        "head_dist.half",
-    )
-    return graph.node(
-        "Add",
-        [_answer(graph, replace(form, rows="matrix"), architecture, state, first, "head"), best],
-        "head.dense",
-    )
-
-
-def _refined(graph: Graph, form: Form, spec: RefineSpec, x: str, asked: int | None) -> str:
-    """softmax(scale x xᵀ) x among the channels of each head. Requires rows without padding."""
-    heads, wide, matrix = len(spec.channels), max(spec.channels), form.rows == "matrix"
-    even = len(set(spec.channels)) == 1
-    starts = np.cumsum([0, *spec.channels])
-    if not even:
-        spread = tuple(
-            head * wide + channel
-            for head, channels in enumerate(spec.channels)
-            for channel in range(channels)
-        )
-        x = place(graph, x, spread, heads * wide, "refine.even")
+    Requires rows without padding.
+    """
+    heads, width, matrix = len(spec.channels), max(spec.channels), form.rows == "matrix"
+    # Heads of unequal width are padded with zeros, which change no score.
+    channels = [
+        head * width + channel
+        for head, own_width in enumerate(spec.channels)
+        for channel in range(own_width)
+    ]
+    equal = len(set(spec.channels)) == 1
+    if not equal:
+        x = scatter_channels(graph, x, channels, heads * width, "refine.equal")
     lead, heads_first = ([], [1, 0, 2]) if matrix else ([0], [0, 2, 1, 3])
-    apart = graph.reshape(x, [*lead, -1, heads, wide], "refine.heads")
-    keys = graph.node("Transpose", [apart], "refine.keys", perm=heads_first)
-    turned = graph.node(
-        "Transpose", [apart], "refine.turned", perm=[1, 2, 0] if matrix else [0, 2, 3, 1]
-    )
-    asking = keys
-    if asked is not None:
-        axis = 1 if matrix else 2
-        asking = graph.node(
-            "Slice",
-            [keys, graph.sizes([0]), graph.sizes([asked]), graph.sizes([axis])],
-            "refine.asking",
-        )
-    scaled = graph.node("Mul", [asking, graph.scalar("refine.scale", spec.scale)], "refine.scaled")
-    shares = graph.node(
-        "Softmax",
-        [graph.node("MatMul", [scaled, turned], "refine.scores")],
-        "refine.softmax",
-        axis=-1,
-    )
-    mixed = graph.node(
-        "Transpose",
-        [graph.node("MatMul", [shares, keys], "refine.mix")],
-        "refine.tokens",
-        perm=heads_first,
-    )
-    y = graph.reshape(mixed, [*lead, -1, heads * wide], "refine.rows")
-    if even:
-        return y
-    kept = tuple(
-        head * wide + channel
-        for head in range(heads)
-        for channel in range(int(starts[head + 1] - starts[head]))
-    )
-    return pick_channels(graph, y, kept, "refine.kept")
-
-
-def _one(graph: Graph, form: Form, x: str, tokens: int) -> str:
-    return x if tokens == 1 else first_tokens(graph, form, x, 1, "class")
-
-
-def _patches(graph: Graph, form: Form, x: str, prefix: int, tokens: int) -> str:
-    if not prefix:
-        return x
-    axis = 0 if form.rows == "matrix" else 1
-    return graph.node(
-        "Slice", [x, graph.sizes([prefix]), graph.sizes([tokens]), graph.sizes([axis])], "patches"
-    )
-
-
-def _mean(graph: Graph, form: Form, rows: str) -> str:
-    matrix = form.rows == "matrix"
-    return graph.node(
-        "ReduceMean", [rows, graph.sizes([0 if matrix else 1])], "pool", keepdims=1 if matrix else 0
-    )
-
-
-def _largest(graph: Graph, form: Form, rows: str, name: str) -> str:
-    matrix = form.rows == "matrix"
-    return graph.node(
-        "ReduceMax", [rows, graph.sizes([0 if matrix else 1])], name, keepdims=1 if matrix else 0
-    )
+    split = graph.reshape(x, [*lead, -1, heads, width], "refine.heads")
+    rows = graph.node("Transpose", [split], "refine.rows_first", perm=heads_first)
+    keys_last = [1, 2, 0] if matrix else [0, 2, 3, 1]
+    keys = graph.node("Transpose", [split], "refine.keys", perm=keys_last)
+    queries = rows
+    if count is not None:
+        bounds = [graph.sizes([0]), graph.sizes([count]), graph.sizes([1 if matrix else 2])]
+        queries = graph.node("Slice", [rows, *bounds], "refine.queries")
+    factor = graph.scalar("refine.scale", spec.scale)
+    queries = graph.node("Mul", [queries, factor], "refine.scaled")
+    scores = graph.node("MatMul", [queries, keys], "refine.scores")
+    probabilities = graph.node("Softmax", [scores], "refine.softmax", axis=-1)
+    output = graph.node("MatMul", [probabilities, rows], "refine.mix")
+    output = graph.node("Transpose", [output], "refine.tokens", perm=heads_first)
+    output = graph.reshape(output, [*lead, -1, heads * width], "refine.rows")
+    return output if equal else gather_channels(graph, output, channels, "refine.kept")

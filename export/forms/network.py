@@ -1,9 +1,7 @@
 """Writes a whole `CompactModel` as an ONNX graph in a given form.
 
-Requires a `CompactModel` (any timm model that `lift` reads becomes one) and, for matrix rows, batch
-1. Ensures the same function, which the exporter proves on every artifact. LayerScale is folded into
-the output projection; a branch that writes only some channels gets an output projection with zero
-columns for the others, or is placed by index, as the form says.
+LayerScale is folded into the output projection. A branch that writes only some channels gets an
+output projection with zero columns for the others, or is scattered by index, as the form states.
 """
 
 from __future__ import annotations
@@ -17,17 +15,25 @@ from ...compress.network.modules.model import CompactModel
 from ...compress.surgery.stream_form import choose_stream_form
 from ...core.errors import InputError, UnsupportedModel
 from . import centring
-from .attention import Asked, attention
+from .attention import attention
+from .attention_inputs import AttentionRows
 from .coverage import reason_against
 from .ffn import ffn
 from .form import Form
-from .graph import Array, Graph
+from .graph import Array, Graph, State, entries_below
 from .head import head
-from .rows import Linear, first_tokens, linear, norm, pick_channels, place
-from .stem import stem, widen
+from .rows import (
+    Linear,
+    Norm,
+    first_tokens,
+    gather_channels,
+    linear,
+    norm,
+    scatter_array,
+    scatter_channels,
+)
+from .stem import stem
 from .stream import Stream
-
-State = dict[str, Array]
 
 
 def write_network(
@@ -39,24 +45,25 @@ def write_network(
     weight_bits: int = 8,
     opset: int | None = None,
 ) -> onnx.ModelProto:
-    """The model in one form. `batch`: a size, or the name of a free dimension. `linears`: as Gemm,
-    as MatMul and Add, or in eight bits with weights of `weight_bits` (7 where the processor's
-    eight-bit products saturate). `opset`: at least the form's own.
+    """Write a model in one form.
 
-    Errors: InputError if the form cannot hold the batch or the opset, UnsupportedModel naming what
-    no form has a rule for.
+    Args:
+        model: A `CompactModel`; any timm model that `lift` reads becomes one.
+        form: The form. Matrix rows hold one image.
+        batch: Images in a batch, or the name of a free dimension.
+        linears: Linears as Gemm where rows are a matrix, as MatMul and Add, or in eight bits.
+        weight_bits: Bits of eight-bit weights; 7 where the processor's eight-bit products saturate.
+        opset: Version of the standard's operators, at least the form's; None for the form's.
+
+    Returns:
+        A graph `images` -> `logits`. That it computes the same function is checked by the
+        exporter, on every artifact.
+
+    Raises:
+        InputError: The form cannot hold the batch or the opset.
+        UnsupportedModel: No form has a rule for a part of the model; the message names it.
     """
-    reason = reason_against(model.architecture)
-    if reason is not None:
-        raise UnsupportedModel(f"the graph forms have no rule for {reason}")
-    if form.rows == "matrix" and batch != 1:
-        raise InputError(
-            f"form {form.name} holds one image, and batch {batch} was asked for; take a form with batch rows"
-        )
-    if opset is not None and opset < form.opset:
-        raise InputError(
-            f"form {form.name} needs opset {form.opset}, and {opset} was asked for; raise the opset or take another form"
-        )
+    _check(model.architecture, form, batch, opset)
     if form.stream == "cheaper":
         model = choose_stream_form(model).model
     architecture = model.architecture
@@ -68,41 +75,43 @@ def write_network(
     if form.norm == "centred-rms" and centring.applicable(architecture):
         architecture, state = centring.centre(architecture, state)
         graph.runtime_norm = True
-    writer = _Writer(graph, form, architecture)
-    stream = Stream(
-        graph, form, stem(graph, form, architecture, state, batch=batch, padding=writer.padding)
-    )
-    asked = architecture.pooled_prefix
-    last = (
-        _last_attention(architecture)
-        if asked and (form.last_queries or architecture.last_queries)
-        else None
-    )
+    writer = _StepWriter(graph, form, architecture)
+    rows = stem(graph, form, architecture, state, batch=batch, padding=writer.padding)
+    stream = Stream(graph, form, rows)
+    pooled = architecture.pooled_prefix
+    last = None
+    if pooled and (form.last_queries or architecture.last_queries):
+        last = _last_attention(architecture)
     for number, step in enumerate(architecture.steps):
-        writer.step(
-            stream, step, under(state, f"steps.{number}"), number, asked if number == last else None
-        )
-    if last is None and asked:
-        stream.keep_first(asked, "pooled")
-    elif not asked and writer.padding:
+        parts = entries_below(state, f"steps.{number}")
+        writer.step(stream, step, parts, number, pooled if number == last else None)
+    if last is None and pooled:
+        stream.keep_first(pooled, "pooled")
+    elif not pooled and writer.padding:
         stream.keep_first(architecture.tokens, "real")
     logits = head(graph, form, architecture, state, stream)
-    channels, height, width = architecture.image
-    return graph.model(
-        [batch, channels, height, width], [batch, architecture.classes], logits, opset or form.opset
-    )
+    shapes = [batch, *architecture.image], [batch, architecture.classes]
+    return graph.model(*shapes, logits, opset or form.opset)
 
 
-def under(state: State, prefix: str) -> State:
-    """The entries of `state` below `prefix`."""
-    start = f"{prefix}."
-    return {
-        name.removeprefix(start): value for name, value in state.items() if name.startswith(start)
-    }
+def _check(architecture: Architecture, form: Form, batch: int | str, opset: int | None) -> None:
+    reason = reason_against(architecture)
+    if reason is not None:
+        raise UnsupportedModel(f"the graph forms have no rule for {reason}")
+    if form.rows == "matrix" and batch != 1:
+        raise InputError(
+            f"form {form.name} holds one image, and batch {batch} was requested; "
+            "use a form with batch rows"
+        )
+    if opset is not None and opset < form.opset:
+        raise InputError(
+            f"form {form.name} needs opset {form.opset}, and {opset} was requested; "
+            "raise the opset or use another form"
+        )
 
 
 def _last_attention(architecture: Architecture) -> int | None:
-    """The step after which tokens no longer meet."""
+    """Return the step after which tokens are independent of each other."""
     found = [
         number
         for number, step in enumerate(architecture.steps)
@@ -111,15 +120,14 @@ def _last_attention(architecture: Architecture) -> int | None:
     return found[-1] if found else None
 
 
-class _Writer:
-    """The sub-layers, one after the other."""
+class _StepWriter:
+    """Writes the sub-layers, one step after the other."""
 
     def __init__(self, graph: Graph, form: Form, architecture: Architecture) -> None:
         self.graph, self.form, self.embed = graph, form, architecture.embed
         self.tokens = architecture.tokens
         self.padding = -architecture.tokens % form.tile
-        # Token rows of the stream; few are left after the last attention, and no padding among
-        # them.
+        # Token rows of the stream; after the last attention only the pooled ones, without padding.
         self.rows = self.tokens + self.padding
 
     def step(
@@ -128,95 +136,101 @@ class _Writer:
         step: tuple[BranchSpec, ...],
         state: State,
         number: int,
-        asked: int | None,
+        query_count: int | None,
     ) -> None:
-        """All branches read the stream as it was before the step; then they write. `asked`: from
-        here on only so many first tokens are wanted.
+        """Write parallel branches, which all read the stream as it was before the step.
+
+        Args:
+            stream: The residual stream.
+            step: The branches.
+            state: Weights of the step.
+            number: Position of the step.
+            query_count: From this step on only so many first tokens are computed; None for all.
         """
-        graph, form = self.graph, self.form
-        parts = [under(state, str(position)) for position in range(len(step))]
+        parts = [entries_below(state, str(position)) for position in range(len(step))]
         inputs = [
             "" if isinstance(branch.core, ConstantSpec) else self._read(stream, branch, part)
             for branch, part in zip(step, parts, strict=True)
         ]
         padding = max(self.rows - self.tokens, 0)
-        if asked is not None:
-            stream.keep_first(asked, f"{step[0].name}.kept" if step else f"steps.{number}.kept")
-            self.rows = asked
+        if query_count is not None:
+            name = step[0].name if step else f"steps.{number}"
+            stream.keep_first(query_count, f"{name}.kept")
+            self.rows = query_count
         for branch, part, x in zip(step, parts, inputs, strict=True):
-            name, inner = branch.name, under(part, "core")
+            core = entries_below(part, "core")
             if isinstance(branch.core, ConstantSpec):
-                vector = (
-                    inner["value"] * part["layer_scale"] if branch.layer_scale else inner["value"]
-                )
-                wide = (
-                    vector
-                    if branch.writes is None
-                    else widen(vector, list(branch.writes), self.embed)
-                )
-                assert wide is not None
-                stream.write_constant(wide, name)
+                self._write_constant(stream, branch, part, core["value"])
                 continue
-            asking = x if asked is None else first_tokens(graph, form, x, asked, f"{name}.asking")
+            name, queries = branch.name, x
+            if query_count is not None:
+                queries = first_tokens(self.graph, self.form, x, query_count, f"{name}.queries")
             if isinstance(branch.core, AttentionSpec):
-                y, out = attention(
-                    graph,
-                    form,
-                    branch.core,
-                    inner,
-                    Asked(x, asking, self.tokens, padding, asked),
-                    name,
-                )
+                rows = AttentionRows(x, queries, self.tokens, padding, query_count)
+                y, out = attention(self.graph, self.form, branch.core, core, rows, name)
             else:
-                y, out = ffn(graph, form, branch.core, inner, asking, name)
+                y, out = ffn(self.graph, self.form, branch.core, core, queries, name)
             self._write(stream, branch, part, y, out)
 
     def _read(self, stream: Stream, branch: BranchSpec, part: State) -> str:
-        weight, bias, name = part.get("norm.weight"), part.get("norm.bias"), f"{branch.name}.norm"
-        if branch.reads is None and branch.norm is not None:
-            return stream.read_normed(branch.norm, weight, bias, name)
+        name = f"{branch.name}.norm"
+        layer = None if branch.norm is None else Norm.of(branch.norm, part, "norm")
+        if branch.reads is None and layer is not None:
+            return stream.read_normed(layer, name)
         x = stream.read(f"{branch.name}.stream")
         if branch.reads is not None:
-            x = pick_channels(self.graph, x, branch.reads, f"{branch.name}.reads")
-        return x if branch.norm is None else norm(self.graph, x, branch.norm, weight, bias, name)
+            x = gather_channels(self.graph, x, branch.reads, f"{branch.name}.reads")
+        return x if layer is None else norm(self.graph, x, layer, name)
+
+    def _write_constant(
+        self, stream: Stream, branch: BranchSpec, part: State, vector: Array
+    ) -> None:
+        if branch.layer_scale:
+            vector = vector * part["layer_scale"]
+        if branch.writes is not None:
+            vector = scatter_array(vector, branch.writes, self.embed)
+        stream.write_constant(vector, branch.name)
 
     def _write(self, stream: Stream, branch: BranchSpec, part: State, y: str, out: Linear) -> None:
-        graph, form, writes = self.graph, self.form, branch.writes
         scale = part["layer_scale"] if branch.layer_scale else None
-        name = f"{branch.name}.out"
         if branch.post_norm is not None:
-            weight, bias = part.get("post_norm.weight"), part.get("post_norm.bias")
-            if scale is not None:
-                weight = scale if weight is None else weight * scale
-                bias = None if bias is None else bias * scale
-            y = norm(
-                graph,
-                linear(graph, form, y, out, name),
-                branch.post_norm,
-                weight,
-                bias,
-                f"{branch.name}.post_norm",
-            )
-            if writes is not None:
-                y = place(graph, y, writes, self.embed, f"{branch.name}.place")
-            stream.write(y, None, branch.name)
+            layer = Norm.of(branch.post_norm, part, "post_norm")
+            self._write_normed(stream, branch, _scaled_norm(layer, scale), y, out)
             return
+        graph, form, writes, name = self.graph, self.form, branch.writes, f"{branch.name}.out"
         weight, bias = out.weight, out.bias
         if scale is not None:
             weight, bias = weight * scale, None if bias is None else bias * scale
         if writes is not None and form.stream == "dense":
-            wide = widen(weight, list(writes), self.embed)
-            assert wide is not None
-            weight, bias, writes = wide, widen(bias, list(writes), self.embed), None
+            weight = scatter_array(weight, writes, self.embed)
+            bias = None if bias is None else scatter_array(bias, writes, self.embed)
+            writes = None
+        if writes is None and stream.defers:
+            y = linear(graph, form, y, Linear(weight, None), name)
+            stream.write(y, bias, branch.name)
+            return
+        y = linear(graph, form, y, Linear(weight, bias), name)
+        if writes is not None and form.rows == "matrix":
+            stream.write_by_index(y, writes, self.rows, branch.name)
+            return
         if writes is not None:
-            y = linear(graph, form, y, Linear(weight, bias), name)
-            if form.rows == "matrix":
-                stream.write_by_index(y, writes, self.rows, branch.name)
-                return
-            stream.write(
-                place(graph, y, writes, self.embed, f"{branch.name}.place"), None, branch.name
-            )
-        elif stream.holds_back:
-            stream.write(linear(graph, form, y, Linear(weight, None), name), bias, branch.name)
-        else:
-            stream.write(linear(graph, form, y, Linear(weight, bias), name), None, branch.name)
+            y = scatter_channels(graph, y, writes, self.embed, f"{branch.name}.scattered")
+        stream.write(y, None, branch.name)
+
+    def _write_normed(
+        self, stream: Stream, branch: BranchSpec, layer: Norm, y: str, out: Linear
+    ) -> None:
+        y = linear(self.graph, self.form, y, out, f"{branch.name}.out")
+        y = norm(self.graph, y, layer, f"{branch.name}.post_norm")
+        if branch.writes is not None:
+            name = f"{branch.name}.scattered"
+            y = scatter_channels(self.graph, y, branch.writes, self.embed, name)
+        stream.write(y, None, branch.name)
+
+
+def _scaled_norm(layer: Norm, scale: Array | None) -> Norm:
+    """Fold LayerScale into a norm."""
+    if scale is None:
+        return layer
+    weight = scale if layer.weight is None else layer.weight * scale
+    return Norm(layer.spec, weight, None if layer.bias is None else layer.bias * scale)

@@ -1,21 +1,22 @@
 """From the image to token rows: convolutions, patch embedding, positions, prefix tokens.
 
-Ensures (tokens, width) rows, or (batch, tokens, width): the convolution's bias is folded into the
-positions, and where the stem fills only a part of the stream, its weights get zero columns for the
-rest. Where a norm stands between, neither can be, and both are done after it.
+The convolution's bias is folded into the positions, and where the stem fills only a part of the
+stream, its weights get zero columns for the rest. Where a norm stands between, neither can be
+folded, and both are written after it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ...compress.network.architecture import Architecture
 from .ffn import activation
 from .form import Form
-from .graph import Array, Graph
-from .rows import Linear, int8_linear, linear, norm, place
-
-State = dict[str, Array]
+from .graph import Array, Graph, State
+from .rows import Linear, Norm, int8_linear, linear, norm, scatter_array, scatter_channels
 
 
 def stem(
@@ -27,131 +28,174 @@ def stem(
     batch: int | str,
     padding: int = 0,
 ) -> str:
-    """images -> rows, and `padding` rows of zeros behind them. `batch`: a size, or the name of a
-    free dimension.
+    """Write everything before the first sub-layer.
+
+    Args:
+        graph: Gets the nodes.
+        form: Decides the layout of the rows and how patches are cut.
+        architecture: The network.
+        state: Its weights.
+        batch: A size, or the name of a free dimension.
+        padding: How many rows of zeros to append.
+
+    Returns:
+        Rows (tokens + padding, embed), or with a batch.
     """
-    weight, offset, prefix, rest = _weights(architecture, state)
-    rows = _patches(graph, form, architecture, state, weight, offset)
+    weights = _stem_weights(architecture, state)
+    rows = _patches(graph, form, architecture, state, weights)
     if architecture.patch_norm is not None:
-        rows = norm(
-            graph,
-            rows,
-            architecture.patch_norm,
-            state.get("patch_norm.weight"),
-            state.get("patch_norm.bias"),
-            "patch_norm",
-        )
+        layer = Norm.of(architecture.patch_norm, state, "patch_norm")
+        rows = norm(graph, rows, layer, "patch_norm")
         if "position" in state:
-            rows = graph.node(
-                "Add", [rows, graph.constant("position", state["position"])], "stem.placed"
-            )
-    width = weight.shape[0]
-    if prefix is not None or padding:
-        rows = _between(
-            graph,
-            form,
-            rows,
-            prefix,
-            np.zeros((padding, width), np.float32) if padding else None,
-            batch,
-        )
+            position = graph.constant("position", state["position"])
+            rows = graph.node("Add", [rows, position], "stem.positioned")
+    zeros = np.zeros((padding, weights.patch.shape[0]), np.float32) if padding else None
+    if weights.prefix is not None or zeros is not None:
+        rows = _concatenated(graph, form, (weights.prefix, rows, zeros), batch)
     if architecture.stem_norm is not None:
-        rows = norm(
-            graph,
-            rows,
-            architecture.stem_norm,
-            state.get("stem_norm.weight"),
-            state.get("stem_norm.bias"),
-            "stem_norm",
-        )
-    return place(graph, rows, rest, architecture.embed, "stem.place") if rest is not None else rows
+        layer = Norm.of(architecture.stem_norm, state, "stem_norm")
+        rows = norm(graph, rows, layer, "stem_norm")
+    if weights.channels is None:
+        return rows
+    return scatter_channels(graph, rows, weights.channels, architecture.embed, "stem.scattered")
+
+
+@dataclass(frozen=True)
+class _StemWeights:
+    """Folded weights of the stem.
+
+    Attributes:
+        patch: Kernel (width, channels, height, width).
+        offset: What is added to its outputs, (patches or 1, width), or None.
+        prefix: Prefix rows (prefix, width), or None.
+        channels: Where to scatter the rows in the stream afterwards, or None.
+    """
+
+    patch: Array
+    offset: Array | None
+    prefix: Array | None
+    channels: Sequence[int] | None
+
+
+def _stem_weights(architecture: Architecture, state: State) -> _StemWeights:
+    patch, bias = state["stem.weight"], state.get("stem.bias")
+    offset, prefix = state.get("position"), state.get("prefix")
+    if architecture.patch_norm is not None:
+        offset = None if bias is None else bias[None]
+    elif bias is not None:
+        offset = bias[None] if offset is None else offset + bias
+    writes, embed = architecture.stem_writes, architecture.embed
+    if writes is None or architecture.stem_norm is not None or architecture.patch_norm is not None:
+        return _StemWeights(patch, offset, prefix, writes)
+    wide = scatter_array(patch.T, writes, embed).T
+    return _StemWeights(
+        wide,
+        None if offset is None else scatter_array(offset, writes, embed),
+        None if prefix is None else scatter_array(prefix, writes, embed),
+        None,
+    )
 
 
 def _patches(
-    graph: Graph,
-    form: Form,
-    architecture: Architecture,
-    state: State,
-    weight: Array,
-    offset: Array | None,
+    graph: Graph, form: Form, architecture: Architecture, state: State, weights: _StemWeights
 ) -> str:
-    spec, width, matrix = architecture.stem, weight.shape[0], form.rows == "matrix"
-    stride = spec.stride or spec.patch
-    (down, across), patch = architecture.grid, spec.patch
-    whole = architecture.image[1] == down * patch[0] and architecture.image[2] == across * patch[1]
-    if (
-        form.stem != "conv"
-        and whole
-        and stride == patch
-        and spec.padding == (0, 0)
-        and not spec.before
-    ):
-        rows = _cut(graph, form, architecture)
-        flat = np.ascontiguousarray(weight.reshape(width, -1).T)
-        if form.stem != "int8" or graph.linears != "int8":
-            return linear(graph, form, rows, Linear(flat, offset), "stem")
-        # Positions are a row each, and the product adds one row to all.
-        rows = int8_linear(graph, rows, Linear(flat, None), "stem")
-        return (
-            rows
-            if offset is None
-            else graph.node("Add", [rows, graph.constant("stem.position", offset)], "stem.placed")
-        )
+    if form.stem != "conv" and _reshapable(architecture):
+        return _patches_by_product(graph, form, architecture, weights)
+    spec, width, matrix = architecture.stem, weights.patch.shape[0], form.rows == "matrix"
     images = "images"
     for number, conv in enumerate(spec.before):
         name = f"before.{number}"
         inputs = [images, graph.constant(f"{name}.weight", state[f"{name}.conv.weight"])]
         if conv.bias:
             inputs.append(graph.constant(f"{name}.bias", state[f"{name}.conv.bias"]))
-        images = graph.node(
-            "Conv",
-            inputs,
-            name,
-            kernel_shape=list(conv.kernel),
-            strides=list(conv.stride),
-            pads=2 * list(conv.padding),
-        )
+        images = _convolution(graph, inputs, name, conv.kernel, conv.stride, conv.padding)
         images = activation(graph, conv.act, images, f"{name}.act")
-    pixels = graph.node(
-        "Conv",
-        [images, graph.constant("stem.weight", weight)],
-        "stem",
-        kernel_shape=list(patch),
-        strides=list(stride),
-        pads=2 * list(spec.padding),
+    inputs = [images, graph.constant("stem.weight", weights.patch)]
+    pixels = _convolution(
+        graph, inputs, "stem", spec.patch, spec.stride or spec.patch, spec.padding
     )
-    flat = graph.node(
-        "Reshape", [pixels, graph.sizes([width, -1] if matrix else [0, width, -1])], "stem.flat"
-    )
+    flat = graph.reshape(pixels, [width, -1] if matrix else [0, width, -1], "stem.flat")
     rows = graph.node("Transpose", [flat], "stem.rows", perm=[1, 0] if matrix else [0, 2, 1])
+    return _with_offset(graph, rows, weights.offset)
+
+
+def _convolution(
+    graph: Graph,
+    inputs: Sequence[str],
+    name: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> str:
+    return graph.node(
+        "Conv",
+        inputs,
+        name,
+        kernel_shape=list(kernel),
+        strides=list(stride),
+        pads=2 * list(padding),
+    )
+
+
+def _reshapable(architecture: Architecture) -> bool:
+    """Whether patches tile the image without overlap, so that a Reshape can cut them out."""
+    spec, (down, across) = architecture.stem, architecture.grid
+    height, width = architecture.image[1:]
+    return (
+        height == down * spec.patch[0]
+        and width == across * spec.patch[1]
+        and (spec.stride or spec.patch) == spec.patch
+        and spec.padding == (0, 0)
+        and not spec.before
+    )
+
+
+def _patches_by_product(
+    graph: Graph, form: Form, architecture: Architecture, weights: _StemWeights
+) -> str:
+    rows = _pixel_rows(graph, form, architecture)
+    matrix = np.ascontiguousarray(weights.patch.reshape(weights.patch.shape[0], -1).T)
+    if form.stem != "int8" or graph.linears != "int8":
+        return linear(graph, form, rows, Linear(matrix, weights.offset), "stem")
+    # The operator adds one bias row to all rows, and positions are a row each.
+    rows = int8_linear(graph, rows, Linear(matrix, None), "stem")
+    return _with_offset(graph, rows, weights.offset)
+
+
+def _with_offset(graph: Graph, rows: str, offset: Array | None) -> str:
     if offset is None:
         return rows
-    return graph.node("Add", [rows, graph.constant("stem.position", offset)], "stem.placed")
+    constant = graph.constant("stem.position", offset)
+    return graph.node("Add", [rows, constant], "stem.positioned")
 
 
-def _between(
-    graph: Graph,
-    form: Form,
-    rows: str,
-    prefix: Array | None,
-    padding: Array | None,
-    batch: int | str,
+def _pixel_rows(graph: Graph, form: Form, architecture: Architecture) -> str:
+    """Cut images into rows (…, patches, channels * patch area)."""
+    channels, (down, across) = architecture.image[0], architecture.grid
+    height, width = architecture.stem.patch
+    matrix = form.rows == "matrix"
+    lead = [channels] if matrix else [0, channels]
+    blocks = graph.reshape("images", [*lead, down, height, across, width], "stem.blocks")
+    patches_first = [1, 3, 0, 2, 4] if matrix else [0, 2, 4, 1, 3, 5]
+    blocks = graph.node("Transpose", [blocks], "stem.patches_first", perm=patches_first)
+    area = channels * height * width
+    return graph.reshape(blocks, [-1, area] if matrix else [0, -1, area], "stem.patches")
+
+
+def _concatenated(
+    graph: Graph, form: Form, parts: tuple[Array | None, str, Array | None], batch: int | str
 ) -> str:
     """Prefix rows, rows, padding rows."""
-    parts = [("prefix", prefix), ("", None), ("padding", padding)]
-    if form.rows == "matrix":
-        listed = [
-            rows if not label else graph.constant(label, value)  # type: ignore[arg-type]
-            for label, value in parts
-            if not label or value is not None
-        ]
-        return graph.node("Concat", listed, "tokens", axis=0)
-    listed = [
-        rows if not label else _repeated(graph, label, value, batch)  # type: ignore[arg-type]
-        for label, value in parts
-        if not label or value is not None
-    ]
-    return graph.node("Concat", listed, "tokens", axis=1)
+    prefix, rows, padding = parts
+    listed = []
+    for label, value in (("prefix", prefix), ("rows", rows), ("padding", padding)):
+        if isinstance(value, str):
+            listed.append(value)
+        elif value is not None and form.rows == "matrix":
+            listed.append(graph.constant(label, value))
+        elif value is not None:
+            listed.append(_repeated(graph, label, value, batch))
+    return graph.node("Concat", listed, "tokens", axis=0 if form.rows == "matrix" else 1)
 
 
 def _repeated(graph: Graph, label: str, value: Array, batch: int | str) -> str:
@@ -161,59 +205,3 @@ def _repeated(graph: Graph, label: str, value: Array, batch: int | str) -> str:
     first = graph.node("Shape", ["images"], f"{label}.batch", start=0, end=1)
     shape = graph.node("Concat", [first, graph.sizes(value.shape)], f"{label}.shape", axis=0)
     return graph.node("Expand", [graph.constant(label, value[None]), shape], f"{label}.repeated")
-
-
-def _weights(
-    architecture: Architecture, state: State
-) -> tuple[Array, Array | None, Array | None, tuple[int, ...] | None]:
-    """Convolution (width, channels, height, width), what is added to its outputs, prefix rows, and
-    the channels to place all on afterwards.
-    """
-    weight, bias = state["stem.weight"], state.get("stem.bias")
-    offset, prefix = state.get("position"), state.get("prefix")
-    if architecture.patch_norm is not None:
-        offset = None if bias is None else bias[None]
-    elif bias is not None:
-        offset = bias[None] if offset is None else offset + bias
-    writes = architecture.stem_writes
-    if writes is None or architecture.stem_norm is not None or architecture.patch_norm is not None:
-        return weight, offset, prefix, writes
-    indices = list(writes)
-    wide = np.zeros((architecture.embed, *weight.shape[1:]), np.float32)
-    wide[indices] = weight
-    return (
-        wide,
-        widen(offset, indices, architecture.embed),
-        widen(prefix, indices, architecture.embed),
-        None,
-    )
-
-
-def widen(rows: Array | None, indices: list[int], width: int) -> Array | None:
-    """(…, written) -> (…, width) with zeros elsewhere."""
-    if rows is None:
-        return None
-    wide = np.zeros((*rows.shape[:-1], width), np.float32)
-    wide[..., indices] = rows
-    return wide
-
-
-def _cut(graph: Graph, form: Form, architecture: Architecture) -> str:
-    """images -> (…, patches, channels * patch area)."""
-    channels, (down, across), patch = (
-        architecture.image[0],
-        architecture.grid,
-        architecture.stem.patch,
-    )
-    area = channels * patch[0] * patch[1]
-    matrix = form.rows == "matrix"
-    lead = [channels] if matrix else [0, channels]
-    blocks = graph.node(
-        "Reshape", ["images", graph.sizes([*lead, down, patch[0], across, patch[1]])], "stem.blocks"
-    )
-    turned = graph.node(
-        "Transpose", [blocks], "stem.turned", perm=[1, 3, 0, 2, 4] if matrix else [0, 2, 4, 1, 3, 5]
-    )
-    return graph.node(
-        "Reshape", [turned, graph.sizes([-1, area] if matrix else [0, -1, area])], "stem.patches"
-    )

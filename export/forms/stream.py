@@ -1,81 +1,86 @@
-"""The residual stream: what is added to it waits for the next norm, which may take residual, bias
-and norm in one node.
+"""The residual stream, in which a written value can wait for the norm that reads it.
+
+ONNX Runtime's SkipLayerNormalization takes residual, bias and norm in one node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from ...compress.network.architecture import NormSpec
 from .form import Form
-from .graph import Array, Graph
-from .rows import RUNTIME, first_tokens, norm
+from .graph import RUNTIME, Array, Graph
+from .rows import Norm, first_tokens, norm
 
 
 class Stream:
-    """(tokens, embed) rows. Ensures that a branch reads everything that was written before it.
+    """(tokens, embed) rows, or with a batch. Every read sees everything that was written before it.
 
-    With `skip-norm`, one written value (whose bias is not added yet) is held back until a norm over
-    the whole stream asks for it.
+    With `skip-norm`, one written value (whose bias is not added yet) is deferred until a norm over
+    the whole stream reads it.
     """
 
     def __init__(self, graph: Graph, form: Form, value: str) -> None:
         self.graph, self.form, self.value = graph, form, value
-        self._held: tuple[str, Array | None] | None = None
+        self._deferred: tuple[str, Array | None] | None = None
 
     @property
-    def holds_back(self) -> bool:
+    def defers(self) -> bool:
         """Whether writers should leave their bias to the stream."""
         return self.form.residual == "skip-norm"
 
     def write(self, y: str, bias: Array | None, name: str) -> None:
-        """stream += y + bias."""
-        if self.holds_back and self._held is None:
-            self._held = (y, bias)
+        """Add y + bias to the stream."""
+        if self.defers and self._deferred is None:
+            self._deferred = (y, bias)
             return
         self.settle(name)
         self._add(y, bias, name)
 
     def write_constant(self, vector: Array, name: str) -> None:
-        """stream += vector, the same for each token."""
+        """Add `vector` to each token of the stream."""
         self.settle(name)
-        self.value = self.graph.node(
-            "Add", [self.value, self.graph.constant(f"{name}.value", vector)], name
-        )
+        constant = self.graph.constant(f"{name}.value", vector)
+        self.value = self.graph.node("Add", [self.value, constant], name)
 
-    def write_by_index(self, y: str, writes: tuple[int, ...], count: int, name: str) -> None:
-        """stream[..., writes] += y, for `count` rows of a matrix."""
+    def write_by_index(self, y: str, channels: Sequence[int], count: int, name: str) -> None:
+        """Add y to stream[:, channels], for matrix rows.
+
+        Args:
+            y: Rows (count, len(channels)).
+            channels: The channels that are written.
+            count: Number of rows of the stream.
+            name: Prefix of the node names.
+        """
         self.settle(name)
-        # One row of indices on disk; runtimes spread it when they load.
-        where = self.graph.node(
-            "Expand",
-            [self.graph.sizes_row(writes), self.graph.sizes([count, len(writes)])],
-            f"{name}.channels",
-        )
-        self.value = self.graph.node(
-            "ScatterElements", [self.value, where, y], f"{name}.residual", axis=1, reduction="add"
+        graph = self.graph
+        # One row of indices in the file; runtimes expand it when they load.
+        shape = [graph.sizes_row(channels), graph.sizes([count, len(channels)])]
+        index = graph.node("Expand", shape, f"{name}.channels")
+        self.value = graph.node(
+            "ScatterElements", [self.value, index, y], f"{name}.residual", axis=1, reduction="add"
         )
 
     def read(self, name: str) -> str:
-        """Everything written so far."""
+        """Return everything written so far."""
         self.settle(name)
         return self.value
 
-    def read_normed(
-        self, spec: NormSpec, weight: Array | None, bias: Array | None, name: str
-    ) -> str:
-        """norm(stream)."""
-        if self._held is None or spec.kind != "layer":
-            return norm(self.graph, self.read(name), spec, weight, bias, name)
-        y, y_bias = self._held
-        self._held = None
-        scale = np.ones(spec.width, np.float32) if weight is None else weight
-        shift = np.zeros(spec.width, np.float32) if bias is None else bias
+    def read_normed(self, layer: Norm, name: str) -> str:
+        """Return norm(stream)."""
+        spec = layer.spec
+        if self._deferred is None or spec.kind != "layer":
+            return norm(self.graph, self.read(name), layer, name)
+        y, y_bias = self._deferred
+        self._deferred = None
+        weight = np.ones(spec.width, np.float32) if layer.weight is None else layer.weight
+        bias = np.zeros(spec.width, np.float32) if layer.bias is None else layer.bias
         inputs = [
             y,
             self.value,
-            self.graph.constant(f"{name}.weight", scale),
-            self.graph.constant(f"{name}.bias", shift),
+            self.graph.constant(f"{name}.weight", weight),
+            self.graph.constant(f"{name}.bias", bias),
         ]
         if y_bias is not None:
             inputs.append(self.graph.constant(f"{name}.written", y_bias))
@@ -84,23 +89,22 @@ class Stream:
         )
         self.graph.drop_outputs([1, 2])
         self.value = outputs[3]
-        return str(outputs[0])
+        return outputs[0]
 
     def keep_first(self, count: int, name: str) -> None:
-        """Forget all tokens but the first `count`."""
+        """Drop all tokens but the first `count`."""
         self.settle(name)
         self.value = first_tokens(self.graph, self.form, self.value, count, name)
 
     def settle(self, name: str) -> None:
-        """Add what is held back."""
-        if self._held is not None:
-            y, bias = self._held
-            self._held = None
-            self._add(y, bias, f"{name}.held")
+        """Add the deferred value."""
+        if self._deferred is not None:
+            y, bias = self._deferred
+            self._deferred = None
+            self._add(y, bias, f"{name}.deferred")
 
     def _add(self, y: str, bias: Array | None, name: str) -> None:
         if bias is not None:
-            y = self.graph.node(
-                "Add", [y, self.graph.constant(f"{name}.bias", bias)], f"{name}.biased"
-            )
+            constant = self.graph.constant(f"{name}.bias", bias)
+            y = self.graph.node("Add", [y, constant], f"{name}.biased")
         self.value = self.graph.node("Add", [self.value, y], f"{name}.residual")

@@ -41,7 +41,7 @@ def exported(folder: Path, target: str, precision: str) -> Artifact:
     [
         ("rpi4", "cortex-a72", "fp32", 1e-5),
         # With the eight-bit dot product, which a kernel of its own computes; `python -m
-        # benchmarks.aarch64_parity` asks all targets.
+        # benchmarks.accuracy.aarch64_parity` asks all targets.
         ("rpi5", "cortex-a76", "int8", 0.05),
         # Products with ranges found on images are the runtime's own there too.
         ("rpi5", "cortex-a76", "int8-static", 0.05),

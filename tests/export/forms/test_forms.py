@@ -65,9 +65,7 @@ def error_of(
 
 
 def well_conditioned(model: CompactModel) -> bool:
-    """Whether single precision can answer at all: several norms over two channels in a row make a
-    number of any rounding error.
-    """
+    """Whether single precision suffices: norms over two channels in a row amplify rounding."""
     images = torch.randn(3, *model.architecture.image, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         exact, single = model(images.double()), copy.deepcopy(model).float()(images)
@@ -75,7 +73,7 @@ def well_conditioned(model: CompactModel) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-def test_each_form_answers_as_the_network(form: Form) -> None:
+def test_each_form_matches_the_network(form: Form) -> None:
     model = lifted()
     assert error_of(model, write_network(model, form)) < 2e-5
 
@@ -84,14 +82,14 @@ def test_each_form_answers_as_the_network(form: Form) -> None:
     "form", [form for form in FORMS if form.rows == "batch"], ids=lambda form: form.name
 )
 @pytest.mark.parametrize("batch", [3, "dynamic"])
-def test_batch_forms_hold_batches(form: Form, batch: int | str) -> None:
+def test_batch_forms_accept_batches(form: Form, batch: int | str) -> None:
     model = lifted()
     graph = write_network(model, form, batch="batch" if batch == "dynamic" else batch)
     assert error_of(model, graph, batch=batch, count=5) < 2e-5
 
 
 def test_matrix_rows_refuse_batches() -> None:
-    with pytest.raises(InputError, match="holds one image, and batch 2 was asked for"):
+    with pytest.raises(InputError, match="holds one image, and batch 2 was requested"):
         write_network(lifted(), FORMS[0], batch=2)
 
 
@@ -111,7 +109,7 @@ def test_matrix_rows_refuse_batches() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[5], FORMS[6]], ids=lambda form: form.name)
-def test_forms_hold_for_the_kinds_of_model(overrides: dict[str, Any], form: Form) -> None:
+def test_forms_match_each_kind_of_model(overrides: dict[str, Any], form: Form) -> None:
     model = lifted(**overrides)
     assert error_of(model, write_network(model, form)) < 5e-5
 
@@ -128,7 +126,7 @@ def test_forms_hold_for_the_kinds_of_model(overrides: dict[str, Any], form: Form
     sharing=st.sampled_from(["residual", "full", "unshared"]),
     form=st.sampled_from(FORMS),
 )
-def test_a_cut_network_holds_in_every_form(
+def test_every_form_matches_a_pruned_network(
     seed: int, ratios: dict[str, float], sharing: str, form: Form
 ) -> None:
     dense = lifted(seed % 3)
@@ -137,7 +135,7 @@ def test_a_cut_network_holds_in_every_form(
     assert error_of(cut, write_network(cut, form)) < 1e-4
 
 
-def test_centring_is_taken_only_where_every_reader_is_a_layer_norm() -> None:
+def test_centring_is_applied_only_where_every_reader_is_a_layer_norm() -> None:
     assert applicable(lifted().architecture)
     assert not applicable(lifted(pre_norm=True).architecture)
     unshared = vitrim.StructuredMask.random(lifted(), keep_ratio=0.5, sharing="unshared", seed=0)
@@ -153,25 +151,25 @@ def test_the_chosen_form_has_fewer_nodes_than_a_plain_one() -> None:
     best = write_network(model, replace(FORMS[0], last_keys=False))
     assert len(best.graph.node) < 0.75 * len(plain.graph.node)
     kinds = [node.op_type for node in best.graph.node]
-    # Only the patches are still turned; attention and products take rows as they are.
+    # Only the patches are transposed; attention and products read rows unchanged.
     assert kinds.count("Transpose") == 1
     assert not {"Conv", "Erf", "LayerNormalization", "Softmax"} & set(kinds)
 
 
-def test_names_lead_back_to_forms() -> None:
+def test_form_names_round_trip() -> None:
     for form in (*FORMS, *STREAM_FORMS, Form(last_queries=False, last_keys=False)):
         assert form_named(form.name) == form
-    with pytest.raises(InputError, match="form 'fastest' is unknown; take one of plain, matrix/"):
+    with pytest.raises(InputError, match="form 'fastest' is unknown; use one of plain, matrix/"):
         form_named("fastest")
 
 
 class LaterPool(PoolSpec):
-    """A pooling with a field that the forms have never heard of."""
+    """A pooling with a field that the forms do not read."""
 
     temperature: float = 1.0
 
 
-def test_what_no_form_has_a_rule_for_is_named() -> None:
+def test_a_part_that_no_form_covers_is_named() -> None:
     architecture = lifted().architecture
     later = architecture.model_copy(update={"pool": LaterPool(temperature=2.0)})
     assert reason_against(architecture) is None
@@ -196,7 +194,7 @@ def test_what_no_form_has_a_rule_for_is_named() -> None:
     form=st.sampled_from([*FORMS, *STREAM_FORMS]),
     seed=st.integers(0, 9),
 )
-def test_whatever_an_architecture_can_say_every_form_writes(
+def test_every_form_covers_every_architecture(
     architecture: Architecture, form: Form, seed: int
 ) -> None:
     model = network(architecture, seed)
@@ -209,7 +207,7 @@ def test_whatever_an_architecture_can_say_every_form_writes(
     architecture=architectures(),
     form=st.sampled_from([form for form in FORMS if form.rows == "batch"]),
 )
-def test_whatever_an_architecture_can_say_holds_for_a_free_batch(
+def test_batch_forms_cover_every_architecture_with_a_free_batch(
     architecture: Architecture, form: Form
 ) -> None:
     model = network(architecture, 0)
@@ -221,7 +219,7 @@ def test_whatever_an_architecture_can_say_holds_for_a_free_batch(
 
 @pytest.mark.parametrize("tile", [4, 12, 16])
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_rows_filled_up_to_a_tile_are_seen_by_nobody(tile: int, pool: str) -> None:
+def test_no_query_attends_to_rows_that_pad_a_tile(tile: int, pool: str) -> None:
     model = lifted(global_pool=pool)
     graph = write_network(model, Form(attention="split", tile=tile))
     assert error_of(model, graph) < 2e-5
@@ -229,7 +227,7 @@ def test_rows_filled_up_to_a_tile_are_seen_by_nobody(tile: int, pool: str) -> No
     assert rows == ({(-17 % tile, 24)})
 
 
-def test_the_last_block_makes_no_keys_for_a_class_token_alone() -> None:
+def test_the_last_block_computes_no_keys_for_a_class_token() -> None:
     model = lifted()
     last = next(
         branch
@@ -246,7 +244,7 @@ def test_the_last_block_makes_no_keys_for_a_class_token_alone() -> None:
     ]
 
 
-def test_unshared_channels_go_by_index_or_as_zeros_as_the_form_says() -> None:
+def test_unshared_channels_are_scattered_by_index_or_padded_with_zeros() -> None:
     dense = lifted()
     cut = vitrim.compact(
         dense, vitrim.StructuredMask.random(dense, keep_ratio=0.5, sharing="unshared", seed=3)
@@ -255,7 +253,7 @@ def test_unshared_channels_go_by_index_or_as_zeros_as_the_form_says() -> None:
         graph = write_network(cut, form)
         assert error_of(cut, graph) < 2e-5
         assert any(node.op_type == "ScatterElements" for node in graph.graph.node) is scatters
-    # What the cost model says for each site, the graph does.
+    # The graph follows the cost model's choice for each site.
     chosen = choose_stream_form(cut)
     writers = sum(
         choice.site.endswith(".out") and choice.form == "index" and choice.site != "stem.out"
@@ -271,7 +269,7 @@ def test_an_opset_is_at_least_the_forms_own() -> None:
     graph = write_network(model, FORMS[1], opset=22)
     assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [22]
     assert error_of(model, graph) < 2e-5
-    with pytest.raises(InputError, match="needs opset 23, and 22 was asked for"):
+    with pytest.raises(InputError, match="needs opset 23, and 22 was requested"):
         write_network(model, FORMS[0], opset=22)
 
 
