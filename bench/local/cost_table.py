@@ -1,9 +1,9 @@
-"""What one transformer block costs on a target, as a function of its widths: measured at a few
-shapes, fitted, and its error told.
+"""The latency of one transformer block on a target as a function of its widths.
 
-The fit is a sum of the block's parts (each linear map, both attention products, the norms, the
-softmax, the activation, the weights read), each with a cost that cannot be negative. Every part
-grows with every width, so the fit is monotone: cutting never predicts a longer time.
+It is measured at a few shapes and fitted; the error is that of shapes held out. The fit is a sum
+over the block's parts (each linear map, both attention products, the norms, the softmax, the
+activation, the weights read), each with a non-negative cost. Every part grows with every width, so
+the fit is monotone: a smaller block is never predicted to be slower.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,24 +28,17 @@ from .options import MeasureOptions
 from .progress import Progress, progress_bar
 
 COPIES = 4
-TOGETHER = 6
+BATCH_SHAPES = 6
 PARTS = (
-    "block",
-    "projections",
-    "attention products",
-    "output",
-    "ffn",
-    "norms",
-    "softmax",
-    "activation",
-    "weights",
+    *("block", "projections", "attention products", "output", "ffn"),
+    *("norms", "softmax", "activation", "weights"),
 )
 Vector = NDArray[np.float64]
 Measure = Callable[[dict[str, Path], MeasureOptions, Progress], dict[str, Measurement]]
 
 
 class Point(BaseModel):
-    """A measured shape and its latency in seconds, of one block."""
+    """A measured shape, and the latency of one block in seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     shape: BlockShape
@@ -53,8 +47,17 @@ class Point(BaseModel):
 
 
 class CostTable(BaseModel):
-    """Measured points, the fitted cost of each part in seconds a unit, and the error on the shapes
-    that the fit did not see.
+    """Measured points and the costs fitted to them.
+
+    Attributes:
+        target: Name of the device profile.
+        threads: Threads of the runtime.
+        runtime: The runtime and its version.
+        points: Measured shapes; those `held_out` are no part of the fit.
+        costs_s: Seconds per unit of each of `PARTS`.
+        median_error: Median relative error of the held-out points; None without any.
+        largest_error: Their largest relative error.
+        environment: The machine while it was measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -69,21 +72,22 @@ class CostTable(BaseModel):
     environment: Environment
 
     def latency_s(self, shape: BlockShape) -> float:
-        """Predicted seconds of one block; monotone in every width."""
+        """Return the predicted seconds of one block; monotone in every width."""
         return float(_parts(shape) @ np.array([self.costs_s[part] for part in PARTS]))
 
     def save(self, path: Path | str) -> None:
-        """Write JSON, whole or not at all."""
+        """Write the table as JSON, atomically."""
         replace_file(path, json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> CostTable:
-        """Errors: InputError with the file and the key."""
+        """Read a saved table; raises InputError with the file and the key."""
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
             raise InputError(
-                f"{path}: cannot be read ({error.strerror}); measure a table with `vitrim bench --cost-table`"
+                f"{path}: cannot be read ({error.strerror}); "
+                "measure a table with `vitrim bench --cost-table`"
             ) from None
         except ValidationError as error:
             first = error.errors()[0]
@@ -100,44 +104,42 @@ def chosen_shapes(
     count: int = 24,
     seed: int = 0,
 ) -> list[BlockShape]:
-    """`count` shapes up to a dense block's, spread by a low-discrepancy sequence; the dense block
-    and the smallest one are the first two.
+    """Choose the shapes to measure: a Latin hypercube of blocks up to a dense one.
+
+    Args:
+        tokens: Tokens of the dense block.
+        embed: Width of its residual stream.
+        heads: Its attention heads.
+        head_width: Width of each head.
+        ffn: Hidden width of its FFN.
+        count: Number of shapes.
+        seed: Seed of the hypercube.
+
+    Returns:
+        `count` shapes; the dense block and the smallest one are the first two.
     """
     rng = np.random.default_rng(seed)
-    # One stratum a shape in every dimension, shuffled against each other (a Latin hypercube): few
-    # points see every width's whole range.
+    # One stratum per shape in every dimension, in random order: few points cover the whole range of
+    # every width.
     strata = np.stack(
         [(rng.permutation(count) + rng.random(count)) / count for _ in range(7)], axis=1
     )
-    shapes = [BlockShape(tokens, tokens, heads, head_width, head_width, ffn, embed)]
-    shapes.append(
-        BlockShape(
-            max(2, tokens // 4),
-            max(2, tokens // 4),
-            1,
-            max(1, head_width // 4),
-            max(1, head_width // 4),
-            ffn // 8,
-            embed // 4,
-        )
-    )
+    dense = BlockShape(tokens, tokens, heads, head_width, head_width, ffn, embed)
+    least, narrow = max(2, tokens // 4), max(1, head_width // 4)
+    smallest = BlockShape(least, least, 1, narrow, narrow, ffn // 8, embed // 4)
+    shapes = [dense, smallest]
     for row in strata[: max(0, count - 2)]:
         read = _between(row[0], tokens // 4, tokens, 1)
-        # Most blocks pass on all of their tokens.
-        kept = read if row[1] < 0.6 else _between(row[1], 1, read, 1)
-        width, value = (
-            _between(row[3], head_width // 4, head_width, 4),
-            _between(row[4], head_width // 4, head_width, 4),
-        )
         shapes.append(
             BlockShape(
-                read,
-                kept,
-                _between(row[2], 1, heads, 1),
-                width,
-                value,
-                _between(row[5], ffn // 8, ffn, 8),
-                _between(row[6], embed // 4, embed, 8),
+                tokens_in=read,
+                # Most blocks pass on all of their tokens.
+                tokens_out=read if row[1] < 0.6 else _between(row[1], 1, read, 1),
+                heads=_between(row[2], 1, heads, 1),
+                qk=_between(row[3], head_width // 4, head_width, 4),
+                v=_between(row[4], head_width // 4, head_width, 4),
+                ffn=_between(row[5], ffn // 8, ffn, 8),
+                embed=_between(row[6], embed // 4, embed, 8),
             )
         )
     return shapes
@@ -155,65 +157,90 @@ def measure_cost_table(
     quiet: bool = False,
     progress: Progress | None = None,
 ) -> CostTable:
-    """Time each shape, fit all but the last `held_out`, tell the error on those. Errors:
-    InputError, one line.
+    """Measure blocks of these shapes and fit a cost table.
 
-    Shapes are measured six at a time, interleaved. time_limit_s is for all of them together.
-    measure(files, options, progress): where, this machine by default.
+    Args:
+        shapes: The shapes; six at a time are measured, interleaved.
+        target: Name of the device profile.
+        threads: Threads of the runtime.
+        held_out: The last so many shapes are no part of the fit; the table's error is theirs.
+        time_limit_s: Time limit of all measurements in seconds.
+        seed: Seed of the weights and of the order of turns.
+        measure: Measures {name: model} with these options and progress; by default this machine.
+        quiet: Show no progress bar.
+        progress: Called with the share done (0 to 1) and a text, in place of the bar.
+
+    Returns:
+        The fitted table, with the measured points.
+
+    Raises:
+        InputError: Too few shapes for the fit, or a failed measurement.
     """
     if len(shapes) - held_out < len(PARTS):
         raise InputError(
-            f"{len(shapes)} shapes with {held_out} held out: at least {len(PARTS)} are needed for the fit; measure more shapes"
+            f"{len(shapes)} shapes with {held_out} held out: at least {len(PARTS)} are needed for "
+            "the fit; measure more shapes"
         )
-    points: list[Point] = []
-    where, runtime = Environment(), ""
-    share_s = time_limit_s * TOGETHER / len(shapes)
-    with (
-        progress_bar(quiet=quiet, replacement=progress) as tell,
-        tempfile.TemporaryDirectory(prefix="vitrim-cost-") as name,
-    ):
-        for start in range(0, len(shapes), TOGETHER):
-            batch = shapes[start : start + TOGETHER]
-            files: dict[str, Path] = {}
-            for number, shape in enumerate(batch):
-                files[str(number)] = Path(name) / f"{number}.onnx"
-                files[str(number)].write_bytes(block_model(shape, COPIES, seed))
-            begun = start / len(shapes)
-
-            def part(share: float, text: str, begun: float = begun) -> None:
-                tell(begun + share * TOGETHER / len(shapes), text)
-
-            options = MeasureOptions(threads=threads, time_limit_s=share_s, seed=seed)
-            found = (
-                measure(files, options, part)
-                if measure
-                else measure_here(files, options, target=target, progress=part)
-            )
-            for number, shape in enumerate(batch):
-                measured = found[str(number)]
-                is_held = start + number >= len(shapes) - held_out
-                points.append(
-                    Point(
-                        shape=shape, latency_s=measured.summary().p50_s / COPIES, held_out=is_held
-                    )
-                )
-                where, runtime = (
-                    measured.environment,
-                    f"{measured.runtime} {measured.runtime_version}",
-                )
+    measure = measure or partial(_measure_here, target=target)
+    share = BATCH_SHAPES / len(shapes)
+    options = MeasureOptions(threads=threads, time_limit_s=time_limit_s * share, seed=seed)
+    measured: list[Measurement] = []
+    with progress_bar(quiet=quiet, replacement=progress) as report:
+        for start in range(0, len(shapes), BATCH_SHAPES):
+            part = _part_of(report, start / len(shapes), share)
+            batch = shapes[start : start + BATCH_SHAPES]
+            measured += _measure_batch(batch, options, measure, part)
+    first_held_out = len(shapes) - held_out
+    points = [
+        Point(
+            shape=shape,
+            latency_s=found.summary().p50_s / COPIES,
+            held_out=number >= first_held_out,
+        )
+        for number, (shape, found) in enumerate(zip(shapes, measured, strict=True))
+    ]
+    last = measured[-1]
+    runtime = f"{last.runtime} {last.runtime_version}"
     return fit_cost_table(
-        points, target=target, threads=threads, runtime=runtime, environment=where
+        points, target=target, threads=threads, runtime=runtime, environment=last.environment
     )
+
+
+def _measure_here(
+    files: dict[str, Path], options: MeasureOptions, progress: Progress, target: str
+) -> dict[str, Measurement]:
+    return measure_here(files, options, target=target, progress=progress)
+
+
+def _measure_batch(
+    shapes: Sequence[BlockShape], options: MeasureOptions, measure: Measure, progress: Progress
+) -> list[Measurement]:
+    with tempfile.TemporaryDirectory(prefix="vitrim-cost-") as folder:
+        files = {str(number): Path(folder) / f"{number}.onnx" for number in range(len(shapes))}
+        for shape, file in zip(shapes, files.values(), strict=True):
+            file.write_bytes(block_model(shape, COPIES, options.seed))
+        found = measure(files, options, progress)
+    return [found[name] for name in files]
+
+
+def _part_of(report: Progress, begun: float, part: float) -> Progress:
+    return lambda share, text: report(begun + share * part, text)
 
 
 def fit_cost_table(
     points: Sequence[Point], *, target: str, threads: int, runtime: str, environment: Environment
 ) -> CostTable:
-    """The table of measured points: fitted to those not held out, in relative error; the error is
-    of those held out (None without any).
+    """Fit a table to measured points by least squares of the relative error.
+
+    Args:
+        points: The measured points; those held out only give the table's error.
+        target: Name of the device profile.
+        threads: Threads of the runtime.
+        runtime: The runtime and its version.
+        environment: The machine while it was measured.
     """
     seen = [point for point in points if not point.held_out]
-    # Relative errors count, so each row is divided by its latency.
+    # Dividing each row by its latency makes the errors relative.
     rows = np.stack([_parts(point.shape) / point.latency_s for point in seen])
     costs = nonnegative_least_squares(rows, np.ones(len(seen)))
     table = CostTable(
@@ -239,10 +266,12 @@ def fit_cost_table(
 
 
 def nonnegative_least_squares(matrix: Vector, wanted: Vector) -> Vector:
-    """argmin ‖matrix · x − wanted‖ over x ≥ 0 (Lawson and Hanson, Solving Least Squares Problems,
-    1974, chapter 23).
+    """Return the x ≥ 0 that minimises ‖matrix · x − wanted‖.
+
+    References:
+        Lawson and Hanson 1974, "Solving Least Squares Problems", chapter 23.
     """
-    # Columns of equal length, so that the stopping rule means the same for all.
+    # Columns of equal length give the stopping rule the same meaning for all.
     lengths = np.linalg.norm(matrix, axis=0)
     lengths[lengths == 0] = 1.0
     scaled = matrix / lengths

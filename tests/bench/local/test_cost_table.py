@@ -1,6 +1,4 @@
-"""The fit finds known costs, never rewards a wider block, and a real table predicts what it did not
-see.
-"""
+"""The fit recovers known costs and is monotone; a measured table predicts held-out shapes."""
 
 from __future__ import annotations
 
@@ -28,11 +26,11 @@ from vitrim.core.errors import InputError
 
 def table(points: list[Point]) -> CostTable:
     return fit_cost_table(
-        points, target="host", threads=1, runtime="made up", environment=Environment()
+        points, target="host", threads=1, runtime="synthetic", environment=Environment()
     )
 
 
-def made_up(noise: float, count: int = 40) -> list[Point]:
+def synthetic_points(noise: float, count: int = 40) -> list[Point]:
     rng = np.random.default_rng(5)
     shapes = chosen_shapes(count=count, seed=3)
     seconds = [
@@ -45,11 +43,11 @@ def made_up(noise: float, count: int = 40) -> list[Point]:
     ]
 
 
-def test_known_costs_are_found() -> None:
-    exact = table(made_up(0))
+def test_known_costs_are_recovered() -> None:
+    exact = table(synthetic_points(0))
     assert exact.largest_error is not None
     assert exact.largest_error < 1e-6
-    noisy = table(made_up(0.03))
+    noisy = table(synthetic_points(0.03))
     assert noisy.median_error is not None
     assert noisy.median_error < 0.05
 
@@ -70,23 +68,23 @@ widths = st.builds(
 
 @settings(max_examples=60)
 @given(widths, st.sampled_from(["tokens_in", "heads", "qk", "v", "ffn", "embed"]))
-def test_a_wider_block_is_never_predicted_quicker(shape: BlockShape, name: str) -> None:
+def test_a_wider_block_is_never_predicted_to_be_faster(shape: BlockShape, name: str) -> None:
     fitted = FITTED
     assert fitted.latency_s(replace(shape, **{name: getattr(shape, name) + 1})) >= fitted.latency_s(
         shape
     )
 
 
-FITTED = table(made_up(0.05))
+FITTED = table(synthetic_points(0.05))
 
 
 @given(st.integers(0, 1000))
-def test_least_squares_stay_nonnegative_and_cannot_be_bettered(seed: int) -> None:
+def test_the_least_squares_solution_is_nonnegative_and_optimal(seed: int) -> None:
     rng = np.random.default_rng(seed)
     matrix, wanted = rng.random((12, 5)), rng.standard_normal(12)
     found = nonnegative_least_squares(matrix, wanted)
     assert (found >= 0).all()
-    # Kuhn and Tucker: no free cost can move, and no cost at zero would gain by growing.
+    # The Karush-Kuhn-Tucker conditions: zero slope where x > 0, no gain from growing where x = 0.
     slope = matrix.T @ (wanted - matrix @ found)
     assert slope.max() <= 1e-6
     assert np.abs(slope[found > 0]).max(initial=0) <= 1e-6
@@ -117,22 +115,21 @@ def test_the_block_runs_and_counts_its_macs(shape: BlockShape) -> None:
     assert counted == shape.macs
 
 
-def test_a_shape_that_cannot_be_is_refused() -> None:
+def test_an_impossible_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="tokens_out = 5 is more than tokens_in = 4"):
         BlockShape(4, 5, 1, 1, 1, 1, 1)
-    with pytest.raises(ValueError, match="ffn = 0: at least 1"):
+    with pytest.raises(ValueError, match="ffn = 0: must be at least 1"):
         BlockShape(4, 4, 1, 1, 1, 0, 1)
 
 
-def test_a_small_table_is_measured_for_real_and_kept(tmp_path: Path) -> None:
+def test_a_small_table_is_measured_and_saved(tmp_path: Path) -> None:
     shapes = chosen_shapes(tokens=20, embed=64, heads=2, head_width=16, ffn=128, count=12)
     with pytest.raises(InputError, match="at least 9 are needed"):
         measure_cost_table(shapes[:10], held_out=2)
     found = measure_cost_table(shapes, held_out=2, time_limit_s=3.0, quiet=True)
     assert len(found.points) == 12
     assert set(found.costs_s) == set(PARTS)
-    # Rough, since the machine of a test is busy: the dense block is predicted within a factor of
-    # two.
+    # A wide bound, since the test machine is busy.
     assert 0.5 < found.latency_s(shapes[0]) / found.points[0].latency_s < 2
     found.save(tmp_path / "table.json")
     assert CostTable.load(tmp_path / "table.json") == found
