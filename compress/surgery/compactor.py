@@ -1,6 +1,4 @@
-"""The surgery: take out of a Vision Transformer what a mask says, so that its tensors are smaller
-and its output is the masked model's.
-"""
+"""Compaction: a model with smaller tensors whose output equals that of the masked model."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 from ..lift import read
 from ..masks.mask import StructuredMask
 from ..network.architecture import AttentionSpec, BranchSpec
-from ..network.modules.model import CompactModel, build
 from ..network.modules.layers import affine, normalize
+from ..network.modules.model import CompactModel, build
 from .folding import fold_constants
 from .plan import BranchPlan, Plan, plan
 
@@ -21,13 +19,23 @@ from .plan import BranchPlan, Plan, plan
 def compact(
     model: nn.Module, mask: StructuredMask, *, last_queries: bool | None = None
 ) -> CompactModel:
-    """A physically smaller model whose output equals `masked(model, mask)` (fp32, relative 1e-5).
+    """Remove what `mask` does not keep.
 
-    `model`: any supported Vision Transformer, or a `CompactModel`. `last_queries`: in the last
-    block compute only the tokens that the head reads (exact); None leaves the architecture's own
-    choice. Errors: UnsupportedModel with the module's path; InputError if the mask does not fit.
+    Args:
+        model: A supported Vision Transformer, or a `CompactModel`. It is not changed.
+        mask: What to keep. Missing entries keep everything.
+        last_queries: Whether the last block computes only the tokens that the head reads (exact).
+            None, the default, leaves the choice of the architecture.
+
+    Returns:
+        A smaller module, equal to `masked(model, mask)` (fp32, relative 1e-5), in the mode of
+        `model`. Shapes: (batch, channels, height, width) -> (batch, classes).
+
+    Raises:
+        InputError: The mask does not fit the model; the message names the entry.
+        UnsupportedModel: A module has no rule; the message names its path.
     """
-    # The source's own tensors, not copies of them: what is kept is copied when it is cut out.
+    # The source's own tensors, not copies; slicing copies what is kept.
     source = read(model)
     surgery = plan(source.spec, mask)
     architecture = surgery.architecture
@@ -41,13 +49,14 @@ def compact(
 
 
 def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Slice every tensor of `state` (weights, or anything shaped like them, such as optimizer
-    moments) as planned.
+    """Slice every tensor of `state` as planned.
+
+    `state` has the weights by name, or tensors of their shapes, such as moments of an optimizer.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not name.startswith("steps."):
-            result[name] = take(tensor, surgery.outer.get(name, ()))
+            result[name] = index_select_axes(tensor, surgery.outer.get(name, ()))
     for number, row in enumerate(surgery.branches):
         for position, branch in enumerate(row):
             old, new = f"steps.{branch.step}.{branch.position}.", f"steps.{number}.{position}."
@@ -57,17 +66,16 @@ def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 if name.startswith(old)
             }
             if branch.constant:
-                result[f"{new}core.value"] = constant_of(
-                    surgery.source.steps[branch.step][branch.position], branch, inner
-                )
+                spec = surgery.source.steps[branch.step][branch.position]
+                result[f"{new}core.value"] = constant_of(spec, branch, inner)
                 continue
             for name, tensor in inner.items():
-                result[new + name] = take(tensor, branch.slices.get(name, ()))
+                result[new + name] = index_select_axes(tensor, branch.slices.get(name, ()))
     return result
 
 
 def cut_names(surgery: Plan, names: Iterable[str]) -> dict[str, str]:
-    """New name -> old name of every parameter that survives a cut as itself."""
+    """New name -> old name of every parameter that a cut keeps or slices."""
     moved = {
         f"steps.{branch.step}.{branch.position}.": f"steps.{number}.{position}."
         for number, row in enumerate(surgery.branches)
@@ -85,12 +93,11 @@ def cut_names(surgery: Plan, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def take(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Tensor:
-    """Keep `indices[i]` along axis i (None = all); the result owns its memory.
+def index_select_axes(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Tensor:
+    """Select `indices[i]` along axis i (None = all); the result owns its memory.
 
-    An index of shape (rows, kept), which only the last axis may have, keeps other entries in each
-    row: rows run along the first axis, and a tensor without one (one weight for all heads) or with
-    a single row is repeated.
+    The last index may have the shape (rows, kept), with other entries for each row of the first
+    axis. A tensor without that axis (one weight for all heads), or with a single row, is repeated.
     """
     source = tensor
     each = indices[-1] if indices and indices[-1] is not None and indices[-1].ndim == 2 else None
@@ -107,7 +114,7 @@ def take(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Tensor:
 
 
 def constant_of(spec: BranchSpec, branch: BranchPlan, inner: Mapping[str, Tensor]) -> Tensor:
-    """What a sub-layer without units still writes: layer_scale * post_norm(output bias)."""
+    """The constant that a sub-layer without units writes: layer_scale * post_norm(output bias)."""
     leaf = "core.out.bias" if isinstance(spec.core, AttentionSpec) else "core.fc2.bias"
     reference = next(iter(inner.values()))
     rows = branch.slices[leaf][0]

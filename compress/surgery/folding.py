@@ -1,6 +1,4 @@
-"""Constants that sub-layers left behind are moved into a bias that is there anyway, so that they
-cost nothing.
-"""
+"""Folding of constant sub-layers into existing biases, where they cost nothing."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from ..network.modules.model import CompactModel
 
 
 def fold_constants(model: CompactModel) -> CompactModel:
-    """Fold every constant sub-layer into the bias written just before it; those with no such place
-    stay, and stay exact.
+    """Fold each constant sub-layer into the bias that is written just before it.
+
+    A constant without such a bias stays as it is. The output does not change. `model` is modified.
     """
     architecture = model.architecture
     if not any(isinstance(branch.core, ConstantSpec) for branch in architecture.branches):
@@ -28,11 +27,11 @@ def fold_constants(model: CompactModel) -> CompactModel:
     with torch.no_grad():
         for branches in cast("Iterable[Sequence[Branch]]", model.steps):
             kept = [branch for branch in branches if not isinstance(branch.core, Constant)]
-            # Nothing may read the stream between the place and the constant: a sibling of the same
-            # step will do, else the step just before, or the stem.
-            beside = list(kept)
+            # Nothing may read the stream between the bias and the constant: it must belong to a
+            # branch of the same step, else to the step before, or to the stem.
+            siblings = list(kept)
             for branch in branches:
-                if isinstance(branch.core, Constant) and not _place(model, branch, beside, steps):
+                if isinstance(branch.core, Constant) and not _fold(model, branch, siblings, steps):
                     kept.append(branch)
             if kept:
                 steps.append(kept)
@@ -43,11 +42,11 @@ def fold_constants(model: CompactModel) -> CompactModel:
     return model
 
 
-def _place(
-    model: CompactModel, constant: Branch, beside: list[Branch], steps: list[list[Branch]]
+def _fold(
+    model: CompactModel, constant: Branch, siblings: list[Branch], steps: list[list[Branch]]
 ) -> bool:
-    if beside:
-        return _into_step(constant, beside)
+    if siblings:
+        return _into_step(constant, siblings)
     return _into_step(constant, steps[-1]) if steps else _into_stem(model, constant)
 
 
@@ -61,7 +60,7 @@ def _into_step(constant: Branch, row: list[Branch]) -> bool:
         value = _value(constant)
         if branch.layer_scale is not None:
             if bool((branch.layer_scale.abs() < 1e-3).any()):
-                # Dividing by a tiny scale would cost precision.
+                # Division by a tiny scale loses precision.
                 continue
             value = value / branch.layer_scale
         bias += value

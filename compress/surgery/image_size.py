@@ -1,8 +1,8 @@
-"""The same network for another image size: positions are resampled, rotary tables computed anew,
-and nothing else changes.
+"""The same network for another image size.
 
-Sources: timm's `set_input_size` (bicubic with antialias for positions, Bao et al.'s geometric
-spacing for relative biases), with which the results agree.
+Positions are resampled, rotary tables are recomputed, and nothing else changes. The results equal
+those of timm's `set_input_size`: bicubic with antialiasing for positions, geometrically spaced
+offsets for relative biases (Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers").
 """
 
 from __future__ import annotations
@@ -30,13 +30,25 @@ from ..network.patch_grid import (
 
 
 def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
-    """The network for images of another height and width; the weights are copied, and the source
-    stays. Of its own size it is returned as `lift` gives it.
+    """The network for images of another height and width.
 
-    `image_size`: (height, width) in pixels, one number for both, or text such as "160x192". The
-    accuracy at another size is not that of the trained one. Errors: InputError naming the size and
-    the nearest that work, or the part of the network that stands in the way; UnsupportedModel as
-    `lift`.
+    The accuracy differs from that at the trained size.
+
+    Args:
+        model: A supported Vision Transformer, or a `CompactModel`. It is not changed.
+        image_size: (height, width) in pixels, one number for both, or text such as "160x192".
+
+    Returns:
+        A network with weights of its own, in the mode of `model`; `lift(model)` if the size is the
+        same. Shapes: (batch, channels, height, width) -> (batch, classes).
+
+    Raises:
+        InputError: The size does not make whole patches, or a part of the network cannot be
+            resized; the message names the nearest possible sizes, or the part.
+        UnsupportedModel: A module has no rule; the message names its path.
+
+    References:
+        timm, `VisionTransformer.set_input_size`.
     """
     source = read(model)
     old, new = source.spec, at_image_size(source.spec, image_size)
@@ -50,20 +62,17 @@ def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
         if "position" in state:
             state["position"] = _positions(state["position"], old, new)
         for number, step in enumerate(new.steps):
-            for place, branch in enumerate(step):
-                _resize(
-                    state,
-                    f"steps.{number}.{place}.core.",
-                    branch,
-                    old.steps[number][place],
-                    new.grid,
-                )
+            for position, branch in enumerate(step):
+                prefix, before = f"steps.{number}.{position}.core.", old.steps[number][position]
+                _resize(state, prefix, branch, before, new.grid)
     return build(new, state).train(model.training)
 
 
 def at_image_size(architecture: Architecture, image_size: int | str | Size) -> Architecture:
-    """The architecture for another image size, without any weights. Errors: InputError as
-    `resized`.
+    """The architecture for another image size, without weights.
+
+    Raises:
+        InputError: As for `resized`.
     """
     size = parse_image_size(image_size)
     if size == architecture.image[1:]:
@@ -72,74 +81,86 @@ def at_image_size(architecture: Architecture, image_size: int | str | Size) -> A
     require_few_tokens(architecture, size)
     grid = architecture.stem.sizes(*size)[-1]
     if architecture.position and architecture.position_resize is None and grid != architecture.grid:
-        raise InputError(
-            f"image size {format_image_size(size)}: position: the positions were resampled when the model was read, from a table that is not kept; {_way_out(size)}"
+        reason = (
+            "the positions were resampled when the model was read, from a table that is not kept"
         )
+        raise _not_resizable(size, "position", reason)
     steps = tuple(
         tuple(_at_grid(branch, grid, architecture, size) for branch in step)
         for step in architecture.steps
     )
-    data = architecture.model_copy(
-        update={"image": (architecture.image[0], *size), "steps": steps}
-    ).model_dump(by_alias=True)
+    update = {"image": (architecture.image[0], *size), "steps": steps}
+    data = architecture.model_copy(update=update).model_dump(by_alias=True)
     return Architecture.model_validate(data)
 
 
 def _at_grid(branch: BranchSpec, grid: Size, architecture: Architecture, size: Size) -> BranchSpec:
-    """The sub-layer's spec at another grid, or a refusal that names it."""
+    """The spec of a sub-layer at another grid."""
     core = branch.core
     if not isinstance(core, AttentionSpec) or grid == architecture.grid:
         return branch
     rope, bias = core.rope, core.bias
     if rope is not None:
         if rope.at is None:
-            raise InputError(
-                f"image size {format_image_size(size)}: {branch.name}: its rotary table is saved without the frequencies that it came from; {_way_out(size)}"
-            )
+            reason = "its rotary table is saved without the frequencies that it came from"
+            raise _not_resizable(size, branch.name, reason)
         rope = rope.model_copy(update={"tokens": math.prod(grid)})
     if bias is not None:
-        reason = _bias_in_the_way(bias, grid)
-        if reason:
-            raise InputError(f"image size {format_image_size(size)}: {branch.name}: {reason}; {_way_out(size)}")
+        problem = _bias_problem(bias, grid)
+        if problem:
+            raise _not_resizable(size, branch.name, problem)
         bias = bias.model_copy(update={"grid": grid})
     return branch.model_copy(update={"core": core.model_copy(update={"rope": rope, "bias": bias})})
 
 
-def _bias_in_the_way(bias: RelativeBiasSpec, grid: Size) -> str | None:
-    larger = any(new > old for new, old in zip(grid, bias.grid, strict=True))
+def _bias_problem(bias: RelativeBiasSpec, grid: Size) -> str | None:
+    """Why a relative bias cannot be resized to a grid, or None."""
+    old = format_image_size(bias.grid)
     if bias.resize is None:
-        return "its relative bias came from a function of the offset's share of the grid, which is not kept"
-    if bias.resize == "crop" and larger:
-        return f"its relative bias came from a function of the offset, which is not kept; the table ends at {format_image_size(bias.grid)} patches, smaller sizes work"
+        return (
+            "its relative bias came from a function of the offset's share of the grid, "
+            "which is not kept"
+        )
+    if bias.resize == "crop" and any(new > old for new, old in zip(grid, bias.grid, strict=True)):
+        return (
+            "its relative bias came from a function of the offset, which is not kept; "
+            f"the table ends at {old} patches, smaller sizes work"
+        )
     if bias.resize == "resample" and any(
         new > old == 1 for new, old in zip(grid, bias.grid, strict=True)
     ):
-        return f"its relative bias table is for {format_image_size(bias.grid)} patches, and one patch knows no offsets to start from"
+        return f"its relative bias table is for {old} patches, and one patch has no offsets"
     return None
 
 
-def _way_out(size: Size) -> str:
-    return f"lift the source model at {format_image_size(size)} (timm: img_size=({size[0]}, {size[1]})) and cut that"
+def _not_resizable(size: Size, part: str, reason: str) -> InputError:
+    wanted, (height, width) = format_image_size(size), size
+    return InputError(
+        f"image size {wanted}: {part}: {reason}; "
+        f"lift the source model at {wanted} (timm: img_size=({height}, {width})) and cut that"
+    )
 
 
 def _positions(table: Tensor, old: Architecture, new: Architecture) -> Tensor:
-    """(patches, width) -> the same of another grid."""
+    """(patches, width) -> (patches of the new grid, width)."""
     if old.grid == new.grid:
         return table
     if old.position_resize == "bicubic":
+        # torch 2.15 misreads the layout of a single column, so there are always two.
+        columns = table if table.shape[1] > 1 else table.expand(-1, 2)
         resampled: Tensor = resample_abs_pos_embed(
-            table[None], list(new.grid), list(old.grid), num_prefix_tokens=0
+            columns[None], list(new.grid), list(old.grid), num_prefix_tokens=0
         )[0]
-        return resampled.contiguous()
-    picture = torch.unflatten(table.float(), 0, old.grid).permute(2, 0, 1)[None]
-    scaled = F.interpolate(picture, size=new.grid, mode="bilinear", align_corners=False)
+        return resampled[:, : table.shape[1]].contiguous()
+    image = torch.unflatten(table.float(), 0, old.grid).permute(2, 0, 1)[None]
+    scaled = F.interpolate(image, size=new.grid, mode="bilinear", align_corners=False)
     return scaled[0].flatten(1).T.to(table.dtype).contiguous()
 
 
 def _resize(
     state: dict[str, Tensor], prefix: str, branch: BranchSpec, before: BranchSpec, grid: Size
 ) -> None:
-    """The tables of one attention, written anew."""
+    """Recompute the rotary and relative bias tables of one attention."""
     core = branch.core
     if not isinstance(core, AttentionSpec) or branch == before:
         return
@@ -149,7 +170,8 @@ def _resize(
         if frequencies.element_size() < 4:
             kind = str(frequencies.dtype).removeprefix("torch.")
             raise InputError(
-                f"{branch.name}: rotary frequencies in {kind} are too coarse for another image size; take the model in float32"
+                f"{branch.name}: rotary frequencies in {kind} are too coarse for another image "
+                "size; use the model in float32"
             )
         state[f"{prefix}rope.table"] = rope_table(core.rope.at, frequencies, grid)
     if core.bias is not None and before.core.bias is not None:
