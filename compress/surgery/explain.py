@@ -1,15 +1,13 @@
-"""What the compactor does to a model, told: for every tensor which masks cut it, from what shape to
-what; parameters and multiply-adds either way.
-"""
+"""Description of a cut: for every tensor its shapes and masks, and the counts before and after."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from rich.table import Table
 from torch import nn
 
 from ..lift import read
@@ -21,16 +19,18 @@ from ..network.count import branch_macs, branch_tokens, count_macs, count_params
 from ..network.modules.model import CompactModel
 from .plan import Plan, plan
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class TensorCut:
-    """One parameter: its shape before and after (None: gone), and the mask entries,
-    `dimension/site`, that cut it.
+    """The cut of one parameter.
+
+    Attributes:
+        tensor: Its name inside the module.
+        before: Its shape before.
+        after: Its shape after, or None if it is removed.
+        masks: The mask entries that cut it, as `dimension/site`.
     """
 
     tensor: str
@@ -41,12 +41,18 @@ class TensorCut:
 
 @dataclass(frozen=True)
 class ModuleCut:
-    """A sub-layer, or what is outside of them (`stem`, `head`): its tensors, and (before, after) of
-    parameters and multiply-adds of one image.
+    """The cut of a sub-layer, or of a part outside of them.
+
+    Attributes:
+        module: The name of the sub-layer, `stem` or `head`.
+        status: "removed", "constant" (only its bias stays), or "".
+        tensors: The cut of each of its parameters.
+        params: The number of its parameters, (before, after).
+        macs: The multiply-adds of one image, (before, after).
     """
 
     module: str
-    fate: str
+    status: str
     tensors: tuple[TensorCut, ...]
     params: tuple[int, int]
     macs: tuple[int, int]
@@ -54,8 +60,9 @@ class ModuleCut:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All modules in order, and the totals; a constant that folding moves elsewhere still counts
-    here.
+    """All modules in order, and the totals, (before, after) each.
+
+    A constant that `compact` folds into another bias is still counted.
     """
 
     modules: tuple[ModuleCut, ...]
@@ -63,84 +70,79 @@ class Explanation:
     macs: tuple[int, int]
 
     def table(self, *, tensors: bool = True) -> Table:
-        """A rich table: one line a module, and with `tensors` one a tensor that was cut."""
-        from rich.table import Table
-
+        """A rich table with a line for each module and, with `tensors`, for each tensor cut."""
         table = Table(show_edge=False, pad_edge=False)
-        for column in ("module", "from", "to", "cut by", "parameters", "MACs"):
-            table.add_column(
-                column,
-                justify="right" if column in ("parameters", "MACs") else "left",
-                no_wrap=True,
-            )
+        for column in ("module", "from", "to", "cut by"):
+            table.add_column(column, no_wrap=True)
+        for column in ("parameters", "MACs"):
+            table.add_column(column, justify="right", no_wrap=True)
         for module in self.modules:
-            table.add_row(
-                module.module, "", module.fate, "", _change(module.params), _change(module.macs)
-            )
+            counts = _change(module.params), _change(module.macs)
+            table.add_row(module.module, "", module.status, "", *counts)
             for cut in module.tensors if tensors else ():
                 if cut.after != cut.before:
-                    table.add_row(
-                        f"  {cut.tensor}",
-                        _shape(cut.before),
-                        _shape(cut.after),
-                        ", ".join(cut.masks),
-                    )
+                    before, after = _shape(cut.before), _shape(cut.after)
+                    table.add_row(f"  {cut.tensor}", before, after, ", ".join(cut.masks))
         table.add_row("all", "", "", "", _change(self.params), _change(self.macs))
         return table
 
 
 def explain(model: nn.Module | Architecture, mask: StructuredMask) -> Explanation:
-    """What `compact(model, mask)` cuts, without cutting. Errors: as `compact`."""
+    """Describe what `compact(model, mask)` cuts, without cutting.
+
+    Raises:
+        InputError: The mask does not fit the model.
+        UnsupportedModel: A module has no rule; the message names its path.
+    """
     source = model if isinstance(model, Architecture) else read(model).spec
     surgery = plan(source, mask)
     after = surgery.architecture
     shapes, new_shapes = _shapes(source), _shapes(after)
-    names = dict(_renamed(surgery))
-    axes = parameter_axes(source)
-    places = {
-        f"steps.{number}.{position}.": (number, position)
-        for number, step in enumerate(source.steps)
-        for position in range(len(step))
-    }
-    grouped: dict[str, list[TensorCut]] = {}
-    for name, shape in shapes.items():
-        prefix = next((prefix for prefix in places if name.startswith(prefix)), None)
-        module = (
-            _outside(name)
-            if prefix is None
-            else source.steps[places[prefix][0]][places[prefix][1]].name
-        )
-        new = new_shapes.get(
-            name if prefix is None else names.get(prefix, "gone.") + name.removeprefix(prefix)
-        )
-        entries = _entries(axes.get(name, ())[-len(shape) :], mask) if new != shape else ()
-        if new is None and prefix is not None:
-            block = _entries((Axis("block", module),), mask)
-            entries = block or entries
-        grouped.setdefault(module, []).append(
-            TensorCut(name.removeprefix(prefix or ""), shape, new, entries)
-        )
-    fates = {branch.name: branch.core.kind for branch in after.branches}
+    cuts = _tensor_cuts(surgery, mask, shapes, new_shapes)
+    kinds = {branch.name: branch.core.kind for branch in after.branches}
     macs, new_macs = _macs(source), _macs(after)
     params, new_params = _params(source, shapes), _params(after, new_shapes)
-    order = ["stem", *(branch.name for branch in source.branches), "head"]
-    modules = tuple(
-        ModuleCut(
+
+    def module_cut(name: str, status: str) -> ModuleCut:
+        return ModuleCut(
             name,
-            ""
-            if name in ("stem", "head") or fates.get(name) not in (None, "constant")
-            else fates.get(name, "removed"),
-            tuple(grouped.get(name, ())),
+            status,
+            tuple(cuts.get(name, ())),
             (params.get(name, 0), new_params.get(name, 0)),
             (macs.get(name, 0), new_macs.get(name, 0)),
         )
-        for name in order
-    )
-    return Explanation(
-        modules,
-        (count_params(source), count_params(after)),
-        (count_macs(source), count_macs(after)),
-    )
+
+    modules = [module_cut("stem", "")]
+    for branch in source.branches:
+        kind = kinds.get(branch.name, "removed")
+        modules.append(module_cut(branch.name, kind if kind in ("removed", "constant") else ""))
+    modules.append(module_cut("head", ""))
+    all_params = count_params(source), count_params(after)
+    return Explanation(tuple(modules), all_params, (count_macs(source), count_macs(after)))
+
+
+def _tensor_cuts(
+    surgery: Plan, mask: StructuredMask, shapes: dict[str, Shape], new_shapes: dict[str, Shape]
+) -> dict[str, list[TensorCut]]:
+    """The cut of every tensor, by module."""
+    axes, new_prefixes = parameter_axes(surgery.source), dict(_renamed(surgery))
+    modules = {
+        f"steps.{number}.{position}.": branch.name
+        for number, step in enumerate(surgery.source.steps)
+        for position, branch in enumerate(step)
+    }
+    found: dict[str, list[TensorCut]] = {}
+    for name, shape in shapes.items():
+        prefix = next((prefix for prefix in modules if name.startswith(prefix)), "")
+        module = modules.get(prefix) or _outside(name)
+        new_prefix = new_prefixes.get(prefix) if prefix else ""
+        leaf = name.removeprefix(prefix)
+        new = None if new_prefix is None else new_shapes.get(new_prefix + leaf)
+        entries = _entries(axes.get(name, ())[-len(shape) :], mask) if new != shape else ()
+        if new is None and prefix:
+            entries = _entries((Axis("block", module),), mask) or entries
+        found.setdefault(module, []).append(TensorCut(leaf, shape, new, entries))
+    return found
 
 
 def _shapes(architecture: Architecture) -> dict[str, Shape]:
@@ -152,28 +154,22 @@ def _shapes(architecture: Architecture) -> dict[str, Shape]:
 
 
 def _renamed(surgery: Plan) -> Iterator[tuple[str, str]]:
-    """Prefixes of the sub-layers that survive, old and new."""
+    """The old and the new prefix of each sub-layer that stays."""
     for number, row in enumerate(surgery.branches):
         for position, branch in enumerate(row):
             yield f"steps.{branch.step}.{branch.position}.", f"steps.{number}.{position}."
 
 
 def _outside(name: str) -> str:
-    return (
-        "stem"
-        if name.split(".")[0] in ("before", "stem", "prefix", "position", "patch_norm", "stem_norm")
-        else "head"
-    )
+    stem = ("before", "stem", "prefix", "position", "patch_norm", "stem_norm")
+    return "stem" if name.split(".")[0] in stem else "head"
 
 
 def _entries(axes: tuple[Axis, ...], mask: StructuredMask) -> tuple[str, ...]:
-    """The mask entries that say something about these axes."""
+    """The mask entries that remove something from these axes."""
     found: dict[str, None] = {}
     for axis in axes:
-        words = axis.dimension.replace("kv", "head").split("*")
-        dimensions = (
-            ["qk"] if axis.dimension == "pair" else [word for word in words if word in mask.kept]
-        )
+        dimensions = axis.dimension.replace("kv", "head").replace("pair", "qk").split("*")
         for dimension in dimensions:
             entries = mask.kept.get(dimension, {})
             site = axis.site if axis.site in entries or axis.site in POOL_SITES else SHARED
@@ -184,8 +180,8 @@ def _entries(axes: tuple[Axis, ...], mask: StructuredMask) -> tuple[str, ...]:
 
 def _macs(architecture: Architecture) -> dict[str, int]:
     found = {
-        branch.name: branch_macs(branch, architecture.embed, seen, asked)
-        for branch, seen, asked in branch_tokens(architecture)
+        branch.name: branch_macs(branch, architecture.embed, tokens, queries)
+        for branch, tokens, queries in branch_tokens(architecture)
     }
     sizes, stem = architecture.stem.sizes(*architecture.image[1:]), architecture.stem
     widths = [
@@ -198,7 +194,7 @@ def _macs(architecture: Architecture) -> dict[str, int]:
         math.prod(size) * width * wider * math.prod(kernel)
         for size, width, wider, kernel in zip(sizes, widths[:-1], widths[1:], kernels, strict=True)
     )
-    # Pooling and classifiers are all the rest.
+    # The rest is pooling and classifiers.
     return found | {"head": count_macs(architecture) - sum(found.values())}
 
 

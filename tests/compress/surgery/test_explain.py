@@ -87,11 +87,11 @@ def test_shapes_are_those_of_the_cut_module(model: CompactModel) -> None:
 
 def test_what_goes_whole_is_told(model: CompactModel) -> None:
     fates = {module.module: module for module in explain(model, MASK).modules}
-    assert fates["blocks.1.attn"].fate == "removed"
+    assert fates["blocks.1.attn"].status == "removed"
     assert {cut.masks for cut in fates["blocks.1.attn"].tensors} == {("block/blocks.1.attn",)}
-    assert fates["blocks.1.ffn"].fate == "constant"
+    assert fates["blocks.1.ffn"].status == "constant"
     assert fates["blocks.1.ffn"].params[1] == 16
-    assert fates["blocks.0.ffn"].fate == ""
+    assert fates["blocks.0.ffn"].status == ""
 
 
 def test_modules_sum_to_the_whole(model: CompactModel) -> None:
