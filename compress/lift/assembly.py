@@ -1,4 +1,4 @@
-"""A whole network from its lifted parts, in any source library."""
+"""Assembles a network from its converted parts; common to all source libraries."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from ...core.errors import UnsupportedModel
 from ..network.architecture import Architecture, BranchSpec, HeadSpec, PoolSpec, StemSpec
-from .parts import absent, linear, norm, present, under
-from .positions import Places
-from .registry import Piece, find
+from .parts import absent, linear, norm, not_none, prefixed
+from .registry import Piece, TokenLayout, find_converter
 
 Steps = tuple[tuple[BranchSpec, ...], ...]
 
@@ -27,23 +26,33 @@ def assemble(
     pool: Piece[PoolSpec] | None = None,
     head: Piece[HeadSpec] | None = None,
 ) -> Piece[Architecture]:
-    """`norms`: patch_norm, stem_norm, norm and pool_norm as (module, path). `prefix` (tokens,
-    embed), `position` (patches, embed).
+    """Assemble a network.
+
+    Args:
+        image: Channels, height and width of the input, in pixels.
+        stem: Patch embedding.
+        blocks: Steps and tensors, from `lift_blocks`.
+        prefix: Prefix tokens, (tokens, embed). None: there are none.
+        position: Positions that are added to the patches, (patches, embed). None: there are none.
+        position_resize: How the model resamples positions for another image size. None: from a
+            table that `position` does not contain.
+        norms: patch_norm, stem_norm, norm and pool_norm as (module, path). Missing ones: no norm.
+        pool: Pooling. None: the class token.
+        head: Classifier. None: the network returns features.
+
+    Returns:
+        The architecture, and the tensors of all parts under their names in `CompactModel`.
     """
     steps, tensors = blocks
     pool = pool or Piece(PoolSpec())
-    tensors = (
-        tensors
-        | dict(stem.tensors)
-        | dict(pool.tensors)
-        | present({"prefix": prefix, "position": position})
-    )
+    tensors = tensors | dict(stem.tensors) | dict(pool.tensors)
+    tensors |= not_none({"prefix": prefix, "position": position})
     specs: dict[str, Any] = {}
     for name, (module, path) in (norms or {}).items():
         piece = norm(module, path)
         if piece is not None:
             specs[name] = piece.spec
-            tensors |= piece.under(name)
+            tensors |= piece.prefixed(name)
     if head is not None:
         tensors |= dict(head.tensors)
     architecture = Architecture(
@@ -61,15 +70,17 @@ def assemble(
     return Piece(architecture, tensors)
 
 
-def lift_blocks(modules: Any, path: str, places: list[Places]) -> tuple[Steps, dict[str, Tensor]]:
-    """All blocks as steps, and their tensors. `places`: one a block."""
+def lift_blocks(
+    modules: Any, path: str, layouts: list[TokenLayout]
+) -> tuple[Steps, dict[str, Tensor]]:
+    """Convert all blocks to steps, with their tensors; `layouts` has one entry per block."""
     steps: list[tuple[BranchSpec, ...]] = []
     tensors: dict[str, Tensor] = {}
-    for (name, module), at in zip(modules.named_children(), places, strict=True):
+    for (name, module), layout in zip(modules.named_children(), layouts, strict=True):
         where = f"{path}.{name}"
-        for step in find("block", module, where)(module, where, at):
+        for step in find_converter("block", module, where)(module, where, layout):
             for position, piece in enumerate(step):
-                tensors |= piece.under(f"steps.{len(steps)}.{position}")
+                tensors |= piece.prefixed(f"steps.{len(steps)}.{position}")
             steps.append(tuple(piece.spec for piece in step))
     return tuple(steps), tensors
 
@@ -77,14 +88,15 @@ def lift_blocks(modules: Any, path: str, places: list[Places]) -> tuple[Steps, d
 def classifier(
     module: nn.Module | None, path: str, second: tuple[nn.Module, str] | None = None
 ) -> Piece[HeadSpec] | None:
-    """A Linear classifier (and a second one beside it), or None for a model that answers with
-    features.
+    """Convert a Linear classifier, and a second parallel one if given.
+
+    Returns None for a model that returns features.
     """
     if module is None or absent(module):
         return None
-    tensors = under("head", linear(module, path))
+    tensors = prefixed("head", linear(module, path))
     if second is not None:
-        tensors |= under("head_dist", linear(*second))
+        tensors |= prefixed("head_dist", linear(*second))
         if tensors["head.weight"].shape != tensors["head_dist.weight"].shape or (
             "head.bias" in tensors
         ) != ("head_dist.bias" in tensors):

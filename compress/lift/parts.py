@@ -1,6 +1,4 @@
-"""Small pieces that every Vision Transformer shares: norms, linear layers, activations, layer
-scale.
-"""
+"""Converters of small parts: norms, linear layers, activations and layer scale."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 
 from ...core.errors import UnsupportedModel
 from ..network.architecture import NormSpec
-from .registry import Piece, find, handles, type_name
+from .registry import Piece, converts, find_converter, type_name
 
 _ACTIVATIONS = {
     "torch.nn.modules.activation.GELU": "gelu",
@@ -32,7 +30,7 @@ _ACTIVATIONS = {
 
 
 def activation(module: nn.Module, path: str) -> str:
-    """Our name of an activation module. Errors: UnsupportedModel."""
+    """Return our name of an activation module, or raise UnsupportedModel."""
     name = _ACTIVATIONS.get(type_name(module))
     if name is None:
         raise UnsupportedModel(f"{path}: no rule for activation {type_name(module)}")
@@ -47,33 +45,33 @@ def absent(module: nn.Module | None) -> bool:
 
 
 def norm(module: nn.Module | None, path: str) -> Piece[NormSpec] | None:
-    """A norm of any known type, or None where there is none."""
+    """Convert a norm of any known type; None if there is none."""
     if module is None or absent(module):
         return None
-    piece: Piece[NormSpec] = find("norm", module, path)(module, path)
+    piece: Piece[NormSpec] = find_converter("norm", module, path)(module, path)
     return piece
 
 
-@handles(
+@converts(
     "norm",
     "torch.nn.modules.normalization.LayerNorm",
     "timm.layers.norm.LayerNorm",
     "timm.layers.norm.LayerNormFp32",
 )
 def layer_norm(module: nn.LayerNorm, path: str) -> Piece[NormSpec]:
-    """LayerNorm over the last dimension."""
+    """Convert a LayerNorm over the last dimension."""
     del path
     return _norm("layer", module, module.eps)
 
 
-@handles(
+@converts(
     "norm",
     "timm.layers.norm.RmsNorm",
     "timm.layers.norm.RmsNormFp32",
     "torch.nn.modules.normalization.RMSNorm",
 )
 def rms_norm(module: nn.Module, path: str) -> Piece[NormSpec]:
-    """RMSNorm over the last dimension."""
+    """Convert an RMSNorm over the last dimension."""
     eps = module.eps
     if eps is None:
         raise UnsupportedModel(f"{path}: RMSNorm without a stated eps depends on the input's type")
@@ -90,28 +88,28 @@ def _norm(kind: str, module: nn.Module, eps: float) -> Piece[NormSpec]:
         weight=weight is not None,
         bias=bias is not None,
     )
-    return Piece(spec, present({"weight": weight, "bias": bias}))
+    return Piece(spec, not_none({"weight": weight, "bias": bias}))
 
 
-def present(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """The entries that are there."""
+def not_none(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the entries that are not None."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def linear(module: nn.Module, path: str) -> dict[str, Tensor]:
-    """weight (and bias) of a plain Linear. Errors: UnsupportedModel for anything else."""
+    """Return weight and bias of a plain Linear, or raise UnsupportedModel for another type."""
     if type(module) is not nn.Linear:
         raise UnsupportedModel(f"{path}: {type_name(module)} where a Linear was expected")
-    return present({"weight": module.weight, "bias": module.bias})
+    return not_none({"weight": module.weight, "bias": module.bias})
 
 
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with `prefix.` before their names."""
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with `prefix.` before their names."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def layer_scale(module: nn.Module | None, path: str) -> Tensor | None:
-    """γ of a LayerScale, or None."""
+    """Return γ of a LayerScale; None if there is none."""
     if module is None or absent(module):
         return None
     gamma = getattr(module, "gamma", None)

@@ -1,8 +1,7 @@
-"""The handlers that turn modules of other libraries into pieces of ours, found by the module's
-exact type.
+"""The converters that turn modules of other libraries into ours, and the values they exchange.
 
-A subclass may compute something else, so it is never taken for its parent: an unknown type is
-refused with its path.
+A converter is found by the exact type of a module. A subclass may compute something else, so it is
+never converted like its parent: an unknown type is refused with its path.
 """
 
 from __future__ import annotations
@@ -14,50 +13,90 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from ...core.errors import UnsupportedModel
+from ..network.architecture import RelativeBiasSpec, RopeGridSpec
 
 SpecT = TypeVar("SpecT")
 
 
 @dataclass(frozen=True)
 class Piece(Generic[SpecT]):
-    """A lifted module: its plain-data spec, and its tensors under the names of our module."""
+    """A converted module.
+
+    Attributes:
+        spec: What it computes, as plain data.
+        tensors: Its tensors under the names of our module.
+    """
 
     spec: SpecT
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors with `prefix.` before their names."""
+    def prefixed(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors with `prefix.` before their names."""
         return {f"{prefix}.{name}": tensor for name, tensor in self.tensors.items()}
 
 
-Handler = Callable[..., Any]
-_HANDLERS: dict[str, dict[str, Handler]] = {}
-_FALLBACKS: dict[str, Handler] = {}
-# What does nothing outside of training.
+@dataclass(frozen=True)
+class RopeTable:
+    """The rotary position embedding of one attention at the model's image size.
+
+    Attributes:
+        table: Sines and cosines in timm's layout, (heads or 1, patches, 2 * qk).
+        frequencies: The frequencies behind the table, (heads or 1, 2, qk / 2). None: unknown.
+        at: The coordinates that the frequencies are multiplied with. None: unknown.
+    """
+
+    table: Tensor
+    frequencies: Tensor | None = None
+    at: RopeGridSpec | None = None
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The tokens that a block sees, and the position information that the model gives it.
+
+    Attributes:
+        grid: Rows and columns of patches.
+        prefix: Number of prefix tokens.
+        rope: Rotary position embedding of the block.
+        bias: A relative position bias that all blocks share, as in BEiT.
+    """
+
+    grid: tuple[int, int]
+    prefix: int
+    rope: RopeTable | None = None
+    bias: Piece[RelativeBiasSpec] | None = None
+
+
+Converter = Callable[..., Any]
+_CONVERTERS: dict[str, dict[str, Converter]] = {}
+_UNKNOWN_CONVERTERS: dict[str, Converter] = {}
+# Modules that compute nothing outside of training.
 _INERT = ("Identity", "Dropout", "Dropout1d", "DropPath", "PatchDropout", "PatchDropoutWithIndices")
 
 
-def handles(kind: str, *type_names: str) -> Callable[[Handler], Handler]:
-    """Register a handler of `kind` (model, block, attention, ffn, norm, position, pool...) for
-    fully qualified type names.
+def converts(kind: str, *type_names: str) -> Callable[[Converter], Converter]:
+    """Register the converter of `kind` for fully qualified type names.
+
+    Kinds are model, block, attention, ffn, norm, pool, rope and relative bias.
     """
 
-    def register(handler: Handler) -> Handler:
+    def register(converter: Converter) -> Converter:
         for name in type_names:
-            _HANDLERS.setdefault(kind, {})[name] = handler
-        return handler
+            _CONVERTERS.setdefault(kind, {})[name] = converter
+        return converter
 
     return register
 
 
-def falls_back(kind: str) -> Callable[[Handler], Handler]:
-    """Register the handler that tries types of `kind` which nobody knows; it must prove what it
-    finds.
+def converts_unknown(kind: str) -> Callable[[Converter], Converter]:
+    """Register the converter that tries types of `kind` without a converter of their own.
+
+    It must check numerically that its result equals the module.
     """
 
-    def register(handler: Handler) -> Handler:
-        _FALLBACKS[kind] = handler
-        return handler
+    def register(converter: Converter) -> Converter:
+        _UNKNOWN_CONVERTERS[kind] = converter
+        return converter
 
     return register
 
@@ -67,37 +106,37 @@ def type_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def find(kind: str, module: nn.Module, path: str) -> Handler:
-    """The handler for a module. Errors: UnsupportedModel with path, type and the known types."""
-    handler = _HANDLERS.get(kind, {}).get(type_name(module)) or _FALLBACKS.get(kind)
-    if handler is None:
-        raise UnsupportedModel(refusal(kind, module, path))
+def find_converter(kind: str, module: nn.Module, path: str) -> Converter:
+    """Return the converter of a module.
+
+    Raises:
+        UnsupportedModel: There is none, or a forward or a dropout of the module was replaced.
+    """
+    converter = _CONVERTERS.get(kind, {}).get(type_name(module)) or _UNKNOWN_CONVERTERS.get(kind)
+    if converter is None:
+        raise UnsupportedModel(no_rule_message(kind, module, path))
     if "forward" in vars(module):
         raise UnsupportedModel(
-            f"{path or 'model'}: this {type(module).__name__} has a forward of its own, set on the instance; no rule reads it"
+            f"{path or 'model'}: this {type(module).__name__} has a forward of its own, "
+            "set on the instance; no rule reads it"
         )
     _check_inert(module, path)
-    return handler
+    return converter
 
 
-def refusal(kind: str, module: nn.Module, path: str) -> str:
-    """One line on a type that no rule covers."""
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in _HANDLERS.get(kind, {})}))
-    return f"{path or 'model'}: no rule for {kind} type {type_name(module)} (known: {known}); CONTRIBUTING.md says how to add one"
-
-
-def knows(kind: str, module: nn.Module) -> bool:
-    """Whether there is a handler for this very type."""
-    return type_name(module) in _HANDLERS.get(kind, {})
+def no_rule_message(kind: str, module: nn.Module, path: str) -> str:
+    """Return one line about a type without a converter."""
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in _CONVERTERS.get(kind, {})}))
+    return (
+        f"{path or 'model'}: no rule for {kind} type {type_name(module)} (known: {known}); "
+        "CONTRIBUTING.md describes how to add one"
+    )
 
 
 def _check_inert(module: nn.Module, path: str) -> None:
-    """Refuse a dropout that was replaced by something that computes. Handlers skip these
-    children.
-    """
+    """Refuse a dropout that was replaced by a module that computes; converters skip dropouts."""
     for name, child in module.named_children():
-        if (name.startswith("drop") or name.endswith("_drop")) and type(
-            child
-        ).__name__ not in _INERT:
+        is_dropout = name.startswith("drop") or name.endswith("_drop")
+        if is_dropout and type(child).__name__ not in _INERT:
             where = f"{path}.{name}" if path else name
             raise UnsupportedModel(f"{where}: {type_name(child)} where a dropout was expected")

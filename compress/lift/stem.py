@@ -1,4 +1,4 @@
-"""Patch embeddings: a convolution, or several, with batch norm folded into them."""
+"""Converters of patch embeddings: convolutions, into which batch norms are folded."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from torch import Tensor, nn
 
 from ...core.errors import UnsupportedModel
 from ..network.architecture import ConvSpec, StemSpec
-from .parts import activation, present
+from .parts import activation, not_none
 from .registry import Piece, type_name
 
 Pair = tuple[int, int]
 
 
 def conv_stem(module: nn.Module, path: str) -> Piece[StemSpec]:
-    """A convolution, or a (nested) Sequential of convolutions, batch norms and activations that
-    ends in a convolution.
+    """Convert a convolution, or a Sequential that ends in one.
 
-    The tensors are those of `CompactModel`: `stem.weight`, `before.0.conv.weight`...
+    The (nested) Sequential consists of convolutions, batch norms and activations. The tensors have
+    their names in `CompactModel`: `stem.weight`, `before.0.conv.weight`...
     """
     return _read(_flatten(module, path), module, path)
 
 
 def sequence_stem(module: nn.Module, path: str) -> list[Piece[StemSpec]]:
-    """Readings of a stem whose parts are attributes, convolutions in their order: with each
-    activation where it stands, or with the only one it has after every convolution but the last
-    (one module may serve several times). A norm over tokens named `norm` is not part of them.
+    """Return the possible readings of a stem whose parts are attributes, in their order.
+
+    Activations are applied where they are defined. If there is only one, a second reading applies
+    it after every convolution but the last, since one module may be called several times. A norm
+    over tokens named `norm` is not part of the stem.
     """
     layers = [
         (f"{path}.{name}", child)
@@ -98,8 +100,17 @@ def _read(layers: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> 
 def linear_stem(
     weight: Tensor, bias: Tensor | None, patch: Pair, channels: int, *, channels_last: bool
 ) -> Piece[StemSpec]:
-    """A Linear on flattened patches: the same numbers as a convolution whose stride is its
-    kernel.
+    """Convert a Linear on flattened patches to a convolution whose stride is its kernel.
+
+    Args:
+        weight: (embed, height * width * channels of a patch).
+        bias: (embed,), or None.
+        patch: Height and width of a patch, in pixels.
+        channels: Number of channels of the image.
+        channels_last: Whether the channels of a pixel are adjacent in a flattened patch.
+
+    Returns:
+        The stem, with `stem.weight` of shape (embed, channels, height, width).
     """
     shape = (*patch, channels) if channels_last else (channels, *patch)
     kernel = torch.unflatten(weight, 1, shape)
@@ -107,16 +118,14 @@ def linear_stem(
         kernel = kernel.permute(0, 3, 1, 2)
     return Piece(
         StemSpec(patch=patch, bias=bias is not None),
-        present({"stem.weight": kernel, "stem.bias": bias}),
+        not_none({"stem.weight": kernel, "stem.bias": bias}),
     )
 
 
 def _flatten(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    # torchvision's Conv2dNormActivation is a Sequential by another name.
-    if (
-        type(module) is nn.Sequential
-        or type_name(module) == "torchvision.ops.misc.Conv2dNormActivation"
-    ):
+    # torchvision's Conv2dNormActivation is a subclass of Sequential that only fills it.
+    torchvision_sequential = "torchvision.ops.misc.Conv2dNormActivation"
+    if type(module) is nn.Sequential or type_name(module) == torchvision_sequential:
         found = []
         for name, child in module.named_children():
             found += _flatten(child, f"{path}.{name}")
@@ -135,16 +144,14 @@ def _conv(conv: Any, batch_norm: Any, path: str) -> tuple[dict[str, Tensor], dic
         raise UnsupportedModel(
             f"{path}: only a plain convolution without groups or dilation, not {conv}"
         )
-    weights = present({"weight": conv.weight, "bias": conv.bias})
+    weights = not_none({"weight": conv.weight, "bias": conv.bias})
     if batch_norm is not None:
         weights = _folded(weights, batch_norm, path)
     return weights, {"kernel": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
 
 
 def _folded(weights: dict[str, Tensor], norm: nn.BatchNorm2d, path: str) -> dict[str, Tensor]:
-    """A batch norm with its running statistics is an affine map a channel, and goes into the
-    convolution.
-    """
+    """Fold a batch norm into a convolution: with running statistics it is affine per channel."""
     if norm.running_mean is None or norm.running_var is None:
         raise UnsupportedModel(
             f"{path}: a batch norm without running statistics depends on the batch"

@@ -1,5 +1,6 @@
-"""timm's NaFlexVit at one image size: its position table is resampled once, and its Linear patch
-embedding read as a convolution.
+"""Converter of timm's NaFlexVit, at one image size.
+
+Its position table is resampled once, and its Linear patch embedding becomes a convolution.
 """
 
 from __future__ import annotations
@@ -14,18 +15,15 @@ from ...core.errors import UnsupportedModel
 from ..network.architecture import Architecture, StemSpec
 from .assembly import assemble, classifier, lift_blocks
 from .parts import linear
-from .positions import Places
-from .registry import Piece, handles, type_name
+from .registry import Piece, TokenLayout, converts, type_name
 from .stem import conv_stem, linear_stem
 from .timm_rope import rope_tables
 from .timm_vit import pooling
 
 
-@handles("model", "timm.models.naflexvit.NaFlexVit")
+@converts("model", "timm.models.naflexvit.NaFlexVit")
 def naflex(model: Any, path: str) -> Piece[Architecture]:
-    """The image size is the one of the model's default configuration, or else that of its position
-    table.
-    """
+    """Convert a NaFlexVit, at the image size of its configuration or else of its positions."""
     embeds = model.embeds
     if type_name(embeds) != "timm.models.naflexvit.NaFlexEmbeds":
         raise UnsupportedModel(f"embeds: no rule for {type_name(embeds)}")
@@ -33,12 +31,12 @@ def naflex(model: Any, path: str) -> Piece[Architecture]:
     image = _image(model, embeds)
     grid = stem.spec.sizes(*image[1:])[-1]
     tables = rope_tables(model.rope, "rope", grid, len(model.blocks), dynamic=True)
-    places = [Places(grid, model.num_prefix_tokens, rope=table) for table in tables]
+    layouts = [TokenLayout(grid, model.num_prefix_tokens, rope=table) for table in tables]
     found = [token[0] for token in (embeds.cls_token, embeds.reg_token) if token is not None]
     return assemble(
         image=image,
         stem=stem,
-        blocks=lift_blocks(model.blocks, "blocks", places),
+        blocks=lift_blocks(model.blocks, "blocks", layouts),
         prefix=torch.cat(found) if found else None,
         position=_positions(embeds, grid),
         position_resize=_resampling(embeds, grid),
@@ -77,7 +75,8 @@ def _image(model: Any, embeds: Any) -> tuple[int, int, int]:
     if not all(size) or any(side % step for side, step in zip(size, patch, strict=True)):
         if embeds.pos_embed_grid_size is None:
             raise UnsupportedModel(
-                "embeds: the model has no image size; create it with img_size, for a compact model has a fixed one"
+                "embeds: the model has no image size, and a compact model needs one; "
+                "create the model with img_size"
             )
         size = tuple(
             side * step for side, step in zip(embeds.pos_embed_grid_size, patch, strict=True)
@@ -86,15 +85,16 @@ def _image(model: Any, embeds: Any) -> tuple[int, int, int]:
 
 
 def _resampling(embeds: Any, grid: tuple[int, int]) -> str | None:
-    """How the model would resample what `_positions` gives; None where it would start from a table
-    that is not kept, or in a way of its own.
+    """How the model resamples the result of `_positions` for another image size.
+
+    None if it starts from a table that is not kept, or resamples in another way than ours.
     """
     if embeds.pos_embed_type == "none":
         return "bicubic"
     if embeds.pos_embed_ar_preserving or tuple(embeds.pos_embed_grid_size or ()) != grid:
         return None
     if embeds.pos_embed_type == "factorized":
-        # Rows and columns apart, each linearly, then added: the same as the sum in both directions.
+        # Rows and columns are resampled linearly, then added: equal to resampling their sum.
         return "bilinear"
     usual = (
         embeds.pos_embed_interp_mode,
@@ -105,7 +105,7 @@ def _resampling(embeds: Any, grid: tuple[int, int]) -> str | None:
 
 
 def _positions(embeds: Any, grid: tuple[int, int]) -> Tensor | None:
-    """(patches, embed) as the model itself would resample them for this grid."""
+    """Positions (patches, embed) as the model itself resamples them for this grid."""
     if embeds.pos_embed_type == "none":
         return None
     apply = {

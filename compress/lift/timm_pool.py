@@ -1,4 +1,4 @@
-"""timm's attention pooling."""
+"""Converters of timm's attention pooling."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import torch
 
 from ...core.errors import UnsupportedModel
 from ..network.architecture import AttentionSpec, PoolSpec, RefineSpec
-from .parts import absent, linear, norm, under
-from .registry import Piece, find, handles
+from .parts import absent, linear, norm, prefixed
+from .registry import Piece, converts, find_converter
 from .timm_mlp import mlp
 
 
 def attention_pool(module: Any, path: str, *, prefix: bool) -> Piece[PoolSpec]:
-    """Any known attention pooling. `prefix`: it sees the prefix tokens."""
-    piece: Piece[PoolSpec] = find("pool", module, path)(module, path, prefix)
+    """Convert a known attention pooling; `prefix`: whether it reads the prefix tokens."""
+    piece: Piece[PoolSpec] = find_converter("pool", module, path)(module, path, prefix)
     return piece
 
 
-@handles("pool", "timm.layers.attention_pool.AttentionPoolLatent")
+@converts("pool", "timm.layers.attention_pool.AttentionPoolLatent")
 def latent(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
-    """A learned latent asks all tokens; an MLP with its own residual follows. The latent's
-    projection is constant, so its outcome is kept.
+    """Convert a learned latent that attends to all tokens, followed by an MLP with a residual.
+
+    The query is the projection of the latent, which is constant.
     """
     if module.pos_embed is not None:
         raise UnsupportedModel(f"{path}.pos_embed: no rule for positions inside attention pooling")
     if module.latent_len != 1 and module.pool != "token":
         raise UnsupportedModel(
-            f"{path}: {module.latent_len} latents pooled by {module.pool!r}, only one latent or the first of them has a rule"
+            f"{path}: {module.latent_len} latents pooled by {module.pool!r}, "
+            "only one latent or the first of them has a rule"
         )
     if module.mlp is None or not isinstance(module.proj, torch.nn.Linear):
         raise UnsupportedModel(
@@ -42,9 +44,9 @@ def latent(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
         tensors[f"k.{kind}"], tensors[f"v.{kind}"] = tensor.chunk(2)
     k_norm, inner = norm(module.k_norm, f"{path}.k_norm"), norm(module.norm, f"{path}.norm")
     ffn = mlp(module.mlp, f"{path}.mlp")
-    tensors |= under("out", linear(module.proj, f"{path}.proj")) | ffn.under("ffn")
-    tensors |= k_norm.under("k_norm") if k_norm else {}
-    tensors |= inner.under("norm") if inner else {}
+    tensors |= prefixed("out", linear(module.proj, f"{path}.proj")) | ffn.prefixed("ffn")
+    tensors |= k_norm.prefixed("k_norm") if k_norm else {}
+    tensors |= inner.prefixed("norm") if inner else {}
     attention = AttentionSpec(
         heads=heads,
         qk=width,
@@ -67,9 +69,9 @@ def latent(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
     return Piece(spec, {f"pool.{name}": tensor for name, tensor in tensors.items()})
 
 
-@handles("pool", "timm.layers.attention_pool.AttentionPoolPrr")
+@converts("pool", "timm.layers.attention_pool.AttentionPoolPrr")
 def prr(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
-    """Self-attention without parameters among the tokens, then the class token or the mean."""
+    """Convert self-attention without parameters, followed by class token or mean pooling."""
     if not absent(module.pre_norm) or not absent(module.post_norm):
         raise UnsupportedModel(f"{path}: no rule for norms inside the refining attention pool")
     if not prefix:
@@ -77,6 +79,4 @@ def prr(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
             f"{path}: the refining attention pool has a rule only with the prefix tokens"
         )
     refine = RefineSpec(channels=(module.head_dim,) * module.num_heads, scale=float(module.scale))
-    return Piece(
-        PoolSpec(kind="token" if module.pool == "token" else "mean_all", refine=refine), {}
-    )
+    return Piece(PoolSpec(kind="token" if module.pool == "token" else "mean_all", refine=refine))

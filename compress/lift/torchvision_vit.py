@@ -1,4 +1,4 @@
-"""torchvision's VisionTransformer, whose attention is torch's nn.MultiheadAttention."""
+"""Converters of torchvision's VisionTransformer, with torch's nn.MultiheadAttention."""
 
 from __future__ import annotations
 
@@ -9,35 +9,31 @@ from torch import Tensor, nn
 from ...core.errors import UnsupportedModel
 from ..network.architecture import Architecture, AttentionSpec, FfnSpec, HeadSpec
 from .assembly import assemble, lift_blocks
-from .parts import activation, linear, present, under
-from .positions import Places
-from .registry import Piece, handles, type_name
+from .parts import activation, linear, not_none, prefixed
+from .registry import Piece, TokenLayout, converts, type_name
 from .stem import conv_stem
-from .timm_attention import assemble as assemble_attention
-from .timm_attention import no_rope
+from .timm_attention import attention_piece, no_rope
 from .timm_block import Steps, attention_branch, ffn_branch
-from .timm_mlp import ffn
+from .timm_mlp import ffn_piece
 
-_HOME = "torchvision.models.vision_transformer"
+_MODULE = "torchvision.models.vision_transformer"
 
 
-@handles("model", f"{_HOME}.VisionTransformer")
+@converts("model", f"{_MODULE}.VisionTransformer")
 def vision_transformer(model: Any, path: str) -> Piece[Architecture]:
-    """Class token, learned positions, pre-norm blocks; the head may have a hidden layer with
-    tanh.
-    """
+    """Convert a VisionTransformer; the head may have a hidden layer with tanh."""
     stem = conv_stem(model.conv_proj, "conv_proj")
     channels = model.conv_proj.in_channels if isinstance(model.conv_proj, nn.Conv2d) else 3
     image = (channels, model.image_size, model.image_size)
     encoder = model.encoder
-    if type_name(encoder) != f"{_HOME}.Encoder":
+    if type_name(encoder) != f"{_MODULE}.Encoder":
         raise UnsupportedModel(f"encoder: no rule for {type_name(encoder)}")
     positions = encoder.pos_embedding[0]
-    places = Places(stem.spec.sizes(*image[1:])[-1], 1)
+    layout = TokenLayout(stem.spec.sizes(*image[1:])[-1], 1)
     return assemble(
         image=image,
         stem=stem,
-        blocks=lift_blocks(encoder.layers, "encoder.layers", [places] * len(encoder.layers)),
+        blocks=lift_blocks(encoder.layers, "encoder.layers", [layout] * len(encoder.layers)),
         prefix=model.class_token[0] + positions[:1],
         position=positions[1:],
         norms={"norm": (encoder.ln, "encoder.ln")},
@@ -58,7 +54,7 @@ def _head(heads: Any, path: str) -> Piece[HeadSpec] | None:
         raise UnsupportedModel(
             f"{path}: no rule for a head made of {list(children) or type_name(heads)}"
         )
-    tensors = under("head", linear(children["head"], f"{path}.head"))
+    tensors = prefixed("head", linear(children["head"], f"{path}.head"))
     spec = HeadSpec(classes=tensors["head.weight"].shape[0], bias="head.bias" in tensors)
     if "pre_logits" in children:
         inner = linear(children["pre_logits"], f"{path}.pre_logits")
@@ -66,32 +62,25 @@ def _head(heads: Any, path: str) -> Piece[HeadSpec] | None:
             raise UnsupportedModel(
                 f"{path}.pre_logits: a hidden layer of the head without a bias has no rule"
             )
-        tensors |= under("pre_head", inner)
+        tensors |= prefixed("pre_head", inner)
         act = activation(children["act"], f"{path}.act")
         spec = spec.model_copy(update={"hidden": inner["weight"].shape[0], "hidden_act": act})
     return Piece(spec, tensors)
 
 
-@handles("block", f"{_HOME}.EncoderBlock")
-def block(module: Any, path: str, places: Places) -> Steps:
-    """x += self_attention(ln_1(x)); x += mlp(ln_2(x))."""
-    return [
-        [
-            attention_branch(
-                module.self_attention,
-                f"{path}.self_attention",
-                places,
-                before=(module.ln_1, f"{path}.ln_1"),
-            )
-        ],
-        [ffn_branch(module.mlp, f"{path}.mlp", before=(module.ln_2, f"{path}.ln_2"))],
-    ]
+@converts("block", f"{_MODULE}.EncoderBlock")
+def block(module: Any, path: str, layout: TokenLayout) -> Steps:
+    """Convert x += self_attention(ln_1(x)); x += mlp(ln_2(x))."""
+    ln_1, ln_2 = (module.ln_1, f"{path}.ln_1"), (module.ln_2, f"{path}.ln_2")
+    name = f"{path}.self_attention"
+    attention = attention_branch(module.self_attention, name, layout, before=ln_1)
+    return [[attention], [ffn_branch(module.mlp, f"{path}.mlp", before=ln_2)]]
 
 
-@handles("attention", "torch.nn.modules.activation.MultiheadAttention")
-def multihead(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
-    """One stacked weight or three, used as self-attention."""
-    no_rope(places, path)
+@converts("attention", "torch.nn.modules.activation.MultiheadAttention")
+def multihead(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpec]:
+    """Convert one stacked weight or three, used as self-attention."""
+    no_rope(layout, path)
     for flag, found in (
         ("bias_k", module.bias_k is not None),
         ("bias_v", module.bias_v is not None),
@@ -99,26 +88,25 @@ def multihead(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
     ):
         if found:
             raise UnsupportedModel(
-                f"{path}: nn.MultiheadAttention with {flag} adds a token to the keys, which has no rule"
+                f"{path}: nn.MultiheadAttention with {flag} adds a token to the keys, "
+                "which has no rule"
             )
     if not module.batch_first:
         raise UnsupportedModel(f"{path}: nn.MultiheadAttention without batch_first has no rule")
     tensors: dict[str, Tensor] = {}
-    apart = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    weights = apart if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
+    separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    weights = separate if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
     tensors |= {f"{name}.weight": weight for name, weight in zip("qkv", weights, strict=True)}
     if module.in_proj_bias is not None:
-        tensors |= {
-            f"{name}.bias": bias
-            for name, bias in zip("qkv", module.in_proj_bias.chunk(3), strict=True)
-        }
-    tensors |= present({"out.weight": module.out_proj.weight, "out.bias": module.out_proj.bias})
-    return assemble_attention(tensors, module.num_heads, module.head_dim**-0.5, path)
+        biases = module.in_proj_bias.chunk(3)
+        tensors |= {f"{name}.bias": bias for name, bias in zip("qkv", biases, strict=True)}
+    tensors |= not_none({"out.weight": module.out_proj.weight, "out.bias": module.out_proj.bias})
+    return attention_piece(tensors, module.num_heads, module.head_dim**-0.5, path)
 
 
-@handles("ffn", f"{_HOME}.MLPBlock")
+@converts("ffn", f"{_MODULE}.MLPBlock")
 def mlp_block(module: Any, path: str) -> Piece[FfnSpec]:
-    """A Sequential of Linear, activation, dropout, Linear, dropout."""
+    """Convert a Sequential of Linear, activation, dropout, Linear, dropout."""
     layers = [
         (name, child)
         for name, child in module.named_children()
@@ -129,7 +117,7 @@ def mlp_block(module: Any, path: str) -> Piece[FfnSpec]:
             f"{path}: no rule for an MLP of {[type(child).__name__ for _, child in layers]}"
         )
     (first, fc1), (between, act), (last, fc2) = layers
-    tensors = under("fc1", linear(fc1, f"{path}.{first}")) | under(
+    tensors = prefixed("fc1", linear(fc1, f"{path}.{first}")) | prefixed(
         "fc2", linear(fc2, f"{path}.{last}")
     )
-    return ffn(tensors, activation(act, f"{path}.{between}"))
+    return ffn_piece(tensors, activation(act, f"{path}.{between}"))

@@ -1,7 +1,7 @@
-"""The transformers library's ViT, DeiT and DINOv2 (version 5 of it), base models and classifiers.
+"""Converters of ViT, DeiT and DINOv2 of transformers (version 5): base models and classifiers.
 
-A base model answers with its pooler's output, or without a pooler with the class token of its last
-hidden state. Nothing of that library is imported: its modules are known by their type's name.
+The output of a base model is that of its pooler, or without a pooler the class token of its last
+hidden state. The library is not imported: modules are recognized by the name of their type.
 """
 
 from __future__ import annotations
@@ -14,28 +14,24 @@ from torch import Tensor
 from ...core.errors import UnsupportedModel
 from ..network.architecture import Architecture, AttentionSpec, FfnSpec, HeadSpec, PoolSpec
 from .assembly import assemble, classifier, lift_blocks
-from .parts import activation, linear, under
-from .positions import Places
-from .registry import Piece, handles
+from .parts import activation, linear, prefixed
+from .registry import Piece, TokenLayout, converts
 from .stem import conv_stem
-from .timm_attention import assemble as assemble_attention
-from .timm_attention import no_rope
+from .timm_attention import attention_piece, no_rope
 from .timm_block import Steps, attention_branch, ffn_branch
-from .timm_mlp import ffn
+from .timm_mlp import ffn_piece
 
 _VIT, _DEIT, _DINO = (
     f"transformers.models.{name}.modeling_{name}" for name in ("vit", "deit", "dinov2")
 )
 
 
-@handles("model", f"{_VIT}.ViTModel", f"{_DEIT}.DeiTModel")
+@converts("model", f"{_VIT}.ViTModel", f"{_DEIT}.DeiTModel")
 def base(model: Any, path: str) -> Piece[Architecture]:
-    """The base model; its pooler is a classifier in form: a Linear with an activation on the class
-    token.
-    """
+    """Convert a base model; its pooler becomes the classifier, a Linear with an activation."""
     head = None
     if getattr(model, "pooler", None) is not None:
-        tensors = under("head", linear(model.pooler.dense, "pooler.dense"))
+        tensors = prefixed("head", linear(model.pooler.dense, "pooler.dense"))
         act = activation(model.pooler.activation, "pooler.activation")
         head = Piece(
             HeadSpec(classes=tensors["head.weight"].shape[0], bias="head.bias" in tensors, act=act),
@@ -44,24 +40,24 @@ def base(model: Any, path: str) -> Piece[Architecture]:
     return _network(model, "", head=head)
 
 
-@handles("model", f"{_DINO}.Dinov2Model")
+@converts("model", f"{_DINO}.Dinov2Model")
 def dinov2(model: Any, path: str) -> Piece[Architecture]:
-    """The class token of the last hidden state."""
+    """Convert a base model that returns the class token of its last hidden state."""
     return _network(model, "")
 
 
-@handles("model", f"{_VIT}.ViTForImageClassification", f"{_DEIT}.DeiTForImageClassification")
+@converts("model", f"{_VIT}.ViTForImageClassification", f"{_DEIT}.DeiTForImageClassification")
 def classification(model: Any, path: str) -> Piece[Architecture]:
-    """A Linear on the class token."""
+    """Convert a model with a Linear classifier on the class token."""
     inner = "vit" if hasattr(model, "vit") else "deit"
     return _network(
         getattr(model, inner), f"{inner}.", head=classifier(model.classifier, "classifier")
     )
 
 
-@handles("model", f"{_DEIT}.DeiTForImageClassificationWithTeacher")
+@converts("model", f"{_DEIT}.DeiTForImageClassificationWithTeacher")
 def with_teacher(model: Any, path: str) -> Piece[Architecture]:
-    """The mean of the two classifiers."""
+    """Convert a model that averages the logits of two classifiers."""
     head = classifier(
         model.cls_classifier,
         "cls_classifier",
@@ -70,9 +66,9 @@ def with_teacher(model: Any, path: str) -> Piece[Architecture]:
     return _network(model.deit, "deit.", head=head, pool="distilled")
 
 
-@handles("model", f"{_DINO}.Dinov2ForImageClassification")
+@converts("model", f"{_DINO}.Dinov2ForImageClassification")
 def dinov2_classification(model: Any, path: str) -> Piece[Architecture]:
-    """A Linear on the class token and the mean of the patches, side by side."""
+    """Convert a model with a classifier on class token and mean of the patches, concatenated."""
     return _network(
         model.dinov2, "dinov2.", head=classifier(model.classifier, "classifier"), pool="token_mean"
     )
@@ -88,29 +84,25 @@ def _network(
         else (getattr(getattr(model, "encoder", None), "layer", None), "encoder.layer")
     )
     if layers is None or not hasattr(embeddings.patch_embeddings, "projection"):
-        raise UnsupportedModel(
-            f"{path or 'model'}: no rule for this layout of {type(model).__name__}; lifting knows version 5 of transformers"
-        )
-    stem = conv_stem(
-        embeddings.patch_embeddings.projection, f"{path}embeddings.patch_embeddings.projection"
-    )
-    height, width = embeddings.patch_embeddings.image_size
-    tokens = [
-        token[0]
-        for token in (embeddings.cls_token, getattr(embeddings, "distillation_token", None))
-        if token is not None
-    ]
-    prefix: Tensor = torch.cat(tokens)
+        raise _other_version(model, path or "model")
+    patches = embeddings.patch_embeddings
+    stem = conv_stem(patches.projection, f"{path}embeddings.patch_embeddings.projection")
+    height, width = patches.image_size
+    tokens = (embeddings.cls_token, getattr(embeddings, "distillation_token", None))
+    prefix: Tensor = torch.cat([token[0] for token in tokens if token is not None])
     positions = embeddings.position_embeddings[0]
     grid = stem.spec.sizes(height, width)[-1]
     if len(positions) != len(prefix) + grid[0] * grid[1]:
         raise UnsupportedModel(
-            f"{path}embeddings.position_embeddings: {len(positions)} positions for {len(prefix)} + {grid} tokens"
+            f"{path}embeddings.position_embeddings: {len(positions)} positions "
+            f"for {len(prefix)} + {grid} tokens"
         )
     return assemble(
-        image=(embeddings.patch_embeddings.num_channels, height, width),
+        image=(patches.num_channels, height, width),
         stem=stem,
-        blocks=lift_blocks(layers, f"{path}{where}", [Places(grid, len(prefix))] * len(layers)),
+        blocks=lift_blocks(
+            layers, f"{path}{where}", [TokenLayout(grid, len(prefix))] * len(layers)
+        ),
         prefix=prefix + positions[: len(prefix)],
         position=positions[len(prefix) :],
         norms={"norm": (model.layernorm, f"{path}layernorm")},
@@ -119,79 +111,61 @@ def _network(
     )
 
 
-@handles("block", f"{_VIT}.ViTLayer", f"{_DEIT}.DeiTLayer")
-def layer(module: Any, path: str, places: Places) -> Steps:
-    """Pre-norm."""
+@converts("block", f"{_VIT}.ViTLayer", f"{_DEIT}.DeiTLayer")
+def layer(module: Any, path: str, layout: TokenLayout) -> Steps:
+    """Convert a pre-norm block."""
     if not hasattr(module, "mlp"):
-        raise UnsupportedModel(
-            f"{path}: no rule for this layout of {type(module).__name__}; lifting knows version 5 of transformers"
-        )
-    return [
-        [
-            attention_branch(
-                module.attention,
-                f"{path}.attention",
-                places,
-                before=(module.layernorm_before, f"{path}.layernorm_before"),
-            )
-        ],
-        [
-            ffn_branch(
-                module.mlp,
-                f"{path}.mlp",
-                before=(module.layernorm_after, f"{path}.layernorm_after"),
-            )
-        ],
-    ]
+        raise _other_version(module, path)
+    first = (module.layernorm_before, f"{path}.layernorm_before")
+    second = (module.layernorm_after, f"{path}.layernorm_after")
+    branch = attention_branch(module.attention, f"{path}.attention", layout, before=first)
+    return [[branch], [ffn_branch(module.mlp, f"{path}.mlp", before=second)]]
 
 
-@handles("block", f"{_DINO}.Dinov2Layer")
-def dinov2_layer(module: Any, path: str, places: Places) -> Steps:
-    """Pre-norm with layer scale."""
+@converts("block", f"{_DINO}.Dinov2Layer")
+def dinov2_layer(module: Any, path: str, layout: TokenLayout) -> Steps:
+    """Convert a pre-norm block with layer scale."""
     one, two = module.layer_scale1.lambda1, module.layer_scale2.lambda1
-    return [
-        [
-            attention_branch(
-                module.attention,
-                f"{path}.attention",
-                places,
-                before=(module.norm1, f"{path}.norm1"),
-                gamma=one,
-            )
-        ],
-        [ffn_branch(module.mlp, f"{path}.mlp", before=(module.norm2, f"{path}.norm2"), gamma=two)],
-    ]
+    norm1, norm2 = (module.norm1, f"{path}.norm1"), (module.norm2, f"{path}.norm2")
+    name = f"{path}.attention"
+    branch = attention_branch(module.attention, name, layout, before=norm1, gamma=one)
+    return [[branch], [ffn_branch(module.mlp, f"{path}.mlp", before=norm2, gamma=two)]]
 
 
-@handles("attention", f"{_VIT}.ViTAttention", f"{_DEIT}.DeiTAttention", f"{_DINO}.Dinov2Attention")
-def attention(module: Any, path: str, places: Places) -> Piece[AttentionSpec]:
-    """Separate projections."""
-    no_rope(places, path)
+@converts("attention", f"{_VIT}.ViTAttention", f"{_DEIT}.DeiTAttention", f"{_DINO}.Dinov2Attention")
+def attention(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpec]:
+    """Convert an attention with separate projections."""
+    no_rope(layout, path)
     if not hasattr(module, "o_proj"):
-        raise UnsupportedModel(
-            f"{path}: no rule for this layout of {type(module).__name__}; lifting knows version 5 of transformers"
-        )
+        raise _other_version(module, path)
     if module.is_causal:
         raise UnsupportedModel(f"{path}.is_causal: causal attention has no rule")
     tensors: dict[str, Tensor] = {}
     for name, source in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")):
-        tensors |= under(name, linear(getattr(module, source), f"{path}.{source}"))
-    return assemble_attention(tensors, module.num_attention_heads, float(module.scaling), path)
+        tensors |= prefixed(name, linear(getattr(module, source), f"{path}.{source}"))
+    return attention_piece(tensors, module.num_attention_heads, float(module.scaling), path)
 
 
-@handles("ffn", f"{_VIT}.ViTMLP", f"{_DEIT}.DeiTMLP", f"{_DINO}.Dinov2MLP")
+@converts("ffn", f"{_VIT}.ViTMLP", f"{_DEIT}.DeiTMLP", f"{_DINO}.Dinov2MLP")
 def mlp(module: Any, path: str) -> Piece[FfnSpec]:
-    """fc1, activation, fc2."""
-    tensors = under("fc1", linear(module.fc1, f"{path}.fc1")) | under(
+    """Convert fc1, activation, fc2."""
+    tensors = prefixed("fc1", linear(module.fc1, f"{path}.fc1")) | prefixed(
         "fc2", linear(module.fc2, f"{path}.fc2")
     )
-    return ffn(tensors, activation(module.activation_fn, f"{path}.activation_fn"))
+    return ffn_piece(tensors, activation(module.activation_fn, f"{path}.activation_fn"))
 
 
-@handles("ffn", f"{_DINO}.Dinov2SwiGLUFFN")
+@converts("ffn", f"{_DINO}.Dinov2SwiGLUFFN")
 def swiglu(module: Any, path: str) -> Piece[FfnSpec]:
-    """Gate, value, output."""
+    """Convert gate, value and output projections."""
     tensors: dict[str, Tensor] = {}
     for name, source in (("gate", "gate_proj"), ("fc1", "up_proj"), ("fc2", "down_proj")):
-        tensors |= under(name, linear(getattr(module, source), f"{path}.{source}"))
-    return ffn(tensors, activation(module.act_fn, f"{path}.act_fn"))
+        tensors |= prefixed(name, linear(getattr(module, source), f"{path}.{source}"))
+    return ffn_piece(tensors, activation(module.act_fn, f"{path}.act_fn"))
+
+
+def _other_version(module: Any, path: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{path}: no rule for this layout of {type(module).__name__}; "
+        "version 5 of transformers is supported"
+    )

@@ -72,7 +72,7 @@ def test_the_whole_t2t_vit_is_refused_by_the_path_of_its_stem() -> None:
     backbone = T2TBackbone(side=8, embed_dim=24, depth=2, num_heads=3, classes=5)
     with pytest.raises(
         UnsupportedModel,
-        match=r"tokens_to_token: .*Sequential stands where a convolutional patch_embed was expected; lift what comes after",
+        match=r"tokens_to_token: .*Sequential where a convolutional patch_embed was expected; lift what comes after",
     ):
         lift(shake(T2TViT(backbone)))
 
