@@ -1,1 +1,1 @@
-"""What was measured: samples, statistics, comparisons, warnings."""
+"""Results of measurements: samples, statistics, comparisons and warnings."""

@@ -1,6 +1,4 @@
-"""Is one measurement slower than another? A ratio with its confidence interval, a significance
-test, and an exit code for CI.
-"""
+"""Comparison of two measurements: time ratio, confidence interval, significance test, exit code."""
 
 from __future__ import annotations
 
@@ -27,8 +25,16 @@ DEFAULT_SAMPLES = 100
 
 @dataclass(frozen=True)
 class Comparison:
-    """candidate over baseline: a ratio above 1 says that the candidate takes longer. `verdict`:
-    "slower", "faster" or "no difference".
+    """The latency of a candidate over that of a baseline.
+
+    Attributes:
+        baseline: Name of the baseline.
+        candidate: Name of the candidate.
+        ratio: Time of the candidate over the baseline's; above 1 the candidate is slower.
+        p: Two-sided p value of the rank test.
+        paired: Whether rounds of one session were paired.
+        verdict: "slower", "faster" or "no difference".
+        notes: What else differs between the two measurements.
     """
 
     baseline: str
@@ -40,15 +46,16 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def exit_code(self, fail_if_slower: float | None = None) -> int:
-        """1 if the candidate is slower by more than `fail_if_slower` (0.05 is 5 %) and surely
-        slower at all, else 0; without a limit 0.
+        """Return 1 if the candidate is significantly slower, by more than `fail_if_slower`.
+
+        The limit is a share (0.05 is 5 %); without one the code is 0.
         """
         if fail_if_slower is None:
             return 0
         return int(self.verdict == "slower" and self.ratio.estimate > 1 + fail_if_slower)
 
     def __str__(self) -> str:
-        low, high = self.ratio.low, self.ratio.high
+        level, low, high = 100 * self.ratio.level, self.ratio.low, self.ratio.high
         how = "paired rounds" if self.paired else "separate runs"
         text = {
             "slower": "is slower than",
@@ -57,30 +64,39 @@ class Comparison:
         }[self.verdict]
         return (
             f"{self.candidate} {text} {self.baseline}: time ratio {self.ratio.estimate:.3f} "
-            f"({100 * self.ratio.level:.0f} % interval {low:.3f} to {high:.3f}, p = {self.p:.2g}, {how})"
+            f"({level:.0f} % interval {low:.3f} to {high:.3f}, p = {self.p:.2g}, {how})"
         )
 
 
 def compare(baseline: Measurement, candidate: Measurement) -> Comparison:
-    """Compare two measurements; those taken together (one session) are compared round by round,
-    which cancels the machine's drift.
+    """Compare two measurements.
 
-    Notes name what differs between the two runs and makes the ratio doubtful: device, threads,
-    batch, runtime. Errors: InputError where a processor was emulated: those times are no device's,
-    and neither is their ratio.
+    Those of one session are compared round by round, which cancels the machine's drift.
+
+    Args:
+        baseline: The measurement to compare with.
+        candidate: The measurement that may be slower or faster.
+
+    Returns:
+        The ratio with its interval, the verdict, and notes on what else differs between the two:
+        device, threads, batch, provider or runtime version.
+
+    Raises:
+        InputError: A processor was emulated; its times are not a device's latency.
     """
     for measured in (baseline, candidate):
         if measured.emulated:
             raise InputError(
-                f"{measured.name}: emulated by {measured.environment.emulator}, {NOT_LATENCY}: there is nothing to compare it with; "
-                "measure both on the device itself (--on ssh://user@host)"
+                f"{measured.name}: emulated by {measured.environment.emulator}, {NOT_LATENCY}: "
+                "there is nothing to compare it with; measure both on the device itself "
+                "(--on ssh://user@host)"
             )
     paired = (
         baseline.session == candidate.session
         and len(baseline.samples_per_turn) == len(candidate.samples_per_turn) >= FEWEST_TURNS
     )
     notes = tuple(
-        f"{label} differs: {before} and {after}; the ratio tells of both"
+        f"{label} differs: {before} and {after}; the ratio includes its effect"
         for label, before, after in (
             ("device", baseline.environment.cpu_model, candidate.environment.cpu_model),
             ("threads", baseline.threads, candidate.threads),
@@ -111,11 +127,20 @@ def compare_samples(
     names: tuple[str, str] = ("baseline", "candidate"),
     notes: tuple[str, ...] = (),
 ) -> Comparison:
-    """The comparison of raw samples in seconds.
+    """Compare raw latency samples.
 
-    A difference is called only where the 99 % bootstrap interval leaves out 1 *and* the rank test
-    (Wilcoxon's on the rounds' medians if paired, else Mann-Whitney's) gives p < 0.01: an interval
-    from few rounds is a little narrow, and samples of one turn are not independent.
+    The verdict is a difference only where the 99 % bootstrap interval excludes 1 *and* the rank
+    test (Wilcoxon's on the medians of the rounds if paired, else Mann-Whitney's) gives p < 0.01: an
+    interval from few rounds is a little too narrow, and samples of one turn are not independent.
+
+    Args:
+        baseline_s: Samples of the baseline in seconds.
+        candidate_s: Samples of the candidate in seconds.
+        baseline_turns: How many of the samples each turn of the baseline took.
+        candidate_turns: The same of the candidate.
+        paired: Whether turn i of both belongs to the same round.
+        names: Names of baseline and candidate.
+        notes: Notes that the comparison carries.
     """
     ratio = ratio_interval(
         candidate_s, baseline_s, candidate_turns, baseline_turns, paired=paired, level=LEVEL
@@ -136,9 +161,7 @@ def compare_samples(
 
 
 def parse_limit(text: str) -> float:
-    """The share in "5%", "5 %" or "0.05". Errors: InputError for anything else, or a negative
-    limit.
-    """
+    """Parse a share such as "5%", "5 %" or "0.05"; raises InputError for anything else."""
     bare = text.strip()
     try:
         share = float(bare.removesuffix("%")) / (100 if bare.endswith("%") else 1)

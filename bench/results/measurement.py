@@ -1,6 +1,4 @@
-"""One artifact's run on one device: raw samples with their units, and the environment in which they
-were taken.
-"""
+"""The measurement of one artifact on one device: raw samples, memory, top-1 and environment."""
 
 from __future__ import annotations
 
@@ -17,13 +15,14 @@ from .statistics import Interval, Summary, median_interval, summarise
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
-# What every table says beside a time that an emulator took.
+# The note of every table on a time that was taken under an emulator.
 NOT_LATENCY = "not a device's latency"
 
 
 class Environment(BaseModel):
-    """The machine at the time of the run; what it does not tell is None. Holds no host name, user
-    name or path.
+    """The machine during the measurement; what it does not report is None.
+
+    It contains no host name, user name or path.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,14 +56,52 @@ class Environment(BaseModel):
 
 
 class Measurement(BaseModel):
-    """Raw samples of one artifact. Statistics are derived by `summary()` and `interval()`, never
-    stored.
+    """Raw samples of one artifact; statistics are derived by `summary()` and `interval()`.
 
-    latency_s: the time of each inference call, in order; samples_per_turn: how many of them each
-    turn took (they sum to the samples); session: equal in measurements whose turns were
-    interleaved, turn by turn, on one machine; peak_rss_bytes includes floor_rss_bytes, the memory
-    of the process with the runtime imported and no model loaded; operators: the runtime's own
-    profile, where it was asked for.
+    Attributes:
+        name: Title of the artifact.
+        target: Name of the device profile.
+        device: How the device was reached: host, ssh, adb, ...
+        started_at: UTC time, ISO 8601.
+        session: Identifier shared by measurements that were interleaved turn by turn.
+        artifact_sha256: Digest of the artifact.
+        file_bytes: Size of its files.
+        precision: As stated in the manifest.
+        runtime: Name of the runtime.
+        runtime_version: Its version.
+        provider: The execution provider or device that ran the model.
+        provider_nodes: How many nodes each provider ran.
+        copies_timed: On a GPU, whether copies of images and logits are part of the time.
+        cuda_graph: On a GPU, whether a recorded graph was replayed.
+        input_shape: (batch, channels, height, width).
+        input_type: Type of the input.
+        batch: Images per inference.
+        threads: Threads of the runtime.
+        pinning: CPUs that the process was pinned to.
+        niceness: Niceness of the process.
+        spinning: Whether threads waited busily inside a call.
+        arena: Whether the runtime kept the memory that it allocated.
+        latency_s: Seconds of each inference, in order.
+        samples_per_turn: How many of the samples each turn took.
+        first_inference_s: Seconds of the first inference.
+        load_s: Seconds of loading the model.
+        warm_up_count: Inferences of the warm-up.
+        warm_up_stable: Whether its last two windows agreed.
+        floor_rss_bytes: Memory of the process with the runtime imported and no model loaded.
+        peak_rss_bytes: Peak memory of the process, the floor included.
+        steady_rss_bytes: Memory of the process after the last turn.
+        peak_rss_exact: False where the peak may include the import of the runtime.
+        arena_bytes: Memory that the runtime's allocator held.
+        device_memory_peak_bytes: Peak of the GPU's memory.
+        cpu_share: Share of the timed calls in which the process had the processor.
+        energy_per_inference_j: Joules of one inference.
+        energy_source: The energy meter and its scope.
+        top1: Share of correctly classified images.
+        correct: Number of correctly classified images.
+        total: Number of classified images.
+        operators: The runtime's own profile, where it was requested.
+        environment: The machine during the measurement.
+        warnings: What makes the figures doubtful, and what to do about it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -83,8 +120,6 @@ class Measurement(BaseModel):
     runtime_version: str
     provider: str
     provider_nodes: dict[str, int] | None = None
-    # On a GPU: whether carrying the images there and the logits back was timed, and whether a
-    # recorded graph was replayed.
     copies_timed: bool | None = None
     cuda_graph: bool = False
     input_shape: tuple[int, ...]
@@ -126,12 +161,13 @@ class Measurement(BaseModel):
     def _consistent(self) -> Measurement:
         if self.samples_per_turn and sum(self.samples_per_turn) != len(self.latency_s):
             raise ValueError(
-                f"samples_per_turn sums to {sum(self.samples_per_turn)}, but latency_s holds {len(self.latency_s)}"
+                f"samples_per_turn sums to {sum(self.samples_per_turn)}, "
+                f"but latency_s holds {len(self.latency_s)}"
             )
         scored = (self.top1, self.correct, self.total)
         if any(value is not None for value in scored):
             if self.top1 is None or self.correct is None or self.total is None:
-                raise ValueError("top1, correct and total come together or not at all")
+                raise ValueError("top1, correct and total must be given jointly")
             if self.correct > self.total or abs(self.top1 - self.correct / self.total) > 1e-9:
                 raise ValueError(
                     f"top1 {self.top1} is not correct / total = {self.correct} / {self.total}"
@@ -140,41 +176,42 @@ class Measurement(BaseModel):
 
     @property
     def emulated(self) -> bool:
-        """The processor was emulated: outputs and counts are the device's, the times are not."""
+        """Whether the processor was emulated: the outputs are the device's, the times are not."""
         return self.environment.emulator is not None
 
     @property
     def beyond_floor_rss_bytes(self) -> int | None:
-        """The memory that the model itself asks for: peak minus the runtime's own floor."""
+        """Memory of the model itself: the peak minus the floor."""
         if self.peak_rss_bytes is None or self.floor_rss_bytes is None:
             return None
         return max(0, self.peak_rss_bytes - self.floor_rss_bytes)
 
     def summary(self) -> Summary:
-        """p50, p90, p99, mean, spread and throughput of the samples."""
+        """Return p50, p90, p99, mean, spread and throughput of the samples."""
         return summarise(self.latency_s, batch=self.batch)
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Confidence interval of the p50, in seconds."""
+        """Return the confidence interval of the p50, in seconds."""
         return median_interval(self.latency_s, self.samples_per_turn or None, level=level)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data, with the key `schema`."""
+        """Return plain JSON data, with the key `schema`."""
         return self.model_dump(mode="json", by_alias=True)
 
     def save(self, path: Path | str) -> None:
-        """Write JSON (schema vitrim.measurement/1), whole or not at all."""
+        """Write JSON (schema vitrim.measurement/1), atomically."""
         replace_file(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> Measurement:
-        """Read a saved measurement; InputError names the file and the key that is wrong."""
+        """Read a saved measurement; raises InputError with the file and the wrong key."""
         path = Path(path)
         try:
             text = path.read_text()
         except OSError as error:
             raise InputError(
-                f"{path}: cannot be read ({error.strerror}); give the JSON file that `vitrim bench` wrote"
+                f"{path}: cannot be read ({error.strerror}); "
+                "give the JSON file that `vitrim bench` wrote"
             ) from None
         except UnicodeDecodeError:
             raise InputError(
@@ -189,7 +226,8 @@ class Measurement(BaseModel):
         if not isinstance(data, dict) or data.get("schema") != "vitrim.measurement/1":
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise InputError(
-                f"{path}: schema is {found!r}, not 'vitrim.measurement/1'; give a file that `vitrim bench` wrote"
+                f"{path}: schema is {found!r}, not 'vitrim.measurement/1'; "
+                "give a file that `vitrim bench` wrote"
             )
         try:
             return cls.model_validate(data)

@@ -1,4 +1,4 @@
-"""One row an operator: what a runtime's own profiler told of an inference."""
+"""The profile of a model by operator, as the runtime's own profiler reports it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class OperatorRow(BaseModel):
-    """One node of the graph as the runtime ran it, fusions included; seconds are of one
-    inference.
+    """One node of the graph that the runtime ran, after its fusions.
+
+    Attributes:
+        node: Name of the node.
+        operator: Type of the operator.
+        provider: The execution provider or the kernel that ran it.
+        output_shapes: Shapes of its outputs.
+        calls: How often it was profiled.
+        seconds: Time in one inference, in seconds.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -26,8 +33,9 @@ class OperatorRow(BaseModel):
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """Rows by falling time. The profiler itself costs time, so shares are to be trusted more than
-    seconds.
+    """Rows by falling time.
+
+    The profiler itself takes time, so the shares are more reliable than the seconds.
     """
 
     rows: tuple[OperatorRow, ...]
@@ -39,11 +47,11 @@ class OperatorTable:
         return sum(row.seconds for row in self.rows)
 
     def share(self, seconds: float) -> float:
-        """Seconds as a share of all operators' time."""
+        """Return seconds as a share of all operators' time."""
         return seconds / (self.seconds or 1.0)
 
     def by_operator(self) -> dict[str, tuple[int, float, float]]:
-        """{operator: (nodes, seconds, share)}, by falling time."""
+        """Return {operator: (nodes, seconds, share)}, by falling time."""
         found: dict[str, tuple[int, float]] = {}
         for row in self.rows:
             nodes, seconds = found.get(row.operator, (0, 0.0))
@@ -52,7 +60,7 @@ class OperatorTable:
         return {name: (nodes, seconds, self.share(seconds)) for name, (nodes, seconds) in ordered}
 
 
-def operator_rows(told: Sequence[dict[str, Any]]) -> tuple[OperatorRow, ...]:
-    """Rows as a runner tells them, by falling time."""
-    rows = [OperatorRow.model_validate(row) for row in told]
+def operator_rows(rows_json: Sequence[dict[str, Any]]) -> tuple[OperatorRow, ...]:
+    """Validate the rows of a runner's profile event and sort them by falling time."""
+    rows = [OperatorRow.model_validate(row) for row in rows_json]
     return tuple(sorted(rows, key=lambda row: -row.seconds))

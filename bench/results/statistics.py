@@ -1,9 +1,8 @@
-"""What a list of samples says: percentiles, spread, and how sure one may be of a ratio. Derived
-from samples, stored nowhere.
+"""Statistics derived from latency samples: percentiles, spread and intervals.
 
-Samples of one machine are not independent: a neighbour's work slows a whole stretch of them. Where
-a measurement says in which turn each sample was taken, whole turns are resampled (block bootstrap),
-so that the interval tells of the machine's moods too.
+Samples of one machine are not independent: other processes slow a whole stretch of them. Where the
+turn of each sample is known, whole turns are resampled (block bootstrap), so that the interval
+includes the machine's slow variation.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Summary:
-    """Latency in seconds; `spread` is the distance of the quartiles over the median,
-    `throughput_per_s` counts images.
+    """Statistics of latency samples in seconds.
+
+    `spread` is the distance between the quartiles over the median; `throughput_per_s` counts
+    images.
     """
 
     count: int
@@ -38,8 +39,9 @@ class Summary:
 
 
 def summarise(latency_s: Sequence[float], *, batch: int = 1) -> Summary:
-    """Percentiles (linear between neighbours), mean, spread and throughput of samples in seconds;
-    ValueError if there is none.
+    """Return percentiles (linear between neighbours), mean, spread and throughput.
+
+    Raises ValueError without a sample.
     """
     samples = _array(latency_s)
     p25, p50, p75, p90, p99 = (
@@ -61,7 +63,7 @@ def summarise(latency_s: Sequence[float], *, batch: int = 1) -> Summary:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate between its lower and upper bound at the confidence level `level`."""
+    """An estimate with its lower and upper bound at the confidence level `level`."""
 
     estimate: float
     low: float
@@ -70,7 +72,7 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half of the interval's width over the estimate: 0.01 reads "± 1 %"."""
+        """Half of the interval's width over the estimate: 0.01 is "± 1 %"."""
         return (self.high - self.low) / 2 / self.estimate
 
 
@@ -81,8 +83,13 @@ def median_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Bootstrap interval of the median of `latency_s`; `turns` holds the number of samples of each
-    turn, in order.
+    """Return the bootstrap interval of the median.
+
+    Args:
+        latency_s: Samples in seconds.
+        turns: How many of the samples each turn took, in order.
+        level: Confidence level.
+        seed: Seed of the resampling.
     """
     samples = _array(latency_s)
     blocks = _blocks(samples, turns)
@@ -100,12 +107,20 @@ def ratio_interval(
     level: float = 0.99,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap of median(numerator) / median(denominator), or of the rounds' ratios if
-    `paired`.
+    """Return the percentile-bootstrap interval of median(numerator) / median(denominator).
 
-    `paired` says that turn i of both was taken in the same round. The estimate is then the
-    interquartile mean of the rounds' log ratios of medians: each round is held against its own
-    partner, so a machine that drifts by far more than the difference does not hide it.
+    With `paired` the estimate is the interquartile mean of the rounds' log ratios of medians: each
+    round is compared with its own partner, so a difference shows even where the machine drifts by
+    far more.
+
+    Args:
+        numerator_s: Samples in seconds.
+        denominator_s: Samples in seconds.
+        numerator_turns: How many of the samples each turn took, in order.
+        denominator_turns: The same of the denominator.
+        paired: Whether turn i of both belongs to the same round.
+        level: Confidence level.
+        seed: Seed of the resampling.
     """
     top, bottom = _array(numerator_s), _array(denominator_s)
     if (
@@ -126,8 +141,10 @@ def ratio_interval(
 
 
 def rank_sum_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of the Mann-Whitney U test (normal approximation, ties corrected): do the two
-    come from one distribution?
+    """Return the two-sided p value of the Mann-Whitney U test.
+
+    The null hypothesis is that both samples come from one distribution. The normal approximation is
+    used, and ties are corrected.
     """
     a, b = _array(first), _array(second)
     n, m = len(a), len(b)
@@ -139,8 +156,10 @@ def rank_sum_p(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def signed_rank_p(differences: Sequence[float]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test (normal approximation, ties corrected): is the
-    median of paired differences zero?
+    """Return the two-sided p value of Wilcoxon's signed-rank test.
+
+    The null hypothesis is that the median of the paired differences is zero. The normal
+    approximation is used, and ties are corrected.
     """
     values = np.asarray(differences, dtype=np.float64)
     values = values[values != 0]
@@ -153,7 +172,7 @@ def signed_rank_p(differences: Sequence[float]) -> float:
 
 
 def turn_medians(latency_s: Sequence[float], turns: Sequence[int]) -> list[float]:
-    """The median of every turn, in order."""
+    """Return the median of every turn, in order."""
     return [float(np.median(block)) for block in _split(_array(latency_s), turns)]
 
 
@@ -171,8 +190,7 @@ def _split(samples: Samples, turns: Sequence[int]) -> list[Samples]:
 
 
 def _blocks(samples: Samples, turns: Sequence[int] | None) -> list[Samples]:
-    # With a handful of turns a block bootstrap knows nothing; single samples are then the better
-    # guess.
+    # A block bootstrap needs more than a handful of turns; single samples are resampled instead.
     if turns is None or len(turns) < FEWEST_TURNS:
         return [samples[i : i + 1] for i in range(len(samples))]
     return _split(samples, turns)
@@ -185,8 +203,7 @@ def _draw(blocks: int, seed: int) -> NDArray[np.int64]:
 def _resampled_medians(blocks: list[Samples], draw: NDArray[np.int64]) -> Samples:
     if len({len(block) for block in blocks}) == 1:
         table = np.stack(blocks)
-        # A few rows at a time: 2,000 resamples of many thousand samples would fill the memory of a
-        # small machine.
+        # A few rows at a time: 2,000 resamples of thousands of samples would fill a small machine.
         step = max(1, 2_000_000 // table.size)
         parts = [
             np.median(table[rows].reshape(len(rows), -1), axis=1)
@@ -197,8 +214,9 @@ def _resampled_medians(blocks: list[Samples], draw: NDArray[np.int64]) -> Sample
 
 
 def _interquartile_mean(rows: Samples) -> Samples:
-    """The mean of each row without its lowest and highest quarter: nearly as sharp as the mean, and
-    deaf to a few disturbed rounds.
+    """Return the mean of each row without its lowest and highest quarter.
+
+    It is nearly as precise as the mean, and robust to a few disturbed rounds.
     """
     ordered = np.sort(rows, axis=1)
     cut = ordered.shape[1] // 4
@@ -212,7 +230,7 @@ def _interval(estimate: float, resampled: Samples, level: float) -> Interval:
 
 
 def _ranks(values: Samples) -> tuple[Samples, float]:
-    """Average ranks from 1, and the sum of t³ − t over groups of t equal values."""
+    """Return average ranks from 1, and the sum of t³ − t over groups of t equal values."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     average = last - (counts - 1) / 2

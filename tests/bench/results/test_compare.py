@@ -1,4 +1,4 @@
-"""Is the comparison honest? Simulated trials with injected samples; nothing is timed."""
+"""Error rates of the comparison, in simulated trials with injected samples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ PER_TURN = DEFAULT_SAMPLES // DEFAULT_ROUNDS
 TURNS = [PER_TURN] * DEFAULT_ROUNDS
 
 
-def noisy_machine(rng: np.random.Generator, mood: np.ndarray, slowdown: float = 1.0) -> list[float]:
-    """Samples as a shared machine gives them: the rounds' mood, a spread of 3 %, and one sample in
-    twenty disturbed by up to a half.
+def noisy_machine(
+    rng: np.random.Generator, drift: np.ndarray, slowdown: float = 1.0
+) -> list[float]:
+    """Samples of a shared machine: its drift by round, noise of 3 %, and disturbed samples.
+
+    One sample in twenty takes up to half as long again.
     """
-    samples = 0.010 * slowdown * np.repeat(mood, PER_TURN) * rng.lognormal(0, 0.03, DEFAULT_SAMPLES)
+    samples = (
+        0.010 * slowdown * np.repeat(drift, PER_TURN) * rng.lognormal(0, 0.03, DEFAULT_SAMPLES)
+    )
     disturbed = rng.random(DEFAULT_SAMPLES) < 0.05
     return [
         float(value)
@@ -34,15 +39,15 @@ def verdicts(slowdown: float, *, paired: bool) -> list[str]:
     found = []
     for trial in range(100):
         rng = np.random.default_rng(trial)
-        mood = rng.lognormal(0, 0.1 if paired else 0.02, DEFAULT_ROUNDS)
-        other = mood if paired else rng.lognormal(0, 0.02, DEFAULT_ROUNDS)
-        one, two = noisy_machine(rng, mood), noisy_machine(rng, other, slowdown)
+        drift = rng.lognormal(0, 0.1 if paired else 0.02, DEFAULT_ROUNDS)
+        other = drift if paired else rng.lognormal(0, 0.02, DEFAULT_ROUNDS)
+        one, two = noisy_machine(rng, drift), noisy_machine(rng, other, slowdown)
         found.append(compare_samples(one, two, TURNS, TURNS, paired=paired).verdict)
     return found
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_equal_artifacts_are_called_no_difference(paired: bool) -> None:
+def test_equal_artifacts_show_no_difference(paired: bool) -> None:
     assert verdicts(1.0, paired=paired).count("no difference") >= 95
 
 
@@ -78,22 +83,22 @@ def test_a_large_but_uncertain_slowdown_does_not_fail() -> None:
 def test_measurements_of_one_session_are_paired_and_others_are_not() -> None:
     one = measurement(name="a", latency_s=tuple(samples(1.0)), samples_per_turn=(5,) * 20)
     two = measurement(name="b", latency_s=tuple(samples(0.5)), samples_per_turn=(5,) * 20)
-    together = compare(one, two)
-    assert together.paired
-    assert str(together).startswith("b is faster than a: time ratio 0.500 (99 % interval 0.")
-    elsewhere = compare(one, two.model_copy(update={"session": "other", "threads": 2}))
-    assert not elsewhere.paired
-    assert elsewhere.notes == ("threads differs: 1 and 2; the ratio tells of both",)
+    paired = compare(one, two)
+    assert paired.paired
+    assert str(paired).startswith("b is faster than a: time ratio 0.500 (99 % interval 0.")
+    separate = compare(one, two.model_copy(update={"session": "other", "threads": 2}))
+    assert not separate.paired
+    assert separate.notes == ("threads differs: 1 and 2; the ratio includes its effect",)
 
 
 @pytest.mark.parametrize(
     ("text", "share"), [("5%", 0.05), (" 5 %", 0.05), ("0.05", 0.05), ("0", 0.0), ("150%", 1.5)]
 )
-def test_a_limit_is_read_as_percent_or_share(text: str, share: float) -> None:
+def test_a_limit_is_parsed_as_percent_or_share(text: str, share: float) -> None:
     assert parse_limit(text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["five", "", "5", "-1%", "nan"])
-def test_a_limit_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_limit_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"write 5% or 0\.05"):
         parse_limit(text)

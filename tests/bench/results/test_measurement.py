@@ -1,4 +1,4 @@
-"""A measurement is whole, survives its file, and a broken file is refused by key."""
+"""A measurement is consistent and survives its file; a broken file is refused by its key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitrim.bench.results.measurement import Measurement
 from vitrim.core.errors import InputError
 
 
-def test_a_saved_measurement_comes_back_equal(tmp_path: Path) -> None:
+def test_a_saved_measurement_loads_equal(tmp_path: Path) -> None:
     original = measurement(top1=0.75, correct=3, total=4)
     original.save(tmp_path / "m.json")
     assert Measurement.load(tmp_path / "m.json") == original
@@ -32,7 +32,7 @@ def test_statistics_are_derived_and_not_stored(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"samples_per_turn": (1, 1)}, "samples_per_turn sums to 2, but latency_s holds 3"),
-        ({"top1": 0.5}, "top1, correct and total come together"),
+        ({"top1": 0.5}, "top1, correct and total must be given jointly"),
         ({"top1": 0.5, "correct": 3, "total": 4}, "is not correct / total = 3 / 4"),
         ({"latency_s": ()}, "latency_s"),
         ({"latency_s": (float("nan"),), "samples_per_turn": ()}, "latency_s"),
@@ -71,9 +71,9 @@ def test_bench_and_targets_need_no_torch() -> None:
     code = """
 import importlib, pkgutil, sys, vitrim.bench, vitrim.targets
 for package in (vitrim.bench, vitrim.targets):
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.ispkg and module.name != "__main__":
-            importlib.import_module(f"{package.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 assert "torch" not in sys.modules, "torch was imported"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

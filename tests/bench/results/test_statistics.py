@@ -1,4 +1,4 @@
-"""What the statistics say of injected samples; nothing here measures time."""
+"""Statistics of injected samples; nothing is timed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_throughput_counts_images_not_calls() -> None:
     assert summarise([0.5, 0.5], batch=4).throughput_per_s == pytest.approx(8.0)
 
 
-def test_no_sample_is_no_statistic() -> None:
+def test_statistics_need_at_least_one_sample() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         summarise([])
 
@@ -58,9 +58,9 @@ def test_paired_rounds_cancel_a_machine_that_drifts() -> None:
     fast = drift * rng.lognormal(0, 0.01, 100)
     turns = [5] * 20
     paired = ratio_interval(slow.tolist(), fast.tolist(), turns, turns, paired=True)
-    alone = ratio_interval(slow.tolist(), fast.tolist(), turns, turns)
+    unpaired = ratio_interval(slow.tolist(), fast.tolist(), turns, turns)
     assert paired.low < 1.10 < paired.high
-    assert paired.half_width < alone.half_width / 3
+    assert paired.half_width < unpaired.half_width / 3
 
 
 def test_the_interval_of_the_median_covers_the_truth() -> None:
@@ -85,14 +85,13 @@ def test_turns_that_do_not_add_up_are_refused() -> None:
         turn_medians([1.0] * 4, [1, 2])
 
 
-def test_rank_sum_knows_published_values() -> None:
-    # Mann and Whitney by hand: complete separation of 10 and 10 gives U = 0, z = 49.5 / sqrt(175) =
-    # 3.742.
+def test_rank_sum_gives_published_values() -> None:
+    # Complete separation of 10 and 10 samples: U = 0, z = 49.5 / sqrt(175) = 3.742.
     assert rank_sum_p(range(10), range(10, 20)) == pytest.approx(0.000183, abs=2e-6)
     assert rank_sum_p([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]) == 1.0
 
 
-def test_signed_rank_knows_published_values() -> None:
+def test_signed_rank_gives_published_values() -> None:
     # All of ten differences positive: W = 55, z = (27.5 - 0.5) / sqrt(96.25) = 2.752.
     assert signed_rank_p([float(i) for i in range(1, 11)]) == pytest.approx(0.00592, abs=2e-5)
     assert signed_rank_p([0.0, 0.0]) == 1.0

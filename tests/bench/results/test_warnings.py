@@ -1,4 +1,4 @@
-"""Each warning says what was seen and what to do; a good run has none."""
+"""Each warning names what was observed and what to do about it; a good run has none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUIET: dict[str, Any] = {
 }
 
 
-def warned(where: dict[str, Any], **fields: Any) -> str:
+def all_warnings(where: dict[str, Any], **fields: Any) -> str:
     return "\n".join(
         warnings_for(
             measurement(
@@ -77,13 +77,13 @@ def warned(where: dict[str, Any], **fields: Any) -> str:
         ),
     ],
 )
-def test_a_warning_says_what_to_do(
+def test_a_warning_names_what_to_do(
     where: dict[str, Any], fields: dict[str, Any], words: str, advice: str
 ) -> None:
-    told = warned(where, **fields)
-    assert words in told
-    assert advice in told
-    line = next(line for line in told.splitlines() if words in line)
+    found = all_warnings(where, **fields)
+    assert words in found
+    assert advice in found
+    line = next(line for line in found.splitlines() if words in line)
     assert ";" in line or ":" in line
 
 
@@ -91,5 +91,5 @@ def test_a_warning_says_what_to_do(
     "where",
     [{"stolen_share": 0.01}, {"frequency_limit_hz": 1.95e9}, {"memory_available_bytes": 8 * 2**30}],
 )
-def test_what_is_near_enough_is_no_warning(where: dict[str, Any]) -> None:
-    assert warned(where) == warned({})
+def test_small_deviations_are_not_warned_of(where: dict[str, Any]) -> None:
+    assert all_warnings(where) == all_warnings({})
