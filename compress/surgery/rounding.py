@@ -1,12 +1,13 @@
-"""Kept counts snapped to multiples that a target computes fast, within a budget: a step on the
-mask, before training ends.
+"""Rounding of kept counts to multiples that a target computes fast, within a budget.
 
-Every group of the mask stands on a ladder of good counts: multiples of `round_to` for `embed` and
-`ffn`; for `qk` and `v` the per-head widths whose product with the kept heads is such a multiple.
-All groups first step down to the rung below; then they go up to the rung above where they came
-from, the most saliency per cost first, as the budget allows; then further up while a rung still
-fits. What is left of the budget goes to the hidden units of one FFN after the other, in finer
-multiples.
+Every group of a mask has a list of allowed counts: multiples of `round_to` for `embed` and `ffn`;
+for `qk` and `v` the widths of a head whose product with the kept heads is such a multiple.
+
+1. All groups are rounded down.
+2. Groups go up to the next count above the original one, the most saliency per cost first, as the
+   budget allows.
+3. Groups go further up while a count still fits.
+4. The rest of the budget goes to the hidden units of FFNs, in finer multiples.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ SLACK = 0.01
 
 
 def params_cost(architecture: Architecture) -> Cost:
-    """Parameters of what a mask leaves of this network."""
+    """A function from a mask to the parameters of this network after the cut."""
     return lambda mask: count_params(plan(architecture, mask).architecture)
 
 
 def macs_cost(architecture: Architecture) -> Cost:
-    """Multiply-adds, one image, of what a mask leaves of this network."""
+    """A function from a mask to the multiply-adds of one image after the cut."""
     return lambda mask: count_macs(plan(architecture, mask).architecture)
 
 
@@ -55,13 +56,25 @@ def snap(
     cost: Cost | None = None,
     budget: int | None = None,
 ) -> StructuredMask:
-    """The mask with its counts on multiples of `round_to`, costing at most `budget` and, where FFN
-    units allow it, no more than 1 % less.
+    """Round the counts of a mask to multiples of `round_to`, at a cost of at most `budget`.
 
-    `saliency[dimension][site]`: a score a unit, shapes as in the mask, higher is kept first;
-    without it, units return in the order of their index. `cost` defaults to parameters, `budget` to
-    what the mask costs as it is. Groups that keep nothing stay so; heads and blocks are left alone.
-    Errors: InputError when even the smallest rungs cost more than the budget.
+    Where FFN units allow it, at most 1 % of the budget is left over. Groups that keep nothing stay
+    empty; heads and blocks are not changed.
+
+    Args:
+        mask: The mask to round.
+        architecture: The network that it is for.
+        round_to: The multiple, at least 1.
+        saliency: `saliency[dimension][site]`, a score for each unit in the shapes of the mask;
+            higher is kept first. Without it units return in the order of their index.
+        cost: The cost of a mask (default: the parameters after the cut).
+        budget: The cost not to exceed (default: that of `mask`).
+
+    Returns:
+        A mask of the same entries, with `round_to` in its note.
+
+    Raises:
+        InputError: The mask does not fit, or even the smallest counts exceed the budget.
     """
     if round_to < 1:
         raise InputError(f"round_to = {round_to}: give a whole number of at least 1")
@@ -69,57 +82,65 @@ def snap(
     cost = cost or params_cost(architecture)
     budget = cost(mask) if budget is None else budget
     groups = _groups(mask, architecture, round_to, saliency or {})
-    counts = [group.below(group.count) for group in groups]
-    climb = _Climb(mask, groups, counts, cost, budget)
-    climb.down()
+    counts = [group.at_most(group.count) for group in groups]
+    search = _Search(mask, groups, counts, cost, budget)
+    search.reduce()
     everyone = range(len(groups))
-    climb.up(everyone, until=SLACK, limit=[group.above(group.count - 1) for group in groups])
-    climb.up(everyone, until=SLACK)
+    search.extend(everyone, limit=[group.above(group.count - 1) for group in groups])
+    search.extend(everyone)
     hidden = [number for number in everyone if groups[number].dimension == "ffn"]
     finer = round_to // 2
-    while finer >= 1 and climb.slack > SLACK:
+    while finer >= 1 and search.slack > SLACK:
         for number in hidden:
-            groups[number].rungs = _rungs(groups[number].total, finer, groups[number].count)
-        climb.up(hidden, until=SLACK)
+            group = groups[number]
+            group.allowed = _allowed_counts(group.total, finer, group.count)
+        search.extend(hidden)
         finer //= 2
-    return climb.mask(note={**mask.note, "round_to": str(round_to)})
+    return search.mask(note={**mask.note, "round_to": str(round_to)})
 
 
 @dataclass
 class _Group:
-    """One entry of the mask, counted in units that go together (`members`, mostly one index a
-    unit).
+    """One entry of the mask.
 
-    `order` (rows, total) lists the units from the one kept first to the one kept last; `scores` in
-    that order.
+    Attributes:
+        dimension: The dimension of the entry.
+        site: Its site.
+        total: The number of its units.
+        count: The number of units that the mask keeps.
+        allowed: The allowed counts, ascending.
+        order: (rows, total), the units from the first one to keep to the last one.
+        scores: (rows, total), the saliency of the units in that order.
+        members: (units, members), the indices of each unit.
+        flat: Whether the entry has no axis of heads.
     """
 
     dimension: str
     site: str
     total: int
     count: int
-    rungs: list[int]
+    allowed: list[int]
     order: Tensor
     scores: Tensor
     members: Tensor
     flat: bool
 
-    def below(self, count: int) -> int:
-        """The highest rung at most `count`, or the lowest one."""
-        return self.rungs[max(0, bisect_right(self.rungs, count) - 1)]
+    def at_most(self, count: int) -> int:
+        """The highest allowed count up to `count`, or else the lowest one."""
+        return self.allowed[max(0, bisect_right(self.allowed, count) - 1)]
 
     def above(self, count: int) -> int | None:
-        """The next rung."""
-        place = bisect_right(self.rungs, count)
-        return self.rungs[place] if place < len(self.rungs) else None
+        """The next allowed count above `count`, if there is one."""
+        place = bisect_right(self.allowed, count)
+        return self.allowed[place] if place < len(self.allowed) else None
 
-    def before(self, count: int) -> int | None:
-        """The rung before."""
-        place = bisect_right(self.rungs, count - 1)
-        return self.rungs[place - 1] if place else None
+    def below(self, count: int) -> int | None:
+        """The next allowed count below `count`, if there is one."""
+        place = bisect_right(self.allowed, count - 1)
+        return self.allowed[place - 1] if place else None
 
-    def worth(self, low: int, high: int) -> float:
-        """Saliency of the units between two counts."""
+    def saliency(self, low: int, high: int) -> float:
+        """The saliency of the units between two counts."""
         return float(self.scores[:, low:high].sum())
 
     def keep(self, count: int) -> Tensor:
@@ -132,19 +153,14 @@ class _Group:
         return keep[0] if self.flat else keep
 
 
-class _Climb:
-    """Moves groups along their ladders under a budget."""
+class _Search:
+    """A greedy search over the allowed counts of all groups, under a budget."""
 
     def __init__(
         self, mask: StructuredMask, groups: list[_Group], counts: list[int], cost: Cost, budget: int
     ) -> None:
-        self._source, self._groups, self._counts, self._cost, self._budget = (
-            mask,
-            groups,
-            counts,
-            cost,
-            budget,
-        )
+        self._source, self._groups, self._counts = mask, groups, counts
+        self._cost, self._budget = cost, budget
         self._spent = cost(self.mask())
 
     @property
@@ -155,126 +171,109 @@ class _Climb:
     def mask(
         self, move: tuple[int, int] | None = None, note: Mapping[str, str] | None = None
     ) -> StructuredMask:
-        """The mask at the present counts, with one group moved."""
+        """The mask at the current counts, with one group moved to another count."""
         kept = {dimension: dict(entries) for dimension, entries in self._source.kept.items()}
         for number, group in enumerate(self._groups):
             count = move[1] if move is not None and move[0] == number else self._counts[number]
             kept[group.dimension][group.site] = group.keep(count)
-        return StructuredMask(
-            kept, scale=self._source.scale, note=self._source.note if note is None else note
-        )
+        note = self._source.note if note is None else note
+        return StructuredMask(kept, scale=self._source.scale, note=note)
 
-    def down(self) -> None:
-        """Step down, the least saliency per cost first, until the budget holds."""
+    def reduce(self) -> None:
+        """Reduce counts, the least saliency per cost first, until the budget holds."""
         while self._spent > self._budget:
             best: tuple[float, int, int, int] | None = None
             for number, group in enumerate(self._groups):
-                lower = group.before(self._counts[number])
+                lower = group.below(self._counts[number])
                 if lower is None:
                     continue
                 spent = self._cost(self.mask((number, lower)))
                 if spent >= self._spent:
                     continue
-                density = group.worth(lower, self._counts[number]) / (self._spent - spent)
+                density = group.saliency(lower, self._counts[number]) / (self._spent - spent)
                 if best is None or density < best[0]:
                     best = (density, number, lower, spent)
             if best is None:
                 raise InputError(
-                    f"the smallest good widths still cost {self._spent}, more than the budget {self._budget}; "
-                    "lower round_to or raise the budget"
+                    f"the smallest allowed widths still cost {self._spent}, "
+                    f"more than the budget {self._budget}; lower round_to or raise the budget"
                 )
             _, number, self._counts[number], self._spent = best
 
-    def up(
-        self, numbers: Sequence[int], *, until: float, limit: Sequence[int | None] | None = None
-    ) -> None:
-        """Step up, the most saliency per cost first, while the budget holds and more than `until`
-        of it is left.
-        """
-        # Cost and saliency of a step change little while others move, so a step is priced again
-        # only when its turn comes.
+    def extend(self, numbers: Sequence[int], limit: Sequence[int | None] | None = None) -> None:
+        """Raise counts, up to `limit`, the most saliency per cost first, within the budget."""
+        # A cost changes little while other groups move, so it is updated only when popped.
         queue: list[tuple[float, int, int]] = []
         for number in numbers:
-            self._offer(queue, number, limit)
-        while queue and self.slack > until:
+            self._push(queue, number, limit)
+        while queue and self.slack > SLACK:
             _, number, count = heapq.heappop(queue)
             spent = self._cost(self.mask((number, count)))
             if spent <= self._budget:
                 self._counts[number], self._spent = count, spent
-                self._offer(queue, number, limit)
+                self._push(queue, number, limit)
 
-    def _offer(
+    def _push(
         self, queue: list[tuple[float, int, int]], number: int, limit: Sequence[int | None] | None
     ) -> None:
         group, count = self._groups[number], self._counts[number]
         higher = group.above(count)
         most = None if limit is None else limit[number]
         if higher is not None and (most is None or higher <= most):
-            price = max(1, self._cost(self.mask((number, higher))) - self._spent)
-            heapq.heappush(queue, (-group.worth(count, higher) / price, number, higher))
+            extra = max(1, self._cost(self.mask((number, higher))) - self._spent)
+            heapq.heappush(queue, (-group.saliency(count, higher) / extra, number, higher))
 
 
 def _groups(
     mask: StructuredMask, architecture: Architecture, round_to: int, saliency: Saliency
 ) -> list[_Group]:
-    groups = []
+    found = []
     for dimension, site, keep in mask:
         block = mask.get("block", site)
-        if (
-            dimension not in ROUNDED
-            or not bool(keep.any())
-            or (block is not None and not bool(block.all()))
-        ):
+        removed = not bool(keep.any()) or (block is not None and not bool(block.all()))
+        if dimension not in ROUNDED or removed:
             continue
-        rows = keep if keep.ndim == 2 else keep[None]
-        members = tied_units(architecture, dimension, site)
-        units = rows[:, members].all(dim=-1)
-        count, (total, size) = int(units[0].sum()), members.shape
         step = round_to
         if dimension in ("qk", "v"):
             heads = _kept_heads(mask, architecture, site)
             if heads == 0:
                 continue
             step = round_to // math.gcd(heads, round_to)
-        step = math.lcm(step, size) // size
-        scores = _scores(saliency.get(dimension, {}), site, rows)[:, members].sum(dim=-1)
-        # Kept units come before removed ones, and among equals the earlier index.
-        order = torch.argsort(
-            scores + units * (scores.abs().max() * 2 + 1), dim=1, descending=True, stable=True
-        )
-        rungs = _rungs(total, step, count)
-        groups.append(
-            _Group(
-                dimension,
-                site,
-                total,
-                count,
-                rungs,
-                order,
-                scores.gather(1, order),
-                members,
-                keep.ndim == 1,
-            )
-        )
-    return groups
+        members = tied_units(architecture, dimension, site)
+        rows = keep if keep.ndim == 2 else keep[None]
+        scores = _scores(saliency.get(dimension, {}), site, rows)
+        found.append(_group(dimension, site, keep, members, scores, step))
+    return found
 
 
-def _rungs(total: int, step: int, count: int) -> list[int]:
-    """Good counts up to `total`: multiples of `step`, and below the first of them halves of it,
-    down to one that `count` reaches.
-    """
-    rungs = {total, *range(step, total + 1, step)}
+def _group(
+    dimension: str, site: str, keep: Tensor, members: Tensor, scores: Tensor, step: int
+) -> _Group:
+    """The group of an entry, of whose indices (not units) a multiple of `step` is to be kept."""
+    rows = keep if keep.ndim == 2 else keep[None]
+    units, scores = rows[:, members].all(dim=-1), scores[:, members].sum(dim=-1)
+    count, (total, size) = int(units[0].sum()), members.shape
+    allowed = _allowed_counts(total, math.lcm(step, size) // size, count)
+    # Kept units come before removed ones, and among equals the earlier index.
+    ranked = scores + units * (scores.abs().max() * 2 + 1)
+    order = torch.argsort(ranked, dim=1, descending=True, stable=True)
+    scores = scores.gather(1, order)
+    flat = keep.ndim == 1
+    return _Group(dimension, site, total, count, allowed, order, scores, members, flat)
+
+
+def _allowed_counts(total: int, step: int, count: int) -> list[int]:
+    """`total`, multiples of `step`, and halves of `step` down to one that `count` reaches."""
+    allowed = {total, *range(step, total + 1, step)}
     part = step
     while part > 1 and part > count:
         part = max(1, part // 2)
-        rungs.add(min(part, total))
-    return sorted(rungs)
+        allowed.add(min(part, total))
+    return sorted(allowed)
 
 
 def _kept_heads(mask: StructuredMask, architecture: Architecture, site: str) -> int:
-    """Heads that stay at a site; for a shared entry, at the sites that share it (their greatest
-    common divisor).
-    """
+    """The heads that a site keeps; for a shared entry, the common divisor over its sites."""
     found = sites(architecture, "head")
     kept = 0
     for name in [name for name in found if name not in POOL_SITES] if site == SHARED else [site]:
@@ -284,8 +283,9 @@ def _kept_heads(mask: StructuredMask, architecture: Architecture, site: str) -> 
 
 
 def _scores(entries: Mapping[str, Tensor], site: str, rows: Tensor) -> Tensor:
-    """(rows, total) scores at a site: the entry itself, the shared one, or for a shared site the
-    sum of all.
+    """(rows, total) scores at a site: its own entry, else the shared one, else 1 for every unit.
+
+    At a shared site without an entry they are the sum over all sites.
     """
     if site in entries:
         found = entries[site]
