@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ...core.errors import UnsupportedModel
 from ..network.architecture import ConvSpec, StemSpec
-from .parts import activation, not_none
+from .parts import activation, not_none, prefixed
 from .registry import Piece, type_name
 
 Pair = tuple[int, int]
@@ -47,54 +48,62 @@ def sequence_stem(module: nn.Module, path: str) -> list[Piece[StemSpec]]:
     acts = [item for item in flat if not isinstance(item[1], nn.Conv2d | nn.BatchNorm2d)]
     if len(acts) == 1:
         convs = [item for item in flat if item not in acts]
-        spread: list[tuple[str, nn.Module]] = []
+        repeated: list[tuple[str, nn.Module]] = []
         for where, layer in convs:
-            if isinstance(layer, nn.Conv2d) and spread:
-                spread.append(acts[0])
-            spread.append((where, layer))
-        readings.append(_read(spread, module, path))
+            if isinstance(layer, nn.Conv2d) and repeated:
+                repeated.append(acts[0])
+            repeated.append((where, layer))
+        readings.append(_read(repeated, module, path))
     return readings
 
 
+@dataclass
+class _Group:
+    """A convolution with the batch norm and the activation that follow it."""
+
+    path: str
+    conv: nn.Conv2d
+    batch_norm: nn.BatchNorm2d | None = None
+    act: str = "identity"
+
+
 def _read(layers: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> Piece[StemSpec]:
-    convs: list[list[Any]] = []
-    for where, layer in layers:
-        if type(layer) is nn.Conv2d:
-            convs.append([where, layer, None, "identity"])
-        elif (
-            type(layer) is nn.BatchNorm2d
-            and convs
-            and convs[-1][2] is None
-            and convs[-1][3] == "identity"
-        ):
-            convs[-1][2] = layer
-        elif convs and convs[-1][3] == "identity":
-            convs[-1][3] = activation(layer, where)
-        else:
-            raise UnsupportedModel(f"{where}: no rule for {type_name(layer)} in a stem")
-    if not convs or convs[-1][3] != "identity":
+    groups = _groups(layers)
+    if not groups or groups[-1].act != "identity":
         raise UnsupportedModel(
             f"{path}: a stem must end in a convolution, this one is {type_name(module)}"
         )
     before: list[ConvSpec] = []
     tensors: dict[str, Tensor] = {}
-    for number, (where, conv, batch_norm, act) in enumerate(convs[:-1]):
-        weights, geometry = _conv(conv, batch_norm, where)
-        before.append(
-            ConvSpec(channels=conv.out_channels, **geometry, bias="bias" in weights, act=act)
-        )
-        tensors |= {f"before.{number}.conv.{name}": tensor for name, tensor in weights.items()}
-    where, conv, batch_norm, _ = convs[-1]
-    weights, geometry = _conv(conv, batch_norm, where)
-    stride = None if geometry["stride"] == geometry["kernel"] else geometry["stride"]
+    for number, group in enumerate(groups[:-1]):
+        weights, geometry = _conv(group)
+        options = {"bias": "bias" in weights, "act": group.act}
+        before.append(ConvSpec(channels=group.conv.out_channels, **geometry, **options))
+        tensors |= prefixed(f"before.{number}.conv", weights)
+    weights, geometry = _conv(groups[-1])
     spec = StemSpec(
         patch=geometry["kernel"],
-        stride=stride,
+        stride=None if geometry["stride"] == geometry["kernel"] else geometry["stride"],
         padding=geometry["padding"],
         bias="bias" in weights,
         before=tuple(before),
     )
-    return Piece(spec, tensors | {f"stem.{name}": tensor for name, tensor in weights.items()})
+    return Piece(spec, tensors | prefixed("stem", weights))
+
+
+def _groups(layers: list[tuple[str, nn.Module]]) -> list[_Group]:
+    groups: list[_Group] = []
+    for where, layer in layers:
+        if type(layer) is nn.Conv2d:
+            groups.append(_Group(where, layer))
+            continue
+        if not groups or groups[-1].act != "identity":
+            raise UnsupportedModel(f"{where}: no rule for {type_name(layer)} in a stem")
+        if type(layer) is nn.BatchNorm2d and groups[-1].batch_norm is None:
+            groups[-1].batch_norm = layer
+        else:
+            groups[-1].act = activation(layer, where)
+    return groups
 
 
 def linear_stem(
@@ -133,7 +142,8 @@ def _flatten(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     return [] if isinstance(module, nn.Identity) else [(path, module)]
 
 
-def _conv(conv: Any, batch_norm: Any, path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _conv(group: _Group) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    conv = group.conv
     plain = (
         conv.groups == 1
         and conv.dilation == (1, 1)
@@ -142,11 +152,11 @@ def _conv(conv: Any, batch_norm: Any, path: str) -> tuple[dict[str, Tensor], dic
     )
     if not plain:
         raise UnsupportedModel(
-            f"{path}: only a plain convolution without groups or dilation, not {conv}"
+            f"{group.path}: only a plain convolution without groups or dilation, not {conv}"
         )
     weights = not_none({"weight": conv.weight, "bias": conv.bias})
-    if batch_norm is not None:
-        weights = _folded(weights, batch_norm, path)
+    if group.batch_norm is not None:
+        weights = _folded(weights, group.batch_norm, group.path)
     return weights, {"kernel": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
 
 
