@@ -130,9 +130,9 @@ def _inside(
     runtime: Runtime, source: Source, written: RuntimeFiles, folder: Path, tolerance: float
 ) -> str:
     """Where in what was written the answers first go wrong, as far as the runtime shows it."""
-    if written.where is None or written.command is not None:
+    if written.first_difference is None or written.command is not None:
         return f"somewhere inside {runtime.name}, which shows no inner values here"
-    place = written.where(source, folder / written.main, tolerance)
+    place = written.first_difference(source, folder / written.main, tolerance)
     return (
         place
         or f"somewhere inside {runtime.name}, behind the last inner value that can be held against torch's"

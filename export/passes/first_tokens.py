@@ -1,11 +1,10 @@
-"""Tokens that nobody reads are not computed: a class token at the end asks for one row of
-everything that works row by row.
+"""Compute only the tokens that are read: a class token at the end needs one row of each value.
 
-Requires: static shapes, and a Gather or Slice of some rows. From there the demand is carried
-backwards: through sums, norms over other dimensions, products, Softmax, Reshape and Transpose that
-keep the rows apart. Where all readers of a value ask for the same rows, it is made with those
-alone; where a value is needed whole, it is sliced for whoever needs less. Ensures: no node that
-makes rows of which nobody reads any.
+Requires static shapes, and a Gather or Slice of some rows. From there the demand is propagated
+backwards: through sums, norms over other dimensions, products, Softmax, and Reshape and Transpose
+that keep the rows. Where all readers of a value need the same rows, only those are computed; a
+value that is needed whole is sliced for the readers that need less. Ensures that no node computes
+rows that are never read.
 """
 
 from __future__ import annotations
@@ -16,100 +15,80 @@ from math import prod
 import numpy as np
 import onnx
 
-from .contract import Result
-from .net import Net, attribute
+from .graph_editor import GraphEditor, Pass, Result, attribute, is_standard
 
-name = "first-tokens"
-requires = "static shapes, as a fixed batch and constant folding leave them"
-ensures = "the last block computes only the rows that the classifier reads"
-
-_ALIKE = {
-    "Gelu",
-    "Erf",
-    "Relu",
-    "Sigmoid",
-    "Tanh",
-    "Exp",
-    "Sqrt",
-    "Neg",
-    "Abs",
-    "HardSwish",
-    "HardSigmoid",
-    "Cast",
-    "Identity",
-    "Clip",
-    "Elu",
-    "LeakyRelu",
-}
-_PAIRS = {"Add", "Mul", "Sub", "Div", "Pow"}
+_ELEMENTWISE = frozenset(
+    "Gelu Erf Relu Sigmoid Tanh Exp Sqrt Neg Abs HardSwish HardSigmoid Cast Identity Clip Elu"
+    " LeakyRelu".split()
+)
+_BINARY = {"Add", "Mul", "Sub", "Div", "Pow"}
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Entries from `start` to before `stop` along `axis`."""
+    """The entries [start, stop) along `axis`."""
 
     axis: int
     start: int
     stop: int
 
 
-def apply(model: onnx.ModelProto) -> Result:
-    """Rewrite a copy."""
-    net = Net(model, shapes=True)
-    asked: dict[str, list[Rows | None]] = {output: [None] for output in net.outputs}
-    narrow: dict[str, Rows] = {}
-    wants: dict[int, list[Rows | None]] = {}
-    for node in reversed(net.graph.node):
-        wanted = _agreed(asked, node.output[0]) if len(node.output) == 1 else None
-        inputs = _sink(net, node)
+def _apply(model: onnx.ModelProto) -> Result:
+    editor = GraphEditor(model, shapes=True)
+    demands: dict[str, list[Rows | None]] = {output: [None] for output in editor.outputs}
+    narrowed: dict[str, Rows] = {}
+    input_rows: dict[int, list[Rows | None]] = {}
+    for node in reversed(editor.graph.node):
+        needed = _common_demand(demands, node.output[0]) if len(node.output) == 1 else None
+        inputs = _selection(editor, node)
         if inputs is None:
-            inputs = _through(net, node, wanted) if wanted is not None else None
-            if inputs is not None and wanted is not None:
-                narrow[node.output[0]] = wanted
-                wants[id(node)] = inputs
+            inputs = _through(editor, node, needed) if needed is not None else None
+            if inputs is not None and needed is not None:
+                narrowed[node.output[0]] = needed
+                input_rows[id(node)] = inputs
             else:
                 inputs = [None] * len(node.input)
         for value, rows in zip(node.input, inputs, strict=True):
             if value:
-                asked.setdefault(value, []).append(rows)
-    if not narrow or not any(
-        node.op_type in ("MatMul", "Gemm") and node.output[0] in narrow for node in net.graph.node
+                demands.setdefault(value, []).append(rows)
+    if not narrowed or not any(
+        node.op_type in ("MatMul", "Gemm") and node.output[0] in narrowed
+        for node in editor.graph.node
     ):
         return Result(model, 0)
-    _rewrite(net, narrow, wants)
-    return Result(net.finished(), len(narrow))
+    _rewrite(editor, narrowed, input_rows)
+    return Result(editor.finished(), len(narrowed))
 
 
-def _agreed(asked: dict[str, list[Rows | None]], value: str) -> Rows | None:
-    found = asked.get(value, [])
+def _common_demand(demands: dict[str, list[Rows | None]], value: str) -> Rows | None:
+    """Return the rows that all readers need, or None where they differ or need all."""
+    found = demands.get(value, [])
     return found[0] if found and all(rows == found[0] for rows in found) else None
 
 
-def _static(net: Net, value: str) -> Shape | None:
-    shape = net.shapes.get(value)
-    return (
-        None
-        if shape is None or any(side is None for side in shape)
-        else tuple(side for side in shape if side is not None)
-    )
+def _static(editor: GraphEditor, value: str) -> Shape | None:
+    shape = editor.shapes.get(value)
+    if shape is None or any(side is None for side in shape):
+        return None
+    return tuple(side for side in shape if side is not None)
 
 
-def _sink(net: Net, node: onnx.NodeProto) -> list[Rows | None] | None:
-    """What a Gather or Slice with constant places reads, or None for other nodes."""
-    shape = _static(net, node.input[0]) if node.input else None
-    if shape is None or node.domain not in ("", "ai.onnx"):
+def _selection(editor: GraphEditor, node: onnx.NodeProto) -> list[Rows | None] | None:
+    """Return what a Gather or Slice with constant bounds reads, or None for other nodes."""
+    shape = _static(editor, node.input[0]) if node.input else None
+    if shape is None or not is_standard(node):
         return None
     if node.op_type == "Gather":
-        index, axis = net.value(node.input[1]), attribute(node, "axis", 0) % len(shape)
+        index, axis = editor.value(node.input[1]), attribute(node, "axis", 0) % len(shape)
         if index is None or index.size != 1:
             return None
-        place = int(index.ravel()[0])
-        place += shape[axis] if place < 0 else 0
-        return [Rows(axis, place, place + 1), None]
+        position = int(index.ravel()[0])
+        position += shape[axis] if position < 0 else 0
+        return [Rows(axis, position, position + 1), None]
     if node.op_type != "Slice":
         return None
-    parts = [net.value(name) if name else None for name in node.input[1:]]
+    parts = [editor.value(name) if name else None for name in node.input[1:]]
     if (
         len(parts) < 3
         or any(part is None or part.size != 1 for part in parts)
@@ -122,52 +101,46 @@ def _sink(net: Net, node: onnx.NodeProto) -> list[Rows | None] | None:
     return [Rows(axis, start, stop), *([None] * (len(node.input) - 1))] if stop > start else None
 
 
-def _through(net: Net, node: onnx.NodeProto, rows: Rows) -> list[Rows | None] | None:
-    """What a node must read to make only these rows, or None if it cannot."""
-    out = _static(net, node.output[0])
-    shapes = [_static(net, value) if value else () for value in node.input]
-    if (
-        out is None
-        or node.domain not in ("", "ai.onnx")
-        or rows.stop - rows.start >= out[rows.axis]
-    ):
+def _through(editor: GraphEditor, node: onnx.NodeProto, rows: Rows) -> list[Rows | None] | None:
+    """Return what a node must read to compute only these rows, or None if it cannot."""
+    out = _static(editor, node.output[0])
+    shapes = [_static(editor, value) if value else () for value in node.input]
+    if out is None or not is_standard(node) or rows.stop - rows.start >= out[rows.axis]:
         return None
     rest: list[Rows | None] = [None] * (len(node.input) - 1)
     kind, rank, axis = node.op_type, len(out), rows.axis
-    if shapes[0] is None or (kind in _PAIRS | {"MatMul"} and shapes[1] is None):
+    if shapes[0] is None or (kind in _BINARY | {"MatMul"} and shapes[1] is None):
         return None
-    if kind in _ALIKE:
+    if kind in _ELEMENTWISE:
         return [rows, *rest]
     if kind == "Softmax":
         return [rows, *rest] if axis != attribute(node, "axis", -1) % rank else None
     if kind == "LayerNormalization":
         return [rows, *rest] if axis < attribute(node, "axis", -1) % rank else None
-    if kind in _PAIRS:
+    if kind in _BINARY:
         return [_broadcast(shape, rank, rows) for shape in shapes if shape is not None]
     if kind == "MatMul":
         return _product(shapes[0], shapes[1], rank, rows)  # type: ignore[arg-type]
     if kind == "Gemm" and axis == 0 and not attribute(node, "transA", 0):
         bias = shapes[2] if len(shapes) > 2 else ()
-        return (
-            None
-            if bias is None
-            else [rows, None, *([_broadcast(bias, 2, rows)] if len(shapes) > 2 else [])]
-        )
+        if bias is None:
+            return None
+        return [rows, None, *([_broadcast(bias, 2, rows)] if len(shapes) > 2 else [])]
     if kind == "Transpose":
         perm = attribute(node, "perm", list(range(rank))[::-1])
         return [Rows(perm[axis], rows.start, rows.stop)]
-    if kind == "Reshape" and net.value(node.input[1]) is not None:
+    if kind == "Reshape" and editor.value(node.input[1]) is not None:
         same = [
-            place
-            for place, side in enumerate(shapes[0])
-            if side == out[axis] and prod(shapes[0][:place]) == prod(out[:axis])
+            position
+            for position, side in enumerate(shapes[0])
+            if side == out[axis] and prod(shapes[0][:position]) == prod(out[:axis])
         ]
         return [Rows(same[0], rows.start, rows.stop), None] if len(same) == 1 else None
     return None
 
 
 def _broadcast(shape: Shape, rank: int, rows: Rows) -> Rows | None:
-    """An operand without that dimension, or with one entry of it, is read as it is."""
+    """Return the rows of an operand; one without that dimension is read whole."""
     axis = rows.axis - (rank - len(shape))
     return None if axis < 0 or shape[axis] == 1 else Rows(axis, rows.start, rows.stop)
 
@@ -182,50 +155,68 @@ def _product(left: Shape, right: Shape, rank: int, rows: Rows) -> list[Rows | No
     return [_broadcast(left, rank, rows), _broadcast(right, rank, rows)]
 
 
-def _rewrite(net: Net, narrow: dict[str, Rows], wants: dict[int, list[Rows | None]]) -> None:
+def _rewrite(
+    editor: GraphEditor, narrowed: dict[str, Rows], input_rows: dict[int, list[Rows | None]]
+) -> None:
     sliced: dict[tuple[str, Rows], str] = {}
-    for node in list(net.graph.node):
-        if id(node) in wants:
-            for number, rows in enumerate(wants[id(node)]):
+    for node in list(editor.graph.node):
+        if id(node) in input_rows:
+            for number, rows in enumerate(input_rows[id(node)]):
                 value = node.input[number]
-                if rows is not None and narrow.get(value) != rows:
-                    node.input[number] = _slice(net, node, value, rows, sliced)
+                if rows is not None and narrowed.get(value) != rows:
+                    node.input[number] = _slice(editor, node, value, rows, sliced)
             if node.op_type == "Reshape":
-                made, shape = narrow[node.output[0]], list(net.shapes[node.output[0]])
+                made, shape = narrowed[node.output[0]], list(editor.shapes[node.output[0]])
                 shape[made.axis] = made.stop - made.start
-                node.input[1] = net.constant(f"{node.output[0]}.sizes", np.array(shape, np.int64))
-        elif node.input and node.input[0] in narrow:
-            # Only a Gather or a Slice reads less than the whole without being narrow itself.
-            _move(net, node, narrow[node.input[0]])
+                node.input[1] = editor.constant(
+                    f"{node.output[0]}.sizes", np.array(shape, np.int64)
+                )
+        elif node.input and node.input[0] in narrowed:
+            # Only a Gather or a Slice reads less than the whole without being narrowed itself.
+            _shift_bounds(editor, node, narrowed[node.input[0]])
 
 
 def _slice(
-    net: Net, node: onnx.NodeProto, value: str, rows: Rows, sliced: dict[tuple[str, Rows], str]
+    editor: GraphEditor,
+    node: onnx.NodeProto,
+    value: str,
+    rows: Rows,
+    sliced: dict[tuple[str, Rows], str],
 ) -> str:
     if (value, rows) in sliced:
         return sliced[value, rows]
-    constant = net.value(value)
+    constant = editor.value(value)
     if constant is not None:
-        made = net.constant(
-            f"{value}.rows", constant[(*([slice(None)] * rows.axis), slice(rows.start, rows.stop))]
-        )
+        index = (*([slice(None)] * rows.axis), slice(rows.start, rows.stop))
+        name = editor.constant(f"{value}.rows", constant[index])
     else:
-        named = (("start", rows.start), ("stop", rows.stop), ("axis", rows.axis))
-        places = [
-            net.constant(f"{value}.{label}", np.array([place], np.int64)) for label, place in named
+        bounds = [
+            _position(editor, f"{value}.{label}", getattr(rows, label))
+            for label in ("start", "stop", "axis")
         ]
-        made = net.fresh(f"{value}.rows")
-        net.insert_before(node, [net.node("Slice", [value, *places], made)])
-    sliced[value, rows] = made
-    return made
+        name = editor.fresh(f"{value}.rows")
+        editor.insert_before(node, [editor.node("Slice", [value, *bounds], name)])
+    sliced[value, rows] = name
+    return name
 
 
-def _move(net: Net, node: onnx.NodeProto, rows: Rows) -> None:
+def _shift_bounds(editor: GraphEditor, node: onnx.NodeProto, rows: Rows) -> None:
     if node.op_type == "Gather":
-        index = net.value(node.input[1])
+        index = editor.value(node.input[1])
         assert index is not None
-        node.input[1] = net.constant(f"{node.output[0]}.index", np.zeros_like(index))
+        node.input[1] = editor.constant(f"{node.output[0]}.index", np.zeros_like(index))
         return
-    places = (("start", 0), ("stop", rows.stop - rows.start))
-    for number, (label, place) in enumerate(places, start=1):
-        node.input[number] = net.constant(f"{node.output[0]}.{label}", np.array([place], np.int64))
+    node.input[1] = _position(editor, f"{node.output[0]}.start", 0)
+    node.input[2] = _position(editor, f"{node.output[0]}.stop", rows.stop - rows.start)
+
+
+def _position(editor: GraphEditor, name: str, value: int) -> str:
+    return editor.constant(name, np.array([value], np.int64))
+
+
+FIRST_TOKENS = Pass(
+    "first-tokens",
+    requires="static shapes, as a fixed batch and constant folding leave them",
+    ensures="the last block computes only the rows that the classifier reads",
+    apply=_apply,
+)

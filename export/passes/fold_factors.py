@@ -1,7 +1,8 @@
 """A constant factor behind a linear map goes into its weights: attention's scale, LayerScale.
 
-Requires: Mul or Div by a constant, a number or one a column, of x W + b; for a number also through
-Reshape and Transpose. Nobody else may read what lies between. Ensures: no such factor.
+Requires Mul or Div of x W + b by a constant, a number or one for each column; a number also through
+Reshape and Transpose. The values between must have one reader. Ensures that there is no such
+factor.
 """
 
 from __future__ import annotations
@@ -9,37 +10,31 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from .contract import Result
+from .graph_editor import Array, GraphEditor, Pass, Result
 from .linear_chain import linear_making, replace_linear
-from .net import Array, Net
-
-name = "fold-factors"
-requires = "constants as initializers, as constant folding leaves them"
-ensures = "no constant factor of a linear map that nobody else reads"
 
 _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
 
-def apply(model: onnx.ModelProto) -> Result:
-    """Rewrite a copy."""
-    net = Net(model)
+def _apply(model: onnx.ModelProto) -> Result:
+    editor = GraphEditor(model)
     count = 0
-    for node in list(net.graph.node):
+    for node in list(editor.graph.node):
         if (
             node.op_type in ("Mul", "Div")
-            and node.output[0] not in net.outputs
-            and _folded(net, node)
+            and node.output[0] not in editor.outputs
+            and _folded(editor, node)
         ):
             count += 1
-    return Result(net.finished() if count else model, count)
+    return Result(editor.finished() if count else model, count)
 
 
-def _folded(net: Net, node: onnx.NodeProto) -> bool:
+def _folded(editor: GraphEditor, node: onnx.NodeProto) -> bool:
     for data, other in (
         (node.input[0], node.input[1]),
         *([(node.input[1], node.input[0])] if node.op_type == "Mul" else []),
     ):
-        factor = net.value(other)
+        factor = editor.value(other)
         if (
             factor is None
             or not np.issubdtype(factor.dtype, np.floating)
@@ -47,25 +42,33 @@ def _folded(net: Net, node: onnx.NodeProto) -> bool:
         ):
             continue
         factor = factor.astype(np.float64).ravel()
-        if _into_weights(net, data, 1.0 / factor if node.op_type == "Div" else factor):
-            net.replace_reads(node.output[0], data)
-            net.graph.node.remove(node)
-            net.index()
+        if _into_weights(editor, data, 1.0 / factor if node.op_type == "Div" else factor):
+            editor.replace_reads(node.output[0], data)
+            editor.graph.node.remove(node)
+            editor.index()
             return True
     return False
 
 
-def _into_weights(net: Net, value: str, factor: Array) -> bool:
-    while net.only_reader(value) is not None:
-        chain = linear_making(net, value)
+def _into_weights(editor: GraphEditor, value: str, factor: Array) -> bool:
+    while editor.only_reader(value) is not None:
+        chain = linear_making(editor, value)
         if chain is not None:
             if factor.size not in (1, chain.weight.shape[1]):
                 return False
             bias = None if chain.bias is None else chain.bias.astype(np.float64) * factor
-            replace_linear(net, chain, chain.weight.astype(np.float64) * factor, bias)
+            replace_linear(editor, chain, chain.weight.astype(np.float64) * factor, bias)
             return True
-        mover = net.made_by(value, *_MOVES)
+        mover = editor.made_by(value, *_MOVES)
         if mover is None or factor.size != 1:
             return False
         value = mover.input[0]
     return False
+
+
+FOLD_FACTORS = Pass(
+    "fold-factors",
+    requires="constants as initializers, as constant folding leaves them",
+    ensures="no constant factor of a linear map without another reader",
+    apply=_apply,
+)

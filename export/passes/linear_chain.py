@@ -1,5 +1,6 @@
-"""A product with a constant matrix and the sum of a constant vector that may follow it: what
-several passes look for and write.
+"""A product with a constant matrix and the constant sum that may follow it.
+
+Several passes match and write it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from .net import Array, Net, attribute
+from .graph_editor import Array, GraphEditor, attribute, is_standard
 
 
 @dataclass(frozen=True)
 class LinearChain:
-    """y = x W + b. weight: (in, out); bias: (out,) or None; last: the node whose output is y;
-    first: the product.
+    """y = x W + b.
+
+    Attributes:
+        x: Name of the input.
+        weight: (in, out).
+        bias: (out,), or None.
+        first: The product.
+        last: The node whose output is y.
     """
 
     x: str
@@ -26,19 +33,19 @@ class LinearChain:
 
     @property
     def y(self) -> str:
-        """The value that it makes."""
+        """Name of the output."""
         return str(self.last.output[0])
 
 
-def linear_making(net: Net, name: str) -> LinearChain | None:
-    """The linear map that makes a value, whose product nobody else reads."""
-    node = net.maker.get(name)
-    if node is None or node.domain not in ("", "ai.onnx"):
+def linear_making(editor: GraphEditor, name: str) -> LinearChain | None:
+    """Return the linear map that computes a value, if its product has no other reader."""
+    node = editor.maker.get(name)
+    if node is None or not is_standard(node):
         return None
     if node.op_type == "Gemm":
-        return _gemm(net, node)
+        return _gemm(editor, node)
     if node.op_type == "MatMul":
-        weight = net.value(node.input[1])
+        weight = editor.value(node.input[1])
         return (
             LinearChain(node.input[0], weight, None, node, node)
             if weight is not None and weight.ndim == 2
@@ -47,10 +54,10 @@ def linear_making(net: Net, name: str) -> LinearChain | None:
     if node.op_type != "Add":
         return None
     for product, shift in ((node.input[0], node.input[1]), (node.input[1], node.input[0])):
-        bias, times = net.value(shift), net.made_by(product, "MatMul")
-        if bias is None or times is None or net.only_reader(product) is None:
+        bias, times = editor.value(shift), editor.made_by(product, "MatMul")
+        if bias is None or times is None or editor.only_reader(product) is None:
             continue
-        weight = net.value(times.input[1])
+        weight = editor.value(times.input[1])
         if (
             weight is not None
             and weight.ndim == 2
@@ -67,8 +74,8 @@ def linear_making(net: Net, name: str) -> LinearChain | None:
     return None
 
 
-def _gemm(net: Net, node: onnx.NodeProto) -> LinearChain | None:
-    weight = net.value(node.input[1])
+def _gemm(editor: GraphEditor, node: onnx.NodeProto) -> LinearChain | None:
+    weight = editor.value(node.input[1])
     if (
         weight is None
         or attribute(node, "transA", 0)
@@ -79,7 +86,7 @@ def _gemm(net: Net, node: onnx.NodeProto) -> LinearChain | None:
     weight = weight.T if attribute(node, "transB", 0) else weight
     if len(node.input) < 3 or not node.input[2]:
         return LinearChain(node.input[0], weight, None, node, node)
-    bias = net.value(node.input[2])
+    bias = editor.value(node.input[2])
     if (
         bias is None
         or bias.size not in (1, weight.shape[1])
@@ -92,29 +99,63 @@ def _gemm(net: Net, node: onnx.NodeProto) -> LinearChain | None:
 
 
 def write_linear(
-    net: Net, chain: LinearChain, weight: Array, bias: Array | None, output: str, *, name: str
+    editor: GraphEditor,
+    chain: LinearChain,
+    weight: Array,
+    bias: Array | None,
+    output: str,
+    *,
+    name: str,
 ) -> list[onnx.NodeProto]:
-    """Nodes that make `output` = x weight + bias, of the same kind as the chain's."""
-    matrix = net.constant(f"{name}.weight", weight.astype(chain.weight.dtype))
-    shift = None if bias is None else net.constant(f"{name}.bias", bias.astype(chain.weight.dtype))
+    """Make the nodes of `output` = x weight + bias, of the same operators as the chain's.
+
+    Args:
+        editor: Gets the constants, not the nodes.
+        chain: States x, the operators and the type of the constants.
+        weight: (in, out).
+        bias: (out,), or None.
+        output: Name of the result.
+        name: Prefix of the constants' names.
+
+    Returns:
+        The nodes, in order of computation.
+    """
+    matrix = editor.constant(f"{name}.weight", weight.astype(chain.weight.dtype))
+    shift = (
+        None if bias is None else editor.constant(f"{name}.bias", bias.astype(chain.weight.dtype))
+    )
     if chain.first.op_type == "Gemm":
-        return [net.node("Gemm", [chain.x, matrix, *([shift] if shift else [])], output)]
+        return [editor.node("Gemm", [chain.x, matrix, *([shift] if shift else [])], output)]
     if shift is None:
-        return [net.node("MatMul", [chain.x, matrix], output)]
-    product = net.fresh(f"{name}.product")
+        return [editor.node("MatMul", [chain.x, matrix], output)]
+    product = editor.fresh(f"{name}.product")
     return [
-        net.node("MatMul", [chain.x, matrix], product),
-        net.node("Add", [product, shift], output),
+        editor.node("MatMul", [chain.x, matrix], product),
+        editor.node("Add", [product, shift], output),
     ]
 
 
-def replace_linear(net: Net, chain: LinearChain, weight: Array, bias: Array | None) -> None:
-    """Write the chain anew with other numbers, making the same value."""
+def replace_linear(
+    editor: GraphEditor, chain: LinearChain, weight: Array, bias: Array | None
+) -> None:
+    """Rewrite a chain with other weights under the same output name.
+
+    Args:
+        editor: The graph.
+        chain: The nodes to replace.
+        weight: (in, out).
+        bias: (out,), or None.
+    """
     nodes = write_linear(
-        net, chain, weight, bias, chain.y, name=net.fresh(f"{chain.first.name or chain.y}.folded")
+        editor,
+        chain,
+        weight,
+        bias,
+        chain.y,
+        name=editor.fresh(f"{chain.first.name or chain.y}.folded"),
     )
-    net.insert_before(chain.last, nodes)
-    net.graph.node.remove(chain.last)
+    editor.insert_before(chain.last, nodes)
+    editor.graph.node.remove(chain.last)
     if chain.first is not chain.last:
-        net.graph.node.remove(chain.first)
-    net.index()
+        editor.graph.node.remove(chain.first)
+    editor.index()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from ..passes.net import Array, Net, attribute
+from ..passes.graph_editor import Array, GraphEditor, attribute
 
 RUNTIME = "com.microsoft"
 
@@ -37,24 +37,24 @@ class _Quantized:
 
 def eight_bit_products(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """(a copy with the runtime's products, how many were written)."""
-    net = Net(model)
+    editor = GraphEditor(model)
     count = sum(
-        _rewritten(net, node)
-        for node in list(net.graph.node)
+        _rewritten(editor, node)
+        for node in list(editor.graph.node)
         if node.op_type in ("MatMul", "Gemm") and node.domain in ("", "ai.onnx")
     )
     if count:
-        _select_floats(net)
-    if count and all(entry.domain != RUNTIME for entry in net.model.opset_import):
-        net.model.opset_import.append(onnx.helper.make_opsetid(RUNTIME, 1))
-    return (net.finished() if count else model), count
+        _select_floats(editor)
+    if count and all(entry.domain != RUNTIME for entry in editor.model.opset_import):
+        editor.model.opset_import.append(onnx.helper.make_opsetid(RUNTIME, 1))
+    return (editor.finished() if count else model), count
 
 
-def _rewritten(net: Net, node: onnx.NodeProto) -> bool:
-    x, matrix = _behind(net, node.input[0]), _behind(net, node.input[1])
+def _rewritten(editor: GraphEditor, node: onnx.NodeProto) -> bool:
+    x, matrix = _behind(editor, node.input[0]), _behind(editor, node.input[1])
     if x is None or matrix is None or x.scale.size != 1:
         return False
-    weight = net.value(matrix.name)
+    weight = editor.value(matrix.name)
     if weight is None or weight.ndim != 2 or not _plain(node):
         return False
     turned = bool(attribute(node, "transB", 0))
@@ -64,12 +64,12 @@ def _rewritten(net: Net, node: onnx.NodeProto) -> bool:
     if turned:
         weight = np.ascontiguousarray(weight.T)
     columns, last = weight.shape[1], node
-    bias = _constant(net, node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    bias = _constant(editor, node.input[2]) if len(node.input) > 2 and node.input[2] else None
     if len(node.input) > 2 and node.input[2] and bias is None:
         return False
     if (
         bias is None
-        and (found := _sum_behind(net, node)) is not None
+        and (found := _sum_behind(editor, node)) is not None
         and _one_row(found[1], columns)
     ):
         last, bias = found
@@ -79,22 +79,22 @@ def _rewritten(net: Net, node: onnx.NodeProto) -> bool:
     scale = np.broadcast_to(matrix.scale.ravel(), (columns,)).astype(np.float32)
     inputs = [
         x.name,
-        net.constant(f"{name}.weight", weight),
-        net.constant(f"{name}.scale", x.scale.reshape(()).astype(np.float32)),
+        editor.constant(f"{name}.weight", weight),
+        editor.constant(f"{name}.scale", x.scale.reshape(()).astype(np.float32)),
     ]
     inputs += [
-        net.constant(f"{name}.weight.scale", scale),
-        net.constant(f"{name}.zero", x.zero.reshape(())),
+        editor.constant(f"{name}.weight.scale", scale),
+        editor.constant(f"{name}.zero", x.zero.reshape(())),
     ]
     centred = not matrix.zero.any()
     inputs.append(
         ""
         if centred
-        else net.constant(f"{name}.weight.zero", np.broadcast_to(matrix.zero.ravel(), (columns,)))
+        else editor.constant(f"{name}.weight.zero", np.broadcast_to(matrix.zero.ravel(), (columns,)))
     )
     if bias is not None:
         inputs.append(
-            net.constant(
+            editor.constant(
                 f"{name}.bias", np.broadcast_to(bias.ravel(), (columns,)).astype(np.float32)
             )
         )
@@ -103,61 +103,61 @@ def _rewritten(net: Net, node: onnx.NodeProto) -> bool:
     made = onnx.helper.make_node(
         "MatMulIntegerToFloat", inputs, [last.output[0]], name=name, domain=RUNTIME
     )
-    net.insert_before(last, [made])
-    net.graph.node.remove(last)
+    editor.insert_before(last, [made])
+    editor.graph.node.remove(last)
     if last is not node:
-        net.graph.node.remove(node)
-    net.index()
+        editor.graph.node.remove(node)
+    editor.index()
     return True
 
 
-def _select_floats(net: Net) -> None:
+def _select_floats(editor: GraphEditor) -> None:
     """The quantizer gives every reader the value that came out of eight bits; what only picks rows
     of it takes the one that went in.
     """
-    for node in net.graph.node:
-        pair = net.made_by(node.input[0], "DequantizeLinear") if node.op_type == "Slice" else None
-        source = net.made_by(pair.input[0], "QuantizeLinear") if pair is not None else None
+    for node in editor.graph.node:
+        pair = editor.made_by(node.input[0], "DequantizeLinear") if node.op_type == "Slice" else None
+        source = editor.made_by(pair.input[0], "QuantizeLinear") if pair is not None else None
         if source is not None:
             node.input[0] = source.input[0]
-    net.index()
+    editor.index()
 
 
-def _behind(net: Net, name: str) -> _Quantized | None:
+def _behind(editor: GraphEditor, name: str) -> _Quantized | None:
     """The eight-bit value that a DequantizeLinear reads."""
-    node = net.made_by(name, "DequantizeLinear")
+    node = editor.made_by(name, "DequantizeLinear")
     if node is None or attribute(node, "block_size", 0):
         return None
-    scale = net.value(node.input[1])
-    zero = net.value(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    scale = editor.value(node.input[1])
+    zero = editor.value(node.input[2]) if len(node.input) > 2 and node.input[2] else None
     if scale is None or zero is None or zero.dtype not in (np.uint8, np.int8):
         return None
     return _Quantized(node.input[0], scale, zero, int(attribute(node, "axis", 1)))
 
 
-def _constant(net: Net, name: str) -> Array | None:
+def _constant(editor: GraphEditor, name: str) -> Array | None:
     """A constant, be it stored as it is or in 32 bits with a scale."""
-    value, node = net.value(name), net.made_by(name, "DequantizeLinear")
+    value, node = editor.value(name), editor.made_by(name, "DequantizeLinear")
     if value is not None or node is None:
         return value
-    stored, scale = net.value(node.input[0]), net.value(node.input[1])
+    stored, scale = editor.value(node.input[0]), editor.value(node.input[1])
     if (
         stored is None
         or scale is None
         or stored.ndim > 1
-        or (len(node.input) > 2 and (zero := net.value(node.input[2])) is not None and zero.any())
+        or (len(node.input) > 2 and (zero := editor.value(node.input[2])) is not None and zero.any())
     ):
         return None
     found: Array = stored.astype(np.float64) * scale
     return found
 
 
-def _sum_behind(net: Net, node: onnx.NodeProto) -> tuple[onnx.NodeProto, Array] | None:
+def _sum_behind(editor: GraphEditor, node: onnx.NodeProto) -> tuple[onnx.NodeProto, Array] | None:
     """(the Add that alone reads a product, its constant)."""
-    reader = net.only_reader(node.output[0])
+    reader = editor.only_reader(node.output[0])
     if reader is None or reader.op_type != "Add" or reader.domain not in ("", "ai.onnx"):
         return None
-    constants = [_constant(net, name) for name in reader.input if name != node.output[0]]
+    constants = [_constant(editor, name) for name in reader.input if name != node.output[0]]
     return (reader, constants[0]) if len(constants) == 1 and constants[0] is not None else None
 
 

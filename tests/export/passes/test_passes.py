@@ -1,6 +1,4 @@
-"""Passes over graphs that torch wrote: each exact, each truthful about whether it changed
-something.
-"""
+"""Passes over graphs that torch exported: each is exact and reports whether it changed anything."""
 
 from __future__ import annotations
 
@@ -57,7 +55,7 @@ def traced(model: nn.Module, *, opset: int, dynamo: bool, fused: bool = True) ->
         import io
 
         stream = io.BytesIO()
-        # The old exporter still writes to a stream.
+        # The old exporter writes to a stream.
         torch.onnx.export(model, (image,), stream, dynamo=False, opset_version=opset)  # type: ignore[arg-type]
     return onnx.load_from_string(stream.getvalue())
 
@@ -79,7 +77,7 @@ def kinds(model: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in model.graph.node]
 
 
-def test_a_timm_graph_keeps_its_answers_through_every_pass(
+def test_every_pass_keeps_the_outputs_of_a_timm_graph(
     graph: tuple[nn.Module, onnx.ModelProto],
 ) -> None:
     model, given = graph
@@ -97,12 +95,12 @@ def test_a_timm_graph_keeps_its_answers_through_every_pass(
     found = kinds(last)
     assert not {"Erf", "Split", "Squeeze", "Identity", "Dropout", "Constant", "Shape"} & set(found)
     assert found.count("Gelu") == 2
-    # LayerScale and attention's scale are in the weights.
+    # LayerScale and the scale of attention are folded into the weights.
     assert "Mul" not in found
     assert len(found) < len(given.graph.node)
 
 
-def test_what_is_done_is_not_done_again(graph: tuple[nn.Module, onnx.ModelProto]) -> None:
+def test_passes_are_idempotent(graph: tuple[nn.Module, onnx.ModelProto]) -> None:
     last = graph[1]
     for step in steps(last):
         last = step.after
@@ -112,13 +110,13 @@ def test_what_is_done_is_not_done_again(graph: tuple[nn.Module, onnx.ModelProto]
         assert result.model is last
 
 
-def test_each_pass_says_what_it_needs_and_what_holds_then() -> None:
+def test_each_pass_states_what_it_requires_and_ensures() -> None:
     names = [change.name for change in PASSES]
     assert len(set(names)) == len(names) == 9
     assert all(change.requires and change.ensures for change in PASSES)
 
 
-def test_the_class_tokens_last_block_is_computed_for_one_row_alone() -> None:
+def test_the_last_block_of_a_class_token_is_computed_for_one_row() -> None:
     given = traced(vit(), opset=20, dynamo=True, fused=False)
     last = given
     for step in steps(given):
@@ -166,15 +164,15 @@ def change(name: str) -> Any:
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     from vitrim.export.sessions import open_session
 
-    answer: np.ndarray = open_session(model.SerializeToString()).run(None, {"x": x})[0]
-    return answer
+    output: np.ndarray = open_session(model.SerializeToString()).run(None, {"x": x})[0]
+    return output
 
 
 F = np.float32
 
 
 @pytest.mark.parametrize("order", ["(x e) half", "(x half) e", "x (half e)"])
-def test_gelu_is_known_in_every_order_of_its_factors(order: str) -> None:
+def test_gelu_is_recognised_in_every_order_of_its_factors(order: str) -> None:
     head = [
         helper.make_node("Mul", ["x", "root"], ["z"]),
         helper.make_node("Erf", ["z"], ["erf"]),
@@ -204,7 +202,7 @@ def test_gelu_is_known_in_every_order_of_its_factors(order: str) -> None:
     assert not change("erf-to-gelu")(made(head + tails[order], constants, [2, 7])).modified
 
 
-def test_a_value_that_somebody_else_reads_is_left_alone() -> None:
+def test_a_value_with_another_reader_is_unchanged() -> None:
     weight = np.random.default_rng(0).standard_normal((7, 6)).astype(F)
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["p"]),
@@ -222,9 +220,7 @@ def test_a_value_that_somebody_else_reads_is_left_alone() -> None:
 
 
 def attention(moved: bool) -> onnx.ModelProto:
-    """One head over three tokens; with `moved`, the key bias differs from token to token, as a
-    position would.
-    """
+    """One head over three tokens; with `moved`, the key bias differs between tokens."""
     random = np.random.default_rng(0)
     constants = {f"w{part}": random.standard_normal((4, 4)).astype(F) for part in "qkvo"}
     constants |= {f"b{part}": random.standard_normal(4).astype(F) for part in "qkvo"}
@@ -251,7 +247,7 @@ def attention(moved: bool) -> onnx.ModelProto:
     return made(nodes, constants, [1, 3, 4])
 
 
-def test_a_key_bias_goes_only_where_it_is_the_same_for_every_token() -> None:
+def test_a_key_bias_is_dropped_only_where_it_is_the_same_for_every_token() -> None:
     x = np.random.default_rng(1).standard_normal((1, 3, 4), dtype=F)
     for moved, left in ((False, 2), (True, 3)):
         model = attention(moved)
@@ -260,7 +256,7 @@ def test_a_key_bias_goes_only_where_it_is_the_same_for_every_token() -> None:
         np.testing.assert_allclose(run(result.model, x), run(model, x), atol=1e-5)
 
 
-def test_two_constant_sums_are_one_and_a_matrix_product_takes_its_bias() -> None:
+def test_two_constant_sums_become_one_and_a_matrix_product_includes_its_bias() -> None:
     random = np.random.default_rng(0)
     constants = {
         "w": random.standard_normal((7, 6)).astype(F),
@@ -281,7 +277,7 @@ def test_two_constant_sums_are_one_and_a_matrix_product_takes_its_bias() -> None
     np.testing.assert_allclose(run(last, x), run(model, x), atol=1e-5)
 
 
-def test_dropout_that_trains_stays() -> None:
+def test_dropout_in_training_mode_stays() -> None:
     constants: dict[str, Array] = {"ratio": F(0.5), "on": np.array(True), "off": np.array(False)}
     for mode, left in (("off", ["Relu"]), ("on", ["Dropout", "Relu"])):
         nodes = [

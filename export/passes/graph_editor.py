@@ -1,8 +1,12 @@
-"""A graph that can be asked who makes and who reads a value, and rewritten."""
+"""What a pass works on and returns: an index over a graph that can be rewritten, and its contract.
+
+Ideas after onnx/ir-py's passes: a transformation states what it requires and what it ensures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,21 +14,62 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from ..graphs.model_proto import unused_name
+from ..graphs.model_proto import STANDARD_DOMAINS, unused_name
 
 Array = NDArray[Any]
 
 
-class Net:
-    """An index over a copy of a model's graph. Requires one graph without inner graphs that read
-    its values; new nodes go in order of computation.
+@dataclass(frozen=True)
+class Result:
+    """The model after a pass, and how often the pattern was rewritten.
+
+    Where nothing was found, it is the same object that the pass was given.
+    """
+
+    model: onnx.ModelProto
+    count: int
+
+    @property
+    def modified(self) -> bool:
+        """Whether anything changed."""
+        return self.count > 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One exact transformation.
+
+    It never changes the model that it is given, and skips everything that it cannot prove.
+
+    Attributes:
+        name: Name of its stage in a manifest.
+        requires: What a graph must look like for the pass to find anything.
+        ensures: What holds afterwards, besides equal outputs.
+        apply: Rewrites a copy.
+    """
+
+    name: str
+    requires: str
+    ensures: str
+    apply: Callable[[onnx.ModelProto], Result]
+
+    def __call__(self, model: onnx.ModelProto) -> Result:
+        """Rewrite a copy."""
+        return self.apply(model)
+
+
+class GraphEditor:
+    """An index over a copy of a model's graph: makers, readers, constants, shapes.
+
+    Requires one graph without inner graphs that read its values. New nodes are inserted in order
+    of computation; `index` must be called after nodes were added or removed.
     """
 
     def __init__(self, model: onnx.ModelProto, *, shapes: bool = False) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
         self.graph = self.model.graph
-        self._taken = {value.name for value in (*self.graph.input, *self.graph.initializer)} | {
+        self._used = {value.name for value in (*self.graph.input, *self.graph.initializer)} | {
             name for node in self.graph.node for name in node.output
         }
         self.constants: dict[str, onnx.TensorProto] = {
@@ -38,7 +83,7 @@ class Net:
         self.index()
 
     def index(self) -> None:
-        """Look again at who makes and who reads what."""
+        """Update makers and readers of all values."""
         self.maker: dict[str, onnx.NodeProto] = {}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.graph.node:
@@ -54,7 +99,7 @@ class Net:
     def _infer(self) -> None:
         try:
             inferred = onnx.shape_inference.infer_shapes(self.model, data_prop=True)
-        except Exception:  # inference is a hint; what it cannot tell is not rewritten
+        except Exception:  # inference is a hint; values without a shape are not rewritten
             return
         for tensor in self.graph.initializer:
             self.shapes[tensor.name], self.types[tensor.name] = tuple(tensor.dims), tensor.data_type
@@ -68,36 +113,30 @@ class Net:
                 )
 
     def value(self, name: str) -> Array | None:
-        """A constant's numbers, or None for what is computed."""
+        """Return a constant's array, or None for computed values."""
         tensor = self.constants.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
     def made_by(self, name: str, *kinds: str) -> onnx.NodeProto | None:
-        """The node that makes a value, if it is of one of these kinds."""
+        """Return the node that computes a value, if it is of one of these operators."""
         node = self.maker.get(name)
-        return (
-            node
-            if node is not None and node.op_type in kinds and node.domain in ("", "ai.onnx")
-            else None
-        )
+        if node is None or node.op_type not in kinds or not is_standard(node):
+            return None
+        return node
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
-        """The one node that reads a value once, if nobody else does."""
+        """Return the node that reads a value once, if the value has no other use."""
         readers = self.readers.get(name, [])
-        return (
-            readers[0]
-            if len(readers) == 1
-            and name not in self.outputs
-            and list(readers[0].input).count(name) == 1
-            else None
-        )
+        if len(readers) != 1 or name in self.outputs or list(readers[0].input).count(name) != 1:
+            return None
+        return readers[0]
 
     def fresh(self, name: str) -> str:
-        """A name that nobody has."""
-        return unused_name(name, self._taken)
+        """Return a name that is not in use, and reserve it."""
+        return unused_name(name, self._used)
 
     def constant(self, name: str, value: Array) -> str:
-        """A new initializer."""
+        """Add an initializer and return its name."""
         name = self.fresh(name)
         tensor = numpy_helper.from_array(np.asarray(value, order="C"), name)
         self.graph.initializer.append(tensor)
@@ -107,46 +146,59 @@ class Net:
     def node(
         self, kind: str, inputs: Sequence[str], output: str, **attributes: Any
     ) -> onnx.NodeProto:
-        """A node of the standard's domain that is not in the graph yet."""
+        """Make a node of the standard's domain, not yet in the graph.
+
+        Args:
+            kind: The operator type.
+            inputs: Names of the inputs.
+            output: Name of the output and of the node.
+            **attributes: Attributes of the node.
+
+        Returns:
+            The node.
+        """
         made: onnx.NodeProto = helper.make_node(
             kind, list(inputs), [output], name=output, **attributes
         )
         return made
 
     def insert_before(self, at: onnx.NodeProto, nodes: Iterable[onnx.NodeProto]) -> None:
-        """Put nodes in front of one."""
+        """Insert nodes before `at`."""
         position = next(number for number, node in enumerate(self.graph.node) if node is at)
         for offset, node in enumerate(nodes):
             self.graph.node.insert(position + offset, node)
 
     def replace_reads(self, old: str, new: str) -> None:
-        """Whoever read `old` reads `new`; a value that leaves the graph keeps its name."""
+        """Make every reader of `old` read `new`; outputs of the graph keep their names."""
         for node in self.graph.node:
             for number, name in enumerate(node.input):
                 if name == old:
                     node.input[number] = new
 
     def finished(self) -> onnx.ModelProto:
-        """The model without nodes and constants that nobody reads, and without shapes of inner
-        values.
-        """
+        """Return the model without unread nodes and constants and without inner shapes."""
         while True:
-            wanted = set(self.outputs) | {name for node in self.graph.node for name in node.input}
+            read = set(self.outputs) | {name for node in self.graph.node for name in node.input}
             dead = [
-                node for node in self.graph.node if not any(name in wanted for name in node.output)
+                node for node in self.graph.node if not any(name in read for name in node.output)
             ]
             if not dead:
                 break
             for node in dead:
                 self.graph.node.remove(node)
-        wanted = {name for node in self.graph.node for name in node.input} | self.outputs
-        for tensor in [tensor for tensor in self.graph.initializer if tensor.name not in wanted]:
+        read = {name for node in self.graph.node for name in node.input} | self.outputs
+        for tensor in [tensor for tensor in self.graph.initializer if tensor.name not in read]:
             self.graph.initializer.remove(tensor)
         del self.graph.value_info[:]
         return self.model
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """An attribute's value."""
+    """Return an attribute's value, or `default` where the node does not have it."""
     found = next((entry for entry in node.attribute if entry.name == name), None)
     return default if found is None else helper.get_attribute_value(found)
+
+
+def is_standard(node: onnx.NodeProto) -> bool:
+    """Return whether a node's operator is the standard's own."""
+    return node.domain in STANDARD_DOMAINS
