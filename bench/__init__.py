@@ -1,1 +1,1 @@
-"""Running an artifact on a device and telling the truth about it."""
+"""Running artifacts on devices, and reporting what was measured."""

@@ -94,7 +94,7 @@ def _latency(found: Estimate) -> EstimatedLatency:
         runtime=found.runtime,
         threads=found.threads,
         rests_on=found.rests_on,
-        held_against=found.held_against,
+        held_against=found.validated_on,
     )
 
 

@@ -1,3 +1,5 @@
-"""Estimates for a device that is not at hand: a roofline for each operator, calibrated on measured
-machines, with the error that they show.
+"""Latency estimates for devices that are not available.
+
+A roofline for each operator is calibrated on measured machines; the error bar is that of machines
+left out of the fit.
 """

@@ -1,6 +1,4 @@
-"""From measured latencies to the factor between a roofline and the truth, and how far that factor
-misses on machines left out of its fit.
-"""
+"""Calibration of rooflines by measured latencies, and its error on machines left out of the fit."""
 
 from __future__ import annotations
 
@@ -15,16 +13,22 @@ from .machine import Machine
 from .points import Point
 from .workload import Workload
 
-# Of machines left out, so many lie within the bar.
+# The share of left-out machines that lie within the error bar.
 LEVEL = 0.8
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """log(latency / roofline) = level of the machines alike + threads_power * log(threads).
+    """The model log(latency / roofline) = level of the cell + threads_power * log(threads).
 
-    `levels` holds the logarithm for what is alike, most alike first: (runtime, architecture), then
-    any runtime on the architecture, then all.
+    A cell is a group of similar measurements, from the most to the least specific: (runtime,
+    architecture), ("", architecture) for any runtime, and ("", "") for all.
+
+    Attributes:
+        costs: The costs of operators.
+        threads_power: Exponent of the thread count.
+        levels: Logarithm of latency over roofline by cell.
+        devices: Number of measured devices by cell.
     """
 
     costs: OperatorCosts
@@ -33,14 +37,14 @@ class Calibration:
     devices: dict[tuple[str, str], int]
 
     def seconds(self, workload: Workload, machine: Machine, family: str) -> float:
-        """The likely latency."""
+        """Return the likely latency in seconds; `family` is the runtime, see `family_of`."""
         level = self.levels[self.cell(machine, family)]
         return self.costs.seconds(workload, machine) * math.exp(
             level + self.threads_power * math.log(machine.threads)
         )
 
     def cell(self, machine: Machine, family: str) -> tuple[str, str]:
-        """What was measured and is most like the machine with this runtime."""
+        """Return the most specific measured cell for the machine with this runtime."""
         wanted = ((family, machine.architecture), ("", machine.architecture), ("", ""))
         return next(cell for cell in wanted if cell in self.levels)
 
@@ -48,8 +52,15 @@ class Calibration:
 def fit(
     points: Sequence[Point], costs: OperatorCosts, threads_power: float | None = None
 ) -> Calibration:
-    """The scaling over threads from devices measured with several, then for each group the median
-    over devices of their own medians.
+    """Fit a calibration.
+
+    The exponent comes from devices that were measured with several thread counts. The level of a
+    cell is the median over its devices of each device's median.
+
+    Args:
+        points: Measured latencies.
+        costs: The costs of operators.
+        threads_power: A given exponent; fitted by default.
     """
     power = _threads_power(points, costs) if threads_power is None else threads_power
     residuals = [
@@ -59,11 +70,8 @@ def fit(
     ]
     cells: dict[tuple[str, str], dict[str, list[float]]] = {}
     for point, residual in zip(points, residuals, strict=True):
-        for cell in (
-            (point.family, point.machine.architecture),
-            ("", point.machine.architecture),
-            ("", ""),
-        ):
+        architecture = point.machine.architecture
+        for cell in ((point.family, architecture), ("", architecture), ("", "")):
             cells.setdefault(cell, {}).setdefault(point.machine.device, []).append(residual)
     levels = {
         cell: float(np.median([np.median(values) for values in devices.values()]))
@@ -75,26 +83,17 @@ def fit(
 
 
 def _threads_power(points: Sequence[Point], costs: OperatorCosts) -> float:
-    # A device with one runtime, setting and model at several thread counts tells what is lost by
-    # splitting the work.
-    groups: dict[tuple[str, str, str, str, str], list[Point]] = {}
+    # Points of one device, runtime, setting and model differ in the thread count only, so they show
+    # the loss of splitting the work.
+    groups: dict[tuple[str, ...], list[Point]] = {}
     for point in points:
-        groups.setdefault(
-            (
-                point.machine.device,
-                point.family,
-                point.setting,
-                point.workload.name,
-                point.machine.precision,
-            ),
-            [],
-        ).append(point)
+        machine = point.machine
+        key = (machine.device, point.family, point.setting, point.workload.name, machine.precision)
+        groups.setdefault(key, []).append(point)
     slopes: dict[str, list[float]] = {}
     for group in groups.values():
-        low, high = (
-            min(group, key=lambda p: p.machine.threads),
-            max(group, key=lambda p: p.machine.threads),
-        )
+        low = min(group, key=lambda point: point.machine.threads)
+        high = max(group, key=lambda point: point.machine.threads)
         if low.machine.threads == high.machine.threads:
             continue
         change = (high.latency_s / costs.seconds(high.workload, high.machine)) / (
@@ -108,9 +107,7 @@ def _threads_power(points: Sequence[Point], costs: OperatorCosts) -> float:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A point predicted from every other device. ratio: predicted over measured; cell: what the
-    prediction rested on.
-    """
+    """A point that was predicted from all other devices; `cell` is the one that was used."""
 
     point: Point
     predicted_s: float
@@ -125,11 +122,13 @@ class LeftOut:
 def leave_one_out(
     points: Sequence[Point], costs: OperatorCosts, *, without_runtime: bool = False
 ) -> list[LeftOut]:
-    """Each point, predicted by a calibration that never saw its device with any threads, setting,
-    runtime or model.
+    """Predict each point by a calibration without any point of its device.
 
-    without_runtime: nor the level of any point of its runtime, which tells the error where a
-    runtime was never measured on a kind of machine.
+    Args:
+        points: Measured latencies.
+        costs: The costs of operators.
+        without_runtime: Leave out all points of the point's runtime as well, for the error on
+            machines where a runtime was never measured.
     """
     found = []
     for device, family in dict.fromkeys((point.machine.device, point.family) for point in points):
@@ -148,18 +147,19 @@ def leave_one_out(
 
 
 def error_factor(left_out: Sequence[LeftOut], level: float = LEVEL) -> float:
-    """The factor within which `level` of the devices were predicted, each by its median point
-    (split conformal: rather too wide).
+    """Return the factor within which a share `level` of the devices was predicted.
+
+    Each device counts by the median of its points. This is the split-conformal bound, which is
+    rather too wide.
     """
     errors = sorted(device_errors(left_out).values())
-    # The smallest order statistic that covers one more device with that probability, were devices
-    # alike.
+    # The smallest order statistic that covers one more exchangeable device with that probability.
     place = min(len(errors), math.ceil((len(errors) + 1) * level))
     return math.exp(errors[place - 1])
 
 
 def device_errors(left_out: Sequence[LeftOut]) -> dict[str, float]:
-    """Of each device the median of |log(predicted / measured)|."""
+    """Return the median of |log(predicted / measured)| for each device."""
     devices: dict[str, list[float]] = {}
     for entry in left_out:
         devices.setdefault(entry.point.machine.device, []).append(abs(math.log(entry.ratio)))

@@ -1,6 +1,4 @@
-"""What an operator costs on a machine, in the machine's own units: shares of its peak, cycles a
-vector, cycles a node.
-"""
+"""The cost of an operator on a machine: share of its peak, cycles per vector, cycles per node."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...core.storage import replace_file
 from ..local.cost_table import nonnegative_least_squares
 from .machine import Machine
 from .workload import Operator, OperatorKind, Workload
@@ -22,8 +21,12 @@ FILE = Path(__file__).with_name("costs.json")
 
 @dataclass(frozen=True)
 class OperatorCost:
-    """Of one kind of operator: time over the roofline of its multiply-adds (1 is the peak), cycles
-    a vector of numbers, cycles a node.
+    """The cost of one kind of operator.
+
+    Attributes:
+        over_peak: Time of its multiply-adds over their roofline; 1 is the machine's peak.
+        cycles_per_vector: Cycles per vector of numbers that it writes.
+        cycles_per_node: Fixed cycles per node.
     """
 
     over_peak: float
@@ -33,15 +36,16 @@ class OperatorCost:
 
 @dataclass(frozen=True)
 class OperatorCosts:
-    """The cost of every kind, and where it was calibrated. A machine of another make is told apart
-    by one factor (calibration.py).
+    """The cost of every kind of operator, calibrated on one machine.
+
+    Other runtimes and machines differ by one factor (calibration.py).
     """
 
     kinds: dict[OperatorKind, OperatorCost]
     calibrated_on: str
 
     def seconds(self, workload: Workload, machine: Machine) -> float:
-        """Roofline time of one inference, before the factor of the runtime and machine."""
+        """Return the roofline time of one inference, without the factor of runtime and machine."""
         reads = workload.weights * machine.weight_bytes > machine.last_cache_bytes
         return sum(
             self.operator_seconds(operator, machine, from_memory=reads)
@@ -49,23 +53,18 @@ class OperatorCosts:
         )
 
     def operator_seconds(self, operator: Operator, machine: Machine, *, from_memory: bool) -> float:
-        """max(arithmetic, reading the weights) + vectors + the node's fixed cost."""
+        """Return max(arithmetic, reading the weights) + vectors + the node's fixed cost."""
         cost = self.kinds[operator.kind]
         peak = machine.float_macs_per_s if operator.kind == "attention" else machine.peak_macs_per_s
         arithmetic = cost.over_peak * operator.macs / peak
-        bandwidth = machine.bandwidth_bytes_per_s
-        reading = (
-            operator.weights * machine.weight_bytes / bandwidth
-            if bandwidth and from_memory
-            else 0.0
-        )
+        reading = 0.0
+        if from_memory and machine.bandwidth_bytes_per_s:
+            reading = operator.weights * machine.weight_bytes / machine.bandwidth_bytes_per_s
         vectors = cost.cycles_per_vector * operator.elements / machine.vector_numbers_per_s
         return max(arithmetic, reading) + vectors + cost.cycles_per_node / machine.clock_hz
 
     def save(self, path: Path = FILE) -> None:
         """Write the JSON file (schema vitrim.operator_costs/1)."""
-        from ...core.storage import replace_file
-
         content = {
             "schema": "vitrim.operator_costs/1",
             "calibrated_on": self.calibrated_on,
@@ -84,7 +83,7 @@ class OperatorCosts:
 
 @dataclass(frozen=True)
 class TimedOperator:
-    """A node as a runtime's profiler saw it, on the machine that ran it."""
+    """A node with its profiled time, and the machine that ran it."""
 
     operator: Operator
     machine: Machine
@@ -92,8 +91,9 @@ class TimedOperator:
 
 
 def fit_costs(timed: Sequence[TimedOperator], calibrated_on: str) -> OperatorCosts:
-    """Non-negative least squares of the relative error, one kind at a time. Needs nodes of every
-    kind, in at least three sizes.
+    """Fit the costs of each kind by non-negative least squares of the relative error.
+
+    Every kind needs nodes of at least three sizes.
     """
     kinds: dict[OperatorKind, OperatorCost] = {}
     for kind in KINDS:
@@ -110,11 +110,14 @@ def fit_costs(timed: Sequence[TimedOperator], calibrated_on: str) -> OperatorCos
 def rescale(
     costs: OperatorCosts, whole: Sequence[tuple[Workload, Machine, float]]
 ) -> OperatorCosts:
-    """Two factors, for what grows with the sizes and for the fixed cost of nodes, from latencies of
-    whole networks without a profiler.
+    """Correct the costs by two factors, fitted to latencies of whole networks without a profiler.
 
-    The profiler costs time at each node, which a small network feels most. whole: (workload,
-    machine, seconds) of the calibrated machine.
+    One factor is that of costs that grow with the sizes, the other that of the fixed cost of nodes:
+    the profiler adds time to each node, which matters most in a small network.
+
+    Args:
+        costs: Costs that were fitted to profiled nodes.
+        whole: (workload, machine, seconds) on the calibrated machine.
     """
     fixed = [
         sum(costs.kinds[operator.kind].cycles_per_node for operator in workload.operators)
@@ -142,8 +145,7 @@ def rescale(
 
 def _features(entry: TimedOperator) -> list[float]:
     operator, machine = entry.operator, entry.machine
-    # A projection's own output is part of its arithmetic; counting its vectors too would leave the
-    # split between both to chance.
+    # A projection's output grows with its arithmetic, so a fit cannot separate the two.
     elements = 0 if operator.kind == "projection" else operator.elements
     return [
         operator.macs / machine.peak_macs_per_s,

@@ -1,6 +1,4 @@
-"""What a roofline needs to know of a machine: how fast it multiplies, reads and counts, with so
-many threads at a precision.
-"""
+"""The machine of a roofline: its rates with a number of threads at a precision."""
 
 from __future__ import annotations
 
@@ -14,12 +12,20 @@ BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine with a number of threads at a precision.
+    """A machine with a number of threads at a precision; rates are the sum over the threads.
 
-    device: what is one device, whatever its settings; peak_macs_per_s (of products with weights),
-    float_macs_per_s (of attention products, which stay in floating point when weights are int8) and
-    vector_numbers_per_s of all threads together; last_cache_bytes: weights that fit it are not read
-    from memory at each inference.
+    Attributes:
+        device: Name of the device, the same for all of its settings.
+        architecture: Architecture of the processor.
+        threads: Number of threads.
+        precision: Precision of the weights.
+        clock_hz: Clock in Hz.
+        peak_macs_per_s: Multiply-adds per second of products with weights.
+        float_macs_per_s: Multiply-adds per second of attention products, which stay in floating
+            point where weights are int8.
+        vector_numbers_per_s: Numbers per second that vector instructions process.
+        bandwidth_bytes_per_s: Memory bandwidth; None where it is unknown.
+        last_cache_bytes: Weights that fit in it are not read from memory at each inference.
     """
 
     device: str
@@ -40,16 +46,17 @@ class Machine:
 
 
 def machine_of(profile: TargetProfile, precision: Precision, threads: int | None = None) -> Machine:
-    """A profile's CPU with `threads` threads (None: every core of its first cluster).
+    """Return a profile's CPU with `threads` threads, by default every core of its first cluster.
 
-    A CPU without a rate for a precision runs it at the next wider one's. Errors: InputError for a
-    profile without a peak, or more threads than cores.
+    A CPU without a rate for a precision is given that of the next wider one. Raises InputError for
+    a profile without a peak, and for more threads than cores.
     """
     first = profile.clusters[0]
     threads = first.cores if threads is None else threads
     if threads < 1 or threads > profile.cores:
         raise InputError(
-            f"{profile.name}: {threads} threads, but the profile has {profile.cores} cores; give 1 to {profile.cores}"
+            f"{profile.name}: {threads} threads, but the profile has {profile.cores} cores; "
+            f"give 1 to {profile.cores}"
         )
     effective = precision
     peak = profile.peak.of(precision)
@@ -57,11 +64,13 @@ def machine_of(profile: TargetProfile, precision: Precision, threads: int | None
         effective, peak = ("int8" if precision == "int8" else "fp32"), profile.peak.fp32_macs_per_s
     if peak is None:
         raise InputError(
-            f"{profile.name}: its profile states no {precision} peak, so no time can be estimated; add peak.{precision}_macs_per_s"
+            f"{profile.name}: its profile states no {precision} peak, so no time can be estimated; "
+            f"add peak.{precision}_macs_per_s"
         )
     # The profile's peak is that of its first cluster; slower cores add little to a runtime that
     # splits work evenly.
     used = min(threads, first.cores)
+    float_peak = peak if effective != "int8" else profile.peak.fp32_macs_per_s or peak
     caches = (profile.memory.l3_bytes, profile.memory.l2_bytes)
     return Machine(
         device=profile.name,
@@ -70,9 +79,7 @@ def machine_of(profile: TargetProfile, precision: Precision, threads: int | None
         precision=effective,
         clock_hz=first.frequency_hz,
         peak_macs_per_s=peak * used / first.cores,
-        float_macs_per_s=(peak if effective != "int8" else profile.peak.fp32_macs_per_s or peak)
-        * used
-        / first.cores,
+        float_macs_per_s=float_peak * used / first.cores,
         vector_numbers_per_s=used * first.frequency_hz * profile.vector.lanes,
         bandwidth_bytes_per_s=profile.memory.bandwidth_bytes_per_s,
         last_cache_bytes=next((size for size in caches if size), 0),

@@ -1,4 +1,4 @@
-"""Latencies that were measured: on a machine by vitrim, or by others, who published them."""
+"""Measured latencies: vitrim's own, and those that others published."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ MEASURED = Path(__file__).with_name("measured.json")
 
 
 def family_of(runtime: str, precision: Precision) -> str:
-    """What is alike: a runtime in floating point, or in int8."""
+    """Return the family of similar measurements: a runtime in floating point, or in int8."""
     return f"{runtime} int8" if precision == "int8" else runtime
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measured latency: `family` is the runtime (and int8, which is another matter than
-    floating point), `source` says who measured it.
+    """One measured latency.
+
+    Attributes:
+        machine: The machine with its threads and precision.
+        family: The runtime, in floating point or int8; see `family_of`.
+        workload: The model.
+        latency_s: Seconds of one inference.
+        source: Who measured it.
+        setting: What distinguishes it from other measurements of the device.
     """
 
     machine: Machine
@@ -39,18 +46,20 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Device, its setting and threads, in a few words."""
-        return f"{self.machine.device}{f' {self.setting}' if self.setting else ''}, {self.machine.threads} thread{'s' * (self.machine.threads > 1)}"
+        """The device, its setting and its threads, for tables."""
+        threads = self.machine.threads
+        device = f"{self.machine.device} {self.setting}".rstrip()
+        return f"{device}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Plain(BaseModel):
-    """Frozen data; unknown keys are refused."""
+    """Frozen data that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Model(Plain):
-    """Sizes of a plain ViT."""
+    """The sizes of a plain ViT."""
 
     image: int
     patch: int
@@ -61,7 +70,7 @@ class Model(Plain):
     channels: int = 3
 
     def vit(self) -> PlainVit:
-        """With the usual FFN, four times the residual width."""
+        """Return the ViT, with an FFN of four times the residual width."""
         return PlainVit(
             self.image,
             self.patch,
@@ -75,8 +84,9 @@ class Model(Plain):
 
 
 class Processor(Plain):
-    """A device whose latencies are known: multiply-adds a cycle of one core at each precision, and
-    where the numbers come from.
+    """A device with measured latencies; multiply-adds per cycle are those of one core.
+
+    `source` states where the numbers come from.
     """
 
     title: str
@@ -92,13 +102,14 @@ class Processor(Plain):
     source: str
 
     def machine(self, device: str, threads: int, precision: Precision) -> Machine:
-        """With `threads` threads at a precision."""
+        """Return the machine with `threads` threads at a precision."""
         rates = {
             "fp32": self.fp32_macs_per_cycle,
             "fp16": self.fp16_macs_per_cycle,
             "int8": self.int8_macs_per_cycle,
         }
         used = min(threads, self.cores)
+        float_rate = rates["fp16"] if precision == "fp16" else None
         return Machine(
             device=device,
             architecture=self.architecture,
@@ -106,9 +117,7 @@ class Processor(Plain):
             precision=precision,
             clock_hz=self.clock_hz,
             peak_macs_per_s=used * self.clock_hz * (rates[precision] or self.fp32_macs_per_cycle),
-            float_macs_per_s=used
-            * self.clock_hz
-            * ((rates[precision] if precision == "fp16" else None) or self.fp32_macs_per_cycle),
+            float_macs_per_s=used * self.clock_hz * (float_rate or self.fp32_macs_per_cycle),
             vector_numbers_per_s=used * self.clock_hz * self.lanes,
             bandwidth_bytes_per_s=self.bandwidth_bytes_per_s,
             last_cache_bytes=self.last_cache_bytes,
@@ -116,8 +125,9 @@ class Processor(Plain):
 
 
 class Latency(Plain):
-    """One figure. `last_queries`: the graph computes the class token's row alone in the last
-    block.
+    """One published or measured latency.
+
+    `last_queries`: in the last block the graph computes only the class token's row.
     """
 
     processor: str
@@ -132,7 +142,7 @@ class Latency(Plain):
 
 
 class Collection(Plain):
-    """Models, processors and latencies that name both."""
+    """Models, processors, and latencies that refer to both."""
 
     schema_: Literal["vitrim.latencies/1"] = Field(alias="schema")
     models: dict[str, Model]
@@ -148,13 +158,15 @@ class Collection(Plain):
                 )
             if latency.processor not in self.processors:
                 raise ValueError(
-                    f"latencies.{number}.processor: {latency.processor!r} is not among the processors"
+                    f"latencies.{number}.processor: {latency.processor!r} is not among the "
+                    "processors"
                 )
         return self
 
     def points(self) -> list[Point]:
-        """Every latency with its machine and workload. A processor's name up to its first `/` is
-        the device.
+        """Return every latency with its machine and workload.
+
+        The device is the processor's name up to its first `/`.
         """
         return [
             Point(
@@ -174,7 +186,7 @@ class Collection(Plain):
 
 
 def read_latencies(path: Path) -> Collection:
-    """A TOML or JSON file of latencies. Errors: InputError with file and key."""
+    """Read a TOML or JSON file of latencies; raises InputError with the file and the key."""
     try:
         text = path.read_text(encoding="utf-8")
         data: Any = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
@@ -190,18 +202,16 @@ def read_latencies(path: Path) -> Collection:
             f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
         ) from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be understood ({error}); correct it") from None
+        raise InputError(f"{path}: cannot be parsed ({error}); correct it") from None
 
 
 def known_points() -> list[Point]:
-    """Everything that the package knows: measured by vitrim, and published."""
+    """Return all points in the package: measured by vitrim, and published."""
     return [point for path in (MEASURED, PUBLISHED) for point in read_latencies(path).points()]
 
 
 def device_titles() -> dict[str, str]:
-    """What people call each device of `known_points`; settings of one device go by the first one's
-    title.
-    """
+    """Return the title of each device of `known_points`; the first of its settings gives it."""
     titles: dict[str, str] = {}
     for path in (MEASURED, PUBLISHED):
         for name, processor in read_latencies(path).processors.items():
@@ -210,7 +220,7 @@ def device_titles() -> dict[str, str]:
 
 
 def known_runtimes() -> set[str]:
-    """Runtimes that some figure is of."""
+    """Return the runtimes with at least one latency."""
     return {
         entry.runtime for path in (MEASURED, PUBLISHED) for entry in read_latencies(path).latencies
     }

@@ -1,6 +1,4 @@
-"""An estimate of a latency on a device that is not at hand: a likely value, its error bar, and what
-both rest on.
-"""
+"""Latency estimates for devices that are not available: a likely value and its error bar."""
 
 from __future__ import annotations
 
@@ -18,8 +16,19 @@ from .workload import Workload
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one inference, likely within low_s and high_s. An estimate is never a measurement
-    and never stored as one.
+    """The estimated latency of one inference; it is never stored as a measurement.
+
+    Attributes:
+        target: Name of the device profile.
+        runtime: Name of the runtime.
+        precision: Precision of the weights.
+        threads: Number of threads.
+        likely_s: Likely latency in seconds.
+        low_s: Lower end of the error bar.
+        high_s: Upper end of the error bar.
+        factor: high_s over likely_s, and likely_s over low_s.
+        rests_on: The measurements that it was calibrated on.
+        validated_on: The left-out devices whose prediction errors gave the error bar.
     """
 
     target: str
@@ -31,22 +40,23 @@ class Estimate:
     high_s: float
     factor: float
     rests_on: str
-    # The devices that were measured, and whose left-out predictions the bar was taken from.
-    held_against: tuple[str, ...]
+    validated_on: tuple[str, ...]
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         bar = f"{time_text(self.low_s)} to {time_text(self.high_s)}"
         return (
-            f"time of one inference, estimate: {time_text(self.likely_s)} ({bar}) in {self.runtime}, {self.precision}, {threads}; "
-            f"the bar, a factor of {self.factor:.1f}, held {100 * LEVEL:.0f} % of devices left out; rests on {self.rests_on}; measure it on the device"
+            f"time of one inference, estimate: {time_text(self.likely_s)} ({bar}) in "
+            f"{self.runtime}, {self.precision}, {threads}; the bar, a factor of {self.factor:.1f}, "
+            f"covers {100 * LEVEL:.0f} % of left-out devices; rests on {self.rests_on}; "
+            "measure it on the device"
         )
 
 
 @dataclass(frozen=True)
 class _Known:
     calibration: Calibration
-    # The error where the runtime was measured on that kind of machine, and where it was not.
+    # The error where the runtime was measured on the architecture, and where it was not.
     near: float
     far: float
     near_devices: tuple[str, ...]
@@ -79,11 +89,14 @@ def _titles(left_out: Sequence[LeftOut]) -> tuple[str, ...]:
 
 
 def can_estimate(profile: TargetProfile, precision: Precision) -> str | None:
-    """None, or one line that says why no time is estimated for the device."""
+    """Return None, or why no time can be estimated for the device, in one line."""
     if profile.peak.of(precision) is None and profile.peak.fp32_macs_per_s is None:
         return f"time: no estimate; the profile states no {precision} peak for this device"
     if profile.kind == "gpu" or (profile.tvm_target or {}).get("kind") == "cuda":
-        return "time: no estimate; its peak is a GPU's, and no GPU was measured to calibrate one with; measure it on the device"
+        return (
+            "time: no estimate; its peak is a GPU's, and no GPU was measured to calibrate one "
+            "with; measure it on the device"
+        )
     if profile.kind == "microcontroller":
         return "time: no estimate; no microcontroller was measured to calibrate one with"
     return None
@@ -97,11 +110,20 @@ def estimate(
     precision: Precision = "fp32",
     threads: int | None = None,
 ) -> Estimate:
-    """The latency of a workload on a device, from everything that was measured elsewhere.
+    """Estimate the latency of a workload on a device.
 
-    runtime: the profile's preferred one by default; threads: every core of the profile's first
-    cluster by default. The bar holds `LEVEL` of devices that were left out of the calibration.
-    Errors: InputError as `machine_of`.
+    Args:
+        workload: The operators of one inference.
+        profile: The device.
+        runtime: The runtime; by default the profile's preferred one.
+        precision: Precision of the weights.
+        threads: Number of threads; by default every core of the profile's first cluster.
+
+    Returns:
+        The estimate; its bar covers a share `LEVEL` of devices left out of the calibration.
+
+    Raises:
+        InputError: The profile states no peak, or has fewer cores than threads.
     """
     machine = machine_of(profile, precision, threads)
     runtime = runtime or profile.preferred_runtime
@@ -113,7 +135,6 @@ def estimate(
     rests = " on ".join(part for part in cell if part) or f"all {known.devices} devices"
     if not exact and cell[1]:
         rests = f"other runtimes on {cell[1]}"
-    held = known.near_devices if exact else known.far_devices
     return Estimate(
         profile.name,
         runtime,
@@ -124,18 +145,14 @@ def estimate(
         likely * factor,
         factor,
         rests,
-        held,
+        known.near_devices if exact else known.far_devices,
     )
 
 
 def time_text(seconds: float) -> str:
-    """Seconds for people: two or three figures and a unit."""
+    """Format seconds with two or three figures and a unit."""
     if seconds >= 1:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return (
-        f"{seconds * 1e3:.2g} ms"
-        if seconds < 0.0995 and seconds >= 1e-3
-        else f"{seconds * 1e3:.0f} ms"
-        if seconds >= 0.0995
-        else f"{seconds * 1e6:.0f} µs"
-    )
+    if seconds >= 0.0995:
+        return f"{seconds * 1e3:.0f} ms"
+    return f"{seconds * 1e3:.2g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"

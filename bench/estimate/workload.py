@@ -1,6 +1,4 @@
-"""A Vision Transformer as the list of operators that a runtime executes, with the arithmetic and
-the numbers that each needs.
-"""
+"""A Vision Transformer as the list of operators that a runtime executes, with their sizes."""
 
 from __future__ import annotations
 
@@ -13,8 +11,14 @@ OperatorKind = Literal["projection", "attention", "activation", "norm", "add"]
 
 @dataclass(frozen=True)
 class Operator:
-    """One node: multiply-adds, numbers that it writes (scores, for attention), and weights that it
-    reads.
+    """One node of the graph.
+
+    Attributes:
+        name: Name of the node.
+        kind: The kind of operator, which has a cost of its own.
+        macs: Multiply-adds.
+        elements: Numbers that it writes; for attention the scores.
+        weights: Weights that it reads.
     """
 
     name: str
@@ -38,30 +42,46 @@ class Workload:
 
     @property
     def weights(self) -> int:
-        """Numbers of weights that one inference reads."""
+        """Weights that one inference reads."""
         return sum(operator.weights for operator in self.operators)
 
 
 def projection(name: str, rows: int, inputs: int, outputs: int) -> Operator:
-    """A matrix of weights (inputs x outputs) applied to `rows` tokens."""
+    """Return a matrix of weights (inputs x outputs) applied to `rows` tokens.
+
+    Args:
+        name: Name of the node.
+        rows: Number of tokens.
+        inputs: Width of a token.
+        outputs: Width of the result.
+    """
     return Operator(
         name, "projection", rows * inputs * outputs, rows * outputs, inputs * outputs + outputs
     )
 
 
-def attention(name: str, heads: int, asked: int, seen: int, qk: int, v: int) -> Operator:
-    """Scores, softmax and weighted values of all heads: `asked` queries against `seen` keys."""
-    return Operator(name, "attention", heads * asked * seen * (qk + v), heads * asked * seen)
+def attention(name: str, heads: int, queries: int, keys: int, qk: int, v: int) -> Operator:
+    """Return the scores, softmax and weighted values of all heads as one operator.
+
+    Args:
+        name: Name of the node.
+        heads: Number of heads.
+        queries: Tokens with a query.
+        keys: Tokens with a key and a value.
+        qk: Width of a query and a key.
+        v: Width of a value.
+    """
+    return Operator(name, "attention", heads * queries * keys * (qk + v), heads * queries * keys)
 
 
 def pointwise(name: str, kind: Literal["activation", "norm", "add"], elements: int) -> Operator:
-    """An operator that touches each number once or twice and has no weights worth mentioning."""
+    """Return an operator that reads each number once or twice and has hardly any weights."""
     return Operator(name, kind, 0, elements)
 
 
 @dataclass(frozen=True)
 class PlainVit:
-    """The sizes of an ordinary pre-norm ViT with a class token."""
+    """The sizes of a plain pre-norm ViT with a class token."""
 
     image: int
     patch: int
@@ -74,12 +94,14 @@ class PlainVit:
 
     @property
     def tokens(self) -> int:
-        """Patches and the class token."""
+        """Number of patches and the class token."""
         return (self.image // self.patch) ** 2 + 1
 
     def workload(self, name: str, *, last_queries: bool = False) -> Workload:
-        """Its operators; with `last_queries` the last block computes the class token's row only, as
-        vitrim's graphs do.
+        """Return its operators.
+
+        With `last_queries` the last block computes only the class token's row, as vitrim's graphs
+        do.
         """
         return Workload(name, tuple(self._operators(last_queries)))
 
@@ -87,19 +109,19 @@ class PlainVit:
         n, d, width = self.tokens, self.embed, self.embed // self.heads
         yield projection("stem", n - 1, self.channels * self.patch**2, d)
         for block in range(self.depth):
-            asked = 1 if last_queries and block == self.depth - 1 else n
+            rows = 1 if last_queries and block == self.depth - 1 else n
             at = f"blocks.{block}"
             yield pointwise(f"{at}.attn.norm", "norm", n * d)
-            yield projection(f"{at}.attn.q", asked, d, d)
+            yield projection(f"{at}.attn.q", rows, d, d)
             yield projection(f"{at}.attn.k", n, d, d)
             yield projection(f"{at}.attn.v", n, d, d)
-            yield attention(f"{at}.attn", self.heads, asked, n, width, width)
-            yield projection(f"{at}.attn.out", asked, d, d)
-            yield pointwise(f"{at}.attn.add", "add", asked * d)
-            yield pointwise(f"{at}.ffn.norm", "norm", asked * d)
-            yield projection(f"{at}.ffn.fc1", asked, d, self.ffn)
-            yield pointwise(f"{at}.ffn.act", "activation", asked * self.ffn)
-            yield projection(f"{at}.ffn.out", asked, self.ffn, d)
-            yield pointwise(f"{at}.ffn.add", "add", asked * d)
+            yield attention(f"{at}.attn", self.heads, rows, n, width, width)
+            yield projection(f"{at}.attn.out", rows, d, d)
+            yield pointwise(f"{at}.attn.add", "add", rows * d)
+            yield pointwise(f"{at}.ffn.norm", "norm", rows * d)
+            yield projection(f"{at}.ffn.fc1", rows, d, self.ffn)
+            yield pointwise(f"{at}.ffn.act", "activation", rows * self.ffn)
+            yield projection(f"{at}.ffn.out", rows, self.ffn, d)
+            yield pointwise(f"{at}.ffn.add", "add", rows * d)
         yield pointwise("norm", "norm", d if last_queries else n * d)
         yield projection("head", 1, d, self.classes)

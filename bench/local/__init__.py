@@ -1,1 +1,1 @@
-"""Measuring an artifact on this machine."""
+"""Measuring artifacts on this machine."""

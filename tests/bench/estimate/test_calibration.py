@@ -1,4 +1,4 @@
-"""Calibration finds what made the latencies, and tells its error on devices that it never saw."""
+"""Calibration recovers known factors, and its error is that of devices left out of the fit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COSTS = OperatorCosts(
         "norm": OperatorCost(0.0, 12.0, 3000.0),
         "add": OperatorCost(0.0, 8.0, 2000.0),
     },
-    "nothing",
+    "synthetic",
 )
 VITS = {
     "small": PlainVit(32, 8, 48, 2, 3, 192),
@@ -55,10 +55,12 @@ def point(
     architecture: str = "aarch64",
 ) -> Point:
     work, where = VITS[vit].workload(vit), machine(name, threads, architecture=architecture)
-    return Point(where, family, work, COSTS.seconds(work, where) * factor * threads**0.25, "made")
+    return Point(
+        where, family, work, COSTS.seconds(work, where) * factor * threads**0.25, "synthetic"
+    )
 
 
-def test_operator_costs_are_found_again() -> None:
+def test_operator_costs_are_recovered() -> None:
     timed = [
         TimedOperator(
             operator,
@@ -74,7 +76,7 @@ def test_operator_costs_are_found_again() -> None:
             kind
         )
         if kind not in ("attention",):
-            # Scores and multiply-adds of attention grow together, so only their sum is known.
+            # Scores and multiply-adds of attention are collinear, so only their sum is identified.
             assert found.kinds[kind].over_peak == pytest.approx(cost.over_peak, rel=0.01)
     large = VITS["large"].workload("x")
     assert found.seconds(large, machine("a")) == pytest.approx(
@@ -82,7 +84,7 @@ def test_operator_costs_are_found_again() -> None:
     )
 
 
-def test_a_profiler_that_costs_time_at_each_node_is_taken_off() -> None:
+def test_the_time_that_a_profiler_adds_to_each_node_is_removed() -> None:
     slow = OperatorCosts(
         {
             kind: replace(cost, cycles_per_node=cost.cycles_per_node * 3)
@@ -107,7 +109,7 @@ def test_weights_beyond_the_cache_are_read_from_memory() -> None:
     assert COSTS.seconds(work, replace(slow, last_cache_bytes=2**30)) < reading / 2
 
 
-def test_the_factor_of_a_runtime_and_the_loss_over_threads_are_found() -> None:
+def test_the_factor_of_a_runtime_and_the_loss_over_threads_are_recovered() -> None:
     points = [point(name, "quick", 2.0, threads) for name in "abc" for threads in (1, 4)] + [
         point("d", "slow", 5.0)
     ]
@@ -115,13 +117,12 @@ def test_the_factor_of_a_runtime_and_the_loss_over_threads_are_found() -> None:
     assert found.threads_power == pytest.approx(0.25)
     assert math.exp(found.levels["quick", "aarch64"]) == pytest.approx(2.0)
     assert math.exp(found.levels["slow", "aarch64"]) == pytest.approx(5.0)
-    # A runtime that nobody measured rests on the others there, and an architecture that nobody
-    # measured on all.
+    # Without points of the runtime, those of the architecture count; without those, all points.
     assert found.cell(machine("x"), "unknown") == ("", "aarch64")
     assert found.cell(machine("x", architecture="riscv64"), "quick") == ("", "")
 
 
-def test_a_device_left_out_is_not_seen_with_any_thread_count() -> None:
+def test_a_left_out_device_is_left_out_with_every_thread_count() -> None:
     points = [
         point(name, "quick", factor, threads)
         for name, factor in (("a", 2.0), ("b", 2.0), ("odd", 6.0))
@@ -130,11 +131,11 @@ def test_a_device_left_out_is_not_seen_with_any_thread_count() -> None:
     left_out = leave_one_out(points, COSTS)
     odd = [entry.ratio for entry in left_out if entry.point.machine.device == "odd"]
     assert odd == pytest.approx([1 / 3, 1 / 3])
-    # Two devices alike and one three times slower: the bar has to reach the third.
+    # Two similar devices and one three times slower: the bar has to reach the third.
     assert error_factor(left_out) == pytest.approx(3.0)
 
 
-def test_without_its_runtime_a_device_rests_on_the_others() -> None:
+def test_without_its_runtime_a_device_is_predicted_by_the_others() -> None:
     points = [point(name, "quick", 2.0, threads) for name in "ab" for threads in (1, 4)] + [
         point("c", "slow", 5.0)
     ]
@@ -143,7 +144,7 @@ def test_without_its_runtime_a_device_rests_on_the_others() -> None:
     assert {round(entry.ratio, 6) for entry in far if entry.point.machine.device == "a"} == {2.5}
 
 
-# ---- what is shipped -------------------------------------------------------------------------------------------------------------------
+# ---- the data in the package ---------------------------------------------------------------------
 
 
 def test_every_published_latency_has_a_source() -> None:
@@ -170,10 +171,10 @@ def test_published_latencies_are_predicted_within_a_factor_of_two() -> None:
     assert within >= 0.9
 
 
-def test_an_estimate_says_that_it_is_one_and_carries_its_bar() -> None:
+def test_an_estimate_is_marked_as_one_and_has_an_error_bar() -> None:
     found = estimate(VITS["large"].workload("vit_tiny"), load_target("rpi4"), threads=1)
     assert found.low_s < found.likely_s < found.high_s
-    # No device beats its own peak.
+    # No device is faster than its own peak.
     assert found.low_s > 0.5 * VITS["large"].workload("x").macs / 6e9
     assert "estimate" in str(found)
     assert "measure it on the device" in str(found)
@@ -185,7 +186,7 @@ def test_an_estimate_says_that_it_is_one_and_carries_its_bar() -> None:
     assert found.rests_on == "other runtimes on aarch64"
 
 
-def test_more_threads_are_estimated_quicker_but_not_in_proportion() -> None:
+def test_more_threads_are_estimated_to_be_faster_but_not_in_proportion() -> None:
     one, four = (
         estimate(VITS["large"].workload("x"), load_target("rpi5"), threads=threads).likely_s
         for threads in (1, 4)
@@ -194,7 +195,7 @@ def test_more_threads_are_estimated_quicker_but_not_in_proportion() -> None:
 
 
 @pytest.mark.parametrize("name", list_targets())
-def test_every_target_has_an_estimate_or_says_why_not(name: str) -> None:
+def test_every_target_has_an_estimate_or_a_reason_against_it(name: str) -> None:
     profile = load_target(name)
     reason = can_estimate(profile, "int8")
     if reason is None:
@@ -233,7 +234,7 @@ def test_a_precision_without_a_peak_is_refused() -> None:
             r"latencies\.\d+\.latency_s: Input should be greater than 0",
         ),
         ("cores = 4", "corez = 4", r"processors\..*cores?z?: (Field required|Extra inputs)"),
-        ("schema = ", "schema == ", "cannot be understood"),
+        ("schema = ", "schema == ", "cannot be parsed"),
     ],
 )
 def test_a_broken_file_of_latencies_is_refused_by_key(
@@ -259,5 +260,5 @@ def test_a_broken_file_of_latencies_is_refused_by_key(
         (0.0996, "100 ms"),
     ],
 )
-def test_times_for_people(seconds: float, text: str) -> None:
+def test_times_are_formatted_with_two_or_three_figures(seconds: float, text: str) -> None:
     assert time_text(seconds) == text

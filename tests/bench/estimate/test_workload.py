@@ -1,4 +1,4 @@
-"""A workload counts what the network computes."""
+"""A workload counts the operators of a network."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def test_a_saved_network_counts_as_a_plain_vit_of_its_sizes() -> None:
         "num_classes": 5,
     }
     architecture = vitrim.lift(timm.models.VisionTransformer(**sizes).eval()).architecture
-    mine = network_workload(architecture)
+    counted = network_workload(architecture)
     plain = PlainVit(image=32, patch=8, embed=48, depth=2, heads=3, ffn=192, classes=5).workload(
         "plain", last_queries=True
     )
     assert (
-        mine.macs
+        counted.macs
         == plain.macs
         == count_macs(architecture.model_copy(update={"last_queries": True}))
     )
-    assert mine.weights == plain.weights
-    assert [operator.kind for operator in mine.operators if operator.kind == "attention"] == [
+    assert counted.weights == plain.weights
+    assert [operator.kind for operator in counted.operators if operator.kind == "attention"] == [
         "attention"
     ] * 2
