@@ -20,7 +20,7 @@ from ..compress.data.named_datasets import default_preprocessing
 from ..compress.data.preprocessing import Preprocessing
 from ..compress.lift import lift
 from ..compress.network.files import ARCHITECTURE, load, read_architecture
-from ..compress.surgery.prune_masks import fold_prune_masks
+from ..compress.surgery.dead_weight import fold_prune_masks
 from ..compress.train.positions import start_positions
 from ..core.errors import InputError
 from ..core.storage import sha256_file

@@ -1,20 +1,18 @@
-"""Heads and columns of an attention that do nothing, or the same for every token.
+"""Heads and columns of an attention that are zero, or the same for every token.
 
-What may go, and why, for head h with queries q, keys k, values v (columns j), y = softmax(scale * q
-kᵀ) v:
+Rules for a head with queries q, keys k and values v (columns j), y = softmax(scale * q kᵀ) v:
 
-- v row zero: y_j is the bias of v_j at every token, because rows of the softmax sum to one; it
-  folds into the output bias.
-- Output column zero: nobody reads y_j.
-- A head all of whose value columns are so goes whole. Queries that are zero make no head dead: its
-  softmax is uniform, it averages.
-- q row and bias zero: the column adds nothing to the scores.
-- k row zero, whatever its bias: the column adds q_j(t) b_j to all scores of query t alike, and a
-  softmax does not see that.
-- q row zero but not its bias: the column adds b_j k_j(s), which tells keys apart; it stays.
+1. v row zero: y_j is the bias of v_j at every token, since rows of a softmax sum to one. It is
+   folded into the output bias.
+2. Output column zero: y_j is not read.
+3. A head is removed if all of its value columns are like this. Zero queries do not make a head
+   dead: its softmax is uniform and averages the values.
+4. q row and bias zero: the column adds nothing to the scores.
+5. k row zero: the column adds q_j(t) b_j to all scores of query t, which a softmax ignores.
+6. q row zero but not its bias: the column adds b_j k_j(s), which differs between keys. It stays.
 
-Norms over what is cut forbid it, rope turns columns in pairs (and its bias is no constant any
-more), and every head keeps equally many columns.
+A norm over the columns forbids their removal. Rope rotates columns in pairs, so that a bias is no
+constant. Every head keeps equally many columns.
 """
 
 from __future__ import annotations
@@ -28,105 +26,93 @@ from ..network.architecture import AttentionSpec
 from ..network.modules.rope import pairs
 from .dead_ffn import DeadUnits
 
+# Dead units that stay, as (count, reason).
+Remaining = list[tuple[int, str]]
+
 
 def dead_attention(
     core: AttentionSpec, tensors: Mapping[str, Tensor], gain: Tensor | None
 ) -> DeadUnits:
-    """The heads and columns that may go. `tensors`: by leaf (`q.weight`); `gain` (width_out,): the
-    layer scale behind the output, or None.
+    """Find the heads and columns that can be removed.
+
+    Args:
+        core: The attention.
+        tensors: Its tensors by leaf (`q.weight`).
+        gain: (width_out,), the layer scale behind the output, or None.
     """
-    left: list[tuple[int, str]] = []
+    remaining: Remaining = []
     keep: dict[str, Tensor] = {}
-    dead, emitted, alive = _values(core, tensors, gain, left)
-    group = torch.tensor(core.kv_of) if core.kv_of is not None else torch.arange(core.heads)
+    dead, emitted, alive = _values(core, tensors, gain, remaining)
     if not bool(alive.all()):
         keep["head"] = alive
-    gone = dead & ~alive[:, None]
+    removed = dead & ~alive[:, None]
     if bool(alive.any()):
         if core.head_norm is None and core.out_norm is None:
-            columns = _equal(dead, alive, group, torch.arange(core.v)[:, None], 0, "value", left)
+            members = torch.arange(core.v)[:, None]
+            columns = _equal_columns(core, dead, alive, members, "value", remaining)
             if columns is not None:
                 keep["v"] = columns
-                gone |= ~columns & alive[:, None]
-        members = (
-            pairs(core.rope.layout, core.qk)
-            if core.rope is not None
-            else torch.arange(core.qk)[:, None]
-        )
-        columns = _equal(
-            _scores(core, tensors, group, members, alive, left),
-            alive,
-            group,
-            members,
-            1,
-            "query/key",
-            left,
-        )
+                removed |= ~columns & alive[:, None]
+        members = torch.arange(core.qk)[:, None]
+        if core.rope is not None:
+            members = pairs(core.rope.layout, core.qk)
+        unused = _query_key(core, tensors, members, alive, remaining)
+        columns = _equal_columns(core, unused, alive, members, "query/key", remaining)
         if columns is not None:
             keep["qk"] = columns
     out = tensors["out.weight"]
-    fold = out.double() @ (emitted.double() * gone).flatten()
-    return DeadUnits(keep, fold.to(out), tuple(left))
+    fold = out.double() @ (emitted.double() * removed).flatten()
+    return DeadUnits(keep, fold.to(out), tuple(remaining))
+
+
+def _groups(core: AttentionSpec) -> Tensor:
+    """(heads,) the key/value head of each head."""
+    return torch.tensor(core.kv_of) if core.kv_of is not None else torch.arange(core.heads)
 
 
 def _values(
-    core: AttentionSpec,
-    tensors: Mapping[str, Tensor],
-    gain: Tensor | None,
-    left: list[tuple[int, str]],
+    core: AttentionSpec, tensors: Mapping[str, Tensor], gain: Tensor | None, remaining: Remaining
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(heads, v) columns that are constant or unread, (heads, v) what they emit, and (heads,) the
-    heads that live.
-    """
-    weight, out = tensors["v.weight"], tensors["out.weight"]
-    group = torch.tensor(core.kv_of) if core.kv_of is not None else torch.arange(core.heads)
+    """Dead value columns (heads, v), what they emit (heads, v), and live heads (heads,)."""
+    weight, out, group = tensors["v.weight"], tensors["out.weight"], _groups(core)
     zero = (weight == 0).all(dim=1).view(-1, core.v)[group]
     emitted = tensors.get("v.bias", weight.new_zeros(len(weight))).view(-1, core.v)[group]
     constant = zero
     if core.differential is not None:
-        # Rows of the difference of two maps do not sum to one.
+        # Rows of a difference of two softmaxes do not sum to one.
         constant = zero & (emitted == 0)
     if core.gated:
         gate = tensors["gate.weight"]
         closed = tensors.get("gate.bias", gate.new_zeros(len(gate))).view(core.heads, core.v)
         constant = constant & ((gate == 0).all(dim=1).view(core.heads, core.v) | (emitted == 0))
         emitted = emitted * closed.sigmoid()
-    unread = (
-        ((out if gain is None else out * gain[:, None]) == 0).all(dim=0).view(core.heads, core.v)
-    )
+    scaled = out if gain is None else out * gain[:, None]
+    unread = (scaled == 0).all(dim=0).view(core.heads, core.v)
     dead = constant | unread
     emitted = torch.where(constant, emitted, torch.zeros_like(emitted))
-    none = torch.ones(core.heads, dtype=torch.bool)
     if core.out_norm is not None:
-        _note(
-            left,
-            int(dead.sum()),
-            "the norm before the output projection takes its statistics over every column",
-        )
-        return torch.zeros_like(dead), emitted, none
+        why = "the statistics of the norm before the output projection run over every column"
+        _add(remaining, int(dead.sum()), why)
+        return torch.zeros_like(dead), emitted, torch.ones(core.heads, dtype=torch.bool)
     if core.head_norm is not None:
-        # It works within a head, so a head that nobody reads may go, and one that is zero where
-        # zero stays zero.
-        silent = (zero & (emitted == 0)).all(dim=1) & (not core.head_norm.bias)
-        whole = unread.all(dim=1) | silent
-        _note(
-            left,
-            int((dead & ~whole[:, None]).sum()),
-            "the norm behind each head takes its statistics over every column of the head",
-        )
+        # The norm acts within a head, so an unread head can go, and a zero one that stays zero.
+        zeros = (zero & (emitted == 0)).all(dim=1) & (not core.head_norm.bias)
+        whole = unread.all(dim=1) | zeros
+        why = "the statistics of the norm behind each head run over every column of the head"
+        _add(remaining, int((dead & ~whole[:, None]).sum()), why)
         return dead & whole[:, None], torch.zeros_like(emitted), ~whole
     return dead, emitted, ~dead.all(dim=1)
 
 
-def _scores(
+def _query_key(
     core: AttentionSpec,
     tensors: Mapping[str, Tensor],
-    group: Tensor,
     members: Tensor,
     alive: Tensor,
-    left: list[tuple[int, str]],
+    remaining: Remaining,
 ) -> Tensor:
-    """(heads, units) query/key columns, or rope pairs of them, that no score feels."""
+    """(heads, units) query/key columns, or rope pairs of them, that no score depends on."""
+    group = _groups(core)
 
     def rows(leaf: str, *, biased: bool) -> Tensor:
         weight = tensors[f"{leaf}.weight"]
@@ -138,11 +124,8 @@ def _scores(
 
     if core.q_norm is not None or core.k_norm is not None:
         zero = (rows("q", biased=True) | rows("k", biased=True)).all(dim=1) & alive[:, None]
-        _note(
-            left,
-            int(zero.sum()),
-            "the norm of queries or keys takes its statistics over every column",
-        )
+        why = "the statistics of the norm of queries or keys run over every column"
+        _add(remaining, int(zero.sum()), why)
         return torch.zeros(core.heads, len(members), dtype=torch.bool)
     constant = (
         rows("q", biased=False)
@@ -150,47 +133,41 @@ def _scores(
         & ~rows("k", biased=False)
         & alive[:, None, None]
     )
-    _note(left, int(constant.sum()), "constant queries still weigh keys against each other")
-    # Differential attention has two maps a head, and a column goes from both.
+    _add(remaining, int(constant.sum()), "constant queries still weigh keys against each other")
+    # Differential attention has two maps a head, and a column is removed from both.
     if core.rope is None:
         return (rows("q", biased=True) | rows("k", biased=False)).all(dim=1)
-    # q R(t - s) k of a pair is nothing only if both columns of q, or both of k, are.
-    return rows("q", biased=True).all(dim=1)[:, members].all(dim=-1) | rows("k", biased=True).all(
-        dim=1
-    )[:, members].all(dim=-1)
+    # The product of a pair, q R(t - s) k, is zero only if both columns of q, or both of k, are.
+    q, k = (rows(leaf, biased=True).all(dim=1)[:, members].all(dim=-1) for leaf in ("q", "k"))
+    return q | k
 
 
-def _equal(
+def _equal_columns(
+    core: AttentionSpec,
     dead: Tensor,
     alive: Tensor,
-    group: Tensor,
     members: Tensor,
-    least: int,
-    what: str,
-    left: list[tuple[int, str]],
+    kind: str,
+    remaining: Remaining,
 ) -> Tensor | None:
-    """(heads, columns) to keep, equally many in every head and the same for heads that share keys
-    and values; None when all stay.
+    """(heads, columns) to keep, equally many in each head; None if all stay.
 
-    `dead` (heads, units); `least` units stay in any case.
+    Heads with the same keys and values keep the same columns. `dead`: (heads, units). One unit of
+    queries and keys stays in any case.
     """
-    units = members.shape[0]
-    # A column of a shared key or value goes only if none of the living heads that share it needs
-    # it.
+    group, units, least = _groups(core), members.shape[0], 0 if kind == "value" else 1
+    # A shared key or value column is removed only if no live head needs it.
     needed = torch.zeros(int(group.max()) + 1, units, dtype=torch.bool)
     for head in torch.nonzero(alive).flatten().tolist():
         needed[group[head]] |= ~dead[head]
-    lively = torch.unique(group[alive])
-    count = min(int((~needed[lively]).sum(dim=1).min()), units - least)
-    over = int((dead & alive[:, None]).sum()) - count * int(alive.sum())
-    _note(
-        left,
-        over * members.shape[1],
-        f"{what} columns: every head keeps equally many, and one at least",
-    )
+    used = torch.unique(group[alive])
+    count = min(int((~needed[used]).sum(dim=1).min()), units - least)
+    rest = int((dead & alive[:, None]).sum()) - count * int(alive.sum())
+    why = f"{kind} columns: every head keeps equally many, and one at least"
+    _add(remaining, rest * members.shape[1], why)
     if count == 0:
         return None
-    # The dead units first, in order.
+    # Dead units come first.
     order = needed.int().argsort(dim=1, stable=True)
     kept = torch.ones(needed.shape[0], members.numel(), dtype=torch.bool)
     for row, chosen in zip(kept, order[:, :count], strict=True):
@@ -198,6 +175,6 @@ def _equal(
     return kept[group]
 
 
-def _note(left: list[tuple[int, str]], count: int, why: str) -> None:
+def _add(remaining: Remaining, count: int, why: str) -> None:
     if count > 0:
-        left.append((count, why))
+        remaining.append((count, why))

@@ -1,10 +1,10 @@
-"""Channels of the residual stream that may go: zero for every writer, where the norms that read
-them allow it, or read by nobody.
+"""Channels of the residual stream that can be removed: always zero, or not read.
 
-A LayerNorm's mean and variance run over all its channels, so a channel that is always zero still
-shapes the others' values and stays. An RMSNorm over d channels of which k are zero is the RMSNorm
-over the other d - k with eps d / (d - k) and γ √(d / (d - k)), exactly. A channel that carries
-something and that nobody reads goes only where no norm looks at it at all.
+1. The mean and variance of a LayerNorm run over all its channels, so a channel that is always zero
+   affects the other ones and stays.
+2. An RMSNorm over d channels of which k are zero equals the RMSNorm over the other d - k with
+   eps d / (d - k) and γ √(d / (d - k)).
+3. A channel that is written but not read is removed only where no norm reads it either.
 """
 
 from __future__ import annotations
@@ -21,30 +21,38 @@ from ..network.architecture import Architecture, ConstantSpec, Indices, NormSpec
 
 @dataclass(frozen=True)
 class DeadChannels:
-    """`keep` (embed,), or None when all stay; `left` channels are zero throughout and stay, for the
-    reason `why`.
+    """The removable channels of a network.
+
+    Attributes:
+        keep: (embed,), the channels to keep, or None if all stay.
+        remaining: The number of channels that are always zero and stay.
+        why: The reason.
     """
 
     keep: Tensor | None
-    left: int = 0
+    remaining: int = 0
     why: str = ""
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Who looks at the stream: its channels, its norms and its matrices (by their columns), all by
-    state name.
+    """A reader of the stream.
+
+    Attributes:
+        channels: The channels that it reads.
+        norms: Names and specs of the norms that read them.
+        matrices: The names of the matrices that read them, by their columns.
+        everything: Whether something else reads all of them.
     """
 
     channels: Tensor
     norms: tuple[tuple[str, NormSpec], ...]
     matrices: tuple[str, ...]
-    # Something that is no matrix looks at all of them.
     everything: bool = False
 
 
 def dead_channels(architecture: Architecture, state: Mapping[str, Tensor]) -> DeadChannels:
-    """Which channels may go from a network with these tensors."""
+    """Find the channels that can be removed from a network with these tensors."""
     readers = list(_readers(architecture, state))
     zero = _zero(architecture, state)
     unread = torch.ones(architecture.embed, dtype=torch.bool)
@@ -52,40 +60,31 @@ def dead_channels(architecture: Architecture, state: Mapping[str, Tensor]) -> De
     for reader in readers:
         read = torch.zeros(len(reader.channels), dtype=torch.bool)
         for name in reader.matrices:
-            read |= (
-                (state[name] != 0)
-                .flatten(0, -2)
-                .any(dim=0)
-                .view(-1, len(reader.channels))
-                .any(dim=0)
-            )
+            columns = (state[name] != 0).flatten(0, -2).any(dim=0)
+            read |= columns.view(-1, len(reader.channels)).any(dim=0)
         unread[reader.channels[read]] = False
         if reader.norms or reader.everything:
             unread[reader.channels] = False
-        # A bias behind an RMSNorm makes something of a channel that is zero.
+        # A bias makes a zero channel nonzero behind an RMSNorm.
         if any(norm.kind == "layer" or norm.bias for _, norm in reader.norms):
             layered[reader.channels] = True
     why = "LayerNorm's mean and variance run over them"
-    if (
-        architecture.stem_norm is not None
-        or architecture.patch_norm is not None
-        or any(branch.post_norm for branch in architecture.branches)
-    ):
+    stem_norm = architecture.stem_norm is not None or architecture.patch_norm is not None
+    if stem_norm or any(branch.post_norm for branch in architecture.branches):
         layered[:] = True
         why = "a norm runs over them where they are written"
     dead = (zero & ~layered) | (unread & ~layered)
     if bool(dead.all()):
         dead[0] = False
-    left = int((zero & ~dead).sum())
-    return DeadChannels(~dead if bool(dead.any()) else None, left, why if left else "")
+    remaining = int((zero & ~dead).sum())
+    keep = ~dead if bool(dead.any()) else None
+    return DeadChannels(keep, remaining, why if remaining else "")
 
 
 def rescale_norms(
     architecture: Architecture, state: Mapping[str, Tensor], keep: Tensor
 ) -> tuple[Architecture, dict[str, Tensor]]:
-    """The network whose RMSNorms, run over the kept channels alone, give what they give now that
-    the others are zero.
-    """
+    """Rescale RMSNorms, so that over the kept channels they give what they gave over all."""
     changed = dict(state)
     specs: dict[str, NormSpec] = {}
     for reader in _readers(architecture, state):
@@ -121,30 +120,28 @@ def _readers(architecture: Architecture, state: Mapping[str, Tensor]) -> Iterato
                 tuple(name for name in leaves if name in state),
             )
     pool = architecture.pool
-    # Behind attention pooling the stream is another.
+    # Attention pooling writes channels of its own, which are not those of the stream.
     last = (
         ("norm", architecture.norm),
         ("pool_norm", None if pool.width is not None else architecture.pool_norm),
     )
     if pool.width is not None:
         leaves = ["pool.k.weight", "pool.v.weight"]
+    elif "pre_head.weight" in state:
+        leaves = ["pre_head.weight"]
     else:
-        leaves = (
-            ["pre_head.weight"]
-            if "pre_head.weight" in state
-            else ["head.weight", "head_dist.weight"]
-        )
+        leaves = ["head.weight", "head_dist.weight"]
     yield _Reader(
         _channels(architecture.head_reads, architecture.embed),
         tuple((name, norm) for name, norm in last if norm is not None),
         tuple(name for name in leaves if name in state),
-        # Without a head the features themselves are what is asked for.
+        # Without a head the features are the output.
         everything=pool.refine is not None or (architecture.head is None and pool.width is None),
     )
 
 
 def _zero(architecture: Architecture, state: Mapping[str, Tensor]) -> Tensor:
-    """(embed,) channels to which every writer adds nothing but zeros."""
+    """(embed,) booleans, True for channels to which every writer adds zero."""
     zero = torch.ones(architecture.embed, dtype=torch.bool)
     written = _channels(architecture.stem_writes, architecture.embed)
     for name in ("stem.weight", "stem.bias", "prefix", "position"):
@@ -157,18 +154,13 @@ def _zero(architecture: Architecture, state: Mapping[str, Tensor]) -> Tensor:
         for position, branch in enumerate(step):
             prefix = f"steps.{number}.{position}."
             gain = state.get(f"{prefix}layer_scale")
-            for leaf in (
-                "core.out.weight",
-                "core.out.bias",
-                "core.fc2.weight",
-                "core.fc2.bias",
-                "core.value",
-            ):
-                if prefix + leaf in state:
-                    tensor = state[prefix + leaf]
-                    rows = tensor if tensor.ndim > 1 else tensor[:, None]
+            written = _channels(branch.writes, architecture.embed)
+            for leaf in ("out.weight", "out.bias", "fc2.weight", "fc2.bias", "value"):
+                found = state.get(f"{prefix}core.{leaf}")
+                if found is not None:
+                    rows = found if found.ndim > 1 else found[:, None]
                     rows = rows if gain is None else rows * gain[:, None]
-                    zero[_channels(branch.writes, architecture.embed)] &= rows.eq(0).all(dim=1)
+                    zero[written] &= rows.eq(0).all(dim=1)
     return zero
 
 

@@ -1,4 +1,4 @@
-"""Hidden units of a feed-forward sub-layer that do nothing, or the same for every token."""
+"""Hidden units of a feed-forward sub-layer that are zero, or the same for every token."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from ..network.modules.layers import ACTIVATIONS
 
 @dataclass(frozen=True)
 class DeadUnits:
-    """`keep`: mask entries by dimension. `fold` (width_out,): what the removed units add to every
-    token, to go into the output bias.
+    """The removable units of a sub-layer.
 
-    `left`: units that are zero and stay, as (count, why).
+    Attributes:
+        keep: Mask entries by dimension.
+        fold: (width_out,), what the removed units add to every token: it goes to the output bias.
+        remaining: Units that are zero and stay, as (count, reason).
     """
 
     keep: Mapping[str, Tensor]
     fold: Tensor
-    left: tuple[tuple[int, str], ...] = ()
+    remaining: tuple[tuple[int, str], ...] = ()
 
 
 def dead_ffn(core: FfnSpec, tensors: Mapping[str, Tensor], gain: Tensor | None) -> DeadUnits:
-    """Units of act(x W1 + b1) W2 + b2 whose W1 row is zero, which emit act(b1) whatever x is, or
-    whose W2 column is zero, which nobody reads.
+    """Find the removable units of act(x W1 + b1) W2 + b2.
 
-    A gated unit act(x Wg + bg) * (x W1 + b1) is constant if both rows are zero, and zero if one
-    factor is. `tensors`: by leaf (`fc1.weight`); `gain` (width_out,): the layer scale behind W2, or
-    None.
+    A unit with a zero W1 row emits act(b1) for every x; one with a zero W2 column is not read. A
+    gated unit act(x Wg + bg) * (x W1 + b1) is constant if both rows are zero, and zero if one
+    factor is zero.
+
+    Args:
+        core: The sub-layer.
+        tensors: Its tensors by leaf (`fc1.weight`).
+        gain: (width_out,), the layer scale behind W2, or None.
     """
     act = ACTIVATIONS[core.act]
     one, value = _row(tensors, "fc1", core.hidden)
@@ -45,15 +51,14 @@ def dead_ffn(core: FfnSpec, tensors: Mapping[str, Tensor], gain: Tensor | None) 
     unread = ((out if gain is None else out * gain[:, None]) == 0).all(dim=0)
     dead = constant | unread
     if core.norm is not None:
-        why = "the norm inside the FFN takes its statistics over every unit"
-        return DeadUnits(
-            {}, out.new_zeros(out.shape[0]), ((int(dead.sum()), why),) if bool(dead.any()) else ()
-        )
+        why = "the statistics of the norm inside the FFN run over every unit"
+        remaining = ((int(dead.sum()), why),) if bool(dead.any()) else ()
+        return DeadUnits({}, out.new_zeros(out.shape[0]), remaining)
     fold = out.double()[:, dead] @ emitted.double()[dead]
     return DeadUnits({"ffn": ~dead} if bool(dead.any()) else {}, fold.to(out))
 
 
 def _row(tensors: Mapping[str, Tensor], leaf: str, size: int) -> tuple[Tensor, Tensor]:
-    """(size,) whether each row of a Linear is zero, and what it then gives: its bias."""
+    """Which rows of a Linear are zero, and what these emit, the bias; (size,) each."""
     weight = tensors[f"{leaf}.weight"]
     return (weight == 0).all(dim=1), tensors.get(f"{leaf}.bias", weight.new_zeros(size))

@@ -1,9 +1,8 @@
-"""Weight that is dead already, in a model pruned elsewhere: found, proven removable, and removed;
-the rest is told.
+"""Dead weight of models that were pruned by another tool: found, verified and removed.
 
-Unstructured pruning leaves zeros. Where they fill a row, a column, a head or a channel, something
-may go without changing the output: see dead_ffn.py, dead_attention.py and dead_channels.py for
-what, and why. What goes may leave more behind that is dead, so this repeats until nothing is.
+Unstructured pruning leaves zeros. Where they fill a row, a column, a head or a channel, units can
+be removed without changing the output; the rules are in `dead_ffn`, `dead_attention` and
+`dead_channels`. A removal may make other units dead, so the search repeats until it finds nothing.
 """
 
 from __future__ import annotations
@@ -14,24 +13,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...core.errors import InputError
 from ..lift import lift
 from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
-from ..network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
+from ..network.architecture import AttentionSpec, BranchSpec, FfnSpec
 from ..network.modules.model import CompactModel, build
 from .compactor import compact
 from .dead_attention import dead_attention
 from .dead_channels import dead_channels, rescale_norms
 from .dead_ffn import DeadUnits, dead_ffn
+from .kept_indices import Keep, KeptIndices
 
-# As the compactor promises.
+# The tolerance of `compact`.
 TOLERANCE = 1e-5
+# The suffixes that torch.nn.utils.prune gives to a tensor and its mask.
+_ORIGINAL, _MASK = "_orig", "_mask"
 
 
 @dataclass(frozen=True)
 class Removed:
-    """Units of a dimension at a site that went; `folded`: some of them were constant, and live on
-    in a bias.
+    """The removed units of a dimension at a site.
+
+    Attributes:
+        site: Where they were.
+        dimension: Their dimension.
+        removed: Their number.
+        total: The number of units before.
+        folded: Whether some of them were constant and became part of a bias.
     """
 
     site: str
@@ -42,8 +51,8 @@ class Removed:
 
 
 @dataclass(frozen=True)
-class Left:
-    """Units that are zero throughout and stay, with the reason."""
+class Remaining:
+    """Units that are zero and stay nevertheless, with the reason."""
 
     site: str
     count: int
@@ -52,7 +61,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Zeros that stay in a matrix of the smaller model: shape, and the share of its entries."""
+    """A matrix of the smaller model with zeros: its name, shape, and the share of zeros."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -61,29 +70,36 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class DeadWeight:
-    """What was dead in a model. `mask` fits the model as it came; `compact` computes the same
-    without it.
+    """The dead weight of a model.
 
-    `error`: largest difference of the outputs on noise images over the largest output.
+    Attributes:
+        mask: The removal, as a mask of the source model.
+        compact: The model without the dead weight.
+        removed: What was removed.
+        remaining: Zeros that could not be removed as units.
+        sparsity: Matrices of `compact` that have zeros.
+        error: The largest difference of the outputs on noise images, over the largest output.
     """
 
     mask: StructuredMask
     compact: CompactModel
     removed: tuple[Removed, ...]
-    left: tuple[Left, ...]
+    remaining: tuple[Remaining, ...]
     sparsity: tuple[Sparsity, ...]
     error: float
 
 
 def find_dead(model: nn.Module) -> DeadWeight:
-    """Find and remove what does nothing, or the same for every token; the output stays (fp32,
-    relative 1e-5, checked here on noise images).
+    """Find and remove units that do nothing, or the same for every token.
 
-    `model`: any supported Vision Transformer; exact zeros count, small numbers do not. Fold
-    `torch.nn.utils.prune` masks first (prune_masks.py). Errors: UnsupportedModel.
+    Only exact zeros count. The output stays equal (fp32, relative 1e-5), which is verified on noise
+    images. Masks of `torch.nn.utils.prune` have to be folded first: `fold_prune_masks`.
+
+    Raises:
+        UnsupportedModel: A module has no rule; the message names its path.
     """
     source = lift(model)
-    kept = _Kept(source.architecture)
+    kept = KeptIndices(source.architecture)
     current, folded = source, set[tuple[str, str]]()
     while True:
         found = _examine(current)
@@ -98,67 +114,52 @@ def find_dead(model: nn.Module) -> DeadWeight:
     error = _difference(source, current)
     if not error <= TOLERANCE:
         raise AssertionError(
-            f"taking out dead weight changed the output by {error:.1e}; this is a bug in vitrim, not in the model"
+            f"removal of dead weight changed the output by {error:.1e}; "
+            "this is a bug in vitrim, not in the model"
         )
-    removed = tuple(
-        Removed(
-            site,
-            dimension,
-            int(keep.numel() - keep.sum()),
-            keep.numel(),
-            (dimension, site) in folded,
-        )
-        for dimension, site, keep in mask
-    )
+    removed = []
+    for dimension, site, keep in mask:
+        total, count = keep.numel(), int(keep.numel() - keep.sum())
+        removed.append(Removed(site, dimension, count, total, (dimension, site) in folded))
     return DeadWeight(
         mask,
         current.train(model.training),
-        removed,
-        tuple(found.left),
+        tuple(removed),
+        tuple(found.remaining),
         tuple(_sparsity(current)),
         error,
     )
 
 
-Keep = dict[str, dict[str, Tensor]]
-
-
 @dataclass
 class _Found:
-    """One look: what to keep, by dimension and site, and the model with biases folded and norms
-    rescaled as that needs.
+    """The result of one search.
+
+    `model` has the biases and norms that the removal by `keep` needs. `folded`: (dimension, site)
+    of constant units.
     """
 
     model: CompactModel
     keep: Keep
     folded: set[tuple[str, str]]
-    left: list[Left]
+    remaining: list[Remaining]
 
 
 def _examine(model: CompactModel) -> _Found:
-    architecture, state = (
-        model.architecture,
-        {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
-    )
+    architecture = model.architecture
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     keep: Keep = {}
     folded: set[tuple[str, str]] = set()
-    left: list[Left] = []
+    remaining: list[Remaining] = []
     steps = []
     for number, step in enumerate(architecture.steps):
         row = []
         for position, branch in enumerate(step):
             prefix = f"steps.{number}.{position}."
-            units = _dead_units(
-                branch,
-                {
-                    name.removeprefix(prefix): tensor
-                    for name, tensor in state.items()
-                    if name.startswith(prefix)
-                },
-            )
+            units = _dead_units(branch, _below(state, prefix))
             for dimension, entry in units.keep.items():
                 keep.setdefault(dimension, {})[branch.name] = entry
-            left += [Left(branch.name, count, why) for count, why in units.left]
+            remaining += [Remaining(branch.name, count, why) for count, why in units.remaining]
             if bool(units.fold.any()):
                 folded |= {
                     (dimension, branch.name) for dimension in units.keep if dimension != "qk"
@@ -171,19 +172,14 @@ def _examine(model: CompactModel) -> _Found:
     if channels.keep is not None:
         architecture, state = rescale_norms(architecture, state, channels.keep)
         keep["embed"] = {SHARED: channels.keep}
-    if channels.left:
-        left.append(Left("residual stream", channels.left, channels.why))
-    return _Found(build(architecture, state) if keep else model, keep, folded, left)
+    if channels.remaining:
+        remaining.append(Remaining("residual stream", channels.remaining, channels.why))
+    return _Found(build(architecture, state) if keep else model, keep, folded, remaining)
 
 
 def _dead_units(branch: BranchSpec, tensors: Mapping[str, Tensor]) -> DeadUnits:
-    core = branch.core
-    inner = {
-        name.removeprefix("core."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("core.")
-    }
-    # Behind a norm the layer scale says nothing about what the norm sees.
+    core, inner = branch.core, _below(tensors, "core.")
+    # A layer scale behind a norm does not change what the norm reads.
     gain = tensors.get("layer_scale") if branch.post_norm is None else None
     if isinstance(core, AttentionSpec):
         return dead_attention(core, inner, gain)
@@ -195,95 +191,19 @@ def _dead_units(branch: BranchSpec, tensors: Mapping[str, Tensor]) -> DeadUnits:
 def _add_bias(
     branch: BranchSpec, state: dict[str, Tensor], prefix: str, fold: Tensor
 ) -> BranchSpec:
-    """Add to the output bias of a sub-layer, giving it one where it has none."""
+    """Add to the output bias of a sub-layer, which gets one if it has none."""
     name = f"{prefix}core.{'out' if isinstance(branch.core, AttentionSpec) else 'fc2'}.bias"
     state[name] = state[name] + fold if name in state else fold
     return branch.model_copy(update={"core": branch.core.model_copy(update={"out_bias": True})})
 
 
-class _Kept:
-    """Indices into the source that are still there after some rounds."""
-
-    def __init__(self, architecture: Architecture) -> None:
-        self._source = architecture
-        self._embed = torch.arange(architecture.embed)
-        self._ffn: dict[str, Tensor] = {}
-        self._heads: dict[str, Tensor] = {}
-        # (living heads, columns)
-        self._columns: dict[tuple[str, str], Tensor] = {}
-        for branch in architecture.branches:
-            core = branch.core
-            if isinstance(core, FfnSpec):
-                self._ffn[branch.name] = torch.arange(core.hidden)
-            elif isinstance(core, AttentionSpec):
-                self._heads[branch.name] = torch.arange(core.heads)
-                for dimension, width in (("qk", core.qk), ("v", core.v)):
-                    self._columns[dimension, branch.name] = torch.arange(width).expand(
-                        core.heads, width
-                    )
-
-    def narrow(self, keep: Keep) -> None:
-        """Take away what one more round removes; its masks are in terms of what the round before
-        left.
-        """
-        for entry in keep.get("embed", {}).values():
-            self._embed = self._embed[entry]
-        for site, entry in keep.get("ffn", {}).items():
-            self._ffn[site] = self._ffn[site][entry]
-        for dimension in ("qk", "v"):
-            for site, entry in keep.get(dimension, {}).items():
-                found = self._columns[dimension, site]
-                self._columns[dimension, site] = found[entry].view(len(found), -1)
-        for site, entry in keep.get("head", {}).items():
-            self._heads[site] = self._heads[site][entry]
-            for dimension in ("qk", "v"):
-                self._columns[dimension, site] = self._columns[dimension, site][entry]
-
-    def mask(self) -> StructuredMask:
-        """The whole removal as one mask of the source."""
-        kept: Keep = {}
-
-        def note(dimension: str, site: str, keep: Tensor) -> None:
-            if not bool(keep.all()):
-                kept.setdefault(dimension, {})[site] = keep
-
-        note("embed", SHARED, _booleans(self._embed, self._source.embed))
-        for branch in self._source.branches:
-            core, site = branch.core, branch.name
-            if isinstance(core, FfnSpec):
-                note("ffn", site, _booleans(self._ffn[site], core.hidden))
-            elif isinstance(core, AttentionSpec):
-                heads = self._heads[site]
-                note("head", site, _booleans(heads, core.heads))
-                for dimension, width in (("qk", core.qk), ("v", core.v)):
-                    columns = self._columns[dimension, site]
-                    if len(heads):
-                        note(
-                            dimension,
-                            site,
-                            self._every_head(
-                                core, heads, torch.stack([_booleans(row, width) for row in columns])
-                            ),
-                        )
-        return StructuredMask(kept, scale="original", note={"dead": "found in the weights"})
-
-    @staticmethod
-    def _every_head(core: AttentionSpec, heads: Tensor, rows: Tensor) -> Tensor:
-        """(living heads, width) -> (heads, width): dead heads take the columns of one they share
-        keys with, or of the first living one.
-        """
-        group = list(core.kv_of) if core.kv_of is not None else list(range(core.heads))
-        place = {int(head): row for row, head in enumerate(heads)}
-        stand_in = {group[head]: row for head, row in reversed(place.items())}
-        return torch.stack(
-            [rows[place.get(head, stand_in.get(group[head], 0))] for head in range(core.heads)]
-        )
-
-
-def _booleans(indices: Tensor, size: int) -> Tensor:
-    keep = torch.zeros(size, dtype=torch.bool)
-    keep[indices] = True
-    return keep
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _difference(one: CompactModel, other: CompactModel) -> float:
@@ -302,3 +222,42 @@ def _sparsity(model: CompactModel) -> list[Sparsity]:
         if zeros > 0:
             rows.append(Sparsity(name, tuple(parameter.shape), zeros))
     return rows
+
+
+def fold_prune_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply the masks of `torch.nn.utils.prune` into the tensors of a checkpoint.
+
+    Args:
+        state: A state dict. `weight_orig` and `weight_mask` become `weight`, and so for any tensor;
+            other entries stay as they are.
+
+    Returns:
+        A state dict of the model without pruning hooks.
+
+    Raises:
+        InputError: An entry has no mask, a mask of another shape, or exists in both forms.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        base = name.removesuffix(_MASK)
+        if name.endswith(_MASK) and f"{base}{_ORIGINAL}" in state:
+            continue
+        if not name.endswith(_ORIGINAL):
+            result[name] = tensor
+            continue
+        base = name.removesuffix(_ORIGINAL)
+        mask = state.get(f"{base}{_MASK}")
+        if mask is None:
+            raise InputError(
+                f"checkpoint entry {name!r} has no {base + _MASK!r} beside it; "
+                "call torch.nn.utils.prune.remove before saving"
+            )
+        if mask.shape != tensor.shape:
+            raise InputError(
+                f"checkpoint entry {base + _MASK!r} has shape {list(mask.shape)}, "
+                f"{name!r} has {list(tensor.shape)}"
+            )
+        if base in state:
+            raise InputError(f"checkpoint has both {base!r} and {name!r}; keep one")
+        result[base] = tensor * mask.to(tensor.dtype)
+    return result

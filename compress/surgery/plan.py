@@ -72,6 +72,7 @@ class Plan:
         architecture: The architecture after.
         outer: The indices to keep on each axis of each parameter outside the sub-layers.
         branches: The sub-layers that stay, by step.
+        channels: The channels of the residual stream that stay.
         removed: The names of the sub-layers that are removed.
     """
 
@@ -79,6 +80,7 @@ class Plan:
     architecture: Architecture
     outer: Mapping[str, tuple[Tensor | None, ...]]
     branches: tuple[tuple[BranchPlan, ...], ...]
+    channels: Tensor
     removed: tuple[str, ...] = field(default=())
 
 
@@ -142,7 +144,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
     )
     # model_copy skips validation; an invalid plan must fail here, not in the first forward pass.
     new = Architecture.model_validate(new.model_dump(by_alias=True))
-    return Plan(architecture, new, outer, tuple(plans), tuple(removed))
+    return Plan(architecture, new, outer, tuple(plans), embed.channels, tuple(removed))
 
 
 def _plan_pool(
@@ -234,6 +236,7 @@ class _Embed:
         if not bool((stem & self._live).any()):
             # Nothing reads what the stem writes, but a convolution needs an output.
             self._live[torch.nonzero(stem).flatten()[0]] = True
+        self.channels = torch.nonzero(self._live).flatten()
         self._place = torch.cumsum(self._live, 0) - 1
         self.width = int(self._live.sum())
         self.stem_rows, self.stem_writes = self.locate(

@@ -15,8 +15,7 @@ from torch.nn.utils import prune
 from vitrim import InputError, compact, lift
 from vitrim.compress.network.architecture import Architecture, AttentionSpec, FfnSpec
 from vitrim.compress.network.modules.model import CompactModel, build
-from vitrim.compress.surgery.dead_weight import DeadWeight, find_dead
-from vitrim.compress.surgery.prune_masks import fold_prune_masks
+from vitrim.compress.surgery.dead_weight import DeadWeight, find_dead, fold_prune_masks
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 ATTENTION, FFN = "steps.0.0.core", "steps.1.0.core"
@@ -92,7 +91,7 @@ def altered(model: CompactModel, leaf: str, **changes: object) -> CompactModel:
 def test_nothing_dead_is_nothing_removed(model: CompactModel) -> None:
     result = found(model)
     assert result.removed == ()
-    assert result.left == ()
+    assert result.remaining == ()
     assert result.sparsity == ()
     assert result.compact.architecture == model.architecture
 
@@ -157,8 +156,8 @@ def test_columns_go_only_in_equal_number_and_the_rest_is_told(model: CompactMode
     zero(model, f"{ATTENTION}.v.weight", [0, 1, 2, 8, 9, 16])
     result = found(model)
     assert widths(result) == (3, 8, 7)
-    assert [(row.site, row.count) for row in result.left] == [("blocks.0.attn", 3)]
-    assert "every head keeps equally many" in result.left[0].why
+    assert [(row.site, row.count) for row in result.remaining] == [("blocks.0.attn", 3)]
+    assert "every head keeps equally many" in result.remaining[0].why
     assert any(
         row.tensor == "steps.0.0.core.v.weight" and row.zeros > 0.1 for row in result.sparsity
     )
@@ -178,7 +177,7 @@ def test_queries_of_zero_are_no_dead_head(model: CompactModel) -> None:
     result = found(model)
     # All scores are zero: one column of them will do, and the heads still average.
     assert widths(result) == (3, 1, 8)
-    assert "one at least" in result.left[0].why
+    assert "one at least" in result.remaining[0].why
 
 
 def test_keys_of_zero_go_bias_and_all_but_constant_queries_stay(model: CompactModel) -> None:
@@ -188,7 +187,7 @@ def test_keys_of_zero_go_bias_and_all_but_constant_queries_stay(model: CompactMo
     zero(other, f"{ATTENTION}.q.weight", [0, 8, 16])
     result = found(other)
     assert widths(result) == (3, 8, 8)
-    assert "weigh keys against each other" in result.left[0].why
+    assert "weigh keys against each other" in result.remaining[0].why
     zero(other, f"{ATTENTION}.q.bias", [0, 8, 16])
     assert widths(found(other)) == (3, 7, 8)
 
@@ -199,7 +198,7 @@ def test_norms_of_queries_and_values_forbid_it() -> None:
     zero(normed, f"{ATTENTION}.k.bias", [0, 8, 16])
     result = found(normed)
     assert widths(result) == (3, 8, 8)
-    assert "norm of queries or keys" in result.left[0].why
+    assert "norm of queries or keys" in result.remaining[0].why
 
 
 def test_shared_keys_and_values_ask_all_who_share() -> None:
@@ -251,7 +250,7 @@ def dead_channels(model: CompactModel, channels: list[int]) -> CompactModel:
 def test_layer_norm_counts_channels_that_are_zero(model: CompactModel) -> None:
     result = found(dead_channels(model, [2, 5]))
     assert result.compact.architecture.embed == 24
-    assert [(row.site, row.count, row.why) for row in result.left] == [
+    assert [(row.site, row.count, row.why) for row in result.remaining] == [
         ("residual stream", 2, "LayerNorm's mean and variance run over them")
     ]
 
