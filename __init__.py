@@ -1,6 +1,4 @@
-"""vitrim: take a trained Vision Transformer, cut out what it does not need, and prove on the device
-that it runs faster.
-"""
+"""Structured pruning of Vision Transformers, with measured latency on the target device."""
 
 from __future__ import annotations
 
@@ -9,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that measuring on a device needs no torch.
-_HOMES = {
+# Imported at first use, so that measuring on a device needs no torch.
+_MODULES = {
     "StructuredMask": ".compress.masks.mask",
     "masked": ".compress.masks.masked",
     "compact": ".compress.surgery.compactor",
@@ -50,10 +48,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        # A submodule may share the public name (vitrim.compact lives in compress.compactor), so the
-        # attribute is set once and stays.
-        value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    if name in _MODULES:
+        # Set after the import: importing a submodule of the same name (vitrim.export) sets the
+        # attribute to that module.
+        value = getattr(importlib.import_module(_MODULES[name], __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'vitrim' has no attribute {name!r}")

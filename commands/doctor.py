@@ -1,6 +1,4 @@
-"""`vitrim doctor`: what this machine has, what it lacks, and what the missing piece would
-enable.
-"""
+"""`vitrim doctor`: what is installed, what is missing, and what the missing parts would enable."""
 
 from __future__ import annotations
 
@@ -24,24 +22,24 @@ State = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination. `needed`: vitrim's main job cannot do without it."""
+    """One line of the result; `needed` marks what `vitrim run` cannot work without."""
 
     name: str
     state: State
-    words: str
+    detail: str
     needed: bool = False
 
 
-# (distribution, module, needed, what it is for)
+# (distribution, module, needed, purpose)
 PACKAGES = (
-    ("torch", "torch", True, "training and the surgery"),
+    ("torch", "torch", True, "training and compression"),
     ("timm", "timm", True, "models, augmentation and schedules"),
     ("onnx", "onnx", True, "export"),
     ("onnxscript", "onnxscript", True, "export from torch"),
-    ("onnxsim", "onnxsim", True, "a tidier exported graph"),
+    ("onnxsim", "onnxsim", True, "simplifying exported graphs"),
     ("onnxruntime", "onnxruntime", True, "running and measuring artifacts"),
-    ("datasets", "datasets", True, "data sets from the hub"),
-    ("matplotlib", "matplotlib", True, "pictures in reports"),
+    ("datasets", "datasets", True, "data sets of the Hugging Face hub"),
+    ("matplotlib", "matplotlib", True, "plots"),
     (
         "apache-tvm",
         "tvm",
@@ -54,10 +52,10 @@ PACKAGES = (
         "ziglang",
         "ziglang",
         False,
-        "compiling for this machine and for ARM where no g++ is (pip install 'vitrim[zig]')",
+        "compiling for this machine and for ARM without g++ (pip install 'vitrim[zig]')",
     ),
-    ("torchvision", "torchvision", True, "timm's transforms"),
-    ("transformers", "transformers", False, "lifting ViTs of the transformers library"),
+    ("torchvision", "torchvision", True, "the transforms of timm"),
+    ("transformers", "transformers", False, "reading ViTs of the transformers library"),
     (
         "torch-pruning",
         "torch_pruning",
@@ -68,7 +66,7 @@ PACKAGES = (
 PROGRAMS = (
     (
         ("chromium", "chromium-browser", "google-chrome"),
-        "looking at reports in a real browser, in the tests (Debian: chromium)",
+        "the tests of reports in a browser (Debian: chromium)",
     ),
     (("ssh",), "measuring on another machine (Debian: openssh-client)"),
     (("g++", "c++"), "the native runner (Debian: g++)"),
@@ -82,9 +80,9 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def doctor() -> None:
-    """Look at what is installed: one line each, and what a missing piece would enable.
+    """List what is installed, one per line, and what the missing parts would enable.
 
-    Leaves with exit code 1 if something that vitrim needs is missing or broken.
+    The exit code is 1 if something that vitrim needs is missing or broken.
 
     [bold]Example[/bold]
 
@@ -95,21 +93,21 @@ def doctor() -> None:
         "missing": "[yellow]missing[/yellow]",
         "broken": "[red]broken [/red]",
     }
-    sick = False
+    failed = False
     for finding in examine():
-        show(f"{marks[finding.state]} {finding.name}: {escape(finding.words)}")
-        sick |= finding.needed and finding.state != "ok"
-    if sick:
+        show(f"{marks[finding.state]} {finding.name}: {escape(finding.detail)}")
+        failed |= finding.needed and finding.state != "ok"
+    if failed:
         raise typer.Exit(1)
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding, the machine first."""
+    """Yield every finding, the machine first."""
     yield Finding("machine", "ok", _machine())
     yield _python()
     for distribution, module, needed, purpose in PACKAGES:
         yield _package(distribution, module, needed, purpose)
-    yield _pair()
+    yield _matching_builds()
     yield _gpu()
     yield _energy()
     for names, purpose in PROGRAMS:
@@ -130,30 +128,25 @@ def examine() -> Iterator[Finding]:
 def _machine() -> str:
     memory = ""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB of memory"
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = f", {memory_bytes / 2**30:.0f} GiB of memory"
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{memory}"
 
 
 def _python() -> Finding:
     version = platform.python_version()
-    right = tuple(map(int, version.split(".")[:2])) >= (3, 11)
-    return Finding(
-        "python",
-        "ok" if right else "broken",
-        version if right else f"{version}, but vitrim needs 3.11 or newer",
-        needed=True,
-    )
+    if tuple(map(int, version.split(".")[:2])) >= (3, 11):
+        return Finding("python", "ok", version, needed=True)
+    return Finding("python", "broken", f"{version}, but vitrim needs 3.11 or newer", needed=True)
 
 
 def _package(distribution: str, module: str, needed: bool, purpose: str) -> Finding:
-    # Found, not imported: importing all of them would take half a minute.
+    # They are not imported, which would take half a minute.
     if importlib.util.find_spec(module) is None:
-        words = (
-            f"needed for {purpose}; pip install {distribution}"
-            if needed
-            else f"would enable {purpose}"
-        )
-        return Finding(distribution, "missing", words, needed)
+        detail = f"would enable {purpose}"
+        if needed:
+            detail = f"needed for {purpose}; pip install {distribution}"
+        return Finding(distribution, "missing", detail, needed)
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -161,7 +154,7 @@ def _package(distribution: str, module: str, needed: bool, purpose: str) -> Find
     return Finding(distribution, "ok", f"{version}, {purpose.split(' (')[0]}", needed)
 
 
-def _pair() -> Finding:
+def _matching_builds() -> Finding:
     try:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
     except importlib.metadata.PackageNotFoundError:
@@ -173,9 +166,12 @@ def _pair() -> Finding:
         )
     local = {name: version.partition("+")[2] for name, version in versions.items()}
     if local["torch"] != local["torchvision"]:
-        words = f"torch {versions['torch']} and torchvision {versions['torchvision']} are of different builds; install both from one index"
-        return Finding("torch and torchvision", "broken", words, needed=True)
-    return Finding("torch and torchvision", "ok", "of one build", needed=True)
+        detail = (
+            f"torch {versions['torch']} and torchvision {versions['torchvision']} are different "
+            "builds; install both from one index"
+        )
+        return Finding("torch and torchvision", "broken", detail, needed=True)
+    return Finding("torch and torchvision", "ok", "matching builds", needed=True)
 
 
 def _emulation() -> Finding:
@@ -188,11 +184,8 @@ def _emulation() -> Finding:
             "missing",
             "would enable running ARM artifacts without a board (vitrim targets emulate)",
         )
-    return Finding(
-        "emulation",
-        "ok",
-        f"{found.name}, python {found.versions.get('python')}, onnxruntime {found.versions.get('onnxruntime')}",
-    )
+    versions = [f"{name} {found.versions.get(name)}" for name in ("python", "onnxruntime")]
+    return Finding("emulation", "ok", ", ".join([found.name, *versions]))
 
 
 def _gpu() -> Finding:
@@ -214,7 +207,8 @@ def _energy() -> Finding:
         return Finding(
             "energy",
             "missing",
-            "this device shows no meter (RAPL, which may need root, or an INA sensor); results carry no energy",
+            "no energy meter is readable (RAPL, which may need root, or an INA sensor); "
+            "measurements have no energy",
         )
     meter.close()
     return Finding("energy", "ok", f"{meter.source}, {meter.scope}")

@@ -1,125 +1,50 @@
-"""`vitrim export`: from a saved model to an artifact that a runtime runs."""
+"""`vitrim export`: write artifacts of a saved model or of an ONNX file."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.table import Table
 
+from ..core.console import show
 from ..core.errors import InputError
 from ..core.storage import require_empty
+from .export_options import (
+    DataOptions,
+    GraphOptions,
+    Model,
+    Out,
+    Output,
+    Variant,
+)
 from .model_data import CARD, model_data, read_card
+from .option_groups import with_option_groups
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from ..compress.data.preprocessing import Preprocessing
+    from ..bench.results.measurement import Measurement
     from ..compress.network.modules.model import CompactModel
+    from ..export.artifact import Artifact
 
-# Of measuring, with --runtime all.
+Image = tuple[int, int, int]
+MEASUREMENTS = "measurements"
+# Time limit of the measurement with --runtime all.
 ALL_LIMIT_S = 30.0
 
 
+@with_option_groups
 def export(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder that vitrim saved, or an .onnx file; with --verify, an artifact."
-        ),
-    ],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the artifact.")] = None,
-    target: Annotated[
-        str,
-        typer.Option("--target", help="A target's name (vitrim targets list), or a target TOML."),
-    ] = "x86-64",
-    runtime: Annotated[
-        str,
-        typer.Option(
-            "--runtime",
-            help="The runtime that will run it, or `all`: every one that is here, measured in turns.",
-        ),
-    ] = "onnxruntime",
-    precision: Annotated[
-        str, typer.Option("--precision", help="fp32, int8, and what else the target takes.")
-    ] = "fp32",
-    batch: Annotated[str, typer.Option("--batch", help="Images a run, or `dynamic`.")] = "1",
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            "--image-size",
-            metavar="SIZE",
-            help="Resize the model first: 160, or 160x192 for height x width. Positions are resampled, nothing is trained: measure the accuracy there.",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            help="Data set for parity and calibration. Absent: the one of the run that the model lies in.",
-        ),
-    ] = None,
-    images: Annotated[
-        int, typer.Option("--images", min=1, help="How many of its validation images.")
-    ] = 64,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            "--calibration",
-            help="How int8-static finds ranges on the images: min-max, percentile, entropy, or `best` of the three.",
-        ),
-    ] = "min-max",
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--form",
-            help="A graph form's name, or `plain`. Absent: the best known one of the target.",
-        ),
-    ] = None,
-    opset: Annotated[
-        int | None,
-        typer.Option("--opset", help="Version of ONNX's operators. Absent: what the form needs."),
-    ] = None,
-    tune: Annotated[
-        bool,
-        typer.Option(
-            "--tune",
-            help="Build every graph form, measure them here, and keep the fastest that passes parity.",
-        ),
-    ] = False,
-    ort_format: Annotated[
-        bool,
-        typer.Option(
-            "--ort-format",
-            help="Also write model.ort and required_operators.config, for a build of ONNX Runtime that holds no more.",
-        ),
-    ] = False,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option", metavar="KEY=VALUE", help="A setting of the runtime's own; may be repeated."
-        ),
-    ] = None,
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, help="Threads to compile, tune and measure for.")
-    ] = 1,
-    bundle: Annotated[
-        Path | None,
-        typer.Option("--bundle", help="Also write a C++ bundle of the artifact to this folder."),
-    ] = None,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Check an artifact byte for byte against its manifest, and write nothing.",
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is in --out and --bundle.")
-    ] = False,
+    *,
+    model: Model,
+    out: Out = None,
+    variant: Variant,
+    data: DataOptions,
+    graph: GraphOptions,
+    output: Output,
 ) -> None:
-    """Write the runnable file and its manifest, and prove at every stage that the answers did not
-    move.
+    """Write a runnable file with its manifest, and check after every stage that its outputs match.
 
     [bold]Examples[/bold]
 
@@ -136,146 +61,205 @@ def export(
       vitrim export runs/quickstart/compact --out everywhere --runtime all
 
       vitrim export --verify small-int8
-    """
-    if verify:
-        from ..export.artifact import verify as checked
 
-        typer.echo(checked(model))
+    Args:
+        model: A saved model, an .onnx file, or an artifact to verify.
+        out: The folder of the artifact.
+        variant: Which artifact of the model is written.
+        data: The images for parity and calibration.
+        graph: How the graph is built.
+        output: What is written besides the artifact.
+    """
+    if output.verify:
+        from ..export.artifact import verify
+
+        typer.echo(verify(model))
         return
     if out is None:
         raise InputError("--out is missing: name the folder for the artifact")
-    for folder in (out, bundle):
+    for folder in (out, output.bundle):
         if folder is not None:
-            require_empty(folder, overwrite=overwrite)
-    if batch != "dynamic" and not (batch.isdecimal() and int(batch) > 0):
-        raise InputError(f"--batch {batch}: give a whole number of at least 1, or `dynamic`")
-    network, graph = (None, _graph(model)) if model.suffix == ".onnx" else (_network(model), None)
-    image = network.architecture.image if network is not None else graph
-    assert image is not None
-    if image_size is not None:
-        image = _image_at(network, image_size, model)
-    card = read_card(model.parent / CARD)
-    preprocessing, labels, pictures = _data(card, data, image, images)
-    shared: dict[str, Any] = {
-        "target": target,
-        "precision": precision,
-        "preprocessing": preprocessing,
-        "labels": labels,
-        "images": pictures,
-        "batch": "dynamic" if batch == "dynamic" else int(batch),
-        "calibration": calibration,
-        "form": form,
-        "tune": tune,
-        "ort_format": ort_format,
-        "overwrite": overwrite,
-        "threads": threads,
-    }
-    settings = _settings(option or [])
-    if network is None:
-        from ..export.graphs.given_graph import export_graph
-
-        if runtime != "onnxruntime" or opset is not None or settings:
-            raise InputError(
-                f"{model}: a graph that was given goes to onnxruntime in its own opset; leave --runtime, --opset and --option out"
-            )
-        artifact = export_graph(model, out, **shared)
-    elif runtime == "all":
-        from .export_everywhere import export_everywhere
-
-        if settings or bundle is not None:
-            raise InputError(
-                "--runtime all takes no --option and no --bundle, which are one runtime's own; name the runtime"
-            )
-        export_everywhere(
-            network, out, time_limit_s=ALL_LIMIT_S, opset=opset, image_size=image_size, **shared
-        )
+            require_empty(folder, overwrite=output.overwrite)
+    request = _Request(model, out, variant, data, graph, output)
+    if model.suffix == ".onnx":
+        artifact = _export_graph_file(request)
+    elif variant.runtime == "all":
+        _export_for_all_runtimes(request)
         return
     else:
-        from ..export.exporter import export as write
+        artifact = _export_model(request)
+    _show_artifact(artifact, request)
 
-        if runtime == "tvm" and bundle is not None:
-            # The bundle links the model into the program.
-            settings.setdefault("static", "yes")
-        artifact = write(
-            network,
-            out,
-            runtime=runtime,
-            opset=opset,
-            image_size=image_size,
-            options=settings,
-            **shared,
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of the command."""
+
+    model: Path
+    out: Path
+    variant: Variant
+    data: DataOptions
+    graph: GraphOptions
+    output: Output
+
+    def arguments(self, image: Image) -> dict[str, Any]:
+        """The arguments that all exports share, for images of (channels, height, width)."""
+        batch = self.variant.batch
+        return {
+            "target": self.variant.target,
+            "precision": self.variant.precision,
+            "batch": "dynamic" if batch == "dynamic" else int(batch),
+            "calibration": self.data.calibration,
+            "form": self.graph.form,
+            "tune": self.graph.tune,
+            "ort_format": self.graph.ort_format,
+            "threads": self.graph.threads,
+            "overwrite": self.output.overwrite,
+            **self._images(image),
+        }
+
+    def _images(self, image: Image) -> dict[str, Any]:
+        from ..compress.data.loading import open_dataset
+        from ..pipeline.shipping_steps import stratified_sample
+
+        card = read_card(self.model.parent / CARD)
+        data = model_data(card, self.data.data, image)
+        if data is None:
+            typer.echo(
+                "no data set is known for this model (--data NAME): parity is checked on noise, "
+                "and the manifest contains no preprocessing",
+                err=True,
+            )
+            return {"preprocessing": None, "labels": None, "images": None}
+        # The preprocessing of a run produces images of the size of its training.
+        size = {"height": image[1], "width": image[2]}
+        preprocessing = data.preprocessing.model_copy(update=size)
+        opened = open_dataset(data.name, preprocessing=preprocessing, **data.division)
+        images, _ = stratified_sample(opened.val, self.data.images).arrays()
+        return {"preprocessing": preprocessing, "labels": list(opened.labels), "images": images}
+
+
+def _export_model(request: _Request) -> Artifact:
+    from ..export.exporter import export
+
+    variant, graph = request.variant, request.graph
+    network, image = _network(request)
+    settings = graph.runtime_options()
+    if variant.runtime == "tvm" and request.output.bundle is not None:
+        # The bundle links the model into the program.
+        settings.setdefault("static", "yes")
+    return export(
+        network,
+        request.out,
+        runtime=variant.runtime,
+        opset=graph.opset,
+        image_size=variant.image_size,
+        options=settings,
+        **request.arguments(image),
+    )
+
+
+def _export_graph_file(request: _Request) -> Artifact:
+    from ..export.graphs.given_graph import export_graph, image_of, read_graph
+
+    path, variant, graph = request.model, request.variant, request.graph
+    image = image_of(read_graph(path), path)
+    if variant.image_size is not None:
+        raise InputError(
+            f"{path}: the image size of an .onnx file is fixed; export it again at "
+            f"{variant.image_size}, or name the saved model"
         )
-    for stage in artifact.manifest.parity:
-        typer.echo(
-            f"{stage.stage} against {stage.reference}: largest relative error {stage.max_relative_error:.1e}, "
-            f"same answer on {100 * stage.top1_agreement:.1f} % of {stage.images} {stage.input_kind}"
+    if variant.runtime != "onnxruntime" or graph.opset is not None or graph.option:
+        raise InputError(
+            f"{path}: an .onnx file is exported for onnxruntime and keeps its opset; "
+            "leave --runtime, --opset and --option out"
         )
-    for note in artifact.manifest.notes:
-        typer.echo(note)
-    typer.echo(f"saved: {out} ({artifact.bytes / 1e6:.2f} MB)")
-    if bundle is not None:
-        from ..export.bundle import bundle as write_bundle
-
-        typer.echo(f"bundle: {write_bundle(artifact, bundle, overwrite=overwrite)}")
+    return export_graph(path, request.out, **request.arguments(image))
 
 
-def _network(folder: Path) -> CompactModel:
+def _network(request: _Request) -> tuple[CompactModel, Image]:
+    """The model as it was saved, and the (channels, height, width) of the artifact's input."""
     from ..compress.network.files import load
-
-    return load(folder)
-
-
-def _graph(path: Path) -> tuple[int, int, int]:
-    """(channels, height, width) of a graph's input."""
-    from ..export.graphs.given_graph import image_of, read_graph
-
-    return image_of(read_graph(path), path)
-
-
-def _image_at(network: CompactModel | None, image_size: str, model: Path) -> tuple[int, int, int]:
-    """(channels, height, width) after resizing, refused before anything is read or written for
-    it.
-    """
     from ..compress.surgery.image_size import at_image_size
     from ..export.resized_model import require_memory
 
-    if network is None:
-        raise InputError(
-            f"{model}: a graph that was given has its image size built in; export it again at {image_size}, or give the saved model"
-        )
-    architecture = at_image_size(network.architecture, image_size)
-    require_memory(architecture)
-    return architecture.image
+    network = load(request.model)
+    if request.variant.image_size is None:
+        return network, network.architecture.image
+    # Refused before any file is read or written for it.
+    resized = at_image_size(network.architecture, request.variant.image_size)
+    require_memory(resized)
+    return network, resized.image
 
 
-def _settings(given: list[str]) -> dict[str, str]:
-    found = {}
-    for entry in given:
-        key, equals, value = entry.partition("=")
-        if not key or not equals:
-            raise InputError(f"--option {entry}: write KEY=VALUE")
-        found[key] = value
-    return found
-
-
-def _data(
-    card: dict[str, Any] | None, named: str | None, image: tuple[int, int, int], count: int
-) -> tuple[Preprocessing | None, list[str] | None, NDArray[Any] | None]:
-    """How pictures become inputs, the words for the answers, and real images; None where nothing is
-    known of them.
-    """
-    from ..compress.data.loading import open_dataset
-    from ..pipeline.shipping_steps import stratified_sample
-
-    found = model_data(card, named, image)
-    if found is None:
+def _show_artifact(artifact: Artifact, request: _Request) -> None:
+    for stage in artifact.manifest.parity:
         typer.echo(
-            "no data set is known for this model (--data NAME): parity is proven on noise, and the manifest holds no preprocessing",
-            err=True,
+            f"{stage.stage} against {stage.reference}: "
+            f"largest relative error {stage.max_relative_error:.1e}, same top-1 class on "
+            f"{100 * stage.top1_agreement:.1f} % of {stage.images} {stage.input_kind}"
         )
-        return None, None, None
-    # A run's own preprocessing makes images of the size that it trained at.
-    preprocessing = found.preprocessing.model_copy(update={"height": image[1], "width": image[2]})
-    opened = open_dataset(found.name, preprocessing=preprocessing, **found.division)
-    pictures, _ = stratified_sample(opened.val, count).arrays()
-    return preprocessing, list(opened.labels), pictures
+    for note in artifact.manifest.notes:
+        typer.echo(note)
+    typer.echo(f"saved: {request.out} ({artifact.bytes / 1e6:.2f} MB)")
+    if request.output.bundle is not None:
+        from ..export.bundle import bundle
+
+        folder = bundle(artifact, request.output.bundle, overwrite=request.output.overwrite)
+        typer.echo(f"bundle: {folder}")
+
+
+def _export_for_all_runtimes(request: _Request) -> None:
+    """Write OUT/RUNTIME and OUT/measurements/RUNTIME.json for each runtime, and rank them."""
+    from ..bench.local.measure import measure_interleaved
+    from ..export.every_runtime import export_everywhere
+    from ..export.resized_model import IMAGE_SIZE
+
+    if request.graph.option or request.output.bundle is not None:
+        raise InputError(
+            "--runtime all does not accept --option and --bundle, which are specific to one "
+            "runtime; name the runtime"
+        )
+    out, threads = request.out, request.graph.threads
+    network, image = _network(request)
+    made, absent = export_everywhere(
+        network,
+        out,
+        tell=lambda name: typer.echo(f"exporting for {name}", err=True),
+        opset=request.graph.opset,
+        image_size=request.variant.image_size,
+        **request.arguments(image),
+    )
+    measured = measure_interleaved(made, threads, time_limit_s=ALL_LIMIT_S)
+    for name, measurement in measured.items():
+        measurement.save(out / MEASUREMENTS / f"{name}.json")
+    ranked = sorted(measured, key=lambda name: measured[name].summary().p50_s)
+    fastest = f"{ranked[0]} ({measured[ranked[0]].runtime_version}), {out / ranked[0]}"
+    show(_runtime_table(ranked, made, measured), f"fastest here: {fastest}")
+    for name, reason in absent.items():
+        typer.echo(f"{name}: {reason}")
+    for note in made["onnxruntime"].manifest.notes:
+        if note.startswith(IMAGE_SIZE):
+            typer.echo(note)
+
+
+def _runtime_table(
+    ranked: list[str], made: dict[str, Artifact], measured: dict[str, Measurement]
+) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("runtime", "p50", "95 %", "relative time", "memory", "file", "parity"):
+        table.add_column(column, justify="left" if column == "runtime" else "right", no_wrap=True)
+    best_s = measured[ranked[0]].summary().p50_s
+    for name in ranked:
+        found, p50_s = measured[name], measured[name].summary().p50_s
+        spread, memory = found.interval(), found.beyond_floor_rss_bytes
+        table.add_row(
+            f"{name} {found.runtime_version}",
+            f"{1e3 * p50_s:.3f} ms",
+            f"{1e3 * spread.low:.3f} - {1e3 * spread.high:.3f}",
+            f"{p50_s / best_s:.2f}",
+            "" if memory is None else f"{memory / 1e6:.1f} MB",
+            f"{made[name].bytes / 1e6:.2f} MB",
+            f"{made[name].manifest.parity[-1].max_relative_error:.1e}",
+        )
+    return table

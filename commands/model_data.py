@@ -1,10 +1,10 @@
-"""Which images belong to a saved model: those of the run that it lies in, or those that the command
-line names.
-"""
+"""The images of a saved model: those of its run, or those of the data set on the command line."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +14,25 @@ from pydantic import ValidationError
 from ..core.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..compress.data.preprocessing import Preprocessing
 
 CARD = "data.json"
+SCHEMA = "vitrim.data/1"
+BATCH = 32
+# A bar appears after this many seconds.
+PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
 class ModelData:
-    """A data set's name, how its pictures become the model's inputs, and `seed` and `validation` of
-    its division where a run fixed them.
+    """A data set for a model.
+
+    Attributes:
+        name: Name of the data set.
+        preprocessing: How its images become the model's inputs.
+        division: `seed` and `validation` of its splits where a run fixed them, else empty.
     """
 
     name: str
@@ -31,43 +41,99 @@ class ModelData:
 
 
 def read_card(path: Path) -> dict[str, Any] | None:
-    """data.json of the run that a model lies in, if it lies in one. Errors: InputError naming the
-    file.
+    """Read data.json of the run that contains a model; None if the model is in no run.
+
+    Raises:
+        InputError: The file is damaged.
     """
     if not path.is_file():
         return None
+    way_out = "run the recipe again with --resume"
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(
-            f"{path}: not JSON ({error}); run the recipe again with --resume"
-        ) from error
-    if not isinstance(card, dict) or card.get("schema") != "vitrim.data/1":
-        raise InputError(f"{path}: not a vitrim.data/1 file; run the recipe again with --resume")
+        raise InputError(f"{path}: not JSON ({error}); {way_out}") from error
+    if not isinstance(card, dict) or card.get("schema") != SCHEMA:
+        raise InputError(f"{path}: not a {SCHEMA} file; {way_out}")
     return card
 
 
 def model_data(
-    card: dict[str, Any] | None, named: str | None, image: tuple[int, int, int]
+    card: dict[str, Any] | None, requested: str | None, image: tuple[int, int, int]
 ) -> ModelData | None:
-    """The data set `named`, or else the run's own; None where neither is known. Errors: InputError
-    for an unknown name or a broken card.
+    """The requested data set, else that of the run; None where there is neither.
+
+    Raises:
+        InputError: The data set does not exist, or the card is damaged.
     """
     from ..compress.data.named_datasets import default_preprocessing
     from ..compress.data.preprocessing import Preprocessing
 
-    name = named or (card["name"] if card else None)
+    name = requested or (card["name"] if card else None)
     if name is None:
         return None
-    if card is None or named not in (None, card["name"]):
+    if card is None or requested not in (None, card["name"]):
         return ModelData(name, default_preprocessing(name, image), {})
     try:
         preprocessing = Preprocessing.model_validate(card["preprocessing"])
     except (ValidationError, KeyError) as error:
         raise InputError(
-            f"{CARD}: its preprocessing cannot be read ({error}); run the recipe again with --resume"
+            f"{CARD}: invalid preprocessing ({error}); run the recipe again with --resume"
         ) from error
-    # The run's own division, so that images which it held out stay held out.
-    return ModelData(
-        name, preprocessing, {key: card[key] for key in ("seed", "validation") if key in card}
-    )
+    # The splits of the run, so that images that it held out stay held out.
+    division: dict[str, Any] = {key: card[key] for key in ("seed", "validation") if key in card}
+    return ModelData(name, preprocessing, division)
+
+
+@dataclass
+class SaliencyImages:
+    """Batches of (images, class numbers) from a training split, opened at the first batch.
+
+    Attributes:
+        data: The data set.
+        count: Maximum number of images, with the class proportions of the split.
+        seed: Seed of the sample.
+        classes: Number of outputs of the model.
+        title: Title of the progress bar.
+        note: Description of the images, empty until the first batch.
+    """
+
+    data: ModelData
+    count: int
+    seed: int
+    classes: int
+    title: str
+
+    def __post_init__(self) -> None:
+        self.note: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        from ..compress.data.loading import open_sample
+        from ..core.console import progress_bar
+
+        split = open_sample(
+            self.data.name,
+            "train",
+            self.count,
+            preprocessing=self.data.preprocessing,
+            classes=self.classes,
+            draw_seed=self.seed,
+            quiet=False,
+            **self.data.division,
+        )
+        total = len(split)
+        self.note = {
+            "data": self.data.name,
+            "split": "train",
+            "images": str(total),
+            "seed": str(self.seed),
+        }
+        started = time.perf_counter()
+        with progress_bar(self.title, total) as advance:
+            for start in range(0, total, BATCH):
+                stop = min(total, start + BATCH)
+                rows = slice(start, stop)
+                yield split.floats(rows), split.batch(rows)[1]
+                # The network has processed the batch by now.
+                if time.perf_counter() - started > PATIENCE_S:
+                    advance(stop)

@@ -1,13 +1,21 @@
-"""`vitrim run`, and its first links alone: `vitrim train` and `vitrim compress`."""
+"""`vitrim run`, and its first steps alone: `vitrim train` and `vitrim compress`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
+from ..core.console import show
 from ..pipeline.recipe import Recipe, load_recipe
+from ..pipeline.recipe_keys import key_reference
+from .option_groups import with_option_groups
+
+if TYPE_CHECKING:
+    from ..pipeline.run import Step
 
 RESUMABLE = ("run", "train", "compress")
 
@@ -32,49 +40,53 @@ Out = Annotated[
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Continue the run in the folder: steps that are whole are kept."),
+    typer.Option("--resume", help="Continue the run in the folder; complete steps are kept."),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Delete the run in the folder and start anew.")
+    bool, typer.Option("--overwrite", help="Delete the run in the folder and start again.")
 ]
 Seed = Annotated[
     int | None,
     typer.Option(
         "--seed",
         min=0,
-        help="Seed of weights, order and augmentation (train.seed).",
+        help="Seed of weights, batch order and augmentation (train.seed).",
         show_default=False,
     ),
 ]
 NoDistill = Annotated[
     bool,
     typer.Option(
-        "--no-distill", help="Learn from the labels alone, without the dense model as a teacher."
+        "--no-distill", help="Train on the labels alone, without the dense model as the teacher."
     ),
 ]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors and the final table only.")
 ]
+Keys = Annotated[
+    bool,
+    typer.Option(
+        "--keys", help="Print every key of a recipe with its default and meaning, and stop."
+    ),
+]
 
 
-def run(
-    recipe: RecipeName = None,
-    sets: Sets = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    seed: Seed = None,
-    no_distill: NoDistill = False,
-    quiet: Quiet = False,
-    keys: Annotated[
-        bool,
-        typer.Option(
-            "--keys", help="Print every key of a recipe with its default and meaning, and stop."
-        ),
-    ] = False,
-) -> None:
-    """The whole chain: train or read the baseline, learn masks, cut, fine-tune, export, measure,
-    report.
+@dataclass(frozen=True)
+class RunOptions:
+    """The recipe of a run and its folder."""
+
+    recipe: RecipeName = None
+    sets: Sets = None
+    out: Out = None
+    resume: Resume = False
+    overwrite: Overwrite = False
+    seed: Seed = None
+    quiet: Quiet = False
+
+
+@with_option_groups
+def run(*, options: RunOptions, no_distill: NoDistill = False, keys: Keys = False) -> None:
+    """Run the whole chain: baseline, masks, cut, fine-tuning, export, measurement, report.
 
     [bold]Examples[/bold]
 
@@ -83,82 +95,57 @@ def run(
       vitrim run my.toml --out runs/trial --resume
     """
     if keys:
-        _print_keys()
-        return
-    _chain(_recipe(recipe, sets, seed, no_distill), "report", out, resume, overwrite, quiet)
+        _show_keys()
+    else:
+        _run_chain(options, "report", no_distill=no_distill)
 
 
-def train(
-    recipe: RecipeName = None,
-    sets: Sets = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    seed: Seed = None,
-    quiet: Quiet = False,
-) -> None:
-    """Only the dense baseline: train it, or read its checkpoint, and save it in the run folder.
+@with_option_groups
+def train(*, options: RunOptions) -> None:
+    """Train the dense baseline, or read its checkpoint, and save it in the run folder.
 
     [bold]Example[/bold]
 
       vitrim train fashion_mnist --set baseline.epochs=20 --out runs/fashion
     """
-    _chain(_recipe(recipe, sets, seed, False), "baseline", out, resume, overwrite, quiet)
+    _run_chain(options, "baseline")
 
 
-def compress(
-    recipe: RecipeName = None,
-    sets: Sets = None,
-    out: Out = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    seed: Seed = None,
-    no_distill: NoDistill = False,
-    quiet: Quiet = False,
-) -> None:
-    """The baseline and its masks: what may go is learned and saved as mask.safetensors, and cut/
-    holds the smaller model.
+@with_option_groups
+def compress(*, options: RunOptions, no_distill: NoDistill = False) -> None:
+    """Train the baseline and its masks, and save mask.safetensors and the cut model in cut/.
 
-    `vitrim run ... --resume` goes on from there.
+    `vitrim run ... --resume` continues from there.
 
     [bold]Example[/bold]
 
       vitrim compress my.toml --set masks.macs=0.5
     """
-    _chain(_recipe(recipe, sets, seed, no_distill), "masks", out, resume, overwrite, quiet)
+    _run_chain(options, "masks", no_distill=no_distill)
 
 
-def _recipe(name: str | None, sets: list[str] | None, seed: int | None, no_distill: bool) -> Recipe:
-    changes = list(sets or [])
-    if seed is not None:
-        changes.append(f"train.seed={seed}")
+def _run_chain(options: RunOptions, until: Step, *, no_distill: bool = False) -> None:
+    changes = list(options.sets or [])
+    if options.seed is not None:
+        changes.append(f"train.seed={options.seed}")
     if no_distill:
         changes.append("distill.enabled=false")
-    return load_recipe(name, changes)
+    recipe = load_recipe(options.recipe, changes)
 
-
-def _chain(
-    recipe: Recipe, until: str, out: Path | None, resume: bool, overwrite: bool, quiet: bool
-) -> None:
-    # torch takes seconds to import, so it waits until there is work for it.
+    # torch takes seconds to import, so errors in the recipe are reported before it.
     from ..pipeline.run import run as run_chain
 
     run_chain(
         recipe,
-        out if out is not None else Path("runs") / recipe.name,
-        until=until,  # type: ignore[arg-type]
-        resume=resume,
-        overwrite=overwrite,
-        quiet=quiet,
+        options.out if options.out is not None else Path("runs") / recipe.name,
+        until=until,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        quiet=options.quiet,
     )
 
 
-def _print_keys() -> None:
-    from rich.markup import escape
-
-    from ..core.console import show
-    from ..pipeline.recipe_keys import key_reference
-
+def _show_keys() -> None:
     for table in key_reference(Recipe):
         meaning = escape(table.meaning)
         head = f"[bold]{escape(f'[{table.name}]')}[/bold]  {meaning}"

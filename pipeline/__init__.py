@@ -1,1 +1,1 @@
-"""Recipes, run folders, and the chain from a dense model to a measured artifact."""
+"""Recipes, run folders, and the chain from a dense model to its measured artifacts."""

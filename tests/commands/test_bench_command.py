@@ -1,4 +1,4 @@
-"""`vitrim bench`, `report` and `compare` as a person types them."""
+"""`vitrim bench`, `report` and `compare` on the command line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vitrim.bench.results.measurement import Environment, Measurement
 from vitrim.cli import call
 
 
-def errors(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
     assert call([str(argument) for argument in arguments]) == code
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    return told
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
 
 
 def test_a_batch_sweep_with_a_profile_is_saved_and_reported(
@@ -41,7 +41,7 @@ def test_a_batch_sweep_with_a_profile_is_saved_and_reported(
     ]
     assert call(command) == 0
     shown = capsys.readouterr().out
-    assert "m, batch 1: where the time goes" in shown
+    assert "m, batch 1: time by operator" in shown
     assert "MatMul" in shown
     first, second = Measurement.load(out / "m-batch1.json"), Measurement.load(out / "m-batch3.json")
     assert (first.batch, second.batch) == (1, 3)
@@ -49,8 +49,8 @@ def test_a_batch_sweep_with_a_profile_is_saved_and_reported(
     assert first.spinning
     assert {row.operator for row in first.operators} >= {"MatMul", "Relu"}
     assert (out / "m-batch1-operators.svg").read_text().startswith("<svg")
-    assert "exists already; --overwrite replaces it" in errors(capsys, *command)
-    # The pictures beside the measurements are in nobody's way.
+    assert "exists already; --overwrite replaces it" in error_line(capsys, *command)
+    # `report` ignores the pictures beside the measurements.
     assert call(["report", str(out), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "report.html").read_text()
     assert "Where the time goes" in page
@@ -61,11 +61,11 @@ def test_a_batch_sweep_with_a_profile_is_saved_and_reported(
     )
 
 
-def test_a_cost_table_is_measured_and_told(
+def test_a_cost_table_is_measured_and_its_error_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "costs.json"
-    words = [
+    command = [
         "bench",
         "--cost-table",
         str(path),
@@ -75,16 +75,16 @@ def test_a_cost_table_is_measured_and_told(
         "4",
         "-q",
     ]
-    assert call(words) == 0
+    assert call(command) == 0
     shown = capsys.readouterr().out
     assert "24 blocks measured with onnxruntime" in shown
-    assert "error on those: median" in shown
+    assert "error on the held-out blocks: median" in shown
     assert CostTable.load(path).median_error is not None
-    assert "exists already" in errors(capsys, *words)
+    assert "exists already" in error_line(capsys, *command)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         (
             ["--on", "smoke://x"],
@@ -93,30 +93,30 @@ def test_a_cost_table_is_measured_and_told(
         (["--on", "ssh://pi:secret@board"], "a password does not belong into an address"),
         (["--on", "adb://"], "write adb://SERIAL"),
         (["--on", "tvm-rpc://t"], "write tvm-rpc://tracker:port/key"),
-        (["--batch", "0"], "--batch '0': whole numbers above 0 are wanted"),
+        (["--batch", "0"], "--batch '0': expected whole numbers above 0"),
         (["--pin", "3-1"], "--pin '3-1': '3-1' is no CPU or range of CPUs"),
         (["--provider", "cuda"], "has no CUDAExecutionProvider (it has"),
-        (["--cost-table", "x.json"], "a cost table measures blocks of its own"),
+        (["--cost-table", "x.json"], "a cost table measures generated blocks"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_invalid_option_is_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = errors(capsys, "bench", chain(tmp_path / "m.onnx"), "-q", *words)
-    assert message in told
-    assert "secret" not in told
+    line = error_line(capsys, "bench", chain(tmp_path / "m.onnx"), "-q", *options)
+    assert message in line
+    assert "secret" not in line
 
 
-def test_nothing_to_measure_and_a_block_of_unknown_words(
+def test_no_artifact_and_an_invalid_block_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "name artifact folders or .onnx files" in errors(capsys, "bench")
-    assert "'width=3' is not understood" in errors(
+    assert "name artifact folders or .onnx files" in error_line(capsys, "bench")
+    assert "'width=3' is not valid" in error_line(
         capsys, "bench", "--cost-table", tmp_path / "c.json", "--block", "width=3"
     )
 
 
-def test_devices_stand_side_by_side_and_emulated_times_in_no_picture(
+def test_devices_are_side_by_side_and_emulated_times_in_no_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     board = Environment(cpu_model="Cortex-A72")
@@ -178,11 +178,11 @@ def test_devices_stand_side_by_side_and_emulated_times_in_no_picture(
     assert "emulated" in text.split("## Devices side by side")[1].split("##")[0]
 
 
-def test_a_folder_without_measurements_is_told(
+def test_a_folder_without_measurements_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "holds no measurements" in errors(capsys, "report", tmp_path)
-    assert "no such file or folder" in errors(capsys, "report", tmp_path / "nowhere")
+    assert "holds no measurements" in error_line(capsys, "report", tmp_path)
+    assert "no such file or folder" in error_line(capsys, "report", tmp_path / "nowhere")
 
 
 def test_compare_fails_only_beyond_the_limit(
@@ -203,12 +203,12 @@ def test_compare_fails_only_beyond_the_limit(
     assert call(["compare", str(before), str(slower), "--fail-if-slower", "5%"]) == 1
     assert "slower is slower than before: time ratio 1.080" in capsys.readouterr().out
     assert call(["compare", str(slower), str(before), "--fail-if-slower", "5%"]) == 0
-    assert "not a share; write 5% or 0.05" in errors(
+    assert "not a share; write 5% or 0.05" in error_line(
         capsys, "compare", before, same, "--fail-if-slower", "much"
     )
 
 
-def test_help_teaches_the_ways_to_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_addresses_of_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["bench", "--help"]) == 0
     shown = capsys.readouterr().out
     for word in (

@@ -1,6 +1,4 @@
-"""`vitrim compact`: on a model pruned elsewhere prune masks are folded, dead weight goes and the
-rest is told; saliencies that ask images.
-"""
+"""`vitrim compact`: by a mask, by saliencies of weights and of images, and of dead weight alone."""
 
 from __future__ import annotations
 
@@ -15,8 +13,8 @@ from photo_folder import CLASSES, write_photos
 from torch.nn.utils import prune
 from typer.testing import CliRunner
 from vitrim import StructuredMask, lift, load, save
-from vitrim.cli import app
-from vitrim.commands import saliency_images
+from vitrim.cli import app, call
+from vitrim.commands import model_data
 from vitrim.compress.data.loading import open_sample
 from vitrim.compress.data.named_datasets import default_preprocessing
 from vitrim.compress.network.architecture import FfnSpec
@@ -46,7 +44,7 @@ def pruned(tmp_path: Path) -> Path:
     return tmp_path / "pruned.pth"
 
 
-def test_dead_weight_goes_without_a_mask(pruned: Path, tmp_path: Path) -> None:
+def test_without_a_mask_dead_weight_is_removed(pruned: Path, tmp_path: Path) -> None:
     arguments = [
         "compact",
         "--checkpoint",
@@ -63,7 +61,7 @@ def test_dead_weight_goes_without_a_mask(pruned: Path, tmp_path: Path) -> None:
         "blocks.0.ffn: 48 of 96 ffn units are dead, constant ones folded into a bias"
         in result.output
     )
-    assert "zeros that stay:" in result.output
+    assert "zeros that remain:" in result.output
     assert load(tmp_path / "small").architecture.branches[1].core.hidden == 48  # type: ignore[union-attr]
 
 
@@ -102,12 +100,35 @@ def test_explain_names_the_tensors_and_the_masks(pruned: Path) -> None:
     assert "ffn/blocks.0.ffn" in line
 
 
-# ---- saliencies that ask images --------------------------------------------------------------------------------------------------------
+def test_a_checkpoint_is_cut_verified_and_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "model.pth", tmp_path / "small"
+    sizes = {key: value for key, value in SETTINGS.items() if key != "num_classes"}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
+    torch.save(model.state_dict(), path)
+    command = ["compact", "--checkpoint", str(path), "--model", "vit_tiny_patch16_224"]
+    for key, value in sizes.items():
+        command += ["--override", f"{key}={value}"]
+    command += ["--keep-ratio", "0.5", "--saliency", "l2", "--explain", "--out", str(out)]
+    assert call(command) == 0
+    shown = capsys.readouterr().out
+    assert "blocks.0.attn" in shown
+    assert "masked against compact" in shown
+    small = sum(parameter.numel() for parameter in load(out).parameters())
+    assert small < 0.7 * sum(value.numel() for value in torch.load(path).values())
+    assert call(["targets", "check", "rpi4", str(out)]) == 0
+    assert "it fits" in capsys.readouterr().out
+    assert call(command) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+# ---- saliencies of images ----
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos of three classes and a model that answers three."""
+    """A folder with photos of three classes and a model of three classes."""
     folder = tmp_path_factory.mktemp("saliency")
     write_photos(folder / "photos")
     torch.manual_seed(0)
@@ -121,21 +142,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compacted(*arguments: object) -> str:
-    """Standard output of a run that went through."""
+    """Standard output of a successful run."""
     result = CliRunner().invoke(app, ["compact", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def refusal(*arguments: object) -> str:
-    """The line of a refused run."""
+    """The error line of a refused run."""
     result = CliRunner().invoke(app, ["compact", *map(str, arguments)])
     assert isinstance(result.exception, InputError), result.output
     assert "\n" not in str(result.exception)
     return str(result.exception)
 
 
-def test_taylor_asks_the_images_and_says_which(place: Path, tmp_path: Path) -> None:
+def test_taylor_uses_the_images_and_records_them(place: Path, tmp_path: Path) -> None:
     data = f"imagefolder:{place / 'photos'}"
     shown = compacted(
         place / "model",
@@ -150,12 +171,18 @@ def test_taylor_asks_the_images_and_says_which(place: Path, tmp_path: Path) -> N
         "--out",
         tmp_path / "small",
     )
-    assert f"taylor saliency over 12 training images of {data}" in shown
+    assert f"taylor saliency on 12 training images of {data}" in shown
     assert "masked against compact" in shown
     mask = StructuredMask.load(tmp_path / "small" / "mask.safetensors")
     assert mask.note == {
-        "saliency": "taylor", "scope": "layer", "keep_ratio": "0.5", "data": data, "split": "train", "images": "12", "seed": "3"
-    }  # fmt: skip
+        "saliency": "taylor",
+        "scope": "layer",
+        "keep_ratio": "0.5",
+        "data": data,
+        "split": "train",
+        "images": "12",
+        "seed": "3",
+    }
     source = load(place / "model")
     split = open_sample(
         data,
@@ -171,7 +198,7 @@ def test_taylor_asks_the_images_and_says_which(place: Path, tmp_path: Path) -> N
     assert all(torch.equal(keep, wanted.kept[dimension][site]) for dimension, site, keep in mask)
     small = load(tmp_path / "small").architecture
     assert small.embed == 12
-    # The mask that lies beside the model makes it again.
+    # The saved mask reproduces the model.
     compacted(
         place / "model",
         "--mask",
@@ -199,11 +226,11 @@ def test_head_cuts_heads_only(place: Path, tmp_path: Path) -> None:
     )
     mask = StructuredMask.load(tmp_path / "small" / "mask.safetensors")
     assert {(dimension, int(keep.sum())) for dimension, _, keep in mask} == {("head", 2)}
-    # No more images than there are, less the tenth that is held out.
+    # All images except the tenth that is held out.
     assert mask.note["images"] == "22"
 
 
-def test_rounding_keeps_what_the_images_chose(place: Path, tmp_path: Path) -> None:
+def test_rounding_uses_the_scores_of_the_images(place: Path, tmp_path: Path) -> None:
     arguments = (
         place / "model",
         "--saliency",
@@ -224,11 +251,11 @@ def test_rounding_keeps_what_the_images_chose(place: Path, tmp_path: Path) -> No
         if isinstance(branch.core, FfnSpec):
             assert branch.core.hidden % 2 == 0
             one, other = free.kept["ffn"][branch.name], rounded.kept["ffn"][branch.name]
-            # Ranked by the same scores: the shorter list is the beginning of the longer one.
+            # The scores are the same, so one list contains the other.
             assert bool((one <= other).all()) or bool((other <= one).all())
 
 
-def test_the_run_that_a_model_lies_in_knows_its_images(place: Path, tmp_path: Path) -> None:
+def test_the_images_are_those_of_the_run_of_the_model(place: Path, tmp_path: Path) -> None:
     data = f"imagefolder:{place / 'photos'}"
     save(load(place / "model"), tmp_path / "run" / "baseline")
     preprocessing = default_preprocessing(data, (3, 16, 16)).model_dump(mode="json")
@@ -241,36 +268,39 @@ def test_the_run_that_a_model_lies_in_knows_its_images(place: Path, tmp_path: Pa
     }
     (tmp_path / "run" / "data.json").write_text(json.dumps(card))
     shown = compacted(tmp_path / "run" / "baseline", "--saliency", "taylor")
-    assert f"over 18 training images of {data}" in shown, "a quarter of 24 was held out by the run"
+    assert f"on 18 training images of {data}" in shown, "the run held out a quarter of 24"
 
 
-def test_a_bar_is_shown_on_a_terminal_once_it_lasts(
+def test_a_long_pass_over_the_images_shows_a_bar_on_a_terminal(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(saliency_images, "PATIENCE_S", -1.0)
-    monkeypatch.setattr(saliency_images, "BATCH", 8)
+    monkeypatch.setattr(model_data, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(model_data, "BATCH", 8)
     shown = compacted(
         place / "model", "--saliency", "taylor", "--data", f"imagefolder:{place / 'photos'}"
     )
-    assert "taylor saliency" in shown.split("over 22 training")[0]
+    assert "taylor saliency" in shown.split("on 22 training")[0]
     assert "22/22" in shown
 
 
-def test_refusals_of_saliencies(place: Path, pruned: Path, tmp_path: Path) -> None:
+def test_invalid_options_of_saliencies_are_refused(
+    place: Path, pruned: Path, tmp_path: Path
+) -> None:
     model, photos = place / "model", f"imagefolder:{place / 'photos'}"
     assert refusal(model, "--saliency", "tailor").endswith("; did you mean 'taylor'?")
     assert refusal(model, "--saliency", "taylor") == (
-        "--saliency taylor needs images: name them with --data, e.g. --data fashion-mnist or --data imagefolder:PATH"
+        "--saliency taylor needs images: name them with --data, e.g. --data fashion-mnist or "
+        "--data imagefolder:PATH"
     )
-    assert "images are asked by --saliency taylor and head only" in refusal(
+    assert "only --saliency taylor and head use images" in refusal(
         model, "--saliency", "l2", "--data", photos
     )
-    assert "images are asked by --saliency taylor and head only" in refusal(model, "--data", photos)
+    assert "only --saliency taylor and head use images" in refusal(model, "--data", photos)
     assert "did you mean 'cifar10'?" in refusal(model, "--saliency", "taylor", "--data", "cifar1")
     assert (
         refusal(model, "--mask", "m.safetensors", "--saliency", "l1")
-        == "--mask and --saliency both say what stays; keep one"
+        == "--mask and --saliency both select what is kept; keep one"
     )
     assert refusal(model, "--checkpoint", pruned).startswith("two models: ")
     assert "scope = 'local'" in refusal(
@@ -293,6 +323,7 @@ def test_refusals_of_saliencies(place: Path, pruned: Path, tmp_path: Path) -> No
     )
     assert (
         line
-        == f"{photos} has 3 classes, but the model has 5 outputs; name the data set that it was trained on"
+        == f"{photos} has 3 classes, but the model has 5 outputs; name the data set that it was "
+        "trained on"
     )
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""`vitrim export --verify` and what it refuses; `--out` is asked for by name."""
+"""`vitrim export`: --verify, a missing --out, and files for a reduced build of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_verify_says_what_a_whole_artifact_is(artifact: Path) -> None:
+def test_verify_summarizes_an_intact_artifact(artifact: Path) -> None:
     result = CliRunner().invoke(app, ["export", "--verify", str(artifact)])
     assert result.exit_code == 0
     assert "parity" in result.output
 
 
-def test_verify_names_a_file_whose_byte_flipped(artifact: Path) -> None:
+def test_verify_names_a_corrupt_file(artifact: Path) -> None:
     model = next(artifact.glob("*.onnx"))
     content = bytearray(model.read_bytes())
     content[100] ^= 1
@@ -38,12 +38,12 @@ def test_verify_names_a_file_whose_byte_flipped(artifact: Path) -> None:
     assert model.name in f"{result.output}{result.exception}"
 
 
-def test_out_is_asked_for(tmp_path: Path) -> None:
+def test_a_missing_out_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["export", str(tmp_path)])
     assert "--out is missing" in f"{result.output}{result.exception}"
 
 
-def test_ort_format_writes_the_reduced_builds_files_too(tmp_path: Path) -> None:
+def test_ort_format_also_writes_the_files_of_a_reduced_build(tmp_path: Path) -> None:
     model = lift(tiny_vit())
     save(model, tmp_path / "model")
     result = CliRunner().invoke(

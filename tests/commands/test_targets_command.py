@@ -1,4 +1,4 @@
-"""`vitrim targets`: what fits, by how much it does not, and a time that says it is an estimate."""
+"""`vitrim targets`: the catalog, whether a model fits, and a labelled estimate of its latency."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def large(tmp_path: Path) -> Path:
 def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     from vitrim.cli import main
 
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         main(["targets", *arguments])
     found = capsys.readouterr()
-    return int(left.value.code or 0), found.out, found.err
+    return int(exited.value.code or 0), found.out, found.err
 
 
-def test_one_target_in_full(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_one_target(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(["check", str(saved), "--target", "rpi4"], capsys)
     assert code == 0
     line = next(line for line in out.splitlines() if line.startswith("time of one inference"))
@@ -62,7 +62,7 @@ def test_the_target_may_come_first(saved: Path, capsys: pytest.CaptureFixture[st
     assert (code, "two targets" in err) == (2, True)
 
 
-def test_runtime_and_threads_are_the_estimates(
+def test_runtime_and_threads_set_the_estimate(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, out, _ = call(
@@ -86,7 +86,7 @@ def test_runtime_and_threads_are_the_estimates(
     assert (code, "rpi5: 9 threads, but the profile has 4 cores; give 1 to 4" in err) == (2, True)
 
 
-def test_a_runtime_that_nobody_knows_gets_the_nearest(
+def test_an_unknown_runtime_is_refused_with_the_nearest(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = call(
@@ -96,7 +96,9 @@ def test_a_runtime_that_nobody_knows_gets_the_nearest(
     assert "--runtime 'onxruntime': no such runtime; did you mean 'onnxruntime'?" in err
 
 
-def test_every_target_on_a_line(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_without_a_target_has_a_line_for_each(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from vitrim.targets.catalog import list_targets
 
     code, out, _ = call(["check", str(saved)], capsys)
@@ -106,7 +108,7 @@ def test_every_target_on_a_line(saved: Path, capsys: pytest.CaptureFixture[str])
     assert "estimates, not measurements" in " ".join(out.split())
 
 
-def test_what_does_not_fit_is_told_by_how_much(
+def test_a_model_that_does_not_fit_is_reported_with_its_excess(
     large: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = call(["check", str(large), "--target", "stm32h7"], capsys)
@@ -116,7 +118,7 @@ def test_what_does_not_fit_is_told_by_how_much(
     assert out.rstrip().endswith("choose a larger device")
 
 
-def test_a_gpu_has_no_estimate_and_says_why(
+def test_a_gpu_has_no_estimate_but_a_reason(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = call(["check", str(saved), "--target", "cuda"], capsys)
@@ -124,7 +126,7 @@ def test_a_gpu_has_no_estimate_and_says_why(
     assert "no GPU was measured to calibrate one with" in out
 
 
-def test_a_target_shows_its_vectors_and_tvms_target(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_vectors_and_the_tvm_target(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(["show", "rpi5"], capsys)
     assert code == 0
     assert "vectors: neon, 32 registers of 128 bits, int8 dot products" in out
