@@ -195,7 +195,7 @@ def test_what_the_command_line_refuses_in_one_line(
         (
             graph,
             "8",
-            f"{graph}: a graph that was given has its image size built in; export it again at 8, or give the saved model",
+            f"{graph}: the image size of an .onnx file is fixed; export it again at 8, or name the saved model",
         ),
     ):
         assert (
