@@ -1,5 +1,6 @@
-"""How the golden file was made: `python tests/golden_model.py FOLDER`. Never made again: the point
-is that it stays.
+"""Writes the golden model of the first file format: `python tests/golden_model.py FOLDER`.
+
+The stored files are never regenerated, so that they test that old files still load.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from vitrim.compress.network.modules.model import CompactModel
 
 
 def golden_images(model: CompactModel) -> Tensor:
-    """(2, channels, height, width) without any random generator, which may change."""
+    """Images (2, channels, height, width) without a random generator, which may change."""
     shape = (2, *model.architecture.image)
     return (
         torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * 0.37)
@@ -25,9 +26,7 @@ def golden_images(model: CompactModel) -> Tensor:
 
 
 def main(folder: Path) -> None:
-    """A cut model with norms of queries and keys, layer scales, index lists and one head set a
-    block.
-    """
+    """Write a pruned model with query/key norms, layer scales, index lists and pruned heads."""
     import timm
 
     torch.manual_seed(0)

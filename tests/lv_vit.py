@@ -1,8 +1,8 @@
-"""LV-ViT (Jiang et al. 2021, "All Tokens Matter"), written from its published shapes: a stem of
-four convolutions, residual branches divided by `skip_lam`, and a second classifier on every patch
-whose largest logits count for half.
+"""LV-ViT (Jiang et al. 2021, "All Tokens Matter"), written from its published shapes.
 
-LV-ViT-S: 16 blocks, 384 wide, 6 heads, MLP ratio 3, skip_lam 2; 26 M parameters.
+It has a stem of four convolutions, residual branches divided by `skip_lam`, and a second classifier
+on every patch whose largest logits are added with weight 1/2. LV-ViT-S: 16 blocks, 384 channels, 6
+heads, MLP ratio 3, skip_lam 2; 26 M parameters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbed4_2(nn.Module):
-    """Four convolutions, 16 x 16 pixels a patch."""
+    """Four convolutions, 16 x 16 pixels per patch."""
 
     def __init__(self, img_size: int, embed_dim: int) -> None:
         super().__init__()
@@ -37,12 +37,8 @@ class PatchEmbed4_2(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2, self.drop = (
-            nn.Linear(dim, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, dim),
-            nn.Dropout(0.1),
-        )
+        self.fc1, self.act = nn.Linear(dim, hidden), nn.GELU()
+        self.fc2, self.drop = nn.Linear(hidden, dim), nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

@@ -1,4 +1,4 @@
-"""Random architectures of every kind that plain data can say, for property tests."""
+"""Random architectures of every kind, for property tests."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ from vitrim.compress.network.architecture import (
 from vitrim.compress.network.modules.model import CompactModel
 
 GRID = (2, 3)
-
-
 POOLS = (
     "token",
     "mean",
@@ -46,11 +44,12 @@ POOLS = (
 
 
 @st.composite
-def architectures(draw: Any, countable: bool = False, turning: bool = False) -> Architecture:
+def architectures(draw: Any, countable: bool = False, resizable_rope: bool = False) -> Architecture:
     """A network of one or two steps on 2 x 3 patches.
 
-    `countable`: of those whose cost follows from live counts alone; `turning`: every rope says how
-    it is made.
+    Args:
+        countable: Whether the cost must follow from live counts alone.
+        resizable_rope: Whether every rope must have the frequencies that another image size needs.
     """
     embed = draw(st.integers(4, 9))
     pool = draw(st.sampled_from([kind for kind in POOLS if not countable or kind != "refine"]))
@@ -60,7 +59,7 @@ def architectures(draw: Any, countable: bool = False, turning: bool = False) -> 
         )
     )
     widths = [draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 2)))]
-    branches = partial(_branches, embed, prefix, countable=countable, turning=turning)
+    branches = partial(_branches, embed, prefix, countable=countable, resizable_rope=resizable_rope)
     steps = tuple(
         tuple(draw(branches(f"blocks.{number}.{position}")) for position in range(width))
         for number, width in enumerate(widths)
@@ -100,7 +99,7 @@ def architectures(draw: Any, countable: bool = False, turning: bool = False) -> 
 
 
 def network(architecture: Architecture, seed: int = 0) -> CompactModel:
-    """Random numbers in double precision, so that equal means equal to many digits."""
+    """A network with random weights in double precision, so that rounding hides no difference."""
     torch.manual_seed(seed)
     model = CompactModel(architecture).double().eval()
     with torch.no_grad():
@@ -111,11 +110,13 @@ def network(architecture: Architecture, seed: int = 0) -> CompactModel:
 
 @st.composite
 def _branches(
-    draw: Any, embed: int, prefix: int, name: str, countable: bool, turning: bool
+    draw: Any, embed: int, prefix: int, name: str, countable: bool, resizable_rope: bool
 ) -> BranchSpec:
     reads, writes = draw(_subset(embed, countable)), draw(_subset(embed, countable))
     core: Core = draw(
-        st.one_of(attentions(prefix, countable, turning), _ffns(), _ffns(), st.just(ConstantSpec()))
+        st.one_of(
+            attentions(prefix, countable, resizable_rope), _ffns(), _ffns(), st.just(ConstantSpec())
+        )
     )
     constant = isinstance(core, ConstantSpec)
     return BranchSpec(
@@ -131,16 +132,16 @@ def _branches(
 
 @st.composite
 def attentions(
-    draw: Any, prefix: int, countable: bool = False, turning: bool = False
+    draw: Any, prefix: int, countable: bool = False, resizable_rope: bool = False
 ) -> AttentionSpec:
-    """Self-attention with any of its options that go together."""
+    """Self-attention with any combination of options that is valid."""
     heads, qk, v = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     kind = draw(st.sampled_from(["plain", "rope", "differential"]))
     options: dict[str, Any] = {}
     if kind == "rope":
         qk = 2 * qk
         layout = draw(st.sampled_from(["half", "interleaved"]))
-        at = draw(_rope_grids()) if turning or draw(st.booleans()) else None
+        at = draw(_rope_grids()) if resizable_rope or draw(st.booleans()) else None
         options["rope"] = RopeSpec(
             layout=layout,
             tokens=GRID[0] * GRID[1],
@@ -196,7 +197,7 @@ def _ffns(draw: Any) -> FfnSpec:
 
 @st.composite
 def _pool(draw: Any, kind: str, width: int) -> tuple[PoolSpec, int]:
-    """The pooling, and how wide what it gives is."""
+    """The pooling, and the width of its output."""
     if kind == "refine":
         first = draw(st.integers(1, width))
         channels = (first,) if first == width else (first, width - first)
@@ -230,8 +231,7 @@ def _pool(draw: Any, kind: str, width: int) -> tuple[PoolSpec, int]:
 def _norm(draw: Any, width: int) -> NormSpec | None:
     if draw(st.booleans()):
         return None
-    # Few channels and a tiny eps would make the norms of random networks so steep that rounding
-    # shows.
+    # With few channels and a tiny eps, norms of random networks would amplify rounding errors.
     return NormSpec(
         kind=draw(st.sampled_from(["layer", "rms"])),
         width=width,

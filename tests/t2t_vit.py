@@ -1,10 +1,9 @@
-"""T2T-ViT (Yuan et al. 2021, "Tokens-to-Token ViT"), written from its published shapes: two soft
-splits with a small transformer behind each, then a third soft split and a projection, then a deep
-and narrow backbone of plain blocks.
+"""T2T-ViT (Yuan et al. 2021, "Tokens-to-Token ViT"), written from its published shapes.
 
-T2T-ViT-14: 14 blocks, 384 wide, 6 heads, MLP ratio 3; tokens-to-token 64 wide; 21.5 M parameters.
-The backbone here begins with the last soft split, which with its projection is a convolution: 3 x
-3, stride 2, padding 1.
+It has two soft splits followed by a small transformer each, a third soft split with a projection,
+and a deep and narrow backbone of plain blocks. T2T-ViT-14: 14 blocks, 384 channels, 6 heads, MLP
+ratio 3, 64 channels in tokens-to-token; 21.5 M parameters. The backbone here includes the last soft
+split, which with its projection is a convolution: 3 x 3, stride 2, padding 1.
 """
 
 from __future__ import annotations
@@ -18,12 +17,8 @@ from torch import Tensor, nn
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2, self.drop = (
-            nn.Linear(dim, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, dim),
-            nn.Dropout(0.0),
-        )
+        self.fc1, self.act = nn.Linear(dim, hidden), nn.GELU()
+        self.fc2, self.drop = nn.Linear(hidden, dim), nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -36,11 +31,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=False)
-        self.attn_drop, self.proj, self.proj_drop = (
-            nn.Dropout(0.0),
-            nn.Linear(dim, dim),
-            nn.Dropout(0.0),
-        )
+        self.attn_drop = nn.Dropout(0.0)
+        self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
@@ -60,11 +52,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1, self.attn, self.drop_path = (
-            nn.LayerNorm(dim),
-            Attention(dim, num_heads),
-            nn.Identity(),
-        )
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, num_heads)
+        self.drop_path = nn.Identity()
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,16 +63,13 @@ class Block(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """One head whose values, not its inputs, go around the attention."""
+    """One head with a residual connection of the values instead of the inputs."""
 
     def __init__(self, dim: int, in_dim: int) -> None:
         super().__init__()
         self.in_dim = in_dim
-        self.norm1, self.qkv, self.proj = (
-            nn.LayerNorm(dim),
-            nn.Linear(dim, 3 * in_dim, bias=False),
-            nn.Linear(in_dim, in_dim),
-        )
+        self.norm1, self.qkv = nn.LayerNorm(dim), nn.Linear(dim, 3 * in_dim, bias=False)
+        self.proj = nn.Linear(in_dim, in_dim)
         self.norm2, self.mlp = nn.LayerNorm(in_dim), Mlp(in_dim, in_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,20 +80,17 @@ class TokenTransformer(nn.Module):
 
 
 class SoftSplits(nn.Module):
-    """Images to 64 feature maps an eighth as large: the tokens-to-token module without its last
-    soft split.
+    """The tokens-to-token module without its last soft split.
+
+    (batch, 3, height, width) -> (batch, 64, height / 8, width / 8).
     """
 
     def __init__(self, token_dim: int = 64) -> None:
         super().__init__()
-        self.soft_split0, self.soft_split1 = (
-            nn.Unfold(7, stride=4, padding=2),
-            nn.Unfold(3, stride=2, padding=1),
-        )
-        self.attention1, self.attention2 = (
-            TokenTransformer(3 * 49, token_dim),
-            TokenTransformer(token_dim * 9, token_dim),
-        )
+        self.soft_split0 = nn.Unfold(7, stride=4, padding=2)
+        self.soft_split1 = nn.Unfold(3, stride=2, padding=1)
+        self.attention1 = TokenTransformer(3 * 49, token_dim)
+        self.attention2 = TokenTransformer(token_dim * 9, token_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         for split, attention in (
@@ -134,8 +117,9 @@ class LastSplit(nn.Module):
 
 
 class T2TBackbone(nn.Module):
-    """Feature maps (batch, 64, side, side) to logits. Defaults are those of T2T-ViT-14 on 224 x 224
-    images.
+    """Feature maps (batch, 64, side, side) -> logits (batch, classes).
+
+    Defaults are those of T2T-ViT-14 on 224 x 224 images.
     """
 
     def __init__(
@@ -169,9 +153,7 @@ class T2TBackbone(nn.Module):
 
 
 class T2TViT(nn.Module):
-    """The whole network in the published arrangement: blocks beside a `tokens_to_token` that no
-    rule covers.
-    """
+    """The whole network with the published module names: `tokens_to_token` has no converter."""
 
     def __init__(self, backbone: T2TBackbone) -> None:
         super().__init__()
@@ -194,7 +176,7 @@ class T2TViT(nn.Module):
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
-    """(1, positions, width) of Vaswani et al. 2017."""
+    """Position table (1, positions, width) of Vaswani et al. 2017."""
     angle = torch.arange(positions)[:, None] / 10000 ** (2 * (torch.arange(width) // 2) / width)
     table = torch.where(torch.arange(width) % 2 == 0, angle.sin(), angle.cos())
     return table[None].float()

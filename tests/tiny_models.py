@@ -1,18 +1,25 @@
-"""Tiny networks with random weights everywhere, so that no norm, bias or scale hides behind its
-initial value.
+"""Tiny networks with random weights, and the checks that tests of several folders share.
+
+Every parameter is random, so that no norm, bias or scale is hidden by its initial value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from vitrim import StructuredMask, compact, lift, masked
+from vitrim.compress.masks.groups import Sharing
+from vitrim.compress.network.modules.model import CompactModel
+
+SHARINGS: tuple[Sharing, ...] = ("unshared", "residual", "full")
 
 
 def tiny_vit(name: str = "vit_tiny_patch16_224", seed: int = 0, **overrides: Any) -> nn.Module:
-    """A timm model of two blocks, 24 wide, on 16 x 16 images, in eval mode."""
+    """A timm model in eval mode: two blocks, 24 channels, 16 x 16 images of 8 x 8 patches."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "img_size": 16,
@@ -22,13 +29,49 @@ def tiny_vit(name: str = "vit_tiny_patch16_224", seed: int = 0, **overrides: Any
         "num_heads": 3,
         "num_classes": 5,
     } | overrides
-    model: nn.Module = timm.create_model(name, **settings)
+    return add_noise(timm.create_model(name, **settings))
+
+
+def add_noise(model: nn.Module) -> nn.Module:
+    """Add noise to every parameter and running statistic, and put the model into eval mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.add_(0.3 * torch.rand_like(buffer))
     return model.eval()
 
 
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference over the largest wanted magnitude."""
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, relative to the largest wanted magnitude."""
     return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+
+def assert_exact(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    per_head: Sequence[bool] = (True, True, True),
+    output: Callable[[Any], Tensor] = lambda output: output,
+) -> CompactModel:
+    """Lifted equals source, and compact equals masked for one random mask per sharing.
+
+    Args:
+        model: The source model.
+        images: Its input.
+        per_head: For each sharing, whether the heads of its mask may keep different columns.
+        output: Extracts the tensor from the output of `model`.
+
+    Returns:
+        The lifted model.
+    """
+    lifted = lift(model)
+    with torch.no_grad():
+        assert relative_error(lifted(images), output(model(images))) < 1e-5
+        for seed, (sharing, each) in enumerate(zip(SHARINGS, per_head, strict=True)):
+            mask = StructuredMask.random(lifted, 0.4, sharing, seed=seed, per_head=each)
+            small, wanted = compact(model, mask)(images), masked(lifted, mask)(images)
+            assert small.shape == wanted.shape
+            assert relative_error(small, wanted) < 1e-5
+    return lifted

@@ -1,6 +1,4 @@
-"""A name of every kind that timm's plain Vision Transformers come in: the lifted network gives what
-the source gives, the compact one what the masked gives.
-"""
+"""Every kind of plain Vision Transformer in timm: lifted equals source, compact equals masked."""
 
 from __future__ import annotations
 
@@ -9,11 +7,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tiny_models import relative_error
+from tiny_models import add_noise, assert_exact, relative_error
 from torch import nn
 from vitrim import InputError, StructuredMask, UnsupportedModel, compact, lift, load, masked, save
 
-# Name, what it is there for, overrides beside the size.
+# Name, the kind that it represents, overrides other than the size.
 KINDS: list[tuple[str, str, dict[str, Any]]] = [
     ("vit_tiny_patch16_224", "plain", {}),
     ("vit_tiny_patch16_224", "max pooling", {"global_pool": "max", "class_token": False}),
@@ -30,17 +28,17 @@ KINDS: list[tuple[str, str, dict[str, Any]]] = [
     ("deit_base_distilled_patch16_224", "distillation token", {}),
     ("deit_base_distilled_patch16_224", "distillation token, no classifier", {"num_classes": 0}),
     ("vit_base_patch16_clip_quickgelu_224", "pre-norm, quick GELU", {}),
-    ("vit_base_patch16_18x2_224", "two sub-layers side by side", {}),
-    ("vit_base_patch16_xp_224", "attention and FFN behind one projection", {}),
+    ("vit_base_patch16_18x2_224", "two parallel sub-layers", {}),
+    ("vit_base_patch16_xp_224", "attention and FFN in one projection", {}),
     ("vit_dpwee_patch16_reg1_gap_256", "the same, differential", {}),
     ("vit_dwee_patch16_reg1_gap_256", "differential attention", {}),
-    ("vit_base_patch16_rpn_224", "norm behind the sub-layer", {}),
+    ("vit_base_patch16_rpn_224", "norm after the sub-layer", {}),
     ("vit_so400m_patch14_siglip_224", "attention pooling", {}),
     ("aimv2_1b_patch14_224", "norm inside the patch embedding, SwiGLU, RMSNorm", {}),
     ("eva02_small_patch14_224", "rope, packed SwiGLU, no k bias", {}),
     ("eva02_base_patch14_224", "rope, separate projections, norm in the SwiGLU", {}),
     ("eva_giant_patch14_224", "EVA without rope", {}),
-    ("vit_base_patch16_rope_mixed_224", "rope of a table a head", {}),
+    ("vit_base_patch16_rope_mixed_224", "rope with a table per head", {}),
     ("vit_tiny_patch16_dinov3_qkvb", "rope in halves", {}),
     ("vit_base_patch16_sapiens2", "grouped queries", {"num_kv_heads": (3, 1)}),
     ("beit_base_patch16_224", "relative bias tables with a class token", {}),
@@ -49,8 +47,8 @@ KINDS: list[tuple[str, str, dict[str, Any]]] = [
     ("vit_relpos_base_patch16_cls_224", "relative bias from an MLP, class token", {}),
     ("vit_srelpos_small_patch16_224", "relative bias shared", {}),
     ("vit_relpos_base_patch16_224", "relative bias table", {"rel_pos_type": "bias"}),
-    ("naflexvit_base_patch16_gap", "positions resampled, Linear patches", {}),
-    ("naflexvit_base_patch16_map", "attention pooling with a prefix left out", {"reg_tokens": 1}),
+    ("naflexvit_base_patch16_gap", "resampled positions, Linear patches", {}),
+    ("naflexvit_base_patch16_map", "attention pooling without prefix tokens", {"reg_tokens": 1}),
 ]
 
 
@@ -64,11 +62,7 @@ def build(name: str, overrides: dict[str, Any]) -> nn.Module:
             "pos_embed_grid_size": (4, 3),
             "pretrained_cfg_overlay": {"input_size": (3, *size)},
         }
-    model: nn.Module = timm.create_model(name, **settings | overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return add_noise(timm.create_model(name, **settings | overrides))
 
 
 @pytest.mark.parametrize(
@@ -78,21 +72,11 @@ def test_lift_equals_source_and_compact_equals_masked(
     name: str, kind: str, overrides: dict[str, Any]
 ) -> None:
     model = build(name, overrides)
-    lifted = lift(model)
-    images = torch.randn(2, *lifted.architecture.image)
-    with torch.no_grad():
-        assert relative_error(lifted(images), model(images)) < 1e-5
-        for seed, (sharing, per_head) in enumerate(
-            [("unshared", True), ("residual", True), ("full", False)]
-        ):
-            mask = StructuredMask.random(lifted, 0.4, sharing, seed=seed, per_head=per_head)  # type: ignore[arg-type]
-            small = compact(model, mask)
-            wanted = masked(lifted, mask)(images)
-            assert small(images).shape == wanted.shape
-            assert relative_error(small(images), wanted) < 1e-5
+    images = torch.randn(2, *lift(model).architecture.image)
+    assert_exact(model, images, per_head=(True, True, False))
 
 
-def test_a_compact_model_is_cut_again() -> None:
+def test_a_compact_model_is_pruned_again() -> None:
     grouped = {"num_kv_heads": (3, 1), "qk_norm": True}
     for name, overrides in (
         ("vit_base_patch16_rope_mixed_224", {}),
@@ -107,7 +91,7 @@ def test_a_compact_model_is_cut_again() -> None:
             assert relative_error(compact(once, mask)(images), masked(once, mask)(images)) < 1e-5
 
 
-def test_saved_and_loaded_bit_equal(tmp_path: Any) -> None:
+def test_a_saved_model_is_loaded_bit_equal(tmp_path: Any) -> None:
     for number, name in enumerate(
         ["beit_base_patch16_224", "vit_tiny_patch16_dinov3_qkvb", "vit_so400m_patch14_siglip_224"]
     ):
@@ -124,18 +108,20 @@ def test_a_split_rope_pair_is_refused_with_the_reason() -> None:
     keep[3] = False
     with pytest.raises(
         InputError,
-        match=r"mask qk/blocks\.0\.attn splits columns 3 and 11: rotary position embedding rotates them as a pair",
+        match=r"mask qk/blocks\.0\.attn splits columns 3 and 11: "
+        "rotary position embedding rotates them as a pair",
     ):
         compact(model, StructuredMask({"qk": {"blocks.0.attn": keep}}))
 
 
-def test_heads_that_share_keys_keep_the_same_columns() -> None:
+def test_heads_that_share_keys_must_keep_the_same_columns() -> None:
     model = build("vit_base_patch16_sapiens2", {"num_kv_heads": (3, 1)})
     keep = torch.ones(3, 16, dtype=torch.bool)
     keep[0, :8], keep[1:, 8:] = False, False
     with pytest.raises(
         InputError,
-        match=r"mask v/blocks\.1\.attn: heads that share keys and values must keep the same columns",
+        match=r"mask v/blocks\.1\.attn: "
+        "heads that share keys and values must keep the same columns",
     ):
         compact(model, StructuredMask({"v": {"blocks.1.attn": keep}}))
 
@@ -145,25 +131,16 @@ def test_tokens_without_pooling_are_refused() -> None:
         lift(build("vit_tiny_patch16_224", {"global_pool": "", "num_classes": 0}))
 
 
-def test_the_pooling_heads_own_units_are_no_part_of_a_shared_mask() -> None:
+def test_units_of_the_pooling_head_are_not_part_of_a_shared_mask() -> None:
     lifted = lift(build("vit_so400m_patch14_siglip_224", {}))
     mask = StructuredMask.random(lifted, 0.5, "full")
     assert set(mask.kept["head"]) == {"*", "pool.attn"}
     assert set(mask.kept["embed"]) == {"*", "pool.out"}
+    ffn = lifted.architecture.pool.ffn
+    assert ffn is not None
+    none = torch.zeros(ffn.hidden, dtype=torch.bool)
     with pytest.raises(
         InputError,
         match=r"mask ffn/pool\.ffn keeps nothing; the pooling head needs one unit at least",
     ):
-        compact(
-            lifted,
-            StructuredMask(
-                {
-                    "ffn": {
-                        "pool.ffn": torch.zeros(
-                            lifted.architecture.pool.ffn.hidden,  # type: ignore[union-attr]
-                            dtype=torch.bool,
-                        )
-                    }
-                }
-            ),
-        )
+        compact(lifted, StructuredMask({"ffn": {"pool.ffn": none}}))

@@ -1,4 +1,4 @@
-"""Costs on live widths are what the surgery then builds, to the last parameter and multiply-add."""
+"""Costs of live units equal the counts of the pruned model, exactly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 @pytest.mark.parametrize("sharing", ["residual", "full"])
 @settings(max_examples=10, deadline=None)
 @given(ratio=st.floats(0.1, 1.0), seed=st.integers(0, 99), last_queries=st.booleans())
-def test_live_cost_is_the_cost_of_the_cut_model(
+def test_live_cost_equals_the_cost_of_the_pruned_model(
     name: str, sharing: str, ratio: float, seed: int, last_queries: bool
 ) -> None:
     dense = lift(tiny_vit(name, init_values=0.5))
@@ -41,9 +41,10 @@ def test_live_cost_is_the_cost_of_the_cut_model(
     assert live_cost(source, gates.counter(kept), "macs") == count_macs(cut)
 
 
-def test_movement_cost_is_the_sources_equation() -> None:
-    """METHODS A, by hand: width 24, 3 heads of 8, FFN 96, 2 blocks, patch 8 x 8 of 3 channels, 5
-    classes.
+def test_movement_cost_follows_the_published_equation() -> None:
+    """Tredese 2023, computed by hand for the tiny model.
+
+    Width 24, 3 heads of 8, FFN 96, 2 blocks, patches of 8 x 8 with 3 channels, 5 classes.
     """
     architecture = lift(tiny_vit()).architecture
     gates = Gates(architecture, "residual")
@@ -54,14 +55,14 @@ def test_movement_cost_is_the_sources_equation() -> None:
     assert float(movement_cost(architecture, gates.live).detach()) == expected
 
 
-def test_input_widths_are_the_live_ones() -> None:
-    """Half of the residual stream gone halves what a query column costs: its gradient says so."""
+def test_input_widths_are_live_widths() -> None:
+    """Removing half of the residual stream halves the gradient of the cost of a query column."""
     architecture = lift(tiny_vit()).architecture
     gates = Gates(architecture, "residual")
     embed = next(number for number, group in enumerate(gates.groups) if group.dimension == "embed")
     column = next(number for number, group in enumerate(gates.groups) if group.dimension == "qk")
 
-    def price_of_a_column() -> float:
+    def cost_of_a_column() -> float:
         gates.zero_grad()
         gates.begin()
         movement_cost(architecture, gates.live).backward()
@@ -69,16 +70,14 @@ def test_input_widths_are_the_live_ones() -> None:
         assert gradient is not None
         return float(gradient[0])
 
-    whole = price_of_a_column()
+    whole = cost_of_a_column()
     with torch.no_grad():
         gates.scores[embed][:12] = 0.0
-    assert price_of_a_column() == whole / 2 == 2 * 12 * 3
+    assert cost_of_a_column() == whole / 2 == 2 * 12 * 3
 
 
 def grouped(data: st.DataObject, architecture: Architecture) -> Architecture:
-    """The same network with queries grouped in any way, where its attentions may have shared keys
-    and values.
-    """
+    """The same network with randomly grouped queries in the attentions that support it."""
 
     def regrouped(branch: BranchSpec) -> BranchSpec:
         core = branch.core
@@ -91,14 +90,9 @@ def grouped(data: st.DataObject, architecture: Architecture) -> Architecture:
         drawn = data.draw(
             st.lists(st.integers(0, core.heads - 1), min_size=core.heads, max_size=core.heads)
         )
-        order = list(dict.fromkeys(drawn))
-        return branch.model_copy(
-            update={
-                "core": core.model_copy(
-                    update={"kv_of": tuple(order.index(group) for group in drawn)}
-                )
-            }
-        )
+        groups = list(dict.fromkeys(drawn))
+        kv_of = tuple(groups.index(group) for group in drawn)
+        return branch.model_copy(update={"core": core.model_copy(update={"kv_of": kv_of})})
 
     steps = tuple(tuple(regrouped(branch) for branch in step) for step in architecture.steps)
     return Architecture.model_validate(
@@ -107,12 +101,10 @@ def grouped(data: st.DataObject, architecture: Architecture) -> Architecture:
 
 
 @pytest.mark.parametrize("cost", [live_params, live_macs, movement_cost])
-def test_the_slope_at_a_head_is_what_the_head_alone_decides(
+def test_the_gradient_of_a_head_is_the_cost_that_it_alone_adds(
     cost: Callable[[Architecture, Live], Any],
 ) -> None:
-    """Queries in groups of two and of four: a head whose neighbours live takes no keys and values
-    with it, the last one of a group does.
-    """
+    """Keys and values of a group are removed only with its last head; groups of two and of four."""
     source = lift(
         tiny_vit(
             "vit_base_patch16_sapiens2",
@@ -137,12 +129,11 @@ def test_the_slope_at_a_head_is_what_the_head_alone_decides(
         found = gates.scores[number].grad
         assert found is not None
         for head in range(4):
-            without, with_it = ([keep.clone() for keep in kept] for _ in range(2))
-            without[number][head], with_it[number][head] = False, True
-            assert float(found[head]) == cost(source, gates.counter(with_it)) - cost(
-                source, gates.counter(without)
-            )
-    # Head 0 of the first block has gone, so its neighbour alone keeps the group's keys and values.
+            without, with_head = ([keep.clone() for keep in kept] for _ in range(2))
+            without[number][head], with_head[number][head] = False, True
+            costs = [cost(source, gates.counter(units)) for units in (without, with_head)]
+            assert float(found[head]) == costs[1] - costs[0]
+    # Head 0 of the first block is removed, so head 1 alone keeps the keys and values of the group.
     slopes = gates.scores[heads[0]].grad
     assert slopes is not None
     assert slopes[1] > slopes[2] == slopes[3]
@@ -150,14 +141,11 @@ def test_the_slope_at_a_head_is_what_the_head_alone_decides(
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_live_cost_of_any_kind_of_network(data: st.DataObject) -> None:
-    """All but what live counts cannot tell: heads padded to one width, channels that nobody
-    reads.
-    """
+def test_live_cost_is_exact_for_every_kind_of_network(data: st.DataObject) -> None:
+    """Except where live counts are not enough: padded heads, and channels that no branch reads."""
     architecture = grouped(data, data.draw(architectures(countable=True)))
-    mask = StructuredMask.random(
-        architecture, data.draw(st.sampled_from([0.3, 0.6, 1.0])), "residual"
-    )
+    keep_ratio = data.draw(st.sampled_from([0.3, 0.6, 1.0]))
+    mask = StructuredMask.random(architecture, keep_ratio, "residual")
 
     def live(dimension: str, site: str, indices: Indices | None) -> int:
         keep = mask.get(dimension, site)

@@ -49,7 +49,7 @@ def step(*cores: AttentionSpec | FfnSpec, **options: Any) -> tuple[BranchSpec, .
 PLAIN, FFN = attention(), FfnSpec(hidden=32)
 NETWORKS: dict[str, dict[str, Any]] = {
     "plain, layer scale, class token": {"steps": (step(PLAIN, layer_scale=True), step(FFN))},
-    "rope in halves, q and k normed, grouped queries, RMSNorm": {
+    "rope in halves, norms of q and k, grouped queries, RMSNorm": {
         "steps": (
             step(
                 attention(
@@ -63,7 +63,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
             step(FfnSpec(hidden=32, gated=True, act="silu", norm=norm(32))),
         )
     },
-    "rope interleaved with a table a head, gate, norm before the projection": {
+    "interleaved rope with a table per head, gate, norm before the projection": {
         "steps": (
             step(
                 attention(
@@ -73,7 +73,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
             step(FFN),
         ),
     },
-    "relative bias with a class token, norm behind": {
+    "relative bias with a class token, norm after the sub-layer": {
         "steps": (
             step(
                 attention(bias=RelativeBiasSpec(grid=GRID, prefix=1, prefix_rows=True)),
@@ -83,7 +83,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
             step(FFN),
         ),
     },
-    "relative bias without, attention and FFN side by side": {
+    "relative bias without a class token, parallel attention and FFN": {
         "steps": (step(attention(bias=RelativeBiasSpec(grid=GRID, prefix=1)), FFN),),
         "pool": PoolSpec(kind="avgmax"),
         "pool_norm": norm(),
@@ -98,7 +98,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
             step(FfnSpec(hidden=32, act="gelu_tanh")),
         ),
     },
-    "attention pooling, several convolutions before, norm on patches": {
+    "attention pooling, two convolutions in the stem, norm on patches": {
         "stem": StemSpec(
             patch=(4, 4), before=(ConvSpec(channels=5, kernel=(3, 3), padding=(1, 1), act="relu"),)
         ),
@@ -127,8 +127,8 @@ def test_onnx_equals_torch(kind: str) -> None:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.add_(0.2 * torch.randn_like(tensor))
-    # Unshared masks with other columns a head: gathers and scatters on the stream, and every table
-    # that a head may have of its own.
+    # Unshared masks with different columns per head need gathers and scatters on the stream, and
+    # tables and norms per head.
     small = compact(
         model, StructuredMask.random(model, 0.6, "unshared", per_head=True), last_queries=True
     )

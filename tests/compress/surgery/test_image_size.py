@@ -1,6 +1,4 @@
-"""A model for another image size is what timm makes of the same weights, before and after a cut;
-what cannot be right is refused with the way out.
-"""
+"""A model at another image size equals timm's with the same weights, before and after a cut."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ from vitrim.compress.network.modules.model import build as rebuilt
 from vitrim.compress.network.patch_grid import parse_image_size
 from vitrim.compress.surgery.image_size import at_image_size
 
-# Name, what it is there for, overrides beside the size, and the size in patches to go to from 3 x
-# 3.
+# Name, what it covers, overrides beside the size, and the size in patches to resize to from 3 x 3.
 KINDS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
     ("vit_tiny_patch16_224", "plain, larger", {}, (4, 5)),
     ("vit_tiny_patch16_224", "plain, smaller", {}, (2, 2)),
@@ -54,7 +51,7 @@ KINDS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
 ]
 
 
-# Of timm's own resampling of tables.
+# Raised by timm's resampling of tables.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.searchsorted.*non-contiguous:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),
@@ -83,7 +80,7 @@ def build(name: str, overrides: dict[str, Any], grid: tuple[int, int] = (3, 3)) 
     KINDS,
     ids=[f"{name}: {kind}" for name, kind, *_ in KINDS],
 )
-def test_it_is_what_timm_makes_of_the_same_weights(
+def test_a_resized_model_equals_timms_with_the_same_weights(
     name: str, kind: str, overrides: dict[str, Any], grid: tuple[int, int]
 ) -> None:
     model = build(name, overrides)
@@ -98,7 +95,7 @@ def test_it_is_what_timm_makes_of_the_same_weights(
     with torch.no_grad():
         wanted = theirs(images)
         assert relative_error(ours(images), wanted) < 1e-5
-        # Cut and then resized, resized and then cut, and the other library's resized and then cut.
+        # Cut and then resized, resized and then cut, and resized by timm and then cut.
         first_cut = vitrim.resized(vitrim.compact(model, mask), size)(images)
         assert relative_error(first_cut, vitrim.compact(ours, mask)(images)) < 1e-5
         assert relative_error(first_cut, vitrim.compact(theirs, mask)(images)) < 1e-5
@@ -137,15 +134,27 @@ def test_positions_that_are_resampled_for_each_image(positions: str) -> None:
     images = torch.randn(2, 3, 80, 80)
     with torch.no_grad():
         assert relative_error(vitrim.resized(at(48), 80)(images), at(80)(images)) < 1e-5
-    # Read at 80 its positions come from a table of 48 that is gone.
+    # Read at 80, its positions come from a table of 48 that is not kept.
     with pytest.raises(
         InputError,
-        match=r"image size 64x64: position: the positions were resampled .* lift the source model at 64x64",
+        match=r"image size 64x64: position: the positions were resampled "
+        r".* lift the source model at 64x64",
     ):
         vitrim.resized(at(80), 64)
 
 
-def test_saved_and_loaded_it_can_still_be_resized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("channel", [0, 5])
+def test_positions_of_a_single_channel_are_resampled_like_those_of_many(channel: int) -> None:
+    """From 2 x 3 patches to 3 x 1, where torch 2.15 misreads the layout of a single channel."""
+    model = build("vit_tiny_patch16_224", {}, grid=(2, 3))
+    keep = torch.arange(48) == channel
+    small = vitrim.compact(model, StructuredMask({"embed": {"*": keep}}))
+    found = vitrim.resized(small, (48, 16)).state_dict()["position"]
+    wanted = vitrim.resized(model, (48, 16)).state_dict()["position"][:, keep]
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_a_saved_and_loaded_model_can_be_resized(tmp_path: Path) -> None:
     model = build("vit_base_patch16_rope_mixed_224", {})
     small = vitrim.compact(model, StructuredMask.random(model, 0.5, "unshared", per_head=True))
     again = vitrim.load(vitrim.save(small, tmp_path / "small"))
@@ -154,7 +163,7 @@ def test_saved_and_loaded_it_can_still_be_resized(tmp_path: Path) -> None:
         large(images := torch.randn(1, 3, 64, 64)), vitrim.resized(small, 64)(images)
     )
     assert torch.equal(vitrim.load(vitrim.save(large, tmp_path / "large"))(images), large(images))
-    # The source stays as it was, and has its own weights.
+    # The source is unchanged, and shares no weights with the result.
     assert again.architecture.image == (3, 48, 48)
     assert {tensor.data_ptr() for tensor in again.parameters()}.isdisjoint(
         tensor.data_ptr() for tensor in large.parameters()
@@ -169,10 +178,10 @@ def test_saved_and_loaded_it_can_still_be_resized(tmp_path: Path) -> None:
 )
 @given(st.data())
 def test_a_cut_and_a_new_size_may_come_in_any_order(data: Any) -> None:
-    architecture = data.draw(architectures(turning=True))
+    architecture = data.draw(architectures(resizable_rope=True))
     grid = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     size = 2 * grid[0], 2 * grid[1]
-    # One table of a table's kind has the precision that timm resamples in.
+    # In the precision in which timm resamples tables.
     model = network(architecture).float().double()
     mask = StructuredMask.random(
         model, data.draw(st.sampled_from([0.4, 0.8])), "unshared", per_head=True
@@ -181,7 +190,7 @@ def test_a_cut_and_a_new_size_may_come_in_any_order(data: Any) -> None:
     try:
         small = vitrim.compact(model, mask)
     except InputError:
-        # A reader that sees few channels may be left with none, which is refused.
+        # A reader of few channels may keep none, which is refused.
         reject()
     one = vitrim.resized(small, size)
     other = vitrim.compact(vitrim.resized(model, size), mask)
@@ -196,38 +205,43 @@ def test_a_cut_and_a_new_size_may_come_in_any_order(data: Any) -> None:
     [
         (
             20,
-            "image size 20x20: height 20 does not make whole patches, which start every 8 pixels; 16 and 24 are the nearest that work",
+            "image size 20x20: height 20 does not make whole patches, which start every 8 pixels; "
+            "16 and 24 are the nearest that work",
         ),
         (
             (16, 30),
-            "image size 16x30: width 30 does not make whole patches, which start every 8 pixels; 24 and 32 are the nearest that work",
+            "image size 16x30: width 30 does not make whole patches, which start every 8 pixels; "
+            "24 and 32 are the nearest that work",
         ),
         (
             5,
-            "image size 5x5: height 5 does not make whole patches, which start every 8 pixels; 8 is the smallest that works",
+            "image size 5x5: height 5 does not make whole patches, which start every 8 pixels; "
+            "8 is the smallest that works",
         ),
         (
             "16,5",
-            "image size '16,5': write 160, or 160x192 for height x width, in pixels above 0 and up to 1000000",
+            "image size '16,5': write 160, or 160x192 for height x width, in pixels above 0 "
+            "and up to 1000000",
         ),
         (0, "image size 0: write 160, or 160x192"),
         ((16, -8), r"image size (16, -8): write 160"),
         (True, "image size True: write 160"),
         (
             800_000,
-            "image size 800000x800000: it makes 10000000001 tokens, more than the 65536 that this version supports; 2040x2040 is the largest square that works",
+            "image size 800000x800000: it makes 10000000001 tokens, more than the 65536 that this "
+            "version supports; 2040x2040 is the largest square that works",
         ),
     ],
 )
-def test_a_size_that_cannot_be_is_refused_with_the_nearest(size: Any, line: str) -> None:
+def test_an_impossible_size_is_refused_with_the_nearest_possible(size: Any, line: str) -> None:
     with pytest.raises(InputError) as refused:
         vitrim.resized(tiny_vit(), size)
     assert str(refused.value).startswith(line)
     assert "\n" not in str(refused.value)
 
 
-def test_a_stem_that_overlaps_goes_by_its_stride() -> None:
-    """Three convolutions of stride 2, the last of which starts every 8 pixels."""
+def test_the_patches_of_an_overlapping_stem_follow_its_stride() -> None:
+    """Three convolutions of stride 2: a patch starts every 8 pixels."""
     model = vitrim.lift(tiny_vit())
     data = model.architecture.model_dump(by_alias=True)
     conv = {"channels": 6, "kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
@@ -236,7 +250,8 @@ def test_a_stem_that_overlaps_goes_by_its_stride() -> None:
     assert at_image_size(architecture, (24, 32)).grid == (3, 4)
     with pytest.raises(
         InputError,
-        match="height 20 does not make whole patches, which start every 8 pixels; 17 and 24 are the nearest",
+        match="height 20 does not make whole patches, which start every 8 pixels; "
+        "17 and 24 are the nearest",
     ):
         at_image_size(architecture, 20)
     assert vitrim.resized(CompactModel(architecture), (24, 32))(
@@ -244,7 +259,7 @@ def test_a_stem_that_overlaps_goes_by_its_stride() -> None:
     ).shape == (1, 5)
 
 
-def test_a_trained_size_with_pixels_left_over_stays_usable() -> None:
+def test_a_trained_size_with_unused_pixels_stays_usable() -> None:
     model = vitrim.lift(tiny_vit())
     data = model.architecture.model_dump(by_alias=True) | {"image": (3, 19, 19)}
     model = rebuilt(Architecture.model_validate(data), model.state_dict())
@@ -254,23 +269,25 @@ def test_a_trained_size_with_pixels_left_over_stays_usable() -> None:
         vitrim.resized(model, 26)
 
 
-def test_tables_that_came_from_a_function_are_not_invented_beyond_their_end() -> None:
+def test_a_table_computed_by_a_function_is_not_extrapolated() -> None:
     model = build("vit_relpos_base_patch16_224", {})
     with pytest.raises(
         InputError,
-        match=r"image size 64x48: blocks\.0\.attn: its relative bias came from a function .* the table ends at 3x3 patches",
+        match=r"image size 64x48: blocks\.0\.attn: its relative bias came from a function .* "
+        r"the table ends at 3x3 patches",
     ):
         vitrim.resized(model, (64, 48))
     for block in model.blocks:
         block.attn.rel_pos.mode = "swin"
     with pytest.raises(
         InputError,
-        match=r"image size 32x32: blocks\.0\.attn: its relative bias came from a function of the offset's share",
+        match=r"image size 32x32: blocks\.0\.attn: its relative bias came from a function of "
+        r"the offset's share",
     ):
         vitrim.resized(model, 32)
 
 
-def test_a_rope_of_unknown_origin_is_refused_by_name() -> None:
+def test_a_rope_without_frequencies_is_refused_by_name() -> None:
     model = build("eva02_small_patch14_224", {})
     with torch.no_grad():
         model.rope.pos_embed.mul_(0.5)
@@ -281,7 +298,8 @@ def test_a_rope_of_unknown_origin_is_refused_by_name() -> None:
     )
     with pytest.raises(
         InputError,
-        match=r"image size 56x56: blocks\.0\.attn: its rotary table is saved without the frequencies",
+        match=r"image size 56x56: blocks\.0\.attn: its rotary table is saved without "
+        r"the frequencies",
     ):
         vitrim.resized(lifted, 56)
 
@@ -294,7 +312,7 @@ def test_frequencies_in_half_precision_are_refused() -> None:
         vitrim.resized(model, 64)
 
 
-def test_one_patch_knows_no_offsets() -> None:
+def test_a_bias_table_of_one_patch_cannot_be_resized() -> None:
     with pytest.raises(
         InputError, match=r"blocks\.0\.attn: its relative bias table is for 1x1 patches"
     ):
@@ -312,5 +330,5 @@ def test_one_patch_knows_no_offsets() -> None:
         (8, (8, 8)),
     ],
 )
-def test_how_a_size_is_written(text: Any, size: tuple[int, int]) -> None:
+def test_a_size_is_parsed_from_text_and_numbers(text: Any, size: tuple[int, int]) -> None:
     assert parse_image_size(text) == size

@@ -1,6 +1,4 @@
-"""Modules that nobody registered: read by timm's convention of names, and believed only after a
-trial.
-"""
+"""Modules without a converter are read by timm's names, and refused if their outputs differ."""
 
 from __future__ import annotations
 
@@ -10,55 +8,34 @@ import pytest
 import torch
 from lv_vit import LVViT
 from t2t_vit import SoftSplits, T2TBackbone, T2TViT
-from tiny_models import relative_error, tiny_vit
+from tiny_models import add_noise, assert_exact, tiny_vit
 from torch import Tensor, nn
-from vitrim import StructuredMask, UnsupportedModel, compact, lift, masked
-from vitrim.compress.masks.groups import Sharing
+from vitrim import UnsupportedModel, lift
 from vitrim.compress.network.count import count_params
-from vitrim.compress.network.modules.model import CompactModel
-
-SHARINGS: tuple[Sharing, ...] = ("unshared", "residual", "full")
 
 
-def shake(model: nn.Module) -> nn.Module:
-    """Random numbers in every parameter and every running statistic."""
+def randomized(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if "running" in name:
-                buffer.add_(0.3 * torch.rand_like(buffer))
-    return model.eval()
+    return add_noise(model)
 
 
-def exact(model: nn.Module, images: Tensor) -> CompactModel:
-    lifted = lift(model)
-    with torch.no_grad():
-        assert relative_error(lifted(images), model(images)) < 1e-5
-        for seed, sharing in enumerate(SHARINGS):
-            mask = StructuredMask.random(lifted, 0.4, sharing, seed=seed, per_head=True)
-            assert relative_error(compact(model, mask)(images), masked(lifted, mask)(images)) < 1e-5
-    return lifted
-
-
-def test_lv_vit_is_cut_exactly() -> None:
-    lifted = exact(
-        shake(LVViT(img_size=32, embed_dim=24, depth=2, num_heads=3, classes=5)),
+def test_lv_vit_is_pruned_exactly() -> None:
+    lifted = assert_exact(
+        randomized(LVViT(img_size=32, embed_dim=24, depth=2, num_heads=3, classes=5)),
         torch.randn(2, 3, 32, 32),
     )
     assert lifted.architecture.pool.kind == "dense"
     assert [conv.kernel for conv in lifted.architecture.stem.before] == [(7, 7), (3, 3), (3, 3)]
 
 
-def test_t2t_vits_backbone_is_cut_exactly() -> None:
-    backbone = shake(T2TBackbone(side=8, embed_dim=24, depth=2, num_heads=3, classes=5))
-    lifted = exact(backbone, torch.randn(2, 64, 8, 8))
+def test_the_backbone_of_t2t_vit_is_pruned_exactly() -> None:
+    backbone = randomized(T2TBackbone(side=8, embed_dim=24, depth=2, num_heads=3, classes=5))
+    lifted = assert_exact(backbone, torch.randn(2, 64, 8, 8))
     assert lifted.architecture.image == (64, 8, 8)
     assert lifted.architecture.grid == (4, 4)
 
 
-def test_the_published_shapes_have_the_published_sizes() -> None:
+def test_the_test_models_have_the_published_sizes() -> None:
     with torch.device("meta"):
         lv_vit, front, backbone = LVViT(), SoftSplits(), T2TBackbone()
     assert round(sum(p.numel() for p in lv_vit.parameters()) / 1e6, 1) == 26.2
@@ -68,17 +45,18 @@ def test_the_published_shapes_have_the_published_sizes() -> None:
     )
 
 
-def test_the_whole_t2t_vit_is_refused_by_the_path_of_its_stem() -> None:
+def test_the_whole_t2t_vit_is_refused_with_the_path_of_its_stem() -> None:
     backbone = T2TBackbone(side=8, embed_dim=24, depth=2, num_heads=3, classes=5)
     with pytest.raises(
         UnsupportedModel,
-        match=r"tokens_to_token: .*Sequential where a convolutional patch_embed was expected; lift what comes after",
+        match=r"tokens_to_token: .*Sequential where a convolutional patch_embed was expected; "
+        "lift what comes after",
     ):
-        lift(shake(T2TViT(backbone)))
+        lift(randomized(T2TViT(backbone)))
 
 
-def test_the_trial_leaves_the_model_in_training_mode() -> None:
-    model = shake(LVViT(img_size=32, embed_dim=24, depth=1, num_heads=3, classes=5)).train()
+def test_lifting_restores_the_training_mode_of_every_module() -> None:
+    model = randomized(LVViT(img_size=32, embed_dim=24, depth=1, num_heads=3, classes=5)).train()
     first = model.get_submodule("blocks.0").eval()
     lifted = lift(model)
     assert lifted.training
@@ -87,7 +65,7 @@ def test_the_trial_leaves_the_model_in_training_mode() -> None:
 
 
 class DoublesQueries(nn.Module):
-    """timm's names, another computation."""
+    """An attention with timm's names and another computation."""
 
     def __init__(self, other: Any) -> None:
         super().__init__()
@@ -107,7 +85,7 @@ class DoublesQueries(nn.Module):
         return out
 
 
-def test_an_attention_that_only_looks_alike_is_refused() -> None:
+def test_an_attention_with_the_same_names_but_other_outputs_is_refused() -> None:
     model: Any = tiny_vit()
     model.blocks[1].attn = DoublesQueries(model.blocks[1].attn)
     with pytest.raises(
@@ -132,12 +110,13 @@ def test_a_dropout_that_was_replaced_is_refused() -> None:
         lift(model)
 
 
-def test_an_unknown_block_is_refused_with_what_it_lacks() -> None:
+def test_an_unknown_block_is_refused_with_the_missing_parts() -> None:
     model: Any = tiny_vit()
     model.blocks[1] = nn.Linear(24, 24)
     with pytest.raises(
         UnsupportedModel,
-        match=r"blocks\.1: no rule for block type torch\.nn\.modules\.linear\.Linear .* it has no norm1 and no attn",
+        match=r"blocks\.1: no rule for block type torch\.nn\.modules\.linear\.Linear .* "
+        "it has no norm1 and no attn",
     ):
         lift(model)
 
@@ -152,14 +131,14 @@ def test_a_forward_set_on_the_instance_is_refused() -> None:
         lift(model)
 
 
-def test_a_network_of_another_kind_is_refused() -> None:
+def test_a_model_that_is_not_a_transformer_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="model: no rule for model type"):
         lift(nn.Sequential(nn.Linear(3, 3)))
 
 
-def test_a_lifted_strangers_parameters_are_its_own() -> None:
+def test_a_lifted_model_has_the_parameters_of_its_source() -> None:
     backbone = T2TBackbone(side=8, embed_dim=24, depth=2, num_heads=3, classes=5)
-    # The class token's position is a constant added to a constant, so one of the two rows goes.
+    # The position of the class token is folded into the token, so one of the two rows is removed.
     assert (
         count_params(lift(backbone).architecture)
         == sum(p.numel() for p in backbone.parameters()) - 24

@@ -1,5 +1,6 @@
-"""Files that are damaged or meant to do harm: each is refused with one line that names the entry,
-before memory is taken for what it claims.
+"""Damaged and malicious files are refused with one line that names the entry.
+
+They are refused before memory is allocated for what they claim.
 """
 
 from __future__ import annotations
@@ -27,10 +28,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def refused(folder: Path, message: str, *, most_bytes: int = 64 * 2**20) -> None:
-    """The folder does not load, the reason matches and is one printable line, and no memory is
-    taken that the file does not fill.
-    """
+def assert_refused(folder: Path, message: str, *, most_bytes: int = 64 * 2**20) -> None:
+    """Assert that loading fails with one printable matching line, in at most `most_bytes`."""
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match=message) as caught:
@@ -38,29 +37,29 @@ def refused(folder: Path, message: str, *, most_bytes: int = 64 * 2**20) -> None
         assert tracemalloc.get_traced_memory()[1] < most_bytes
     finally:
         tracemalloc.stop()
-    said = str(caught.value).replace(str(folder), "")
-    assert "\n" not in said
-    assert said.isprintable()
+    text = str(caught.value).replace(str(folder), "")
+    assert "\n" not in text
+    assert text.isprintable()
 
 
-def edit(folder: Path, change: Callable[[Any], object]) -> None:
+def edit_architecture(folder: Path, change: Callable[[Any], object]) -> None:
     path = folder / "architecture.json"
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
 
 
-def retensor(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     path = folder / "model.safetensors"
     state = load_file(path)
     change(state)
     save_file(state, path)
 
 
-def put(data: Any, *way: Any, value: Any) -> None:
-    for key in way[:-1]:
+def set_entry(data: Any, *path: Any, value: Any) -> None:
+    for key in path[:-1]:
         data = data[key]
-    data[way[-1]] = value
+    data[path[-1]] = value
 
 
 Q = "steps.0.0.core.q.weight"
@@ -114,11 +113,11 @@ Q = "steps.0.0.core.q.weight"
         "inf",
     ],
 )
-def test_tensors_that_do_not_belong(
+def test_tensors_that_do_not_match_the_architecture_are_refused(
     folder: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
 ) -> None:
-    retensor(folder, change)
-    refused(folder, message)
+    edit_tensors(folder, change)
+    assert_refused(folder, message)
 
 
 def branch(number: int = 0) -> tuple[Any, ...]:
@@ -126,7 +125,7 @@ def branch(number: int = 0) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    ("way", "value", "message"),
+    ("path", "value", "message"),
     [
         (
             ("schema",),
@@ -160,11 +159,11 @@ def branch(number: int = 0) -> tuple[Any, ...]:
         ),
     ],
 )
-def test_architectures_that_do_not_hold(
-    folder: Path, way: tuple[Any, ...], value: Any, message: str
+def test_inconsistent_architectures_are_refused(
+    folder: Path, path: tuple[Any, ...], value: Any, message: str
 ) -> None:
-    edit(folder, lambda data: put(data, *way, value=value))
-    refused(folder, message)
+    edit_architecture(folder, lambda data: set_entry(data, *path, value=value))
+    assert_refused(folder, message)
 
 
 @pytest.mark.parametrize(
@@ -179,58 +178,62 @@ def test_architectures_that_do_not_hold(
     ],
     ids=["nan", "infinity", "negative", "twice", "nul", "digits"],
 )
-def test_numbers_and_keys_that_json_lets_pass(
+def test_numbers_and_keys_that_json_parsers_accept_are_refused(
     folder: Path, old: str, new: str, message: str
 ) -> None:
     path = folder / "architecture.json"
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    refused(folder, message)
+    assert_refused(folder, message)
 
 
-def test_a_softmax_scale_that_is_no_number(folder: Path) -> None:
-    edit(folder, lambda data: put(data, *branch(), "core", "scale", value=float("nan")))
-    refused(folder, "NaN is no number")
+def test_a_softmax_scale_of_nan_is_refused(folder: Path) -> None:
+    edit_architecture(
+        folder, lambda data: set_entry(data, *branch(), "core", "scale", value=float("nan"))
+    )
+    assert_refused(folder, "NaN is no number")
 
 
-def test_a_million_sub_layers(folder: Path) -> None:
+def test_a_million_sub_layers_are_refused(folder: Path) -> None:
     path = folder / "architecture.json"
     text = path.read_text()
     path.write_text(
         text[: text.index('"steps": ')] + '"steps": [' + "[" + ",".join(["0"] * 1_000_000) + "]]}"
     )
-    refused(folder, "steps: 1000000 sub-layers, more than the 4096", most_bytes=256 * 2**20)
+    assert_refused(folder, "steps: 1000000 sub-layers, more than the 4096", most_bytes=256 * 2**20)
 
 
-def test_deep_json(folder: Path) -> None:
+def test_deeply_nested_json_is_refused(folder: Path) -> None:
     (folder / "architecture.json").write_text("[" * 1_000_000)
-    refused(folder, "not JSON")
+    assert_refused(folder, "not JSON")
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"\x00" * 64, b"\xff\xfe{}", b"[]", b"null", b'"' + b"a" * 1000]
 )
-def test_json_that_is_none(folder: Path, content: bytes) -> None:
+def test_content_that_is_not_a_json_object_is_refused(folder: Path, content: bytes) -> None:
     (folder / "architecture.json").write_bytes(content)
-    refused(folder, "not JSON|schema 'None'")
+    assert_refused(folder, "not JSON|schema 'None'")
 
 
-def test_an_architecture_file_of_a_gigabyte(folder: Path) -> None:
-    # A sparse file: it says it is large and takes no room.
+def test_an_architecture_file_of_a_gigabyte_is_refused(folder: Path) -> None:
+    # A sparse file has the size but occupies no blocks on disk.
     os.truncate(folder / "architecture.json", 2**30)
-    refused(folder, "1073741824 bytes are too many for an architecture")
+    assert_refused(folder, "1073741824 bytes are too many for an architecture")
 
 
-def test_ten_gigabytes_in_the_architecture_alone(folder: Path) -> None:
-    edit(folder, lambda data: put(data, *branch(1), "core", "hidden", value=999_999))
-    refused(folder, r"tensor 'steps.1.0.core.fc1.weight' has shape")
+def test_large_shapes_in_the_architecture_alone_are_refused(folder: Path) -> None:
+    edit_architecture(
+        folder, lambda data: set_entry(data, *branch(1), "core", "hidden", value=999_999)
+    )
+    assert_refused(folder, r"tensor 'steps.1.0.core.fc1.weight' has shape")
 
 
-def tamper(
+def edit_header(
     folder: Path, change: Callable[[dict[str, Any]], object], data: bytes | None = None
 ) -> None:
-    """Rewrite the header of the weights, and perhaps what follows it."""
+    """Rewrite the header of the weights file, and the data if given."""
     path = folder / "model.safetensors"
     raw = path.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
@@ -242,9 +245,11 @@ def tamper(
     )
 
 
-def test_ten_gigabytes_in_both_files(folder: Path) -> None:
-    """The header and the architecture agree on ten gigabytes that are not there."""
-    edit(folder, lambda data: put(data, *branch(1), "core", "hidden", value=500_000))
+def test_large_shapes_in_both_files_are_refused(folder: Path) -> None:
+    """Header and architecture agree on a tensor that the file does not contain."""
+    edit_architecture(
+        folder, lambda data: set_entry(data, *branch(1), "core", "hidden", value=500_000)
+    )
     width = json.loads((folder / "architecture.json").read_text())["steps"][1][0]["reads"]
 
     def claim(header: dict[str, Any]) -> None:
@@ -254,8 +259,8 @@ def test_ten_gigabytes_in_both_files(folder: Path) -> None:
             "data_offsets": [0, 500_000 * len(width) * 4],
         }
 
-    tamper(folder, claim)
-    refused(folder, "not a whole safetensors file")
+    edit_header(folder, claim)
+    assert_refused(folder, "not a whole safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -283,70 +288,74 @@ def test_ten_gigabytes_in_both_files(folder: Path) -> None:
         "metadata",
     ],
 )
-def test_headers_that_lie(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    tamper(folder, change)
-    refused(folder, f"not a whole safetensors file|tensor '{Q}'")
+def test_invalid_header_entries_are_refused(
+    folder: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit_header(folder, change)
+    assert_refused(folder, f"not a whole safetensors file|tensor '{Q}'")
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 100, 2000, -1])
-def test_truncated_weights(folder: Path, size: int) -> None:
+def test_truncated_weights_are_refused(folder: Path, size: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    refused(folder, "not a whole safetensors file")
+    assert_refused(folder, "not a whole safetensors file")
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**63, 2**64 - 1])
-def test_header_lengths_that_lie(folder: Path, length: int) -> None:
+def test_invalid_header_lengths_are_refused(folder: Path, length: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    refused(folder, "not a whole safetensors file")
+    assert_refused(folder, "not a whole safetensors file")
 
 
-def test_a_header_of_a_gigabyte(folder: Path) -> None:
+def test_a_header_of_a_gigabyte_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**30))
     os.truncate(path, 2**30 + 8)
-    refused(folder, "a header of 1073741824 bytes is too long for a model")
+    assert_refused(folder, "a header of 1073741824 bytes is too long for a model")
 
 
-def test_bytes_behind_the_end(folder: Path) -> None:
+def test_bytes_after_the_last_tensor_are_refused(folder: Path) -> None:
     with (folder / "model.safetensors").open("ab") as stream:
         stream.write(b"more")
-    refused(folder, "not a whole safetensors file")
+    assert_refused(folder, "not a whole safetensors file")
 
 
-def test_a_pickle_in_place_of_weights(folder: Path) -> None:
+def test_a_pickle_instead_of_weights_is_refused(folder: Path) -> None:
     torch.save({Q: torch.ones(2)}, folder / "model.safetensors")
-    refused(folder, "not a whole safetensors file")
+    assert_refused(folder, "not a whole safetensors file")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "architecture.json"])
-def test_links_that_leave_the_folder(folder: Path, tmp_path: Path, file: str) -> None:
+def test_links_to_files_outside_of_the_folder_are_refused(
+    folder: Path, tmp_path: Path, file: str
+) -> None:
     (folder / file).rename(tmp_path / file)
     (folder / file).symlink_to(tmp_path / file)
-    refused(folder, "a link to a file outside of the folder")
+    assert_refused(folder, "a link to a file outside of the folder")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "architecture.json"])
-def test_what_is_no_file(folder: Path, file: str) -> None:
+def test_missing_and_irregular_files_are_refused(folder: Path, file: str) -> None:
     (folder / file).unlink()
-    refused(folder, "no such file")
+    assert_refused(folder, "no such file")
     (folder / file).mkdir()
-    refused(folder, "no such file")
+    assert_refused(folder, "no such file")
     (folder / file).rmdir()
     os.mkfifo(folder / file)
-    refused(folder, "no such file")
+    assert_refused(folder, "no such file")
     (folder / file).unlink()
     (folder / file).symlink_to("/dev/zero")
-    refused(folder, "no such file")
+    assert_refused(folder, "no such file")
 
 
-def test_a_table_of_biases_for_too_many_tokens(folder: Path) -> None:
-    """A table of four megabytes would ask for an index of half a terabyte."""
+def test_a_bias_table_for_too_many_tokens_is_refused(folder: Path) -> None:
+    """A table of four megabytes would need an index of half a terabyte."""
 
     def widen(data: Any) -> None:
         data["image"], data["stem"]["patch"] = [3, 250, 250], [1, 1]
         data["steps"][0][0]["core"]["bias"] = {"grid": [250, 250], "prefix": 1}
 
-    edit(folder, widen)
-    refused(folder, "62501 tokens, more than the 8192")
+    edit_architecture(folder, widen)
+    assert_refused(folder, "62501 tokens, more than the 8192")
