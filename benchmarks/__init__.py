@@ -1,1 +1,4 @@
-"""Benchmarks: each is a command, `python -m benchmarks.<name>`."""
+"""Benchmarks, grouped by what they measure; each is a command: `python -m benchmarks.GROUP.NAME`.
+
+Results are written to `benchmarks/results/`.
+"""

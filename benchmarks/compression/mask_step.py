@@ -1,15 +1,17 @@
-"""What a step of mask learning costs beside a dense step, and what it costs once the graph has
-shrunk: `python -m benchmarks.compression.mask_step`.
+"""A step of mask learning compared with a dense step: `python -m benchmarks.compression.mask_step`.
 
-The variants take turns in one process; figures are medians of processor time and ratios to the
-dense step of the same run.
+Three kinds of step take turns in one process: dense, of mask learning at its start, and of mask
+learning once the graph has shrunk. Figures are medians of processor time, and ratios to the dense
+step of the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 
 import timm
 import torch
@@ -20,37 +22,32 @@ from vitrim.compress.masks.budget import Budget
 from vitrim.compress.train.dense import DenseTask
 from vitrim.compress.train.mask_task import MaskSettings, MaskTask
 
-MODEL = {
-    "img_size": 28,
-    "patch_size": 4,
-    "in_chans": 1,
-    "embed_dim": 128,
-    "depth": 4,
-    "num_heads": 4,
-    "num_classes": 10,
-}
+from ..models import DEMO
+from ..turns import in_turns
+
+SHRINKING_STEPS = 60
 
 
-def step_s(
-    task: DenseTask | MaskTask, optimizer: Optimizer, images: Tensor, targets: Tensor, number: int
-) -> float:
-    """Processor seconds of one training step."""
-    started = time.process_time()
-    loss, _ = task.loss(images, targets)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    task.after_step(number)
-    return time.process_time() - started
+class Training:
+    """A task with its optimizer and its number of steps."""
+
+    def __init__(self, task: DenseTask | MaskTask) -> None:
+        self.task, self.numbers = task, count()
+        self.optimizer: Optimizer = task.optimizer()
+
+    def step(self, images: Tensor, targets: Tensor) -> None:
+        """One training step."""
+        loss, _ = self.task.loss(images, targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.task.after_step(next(self.numbers))
 
 
 def masking(budget: float, steps: int) -> MaskTask:
     """A mask task on the demo's model."""
-    return MaskTask(
-        lift(timm.create_model("vit_tiny_patch16_224", **MODEL)),
-        MaskSettings(budget=Budget("params", budget)),
-        steps,
-    )
+    model = lift(timm.create_model("vit_tiny_patch16_224", **DEMO))
+    return MaskTask(model, MaskSettings(budget=Budget("params", budget)), steps)
 
 
 def main() -> None:
@@ -65,33 +62,32 @@ def main() -> None:
     torch.set_float32_matmul_precision(options.precision)
     torch.manual_seed(0)
     images, targets = torch.randn(options.batch, 1, 28, 28), torch.randint(0, 10, (options.batch,))
-    shrunk = masking(options.budget, 60)
-    optimizer = shrunk.optimizer()
-    for number in range(60):
-        step_s(shrunk, optimizer, images, targets, number)
-    smaller = shrunk._shrink() or optimizer
-    dense, mask = (
-        DenseTask(lift(timm.create_model("vit_tiny_patch16_224", **MODEL))),
-        masking(options.budget, 10**6),
-    )
-    rows: dict[str, tuple[DenseTask | MaskTask, Optimizer, list[float]]] = {
-        "dense step": (dense, dense.optimizer(), []),
-        "mask-learning step, nothing dead yet": (mask, mask.optimizer(), []),
-        f"mask-learning step, shrunk to {options.budget:.0%}": (shrunk, smaller, []),
+    shrunk = masking(options.budget, SHRINKING_STEPS)
+    training = Training(shrunk)
+    for _ in range(SHRINKING_STEPS):
+        training.step(images, targets)
+    training.optimizer = shrunk._shrink() or training.optimizer
+    dense = DenseTask(lift(timm.create_model("vit_tiny_patch16_224", **DEMO)))
+    trainings = {
+        "dense step": Training(dense),
+        "mask-learning step, nothing dead yet": Training(masking(options.budget, 10**6)),
+        f"mask-learning step, shrunk to {options.budget:.0%}": training,
     }
-    for number in range(options.rounds + 2):
-        for task, optimizer, samples in rows.values():
-            seconds = step_s(task, optimizer, images, targets, number)
-            if number >= 2:
-                samples.append(seconds)
-    base = statistics.median(rows["dense step"][2])
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(one.step, images, targets) for name, one in trainings.items()
+    }
+    turns = in_turns(calls, range(options.rounds), repeats=1)
+    samples = {name: [turn.processor_s for turn in found] for name, found in turns.items()}
+    dense_s = statistics.median(samples["dense step"])
     print(
-        f"batch {options.batch}, one thread, matmul precision {options.precision}, torch {torch.__version__}, {options.rounds} interleaved rounds"
+        f"batch {options.batch}, one thread, matmul precision {options.precision}, "
+        f"torch {torch.__version__}, {options.rounds} interleaved rounds"
     )
-    for name, (_, _, samples) in rows.items():
-        middle, low, high = statistics.median(samples), min(samples), max(samples)
+    for name, seconds in samples.items():
+        middle_s, low, high = statistics.median(seconds), 1e3 * min(seconds), 1e3 * max(seconds)
         print(
-            f"{name:42s} {options.batch / middle:7.0f} images/s   {middle / base:5.2f} x dense   ({low * 1e3:.0f} .. {high * 1e3:.0f} ms)"
+            f"{name:42s} {options.batch / middle_s:7.0f} images/s   "
+            f"{middle_s / dense_s:5.2f} x dense   ({low:.0f} .. {high:.0f} ms)"
         )
 
 

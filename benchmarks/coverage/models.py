@@ -1,18 +1,17 @@
-"""Which of timm's plain Vision Transformers are cut exactly, which are refused and why: `python -m
-benchmarks.coverage.models`.
+"""Which of timm's plain Vision Transformers are compacted exactly, and which are refused and why.
 
-For vitrim a name is *exact* if the lifted network gives what the source gives, and the compact one
-what the masked one gives, to a relative 1e-5 in fp32, for random masks of every dimension, three
-sharings and keep ratios from 0.15 to 0.9; *refused* if it says which module it has no rule for;
-*wrong* otherwise. Torch-Pruning, in the same run, gets its own Vision Transformer recipe (heads,
-FFN and embedding at half): the question put to it is only whether the pruned network still runs a
-forward pass. Models are built small (`small_models`), or at their published size with `--full`.
+`python -m benchmarks.coverage.models` reports a name as *exact* if the lifted network computes what
+the source computes, and the compact one what the masked one computes, to a relative 1e-5 in fp32,
+for random masks of every dimension, three sharings and keep ratios from 0.15 to 0.9; as *refused*
+if the error names the module without a rule; as *wrong* otherwise. Torch-Pruning, in the same run,
+gets its own Vision Transformer recipe (heads, FFN and embedding at half), and passes if the pruned
+network still runs a forward pass. Models are built small (`small_models`), or at their published
+size with `--full`. Writes `results/coverage.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 import warnings
@@ -27,12 +26,17 @@ import torch
 from torch import Tensor, nn
 from vitrim import InputError, StructuredMask, UnsupportedModel, compact, lift, masked
 
+from ..results_file import RESULTS, save_result
 from .small_models import names, perturb, small, source_images
 
 TOLERANCE = 1e-5
 PEER_LIMIT_S = 60
 RATIOS = (0.15, 0.5, 0.9)
 SINGLE = {"embed": 0.3, "head": 0.6, "qk": 0.25, "v": 0.4, "ffn": 0.15, "block": 0.5}
+WRONG = (
+    *(InputError, RuntimeError, ValueError, TypeError, AttributeError),
+    *(AssertionError, KeyError, IndexError),
+)
 
 
 @dataclass
@@ -51,16 +55,14 @@ class Row:
 
 
 def main() -> None:
-    """Run, print a line a name and the sums, write JSON."""
+    """Print a line a name and the sums, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="names to try (default: all)")
+    parser.add_argument("names", nargs="*", help="names to examine (default: all)")
     parser.add_argument(
         "--full", action="store_true", help="at the published size, one mask a sharing"
     )
     parser.add_argument("--no-peer", action="store_true", help="without Torch-Pruning")
-    parser.add_argument(
-        "--json", type=Path, default=Path("coverage.json"), help="where the rows go"
-    )
+    parser.add_argument("--json", type=Path, default=RESULTS / "coverage.json")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -68,15 +70,12 @@ def main() -> None:
     for name in arguments.names or names():
         row = examine(name, full=arguments.full, peer=not arguments.no_peer)
         rows.append(row)
+        content = {"schema": "vitrim.coverage/1", "rows": [asdict(row) for row in rows]}
+        save_result(arguments.json, content)
         peer = f"  torch-pruning: {row.peer} {row.peer_reason[:60]}" if row.peer else ""
-        arguments.json.write_text(
-            json.dumps(
-                {"schema": "vitrim.coverage/1", "rows": [asdict(row) for row in rows]}, indent=1
-            )
-            + "\n"
-        )
         print(
-            f"{row.name:52s} {row.vitrim:8s} {row.compact_error:.1e} ({row.masks} masks, {row.seconds:.1f} s) {row.vitrim_reason[:100]}{peer}",
+            f"{row.name:52s} {row.vitrim:8s} {row.compact_error:.1e} ({row.masks} masks, "
+            f"{row.seconds:.1f} s) {row.vitrim_reason[:100]}{peer}",
             flush=True,
         )
     print("vitrim:", dict(Counter(row.vitrim for row in rows)), "of", len(rows))
@@ -85,23 +84,14 @@ def main() -> None:
 
 
 def examine(name: str, *, full: bool = False, peer: bool = True) -> Row:
-    """One name: vitrim, and the peer on a fresh copy."""
+    """Examine one name by vitrim, and by the peer on a fresh copy."""
     start = time.perf_counter()
     row = Row(name, "exact")
     try:
         _vitrim(_build(name, full), row, full=full)
     except UnsupportedModel as error:
         row.vitrim, row.vitrim_reason = "refused", str(error)
-    except (
-        InputError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        KeyError,
-        IndexError,
-    ) as error:
+    except WRONG as error:
         row.vitrim, row.vitrim_reason = "wrong", f"{type(error).__name__}: {error}"
     row.seconds = time.perf_counter() - start
     if peer:
@@ -110,17 +100,17 @@ def examine(name: str, *, full: bool = False, peer: bool = True) -> Row:
 
 
 def _peer(name: str, full: bool) -> tuple[str, str]:
-    """The peer in a process of its own, for it may not come back."""
+    """The peer in a process of its own, which may hang or die."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_peer_process, args=(name, full, theirs))
     process.start()
     theirs.close()
     limit_s = PEER_LIMIT_S * (10 if full else 1)
+    found = ("failed", f"no result within {limit_s} s")
     try:
-        found: tuple[str, str] = (
-            ours.recv() if ours.poll(limit_s) else ("failed", f"no answer within {limit_s} s")
-        )
+        if ours.poll(limit_s):
+            found = ours.recv()
     except EOFError:
         found = ("failed", "the process died")
     process.kill()
@@ -128,7 +118,7 @@ def _peer(name: str, full: bool) -> tuple[str, str]:
     return found
 
 
-def _peer_process(name: str, full: bool, answer: Connection) -> None:
+def _peer_process(name: str, full: bool, output: Connection) -> None:
     from .torch_pruning_recipe import prune_half
 
     try:
@@ -137,9 +127,9 @@ def _peer_process(name: str, full: bool, answer: Connection) -> None:
         prune_half(model, inputs)
         with torch.no_grad():
             model(inputs)
-        answer.send(("ran", ""))
-    except Exception as error:  # the peer may fail in any way; that is the finding
-        answer.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0]))
+        output.send(("ran", ""))
+    except Exception as error:  # any failure of the peer is a finding
+        output.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
 def _build(name: str, full: bool) -> nn.Module:
@@ -157,44 +147,45 @@ def _vitrim(model: nn.Module, row: Row, *, full: bool) -> None:
     inputs = torch.randn(1 if full else 2, *lifted.architecture.image, generator=generator)
     with torch.no_grad():
         row.lift_error = _error(lifted(inputs), model(inputs))
-        for number, (sharing, ratios, per_head, scale) in enumerate(_masks(full)):
-            mask = StructuredMask.random(
-                lifted, ratios, sharing, seed=number, per_head=per_head, scale=scale
-            )
-            row.compact_error = max(
-                row.compact_error,
-                _error(compact(model, mask)(inputs), masked(lifted, mask)(inputs)),
-            )
+        for number, settings in enumerate(_masks(full)):
+            mask = StructuredMask.random(lifted, seed=number, **settings)
+            error = _error(compact(model, mask)(inputs), masked(lifted, mask)(inputs))
+            row.compact_error = max(row.compact_error, error)
             row.masks += 1
     if max(row.lift_error, row.compact_error) > TOLERANCE:
-        row.vitrim, row.vitrim_reason = (
-            "wrong",
-            f"lift {row.lift_error:.1e}, compact {row.compact_error:.1e}",
-        )
+        reason = f"lift {row.lift_error:.1e}, compact {row.compact_error:.1e}"
+        row.vitrim, row.vitrim_reason = "wrong", reason
 
 
-def _masks(full: bool) -> list[tuple[Any, Any, bool, Any]]:
-    """Sharing, keep ratios, other columns a head, scale rule."""
-    found: list[tuple[Any, Any, bool, Any]] = []
+def _masks(full: bool) -> list[dict[str, Any]]:
+    """Arguments of `StructuredMask.random`."""
+    found: list[dict[str, Any]] = []
     for sharing in ("unshared", "residual", "full"):
         if full:
-            found.append((sharing, 0.5, False, "kept"))
+            found.append({"keep_ratio": 0.5, "sharing": sharing})
             continue
         found += [
-            (sharing, ratio, ratio == 0.5, "original" if ratio == 0.9 else "kept")
+            {
+                "keep_ratio": ratio,
+                "sharing": sharing,
+                "per_head": ratio == 0.5,
+                "scale": "original" if ratio == 0.9 else "kept",
+            }
             for ratio in RATIOS
         ]
         found += [
-            (sharing, {dimension: ratio}, dimension in ("qk", "v"), "kept")
+            {
+                "keep_ratio": {dimension: ratio},
+                "sharing": sharing,
+                "per_head": dimension in ("qk", "v"),
+            }
             for dimension, ratio in SINGLE.items()
         ]
     return found
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference over the largest wanted magnitude; infinite where either is not a
-    number.
-    """
+    """Largest difference over the largest wanted magnitude; infinite if that is not a number."""
     error = float((found - wanted).abs().max() / wanted.abs().max())
     return error if error == error and found.shape == wanted.shape else float("inf")
 

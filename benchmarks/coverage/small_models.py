@@ -1,6 +1,4 @@
-"""Every plain Vision Transformer that timm knows, built small, with random numbers in every
-parameter.
-"""
+"""Every plain Vision Transformer of timm, built small, with random numbers in every parameter."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ def names() -> list[str]:
 
 
 def small(name: str, seed: int = 0) -> nn.Module:
-    """Two blocks, 96 wide, three heads, on 4 x 4 patches where the constructor takes that; else as
-    near as it goes. In eval mode.
+    """A model in eval mode: two blocks, 96 wide, three heads, on 4 x 4 patches.
+
+    Where the constructor does not take these sizes, the nearest that it takes.
     """
     torch.manual_seed(seed)
     model: nn.Module | None = None
@@ -41,24 +40,14 @@ def small(name: str, seed: int = 0) -> nn.Module:
 
 
 def perturb(model: nn.Module, amount: float = 0.1) -> None:
-    """Move every parameter away from its initial value, so that no bias, norm or layer scale hides
-    behind a zero or a one.
-    """
+    """Change every parameter, so that no bias, norm or layer scale has no effect at 0 or 1."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(amount * torch.randn_like(parameter))
 
 
-def images(model: nn.Module, batch: int = 2, seed: int = 1) -> torch.Tensor:
-    """Random images of the size that the model takes: (batch, channels, height, width)."""
-    from vitrim.compress.masks.groups import architecture_of
-
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, *architecture_of(model).image, generator=generator)
-
-
 def source_images(model: Any, batch: int = 1) -> torch.Tensor:
-    """The same for a model that cannot be lifted."""
+    """Random images of the size that a timm model takes: (batch, channels, height, width)."""
     embed = getattr(model, "patch_embed", None)
     size = (
         embed.img_size if embed is not None else [side * GRID for side in model.embeds.patch_size]
@@ -84,8 +73,8 @@ def _overrides(name: str) -> Iterator[dict[str, Any]]:
             "pretrained_cfg_overlay": {"input_size": (3, *size)},
         }
     yield found
-    # Grouped queries in one block, none in the other, where every block's number of key/value heads
-    # has to be told.
+    # Grouped queries in one block, none in the other, for constructors that take the number of
+    # key/value heads of every block.
     yield found | {"num_kv_heads": (HEADS, 1)}
     yield {key: value for key, value in found.items() if key != "num_heads"}
     yield {"depth": DEPTH, "img_size": size}

@@ -1,10 +1,9 @@
-"""Torch-Pruning 1.6.1's own recipe for timm's Vision Transformers (its
-examples/transformers/prune_timm_vit.py), as far as it fits other names.
+"""Torch-Pruning 1.6.1's own recipe for timm's Vision Transformers, for other names too.
 
-Heads, FFN and embedding at half; the classifier is left alone. Its attention forward is replaced,
-as the recipe does, because the library's own reshape assumes the full width; ours takes the keyword
-arguments that timm passes nowadays, which the published one does not, and is put on every attention
-that has `qkv` and `num_heads`.
+It is examples/transformers/prune_timm_vit.py of that project: heads, FFN and embedding at half, the
+classifier unchanged. The recipe replaces the forward of timm's attention, whose reshape assumes the
+full width; this version also takes the keyword arguments that timm passes today, and replaces the
+forward of every attention with `qkv` and `num_heads`.
 """
 
 from __future__ import annotations
@@ -31,15 +30,16 @@ def attention_forward(self: Any, x: Tensor, *unused: Any, **ignored: Any) -> Ten
 
 
 def prune_half(model: nn.Module, inputs: Tensor) -> None:
-    """Prune in place. Raises whatever the library raises."""
+    """Prune in place; errors of the library are passed on."""
     heads: dict[nn.Module, int] = {}
     replaced: list[Any] = []
     for module in model.modules():
         if isinstance(getattr(module, "qkv", None), nn.Linear) and hasattr(module, "num_heads"):
+            attention: Any = module
             if type(module).__name__ == "Attention" and hasattr(module, "q_norm"):
-                module.forward = attention_forward.__get__(module)  # type: ignore[method-assign]
-            heads[module.qkv] = module.num_heads  # type: ignore[index,assignment]
-            replaced.append(module)
+                attention.forward = attention_forward.__get__(attention)
+            heads[attention.qkv] = attention.num_heads
+            replaced.append(attention)
     pruner = tp.pruner.MetaPruner(
         model,
         inputs,
@@ -47,9 +47,9 @@ def prune_half(model: nn.Module, inputs: Tensor) -> None:
         global_pruning=False,
         pruning_ratio=0.5,
         ignored_layers=[
-            module
+            classifier
             for name in ("head", "head_dist")
-            if isinstance(module := getattr(model, name, None), nn.Linear)
+            if isinstance(classifier := getattr(model, name, None), nn.Linear)
         ],
         num_heads=heads,
         prune_num_heads=True,

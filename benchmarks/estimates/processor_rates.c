@@ -1,4 +1,5 @@
-/* The clock and the fused multiply-add rate of one core, as they are now. Prints: clock in hertz, multiply-adds a cycle at 512, 256 and 128 bits (0: none).
+/* The present clock and fused multiply-add rate of one core.
+   Prints the clock in hertz, and multiply-adds a cycle at 512, 256 and 128 bits (0: none).
 
    cc -O1 processor_rates.c -o processor_rates && ./processor_rates */
 #include <stdio.h>
@@ -13,13 +14,17 @@ static double now(void) {
 #define TIMES 20000000L
 #if defined(__x86_64__)
 /* Ten dependent additions take ten cycles. */
-#define ADD10 "add %0,%0\nadd %0,%0\nadd %0,%0\nadd %0,%0\nadd %0,%0\nadd %0,%0\nadd %0,%0\nadd %0,%0\nadd %0,%0\nadd %0,%0\n"
+#define ADD2 "add %0,%0\nadd %0,%0\n"
+#define ADD10 ADD2 ADD2 ADD2 ADD2 ADD2
 #define F(r, i) "vfmadd231ps %%" r "15,%%" r "14,%%" r #i "\n"
-#define FMA12(r) F(r, 0) F(r, 1) F(r, 2) F(r, 3) F(r, 4) F(r, 5) F(r, 6) F(r, 7) F(r, 8) F(r, 9) F(r, 10) F(r, 11)
-#define CLOBBERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11"
+#define FMA6(r) F(r, 0) F(r, 1) F(r, 2) F(r, 3) F(r, 4) F(r, 5)
+#define FMA12(r) FMA6(r) F(r, 6) F(r, 7) F(r, 8) F(r, 9) F(r, 10) F(r, 11)
+#define CLOBBERS                                                                \
+    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",     \
+        "xmm9", "xmm10", "xmm11"
 #elif defined(__aarch64__)
-#define ADD10                                                                                                                                   \
-    "add %0,%0,%0\nadd %0,%0,%0\nadd %0,%0,%0\nadd %0,%0,%0\nadd %0,%0,%0\nadd %0,%0,%0\nadd %0,%0,%0\nadd %0,%0,%0\nadd %0,%0,%0\nadd %0,%0,%0\n"
+#define ADD2 "add %0,%0,%0\nadd %0,%0,%0\n"
+#define ADD10 ADD2 ADD2 ADD2 ADD2 ADD2
 #define F(i) "fmla v" #i ".4s,v30.4s,v31.4s\n"
 #define FMA12 F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
 #define CLOBBERS "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11"
@@ -61,6 +66,7 @@ int main(void) {
         if ((n = fma128()) > narrow) narrow = n;
 #endif
     }
-    printf("%.0f %.2f %.2f %.2f\n", best_clock, wide / best_clock, middle / best_clock, narrow / best_clock);
+    printf("%.0f %.2f %.2f %.2f\n", best_clock, wide / best_clock, middle / best_clock,
+           narrow / best_clock);
     return 0;
 }

@@ -1,11 +1,10 @@
-"""One model in one runtime, timed on request: a line with a number of calls on standard input, that
-many seconds back. For benchmarks/estimates.py.
+"""One model in one runtime, timed on request: the process that `measuring.py` starts.
 
-    python -m benchmarks.estimates.timing RUNTIME MODEL THREADS [CLOCK]       (RUNTIME: onnxruntime,
-    openvino or ncnn; CLOCK: wall, or processor)
+    python timing.py RUNTIME MODEL THREADS [CLOCK]
 
-ncnn's MODEL is a .param file, with the input's shape in a file of the same name that ends in
-.shape.
+RUNTIME is onnxruntime, openvino or ncnn; CLOCK is wall or processor. A line with a number of calls
+on standard input is followed by their seconds on standard output. ncnn's MODEL is a .param file,
+with the input's shape in a file of the same name that ends in .shape.
 """
 
 from __future__ import annotations
@@ -15,40 +14,48 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
-def open_model(runtime: str, path: str, threads: int) -> Callable[[], None]:
-    """A call that answers one fixed batch."""
-    if runtime == "openvino":
-        import openvino
+def open_model(runtime: str, path: str, threads: int) -> Callable[[], object]:
+    """A call that runs one inference of noise."""
+    openers = {"openvino": _openvino, "ncnn": _ncnn, "onnxruntime": _onnxruntime}
+    return openers[runtime](path, threads)
 
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,
-        }
-        request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-        shape = [int(size) for size in request.get_input_tensor().shape]
-        image = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        return lambda: request.infer({0: image}) and None
-    if runtime == "ncnn":
-        from vitrim.runtimes import open_engine
 
-        shape = json.loads(Path(path).with_suffix(".shape").read_text())
-        engine = open_engine(
-            {
-                "runtime": runtime,
-                "model": path,
-                "threads": threads,
-                "input": {"name": "images", "shape": shape, "type": "float32"},
-            }
-        )
-        engine.load()
-        picture = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-        return lambda: engine.infer(picture) is None and None
+def _noise(shape: Any) -> np.ndarray[Any, Any]:
+    image: np.ndarray[Any, Any] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    return image
+
+
+def _openvino(path: str, threads: int) -> Callable[[], object]:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    image = _noise([int(size) for size in request.get_input_tensor().shape])
+    return lambda: request.infer({0: image})
+
+
+def _ncnn(path: str, threads: int) -> Callable[[], object]:
+    from vitrim.runtimes import open_engine
+
+    shape = json.loads(Path(path).with_suffix(".shape").read_text())
+    entry = {"name": "images", "shape": shape, "type": "float32"}
+    engine = open_engine({"runtime": "ncnn", "model": path, "threads": threads, "input": entry})
+    engine.load()
+    image = _noise(shape)
+    return lambda: engine.infer(image)
+
+
+def _onnxruntime(path: str, threads: int) -> Callable[[], object]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -57,11 +64,12 @@ def open_model(runtime: str, path: str, threads: int) -> Callable[[], None]:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0]
-    feed = {entry.name: np.random.default_rng(0).standard_normal(entry.shape, dtype=np.float32)}
-    return lambda: session.run(None, feed) and None
+    feed = {entry.name: _noise(entry.shape)}
+    return lambda: session.run(None, feed)
 
 
 def main(arguments: list[str]) -> int:
+    """Time calls until the input ends."""
     call = open_model(arguments[0], arguments[1], int(arguments[2]))
     now_s = time.process_time if arguments[3:] == ["processor"] else time.perf_counter
     for line in sys.stdin:

@@ -1,27 +1,23 @@
-"""Is the C++ example as fast as the Python runner? `python -m benchmarks.measurement.native_runner`.
+"""The C++ example compared with the Python runner.
 
-Both time the same artifact in turns of random order, each in a process of its own at the same
-priority, one thread: the example of `vitrim export --bundle` as its CMake builds it, and
-bench/local/runner.py. Told: both medians, their ratio with its 95 % interval (goal: the example is
-not slower by 3 % or more), the spread of each, and what the example itself reports of bytes on disk
-and in memory.
+`python -m benchmarks.measurement.native_runner` times the same artifact by both in turns of random
+order, each in a process of its own at the same priority, on one thread: the example of `vitrim
+export --bundle` as its CMake builds it, and bench/local/runner.py. It reports both medians, their
+ratio with its 95 % interval (goal: the example is at most 3 % slower), the spread of each, and the
+example's own report of bytes on disk and in memory.
 
-    python -m benchmarks.measurement.native_runner [ARTIFACT...] [--rounds 40] [--threads 1] [--header FOLDER]
-    [--json FILE]
+    python -m benchmarks.measurement.native_runner [ARTIFACT...] [--rounds 40] [--header FOLDER]
+        [--json FILE]
 
 Without paths, the demo's shapes and DeiT-T with random weights are exported in fp32 and int8.
-FOLDER holds onnxruntime_c_api.h; without it the places where Debian's libonnxruntime-dev puts it
-are looked through.
+FOLDER contains onnxruntime_c_api.h; by default the folders of Debian's libonnxruntime-dev are
+searched.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import math
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -30,46 +26,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vitrim.bench.local import environment
-from vitrim.bench.local.conductor import RunnerProcess
-from vitrim.bench.local.measure import make_plan
-from vitrim.bench.results.statistics import ratio_interval, summarise
+import torch
+from vitrim.bench.local.environment import read_machine
+from vitrim.bench.results.statistics import summarise
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
+from vitrim.export.exporter import export
 
-RESULTS = Path(__file__).parent / "results"
+from ..models import lifted
+from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from .other_program import compare_with_runner, runtime_library
+
 GOAL = 0.03
 HEADER = "onnxruntime_c_api.h"
 HEADER_PLACES = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime")
 TURN_S = 0.15
-SHAPES: dict[str, dict[str, Any]] = {
-    "demo": {
-        "img_size": 28,
-        "patch_size": 4,
-        "in_chans": 1,
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
-        "num_classes": 10,
-    },
-    "deit-t": {},
-}
+# The example opens its model with one thread.
+THREADS = 1
+MODELS = {"demo": "demo", "deit-t": "vit_tiny_patch16_224"}
 
 
 def samples(folder: Path) -> Iterator[Artifact]:
-    """The demo's shapes and DeiT-T with random weights, fp32 and int8."""
-    import timm
-    import torch
-    import vitrim
-    from vitrim.export.exporter import export
-
+    """Export the demo's shapes and DeiT-T with random weights, in fp32 and int8."""
     torch.set_num_threads(1)
-    for name, shape in SHAPES.items():
-        torch.manual_seed(0)
-        model = vitrim.lift(timm.create_model("vit_tiny_patch16_224", **shape).eval())
+    for name, source in MODELS.items():
+        model = lifted(source)
         channels, height, width = model.architecture.image
-        prepared = {
+        preprocessing = {
             "channels": channels,
             "height": height,
             "width": width,
@@ -81,13 +65,13 @@ def samples(folder: Path) -> Iterator[Artifact]:
                 model,
                 folder / f"{name}-{precision}",
                 precision=precision,
-                preprocessing=prepared,
+                preprocessing=preprocessing,
                 name=f"{name} {precision}",
             )
 
 
 def built(artifact: Artifact, header: Path, folder: Path) -> Path:
-    """The example of an artifact's bundle, built as its README says."""
+    """Build the example of an artifact's bundle as its README describes."""
     place = bundle(artifact, folder)
     for command in (
         ["cmake", "-S", ".", "-B", "build", f"-DONNXRUNTIME_INCLUDE={header}"],
@@ -95,87 +79,60 @@ def built(artifact: Artifact, header: Path, folder: Path) -> Path:
     ):
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise InputError(
-                f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.stdout[-300:]}"
-            )
+            reason = (done.stderr.strip() or done.stdout[-300:]).splitlines()[-1]
+            raise InputError(f"{' '.join(command)}: {reason}")
     return place / "build" / "vitrim_example"
 
 
-def hold(
-    artifact: Artifact, header: Path, folder: Path, *, rounds: int, threads: int
-) -> dict[str, Any]:
-    """One row: the example against the runner, in turns."""
-    import onnxruntime
-
-    program = built(artifact, header, folder / "bundle")
-    library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
+def write_picture(artifact: Artifact, path: Path) -> None:
+    """A picture of noise (PGM or PPM) of the size that the artifact takes."""
     prepared = artifact.manifest.preprocessing
     assert prepared is not None
+    count = prepared.height * prepared.width * prepared.channels
+    pixels = np.random.default_rng(0).integers(0, 256, count, dtype=np.uint8)
+    kind = "P5" if prepared.channels == 1 else "P6"
+    header = f"{kind}\n{prepared.width} {prepared.height}\n255\n"
+    path.write_bytes(header.encode() + pixels.tobytes())
+
+
+def compare(artifact: Artifact, header: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Time the example and the runner in turns.
+
+    Args:
+        artifact: What to time.
+        header: Folder of onnxruntime_c_api.h.
+        folder: Where the example is built.
+        rounds: Turns of each.
+
+    Returns:
+        One row of the table.
+    """
+    program = built(artifact, header, folder / "bundle")
     picture = folder / "picture.ppm"
-    pixels = np.random.default_rng(0).integers(
-        0, 256, prepared.height * prepared.width * prepared.channels, dtype=np.uint8
+    write_picture(artifact, picture)
+    model = folder / "bundle" / "model"
+    command = [str(part) for part in (program, runtime_library(), model, picture)]
+    done = subprocess.run([*command, "--report"], capture_output=True, text=True, check=True)
+    lines = (line.split() for line in done.stdout.splitlines() if "_bytes" in line)
+    report = {name: int(value) for name, value in lines}
+    compared = compare_with_runner(
+        artifact.folder, [*command, "--listen"], threads=THREADS, rounds=rounds, turn_s=TURN_S
     )
-    kind = b"P5" if prepared.channels == 1 else b"P6"
-    picture.write_bytes(
-        kind + f"\n{prepared.width} {prepared.height}\n255\n".encode() + pixels.tobytes()
-    )
-    command = [str(program), str(library), str(folder / "bundle" / "model"), str(picture)]
-    told = subprocess.run(
-        [*command, "--report"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    report = {
-        name: int(value) for name, value in (line.split() for line in told if "_bytes" in line)
-    }
-
-    plan, _ = make_plan({"runner": artifact.folder}, threads=threads)
-    runner = RunnerProcess("runner", plan["jobs"]["runner"], 300.0)
-    order, ours, theirs = random.Random(0), [], []
-    with subprocess.Popen(
-        [*command, "--listen"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as example:
-
-        def ask_example(count: int) -> list[float]:
-            assert example.stdin is not None
-            assert example.stdout is not None
-            example.stdin.write(f"{count}\n")
-            example.stdin.flush()
-            while not (line := example.stdout.readline().split()) or "%" in line:
-                # The five best labels come first.
-                pass
-            return [float(value) for value in line]
-
-        # The same standing with the scheduler as the runner has.
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, example.pid, runner.ready["niceness"])
-        p50_s = runner.request("warm")["p50_s"]
-        count = max(5, min(200, math.ceil(TURN_S / p50_s)))
-        ask_example(count)
-        for _ in range(rounds):
-            for name in order.sample(["runner", "example"], 2):
-                if name == "runner":
-                    ours += runner.request("run", count=count, settle=2)["latency_s"]
-                else:
-                    theirs += ask_example(count + 2)[2:]
-        memory = runner.request("memory")
-        runner.close()
-        assert example.stdin is not None
-        example.stdin.close()
-    turns = [count] * rounds
-    interval = ratio_interval(theirs, ours, turns, turns, paired=True, level=0.95)
-    first, second = summarise(ours), summarise(theirs)
+    ratio = compared.program_over_runner()
+    runner, example = summarise(compared.runner_s), summarise(compared.program_s)
     return {
         "artifact": artifact.manifest.name,
-        "threads": threads,
-        "runner_p50_s": first.p50_s,
-        "example_p50_s": second.p50_s,
-        "runner_spread": first.spread,
-        "example_spread": second.spread,
-        "ratio": interval.estimate,
-        "low": interval.low,
-        "high": interval.high,
+        "threads": THREADS,
+        "runner_p50_s": runner.p50_s,
+        "example_p50_s": example.p50_s,
+        "runner_spread": runner.spread,
+        "example_spread": example.spread,
+        "ratio": ratio.estimate,
+        "low": ratio.low,
+        "high": ratio.high,
         "rounds": rounds,
-        "samples_per_turn": count,
-        "runner_peak_rss_bytes": memory["peak_rss_bytes"],
+        "samples_per_turn": compared.samples_per_turn,
+        "runner_peak_rss_bytes": compared.peak_rss_bytes,
         **report,
     }
 
@@ -183,79 +140,81 @@ def hold(
 def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "# The C++ example beside the Python runner",
+        "# The C++ example compared with the Python runner",
         "",
-        f"`python -m benchmarks.measurement.native_runner`, {machine['cpu_model']}, ONNX Runtime {machine['libraries'].get('onnxruntime')}, interleaved, medians.",
-        "A ratio below 1 says that the example is faster. Memory is the highest of the whole process; the runner's holds a Python with numpy.",
+        f"`python -m benchmarks.measurement.native_runner`, {machine['cpu_model']}, "
+        f"ONNX Runtime {machine['libraries'].get('onnxruntime')}, interleaved, medians.",
+        "Below a ratio of 1 the example is faster. Memory is the peak of the whole process; the "
+        "runner's includes Python and numpy.",
         "",
-        "| artifact | threads | runner p50 | example p50 | example / runner (95 %) | spread, runner / example "
-        "| example's bytes | runtime | model | peak RSS, example / runner |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *markdown_head(
+            *("artifact", "threads", "runner p50", "example p50", "example / runner (95 %)"),
+            *("spread, runner / example", "example's bytes", "runtime", "model"),
+            "peak RSS, example / runner",
+        ),
     ]
     for row in rows:
+        peaks = (row["peak_rss_bytes"], row["runner_peak_rss_bytes"])
         lines.append(
-            f"| {row['artifact']} | {row['threads']} | {row['runner_p50_s'] * 1e3:.3f} ms | {row['example_p50_s'] * 1e3:.3f} ms "
-            f"| {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {100 * row['runner_spread']:.1f} / {100 * row['example_spread']:.1f} % "
-            f"| {row['program_bytes'] / 1e3:.0f} kB | {row['runtime_bytes'] / 1e6:.1f} MB | {row['model_bytes'] / 1e6:.2f} MB "
-            f"| {row['peak_rss_bytes'] / 1e6:.1f} / {row['runner_peak_rss_bytes'] / 1e6:.1f} MB |"
+            markdown_row(
+                row["artifact"],
+                row["threads"],
+                f"{row['runner_p50_s'] * 1e3:.3f} ms",
+                f"{row['example_p50_s'] * 1e3:.3f} ms",
+                f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+                f"{100 * row['runner_spread']:.1f} / {100 * row['example_spread']:.1f} %",
+                f"{row['program_bytes'] / 1e3:.0f} kB",
+                f"{row['runtime_bytes'] / 1e6:.1f} MB",
+                f"{row['model_bytes'] / 1e6:.2f} MB",
+                f"{peaks[0] / 1e6:.1f} / {peaks[1] / 1e6:.1f} MB",
+            )
         )
     return "\n".join(lines) + "\n"
 
 
 def header_folder(named: Path | None) -> Path:
-    """Errors: InputError where the header is nowhere."""
-    places = (
-        [named]
-        if named
-        else [Path(os.environ["ONNXRUNTIME_INCLUDE"])]
-        if "ONNXRUNTIME_INCLUDE" in os.environ
-        else map(Path, HEADER_PLACES)
-    )
+    """The folder of the header.
+
+    Raises:
+        InputError: No folder contains it.
+    """
+    if named:
+        places = [named]
+    elif "ONNXRUNTIME_INCLUDE" in os.environ:
+        places = [Path(os.environ["ONNXRUNTIME_INCLUDE"])]
+    else:
+        places = list(map(Path, HEADER_PLACES))
     for place in places:
         if found := sorted(place.rglob(HEADER)):
             return found[0].parent
     raise InputError(
-        f"{HEADER} is not here; install libonnxruntime-dev, or name its folder with --header"
+        f"{HEADER} is missing; install libonnxruntime-dev, or name its folder with --header"
     )
 
 
 def main() -> int:
+    """Compare, and write both files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "artifacts", nargs="*", type=Path, help="artifact folders with preprocessing, batch 1"
     )
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        choices=(1,),
-        help="the example opens its model with one thread",
-    )
     parser.add_argument("--header", type=Path, help="the folder of onnxruntime_c_api.h")
     parser.add_argument("--json", type=Path, default=RESULTS / "native_runner.json")
     options = parser.parse_args()
+    rows = []
     try:
         header = header_folder(options.header)
-        rows = []
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for number, artifact in enumerate(
-                map(Artifact.load, options.artifacts) if options.artifacts else samples(folder)
-            ):
-                (folder / str(number)).mkdir()
-                rows.append(
-                    hold(
-                        artifact,
-                        header,
-                        folder / str(number),
-                        rounds=options.rounds,
-                        threads=options.threads,
-                    )
-                )
-                row = rows[-1]
+            given = map(Artifact.load, options.artifacts)
+            for number, artifact in enumerate(given if options.artifacts else samples(Path(name))):
+                folder = Path(name) / str(number)
+                folder.mkdir()
+                row = compare(artifact, header, folder, options.rounds)
+                rows.append(row)
                 print(
-                    f"{row['artifact']:14} runner {row['runner_p50_s'] * 1e3:8.3f} ms, example {row['example_p50_s'] * 1e3:8.3f} ms, "
+                    f"{row['artifact']:14} runner {row['runner_p50_s'] * 1e3:8.3f} ms, "
+                    f"example {row['example_p50_s'] * 1e3:8.3f} ms, "
                     f"ratio {row['ratio']:.4f} ({row['low']:.4f} to {row['high']:.4f})",
                     flush=True,
                 )
@@ -264,12 +223,9 @@ def main() -> int:
         return 2
     slow = [row["artifact"] for row in rows if row["ratio"] >= 1 + GOAL]
     print(f"slower by {100 * GOAL:.0f} % or more: {', '.join(slow) or 'none'}")
-    machine = environment.read_machine()
-    text = table(rows, machine)
-    options.json.write_text(
-        json.dumps({"machine": machine, "goal": GOAL, "rows": rows}, indent=1) + "\n"
-    )
-    options.json.with_suffix(".md").write_text(text)
+    machine = read_machine()
+    result = {"machine": machine, "goal": GOAL, "rows": rows}
+    save_result(options.json, result, table(rows, machine))
     return 1 if slow else 0
 
 

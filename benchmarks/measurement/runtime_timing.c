@@ -1,5 +1,5 @@
-/* Times an ONNX model through ONNX Runtime's own C API: the witness against which the Python runner's p50 is held.
-   Reads counts, one a line, from standard input; answers each with as many latencies in seconds, on one line.
+/* Times an ONNX model through ONNX Runtime's own C API, to compare with the Python runner's p50.
+   Reads counts, one a line, from standard input; prints as many latencies in seconds, on one line.
    Arguments: the library, the model, threads, then the input's sizes. */
 #include <dlfcn.h>
 #include <stdio.h>
@@ -54,15 +54,17 @@ int main(int count, char **arguments) {
     OrtMemoryInfo *memory;
     check(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
     OrtValue *value;
-    check(api->CreateTensorWithDataAsOrtValue(memory, image, size * sizeof *image, shape, rank, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &value));
+    check(api->CreateTensorWithDataAsOrtValue(memory, image, size * sizeof *image, shape, rank,
+                                              ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &value));
     int runs;
     while (scanf("%d", &runs) == 1) {
         for (int i = 0; i < runs; i++) {
-            OrtValue *answer = NULL;
+            OrtValue *result = NULL;
             double start = now();
-            check(api->Run(session, NULL, (const char *const *)&input, (const OrtValue *const *)&value, 1, (const char *const *)&output, 1, &answer));
+            check(api->Run(session, NULL, (const char *const *)&input, (const OrtValue *const *)&value,
+                           1, (const char *const *)&output, 1, &result));
             printf("%.9f ", now() - start);
-            api->ReleaseValue(answer);
+            api->ReleaseValue(result);
         }
         printf("\n");
         fflush(stdout);

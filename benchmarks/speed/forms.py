@@ -1,18 +1,16 @@
-"""What each graph form is worth on ONNX Runtime, one thread: `python -m benchmarks.speed.forms` ->
-benchmarks/results/forms.{json,md}
+"""Graph forms on ONNX Runtime, one thread: `python -m benchmarks.speed.forms`.
 
-DeiT-Tiny, DeiT-Small and both cut in two ways to half of their multiply-adds (random shared masks,
-`round_to` in force); the best form, forms that take one of its choices back, torch's own graph, and
-that graph after the exact passes. All graphs of a model and of its halves run in turns in one
-process. What is timed is the processor time of the one thread that computes, which other programs
-on the machine do not lengthen as they do wall time (they still take the caches, so a second run
-says how far to trust the third digit); figures are medians, ratios are of medians of one run.
+DeiT-Tiny, DeiT-Small and two cuts of each to half of its multiply-adds (random shared masks, widths
+rounded): the best form, forms with one choice reverted, torch's own graph, and torch's graph after
+the exact passes. All graphs of a model and of its halves run in turns in one process. The processor
+time of the one computing thread is measured: unlike wall time it is not lengthened by other
+programs, which still take the caches, so a second run shows how reliable the third digit is.
+Figures are medians; ratios are of medians of one run. Writes `results/forms.json` and `forms.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -21,24 +19,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
-import timm
 import torch
 import vitrim
-from vitrim.compress.surgery.rounding import macs_cost, snap
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.surgery.rounding import macs_cost, snap
 from vitrim.export.forms import FORMS, Form, write_network
 from vitrim.export.graphs.model_proto import open_graph
 from vitrim.export.graphs.torch_graph import simplify, torch_to_onnx
 from vitrim.export.passes import steps
 
-RESULTS = Path(__file__).parent / "results"
+from ..models import computed_macs, lifted, noise
+from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..turns import in_turns, least
+from .graph_sessions import call_of
+
 MODELS = {"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16_224"}
 BEST = FORMS[0]
-# One choice of the best form taken back at a time, or one added.
+# The best form with one choice reverted, or one added.
 CHOICES: dict[str, Form] = {
     "best": BEST,
     "split attention": replace(BEST, attention="split"),
@@ -58,7 +58,7 @@ CHOICES: dict[str, Form] = {
         activation="bias-gelu",
     ),
 }
-# What to keep of each dimension before rounding; the budget does the rest.
+# Keep ratios before rounding; the budget does the rest.
 HALVES = {
     "half by widths": {"embed": 0.75, "ffn": 0.7, "qk": 0.75, "v": 0.75},
     "half by heads": {"embed": 0.84, "head": 0.67, "ffn": 0.55},
@@ -68,10 +68,8 @@ ROUND_TO = 16
 
 def main() -> None:
     """Measure, and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--rounds", type=int, default=25, help="rounds in which each graph runs once"
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=25, help="turns of each graph")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument(
         "--forms",
@@ -81,54 +79,57 @@ def main() -> None:
         help="of these, `best` among them",
     )
     parser.add_argument(
-        "--plain", action="store_true", help="with torch's own graph and the same after the passes"
+        "--plain", action="store_true", help="torch's own graph too, and the same after the passes"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "forms.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "forms")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         rows += measure(name, arguments.rounds, arguments.plain, arguments.forms)
-    arguments.out.parent.mkdir(exist_ok=True)
     data = {
         "schema": "vitrim.forms/1",
         "machine": machine(),
         "rounds": arguments.rounds,
         "rows": rows,
     }
-    arguments.out.write_text(json.dumps(data, indent=1) + "\n")
     text = table(data)
-    arguments.out.with_suffix(".md").write_text(text)
+    save_result(arguments.out, data, text)
     print(text)
 
 
 def measure(name: str, rounds: int, plain: bool, forms: list[str]) -> list[dict[str, Any]]:
-    """All forms of a model and of its half, in turns."""
-    torch.manual_seed(0)
-    source = timm.create_model(MODELS[name]).eval()
-    dense = vitrim.lift(source)
+    """Time all forms of a model and of its halves, in turns.
+
+    Args:
+        name: A key of `MODELS`.
+        rounds: Turns of each graph.
+        plain: Time torch's own graph too, and the same after the exact passes.
+        forms: Keys of `CHOICES`.
+
+    Returns:
+        One row for each form of each model.
+    """
+    dense = lifted(MODELS[name])
     models = {
         name: dense,
         **{f"{name}, {kind}": halved(dense, keep) for kind, keep in HALVES.items()},
     }
     graphs = {
-        (label, form): write_network(model, choice)
+        (label, form): write_network(model, CHOICES[form])
         for label, model in models.items()
-        for form, choice in CHOICES.items()
-        if form in forms
+        for form in forms
     }
     if plain:
         for label, model in models.items():
-            graphs[label, "torch's graph"] = own = simplify(
-                torch_to_onnx(model, model.architecture.image, batch=1, opset=20)
-            )[0]
-            graphs[label, "torch's graph after the passes"] = rewritten(own)
-    processor_s = interleaved(graphs, model_input(dense), rounds)
-    # As the forms compute them: the last block's queries only for the tokens that the head reads.
-    macs = {
-        label: count_macs(model.architecture.model_copy(update={"last_queries": True}))
-        for label, model in models.items()
-    }
+            graph = simplify(torch_to_onnx(model, model.architecture.image, batch=1, opset=20))[0]
+            graphs[label, "torch's graph"] = graph
+            graphs[label, "torch's graph after the passes"] = rewritten(graph)
+    calls = {key: call_of(open_graph(graph), noise(dense)) for key, graph in graphs.items()}
+    # The first round is warm-up.
+    samples = least(in_turns(calls, range(rounds + 1), repeats=2, clock=time.thread_time))
+    processor_s = {key: statistics.median(seconds[1:]) for key, seconds in samples.items()}
+    macs = {label: computed_macs(model) for label, model in models.items()}
     found = []
     for (label, form), median_s in processor_s.items():
         row: dict[str, Any] = {
@@ -136,80 +137,41 @@ def measure(name: str, rounds: int, plain: bool, forms: list[str]) -> list[dict[
             "form": form,
             "name": CHOICES[form].name if form in CHOICES else "plain",
             "macs": macs[label],
+            "processor_s": median_s,
+            "ratio_to_best": median_s / processor_s[label, "best"],
         }
-        row |= {"processor_s": median_s, "ratio_to_best": median_s / processor_s[label, "best"]}
         if label != name:
-            row["proportionality"] = (processor_s[name, form] / median_s) / (
-                macs[name] / macs[label]
-            )
+            reduction = macs[name] / macs[label]
+            row["proportionality"] = processor_s[name, form] / median_s / reduction
         found.append(row)
     return found
 
 
 def halved(dense: CompactModel, keep: dict[str, float]) -> CompactModel:
-    """At most half of the multiply-adds and not 1 % less: random masks that all blocks share, their
-    counts snapped to multiples of ROUND_TO.
+    """A cut to at most half of the multiply-adds, less 1 %.
+
+    All blocks share the random masks; what is kept is rounded to multiples of `ROUND_TO`.
     """
     architecture = dense.architecture
     mask = vitrim.StructuredMask.random(dense, keep, "full", seed=0)
-    return vitrim.compact(
-        dense,
-        snap(
-            mask,
-            architecture,
-            ROUND_TO,
-            cost=macs_cost(architecture),
-            budget=count_macs(architecture) // 2,
-        ),
-    ).eval()
+    budget = count_macs(architecture) // 2
+    rounded = snap(mask, architecture, ROUND_TO, cost=macs_cost(architecture), budget=budget)
+    return vitrim.compact(dense, rounded).eval()
 
 
 def rewritten(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """After all passes."""
+    """The graph after all passes."""
     for step in steps(graph):
         graph = step.after
     return graph
 
 
-def model_input(model: CompactModel) -> np.ndarray:
-    """One image of noise."""
-    return np.random.default_rng(0).standard_normal(
-        (1, *model.architecture.image), dtype=np.float32
-    )
-
-
-def interleaved(
-    graphs: dict[tuple[str, str], onnx.ModelProto], image: np.ndarray, rounds: int
-) -> dict[tuple[str, str], float]:
-    """Median processor time in seconds of each graph over rounds in which each runs three times,
-    the least of the last two counted; the order turns.
-    """
-    sessions = {key: open_graph(graph) for key, graph in graphs.items()}
-    feeds = {key: {session.get_inputs()[0].name: image} for key, session in sessions.items()}
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in sessions}
-    keys = list(sessions)
-    for number in range(rounds + 1):
-        for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
-            sessions[key].run(None, feeds[key])
-            timed = []
-            for _ in range(2):
-                start = time.thread_time()
-                sessions[key].run(None, feeds[key])
-                timed.append(time.thread_time() - start)
-            if number:
-                samples[key].append(min(timed))
-    return {key: statistics.median(values) for key, values in samples.items()}
-
-
 def machine() -> dict[str, str]:
-    """What it ran on."""
+    """The processor and the runtime."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
-        "processor": model,
+        "processor": next(names, platform.processor()),
         "onnxruntime": onnxruntime.__version__,
         "threads": "1",
         "cores": str(os.cpu_count()),
@@ -217,42 +179,38 @@ def machine() -> dict[str, str]:
 
 
 def table(data: dict[str, Any]) -> str:
-    """Markdown: a row a form, a column a model."""
-    rows = data["rows"]
+    """Markdown: one row a form, one column a model."""
+    rows, machine = data["rows"], data["machine"]
     labels = list(dict.fromkeys(row["model"] for row in rows))
-    forms = list(dict.fromkeys(row["form"] for row in rows))
     found = {(row["model"], row["form"]): row for row in rows}
-    head = "| form | " + " | ".join(labels) + " |"
     lines = [
-        f"One thread of {data['machine']['processor']}, ONNX Runtime {data['machine']['onnxruntime']}, batch 1, medians of {data['rounds']} interleaved "
-        "rounds: processor time in milliseconds, and its ratio to the best form's of the same model. `python -m benchmarks.speed.forms`",
+        f"One thread of {machine['processor']}, ONNX Runtime {machine['onnxruntime']}, batch 1, "
+        f"medians of {data['rounds']} interleaved rounds: processor time in milliseconds, and its "
+        "ratio to the best form's of the same model. `python -m benchmarks.speed.forms`",
         "",
-        head,
-        "|---" * (len(labels) + 1) + "|",
+        *markdown_head("form", *labels),
     ]
-    for form in forms:
-        cells = []
-        for label in labels:
-            row = found.get((label, form))
-            cells.append(
-                ""
-                if row is None
-                else f"{row['processor_s'] * 1e3:.2f} ({row['ratio_to_best']:.3f})"
-            )
-        lines.append(f"| {form} | " + " | ".join(cells) + " |")
+    for form in dict.fromkeys(row["form"] for row in rows):
+        cells = [
+            f"{row['processor_s'] * 1e3:.2f} ({row['ratio_to_best']:.3f})"
+            if (row := found.get((label, form)))
+            else ""
+            for label in labels
+        ]
+        lines.append(markdown_row(form, *cells))
     lines += [
         "",
-        "| half model | multiply-adds kept | speed-up | (speed-up) / (multiply-add reduction) |",
-        "|---|---|---|---|",
+        *markdown_head(
+            "half model", "multiply-adds kept", "speed-up", "(speed-up) / (multiply-add reduction)"
+        ),
     ]
     for label in labels:
         row = found[label, "best"]
         if "proportionality" in row:
             dense = found[label.split(", ")[0], "best"]
             kept, speedup = row["macs"] / dense["macs"], dense["processor_s"] / row["processor_s"]
-            lines.append(
-                f"| {label} | {100 * kept:.1f} % | {speedup:.2f} | {row['proportionality']:.3f} |"
-            )
+            ratio = f"{row['proportionality']:.3f}"
+            lines.append(markdown_row(label, f"{100 * kept:.1f} %", f"{speedup:.2f}", ratio))
     return "\n".join(lines) + "\n"
 
 

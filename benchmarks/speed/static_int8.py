@@ -1,12 +1,11 @@
-"""Where static eight bits spend their time on ONNX Runtime: `python -m benchmarks.speed.static_int8` ->
-benchmarks/results/static_int8.{json,md}
+"""Ways to write static int8 for ONNX Runtime: `python -m benchmarks.speed.static_int8`.
 
 DeiT-Tiny, one thread, batch 1: fp32, dynamic int8, and static int8 written in every way that was
-tried, with the operators that the runtime made of it. All graphs run in turns in one process; what
-is timed is the processor time of the one thread, as in benchmarks.speed.forms, and ratios are medians
-over rounds of the ratio within the round.
+tried, with the operators that the runtime made of it. All graphs run in turns in one process. The
+processor time of the one computing thread is measured; ratios are medians over rounds of the ratio
+within the round. Writes `results/static_int8.json` and `static_int8.md`.
 
-    taskset -c 0 python -m benchmarks.speed.static_int8 [--model deit_tiny_patch16_224] [--rounds 40]
+    taskset -c 0 python -m benchmarks.speed.static_int8 [--rounds 40]
 """
 
 from __future__ import annotations
@@ -22,63 +21,60 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import timm
 import torch
-import vitrim
 from vitrim.bench.local.environment import read_machine
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export.forms import write_network
 from vitrim.export.graphs.known_forms import best_form
-from vitrim.export.parity import answers, relative_error
+from vitrim.export.parity import model_outputs, relative_error
 from vitrim.export.quantization.quantize import int8_static
 from vitrim.export.quantization.static_kernels import eight_bit_products
 
-from ..graph_sessions import opened, profiled
-from ..result_files import save_result
+from ..models import calibration_noise, lifted
+from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..turns import in_turns, least
+from .graph_sessions import call_of, opened, profiled
 
-RESULTS = Path(__file__).parent / "results" / "static_int8"
 TARGET, PROFILED_RUNS = "x86-64", 30
 DYNAMIC = "dynamic, batch rows, patches too (shipped)"
-# The two whose operators are shown beside each other.
+# The two whose operators are shown side by side.
 BEFORE, SHIPPED = "pairs, unsigned", "the runtime's products, patches too (shipped)"
+INT8_PRODUCTS = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"}
+FLOAT_PRODUCTS = {"Gemm", "MatMul", "FusedMatMul"}
 
 
 @dataclass(frozen=True)
-class Way:
-    """A graph, and the runtime's optimisers that are switched off for it."""
+class Variant:
+    """A graph, and the runtime's optimizers that are disabled for it."""
 
     graph: onnx.ModelProto
     off: tuple[str, ...] = ()
 
 
-def ways(model: CompactModel, images: np.ndarray) -> dict[str, Way]:
-    """fp32 first: what the others are held against."""
+def variants(model: CompactModel, images: np.ndarray) -> dict[str, Variant]:
+    """Every way to write the model, fp32 first."""
     tokens = model.architecture.tokens
-    fp32, shipped = (
-        best_form(TARGET, 1, tokens)[0],
-        best_form(TARGET, 1, tokens, precision="int8-static")[0],
-    )
-    portable, floating = (
-        replace(fp32, attention="split", norm="layer"),
-        replace(shipped, stem="matrix"),
-    )
+    fp32 = best_form(TARGET, 1, tokens)[0]
+    shipped = best_form(TARGET, 1, tokens, precision="int8-static")[0]
+    portable = replace(fp32, attention="split", norm="layer")
+    floating = replace(shipped, stem="matrix")
 
     def quantized(form: Any, linears: Any = "product", **settings: Any) -> onnx.ModelProto:
         return int8_static(write_network(model, form, linears=linears), images, **settings)
 
-    def products(form: Any, **settings: Any) -> Way:
-        return Way(eight_bit_products(quantized(form, **settings))[0])
+    def products(form: Any, **settings: Any) -> Variant:
+        return Variant(eight_bit_products(quantized(form, **settings))[0])
 
     pairs = quantized(portable)
     return {
-        "fp32": Way(write_network(model, fp32)),
-        "dynamic, matrix rows": Way(write_network(model, fp32, linears="int8")),
-        "dynamic, batch rows": Way(write_network(model, floating, linears="int8")),
-        DYNAMIC: Way(write_network(model, shipped, linears="int8")),
-        BEFORE: Way(pairs),
-        "pairs, MatMulAddFusion switched off": Way(pairs, ("MatMulAddFusion",)),
-        "pairs around Gemm, bias in 32 bits": Way(quantized(portable, "gemm")),
-        "pairs, signed and symmetric (form .../qdq)": Way(
+        "fp32": Variant(write_network(model, fp32)),
+        "dynamic, matrix rows": Variant(write_network(model, fp32, linears="int8")),
+        "dynamic, batch rows": Variant(write_network(model, floating, linears="int8")),
+        DYNAMIC: Variant(write_network(model, shipped, linears="int8")),
+        BEFORE: Variant(pairs),
+        "pairs, MatMulAddFusion switched off": Variant(pairs, ("MatMulAddFusion",)),
+        "pairs around Gemm, bias in 32 bits": Variant(quantized(portable, "gemm")),
+        "pairs, signed and symmetric (form .../qdq)": Variant(
             quantized(replace(portable, rows="batch"), symmetric=True)
         ),
         "the runtime's products, matrix rows": products(fp32),
@@ -95,128 +91,137 @@ def ways(model: CompactModel, images: np.ndarray) -> dict[str, Way]:
     }
 
 
-def interleaved(
-    sessions: dict[str, onnxruntime.InferenceSession], image: np.ndarray, rounds: int
-) -> dict[str, list[float]]:
-    """Processor time in seconds, a number a round: the least of three after one that is not
-    counted; the order is drawn anew.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in sessions}
-    order = np.random.default_rng(0)
-    for _ in range(rounds):
-        for name in order.permutation(list(sessions)):
-            session = sessions[str(name)]
-            session.run(None, {"images": image})
-            timed = []
-            for _ in range(3):
-                start = time.thread_time()
-                session.run(None, {"images": image})
-                timed.append(time.thread_time() - start)
-            samples[str(name)].append(min(timed))
-    return samples
-
-
-def operators(way: Way, image: np.ndarray) -> dict[str, dict[str, float]]:
-    """{operator: nodes and seconds of one inference}, by the runtime's own profile."""
-    rows = profiled(way.graph, image, PROFILED_RUNS, off=way.off)
+def operators(variant: Variant, image: np.ndarray) -> dict[str, dict[str, float]]:
+    """{operator: nodes and seconds of one inference} by the runtime's own profile."""
+    rows = profiled(variant.graph, image, PROFILED_RUNS, off=variant.off)
     nodes = Counter(row["operator"] for row in rows)
-    return {
-        kind: {
-            "nodes": nodes[kind],
-            "seconds": sum(row["seconds"] for row in rows if row["operator"] == kind),
-        }
-        for kind in nodes
+    seconds = {
+        kind: sum(row["seconds"] for row in rows if row["operator"] == kind) for kind in nodes
     }
+    return {kind: {"nodes": nodes[kind], "seconds": seconds[kind]} for kind in nodes}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables for people."""
+    """The tables."""
     machine = result["machine"]
     lines = [
-        "# Static eight bits on ONNX Runtime",
+        "# Static int8 on ONNX Runtime",
         "",
-        f"`python -m benchmarks.speed.static_int8` on {machine['cpu_model']}, ONNX Runtime {result['onnxruntime']}, {result['model']}, one thread, batch 1: "
-        f"processor time, median of {result['rounds']} rounds in turns; the ratio to dynamic int8 as shipped is the median of the rounds' ratios. Errors are "
-        f"relative to the largest logit, on the {result['images']} images of noise that it was calibrated on.",
+        f"`python -m benchmarks.speed.static_int8` on {machine['cpu_model']}, "
+        f"ONNX Runtime {result['onnxruntime']}, {result['model']}, one thread, batch 1: processor "
+        f"time, median of {result['rounds']} rounds in turns; the ratio to dynamic int8 as shipped "
+        "is the median of the rounds' ratios. Errors are relative to the largest logit, on the "
+        f"{result['images']} images of noise that it was calibrated on.",
         "",
-        "| way | ms | / dynamic | mean error | largest error | products: eight bits / float |",
-        "|---|--:|--:|--:|--:|--:|",
+        *markdown_head(
+            "way",
+            "ms",
+            "/ dynamic",
+            "mean error",
+            "largest error",
+            "products: eight bits / float",
+            numbers=5,
+        ),
     ]
     for row in result["rows"]:
         lines.append(
-            f"| {row['way']} | {1e3 * row['processor_s']:.2f} | {row['ratio_to_dynamic']:.3f} | {row['mean_relative_error']:.1e} | "
-            f"{row['max_relative_error']:.1e} | {row['eight_bit_products']} / {row['float_products']} |"
+            markdown_row(
+                row["way"],
+                f"{1e3 * row['processor_s']:.2f}",
+                f"{row['ratio_to_dynamic']:.3f}",
+                f"{row['mean_relative_error']:.1e}",
+                f"{row['max_relative_error']:.1e}",
+                f"{row['eight_bit_products']} / {row['float_products']}",
+            )
         )
     lines += [
         "",
-        f"What the runtime ran, microseconds of one inference by its own profile (it costs some itself): {BEFORE!r} and {SHIPPED!r}.",
+        "What the runtime ran, microseconds of one inference by its own profile (which takes some "
+        f"time too): {BEFORE!r} and {SHIPPED!r}.",
         "",
-    ]
-    lines += [
-        "| operator | nodes before | us before | nodes shipped | us shipped |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    before, shipped = result["operators"][BEFORE], result["operators"][SHIPPED]
-    kinds = sorted(
-        {*before, *shipped},
-        key=lambda kind: (
-            -max(side.get(kind, {"seconds": 0})["seconds"] for side in (before, shipped))
+        *markdown_head(
+            "operator", "nodes before", "us before", "nodes shipped", "us shipped", numbers=4
         ),
-    )
-    for kind in kinds:
-        cells = [
-            f"{side[kind]['nodes']:.0f} | {1e6 * side[kind]['seconds']:.0f}"
-            if kind in side
-            else " | "
-            for side in (before, shipped)
-        ]
-        lines.append(f"| {kind} | {cells[0]} | {cells[1]} |")
+        *_operator_lines(result["operators"][BEFORE], result["operators"][SHIPPED]),
+    ]
     return "\n".join(lines) + "\n"
 
 
+def _operator_lines(
+    before: dict[str, dict[str, float]], shipped: dict[str, dict[str, float]]
+) -> list[str]:
+    absent: dict[str, float] = {"seconds": 0}
+    kinds = sorted(
+        {*before, *shipped},
+        key=lambda kind: -max(side.get(kind, absent)["seconds"] for side in (before, shipped)),
+    )
+    return [
+        markdown_row(
+            kind,
+            *(
+                cell
+                for side in (before, shipped)
+                for cell in (
+                    (f"{side[kind]['nodes']:.0f}", f"{1e6 * side[kind]['seconds']:.0f}")
+                    if kind in side
+                    else ("", "")
+                )
+            ),
+        )
+        for kind in kinds
+    ]
+
+
 def main() -> int:
+    """Measure, and write both files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm's name")
+    parser.add_argument("--model", default="deit_tiny_patch16_224", help="a timm name")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--images", type=int, default=16, help="of noise, to find ranges on")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--images", type=int, default=16, help="images of noise to calibrate on")
+    parser.add_argument("--out", type=Path, default=RESULTS / "static_int8")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = vitrim.lift(timm.create_model(options.model).eval())
-    images = torch.randn(
-        options.images, *model.architecture.image, generator=torch.Generator().manual_seed(1)
-    ).numpy()
+    model = lifted(options.model)
+    images = calibration_noise(model, options.images)
     with torch.no_grad():
         reference = model(torch.from_numpy(images)).numpy()
-    found = ways(model, images)
-    samples = interleaved(
-        {name: opened(way.graph, off=way.off) for name, way in found.items()},
-        images[:1],
-        options.rounds,
-    )
+    found = variants(model, images)
+    calls = {
+        name: call_of(opened(variant.graph, off=variant.off), images[:1])
+        for name, variant in found.items()
+    }
+    turns = in_turns(calls, range(options.rounds), clock=time.thread_time, shuffle=True)
+    samples = least(turns)
+    profiles = {name: operators(variant, images[:1]) for name, variant in found.items()}
     rows: list[dict[str, Any]] = []
-    ran: dict[str, dict[str, dict[str, float]]] = {}
-    for name, way in found.items():
-        ran[name] = operators(way, images[:1])
-        small = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"}
+    for name, variant in found.items():
         counts = [
-            sum(int(row["nodes"]) for kind, row in ran[name].items() if kind in kinds)
-            for kinds in (small, {"Gemm", "MatMul", "FusedMatMul"})
+            sum(int(row["nodes"]) for kind, row in profiles[name].items() if kind in kinds)
+            for kinds in (INT8_PRODUCTS, FLOAT_PRODUCTS)
         ]
-        error = relative_error(reference, answers(way.graph, images, batch=1))
+        error = relative_error(reference, model_outputs(variant.graph, images, batch=1))
+        pairs = zip(samples[name], samples[DYNAMIC], strict=True)
         rows.append(
             {
-                "way": name, "processor_s": statistics.median(samples[name]),
-                "ratio_to_dynamic": statistics.median(own / other for own, other in zip(samples[name], samples[DYNAMIC], strict=True)),
-                "mean_relative_error": float(error.mean()), "max_relative_error": float(error.max()),
-                "eight_bit_products": counts[0], "float_products": counts[1],
+                "way": name,
+                "processor_s": statistics.median(samples[name]),
+                "ratio_to_dynamic": statistics.median(one / dynamic for one, dynamic in pairs),
+                "mean_relative_error": float(error.mean()),
+                "max_relative_error": float(error.max()),
+                "eight_bit_products": counts[0],
+                "float_products": counts[1],
             }
-        )  # fmt: skip
+        )
     result = {
-        "schema": "vitrim.benchmark-static-int8/1", "machine": read_machine(), "onnxruntime": onnxruntime.__version__, "model": options.model,
-        "rounds": options.rounds, "images": options.images, "rows": rows, "operators": ran,
-    }  # fmt: skip
+        "schema": "vitrim.benchmark-static-int8/1",
+        "machine": read_machine(),
+        "onnxruntime": onnxruntime.__version__,
+        "model": options.model,
+        "rounds": options.rounds,
+        "images": options.images,
+        "rows": rows,
+        "operators": profiles,
+    }
     save_result(options.out, result, markdown(result))
     print(markdown(result))
     return 0

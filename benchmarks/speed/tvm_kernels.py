@@ -1,36 +1,34 @@
-"""TVM with our schedule beside ONNX Runtime: `python -m benchmarks.speed.tvm_kernels`.
+"""TVM with our kernels compared with ONNX Runtime: `python -m benchmarks.speed.tvm_kernels`.
 
-First the products of a Vision Transformer's layers, as rates: ONNX Runtime's MatMul (MLAS) and our
-dense kernel. Then whole networks at batch 1: ONNX Runtime in our best graph form for this target,
-and TVM with our kernels; `--default` adds TVM's own pipeline without tuning. All of a table runs in
-one process in turns; medians, and the median of the ratios of neighbours in time. Beside the clock
-stands the processor time, which a machine with other work does not stretch: rates are by processor
-time. Relative error is against torch.
+First the matrix products of a Vision Transformer's layers, as rates: ONNX Runtime's MatMul (MLAS)
+and our dense kernel. Then whole networks at batch 1: ONNX Runtime in the best graph form for the
+target, and TVM with our kernels; `--default` adds TVM's own pipeline without tuning. All rows of a
+table run in one process in turns; medians, and the median of the ratios of neighbours in time.
+Rates are by processor time, which other work on the machine does not lengthen. The relative error
+is against torch.
 
-    python -m benchmarks.speed.tvm_kernels [--model NAME ...] [--half] [--threads 1] [--target x86-64]
-    [--rounds 30] [--log FILE] [--tune SECONDS] [--default] [--json FILE]
+    python -m benchmarks.speed.tvm_kernels [--model NAME ...] [--half] [--threads 1]
+        [--target x86-64] [--rounds 30] [--log FILE] [--tune SECONDS] [--default] [--json FILE]
 
-`--tune` measures tiles for so many seconds a network first, and writes them to `--log`. With
-several threads set TVM_NUM_THREADS to as many.
+`--tune` first measures tiles for so many seconds a network, and writes them to `--log`. With
+several threads set TVM_NUM_THREADS to the same number.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
-import timm
 import torch
 import tvm
-import vitrim
 from tvm import relax
 from vitrim.bench.local.environment import read_machine, read_state
 from vitrim.compress.network.modules.model import CompactModel
@@ -51,7 +49,12 @@ from vitrim.export.tvm_kernels.tune import tune
 from vitrim.targets.catalog import load_target
 from vitrim.targets.profile import TargetProfile
 
+from ..models import lifted, noise, randomly_cut
+from ..results_file import markdown_head, markdown_row, save_result
+from ..turns import in_turns
+
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
+HALF = {"head": 0.5, "ffn": 0.5}
 SHAPES = (
     (197, 192, 576),
     (197, 192, 768),
@@ -60,14 +63,21 @@ SHAPES = (
     (197, 384, 1536),
     (197, 1536, 384),
 )
-Call = Callable[[], object]
+# What TVM's own ONNX front end takes.
+PORTABLE = Form(
+    rows="batch",
+    attention="split",
+    residual="add",
+    norm="layer",
+    activation="gelu",
+    stem="matrix",
+    last_queries=True,
+)
 
 
 @dataclass(frozen=True)
 class Product:
-    """Rates of one product, in floating-point operations a second of processor time (two for a
-    multiply-add).
-    """
+    """Rates of one matrix product, in floating-point operations a second of processor time."""
 
     rows: int
     depth: int
@@ -75,11 +85,24 @@ class Product:
     mlas_per_s: float
     ours_per_s: float
 
+    def line(self) -> str:
+        """One line of the table."""
+        return markdown_row(
+            f"{self.rows} x {self.depth} x {self.columns}",
+            f"{self.mlas_per_s / 1e9:.0f}",
+            f"{self.ours_per_s / 1e9:.0f}",
+            f"{self.ours_per_s / self.mlas_per_s:.2f}",
+        )
+
 
 @dataclass(frozen=True)
 class Row:
-    """One network in one runtime. ratio: its time over ONNX Runtime's, the median over rounds;
-    processor_s, processor_ratio: of processor time, all threads.
+    """One network in one runtime.
+
+    Attributes:
+        ratio: Its time over ONNX Runtime's, the median over rounds.
+        processor_s: Median processor time of all threads.
+        processor_ratio: The same ratio, of processor times.
     """
 
     model: str
@@ -92,43 +115,39 @@ class Row:
     relative_error: float
     build_s: float
 
-
-class Taken(NamedTuple):
-    """By the clock, and of processors."""
-
-    clock_s: float
-    processor_s: float
-
-
-def in_turns(calls: dict[str, Call], rounds: int, repeats: int = 1) -> dict[str, list[Taken]]:
-    """What a call takes, one list entry a round; the order turns round by round."""
-    names = list(calls)
-    took: dict[str, list[Taken]] = {name: [] for name in names}
-    for call in calls.values():
-        call()
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            began, worked = time.perf_counter(), time.process_time()
-            for _ in range(repeats):
-                calls[name]()
-            took[name].append(
-                Taken(
-                    (time.perf_counter() - began) / repeats,
-                    (time.process_time() - worked) / repeats,
-                )
-            )
-    return took
+    def line(self) -> str:
+        """One line of the table."""
+        return markdown_row(
+            self.model,
+            self.runtime,
+            f"{self.latency_s * 1e3:.2f}",
+            f"{self.fastest_s * 1e3:.2f}",
+            f"{self.ratio:.2f}",
+            f"{self.processor_s * 1e3:.2f}",
+            f"{self.processor_ratio:.2f}",
+            f"{self.relative_error:.1e}",
+            f"{self.build_s:.1f}",
+        )
 
 
 def product(
-    rows: int, depth: int, columns: int, profile: TargetProfile, threads: int, rounds: int
+    shape: tuple[int, int, int], profile: TargetProfile, threads: int, rounds: int
 ) -> Product:
-    """Our kernel against ONNX Runtime's MatMul, both with constant weights."""
+    """Time our kernel and ONNX Runtime's MatMul, both with constant weights.
+
+    Args:
+        shape: Rows, depth and columns of the product.
+        profile: The target that our kernel is compiled for.
+        threads: Threads of both.
+        rounds: Turns of both.
+
+    Returns:
+        The rates of both.
+    """
+    rows, depth, columns = shape
     random = np.random.default_rng(0)
-    left, right = (
-        random.standard_normal((rows, depth), np.float32),
-        random.standard_normal((depth, columns), np.float32),
-    )
+    left = random.standard_normal((rows, depth), np.float32)
+    right = random.standard_normal((depth, columns), np.float32)
     session = open_session(_matmul(rows, right), threads=threads)
     result = np.zeros((rows, columns), np.float32)
     binding = session.io_binding()
@@ -142,19 +161,16 @@ def product(
     operands = [
         tvm.runtime.tensor(array) for array in (left.ravel(), weights, result.ravel().copy())
     ]
-    took = in_turns(
-        {
-            "mlas": lambda: session.run_with_iobinding(binding),
-            "ours": lambda: module["kernel"](*operands),
-        },
-        rounds,
-        repeats=5,
-    )
+    calls: dict[str, Callable[[], object]] = {
+        "mlas": partial(session.run_with_iobinding, binding),
+        "ours": partial(module["kernel"], *operands),
+    }
+    turns = in_turns(calls, range(rounds), repeats=5)
     assert np.allclose(operands[2].numpy().reshape(rows, columns), result, rtol=1e-4, atol=1e-3)
-    operations = 2 * rows * depth * columns
+    # Two operations for a multiply-add.
     rate = {
-        name: operations / statistics.median(one.processor_s for one in taken)
-        for name, taken in took.items()
+        name: 2 * rows * depth * columns / statistics.median(turn.processor_s for turn in found)
+        for name, found in turns.items()
     }
     return Product(rows, depth, columns, rate["mlas"], rate["ours"])
 
@@ -169,102 +185,88 @@ def _matmul(rows: int, weight: np.ndarray[Any, Any]) -> bytes:
         [value("y", onnx.TensorProto.FLOAT, [rows, columns])],
         [onnx.numpy_helper.from_array(weight, "w")],
     )
-    return bytes(
-        onnx.helper.make_model(
-            graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
-        ).SerializeToString()
-    )
+    opset = onnx.helper.make_opsetid("", 20)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    return bytes(model.SerializeToString())
 
 
 def machine_of(built: Built) -> Any:
-    """The compiled network, ready to be asked."""
+    """The compiled network, ready to run."""
     return relax.VirtualMachine(built.compile(), tvm.cpu())["main"]
 
 
 def network(
-    name: str,
-    model: CompactModel,
-    profile: TargetProfile,
-    threads: int,
-    rounds: int,
-    log: Path | None,
-    *,
-    default: bool,
+    name: str, model: CompactModel, profile: TargetProfile, options: argparse.Namespace
 ) -> list[Row]:
-    """One model in every runtime, in turns."""
-    images = np.random.default_rng(0).standard_normal((1, *model.architecture.image), np.float32)
+    """Time one model in every runtime, in turns.
+
+    Args:
+        name: Name of the model.
+        model: The model.
+        profile: The target that it is compiled for.
+        options: `threads`, `rounds`, `log` and `default` of the command.
+
+    Returns:
+        One row a runtime.
+    """
+    images, threads = noise(model), options.threads
     with torch.no_grad():
         expected = model(torch.from_numpy(images)).numpy()
-    began = time.perf_counter()
-    session = open_session(
-        write_network(model, best_form(profile.name, 1)[0]).SerializeToString(), threads=threads
-    )
-    builds = {"onnxruntime": time.perf_counter() - began}
+    start_s = time.perf_counter()
+    graph = write_network(model, best_form(profile.name, 1)[0])
+    session = open_session(graph.SerializeToString(), threads=threads)
+    build_s = {"onnxruntime": time.perf_counter() - start_s}
     source, tensor = session.get_inputs()[0].name, tvm.runtime.tensor(images)
-    asks: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
+    calls: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
         "onnxruntime": lambda: session.run(None, {source: images})[0]
     }
     makers: dict[str, Callable[[], Built]] = {
-        "tvm, our kernels": lambda: build_network(model, profile, threads=threads, log=log)
+        "tvm, our kernels": lambda: build_network(model, profile, threads=threads, log=options.log)
     }
-    if default:
-        form = Form(
-            rows="batch",
-            attention="split",
-            residual="add",
-            norm="layer",
-            activation="gelu",
-            stem="matrix",
-            last_queries=True,
-        )
+    if options.default:
         makers["tvm, its own pipeline"] = lambda: default_network(
-            write_network(model, form, batch=1), profile, threads=threads
+            write_network(model, PORTABLE, batch=1), profile, threads=threads
         )
     for runtime, make in makers.items():
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         main = machine_of(make())
-        builds[runtime] = time.perf_counter() - began
-        asks[runtime] = lambda main=main: main(tensor).numpy()  # type: ignore[misc]
-    errors = {
-        runtime: float(relative_error(expected, ask()).max()) for runtime, ask in asks.items()
-    }
-    took = in_turns(dict(asks), rounds)
-    found = []
-    for runtime, taken in took.items():
-        pairs = list(zip(taken, took["onnxruntime"], strict=True))
-        found.append(
+        build_s[runtime] = time.perf_counter() - start_s
+        calls[runtime] = lambda main=main: main(tensor).numpy()  # type: ignore[misc]
+    errors = {name: float(relative_error(expected, call()).max()) for name, call in calls.items()}
+    turns = in_turns(calls, range(options.rounds), repeats=1)
+    rows = []
+    for runtime, found in turns.items():
+        pairs = list(zip(found, turns["onnxruntime"], strict=True))
+        rows.append(
             Row(
-                name,
-                runtime,
-                statistics.median(one.clock_s for one in taken),
-                min(one.clock_s for one in taken),
-                statistics.median(one.clock_s / other.clock_s for one, other in pairs),
-                statistics.median(one.processor_s for one in taken),
-                statistics.median(one.processor_s / other.processor_s for one, other in pairs),
-                errors[runtime],
-                builds[runtime],
+                model=name,
+                runtime=runtime,
+                latency_s=statistics.median(turn.least_s for turn in found),
+                fastest_s=min(turn.least_s for turn in found),
+                ratio=statistics.median(one.least_s / other.least_s for one, other in pairs),
+                processor_s=statistics.median(turn.processor_s for turn in found),
+                processor_ratio=statistics.median(
+                    one.processor_s / other.processor_s for one, other in pairs
+                ),
+                relative_error=errors[runtime],
+                build_s=build_s[runtime],
             )
         )
-    return found
+    return rows
 
 
 def models(names: list[str], *, half: bool) -> dict[str, CompactModel]:
     """The networks with random weights, and their halves."""
     found = {}
     for name in names:
-        torch.manual_seed(0)
-        dense_model = vitrim.lift(timm.create_model(name).eval())
-        found[name] = dense_model
+        found[name] = lifted(name)
         if half:
-            mask = vitrim.StructuredMask.random(
-                dense_model, keep_ratio={"head": 0.5, "ffn": 0.5}, seed=0
-            )
-            found[f"{name}, half of heads and FFN"] = vitrim.compact(dense_model, mask).eval()
+            found[f"{name}, half of heads and FFN"] = randomly_cut(found[name], HALF)
     return found
 
 
 def main() -> None:
-    """Measure, print, and perhaps write JSON."""
+    """Measure, print, and write JSON where requested."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -277,57 +279,36 @@ def main() -> None:
     parser.add_argument("--tune", type=float, metavar="SECONDS")
     parser.add_argument("--default", action="store_true")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    profile = load_target(arguments.target)
+    options = parser.parse_args()
+    profile = load_target(options.target)
     torch.set_num_threads(1)
     products = []
-    print(
-        "| rows x depth x columns | MLAS (GFLOP/s) | our kernel (GFLOP/s) | ours / MLAS |\n|---|---|---|---|"
-    )
+    titles = ("rows x depth x columns", "MLAS (GFLOP/s)", "our kernel (GFLOP/s)", "ours / MLAS")
+    print("\n".join(markdown_head(*titles)))
     for shape in SHAPES:
-        one = product(*shape, profile, arguments.threads, arguments.rounds)
-        products.append(one)
-        rates = f"{one.mlas_per_s / 1e9:.0f} | {one.ours_per_s / 1e9:.0f} | {one.ours_per_s / one.mlas_per_s:.2f}"
-        print(f"| {' x '.join(map(str, shape))} | {rates} |", flush=True)
-    print(
-        "\n| model | runtime | median (ms) | fastest (ms) | time / ONNX Runtime's | processor (ms) | processor / its | relative error | built in (s) |"
+        products.append(product(shape, profile, options.threads, options.rounds))
+        print(products[-1].line(), flush=True)
+    columns = (
+        *("model", "runtime", "median (ms)", "fastest (ms)", "time / ONNX Runtime's"),
+        *("processor (ms)", "processor / its", "relative error", "built in (s)"),
     )
-    print("|---" * 9 + "|")
+    print("", *markdown_head(*columns), sep="\n")
     rows = []
-    for name, model in models(arguments.model, half=arguments.half).items():
-        if arguments.tune and arguments.log:
-            tune(
-                model,
-                profile,
-                arguments.log,
-                threads=arguments.threads,
-                time_limit_s=arguments.tune,
-            )
-        for row in network(
-            name,
-            model,
-            profile,
-            arguments.threads,
-            arguments.rounds,
-            arguments.log,
-            default=arguments.default,
-        ):
+    for name, model in models(options.model, half=options.half).items():
+        if options.tune and options.log:
+            tune(model, profile, options.log, threads=options.threads, time_limit_s=options.tune)
+        for row in network(name, model, profile, options):
             rows.append(row)
-            times = f"{row.latency_s * 1e3:.2f} | {row.fastest_s * 1e3:.2f} | {row.ratio:.2f} | {row.processor_s * 1e3:.2f} | {row.processor_ratio:.2f}"
-            print(
-                f"| {row.model} | {row.runtime} | {times} | {row.relative_error:.1e} | {row.build_s:.1f} |",
-                flush=True,
-            )
-    if arguments.json:
-        machine = {"machine": asdict(read_machine()), "state": asdict(read_state())}
-        found = {
-            "threads": arguments.threads,
+            print(row.line(), flush=True)
+    if options.json:
+        result = {
+            "threads": options.threads,
             "products": [asdict(one) for one in products],
             "networks": [asdict(row) for row in rows],
+            "machine": read_machine(),
+            "state": read_state(),
         }
-        arguments.json.write_text(
-            json.dumps({**found, **machine}, indent=1, default=str) + "\n", encoding="utf-8"
-        )
+        save_result(options.json, result)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""A graph in ONNX Runtime as a benchmark opens it, and what its own profile says of one
-inference.
-"""
+"""Graphs in ONNX Runtime: sessions with other settings than vitrim's, and profiles of operators."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,14 @@ def opened(
     off: Sequence[str] = (),
     **settings: Any,
 ) -> onnxruntime.InferenceSession:
-    """A session as vitrim opens it, but for `settings` of its options and the optimisers that are
-    switched off.
+    """A session with vitrim's options, some of them replaced.
+
+    Args:
+        graph: The model.
+        threads: Threads of an operator.
+        config: Entries of the session's configuration.
+        off: Optimizers of the runtime to disable.
+        settings: Attributes of `SessionOptions` to replace.
     """
     options = session_options(dict(config or {}), threads=threads)
     for key, value in settings.items():
@@ -39,10 +44,15 @@ def opened(
     )
 
 
+def call_of(session: onnxruntime.InferenceSession, image: np.ndarray) -> Callable[[], object]:
+    """One inference of a session, to be timed."""
+    return partial(session.run, None, {session.get_inputs()[0].name: image})
+
+
 def profiled(
     graph: onnx.ModelProto, image: np.ndarray, runs: int, **settings: Any
 ) -> list[dict[str, Any]]:
-    """Rows of the runtime's own profile, of one inference; `settings` are those of `opened`."""
+    """Operators of one inference by the runtime's own profile; `settings` are those of `opened`."""
     with tempfile.TemporaryDirectory(prefix="vitrim-profile-") as folder:
         session = opened(
             graph,

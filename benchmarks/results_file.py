@@ -1,0 +1,30 @@
+"""Results of a benchmark: JSON for programs and Markdown for readers, each written atomically."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vitrim.core.storage import replace_file
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save_result(out: Path, result: Any, text: str | None = None) -> None:
+    """Write `out` with the suffix .json, and with the suffix .md where there is a text."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    if text is not None:
+        replace_file(out.with_suffix(".md"), text)
+
+
+def markdown_row(*cells: object) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def markdown_head(*titles: str, numbers: int = 0) -> list[str]:
+    """The first two lines of a Markdown table; the last `numbers` columns are aligned right."""
+    sides = ["---"] * (len(titles) - numbers) + ["--:"] * numbers
+    return [markdown_row(*titles), "|" + "|".join(sides) + "|"]
