@@ -84,16 +84,7 @@ def read_architecture(path: Path) -> Architecture:
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         raise InputError(f"{path}: schema {_printable(str(found))}, this version reads {SCHEMA!r}")
-    steps = data.get("steps")
-    branches = (
-        sum(len(step) if isinstance(step, list) else 1 for step in steps)
-        if isinstance(steps, list)
-        else 0
-    )
-    if branches > MAX_BRANCHES or (isinstance(steps, list) and len(steps) > MAX_BRANCHES):
-        raise InputError(
-            f"{path}: steps: {max(branches, len(steps))} sub-layers, {_above(MAX_BRANCHES)}"
-        )
+    _require_few_branches(data.get("steps"), path)
     try:
         # Strict, so that "12" is not a number; from JSON text, where a list is a valid tuple.
         architecture = Architecture.model_validate_json(json.dumps(data), strict=True)
@@ -105,6 +96,16 @@ def read_architecture(path: Path) -> Architecture:
         raise InputError(f"{path}: not an architecture ({error})") from error
     _require_names_and_tokens(architecture, path)
     return architecture
+
+
+def _require_few_branches(steps: object, path: Path) -> None:
+    # Counted before validation, which takes far more memory than the parsed JSON.
+    if isinstance(steps, list):
+        count = sum(len(step) if isinstance(step, list) else 1 for step in steps)
+        if max(count, len(steps)) > MAX_BRANCHES:
+            raise InputError(
+                f"{path}: steps: {max(count, len(steps))} sub-layers, {_above(MAX_BRANCHES)}"
+            )
 
 
 def _require_names_and_tokens(architecture: Architecture, path: Path) -> None:
