@@ -147,7 +147,7 @@ def _positions(table: Tensor, old: Architecture, new: Architecture) -> Tensor:
         return table
     if old.position_resize == "bicubic":
         # torch 2.15 misreads the layout of a single column, so there are always two.
-        columns = table if table.shape[1] > 1 else table.expand(-1, 2)
+        columns = table if table.shape[1] > 1 else table.repeat(1, 2)
         resampled: Tensor = resample_abs_pos_embed(
             columns[None], list(new.grid), list(old.grid), num_prefix_tokens=0
         )[0]

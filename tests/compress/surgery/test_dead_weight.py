@@ -1,6 +1,4 @@
-"""Dead weight: what is provably removable goes, the output stays, and what must stay is told with
-the reason.
-"""
+"""Dead weight is removed with the same output, and what must stay is reported with the reason."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ def zero(
 
 
 def found(model: nn.Module) -> DeadWeight:
-    """Look for dead weight, and hold the result to the source on images of our own."""
+    """Find dead weight, and compare the result with the source on other images."""
     result = find_dead(model)
     with torch.no_grad():
         assert relative_error(result.compact(IMAGES), model.eval()(IMAGES)) < 1e-5
@@ -58,9 +56,7 @@ def model() -> CompactModel:
 
 
 def altered(model: CompactModel, leaf: str, **changes: object) -> CompactModel:
-    """The model with another spec of its first attention or FFN; tensors that are new are random,
-    tensors that are gone are left out.
-    """
+    """The model with changed specs of its attentions or FFNs; new tensors are random."""
     steps = []
     for step in model.architecture.steps:
         core = step[0].core
@@ -103,7 +99,7 @@ def test_a_zero_fc1_row_still_emits_its_bias(model: CompactModel) -> None:
     assert [dataclasses.astuple(row) for row in result.removed] == [
         ("blocks.0.ffn", "ffn", 2, 96, True)
     ]
-    # Without the fold the output would differ: this is no idle precaution.
+    # Without the fold the output would differ.
     with torch.no_grad():
         assert relative_error(compact(model, result.mask)(IMAGES), model(IMAGES)) > 1e-4
 
@@ -115,7 +111,7 @@ def test_an_fc2_column_of_zeros_is_unread(model: CompactModel) -> None:
     assert not result.removed[0].folded
 
 
-def test_a_bias_is_made_where_there_is_none(model: CompactModel) -> None:
+def test_an_output_bias_is_added_where_there_is_none(model: CompactModel) -> None:
     bare = altered(model, "ffn", out_bias=False)
     zero(bare, f"{FFN}.fc1.weight", [3])
     result = found(bare)
@@ -134,7 +130,7 @@ def test_gated_units_need_both_factors(model: CompactModel) -> None:
     assert hidden(found(gated)) == 96 - 3
 
 
-def test_a_whole_ffn_that_died_becomes_a_bias(model: CompactModel) -> None:
+def test_a_dead_ffn_becomes_a_bias(model: CompactModel) -> None:
     zero(model, f"{FFN}.fc1.weight")
     result = found(model)
     assert [branch.name for branch in result.compact.architecture.branches] == [
@@ -152,7 +148,9 @@ def test_value_columns_fold_because_softmax_rows_sum_to_one(model: CompactModel)
     assert result.removed[0].folded
 
 
-def test_columns_go_only_in_equal_number_and_the_rest_is_told(model: CompactModel) -> None:
+def test_every_head_loses_equally_many_columns_and_the_rest_is_reported(
+    model: CompactModel,
+) -> None:
     zero(model, f"{ATTENTION}.v.weight", [0, 1, 2, 8, 9, 16])
     result = found(model)
     assert widths(result) == (3, 8, 7)
@@ -163,7 +161,7 @@ def test_columns_go_only_in_equal_number_and_the_rest_is_told(model: CompactMode
     )
 
 
-def test_a_head_whose_values_are_constant_goes(model: CompactModel) -> None:
+def test_a_head_of_constant_values_is_removed(model: CompactModel) -> None:
     zero(model, f"{ATTENTION}.v.weight", range(8, 12))
     zero(model, f"{ATTENTION}.out.weight", slice(None), range(12, 16))
     result = found(model)
@@ -171,16 +169,18 @@ def test_a_head_whose_values_are_constant_goes(model: CompactModel) -> None:
     assert result.mask.kept["head"]["blocks.0.attn"].tolist() == [True, False, True]
 
 
-def test_queries_of_zero_are_no_dead_head(model: CompactModel) -> None:
+def test_zero_queries_do_not_make_a_head_dead(model: CompactModel) -> None:
     zero(model, f"{ATTENTION}.q.weight")
     zero(model, f"{ATTENTION}.q.bias")
     result = found(model)
-    # All scores are zero: one column of them will do, and the heads still average.
+    # All scores are zero: one column suffices, and the heads still average.
     assert widths(result) == (3, 1, 8)
     assert "one at least" in result.remaining[0].why
 
 
-def test_keys_of_zero_go_bias_and_all_but_constant_queries_stay(model: CompactModel) -> None:
+def test_zero_keys_are_removed_with_their_bias_but_constant_queries_stay(
+    model: CompactModel,
+) -> None:
     zero(model, f"{ATTENTION}.k.weight", [0, 8, 16])
     assert widths(found(model)) == (3, 7, 8)
     other = lift(tiny_vit())
@@ -192,7 +192,7 @@ def test_keys_of_zero_go_bias_and_all_but_constant_queries_stay(model: CompactMo
     assert widths(found(other)) == (3, 7, 8)
 
 
-def test_norms_of_queries_and_values_forbid_it() -> None:
+def test_norms_of_queries_and_keys_forbid_removal() -> None:
     normed = lift(tiny_vit(qk_norm=True))
     zero(normed, f"{ATTENTION}.k.weight", [0, 8, 16])
     zero(normed, f"{ATTENTION}.k.bias", [0, 8, 16])
@@ -201,17 +201,17 @@ def test_norms_of_queries_and_values_forbid_it() -> None:
     assert "norm of queries or keys" in result.remaining[0].why
 
 
-def test_shared_keys_and_values_ask_all_who_share() -> None:
+def test_a_shared_column_is_removed_only_if_no_head_needs_it() -> None:
     grouped = altered(lift(tiny_vit(num_heads=4)), "attention", kv_of=(0, 0, 1, 1))
     zero(grouped, f"{ATTENTION}.v.weight", [0, 6])
     zero(grouped, f"{ATTENTION}.k.weight", [1, 7])
     assert widths(found(grouped)) == (4, 5, 5)
     zero(grouped, f"{ATTENTION}.q.weight", [2, 14, 20])
     zero(grouped, f"{ATTENTION}.q.bias", [2, 14, 20])
-    # Head 1 still asks column 2.
+    # Head 1 still needs column 2.
     assert widths(found(grouped)) == (4, 5, 5)
     zero(grouped, f"{ATTENTION}.out.weight", slice(None), range(6, 12))
-    # Head 1 is gone, and with it the last who asked.
+    # Head 1, the last one that needs it, is removed.
     assert widths(found(grouped)) == (3, 4, 5)
 
 
@@ -225,7 +225,7 @@ def test_gated_attention_folds_only_a_constant_gate(model: CompactModel) -> None
     assert result.removed[0].folded
 
 
-def test_a_layer_scale_of_zero_reads_nothing() -> None:
+def test_a_layer_scale_of_zero_makes_a_sub_layer_dead() -> None:
     scaled = lift(tiny_vit(init_values=0.5))
     zero(scaled, "steps.0.0.layer_scale")
     zero(scaled, "steps.1.0.layer_scale")
@@ -247,7 +247,7 @@ def dead_channels(model: CompactModel, channels: list[int]) -> CompactModel:
     return model
 
 
-def test_layer_norm_counts_channels_that_are_zero(model: CompactModel) -> None:
+def test_layer_norm_keeps_zero_channels(model: CompactModel) -> None:
     result = found(dead_channels(model, [2, 5]))
     assert result.compact.architecture.embed == 24
     assert [(row.site, row.count, row.why) for row in result.remaining] == [
@@ -255,7 +255,7 @@ def test_layer_norm_counts_channels_that_are_zero(model: CompactModel) -> None:
     ]
 
 
-def test_rms_norm_lets_them_go(model: CompactModel) -> None:
+def test_rms_norm_allows_the_removal_of_zero_channels(model: CompactModel) -> None:
     def rms(spec: object) -> object:
         return None if spec is None else spec.model_copy(update={"kind": "rms", "bias": False})  # type: ignore[attr-defined]
 
@@ -275,7 +275,7 @@ def test_rms_norm_lets_them_go(model: CompactModel) -> None:
     "name",
     ["vit_base_patch16_rope_reg1_gap_256", "eva02_tiny_patch14_224", "beit_base_patch16_224"],
 )
-def test_other_kinds_of_attention(name: str) -> None:
+def test_dead_columns_of_other_kinds_of_attention_are_removed(name: str) -> None:
     torch.manual_seed(0)
     size = 28 if "14" in name else 32
     network = lift(
@@ -304,10 +304,8 @@ def test_other_kinds_of_attention(name: str) -> None:
         assert relative_error(result.compact(images), network(images)) < 1e-5
 
 
-def test_unstructured_pruning_from_elsewhere(model: CompactModel) -> None:
-    """Global magnitude pruning at 97 %: rows, columns and heads die on their own, round after
-    round.
-    """
+def test_unstructured_pruning_by_another_tool_leaves_dead_units(model: CompactModel) -> None:
+    """Global magnitude pruning at 97 % leaves dead rows, columns and heads."""
     source = tiny_vit(depth=3)
     layers = [(module, "weight") for module in source.modules() if isinstance(module, nn.Linear)]
     prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=0.97)
@@ -316,11 +314,11 @@ def test_unstructured_pruning_from_elsewhere(model: CompactModel) -> None:
     before = sum(parameter.numel() for parameter in lift(source).parameters())
     assert sum(parameter.numel() for parameter in result.compact.parameters()) < 0.8 * before
     assert result.sparsity
-    # A second look finds nothing more.
+    # A second search finds nothing.
     assert found(result.compact).removed == ()
 
 
-def test_prune_masks_in_a_state_are_folded() -> None:
+def test_prune_masks_in_a_state_dict_are_folded() -> None:
     source = tiny_vit()
     prune.random_unstructured(source.get_submodule("blocks.0.mlp.fc1"), "weight", 0.5)
     state = source.state_dict()

@@ -1,9 +1,8 @@
-"""The explanation of a cut: shapes are those of the real module, masks are named, and the counts
-are fvcore's on that module.
-"""
+"""The description of a cut: shapes of the real module, its masks, and counts equal to fvcore's."""
 
 from __future__ import annotations
 
+import io
 import warnings
 from typing import Any
 
@@ -32,9 +31,7 @@ MASK = StructuredMask(
 
 
 def attention_products(inputs: list[Any], outputs: list[Any]) -> int:
-    """Multiply-adds of softmax(q kᵀ) v for one call of scaled_dot_product_attention: (batch, heads,
-    tokens, width) each.
-    """
+    """Multiply-adds of scaled_dot_product_attention: (batch, heads, tokens, width) each."""
     q, k, v = (value.type().sizes() for value in inputs[:3])
     del outputs
     return int(q[0] * q[1] * q[2] * k[2] * (q[3] + v[3]))
@@ -49,7 +46,7 @@ def nothing(inputs: list[Any], outputs: list[Any]) -> int:
 def counted_by_fvcore(model: nn.Module, images: torch.Tensor) -> int:
     analysis = FlopCountAnalysis(model.eval(), images)
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention_products)
-    # Norms, which fvcore counts and vitrim does not.
+    # fvcore counts norms, vitrim does not.
     for name in ("aten::layer_norm", "aten::rms_norm"):
         analysis.set_op_handle(name, nothing)
     analysis.unsupported_ops_warnings(False)
@@ -64,42 +61,42 @@ def model() -> CompactModel:
 
 
 def test_shapes_are_those_of_the_cut_module(model: CompactModel) -> None:
-    told = {
+    cuts = {
         (module.module, cut.tensor): cut
         for module in explain(model, MASK).modules
         for cut in module.tensors
     }
     small = compact(model, MASK)
-    q = told["blocks.0.attn", "core.q.weight"]
+    q = cuts["blocks.0.attn", "core.q.weight"]
     assert q.before == (24, 24)
     assert q.after == (10, 16) == tuple(small.get_parameter("steps.0.0.core.q.weight").shape)
     assert q.masks == ("head/blocks.0.attn", "qk/blocks.0.attn", "embed/*")
-    out = told["blocks.0.attn", "core.out.weight"]
+    out = cuts["blocks.0.attn", "core.out.weight"]
     assert (out.before, out.after, out.masks) == (
         (24, 24),
         (16, 16),
         ("embed/*", "head/blocks.0.attn"),
     )
-    fc1 = told["blocks.0.ffn", "core.fc1.bias"]
+    fc1 = cuts["blocks.0.ffn", "core.fc1.bias"]
     assert (fc1.before, fc1.after, fc1.masks) == ((96,), (40,), ("ffn/blocks.0.ffn",))
-    assert told["head", "head.bias"].masks == ()
+    assert cuts["head", "head.bias"].masks == ()
 
 
-def test_what_goes_whole_is_told(model: CompactModel) -> None:
-    fates = {module.module: module for module in explain(model, MASK).modules}
-    assert fates["blocks.1.attn"].status == "removed"
-    assert {cut.masks for cut in fates["blocks.1.attn"].tensors} == {("block/blocks.1.attn",)}
-    assert fates["blocks.1.ffn"].status == "constant"
-    assert fates["blocks.1.ffn"].params[1] == 16
-    assert fates["blocks.0.ffn"].status == ""
+def test_removed_and_constant_modules_are_marked(model: CompactModel) -> None:
+    by_name = {module.module: module for module in explain(model, MASK).modules}
+    assert by_name["blocks.1.attn"].status == "removed"
+    assert {cut.masks for cut in by_name["blocks.1.attn"].tensors} == {("block/blocks.1.attn",)}
+    assert by_name["blocks.1.ffn"].status == "constant"
+    assert by_name["blocks.1.ffn"].params[1] == 16
+    assert by_name["blocks.0.ffn"].status == ""
 
 
 def test_modules_sum_to_the_whole(model: CompactModel) -> None:
-    told = explain(model, MASK)
+    explained = explain(model, MASK)
     for side in (0, 1):
-        assert sum(module.params[side] for module in told.modules) == told.params[side]
-        assert sum(module.macs[side] for module in told.modules) == told.macs[side]
-    assert told.params[0] == sum(parameter.numel() for parameter in model.parameters())
+        assert sum(module.params[side] for module in explained.modules) == explained.params[side]
+        assert sum(module.macs[side] for module in explained.modules) == explained.macs[side]
+    assert explained.params[0] == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("sharing", ["unshared", "residual", "full"])
@@ -116,17 +113,20 @@ def test_counts_agree_with_fvcore_on_the_real_module(
 ) -> None:
     source = tiny_vit(name, **settings)
     mask = StructuredMask.random(source, 0.6, sharing=sharing, seed=2)  # type: ignore[arg-type]
-    told, images = explain(source, mask), torch.randn(1, 3, 16, 16)
+    explained, images = explain(source, mask), torch.randn(1, 3, 16, 16)
     small = compact(source, mask)
-    assert told.params == tuple(
+    assert explained.params == tuple(
         sum(parameter.numel() for parameter in model.parameters())
         for model in (lift(source), small)
     )
-    assert told.macs == (counted_by_fvcore(lift(source), images), counted_by_fvcore(small, images))
+    assert explained.macs == (
+        counted_by_fvcore(lift(source), images),
+        counted_by_fvcore(small, images),
+    )
 
 
 def test_the_table_prints_every_cut(model: CompactModel) -> None:
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))
+    console = Console(record=True, width=200, file=io.StringIO())
     console.print(explain(model, MASK).table())
     text = console.export_text()
     assert "core.q.weight" in text

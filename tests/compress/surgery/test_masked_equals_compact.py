@@ -1,6 +1,4 @@
-"""The project's promise, over random architectures of every kind, random masks and all sharings:
-masked equals compact, in outputs and in gradients.
-"""
+"""Masked equals compact, in outputs and in gradients, over random architectures and masks."""
 
 from __future__ import annotations
 
@@ -15,15 +13,13 @@ from vitrim.compress.network.architecture import Architecture, ConstantSpec
 from vitrim.compress.surgery.compactor import cut
 from vitrim.compress.surgery.plan import Plan, plan
 
-# Double precision: what is left is rounding.
+# Double precision, so that only rounding differs.
 CLOSE = 1e-9
 
 
 @st.composite
 def masks(draw: Any, architecture: Architecture) -> StructuredMask:
-    """Any mask that random draws give, sometimes with a sub-layer's heads, values or hidden units
-    gone altogether.
-    """
+    """A random mask, in some draws without any head, value or hidden unit of a sub-layer."""
     ratio = draw(st.sampled_from([0.15, 0.4, 0.7, 0.9]))
     dimensions = draw(
         st.sets(st.sampled_from(["embed", "head", "qk", "v", "ffn", "block"]), min_size=1)
@@ -48,7 +44,7 @@ def masks(draw: Any, architecture: Architecture) -> StructuredMask:
     try:
         mask.check(architecture)
     except InputError as error:
-        # A reader that sees few channels may be left with none, which is refused.
+        # A reader of few channels may keep none, which is refused.
         if "channels that there are at" not in str(error):
             raise
         reject()
@@ -70,7 +66,7 @@ def _without(mask: StructuredMask, empty: str) -> StructuredMask:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.data())
-def test_outputs_and_gradients(data: Any) -> None:
+def test_masked_equals_compact_in_outputs_and_gradients(data: Any) -> None:
     architecture = data.draw(architectures())
     mask = data.draw(masks(architecture))
     model = network(architecture)
@@ -100,7 +96,7 @@ def test_outputs_and_gradients(data: Any) -> None:
         found, wanted = _grad(parameter), expected[name]
         shared = _was_shared(surgery, name, grads)
         if shared is not None:
-            # One weight for all heads has become one a head: its gradient is the sum of theirs.
+            # A weight of all heads has become one a head: its gradient is the sum over heads.
             source, index = shared
             found, wanted = (
                 torch.zeros_like(source).index_add(0, index.flatten(), found.flatten()),
@@ -112,9 +108,7 @@ def test_outputs_and_gradients(data: Any) -> None:
 def _was_shared(
     surgery: Plan, name: str, grads: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The old gradient of a weight that was split among the heads, and which of its entries each
-    head has.
-    """
+    """The old gradient of a weight that was split between heads, and the entries of each head."""
     if name.startswith("steps."):
         _, number, position, leaf = name.split(".", 3)
         branch = surgery.branches[int(number)][int(position)]
@@ -129,7 +123,7 @@ def _was_shared(
     )
 
 
-# Most random networks pool over all tokens; those are not what this is about.
+# Most random networks pool over all tokens and are skipped.
 @settings(
     max_examples=10,
     deadline=None,
@@ -140,7 +134,7 @@ def _was_shared(
     ],
 )
 @given(st.data())
-def test_the_last_blocks_other_tokens_need_not_be_computed(data: Any) -> None:
+def test_the_last_block_may_compute_only_the_tokens_that_are_read(data: Any) -> None:
     architecture = data.draw(architectures())
     assume(architecture.pooled_prefix)
     mask = data.draw(masks(architecture))

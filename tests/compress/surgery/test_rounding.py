@@ -1,6 +1,4 @@
-"""Masks snapped to good multiples: every width lands on its rung, the budget holds, saliency
-decides.
-"""
+"""Masks rounded to multiples: every width is allowed, the budget holds, saliency decides."""
 
 from __future__ import annotations
 
@@ -65,7 +63,7 @@ def test_the_budget_holds_and_is_used(
     assert spent >= 0.99 * cost(mask)
 
 
-def test_unshared_and_per_head_masks_stay_what_they_are(demo: Architecture) -> None:
+def test_unshared_and_per_head_masks_keep_their_form(demo: Architecture) -> None:
     mask = StructuredMask.random(demo, 0.6, sharing="unshared", per_head=True, seed=1)
     snapped = snap(mask, demo, 8)
     assert snapped.sharing == "unshared"
@@ -91,10 +89,10 @@ def test_saliency_chooses_the_units(demo: Architecture) -> None:
     def units(of: StructuredMask) -> list[int]:
         return torch.nonzero(of.kept["ffn"][name]).flatten().tolist()
 
-    # Room for the rung above: the best of the removed units come back.
+    # The budget allows the count above: the best of the removed units return.
     up = snap(mask, demo, 16, saliency=saliency, cost=lambda m: len(units(m)), budget=32)
     assert units(up) == [*range(24), *range(504, 512)]
-    # None: the worst of the kept units go.
+    # The budget does not: the worst of the kept units go.
     down = snap(mask, demo, 16, saliency=saliency, cost=lambda m: len(units(m)), budget=16)
     assert units(down) == list(range(8, 24))
 
@@ -136,7 +134,7 @@ def test_an_empty_group_stays_empty(demo: Architecture) -> None:
     assert int(snapped.kept["embed"]["*"].sum()) == 96
 
 
-def test_what_cannot_be_met_is_said(demo: Architecture) -> None:
+def test_an_unreachable_budget_or_wrong_argument_is_refused(demo: Architecture) -> None:
     mask = StructuredMask.random(demo, 0.5)
     with pytest.raises(
         InputError, match=r"more than the budget 10; lower round_to or raise the budget"
@@ -154,10 +152,10 @@ def test_rope_pairs_stay_whole(demo: Architecture) -> None:
         for branch in step:
             if branch["core"]["kind"] == "attention":
                 branch["core"]["rope"] = {"layout": "half", "tokens": demo.tokens - 1, "prefix": 1}
-    turned = Architecture.model_validate(data)
-    mask = StructuredMask.random(turned, {"qk": 0.4, "embed": 0.7}, seed=4)
-    snapped = snap(mask, turned, 16)
-    snapped.check(turned)
+    with_rope = Architecture.model_validate(data)
+    mask = StructuredMask.random(with_rope, {"qk": 0.4, "embed": 0.7}, seed=4)
+    snapped = snap(mask, with_rope, 16)
+    snapped.check(with_rope)
     for _, keep in snapped.kept["qk"].items():
         assert torch.equal(keep[:16], keep[16:])
         assert int(keep.sum()) * 4 % 16 == 0

@@ -1,4 +1,4 @@
-"""Index lists or zeros: the same function either way, and the choice follows the stated cost."""
+"""Index lists or zeros: both compute the same, and the choice follows the stated cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model() -> CompactModel:
 
 
 @pytest.mark.parametrize("price", [0, 10, 10**6])
-def test_the_function_stays(
+def test_the_output_stays_equal_at_every_price(
     model: CompactModel, monkeypatch: pytest.MonkeyPatch, price: int
 ) -> None:
     monkeypatch.setattr(stream_form, "SCATTER_MACS", price)
@@ -33,7 +33,7 @@ def test_the_function_stays(
     assert not any(written) if price == 0 else True
 
 
-def test_every_choice_is_told_and_is_the_cheaper_one(model: CompactModel) -> None:
+def test_every_choice_is_listed_and_is_the_cheaper_one(model: CompactModel) -> None:
     choices = {choice.site: choice for choice in choose_stream_form(model).choices}
     assert set(choices) == {
         "stem.out",
