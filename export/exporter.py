@@ -21,7 +21,8 @@ from .graphs.model_proto import opset_of
 from .graphs.model_proto import MODEL
 from .graphs.tracing import trace
 from .onnxruntime_files import choose, save
-from .parity import TOLERANCES, Probe, answers
+from .parity import TOLERANCES, Probe
+from .parity import model_outputs
 from .quantization import quantize
 from .request import ExportRequest, check, preprocessing_of
 from .runtime_files import source_for, write_and_ask
@@ -125,7 +126,7 @@ def export(
 
 
 def _export(model: nn.Module, folder: Path, order: ExportRequest) -> Artifact:
-    stage("the model's own answers")
+    stage("reference outputs")
     probe = Probe.of(lambda images: ask(model, images), order.shape, order.images)
     stages: list[Parity] = []
     notes = list(order.notes)
@@ -138,7 +139,7 @@ def _export(model: nn.Module, folder: Path, order: ExportRequest) -> Artifact:
                 aside / MODEL,
                 order,
                 probe,
-                lambda images: answers(final, images, batch=order.batch),
+                lambda images: model_outputs(final, images, batch=order.batch),
                 stages,
                 notes,
             )

@@ -12,7 +12,8 @@ from .artifact import Array, FileEntry, Parity, entry_for
 from .graphs.candidates import Candidate, candidates, in_precision, where_in_form
 from .graphs.model_proto import save_model
 from .graphs.tuning import fastest
-from .parity import Probe, answers, first_difference, require, session_answers
+from .parity import Probe, first_difference, require
+from .parity import model_outputs, session_outputs
 from .request import ExportRequest
 from .stage_line import stage
 
@@ -59,7 +60,7 @@ def choose(
         stage(f"parity of {precision}")
         parity = probe.compare(
             precision,
-            answers(final, probe.images, batch=order.batch),
+            model_outputs(final, probe.images, batch=order.batch),
             tolerance=order.allowed[precision],
         )
         stages.append(
@@ -84,7 +85,7 @@ def prove(
     node.
     """
     stage(f"parity of form {candidate.name}")
-    logits = answers(candidate.model, probe.images, batch=order.batch)
+    logits = model_outputs(candidate.model, probe.images, batch=order.batch)
     parity = probe.compare(f"form {candidate.name}", logits, tolerance=order.allowed["fp32"])
     return require(
         parity, lambda tolerance: where_in_form(model, candidate, first, order, tolerance)
@@ -106,7 +107,7 @@ def save(
         saved, logits = save_ort_format(
             folder / "model.onnx",
             folder,
-            lambda session: session_answers(session, probe.images, batch=order.batch),
+            lambda session: session_outputs(session, probe.images, batch=order.batch),
         )
         parity = probe.compare("ort file", logits, tolerance=order.allowed[order.precision])
         stages.append(require(parity, lambda tolerance: None))

@@ -111,7 +111,7 @@ def relative_error(reference: Array, found: Array) -> Array:
     return error
 
 
-def answers(
+def model_outputs(
     model: onnx.ModelProto | bytes,
     images: Array,
     *,
@@ -126,10 +126,10 @@ def answers(
         if isinstance(model, bytes)
         else open_graph(model, config=config)
     )
-    return session_answers(session, images, batch=batch)
+    return session_outputs(session, images, batch=batch)
 
 
-def session_answers(session: Any, images: Array, *, batch: int | Literal["dynamic"] = 1) -> Array:
+def session_outputs(session: Any, images: Array, *, batch: int | Literal["dynamic"] = 1) -> Array:
     """Logits of an open session for all images."""
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
     size = min(len(images), 16) if batch == "dynamic" else batch
@@ -153,7 +153,7 @@ def require(parity: Parity, where: Callable[[float], str | None]) -> Parity:
     stage(f"looking for where {parity.stage} differs")
     place = where(tolerance) or "no single inner value could be matched"
     raise ParityError(
-        f"stage {parity.stage}: answers differ from {parity.reference} by {parity.max_relative_error:.2e} of the largest logit, "
+        f"stage {parity.stage}: outputs differ from {parity.reference} by {parity.max_relative_error:.2e} of the largest logit, "
         f"{tolerance:.0e} is allowed; first difference: {place}; try another form or precision"
     )
 
@@ -181,7 +181,7 @@ def first_difference(
     ]
     theirs = {output for node in reference.graph.node for output in node.output if output}
     shared = [name for name in wanted if name in theirs]
-    return first_apart(
+    return first_mismatch(
         candidate,
         shared,
         inner_values(reference, shared, image),
@@ -190,7 +190,7 @@ def first_difference(
     )
 
 
-def first_apart(
+def first_mismatch(
     graph: onnx.ModelProto,
     names: Sequence[str],
     left: Mapping[str, Array],

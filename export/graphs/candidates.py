@@ -18,8 +18,8 @@ from ..forms import FORMS, INT8_FORMS, STREAM_FORMS, Form, form_named, write_net
 from ..forms.coverage import reason_against
 from ..parity import first_difference
 from ..quantization import quantize
-from ..quantization.half import half
-from ..quantization.static_choice import best_static, static_graph
+from ..quantization.quantize import half
+from ..quantization.static_choice import StaticOptions, best_static, static_graph
 from ..request import ExportRequest
 from .known_forms import best_form
 
@@ -174,28 +174,20 @@ def static(
     """
     assert order.images is not None
     images = order.images[: quantize.CALIBRATION_IMAGES]
-    pairs = capabilities.wants_pairs(order.target) if form is None else form.qdq
     # A stem that cannot be a product is a convolution in every form, and stays float.
     product = any(
         node.name == "stem" and node.op_type == "MatMul" for node in float_graph.graph.node
     )
-    also: tuple[quantize.Also, ...] = (
-        ("patch",) if form is not None and form.stem == "int8" and product else ()
+    options = StaticOptions(
+        weight_bits=weight_bits,
+        pairs=capabilities.wants_pairs(order.target) if form is None else form.qdq,
+        also=("patch",) if form is not None and form.stem == "int8" and product else (),
     )
-    if order.calibration == "best":
-        timed = capabilities.is_host(order.target)
-        return best_static(
-            float_graph,
-            images,
-            weight_bits=weight_bits,
-            pairs=pairs,
-            also=also,
-            timed=timed,
-            notes=notes,
-            threads=order.threads,
-        )
-    return static_graph(
-        float_graph, images, order.calibration, weight_bits=weight_bits, pairs=pairs, also=also
+    if order.calibration != "best":
+        return static_graph(float_graph, images, order.calibration, options)
+    timed = capabilities.is_host(order.target)
+    return best_static(
+        float_graph, images, options, timed=timed, notes=notes, threads=order.threads
     )
 
 

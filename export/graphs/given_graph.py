@@ -17,17 +17,16 @@ from .. import capabilities
 from ..artifact import Array, Artifact, Batch, Manifest, Parity, Precision, Provenance, TensorSpec
 from ..cross_target import ask_elsewhere
 from ..onnxruntime_files import save
-from ..parity import TOLERANCES, Probe, answers, first_difference, require, session_answers
+from ..parity import TOLERANCES, Probe, first_difference, model_outputs, require, session_outputs
 from ..passes import steps
 from ..quantization import quantize
-from ..quantization.half import half
+from ..quantization.quantize import half
 from ..request import ExportRequest, check, preprocessing_of
 from ..sessions import config_for
 from ..stage_line import stage, stages_shown
 from ..versions import tool_versions
 from .candidates import static
-from .model_proto import opset_of
-from .model_proto import MODEL, open_graph
+from .model_proto import MODEL, open_graph, opset_of
 from .torch_graph import simplify, tidy_names
 from .tuning import fastest
 
@@ -95,7 +94,7 @@ def export_graph(
         stage(f"parity of {precision}")
         parity = probe.compare(
             precision,
-            answers(final, probe.images, batch=chosen),
+            model_outputs(final, probe.images, batch=chosen),
             tolerance=order.allowed[precision],
             reference=GIVEN,
         )
@@ -114,7 +113,7 @@ def export_graph(
             aside / MODEL,
             order,
             probe,
-            lambda pictures: answers(final, pictures, batch=chosen),
+            lambda pictures: model_outputs(final, pictures, batch=chosen),
             stages,
             notes,
         )
@@ -241,12 +240,12 @@ def _fixed(
 
 
 def _plainly(graph: onnx.ModelProto, images: Array, batch: Batch) -> Array:
-    """The file's own answers, without any of the runtime's optimisations."""
+    """The file's own outputs, without any of the runtime's optimisations."""
     session = open_graph(graph, optimised=False)
-    logits: Array = session_answers(session, images, batch=batch)
+    logits: Array = session_outputs(session, images, batch=batch)
     if logits.ndim != 2:
         raise InputError(
-            f"the graph answers with shape {logits.shape}; a classifier answers with (batch, classes)"
+            f"the graph returns shape {logits.shape}; a classifier returns (batch, classes)"
         )
     return logits
 
@@ -265,7 +264,7 @@ def _rewritten(
     stage("parity of the given graph")
     parity = probe.compare(
         "optimised by the runtime",
-        answers(graph, probe.images, batch=batch),
+        model_outputs(graph, probe.images, batch=batch),
         tolerance=tolerance,
         reference=GIVEN,
     )
@@ -275,7 +274,7 @@ def _rewritten(
         stage(f"parity of pass {step.name}")
         parity = probe.compare(
             f"pass {step.name}",
-            answers(step.after, probe.images, batch=batch),
+            model_outputs(step.after, probe.images, batch=batch),
             tolerance=tolerance,
             reference=GIVEN,
         )
@@ -295,7 +294,10 @@ def _rewritten(
         return found
     stage("parity of the simplified graph")
     parity = probe.compare(
-        "simplified", answers(tidy, probe.images, batch=batch), tolerance=tolerance, reference=GIVEN
+        "simplified",
+        model_outputs(tidy, probe.images, batch=batch),
+        tolerance=tolerance,
+        reference=GIVEN,
     )
     stages.append(
         require(parity, lambda tolerance: first_difference(found, tidy, first, tolerance))

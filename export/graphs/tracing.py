@@ -9,7 +9,7 @@ import onnx
 from torch import nn
 
 from ..artifact import Array, Parity
-from ..parity import Probe, answers, first_difference, first_unmatched_module, require
+from ..parity import Probe, first_difference, first_unmatched_module, model_outputs, require
 from ..request import ExportRequest
 from ..stage_line import stage
 from .torch_graph import MIN_OPSET, simplify, torch_to_onnx
@@ -28,7 +28,9 @@ def trace(
     )
     first = one_batch(order, probe)
     stage("parity of the traced graph")
-    parity = probe.compare("onnx", answers(traced, probe.images, batch=batch), tolerance=tolerance)
+    parity = probe.compare(
+        "onnx", model_outputs(traced, probe.images, batch=batch), tolerance=tolerance
+    )
     stages.append(
         require(parity, lambda tolerance: first_unmatched_module(model, traced, first, tolerance))
     )
@@ -39,7 +41,7 @@ def trace(
         return tidy, first
     stage("parity of the simplified graph")
     parity = probe.compare(
-        "simplified", answers(tidy, probe.images, batch=batch), tolerance=tolerance
+        "simplified", model_outputs(tidy, probe.images, batch=batch), tolerance=tolerance
     )
     stages.append(
         require(parity, lambda tolerance: first_difference(traced, tidy, first, tolerance))

@@ -18,8 +18,24 @@ import onnx
 from .graph_editor import GraphEditor, Pass, Result, attribute, is_standard
 
 _ELEMENTWISE = frozenset(
-    "Gelu Erf Relu Sigmoid Tanh Exp Sqrt Neg Abs HardSwish HardSigmoid Cast Identity Clip Elu"
-    " LeakyRelu".split()
+    [
+        "Gelu",
+        "Erf",
+        "Relu",
+        "Sigmoid",
+        "Tanh",
+        "Exp",
+        "Sqrt",
+        "Neg",
+        "Abs",
+        "HardSwish",
+        "HardSigmoid",
+        "Cast",
+        "Identity",
+        "Clip",
+        "Elu",
+        "LeakyRelu",
+    ]
 )
 _BINARY = {"Add", "Mul", "Sub", "Div", "Pow"}
 Shape = tuple[int, ...]

@@ -1,11 +1,12 @@
-"""Eight bits and fewer. Each way takes a float graph and gives another, and says what it cost.
+"""Reduced precision: each function takes a float graph and returns another.
 
-- `int8`: weights in eight bits with a scale a column, inputs quantized for each image as it comes;
-  for processors with eight-bit dot products.
+- `int8`: weights in eight bits with a scale for each column, inputs quantized at run time for each
+  image; for processors with eight-bit dot products.
 - `int8-static`: weights and inputs in eight bits, with input ranges found on calibration images;
   softmax, norms and patch embedding stay float.
 - `int8-weights`, `int4-weights`: only the stored weights are small; the arithmetic stays float. For
-  devices short of bytes.
+  devices with little storage.
+- `fp16`: weights and inner values in 16 bits, for targets that compute in it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import contextlib
 import io
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +30,13 @@ from ...core.errors import InputError
 Calibration = Literal["min-max", "percentile", "entropy"]
 CALIBRATIONS: tuple[Calibration, ...] = ("min-max", "percentile", "entropy")
 CALIBRATION_IMAGES = 128
-# What static quantization leaves float unless it is named: the patch embedding, attention's own
-# products with their softmax, and the norms.
-Also = Literal["patch", "attention", "norm"]
+# What static quantization leaves float by default: the patch embedding, attention's own products
+# with their softmax, and the norms.
+FloatPart = Literal["patch", "attention", "norm"]
 
 
 def int8_dynamic(model: onnx.ModelProto, *, weight_bits: int = 8) -> onnx.ModelProto:
-    """Quantize the constant products of any float graph, a scale a column. Requires: not fused yet.
-    Ensures: same inputs and outputs.
+    """Quantize the constant products of any unfused float graph, a scale for each column.
 
     `weight_bits` 7 keeps sums of two products inside 16 bits, on processors whose eight-bit
     products saturate (no VNNI).
@@ -51,8 +53,8 @@ def int8_dynamic(model: onnx.ModelProto, *, weight_bits: int = 8) -> onnx.ModelP
             source,
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
-            # Scales a column of a matrix for each head are written by the quantizer and refused by
-            # the runtime (1.31: "b zero point is not valid").
+            # The quantizer writes scales for each column of stacked matrices, and the runtime
+            # refuses them (1.31: "b zero point is not valid").
             nodes_to_exclude=[
                 node.name
                 for node in named.graph.node
@@ -67,35 +69,152 @@ def int8_dynamic(model: onnx.ModelProto, *, weight_bits: int = 8) -> onnx.ModelP
 
 
 def int8_static(
-    model: onnx.ModelProto, images: NDArray[Any], *, calibration: Calibration = "min-max", weight_bits: int = 8, also: tuple[Also, ...] = (),
+    model: onnx.ModelProto,
+    images: NDArray[Any],
+    *,
+    calibration: Calibration = "min-max",
+    weight_bits: int = 8,
+    also: tuple[FloatPart, ...] = (),
     symmetric: bool = False,
-) -> onnx.ModelProto:  # fmt: skip
-    """Quantize weight products with input ranges found on calibration images, as QuantizeLinear and
-    DequantizeLinear pairs.
+) -> onnx.ModelProto:
+    """Quantize weight products with input ranges found on calibration images.
 
-    images: float32 (count, channels, height, width). Softmax, norms, attention products and the
-    patch embedding stay float, but for those named in `also`; activations always do. symmetric:
-    inputs in signed bits around zero, and biases in float, as TensorRT wants them (NVIDIA/TensorRT
-    issues 2774 and onnxruntime's 14229); without it in unsigned bits with a zero point, which lose
-    nothing on a side that no value takes. Errors: InputError for an unknown calibration or too few
-    images, or if a product could not be reached.
+    The result holds QuantizeLinear and DequantizeLinear pairs. Activations stay float.
+
+    Args:
+        model: A float graph, not fused yet.
+        images: Calibration images, float32 (count, channels, height, width).
+        calibration: How ranges are found.
+        weight_bits: 8, or 7 for processors whose eight-bit products saturate.
+        also: Parts to quantize as well; without it, softmax, norms, attention products and the
+            patch embedding stay float.
+        symmetric: Inputs in signed bits around zero and biases in float, as TensorRT requires
+            (NVIDIA/TensorRT issue 2774, microsoft/onnxruntime issue 14229). Otherwise inputs are in
+            unsigned bits with a zero point, which lose nothing on a side that no value takes.
+
+    Returns:
+        The quantized graph.
+
+    Raises:
+        InputError: The calibration is unknown, there are too few images, or a product could not be
+            quantized.
     """
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        CalibrationMethod,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     if calibration not in CALIBRATIONS:
         raise InputError(
-            f"calibration {calibration!r} is unknown; take one of {', '.join(CALIBRATIONS)}"
+            f"calibration {calibration!r} is unknown; use one of {', '.join(CALIBRATIONS)}"
         )
     if len(images) == 0:
         raise InputError(
-            "int8-static needs calibration images and got none; pass images, or take precision='int8', which needs none"
+            "int8-static needs calibration images and got none; pass images, or use "
+            "precision='int8', which needs none"
         )
+    methods = {
+        "min-max": CalibrationMethod.MinMax,
+        "percentile": CalibrationMethod.Percentile,
+        "entropy": CalibrationMethod.Entropy,
+    }
+    selection = _Selection.of(model, also)
+    with _files(model, selection.floats) as (source, target):
+        quantize_static(
+            source,
+            target,
+            _calibration_reader(model, images),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(selection.operators),
+            nodes_to_quantize=[*selection.products, *selection.others],
+            per_channel=True,
+            reduce_range=weight_bits < 8,
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=methods[calibration],
+            # Only the products' inputs: quantizing their outputs too costs accuracy and saves
+            # nothing, since norms and softmax need floats.
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+                "DedicatedQDQPair": False,
+                "ActivationSymmetric": symmetric,
+                "QuantizeBias": not symmetric,
+            },
+        )
+        quantized = _read(target)
+    done, expected = _quantized_products(quantized), len(selection.products)
+    if done < expected:
+        raise InputError(
+            f"int8-static reached {done} of {expected} products; "
+            "export with form='plain' or another precision"
+        )
+    return quantized
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """What of a graph is quantized.
+
+    Attributes:
+        products: Names of the products with constant matrices, except the patch embedding.
+        others: Names of further nodes, of the parts named in `also`.
+        operators: The operator types of both.
+        floats: Values whose type must be stated: the quantizer skips values whose type it cannot
+            infer, which are those behind the runtime's own operators.
+    """
+
+    products: tuple[str, ...]
+    others: tuple[str, ...]
+    operators: tuple[str, ...]
+    floats: frozenset[str]
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto, also: tuple[FloatPart, ...]) -> _Selection:
+        nodes, initializers = model.graph.node, model.graph.initializer
+        constants = {tensor.name for tensor in initializers}
+        matrices = {tensor.name for tensor in initializers if len(tensor.dims) == 2}
+        products = tuple(
+            node.name
+            for node in nodes
+            if _is_product(node) and node.input[1] in matrices and node.name != "stem"
+        )
+        parts = {
+            # The patch embedding reads pixels, as a convolution or as a product.
+            "patch": [
+                node
+                for node in nodes
+                if node.op_type == "Conv" or (_is_product(node) and node.name == "stem")
+            ],
+            "attention": [
+                node
+                for node in nodes
+                if node.op_type == "Softmax"
+                or (node.op_type == "MatMul" and node.input[1] not in constants)
+            ],
+            "norm": [node for node in nodes if node.op_type == "LayerNormalization"],
+        }
+        operators = {"patch": "Conv", "attention": "Softmax", "norm": "LayerNormalization"}
+        others = tuple(node.name for part in parts if part in also for node in parts[part])
+        integers = {
+            tensor.name for tensor in initializers if tensor.data_type != onnx.TensorProto.FLOAT
+        }
+        return cls(
+            products,
+            others,
+            ("MatMul", "Gemm", *(kind for part, kind in operators.items() if part in also)),
+            frozenset(
+                node.input[0]
+                for node in nodes
+                if node.name in {*products, *others} and not integers & set(node.input)
+            ),
+        )
+
+
+def _is_product(node: onnx.NodeProto) -> bool:
+    return node.op_type in ("MatMul", "Gemm")
+
+
+def _calibration_reader(model: onnx.ModelProto, images: NDArray[Any]) -> Any:
+    """Return onnxruntime's reader over whole batches of the images."""
+    from onnxruntime.quantization import CalibrationDataReader
+
     name = model.graph.input[0].name
     size = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
 
@@ -109,96 +228,21 @@ def int8_static(
             batch = next(self.batches, None)
             return None if batch is None else {name: np.ascontiguousarray(batch, dtype=np.float32)}
 
-    method = {
-        "min-max": CalibrationMethod.MinMax,
-        "percentile": CalibrationMethod.Percentile,
-        "entropy": CalibrationMethod.Entropy,
-    }[calibration]
-    constants = {tensor.name for tensor in model.graph.initializer}
-    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    products = [
-        node
-        for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in matrices
-    ]
-    # The patch embedding reads pixels, be it a convolution or a product.
-    stems = [
-        node
-        for node in model.graph.node
-        if node.op_type == "Conv" or (node.op_type in ("MatMul", "Gemm") and node.name == "stem")
-    ]
-    weighted = [node.name for node in products if node.name != "stem"]
-    more = [node.name for node in stems] if "patch" in also else []
-    if "attention" in also:
-        more += [
-            node.name
-            for node in model.graph.node
-            if node.op_type == "Softmax"
-            or (node.op_type == "MatMul" and node.input[1] not in constants)
-        ]
-    if "norm" in also:
-        more += [node.name for node in model.graph.node if node.op_type == "LayerNormalization"]
-    kinds = [
-        "MatMul",
-        "Gemm",
-        *(["Conv"] if "patch" in also else []),
-        *(["Softmax"] if "attention" in also else []),
-    ]
-    kinds += ["LayerNormalization"] if "norm" in also else []
-    # The quantizer passes over values whose type it does not know, and it knows none behind the
-    # runtime's own operators.
-    others = {
-        tensor.name
-        for tensor in model.graph.initializer
-        if tensor.data_type != onnx.TensorProto.FLOAT
-    }
-    floats = {
-        node.input[0]
-        for node in model.graph.node
-        if node.name in {*weighted, *more} and not others & set(node.input)
-    }
-    with _files(model, floats) as (source, target):
-        quantize_static(
-            source,
-            target,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=kinds,
-            nodes_to_quantize=weighted + more,
-            per_channel=True,
-            reduce_range=weight_bits < 8,
-            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=method,
-            # Only the products' inputs: quantizing their outputs too costs accuracy and saves
-            # nothing, since norms and softmax want floats.
-            extra_options={
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-                "DedicatedQDQPair": False,
-                "ActivationSymmetric": symmetric,
-                "QuantizeBias": not symmetric,
-            },
-        )
-        quantized = _read(target)
-    answered = {
-        node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"
-    }
-    done = sum(
-        node.op_type in ("MatMul", "Gemm") and set(node.input[:2]) <= answered
-        for node in quantized.graph.node
-    )
-    if done < len(weighted):
-        raise InputError(
-            f"int8-static reached {done} of {len(weighted)} products; export with form='plain' or another precision"
-        )
-    return quantized
+    return Reader()
+
+
+def _quantized_products(model: onnx.ModelProto) -> int:
+    """Return how many products read two quantized inputs."""
+    quantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    return sum(_is_product(node) and set(node.input[:2]) <= quantized for node in model.graph.node)
 
 
 def weights_only(
     model: onnx.ModelProto, bits: Literal[4, 8], *, block_size: int = 32
 ) -> onnx.ModelProto:
-    """Store constant product weights in `bits` bits with a scale a block of `block_size` inputs;
-    arithmetic stays float (MatMulNBits).
+    """Store constant product weights in `bits` bits, with a scale for `block_size` inputs.
+
+    Arithmetic stays float (MatMulNBits).
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -212,10 +256,23 @@ def weights_only(
     return quantized
 
 
+def half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the same graph in float16, with float32 input and output."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    with warnings.catch_warnings():
+        # Weights below the smallest half are set to it, with a warning for each.
+        warnings.simplefilter("ignore")
+        converted: onnx.ModelProto = convert_float_to_float16(
+            copy, keep_io_types=True, disable_shape_infer=True
+        )
+    return converted
+
+
 class _files:
-    """The quantizers read and write files; these two live as long as the block. floats: values
-    whose type is stated for them.
-    """
+    """Temporary input and output files of a quantizer, with the types of `floats` stated."""
 
     def __init__(self, model: onnx.ModelProto, floats: Iterable[str] = ()) -> None:
         self.model, self.floats = model, floats
@@ -226,7 +283,7 @@ class _files:
         self._silent.__enter__()
         copy = onnx.ModelProto()
         copy.CopyFrom(self.model)
-        # Shapes of inner values that torch's exporter left behind contradict the quantizer's own.
+        # Inner shapes from torch's exporter contradict the quantizer's own.
         del copy.graph.value_info[:]
         copy.graph.value_info.extend(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
@@ -242,9 +299,7 @@ class _files:
 
 
 class _silent:
-    """The quantizers advise about preprocessing on every call, and print their histograms; here
-    that is done and not wanted.
-    """
+    """Silence for the quantizers, which log advice on every call and print their histograms."""
 
     def __enter__(self) -> None:
         self._level = logging.root.manager.disable

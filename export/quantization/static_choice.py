@@ -1,26 +1,28 @@
-"""Static eight bits, several ways: which calibration, and whether more than the weight products
-goes into eight bits. Each is told, one is kept.
+"""The choice between several static eight-bit graphs.
+
+Candidates differ in the calibration, and in whether more than the weight products is quantized.
+Each is recorded in the notes, one is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
 from ..artifact import Array
 from ..graphs.tuning import fastest
-from ..parity import answers, relative_error
+from ..parity import model_outputs, relative_error
 from ..stage_line import stage
-from .quantize import CALIBRATIONS, Also, Calibration, int8_static
+from .quantize import CALIBRATIONS, Calibration, FloatPart, int8_static
 from .static_kernels import eight_bit_products
 
-# How much sooner a graph with more in eight bits must answer before it is taken.
-WORTH = 0.98
-# What else may go into eight bits, and the operators or nodes in which the quantizer finds it.
-_MORE: tuple[tuple[Also, tuple[str, ...]], ...] = (
+# The latency ratio that a graph with more in eight bits must reach to be kept.
+REQUIRED_RATIO = 0.98
+# What else can be quantized, and the operators or nodes that it consists of.
+_OPTIONAL_PARTS: tuple[tuple[FloatPart, tuple[str, ...]], ...] = (
     ("patch", ("Conv", "stem")),
     ("attention", ("Softmax",)),
     ("norm", ("LayerNormalization",)),
@@ -28,13 +30,30 @@ _MORE: tuple[tuple[Also, tuple[str, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to quantize, and what it did to the answers on the calibration images; latency
-    against the way with floats, where it was timed.
+class StaticOptions:
+    """How static eight bits are written.
+
+    Attributes:
+        weight_bits: 8, or 7 for processors whose eight-bit products saturate.
+        pairs: Keep QuantizeLinear and DequantizeLinear pairs around float products, with symmetric
+            ranges, instead of the runtime's own eight-bit products.
+        also: What is quantized besides the weight products.
+    """
+
+    weight_bits: int = 8
+    pairs: bool = False
+    also: tuple[FloatPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class StaticCandidate:
+    """One quantized graph, and how far its outputs are from the float graph's.
+
+    Errors are relative to the largest logit, over the calibration images.
     """
 
     calibration: Calibration
-    also: tuple[Also, ...]
+    also: tuple[FloatPart, ...]
     graph: onnx.ModelProto
     mean_relative_error: float
     max_relative_error: float
@@ -42,103 +61,108 @@ class Way:
 
     @property
     def name(self) -> str:
-        """As notes call it."""
-        return f"{self.calibration} calibration" + "".join(
-            f", {part} in eight bits too" for part in self.also
+        """The name in notes."""
+        return _name(self.calibration, self.also)
+
+    def summary(self) -> str:
+        """Return one line for the manifest."""
+        return (
+            f"int8-static by {self.name}: mean relative error {self.mean_relative_error:.1e}, "
+            f"largest {self.max_relative_error:.1e}, "
+            f"same top-1 class on {100 * self.top1_agreement:.1f} %"
         )
 
-    def told(self) -> str:
-        """One line for the manifest."""
-        return (
-            f"int8-static by {self.name}: mean relative error {self.mean_relative_error:.1e}, largest {self.max_relative_error:.1e}, "
-            f"same answer on {100 * self.top1_agreement:.1f} %"
-        )
+
+def _name(calibration: Calibration, also: tuple[FloatPart, ...]) -> str:
+    return f"{calibration} calibration" + "".join(f", {part} in eight bits too" for part in also)
 
 
 def static_graph(
-    float_graph: onnx.ModelProto,
-    images: Array,
-    calibration: Calibration,
-    *,
-    weight_bits: int,
-    pairs: bool,
-    also: tuple[Also, ...] = (),
+    float_graph: onnx.ModelProto, images: Array, calibration: Calibration, options: StaticOptions
 ) -> onnx.ModelProto:
-    """Eight bits by one calibration; pairs: left around float products, with ranges around zero,
-    instead of the runtime's own eight-bit products.
+    """Quantize a graph by one calibration.
+
+    Args:
+        float_graph: The graph, not fused yet.
+        images: Calibration images, float32 (count, channels, height, width).
+        calibration: How ranges are found.
+        options: How the result is written.
+
+    Returns:
+        The quantized graph.
+
+    Raises:
+        InputError: See `int8_static`.
     """
     made = int8_static(
         float_graph,
         images,
         calibration=calibration,
-        weight_bits=weight_bits,
-        also=also,
-        symmetric=pairs,
+        weight_bits=options.weight_bits,
+        also=options.also,
+        symmetric=options.pairs,
     )
-    return made if pairs else eight_bit_products(made)[0]
+    return made if options.pairs else eight_bit_products(made)[0]
 
 
 def best_static(
-    float_graph: onnx.ModelProto, images: Array, *, weight_bits: int, timed: bool, notes: list[str], pairs: bool = False, also: tuple[Also, ...] = (),
+    float_graph: onnx.ModelProto,
+    images: Array,
+    options: StaticOptions,
+    *,
+    timed: bool,
+    notes: list[str],
     threads: int = 1,
-) -> onnx.ModelProto:  # fmt: skip
-    """The graph whose answers stay nearest, over the three calibrations; `notes` gets a line for
-    each. also: what goes into eight bits in any case.
+) -> onnx.ModelProto:
+    """Return the quantized graph with the most accurate outputs over the three calibrations.
 
-    timed: also try the patch embedding, attention and the norms in eight bits, one after the other,
-    and keep what is faster here without answering fewer images alike. Without it they stay float,
-    where they have been found better; so do those that a form hands to one operator as a whole.
+    Args:
+        float_graph: The graph, not fused yet.
+        images: Calibration images, float32 (count, channels, height, width).
+        options: How candidates are written; the parts in `also` are quantized in any case.
+        timed: Also try the patch embedding, attention and the norms in eight bits, one after the
+            other, and keep what is faster on this machine at no lower top-1 agreement. Otherwise
+            they stay float, where they were measured to be better; so do parts that a form writes
+            as one operator.
+        notes: Gets a line for each candidate.
+        threads: Threads to time with.
+
+    Returns:
+        The graph of the best candidate.
+
+    Raises:
+        InputError: See `int8_static`.
     """
     size = float_graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
-    reference = answers(float_graph, images, batch=size)
+    reference = model_outputs(float_graph, images, batch=size)
 
-    def way_of(calibration: Calibration, also: tuple[Also, ...]) -> Way:
-        stage(
-            f"calibrating by {calibration}"
-            + "".join(f", {part} in eight bits too" for part in also)
-        )
-        made = static_graph(
-            float_graph, images, calibration, weight_bits=weight_bits, pairs=pairs, also=also
-        )
-        return _way(calibration, also, made, reference, answers(made, images, batch=size))
+    def candidate(calibration: Calibration, also: tuple[FloatPart, ...]) -> StaticCandidate:
+        stage(f"calibrating by {_name(calibration, also).replace(' calibration', '', 1)}")
+        made = static_graph(float_graph, images, calibration, replace(options, also=also))
+        found = model_outputs(made, images, batch=size)
+        error = relative_error(reference, found)
+        agreement = float(np.mean(found.argmax(-1) == reference.argmax(-1)))
+        errors = float(error.mean()), float(error.max())
+        return StaticCandidate(calibration, also, made, *errors, agreement)
 
-    ways = [way_of(calibration, also) for calibration in CALIBRATIONS]
-    notes.extend(way.told() for way in ways)
-    best = nearest(ways)
-    there = {word for node in float_graph.graph.node for word in (node.op_type, node.name)}
-    for more, kinds in _MORE if timed else ():
-        if more in also or not there & set(kinds):
+    candidates = [candidate(calibration, options.also) for calibration in CALIBRATIONS]
+    notes.extend(found.summary() for found in candidates)
+    best = most_accurate(candidates)
+    present = {word for node in float_graph.graph.node for word in (node.op_type, node.name)}
+    for part, nodes in _OPTIONAL_PARTS if timed else ():
+        if part in options.also or not present & set(nodes):
             continue
-        way = way_of(best.calibration, (*best.also, more))
-        latency_s = dict(
-            fastest(
-                {"floats": best.graph, "more": way.graph},
-                images[:size],
-                threads=threads,
-                limit_s=1.0,
-            )
-        )
+        larger = candidate(best.calibration, (*best.also, part))
+        rivals = {"floats": best.graph, "more": larger.graph}
+        latency_s = dict(fastest(rivals, images[:size], threads=threads, limit_s=1.0))
         ratio = latency_s["more"] / latency_s["floats"]
-        taken = ratio < WORTH and way.top1_agreement >= best.top1_agreement
-        notes.append(
-            f"{way.told()}, {ratio:.3f} of the latency: {'taken' if taken else 'left float'}"
-        )
-        best = way if taken else best
+        kept = ratio < REQUIRED_RATIO and larger.top1_agreement >= best.top1_agreement
+        outcome = "kept" if kept else "left float"
+        notes.append(f"{larger.summary()}, {ratio:.3f} of the latency: {outcome}")
+        best = larger if kept else best
     return best.graph
 
 
-def nearest(ways: Sequence[Way]) -> Way:
-    """Most answers alike, then the smallest mean error."""
-    return max(ways, key=lambda way: (way.top1_agreement, -way.mean_relative_error))
-
-
-def _way(
-    calibration: Calibration,
-    also: tuple[Also, ...],
-    made: onnx.ModelProto,
-    reference: Array,
-    found: Array,
-) -> Way:
-    error = relative_error(reference, found)
-    agreement = float(np.mean(found.argmax(-1) == reference.argmax(-1)))
-    return Way(calibration, also, made, float(error.mean()), float(error.max()), agreement)
+def most_accurate(candidates: Sequence[StaticCandidate]) -> StaticCandidate:
+    """Return the candidate of highest top-1 agreement, then of smallest mean error."""
+    return max(candidates, key=lambda found: (found.top1_agreement, -found.mean_relative_error))

@@ -188,7 +188,7 @@ def test_a_form_that_computes_something_else_is_stopped_with_its_first_node(
     with pytest.raises(ParityError) as caught:
         export(model, tmp_path / "artifact", form=FORMS[1])
     message = str(caught.value)
-    assert message.startswith(f"stage form {FORMS[1].name}: answers differ from torch by ")
+    assert message.startswith(f"stage form {FORMS[1].name}: outputs differ from torch by ")
     assert "first difference: node 'blocks.1.ffn.act' (Gelu), by " in message
     assert not (tmp_path / "artifact").exists()
     assert list(tmp_path.iterdir()) == []

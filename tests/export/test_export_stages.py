@@ -22,7 +22,7 @@ from vitrim.export.forms import Form, write_network
 from vitrim.export.graphs import candidates as candidates_module
 from vitrim.export.graphs import tracing as tracing_module
 from vitrim.export.graphs.model_proto import open_graph
-from vitrim.export.parity import answers
+from vitrim.export.parity import model_outputs
 from vitrim.export.quantization.quantize import int8_static
 
 IMAGES = np.random.default_rng(6).standard_normal((16, 3, 16, 16), dtype=np.float32)
@@ -66,39 +66,39 @@ STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], st
     "onnx": (
         breaks(tracing_module, "torch_to_onnx"),
         {},
-        r"stage onnx: answers differ from torch by .* first difference: module ",
+        r"stage onnx: outputs differ from torch by .* first difference: module ",
     ),
     "simplified": (
         breaks(tracing_module, "simplify", result=lambda pair: (damaged(pair[0]), None)),
         {},
-        r"stage simplified: answers differ from torch by .* first difference: node '.*' \(\w+\), by ",
+        r"stage simplified: outputs differ from torch by .* first difference: node '.*' \(\w+\), by ",
     ),
     "form": (
         breaks(candidates_module, "write_network"),
         {"form": Form()},
-        r"stage form matrix/.* answers differ from torch by ",
+        r"stage form matrix/.* outputs differ from torch by ",
     ),
     "int8": (
         breaks(files_module, "in_precision"),
         {"precision": "int8", "tolerances": {"int8": 0.05}},
-        r"stage int8: answers differ from torch by .* 5e-02 is allowed; first difference: ",
+        r"stage int8: outputs differ from torch by .* 5e-02 is allowed; first difference: ",
     ),
     "int8-static": (
         breaks(files_module, "in_precision"),
         {"precision": "int8-static", "tolerances": {"int8-static": 0.05}},
-        r"stage int8-static: answers differ from torch by ",
+        r"stage int8-static: outputs differ from torch by ",
     ),
     "fp16": (
         breaks(files_module, "in_precision"),
         {"precision": "fp16", "target": "rpi5"},
-        r"stage fp16: answers differ from torch by .* 2e-02 is allowed",
+        r"stage fp16: outputs differ from torch by .* 2e-02 is allowed",
     ),
     "ort file": (
         breaks(
             ort_module, "save_ort_format", result=lambda pair: (pair[0], pair[1][:, ::-1].copy())
         ),
         {"ort_format": True},
-        "stage ort file: answers differ from torch by ",
+        "stage ort file: outputs differ from torch by ",
     ),
 }
 
@@ -142,7 +142,7 @@ def test_the_best_calibration_is_told_with_the_others(tmp_path: Path) -> None:
         "percentile",
         "entropy",
     ]
-    assert all("same answer on" in note for note in told)
+    assert all("same top-1 class on" in note for note in told)
     # What stays float was timed against it, but for what the form hands to one operator.
     assert [note.split(" calibration, ")[1].split(" in eight bits")[0] for note in told[3:]] == [
         "patch"
@@ -186,7 +186,7 @@ def test_what_is_left_float_is_quantized_when_it_is_named(also: str, kind: str) 
 
     plain, more = int8_static(graph, IMAGES), int8_static(graph, IMAGES, also=(also,))  # type: ignore[arg-type]
     assert read(more) > read(plain)
-    assert np.isfinite(answers(more, IMAGES)).all()
+    assert np.isfinite(model_outputs(more, IMAGES)).all()
 
 
 def test_a_graph_too_large_for_a_message_is_asked_through_a_file() -> None:

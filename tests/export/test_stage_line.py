@@ -137,7 +137,7 @@ def test_every_stage_of_an_export_is_told(tmp_path: Path, told: list[str]) -> No
     export(tiny_vit(), tmp_path / "a", images=IMAGES, precision="int8-static", form=Form())
     form = Form().name
     assert told == [
-        "the model's own answers", "tracing", "parity of the traced graph", "simplifying", "parity of the simplified graph",
+        "reference outputs", "tracing", "parity of the traced graph", "simplifying", "parity of the simplified graph",
         f"parity of form {form}", f"calibrating {form}", "parity of int8-static", "writing model.onnx",
     ]  # fmt: skip
 

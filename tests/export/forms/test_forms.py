@@ -24,7 +24,8 @@ from vitrim.export.forms import FORMS, STREAM_FORMS, Form, form_named, write_net
 from vitrim.export.forms.centring import applicable
 from vitrim.export.forms.coverage import reason_against
 from vitrim.export.graphs.known_forms import best_form
-from vitrim.export.parity import answers, first_difference, relative_error
+from vitrim.export.parity import first_difference, relative_error
+from vitrim.export.parity import model_outputs
 
 TINY: dict[str, Any] = {
     "img_size": 16,
@@ -61,7 +62,7 @@ def error_of(
     )
     with torch.no_grad():
         expected = model(images.to(next(model.parameters()).dtype)).numpy()
-    return float(relative_error(expected, answers(graph, images.numpy(), batch=batch)).max())  # type: ignore[arg-type]
+    return float(relative_error(expected, model_outputs(graph, images.numpy(), batch=batch)).max())  # type: ignore[arg-type]
 
 
 def well_conditioned(model: CompactModel) -> bool:

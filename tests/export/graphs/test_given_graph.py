@@ -105,7 +105,7 @@ def test_a_pass_that_breaks_a_graph_is_stopped_with_its_first_node(
     monkeypatch.setattr(given_module, "steps", broken)
     with pytest.raises(
         ParityError,
-        match=r"stage pass careless: answers differ from given by .* first difference: node '.*' \(Relu\), by ",
+        match=r"stage pass careless: outputs differ from given by .* first difference: node '.*' \(Relu\), by ",
     ):
         export_graph(file, tmp_path / "out", images=IMAGES)
     assert not (tmp_path / "out").exists()

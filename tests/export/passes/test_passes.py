@@ -13,8 +13,10 @@ import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
-from vitrim.export.parity import answers, relative_error
+from vitrim.export.parity import relative_error
+from vitrim.export.parity import model_outputs
 from vitrim.export.passes import PASSES, steps
+from vitrim.export.sessions import open_session
 
 IMAGES = np.random.default_rng(0).standard_normal((3, 1, 16, 16), dtype=np.float32)
 
@@ -87,7 +89,7 @@ def test_every_pass_keeps_the_outputs_of_a_timm_graph(
     done, last = [], given
     for step in steps(given):
         onnx.checker.check_model(step.after)
-        assert relative_error(expected, answers(step.after, IMAGES)).max() < 5e-6, step.name
+        assert relative_error(expected, model_outputs(step.after, IMAGES)).max() < 5e-6, step.name
         done.append(step.name)
         last = step.after
     assert given.SerializeToString() == before
@@ -162,8 +164,6 @@ def change(name: str) -> Any:
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    from vitrim.export.sessions import open_session
-
     output: np.ndarray = open_session(model.SerializeToString()).run(None, {"x": x})[0]
     return output
 

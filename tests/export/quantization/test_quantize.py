@@ -1,4 +1,4 @@
-"""Eight bits and fewer: what is quantized, what stays float, and how far the answers move."""
+"""Eight bits and fewer: what is quantized, what stays float, and how far outputs change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.export import capabilities
 from vitrim.export.forms import FORMS, Form, write_network
-from vitrim.export.parity import answers, relative_error
+from vitrim.export.parity import model_outputs, relative_error
 from vitrim.export.quantization.quantize import (
     CALIBRATIONS,
     int8_dynamic,
@@ -47,27 +47,27 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((24, 1, 16, 16), dtype=np.float32)
 
 
-def moved(model: CompactModel, graph: onnx.ModelProto, images: np.ndarray) -> float:
+def error_of(model: CompactModel, graph: onnx.ModelProto, images: np.ndarray) -> float:
     with torch.no_grad():
         expected = model(torch.from_numpy(images)).numpy()
-    return float(relative_error(expected, answers(graph, images)).max())
+    return float(relative_error(expected, model_outputs(graph, images)).max())
 
 
 def operators(graph: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in graph.graph.node)
 
 
-def test_our_own_dynamic_form_quantizes_every_linear_but_the_patches(
+def test_dynamic_forms_quantize_every_linear_but_the_patches(
     model: CompactModel, images: np.ndarray
 ) -> None:
     graph = write_network(model, FORMS[0], linears="int8")
     # Two blocks of q, k, v, out, fc1, fc2, and the head.
     assert operators(graph)["DynamicQuantizeMatMul"] == 13
     assert operators(graph)["Gemm"] == 1
-    assert 1e-5 < moved(model, graph, images) < 0.1
+    assert 1e-5 < error_of(model, graph, images) < 0.1
 
 
-def test_seven_bits_stay_in_their_range(model: CompactModel, images: np.ndarray) -> None:
+def test_seven_bit_weights_stay_in_their_range(model: CompactModel, images: np.ndarray) -> None:
     graph = write_network(model, FORMS[0], linears="int8", weight_bits=7)
     weights = [
         onnx.numpy_helper.to_array(tensor)
@@ -75,7 +75,7 @@ def test_seven_bits_stay_in_their_range(model: CompactModel, images: np.ndarray)
         if tensor.data_type == onnx.TensorProto.INT8
     ]
     assert max(int(np.abs(weight.astype(np.int16)).max()) for weight in weights) == 63
-    assert moved(model, graph, images) < 0.2
+    assert error_of(model, graph, images) < 0.2
 
 
 def test_any_float_graph_can_be_quantized_with_dynamic_inputs(
@@ -84,12 +84,10 @@ def test_any_float_graph_can_be_quantized_with_dynamic_inputs(
     graph = int8_dynamic(write_network(model, FORMS[1], linears="product"))
     assert operators(graph)["MatMulInteger"] >= 13
     assert operators(graph)["Softmax"] == 2
-    assert 1e-5 < moved(model, graph, images) < 0.1
+    assert 1e-5 < error_of(model, graph, images) < 0.1
 
 
-def test_weights_that_are_stacked_by_head_stay_float(
-    model: CompactModel, images: np.ndarray
-) -> None:
+def test_weights_stacked_by_head_stay_float(model: CompactModel, images: np.ndarray) -> None:
     given = write_network(model, Form(rows="batch", norm="layer"))
     stacked = {tensor.name for tensor in given.graph.initializer if len(tensor.dims) == 3}
     products = [
@@ -97,14 +95,14 @@ def test_weights_that_are_stacked_by_head_stay_float(
     ]
     assert products
     for node in given.graph.node:
-        # As other exporters leave them.
+        # Other exporters leave nodes unnamed.
         node.name = ""
     graph = int8_dynamic(given)
     assert sum(
         node.op_type == "MatMul" and node.input[1] in stacked for node in graph.graph.node
     ) == len(products)
     assert operators(graph)["MatMulInteger"] > 0
-    assert 1e-5 < moved(model, graph, images) < 0.1
+    assert 1e-5 < error_of(model, graph, images) < 0.1
 
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
@@ -123,20 +121,22 @@ def test_static_ranges_come_from_images_and_leave_softmax_and_norms_float(
         if node.op_type in ("MatMul", "Gemm") and set(node.input[:2]) <= quantized
     ]
     assert len(fed) == 13
-    assert 1e-5 < moved(model, graph, images) < 0.3
+    assert 1e-5 < error_of(model, graph, images) < 0.3
 
 
-def test_static_ranges_need_images_and_a_known_way(model: CompactModel, images: np.ndarray) -> None:
+def test_static_ranges_need_images_and_a_known_calibration(
+    model: CompactModel, images: np.ndarray
+) -> None:
     graph = write_network(model, FORMS[1], linears="product")
     with pytest.raises(InputError, match="needs calibration images and got none"):
         int8_static(graph, images[:0])
     with pytest.raises(
-        InputError, match="calibration 'guess' is unknown; take one of min-max, percentile, entropy"
+        InputError, match="calibration 'guess' is unknown; use one of min-max, percentile, entropy"
     ):
         int8_static(graph, images, calibration="guess")  # type: ignore[arg-type]
 
 
-def test_products_that_cannot_be_reached_are_told(images: np.ndarray) -> None:
+def test_products_that_cannot_be_quantized_are_reported(images: np.ndarray) -> None:
     weight = onnx.numpy_helper.from_array(np.ones((16, 4)), "weight")
     nodes = [
         onnx.helper.make_node(
@@ -165,10 +165,10 @@ def test_fewer_bits_make_fewer_bytes_and_larger_errors(
     whole = write_network(model, FORMS[1], linears="product")
     eight, four = weights_only(whole, 8), weights_only(whole, 4)
     assert four.ByteSize() < eight.ByteSize() < whole.ByteSize()
-    assert 0 < moved(model, eight, images) < moved(model, four, images) < 1
+    assert 0 < error_of(model, eight, images) < error_of(model, four, images) < 1
 
 
-def test_a_target_without_dot_products_is_told(tmp_path: object) -> None:
+def test_int8_on_a_target_without_dot_products_warns() -> None:
     if capabilities.profile_of("rpi4") is None:
         assert capabilities.int8_warning("rpi4") is None
     else:

@@ -1,6 +1,4 @@
-"""Eight-bit products with ranges found on images: as the runtime's own products, and as pairs for
-those who want these.
-"""
+"""Static eight bits: as the runtime's own products, or as pairs where the target needs them."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from vitrim.export.exporter import export
 from vitrim.export.forms import FORMS, INT8_FORMS, Form, form_named, write_network
 from vitrim.export.graphs.known_forms import best_form
 from vitrim.export.graphs.model_proto import open_graph
-from vitrim.export.parity import answers, relative_error
+from vitrim.export.parity import model_outputs, relative_error
 from vitrim.export.quantization.quantize import int8_static
 from vitrim.export.quantization.static_kernels import eight_bit_products
 from vitrim.export.sessions import config_for, open_session
@@ -52,10 +50,10 @@ def operators(graph: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in graph.graph.node)
 
 
-def moved(model: CompactModel, graph: onnx.ModelProto) -> float:
+def error_of(model: CompactModel, graph: onnx.ModelProto) -> float:
     with torch.no_grad():
         expected = model(torch.from_numpy(IMAGES)).numpy()
-    return float(relative_error(expected, answers(graph, IMAGES)).max())
+    return float(relative_error(expected, model_outputs(graph, IMAGES)).max())
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
@@ -66,8 +64,8 @@ def test_every_product_of_every_form_becomes_the_runtimes_own(
     graph, count = eight_bit_products(int8_static(whole, IMAGES))
     found = operators(graph)
     matrices = {tensor.name for tensor in whole.graph.initializer if len(tensor.dims) == 2}
-    # Of each block q, k, v (or the three together), out, fc1 and fc2, and the head; the patches
-    # stay float.
+    # q, k, v (or one product for the three), out, fc1 and fc2 of each block, and the head; the
+    # patches stay float.
     products = sum(
         node.op_type == "MatMul" and node.input[1] in matrices and node.name != "stem"
         for node in whole.graph.node
@@ -75,17 +73,17 @@ def test_every_product_of_every_form_becomes_the_runtimes_own(
     assert products == (11 if form.attention == "fused-qkv" else 13)
     assert count == found["MatMulIntegerToFloat"] == products
     assert found["DequantizeLinear"] == 0
-    # The three that read one norm share its eight bits.
+    # The three products that read one norm share its quantized output.
     assert found["QuantizeLinear"] <= 10
-    assert 1e-5 < moved(model, graph) < 0.3
+    assert 1e-5 < error_of(model, graph) < 0.3
 
 
 def one_product(
-    kind: str, *, columns: bool, turned: bool, bias: str, signed: bool = False
+    kind: str, *, columns: bool, transposed: bool, bias: str, signed: bool = False
 ) -> onnx.ModelProto:
     """images (1, 1, 16, 16) -> rows -> eight bits -> a product -> logits (16, 6)."""
     rng = np.random.default_rng(3)
-    weight = rng.integers(-127, 128, (6, 16) if turned else (16, 6)).astype(np.int8)
+    weight = rng.integers(-127, 128, (6, 16) if transposed else (16, 6)).astype(np.int8)
     scale = rng.uniform(0.01, 0.02, 6 if columns else ()).astype(np.float32)
     zero, sums = (
         (np.int8(3) if signed else np.uint8(120)),
@@ -93,9 +91,16 @@ def one_product(
     )
     stored = rng.integers(-900, 900, 6).astype(np.int32)
     constants = {
-        "shape": np.array([16, 16]), "x.scale": np.float32(0.03), "x.zero": zero, "w": weight, "w.scale": scale,
-        "w.zero": np.zeros(scale.shape, np.int8), "bias": sums, "bias.stored": stored, "bias.scale": (scale * np.float32(0.03)).astype(np.float32),
-    }  # fmt: skip
+        "shape": np.array([16, 16]),
+        "x.scale": np.float32(0.03),
+        "x.zero": zero,
+        "w": weight,
+        "w.scale": scale,
+        "w.zero": np.zeros(scale.shape, np.int8),
+        "bias": sums,
+        "bias.stored": stored,
+        "bias.scale": (scale * np.float32(0.03)).astype(np.float32),
+    }
     nodes = [
         helper.make_node("Reshape", ["images", "shape"], ["rows"], name="rows"),
         helper.make_node(
@@ -109,7 +114,7 @@ def one_product(
             ["w", "w.scale", "w.zero"],
             ["w.f"],
             name="w.f",
-            axis=0 if turned else 1,
+            axis=0 if transposed else 1,
         ),
     ]
     if bias == "stored":
@@ -122,7 +127,11 @@ def one_product(
     if kind == "Gemm":
         nodes.append(
             helper.make_node(
-                "Gemm", ["rows.f", "w.f", *shift], ["logits"], name="product", transB=int(turned)
+                "Gemm",
+                ["rows.f", "w.f", *shift],
+                ["logits"],
+                name="product",
+                transB=int(transposed),
             )
         )
     else:
@@ -135,21 +144,29 @@ def one_product(
             nodes.append(helper.make_node("Add", ["sum", *shift], ["logits"], name="sum"))
     used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
-        nodes, "one",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 1, 16, 16])], [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [16, 6])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used],
-    )  # fmt: skip
+        nodes,
+        "one",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 1, 16, 16])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [16, 6])],
+        [
+            numpy_helper.from_array(np.asarray(value), name)
+            for name, value in constants.items()
+            if name in used
+        ],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bias", ["none", "float", "stored"])
 @pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize(("kind", "turned"), [("MatMul", False), ("Gemm", False), ("Gemm", True)])
-def test_a_product_of_pairs_keeps_its_numbers(
-    kind: str, turned: bool, columns: bool, bias: str, signed: bool
+@pytest.mark.parametrize(
+    ("kind", "transposed"), [("MatMul", False), ("Gemm", False), ("Gemm", True)]
+)
+def test_a_fused_product_returns_the_numbers_of_its_pairs(
+    kind: str, transposed: bool, columns: bool, bias: str, signed: bool
 ) -> None:
-    pairs = one_product(kind, columns=columns, turned=turned, bias=bias, signed=signed)
+    pairs = one_product(kind, columns=columns, transposed=transposed, bias=bias, signed=signed)
     graph, count = eight_bit_products(pairs)
     assert count == 1
     assert operators(graph) == {"Reshape": 1, "QuantizeLinear": 1, "MatMulIntegerToFloat": 1}
@@ -159,9 +176,9 @@ def test_a_product_of_pairs_keeps_its_numbers(
     np.testing.assert_allclose(open_graph(graph).run(None, feed)[0], exact, rtol=1e-5, atol=1e-5)
 
 
-def test_pairs_that_are_no_such_product_stay() -> None:
-    wrong = one_product("MatMul", columns=False, turned=False, bias="none")
-    # A matrix that is quantized by rows: no product with one scale a column.
+def test_pairs_that_cannot_be_fused_stay() -> None:
+    wrong = one_product("MatMul", columns=False, transposed=False, bias="none")
+    # A matrix that is quantized by rows has no scale for each column.
     for tensor, value in (
         ("w.scale", np.full(16, 0.01, np.float32)),
         ("w.zero", np.zeros(16, np.int8)),
@@ -170,7 +187,7 @@ def test_pairs_that_are_no_such_product_stay() -> None:
             numpy_helper.from_array(value, tensor)
         )
     next(node for node in wrong.graph.node if node.name == "w.f").attribute[0].i = 0
-    scaled = one_product("Gemm", columns=True, turned=False, bias="float")
+    scaled = one_product("Gemm", columns=True, transposed=False, bias="float")
     scaled.graph.node[-1].attribute.append(helper.make_attribute("alpha", 0.5))
     for graph in (wrong, scaled):
         found, count = eight_bit_products(graph)
@@ -178,7 +195,9 @@ def test_pairs_that_are_no_such_product_stay() -> None:
         assert found is graph
 
 
-def test_the_target_says_whether_eight_bits_are_pairs(model: CompactModel, tmp_path: Path) -> None:
+def test_the_target_decides_whether_eight_bits_are_pairs(
+    model: CompactModel, tmp_path: Path
+) -> None:
     assert capabilities.wants_pairs("cuda")
     assert not capabilities.wants_pairs("x86-64")
     assert not capabilities.wants_pairs("rpi5")
@@ -206,7 +225,7 @@ def test_the_target_says_whether_eight_bits_are_pairs(model: CompactModel, tmp_p
     assert operators(onnx.load(made.model_path))["MatMulIntegerToFloat"] == 13
 
 
-def test_pairs_are_a_form_that_can_be_asked_for(model: CompactModel, tmp_path: Path) -> None:
+def test_pairs_are_a_form_that_can_be_requested(model: CompactModel, tmp_path: Path) -> None:
     form = replace(Form(norm="layer"), qdq=True)
     assert form.name.endswith("/qdq")
     assert form_named(form.name) == form
@@ -216,12 +235,12 @@ def test_pairs_are_a_form_that_can_be_asked_for(model: CompactModel, tmp_path: P
 
 
 @pytest.mark.parametrize("form", INT8_FORMS, ids=lambda form: form.name)
-def test_patches_are_in_eight_bits_where_the_form_says_so(model: CompactModel, form: Form) -> None:
+def test_patches_are_quantized_where_the_form_states_it(model: CompactModel, form: Form) -> None:
     assert form_named(form.name) == form
-    assert moved(model, write_network(model, form)) < 1e-4
+    assert error_of(model, write_network(model, form)) < 1e-4
     dynamic = write_network(model, form, linears="int8")
     assert operators(dynamic)["DynamicQuantizeMatMul"] == (14 if form.stem == "int8" else 13)
-    assert 1e-5 < moved(model, dynamic) < 0.1
+    assert 1e-5 < error_of(model, dynamic) < 0.1
 
 
 def test_patches_of_a_static_form_follow_it(model: CompactModel, tmp_path: Path) -> None:
@@ -239,14 +258,14 @@ def test_patches_of_a_static_form_follow_it(model: CompactModel, tmp_path: Path)
         form=INT8_FORMS[0],
         calibration="best",
     )
-    told = [note for note in best.manifest.notes if note.startswith("int8-static by ")]
-    assert len(told) == 3
-    assert all("patch in eight bits too: " in note for note in told)
+    tried = [note for note in best.manifest.notes if note.startswith("int8-static by ")]
+    assert len(tried) == 3
+    assert all("patch in eight bits too: " in note for note in tried)
 
 
 def test_a_stem_of_convolutions_stays_float(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    # Patches that overlap cannot be cut out by reshaping.
+    # Overlapping patches cannot be cut out by a Reshape.
     network = timm.create_model(
         "vit_tiny_patch16_224",
         img_size=16,
@@ -289,13 +308,13 @@ def test_the_known_form_follows_precision_and_threads() -> None:
     assert best_form("rpi5", "dynamic", 197, precision="int8")[0].stem == "matrix"
 
 
-def test_an_artifact_for_several_threads_says_how_they_wait(
+def test_an_artifact_for_several_threads_records_how_they_wait(
     model: CompactModel, tmp_path: Path
 ) -> None:
     made = export(model, tmp_path / "two", images=IMAGES, precision="int8", threads=2)
     assert made.manifest.session == config_for(2)
     assert made.manifest.session["session.force_spinning_stop"] == "1"
     assert made.manifest.form.startswith("batch/runtime/")
-    answer = open_session(made, threads=2).run(None, {"images": IMAGES[:1]})[0]
-    assert np.isfinite(answer).all()
+    logits = open_session(made, threads=2).run(None, {"images": IMAGES[:1]})[0]
+    assert np.isfinite(logits).all()
     assert export(model, tmp_path / "one", images=IMAGES, precision="int8").manifest.session == {}

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from tiny_models import tiny_vit
 from tvm_sample import source as tiny_source
 from vitrim.export import Artifact, ParityError, export
-from vitrim.export.runtimes import Source, Written, runtime_named
+from vitrim.export.runtimes import RuntimeFiles, Source, runtime_named
 from vitrim.export.runtimes.tvm_runtime import cuda_here
 from vitrim.export.tvm_kernels.first_kernel import first_kernel
 
@@ -58,7 +58,7 @@ def otherwise(source: Source, name: str = PLACES["blocks.1.ffn"]) -> Source:
 def test_where_nothing_is_wrong_only_the_head_is_left_to_suspect(tmp_path: Path) -> None:
     source = tiny_source("host", batch=2)
     written = runtime_named("tvm").write(source, tmp_path)
-    assert written.where is first_kernel
+    assert written.first_difference is first_kernel
     assert str(first_kernel(source, tmp_path / written.main, 1e-5)).startswith(
         "the head, behind kernel "
     )
@@ -96,10 +96,10 @@ def test_what_was_written_wrongly_is_refused_and_nothing_is_left(
     found = runtime_named(runtime)
     if reason := found.missing():
         pytest.skip(reason)
-    whole: Callable[[Source, Path], Written] = found.write
+    whole: Callable[[Source, Path], RuntimeFiles] = found.write
     # Between what was proven and what is written, a weight changes.
     monkeypatch.setattr(found, "write", lambda source, folder: whole(otherwise(source), folder))
-    refusal = rf"stage {runtime}: answers differ from torch by \d\.\d\de[-+]\d\d of the largest logit, 1e-04 is allowed; first difference: {where}"
+    refusal = rf"stage {runtime}: outputs differ from torch by \d\.\d\de[-+]\d\d of the largest logit, 1e-04 is allowed; first difference: {where}"
     with pytest.raises(ParityError, match=refusal) as caught:
         export(tiny_vit(), tmp_path / "out", images=IMAGES, runtime=runtime, target="host")
     assert "\n" not in str(caught.value)
