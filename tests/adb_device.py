@@ -1,6 +1,4 @@
-"""A real adb device on loopback: Android's own adbd, as Debian packages it for Linux, with an adb
-server of its own.
-"""
+"""An adb device on the loopback interface: Android's adbd in Debian's build, and an adb server."""
 
 from __future__ import annotations
 
@@ -16,14 +14,14 @@ from pathlib import Path
 
 from loopback_ssh import free_port
 
-# The first release of Debian with the package; older machines take it, and what it is linked with,
-# from there, unpacked aside and not installed.
+# The first release of Debian with the package. On older machines it is downloaded from there with
+# its libraries, and unpacked without being installed.
 RELEASE = "trixie"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrim" / "adbd"
 
 
 def adbd_command() -> list[str] | None:
-    """What starts adbd here; None where it is not to be had."""
+    """Return the command that starts adbd; None where it is not available."""
     if found := shutil.which("adbd"):
         return [found]
     root = CACHE / "root"
@@ -36,13 +34,9 @@ def adbd_command() -> list[str] | None:
     loaders = [path for folder in libraries for path in folder.glob("ld-linux-*")]
     if not loaders:
         return None
-    places = ":".join(str(path) for folder in libraries for path in (folder, folder / "android"))
-    return [
-        str(loaders[0]),
-        "--library-path",
-        places,
-        str(root / "usr/lib/android-sdk/platform-tools/adbd"),
-    ]
+    folders = ":".join(str(path) for folder in libraries for path in (folder, folder / "android"))
+    program = root / "usr/lib/android-sdk/platform-tools/adbd"
+    return [str(loaders[0]), "--library-path", folders, str(program)]
 
 
 def _fetch(root: Path) -> None:
@@ -67,9 +61,7 @@ def _fetch(root: Path) -> None:
 
 @contextlib.contextmanager
 def adb_device() -> Iterator[str]:
-    """The address of a running device; the adb server in the environment is one of its own, and
-    gone afterwards.
-    """
+    """Yield the address of a running device, with an adb server that ends with it."""
     import pytest
 
     if shutil.which("adb") is None:
@@ -78,7 +70,7 @@ def adb_device() -> Iterator[str]:
         pytest.skip("adbd runs as root only")
     command = adbd_command()
     if command is None:
-        pytest.skip("adbd is not to be had here (Debian 13: apt-get install adbd)")
+        pytest.skip("adbd is not available here (Debian 13: apt-get install adbd)")
     port = free_port()
     own_server = {"ANDROID_ADB_SERVER_PORT": str(free_port())}
     before = {key: os.environ.get(key) for key in own_server}

@@ -1,6 +1,4 @@
-"""What the tests of bench share: a made-up measurement, and small ONNX models (matrix products over
-a 28 x 28 image).
-"""
+"""Samples for the tests of bench: a synthetic measurement, and small ONNX models with data sets."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ from vitrim.bench.results.measurement import Environment, Measurement
 
 
 def chain(path: Path, width: int = 256, layers: int = 2, batch: int | str = 1) -> Path:
-    """Write a model image (batch, 1, 28, 28) -> logits (batch, 10) with `layers` products of
-    `width`.
+    """Write a model of `layers` matrix products of `width`.
+
+    Shapes: (batch, 1, 28, 28) -> (batch, 10).
     """
     rng = np.random.default_rng(0)
     nodes, weights, size = [helper.make_node("Flatten", ["image"], ["x0"])], [], 784
@@ -38,9 +37,7 @@ def chain(path: Path, width: int = 256, layers: int = 2, batch: int | str = 1) -
 
 
 def images_with_labels(path: Path, model: Path, count: int = 20, wrong: int = 5) -> Path:
-    """Write an .npz of random images, labelled by the model's own answers but for the first
-    `wrong`.
-    """
+    """Write an .npz of random images with the model's own classes, except for the first `wrong`."""
     import onnxruntime
 
     images = np.random.default_rng(1).standard_normal((count, 1, 28, 28), dtype=np.float32)
@@ -52,7 +49,7 @@ def images_with_labels(path: Path, model: Path, count: int = 20, wrong: int = 5)
 
 
 def measurement(**changes: object) -> Measurement:
-    """A whole measurement with three samples; any field can be changed."""
+    """Return a complete measurement with three samples; any field can be changed."""
     fields: dict[str, object] = {
         "name": "dense",
         "started_at": "2026-01-01T00:00:00Z",

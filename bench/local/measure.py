@@ -118,13 +118,13 @@ def measure_here(
         InputError: An artifact is invalid, or a runner failed.
     """
     plan, facts = make_plan(artifacts, options)
-    profile = target if isinstance(target, TargetProfile) else load_target(target)
+    title = target_name(target)
     with progress_bar(quiet=quiet, replacement=progress) as report:
         try:
             raw = conduct(plan, report)
         except ConductorError as error:
             raise InputError(str(error)) from None
-    return assemble(raw, plan, facts, target=profile.name, device="host")
+    return assemble(raw, plan, facts, target=title, device="host")
 
 
 def profile_operators(
@@ -163,6 +163,14 @@ def profile_operators(
     except ConductorError as error:
         raise InputError(str(error)) from None
     return OperatorTable(operator_rows(event["rows"]), runs)
+
+
+def target_name(target: TargetProfile | str) -> str:
+    """Return the name of a profile; raises InputError for a name without a profile."""
+    if isinstance(target, TargetProfile):
+        return target.name
+    # The profile of `host` would have to be detected, and a device's host is another machine.
+    return target if target == "host" else load_target(target).name
 
 
 def make_plan(

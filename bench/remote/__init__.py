@@ -1,1 +1,1 @@
-"""Measuring an artifact on another machine: ssh, adb, TVM RPC, the native runner."""
+"""Measuring artifacts on other devices: over ssh and adb, and on the boards of a TVM tracker."""

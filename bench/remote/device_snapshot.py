@@ -1,6 +1,4 @@
-"""A device's files about itself, brought here over a link and read by environment.py: for a device
-that has no Python.
-"""
+"""The environment of a device without Python: its system files, copied here and read here."""
 
 from __future__ import annotations
 
@@ -14,33 +12,36 @@ from typing import Any
 from .device_link import DeviceLink
 
 MARK = "@@vitrim "
+CPU0 = "/sys/devices/system/cpu/cpu0"
 FILES = (
-    "/proc/cpuinfo /proc/meminfo /proc/loadavg /etc/os-release /proc/device-tree/model /sys/class/dmi/id/sys_vendor /sys/hypervisor/type "
-    "/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq /sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq "
-    "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor /sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count "
-    "/sys/class/thermal/thermal_zone*/temp"
+    *("/proc/cpuinfo", "/proc/meminfo", "/proc/loadavg", "/etc/os-release"),
+    *("/proc/device-tree/model", "/sys/class/dmi/id/sys_vendor", "/sys/hypervisor/type"),
+    *(f"{CPU0}/cpufreq/cpuinfo_max_freq", f"{CPU0}/cpufreq/scaling_cur_freq"),
+    *(f"{CPU0}/cpufreq/scaling_governor", f"{CPU0}/thermal_throttle/package_throttle_count"),
+    "/sys/class/thermal/thermal_zone*/temp",
 )
 SCRIPT = (
-    f'tell() {{ echo; echo "{MARK}$1"; cat "$2" 2>/dev/null; }}; '
-    f'echo; echo "{MARK}/uname"; uname -r -m; tell /proc/stat /proc/stat; '
-    f"for file in {FILES}; do [ -r $file ] && tell $file $file; done; "
-    f'command -v vcgencmd >/dev/null 2>&1 && {{ echo; echo "{MARK}/vcgencmd"; vcgencmd get_throttled; }}; '
-    "sleep 0.2 2>/dev/null || sleep 1; tell /proc/stat.after /proc/stat; exit 0"
+    f'show() {{ echo; echo "{MARK}$1"; cat "$2" 2>/dev/null; }}; '
+    f'echo; echo "{MARK}/uname"; uname -r -m; show /proc/stat /proc/stat; '
+    f"for file in {' '.join(FILES)}; do [ -r $file ] && show $file $file; done; "
+    "command -v vcgencmd >/dev/null 2>&1 && "
+    f'{{ echo; echo "{MARK}/vcgencmd"; vcgencmd get_throttled; }}; '
+    "sleep 0.2 2>/dev/null || sleep 1; show /proc/stat.after /proc/stat; exit 0"
 )
 
 
 def device_environment(link: DeviceLink) -> dict[str, Any]:
-    """{"machine", "state"} of a device, as environment.py tells them on the device itself. Errors:
-    InputError or LinkLost.
+    """Return {"machine", "state"} of a device, as environment.py reports them on the device.
+
+    Raises InputError and LinkLost.
     """
-    told = link.run(SCRIPT).decode(errors="replace")
+    output = link.run(SCRIPT).decode(errors="replace")
     with tempfile.TemporaryDirectory(prefix="vitrim-snapshot-") as folder:
-        for part in told.split("\n" + MARK)[1:]:
+        for part in output.split("\n" + MARK)[1:]:
             name, _, content = part.partition("\n")
-            # The names are those of SCRIPT, but a device is not believed to have kept to it.
-            path = Path(
-                folder, *(step for step in name.strip().split("/") if step not in ("", ".", ".."))
-            )
+            # The names should be those of SCRIPT, but a device's output is untrusted.
+            steps = [step for step in name.strip().split("/") if step not in ("", ".", "..")]
+            path = Path(folder, *steps)
             if path == Path(folder) or path.is_dir():
                 continue
             try:
@@ -48,7 +49,7 @@ def device_environment(link: DeviceLink) -> dict[str, Any]:
                 path.write_text(content.replace("\0", ""))
             except OSError:
                 continue
-        # In a process of its own: the root that it reads from is the module's.
+        # A subprocess, since the root folder is a global of environment.py.
         done = subprocess.run(
             [sys.executable, str(Path(__file__).parents[1] / "local" / "environment.py"), folder],
             stdout=subprocess.PIPE,

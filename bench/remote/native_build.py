@@ -1,6 +1,4 @@
-"""The runner for a device that has no Python: native/ compiled for the device's processor, and ONNX
-Runtime's shared library for it.
-"""
+"""Build the runner for a device without Python: `native/` compiled, and ONNX Runtime's library."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...core.cross_compiler import PACKAGE, zig_command
 from ...core.errors import InputError
 from ...core.storage import replace_folder
-from ...core.cross_compiler import PACKAGE, zig_command
 
 SOURCES = Path(__file__).parents[1] / "native"
 PROGRAM = "vitrim_runner"
 LIBRARY = "libonnxruntime.so"
-# Debian's names of the cross compilers; another one is named by VITRIM_CXX_<ARCHITECTURE>.
+# Debian's names of the cross compilers; VITRIM_CXX_<ARCHITECTURE> names another one.
 COMPILERS = {
     "x86_64": "x86_64-linux-gnu-g++",
     "aarch64": "aarch64-linux-gnu-g++",
@@ -31,27 +29,28 @@ PACKAGES = {
     "aarch64": "g++-aarch64-linux-gnu",
     "armv7l": "g++-arm-linux-gnueabihf",
 }
-# (processor, system) in zig's words.
+# zig's names of (processor, system).
 ZIG = {
     "x86_64": ("x86_64", "linux-gnu"),
     "aarch64": ("aarch64", "linux-gnu"),
     "armv7l": ("arm", "linux-gnueabihf"),
 }
-# The device may have no libstdc++, or an older one. -s: names for a debugger are most of a small
-# program's bytes.
+# The device may have no libstdc++, or an older one. -s removes the symbols, which are most of a
+# small program.
 FLAGS = ("-std=c++17", "-O2", "-s", "-static-libstdc++", "-static-libgcc")
 
 
 @dataclass(frozen=True)
 class NativeRunner:
-    """A runner and the runtime that it opens, both for one kind of device."""
+    """A runner program and the runtime library that it opens, both for one kind of device."""
 
     program: Path
     library: Path
 
     def command(self, program: str | None = None, library: str | None = None) -> list[str]:
-        """The command line that takes a job on standard input; the paths on the device stand for
-        those here.
+        """Return the command line that reads a job from standard input.
+
+        program, library: Paths on the device, in place of those on this machine.
         """
         return [program or str(self.program), library or str(self.library), "-"]
 
@@ -63,128 +62,123 @@ def native_runner(
     library: Path | str | None = None,
     android: bool = False,
 ) -> NativeRunner:
-    """The runner for a device, built at its first use and kept in the user's cache. `architecture`
-    as `uname -m` tells it, this machine's by default.
+    """Return the runner for a device, built at its first use and kept in the user's cache.
 
-    program, library: files to take instead. Errors: InputError naming the compiler, or the library,
-    that is missing.
+    Args:
+        architecture: The device's `uname -m`, by default this machine's.
+        program: A runner to use instead of a built one.
+        library: A runtime library to use instead of that of the wheel.
+        android: Whether the device runs Android, for which nothing can be built here.
+
+    Raises:
+        InputError: The compiler or the library is missing, or a named file does not exist.
     """
-    machine = {"arm64": "aarch64", "amd64": "x86_64", "AMD64": "x86_64"}.get(
-        wanted := architecture or platform.machine(), wanted
-    )
+    wanted = architecture or platform.machine()
+    aliases = {"arm64": "aarch64", "amd64": "x86_64", "AMD64": "x86_64"}
+    machine = aliases.get(wanted, wanted)
     for label, given in (("--runner-file", program), ("--runtime-library", library)):
         if given is not None and not Path(given).is_file():
             raise InputError(f"{label} {given}: no such file")
     if android and (program is None or library is None):
         raise InputError(
-            "an Android device runs neither Python nor a Linux program as they are: build bench/native with the NDK (its README says how), take "
-            "libonnxruntime.so from the onnxruntime-android package, and name both with --runner-file and --runtime-library"
+            "an Android device runs neither Python nor an ordinary Linux program: build "
+            "bench/native with the NDK (see its README), take libonnxruntime.so from the "
+            "onnxruntime-android package, and name both with --runner-file and --runtime-library"
         )
-    built = Path(program) if program is not None else compiled(machine)
-    return NativeRunner(
-        built.resolve(),
-        (Path(library) if library is not None else runtime_library(machine)).resolve(),
-    )
+    built = compile_runner(machine) if program is None else Path(program)
+    found = runtime_library(machine) if library is None else Path(library)
+    return NativeRunner(built.resolve(), found.resolve())
 
 
-def compiled(machine: str) -> Path:
-    """The program for `machine`, compiled if the cache has none of these very sources. Errors:
-    InputError with the compiler's first complaint.
+def compile_runner(machine: str) -> Path:
+    """Compile the runner for a processor, unless the cache has it, and return the program.
+
+    The cache is keyed by sources, compiler and flags. Raises InputError with the first error of the
+    compiler.
     """
     compiler = _compiler(machine)
-    seal = hashlib.sha256(" ".join(("1", *compiler, *FLAGS)).encode())
+    digest = hashlib.sha256(" ".join(("1", *compiler, *FLAGS)).encode())
     for source in sorted(SOURCES.glob("*.[hc]*")):
-        seal.update(source.read_bytes())
-    folder = cache() / f"runner-{machine}-{seal.hexdigest()[:16]}"
+        digest.update(source.read_bytes())
+    folder = cache() / f"runner-{machine}-{digest.hexdigest()[:16]}"
     program = folder / PROGRAM
     if not program.is_file():
         with replace_folder(folder, overwrite=True) as aside:
-            command = [
-                *compiler,
-                *FLAGS,
-                str(SOURCES / "runner.cpp"),
-                "-o",
-                str(aside / PROGRAM),
-                "-ldl",
-            ]
+            source, output = str(SOURCES / "runner.cpp"), str(aside / PROGRAM)
+            command = [*compiler, *FLAGS, source, "-o", output, "-ldl"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                complaint = next(
-                    (line for line in done.stderr.splitlines() if "error" in line),
-                    done.stderr.strip()[-200:],
-                )
+                errors = [line for line in done.stderr.splitlines() if "error" in line]
+                message = errors[0] if errors else done.stderr.strip()[-200:]
                 raise InputError(
-                    f"{' '.join(compiler)} cannot build the native runner: {complaint}; it needs C++17 (g++ 8 or newer)"
+                    f"{' '.join(compiler)} cannot build the native runner: {message}; "
+                    "it needs C++17 (g++ 8 or newer)"
                 )
     return program
 
 
 def runtime_library(machine: str) -> Path:
-    """ONNX Runtime's C library for `machine`: out of the wheel that is installed here, or of the
-    one that pip has for that processor.
+    """Return ONNX Runtime's C library for a processor, from its wheel.
+
+    It is the installed wheel for this machine's processor, else one that pip downloads. Raises
+    InputError where there is none.
     """
     if machine == platform.machine():
-        found = importlib.util.find_spec("onnxruntime")
-        libraries = (
-            sorted(Path(found.origin).parent.glob(f"capi/{LIBRARY}*"))
-            if found and found.origin
-            else []
-        )
-        if libraries:
-            return libraries[0]
-        raise InputError(
-            "onnxruntime is not installed here, so its library cannot be sent; `pip install onnxruntime`, or name --runtime-library"
-        )
+        return _installed_library()
     if machine != "aarch64":
         raise InputError(
-            f"onnxruntime has no wheel for {machine}; build its library for the device, and name it with --runtime-library"
+            f"onnxruntime has no wheel for {machine}; build its library for the device, "
+            "and name it with --runtime-library"
         )
     from ..emulation import wheels
 
     version = wheels.wanted_version("onnxruntime")
     folder = cache() / f"onnxruntime-{machine}-{version or 'newest'}"
     if not folder.is_dir():
-        # Only the C library is taken out of it, so any Python's wheel will do.
-        wheels.install(
-            "onnxruntime",
-            version,
-            "3.13",
-            folder,
-            only=(f"onnxruntime/capi/{LIBRARY}", "onnxruntime-"),
-        )
+        # Only the C library is extracted, so the wheel of any Python version will do.
+        parts = (f"onnxruntime/capi/{LIBRARY}", "onnxruntime-")
+        wheels.install("onnxruntime", version, "3.13", folder, only=parts)
     libraries = sorted(folder.glob(f"onnxruntime/capi/{LIBRARY}*"))
     if not libraries:
         raise InputError(
-            f"onnxruntime's wheel for {machine} carries no {LIBRARY}; name one with --runtime-library"
+            f"onnxruntime's wheel for {machine} contains no {LIBRARY}; "
+            "name one with --runtime-library"
         )
     return libraries[0]
 
 
+def _installed_library() -> Path:
+    found = importlib.util.find_spec("onnxruntime")
+    if found and found.origin:
+        libraries = sorted(Path(found.origin).parent.glob(f"capi/{LIBRARY}*"))
+        if libraries:
+            return libraries[0]
+    raise InputError(
+        "onnxruntime is not installed here, so its library cannot be sent; "
+        "`pip install onnxruntime`, or name --runtime-library"
+    )
+
+
 def cache() -> Path:
-    """vitrim's folder for what it has built, within the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "vitrim" / "native"
+    """Return vitrim's folder for built programs, within the user's cache."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "vitrim" / "native"
 
 
 def _compiler(machine: str) -> tuple[str, ...]:
+    native = machine == platform.machine()
     variable = f"VITRIM_CXX_{machine.upper()}"
     names = [os.environ[variable]] if variable in os.environ else []
-    names += (
-        ["g++", "c++", "clang++"]
-        if machine == platform.machine()
-        else [COMPILERS.get(machine, f"{machine}-linux-gnu-g++")]
-    )
+    cross = COMPILERS.get(machine, f"{machine}-linux-gnu-g++")
+    names += ["g++", "c++", "clang++"] if native else [cross]
     for name in names:
         if found := shutil.which(name):
             return (found,)
     if machine in ZIG and importlib.util.find_spec(PACKAGE) is not None:
         return zig_command(*ZIG[machine])
-    package = (
-        "g++"
-        if machine == platform.machine()
-        else PACKAGES.get(machine, f"a C++ compiler for {machine}")
-    )
+    package = "g++" if native else PACKAGES.get(machine, f"a C++ compiler for {machine}")
     raise InputError(
-        f"no C++ compiler for {machine} here ({', '.join(names)}), and the device has no Python: install one (Debian: apt-get install {package}; or "
-        f"pip install 'vitrim[zig]'), name one in {variable}, or put Python with onnxruntime on the device"
+        f"no C++ compiler for {machine} here ({', '.join(names)}), and the device has no Python: "
+        f"install one (Debian: apt-get install {package}; or pip install 'vitrim[zig]'), "
+        f"name one in {variable}, or put Python with onnxruntime on the device"
     )

@@ -1,7 +1,6 @@
-"""Measure on a device that has no Python: the C++ runner goes there, and the conductor here speaks
-to it through the link.
+"""Measure on a device without Python: the C++ runner is sent, and the conductor here controls it.
 
-The run lives as long as the link: the device has nothing that could conduct it alone.
+The run ends with the link, since nothing on the device could conduct it alone.
 """
 
 from __future__ import annotations
@@ -17,50 +16,46 @@ import numpy as np
 
 from ...core.errors import InputError
 from ..local.artifact_facts import ArtifactFacts
-from ..local.conductor import RunnerProcess, ConductorError, conduct
+from ..local.conductor import ConductorError, RunnerProcess, conduct
 from ..local.options import CPU, DeviceOptions
 from ..local.progress import Progress
 from .device_link import DeviceLink, LinkLost, quote
 from .device_snapshot import device_environment
 from .native_build import LIBRARY, PROGRAM, native_runner
-from .python_run import Probe, models, remove, require_space
+from .python_run import Probe, model_files, remove_run, require_space
 
 
-class There:
-    """The place of a conductor's runners: a folder on a device, with the runner and the runtime in
-    it.
-    """
+class LinkExecutor:
+    """Starts native runners in a folder on a device, for `conduct`."""
 
     def __init__(self, link: DeviceLink, folder: str) -> None:
         self.link, self.folder = link, folder
 
     def start_runner(self, name: str, job: dict[str, Any], reply_limit_s: float) -> RunnerProcess:
-        """A runner there that has loaded its model, spoken to through the link."""
-        return RunnerProcess(
-            name,
-            job,
-            reply_limit_s,
-            self.link.talk(f"cd {quote(self.folder)} && exec ./{PROGRAM} ./{LIBRARY} -"),
-        )
+        """Start a runner on the device and wait until its model is loaded."""
+        script = f"cd {quote(self.folder)} && exec ./{PROGRAM} ./{LIBRARY} -"
+        return RunnerProcess(name, job, reply_limit_s, self.link.interactive(script))
 
     def environment(self) -> dict[str, Any]:
-        """The device's, not this machine's."""
+        """Return the device and its present state."""
         return device_environment(self.link)
 
     def energy_j(self) -> float | None:
-        """Not asked: a question over the link would take longer than a turn."""
+        """Return None: a reading over the link would take longer than a turn."""
         return None
 
 
-def require_native(name: str, subject: ArtifactFacts, providers: tuple[str, ...]) -> None:
-    """Errors: InputError for what the native runner does not measure."""
-    if subject.runtime != "onnxruntime":
+def require_native(name: str, facts: ArtifactFacts, providers: tuple[str, ...]) -> None:
+    """Raise InputError for an artifact or a provider that the native runner does not support."""
+    if facts.runtime != "onnxruntime":
         raise InputError(
-            f"{name}: the native runner measures onnxruntime artifacts, not {subject.runtime}; put Python and that runtime on the device"
+            f"{name}: the native runner measures onnxruntime artifacts, not {facts.runtime}; "
+            "put Python and that runtime on the device"
         )
     if set(providers) != {CPU}:
         raise InputError(
-            f"{name}: the native runner measures {CPU} only, not {providers[0]}; put Python and onnxruntime on the device"
+            f"{name}: the native runner measures {CPU} only, not {providers[0]}; "
+            "put Python and onnxruntime on the device"
         )
 
 
@@ -69,64 +64,75 @@ def run_native(
     parent: str,
     found: Probe,
     plan: dict[str, Any],
-    subjects: Mapping[str, ArtifactFacts],
+    facts: Mapping[str, ArtifactFacts],
     options: DeviceOptions,
-    tell: Progress,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """The conductor's raw result, with the runners behind the link. Errors: InputError, one line;
-    LinkLost ends the run.
+    """Run a plan with native runners on the device.
+
+    Args:
+        link: The link to the device.
+        parent: The folder for runs on the device.
+        found: The state of the device.
+        plan: The plan; its paths become those on the device.
+        facts: The facts of the plan's artifacts, by name.
+        options: A runner or a library to send in place of those built here.
+        progress: Called with the share done (0 to 1) and a text.
+
+    Returns:
+        The conductor's raw result.
+
+    Raises:
+        InputError: The runner cannot be built, or it failed.
+        LinkLost: The link was lost, which ends the run.
     """
-    made = native_runner(
+    built = native_runner(
         found.machine,
         program=options.runner_file,
         library=options.runtime_library,
         android=found.android,
     )
-    place = f"{parent}/native-{uuid.uuid4().hex[:12]}"
-    files: dict[str, Path | bytes] = {
-        PROGRAM: made.program,
-        LIBRARY: made.library,
-        **models(plan, subjects),
-    }
+    folder = f"{parent}/native-{uuid.uuid4().hex[:12]}"
+    files: dict[str, Path | bytes] = {PROGRAM: built.program, LIBRARY: built.library}
+    files |= model_files(plan, facts)
     if plan["dataset"]:
-        files |= arrays(Path(plan["dataset"]), plan["dataset_limit"])
+        files |= dataset_files(Path(plan["dataset"]), plan["dataset_limit"])
         plan["dataset"] = "dataset"
     require_space(link, found, files)
-    tell(0.0, f"sending the runner to {link.shown}")
+    progress(0.0, f"sending the runner to {link.label}")
     try:
-        link.copy(files, place)
-        # A missing library or an older C library there shows itself before the models are opened.
-        link.run(f"cd {quote(place)} && chmod 700 {shlex.quote(PROGRAM)}")
+        link.copy(files, folder)
+        link.run(f"cd {quote(folder)} && chmod 700 {shlex.quote(PROGRAM)}")
         try:
-            return conduct(plan, tell, There(link, place))
+            return conduct(plan, progress, LinkExecutor(link, folder))
         except ConductorError as error:
-            # Was it the runner, or the link below it?
+            # Raises LinkLost where the link failed and not the runner.
             link.run("true")
-            raise InputError(f"{link.shown}: {error}") from None
+            raise InputError(f"{link.label}: {error}") from None
     except LinkLost as error:
         raise LinkLost(
             f"{error}; without Python there the run ended with the link: measure again"
         ) from None
     finally:
-        _clean(link, place)
+        _clean(link, folder)
 
 
-def arrays(dataset: Path, limit: int | None) -> dict[str, Path | bytes]:
-    """A data set as the native runner reads it, two plain arrays. Errors: InputError for what is no
-    data set.
+def dataset_files(dataset: Path, limit: int | None) -> dict[str, Path | bytes]:
+    """Return a data set as two plain arrays, which the native runner reads.
+
+    Raises InputError for a file that is no data set.
     """
     try:
         if dataset.is_dir():
-            images, labels = (
-                np.load(dataset / "images.npy", mmap_mode="r"),
-                np.load(dataset / "labels.npy"),
-            )
+            images = np.load(dataset / "images.npy", mmap_mode="r")
+            labels = np.load(dataset / "labels.npy")
         else:
             with np.load(dataset) as archive:
                 images, labels = archive["images"], archive["labels"]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise InputError(
-            f"{dataset}: not a data set ({error}); give an .npz with the arrays `images` and `labels`"
+            f"{dataset}: not a data set ({error}); "
+            "give an .npz with the arrays `images` and `labels`"
         ) from None
     found: dict[str, Path | bytes] = {}
     for name, array in (("images", images[:limit]), ("labels", labels[:limit])):
@@ -136,9 +142,9 @@ def arrays(dataset: Path, limit: int | None) -> dict[str, Path | bytes]:
     return found
 
 
-def _clean(link: DeviceLink, place: str) -> None:
+def _clean(link: DeviceLink, folder: str) -> None:
     try:
-        remove(link, place)
+        remove_run(link, folder)
     except InputError:
-        # The link is gone, and its loss has been told; the folder is small and named by chance.
+        # The lost link was reported already; the folder is small and has a random name.
         return

@@ -1,4 +1,4 @@
-"""Commands on a device over the system's own `ssh`, whose failures become one clear line each."""
+"""A link to a device over the system's own `ssh`; each failure becomes one clear line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.errors import InputError
-from .device_link import LinkLost, disk_full, is_disk_full, quote
+from .device_link import (
+    SLOWEST_BYTES_PER_S,
+    LinkLost,
+    disk_full,
+    is_disk_full,
+    last_line,
+    quote,
+)
 
 
 @dataclass(frozen=True)
 class SshAddress:
-    """Where to: ssh://[user@]host[:port]; a password has no place in it."""
+    """The address ssh://[user@]host[:port]; a password is refused."""
 
     host: str
     user: str | None = None
@@ -25,18 +32,20 @@ class SshAddress:
 
     @classmethod
     def parse(cls, url: str) -> SshAddress:
-        """Errors: InputError for what is no such address, or holds a password."""
+        """Parse an address; raises InputError for anything else, and for a password."""
         match = re.fullmatch(
             r"ssh://(?:([^@/]+)@)?(\[[0-9a-fA-F:.%]+\]|[^@/:\s]+)(?::(\d{1,5}))?/?", url
         )
         if not match:
             raise InputError(
-                f"--on {url.split('@')[-1]!r}: not an address; write ssh://user@host or ssh://user@host:port"
+                f"--on {url.split('@')[-1]!r}: not an address; "
+                "write ssh://user@host or ssh://user@host:port"
             )
         user, host, port = match.groups()
         if user and ":" in user:
             raise InputError(
-                "--on ssh://…: a password does not belong into an address; use a key (`ssh-copy-id`) and write ssh://user@host"
+                "--on ssh://…: a password does not belong in an address; "
+                "use a key (`ssh-copy-id`) and write ssh://user@host"
             )
         if host.startswith("-") or (user or "").startswith("-"):
             raise InputError(f"--on {url!r}: a name cannot begin with '-'; write ssh://user@host")
@@ -45,52 +54,42 @@ class SshAddress:
         return cls(host.strip("[]"), user, int(port) if port else None)
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         """The address for messages, without the user."""
         return self.host if self.port is None else f"{self.host}:{self.port}"
 
 
 class SshLink:
-    """One connection to a device, kept open between commands; `options` are passed to ssh (["-i",
-    "key"]).
-    """
+    """A connection to a device, kept open between commands; `options` are those of ssh."""
 
     kind = "ssh"
 
     def __init__(self, address: SshAddress, options: Sequence[str] = ()) -> None:
         self.address = address
-        # The socket's path must stay short; the folder goes with the object.
+        # Unix limits the length of a socket's path; the folder is removed with the object.
         self._sockets = tempfile.TemporaryDirectory(prefix="vitrim-", ignore_cleanup_errors=True)
-        self._command = [
-            "ssh",
-            "-o",
-            "BatchMode=yes",
-            "-o",
-            "ConnectTimeout=10",
-            "-o",
-            "ServerAliveInterval=5",
-            "-o",
-            "ServerAliveCountMax=3",
-        ]
-        self._command += [
-            "-o",
-            "ControlMaster=auto",
-            "-o",
-            f"ControlPath={self._sockets.name}/%C",
-            "-o",
-            "ControlPersist=30",
-            *options,
-        ]
+        settings = (
+            *("BatchMode=yes", "ConnectTimeout=10"),
+            *("ServerAliveInterval=5", "ServerAliveCountMax=3"),
+            *("ControlMaster=auto", f"ControlPath={self._sockets.name}/%C", "ControlPersist=30"),
+        )
+        self._command = ["ssh", *(part for setting in settings for part in ("-o", setting))]
+        self._command += options
         self._command += ["-p", str(address.port)] if address.port else []
         self._command += ["-l", address.user] if address.user else []
 
     @property
-    def shown(self) -> str:
-        return self.address.shown
+    def label(self) -> str:
+        """The device's address for messages, without the user."""
+        return self.address.label
 
     def run(self, script: str, *, send: bytes = b"", limit_s: float = 60.0) -> bytes:
-        """Run a shell script on the device and return its output. Errors: InputError or LinkLost,
-        one line.
+        """Run a shell script on the device and return its output; see `DeviceLink`.
+
+        Args:
+            script: The script.
+            send: Its standard input.
+            limit_s: Time limit in seconds.
         """
         try:
             done = subprocess.run(
@@ -105,41 +104,38 @@ class SshLink:
             ) from None
         except subprocess.TimeoutExpired:
             raise LinkLost(
-                f"{self.address.shown}: no answer for {limit_s:.0f} s; is the device on, and the network?"
+                f"{self.label}: no response for {limit_s:.0f} s; is the device on, and the network?"
             ) from None
         if done.returncode != 0:
-            raise self._explain(done.returncode, done.stderr.decode(errors="replace"))
+            raise self._error(done.returncode, done.stderr.decode(errors="replace"))
         return done.stdout
 
     def copy(self, files: Mapping[str, Path | bytes], folder: str) -> None:
-        """Put files (name: path, or bytes) into a folder on the device, through tar."""
+        """Copy files (name: path or content) into a folder on the device, through tar."""
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w") as archive:
             for name, source in files.items():
-                content = source if isinstance(source, bytes) else source.read_bytes()
+                data = source if isinstance(source, bytes) else source.read_bytes()
                 entry = tarfile.TarInfo(name)
-                entry.size, entry.mode = len(content), 0o600
-                archive.addfile(entry, io.BytesIO(content))
-        size = stream.tell()
-        # 64 KiB a second is the slowest link that is waited for.
+                entry.size, entry.mode = len(data), 0o600
+                archive.addfile(entry, io.BytesIO(data))
+        content = stream.getvalue()
         self.run(
             f"umask 077; mkdir -p {quote(folder)} && tar -xf - -C {quote(folder)}",
-            send=stream.getvalue(),
-            limit_s=60 + size / 65536,
+            send=content,
+            limit_s=60 + len(content) / SLOWEST_BYTES_PER_S,
         )
 
-    def talk(self, script: str) -> list[str]:
-        """The command that runs a script on the device with this machine's standard input and
-        output.
-        """
+    def interactive(self, script: str) -> list[str]:
+        """Return the command that runs a script there, with this machine's standard streams."""
         return [*self._command, "--", self.address.host, script]
 
     def default_folder(self) -> str:
-        """The user's cache; the device's shell says which that is."""
+        """Return a folder of the user's cache; the device's shell expands $HOME."""
         return "$HOME/.cache/vitrim"
 
     def close(self) -> None:
-        """End the connection that is kept open."""
+        """Close the connection."""
         subprocess.run(
             [*self._command, "-O", "exit", "--", self.address.host],
             capture_output=True,
@@ -148,30 +144,31 @@ class SshLink:
         )
         self._sockets.cleanup()
 
-    def _explain(self, code: int, said: str) -> InputError:
-        where, low = self.address.shown, said.lower()
-        last = next(
-            (line.strip() for line in reversed(said.splitlines()) if line.strip()),
-            f"exit code {code}",
-        )
-        if "remote host identification has changed" in low:
+    def _error(self, code: int, stderr: str) -> InputError:
+        where, lower = self.label, stderr.lower()
+        last = last_line(stderr) or f"exit code {code}"
+        if "remote host identification has changed" in lower:
             return InputError(
-                f"{where}: its host key is not the one known here: another device at this address, or someone between; "
-                f"if you set it up anew, run `ssh-keygen -R {self._known_name()}` and connect once by hand"
+                f"{where}: its host key differs from the known one: another device at this "
+                "address, or an attack; if you reinstalled it, run "
+                f"`ssh-keygen -R {self._known_name()}` and connect once by hand"
             )
-        if "host key verification failed" in low:
+        if "host key verification failed" in lower:
             return InputError(
-                f"{where}: its host key is not known yet; connect once by hand (`ssh {self.address.host}`) and accept it, then measure"
+                f"{where}: its host key is not known yet; "
+                f"connect once by hand (`ssh {self.address.host}`) and accept it, then measure"
             )
-        if "permission denied (" in low:
+        if "permission denied (" in lower:
             return InputError(
-                f"{where}: the login was refused; put your public key there (`ssh-copy-id`), or name the right user (ssh://user@{where})"
+                f"{where}: the login was refused; put your public key there (`ssh-copy-id`), "
+                f"or name the right user (ssh://user@{where})"
             )
-        if is_disk_full(said):
+        if is_disk_full(stderr):
             return disk_full(where)
         if code == 255:
             return LinkLost(
-                f"{where}: no connection ({last}); is the device on, the address right, and its ssh server running?"
+                f"{where}: no connection ({last}); "
+                "is the device on, the address right, and its ssh server running?"
             )
         return InputError(f"{where}: {last}")
 

@@ -1,11 +1,10 @@
-"""One board of a TVM tracker: a process that asks for it, and measures TVM artifacts on it as a
-conductor does.
+"""A subprocess that requests one board of a TVM tracker and measures TVM artifacts on it.
 
-    python -m vitrim.bench.remote.tvm_board < question.json
+    python -m vitrim.bench.remote.tvm_board < request.json
 
-Question: {"tracker": [host, port], "key": name, "plan": the conductor's}.
-Answers, one JSON line each: {"share", "text"}, {"result"}, {"error": one line}.
-Latencies are taken on the board by TVM's own time evaluator, so the link has no part in them.
+Request: {"tracker": [host, port], "key": name, "plan": the conductor's}.
+Output, one JSON line each: {"share", "text"}, {"result"}, {"error": one line}.
+TVM's time evaluator takes the latencies on the board, so they do not include the link.
 """
 
 from __future__ import annotations
@@ -19,22 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from ..local.conductor import ConductorError, conduct
-from ..local.runner import json_lines
+from ..local.runner import RunnerError, json_lines, open_dataset, prepare_images
 
 Json = dict[str, Any]
-# What is called: of the virtual machine, and of a straight program.
+# The functions that are called: of a model in TVM's virtual machine, and of a compiled program.
 FUNCTION, PROGRAM = "main", "vitrim_run"
 WINDOW = 5
+# TVM's protocol reports none of these.
+STATE = (
+    *("frequency_hz", "load", "busy_cores", "temperature_c", "throttled", "throttle_count"),
+    "memory_available_bytes",
+)
 
 
-class Board:
-    """The place of a conductor's runners: one session with one board."""
+class BoardExecutor:
+    """Loads models on a board through one session, for `conduct`."""
 
     def __init__(self, session: Any, key: str) -> None:
         self.session, self.key = session, key
 
     def start_runner(self, name: str, job: Json, reply_limit_s: float) -> BoardModel:
-        """A model that the board has loaded."""
+        """Load a model on the board."""
         del reply_limit_s
         try:
             return BoardModel(self.session, name, job)
@@ -44,49 +48,41 @@ class Board:
             raise ConductorError(f"{name}: the board cannot load it: {one_line(error)}") from None
 
     def environment(self) -> Json:
-        """TVM's protocol carries nothing of the machine."""
-        state = dict.fromkeys(
-            (
-                "frequency_hz",
-                "load",
-                "busy_cores",
-                "temperature_c",
-                "throttled",
-                "throttle_count",
-                "memory_available_bytes",
-            )
-        )
-        return {"machine": {}, "state": state}
+        """Return an empty environment: TVM's protocol reports nothing about the machine."""
+        return {"machine": {}, "state": dict.fromkeys(STATE)}
 
     def energy_j(self) -> float | None:
-        """Not told over TVM's protocol."""
+        """Return None: TVM's protocol reports no energy."""
         return None
 
 
-class Straight:
-    """A straight program of a board: one function of images and logits, which lie there."""
+class ProgramModel:
+    """A compiled program on a board: one function of images and logits, which stay there."""
 
     def __init__(self, module: Any, device: Any, logits: Any) -> None:
         self.module, self.device, self.logits = module, device, logits
         self.images: Any = None
 
-    def take(self, images: Any) -> None:
+    def set_input(self, images: Any) -> None:
+        """Set the images, a tensor on the board."""
         self.images = images
 
     def run(self) -> None:
+        """Run one inference."""
         self.module[PROGRAM](self.images, self.logits)
 
-    def answers(self) -> Any:
+    def outputs(self) -> Any:
+        """Return the logits of the last inference as an array."""
         return self.logits.numpy()
 
     def timed(self, count: int) -> Any:
-        return self.module.time_evaluator(PROGRAM, self.device, number=1, repeat=count)(
-            self.images, self.logits
-        ).results
+        """Return the seconds of each of `count` inferences."""
+        evaluator = self.module.time_evaluator(PROGRAM, self.device, number=1, repeat=count)
+        return evaluator(self.images, self.logits).results
 
 
-class Virtual:
-    """A model that TVM's virtual machine calls on a board."""
+class VirtualMachineModel:
+    """A model on a board that TVM's virtual machine runs."""
 
     def __init__(self, module: Any, device: Any, weights: Callable[[int], list[Any]]) -> None:
         from tvm.relax import VirtualMachine  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -95,24 +91,29 @@ class Virtual:
         count = int(self.machine["get_function_arity"](FUNCTION)) - 1
         self.weights = weights(count) if count else []
 
-    def take(self, images: Any) -> None:
+    def set_input(self, images: Any) -> None:
+        """Set the images, a tensor on the board."""
         self.machine.set_input(FUNCTION, images, *self.weights)
 
     def run(self) -> None:
+        """Run one inference."""
         self.machine.invoke_stateful(FUNCTION)
 
-    def answers(self) -> Any:
+    def outputs(self) -> Any:
+        """Return the logits of the last inference as an array."""
         found = self.machine.get_outputs(FUNCTION)
         return (found[0] if isinstance(found, tuple) else found).numpy()
 
     def timed(self, count: int) -> Any:
-        return self.machine.time_evaluator("invoke_stateful", self.device, number=1, repeat=count)(
-            FUNCTION
-        ).results
+        """Return the seconds of each of `count` inferences."""
+        evaluator = self.machine.time_evaluator(
+            "invoke_stateful", self.device, number=1, repeat=count
+        )
+        return evaluator(FUNCTION).results
 
 
 class BoardModel:
-    """A compiled model on a board; answers as a runner does."""
+    """A model on a board, with the methods of a `RunnerProcess`."""
 
     def __init__(self, session: Any, name: str, job: Json) -> None:
         import numpy
@@ -121,35 +122,18 @@ class BoardModel:
         self.name, self.job, self.numpy, self.tvm = name, job, numpy, tvm
         kind = str((job.get("session") or {}).get("device", "cpu"))
         self.device = session.device(kind)
-        path = Path(job["model"])
-        there = f"{job['upload']}.so"
-        session.upload(str(path), target=there)
+        uploaded = f"{job['upload']}.so"
+        session.upload(str(job["model"]), target=uploaded)
         start = time.perf_counter()
-        module = session.load_module(there)
-        self.load_s = time.perf_counter() - start
-        self.shape = [int(size) for size in job["input"]["shape"]]
-        self.shape[0] = self.shape[0] if self.shape[0] > 0 else int(job.get("batch") or 1)
-        if job.get("batch") and self.shape[0] != int(job["batch"]):
-            raise ConductorError(
-                f"{name}: is compiled for batch {self.shape[0]}, and batch {job['batch']} was asked for; export it so"
-            )
+        module = session.load_module(uploaded)
+        load_s = time.perf_counter() - start
+        self.shape = self._input_shape()
         images = numpy.random.default_rng(int(job.get("seed", 0))).standard_normal(
             self.shape, dtype=numpy.float32
         )
-        settings = job.get("session") or {}
-        if settings.get("entry") == "program":
-            logits = self._there(
-                numpy.zeros([self.shape[0], int(job["classes"])], dtype=numpy.float32)
-            )
-            self.model: Straight | Virtual = Straight(module, self.device, logits)
-        else:
-            self.model = Virtual(
-                module,
-                self.device,
-                lambda count: [self._there(array) for array in weights_of(path, count)],
-            )
-        self.take(images)
-        # The evaluator makes a call of its own before those that it times; the first of all is
+        self.model = self._model(module)
+        self._send(images)
+        # The evaluator makes an untimed call before those that it times, so the first inference is
         # timed from here, over the link.
         start = time.perf_counter()
         self.model.run()
@@ -160,15 +144,37 @@ class BoardModel:
             "provider_nodes": None,
             "input_shape": self.shape,
             "input_type": "float32",
-            "load_s": self.load_s,
+            "load_s": load_s,
             "first_inference_s": time.perf_counter() - start,
             "floor_rss_bytes": None,
             "peak_rss_exact": True,
             "niceness": None,
         }
 
+    def _input_shape(self) -> list[int]:
+        shape, batch = [int(size) for size in self.job["input"]["shape"]], self.job.get("batch")
+        shape[0] = shape[0] if shape[0] > 0 else int(batch or 1)
+        if batch and shape[0] != int(batch):
+            raise ConductorError(
+                f"{self.name}: is compiled for batch {shape[0]}, and batch {batch} was requested; "
+                "export it with that batch"
+            )
+        return shape
+
+    def _model(self, module: Any) -> ProgramModel | VirtualMachineModel:
+        if (self.job.get("session") or {}).get("entry") == "program":
+            sizes = [self.shape[0], int(self.job["classes"])]
+            logits = self._on_board(self.numpy.zeros(sizes, dtype=self.numpy.float32))
+            return ProgramModel(module, self.device, logits)
+        path = Path(self.job["model"])
+        return VirtualMachineModel(
+            module,
+            self.device,
+            lambda count: [self._on_board(array) for array in external_weights(path, count)],
+        )
+
     def request(self, do: str, **options: Any) -> Json:
-        """warm, run, memory or profile, as of runner.py."""
+        """Run one of the commands warm, run, memory and profile of runner.py."""
         try:
             if do == "warm":
                 return self._warm(float(options["limit_s"]))
@@ -180,34 +186,23 @@ class BoardModel:
         if do == "memory":
             return {"peak_rss_bytes": None, "steady_rss_bytes": None}
         raise ConductorError(
-            f"{self.name}: TVM's protocol tells no operators; profile on the device itself (--on ssh://user@host)"
+            f"{self.name}: TVM's protocol has no profile by operator; "
+            "profile on the device itself (--on ssh://user@host)"
         )
 
     def score(self, dataset: str, limit: int | None, progress: Callable[[Json], None]) -> Json:
-        """Top-1 over a data set, sent batch by batch."""
-        from ..local.runner import RunnerError, open_dataset, prepare_images
-
-        numpy, batch, correct = self.numpy, self.shape[0], 0
+        """Count top-1 over a data set, which is sent batch by batch."""
+        batch, correct = self.shape[0], 0
         try:
-            images, labels = open_dataset(numpy, dataset)
+            images, labels = open_dataset(self.numpy, dataset)
             total = len(labels) if limit is None else min(limit, len(labels))
-            told = time.perf_counter()
+            last_report_s = time.perf_counter()
             for first in range(0, total, batch):
                 last = min(first + batch, total)
-                chunk = prepare_images(
-                    numpy, images[first:last], self.shape, "float32", self.job.get("preprocessing")
-                )
-                chunk = (
-                    numpy.concatenate([chunk, numpy.repeat(chunk[-1:], batch - len(chunk), axis=0)])
-                    if len(chunk) < batch
-                    else chunk
-                )
-                self.take(numpy.ascontiguousarray(chunk))
-                self.model.run()
-                answers = self.model.answers().reshape(batch, -1)[: last - first]
-                correct += int((answers.argmax(axis=1) == labels[first:last]).sum())
-                if time.perf_counter() - told > 1:
-                    told = time.perf_counter()
+                logits = self._logits(images[first:last])
+                correct += int((logits.argmax(axis=1) == labels[first:last]).sum())
+                if time.perf_counter() - last_report_s > 1:
+                    last_report_s = time.perf_counter()
                     progress({"done": last, "total": total})
         except RunnerError as error:
             raise ConductorError(f"{self.name}: {error}") from None
@@ -216,85 +211,96 @@ class BoardModel:
         return {"correct": correct, "total": total}
 
     def close(self) -> None:
-        """The session ends with this process."""
-
-    def take(self, images: Any) -> None:
-        """Send images to the board; they stay for the calls that follow."""
-        self.model.take(self._there(images))
+        """Do nothing: the session ends with this process."""
 
     def timed(self, count: int) -> list[float]:
-        """Seconds of each of `count` calls, taken on the board."""
+        """Return the seconds of each of `count` inferences, taken on the board."""
         return [float(value) for value in self.model.timed(count)]
 
-    def _there(self, array: Any) -> Any:
+    def _logits(self, images: Any) -> Any:
+        numpy, batch, count = self.numpy, self.shape[0], len(images)
+        chunk = prepare_images(numpy, images, self.shape, "float32", self.job.get("preprocessing"))
+        if count < batch:
+            chunk = numpy.concatenate([chunk, numpy.repeat(chunk[-1:], batch - count, axis=0)])
+        self._send(numpy.ascontiguousarray(chunk))
+        self.model.run()
+        return self.model.outputs().reshape(batch, -1)[:count]
+
+    def _send(self, images: Any) -> None:
+        self.model.set_input(self._on_board(images))
+
+    def _on_board(self, array: Any) -> Any:
         return self.tvm.runtime.tensor(self.numpy.asarray(array), self.device)
 
     def _warm(self, limit_s: float) -> Json:
-        start, before, count, stable = time.perf_counter(), 0.0, 0, False
+        start, before, count = time.perf_counter(), 0.0, 0
         while True:
-            middle = sorted(self.timed(WINDOW))[WINDOW // 2]
+            median = sorted(self.timed(WINDOW))[WINDOW // 2]
             count += WINDOW + 1
             elapsed = time.perf_counter() - start
-            stable = elapsed >= 0.2 and abs(middle - before) <= 0.03 * before
+            stable = elapsed >= 0.2 and abs(median - before) <= 0.03 * before
             if stable or elapsed >= limit_s:
-                return {"count": count, "stable": stable, "p50_s": middle}
-            before = middle
+                return {"count": count, "stable": stable, "p50_s": median}
+            before = median
 
     def _lost(self, error: Exception) -> ConductorError:
         return ConductorError(
-            f"{self.name}: the board stopped answering: {one_line(error)}; look whether it was restarted, then measure again"
+            f"{self.name}: the board does not respond any more: {one_line(error)}; "
+            "check whether it was restarted, then measure again"
         )
 
 
-def weights_of(model: Path, count: int) -> list[Any]:
-    """Large weights that lie beside the compiled code."""
+def external_weights(model: Path, count: int) -> list[Any]:
+    """Map the large weights that are stored next to the compiled code."""
     from ...runtimes.tvm_virtual_machine import WEIGHTS, map_weights
 
     return map_weights(str(model.parent / WEIGHTS), count)
 
 
 def one_line(error: BaseException) -> str:
-    """The last words of an error, which in TVM ends a long trace."""
+    """Return the last line of an error, since TVM's begin with a long stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]
 
 
-def answer(question: Json, tell: Callable[[Json], None]) -> None:
-    """Answer one question. Errors: ConductorError."""
-    host, port = question["tracker"]
-    where, key = f"{host}:{port}", question["key"]
+def measure_on_board(request: Json, write: Callable[[Json], None]) -> None:
+    """Run a request and write its events; raises ConductorError."""
+    host, port = request["tracker"]
+    where, key = f"{host}:{port}", request["key"]
     try:
         from tvm import rpc  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise ConductorError(
-            f"TVM's client is missing here: {one_line(error)}; install it: pip install 'vitrim[tvm]' cloudpickle psutil tornado"
+            f"TVM's client is missing here: {one_line(error)}; "
+            "install it: pip install 'vitrim[tvm]' cloudpickle psutil tornado"
         ) from None
-    tell({"share": 0.0, "text": f"waiting for a board {key}"})
+    write({"share": 0.0, "text": f"waiting for a board {key}"})
     try:
         session = rpc.connect_tracker(host, int(port)).request(key, session_timeout=0)
     except Exception as error:
         raise ConductorError(
-            f"{where}: the board {key} cannot be reached ({one_line(error)}); look at its rpc_server"
+            f"{where}: the board {key} cannot be reached ({one_line(error)}); check its rpc_server"
         ) from None
-    tell({"share": 0.0, "text": f"on a board {key}"})
+    write({"share": 0.0, "text": f"on a board {key}"})
     result = conduct(
-        question["plan"],
-        lambda share, text: tell({"share": share, "text": text}),
-        Board(session, key),
+        request["plan"],
+        lambda share, text: write({"share": share, "text": text}),
+        BoardExecutor(session, key),
     )
-    tell({"result": result})
+    write({"result": result})
 
 
 def main() -> int:
-    # TVM prints.
-    tell = json_lines()
+    """Run the request on standard input; return the exit code."""
+    # TVM prints to standard output.
+    write = json_lines()
     try:
-        answer(json.loads(sys.stdin.read()), tell)
+        measure_on_board(json.loads(sys.stdin.read()), write)
     except ConductorError as error:
-        tell({"error": str(error)})
+        write({"error": str(error)})
         return 3
     except Exception as error:
-        tell({"error": f"{type(error).__name__}: {one_line(error)}"})
+        write({"error": f"{type(error).__name__}: {one_line(error)}"})
         return 3
     return 0
 
@@ -303,5 +309,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # TVM's session may wait for its board for ever when Python tidies up.
+    # At a normal exit TVM's session may wait for its board forever.
     os._exit(code)

@@ -26,7 +26,7 @@ from vitrim.bench.remote import native_build
 from vitrim.bench.remote.device_link import LinkLost
 from vitrim.bench.remote.native_build import NativeRunner, native_runner
 from vitrim.bench.remote.measure import measure_on
-from vitrim.bench.remote.native_run import arrays
+from vitrim.bench.remote.native_run import dataset_files
 from vitrim.core.errors import InputError
 
 pytestmark = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def test_it_speaks_as_the_python_runner_does(runner: NativeRunner, tmp_path: Pat
     model = chain(tmp_path / "m.onnx")
     data = images_with_labels(tmp_path / "d.npz", model)
     (tmp_path / "d").mkdir()
-    for name, content in arrays(data, None).items():
+    for name, content in dataset_files(data, None).items():
         (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
     job = {"model": str(model), "threads": 1, "session": {"session.set_denormal_as_zero": "1"}}
     commands: list[dict[str, Any]] = [
@@ -138,7 +138,7 @@ def test_bytes_are_normalised_as_in_python(
     images, labels = rng.integers(0, 256, (10, 28, 28), dtype=np.uint8), rng.integers(0, 10, 10)
     np.savez(tmp_path / "d.npz", images=images, labels=labels)
     (tmp_path / "d").mkdir()
-    for name, content in arrays(tmp_path / "d.npz", None).items():
+    for name, content in dataset_files(tmp_path / "d.npz", None).items():
         (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
     job = {"model": str(model), "preprocessing": {"mean": [0.3], "std": [0.2]}}
     command = {"do": "score", "dataset": str(tmp_path / "d"), "limit": limit}
@@ -390,7 +390,7 @@ def test_an_aarch64_runner_runs_under_qemu(tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx", width=32)
     data = images_with_labels(tmp_path / "d.npz", model)
     (tmp_path / "d").mkdir()
-    for name, content in arrays(data, None).items():
+    for name, content in dataset_files(data, None).items():
         (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
     events = converse(
         emulator.command(made.command()),

@@ -1,6 +1,4 @@
-"""Over the real `adb` and Android's own adbd, run here as Debian packages it; no phone is at
-hand.
-"""
+"""Measurements over adb, with Android's adbd in Debian's build; no phone is needed."""
 
 from __future__ import annotations
 
@@ -40,7 +38,9 @@ def device() -> Iterator[str]:
         yield address
 
 
-def test_two_artifacts_are_measured_there_and_nothing_stays(device: str, tmp_path: Path) -> None:
+def test_two_artifacts_are_measured_on_the_device_and_no_file_remains(
+    device: str, tmp_path: Path
+) -> None:
     small, large = (
         chain(tmp_path / "small.onnx", width=64),
         chain(tmp_path / "large.onnx", width=1500),
@@ -65,9 +65,7 @@ def test_two_artifacts_are_measured_there_and_nothing_stays(device: str, tmp_pat
     assert str(tmp_path) not in text
 
 
-def test_what_is_copied_arrives_unchanged_and_is_the_users_alone(
-    device: str, tmp_path: Path
-) -> None:
+def test_copied_files_arrive_unchanged_and_are_private(device: str, tmp_path: Path) -> None:
     link = AdbLink(AdbAddress.parse(device))
     content = bytes(range(256)) * 300
     (tmp_path / "f").write_bytes(content)
@@ -79,7 +77,7 @@ def test_what_is_copied_arrives_unchanged_and_is_the_users_alone(
     assert link.run("cat", send=content) == content
 
 
-def test_a_run_that_died_there_is_told(device: str, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_is_reported(device: str, tmp_path: Path) -> None:
     there = tmp_path / "device"
 
     def kill(share: float, text: str) -> None:
@@ -89,7 +87,7 @@ def test_a_run_that_died_there_is_told(device: str, tmp_path: Path) -> None:
 
     call = {**QUICK, "time_limit_s": 20.0, "least_rounds": 1000}
     with pytest.raises(
-        InputError, match=r"the run ended there without a result.*restarted, or killed it"
+        InputError, match=r"the run ended there without a result.*restarted, or the run was killed"
     ):
         measure_on(
             device, {"m": chain(tmp_path / "m.onnx")}, folder=str(there), progress=kill, **call
@@ -98,7 +96,7 @@ def test_a_run_that_died_there_is_told(device: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root only")
-def test_a_disk_that_fills_up_is_told(device: str, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_reported(device: str, tmp_path: Path) -> None:
     small = tmp_path / "small-disk"
     small.mkdir()
     if (
@@ -113,14 +111,14 @@ def test_a_disk_that_fills_up_is_told(device: str, tmp_path: Path) -> None:
             InputError, match=r"its disk is full: \d+ bytes are free, \d+ are needed"
         ):
             measure_on(device, {"m": chain(tmp_path / "m.onnx")}, folder=str(small), **QUICK)
-        # And where the device's own count was wrong: the push itself fails.
+        # Where the reported free space was wrong, the push itself fails.
         with pytest.raises(InputError, match="its disk is full; free some space there"):
             AdbLink(AdbAddress.parse(device)).copy({"large": bytes(400_000)}, str(small / "there"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_script_that_fails_there_is_one_line(device: str) -> None:
+def test_a_failing_script_is_reported_in_one_line(device: str) -> None:
     link = AdbLink(AdbAddress.parse(device))
     with pytest.raises(InputError, match=r"^127\.0\.0\.1:\d+: the last words$"):
         link.run("echo first >&2; echo the last words >&2; exit 1")
@@ -128,17 +126,17 @@ def test_a_script_that_fails_there_is_one_line(device: str) -> None:
         link.run("exit 7")
 
 
-def test_a_device_that_is_not_there_is_told(device: str) -> None:
-    # `device` gives the adb server that is asked.
+def test_an_unknown_device_is_reported(device: str) -> None:
+    # The fixture `device` runs the adb server.
     with pytest.raises(
-        LinkLost, match="nobody: no such device is connected; `adb devices` lists those that are"
+        LinkLost, match="unknown: no such device is connected; `adb devices` lists those that are"
     ):
-        AdbLink(AdbAddress.parse("adb://nobody")).run("true")
+        AdbLink(AdbAddress.parse("adb://unknown")).run("true")
     with pytest.raises(LinkLost, match=r"no connection \(.*refused\); is the device on"):
         AdbLink(AdbAddress.parse(f"adb://127.0.0.1:{free_port()}"))
 
 
-def test_a_device_that_went_away_is_told(tmp_path: Path) -> None:
+def test_a_disconnected_device_is_reported(tmp_path: Path) -> None:
     with adb_device() as address:
         link = AdbLink(AdbAddress.parse(address))
         assert link.run("echo here") == b"here\n"
@@ -149,29 +147,30 @@ def test_a_device_that_went_away_is_told(tmp_path: Path) -> None:
             link.run("true")
 
 
-def test_a_missing_adb_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_adb_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="adb is not installed here; install it"):
         AdbLink(AdbAddress.parse("adb://x")).run("true")
 
 
 @pytest.mark.parametrize(
-    ("said", "kind", "message"),
+    ("stderr", "kind", "message"),
     [
         (
             "error: device unauthorized.\nThis adb server's $ADB_VENDOR_KEYS is not set\n",
             InputError,
             "not allowed yet; unlock the device",
         ),
-        ("adb: device offline", LinkLost, "there but does not answer"),
-        ("error: closed", LinkLost, "there but does not answer"),
+        ("adb: device offline", LinkLost, "there but does not respond"),
+        ("error: closed", LinkLost, "there but does not respond"),
         (
             "error: no permissions (missing udev rules?); see [http]",
             InputError,
             "may not use the USB device",
         ),
         (
-            "adb: error: failed to copy 'a' to '/b': remote couldn't create file: No space left on device",
+            "adb: error: failed to copy 'a' to '/b': remote couldn't create file: "
+            "No space left on device",
             InputError,
             "its disk is full",
         ),
@@ -182,9 +181,11 @@ def test_a_missing_adb_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_what_adb_says_becomes_one_line(said: str, kind: type[InputError], message: str) -> None:
-    # The words are those of adb's sources; the states need a phone.
-    found = AdbLink(AdbAddress.parse("adb://R58M"))._explain(1, said)
+def test_the_messages_of_adb_become_one_line(
+    stderr: str, kind: type[InputError], message: str
+) -> None:
+    # The messages are copied from adb's sources, since these states need a phone.
+    found = AdbLink(AdbAddress.parse("adb://R58M"))._error(1, stderr)
     assert type(found) is kind
     assert message in str(found)
     assert "\n" not in str(found)
@@ -199,7 +200,7 @@ def test_what_adb_says_becomes_one_line(said: str, kind: type[InputError], messa
         ("adb://[fe80::1]:5555", "[fe80::1]:5555", True),
     ],
 )
-def test_addresses_are_read(url: str, serial: str, in_network: bool) -> None:
+def test_addresses_are_parsed(url: str, serial: str, in_network: bool) -> None:
     address = AdbAddress.parse(url)
     assert (address.serial, address.in_network) == (serial, in_network)
 
@@ -207,6 +208,6 @@ def test_addresses_are_read(url: str, serial: str, in_network: bool) -> None:
 @pytest.mark.parametrize(
     "url", ["adb://", "adb://-s", "adb://a b", "adb://user@phone", "adb://a/b"]
 )
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_an_invalid_address_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="not an address; write adb://SERIAL"):
         AdbAddress.parse(url)

@@ -1,4 +1,4 @@
-"""Over a real sshd on loopback, started here on a high port with keys of its own."""
+"""Measurements over ssh, with an sshd on the loopback interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from bench_samples import chain, images_with_labels
 from loopback_ssh import Server, free_port, needs_sshd, ssh_server
 from vitrim.bench.remote.device_link import LinkLost
 from vitrim.bench.remote.measure import measure_on
-from vitrim.bench.remote.remote_ssh import measure_over_ssh
 from vitrim.bench.remote.ssh_link import SshAddress, SshLink
 from vitrim.core.errors import InputError
 
@@ -39,7 +38,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @needs_sshd
-def test_two_artifacts_are_measured_there_and_nothing_stays(server: Server, tmp_path: Path) -> None:
+def test_two_artifacts_are_measured_on_the_device_and_no_file_remains(
+    server: Server, tmp_path: Path
+) -> None:
     small, large = (
         chain(tmp_path / "small.onnx", width=64),
         chain(tmp_path / "large.onnx", width=1500),
@@ -68,7 +69,7 @@ def test_two_artifacts_are_measured_there_and_nothing_stays(server: Server, tmp_
 
 
 @needs_sshd
-def test_a_dropped_link_loses_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_run_survives_a_lost_link(server: Server, tmp_path: Path) -> None:
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
     model, there = chain(tmp_path / "m.onnx"), tmp_path / "device"
@@ -81,18 +82,18 @@ def test_a_dropped_link_loses_nothing(server: Server, tmp_path: Path) -> None:
     }
 
     def cut(share: float, text: str) -> None:
-        # The run is on its way: the server ends every connection and takes no new one for a while.
+        # During the run the server closes every connection and accepts no new one for a while.
         if text.startswith("round"):
             server.process.send_signal(signal.SIGSTOP)
             for child in psutil.Process(server.process.pid).children(recursive=True):
-                # The run itself lives in a session of its own and is no child of the server.
+                # The run is in a session of its own and is no child of the server.
                 assert "conductor.py" not in " ".join(child.cmdline())
                 child.kill()
 
     with pytest.raises(
         LinkLost, match="the run goes on there: give the same command again for its result"
     ):
-        measure_over_ssh(
+        measure_on(
             server.url,
             {"m": model},
             progress=cut,
@@ -102,8 +103,8 @@ def test_a_dropped_link_loses_nothing(server: Server, tmp_path: Path) -> None:
     server.process.send_signal(signal.SIGCONT)
     (run,) = there.iterdir()
     dropped_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    found = measure_over_ssh(server.url, {"m": model}, **call)["m"]
-    # The same run, not another one.
+    found = measure_on(server.url, {"m": model}, **call)["m"]
+    # It is the same run, not a new one.
     assert found.started_at < dropped_at
     assert run.name.startswith("run-")
     assert found.summary().count >= 64
@@ -111,7 +112,7 @@ def test_a_dropped_link_loses_nothing(server: Server, tmp_path: Path) -> None:
 
 
 @needs_sshd
-def test_a_run_that_died_there_is_told(server: Server, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_is_reported(server: Server, tmp_path: Path) -> None:
     there = tmp_path / "device"
 
     def kill(share: float, text: str) -> None:
@@ -120,9 +121,9 @@ def test_a_run_that_died_there_is_told(server: Server, tmp_path: Path) -> None:
             os.kill(int((run / "pid").read_text()), signal.SIGKILL)
 
     with pytest.raises(
-        InputError, match=r"the run ended there without a result.*restarted, or killed it"
+        InputError, match=r"the run ended there without a result.*restarted, or the run was killed"
     ):
-        measure_over_ssh(
+        measure_on(
             server.url,
             {"m": chain(tmp_path / "m.onnx")},
             ssh_options=server.options,
@@ -134,12 +135,12 @@ def test_a_run_that_died_there_is_told(server: Server, tmp_path: Path) -> None:
 
 
 @needs_sshd
-def test_a_failed_runner_there_is_one_line(server: Server, tmp_path: Path) -> None:
+def test_a_failed_runner_is_reported_in_one_line(server: Server, tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"x")
     with pytest.raises(
         InputError, match=r"127\.0\.0\.1:\d+: m: broken\.onnx: onnxruntime .* cannot load it"
     ) as caught:
-        measure_over_ssh(
+        measure_on(
             server.url,
             {"m": tmp_path / "broken.onnx"},
             ssh_options=server.options,
@@ -150,29 +151,32 @@ def test_a_failed_runner_there_is_one_line(server: Server, tmp_path: Path) -> No
     assert list((tmp_path / "device").iterdir()) == []
 
 
-def refused(server: Server, tmp_path: Path, message: str, **changes: Any) -> None:
+def assert_refused(server: Server, tmp_path: Path, message: str, **changes: Any) -> None:
     call = {"ssh_options": server.options, "folder": str(tmp_path / "device"), **QUICK, **changes}
     url = call.pop("url", server.url)
     with pytest.raises(InputError, match=message) as caught:
-        measure_over_ssh(url, {"m": chain(tmp_path / "m.onnx")}, patience_s=0.0, **call)
+        measure_on(url, {"m": chain(tmp_path / "m.onnx")}, patience_s=0.0, **call)
     assert "\n" not in str(caught.value)
 
 
 @needs_sshd
-def test_a_changed_host_key_is_told(server: Server, tmp_path: Path) -> None:
-    port, key = server.url.rsplit(":", 1)[1], (server.folder / "stranger.pub").read_text().split()
+def test_a_changed_host_key_is_reported(server: Server, tmp_path: Path) -> None:
+    port, key = (
+        server.url.rsplit(":", 1)[1],
+        (server.folder / "unauthorized.pub").read_text().split(),
+    )
     options = server.known(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
-    refused(
+    assert_refused(
         server,
         tmp_path,
-        rf"its host key is not the one known here.*ssh-keygen -R '\[127\.0\.0\.1\]:{port}'",
+        rf"its host key differs from the known one.*ssh-keygen -R '\[127\.0\.0\.1\]:{port}'",
         ssh_options=options,
     )
 
 
 @needs_sshd
-def test_an_unknown_host_key_is_told(server: Server, tmp_path: Path) -> None:
-    refused(
+def test_an_unknown_host_key_is_reported(server: Server, tmp_path: Path) -> None:
+    assert_refused(
         server,
         tmp_path,
         "its host key is not known yet; connect once by hand",
@@ -181,19 +185,21 @@ def test_an_unknown_host_key_is_told(server: Server, tmp_path: Path) -> None:
 
 
 @needs_sshd
-def test_a_refused_login_is_told(server: Server, tmp_path: Path) -> None:
+def test_a_refused_login_is_reported(server: Server, tmp_path: Path) -> None:
     options = [
-        option.replace(f"{server.folder}/user", f"{server.folder}/stranger")
+        option.replace(f"{server.folder}/user", f"{server.folder}/unauthorized")
         for option in server.options
     ]
-    refused(
+    assert_refused(
         server, tmp_path, "the login was refused; put your public key there", ssh_options=options
     )
 
 
 @needs_sshd
-def test_a_missing_python_and_a_missing_runtime_are_told(server: Server, tmp_path: Path) -> None:
-    refused(
+def test_a_missing_python_and_a_missing_runtime_are_reported(
+    server: Server, tmp_path: Path
+) -> None:
+    assert_refused(
         server,
         tmp_path,
         "there is no python9; install Python 3.9 or newer",
@@ -203,30 +209,9 @@ def test_a_missing_python_and_a_missing_runtime_are_told(server: Server, tmp_pat
     bare = tmp_path / "bare-python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
-    refused(server, tmp_path, "has no onnxruntime and numpy; install them there", python=str(bare))
-
-
-@needs_sshd
-@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root only")
-def test_a_full_disk_is_told(server: Server, tmp_path: Path) -> None:
-    small = tmp_path / "small-disk"
-    small.mkdir()
-    if (
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True
-        ).returncode
-        != 0
-    ):
-        pytest.skip("mounting is not permitted here")
-    try:
-        refused(
-            server,
-            tmp_path,
-            r"its disk is full: \d+ bytes are free, \d+ are needed",
-            folder=str(small),
-        )
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    assert_refused(
+        server, tmp_path, "has no onnxruntime and numpy; install them there", python=str(bare)
+    )
 
 
 @contextlib.contextmanager
@@ -247,7 +232,14 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 @needs_sshd
-def test_a_disk_that_fills_up_on_the_way_or_during_the_run_is_told(
+def test_a_full_disk_is_reported(server: Server, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "256k") as small:
+        message = r"its disk is full: \d+ bytes are free, \d+ are needed"
+        assert_refused(server, tmp_path, message, folder=str(small))
+
+
+@needs_sshd
+def test_a_disk_that_fills_up_while_copying_or_running_is_reported(
     server: Server, tmp_path: Path
 ) -> None:
     with small_disk(tmp_path / "small", "256k") as small:
@@ -267,7 +259,7 @@ def test_a_disk_that_fills_up_on_the_way_or_during_the_run_is_told(
         with pytest.raises(
             InputError, match="its disk is full; free some space there, then measure again"
         ):
-            measure_over_ssh(
+            measure_on(
                 server.url,
                 {"m": chain(tmp_path / "m.onnx", width=16)},
                 ssh_options=server.options,
@@ -278,11 +270,11 @@ def test_a_disk_that_fills_up_on_the_way_or_during_the_run_is_told(
 
 
 @needs_sshd
-def test_a_device_that_was_restarted_is_told(server: Server, tmp_path: Path) -> None:
+def test_a_restarted_device_is_reported(server: Server, tmp_path: Path) -> None:
     there = tmp_path / "device"
 
     def restart(share: float, text: str) -> None:
-        # Another boot: the number of the run's process may well be somebody else's now.
+        # After a restart the run's process id may be that of another process.
         if text.startswith("round"):
             (run,) = there.iterdir()
             (run / "boot").write_text("another boot\n")
@@ -290,7 +282,7 @@ def test_a_device_that_was_restarted_is_told(server: Server, tmp_path: Path) -> 
     with pytest.raises(
         InputError, match=r"the run ended there without a result.*the device was restarted"
     ):
-        measure_over_ssh(
+        measure_on(
             server.url,
             {"m": chain(tmp_path / "m.onnx")},
             ssh_options=server.options,
@@ -302,7 +294,7 @@ def test_a_device_that_was_restarted_is_told(server: Server, tmp_path: Path) -> 
 
 
 @needs_sshd
-def test_neither_results_nor_output_tell_who_was_where(
+def test_results_and_output_contain_no_address_and_no_secret(
     server: Server,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -329,7 +321,7 @@ def test_neither_results_nor_output_tell_who_was_where(
     assert call(words) == 0
     captured = capfd.readouterr()
     saved = (out / "m.json").read_text()
-    for told in (saved, captured.out, captured.err):
+    for text in (saved, captured.out, captured.err):
         for secret in (
             "127.0.0.1",
             server.url.rsplit(":", 1)[1],
@@ -338,13 +330,13 @@ def test_neither_results_nor_output_tell_who_was_where(
             socket.gethostname() + "@",
             "a-password-in",
         ):
-            assert secret not in told
+            assert secret not in text
     assert str(tmp_path) not in saved
 
 
 @needs_sshd
-def test_nobody_at_the_address_is_told(server: Server, tmp_path: Path) -> None:
-    refused(
+def test_an_address_without_a_server_is_reported(server: Server, tmp_path: Path) -> None:
+    assert_refused(
         server,
         tmp_path,
         r"no connection \(.*refused\); is the device on",
@@ -360,7 +352,7 @@ def test_nobody_at_the_address_is_told(server: Server, tmp_path: Path) -> None:
         ("ssh://pi@[fe80::1]:22", SshAddress("fe80::1", "pi", 22)),
     ],
 )
-def test_addresses_are_read(url: str, address: SshAddress) -> None:
+def test_addresses_are_parsed(url: str, address: SshAddress) -> None:
     assert SshAddress.parse(url) == address
 
 
@@ -368,18 +360,18 @@ def test_addresses_are_read(url: str, address: SshAddress) -> None:
     ("url", "message"),
     [
         ("ssh://", "not an address; write ssh://user@host"),
-        ("ssh://pi:secret@board", "a password does not belong into an address"),
+        ("ssh://pi:secret@board", "a password does not belong in an address"),
         ("ssh://-oProxyCommand=x", "a name cannot begin with '-'"),
         ("ssh://board:99999", "port 99999 is outside"),
         ("ssh://board/path", "not an address"),
     ],
 )
-def test_what_is_no_address_is_refused_without_repeating_a_password(url: str, message: str) -> None:
+def test_an_invalid_address_is_refused_without_repeating_a_password(url: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         SshAddress.parse(url)
     assert "secret" not in str(caught.value)
 
 
-def test_another_way_is_refused() -> None:
-    with pytest.raises(InputError, match="no way to such a device"):
+def test_an_unknown_kind_of_address_is_refused() -> None:
+    with pytest.raises(InputError, match="not a known kind of address"):
         measure_on("smoke://signals", {})

@@ -1,4 +1,4 @@
-"""Over TVM's own tracker and servers on loopback, with a small model compiled here."""
+"""Measurements over TVM RPC, with a tracker and two boards on the loopback interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench_samples import chain
 from loopback_ssh import free_port
 from vitrim.bench.local.options import MeasureOptions
 from vitrim.bench.remote.measure import measure_at
-from vitrim.bench.remote.tvm_rpc import TrackerAddress, shared_out
+from vitrim.bench.remote.tvm_rpc import TrackerAddress, split_artifacts
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact, Manifest, TensorSpec, entry_for
 
@@ -25,7 +25,7 @@ QUICK = MeasureOptions(time_limit_s=0.5, least_rounds=3)
 
 
 def compiled(folder: Path, factor: float) -> Path:
-    """An artifact (1, 1, 2, 5) -> (1, 10): each pixel times `factor`."""
+    """Compile an artifact (1, 1, 2, 5) -> (1, 10) that multiplies each pixel by `factor`."""
     import tvm
     from tvm import relax
 
@@ -66,7 +66,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A tracker with two boards of the kind `loop`."""
+    """Run a tracker with two boards under the key `loop`."""
     port = free_port()
     work = tmp_path_factory.mktemp("farm")
     environment = {**os.environ, "TVM_NUM_THREADS": "1"}
@@ -101,7 +101,7 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"tvm-rpc://127.0.0.1:{port}"
     finally:
         for process in reversed(farm):
-            # Its helpers are in the same group.
+            # Its subprocesses are in the same process group.
             os.killpg(process.pid, 9)
             process.wait(timeout=10)
 
@@ -137,8 +137,8 @@ def test_two_boards_measure_three_artifacts(
     )
     found = measure_at(f"{tracker}/loop", artifacts, options, target="rpi4", quiet=True)
     assert list(found) == ["plus", "minus", "nil"]
-    # The answers are the board's own: twice the images keep their largest, minus twice make it the
-    # smallest.
+    # The outputs are the board's own: doubled images keep their largest pixel, and a factor of -2
+    # makes it the smallest.
     assert (found["plus"].correct, found["minus"].correct) == (8, 0)
     for measured in found.values():
         assert (measured.device, measured.target, measured.runtime) == (
@@ -148,48 +148,44 @@ def test_two_boards_measure_three_artifacts(
         )
         assert measured.peak_rss_bytes is None
         assert measured.cpu_share is None
-        assert any("tells nothing of the board's state" in warning for warning in measured.warnings)
+        assert any(
+            "reports nothing about the board's state" in warning for warning in measured.warnings
+        )
         assert any("no profile of its operators" in warning for warning in measured.warnings)
         assert "127.0.0.1" not in str(measured.to_dict())
-    # One board took the first artifact and the second, the other one the first and the third.
+    # One board measured the first and the second artifact, the other the first and the third.
     assert found["plus"].session == found["minus"].session != found["nil"].session
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        (
-            "nobody",
-            r"no board registered as 'nobody' \(it has loop\); start one there: python -m tvm\.exec\.rpc_server",
-        )
-    ],
-)
-def test_a_board_that_is_not_there_is_told(
-    tracker: str, artifacts: dict[str, Path], key: str, message: str
-) -> None:
+def test_an_unknown_board_is_reported(tracker: str, artifacts: dict[str, Path]) -> None:
+    message = (
+        r"no board registered as 'unknown' \(it has loop\); "
+        r"start one there: python -m tvm\.exec\.rpc_server"
+    )
     with pytest.raises(InputError, match=message):
-        measure_at(f"{tracker}/{key}", artifacts, QUICK, quiet=True)
+        measure_at(f"{tracker}/unknown", artifacts, QUICK, quiet=True)
 
 
-def test_a_broken_library_is_one_line(
+def test_a_broken_library_is_reported_in_one_line(
     tracker: str, artifacts: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "model.so").write_bytes(b"no library")
-    told = Artifact.load(artifacts["plus"]).manifest
+    manifest = Artifact.load(artifacts["plus"]).manifest
     Artifact.write(
-        folder, told.model_copy(update={"files": (entry_for(folder, "model.so", "model"),)})
+        folder, manifest.model_copy(update={"files": (entry_for(folder, "model.so", "model"),)})
     )
     with pytest.raises(InputError, match="broken: the board cannot load it") as caught:
         measure_at(f"{tracker}/loop", {"broken": folder}, QUICK, quiet=True)
     assert "\n" not in str(caught.value)
 
 
-def test_no_tracker_is_told(artifacts: dict[str, Path]) -> None:
+def test_a_missing_tracker_is_reported(artifacts: dict[str, Path]) -> None:
     with pytest.raises(
         InputError,
-        match=r"no TVM tracker answers there \(.*refused\); start one: python -m tvm\.exec\.rpc_tracker",
+        match=r"no TVM tracker responds there \(.*refused\); "
+        r"start one: python -m tvm\.exec\.rpc_tracker",
     ):
         measure_at(f"tvm-rpc://127.0.0.1:{free_port()}/x", artifacts, QUICK, quiet=True)
 
@@ -197,15 +193,16 @@ def test_no_tracker_is_told(artifacts: dict[str, Path]) -> None:
 def test_another_runtimes_artifact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
-        match="m: is made for onnxruntime, and TVM's boards run TVM artifacts; export it with --runtime tvm",
+        match="m: is made for onnxruntime, and TVM's boards run TVM artifacts; "
+        "export it with --runtime tvm",
     ):
         measure_at("tvm-rpc://nowhere/x", {"m": chain(tmp_path / "m.onnx")}, QUICK, quiet=True)
 
 
-def test_artifacts_are_shared_out_with_the_first_on_every_board() -> None:
-    assert shared_out(["a"], 4) == [["a"]]
-    assert shared_out(["a", "b", "c", "d"], 2) == [["a", "b", "d"], ["a", "c"]]
-    assert shared_out(["a", "b"], 8) == [["a", "b"]]
+def test_artifacts_are_split_with_the_first_one_on_every_board() -> None:
+    assert split_artifacts(["a"], 4) == [["a"]]
+    assert split_artifacts(["a", "b", "c", "d"], 2) == [["a", "b", "d"], ["a", "c"]]
+    assert split_artifacts(["a", "b"], 8) == [["a", "b"]]
 
 
 @pytest.mark.parametrize(
@@ -216,13 +213,13 @@ def test_artifacts_are_shared_out_with_the_first_on_every_board() -> None:
         ("tvm-rpc://[::1]:7/x", TrackerAddress("::1", 7, "x")),
     ],
 )
-def test_addresses_are_read(url: str, address: TrackerAddress) -> None:
+def test_addresses_are_parsed(url: str, address: TrackerAddress) -> None:
     assert TrackerAddress.parse(url) == address
 
 
 @pytest.mark.parametrize(
     "url", ["tvm-rpc://", "tvm-rpc://tracker:9190", "tvm-rpc://t:99999/k", "tvm-rpc://u:p@t/k"]
 )
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_an_invalid_address_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="write tvm-rpc://tracker:port/key"):
         TrackerAddress.parse(url)
