@@ -1,11 +1,12 @@
 # make demo   install, then trim the embedded Vision Transformer and show the report
-# make test   install with the test tools, then run every test
+# make test   install with the test tools, then run every test, in up to four processes
 # make lint   ruff and mypy
 # make docs   build the documentation as a static site in build/site
 # make docs-reference   write the generated pages of docs/ again
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MYPY := ../bin/mypy --config-file ../../pyproject.toml
 
 .PHONY: demo test lint docs docs-reference clean
 
@@ -13,21 +14,25 @@ demo: .venv/installed
 	$(BIN)/vitrim run --overwrite
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	@# The tests of a file stay together, for their fixtures. Thread pools of several processes would
+	@# compete for the cores.
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
-	@# The repository root is the package, whatever the folder is called; the type checker needs to see it under its name.
+	@# The repository root is the package, whatever the folder is called; the type checker finds it
+	@# under its name.
 	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/vitrim
-	cd .venv/typing && ../bin/mypy --config-file ../../pyproject.toml --exclude '/(tests|benchmarks|build|dist|runs)/' vitrim
+	cd .venv/typing && $(MYPY) --exclude '/(tests|benchmarks|build|dist|runs)/' vitrim
 	@# The tests are no package: their helpers are found beside them, as pytest finds them.
-	cd .venv/typing && MYPYPATH=.:../../tests ../bin/mypy --config-file ../../pyproject.toml --explicit-package-bases --cache-dir .mypy_cache_tests ../../tests
+	cd .venv/typing && MYPYPATH=.:../../tests $(MYPY) --explicit-package-bases --cache-dir .mypy_cache_tests ../../tests
+	cd .venv/typing && MYPYPATH=.:../.. $(MYPY) --explicit-package-bases --cache-dir .mypy_cache_benchmarks ../../benchmarks
 
 docs: .venv/installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --quiet -d build/doctrees docs build/site
 	@echo build/site/index.html
 
-docs-reference: .venv/installed-docs
+docs-reference: .venv/installed
 	$(BIN)/python -m docs.generate
 
 .venv/bin/python:
@@ -40,7 +45,7 @@ docs-reference: .venv/installed-docs
 
 .venv/installed-test: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[test]'
-	@touch $@ .venv/installed
+	@touch $@ .venv/installed .venv/installed-docs
 
 .venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[docs]'
