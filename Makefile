@@ -16,7 +16,7 @@ demo: .venv/installed
 test: .venv/installed-test
 	@# The tests of a file stay together, for their fixtures. Thread pools of several processes would
 	@# compete for the cores.
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,24 @@
+"""Preparation of a run of the tests in several processes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fill the caches that the workers share, before they start: each writes them otherwise."""
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not getattr(config.option, "numprocesses", None):
+        return
+    import onnxruntime_header
+    from vitrim.bench.remote import native_build
+    from vitrim.core.errors import InputError
+
+    onnxruntime_header.header_folder()
+    for machine in ("x86_64", "aarch64"):
+        # Tests that need what is missing are skipped, or report it.
+        with contextlib.suppress(InputError):
+            native_build.compile_runner(machine)
+            native_build.runtime_library(machine)
