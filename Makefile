@@ -29,7 +29,7 @@ lint: .venv/installed-test
 	cd .venv/typing && MYPYPATH=.:../.. $(MYPY) --explicit-package-bases --cache-dir .mypy_cache_benchmarks ../../benchmarks
 
 docs: .venv/installed-docs
-	$(BIN)/python -m sphinx --fail-on-warning --quiet -d build/doctrees docs build/site
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --quiet -d build/doctrees docs build/site
 	@echo build/site/index.html
 
 docs-reference: .venv/installed
