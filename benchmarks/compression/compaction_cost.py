@@ -22,6 +22,7 @@ import timm
 import torch
 from torch import nn
 from vitrim import StructuredMask, compact
+from vitrim.bench.local.environment import read_machine
 
 from ..results_file import RESULTS, save_result
 
@@ -57,7 +58,19 @@ def main() -> None:
         if "cpu_s" in ours and "cpu_s" in theirs:
             factor = theirs["cpu_s"] / ours["cpu_s"]
             print(f"{name:24s} vitrim is {factor:.0f} x faster", flush=True)
-        save_result(arguments.json, {"schema": "vitrim.compaction-cost/1", "rows": rows})
+        result = {
+            "schema": "vitrim.compaction-cost/1",
+            "command": "python -m benchmarks.compression.compaction_cost",
+            "machine": _machine(),
+            "rows": rows,
+        }
+        save_result(arguments.json, result)
+
+
+def _machine() -> str:
+    machine = read_machine()
+    virtual = " of a virtual machine" if machine["virtual_machine"] else ""
+    return f"{machine['cpu_model']}, {machine['cores']} cores{virtual}, one thread"
 
 
 def measure(tool: str, name: str) -> dict[str, Any]:

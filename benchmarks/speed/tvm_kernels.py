@@ -37,15 +37,15 @@ from vitrim.export.graphs.known_forms import best_form
 from vitrim.export.parity import relative_error
 from vitrim.export.sessions import open_session
 from vitrim.export.tvm_kernels.build import build_network
-from vitrim.export.tvm_kernels.built import Built
-from vitrim.export.tvm_kernels.default import default_network
+from vitrim.export.tvm_kernels.build import TvmNetwork
+from vitrim.export.tvm_kernels.build import default_network
 from vitrim.export.tvm_kernels.dense import Dense, dense
 from vitrim.export.tvm_kernels.lanes import Lanes
 from vitrim.export.tvm_kernels.packing import panels
-from vitrim.export.tvm_kernels.place import Rows
+from vitrim.export.tvm_kernels.lanes import RowLayout
 from vitrim.export.tvm_kernels.schedule import default_schedule
-from vitrim.export.tvm_kernels.targets import tvm_target
-from vitrim.export.tvm_kernels.tune import tune
+from vitrim.export.tvm_kernels.build import tvm_target
+from vitrim.export.tvm_kernels.tuner import tune
 from vitrim.targets.catalog import load_target
 from vitrim.targets.profile import TargetProfile
 
@@ -136,7 +136,7 @@ def product(
     """Time our kernel and ONNX Runtime's MatMul, both with constant weights.
 
     Args:
-        shape: Rows, depth and columns of the product.
+        shape: RowLayout, depth and columns of the product.
         profile: The target that our kernel is compiled for.
         threads: Threads of both.
         rounds: Turns of both.
@@ -154,7 +154,7 @@ def product(
     binding.bind_cpu_input("x", left)
     binding.bind_output("y", "cpu", 0, np.float32, list(result.shape), result.ctypes.data)
     lanes, schedule = Lanes.of(profile.vector), default_schedule(profile.vector, threads)
-    spec = Dense(1, rows, depth, columns, Rows(rows, depth), bias=False)
+    spec = Dense(1, rows, depth, columns, RowLayout(rows, depth), bias=False)
     kernel = dense(spec, lanes, schedule).with_attr("global_symbol", "kernel")
     module = tvm.tirx.build(tvm.IRModule({"kernel": kernel}), target=tvm_target(profile))
     weights = panels(right, spec.panels(lanes, schedule), lanes.count)
@@ -190,7 +190,7 @@ def _matmul(rows: int, weight: np.ndarray[Any, Any]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def machine_of(built: Built) -> Any:
+def machine_of(built: TvmNetwork) -> Any:
     """The compiled network, ready to run."""
     return relax.VirtualMachine(built.compile(), tvm.cpu())["main"]
 
@@ -220,7 +220,7 @@ def network(
     calls: dict[str, Callable[[], np.ndarray[Any, Any]]] = {
         "onnxruntime": lambda: session.run(None, {source: images})[0]
     }
-    makers: dict[str, Callable[[], Built]] = {
+    makers: dict[str, Callable[[], TvmNetwork]] = {
         "tvm, our kernels": lambda: build_network(model, profile, threads=threads, log=options.log)
     }
     if options.default:
