@@ -104,8 +104,8 @@ def compile_runner(machine: str) -> Path:
     program = folder / PROGRAM
     if not program.is_file():
         with replace_folder(folder, overwrite=True) as aside:
-            source, output = str(SOURCES / "runner.cpp"), str(aside / PROGRAM)
-            command = [*compiler, *FLAGS, source, "-o", output, "-ldl"]
+            main_file, output = str(SOURCES / "runner.cpp"), str(aside / PROGRAM)
+            command = [*compiler, *FLAGS, main_file, "-o", output, "-ldl"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 errors = [line for line in done.stderr.splitlines() if "error" in line]

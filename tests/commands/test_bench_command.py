@@ -88,9 +88,9 @@ def test_a_cost_table_is_measured_and_its_error_reported(
     [
         (
             ["--on", "smoke://x"],
-            "no way to such a device; write host, ssh://user@host[:port], adb://SERIAL",
+            "not a known kind of address; write host, ssh://user@host[:port], adb://SERIAL",
         ),
-        (["--on", "ssh://pi:secret@board"], "a password does not belong into an address"),
+        (["--on", "ssh://pi:secret@board"], "a password does not belong in an address"),
         (["--on", "adb://"], "write adb://SERIAL"),
         (["--on", "tvm-rpc://t"], "write tvm-rpc://tracker:port/key"),
         (["--batch", "0"], "--batch '0': expected whole numbers above 0"),
