@@ -1,14 +1,14 @@
-"""Turning a compact model into artifacts that edge runtimes run, each proven equal."""
+"""Export of a compact model to artifacts for edge runtimes, each verified against the model."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Loaded on first use: reading an artifact needs neither torch nor onnx.
-_HOMES = {
+# Imported on first use: reading an artifact needs neither torch nor onnx.
+_MODULES = {
     "Artifact": ".artifact",
-    "Manifest": ".artifact",
+    "Manifest": ".manifest",
     "verify": ".artifact",
     "verify_folder": ".artifact",
     "open_session": ".sessions",
@@ -28,16 +28,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .artifact import Artifact, Manifest, verify, verify_folder
+    from .artifact import Artifact, verify, verify_folder
     from .exporter import export
     from .graphs.given_graph import export_graph
+    from .manifest import Manifest
     from .parity import ParityError
     from .sessions import open_session
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name], __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'vitrim.export' has no attribute {name!r}")

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.storage import replace_folder
-from .artifact import Artifact, PreprocessingSpec
+from .artifact import Artifact
+from .manifest import PreprocessingSpec
 
 SOURCES = Path(__file__).parent / "bundle_sources"
 SHARED = ("prepare.cpp", "failure.h", "resize.h", "example.cpp", "aarch64.cmake")

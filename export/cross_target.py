@@ -14,8 +14,8 @@ from ..core.errors import InputError
 from ..runtimes import EngineError
 from ..runtimes.subprocess_inference import infer_in_subprocess
 from ..targets.profile import TargetProfile
-from .artifact import Array, Parity
 from .capabilities import profile_of
+from .manifest import Array, Parity
 from .parity import Probe, relative_error, require
 from .request import ExportRequest
 from .stage_line import stage

@@ -11,25 +11,32 @@ from torch import nn
 
 from ..core.errors import InputError
 from ..core.storage import replace_folder, require_empty
-from .resized_model import another_size
-from .artifact import Array, Artifact, Batch, FileEntry, Manifest, Parity, Precision, TensorSpec
+from .artifact import Artifact
 from .cross_target import ask_elsewhere
 from .forms import Form, form_named
 from .graphs.candidates import PLAIN
 from .graphs.model_facts import ask, image_shape, name_of, provenance_of
-from .graphs.model_proto import opset_of
-from .graphs.model_proto import MODEL
+from .graphs.model_proto import MODEL, opset_of
 from .graphs.tracing import trace
+from .manifest import (
+    Array,
+    Batch,
+    FileEntry,
+    Manifest,
+    Parity,
+    Precision,
+    TensorSpec,
+    tool_versions,
+)
 from .onnxruntime_files import choose, save
-from .parity import TOLERANCES, Probe
-from .parity import model_outputs
+from .parity import TOLERANCES, Probe, model_outputs
 from .quantization import quantize
 from .request import ExportRequest, check, preprocessing_of
+from .resized_model import another_size
 from .runtime_files import source_for, write_and_ask
 from .runtimes import runtime_named
 from .sessions import config_for
 from .stage_line import stage, stages_shown
-from .versions import tool_versions
 
 TOOLS = (
     "vitrim",

@@ -8,12 +8,12 @@ import onnx
 from torch import nn
 
 from . import capabilities
-from .artifact import Array, FileEntry, Parity, entry_for
+from .artifact import entry_for
 from .graphs.candidates import Candidate, candidates, in_precision, where_in_form
 from .graphs.model_proto import save_model
 from .graphs.tuning import fastest
-from .parity import Probe, first_difference, require
-from .parity import model_outputs, session_outputs
+from .manifest import Array, FileEntry, Parity
+from .parity import Probe, first_difference, model_outputs, require, session_outputs
 from .request import ExportRequest
 from .stage_line import stage
 

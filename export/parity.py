@@ -11,8 +11,8 @@ import onnx
 from numpy.typing import NDArray
 
 from ..core.errors import InputError
-from .artifact import Parity
 from .graphs.model_proto import open_graph
+from .manifest import Parity
 from .sessions import open_session
 from .stage_line import stage
 

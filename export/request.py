@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from ..core.errors import InputError
 from . import capabilities
-from .artifact import Array, Batch, Precision, PreprocessingSpec
 from .forms import Form
+from .manifest import Array, Batch, Precision, PreprocessingSpec
 from .quantization.quantize import CALIBRATIONS, Calibration
 from .runtimes import runtime_named
 

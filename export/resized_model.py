@@ -16,8 +16,8 @@ from ..compress.network.architecture import Architecture, AttentionSpec
 from ..compress.network.patch_grid import Size, format_image_size, largest_square, parse_image_size
 from ..compress.surgery.image_size import at_image_size, resized
 from ..core.errors import InputError
-from .artifact import PreprocessingSpec
 from .graphs.model_facts import name_of, weights_sha256
+from .manifest import PreprocessingSpec
 
 # The first words of the note.
 IMAGE_SIZE = "image size"

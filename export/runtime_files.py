@@ -15,14 +15,15 @@ from ..compress.network.modules.model import CompactModel
 from ..core.errors import InputError, UnsupportedModel
 from ..runtimes import EngineError
 from ..runtimes.subprocess_inference import infer_in_subprocess
-from .artifact import Array, FileEntry, Parity, entry_for
+from .artifact import entry_for
 from .cross_target import EMULATED_S
 from .forms import Form
 from .graphs.candidates import candidates, readable
+from .manifest import Array, FileEntry, Parity
 from .onnxruntime_files import prove
 from .parity import Probe, require
 from .request import ExportRequest
-from .runtimes import Runtime, Source, RuntimeFiles
+from .runtimes import Runtime, RuntimeFiles, Source
 from .stage_line import stage, stages_hidden
 
 TORCH = "torch"

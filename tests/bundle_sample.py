@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import vitrim
 from tiny_models import tiny_vit
-from vitrim.export.artifact import Artifact, Manifest, PreprocessingSpec, TensorSpec
+from vitrim.export.artifact import Artifact
+from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
 from vitrim.export.forms import FORMS, write_network
 from vitrim.export.graphs.model_proto import save_model
 

@@ -12,10 +12,11 @@ import torch
 import vitrim
 from numpy.typing import NDArray
 from tiny_models import tiny_vit
-from vitrim.export.artifact import Artifact, Manifest, PreprocessingSpec, TensorSpec, entry_for
+from vitrim.export.artifact import Artifact, entry_for
+from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
 from vitrim.export.forms import Form, write_network
 from vitrim.export.parity import Probe
-from vitrim.export.runtimes import Source, Written, runtime_named
+from vitrim.export.runtimes import RuntimeFiles, Source, runtime_named
 
 LABELS = ("ankle boot", "coat", "dress", "shirt", "bag")
 PREPROCESSING = {
@@ -59,13 +60,13 @@ def source(
     )  # fmt: skip
 
 
-def compiled(folder: Path, target: str = "x86-64", **settings: Any) -> Written:
+def compiled(folder: Path, target: str = "x86-64", **settings: Any) -> RuntimeFiles:
     """The files of a tiny network for a target."""
     folder.mkdir(parents=True)
     return runtime_named("tvm").write(source(target, **settings), folder)
 
 
-def job_of(folder: Path, written: Written, batch: int = 1, threads: int = 1) -> dict[str, Any]:
+def job_of(folder: Path, written: RuntimeFiles, batch: int = 1, threads: int = 1) -> dict[str, Any]:
     """The job that opens them."""
     shape = [batch, 3, 16, 16]
     session = dict(written.session)

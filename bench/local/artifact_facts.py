@@ -9,7 +9,8 @@ from typing import Any
 
 from ...core.errors import InputError
 from ...core.storage import sha256_file
-from ...export.artifact import MANIFEST, Artifact
+from ...export.artifact import Artifact
+from ...export.manifest import MANIFEST
 from ...runtimes import engine_names
 
 

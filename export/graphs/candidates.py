@@ -13,9 +13,9 @@ from ...compress.lift import lift
 from ...compress.network.modules.model import CompactModel
 from ...core.errors import UnsupportedModel
 from .. import capabilities
-from ..artifact import Array
 from ..forms import FORMS, INT8_FORMS, STREAM_FORMS, Form, form_named, write_network
 from ..forms.coverage import reason_against
+from ..manifest import Array
 from ..parity import first_difference
 from ..quantization import quantize
 from ..quantization.quantize import half

@@ -14,8 +14,18 @@ import onnx
 from ...core.errors import InputError
 from ...core.storage import replace_folder, require_empty, sha256_file
 from .. import capabilities
-from ..artifact import Array, Artifact, Batch, Manifest, Parity, Precision, Provenance, TensorSpec
+from ..artifact import Artifact
 from ..cross_target import ask_elsewhere
+from ..manifest import (
+    Array,
+    Batch,
+    Manifest,
+    Parity,
+    Precision,
+    Provenance,
+    TensorSpec,
+    tool_versions,
+)
 from ..onnxruntime_files import save
 from ..parity import TOLERANCES, Probe, first_difference, model_outputs, require, session_outputs
 from ..passes import steps
@@ -24,7 +34,6 @@ from ..quantization.quantize import half
 from ..request import ExportRequest, check, preprocessing_of
 from ..sessions import config_for
 from ..stage_line import stage, stages_shown
-from ..versions import tool_versions
 from .candidates import static
 from .model_proto import MODEL, open_graph, opset_of
 from .torch_graph import simplify, tidy_names

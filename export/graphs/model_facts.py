@@ -16,7 +16,7 @@ from torch import nn
 from ...compress.lift import lift
 from ...compress.network.count import count_macs
 from ...core.errors import InputError, UnsupportedModel
-from ..artifact import Provenance
+from ..manifest import Provenance
 
 Array = NDArray[Any]
 

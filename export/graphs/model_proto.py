@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from ..artifact import FileEntry, entry_for
+from ..artifact import entry_for
+from ..manifest import FileEntry
 from ..sessions import open_session
 
 if TYPE_CHECKING:

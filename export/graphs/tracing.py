@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from torch import nn
 
-from ..artifact import Array, Parity
+from ..manifest import Array, Parity
 from ..parity import Probe, first_difference, first_unmatched_module, model_outputs, require
 from ..request import ExportRequest
 from ..stage_line import stage

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from ..artifact import Array
 from ..graphs.tuning import fastest
+from ..manifest import Array
 from ..parity import model_outputs, relative_error
 from ..stage_line import stage
 from .quantize import CALIBRATIONS, Calibration, FloatPart, int8_static

@@ -1,4 +1,4 @@
-"""An artifact folder is whole, or is refused by the name of what is wrong."""
+"""An artifact folder is intact, or refused with the name of the wrong entry."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vitrim.core.errors import InputError
-from vitrim.export.artifact import (
+from vitrim.export.artifact import Artifact, entry_for, verify
+from vitrim.export.manifest import (
     MANIFEST,
-    Artifact,
     Manifest,
     Parity,
     TensorSpec,
-    entry_for,
-    foreign,
     manifest_schema,
+    path_problem,
     seal_of,
-    verify,
 )
 
 PREPROCESSING = {"channels": 1, "height": 8, "width": 8, "mean": [0.5], "std": [0.25]}
@@ -80,7 +78,7 @@ def edit(folder: Path, change: Any, *, reseal: bool = True) -> None:
     (folder / MANIFEST).write_text(json.dumps(data))
 
 
-def test_written_and_read_back_it_is_the_same(folder: Path) -> None:
+def test_an_artifact_round_trips(folder: Path) -> None:
     artifact = Artifact.load(folder)
     assert artifact.name == "tiny"
     assert artifact.model_path == folder / "model.onnx"
@@ -88,13 +86,13 @@ def test_written_and_read_back_it_is_the_same(folder: Path) -> None:
     assert artifact.sha256 == seal_of(json.loads((folder / MANIFEST).read_text()))
     assert artifact.manifest.preprocessing is not None
     assert artifact.manifest.preprocessing.mean == (0.5,)
-    assert (
-        verify(folder)
-        == "tiny: fp32 for x86-64 on onnxruntime, 1024 bytes, 2 files unchanged, parity 1.0e-06 over 1 stages"
+    assert verify(folder) == (
+        "tiny: fp32 for x86-64 on onnxruntime, 1024 bytes, 2 files unchanged, "
+        "parity 1.0e-06 over 1 stages"
     )
 
 
-def test_the_schema_accepts_what_is_written_and_refuses_what_is_not(folder: Path) -> None:
+def test_the_schema_accepts_written_manifests_and_refuses_unknown_keys(folder: Path) -> None:
     schema = manifest_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     data = json.loads((folder / MANIFEST).read_text())
@@ -117,7 +115,7 @@ def test_a_flipped_byte_of_the_model_is_named(folder: Path, position: int) -> No
 
 @settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
-def test_a_flipped_bit_of_the_manifest_never_passes_unseen(
+def test_a_flipped_bit_of_the_manifest_is_always_detected(
     tmp_path_factory: pytest.TempPathFactory, position: int, bit: int
 ) -> None:
     folder = tmp_path_factory.mktemp("flip") / "artifact"
@@ -137,7 +135,7 @@ def test_a_flipped_bit_of_the_manifest_never_passes_unseen(
         assert MANIFEST in message
         assert "\n" not in message
     else:
-        # Only white space between values may change unseen.
+        # Only white space between values is not covered by the seal.
         assert json.loads(data) == before
 
 
@@ -191,10 +189,10 @@ def test_a_symbolic_link_is_refused_wherever_it_leads(folder: Path, tmp_path: Pa
         ("x" * 2000, "longer"),
     ],
 )
-def test_a_foreign_path_is_named_even_under_a_fresh_seal(
+def test_a_path_out_of_the_folder_is_refused_under_a_valid_seal(
     folder: Path, path: str, reason: str
 ) -> None:
-    assert reason in str(foreign(path))
+    assert reason in str(path_problem(path))
 
     def change(data: dict[str, Any]) -> None:
         data["files"][0]["path"] = path
@@ -207,8 +205,8 @@ def test_a_foreign_path_is_named_even_under_a_fresh_seal(
 
 
 @given(path=st.text(max_size=40))
-def test_a_path_that_is_not_foreign_stays_inside(path: str) -> None:
-    if foreign(path) is None:
+def test_an_accepted_path_stays_inside_the_folder(path: str) -> None:
+    if path_problem(path) is None:
         root = Path("/root/of/artifact")
         assert root in (root / path).parents
         assert ".." not in Path(path).parts
@@ -288,14 +286,14 @@ def test_two_models_or_a_file_twice_are_refused(folder: Path) -> None:
         Artifact.load(folder)
 
 
-def test_no_folder_and_no_manifest_are_two_different_lines(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_missing_manifest_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         Artifact.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"manifest\.json: missing"):
         Artifact.load(tmp_path)
 
 
-def test_it_imports_without_torch_and_onnx() -> None:
+def test_artifacts_and_sessions_import_without_torch_and_onnx() -> None:
     hide = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnxruntime')));"
     code = f"{hide} import vitrim.export.artifact, vitrim.export.sessions"
     subprocess.run([sys.executable, "-c", code], check=True)

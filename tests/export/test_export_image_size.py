@@ -23,9 +23,9 @@ from vitrim.cli import call
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.network.architecture import Architecture
 from vitrim.export import Artifact, export, open_session
-from vitrim.export.resized_model import attention_bytes, require_memory
 from vitrim.export.bundle import bundle
 from vitrim.export.graphs.model_facts import weights_sha256
+from vitrim.export.resized_model import attention_bytes, require_memory
 
 TRAINED = {
     "channels": 3,

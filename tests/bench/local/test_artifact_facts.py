@@ -9,7 +9,8 @@ import pytest
 from bench_samples import chain, images_with_labels
 from vitrim.bench.local.measure import measure
 from vitrim.core.errors import InputError
-from vitrim.export.artifact import Artifact, Manifest, PreprocessingSpec, TensorSpec, entry_for
+from vitrim.export.artifact import Artifact, entry_for
+from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
 
 
 def artifact(folder: Path, runtime: str = "onnxruntime") -> Artifact:
@@ -64,5 +65,5 @@ def test_a_changed_artifact_is_refused(tmp_path: Path) -> None:
     written = artifact(tmp_path / "a")
     with written.model_path.open("ab") as stream:
         stream.write(b"x")
-    with pytest.raises(InputError, match="take the whole folder again"):
+    with pytest.raises(InputError, match="copy the whole folder again"):
         measure(tmp_path / "a")

@@ -18,7 +18,8 @@ from vitrim.bench.local.options import MeasureOptions
 from vitrim.bench.remote.measure import measure_at
 from vitrim.bench.remote.tvm_rpc import TrackerAddress, split_artifacts
 from vitrim.core.errors import InputError
-from vitrim.export.artifact import Artifact, Manifest, TensorSpec, entry_for
+from vitrim.export.artifact import Artifact, entry_for
+from vitrim.export.manifest import Manifest, TensorSpec
 
 pytest.importorskip("tvm", reason="needs TVM (pip install 'vitrim[tvm]')")
 QUICK = MeasureOptions(time_limit_s=0.5, least_rounds=3)

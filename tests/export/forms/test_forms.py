@@ -24,8 +24,7 @@ from vitrim.export.forms import FORMS, STREAM_FORMS, Form, form_named, write_net
 from vitrim.export.forms.centring import applicable
 from vitrim.export.forms.coverage import reason_against
 from vitrim.export.graphs.known_forms import best_form
-from vitrim.export.parity import first_difference, relative_error
-from vitrim.export.parity import model_outputs
+from vitrim.export.parity import first_difference, model_outputs, relative_error
 
 TINY: dict[str, Any] = {
     "img_size": 16,

@@ -13,8 +13,7 @@ import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
-from vitrim.export.parity import relative_error
-from vitrim.export.parity import model_outputs
+from vitrim.export.parity import model_outputs, relative_error
 from vitrim.export.passes import PASSES, steps
 from vitrim.export.sessions import open_session
 

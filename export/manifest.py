@@ -1,0 +1,254 @@
+"""The manifest of an artifact: what the runnable files are and how they were verified.
+
+The folder's format (schema `vitrim.manifest/1`; `manifest_schema()` returns it as JSON Schema):
+
+- `manifest.json` is UTF-8 JSON, an object without repeated keys, NaN or Infinity, at most 16 MiB.
+- `files` lists every other file of the folder: path (relative, `/` between parts, no `..`), role,
+  size and SHA-256. Exactly one has the role `model`.
+- `seal` is the SHA-256 of the manifest itself without `seal`, written as JSON with sorted keys and
+  no spaces, so that a flipped byte in a label or a mean is detected too.
+- `inputs` and `outputs` state name, shape (a free dimension is its name), type and layout;
+  `preprocessing` and `labels` how pictures become inputs and logits become class names; `parity`
+  how far each stage of the export changed the outputs.
+- A folder with a file that the manifest does not list, or with a symbolic link, is refused: only
+  files that were verified are shipped.
+
+Free of torch and of onnx.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Annotated, Any, Literal
+
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA = "vitrim.manifest/1"
+MANIFEST = "manifest.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Array = NDArray[Any]
+Batch = int | Literal["dynamic"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-static", "int8-weights", "int4-weights"]
+Role = Literal["model", "weights", "operators", "source", "other"]
+
+
+class Plain(BaseModel):
+    """Frozen plain data; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class TensorSpec(Plain):
+    """One input or output: shape entries are sizes, or the name of a free dimension."""
+
+    name: Name
+    shape: tuple[Size | Name, ...]
+    type: Literal["float32", "float16", "uint8", "int8", "int64"] = "float32"
+    layout: Literal["NCHW", "NHWC", "NC"]
+
+
+class PreprocessingSpec(Plain):
+    """From a picture to the input, with the fields of `Preprocessing`.
+
+    Mean and std are in units of pixel / 255, one number for each channel.
+    """
+
+    channels: Literal[1, 3]
+    height: Size
+    width: Size
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = (
+        "bicubic"
+    )
+    resize: Literal["squash", "center-crop"] = "squash"
+    crop_ratio: float = Field(1.0, gt=0.0, le=1.0)
+    mean: tuple[Finite, ...]
+    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> PreprocessingSpec:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(
+                f"mean and std need {self.channels} numbers, one a channel; "
+                f"got {len(self.mean)} and {len(self.std)}"
+            )
+        return self
+
+
+class FileEntry(Plain):
+    """A file of the folder.
+
+    It is the model that the runtime opens, its external weights, the operators of a reduced runtime
+    build, sources, or another file.
+    """
+
+    path: str
+    role: Role
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+    @model_validator(mode="after")
+    def _inside(self) -> FileEntry:
+        problem = path_problem(self.path)
+        if problem:
+            shown = repr(self.path if len(self.path) <= 80 else f"{self.path[:80]}...")
+            raise ValueError(
+                f"file {shown}: {problem}; an artifact holds only files of its own folder"
+            )
+        return self
+
+
+class Parity(Plain):
+    """How far one stage changed the logits.
+
+    Errors are relative to the largest absolute value of the reference logits; agreement is a share
+    of images.
+    """
+
+    stage: Name
+    reference: Name
+    max_relative_error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    mean_relative_error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+    images: Size
+    # Noise verifies the arithmetic, not the accuracy, so the kind of input is recorded.
+    input_kind: Literal["images", "seeded-noise"]
+    seed: int | None = None
+    tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class Provenance(Plain):
+    """The source: its kind, a SHA-256 of its weights, counts, and the caller's own entries."""
+
+    source: str = "torch module"
+    weights_sha256: Sha256 | None = None
+    parameters: Annotated[int, Field(ge=0)] | None = None
+    macs: Annotated[int, Field(ge=0)] | None = None
+    details: dict[str, str] = {}
+
+
+class Manifest(Plain):
+    """What an artifact is; the module's docstring states the format.
+
+    Attributes:
+        name: Name of the model.
+        inputs: The model's inputs; the first one takes images.
+        outputs: The model's outputs; the first one returns logits.
+        batch: Images in a batch, or "dynamic".
+        preprocessing: From a picture to the input, if known.
+        labels: One for each class, if known.
+        opset: Version of the standard's operators, where the model is an ONNX graph.
+        target: Name of the device profile that it was exported for.
+        runtime: Name of the runtime that opens it.
+        precision: What it computes in.
+        form: How its graph is written.
+        session: Settings that the runtime opens it with.
+        versions: Versions of the tools that made it, by package.
+        files: Every file of the folder except the manifest.
+        parity: How far each stage of the export changed the outputs.
+        provenance: Where the model came from.
+        notes: Lines for the user.
+        seal: SHA-256 of the manifest without this field.
+    """
+
+    schema_: Literal["vitrim.manifest/1"] = Field("vitrim.manifest/1", alias="schema")
+    name: Name
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    batch: Size | Literal["dynamic"] = 1
+    preprocessing: PreprocessingSpec | None = None
+    labels: tuple[str, ...] | None = None
+    opset: Size | None = None
+    target: Name
+    runtime: Name
+    precision: Precision
+    form: Name
+    # Config entries of the runtime's session that the form was measured with.
+    session: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    files: tuple[FileEntry, ...] = Field(min_length=1)
+    parity: tuple[Parity, ...] = ()
+    provenance: Provenance = Provenance()
+    notes: tuple[str, ...] = ()
+    seal: Sha256 = "0" * 64
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        paths = [entry.path for entry in self.files]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ValueError(f"file {path!r} is listed twice")
+            if path == MANIFEST:
+                raise ValueError(f"{MANIFEST} cannot list itself")
+        if sum(entry.role == "model" for entry in self.files) != 1:
+            raise ValueError("exactly one file has the role 'model'")
+        if self.labels is not None and self.outputs:
+            classes = self.outputs[0].shape[-1]
+            if isinstance(classes, int) and classes != len(self.labels):
+                raise ValueError(f"{len(self.labels)} labels for {classes} classes")
+        spec, shape = self.preprocessing, self.inputs[0].shape
+        if spec is not None and len(shape) == 4 and self.inputs[0].layout == "NCHW":
+            image = (spec.channels, spec.height, spec.width)
+            if tuple(shape[1:]) != image:
+                raise ValueError(f"preprocessing makes {image}, the input takes {tuple(shape[1:])}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data, with the key `schema` and a new seal."""
+        data = self.model_dump(mode="json", by_alias=True)
+        data["seal"] = seal_of(data)
+        return data
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-adds of one image, if known."""
+        return self.provenance.macs
+
+
+def path_problem(path: str) -> str | None:
+    """Return why a listed path could lead out of its folder, or None if it cannot."""
+    if not path or len(path) > 1024:
+        return "the path is empty or longer than 1024 characters"
+    if "\x00" in path or "\\" in path or any(ord(letter) < 32 for letter in path):
+        return "the path holds a backslash or a control character"
+    if path.startswith("/") or re.match(r"^[A-Za-z]:", path):
+        return "the path is absolute"
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        return "the path has an empty part, '.' or '..'"
+    return None
+
+
+def seal_of(data: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's data without its `seal`."""
+    rest = {key: value for key, value in data.items() if key != "seal"}
+    text = json.dumps(
+        rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def manifest_schema() -> dict[str, Any]:
+    """Return the manifest's format as JSON Schema (draft 2020-12)."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Manifest.model_json_schema(by_alias=True),
+    }
+
+
+def tool_versions(*names: str) -> dict[str, str]:
+    """Return the versions of installed packages by name, without those that are absent."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
