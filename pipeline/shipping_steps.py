@@ -130,7 +130,7 @@ def stratified_sample(split: Split, count: int | None) -> Split:
     """
     if count is None or count >= len(split):
         return split
-    return split.take(stratified_indices(split.targets, count, SAMPLE_SEED)[0])
+    return split.select(stratified_indices(split.targets, count, SAMPLE_SEED)[0])
 
 
 def write_report(

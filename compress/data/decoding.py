@@ -1,4 +1,4 @@
-"""Undecoded pictures of one split, wherever they come from, and the decoding of them all."""
+"""Undecoded images of any source, and their decoding to the input size of a model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...core.errors import InputError
 from ...core.console import progress_bar
+from ...core.errors import InputError
 from ...core.storage import disk_errors
 from .preprocessing import Preprocessing
 
-# Above this, decoded images live in a memory-mapped file, so that neither memory nor a second run
-# pays for them.
+# Above this, decoded images are kept in a memory-mapped file, which a second run finds again.
 MEMORY_LIMIT_BYTES = 256 * 2**20
 _CHUNK = 256
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A split before decoding. `open(i)` gives a PIL image or uint8 array; `where(i)` names it;
-    `fingerprint` follows its content.
+class RawSplit:
+    """The undecoded images of one split.
+
+    Attributes:
+        targets: (N,), their class numbers.
+        open: `open(i)` returns image i as a PIL image or uint8 array.
+        where: `where(i)` names image i in error messages.
+        fingerprint: Changes with the content, for the cache of decoded images.
     """
 
     targets: NDArray[np.int64]
@@ -44,86 +49,91 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def part(self, indices: NDArray[np.int64]) -> Pictures:
-        """The pictures at `indices`, in that order."""
+    def select(self, indices: NDArray[np.int64]) -> RawSplit:
+        """The images at `indices`, in that order."""
         stamp = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
-        whole_open, whole_where = self.open, self.where
-        return Pictures(
+        open_image, where = self.open, self.where
+        return RawSplit(
             self.targets[indices],
-            lambda index: whole_open(int(indices[index])),
-            lambda index: whole_where(int(indices[index])),
+            lambda index: open_image(int(indices[index])),
+            lambda index: where(int(indices[index])),
             stamp,
         )
 
 
 @dataclass(frozen=True)
-class Sources:
-    """An undecoded data set: the official splits that have labels, and the names of the classes."""
+class RawDataset:
+    """An undecoded data set: its class names, and its official splits that have labels."""
 
     labels: tuple[str, ...]
-    train: Pictures
-    val: Pictures | None = None
-    test: Pictures | None = None
+    train: RawSplit
+    val: RawSplit | None = None
+    test: RawSplit | None = None
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept unless told otherwise."""
+    """The default folder for decoded images, in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrim"
 
 
 def decode(
-    pictures: Pictures,
+    images: RawSplit,
     preprocessing: Preprocessing,
     *,
     title: str,
     cache: Path | None = None,
     quiet: bool = True,
 ) -> NDArray[np.uint8]:
-    """All pictures at the model's input size, uint8 (N, C, H, W); in memory when small, else (or
-    when `cache` is given) memory-mapped.
+    """Decode all images of a split at the input size of a model.
 
-    Errors: InputError naming the picture that cannot be decoded; a full disk.
+    Args:
+        images: The undecoded images.
+        preprocessing: The input size, and how images are resized; mean and std are not applied.
+        title: The text of the progress bar.
+        cache: The folder for a memory-mapped result. By default results up to 256 MB are kept in
+            memory, larger ones in `cache_folder()`.
+        quiet: Show no progress bar.
+
+    Returns:
+        uint8 (N, C, H, W).
+
+    Raises:
+        InputError: An image cannot be decoded, and the message names it; or the disk is full.
     """
-    shape = (len(pictures), *preprocessing.image)
+    shape = (len(images), *preprocessing.image)
     if cache is None and int(np.prod(shape, dtype=np.int64)) <= MEMORY_LIMIT_BYTES:
         whole = np.empty(shape, dtype=np.uint8)
-        for start, rows in _decoded(pictures, preprocessing, title, quiet):
+        for start, rows in _decoded(images, preprocessing, title, quiet):
             whole[start : start + len(rows)] = rows
         return whole
-    path = (cache or cache_folder()) / f"{_key(pictures, preprocessing)}.npy"
-    if not _is_whole(path, shape):
+    path = (cache or cache_folder()) / f"{_key(images, preprocessing)}.npy"
+    if not _is_complete(path, shape):
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, shape, _decoded(pictures, preprocessing, title, quiet))
+            _write(path, shape, _decoded(images, preprocessing, title, quiet))
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
 def _decoded(
-    pictures: Pictures, preprocessing: Preprocessing, title: str, quiet: bool
+    images: RawSplit, preprocessing: Preprocessing, title: str, quiet: bool
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     def one(index: int) -> NDArray[np.uint8]:
         try:
-            return preprocessing.pixels(pictures.open(index))
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            struct.error,
-            Image.DecompressionBombError,
-        ) as error:
+            return preprocessing.pixels(images.open(index))
+        except _DECODING_ERRORS as error:
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
             raise InputError(
-                f"{pictures.where(index)}: not a readable image ({reason}); repair or remove it"
+                f"{images.where(index)}: not a readable image ({reason}); repair or remove it"
             ) from error
 
     started = time.perf_counter()
-    # Pillow lets go of the interpreter while it decodes and resizes.
+    # Pillow releases the interpreter lock while it decodes and resizes.
     with (
         ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
-        progress_bar(title, len(pictures), quiet=quiet) as advance,
+        progress_bar(title, len(images), quiet=quiet) as advance,
     ):
-        for start in range(0, len(pictures), _CHUNK):
-            indices = range(start, min(len(pictures), start + _CHUNK))
+        for start in range(0, len(images), _CHUNK):
+            indices = range(start, min(len(images), start + _CHUNK))
             yield start, np.stack(list(pool.map(one, indices)))
             if time.perf_counter() - started > 2.0:
                 advance(indices.stop)
@@ -132,23 +142,22 @@ def _decoded(
 def _write(
     path: Path, shape: tuple[int, ...], chunks: Iterator[tuple[int, NDArray[np.uint8]]]
 ) -> None:
-    # Plain writes, not a writable map: a full disk is an error here, but a crash of the process
-    # there.
-    descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # Not through a writable map, where a full disk would crash the process.
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)
             for _, rows in chunks:
                 stream.write(rows.tobytes())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(aside)
+            os.unlink(temporary)
         raise
 
 
-def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -156,17 +165,17 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     return bool(array.shape == shape and array.dtype == np.uint8)
 
 
-def _key(pictures: Pictures, preprocessing: Preprocessing) -> str:
+def _key(images: RawSplit, preprocessing: Preprocessing) -> str:
     # Mean and std are applied after the cache.
     geometry = preprocessing.model_dump(mode="json", exclude={"mean", "std"})
     return hashlib.sha256(
-        json.dumps([pictures.fingerprint, geometry], sort_keys=True).encode()
+        json.dumps([images.fingerprint, geometry], sort_keys=True).encode()
     ).hexdigest()[:24]
 
 
-def from_arrays(images: NDArray[np.uint8], targets: NDArray[np.int64], name: str) -> Pictures:
-    """Pictures that are arrays already: uint8 (N, H, W) or (N, H, W, 3)."""
+def from_arrays(images: NDArray[np.uint8], targets: NDArray[np.int64], name: str) -> RawSplit:
+    """A split of images that are arrays already: uint8 (N, H, W) or (N, H, W, 3)."""
     fingerprint = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    return Pictures(
+    return RawSplit(
         targets, lambda index: images[index], lambda index: f"{name}, image {index}", fingerprint
     )

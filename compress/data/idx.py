@@ -1,8 +1,7 @@
-"""The idx format of MNIST and Fashion-MNIST: unsigned bytes behind a short header, plain or
-compressed.
+"""The idx format of MNIST and Fashion-MNIST: unsigned bytes after a short header.
 
-Format: two zero bytes, a type byte (8 = unsigned byte), the number of dimensions, each dimension as
-big-endian uint32, the bytes.
+The header is two zero bytes, a type byte (8 = unsigned byte), the number of dimensions, and each
+dimension as big-endian uint32. Files may be compressed.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ from ...core.errors import InputError
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read an idx file; `.gz` and `.xz` are opened on the way. Errors: InputError naming the
-    file.
+    """Read an idx file; `.gz` and `.xz` are decompressed.
+
+    Raises:
+        InputError: The file is missing or damaged; the message names it.
     """
     try:
         raw = path.read_bytes()
@@ -40,13 +41,17 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def parse_idx(raw: bytes, where: str) -> tuple[NDArray[np.uint8], int]:
-    """One array from the head of `raw`, and the number of bytes it took; `where` names the source
-    in errors.
+    """Read one array from the start of `raw`, which is named `where` in errors.
+
+    Returns:
+        The array, and the number of bytes that were read.
+
+    Raises:
+        InputError: The bytes are no complete idx file.
     """
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise InputError(
-            f"{where}: not an idx file of bytes (it starts with {raw[:4].hex() or 'nothing'}, not 000008)"
-        )
+        found = raw[:4].hex() or "nothing"
+        raise InputError(f"{where}: not an idx file of bytes (it starts with {found}, not 000008)")
     dimensions = raw[3]
     start = 4 + 4 * dimensions
     if len(raw) < start:
@@ -61,6 +66,6 @@ def parse_idx(raw: bytes, where: str) -> tuple[NDArray[np.uint8], int]:
 
 
 def idx_bytes(array: NDArray[Any]) -> bytes:
-    """The idx file of a uint8 array."""
+    """Encode a uint8 array as an idx file."""
     header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
     return header + np.ascontiguousarray(array, dtype=np.uint8).tobytes()

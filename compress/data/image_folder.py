@@ -1,6 +1,4 @@
-"""Pictures in folders: PATH/<class>/*.png, or PATH/train/<class>/*.png with val (or validation) and
-test beside it.
-"""
+"""Images in folders: PATH/<class>/*.png, or PATH/{train,val,test}/<class>/*.png."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ...core.errors import InputError
-from .decoding import Pictures, Sources
+from .decoding import RawDataset, RawSplit
 
 _TRAIN, _VAL, _TEST = (
     ("train", "training"),
@@ -20,41 +18,43 @@ _TRAIN, _VAL, _TEST = (
 )
 
 
-def read_image_folder(root: Path) -> Sources:
-    """List the pictures; nothing is decoded yet. Errors: InputError for a missing path, no classes,
-    a class without pictures.
+def read_image_folder(root: Path) -> RawDataset:
+    """List the images of a folder; nothing is decoded.
+
+    Raises:
+        InputError: The folder is missing, has no classes, or a class without images.
     """
     if not root.is_dir():
-        raise InputError(
-            f"{root}: {'not a folder' if root.exists() else 'no such folder'}; imagefolder: names a folder with one folder a class"
-        )
+        problem = "not a folder" if root.exists() else "no such folder"
+        raise InputError(f"{root}: {problem}; imagefolder: names a folder with one folder a class")
     parts = {
         kind: _part(root, names)
         for kind, names in (("train", _TRAIN), ("val", _VAL), ("test", _TEST))
     }
     train_root = parts["train"]
     if train_root is None:
-        if parts["val"] or parts["test"]:
-            other = parts["val"] or parts["test"]
+        other = parts["val"] or parts["test"]
+        if other is not None:
             raise InputError(
-                f"{root}: holds {other.name if other else ''} but no train folder; add one, or name the folder that holds the classes"
+                f"{root}: holds {other.name} but no train folder; "
+                "add one, or name the folder that holds the classes"
             )
         train_root = root
     labels = tuple(folder.name for folder in _folders(train_root))
     if not labels:
         raise InputError(
-            f"{train_root}: no class folders in it; put the pictures into one folder a class"
+            f"{train_root}: no class folders in it; put the images into one folder a class"
         )
     read = {
-        kind: _pictures(folder, labels)
+        kind: _images(folder, labels)
         for kind, folder in parts.items()
         if folder is not None and kind != "train"
     }
-    return Sources(labels, _pictures(train_root, labels), read.get("val"), read.get("test"))
+    return RawDataset(labels, _images(train_root, labels), read.get("val"), read.get("test"))
 
 
 def _part(root: Path, names: tuple[str, ...]) -> Path | None:
-    # A class may be called `test`; a split folder holds folders of its own.
+    # A class may be named `test`, but the folder of a split contains folders.
     return next(
         (root / name for name in names if (root / name).is_dir() and _folders(root / name)), None
     )
@@ -66,7 +66,7 @@ def _folders(root: Path) -> list[Path]:
     )
 
 
-def _pictures(root: Path, labels: tuple[str, ...]) -> Pictures:
+def _images(root: Path, labels: tuple[str, ...]) -> RawSplit:
     endings = set(Image.registered_extensions())
     files: list[Path] = []
     targets: list[int] = []
@@ -74,7 +74,8 @@ def _pictures(root: Path, labels: tuple[str, ...]) -> Pictures:
     for folder in _folders(root):
         if folder.name not in labels:
             raise InputError(
-                f"{folder}: a class that the training split does not have; remove it, or add it to train"
+                f"{folder}: a class that the training split does not have; "
+                "remove it, or add it to train"
             )
         found = sorted(
             path
@@ -82,7 +83,7 @@ def _pictures(root: Path, labels: tuple[str, ...]) -> Pictures:
             if path.suffix.lower() in endings and path.is_file() and not path.name.startswith(".")
         )
         if not found:
-            raise InputError(f"{folder}: no pictures in this class; add some, or remove the folder")
+            raise InputError(f"{folder}: no images in this class; add some, or remove the folder")
         for path in found:
             status = path.stat()
             stamp.update(
@@ -96,7 +97,7 @@ def _pictures(root: Path, labels: tuple[str, ...]) -> Pictures:
             image.load()
             return image
 
-    return Pictures(
+    return RawSplit(
         np.array(targets, dtype=np.int64),
         open_file,
         lambda index: str(files[index]),

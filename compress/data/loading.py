@@ -1,11 +1,11 @@
-"""The one door through which every data set comes in: a name or a path in, three splits that do not
-leak out.
+"""Loading of data sets by name or path, as three splits without overlap.
 
-The official test split is the test (the official validation split where no labelled test exists);
-validation is the official one where both exist, else it is cut from train, stratified, by a fixed
-seed; a set with nothing but train gives up a test of its own the same way. Fashion-MNIST and the
-embedded quickstart have a fixed division, so that the shipped baseline has seen nobody's validation
-images.
+1. The official test split is the test split, or else the official validation split.
+2. Where both official splits exist, the validation split is the official one. Otherwise it is cut
+   from train, stratified, by a fixed seed.
+3. A data set with a train split only gives up a test split in the same way.
+4. Fashion-MNIST and the embedded data set have a fixed division, so that the embedded baseline was
+   not trained on any validation image.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import InputError
-from . import fashion_mnist, image_folder
-from . import hf_datasets as hub
-from .decoding import Pictures, Sources, decode, from_arrays
-from .named_datasets import KNOWN, canonical, default_preprocessing
+from . import fashion_mnist, hf_datasets, image_folder
+from .decoding import RawDataset, RawSplit, decode, from_arrays
+from .embedded import read_quickstart
+from .named_datasets import NAMED_DATASETS, canonical_name, default_preprocessing
 from .preprocessing import Preprocessing
-from .quickstart import read_quickstart
 from .splits import DataSplits, Indices, Split, require_splits, stratified_indices
 
 TEST_SHARE = 0.2
-# Pictures of a source, and which of them.
-Part = tuple[Pictures, Indices]
+# A raw split, and which of its images.
+Part = tuple[RawSplit, Indices]
 
 
 def open_dataset(
@@ -41,17 +40,29 @@ def open_dataset(
     cache: Path | None = None,
     quiet: bool = True,
 ) -> DataSplits:
-    """Open a data set at a model's input size.
+    """Load a data set at a model's input size.
 
-    spec: `quickstart`, `fashion-mnist`, `cifar10`, `cifar100`, `mnist`, `tiny-imagenet`,
-    `imagenet-1k`, a hub name `owner/name`, `imagefolder:PATH`, `parquet:PATH`, `arrow:PATH` or
-    `disk:PATH`. Give `image` = (C, H, W), then mean and std are the data set's own, or a whole
-    `preprocessing`. validation: the share of train held out where no official split serves. limit:
-    at most so many training images, stratified. cache: folder for decoded images (default: memory,
-    or the user's cache folder beyond 256 MB). Errors: InputError, one line, for an unknown name, a
-    missing path, an unreachable hub, a corrupt image, an empty or one-class set.
+    Args:
+        spec: `quickstart`, `fashion-mnist`, `cifar10`, `cifar100`, `mnist`, `tiny-imagenet`,
+            `imagenet-1k`, a hub name `owner/name`, `imagefolder:PATH`, `parquet:PATH`,
+            `arrow:PATH` or `disk:PATH`.
+        image: The input size (C, H, W), with the mean and std of the data set.
+        preprocessing: The whole preprocessing; used instead of `image`.
+        seed: For the division into splits.
+        validation: The share of train that is held out if there is no official validation split.
+        limit: Use at most so many training images, stratified (default: all).
+        cache: The folder for decoded images (default: memory, or the user's cache folder beyond
+            256 MB).
+        quiet: Show no progress bar.
+
+    Returns:
+        The three splits with decoded images.
+
+    Raises:
+        InputError: An unknown name, a missing path, an unreachable hub, an image that cannot be
+            decoded, or a data set without images or with a single class.
     """
-    name = canonical(spec)
+    name = canonical_name(spec)
     if preprocessing is None:
         if image is None:
             raise ValueError(
@@ -60,32 +71,24 @@ def open_dataset(
         preprocessing = default_preprocessing(spec, image)
     if not 0.0 < validation < 1.0:
         raise InputError(
-            f"data.validation = {validation}: the share held out for validation lies between 0 and 1, e.g. 0.1"
+            f"data.validation = {validation}: the share held out for validation lies between "
+            "0 and 1, e.g. 0.1"
         )
-    sources = _sources(name)
-    plan = _plan(spec, sources, seed, validation)
-    # The splits are checked before the long decoding begins.
-    require_splits(
-        spec,
-        {part: pictures.targets[rows] for part, (pictures, rows) in plan.items()},
-        sources.labels,
-    )
+    raw = _read(name)
+    plan = _plan(spec, raw, seed, validation)
     decoded: dict[int, NDArray[np.uint8]] = {}
     splits: dict[str, Split] = {}
-    for part, (pictures, rows) in plan.items():
-        if id(pictures) not in decoded:
-            decoded[id(pictures)] = decode(
-                pictures, preprocessing, title=f"decoding {spec}", cache=cache, quiet=quiet
+    for part, (images, rows) in plan.items():
+        if id(images) not in decoded:
+            title = f"decoding {spec}"
+            decoded[id(images)] = decode(
+                images, preprocessing, title=title, cache=cache, quiet=quiet
             )
-        everything = len(rows) == len(pictures)
-        splits[part] = Split(
-            decoded[id(pictures)],
-            pictures.targets[rows],
-            preprocessing,
-            None if everything else rows,
-        )
+        pixels, targets = decoded[id(images)], images.targets[rows]
+        everything = len(rows) == len(images)
+        splits[part] = Split(pixels, targets, preprocessing, None if everything else rows)
     data = DataSplits(
-        spec, splits["train"], splits["val"], splits["test"], sources.labels, preprocessing
+        spec, splits["train"], splits["val"], splits["test"], raw.labels, preprocessing
     )
     return data.limited(limit, seed)
 
@@ -102,37 +105,45 @@ def open_sample(
     draw_seed: int = 0,
     quiet: bool = True,
 ) -> Split:
-    """At most `count` images of one split of a data set, every class in its own share; no others
-    are decoded.
+    """Load a stratified sample of one split; no other images are decoded.
 
-    spec, preprocessing, seed and validation as for `open_dataset`, which gives the same splits;
-    `draw_seed` says which of the images. Errors: as `open_dataset`, and InputError if the data set
-    has another number of classes than `classes`.
+    Args:
+        spec: The data set, as for `open_dataset`.
+        part: The split.
+        count: Load at most so many images.
+        preprocessing: From an image to the input of the model.
+        classes: The number of classes that the data set must have.
+        seed: For the division into splits, which is that of `open_dataset`.
+        validation: The share of train that is held out, as for `open_dataset`.
+        draw_seed: For the choice of the images.
+        quiet: Show no progress bar.
+
+    Returns:
+        The sample, with each class in its share of the split.
+
+    Raises:
+        InputError: As for `open_dataset`, or the data set has another number of classes.
     """
-    sources = _sources(canonical(spec))
-    if len(sources.labels) != classes:
+    raw = _read(canonical_name(spec))
+    if len(raw.labels) != classes:
         raise InputError(
-            f"{spec} has {len(sources.labels)} classes, but the model has {classes} outputs; name the data set that it was trained on"
+            f"{spec} has {len(raw.labels)} classes, but the model has {classes} outputs; "
+            "name the data set that it was trained on"
         )
-    plan = _plan(spec, sources, seed, validation)
-    require_splits(
-        spec,
-        {name: pictures.targets[rows] for name, (pictures, rows) in plan.items()},
-        sources.labels,
-    )
-    pictures, rows = plan[part]
+    images, rows = _plan(spec, raw, seed, validation)[part]
     if count < len(rows):
-        rows = rows[stratified_indices(pictures.targets[rows], count, draw_seed)[0]]
-    drawn = pictures.part(rows)
-    return Split(
-        decode(drawn, preprocessing, title=f"decoding {spec}", quiet=quiet),
-        drawn.targets,
-        preprocessing,
-    )
+        rows = rows[stratified_indices(images.targets[rows], count, draw_seed)[0]]
+    drawn = images.select(rows)
+    pixels = decode(drawn, preprocessing, title=f"decoding {spec}", quiet=quiet)
+    return Split(pixels, drawn.targets, preprocessing)
 
 
 def require_classes(data: DataSplits, classes: int, model_name: str) -> None:
-    """Refuse a model whose head does not have one output a class."""
+    """Validate that a model has one output a class.
+
+    Raises:
+        InputError: It has another number of outputs; the message names both numbers.
+    """
     if data.classes != classes:
         raise InputError(
             f"{data.name} has {data.classes} classes, but {model_name} has {classes} outputs; "
@@ -140,47 +151,42 @@ def require_classes(data: DataSplits, classes: int, model_name: str) -> None:
         )
 
 
-def _sources(name: str) -> Sources:
+def _read(name: str) -> RawDataset:
+    """Open the source of a data set; nothing is decoded."""
     kind, colon, rest = name.partition(":")
     if colon:
         path = Path(rest).expanduser()
         readers = {
             "imagefolder": image_folder.read_image_folder,
-            "parquet": hub.read_parquet,
-            "arrow": hub.read_arrow,
-            "disk": hub.read_disk,
+            "parquet": hf_datasets.read_parquet,
+            "arrow": hf_datasets.read_arrow,
+            "disk": hf_datasets.read_disk,
         }
-        return readers[kind](path) if kind in readers else hub.read_hub(rest)
+        return readers[kind](path) if kind in readers else hf_datasets.read_hub(rest)
     installed = fashion_mnist.installed_folder()
     if name == "quickstart":
         arrays = read_quickstart()
     elif name == "fashion-mnist" and installed is not None:
         arrays = fashion_mnist.division(installed)
     else:
-        sources = hub.read_hub(KNOWN[name].hub)
-        return _fixed_division(sources) if name == "fashion-mnist" else sources
+        raw = hf_datasets.read_hub(NAMED_DATASETS[name].hub)
+        return _fixed_division(raw) if name == "fashion-mnist" else raw
     train, val, test = (
         from_arrays(*arrays[part], f"{name}, split {part}") for part in ("train", "val", "test")
     )
-    return Sources(fashion_mnist.LABELS, train, val, test)
+    return RawDataset(fashion_mnist.LABELS, train, val, test)
 
 
-def _fixed_division(sources: Sources) -> Sources:
-    """The hub keeps Fashion-MNIST in the order of the original files, so the same division falls
-    out.
-    """
-    held_out, rest = stratified_indices(
-        sources.train.targets,
-        min(fashion_mnist.VALIDATION_IMAGES, len(sources.train)),
-        fashion_mnist.DIVISION_SEED,
-    )
-    return Sources(
-        sources.labels, sources.train.part(rest), sources.train.part(held_out), sources.test
-    )
+def _fixed_division(raw: RawDataset) -> RawDataset:
+    """Divide Fashion-MNIST from the hub, which has the order and so the division of the files."""
+    train, count = raw.train, min(fashion_mnist.VALIDATION_IMAGES, len(raw.train))
+    held_out, rest = stratified_indices(train.targets, count, fashion_mnist.DIVISION_SEED)
+    return RawDataset(raw.labels, train.select(rest), train.select(held_out), raw.test)
 
 
-def _plan(spec: str, sources: Sources, seed: int, validation: float) -> dict[str, Part]:
-    train, val, test = sources.train, sources.val, sources.test
+def _plan(spec: str, raw: RawDataset, seed: int, validation: float) -> dict[str, Part]:
+    """The images of the three splits, validated before the long decoding begins."""
+    train, val, test = raw.train, raw.val, raw.test
     if test is None:
         val, test = None, val
     rest = np.arange(len(train), dtype=np.int64)
@@ -193,16 +199,20 @@ def _plan(spec: str, sources: Sources, seed: int, validation: float) -> dict[str
         plan["val"], rest = _cut(spec, train, rest, validation, seed)
     else:
         plan["val"] = (val, np.arange(len(val), dtype=np.int64))
-    return {"train": (train, rest), "val": plan["val"], "test": plan["test"]}
+    plan = {"train": (train, rest), "val": plan["val"], "test": plan["test"]}
+    targets = {part: images.targets[rows] for part, (images, rows) in plan.items()}
+    require_splits(spec, targets, raw.labels)
+    return plan
 
 
 def _cut(
-    spec: str, train: Pictures, rest: Indices, share: float, seed: int
+    spec: str, train: RawSplit, rest: Indices, share: float, seed: int
 ) -> tuple[Part, Indices]:
     count = round(share * len(rest))
     if len(rest) and not 0 < count < len(rest):
         raise InputError(
-            f"{spec}: {len(rest)} training images cannot give up {share:.0%} of themselves for a held-out split; add images"
+            f"{spec}: {len(rest)} training images are too few for a held-out split of {share:.0%}; "
+            "add images"
         )
     taken, left = stratified_indices(train.targets[rest], count, seed)
     return (train, rest[taken]), rest[left]

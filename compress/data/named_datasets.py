@@ -1,6 +1,4 @@
-"""The data sets that vitrim knows by name: where the hub keeps them, and the mean and spread of
-their pixels.
-"""
+"""Data sets available by name: their names on the hub, and the mean and std of their pixels."""
 
 from __future__ import annotations
 
@@ -16,9 +14,13 @@ PATH_KINDS = ("imagefolder", "parquet", "arrow", "disk")
 
 
 @dataclass(frozen=True)
-class Known:
-    """A data set with a name. hub: its name on the hub; mean and std of the training images, in
-    units of pixel / 255, one a channel.
+class NamedDataset:
+    """A data set available by name.
+
+    Attributes:
+        hub: Its name on the hub.
+        mean: The mean of the training images for each channel, in units of pixel / 255.
+        std: The standard deviation, likewise.
     """
 
     hub: str
@@ -26,30 +28,35 @@ class Known:
     std: tuple[float, ...] = IMAGENET_STD
 
 
-KNOWN: dict[str, Known] = {
-    "quickstart": Known("", (fashion_mnist.MEAN,), (fashion_mnist.STD,)),
-    "fashion-mnist": Known(
+NAMED_DATASETS: dict[str, NamedDataset] = {
+    "quickstart": NamedDataset("", (fashion_mnist.MEAN,), (fashion_mnist.STD,)),
+    "fashion-mnist": NamedDataset(
         "zalando-datasets/fashion_mnist", (fashion_mnist.MEAN,), (fashion_mnist.STD,)
     ),
-    "mnist": Known("ylecun/mnist", (0.1307,), (0.3081,)),
-    "cifar10": Known("uoft-cs/cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Known("uoft-cs/cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "tiny-imagenet": Known("zh-plus/tiny-imagenet"),
-    "imagenet-1k": Known("ILSVRC/imagenet-1k"),
+    "mnist": NamedDataset("ylecun/mnist", (0.1307,), (0.3081,)),
+    "cifar10": NamedDataset("uoft-cs/cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": NamedDataset(
+        "uoft-cs/cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    ),
+    "tiny-imagenet": NamedDataset("zh-plus/tiny-imagenet"),
+    "imagenet-1k": NamedDataset("ILSVRC/imagenet-1k"),
 }
 
 
-def canonical(spec: str) -> str:
-    """The one spelling of a data set's name: `fashion_mnist` is `fashion-mnist`; paths and hub
-    names stay as they are.
+def canonical_name(spec: str) -> str:
+    """The canonical spelling of a name: `fashion_mnist` becomes `fashion-mnist`.
 
-    Errors: InputError for an unknown name, with the nearest known one.
+    Paths stay as they are; `owner/name` becomes `hub:owner/name`.
+
+    Raises:
+        InputError: The name is unknown; the message has the nearest known one.
     """
     kind, colon, rest = spec.partition(":")
     if colon:
         if kind not in (*PATH_KINDS, "hub"):
+            kinds = ", ".join((*PATH_KINDS, "hub"))
             raise InputError(
-                f"data set {spec!r}: {kind!r} is not a kind of source; choose one of {', '.join(PATH_KINDS)}, hub"
+                f"data set {spec!r}: {kind!r} is not a kind of source; choose one of {kinds}"
             )
         if not rest:
             raise InputError(f"data set {spec!r}: a path or name is missing after {kind}:")
@@ -63,24 +70,26 @@ def canonical(spec: str) -> str:
         "imagenet": "imagenet-1k",
         "tinyimagenet": "tiny-imagenet",
     }.get(name, name)
-    if name in KNOWN:
+    if name in NAMED_DATASETS:
         return name
-    near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KNOWN)}"
+    near = difflib.get_close_matches(name, NAMED_DATASETS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(NAMED_DATASETS)}"
     raise InputError(
-        f"data set {spec!r}: not known; {hint} A hub set is written owner/name, a local one imagefolder:PATH or parquet:PATH"
+        f"data set {spec!r}: not known; {hint} A hub set is written owner/name, "
+        "a local one imagefolder:PATH or parquet:PATH"
     )
 
 
 def default_preprocessing(spec: str, image: tuple[int, int, int]) -> Preprocessing:
-    """Resize to the model's input (C, H, W), normalised by the data set's own figures (ImageNet's
-    where none are known).
+    """Preprocessing to the input (C, H, W) of a model, with the mean and std of the data set.
+
+    A data set without a name has the mean and std of ImageNet.
     """
     channels, height, width = image
     if channels not in (1, 3):
         raise InputError(f"the model reads {channels} channels; images have 1 or 3")
-    name = canonical(spec)
-    known = KNOWN.get(name, Known(name))
+    name = canonical_name(spec)
+    known = NAMED_DATASETS.get(name, NamedDataset(name))
     mean, std = known.mean, known.std
     if channels == 1 and len(mean) == 3:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)

@@ -1,5 +1,6 @@
-"""From a picture to a model's input, without torch: the same numbers in training, in calibration
-and on the device.
+"""From an image to the input of a model: equal in training, calibration and on devices.
+
+It needs no torch.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ _FILTERS: dict[str, Image.Resampling] = {
 
 
 class Preprocessing(BaseModel):
-    """What happens to a picture before the model sees it; plain data, so that an artifact's
-    manifest can carry it.
+    """From an image of any size to the input of a model; plain data, part of a manifest.
 
-    `squash` scales to (height, width) whatever the shape; `center-crop` scales the shorter side to
-    size / crop_ratio and cuts out the middle, as timm's evaluation does. Mean and std are in units
-    of pixel / 255, one a channel.
+    Attributes:
+        channels: 1 or 3.
+        height: The input height in pixels.
+        width: The input width in pixels.
+        interpolation: The filter of resizing.
+        resize: "squash" scales to (height, width) whatever the shape; "center-crop" scales the
+            shorter side to size / crop_ratio and crops the centre, as timm's evaluation does.
+        crop_ratio: For "center-crop", above 0 and at most 1.
+        mean: The mean for each channel, in units of pixel / 255.
+        std: The standard deviation, likewise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +55,8 @@ class Preprocessing(BaseModel):
     def _one_number_a_channel(self) -> Self:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(
-                f"mean and std need {self.channels} numbers, one a channel; got {len(self.mean)} and {len(self.std)}"
+                f"mean and std need {self.channels} numbers, one a channel; "
+                f"got {len(self.mean)} and {len(self.std)}"
             )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
@@ -59,27 +67,26 @@ class Preprocessing(BaseModel):
         """(C, H, W) of the model's input."""
         return self.channels, self.height, self.width
 
-    def apply(self, picture: Image.Image | NDArray[Any]) -> NDArray[np.float32]:
-        """A PIL image, or uint8 (H, W), (H, W, 1) or (H, W, 3) of any size -> float32 (C, H, W),
-        normalised.
-        """
-        return self.normalise(self.pixels(picture))
+    def apply(self, source: Image.Image | NDArray[Any]) -> NDArray[np.float32]:
+        """The normalised input, float32 (C, H, W).
 
-    def pixels(self, picture: Image.Image | NDArray[Any]) -> NDArray[np.uint8]:
-        """The resized picture before normalisation: uint8 (C, H, W). This is what the data cache
-        keeps.
+        `source` is a PIL image, or uint8 (H, W), (H, W, 1) or (H, W, 3), of any size.
         """
+        return self.normalise(self.pixels(source))
+
+    def pixels(self, source: Image.Image | NDArray[Any]) -> NDArray[np.uint8]:
+        """The resized image before normalisation, uint8 (C, H, W), as the data cache holds it."""
         if (
-            isinstance(picture, np.ndarray)
+            isinstance(source, np.ndarray)
             and self.channels == 1
-            and picture.shape == (self.height, self.width)
-            and picture.dtype == np.uint8
+            and source.shape == (self.height, self.width)
+            and source.dtype == np.uint8
             and (self.resize == "squash" or self.crop_ratio == 1.0)
         ):
-            # Already the model's input, as in MNIST's kin: seventy thousand times nothing to do.
-            return picture[None]
-        image = _as_image(picture)
-        # Palette pictures with transparency go through RGBA, or Pillow guesses.
+            # Images of MNIST and the like need no conversion, which saves time.
+            return source[None]
+        image = _as_image(source)
+        # By way of RGBA, since Pillow guesses the transparency of palette images.
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
@@ -95,51 +102,43 @@ class Preprocessing(BaseModel):
         return pixels.astype(np.float32) * scale[:, None, None] + shift[:, None, None]
 
     def scale_and_shift(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Normalisation as pixel * scale + shift, both float32 (C,): one fused step, the same
-        everywhere.
-        """
+        """Normalisation as pixel * scale + shift, both float32 (C,), the same on every device."""
         mean, std = np.array(self.mean, dtype=np.float64), np.array(self.std, dtype=np.float64)
         return (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
     def _sized(self, image: Image.Image) -> Image.Image:
-        wanted = (self.width, self.height)
+        wanted, kind = (self.width, self.height), _FILTERS[self.interpolation]
         if self.resize == "squash":
-            return (
-                image
-                if image.size == wanted
-                else image.resize(wanted, _FILTERS[self.interpolation])
-            )
-        # As timm and torchvision do: the shorter side becomes floor(size / crop_ratio), the other
-        # follows rounded down; then the centre.
-        target_h, target_w = (
-            math.floor(self.height / self.crop_ratio),
-            math.floor(self.width / self.crop_ratio),
-        )
+            return image if image.size == wanted else image.resize(wanted, kind)
+        # As in timm and torchvision: the shorter side becomes floor(size / crop_ratio), the other
+        # one is scaled and rounded down; then the centre is cropped.
+        target_h = math.floor(self.height / self.crop_ratio)
+        target_w = math.floor(self.width / self.crop_ratio)
         if target_h * image.width <= target_w * image.height:
             scaled = (target_w, max(self.height, target_w * image.height // image.width))
         else:
             scaled = (max(self.width, target_h * image.width // image.height), target_h)
         if image.size != scaled:
-            image = image.resize(scaled, _FILTERS[self.interpolation])
+            image = image.resize(scaled, kind)
         left, top = round((image.width - self.width) / 2), round((image.height - self.height) / 2)
         return image.crop((left, top, left + self.width, top + self.height))
 
 
-def _as_image(picture: Image.Image | NDArray[Any]) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
-    array = np.asarray(picture)
+def _as_image(source: Image.Image | NDArray[Any]) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    array = np.asarray(source)
     if array.dtype != np.uint8:
-        raise ValueError(f"a picture array is uint8, not {array.dtype}")
+        raise ValueError(f"an image array is uint8, not {array.dtype}")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
-        raise ValueError(f"a picture array is (H, W), (H, W, 1) or (H, W, 3), not {array.shape}")
+        raise ValueError(f"an image array is (H, W), (H, W, 1) or (H, W, 3), not {array.shape}")
     return Image.fromarray(array)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips 16-bit grey at 255; the high byte is what a viewer shows.
+    # Pillow clips 16-bit grey at 255; image viewers show the high byte.
     array = np.asarray(image).astype(np.float64)
     top = 65535.0 if array.max(initial=0.0) > 255.0 else 255.0
     return Image.fromarray(np.clip(array * (255.0 / top), 0, 255).round().astype(np.uint8))

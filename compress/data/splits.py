@@ -1,6 +1,4 @@
-"""Train, validation and test: what a data set is once it is open, and the rule that cuts validation
-from train.
-"""
+"""The splits of an opened data set, and the stratified division of one split."""
 
 from __future__ import annotations
 
@@ -20,12 +18,14 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """Images at the model's input size, decoded, and their labels.
+    """Decoded images at the model's input size, and their labels.
 
-    pixels: uint8 (M, C, H, W), perhaps memory-mapped; targets: int64 (N,); rows: int64 (N,), where
-    in `pixels` each image lies, so that two splits share one file (None: pixels are exactly this
-    split's, in order); preprocessing: how a picture became these pixels, and how they become
-    floats.
+    Attributes:
+        pixels: uint8 (M, C, H, W), possibly memory-mapped.
+        targets: int64 (N,), the class numbers.
+        preprocessing: How images became these pixels, and how pixels are normalised.
+        rows: int64 (N,), the row of each image in `pixels`, which several splits can share; None if
+            `pixels` has exactly the images of this split, in order.
     """
 
     pixels: NDArray[np.uint8]
@@ -38,35 +38,33 @@ class Split:
 
     def batch(self, indices: Indices | slice) -> tuple[Tensor, Tensor]:
         """uint8 images (B, C, H, W) and int64 labels (B,)."""
-        return torch.from_numpy(self._pixels(indices)), torch.from_numpy(
-            np.array(self.targets[indices])
-        )
+        targets = np.array(self.targets[indices])
+        return torch.from_numpy(self._pixels(indices)), torch.from_numpy(targets)
 
     def floats(self, indices: Indices | slice = slice(None)) -> Tensor:
-        """Normalised images, float32 (B, C, H, W), as the model reads them."""
+        """Normalised images, float32 (B, C, H, W), the input of the model."""
         return normalise(torch.from_numpy(self._pixels(indices)), self.preprocessing)
 
     def arrays(self, limit: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Normalised images and labels as numpy, for export, calibration and measuring; the first
-        `limit` of them.
-        """
+        """The first `limit` (default: all) normalised images and labels, as numpy arrays."""
         part = slice(0, limit)
         return self.preprocessing.normalise(self._pixels(part)), np.array(self.targets[part])
 
-    def take(self, indices: Indices) -> Split:
-        """The part of the split at `indices`, in that order."""
+    def select(self, indices: Indices) -> Split:
+        """The images at `indices`, in that order."""
         rows = indices if self.rows is None else self.rows[indices]
         return replace(self, targets=self.targets[indices], rows=rows)
 
     def _pixels(self, indices: Indices | slice) -> NDArray[np.uint8]:
-        # np.array copies, so that a memory-mapped page is never handed out for writing.
+        # np.array copies, so that no caller writes to a memory-mapped page.
         return np.array(self.pixels[indices if self.rows is None else self.rows[indices]])
 
 
 @dataclass(frozen=True)
 class DataSplits:
-    """An open data set. Masks and early stopping look at `val`; only the final table looks at
-    `test`.
+    """An opened data set.
+
+    Mask learning and early stopping use `val`; only the final table uses `test`.
     """
 
     name: str
@@ -78,75 +76,86 @@ class DataSplits:
 
     @property
     def classes(self) -> int:
+        """The number of classes."""
         return len(self.labels)
 
     def limited(self, train_images: int | None, seed: int = 0) -> DataSplits:
-        """At most so many training images, stratified; validation and test stay whole."""
+        """The data set with at most so many training images, stratified."""
         if train_images is None or train_images >= len(self.train):
             return self
-        return replace(
-            self,
-            train=self.train.take(stratified_indices(self.train.targets, train_images, seed)[0]),
-        )
+        rows, _ = stratified_indices(self.train.targets, train_images, seed)
+        return replace(self, train=self.train.select(rows))
 
 
 def stratified_indices(
     targets: NDArray[np.int64], count: int, seed: int
 ) -> tuple[Indices, Indices]:
-    """(taken, rest): `count` indices with every class in its own share, and all the others; both
-    sorted, the same for the same seed.
+    """Divide indices in two, with each class in its share.
+
+    Args:
+        targets: (N,), the class numbers.
+        count: The size of the first part.
+        seed: Equal seeds give equal parts.
+
+    Returns:
+        `count` indices and the other ones, both sorted.
+
+    Raises:
+        InputError: `count` exceeds the number of images.
     """
     if not 0 <= count <= len(targets):
-        raise InputError(f"{count} images are asked for out of {len(targets)}; ask for fewer")
+        raise InputError(f"{count} images of {len(targets)} requested; request fewer")
     generator = np.random.Generator(np.random.PCG64(seed))
     classes, inverse, sizes = np.unique(targets, return_inverse=True, return_counts=True)
     exact = sizes * (count / max(1, len(targets)))
     share = np.floor(exact).astype(np.int64)
-    # The images lost to rounding go to the largest remainders; ties go to the lower class, so that
-    # the rule is fixed.
+    # The rest goes to the classes with the largest remainders; ties go to the lower class.
     for position in np.argsort(share - exact, kind="stable")[: count - int(share.sum())]:
         share[position] += 1
-    taken = np.concatenate(
+    selected = np.concatenate(
         [
             generator.permutation(np.flatnonzero(inverse == position))[: share[position]]
             for position in range(len(classes))
         ]
         or [np.zeros(0, np.int64)]
     )
-    taken = np.sort(taken).astype(np.int64)
-    rest = np.setdiff1d(np.arange(len(targets), dtype=np.int64), taken, assume_unique=True)
-    return taken, rest
+    selected = np.sort(selected).astype(np.int64)
+    rest = np.setdiff1d(np.arange(len(targets), dtype=np.int64), selected, assume_unique=True)
+    return selected, rest
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 (B, C, H, W) -> float32, the same numbers as Preprocessing.normalise."""
-    scale, shift = preprocessing.scale_and_shift()
-    return (
-        pixels.to(torch.float32) * torch.from_numpy(scale)[:, None, None]
-        + torch.from_numpy(shift)[:, None, None]
-    )
+    """uint8 (B, C, H, W) -> float32, equal to `Preprocessing.normalise`."""
+    scale, shift = (torch.from_numpy(part) for part in preprocessing.scale_and_shift())
+    return pixels.to(torch.float32) * scale[:, None, None] + shift[:, None, None]
 
 
 def require_splits(
     name: str, targets: Mapping[str, NDArray[np.int64]], labels: Sequence[str]
 ) -> None:
-    """Refuse a data set that cannot be learned from: an empty split, or a single class. targets:
-    those of train, val and test.
+    """Validate that a data set can be learned from.
+
+    Args:
+        name: The data set, for the message.
+        targets: The class numbers (N,) of train, val and test.
+        labels: The names of the classes.
+
+    Raises:
+        InputError: A split is empty, a label has no class, or train has a single class.
     """
     for part, numbers in targets.items():
         if len(numbers) == 0:
-            whole = (
-                "the data set is empty"
-                if not any(map(len, targets.values()))
-                else f"the {part} split holds no images"
-            )
-            raise InputError(f"{name}: {whole}; give it images, or choose another data set")
+            empty = not any(map(len, targets.values()))
+            problem = "the data set is empty" if empty else f"the {part} split holds no images"
+            raise InputError(f"{name}: {problem}; give it images, or choose another data set")
         if numbers.min() < 0 or numbers.max() >= len(labels):
             raise InputError(
-                f"{name}: the {part} split has a label outside 0..{len(labels) - 1}; every image needs one of the {len(labels)} classes"
+                f"{name}: the {part} split has a label outside 0..{len(labels) - 1}; "
+                f"every image needs one of the {len(labels)} classes"
             )
-    seen = np.unique(targets["train"])
-    if len(seen) < 2:
+    found = np.unique(targets["train"])
+    if len(found) < 2:
         raise InputError(
-            f"{name}: all training images are of one class ({labels[int(seen[0])]}); classification needs at least two"
+            f"{name}: all training images are of one class ({labels[int(found[0])]}); "
+            "classification needs at least two"
         )

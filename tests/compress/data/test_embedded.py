@@ -1,4 +1,4 @@
-"""The baseline that ships: its card tells the truth about the file beside it."""
+"""The embedded baseline: its card describes the file of weights correctly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitrim.core.storage import sha256_file
 from vitrim.pipeline.recipe import load_recipe
 
 
-def test_the_weights_are_the_cards() -> None:
+def test_the_card_describes_the_weights() -> None:
     card = embedded_card()
     assert WEIGHTS.stat().st_size <= 3 * 10**6
     assert sha256_file(WEIGHTS) == card["sha256"]
@@ -28,20 +28,22 @@ def test_the_weights_are_the_cards() -> None:
         "quickstart", preprocessing=Preprocessing.model_validate(card["preprocessing"])
     )
     assert list(data.labels) == card["labels"]
-    few = data.test.take(np.arange(600))
-    # Within four standard deviations of what the card says for all 3,000.
+    few = data.test.select(np.arange(600))
+    # Within four standard deviations of the accuracy on all 3,000 in the card.
     assert abs(evaluate(model, few) / 100 - card["quickstart_test_top1"]) < 0.05
     assert card["test_top1"] >= 0.90
 
 
-def test_the_recipes_that_made_it_are_there() -> None:
+def test_the_recipes_in_the_card_exist() -> None:
     for name, epochs in zip(embedded_card()["recipes"], embedded_card()["epochs"], strict=True):
         assert load_recipe(name).baseline.epochs == epochs
 
 
-def test_a_package_without_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_package_without_the_baseline_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(
         "vitrim.compress.data.embedded.WEIGHTS", tmp_path / "quickstart_vit.safetensors"
     )
-    with pytest.raises(InputError, match="the shipped baseline is missing; install vitrim again"):
+    with pytest.raises(InputError, match="the embedded baseline is missing; install vitrim again"):
         embedded_card()

@@ -17,13 +17,13 @@ from vitrim.core.errors import InputError
     hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5)),
     st.binary(max_size=9),
 )
-def test_what_is_written_is_read_back(array: np.ndarray, rest: bytes) -> None:
+def test_an_encoded_array_is_read_back(array: np.ndarray, rest: bytes) -> None:
     found, used = parse_idx(idx_bytes(array) + rest, "here")
     assert np.array_equal(found, array)
     assert used == len(idx_bytes(array))
 
 
-def test_compressed_files_are_opened(tmp_path: Path) -> None:
+def test_compressed_files_are_decompressed(tmp_path: Path) -> None:
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     for name, content in (
         ("a", idx_bytes(array)),
@@ -39,7 +39,7 @@ def test_compressed_files_are_opened(tmp_path: Path) -> None:
     [
         ("cut.gz", gzip.compress(bytes(1000))[:-12], "cannot be unpacked"),
         ("cut.xz", lzma.compress(bytes(1000))[:-12], "cannot be unpacked"),
-        ("picture", b"\x89PNG....", "not an idx file of bytes"),
+        ("image", b"\x89PNG....", "not an idx file of bytes"),
         ("empty", b"", "not an idx file of bytes"),
         ("short", idx_bytes(np.zeros((4, 5), np.uint8))[:-1], "cut short, 19 of 20 bytes"),
         ("header", idx_bytes(np.zeros((4, 5), np.uint8))[:9], "header is cut short"),

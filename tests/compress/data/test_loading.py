@@ -1,6 +1,4 @@
-"""Real files through the door: folders of pictures, parquet, arrow and saved sets, and what is
-refused.
-"""
+"""Loading of image folders, parquet, arrow and saved data sets, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ import pytest
 from PIL import Image
 from vitrim.compress.data import fashion_mnist
 from vitrim.compress.data.decoding import cache_folder
+from vitrim.compress.data.embedded import ARCHIVE
 from vitrim.compress.data.loading import open_dataset, open_sample, require_classes
-from vitrim.compress.data.named_datasets import canonical, default_preprocessing
-from vitrim.compress.data.quickstart import ARCHIVE
+from vitrim.compress.data.named_datasets import canonical_name, default_preprocessing
 from vitrim.compress.data.splits import DataSplits, Split
 from vitrim.core.errors import InputError
 
@@ -34,16 +32,16 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
 
 
-def picture(seed: int) -> Image.Image:
+def noise_image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 11, 3), dtype=np.uint8))
 
 
-def folder_of_pictures(root: Path, counts: dict[str, int], first: int = 0) -> Path:
+def write_folder(root: Path, counts: dict[str, int], first: int = 0) -> Path:
     for label, count in counts.items():
         (root / label).mkdir(parents=True)
         for index in range(count):
             first += 1
-            picture(first).save(root / label / f"{index}.png")
+            noise_image(first).save(root / label / f"{index}.png")
     return root
 
 
@@ -55,7 +53,7 @@ def hub_like(count: int, first: int = 0, classes: int = 3) -> datasets.Dataset:
         }
     )
     rows = {
-        "image": [picture(first + index) for index in range(count)],
+        "image": [noise_image(first + index) for index in range(count)],
         "label": [index % classes for index in range(count)],
     }
     return datasets.Dataset.from_dict(rows, features=features)
@@ -67,7 +65,7 @@ def contents(split: Split) -> set[bytes]:
     }
 
 
-def assert_no_leak(data: DataSplits) -> None:
+def assert_no_overlap(data: DataSplits) -> None:
     train, val, test = contents(data.train), contents(data.val), contents(data.test)
     assert len(train) == len(data.train)
     assert not train & val
@@ -75,7 +73,7 @@ def assert_no_leak(data: DataSplits) -> None:
     assert not val & test
 
 
-def test_quickstart_is_real_small_and_fair(quickstart: DataSplits) -> None:
+def test_quickstart_is_small_normalised_and_has_equal_classes(quickstart: DataSplits) -> None:
     assert (len(quickstart.train), len(quickstart.val), len(quickstart.test)) == (
         11_000,
         1_500,
@@ -86,7 +84,7 @@ def test_quickstart_is_real_small_and_fair(quickstart: DataSplits) -> None:
     assert "Zalando SE" in ARCHIVE.with_name("LICENSE.fashion-mnist").read_text(encoding="utf-8")
     for split in (quickstart.train, quickstart.val, quickstart.test):
         assert np.bincount(split.targets).tolist() == [len(split) // 10] * 10
-        # A glance at the first images sees all classes.
+        # The first images are of all classes.
         assert len(set(split.targets[:100].tolist())) == 10
         images, labels = split.batch(np.array([0, len(split) - 1]))
         assert images.shape == (2, 1, 28, 28)
@@ -96,7 +94,7 @@ def test_quickstart_is_real_small_and_fair(quickstart: DataSplits) -> None:
     assert abs(float(std) - 1) < 0.02
 
 
-def test_quickstart_lies_inside_the_baselines_division(quickstart: DataSplits) -> None:
+def test_quickstart_is_part_of_the_baselines_division(quickstart: DataSplits) -> None:
     if fashion_mnist.installed_folder() is None:
         pytest.skip("dataset-fashion-mnist is not installed")
     whole = open_dataset("fashion_mnist", image=(1, 28, 28))
@@ -129,12 +127,12 @@ def test_quickstart_at_another_size() -> None:
     assert bool((images[:, 0] == images[:, 2]).all())
 
 
-def test_a_folder_of_classes_is_divided_without_leaks(tmp_path: Path) -> None:
-    root = folder_of_pictures(tmp_path / "pictures", {"ant": 30, "bee": 20})
+def test_a_folder_of_classes_is_divided_without_overlap(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images", {"ant": 30, "bee": 20})
     data = open_dataset(f"imagefolder:{root}", image=SMALL)
     assert data.labels == ("ant", "bee")
     assert (len(data.train), len(data.val), len(data.test)) == (36, 4, 10)
-    assert_no_leak(data)
+    assert_no_overlap(data)
     again = open_dataset(f"imagefolder:{root}", image=SMALL)
     assert contents(again.val) == contents(data.val)
     assert contents(open_dataset(f"imagefolder:{root}", image=SMALL, seed=5).val) != contents(
@@ -144,18 +142,18 @@ def test_a_folder_of_classes_is_divided_without_leaks(tmp_path: Path) -> None:
 
 def test_official_splits_are_kept(tmp_path: Path) -> None:
     for part, count, first in (("train", 20, 0), ("val", 5, 100), ("test", 6, 200)):
-        folder_of_pictures(tmp_path / part, {"ant": count, "bee": count}, first)
+        write_folder(tmp_path / part, {"ant": count, "bee": count}, first)
     data = open_dataset(f"imagefolder:{tmp_path}", image=SMALL)
     assert (len(data.train), len(data.val), len(data.test)) == (40, 10, 12)
-    assert_no_leak(data)
+    assert_no_overlap(data)
 
 
-def test_validation_serves_as_test_where_there_is_none(tmp_path: Path) -> None:
-    folder_of_pictures(tmp_path / "train", {"ant": 20, "bee": 20})
-    folder_of_pictures(tmp_path / "val", {"ant": 5, "bee": 5}, 100)
+def test_the_official_validation_split_is_test_where_there_is_no_test(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"ant": 20, "bee": 20})
+    write_folder(tmp_path / "val", {"ant": 5, "bee": 5}, 100)
     data = open_dataset(f"imagefolder:{tmp_path}", image=SMALL)
     assert (len(data.train), len(data.val), len(data.test)) == (36, 4, 10)
-    assert_no_leak(data)
+    assert_no_overlap(data)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "disk"])
@@ -177,13 +175,13 @@ def test_local_files_of_the_datasets_library(tmp_path: Path, kind: str) -> None:
     data = open_dataset(f"{kind}:{path}", image=SMALL)
     assert data.labels == ("ant", "bee", "cat")
     assert (len(data.train), len(data.val), len(data.test)) == (27, 3, 9)
-    assert_no_leak(data)
+    assert_no_overlap(data)
     pixels, labels = data.test.batch(slice(0, 1))
     assert labels.tolist() == [0]
-    assert np.array_equal(pixels[0].numpy(), data.preprocessing.pixels(picture(100)))
+    assert np.array_equal(pixels[0].numpy(), data.preprocessing.pixels(noise_image(100)))
 
 
-def test_a_split_without_labels_is_no_test_split(tmp_path: Path) -> None:
+def test_a_split_without_labels_is_ignored(tmp_path: Path) -> None:
     hidden = hub_like(6, first=300).map(lambda row: {"label": -1})
     sets = datasets.DatasetDict(
         {"train": hub_like(30), "validation": hub_like(9, first=100), "test": hidden}
@@ -194,15 +192,15 @@ def test_a_split_without_labels_is_no_test_split(tmp_path: Path) -> None:
 
 
 def test_labels_may_be_words(tmp_path: Path) -> None:
-    rows = {"img": [picture(index) for index in range(20)], "target": ["dog", "ape"] * 10}
+    rows = {"img": [noise_image(index) for index in range(20)], "target": ["dog", "ape"] * 10}
     features = datasets.Features({"img": datasets.Image(), "target": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "set.parquet"))
     data = open_dataset(f"parquet:{tmp_path}/set.parquet", image=SMALL)
     assert data.labels == ("ape", "dog")
 
 
-def test_decoded_images_are_kept_on_disk_and_found_again(tmp_path: Path) -> None:
-    root = folder_of_pictures(tmp_path / "pictures", {"ant": 20, "bee": 20})
+def test_decoded_images_are_cached_on_disk(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images", {"ant": 20, "bee": 20})
     cache = tmp_path / "decoded"
     data = open_dataset(f"imagefolder:{root}", image=SMALL, cache=cache)
     assert isinstance(data.train.pixels, np.memmap)
@@ -215,29 +213,31 @@ def test_decoded_images_are_kept_on_disk_and_found_again(tmp_path: Path) -> None
         == contents(data.test)
         == contents(open_dataset(f"imagefolder:{root}", image=SMALL).test)
     )
-    # A changed picture is another data set, a cut file no cache.
-    picture(999).save(root / "ant" / "0.png")
+    # A changed image makes another data set; a truncated file is no cache.
+    noise_image(999).save(root / "ant" / "0.png")
     changed = open_dataset(f"imagefolder:{root}", image=SMALL, cache=cache)
     assert len(list(cache.iterdir())) == 2
-    assert data.preprocessing.pixels(picture(999)).tobytes() in contents(changed.train) | contents(
-        changed.val
-    ) | contents(changed.test)
+    assert data.preprocessing.pixels(noise_image(999)).tobytes() in contents(
+        changed.train
+    ) | contents(changed.val) | contents(changed.test)
     file.write_bytes(file.read_bytes()[:100])
-    picture(1).save(root / "ant" / "0.png")
+    noise_image(1).save(root / "ant" / "0.png")
     assert len(open_dataset(f"imagefolder:{root}", image=SMALL, cache=cache).train) == len(
         data.train
     )
 
 
-def test_large_sets_go_to_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_data_sets_are_cached_in_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vitrim.compress.data.decoding.MEMORY_LIMIT_BYTES", 1000)
-    root = folder_of_pictures(tmp_path / "pictures", {"ant": 20, "bee": 20})
+    root = write_folder(tmp_path / "images", {"ant": 20, "bee": 20})
     assert isinstance(open_dataset(f"imagefolder:{root}", image=SMALL).train.pixels, np.memmap)
     assert len(list(cache_folder().iterdir())) == 1
 
 
-def test_a_corrupt_picture_is_named(tmp_path: Path) -> None:
-    root = folder_of_pictures(tmp_path / "pictures", {"ant": 20, "bee": 20})
+def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images", {"ant": 20, "bee": 20})
     whole = root / "bee" / "7.png"
     whole.write_bytes(whole.read_bytes()[:80])
     with pytest.raises(
@@ -247,7 +247,7 @@ def test_a_corrupt_picture_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     # Nothing half-written.
     assert not list((tmp_path / "decoded").iterdir())
-    whole.write_text("no picture at all", encoding="utf-8")
+    whole.write_text("no image at all", encoding="utf-8")
     with pytest.raises(InputError, match=r"7\.png: not a readable image"):
         open_dataset(f"imagefolder:{root}", image=SMALL)
 
@@ -271,29 +271,29 @@ def test_a_corrupt_row_is_named(tmp_path: Path) -> None:
     ("counts", "message"),
     [
         ({"ant": 10}, r"all training images are of one class \(ant\)"),
-        ({"ant": 10, "bee": 0}, "bee: no pictures in this class"),
+        ({"ant": 10, "bee": 0}, "bee: no images in this class"),
         ({}, "no class folders in it"),
-        ({"ant": 1, "bee": 1}, "cannot give up"),
+        ({"ant": 1, "bee": 1}, "too few for a held-out split"),
     ],
 )
-def test_folders_that_cannot_be_learned_from(
+def test_folders_that_cannot_be_learned_from_are_refused(
     tmp_path: Path, counts: dict[str, int], message: str
 ) -> None:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
-    folder_of_pictures(root, counts)
+    write_folder(root, counts)
     with pytest.raises(InputError, match=message):
         open_dataset(f"imagefolder:{root}", image=SMALL)
 
 
-def test_a_class_that_train_does_not_know(tmp_path: Path) -> None:
-    folder_of_pictures(tmp_path / "train", {"ant": 10, "bee": 10})
-    folder_of_pictures(tmp_path / "test", {"ant": 3, "wasp": 3}, 100)
+def test_a_class_that_train_does_not_have_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"ant": 10, "bee": 10})
+    write_folder(tmp_path / "test", {"ant": 3, "wasp": 3}, 100)
     with pytest.raises(InputError, match="wasp: a class that the training split does not have"):
         open_dataset(f"imagefolder:{tmp_path}", image=SMALL)
 
 
-def test_an_empty_set_is_refused(tmp_path: Path) -> None:
+def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     hub_like(0).to_parquet(str(tmp_path / "set.parquet"))
     with pytest.raises(InputError, match="the data set is empty"):
         open_dataset(f"parquet:{tmp_path}/set.parquet", image=SMALL)
@@ -306,7 +306,7 @@ def test_an_empty_set_is_refused(tmp_path: Path) -> None:
         (b"nothing", "arrow", "not readable as arrow"),
     ],
 )
-def test_a_file_that_is_not_what_it_says(
+def test_a_file_of_another_format_is_refused(
     tmp_path: Path, content: bytes, kind: str, message: str
 ) -> None:
     path = tmp_path / f"train.{kind}"
@@ -337,24 +337,24 @@ def test_an_unknown_name_gets_the_nearest(spec: str, message: str) -> None:
         open_dataset(spec, image=SMALL)
 
 
-def test_names_have_one_spelling() -> None:
-    assert canonical("Fashion_MNIST") == "fashion-mnist"
-    assert canonical("imagenet") == "imagenet-1k"
-    assert canonical("someone/something") == "hub:someone/something"
+def test_names_have_one_canonical_spelling() -> None:
+    assert canonical_name("Fashion_MNIST") == "fashion-mnist"
+    assert canonical_name("imagenet") == "imagenet-1k"
+    assert canonical_name("someone/something") == "hub:someone/something"
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The library's own switch: it then refuses exactly as without a network, at once.
+def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With this switch the library fails at once, exactly as without a network.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        InputError, match=r"^nobody/nothing: the hub has no answer for it.*imagefolder:PATH"
+        InputError, match=r"^nobody/nothing: not available from the hub.*imagefolder:PATH"
     ) as error:
         open_dataset("nobody/nothing", image=SMALL)
     assert "\n" not in str(error.value)
 
 
-def test_the_head_must_fit(quickstart: DataSplits) -> None:
+def test_the_number_of_outputs_must_fit(quickstart: DataSplits) -> None:
     require_classes(quickstart, 10, "vit_tiny")
     with pytest.raises(
         InputError,
@@ -363,8 +363,8 @@ def test_the_head_must_fit(quickstart: DataSplits) -> None:
         require_classes(quickstart, 1000, "vit_tiny")
 
 
-def test_a_sample_is_of_its_split_and_nothing_else_is_decoded(tmp_path: Path) -> None:
-    root = folder_of_pictures(tmp_path / "pictures", {"ant": 12, "bee": 6})
+def test_a_sample_is_of_its_split_and_no_other_image_is_decoded(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "images", {"ant": 12, "bee": 6})
     spec = f"imagefolder:{root}"
     preprocessing = default_preprocessing(spec, SMALL)
     whole = open_dataset(spec, image=SMALL, seed=4, validation=0.2)
@@ -385,8 +385,8 @@ def test_a_sample_is_of_its_split_and_nothing_else_is_decoded(tmp_path: Path) ->
     )
     assert one == same
     assert one != other
-    # Whatever was not drawn may be damaged.
-    kept = {bytes(picture) for picture in one}
+    # Images that are not drawn may be damaged.
+    kept = {bytes(image) for image in one}
     for file in root.rglob("*.png"):
         with Image.open(file) as image:
             pixels = preprocessing.pixels(image)
