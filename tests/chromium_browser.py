@@ -1,6 +1,4 @@
-"""Chromium without a window, driven over a pipe by its own protocol: pages as a reader's browser
-shows them, with a record of what they ask for.
-"""
+"""Headless Chromium, controlled over a pipe by the DevTools protocol, with a record of requests."""
 
 from __future__ import annotations
 
@@ -19,9 +17,19 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-default-apps", "--disable-extensions", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
-]  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-default-apps",
+    "--disable-extensions",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+]
 
 
 def find_chromium() -> str | None:
@@ -29,8 +37,8 @@ def find_chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-# The protocol wants the descriptors 3 and 4; ours are copied above them first, since one may be in
-# the other's place.
+# Chromium reads from descriptor 3 and writes to descriptor 4. Ours may have these numbers, so they
+# are copied to higher ones first.
 _MOVE_PIPES = """
 import fcntl, os, sys
 high = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
@@ -41,9 +49,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Page:
-    """One tab. `requests` are the addresses it asked for, `errors` what its console and its scripts
-    complained of.
-    """
+    """One tab, with the addresses of its `requests` and the `errors` of its scripts and console."""
 
     def __init__(self, browser: Browser, session: str) -> None:
         self.browser, self.session = browser, session
@@ -56,7 +62,7 @@ class Page:
         return self.browser.call(method, parameters, self)
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Show a file at a width in CSS pixels, as a phone would below 600."""
+        """Open a file at a width in CSS pixels; below 600 the device is a phone."""
         phone = width < 600
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -75,23 +81,21 @@ class Page:
 
     def value(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        answer = self.call(
+        result = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
-        if "exceptionDetails" in answer:
-            raise AssertionError(answer["exceptionDetails"]["exception"]["description"])
-        return answer["result"].get("value")
+        if "exceptionDetails" in result:
+            raise AssertionError(result["exceptionDetails"]["exception"]["description"])
+        return result["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""
-        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(answer["data"]))
+        result = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(result["data"]))
 
 
 class Browser:
-    """A running browser; one JSON message a NUL, written to its descriptor 3 and read from its
-    descriptor 4.
-    """
+    """A running browser that exchanges JSON messages, each terminated by NUL, over two pipes."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self.to_browser, self.from_browser = to_browser, from_browser
@@ -118,11 +122,11 @@ class Browser:
             message["sessionId"] = page.session
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._next()
-            if answer.get("id") == self.number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
-                result: dict[str, Any] = answer["result"]
+            reply = self._next()
+            if reply.get("id") == self.number:
+                if "error" in reply:
+                    raise RuntimeError(f"{method}: {reply['error']['message']}")
+                result: dict[str, Any] = reply["result"]
                 return result
 
     def wait_for(self, event: str, page: Page) -> None:
@@ -134,10 +138,10 @@ class Browser:
         end = time.monotonic() + limit_s
         while b"\0" not in self.buffer:
             if not select.select([self.from_browser], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise TimeoutError(f"Chromium said nothing for {limit_s} s")
+                raise TimeoutError(f"no message from Chromium for {limit_s} s")
             piece = os.read(self.from_browser, 1 << 20)
             if not piece:
-                raise RuntimeError("Chromium went away")
+                raise RuntimeError("Chromium exited")
             self.buffer += piece
         raw, _, self.buffer = self.buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(raw)
@@ -161,7 +165,7 @@ class Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A fresh browser with a profile of its own, gone at the end."""
+    """A new browser with a temporary profile."""
     path = find_chromium()
     assert path is not None
     child_reads, to_browser = os.pipe()

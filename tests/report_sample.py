@@ -1,6 +1,4 @@
-"""A run folder with the sizes of the demo model, for tests of the report and for looking at its
-page.
-"""
+"""A sample run folder with the sizes of the demo model, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -11,6 +9,15 @@ from typing import Any
 
 import numpy as np
 
+RECIPE = """name = "fashion_mnist"
+
+[data]
+name = "fashion-mnist"
+
+[masks]
+params = 0.3
+epochs = 20
+"""
 HEADS = [3, 2, 3, 1]
 QK = [12, 16, 10, 14]
 V = [20, 24, 16, 18]
@@ -82,7 +89,8 @@ def measurement(
         "total": 10_000,
         "environment": environment(),
         "warnings": [
-            "The processor is a virtual machine's; neighbours may slow it. Compare variants measured in turn, not absolute times."
+            "The processor is a virtual machine's; neighbours may slow it. "
+            "Compare variants measured in turn, not absolute times."
         ],
     }
     return {**fields, **changes}
@@ -132,7 +140,8 @@ def report() -> dict[str, Any]:
         },
         "parity": {
             "masked → compact": 3.1e-7,
-            "compact-fp32: form matrix/opset23/add/centred-rms/gelu/matrix-stem/last-queries against torch": 8.4e-7,
+            "compact-fp32: form matrix/opset23/add/centred-rms/gelu/matrix-stem/last-queries "
+            "against torch": 8.4e-7,
             "ONNX → simplified ONNX": 0.0,
             "fp32 → int8": 0.0312,
         },
@@ -153,9 +162,7 @@ FAR = [*NEAR, "Jetson Nano, its four Cortex-A57"]
 
 
 def estimates() -> list[dict[str, Any]]:
-    """Two devices with a time, one of them by another bar, and one without, which the baseline does
-    not fit.
-    """
+    """Two devices with different error bars, and one that the baseline does not fit."""
     made = []
     for target, device, p50_s, factor in (
         ("rpi4", "Raspberry Pi 4 Model B (4 GB)", 0.0091, 2.36),
@@ -311,15 +318,13 @@ def _epoch(
 
 
 def write_run(folder: Path, *, without: tuple[str, ...] = (), **changes: Any) -> Path:
-    """Write the sample run to `folder`; `without` names files to leave out, `changes` replace keys
-    of report.json.
-    """
+    """Write the sample run without some files; `changes` replace keys of report.json."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "report.json": json.dumps({**report(), **changes}),
         "kept.json": json.dumps(kept()),
         "history.jsonl": "".join(f"{json.dumps(line)}\n" for line in history()),
-        "recipe.toml": 'name = "fashion_mnist"\n\n[data]\nname = "fashion-mnist"\n\n[masks]\nparams = 0.3\nepochs = 20\n',
+        "recipe.toml": RECIPE,
     }
     for name, content in files.items():
         if name not in without:

@@ -1,13 +1,11 @@
-"""The report of a run: a table, pictures and the truth about how they were measured, as Markdown
-and one self-contained HTML page.
-"""
+"""The report of a run, as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_HOMES = {
+_MODULES = {
     "Report": ".model",
     "Run": ".run",
     "load_run": ".run",
@@ -24,10 +22,9 @@ if TYPE_CHECKING:
     from .writing import render, render_measurements
 
 
-# No function here shares its name with a module: importing the module would put it in the
-# function's place. Lazy, so that `python -m vitrim.bench.report.picture` does not find its own
-# module imported already.
+# Imported at first use, so that `python -m vitrim.bench.report.picture` does not import its own
+# module twice. No function shares its name with a module, which would replace it.
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

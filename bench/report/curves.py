@@ -1,6 +1,4 @@
-"""Training curves: small panels over the epochs of all phases, one after the other; a line breaks
-where a phase begins.
-"""
+"""Training curves: small panels over the epochs of all phases, with a gap between phases."""
 
 from __future__ import annotations
 
@@ -13,21 +11,23 @@ from .markup import Markup, element, joined
 from .model import Epoch
 from .plot import (
     Frame,
+    Scale,
     line,
     padded,
     path,
     series_class,
     shortened,
     svg,
+    text_at,
     text_width,
-    tick_text,
+    tick_format,
     ticks,
-    words,
     x_axis,
     y_axis,
 )
 
 PHASES = {"baseline": "baseline", "masks": "masks", "finetune": "fine-tune"}
+Y_TICKS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """A small picture: a title, its unit, and its curves."""
+    """A small plot: a title, its unit, and its curves."""
 
     title: str
     unit: str
@@ -52,7 +52,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of epochs of one phase: `first` and `last` count from 1 over the whole history."""
+    """The epochs of one phase; `first` and `last` count from 1 over the whole history."""
 
     name: str
     first: int
@@ -60,7 +60,7 @@ class Phase:
 
 
 def phases(history: Sequence[Epoch]) -> list[Phase]:
-    """Stretches of equal phase, in order."""
+    """Runs of epochs of the same phase, in order."""
     found: list[Phase] = []
     for number, epoch in enumerate(history, 1):
         if found and found[-1].name == epoch.phase:
@@ -73,101 +73,99 @@ def phases(history: Sequence[Epoch]) -> list[Phase]:
 def panels(
     history: Sequence[Epoch], dense_params: int | None = None, dense_macs: int | None = None
 ) -> list[Panel]:
-    """Loss, top-1, what remains, and speed; a panel without a single value is left out."""
-    every = [
-        Panel("Loss", "", (_curve("training loss", 1, [e.loss for e in history]),)),
-        Panel(
-            "Top-1",
-            "%",
-            (
-                _curve("validation", 1, [e.val_top1 for e in history]),
-                _curve("training", 0, [e.train_top1 for e in history], dashed=True),
-            ),
-        ),
-        Panel(
-            "What remains",
-            "% of the dense model",
-            (
-                _curve(
-                    "parameters",
-                    1,
-                    [_share(e.params, e.params_dense or dense_params) for e in history],
-                ),
-                _curve(
-                    "multiply-adds",
-                    2,
-                    [_share(e.macs, e.macs_dense or dense_macs) for e in history],
-                    dashed=True,
-                ),
-            ),
-            from_zero=True,
-        ),
-        Panel(
-            "Training speed",
-            "images/s",
-            (_curve("images/s", 1, [e.images_per_s for e in history]),),
-            from_zero=True,
-        ),
+    """Panels of loss, top-1, remaining size and speed; those without a value are left out."""
+    params = [_share(epoch.params, epoch.params_dense or dense_params) for epoch in history]
+    macs = [_share(epoch.macs, epoch.macs_dense or dense_macs) for epoch in history]
+    top1 = (
+        _curve("validation", 1, [epoch.val_top1 for epoch in history]),
+        _curve("training", 0, [epoch.train_top1 for epoch in history], dashed=True),
+    )
+    size = _curve("parameters", 1, params), _curve("multiply-adds", 2, macs, dashed=True)
+    speed = (_curve("images/s", 1, [epoch.images_per_s for epoch in history]),)
+    loss = (_curve("training loss", 1, [epoch.loss for epoch in history]),)
+    candidates = [
+        Panel("Loss", "", loss),
+        Panel("Top-1", "%", top1),
+        Panel("Remaining size", "% of the dense model", size, from_zero=True),
+        Panel("Training speed", "images/s", speed, from_zero=True),
     ]
-    kept = [
-        Panel(p.title, p.unit, tuple(c for c in p.curves if _finite(c.values)), p.from_zero)
-        for p in every
-    ]
-    return [panel for panel in kept if panel.curves]
+    found = []
+    for panel in candidates:
+        curves = tuple(curve for curve in panel.curves if _finite(curve.values))
+        if curves:
+            found.append(Panel(panel.title, panel.unit, curves, panel.from_zero))
+    return found
 
 
 def draw(
     panel: Panel, spans: Sequence[Phase], *, width: float, height: float, class_: str = "plot"
 ) -> Markup:
-    """The picture of a panel with its phases as bands."""
-    values = [value for curve in panel.curves for value in _finite(curve.values)]
-    low, high = (
-        (0.0, max(values) * 1.08 or 1.0)
-        if panel.from_zero
-        else padded(min(values), max(values), share=0.06)
-    )
-    write = tick_text(ticks(low, high, 4))
-    margin = max(text_width(write(value)) for value in ticks(low, high, 4)) + 14
+    """Plot a panel, with its phases as bands.
+
+    Args:
+        panel: At least one curve with a value.
+        spans: The phases, as `phases` returns them.
+        width: Width in pixels.
+        height: Height in pixels.
+        class_: CSS classes.
+
+    Returns:
+        The plot.
+    """
+    low, high = _range(panel)
+    values = ticks(low, high, Y_TICKS)
+    write = tick_format(values)
+    margin = max(text_width(write(value)) for value in values) + 14
     frame = Frame(width, height, left=max(30.0, margin), right=12, top=22, bottom=30)
-    last = max(2, spans[-1].last)
-    x, y = frame.x(0.5, last + 0.5), frame.y(low, high)
-    bands = []
-    for number, span in enumerate(spans):
-        start, end = x(span.first - 0.5), x(span.last + 0.5)
-        name = PHASES.get(span.name, shortened(span.name, 16))
-        bands += [
-            element(
-                "rect",
-                element("title", f"{name}: epochs {span.first} to {span.last}"),
-                x=start,
-                y=frame.top,
-                width=end - start,
-                height=frame.inner_bottom - frame.top,
-                class_="band odd" if number % 2 else "band",
-            ),
-            words((start + end) / 2, frame.top - 7, name, class_="tick", anchor="middle")
-            if text_width(name) < end - start + 6
-            else Markup(""),
-            line(start, frame.top, start, frame.inner_bottom, "border") if number else Markup(""),
-        ]
+    epochs = spans[-1].last
+    x, y = frame.x(0.5, max(2, epochs) + 0.5), frame.y(low, high)
     lines = [joined(*(_line(curve, span, x, y) for span in spans)) for curve in panel.curves]
-    description = "; ".join(_told(curve, spans, panel.unit) for curve in panel.curves)
+    description = "; ".join(_description(curve, spans, panel.unit) for curve in panel.curves)
     return svg(
         width,
         height,
-        *bands,
-        y_axis(frame, y, 4, write),
+        *(_band(number, span, x, frame) for number, span in enumerate(spans)),
+        y_axis(frame, y, Y_TICKS, write),
         x_axis(frame, x, "", int(width // 70), whole=True),
         *lines,
-        label=f"{panel.title} over {wording.plural(spans[-1].last, 'epoch')}. {description}",
+        label=f"{panel.title} over {wording.plural(epochs, 'epoch')}. {description}",
         class_=class_,
     )
+
+
+def _range(panel: Panel) -> tuple[float, float]:
+    values = [value for curve in panel.curves for value in _finite(curve.values)]
+    if panel.from_zero:
+        return 0.0, max(values) * 1.08 or 1.0
+    return padded(min(values), max(values), share=0.06)
+
+
+def _band(number: int, span: Phase, x: Scale, frame: Frame) -> Markup:
+    start, end = x(span.first - 0.5), x(span.last + 0.5)
+    name = PHASES.get(span.name, shortened(span.name, 16))
+    title = element("title", f"{name}: epochs {span.first} to {span.last}")
+    band = element(
+        "rect",
+        title,
+        x=start,
+        y=frame.top,
+        width=end - start,
+        height=frame.inner_bottom - frame.top,
+        class_="band odd" if number % 2 else "band",
+    )
+    head = border = None
+    if text_width(name) < end - start + 6:
+        head = text_at((start + end) / 2, frame.top - 7, name, class_="tick", anchor="middle")
+    if number:
+        border = line(start, frame.top, start, frame.inner_bottom, "border")
+    return joined(band, head, border)
 
 
 def _line(
     curve: Curve, span: Phase, x: Callable[[float], float], y: Callable[[float], float]
 ) -> Markup:
-    class_ = f"curve {series_class(curve.series)}" + (" dashed" if curve.dashed else "")
+    colour = series_class(curve.series)
+    class_ = f"curve {colour}" + (" dashed" if curve.dashed else "")
     pieces: list[list[tuple[float, float]]] = [[]]
     for number in range(span.first, span.last + 1):
         value = curve.values[number - 1]
@@ -178,33 +176,27 @@ def _line(
     drawn = []
     for piece in pieces:
         if len(piece) == 1:
-            # A line through one epoch has no length.
-            drawn.append(
-                element(
-                    "circle",
-                    cx=piece[0][0],
-                    cy=piece[0][1],
-                    r=2.5,
-                    class_=f"dot {series_class(curve.series)}",
-                )
-            )
+            # A line through one epoch would be invisible.
+            (cx, cy), *_ = piece
+            drawn.append(element("circle", cx=cx, cy=cy, r=2.5, class_=f"dot {colour}"))
         elif piece:
             drawn.append(path(piece, class_))
     return joined(*drawn)
 
 
-def _told(curve: Curve, spans: Sequence[Phase], unit: str) -> str:
+def _description(curve: Curve, spans: Sequence[Phase], unit: str) -> str:
     ends = []
     for span in spans:
         values = _finite(curve.values[span.first - 1 : span.last])
         if values:
-            ends.append(
-                f"{wording.three_digits(values[-1])} after {PHASES.get(span.name, span.name)}"
-            )
+            phase = PHASES.get(span.name, span.name)
+            ends.append(f"{wording.three_digits(values[-1])} after {phase}")
     return f"{curve.name}{' in ' + unit if unit else ''}: {', '.join(ends)}"
 
 
-def _curve(name: str, series: int, values: list[float | None], *, dashed: bool = False) -> Curve:
+def _curve(
+    name: str, series: int, values: Sequence[float | None], *, dashed: bool = False
+) -> Curve:
     return Curve(name, series, tuple(values), dashed)
 
 

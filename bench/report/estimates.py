@@ -1,6 +1,4 @@
-"""Estimates for devices that were not at hand: one line a device, one column a model in a
-precision; nothing here was measured.
-"""
+"""The table of estimates: one line per device, one column per model and precision."""
 
 from __future__ import annotations
 
@@ -11,41 +9,48 @@ from .model import EstimateEntry
 from .table import NONE, Cell, Line
 
 HEADING = "Estimates"
-WARNING = "Estimates, not measurements: none of these devices was at hand. The first figure is the likely time of one inference, the range under it its error bar."
+WARNING = (
+    "Estimates, not measurements: nothing was measured on these devices. Each cell shows the "
+    "likely time of one inference and below it its error bar."
+)
 
 
 def columns(entries: Sequence[EstimateEntry]) -> list[str]:
-    """The heads of the table: every model in every precision, in their first order."""
+    """The columns of the table: every model in every precision, in order of appearance."""
     return list(dict.fromkeys(_label(entry) for entry in entries))
 
 
 def lines(entries: Sequence[EstimateEntry]) -> list[Line]:
-    """One line a target: its estimates, or by how much a model does not fit it."""
+    """One line per target: its estimates, or by how much a model does not fit."""
     labels = columns(entries)
-    found: dict[str, dict[str, EstimateEntry]] = {}
+    targets: dict[str, dict[str, EstimateEntry]] = {}
     for entry in entries:
-        found.setdefault(entry.target, {})[_label(entry)] = entry
+        targets.setdefault(entry.target, {})[_label(entry)] = entry
     rows = []
-    for known in found.values():
-        cells = tuple(_cell(known[label]) if label in known else NONE for label in labels)
-        first = next(iter(known.values()))
-        rows.append(Line(first.device, cells, _setting(list(known.values()))))
+    for found in targets.values():
+        cells = tuple(_cell(found[label]) if label in found else NONE for label in labels)
+        device = next(iter(found.values())).device
+        rows.append(Line(device, cells, _setting(list(found.values()))))
     return rows
 
 
-def bars(entries: Sequence[EstimateEntry]) -> list[str]:
-    """What each error bar is worth: how wide, and which devices it was held against."""
+def error_bars(entries: Sequence[EstimateEntry]) -> list[str]:
+    """One sentence per error bar: its width, its coverage, and the devices that it is based on."""
     groups: dict[tuple[float, float, tuple[str, ...]], list[str]] = {}
     for entry in entries:
         if entry.latency is not None:
             key = (entry.latency.factor, entry.latency.level, entry.latency.held_against)
             groups.setdefault(key, []).append(entry.latency.rests_on)
-    return [
-        f"A bar of {factor:.1f}× either way (estimates that rest on {_and(list(dict.fromkeys(rests)))}) held {wording.percent(level, 0)} of "
-        f"{wording.plural(len(devices), 'device')} that {'was' if len(devices) == 1 else 'were'} measured, each predicted without its own figures: "
-        f"{'; '.join(devices)}."
-        for (factor, level, devices), rests in groups.items()
-    ]
+    sentences = []
+    for (factor, level, devices), sources in groups.items():
+        source = wording.listed(list(dict.fromkeys(sources)))
+        measured = wording.plural(len(devices), "measured device")
+        sentences.append(
+            f"An error bar of {factor:.1f}× either way (estimates from measurements of {source}) "
+            f"covers {wording.percent(level, 0)} of {measured}, each predicted without its own "
+            f"measurements: {'; '.join(devices)}."
+        )
+    return sentences
 
 
 def _label(entry: EstimateEntry) -> str:
@@ -53,27 +58,22 @@ def _label(entry: EstimateEntry) -> str:
 
 
 def _cell(entry: EstimateEntry) -> Cell:
-    over = entry.excess_bytes
-    if over:
-        return Cell(
-            "does not fit",
-            ", ".join(f"{what} {wording.size(count)} too large" for what, count in over.items()),
-        )
+    excess = entry.excess_bytes
+    if excess:
+        parts = [f"{name} {wording.size(count)} too large" for name, count in excess.items()]
+        return Cell("does not fit", ", ".join(parts))
     if entry.latency is None:
-        return Cell("fits", "no estimate of its time")
+        return Cell("fits", "no latency estimate")
     bar = wording.estimated_range(entry.latency.low_s, entry.latency.high_s)
     return Cell(wording.estimated(entry.latency.estimated_s), f"estimate, {bar}")
 
 
 def _setting(entries: Sequence[EstimateEntry]) -> str:
-    told = [
+    parts = [
         f"{latency.runtime}, {wording.plural(latency.threads, 'thread')}"
         for entry in entries
         if (latency := entry.latency) is not None
     ]
     reasons = [entry.no_latency for entry in entries if entry.no_latency and not entry.excess_bytes]
-    return "; ".join(dict.fromkeys([*told, *(f"no time: {reason}" for reason in reasons)]))
-
-
-def _and(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    parts += [f"no latency estimate: {reason}" for reason in reasons]
+    return "; ".join(dict.fromkeys(parts))

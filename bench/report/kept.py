@@ -1,6 +1,4 @@
-"""What is left of every block: branches grouped into blocks, dimensions with their plain names,
-totals over the network.
-"""
+"""What remains of every block: branches grouped into blocks, and totals over the network."""
 
 from __future__ import annotations
 
@@ -9,15 +7,15 @@ from dataclasses import dataclass
 
 from .model import KeptBranch
 
-# In the order in which a person reads a block; unknown dimensions follow under their own names.
+# In the order of a block's columns; unknown dimensions follow under their own names.
 NAMES = {"head": "heads", "qk": "q·k width", "v": "v width", "ffn": "FFN units", "embed": "embed"}
-# Up to so many units a bar shows each as a cell.
+# A bar of heads shows each of them as a cell, up to this number.
 MOST_CELLS = 16
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One dimension of one block; `total` 0 says that the branch is gone and `word` how."""
+    """One dimension of one block; `word` replaces the figures of a branch that was removed."""
 
     dimension: str
     name: str
@@ -27,7 +25,13 @@ class Bar:
 
     @property
     def share(self) -> float:
+        """The kept share, from 0 to 1."""
         return self.kept / self.total if self.total else 0.0
+
+    @property
+    def label(self) -> str:
+        """Name and figures in words."""
+        return f"{self.name}: {self.word or f'{self.kept} of {self.total} kept'}"
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Kept:
-    """The whole network: `columns` are the dimensions that the blocks show, `embed` the residual
-    stream where all blocks agree on it.
+    """The whole network.
+
+    Attributes:
+        columns: The dimensions of the blocks.
+        blocks: All blocks in order.
+        totals: Sums over the blocks.
+        embed: The residual stream; None where blocks read different parts of it.
     """
 
     columns: tuple[str, ...]
@@ -49,10 +58,18 @@ class Kept:
     totals: tuple[Bar, ...]
     embed: Bar | None
 
+    @property
+    def stream_text(self) -> str:
+        """The kept channels of the residual stream in one sentence; "" without `embed`."""
+        if self.embed is None:
+            return ""
+        channels = f"{self.embed.kept} of {self.embed.total} channels"
+        return f"The residual stream (embed) keeps {channels}, the same ones in every block."
+
 
 def kept_blocks(branches: Sequence[KeptBranch]) -> Kept:
-    """Arrange `branches` for people; needs at least one."""
-    # A branch that is gone reads nothing, which says nothing about the stream.
+    """Group branches into blocks; at least one branch is required."""
+    # A removed branch reads nothing, whatever the width of the stream.
     embeds = {
         branch.dims["embed"]
         for branch in branches
@@ -63,24 +80,9 @@ def kept_blocks(branches: Sequence[KeptBranch]) -> Kept:
     for branch in branches:
         bars = blocks.setdefault(block_name(branch.branch), {})
         if branch.kind in ("removed", "constant"):
-            word = "removed" if branch.kind == "removed" else "a constant"
-            for dimension in _dims_of(branch):
-                bars[dimension] = Bar(
-                    dimension,
-                    NAMES.get(dimension, dimension),
-                    0,
-                    branch.dims.get(dimension, (0, 0))[1],
-                    word,
-                )
-            continue
-        for dimension, (part, total) in branch.dims.items():
-            if dimension == "embed" and shared:
-                continue
-            known = bars.get(dimension)
-            # Two branches of a block may read different channels: the bar shows the wider one, and
-            # only where they differ.
-            if known is None or part > known.kept:
-                bars[dimension] = Bar(dimension, NAMES.get(dimension, dimension), part, total)
+            bars |= _removed_bars(branch)
+        else:
+            _add_bars(bars, branch, without_embed=shared)
     found = {dimension for bars in blocks.values() for dimension in bars}
     columns = [name for name in NAMES if name in found] + sorted(found - set(NAMES))
     return Kept(
@@ -95,7 +97,7 @@ def kept_blocks(branches: Sequence[KeptBranch]) -> Kept:
 
 
 def block_name(branch: str) -> str:
-    """`blocks.3.attn` -> `block 3`; names of another form lose their last part only."""
+    """`blocks.3.attn` -> `block 3`; other names lose their last part only."""
     parts = branch.split(".")
     number = next((part for part in parts if part.isdigit()), None)
     if number is not None:
@@ -103,7 +105,26 @@ def block_name(branch: str) -> str:
     return ".".join(parts[:-1]) or branch
 
 
-def _dims_of(branch: KeptBranch) -> list[str]:
+def _removed_bars(branch: KeptBranch) -> dict[str, Bar]:
+    word = "removed" if branch.kind == "removed" else "a constant"
+    bars = {}
+    for dimension in _dimensions(branch):
+        total = branch.dims.get(dimension, (0, 0))[1]
+        bars[dimension] = Bar(dimension, NAMES.get(dimension, dimension), 0, total, word)
+    return bars
+
+
+def _add_bars(bars: dict[str, Bar], branch: KeptBranch, *, without_embed: bool) -> None:
+    for dimension, (part, total) in branch.dims.items():
+        if dimension == "embed" and without_embed:
+            continue
+        known = bars.get(dimension)
+        # Branches of a block may read different channels: the bar shows the wider one.
+        if known is None or part > known.kept:
+            bars[dimension] = Bar(dimension, NAMES.get(dimension, dimension), part, total)
+
+
+def _dimensions(branch: KeptBranch) -> list[str]:
     own = [dimension for dimension in branch.dims if dimension != "embed"]
     if own:
         return own
@@ -113,9 +134,5 @@ def _dims_of(branch: KeptBranch) -> list[str]:
 
 def _total(column: str, blocks: Iterable[dict[str, Bar]]) -> Bar:
     bars = [bars[column] for bars in blocks if column in bars]
-    return Bar(
-        column,
-        NAMES.get(column, column),
-        sum(bar.kept for bar in bars),
-        sum(bar.total for bar in bars),
-    )
+    kept, total = sum(bar.kept for bar in bars), sum(bar.total for bar in bars)
+    return Bar(column, NAMES.get(column, column), kept, total)

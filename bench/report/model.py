@@ -1,9 +1,8 @@
-"""report.json ("vitrim.report/1"), kept.json and history.jsonl as data: what is required, what may
-be absent, what is refused.
+"""The data of a report: report.json ("vitrim.report/1"), kept.json and history.jsonl.
 
-Units: `params` and `macs` are counts, `bytes` the size of the artifact's files, `top1` of a model
-or a measurement a share from 0 to 1; in history.jsonl, written while training, `train_top1` and
-`val_top1` are percent.
+`params` and `macs` are counts, `bytes` is the size of an artifact's files, `top1` of a model or a
+measurement is a share from 0 to 1. In history.jsonl, written during training, `train_top1` and
+`val_top1` are in percent.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
-    # Further keys are welcome: a newer vitrim may say more than this one shows.
+    # Unknown keys are kept: a newer vitrim may write more than this one shows.
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
 
 class ArtifactEntry(_Part):
-    """One exported file set of a model, and its measurement (None where it was not measured)."""
+    """The files of one exported artifact, and its measurement if there is one."""
 
     runtime: str
     precision: str
@@ -36,9 +35,7 @@ class ArtifactEntry(_Part):
 
 
 class ModelEntry(_Part):
-    """One model; params, macs and top1 are null where they are not known (a report made of
-    measurements alone).
-    """
+    """One model; counts and accuracy are null in a report made of measurements alone."""
 
     params: Count | None
     macs: Count | None
@@ -47,11 +44,19 @@ class ModelEntry(_Part):
 
 
 class EstimatedLatency(_Part):
-    """Seconds of one inference on a device that was not at hand: an estimate, never a measurement.
+    """Estimated seconds of one inference on a device; never a measurement.
 
-    `estimated_s` lies within `low_s` and `high_s`, which is `factor` either way; so wide a bar held
-    the share `level` of the devices `held_against`, each predicted by a calibration that never saw
-    it.
+    Attributes:
+        estimated_s: The likely latency.
+        low_s: Lower end of the error bar.
+        high_s: Upper end of the error bar.
+        factor: Width of the error bar: `high_s / estimated_s` and `estimated_s / low_s`.
+        level: Share of the devices in `held_against` whose measurement the error bar covers, each
+            predicted by a calibration without that device.
+        runtime: Runtime of the estimate.
+        threads: Threads of the estimate.
+        rests_on: The measurements that the calibration is based on.
+        held_against: The measured devices that determine the error bar.
     """
 
     estimated_s: Seconds
@@ -66,11 +71,10 @@ class EstimatedLatency(_Part):
 
 
 class EstimateEntry(_Part):
-    """A model in a precision held against a target that was not at hand: whether it fits, and how
-    long it would take.
+    """Whether a model in a precision fits a device, and its estimated latency there.
 
-    Bytes needed and bytes there; `latency` is null where it does not fit or nothing was measured to
-    estimate it from, and `no_latency` says why.
+    Bytes are what the model needs and what the device has. `latency` is null if the model does not
+    fit or if no measurement allows an estimate; `no_latency` is the reason.
     """
 
     model: str
@@ -86,17 +90,18 @@ class EstimateEntry(_Part):
 
     @property
     def excess_bytes(self) -> dict[str, int]:
-        """By how much the weights or the activations are too large; empty where the model fits."""
-        over = {
+        """By how much the weights or the activations are too large; empty if the model fits."""
+        excess = {
             "weights": self.weight_bytes - self.weight_space_bytes,
             "activations": self.activation_bytes - self.activation_space_bytes,
         }
-        return {what: count for what, count in over.items() if count > 0}
+        return {name: count for name, count in excess.items() if count > 0}
 
 
 class KeptBranch(_Part):
-    """What is left of one attention or FFN branch: dimension -> (kept, total). `qk` and `v` are
-    widths of one head.
+    """What remains of one attention or FFN branch: dimension -> (kept, total).
+
+    `qk` and `v` are widths of one head.
     """
 
     branch: str = Field(min_length=1)
@@ -115,7 +120,7 @@ class KeptBranch(_Part):
 
 
 class Epoch(_Part):
-    """One line of history.jsonl; top-1 in percent, `params` and `macs` are what remains."""
+    """One line of history.jsonl: top-1 in percent, `params` and `macs` as counts that remain."""
 
     phase: str = Field(min_length=1)
     epoch: int = Field(ge=0)
@@ -134,8 +139,9 @@ class Epoch(_Part):
 
 
 class Report(_Part):
-    """The whole of report.json. The first model named `baseline`, or else the first model, is what
-    the others are compared with.
+    """The contents of report.json.
+
+    The others are compared with the model named `baseline`, or with the first one.
     """
 
     schema_: Literal["vitrim.report/1"] = Field(alias="schema")
@@ -155,7 +161,7 @@ class Report(_Part):
     curves: tuple[Epoch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data, with the key `schema`; absent optional keys are left out."""
+        """Plain JSON data with the key `schema`; optional keys with defaults are left out."""
         data: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         models = {
             name: model.model_dump(mode="json", by_alias=True)

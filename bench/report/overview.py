@@ -1,6 +1,4 @@
-"""The figures of a run, derived once: rows grouped by device, speed-ups against the baseline of the
-same device, and the headline.
-"""
+"""The figures of a run: rows grouped by device, speed-ups, the headline, warnings."""
 
 from __future__ import annotations
 
@@ -14,15 +12,17 @@ from . import wording
 from .model import ModelEntry
 from .run import Run
 
-# How far below the best compact artifact the headline's one may be, in share of the images.
+# The headline's artifact is the fastest one whose top-1 is at most so far below the best one's.
 HEADLINE_MARGIN = 0.01
-USUAL_RUNTIME = "onnxruntime"
+DEFAULT_RUNTIME = "onnxruntime"
+LOCAL = ("host", "local")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One artifact on one device. `series` numbers its colour and shape in all pictures; 0 is the
-    baseline.
+    """One artifact on one device.
+
+    `series` is the number of its colour and shape in all plots; 0 is the baseline.
     """
 
     model: str
@@ -41,21 +41,27 @@ class Row:
 
     @cached_property
     def summary(self) -> Summary | None:
+        """Statistics of the latency; None without a measurement."""
         return self.measurement.summary() if self.measurement else None
 
     @cached_property
     def interval(self) -> Interval | None:
+        """95 % interval of the p50; None without a measurement."""
         return self.measurement.interval() if self.measurement else None
 
     @property
     def top1(self) -> float | None:
-        """Of the very artifact that was timed, else of the model it came from; a share."""
+        """Top-1 of the timed artifact, else of its model; a share."""
         measured = self.measurement.top1 if self.measurement else None
         return self.model_top1 if measured is None else measured
 
     @property
     def top1_interval(self) -> tuple[float, float] | None:
-        """Wilson's 95 % interval of the artifact's top-1; None where no images were counted."""
+        """95 % interval of the artifact's top-1; None where no images were counted.
+
+        References:
+            Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+        """
         m = self.measurement
         if m is None or m.correct is None or m.total is None:
             return None
@@ -66,21 +72,15 @@ class Row:
 
     @property
     def efficiency(self) -> float | None:
-        """Speed-up over MAC reduction: 1 says that every removed multiply-add saved its share of
-        the time.
-        """
-        return (
-            self.speed_up.estimate / self.mac_reduction
-            if self.speed_up and self.mac_reduction
-            else None
-        )
+        """Speed-up over MAC reduction: 1 if the time shrinks in proportion to the MACs."""
+        if not self.speed_up or not self.mac_reduction:
+            return None
+        return self.speed_up.estimate / self.mac_reduction
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rows taken in one place with equal threads and batch; only these are compared with each
-    other.
-    """
+    """Rows of one device with equal threads and batch; only these are compared."""
 
     name: str
     setting: str
@@ -89,37 +89,39 @@ class Device:
 
     @property
     def title(self) -> str:
+        """Name and setting."""
         return f"{self.name} · {self.setting}" if self.setting else self.name
 
     @property
     def timed(self) -> tuple[Row, ...]:
+        """The rows with a measurement."""
         return tuple(row for row in self.rows if row.measurement is not None)
 
     @property
     def baseline(self) -> Row | None:
+        """The row of the baseline."""
         return next((row for row in self.rows if row.series == 0), None)
 
     @property
     def environment(self) -> Environment | None:
+        """The environment of the first measurement."""
         return next((row.measurement.environment for row in self.rows if row.measurement), None)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure before and after, ready to be shown: `share` is what remains of it (None where
-    that says nothing).
-    """
+    """One figure before and after, as text; `share` is what remains of it, where that is useful."""
 
     name: str
     before: str | None
     after: str
     remark: str
-    share: float | None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class Overview:
-    """What both the Markdown and the HTML report show."""
+    """The figures of the Markdown and of the HTML report."""
 
     title: str
     headline: str
@@ -130,7 +132,7 @@ class Overview:
 
 
 def overview(run: Run) -> Overview:
-    """Derive all figures of `run`."""
+    """Compute all figures of `run`."""
     devices = _devices(run)
     baseline, chosen = _pair(devices)
     changes = _changes(run, baseline, chosen)
@@ -151,20 +153,31 @@ def baseline_name(run: Run) -> str:
 
 
 def _devices(run: Run) -> tuple[Device, ...]:
+    places: dict[tuple[str, str, bool], list[Row]] = {}
+    for row in _rows(run):
+        places.setdefault(_place(row), []).append(row)
+    reference = run.report.models.get(baseline_name(run))
+    return tuple(
+        Device(name, setting + time, emulated, tuple(_compared(part, reference)))
+        for (name, setting, emulated), rows in places.items()
+        for time, part in _by_session(rows)
+    )
+
+
+def _rows(run: Run) -> list[Row]:
     models = run.report.models
     reference = baseline_name(run)
     found = [(name, model, entry) for name, model in models.items() for entry in model.artifacts]
     found.sort(key=lambda item: item[0] != reference)
     several_runtimes = len({entry.runtime for _, _, entry in found}) > 1
-    # Number 0 is the baseline's alone, even where it was not measured.
+    # Number 0 is reserved for the baseline, even where it was not measured.
     first_number = 0 if models[reference].artifacts else 1
     series: dict[str, int] = {}
-    places: dict[tuple[str, str, bool], list[Row]] = {}
+    rows = []
     for name, model, entry in found:
-        # The usual runtime goes without saying.
-        label = f"{name} {entry.precision}" + (
-            f" {entry.runtime}" if several_runtimes and entry.runtime != USUAL_RUNTIME else ""
-        )
+        label = f"{name} {entry.precision}"
+        if several_runtimes and entry.runtime != DEFAULT_RUNTIME:
+            label += f" {entry.runtime}"
         number = series.setdefault(label, first_number + len(series))
         row = Row(
             model=name,
@@ -179,18 +192,12 @@ def _devices(run: Run) -> tuple[Device, ...]:
             model_top1=model.top1,
             measurement=entry.measurement,
         )
-        places.setdefault(_place(row), []).append(row)
-    return tuple(
-        Device(device, setting + when, emulated, tuple(_compared(part, models.get(reference))))
-        for (device, setting, emulated), rows in places.items()
-        for when, part in _occasions(rows)
-    )
+        rows.append(row)
+    return rows
 
 
-def _occasions(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """[("", rows)], or where artifacts were measured more than once in one place, the rows of each
-    occasion with its time.
-    """
+def _by_session(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """[("", rows)], or the rows of each session with its time if an artifact has several."""
     labels = [row.label for row in rows]
     if len(set(labels)) == len(labels):
         return [("", rows)]
@@ -200,29 +207,27 @@ def _occasions(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     found: dict[str, list[Row]] = {}
     for part in sessions.values():
         first = part[0].measurement
-        when = f", measured {first.started_at[:19].replace('T', ' ')}" if first else ""
-        # Two at the same second are told apart by a number.
-        name = next(
-            name
-            for number in range(1, len(sessions) + 1)
-            if (name := when if number == 1 else f"{when} ({number})") not in found
-        )
-        found[name] = part
+        time = f", measured {first.started_at[:19].replace('T', ' ')}" if first else ""
+        # Sessions of the same second are distinguished by a number.
+        names = [time, *(f"{time} ({number})" for number in range(2, len(sessions) + 1))]
+        found[next(name for name in names if name not in found)] = part
     return list(found.items())
 
 
 def _place(row: Row) -> tuple[str, str, bool]:
+    """Device, setting, and whether it is emulated."""
     m = row.measurement
     if m is None:
         return row.target, "not measured", False
     environment = m.environment
-    told = environment.device_model or environment.cpu_model
+    local = m.device in LOCAL
     name = (
-        told
+        environment.device_model
+        or environment.cpu_model
         or (m.target if m.target != "host" else None)
-        or ("this machine" if m.device in ("host", "local") else m.device)
+        or ("this machine" if local else m.device)
     )
-    if m.device not in ("host", "local") and not environment.emulator and name != m.device:
+    if not local and not environment.emulator and name != m.device:
         name = f"{name}, over {m.device}"
     setting = wording.plural(m.threads, "thread") + (f", batch {m.batch}" if m.batch > 1 else "")
     if environment.emulator:
@@ -231,35 +236,41 @@ def _place(row: Row) -> tuple[str, str, bool]:
 
 
 def _compared(rows: Sequence[Row], reference: ModelEntry | None) -> list[Row]:
-    # An emulator slows some instructions more than others, so a ratio of emulated times says
-    # nothing about the device.
+    # An emulator slows some instructions more than others, so a ratio of emulated times is not that
+    # of the device.
+    candidates = (row for row in rows if row.series == 0 and row.measurement)
     first = next(
-        (
-            row
-            for row in rows
-            if row.series == 0 and row.measurement and not row.measurement.environment.emulator
-        ),
+        (row for row in candidates if row.measurement and not row.measurement.environment.emulator),
         None,
     )
     compared = []
     for row in rows:
-        speed_up, mac_reduction = None, None
+        mac_reduction = None
         if reference and reference.macs and row.macs and row.series != 0:
             mac_reduction = reference.macs / row.macs
-        if first and first.measurement and row.measurement and row is not first:
-            a, b = first.measurement, row.measurement
-            turns = a.samples_per_turn or None, b.samples_per_turn or None
-            paired = a.session == b.session
-            speed_up = ratio_interval(
-                a.latency_s, b.latency_s, turns[0], turns[1], paired=paired, level=0.95
-            )
+        speed_up = _speed_up(first, row) if first and row is not first else None
         compared.append(replace(row, speed_up=speed_up, mac_reduction=mac_reduction))
     return compared
 
 
+def _speed_up(first: Row, row: Row) -> Interval | None:
+    a, b = first.measurement, row.measurement
+    if a is None or b is None:
+        return None
+    return ratio_interval(
+        a.latency_s,
+        b.latency_s,
+        a.samples_per_turn or None,
+        b.samples_per_turn or None,
+        paired=a.session == b.session,
+        level=0.95,
+    )
+
+
 def _pair(devices: Sequence[Device]) -> tuple[Row | None, Row | None]:
-    """The baseline and the artifact of the headline: the fastest within a point of the most
-    accurate, on the first real device.
+    """The baseline and the headline's artifact, on the first real device.
+
+    That is the fastest artifact whose top-1 is within `HEADLINE_MARGIN` of the best one.
     """
     for device in sorted(devices, key=lambda d: (d.emulated, not d.timed)):
         others = [row for row in device.rows if row.series != 0]
@@ -271,13 +282,9 @@ def _pair(devices: Sequence[Device]) -> tuple[Row | None, Row | None]:
             for row in others
             if best is None or (row.top1 is not None and row.top1 >= best - HEADLINE_MARGIN)
         ]
-        timed = [row for row in good if row.summary]
-        chosen = (
-            min(timed, key=lambda row: row.summary.p50_s if row.summary else 0.0)
-            if timed
-            else good[0]
-        )
-        return device.baseline, chosen
+        timed = [(row.summary.p50_s, row) for row in good if row.summary]
+        fastest = min(timed, key=lambda pair: pair[0])[1] if timed else good[0]
+        return device.baseline, fastest
     rows = [row for device in devices for row in device.rows]
     return (rows[0], None) if rows else (None, None)
 
@@ -295,16 +302,17 @@ def _headline(run: Run, baseline: Row | None, chosen: Row | None) -> str:
         return ", ".join(parts)
     only = chosen or baseline
     if only and only.measurement and only.measurement.emulated:
-        return f"{only.label}: runs under {only.measurement.environment.emulator}, which tells nothing of a device's latency"
+        emulator = only.measurement.environment.emulator
+        return f"{only.label}: runs under {emulator}, whose times are not a device's latency"
     if only and only.summary:
-        return f"{only.label}: p50 {wording.duration(only.summary.p50_s)} an inference"
-    return f"{wording.plural(len(run.report.models), 'model')}, nothing measured yet"
+        return f"{only.label}: p50 {wording.duration(only.summary.p50_s)} per inference"
+    return f"{wording.plural(len(run.report.models), 'model')}, no measurement"
 
 
 def _before_after(
     run: Run, baseline: Row | None, chosen: Row | None, key: str
 ) -> tuple[int, int] | None:
-    """A count of the baseline and of the compact model, also where neither has an artifact yet."""
+    """A count of the baseline and of the compact model, which need no artifacts for it."""
     models = run.report.models
     reference = baseline.model if baseline else baseline_name(run)
     other = chosen.model if chosen else next((name for name in models if name != reference), None)
@@ -324,90 +332,71 @@ def _changes(run: Run, baseline: Row | None, chosen: Row | None) -> tuple[Change
     if only is None:
         return tuple(found)
     if only.top1 is not None:
-        if before is None or before.top1 is None:
-            found.append(
-                Change("Top-1", None, wording.percent(only.top1, 2), "of the test images", None)
-            )
-        else:
-            difference = wording.points(only.top1 - before.top1)
-            found.append(
-                Change(
-                    "Top-1",
-                    f"{100 * before.top1:.2f}",
-                    wording.percent(only.top1, 2),
-                    difference,
-                    None,
-                )
-            )
+        found.append(_top1_change(only.top1, before.top1 if before else None))
     if only.summary:
-        p50_s, first_s = (
-            only.summary.p50_s,
-            before.summary.p50_s if before and before.summary else None,
-        )
-        remark = (
-            wording.faster(only.speed_up.estimate) if only.speed_up else "median of one inference"
-        )
-        if only.measurement and only.measurement.environment.emulator:
-            remark = "emulated: not the device's latency"
-        share = p50_s / first_s if first_s and only.speed_up else None
-        found.append(
-            Change(
-                "Latency, p50",
-                wording.duration(first_s) if first_s else None,
-                wording.duration(p50_s),
-                remark,
-                share,
-            )
-        )
-    found.append(
-        _remaining("Files", before.file_bytes if before else None, only.file_bytes, wording.size)
-    )
+        found.append(_latency_change(only, only.summary.p50_s, before))
+    file_bytes = before.file_bytes if before else None
+    found.append(_remaining("Files", file_bytes, only.file_bytes, wording.size))
     return tuple(found)
+
+
+def _top1_change(after: float, before: float | None) -> Change:
+    text = wording.percent(after, 2)
+    if before is None:
+        return Change("Top-1", None, text, "of the test images")
+    return Change("Top-1", f"{100 * before:.2f}", text, wording.points(after - before))
+
+
+def _latency_change(row: Row, p50_s: float, before: Row | None) -> Change:
+    first_s = before.summary.p50_s if before and before.summary else None
+    remark = "median of one inference"
+    if row.speed_up:
+        remark = wording.faster(row.speed_up.estimate)
+    if row.measurement and row.measurement.environment.emulator:
+        remark = "emulated: not the device's latency"
+    first = wording.duration(first_s) if first_s else None
+    share = p50_s / first_s if first_s and row.speed_up else None
+    return Change("Latency, p50", first, wording.duration(p50_s), remark, share)
 
 
 def _remaining(name: str, before: int | None, after: int, write: Callable[[float], str]) -> Change:
     if not before:
-        return Change(name, None, write(after), "in all", None)
-    return Change(
-        name,
-        write(before),
-        write(after),
-        f"{wording.share_of(after, before)} remain",
-        after / before,
-    )
+        return Change(name, None, write(after), "in total")
+    remark = f"{wording.share_of(after, before)} of the baseline"
+    return Change(name, write(before), write(after), remark, after / before)
 
 
 def _warnings(run: Run, devices: Sequence[Device]) -> tuple[str, ...]:
-    found: dict[str, list[str]] = {}
-    for warning in run.report.warnings:
-        found.setdefault(warning, [])
+    """Each warning once, with the names of its artifacts unless it concerns all of them."""
+    found: dict[str, list[str]] = {warning: [] for warning in run.report.warnings}
     for device in devices:
         for row in device.timed:
             for warning in row.measurement.warnings if row.measurement else ():
                 found.setdefault(warning, []).append(row.label)
-        if device.emulated:
-            found.setdefault(
-                f"{device.name}: emulated time is not the device's latency; measure on the device itself.",
-                [],
-            )
-        sessions = {row.measurement.session for row in device.timed if row.measurement}
-        if len(sessions) > 1:
-            text = f"{device.name}: not all artifacts were measured in turn, so the speed-ups hold the machine's drift; measure them together."
-            found.setdefault(text, [])
-        totals = {
-            row.measurement.total
-            for row in device.timed
-            if row.measurement and row.measurement.total
-        }
-        if len(totals) > 1:
-            counts = " and ".join(f"{total:,}" for total in sorted(totals))
-            found.setdefault(
-                f"{device.name}: top-1 was counted on different numbers of images ({counts}); compare with care.",
-                [],
-            )
-    every = len({row.label for device in devices for row in device.timed})
+        for warning in _device_warnings(device):
+            found.setdefault(f"{device.name}: {warning}", [])
+    total = len({row.label for device in devices for row in device.timed})
     lines = []
     for warning, labels in found.items():
-        named = list(dict.fromkeys(labels))
-        lines.append(f"{', '.join(named)}: {warning}" if named and len(named) < every else warning)
+        names = list(dict.fromkeys(labels))
+        lines.append(f"{', '.join(names)}: {warning}" if names and len(names) < total else warning)
     return tuple(lines)
+
+
+def _device_warnings(device: Device) -> list[str]:
+    measurements = [row.measurement for row in device.timed if row.measurement]
+    found = []
+    if device.emulated:
+        found.append("emulated time is not the device's latency; measure on the device itself.")
+    if len({measurement.session for measurement in measurements}) > 1:
+        found.append(
+            "not all artifacts were measured interleaved, so the speed-ups include the machine's "
+            "drift; measure them in one command."
+        )
+    totals = {measurement.total for measurement in measurements if measurement.total}
+    if len(totals) > 1:
+        counts = " and ".join(f"{total:,}" for total in sorted(totals))
+        found.append(
+            f"top-1 was counted on different numbers of images ({counts}), so it is not comparable."
+        )
+    return found

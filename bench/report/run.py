@@ -1,6 +1,4 @@
-"""A run folder, or a set of measurements, read into one value; a malformed file is refused by its
-name and key.
-"""
+"""A run folder or a set of measurements, loaded and validated."""
 
 from __future__ import annotations
 
@@ -22,8 +20,14 @@ LONGEST_RECIPE = 20_000
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a report is made of; `missing` holds one line for each piece that the folder
-    does not have.
+    """Everything that a report shows.
+
+    Attributes:
+        report: The contents of report.json.
+        kept: The contents of kept.json.
+        history: The contents of history.jsonl.
+        recipe_toml: The recipe's text.
+        missing: One line for each part that the folder does not have.
     """
 
     report: Report
@@ -34,16 +38,19 @@ class Run:
 
 
 def load_run(folder: Path | str) -> Run:
-    """Read report.json, kept.json, history.jsonl, recipe.toml and measurements/*.json; only a
-    report or a measurement is required.
+    """Read report.json, kept.json, history.jsonl, recipe.toml and measurements/*.json.
 
-    Measurements that report.json does not hold already (made later, on another device) join the
-    model that their name begins with.
+    Only a report or a measurement is required. Measurements that report.json does not contain, such
+    as later ones on another device, are added to the model that their name begins with.
+
+    Raises:
+        InputError: A file is damaged, or the folder contains neither.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(
-            f"{folder}: no such run folder; name a folder that `vitrim run` wrote, or measurement files"
+            f"{folder}: no such run folder; name a folder that `vitrim run` wrote, "
+            "or measurement files"
         )
     path = folder / "report.json"
     loose = [Measurement.load(file) for file in sorted((folder / "measurements").glob("*.json"))]
@@ -53,116 +60,128 @@ def load_run(folder: Path | str) -> Run:
         report = from_measurements(loose)
     else:
         raise InputError(
-            f"{folder}: holds neither report.json nor measurements/*.json; name a folder that `vitrim run` wrote"
+            f"{folder}: contains neither report.json nor measurements/*.json; "
+            "name a folder that `vitrim run` wrote"
         )
     kept = _load_kept(folder / "kept.json") or report.kept
     history = _load_history(folder / "history.jsonl") or report.curves
     recipe = folder / "recipe.toml"
-    missing = []
-    if not kept:
-        missing.append("What was kept in each block is not shown: the folder holds no kept.json.")
-    if not history:
-        missing.append("Training curves are not shown: the folder holds no history.jsonl.")
-    if not report.parity:
-        missing.append("Parity is not shown: report.json holds no parity figures.")
     return Run(
         report=report,
         kept=kept,
         history=history,
         recipe_toml=_text(recipe)[:LONGEST_RECIPE] if recipe.is_file() else None,
-        missing=tuple(missing),
+        missing=_missing(report, kept, history),
     )
 
 
+def _missing(
+    report: Report, kept: tuple[KeptBranch, ...], history: tuple[Epoch, ...]
+) -> tuple[str, ...]:
+    parts = (
+        (kept, "Kept units per block are not shown: the folder contains no kept.json."),
+        (history, "Training curves are not shown: the folder contains no history.jsonl."),
+        (report.parity, "Parity is not shown: report.json contains no parity figures."),
+    )
+    return tuple(line for part, line in parts if not part)
+
+
 def load_measurements(files: Iterable[Path | str]) -> Run:
-    """A run made of measurement files alone: no model counts, no masks, no curves."""
-    return _alone([Measurement.load(file) for file in files])
+    """A run made of measurement files alone, without counts, masks and curves."""
+    return _measurements_only([Measurement.load(file) for file in files])
 
 
-def _alone(measurements: Sequence[Measurement]) -> Run:
+def _measurements_only(measurements: Sequence[Measurement]) -> Run:
     if not measurements:
         raise InputError(
             "no measurement file was named; give one or more JSON files that `vitrim bench` wrote"
         )
-    return Run(
-        report=from_measurements(measurements),
-        missing=(
-            "Made of measurements alone: parameters, MACs, kept widths, training curves and parity are not in them.",
-        ),
+    missing = (
+        "This report is made of measurements alone: parameters, MACs, kept units, training curves "
+        "and parity are not part of them."
     )
+    return Run(report=from_measurements(measurements), missing=(missing,))
 
 
 def load_sources(sources: Iterable[Path | str]) -> Run:
-    """A run made of run folders, folders of measurements (searched to any depth) and measurement
-    files, in any mixture.
+    """A run made of run folders, folders of measurements (at any depth) and measurement files.
 
-    Counts, parity and curves come from the first run folder among them. Errors: InputError naming
-    the file, or the folder that holds nothing.
+    Counts, parity and curves are those of the first run folder.
+
+    Raises:
+        InputError: A file is damaged, or a folder contains no measurements.
     """
-    named = [Path(source) for source in sources]
-    runs = [load_run(path) for path in named if is_run_folder(path)]
-    measurements: list[Measurement] = [
-        m
+    paths = [Path(source) for source in sources]
+    runs = [load_run(path) for path in paths if is_run_folder(path)]
+    measurements = [
+        artifact.measurement
         for run in runs[1:]
         for model in run.report.models.values()
-        for a in model.artifacts
-        if (m := a.measurement)
+        for artifact in model.artifacts
+        if artifact.measurement
     ]
-    for path in named:
-        if path.is_dir() and not is_run_folder(path):
-            found = [file for file in sorted(path.rglob("*.json")) if _is_measurement(file)]
-            if not found:
-                raise InputError(
-                    f"{path}: holds no measurements; name a folder that `vitrim run` or `vitrim bench --out` wrote, or their JSON files"
-                )
-            measurements += [Measurement.load(file) for file in found]
-        elif not path.is_dir():
-            measurements.append(Measurement.load(path))
+    for path in paths:
+        if not is_run_folder(path):
+            measurements += _load_measurements(path)
     if not runs:
-        return _alone(measurements)
+        return _measurements_only(measurements)
     return replace(runs[0], report=join(runs[0].report, measurements))
 
 
+def _load_measurements(path: Path) -> list[Measurement]:
+    if not path.is_dir():
+        return [Measurement.load(path)]
+    files = [file for file in sorted(path.rglob("*.json")) if _is_measurement(file)]
+    if not files:
+        raise InputError(
+            f"{path}: contains no measurements; name a folder that `vitrim run` or "
+            "`vitrim bench --out` wrote, or their JSON files"
+        )
+    return [Measurement.load(file) for file in files]
+
+
 def is_run_folder(path: Path) -> bool:
-    """Does `load_run` read this folder?"""
-    report = path / "report.json"
-    if report.is_file():
+    """Whether `load_run` accepts the folder."""
+    if (path / "report.json").is_file():
         return True
     return path.is_dir() and any((path / "measurements").glob("*.json"))
 
 
 def load_report(path: Path | str) -> Report:
-    """Read report.json; InputError names the file and the key that is wrong."""
+    """Read report.json.
+
+    Raises:
+        InputError: The file is damaged; the message names the key.
+    """
     path = Path(path)
     data = _json(path)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise InputError(
-            f"{path}: schema is {found!r}, not {SCHEMA!r}; give a report.json that `vitrim run` wrote"
+            f"{path}: schema is {found!r}, not {SCHEMA!r}; "
+            "give a report.json that `vitrim run` wrote"
         )
     return _validated(Report, data, str(path))
 
 
 def from_measurements(measurements: Sequence[Measurement]) -> Report:
-    """A report without counts: measurements grouped into models by their names (`compact-int8`
-    belongs to `compact`).
-    """
+    """A report without counts; a measurement's name gives its model (`compact-int8`: `compact`)."""
     return join(None, measurements)
 
 
 def join(report: Report | None, measurements: Sequence[Measurement]) -> Report:
-    """`report` with the measurements that it does not hold yet."""
+    """Add measurements to a report, except for those that it contains already."""
     models = dict(report.models) if report else {}
-    held = {
-        _identity(a.measurement)
+    known = {
+        _identity(artifact.measurement)
         for model in models.values()
-        for a in model.artifacts
-        if a.measurement is not None
+        for artifact in model.artifacts
+        if artifact.measurement is not None
     }
     for measurement in measurements:
-        if _identity(measurement) in held:
+        if _identity(measurement) in known:
             continue
-        held.add(_identity(measurement))
+        known.add(_identity(measurement))
         name = model_name(measurement)
         model = models.get(name) or ModelEntry(params=None, macs=None, top1=None)
         entry = ArtifactEntry(
@@ -179,19 +198,15 @@ def join(report: Report | None, measurements: Sequence[Measurement]) -> Report:
 
 
 def model_name(measurement: Measurement) -> str:
-    """The model that a measurement's name belongs to: its name without the precision and the
-    runtime at its end.
-    """
+    """The model of a measurement: its name without the precision and the runtime at its end."""
     name = measurement.name
     endings = [
-        f"{mark}{word}"
-        for mark in "-_ "
+        f"{separator}{word}"
+        for separator in "-_ "
         for word in (measurement.precision, measurement.runtime)
         if word
     ]
-    while ending := next(
-        (ending for ending in endings if name.endswith(ending) and len(name) > len(ending)), None
-    ):
+    while ending := next((e for e in endings if name.endswith(e) and len(name) > len(e)), None):
         name = name[: -len(ending)]
     return name
 
@@ -202,8 +217,10 @@ def _identity(measurement: Measurement) -> tuple[str, str, str, str, str, int]:
 
 
 def _is_measurement(file: Path) -> bool:
-    """By its schema: beside measurements may lie reports and cost tables, which are no fault. What
-    is broken JSON is left to the loader to refuse.
+    """Whether the schema is that of a measurement.
+
+    Reports and cost tables in the same folder are skipped. Broken JSON counts as a measurement, so
+    that loading it raises the error.
     """
     try:
         data = json.loads(file.read_bytes())
@@ -218,7 +235,8 @@ def _load_kept(path: Path) -> tuple[KeptBranch, ...]:
     data = _json(path)
     if not isinstance(data, list):
         raise InputError(
-            f"{path}: a list of branches is wanted, not {type(data).__name__}; make it again with `vitrim run`"
+            f"{path}: expected a list of branches, found {type(data).__name__}; "
+            "write it again with `vitrim run`"
         )
     return tuple(
         _validated(KeptBranch, entry, f"{path}: branch {number}")
@@ -238,8 +256,8 @@ def _load_history(path: Path) -> tuple[Epoch, ...]:
             record = json.loads(line)
         except ValueError:
             if number == lines[-1][0]:
-                # A run that was killed may have cut its last line short; the epochs before it
-                # stand.
+                # A killed run may have written part of its last line; the epochs before it are
+                # valid.
                 break
             raise InputError(
                 f"{path}: line {number}: not JSON; remove the line, or train again"
@@ -255,9 +273,8 @@ def _validated(kind: type[Entry], data: Any, where: str) -> Entry:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        raise InputError(
-            f"{where}: {key + ': ' if key else ''}{reason[:1].lower() + reason[1:]}; mend it, or run the step again"
-        ) from None
+        reason = f"{key + ': ' if key else ''}{reason[:1].lower() + reason[1:]}"
+        raise InputError(f"{where}: {reason}; correct it, or run the step again") from None
 
 
 def _json(path: Path) -> Any:

@@ -1,25 +1,28 @@
-"""The look of the page: one style sheet, light and dark, from a phone to a desk; no script, no
-font, no picture from elsewhere.
-"""
+"""The style sheets of the page and its plots, for light and dark, phones and desktops."""
 
 from __future__ import annotations
 
-# Series colours: chosen to differ in lightness too (Okabe and Ito, "Color universal design"), so
-# that colour-blind readers tell them apart.
+# The series colours also differ in lightness, so that colour-blind readers can distinguish them
+# (Okabe and Ito 2008, "Color Universal Design").
 COLOURS = """
-:root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1b1e25;--soft:#5a606c;--faint:#e7e5df;--hair:#d9d6ce;
-    --track:#e9e6df;--good:#0a6b3d;--warn:#8a4b00;--warn-paper:#fff6e6;--s0:#7b8190;--s1:#0b6fb8;--s2:#d0570a;
+:root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1b1e25;--soft:#5a606c;
+    --faint:#e7e5df;--hair:#d9d6ce;
+    --track:#e9e6df;--good:#0a6b3d;--warn:#8a4b00;--warn-paper:#fff6e6;--s0:#7b8190;--s1:#0b6fb8;
+    --s2:#d0570a;
     --s3:#0b8466;--s4:#a8447f;--s5:#8a6d00;--accent:#0b6fb8;--accent-soft:#0b6fb822}
 @media (prefers-color-scheme:dark){
-  :root{--paper:#14161b;--card:#1c1f26;--ink:#eceae4;--soft:#a3a8b3;--faint:#2a2e37;--hair:#383d48;--track:#333843;
-    --good:#5fcf95;--warn:#f3bd6b;--warn-paper:#2b2418;--s0:#9aa0ae;--s1:#58b0f2;--s2:#ff9350;--s3:#3fc9a4;
+  :root{--paper:#14161b;--card:#1c1f26;--ink:#eceae4;--soft:#a3a8b3;--faint:#2a2e37;--hair:#383d48;
+      --track:#333843;
+    --good:#5fcf95;--warn:#f3bd6b;--warn-paper:#2b2418;--s0:#9aa0ae;--s1:#58b0f2;--s2:#ff9350;
+    --s3:#3fc9a4;
     --s4:#e48bc0;--s5:#dcbc45;--accent:#58b0f2;--accent-soft:#58b0f22b}
 }
 """
 
-# The rules of the pictures; the README's picture carries them too.
+# The rules of the plots; stand-alone pictures contain them too.
 PICTURE = """
-.plot text{font-family:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+.plot text{font-family:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",
+    Arial,sans-serif;
     fill:var(--ink)}
 .plot .tick{font-size:11.5px;fill:var(--soft)}
 .plot .axis{font-size:12px;fill:var(--soft)}
@@ -27,7 +30,8 @@ PICTURE = """
 .plot .halo{paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
 .plot .grid{stroke:var(--faint);stroke-width:1}
 .plot .border{stroke:var(--hair);stroke-width:1}
-.plot .front{fill:none;stroke:var(--soft);stroke-width:1.25;stroke-dasharray:2 4;stroke-linecap:round}
+.plot .front{fill:none;stroke:var(--soft);stroke-width:1.25;stroke-dasharray:2 4;
+    stroke-linecap:round}
 .s0{--c:var(--s0)}
 .s1{--c:var(--s1)}
 .s2{--c:var(--s2)}
@@ -51,13 +55,16 @@ PAGE = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);
-    font:16px/1.55 ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+    font:16px/1.55 ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,
+    sans-serif;
     font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 main{max-width:1080px;margin:0 auto;padding:28px 16px 64px}
 header p,figure,h1,h2,h3{margin:0}
-.eyebrow{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:baseline;color:var(--soft);font-size:.875rem}
+.eyebrow{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:baseline;color:var(--soft);
+    font-size:.875rem}
 .eyebrow b{color:var(--accent);letter-spacing:.02em}
-h1{font-size:clamp(1.65rem,1.15rem + 2.5vw,2.75rem);line-height:1.16;letter-spacing:-.022em;font-weight:700;
+h1{font-size:clamp(1.65rem,1.15rem + 2.5vw,2.75rem);line-height:1.16;letter-spacing:-.022em;
+    font-weight:700;
     margin:14px 0 8px;text-wrap:balance;overflow-wrap:break-word}
 h1 span{display:inline-block}
 h2{font-size:1.22rem;letter-spacing:-.012em;margin:52px 0 4px;line-height:1.3}
@@ -66,11 +73,13 @@ h3{font-size:.98rem;margin:0 0 2px}
 .lead{max-width:68ch}
 .soft{font-size:.875rem;max-width:78ch;margin:2px 0 14px}
 .card{background:var(--card);border:1px solid var(--hair);border-radius:12px;padding:16px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin-top:24px;padding:0;
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;
+    margin-top:24px;padding:0;
     list-style:none}
 .tile{display:flex;flex-direction:column;gap:2px;min-width:0}
 .tile .what{color:var(--soft);font-size:.8125rem}
-.tile .after{font-size:1.6rem;line-height:1.2;font-weight:650;letter-spacing:-.02em;white-space:nowrap}
+.tile .after{font-size:1.6rem;line-height:1.2;font-weight:650;letter-spacing:-.02em;
+    white-space:nowrap}
 .tile .before{color:var(--soft);font-size:.9375rem}
 .tile .remark{font-size:.8125rem;color:var(--soft);margin-top:auto;padding-top:6px}
 .meter{height:6px;border-radius:3px;background:var(--track);overflow:hidden;margin-top:8px}
@@ -105,7 +114,8 @@ tbody th small{display:block;font-size:.78rem;white-space:normal;min-width:11rem
 }
 .notes .soft{margin:10px 0 0;max-width:none}
 td.none{color:var(--soft)}
-.key{display:inline-block;width:.7em;height:.7em;border-radius:50%;background:var(--c);margin-right:.45em}
+.key{display:inline-block;width:.7em;height:.7em;border-radius:50%;background:var(--c);
+    margin-right:.45em}
 .key.shape1{border-radius:1px;transform:rotate(45deg) scale(.9)}
 .key.shape2{border-radius:1px}
 .key.shape3{border-radius:0;clip-path:polygon(50% 0,100% 100%,0 100%)}
@@ -115,9 +125,11 @@ td.none{color:var(--soft)}
   .wide{display:block}
   .narrow{display:none}
 }
-.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.8125rem;color:var(--soft);margin:0 0 6px}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.8125rem;color:var(--soft);
+    margin:0 0 6px}
 .legend span{white-space:nowrap}
-.stroke{display:inline-block;width:18px;height:0;border-top:2.5px solid var(--c);vertical-align:middle;
+.stroke{display:inline-block;width:18px;height:0;border-top:2.5px solid var(--c);
+    vertical-align:middle;
     margin-right:6px}
 .stroke.dashed{border-top-style:dashed;border-top-width:2px}
 .blocks{display:grid;gap:0;margin:0;padding:0;list-style:none}
@@ -127,10 +139,12 @@ td.none{color:var(--soft)}
 .block:last-child{padding-bottom:0}
 .block>.name{grid-column:1/-1;font-weight:650;font-size:.9375rem}
 .kept{min-width:0}
-.kept .say{display:flex;justify-content:space-between;gap:8px;font-size:.8125rem;color:var(--soft);line-height:1.35}
-.kept .say b{color:var(--ink);font-weight:600;white-space:nowrap}
-.kept .say b span{font-weight:400;color:var(--soft)}
-.track{display:flex;gap:2px;height:12px;margin-top:4px;border-radius:3px;background:var(--track);overflow:hidden}
+.kept .caption{display:flex;justify-content:space-between;gap:8px;font-size:.8125rem;
+    color:var(--soft);line-height:1.35}
+.kept .caption b{color:var(--ink);font-weight:600;white-space:nowrap}
+.kept .caption b span{font-weight:400;color:var(--soft)}
+.track{display:flex;gap:2px;height:12px;margin-top:4px;border-radius:3px;background:var(--track);
+    overflow:hidden}
 .track i{display:block;background:var(--accent);border-radius:3px 0 0 3px}
 .track.cells{background:none}
 .track.cells i{flex:1;background:var(--track);border-radius:2px}
@@ -145,7 +159,8 @@ td.none{color:var(--soft)}
 }
 h2+.card,h2+.stack,h2+.warnings{margin-top:12px}
 .warnings{margin:0;padding:0;list-style:none;display:grid;gap:8px}
-.warnings li{background:var(--warn-paper);border-left:3px solid var(--warn);border-radius:4px;padding:8px 12px;
+.warnings li{background:var(--warn-paper);border-left:3px solid var(--warn);border-radius:4px;
+    padding:8px 12px;
     font-size:.9375rem}
 pre{margin:0;overflow-x:auto;font:.875rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
     overflow-wrap:normal}
@@ -170,7 +185,8 @@ dd{margin:0}
 }
 @media (max-width:620px){
   .figures,.figures tbody,.figures thead{display:block}
-  .figures tr{display:grid;grid-template-columns:repeat(var(--n),minmax(5.9rem,1fr));gap:0 8px;min-width:min-content;
+  .figures tr{display:grid;grid-template-columns:repeat(var(--n),minmax(5.9rem,1fr));gap:0 8px;
+      min-width:min-content;
     padding:7px 0 8px;border-top:1px solid var(--faint)}
   .figures thead tr{border-top:0;padding-top:0}
   .figures th,.figures td{border:0;padding:0;text-align:left}
@@ -204,10 +220,10 @@ def page_style() -> str:
 
 
 def picture_style() -> str:
-    """The style sheet of a picture that stands alone."""
+    """The style sheet of a stand-alone picture."""
     return packed(COLOURS + PICTURE)
 
 
 def packed(css: str) -> str:
-    """The same rules on one line."""
+    """Join the lines of a style sheet."""
     return "".join(line.strip() for line in css.splitlines())

@@ -1,6 +1,4 @@
-"""Writes report.md and report.html from a run folder, or from measurements alone; each file is
-whole or absent.
-"""
+"""Writing the report files: report.md and report.html, and report.json of measurements alone."""
 
 from __future__ import annotations
 
@@ -17,17 +15,32 @@ from .run import Run, load_run, load_sources
 
 
 def render(run_folder: Path | str) -> list[Path]:
-    """Write report.md and report.html into a run folder (the layout of `vitrim run`); returns their
-    paths.
+    """Write report.md and report.html into a run folder.
 
-    Errors: InputError naming the file and the key of a malformed input; nothing is written then.
+    Args:
+        run_folder: A folder that `vitrim run` wrote.
+
+    Returns:
+        The paths of the two files.
+
+    Raises:
+        InputError: A file of the run is damaged; nothing is written then.
     """
     return _write(load_run(run_folder), Path(run_folder))
 
 
 def render_measurements(sources: Iterable[Path | str], out: Path | str) -> list[Path]:
-    """Write report.json, report.md and report.html to the folder `out` from measurement files,
-    folders of them and run folders, of any devices.
+    """Write report.json, report.md and report.html from measurements, of any devices.
+
+    Args:
+        sources: Measurement files, folders of them, and run folders.
+        out: Folder for the report.
+
+    Returns:
+        The paths of the three files.
+
+    Raises:
+        InputError: A file is damaged, or `out` is a file; nothing is written then.
     """
     run = load_sources(sources)
     out = Path(out)
@@ -40,7 +53,7 @@ def render_measurements(sources: Iterable[Path | str], out: Path | str) -> list[
 
 
 def _write(run: Run, folder: Path) -> list[Path]:
-    # Both are made before the first is written, so that a failure leaves the old pair.
+    # Both are rendered before the first is written, so that an error keeps the old files.
     view = overview(run)
     pages = {"report.md": render_markdown(run, view), "report.html": render_html(run, view)}
     for name, content in pages.items():

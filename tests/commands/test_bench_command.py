@@ -53,9 +53,9 @@ def test_a_batch_sweep_with_a_profile_is_saved_and_reported(
     # `report` ignores the pictures beside the measurements.
     assert call(["report", str(out), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "report.html").read_text()
-    assert "Where the time goes" in page
+    assert "Time by operator" in page
     assert "batch 3" in page
-    assert "Where the time goes" in (tmp_path / "page" / "report.md").read_text()
+    assert "Time by operator" in (tmp_path / "page" / "report.md").read_text()
     assert (
         json.loads((tmp_path / "page" / "report.json").read_text())["schema"] == "vitrim.report/1"
     )
@@ -181,7 +181,7 @@ def test_devices_are_side_by_side_and_emulated_times_in_no_picture(
 def test_a_folder_without_measurements_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "holds no measurements" in error_line(capsys, "report", tmp_path)
+    assert "contains no measurements" in error_line(capsys, "report", tmp_path)
     assert "no such file or folder" in error_line(capsys, "report", tmp_path / "nowhere")
 
 

@@ -312,7 +312,7 @@ def test_a_full_disk(
         (["bench", "{tmp}"], "no artifact (there is no manifest.json)"),
         (
             ["report", "{tmp}"],
-            "holds no measurements; name a folder that `vitrim run` or `vitrim bench --out` wrote",
+            "contains no measurements; name a folder that `vitrim run` or `vitrim bench --out` wrote",
         ),
         (["compare", "{tmp}"], "a comparison needs two measurements or more"),
         (["compare", "{tmp}/a.json", "{tmp}/b.json"], "a.json: cannot be read"),

@@ -1,6 +1,4 @@
-"""The page in a real browser, as on a phone and on a desk: nothing asked for, nothing overflowing,
-bars as long as their numbers.
-"""
+"""The page in a browser, on a phone and on a desktop: no requests, no overflow, exact bars."""
 
 from __future__ import annotations
 
@@ -17,8 +15,11 @@ pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="needs Chromium (Debian: apt-get install chromium)"
 )
 
-PHONE, DESK = 390, 1280
-HOSTILE = "<script>window.hit=1</script><img src=x onerror='window.hit=2'> averylongwordwithoutanyplacetobreakitatallintheworld"
+PHONE, DESKTOP = 390, 1280
+HOSTILE = (
+    "<script>window.hit=1</script><img src=x onerror='window.hit=2'> "
+    "averylongwordwithoutanyplacetobreakitatallintheworld"
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +71,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def page(browser: Browser) -> Iterator[Page]:
     tab = browser.new_page()
     yield tab
-    # No page may complain of anything, whatever it holds.
+    # No page may log an error, whatever it contains.
     assert tab.errors == []
 
 
 @pytest.mark.parametrize("name", ["run", "hostile", "devices"])
-@pytest.mark.parametrize("width", [320, PHONE, 768, DESK])
-def test_nothing_is_asked_for_and_nothing_overflows(
+@pytest.mark.parametrize("width", [320, PHONE, 768, DESKTOP])
+def test_the_page_makes_no_request_and_does_not_overflow(
     page: Page, pages: dict[str, Path], name: str, width: int
 ) -> None:
     page.open(pages[name], width=width)
@@ -87,59 +88,69 @@ def test_nothing_is_asked_for_and_nothing_overflows(
     assert page.value("window.hit === undefined")
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_every_card_lies_inside_the_window_and_no_text_leaves_its_picture(
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_every_card_is_inside_the_window_and_every_text_inside_its_card(
     page: Page, pages: dict[str, Path], width: int
 ) -> None:
     page.open(pages["run"], width=width)
     edges = page.value(
-        "[...document.querySelectorAll('.card')].map(c => [c.getBoundingClientRect().left, c.getBoundingClientRect().right])"
+        "[...document.querySelectorAll('.card')].map(c => [c.getBoundingClientRect().left, "
+        "c.getBoundingClientRect().right])"
     )
     assert edges
     assert all(left >= 0 and right <= width for left, right in edges)
     beyond = page.value(
-        "[...document.querySelectorAll('svg text')].filter(t => t.getClientRects().length).filter(t => {"
+        "[...document.querySelectorAll('svg text')].filter(t => "
+        "t.getClientRects().length).filter(t => {"
         " const a = t.getBoundingClientRect(), b = t.closest('.card').getBoundingClientRect();"
-        " return a.left < b.left || a.right > b.right || a.top < b.top || a.bottom > b.bottom }).map(t => t.textContent)"
+        " return a.left < b.left || a.right > b.right || a.top < b.top || a.bottom > b.bottom "
+        "}).map(t => t.textContent)"
     )
     assert beyond == []
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_every_column_of_every_table_is_in_sight(
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_every_column_of_every_table_is_visible(
     page: Page, pages: dict[str, Path], width: int
 ) -> None:
     page.open(pages["run"], width=width)
     hidden = page.value(
-        "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth).map(s => s.closest('section').querySelector('h2').textContent)"
+        "[...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > "
+        "s.clientWidth).map(s => s.closest('section').querySelector('h2').textContent)"
     )
     assert hidden == []
 
 
-@pytest.mark.parametrize(("width", "shown"), [(PHONE, "narrow"), (DESK, "wide")])
-def test_each_picture_is_shown_once_in_the_size_that_fits(
+@pytest.mark.parametrize(("width", "shown"), [(PHONE, "narrow"), (DESKTOP, "wide")])
+def test_each_plot_is_shown_once_in_the_size_that_fits(
     page: Page, pages: dict[str, Path], width: int, shown: str
 ) -> None:
     page.open(pages["run"], width=width)
     visible = page.value(
-        "[...document.querySelectorAll('svg')].filter(s => s.getClientRects().length).map(s => s.getAttribute('class'))"
+        "[...document.querySelectorAll('svg')].filter(s => s.getClientRects().length).map(s => "
+        "s.getAttribute('class'))"
     )
     assert visible == [f"plot {shown}"] * 7
     smallest = page.value(
-        "Math.min(...[...document.querySelectorAll('svg text')].filter(t => t.getClientRects().length)"
+        "Math.min(...[...document.querySelectorAll('svg text')].filter(t => "
+        "t.getClientRects().length)"
         ".map(t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a))"
     )
     assert smallest >= 10.5
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_bars_are_as_long_as_what_was_kept(page: Page, pages: dict[str, Path], width: int) -> None:
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_the_length_of_a_bar_is_the_kept_share(
+    page: Page, pages: dict[str, Path], width: int
+) -> None:
     page.open(pages["run"], width=width)
     drawn = page.value(
-        "[...document.querySelectorAll('.block:not(.all) .kept')].map(k => { const t = k.querySelector('.track');"
+        "[...document.querySelectorAll('.block:not(.all) .kept')].map(k => { const t = "
+        "k.querySelector('.track');"
         " const on = [...t.querySelectorAll(t.classList.contains('cells') ? 'i.on' : 'i')];"
         " const filled = on.reduce((sum, i) => sum + i.getBoundingClientRect().width, 0);"
-        " return [k.dataset.dimension, +k.dataset.kept, +k.dataset.total, filled / t.getBoundingClientRect().width, on.length] })"
+        " return [k.dataset.dimension, +k.dataset.kept, +k.dataset.total, "
+        "filled / t.getBoundingClientRect().width, on.length] })"
     )
     wanted = [
         (name, *branch["dims"][name])
@@ -154,13 +165,15 @@ def test_bars_are_as_long_as_what_was_kept(page: Page, pages: dict[str, Path], w
         assert share == pytest.approx(kept / total, abs=0.06 if dimension == "head" else 0.01)
 
 
-def test_the_marks_of_the_front_stand_where_the_figures_say(
+def test_the_markers_are_at_the_positions_of_their_figures(
     page: Page, pages: dict[str, Path]
 ) -> None:
-    page.open(pages["run"], width=DESK)
+    page.open(pages["run"], width=DESKTOP)
     marks = page.value(
-        "[...document.querySelector('svg.wide').querySelectorAll('.mark')].map(m => { const b = m.getBBox();"
-        " return [m.querySelector('title').textContent, b.x + b.width / 2 - 44, b.y + b.height / 2] })"
+        "[...document.querySelector('svg.wide').querySelectorAll('.mark')].map(m => { const b = "
+        "m.getBBox();"
+        " return [m.querySelector('title').textContent, b.x + b.width / 2 - 44, "
+        "b.y + b.height / 2] })"
     )
     assert [mark[0] for mark in marks] == [
         "baseline fp32: 91.31 % top-1, 1.06 ms",
@@ -173,18 +186,22 @@ def test_the_marks_of_the_front_stand_where_the_figures_say(
     assert (y2 - y0) / (y1 - y0) == pytest.approx((91.31 - 90.96) / (91.31 - 91.03), rel=0.01)
 
 
-def test_light_and_dark_are_both_readable(page: Page, pages: dict[str, Path]) -> None:
+def test_light_and_dark_theme_have_enough_contrast(page: Page, pages: dict[str, Path]) -> None:
     contrast = (
-        "(() => { const c = v => { const [r, g, b] = v.match(/[0-9.]+/g).map(Number).map(x => { x /= 255;"
-        " return x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4 }); return .2126 * r + .7152 * g + .0722 * b };"
+        "(() => { const c = v => { const [r, g, b] = v.match(/[0-9.]+/g).map(Number).map(x => { x "
+        "/= 255;"
+        " return x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4 }); "
+        "return .2126 * r + .7152 * g + .0722 * b };"
         " const card = c(getComputedStyle(document.querySelector('.card')).backgroundColor);"
-        " const worst = sel => Math.min(...[...document.querySelectorAll(sel)].map(e => { const s = getComputedStyle(e);"
-        " const ink = c(e.closest('svg') ? s.fill : s.color); return (Math.max(card, ink) + .05) / (Math.min(card, ink) + .05) }));"
+        " const worst = sel => Math.min(...[...document.querySelectorAll(sel)].map(e => { const s "
+        "= getComputedStyle(e);"
+        " const ink = c(e.closest('svg') ? s.fill : s.color); return (Math.max(card, "
+        "ink) + .05) / (Math.min(card, ink) + .05) }));"
         " return [worst('td, th, dd, dt, .remark, .kept b'), worst('svg text'), card] })()"
     )
     cards = []
     for dark in (False, True):
-        page.open(pages["run"], width=DESK, dark=dark)
+        page.open(pages["run"], width=DESKTOP, dark=dark)
         text, picture, card = page.value(contrast)
         # WCAG 2.1, level AA: 4.5 to 1 for text.
         assert text >= 4.5
@@ -194,7 +211,7 @@ def test_light_and_dark_are_both_readable(page: Page, pages: dict[str, Path]) ->
     assert cards[1] < 0.05
 
 
-def test_a_picture_of_the_page_can_be_taken(
+def test_a_screenshot_has_the_size_of_the_page(
     page: Page, pages: dict[str, Path], tmp_path: Path
 ) -> None:
     page.open(pages["run"], width=PHONE)
@@ -203,13 +220,15 @@ def test_a_picture_of_the_page_can_be_taken(
     assert int.from_bytes(header[16:20], "big") == 2 * PHONE
 
 
-def test_the_readme_picture_shows_in_a_browser_without_a_request(
+def test_the_readme_picture_makes_no_request_in_a_browser(
     page: Page, pages: dict[str, Path]
 ) -> None:
-    page.open(pages["picture"], width=DESK)
+    page.open(pages["picture"], width=DESKTOP)
     assert page.requests == [pages["picture"].resolve().as_uri()]
     beyond = page.value(
-        "[...document.querySelectorAll('text')].filter(t => { const b = t.getBoundingClientRect(), s = document.documentElement.getBoundingClientRect();"
-        " return b.right > s.right || b.bottom > s.bottom || b.left < s.left }).map(t => t.textContent)"
+        "[...document.querySelectorAll('text')].filter(t => { const b = t.getBoundingClientRect(), "
+        "s = document.documentElement.getBoundingClientRect();"
+        " return b.right > s.right || b.bottom > s.bottom || b.left < s.left }).map(t => "
+        "t.textContent)"
     )
     assert beyond == []

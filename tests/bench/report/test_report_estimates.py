@@ -1,5 +1,5 @@
-"""The report's estimates: each is called one, with its bar and the devices it was held against;
-what does not fit is told by how much.
+"""The estimates of a report: labelled as such, with error bars, their devices, and the excess of
+what does not fit.
 """
 
 from __future__ import annotations
@@ -20,40 +20,41 @@ def rendered(folder: Path, **changes: Any) -> tuple[str, str]:
     return render_markdown(run), render_html(run)
 
 
-def test_every_time_is_called_an_estimate_with_its_bar(tmp_path: Path) -> None:
+def test_every_time_is_labelled_an_estimate_with_its_error_bar(tmp_path: Path) -> None:
     markdown, page = rendered(tmp_path / "run")
-    section = markdown[markdown.index("## Estimates") : markdown.index("## What was kept")]
-    assert "Estimates, not measurements: none of these devices was at hand." in section
+    section = markdown[markdown.index("## Estimates") : markdown.index("## Kept units")]
+    assert "Estimates, not measurements: nothing was measured on these devices." in section
     assert (
-        "| Raspberry Pi 4 Model B (4 GB) (onnxruntime, 4 threads) | 9.1 ms (estimate, 3.9 to 21 ms) | 8.2 ms (estimate, 3.5 to 19 ms) | "
+        "| Raspberry Pi 4 Model B (4 GB) (onnxruntime, 4 threads) | 9.1 ms (estimate, "
+        "3.9 to 21 ms) | 8.2 ms (estimate, 3.5 to 19 ms) | "
         "3.6 ms (estimate, 1.5 to 8.6 ms) | 3.5 ms (estimate, 1.5 to 8.4 ms) |"
     ) in section
     assert "estimate, 3.9 to 21\u00a0ms" in page
     assert page.count("<small>estimate, ") == 8
 
 
-def test_each_bar_names_the_devices_that_it_was_held_against(tmp_path: Path) -> None:
+def test_each_error_bar_names_the_devices_behind_it(tmp_path: Path) -> None:
     for text in rendered(tmp_path / "run"):
         assert (
-            "A bar of 2.4× either way (estimates that rest on other runtimes on aarch64)"
-            in text.replace("\\_", "_")
+            "An error bar of 2.4× either way "
+            "(estimates from measurements of other runtimes on aarch64)" in text.replace("\\_", "_")
         )
         assert (
-            "held 80 % of 3 devices that were measured, each predicted without its own figures"
-            in text
+            "covers 80 % of 3 measured devices, each predicted without its own measurements" in text
         )
         assert (
-            "A bar of 1.6× either way (estimates that rest on onnxruntime on x86_64) held 80 % of 2 devices"
-            in text.replace("\\_", "_")
+            "An error bar of 1.6× either way (estimates from measurements of onnxruntime on "
+            "x86_64) "
+            "covers 80 % of 2 measured devices" in text.replace("\\_", "_")
         )
         assert "Jetson Nano, its four Cortex-A57" in text
 
 
-def test_what_does_not_fit_is_told_by_how_much_and_has_no_time(tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_has_its_excess_and_no_time(tmp_path: Path) -> None:
     markdown, _ = rendered(tmp_path / "run")
     line = next(line for line in markdown.splitlines() if "STM32H743" in line)
-    assert "(no time: no microcontroller was measured to calibrate one with)" in line
-    assert "| does not fit (weights 1.12 MB too large) | fits (no estimate of its time) |" in line
+    assert "(no latency estimate: no microcontroller was measured to calibrate one with)" in line
+    assert "| does not fit (weights 1.12 MB too large) | fits (no latency estimate) |" in line
 
 
 def test_a_run_without_estimates_has_no_such_section(tmp_path: Path) -> None:

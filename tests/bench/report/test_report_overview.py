@@ -1,6 +1,4 @@
-"""The figures: compared only on one device, the headline from the fastest accurate artifact,
-nothing invented.
-"""
+"""The figures: compared on one device only; the headline is of the fastest accurate artifact."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ def measured(tmp_path: Path, *made: dict[str, Any]) -> Overview:
     return overview(load_measurements(files))
 
 
-def test_the_headline_says_what_went_what_stayed_and_how_fast(tmp_path: Path) -> None:
+def test_the_headline_has_parameters_top1_and_speed_up(tmp_path: Path) -> None:
     view = overview(load_run(report_sample.write_run(tmp_path / "run")))
     assert view.headline == "0.80 M → 0.23 M parameters, 91.3 → 91.0 % top-1, 3.5× faster"
     assert view.chosen == "compact int8"
@@ -46,8 +44,8 @@ def test_figures_agree_with_the_raw_samples(tmp_path: Path) -> None:
         made["compact-fp32"]["latency_s"]
     )
     assert row.speed_up is not None
-    # Taken in turn, the ratio is that of the turns, which cancels drift; without drift the two
-    # agree closely.
+    # The ratio of interleaved measurements is taken per round, which cancels drift. Without drift
+    # the two agree closely.
     assert row.speed_up.estimate == pytest.approx(ratio, rel=0.005)
     assert row.speed_up.low < ratio < row.speed_up.high
     assert row.efficiency == pytest.approx(row.speed_up.estimate / (40_141_312 / 11_603_200))
@@ -57,7 +55,7 @@ def test_figures_agree_with_the_raw_samples(tmp_path: Path) -> None:
     assert (low, high) == pytest.approx((0.90454, 0.91574), abs=1e-5)
 
 
-def test_an_artifact_that_lost_accuracy_is_not_the_headline(tmp_path: Path) -> None:
+def test_an_inaccurate_artifact_is_not_in_the_headline(tmp_path: Path) -> None:
     view = measured(
         tmp_path,
         report_sample.measurement("baseline-fp32", "fp32", 0.001, 3_000_000, 0.91, seed=1),
@@ -96,7 +94,7 @@ def test_devices_are_not_compared_with_each_other(tmp_path: Path) -> None:
     assert lines[1].cells[1].figure.endswith(" ms")
 
 
-def test_threads_and_batches_are_kept_apart(tmp_path: Path) -> None:
+def test_threads_and_batch_sizes_are_separate_settings(tmp_path: Path) -> None:
     view = measured(
         tmp_path,
         report_sample.measurement("baseline-fp32", "fp32", 0.001, 3_000_000, 0.91, seed=1),
@@ -112,7 +110,7 @@ def test_threads_and_batches_are_kept_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_emulated_time_makes_no_speed_up_and_a_warning(tmp_path: Path) -> None:
+def test_emulated_time_has_no_speed_up_but_a_warning(tmp_path: Path) -> None:
     emulated = report_sample.environment(emulator="qemu-aarch64 10.0")
     view = measured(
         tmp_path,
@@ -134,7 +132,7 @@ def test_emulated_time_makes_no_speed_up_and_a_warning(tmp_path: Path) -> None:
     )
 
 
-def test_emulated_time_is_no_headline(tmp_path: Path) -> None:
+def test_emulated_time_is_not_in_the_headline(tmp_path: Path) -> None:
     emulated = report_sample.environment(emulator="qemu-aarch64 10.0")
     view = measured(
         tmp_path,
@@ -144,11 +142,11 @@ def test_emulated_time_is_no_headline(tmp_path: Path) -> None:
     )
     assert (
         view.headline
-        == "compact fp32: runs under qemu-aarch64 10.0, which tells nothing of a device's latency"
+        == "compact fp32: runs under qemu-aarch64 10.0, whose times are not a device's latency"
     )
 
 
-def test_warnings_are_told_once_and_name_whom_they_concern(tmp_path: Path) -> None:
+def test_each_warning_is_shown_once_with_its_artifacts(tmp_path: Path) -> None:
     view = measured(
         tmp_path,
         report_sample.measurement(
@@ -166,20 +164,20 @@ def test_warnings_are_told_once_and_name_whom_they_concern(tmp_path: Path) -> No
         ),
     )
     assert view.warnings[:2] == ("baseline fp32: hot", "loaded")
-    assert "not all artifacts were measured in turn" in view.warnings[2]
+    assert "not all artifacts were measured interleaved" in view.warnings[2]
 
 
-def test_the_table_marks_the_best_and_leaves_out_what_nobody_knows(tmp_path: Path) -> None:
+def test_the_table_marks_the_best_and_leaves_out_unknown_figures(tmp_path: Path) -> None:
     view = overview(load_run(report_sample.write_run(tmp_path / "run")))
     lines = {line.name: line for line in table(view.devices[0])}
     assert [cell.best for cell in lines["Latency, p50"].cells] == [False, False, True]
     assert [cell.best for cell in lines["Top-1"].cells] == [True, False, False]
     assert lines["Speed-up"].cells[0] is NONE
-    assert "Energy an inference" not in lines
-    assert lines["Peak memory over the floor"].cells[0].figure == "10.6 MB"
+    assert "Energy per inference" not in lines
+    assert lines["Peak memory above the floor"].cells[0].figure == "10.6 MB"
 
 
-def test_artifacts_without_measurement_still_make_a_table(tmp_path: Path) -> None:
+def test_artifacts_without_measurements_have_a_table(tmp_path: Path) -> None:
     made = report_sample.report()
     for model in made["models"].values():
         for artifact in model["artifacts"]:
@@ -194,7 +192,7 @@ def test_artifacts_without_measurement_still_make_a_table(tmp_path: Path) -> Non
     ]
 
 
-def test_blocks_agree_on_the_stream_or_show_it_each() -> None:
+def test_the_stream_is_shown_once_or_per_block_where_it_differs() -> None:
     branches = [KeptBranch.model_validate(entry) for entry in report_sample.kept()]
     kept = kept_blocks(branches)
     assert kept.embed is not None
@@ -214,7 +212,7 @@ def test_blocks_agree_on_the_stream_or_show_it_each() -> None:
     assert other.columns[-1] == "embed"
 
 
-def test_a_branch_that_is_gone_says_how_and_does_not_disturb_the_stream() -> None:
+def test_a_removed_branch_is_labelled_and_does_not_change_the_stream() -> None:
     entries = report_sample.kept()
     entries[0] = {
         "branch": "blocks.0.attn",

@@ -1,6 +1,4 @@
-"""Markdown and HTML: everything is there, hostile labels are harmless, missing pieces are told,
-nothing is half-written.
-"""
+"""Markdown and HTML: all sections, harmless labels, lines for missing parts, complete files."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ VOID = {"meta", "br"}
 
 
 class Tree(HTMLParser):
-    """Every tag with its attributes; complains where tags do not close in order."""
+    """Every tag with its attributes; fails if tags are not closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -52,7 +50,7 @@ def test_render_writes_both_files_into_the_folder(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} - before == {"report.md", "report.html"}
 
 
-def test_a_refused_run_leaves_the_old_report_alone(tmp_path: Path) -> None:
+def test_a_damaged_run_keeps_the_old_report(tmp_path: Path) -> None:
     folder = report_sample.write_run(tmp_path / "run")
     (folder / "report.html").write_text("old")
     (folder / "kept.json").write_text("{")
@@ -62,7 +60,7 @@ def test_a_refused_run_leaves_the_old_report_alone(tmp_path: Path) -> None:
     assert not (folder / "report.md").exists()
 
 
-def test_the_page_holds_every_section_and_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_page_has_every_section_and_no_link_to_load(tmp_path: Path) -> None:
     page = render_html(load_run(report_sample.write_run(tmp_path / "run")))
     tree = Tree(page)
     ids = [attributes["id"] for _, attributes in tree.tags if attributes.get("id")]
@@ -88,24 +86,23 @@ def test_the_page_holds_every_section_and_asks_for_nothing(tmp_path: Path) -> No
         "base",
         "form",
     }
-    asking = {"src", "href", "srcset", "action", "data", "poster", "xlink:href", "background"}
-    assert not [attributes for _, attributes in tree.tags if asking & set(attributes)]
+    loading = {"src", "href", "srcset", "action", "data", "poster", "xlink:href", "background"}
+    assert not [attributes for _, attributes in tree.tags if loading & set(attributes)]
     assert "url(" not in page
     assert "@import" not in page
     assert not re.search(r"(?:https?:)?//\w", page)
 
 
-def test_every_picture_says_in_words_what_it_shows(tmp_path: Path) -> None:
+def test_every_plot_has_a_description_for_screen_readers(tmp_path: Path) -> None:
     tree = Tree(render_html(load_run(report_sample.write_run(tmp_path / "run"))))
     labels = [attributes.get("aria-label") for tag, attributes in tree.tags if tag == "svg"]
-    # Two fronts, one strip of distributions, four training curves; each drawn for a desk and for a
-    # phone.
+    # Two fronts, the distributions and four training curves, each for desktops and for phones.
     assert len(labels) == 14
     assert all(labels)
     assert any(label and "compact int8 90.96 % top-1, 0.307 ms" in label for label in labels)
 
 
-def test_hostile_labels_stay_text(tmp_path: Path) -> None:
+def test_hostile_labels_remain_text(tmp_path: Path) -> None:
     made = report_sample.report()
     made["models"][HOSTILE] = made["models"].pop("compact")
     made["parity"] = {HOSTILE: 1e-6}
@@ -142,7 +139,7 @@ def test_hostile_labels_stay_text(tmp_path: Path) -> None:
     assert {len(re.split(r"(?<!\\)\|", line)) for line in heads} <= {4, 5, 8}
 
 
-def test_missing_pieces_are_left_out_with_a_line(tmp_path: Path) -> None:
+def test_missing_parts_are_replaced_by_a_line(tmp_path: Path) -> None:
     folder = report_sample.write_run(
         tmp_path / "run", without=("kept.json", "history.jsonl", "recipe.toml"), parity={}
     )
@@ -154,15 +151,15 @@ def test_missing_pieces_are_left_out_with_a_line(tmp_path: Path) -> None:
         if attributes.get("id") in ("kept", "training", "parity")
     ]
     for line in (
-        "the folder holds no kept.json",
-        "the folder holds no history.jsonl",
-        "holds no parity figures",
+        "the folder contains no kept.json",
+        "the folder contains no history.jsonl",
+        "contains no parity figures",
     ):
         assert any(line in words for words in tree.words)
         assert line in render_markdown(run)
 
 
-def test_one_artifact_alone_makes_a_report(tmp_path: Path) -> None:
+def test_a_single_artifact_has_a_report(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     path.write_text(
         json.dumps(
@@ -182,7 +179,7 @@ def test_one_artifact_alone_makes_a_report(tmp_path: Path) -> None:
     assert load_run(tmp_path / "out").report.models["compact"].params is None
 
 
-def test_a_run_with_nothing_measured_makes_a_report(tmp_path: Path) -> None:
+def test_a_run_without_measurements_has_a_report(tmp_path: Path) -> None:
     models = {
         name: {"params": 10_000_000, "macs": 1, "top1": None} for name in ("baseline", "compact")
     }
@@ -193,21 +190,21 @@ def test_a_run_with_nothing_measured_makes_a_report(tmp_path: Path) -> None:
     assert "10.0 M → 10.0 M parameters" in render_markdown(run)
 
 
-def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     path.write_text(json.dumps(report_sample.measurements()["compact-int8"]))
     with pytest.raises(InputError, match=r"a file is in the way of the report's folder"):
         render_measurements([path], path)
 
 
-def test_markdown_tables_hold_the_figures(tmp_path: Path) -> None:
+def test_markdown_tables_contain_the_figures(tmp_path: Path) -> None:
     markdown = render_markdown(load_run(report_sample.write_run(tmp_path / "run")))
     assert "| Parameters | 0.80 M | **0.23 M** (29 %) | **0.23 M** (29 %) |" in markdown
     assert "| block 3 | 1 of 4 | 14 of 32 | 18 of 32 | 60 of 512 |" in markdown
     assert "| masked → compact | 3.1 × 10⁻⁷ |" in markdown
 
 
-def test_a_history_with_gaps_and_a_single_epoch_draws(tmp_path: Path) -> None:
+def test_a_history_with_gaps_or_a_single_epoch_is_drawn(tmp_path: Path) -> None:
     folder = report_sample.write_run(tmp_path / "run")
     lines = [
         '{"phase": "masks", "epoch": 1, "loss": NaN, "val_top1": 50.0}',
@@ -221,10 +218,11 @@ def test_a_history_with_gaps_and_a_single_epoch_draws(tmp_path: Path) -> None:
         assert "<h3>Loss</h3>" not in page
 
 
-def test_the_report_needs_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
+def test_the_report_imports_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
     folder = report_sample.write_run(tmp_path / "run")
     program = (
-        "import sys; from vitrim.bench.report import render, write_picture; render(sys.argv[1]); write_picture(sys.argv[1], sys.argv[1] + '/p.svg');"
+        "import sys; from vitrim.bench.report import render, write_picture; render(sys.argv[1]); "
+        "write_picture(sys.argv[1], sys.argv[1] + '/p.svg');"
         "sys.exit(' '.join({'torch', 'matplotlib', 'onnxruntime'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run(

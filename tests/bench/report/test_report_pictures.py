@@ -1,6 +1,4 @@
-"""Pictures say what the numbers say: positions, fronts, shapes, and the README's picture as one
-well-formed SVG.
-"""
+"""Plots match their numbers: positions, fronts, densities, and the picture for a README."""
 
 from __future__ import annotations
 
@@ -30,7 +28,9 @@ def point(label: str, cost: float, accuracy: float, series: int = 0) -> Point:
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.floats(0, 100)), min_size=1, max_size=12))
-def test_the_front_is_what_no_other_point_beats(pairs: list[tuple[float, float]]) -> None:
+def test_the_front_has_the_points_that_no_other_point_beats(
+    pairs: list[tuple[float, float]],
+) -> None:
     points = [point(str(number), *pair) for number, pair in enumerate(pairs)]
     front = pareto(points)
     for p in points:
@@ -48,7 +48,7 @@ def test_the_front_is_what_no_other_point_beats(pairs: list[tuple[float, float]]
     st.lists(st.tuples(st.floats(0.001, 1e4), st.floats(0, 100)), min_size=1, max_size=8),
     st.sampled_from([330.0, 480.0]),
 )
-def test_a_scatter_is_well_formed_and_keeps_its_marks_inside(
+def test_a_scatter_plot_is_well_formed_with_its_markers_inside(
     pairs: list[tuple[float, float]], width: float
 ) -> None:
     drawn = scatter(
@@ -65,7 +65,7 @@ def test_a_scatter_is_well_formed_and_keeps_its_marks_inside(
         assert 0 <= float(circle.attrib["cy"]) <= 300
 
 
-def test_names_of_crowded_points_never_lie_on_each_other() -> None:
+def test_labels_of_crowded_points_do_not_overlap() -> None:
     points = [
         point(f"compact int8-static {n}", 1.0 + 0.02 * n, 89.7 + 0.01 * (n % 3), series=n)
         for n in range(12)
@@ -77,7 +77,7 @@ def test_names_of_crowded_points_never_lie_on_each_other() -> None:
             wide, at = text_width(text.text or ""), float(text.attrib["x"])
             start = at - wide if text.attrib.get("text-anchor") == "end" else at
             boxes.append((start, start + wide, float(text.attrib["y"])))
-    # Those of the front are named first; some of the others find no place.
+    # Points of the front are labelled first; some of the others have no free position.
     assert 3 <= len(boxes) < len(points)
     for number, (left, right, base) in enumerate(boxes):
         assert not any(
@@ -88,7 +88,7 @@ def test_names_of_crowded_points_never_lie_on_each_other() -> None:
     assert {p.label for p in pareto(points)} <= named
 
 
-def test_cost_grows_to_the_right_from_zero() -> None:
+def test_the_cost_axis_starts_at_zero() -> None:
     drawn = scatter(
         [point("a", 1.0, 90.0), point("b", 2.0, 91.0)],
         cost_title="ms",
@@ -99,11 +99,11 @@ def test_cost_grows_to_the_right_from_zero() -> None:
     xs = sorted(
         float(circle.attrib["cx"]) for circle in ElementTree.fromstring(drawn).iter("circle")
     )
-    # From zero at the left edge of the frame, twice the cost is twice as far.
+    # Twice the cost is twice as far from the left edge of the frame.
     assert xs[1] - 44 == pytest.approx(2 * (xs[0] - 44), abs=0.05)
 
 
-def test_bars_of_the_distributions_are_as_long_as_the_medians() -> None:
+def test_bars_of_the_distributions_end_at_the_medians() -> None:
     strips = [
         Strip("slow", 0, tuple(np.linspace(0.9, 1.1, 101))),
         Strip("fast", 1, tuple(np.linspace(0.2, 0.3, 101))),
@@ -113,7 +113,7 @@ def test_bars_of_the_distributions_are_as_long_as_the_medians() -> None:
     assert slow / fast == pytest.approx(4.0, rel=1e-3)
 
 
-def test_the_shape_stands_where_the_samples_are() -> None:
+def test_the_density_is_where_the_samples_are() -> None:
     rng = np.random.default_rng(0)
     samples = np.concatenate([rng.normal(1.0, 0.02, 3000), rng.normal(2.0, 0.02, 1000)])
     grid, heights = shape(samples, Scale(0, 3, 0, 900))
@@ -123,17 +123,17 @@ def test_the_shape_stands_where_the_samples_are() -> None:
     assert second / first == pytest.approx(1 / 3, rel=0.2)
 
 
-def test_equal_samples_and_one_sample_draw() -> None:
+def test_equal_samples_and_a_single_sample_are_drawn() -> None:
     for samples in ((0.001,), (0.001,) * 50):
         assert "nan" not in distributions([Strip("a", 0, samples)], label="x", width=330)
 
 
-def test_samples_beyond_the_picture_are_counted_in_words() -> None:
+def test_samples_beyond_the_axis_are_counted_in_the_label() -> None:
     samples = (0.001,) * 999 + (5.0,)
     assert "1 of 1,000 beyond" in distributions([Strip("a", 0, samples)], label="x", width=1000)
 
 
-def test_phases_follow_each_other_and_remaining_sizes_are_shares(tmp_path: Path) -> None:
+def test_phases_are_consecutive_and_remaining_sizes_are_shares(tmp_path: Path) -> None:
     run = load_run(report_sample.write_run(tmp_path / "run"))
     assert [(p.name, p.first, p.last) for p in phases(run.history)] == [
         ("baseline", 1, 30),
@@ -141,11 +141,11 @@ def test_phases_follow_each_other_and_remaining_sizes_are_shares(tmp_path: Path)
         ("finetune", 51, 70),
     ]
     made = {panel.title: panel for panel in panels(run.history, 803_466, 40_141_312)}
-    assert list(made) == ["Loss", "Top-1", "What remains", "Training speed"]
-    assert made["What remains"].curves[0].values[-1] == pytest.approx(28.86, abs=0.01)
+    assert list(made) == ["Loss", "Top-1", "Remaining size", "Training speed"]
+    assert made["Remaining size"].curves[0].values[-1] == pytest.approx(28.86, abs=0.01)
 
 
-def test_the_readme_picture_is_one_whole_svg(tmp_path: Path) -> None:
+def test_the_readme_picture_is_one_self_contained_svg(tmp_path: Path) -> None:
     folder = report_sample.write_run(tmp_path / "run")
     out = write_picture(folder, tmp_path / "picture.svg")
     tree = ElementTree.parse(out).getroot()
@@ -158,7 +158,7 @@ def test_the_readme_picture_is_one_whole_svg(tmp_path: Path) -> None:
     assert not re.search(r"href|url\(|<image", out.read_text())
 
 
-def test_the_bars_of_the_picture_are_as_long_as_what_was_kept(tmp_path: Path) -> None:
+def test_the_bars_of_the_picture_are_the_kept_shares(tmp_path: Path) -> None:
     tree = ElementTree.parse(
         write_picture(report_sample.write_run(tmp_path / "run"), tmp_path / "p.svg")
     ).getroot()
@@ -182,7 +182,7 @@ def test_the_bars_of_the_picture_are_as_long_as_what_was_kept(tmp_path: Path) ->
     ]
 
 
-def test_the_picture_is_made_by_a_command_and_refuses_in_one_line(
+def test_the_command_writes_the_picture_or_one_error_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = report_sample.write_run(tmp_path / "run")
@@ -203,7 +203,7 @@ def test_a_run_with_nothing_to_draw_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["kept.json", "measurement"])
-def test_half_a_run_makes_half_a_picture(tmp_path: Path, missing: str) -> None:
+def test_a_run_without_a_part_has_a_picture_of_the_other(tmp_path: Path, missing: str) -> None:
     made = report_sample.report()
     if missing == "measurement":
         for model in made["models"].values():
@@ -212,11 +212,11 @@ def test_half_a_run_makes_half_a_picture(tmp_path: Path, missing: str) -> None:
     words = "".join(
         ElementTree.parse(write_picture(folder, tmp_path / "p.svg")).getroot().itertext()
     )
-    assert ("What was kept" in words) == (missing == "measurement")
+    assert ("Kept units" in words) == (missing == "measurement")
     assert ("Accuracy against latency" in words) == (missing == "kept.json")
 
 
-def test_a_hostile_run_keeps_the_picture_well_formed(tmp_path: Path) -> None:
+def test_hostile_labels_keep_the_picture_well_formed(tmp_path: Path) -> None:
     folder = report_sample.write_run(
         tmp_path / "run", title="</title><script>alert(1)</script>\x00"
     )

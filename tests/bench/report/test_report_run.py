@@ -1,6 +1,4 @@
-"""A run folder is read whole; a malformed file is refused by its name and key; later measurements
-join their model.
-"""
+"""Loading a run folder: all parts, errors that name file and key, and later measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from vitrim.bench.report.run import load_measurements, load_run
 from vitrim.core.errors import InputError
 
 
-def test_a_run_folder_is_read_whole(tmp_path: Path) -> None:
+def test_all_parts_of_a_run_folder_are_loaded(tmp_path: Path) -> None:
     run = load_run(report_sample.write_run(tmp_path / "run"))
     assert run.report.models["compact"].params == 231_904
     assert len(run.kept) == 8
@@ -25,7 +23,7 @@ def test_a_run_folder_is_read_whole(tmp_path: Path) -> None:
     assert run.missing == ()
 
 
-def test_the_report_comes_back_equal_and_fits_its_schema(tmp_path: Path) -> None:
+def test_the_report_is_equal_after_writing_and_matches_its_schema(tmp_path: Path) -> None:
     report = load_run(report_sample.write_run(tmp_path / "run")).report
     plain = json.loads(json.dumps(report.to_dict()))
     assert Report.model_validate(plain) == report
@@ -34,16 +32,16 @@ def test_the_report_comes_back_equal_and_fits_its_schema(tmp_path: Path) -> None
         jsonschema.validate({**plain, "models": {}}, json_schema())
 
 
-def test_further_keys_are_kept(tmp_path: Path) -> None:
+def test_unknown_keys_are_kept(tmp_path: Path) -> None:
     report = load_run(report_sample.write_run(tmp_path / "run", data_seed=3)).report
     assert report.to_dict()["data_seed"] == 3
 
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("kept.json", "kept in each block"), ("history.jsonl", "Training curves")],
+    [("kept.json", "Kept units per block"), ("history.jsonl", "Training curves")],
 )
-def test_a_missing_piece_is_told_in_a_line(tmp_path: Path, name: str, part: str) -> None:
+def test_a_missing_part_has_a_line(tmp_path: Path, name: str, part: str) -> None:
     run = load_run(report_sample.write_run(tmp_path / "run", without=(name,)))
     assert [line for line in run.missing if part in line and name in line]
 
@@ -70,7 +68,7 @@ def test_a_missing_piece_is_told_in_a_line(tmp_path: Path, name: str, part: str)
         ),
     ],
 )
-def test_a_malformed_report_is_refused_by_key(
+def test_an_invalid_report_is_refused_with_its_key(
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     folder = report_sample.write_run(tmp_path / "run", **change)
@@ -80,7 +78,7 @@ def test_a_malformed_report_is_refused_by_key(
     assert "\n" not in str(error.value)
 
 
-def test_a_measurement_inside_the_report_is_checked_too(tmp_path: Path) -> None:
+def test_a_measurement_in_the_report_is_validated(tmp_path: Path) -> None:
     made = report_sample.report()
     made["models"]["compact"]["artifacts"][1]["measurement"]["latency_s"] = []
     folder = report_sample.write_run(tmp_path / "run", **made)
@@ -95,7 +93,7 @@ def test_a_measurement_inside_the_report_is_checked_too(tmp_path: Path) -> None:
     [
         ("report.json", "{", "report.json: not JSON"),
         ("report.json", "[]", "report.json: schema is 'list'"),
-        ("kept.json", "{}", "kept.json: a list of branches is wanted, not dict"),
+        ("kept.json", "{}", "kept.json: expected a list of branches, found dict"),
         (
             "kept.json",
             '[{"branch": "b", "kind": "ffn", "dims": {"ffn": [9, 3]}}]',
@@ -115,7 +113,7 @@ def test_a_measurement_inside_the_report_is_checked_too(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_malformed_file_is_refused_by_file_and_key(
+def test_an_invalid_file_is_refused_with_its_key(
     tmp_path: Path, name: str, content: str, words: str
 ) -> None:
     folder = report_sample.write_run(tmp_path / "run")
@@ -132,21 +130,21 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         load_run(folder)
 
 
-def test_a_history_that_was_cut_short_keeps_its_whole_lines(tmp_path: Path) -> None:
+def test_a_truncated_history_keeps_its_complete_lines(tmp_path: Path) -> None:
     folder = report_sample.write_run(tmp_path / "run")
     path = folder / "history.jsonl"
     path.write_text(path.read_text()[:-20])
     assert len(load_run(folder).history) == 69
 
 
-def test_no_folder_and_an_empty_folder_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_and_an_empty_folder_have_different_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such run folder"):
         load_run(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"holds neither report\.json nor measurements"):
+    with pytest.raises(InputError, match=r"contains neither report\.json nor measurements"):
         load_run(tmp_path)
 
 
-def test_a_measurement_made_later_joins_its_model_and_a_known_one_does_not_come_twice(
+def test_a_later_measurement_is_added_to_its_model_and_a_known_one_is_not(
     tmp_path: Path,
 ) -> None:
     folder = report_sample.write_run(tmp_path / "run")
@@ -166,7 +164,7 @@ def test_a_measurement_made_later_joins_its_model_and_a_known_one_does_not_come_
     ]
 
 
-def test_measurements_alone_make_models_by_their_names(tmp_path: Path) -> None:
+def test_measurements_alone_are_grouped_into_models_by_name(tmp_path: Path) -> None:
     files = []
     for name, data in report_sample.measurements().items():
         files.append(tmp_path / f"{name}.json")

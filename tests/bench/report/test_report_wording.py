@@ -1,4 +1,4 @@
-"""Numbers in words keep their value, and markup keeps hostile text harmless."""
+"""Formatted numbers keep their value, and markup escapes hostile text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vitrim.bench.report import wording
 from vitrim.bench.report.markdown import code, safe
-from vitrim.bench.report.markup import Markup, element, text
-from vitrim.bench.report.plot import tick_text, ticks
+from vitrim.bench.report.markup import Markup, element, escaped
+from vitrim.bench.report.plot import tick_format, ticks
 
 
 @given(st.floats(1e-6, 1e9))
-def test_three_digits_stay_within_half_a_percent_and_write_no_exponent(value: float) -> None:
+def test_three_digits_are_within_half_a_percent_and_have_no_exponent(value: float) -> None:
     written = wording.three_digits(value)
     assert "e" not in written
     assert float(written.replace(",", "")) == pytest.approx(value, rel=0.0051)
@@ -54,23 +54,23 @@ def test_three_digits_stay_within_half_a_percent_and_write_no_exponent(value: fl
         (wording.share_of(29, 100), "29 %"),
     ],
 )
-def test_words_for_numbers(written: str, expected: str) -> None:
+def test_formatted_numbers(written: str, expected: str) -> None:
     assert written == expected
 
 
 @given(st.text())
-def test_text_is_escaped_and_reads_back(words: str) -> None:
+def test_text_is_escaped_and_parsed_back(words: str) -> None:
     written = element("p", words, title=words)
     tree = ElementTree.fromstring(written)
-    wanted = html.unescape(text(words))
-    # XML itself turns carriage returns into line feeds, and white space in attributes into spaces.
+    wanted = html.unescape(escaped(words))
+    # XML parsers turn carriage returns into line feeds, and white space in attributes into spaces.
     assert (tree.text or "") == wanted.replace("\r\n", "\n").replace("\r", "\n")
     assert not len(tree)
     assert set(tree.attrib) == {"title"}
 
 
-def test_what_turns_text_around_or_breaks_xml_is_replaced() -> None:
-    assert text("a\u202eb\x00c\ud800") == "a\ufffdb\ufffdc\ufffd"
+def test_characters_that_reverse_text_or_break_xml_are_replaced() -> None:
+    assert escaped("a\u202eb\x00c\ud800") == "a\ufffdb\ufffdc\ufffd"
 
 
 def test_markup_is_not_escaped_twice() -> None:
@@ -78,21 +78,19 @@ def test_markup_is_not_escaped_twice() -> None:
 
 
 @given(st.text(min_size=1))
-def test_markdown_stays_on_one_line_and_holds_no_tag(words: str) -> None:
+def test_safe_markdown_is_on_one_line_and_has_no_tag(words: str) -> None:
     written = safe(words)
     assert "<" not in written
     assert "\n" not in written
     assert written.count("|") == written.count("\\|")
 
 
-def test_a_back_tick_cannot_end_a_code_span() -> None:
+def test_a_back_tick_does_not_end_a_code_span() -> None:
     assert code("a `` b\nc") == "``` a `` b c ```"
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))
-def test_ticks_lie_in_their_range_and_equally_far_apart(
-    low: float, span: float, wanted: int
-) -> None:
+def test_ticks_are_in_their_range_and_equally_spaced(low: float, span: float, wanted: int) -> None:
     values = ticks(low, low + span, wanted)
     slack = 1e-6 * span
     assert all(low - slack <= value <= low + span + slack for value in values)
@@ -101,9 +99,9 @@ def test_ticks_lie_in_their_range_and_equally_far_apart(
     assert len(values) <= wanted + 1
 
 
-def test_tick_texts_tell_their_values_apart() -> None:
+def test_tick_labels_are_distinct() -> None:
     values = ticks(90.7, 91.9, 5)
-    assert [tick_text(values)(value) for value in values] == [
+    assert [tick_format(values)(value) for value in values] == [
         "90.75",
         "91.00",
         "91.25",
