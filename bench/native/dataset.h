@@ -1,4 +1,4 @@
-// A data set of images and labels (a folder of images.npy and labels.npy), prepared as a model takes it.
+// A data set (a folder of images.npy and labels.npy), in the layout and normalisation of a model.
 #pragma once
 
 #include <algorithm>
@@ -22,9 +22,9 @@ class Dataset {
         : images_(folder + "/images.npy"), model_(model), bytes_(images_.type == "|u1") {
         Npy stored(folder + "/labels.npy");
         labels = stored.whole_numbers();
-        if (labels.empty() || static_cast<int64_t>(labels.size()) != images_.shape[0]) images_.fail("has another number of images than of labels");
+        if (labels.empty() || static_cast<int64_t>(labels.size()) != images_.shape[0]) images_.fail("has different numbers of images and labels");
         const std::vector<int64_t> &wanted = model.shape, own(images_.shape.begin() + 1, images_.shape.end());
-        if (wanted.size() != 4) throw std::runtime_error("the model takes no images of channels, height and width; its top-1 cannot be counted");
+        if (wanted.size() != 4) throw std::runtime_error("the model's input is not (batch, channels, height, width); its top-1 cannot be counted");
         channels_last_ = bytes_ && own.size() == 3 && own[0] != wanted[1] && own[2] == wanted[1];
         std::vector<int64_t> arranged = own;
         if (own.size() == 2 && wanted[1] == 1) arranged = {1, own[0], own[1]};
@@ -45,7 +45,7 @@ class Dataset {
         }
     }
 
-    // Images first..last; a fixed batch is filled up with copies of the last one, whose answers are not counted.
+    // Images first..last; a fixed batch is padded with copies of the last, which are not counted.
     std::vector<char> batch(int64_t first, int64_t last) {
         const std::vector<char> raw = images_.rows(first, last);
         const size_t channels = static_cast<size_t>(model_.shape[1]), area = static_cast<size_t>(model_.shape[2] * model_.shape[3]);

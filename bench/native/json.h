@@ -1,4 +1,4 @@
-// JSON as the runner's conversation needs it: one value a line in, one object a line out.
+// The JSON of the runner's line protocol: reads one value per line, writes one object per line.
 #pragma once
 
 #include <cctype>
@@ -22,7 +22,7 @@ struct Json {
     std::vector<Json> list;
     std::map<std::string, Json> object;
 
-    // The value of a key, or null where there is none.
+    // Returns the value of a key, or null where there is none.
     const Json &operator[](const std::string &key) const {
         static const Json nothing;
         const auto found = object.find(key);
@@ -56,7 +56,7 @@ class JsonReader {
     }
     char next() { return at_ < source_.size() ? source_[at_] : '\0'; }
     void expect(char wanted) {
-        if (next() != wanted) fail("another character is wanted");
+        if (next() != wanted) fail("an unexpected character");
         ++at_;
     }
     bool word(const char *wanted) {
@@ -200,10 +200,10 @@ template <typename Item> std::string written(const std::vector<Item> &items) {
     return made + "]";
 }
 
-// {"key": value, ...}, in the order in which it was said.
+// {"key": value, ...}, in the order of the calls.
 class Line {
   public:
-    template <typename Value> Line &say(const char *key, const Value &value) { return raw(key, written(value)); }
+    template <typename Value> Line &add(const char *key, const Value &value) { return raw(key, written(value)); }
     Line &raw(const char *key, const std::string &json) {
         body_ += (body_.empty() ? "" : ", ") + quoted(key) + ": " + json;
         return *this;

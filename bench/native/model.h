@@ -23,7 +23,7 @@ inline uint16_t half_bits(float value) {
     const uint32_t sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
     if (rest >= 0x47800000u) return static_cast<uint16_t>(sign | (rest > 0x7f800000u ? 0x7e00u : 0x7c00u));
     if (rest < 0x38800000u) {
-        // Too small for a leading one: the float's own rounding does it, at the place of half's last bit.
+        // A subnormal half: scaled so that rounding to an integer rounds at the half's last bit.
         float magnitude;
         std::memcpy(&magnitude, &rest, sizeof magnitude);
         return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 24))));
@@ -44,7 +44,7 @@ class Model {
     std::string input, output, type, path;
     std::vector<int64_t> shape;
 
-    // `profile_prefix`: where the runtime writes its trace, if it should.
+    // `profile_prefix`: where the runtime writes its trace; no trace by default.
     Model(const Ort &ort, void *env, const Json &job, const char *profile_prefix = nullptr) : ort_(ort) {
         path = job["model"].words("");
         if (!std::ifstream(path).good()) throw std::runtime_error(path + ": no such file; give the path of an .onnx model");
@@ -66,7 +66,7 @@ class Model {
         return product;
     }
 
-    // A normal distribution; bytes in the middle of their range.
+    // Normally distributed values; uint8 values are centred at 128.
     std::vector<char> random_images(int64_t seed) const {
         std::mt19937_64 source(static_cast<uint64_t>(seed));
         std::normal_distribution<float> normal;
@@ -78,7 +78,7 @@ class Model {
         return bytes;
     }
 
-    // One value into a buffer of the input's type.
+    // Stores one value in a buffer of the input's type.
     void store(char *buffer, size_t place, float value) const {
         char *at = buffer + place * element_bytes();
         if (type == "uint8") {
@@ -94,8 +94,8 @@ class Model {
         }
     }
 
-    // The outputs stay the runtime's, as in Python; `answers` copies them where it is given.
-    void infer(char *images, std::vector<float> *answers = nullptr) const {
+    // Runs one inference; `logits` receives a copy of the output where it is given.
+    void infer(char *images, std::vector<float> *logits = nullptr) const {
         void *in = nullptr, *out = nullptr;
         try {
             ort_.call(CreateTensorWithDataAsOrtValue, static_cast<const void *>(memory_), static_cast<void *>(images), elements() * element_bytes(),
@@ -105,7 +105,7 @@ class Model {
             const void *const values[1] = {in};
             ort_.call(Run, session_, static_cast<const void *>(nullptr), static_cast<const char *const *>(inputs), static_cast<const void *const *>(values),
                       size_t{1}, static_cast<const char *const *>(outputs), size_t{1}, &out);
-            if (answers != nullptr) copy(out, *answers);
+            if (logits != nullptr) copy(out, *logits);
         } catch (...) {
             ort_.release(ReleaseValue, in);
             ort_.release(ReleaseValue, out);
@@ -115,7 +115,7 @@ class Model {
         ort_.release(ReleaseValue, out);
     }
 
-    // End the trace and tell its file.
+    // Ends the trace and returns its file.
     std::string end_profiling() {
         void *allocator = nullptr;
         char *name = nullptr;
@@ -145,7 +145,7 @@ class Model {
         ort_.call(job["arena"].flag(true) ? EnableCpuMemArena : DisableCpuMemArena, options_);
         const bool spinning = job["spinning"].flag(false);
         entry("session.intra_op.allow_spinning", spinning ? "1" : "0");
-        // Threads may wait busily inside a call, but not after it: a neighbour that is measured in turn would pay for that.
+        // Threads may wait busily inside a call, but not after it, while another model is measured.
         if (spinning) entry("session.force_spinning_stop", "1");
         for (const auto &pair : job["session"].object) entry(pair.first.c_str(), pair.second.text.c_str());
         if (profile_prefix != nullptr) ort_.call(EnableProfiling, options_, profile_prefix);
@@ -164,20 +164,20 @@ class Model {
     void describe_input(const Json &job) {
         size_t count = 0;
         ort_.call(SessionGetInputCount, static_cast<const void *>(session_), &count);
-        if (count != 1) throw std::runtime_error("the model has " + std::to_string(count) + " inputs; an image classifier with one is measured");
+        if (count != 1) throw std::runtime_error("the model has " + std::to_string(count) + " inputs; only image classifiers with one are measured");
         input = name(SessionGetInputName, 0);
         void *about = nullptr;
         const void *tensor = nullptr;
         ort_.call(SessionGetInputTypeInfo, static_cast<const void *>(session_), size_t{0}, &about);
         ort_.call(CastTypeInfoToTensorInfo, static_cast<const void *>(about), &tensor);
-        if (tensor == nullptr) throw std::runtime_error("input '" + input + "' is no tensor; an image classifier takes one");
+        if (tensor == nullptr) throw std::runtime_error("input '" + input + "' is not a tensor; only image classifiers are measured");
         ort_.call(GetTensorElementType, tensor, &element_);
         ort_.call(GetDimensionsCount, tensor, &count);
         shape.resize(count);
         ort_.call(GetDimensions, tensor, shape.data(), count);
         ort_.release(ReleaseTypeInfo, about);
         type = element_ == kFloat ? "float32" : element_ == kFloat16 ? "float16" : element_ == kDouble ? "float64" : element_ == kUint8 ? "uint8" : "";
-        if (type.empty()) throw std::runtime_error("input '" + input + "' is of a type that is not measured; it can be float32, float16, float64 or uint8");
+        if (type.empty()) throw std::runtime_error("input '" + input + "' has an unsupported type; it can be float32, float16, float64 or uint8");
         const int64_t batch = job["batch"].whole(0);
         for (size_t place = 0; place < shape.size(); ++place) {
             const bool open = shape[place] < 1;
@@ -187,12 +187,12 @@ class Model {
             if (open) shape[place] = batch > 0 ? batch : 1;
             if (place == 0 && batch > 0 && shape[0] != batch) {
                 throw std::runtime_error("input '" + input + "' has the fixed batch " + std::to_string(shape[0]) + ", and batch " + std::to_string(batch) +
-                                         " was asked for; export it so, or with a free batch");
+                                         " was requested; export it with that batch, or with a free one");
             }
         }
     }
 
-    void choose_output(const std::string &asked) {
+    void choose_output(const std::string &requested) {
         size_t count = 0;
         ort_.call(SessionGetOutputCount, static_cast<const void *>(session_), &count);
         std::string all;
@@ -200,12 +200,12 @@ class Model {
         for (size_t place = 0; place < count; ++place) {
             const std::string own = name(SessionGetOutputName, place);
             if (place == 0) output = own;
-            found = found || own == asked;
+            found = found || own == requested;
             logits = logits || own == "logits";
             all += (all.empty() ? "" : ", ") + own;
         }
-        if (!asked.empty() && !found) throw std::runtime_error("the model has no output '" + asked + "'; it has " + all);
-        if (!asked.empty()) output = asked;
+        if (!requested.empty() && !found) throw std::runtime_error("the model has no output '" + requested + "'; it has " + all);
+        if (!requested.empty()) output = requested;
         else if (logits) output = "logits";
     }
 
@@ -219,7 +219,7 @@ class Model {
         return made;
     }
 
-    void copy(void *value, std::vector<float> &answers) const {
+    void copy(void *value, std::vector<float> &logits) const {
         void *about = nullptr, *data = nullptr;
         size_t count = 0;
         int element = 0;
@@ -228,12 +228,12 @@ class Model {
         ort_.call(GetTensorElementType, static_cast<const void *>(about), &element);
         ort_.release(ReleaseTensorTypeAndShapeInfo, about);
         ort_.call(GetTensorMutableData, value, &data);
-        answers.resize(count);
+        logits.resize(count);
         for (size_t i = 0; i < count; ++i) {
-            if (element == kFloat) answers[i] = static_cast<const float *>(data)[i];
-            else if (element == kFloat16) answers[i] = half_value(static_cast<const uint16_t *>(data)[i]);
-            else if (element == kDouble) answers[i] = static_cast<float>(static_cast<const double *>(data)[i]);
-            else throw std::runtime_error("the model answers with numbers that are no floats");
+            if (element == kFloat) logits[i] = static_cast<const float *>(data)[i];
+            else if (element == kFloat16) logits[i] = half_value(static_cast<const uint16_t *>(data)[i]);
+            else if (element == kDouble) logits[i] = static_cast<float>(static_cast<const double *>(data)[i]);
+            else throw std::runtime_error("the model's output is not of a floating-point type");
         }
     }
 };

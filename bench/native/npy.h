@@ -13,13 +13,13 @@ namespace vitrim {
 
 class Npy {
   public:
-    std::string type;  // as numpy writes it: <f4, |u1, <i8
+    std::string type;  // numpy's name: <f4, |u1, <i8
     std::vector<int64_t> shape;
 
     explicit Npy(const std::string &path) : path_(path), stream_(path, std::ios::binary) {
         char magic[8] = {};
         stream_.read(magic, 8);
-        if (!stream_ || std::memcmp(magic, "\x93NUMPY", 6) != 0) fail("is no .npy file");
+        if (!stream_ || std::memcmp(magic, "\x93NUMPY", 6) != 0) fail("is not an .npy file");
         const int width = magic[6] == 1 ? 2 : 4;
         unsigned char length[4] = {};
         stream_.read(reinterpret_cast<char *>(length), width);
@@ -42,28 +42,28 @@ class Npy {
             shape.push_back(value);
             at = *end == ',' ? end + 1 : end;
         }
-        if (shape.empty()) fail("holds no list");
+        if (shape.empty()) fail("contains no list");
         start_ = stream_.tellg();
     }
 
     size_t item_bytes() const { return type.size() == 3 ? static_cast<size_t>(std::atoi(type.c_str() + 2)) : 0; }
 
-    // Rows first..last (without last) as they lie in the file.
+    // Returns rows first..last (exclusive) as they are stored.
     std::vector<char> rows(int64_t first, int64_t last) {
         size_t row = item_bytes();
-        if (row == 0 || (type[0] != '<' && type[0] != '|')) fail("holds numbers of a kind that this runner does not read");
+        if (row == 0 || (type[0] != '<' && type[0] != '|')) fail("contains numbers of a type that this runner does not read");
         for (size_t i = 1; i < shape.size(); ++i) row *= static_cast<size_t>(shape[i]);
         std::vector<char> bytes(row * static_cast<size_t>(last - first));
         stream_.clear();
         stream_.seekg(start_ + static_cast<std::streamoff>(row * static_cast<size_t>(first)));
         stream_.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-        if (static_cast<size_t>(stream_.gcount()) != bytes.size()) fail("ends too early");
+        if (static_cast<size_t>(stream_.gcount()) != bytes.size()) fail("is truncated");
         return bytes;
     }
 
-    // All whole numbers of a flat list.
+    // Returns all integers of a one-dimensional array.
     std::vector<int64_t> whole_numbers() {
-        if (shape.size() != 1 || (type[1] != 'i' && type[1] != 'u')) fail("does not hold one whole number for each image");
+        if (shape.size() != 1 || (type[1] != 'i' && type[1] != 'u')) fail("does not contain one integer for each image");
         const std::vector<char> bytes = rows(0, shape[0]);
         const size_t width = item_bytes();
         std::vector<int64_t> values;

@@ -1,7 +1,8 @@
-// The part of ONNX Runtime's C API that a runner calls, opened from its shared library when the program runs.
+// The part of ONNX Runtime's C API that a runner calls; its shared library is opened at run time.
 //
-// The API is a table of functions that only ever grows at its end ("NO REORDERING, only append", onnxruntime_c_api.h), so the place of a function
-// in it is the same in every release. With the places written down here no header of ONNX Runtime is needed to build; a test holds them against it.
+// The API is a table of functions that only grows at its end ("NO REORDERING, only append",
+// onnxruntime_c_api.h), so the position of a function is the same in every release. With the
+// positions listed here its headers are not needed; a test compares them with the header.
 #pragma once
 
 #include <dlfcn.h>
@@ -51,7 +52,7 @@ enum Place : size_t {
     AddSessionConfigEntry = 130,
 };
 
-// ONNX Runtime 1.8 is the oldest release that has all of these; newer ones answer for it.
+// ONNX Runtime 1.8 is the oldest release with all of these; newer ones provide its API as well.
 constexpr uint32_t kOldestApi = 8;
 
 enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10, kDouble = 11 };
@@ -62,7 +63,7 @@ class Ort {
     explicit Ort(const std::string &library) {
         void *opened = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (opened == nullptr) {
-            throw std::runtime_error("the runtime is missing here: " + std::string(dlerror()) + "; put libonnxruntime.so for this device beside the runner");
+            throw std::runtime_error("the runtime is missing here: " + std::string(dlerror()) + "; put libonnxruntime.so for this device next to the runner");
         }
         using GetBase = const Base *(*)();
         const auto get_base = reinterpret_cast<GetBase>(dlsym(opened, "OrtGetApiBase"));
@@ -75,14 +76,14 @@ class Ort {
 
     std::string version;
 
-    // Call a function that tells its failure by a status; throws its message.
+    // Calls a function that returns a status; throws the message of a failure.
     template <typename... Arguments> void call(Place place, Arguments... arguments) const {
         using Function = void *(*)(Arguments...);
         if (void *status = reinterpret_cast<Function>(table_[place])(arguments...)) {
             using Message = const char *(*)(const void *);
-            const std::string told = reinterpret_cast<Message>(table_[GetErrorMessage])(status);
+            const std::string message = reinterpret_cast<Message>(table_[GetErrorMessage])(status);
             release(ReleaseStatus, status);
-            throw std::runtime_error(told);
+            throw std::runtime_error(message);
         }
     }
 

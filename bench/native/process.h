@@ -1,4 +1,4 @@
-// What this process knows of itself: its memory, its place in the scheduler's queue, its processor time.
+// This process: its memory, its CPUs and niceness, and its processor time.
 #pragma once
 
 #include <sched.h>
@@ -18,7 +18,7 @@
 namespace vitrim {
 
 struct Memory {
-    int64_t now_bytes = -1, peak_bytes = -1;  // -1: the system does not tell
+    int64_t now_bytes = -1, peak_bytes = -1;  // -1: unknown
 };
 
 inline Memory read_memory() {
@@ -33,7 +33,7 @@ inline Memory read_memory() {
     return found;
 }
 
-// Start the high-water mark anew; false where that is not permitted.
+// Resets the peak of resident memory; returns false where that is not permitted.
 inline bool reset_peak() {
     std::ofstream stream("/proc/self/clear_refs");
     stream << "5" << std::flush;
@@ -54,7 +54,7 @@ inline void pin(const std::vector<int64_t> &cpus) {
     }
 }
 
-// A sample should be the model's time, not a neighbour's: go first where that is permitted.
+// Raises the priority where that is permitted; other processes' work would be part of the samples.
 inline int niceness(bool first) {
     if (first) setpriority(PRIO_PROCESS, 0, -20);
     return getpriority(PRIO_PROCESS, 0);

@@ -1,10 +1,10 @@
-// Run one ONNX model in this process and tell what happened: runner.py for a device that has no Python.
+// Run one ONNX model in this process and report events: runner.py for a device without Python.
 //
 //     vitrim_runner libonnxruntime.so - < job and commands, one JSON object a line
-//     vitrim_runner libonnxruntime.so '{"model": "model.onnx", "commands": [{"do": "warm"}, {"do": "run", "count": 100}, {"do": "memory"}]}'
+//     vitrim_runner libonnxruntime.so '{"model": "model.onnx", "commands": [{"do": "warm"}]}'
 //
-// Job, commands and events are those of runner.py, which describes them. A data set is a folder of images.npy and labels.npy here, and the processor
-// is the only provider.
+// Job, commands and events are described in runner.py. A data set is a folder of images.npy and
+// labels.npy here, and the CPU is the only provider.
 #include <unistd.h>
 
 #include <algorithm>
@@ -37,7 +37,7 @@ class Runner {
         ort_->call(CreateEnv, kLogErrors, "vitrim", &env_);
         floor_ = read_memory();
         const bool was_reset = reset_peak();
-        // Where the mark cannot be reset it may still show the opening of the runtime instead of the model.
+        // Without a reset the peak may be that of opening the runtime and not the model's.
         exact_ = was_reset || read_memory().peak_bytes == floor_.now_bytes;
         double start = wall_s();
         model_.reset(new Model(*ort_, env_, job));
@@ -50,10 +50,10 @@ class Runner {
 
     void ready() {
         Line line;
-        line.say("event", std::string("ready")).say("runtime", std::string("onnxruntime")).say("runtime_version", ort_->version);
-        line.say("provider", std::string(kCpu)).raw("provider_nodes", "null").say("input_shape", model_->shape).say("input_type", model_->type);
-        line.say("load_s", load_s_).say("first_inference_s", first_s_).raw("floor_rss_bytes", bytes(floor_.now_bytes)).say("peak_rss_exact", exact_);
-        tell(line.say("niceness", static_cast<int64_t>(niceness_)).say("runner", std::string("native")));
+        line.add("event", std::string("ready")).add("runtime", std::string("onnxruntime")).add("runtime_version", ort_->version);
+        line.add("provider", std::string(kCpu)).raw("provider_nodes", "null").add("input_shape", model_->shape).add("input_type", model_->type);
+        line.add("load_s", load_s_).add("first_inference_s", first_s_).raw("floor_rss_bytes", bytes(floor_.now_bytes)).add("peak_rss_exact", exact_);
+        write(line.add("niceness", static_cast<int64_t>(niceness_)).add("runner", std::string("native")));
     }
 
     void run(const std::string &action, const Json &command) {
@@ -77,7 +77,7 @@ class Runner {
     int niceness_ = 0;
     double load_s_ = 0.0, first_s_ = 0.0;
 
-    void tell(const Line &line) {
+    void write(const Line &line) {
         std::fprintf(events_, "%s\n", line.str().c_str());
         std::fflush(events_);
     }
@@ -94,7 +94,7 @@ class Runner {
         return latency_s;
     }
 
-    // Until the medians of two windows in a row agree within `tolerance`, or the limit is reached.
+    // Until the medians of two successive windows agree within `tolerance`, or the time limit.
     void warm(double limit_s, double tolerance, double least_s) {
         const double start = wall_s();
         const int64_t window = first_s_ < 0.5 ? 5 : 1;
@@ -110,7 +110,7 @@ class Runner {
             stable = before >= 0.0 && elapsed >= least_s && std::fabs(middle - before) <= tolerance * before;
             if (stable || elapsed >= limit_s) break;
         }
-        tell(Line().say("event", std::string("warm")).say("count", count).say("stable", stable).say("p50_s", middle));
+        write(Line().add("event", std::string("warm")).add("count", count).add("stable", stable).add("p50_s", middle));
     }
 
     void samples(int64_t count, int64_t settle) {
@@ -118,29 +118,29 @@ class Runner {
         const double cpu_start = cpu_s(), wall_start = wall_s();
         const std::vector<double> latency_s = timed(count);
         const double spent_cpu_s = cpu_s() - cpu_start, spent_wall_s = wall_s() - wall_start;
-        tell(Line().say("event", std::string("samples")).say("latency_s", latency_s).say("cpu_s", spent_cpu_s).say("wall_s", spent_wall_s));
+        write(Line().add("event", std::string("samples")).add("latency_s", latency_s).add("cpu_s", spent_cpu_s).add("wall_s", spent_wall_s));
     }
 
     void memory() {
         const Memory found = read_memory();
-        tell(Line().say("event", std::string("memory")).raw("peak_rss_bytes", bytes(found.peak_bytes)).raw("steady_rss_bytes", bytes(found.now_bytes)));
+        write(Line().add("event", std::string("memory")).raw("peak_rss_bytes", bytes(found.peak_bytes)).raw("steady_rss_bytes", bytes(found.now_bytes)));
     }
 
     void score(const std::string &folder, int64_t limit) {
         Dataset dataset(folder, *model_, job_["preprocessing"]);
         const int64_t total = std::min<int64_t>(limit, static_cast<int64_t>(dataset.labels.size())), batch = model_->shape[0];
         int64_t correct = 0;
-        double told = wall_s();
-        std::vector<float> answers;
+        double last_report_s = wall_s();
+        std::vector<float> outputs;
         for (int64_t first = 0; first < total; first += batch) {
             const int64_t last = std::min(first + batch, total);
             std::vector<char> chunk = dataset.batch(first, last);
-            model_->infer(chunk.data(), &answers);
-            const size_t classes = answers.size() / static_cast<size_t>(batch);
+            model_->infer(chunk.data(), &outputs);
+            const size_t classes = outputs.size() / static_cast<size_t>(batch);
             for (int64_t image = first; image < last; ++image) {
-                const float *row = answers.data() + static_cast<size_t>(image - first) * classes;
+                const float *row = outputs.data() + static_cast<size_t>(image - first) * classes;
                 for (size_t k = 0; k < classes; ++k) {
-                    if (!std::isfinite(row[k])) throw std::runtime_error("the model answers with infinite or missing numbers for image " + std::to_string(image));
+                    if (!std::isfinite(row[k])) throw std::runtime_error("the model returns NaN or infinite values for image " + std::to_string(image));
                 }
                 const int64_t label = dataset.labels[static_cast<size_t>(image)];
                 if (label < 0 || label >= static_cast<int64_t>(classes)) {
@@ -148,15 +148,15 @@ class Runner {
                 }
                 correct += std::max_element(row, row + classes) - row == label;
             }
-            if (wall_s() - told > 1.0) {
-                told = wall_s();
-                tell(Line().say("event", std::string("progress")).say("done", last).say("total", total));
+            if (wall_s() - last_report_s > 1.0) {
+                last_report_s = wall_s();
+                write(Line().add("event", std::string("progress")).add("done", last).add("total", total));
             }
         }
-        tell(Line().say("event", std::string("score")).say("correct", correct).say("total", total));
+        write(Line().add("event", std::string("score")).add("correct", correct).add("total", total));
     }
 
-    // One row an operator, from a second session with the runtime's own profiler.
+    // One row for each operator, from a second session with the runtime's own profiler.
     void profile(int64_t count) {
         const std::string prefix = "vitrim-profile-" + std::to_string(getpid());
         Model second(*ort_, env_, job_, prefix.c_str());
@@ -178,7 +178,7 @@ class Runner {
             // The first two runs are warm-up.
             const size_t kept = std::min(node.second.size(), static_cast<size_t>(count));
             const Json &args = node.second[node.second.size() - kept]["args"];
-            // The median: one interruption of a busy machine is longer than all calls of an operator together.
+            // The median: an interruption may take longer than all calls of an operator.
             std::vector<double> spent;
             for (size_t i = node.second.size() - kept; i < node.second.size(); ++i) spent.push_back(node.second[i]["dur"].real(0.0));
             std::sort(spent.begin(), spent.end());
@@ -193,13 +193,13 @@ class Runner {
                 }
             }
             Line row;
-            row.say("node", node.first).say("operator", args["op_name"].words("?")).say("provider", args["provider"].words("?"));
-            rows.emplace_back(seconds, row.raw("output_shapes", "[" + shapes + "]").say("calls", static_cast<int64_t>(kept)).say("seconds", seconds).str());
+            row.add("node", node.first).add("operator", args["op_name"].words("?")).add("provider", args["provider"].words("?"));
+            rows.emplace_back(seconds, row.raw("output_shapes", "[" + shapes + "]").add("calls", static_cast<int64_t>(kept)).add("seconds", seconds).str());
         }
         std::stable_sort(rows.begin(), rows.end(), [](const auto &a, const auto &b) { return a.first > b.first; });
         std::string all;
         for (const auto &row : rows) all += (all.empty() ? "" : ", ") + row.second;
-        tell(Line().say("event", std::string("profile")).say("runs", count).raw("rows", "[" + all + "]"));
+        write(Line().add("event", std::string("profile")).add("runs", count).raw("rows", "[" + all + "]"));
     }
 };
 
@@ -212,11 +212,11 @@ static std::string one_line(const std::string &text) {
 }  // namespace vitrim
 
 int main(int count, char **arguments) {
-    // Events have standard output to themselves; whatever a library prints goes to standard error.
+    // Standard output is reserved for events; what libraries print goes to standard error.
     std::FILE *events = fdopen(dup(1), "w");
     dup2(2, 1);
     try {
-        if (count != 3) throw std::runtime_error("two arguments are wanted: the runtime's shared library, and the job as JSON, or - to read it from standard input");
+        if (count != 3) throw std::runtime_error("expected two arguments: the runtime's shared library, and the job as JSON, or - to read standard input");
         const std::string job_text = arguments[2];
         std::string line = job_text;
         if (job_text == "-") std::getline(std::cin, line);
@@ -238,11 +238,11 @@ int main(int count, char **arguments) {
             runner.run(command["do"].words(""), command);
         }
     } catch (const std::bad_alloc &) {
-        std::fprintf(events, "%s\n", vitrim::Line().say("event", std::string("error")).say("message", std::string("the memory of this device is used up; measure a smaller model or batch")).str().c_str());
+        std::fprintf(events, "%s\n", vitrim::Line().add("event", std::string("error")).add("message", std::string("this device is out of memory; measure a smaller model or batch")).str().c_str());
         std::fflush(events);
         return 3;
     } catch (const std::exception &error) {
-        std::fprintf(events, "%s\n", vitrim::Line().say("event", std::string("error")).say("message", vitrim::one_line(error.what())).str().c_str());
+        std::fprintf(events, "%s\n", vitrim::Line().add("event", std::string("error")).add("message", vitrim::one_line(error.what())).str().c_str());
         std::fflush(events);
         return 3;
     }

@@ -1,4 +1,4 @@
-"""An artifact's folder is measured as its manifest says, and its own seal names the measurement."""
+"""An artifact's folder is measured by its manifest, and the measurement contains its digest."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_an_artifact_is_measured_by_object_and_by_folder(tmp_path: Path) -> None
 def test_an_artifact_of_another_runtime_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
-        match=r"is made for the runtime 'abacus'; `vitrim bench` measures artifacts of .*onnxruntime",
+        match=r"made for the runtime 'abacus'; `vitrim bench` measures artifacts of .*onnxruntime",
     ):
         measure(artifact(tmp_path / "a", runtime="abacus"))
 

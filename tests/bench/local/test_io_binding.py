@@ -1,5 +1,6 @@
-"""Images and logits bound on a device: the same answers, copies timed or not as stated; what a GPU
-alone can show is skipped with one line.
+"""Images and logits bound on a device: equal outputs, copies timed as stated; the arena's size.
+
+Tests that need a GPU are skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(
     not HAS_CUDA,
-    reason="this onnxruntime has no CUDAExecutionProvider; install onnxruntime-gpu on a machine with an NVIDIA GPU",
+    reason="this onnxruntime has no CUDAExecutionProvider; "
+    "install onnxruntime-gpu on a machine with an NVIDIA GPU",
 )
 
 
@@ -29,8 +31,8 @@ def job(tmp_path: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("copies", [True, False])
-def test_bound_answers_are_the_plain_ones(tmp_path: Path, copies: bool) -> None:
-    # The processor's own memory stands for a device's: the same binding, without a GPU.
+def test_bound_outputs_equal_unbound_ones(tmp_path: Path, copies: bool) -> None:
+    # Binding to the CPU's own memory needs no GPU.
     plain, bound = (
         open_engine(job(tmp_path)),
         open_engine(job(tmp_path, device="cpu", copies=copies)),
@@ -44,7 +46,7 @@ def test_bound_answers_are_the_plain_ones(tmp_path: Path, copies: bool) -> None:
         assert np.array_equal(bound.infer(images), plain.infer(images))
 
 
-def test_without_copies_the_timed_call_leaves_the_answer_on_the_device(tmp_path: Path) -> None:
+def test_without_copies_the_timed_call_leaves_the_output_on_the_device(tmp_path: Path) -> None:
     engine = open_engine(job(tmp_path, device="cpu", copies=False))
     engine.load()
     images = np.random.default_rng(1).standard_normal(engine.input_shape, dtype=np.float32)
@@ -53,31 +55,32 @@ def test_without_copies_the_timed_call_leaves_the_answer_on_the_device(tmp_path:
     assert np.array_equal(engine.device_logits.numpy(), engine.infer(images))  # type: ignore[attr-defined]
 
 
-def test_with_copies_the_timed_call_brings_the_answer(tmp_path: Path) -> None:
+def test_with_copies_the_timed_call_returns_the_output(tmp_path: Path) -> None:
     engine = open_engine(job(tmp_path, device="cpu"))
     engine.load()
     images = np.random.default_rng(1).standard_normal(engine.input_shape, dtype=np.float32)
     assert np.array_equal(engine.timed_call(images)(), engine.infer(images))
 
 
-def test_options_of_the_gpu_reach_the_job(tmp_path: Path) -> None:
+def test_options_of_the_gpu_are_part_of_the_job(tmp_path: Path) -> None:
     plan, _ = make_plan({"m": chain(tmp_path / "m.onnx")}, copies=False, cuda_graph=True)
     assert (plan["jobs"]["m"]["copies"], plan["jobs"]["m"]["cuda_graph"]) == (False, True)
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="a GPU is here")
-def test_without_a_gpu_one_line_says_what_to_do(tmp_path: Path) -> None:
+def test_without_a_gpu_the_error_names_what_to_install(tmp_path: Path) -> None:
     engine = open_engine(job(tmp_path, providers=["CUDAExecutionProvider", "CPUExecutionProvider"]))
     with pytest.raises(
         EngineError,
-        match=r"has no CUDAExecutionProvider \(it has .*\); install the onnxruntime build for that device",
+        match=r"has no CUDAExecutionProvider \(it has .*\); "
+        r"install the onnxruntime build for that device",
     ) as caught:
         engine.load()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="a GPU is here")
-def test_the_benchmark_refuses_in_one_line_without_a_gpu(
+def test_a_missing_gpu_is_explained_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from vitrim.bench.local.options import why_no_gpu
@@ -92,7 +95,7 @@ def test_the_benchmark_refuses_in_one_line_without_a_gpu(
 @needs_gpu
 @pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("cuda_graph", [True, False])
-def test_a_gpu_answers_as_the_processor_does(
+def test_a_gpu_returns_the_outputs_of_the_cpu(
     tmp_path: Path, copies: bool, cuda_graph: bool
 ) -> None:
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -118,10 +121,10 @@ def test_a_gpu_is_measured_with_its_memory(tmp_path: Path) -> None:
     assert found.device_memory_peak_bytes is not None
 
 
-# ---- the arena -------------------------------------------------------------------------------------------------------------------------
+# ---- the arena -----------------------------------------------------------------------------------
 
 
-def test_the_arena_tells_its_bytes(tmp_path: Path) -> None:
+def test_the_arena_reports_its_bytes(tmp_path: Path) -> None:
     engine = open_engine(job(tmp_path))
     engine.load()
     weights = Path(job(tmp_path)["model"]).stat().st_size
@@ -131,7 +134,7 @@ def test_the_arena_tells_its_bytes(tmp_path: Path) -> None:
     assert 0.5 * weights < held < weights + 64 * 2**20
 
 
-def test_without_an_arena_nothing_is_told(tmp_path: Path) -> None:
+def test_without_an_arena_there_is_no_size(tmp_path: Path) -> None:
     engine = open_engine(job(tmp_path, arena=False))
     engine.load()
     assert engine.arena_bytes() is None
@@ -142,31 +145,33 @@ def test_without_an_arena_nothing_is_told(tmp_path: Path) -> None:
     [
         ("", None),
         (
-            "Creating BFCArena for Cpu with\nReserving memory in BFCArena for Cpu size: 16\nReserving memory in BFCArena for Cpu size: 24",
+            "Creating BFCArena for Cpu with\nReserving memory in BFCArena for Cpu size: 16\n"
+            "Reserving memory in BFCArena for Cpu size: 24",
             40,
         ),
         (
-            "Extending BFCArena for Cpu. bin_num:1\nTotal allocated bytes: 1048592\nReserving memory in BFCArena for Cpu size: 8",
+            "Extending BFCArena for Cpu. bin_num:1\nTotal allocated bytes: 1048592\n"
+            "Reserving memory in BFCArena for Cpu size: 8",
             1048600,
         ),
         ("Extending BFCArena for Cuda. bin_num:1\nTotal allocated bytes: 999", None),
     ],
 )
-def test_lines_of_the_arenas_log(log: str, held: int | None) -> None:
+def test_the_arenas_log_is_parsed(log: str, held: int | None) -> None:
     assert arena_bytes(log) == held
 
 
-@pytest.mark.parametrize(("free", "room"), [(500_000, True), (150_000, False)])
+@pytest.mark.parametrize(("free_kb", "enough"), [(500_000, True), (150_000, False)])
 def test_no_second_process_is_started_where_memory_is_short(
-    tmp_path: Path, free: int, room: bool
+    tmp_path: Path, free_kb: int, enough: bool
 ) -> None:
     (tmp_path / "status").write_text("Name:\tpython3\nVmRSS:\t  100000 kB\n")
-    (tmp_path / "meminfo").write_text(f"MemTotal:  427072 kB\nMemAvailable:  {free} kB\n")
-    assert memory_for_second_process(str(tmp_path / "status"), str(tmp_path / "meminfo")) is room
+    (tmp_path / "meminfo").write_text(f"MemTotal:  427072 kB\nMemAvailable:  {free_kb} kB\n")
+    assert memory_for_second_process(str(tmp_path / "status"), str(tmp_path / "meminfo")) is enough
     assert memory_for_second_process(str(tmp_path / "absent"), str(tmp_path / "meminfo")) is True
 
 
-def test_a_measurement_holds_the_arenas_bytes(tmp_path: Path) -> None:
+def test_a_measurement_contains_the_arenas_bytes(tmp_path: Path) -> None:
     found = measure(
         chain(tmp_path / "m.onnx"), time_limit_s=2, least_rounds=2, most_rounds=2, quiet=True
     )
@@ -175,7 +180,7 @@ def test_a_measurement_holds_the_arenas_bytes(tmp_path: Path) -> None:
     assert found.device_memory_peak_bytes is None
 
 
-def test_a_provider_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_provider_is_reported_in_one_line(tmp_path: Path) -> None:
     if HAS_CUDA:
         pytest.skip("a GPU is here")
     with pytest.raises(InputError, match="CUDAExecutionProvider"):

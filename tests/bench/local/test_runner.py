@@ -1,4 +1,4 @@
-"""The runner alone, as a device sees it: a file, a job, JSON lines."""
+"""The runner as on a device: a copied file, a job, JSON lines."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def run(
         *(f"../../runtimes/{file.name}" for file in RUNTIMES.glob("*.py")),
     ],
 )
-def test_what_travels_is_python_3_9_without_vitrim(name: str) -> None:
+def test_files_for_devices_are_python_3_9_without_vitrim(name: str) -> None:
     tree = ast.parse((FOLDER / name).read_text(), feature_version=(3, 9))
-    # The engines reach their own base class relatively; nothing reaches further.
+    # The engines import their own base class relatively, and nothing outside of their folder.
     assert all(node.level <= 1 for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
     imports = {
         node.module or "."
@@ -59,17 +59,17 @@ def test_what_travels_is_python_3_9_without_vitrim(name: str) -> None:
         if isinstance(node, ast.Import)
         for alias in node.names
     }
-    foreign = {module.split(".")[0] for module in imports} - set(sys.stdlib_module_names)
+    external = {module.split(".")[0] for module in imports} - set(sys.stdlib_module_names)
     # A runtime's files are named after it. ExecuTorch's Python takes and gives torch's tensors;
     # TVM's machine is not needed by compiled programs.
     own = Path(name).stem.split("_")[0] if "/" in name else ""
     allowed = {requirement(own).module} if own in engine_names() else set()
-    assert foreign <= {"numpy"} | allowed | {"executorch": {"torch"}, "tvm": {"tvm_ffi"}}.get(
+    assert external <= {"numpy"} | allowed | {"executorch": {"torch"}, "tvm": {"tvm_ffi"}}.get(
         own, set()
     )
 
 
-def test_a_copied_runner_measures_alone(tmp_path: Path) -> None:
+def test_a_copied_runner_measures_without_vitrim(tmp_path: Path) -> None:
     commands = [{"do": "warm"}, {"do": "run", "count": 7}, {"do": "memory"}]
     code, events, noise = run(
         tmp_path, {"model": str(chain(tmp_path / "m.onnx")), "commands": commands}
@@ -86,7 +86,7 @@ def test_a_copied_runner_measures_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("batch", "model_batch"), [(1, 1), (None, 8), (8, "n")])
-def test_top1_counts_every_image_once(
+def test_top1_counts_every_image_exactly_once(
     tmp_path: Path, batch: int | None, model_batch: int | str
 ) -> None:
     chain(tmp_path / "one.onnx")
@@ -100,7 +100,7 @@ def test_top1_counts_every_image_once(
     assert events[-1] == {"event": "score", "correct": 15, "total": 20}
 
 
-def test_bytes_are_normalised_as_the_manifest_says(tmp_path: Path) -> None:
+def test_uint8_images_are_normalised_by_the_manifests_mean_and_std(tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx")
     pixels = np.random.default_rng(3).integers(0, 256, (12, 28, 28), dtype=np.uint8)
     prepared = ((pixels.astype(np.float32) / 255 - 0.3) / 0.5)[:, None]
@@ -129,8 +129,8 @@ def test_a_folder_of_npy_files_is_a_data_set(tmp_path: Path) -> None:
     assert events[-1] == {"event": "score", "correct": 5, "total": 10}
 
 
-def test_the_provider_that_really_ran_is_told(tmp_path: Path) -> None:
-    # Azure's provider is in every wheel and takes no operator of ours: all of them fall to the CPU.
+def test_the_provider_that_ran_the_model_is_reported(tmp_path: Path) -> None:
+    # Azure's provider is in every wheel and supports none of these operators: the CPU runs them.
     job = {
         "model": str(chain(tmp_path / "m.onnx")),
         "providers": ["AzureExecutionProvider", "CPUExecutionProvider"],
@@ -192,7 +192,7 @@ def test_the_profile_has_a_row_for_every_operator(tmp_path: Path) -> None:
         ({"no": "model"}, "the job is no JSON object with a model"),
     ],
 )
-def test_a_bad_job_ends_in_one_clear_line(
+def test_an_invalid_job_is_reported_in_one_line(
     tmp_path: Path, job: dict[str, Any], message: str
 ) -> None:
     chain(tmp_path / "m.onnx")
@@ -230,10 +230,10 @@ def test_peak_memory_agrees_with_gnu_time(tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx", width=3000, layers=3)
     job = {"model": str(model), "commands": [{"do": "run", "count": 3}, {"do": "memory"}]}
     _, events, noise = run(tmp_path, job, prefix=["/usr/bin/time", "-v"])
-    told = next(
+    gnu_time_bytes = next(
         int(line.split(":")[1]) * 1024
         for line in noise.splitlines()
         if "Maximum resident set size" in line
     )
-    assert events[-1]["peak_rss_bytes"] == pytest.approx(told, rel=0.02)
+    assert events[-1]["peak_rss_bytes"] == pytest.approx(gnu_time_bytes, rel=0.02)
     assert events[-1]["peak_rss_bytes"] - events[0]["floor_rss_bytes"] > model.stat().st_size

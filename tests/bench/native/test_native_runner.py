@@ -1,6 +1,4 @@
-"""The C++ runner: the same protocol and figures as runner.py, here, behind a link, and as an
-aarch64 program under qemu.
-"""
+"""The C++ runner has the protocol and the figures of runner.py: here, over a link, under qemu."""
 
 from __future__ import annotations
 
@@ -24,8 +22,8 @@ from onnxruntime_header import header_folder
 from vitrim.bench.emulation import ready
 from vitrim.bench.remote import native_build
 from vitrim.bench.remote.device_link import LinkLost
-from vitrim.bench.remote.native_build import NativeRunner, native_runner
 from vitrim.bench.remote.measure import measure_on
+from vitrim.bench.remote.native_build import NativeRunner, native_runner
 from vitrim.bench.remote.native_run import dataset_files
 from vitrim.core.errors import InputError
 
@@ -33,23 +31,10 @@ pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="no C++ compiler is installed (Debian: apt-get install g++)"
 )
 PYTHON_RUNNER = Path(native_build.__file__).parents[1] / "local" / "runner.py"
-# What the shell scripts of a remote run call; no Python among it.
+# The programs that the shell scripts of a remote run call; Python is not among them.
 TOOLS = (
-    "sh",
-    "bash",
-    "cat",
-    "chmod",
-    "df",
-    "env",
-    "kill",
-    "mkdir",
-    "rm",
-    "sleep",
-    "tail",
-    "tar",
-    "uname",
-    "nohup",
-    "setsid",
+    *("sh", "bash", "cat", "chmod", "df", "env", "kill", "mkdir"),
+    *("rm", "sleep", "tail", "tar", "uname", "nohup", "setsid"),
 )
 QUICK: dict[str, Any] = {"time_limit_s": 0.5, "least_rounds": 3, "quiet": True, "poll_s": 0.1}
 
@@ -59,7 +44,7 @@ def runner() -> NativeRunner:
     return native_runner()
 
 
-def converse(
+def events_of(
     command: list[str], job: dict[str, Any], *commands: dict[str, Any]
 ) -> list[dict[str, Any]]:
     lines = "".join(json.dumps(line) + "\n" for line in (job, *commands))
@@ -69,13 +54,13 @@ def converse(
     return events
 
 
-def ask(
+def run_native(
     runner: NativeRunner, job: dict[str, Any], *commands: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    return converse(runner.command(), job, *commands)
+    return events_of(runner.command(), job, *commands)
 
 
-def test_it_speaks_as_the_python_runner_does(runner: NativeRunner, tmp_path: Path) -> None:
+def test_it_follows_the_protocol_of_the_python_runner(runner: NativeRunner, tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx")
     data = images_with_labels(tmp_path / "d.npz", model)
     (tmp_path / "d").mkdir()
@@ -92,16 +77,20 @@ def test_it_speaks_as_the_python_runner_does(runner: NativeRunner, tmp_path: Pat
         {"do": "profile", "count": 4},
         {"do": "stop"},
     ]
-    ours = ask(runner, job, *commands)
-    theirs = converse([sys.executable, str(PYTHON_RUNNER), "-"], job, *commands)
+    ours = run_native(runner, job, *commands)
+    theirs = events_of([sys.executable, str(PYTHON_RUNNER), "-"], job, *commands)
     assert (
         [event["event"] for event in ours]
         == [event["event"] for event in theirs]
         == ["ready", "warm", "samples", "memory", "score", "profile"]
     )
-    for mine, other in zip(ours, theirs, strict=True):
-        # What only an engine in Python tells: its allocator, and a GPU's side of the matter.
-        assert set(other) - set(mine) <= {"arena_bytes", "copies_timed", "device_memory_peak_bytes"}
+    for native, python in zip(ours, theirs, strict=True):
+        # Only the engines in Python report their allocator and a GPU.
+        assert set(python) - set(native) <= {
+            "arena_bytes",
+            "copies_timed",
+            "device_memory_peak_bytes",
+        }
     for key in (
         "runtime",
         "runtime_version",
@@ -130,7 +119,7 @@ def test_it_speaks_as_the_python_runner_does(runner: NativeRunner, tmp_path: Pat
 
 
 @pytest.mark.parametrize("limit", [None, 6])
-def test_bytes_are_normalised_as_in_python(
+def test_uint8_images_are_normalised_as_in_python(
     runner: NativeRunner, tmp_path: Path, limit: int | None
 ) -> None:
     model = chain(tmp_path / "m.onnx", batch=4)
@@ -144,8 +133,8 @@ def test_bytes_are_normalised_as_in_python(
     command = {"do": "score", "dataset": str(tmp_path / "d"), "limit": limit}
     command = command if limit else {"do": "score", "dataset": str(tmp_path / "d")}
     ours, theirs = (
-        ask(runner, job, command)[-1],
-        converse([sys.executable, str(PYTHON_RUNNER), "-"], job, command)[-1],
+        run_native(runner, job, command)[-1],
+        events_of([sys.executable, str(PYTHON_RUNNER), "-"], job, command)[-1],
     )
     assert ours == theirs
     assert ours["total"] == (limit or 10)
@@ -156,7 +145,7 @@ def test_bytes_are_normalised_as_in_python(
     [
         ({"model": "missing.onnx"}, [], "missing.onnx: no such file"),
         ({"model": "BROKEN"}, [], "onnxruntime .* cannot load it"),
-        ({"model": "MODEL", "batch": 3}, [], "has the fixed batch 1, and batch 3 was asked for"),
+        ({"model": "MODEL", "batch": 3}, [], "has the fixed batch 1, and batch 3 was requested"),
         (
             {"model": "MODEL", "output": "nothing"},
             [],
@@ -177,12 +166,12 @@ def test_bytes_are_normalised_as_in_python(
         (
             {"model": "MODEL"},
             [{"do": "score", "dataset": "nowhere"}],
-            "images.npy: is no .npy file",
+            "images.npy: is not an .npy file",
         ),
         ({"nothing": 1}, [], "the job is no JSON object with a model"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_an_invalid_job_is_reported_in_one_line(
     runner: NativeRunner,
     tmp_path: Path,
     job: dict[str, Any],
@@ -191,7 +180,7 @@ def test_what_cannot_be_done_is_one_line(
 ) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"x")
     names = {"MODEL": str(chain(tmp_path / "m.onnx")), "BROKEN": str(tmp_path / "broken.onnx")}
-    event = ask(
+    event = run_native(
         runner,
         {**job, **({"model": names.get(job["model"], job["model"])} if "model" in job else {})},
         *commands,
@@ -201,35 +190,37 @@ def test_what_cannot_be_done_is_one_line(
     assert "\n" not in event["message"]
 
 
-def test_what_is_no_json_is_one_line(runner: NativeRunner) -> None:
+def test_invalid_json_is_reported_in_one_line(runner: NativeRunner) -> None:
     for text in ("nonsense", '{"model": ', "[" * 100, '{"model": "a\\q"}'):
         done = subprocess.run([*runner.command()[:2], text], capture_output=True, timeout=60)
         assert done.returncode == 3
         assert json.loads(done.stdout)["event"] == "error"
 
 
-def test_a_library_that_is_none_is_one_line(runner: NativeRunner, tmp_path: Path) -> None:
+def test_a_broken_library_is_reported_in_one_line(runner: NativeRunner, tmp_path: Path) -> None:
     (tmp_path / "lib.so").write_bytes(b"no library")
-    event = converse(
+    event = events_of(
         runner.command(library=str(tmp_path / "lib.so")), {"model": str(chain(tmp_path / "m.onnx"))}
     )[-1]
     assert "the runtime is missing here" in event["message"]
 
 
-def test_the_places_in_the_runtimes_table_are_the_headers(tmp_path: Path) -> None:
+def test_the_positions_in_the_runtimes_table_are_those_of_the_header(tmp_path: Path) -> None:
     folder = header_folder()
     if folder is None:
-        pytest.skip("onnxruntime_c_api.h is not to be had here")
+        pytest.skip("onnxruntime_c_api.h is not available here")
     listed = (native_build.SOURCES / "ort_api.h").read_text()
-    places = dict(re.findall(r"^    ([A-Z]\w+) = (\d+),$", listed, re.M))
-    assert len(places) > 30
+    positions = dict(re.findall(r"^    ([A-Z]\w+) = (\d+),$", listed, re.M))
+    assert len(positions) > 30
     checks = "\n".join(
-        f'static_assert(offsetof(OrtApi, {name}) == {place} * sizeof(void *), "{name}");'
-        for name, place in places.items()
+        f'static_assert(offsetof(OrtApi, {name}) == {position} * sizeof(void *), "{name}");'
+        for name, position in positions.items()
     )
     numbers = (
-        "static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == 1 && ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 == 2 && ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == 10"
-        ' && ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == 11 && ORT_LOGGING_LEVEL_ERROR == 3 && OrtArenaAllocator == 1 && OrtMemTypeDefault == 0, "");'
+        "static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == 1 && "
+        "ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 == 2 && ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == 10 "
+        "&& ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE == 11 && ORT_LOGGING_LEVEL_ERROR == 3 && "
+        'OrtArenaAllocator == 1 && OrtMemTypeDefault == 0, "");'
     )
     (tmp_path / "check.cpp").write_text(
         f"#include <cstddef>\n#include <onnxruntime_c_api.h>\n{checks}\n{numbers}\n"
@@ -255,7 +246,7 @@ def test_cmake_builds_it_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bare_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Who logs in there finds no Python."""
+    """Run an sshd whose commands find no Python."""
     folder = tmp_path_factory.mktemp("bare")
     tools = folder / "tools"
     tools.mkdir()
@@ -300,7 +291,7 @@ def test_a_device_without_python_is_measured_over_ssh(bare_server: Server, tmp_p
 
 
 @needs_sshd
-def test_what_the_native_runner_cannot_do_there_is_one_line(
+def test_a_failing_native_runner_is_reported_in_one_line(
     bare_server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"x")
@@ -364,7 +355,7 @@ def test_without_python_the_run_ends_with_the_link(tmp_path: Path) -> None:
             )
 
 
-def test_the_native_runner_goes_over_adb_too(tmp_path: Path) -> None:
+def test_the_native_runner_runs_over_adb(tmp_path: Path) -> None:
     with adb_device() as address:
         found = measure_on(
             address,
@@ -386,14 +377,14 @@ def test_an_aarch64_runner_runs_under_qemu(tmp_path: Path) -> None:
         pytest.skip(
             "no aarch64 compiler is installed (Debian: apt-get install g++-aarch64-linux-gnu)"
         )
-    made = native_runner("aarch64", library=emulator.onnxruntime_library)
+    built = native_runner("aarch64", library=emulator.onnxruntime_library)
     model = chain(tmp_path / "m.onnx", width=32)
     data = images_with_labels(tmp_path / "d.npz", model)
     (tmp_path / "d").mkdir()
     for name, content in dataset_files(data, None).items():
         (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
-    events = converse(
-        emulator.command(made.command()),
+    events = events_of(
+        emulator.command(built.command()),
         {"model": str(model)},
         {"do": "run", "count": 2},
         {"do": "score", "dataset": str(tmp_path / "d")},
@@ -402,7 +393,7 @@ def test_an_aarch64_runner_runs_under_qemu(tmp_path: Path) -> None:
     assert events[-1]["correct"] == 15
 
 
-def test_a_missing_compiler_and_a_phone_are_told(
+def test_a_missing_compiler_and_an_android_device_are_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", "")
