@@ -184,7 +184,8 @@ def _pool_params(pool: PoolSpec, live: Live, read: Any, pooled: Any) -> Any:
         return 0
     heads, qk, v = _attention_counts(POOL_ATTENTION, live)
     total = heads * qk * (1 + read + attention.k_bias) + heads * v * (read + attention.v_bias)
-    total = total + _norm(attention.k_norm, qk)
+    k_rows = heads if attention.qk_norm_per_head else 1
+    total = total + k_rows * _norm(attention.k_norm, qk)
     total = total + (heads * v + attention.out_bias) * pooled + _norm(pool.norm, pooled)
     if pool.ffn is not None:
         total = total + _ffn_params(pool.ffn, pooled, live("ffn", POOL_FFN, None), pooled)
