@@ -21,7 +21,7 @@ from ..compress.data.preprocessing import Preprocessing
 from ..compress.lift import lift
 from ..compress.network.files import ARCHITECTURE, load, read_architecture
 from ..compress.surgery.dead_weight import fold_prune_masks
-from ..compress.train.positions import start_positions
+from ..compress.train.dense import init_position_embedding
 from ..core.errors import InputError
 from ..core.storage import sha256_file
 from .recipe_sections import ModelSection
@@ -89,7 +89,7 @@ def source_model(section: ModelSection, classes: int) -> nn.Module:
     if section.checkpoint is not None:
         load_weights(model, Path(section.checkpoint), section.name)
     elif not section.pretrained:
-        start_positions(model)
+        init_position_embedding(model)
     return model.eval()
 
 

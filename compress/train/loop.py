@@ -24,7 +24,7 @@ from ...core.errors import InputError
 from ..data.splits import DataSplits
 from .augment import Augmentation, Preset, seed_everything
 from .evaluate import evaluate, top1
-from .history import append_history, rewind_history
+from .training_files import append_history, rewind_history
 from .precision import arithmetic
 from .progress import TrainingProgress
 from .schedule import LearningRate, Schedule

@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from tiny_models import tiny_vit
 from training_material import Net, spots
 from vitrim.compress.lift import lift
-from vitrim.compress.train.dense import DenseTask, Distillation, distillation_loss, task_loss
+from vitrim.compress.train.dense import (
+    DenseTask,
+    Distillation,
+    distillation_loss,
+    init_position_embedding,
+    task_loss,
+)
 from vitrim.compress.train.evaluate import evaluate, predict, top1
 from vitrim.compress.train.loop import TrainSettings, fit
 from vitrim.compress.train.optimizers import make_optimizer
-from vitrim.compress.train.positions import start_positions
 from vitrim.core.errors import InputError
 
 
@@ -113,7 +118,7 @@ def test_evaluation_is_in_evaluation_mode_and_leaves_no_trace() -> None:
 def test_positions_start_where_patches_lie() -> None:
     model: Any = tiny_vit()
     before = model.pos_embed.detach().clone()
-    assert start_positions(model)
+    assert init_position_embedding(model)
     assert torch.equal(model.pos_embed[0, 0], before[0, 0])
     places = model.pos_embed[0, 1:].detach()
     assert len({tuple(place.tolist()) for place in places}) == len(places)
@@ -121,4 +126,4 @@ def test_positions_start_where_patches_lie() -> None:
     assert F.cosine_similarity(places[0], places[1], dim=0) > F.cosine_similarity(
         places[0], places[-1], dim=0
     )
-    assert not start_positions(Net())
+    assert not init_position_embedding(Net())

@@ -20,9 +20,9 @@ from torch import Tensor
 from training_material import Net, equal_weights, spots
 from vitrim.compress.train.dense import DenseTask
 from vitrim.compress.train.evaluate import evaluate
-from vitrim.compress.train.history import append_history
 from vitrim.compress.train.loop import BEST, CHECKPOINT, Schedule, TrainSettings, fit
 from vitrim.compress.train.task import EpochEnd
+from vitrim.compress.train.training_files import append_history
 from vitrim.core.errors import InputError
 
 QUICK = TrainSettings(epochs=4, batch_size=16, augmentation="none", quiet=True)
