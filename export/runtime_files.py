@@ -94,7 +94,7 @@ def write_and_ask(
     stages.extend(written.stages)
     notes.extend(written.notes)
     if written.parity_skipped is not None:
-        notes.append(f"parity was not run: {written.unasked}")
+        notes.append(f"parity was not run: {written.parity_skipped}")
         return written, files
     stage(f"parity of {runtime.name}")
     batch = 1 if order.batch == "dynamic" else order.batch

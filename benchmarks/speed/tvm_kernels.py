@@ -36,15 +36,11 @@ from vitrim.export.forms import Form, write_network
 from vitrim.export.graphs.known_forms import best_form
 from vitrim.export.parity import relative_error
 from vitrim.export.sessions import open_session
-from vitrim.export.tvm_kernels.build import build_network
-from vitrim.export.tvm_kernels.build import TvmNetwork
-from vitrim.export.tvm_kernels.build import default_network
+from vitrim.export.tvm_kernels.build import TvmNetwork, build_network, default_network, tvm_target
 from vitrim.export.tvm_kernels.dense import Dense, dense
-from vitrim.export.tvm_kernels.lanes import Lanes
+from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
 from vitrim.export.tvm_kernels.packing import panels
-from vitrim.export.tvm_kernels.lanes import RowLayout
 from vitrim.export.tvm_kernels.schedule import default_schedule
-from vitrim.export.tvm_kernels.build import tvm_target
 from vitrim.export.tvm_kernels.tuner import tune
 from vitrim.targets.catalog import load_target
 from vitrim.targets.profile import TargetProfile
@@ -136,7 +132,7 @@ def product(
     """Time our kernel and ONNX Runtime's MatMul, both with constant weights.
 
     Args:
-        shape: RowLayout, depth and columns of the product.
+        shape: Rows, depth and columns of the product.
         profile: The target that our kernel is compiled for.
         threads: Threads of both.
         rounds: Turns of both.

@@ -1,8 +1,8 @@
 """OpenVINO: the intermediate representation `model.xml` and `model.bin`.
 
-int8: weights in eight bits, inputs quantized in groups as they come (OpenVINO's dynamic
-quantization). int8-static: NNCF's post-training quantization with ranges found on calibration
-images. bf16 leaves the file as it is and lets the processor compute in bfloat16.
+int8 quantizes weights to eight bits and activations in groups as they come (OpenVINO's dynamic
+quantization). int8-static is NNCF's post-training quantization, with ranges of calibration images.
+bf16 leaves the file unchanged and lets the processor compute in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,41 +15,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from ...core.errors import InputError
-from ..artifact import Precision
 from ..forms import Form
+from ..manifest import Precision, tool_versions
+from ..parity import first_mismatch, inner_values
 from ..quantization.quantize import CALIBRATION_IMAGES
-from ..versions import tool_versions
-from .installed import lacking
-from .openvino_first_node import first_node
-from .runtime import Source, Written
+from .runtime import RuntimeFiles, Source, missing_module
 
-# Inputs of a product are quantized so many at a time: 32 and 64 ran nearly twice as fast as whole
-# rows (0), which OpenVINO 2026.4 leaves in float, at nearly the same error (DeiT-Tiny, AVX-512
-# VNNI, one thread).
+# Activations of a product are quantized in groups of this size. 32 and 64 ran nearly twice as fast
+# as whole rows (0), which OpenVINO 2026.4 leaves in fp32, at nearly the same error (DeiT-Tiny,
+# AVX-512 VNNI, one thread).
 GROUP_SIZE = "64"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int8-static")
 
 
 class OpenVino:
-    """Writes OpenVINO's own files with OpenVINO, and NNCF for eight bits. option group_size: see
-    GROUP_SIZE.
+    """Writes OpenVINO's files with OpenVINO, and NNCF for int8.
+
+    Options: group_size, see GROUP_SIZE.
     """
 
     name = "openvino"
     extra = "openvino"
     precisions: tuple[str, ...] = PRECISIONS
     dynamic_batch = True
-    # Patches as one product beat the convolution by 20 % here, and the split products are what
-    # OpenVINO fuses into one attention.
+    # Patches as one product are 20 % faster than the convolution here, and OpenVINO fuses the split
+    # products into one attention.
     form: Form | None = Form(rows="batch", attention="split", norm="layer", stem="matrix")
 
     def missing(self) -> str | None:
-        return lacking(self.name, self.extra, "openvino")
+        """What is not installed; see `Runtime.missing`."""
+        return missing_module(self.name, self.extra, "openvino")
 
-    def write(self, source: Source, folder: Path) -> Written:
+    def write(self, source: Source, folder: Path) -> RuntimeFiles:
+        """Convert the graph; see `Runtime.write`."""
         import openvino
 
         unknown = set(source.options) - {"group_size"}
@@ -57,56 +60,98 @@ class OpenVino:
             raise InputError(
                 f"runtime openvino: no option {', '.join(sorted(unknown))}; it has group_size"
             )
-        if source.precision in ("int8", "int8-static") and (
-            reason := lacking(self.name, self.extra, "nncf")
-        ):
+        quantized = source.precision in ("int8", "int8-static")
+        if quantized and (reason := missing_module(self.name, self.extra, "nncf")):
             raise InputError(reason)
-        with tempfile.TemporaryDirectory(prefix="vitrim-openvino-") as aside:
-            path = Path(aside) / "model.onnx"
+        with tempfile.TemporaryDirectory(prefix="vitrim-openvino-") as temporary:
+            path = Path(temporary) / "model.onnx"
             onnx.save(source.graph, str(path))
             try:
                 model = openvino.Core().read_model(str(path))
             except Exception as error:  # OpenVINO's errors share no narrower type
+                reason = " ".join(str(error).split())[:300]
                 raise InputError(
-                    f"runtime openvino: cannot read the graph: {' '.join(str(error).split())[:300]}; try another form"
+                    f"runtime openvino: cannot read the graph: {reason}; try another form"
                 ) from None
             session = {}
             if source.precision == "int8":
-                model = _weights_in_eight_bits(model)
-                session["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = source.options.get(
-                    "group_size", GROUP_SIZE
-                )
+                model = _quantize_weights(model)
+                group_size = source.options.get("group_size", GROUP_SIZE)
+                session["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group_size
             elif source.precision == "int8-static":
-                model = _all_in_eight_bits(model, source)
+                model = _quantize_all(model, source)
             elif source.precision == "bf16":
                 session["INFERENCE_PRECISION_HINT"] = "bf16"
-            used = ("openvino", "nncf") if source.precision.startswith("int8") else ("openvino",)
-            # Halves would be smaller, but the processor computes in singles.
+            # fp16 would be smaller, but the processor computes in fp32.
             openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
-        return Written(
+        return RuntimeFiles(
             "model.xml",
             (("model.bin", "weights"),),
             session=session,
-            versions=tool_versions(*used),
-            where=first_node,
+            versions=tool_versions(*(("openvino", "nncf") if quantized else ("openvino",))),
+            first_difference=first_difference,
         )
 
 
-def _weights_in_eight_bits(model: Any) -> Any:
+def first_difference(source: Source, model: Path, tolerance: float) -> str | None:
+    """The first node of the graph whose value differs by more than `tolerance`, described.
+
+    OpenVINO's model keeps the names of the graph's values, so these are compared one by one.
+
+    Returns:
+        None where no value can be compared, or all are equal within the tolerance.
+    """
+    batch = 2 if source.batch == "dynamic" else source.batch
+    images = np.ascontiguousarray(np.resize(source.probe.images, (batch, *source.shape)))
+    names = [output for node in source.graph.graph.node for output in node.output if output]
+    try:
+        found = _model_values(model, set(names), images)
+    # OpenVINO's errors share no type; without inner values the stage's figure remains.
+    except Exception:
+        return None
+    expected = inner_values(source.graph, names, images)
+    return first_mismatch(source.graph, names, expected, found, tolerance)
+
+
+def _model_values(path: Path, wanted: set[str], images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """The inner values of OpenVINO's model, by the graph's names."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    names = {
+        name
+        for operation in model.get_ordered_ops()
+        for value in operation.outputs()
+        for name in value.get_names() & wanted
+    }
+    outputs = {name for value in model.outputs for name in value.get_names()}
+    model.add_outputs(sorted(names - outputs))
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    results = compiled([images])
+    return {
+        name: np.asarray(results[value])
+        for value in compiled.outputs
+        for name in value.get_names() & wanted
+    }
+
+
+def _quantize_weights(model: Any) -> Any:
     with _quiet():
         import nncf
 
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
 
 
-def _all_in_eight_bits(model: Any, source: Source) -> Any:
+def _quantize_all(model: Any, source: Source) -> Any:
     assert source.images is not None
     size = 1 if source.batch == "dynamic" else source.batch
     images = source.images[:CALIBRATION_IMAGES]
     batches = [images[first : first + size] for first in range(0, len(images) - size + 1, size)]
     if not batches:
         raise InputError(
-            f"int8-static finds its ranges on whole batches of {size}, and {len(images)} images were given; give more"
+            f"int8-static finds its ranges on whole batches of {size}, "
+            f"and {len(images)} images were given; give more"
         )
     with _quiet():
         import nncf
@@ -121,7 +166,7 @@ def _all_in_eight_bits(model: Any, source: Source) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF and torch, which it imports, report on every step."""
+    """Discard what NNCF, and torch, which it imports, print about every step."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,9 +1,8 @@
-"""What a runtime besides ONNX Runtime does for an export: turn one proven source into the files
-that it opens.
-"""
+"""The interface of runtimes besides ONNX Runtime: convert one verified source into files."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Literal, Protocol
 import onnx
 from torch import nn
 
-from ...compress.network.modules.model import CompactModel
-from ..artifact import Array, Batch, Parity, Precision
+from ...compress.network.modules.model import CompactModel, build
+from ...core.errors import UnsupportedModel
 from ..forms import Form
+from ..manifest import Array, Batch, Parity, Precision
 from ..parity import Probe
 
 Role = Literal["model", "weights", "operators", "source", "other"]
@@ -22,13 +22,20 @@ Role = Literal["model", "weights", "operators", "source", "other"]
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be written, in every shape that a converter may read it from.
+    """What an export converts, in every form that a converter reads.
 
-    model: the torch module, in eval mode. compact: the same as `CompactModel`, where `lift` reads
-    it. graph: ONNX in the standard's own operators, in the runtime's form, already proven against
-    torch. shape: (channels, height, width). target: a profile's name. images: float32 (count,
-    *shape) for calibration, None where nobody gave any. probe: what parity is asked with. options:
-    the runtime's own settings, as the caller gave them.
+    Attributes:
+        model: The torch module, in eval mode.
+        compact: The same as a `CompactModel`; None where `lift` does not support the module.
+        graph: ONNX in standard operators, in the runtime's form, equal to torch.
+        shape: (channels, height, width).
+        batch: The batch size.
+        target: A profile's name.
+        threads: For how many threads code is compiled.
+        precision: The number format.
+        images: Calibration images float32 (count, *shape), or None.
+        probe: The inputs on which parity is computed.
+        options: The runtime's own settings, as the caller gave them.
     """
 
     model: nn.Module
@@ -43,18 +50,47 @@ class Source:
     probe: Probe
     options: Mapping[str, str] = field(default_factory=dict)
 
+    def inference_model(self, runtime: str) -> CompactModel:
+        """The model for converters that read a torch module.
+
+        Its last block computes only the tokens that the head reads, which changes no output.
+
+        Args:
+            runtime: The runtime's name, for the message.
+
+        Raises:
+            UnsupportedModel: `lift` does not support the model.
+        """
+        compact = self.compact
+        if compact is None:
+            raise UnsupportedModel(
+                f"runtime {runtime!r} converts models that vitrim can lift, "
+                f"and {type(self.model).__name__} is none; export for onnxruntime"
+            )
+        architecture = compact.architecture
+        if not architecture.pooled_prefix or architecture.last_queries:
+            return compact
+        shorter = architecture.model_copy(update={"last_queries": True})
+        return build(shorter, compact.state_dict()).eval()
+
 
 @dataclass(frozen=True)
-class Written:
-    """What lies in the folder now.
+class RuntimeFiles:
+    """The files that a runtime wrote into a folder, and how to open them.
 
-    main: the path of the file that the engine opens; files: (path, role) of the others (`weights`:
-    what the device needs besides main), relative to the folder. session: settings that the engine
-    gets with every job. stages: parity of steps on the way. command: what runs a Python file where
-    this one cannot (an emulator, another interpreter). unasked: why the result cannot be asked on
-    this machine, if it cannot. where: the first inner value of the written file that differs from
-    the source's by more than a tolerance, in words, or None; absent for runtimes that show nothing
-    of their inside.
+    Attributes:
+        main: The file that the engine opens, relative to the folder.
+        files: (path, role) of the other files; `weights` are those that the device needs too.
+        notes: One line each, for the manifest.
+        versions: Of the tools that wrote the files.
+        session: Settings that the engine gets with every job.
+        stages: Parity of intermediate results.
+        command: What runs a Python file where the running interpreter cannot open the files (an
+            emulator, another interpreter).
+        parity_skipped: Why this machine cannot run the files; None if it can.
+        first_difference: Locates the first inner value that differs from the source's by more than
+            a tolerance: (source, main file, tolerance) -> a description, or None. Absent for
+            runtimes that do not show inner values.
     """
 
     main: str
@@ -64,17 +100,21 @@ class Written:
     session: Mapping[str, str] = field(default_factory=dict)
     stages: tuple[Parity, ...] = ()
     command: tuple[str, ...] | None = None
-    unasked: str | None = None
-    where: Callable[[Source, Path, float], str | None] | None = None
+    parity_skipped: str | None = None
+    first_difference: Callable[[Source, Path, float], str | None] | None = None
 
 
 class Runtime(Protocol):
-    """One runtime. The module `<name>_runtime.py` of this folder holds it as RUNTIME, and
-    `vitrim.runtimes.<name>_engine` opens what it writes.
+    """One runtime: `<name>_runtime.py` defines it as RUNTIME.
 
-    extra: what `pip install 'vitrim[...]'` is given. precisions: those it writes. dynamic_batch:
-    whether one file takes any number of images. form: how the graph is written for it unless the
-    caller says; None where the torch module itself is converted.
+    `vitrim.runtimes.<name>_engine` opens the files that it writes.
+
+    Attributes:
+        name: The runtime's name.
+        extra: The extra of `pip install 'vitrim[...]'` that installs it.
+        precisions: The precisions that it exports.
+        dynamic_batch: Whether one file takes any number of images.
+        form: The default form of the graph; None where the torch module itself is converted.
     """
 
     name: str
@@ -84,9 +124,37 @@ class Runtime(Protocol):
     form: Form | None
 
     def missing(self) -> str | None:
-        """Why it cannot be used here, in one line with what to install, or None."""
+        """Why the runtime cannot be used here and what to install, in one line, or None."""
         ...
 
-    def write(self, source: Source, folder: Path) -> Written:
-        """Write the files of the artifact into an empty folder. Errors: InputError, one line."""
+    def write(self, source: Source, folder: Path) -> RuntimeFiles:
+        """Write the files of the artifact into an empty folder.
+
+        Raises:
+            InputError: The conversion failed; the message is one line.
+        """
         ...
+
+
+def missing_module(runtime: str, extra: str, *modules: str) -> str | None:
+    """Why a runtime cannot be used here, or None.
+
+    Args:
+        runtime: The runtime's name.
+        extra: The extra that installs it.
+        modules: The modules that must be importable.
+
+    Returns:
+        A line that names the first missing module and the extra.
+    """
+    for module in modules:
+        try:
+            if importlib.util.find_spec(module) is not None:
+                continue
+        except (ImportError, ValueError):
+            pass
+        return (
+            f"runtime {runtime!r}: {module} is not installed; "
+            f"install it with `pip install 'vitrim[{extra}]'`"
+        )
+    return None

@@ -1,6 +1,4 @@
-"""PyTorch itself: the saved model, which needs vitrim and torch where it runs. A row to compare
-with, not something to ship.
-"""
+"""PyTorch as a baseline: the saved model, which needs vitrim and torch where it runs."""
 
 from __future__ import annotations
 
@@ -8,18 +6,17 @@ from pathlib import Path
 
 from ...compress.network.files import ARCHITECTURE, WEIGHTS, save
 from ...core.errors import InputError
-from ..artifact import Precision
 from ..forms import Form
-from ..versions import tool_versions
-from .runtime import Source, Written
-from .saved_source import for_inference
+from ..manifest import Precision, tool_versions
+from .runtime import RuntimeFiles, Source
 
 PRECISIONS: tuple[Precision, ...] = ("fp32",)
 
 
 class Torch:
-    """Writes `model.safetensors` and `architecture.json`. option compile=1: run through
-    torch.compile.
+    """Writes `model.safetensors` and `architecture.json`.
+
+    Options: compile=1 runs the model through torch.compile.
     """
 
     name = "torch"
@@ -29,18 +26,20 @@ class Torch:
     form: Form | None = None
 
     def missing(self) -> str | None:
+        """None: torch is a dependency of vitrim."""
         return None
 
-    def write(self, source: Source, folder: Path) -> Written:
+    def write(self, source: Source, folder: Path) -> RuntimeFiles:
+        """Save the model; see `Runtime.write`."""
         unknown = set(source.options) - {"compile"}
         if unknown or source.options.get("compile", "0") not in ("0", "1"):
             raise InputError("runtime torch: its one option is compile, 0 or 1; leave others out")
-        save(for_inference(source, self.name), folder / "saved")
+        save(source.inference_model(self.name), folder / "saved")
         for name in (ARCHITECTURE, WEIGHTS):
             (folder / "saved" / name).rename(folder / name)
         (folder / "saved").rmdir()
         session = {"compile": source.options.get("compile", "0")}
-        return Written(
+        return RuntimeFiles(
             WEIGHTS, ((ARCHITECTURE, "weights"),), session=session, versions=tool_versions("torch")
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tvm.tirx.script import builder as T
 
-from .lanes import Expr, Lanes
+from .lanes import Expr, Lanes, bind
 
 # erf(x) = x P(x²) / Q(x²) on [-4, 4], error below 1e-6: the coefficients of Eigen's
 # generic_fast_erf_float.
@@ -27,70 +27,61 @@ _ERF_Q = (
     -7.37332916720468e-03,
     -1.42647390514189e-02,
 )
-# 2^f on [-1/2, 1/2]: Taylor's series up to f^7; the first term left out is below 6e-9.
+# 2^f on [-1/2, 1/2]: the Taylor series up to f^7; the next term is below 6e-9.
 _EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1))
 
 
 def polynomial(lanes: Lanes, x: Expr, coefficients: tuple[float, ...]) -> Expr:
-    """Horner's scheme, the highest power first."""
+    """Horner's scheme; coefficients from the highest power down."""
     value = lanes.splat(coefficients[0])
     for coefficient in coefficients[1:]:
         value = lanes.fma(value, x, lanes.splat(coefficient))
     return value
 
 
-def named(value: Expr) -> Expr:
-    """The value in a variable of its own, so that it is computed once however often it is used."""
-    return T.Bind(value)
-
-
 def exp2(lanes: Lanes, x: Expr) -> Expr:
-    """2^x for x <= 127; below -126 it is 2^-126, as good as zero."""
-    x = named(T.max(x, lanes.splat(-126.0)))
-    whole = named(lanes.round(x))
-    fraction = named(x - whole)
-    power = lanes.bits_as_float(
-        (lanes.whole(whole) + lanes.whole_splat(127)) << lanes.whole_splat(23)
-    )
+    """Compute 2^x for x <= 127; below -126 the result is 2^-126, practically zero."""
+    x = bind(T.max(x, lanes.splat(-126.0)))
+    whole = bind(lanes.round(x))
+    fraction = bind(x - whole)
+    power = lanes.bits_as_float((lanes.to_int(whole) + lanes.splat_int(127)) << lanes.splat_int(23))
     return polynomial(lanes, fraction, _EXP2) * power
 
 
 def exp(lanes: Lanes, x: Expr) -> Expr:
-    """e^x for x <= 88."""
+    """Compute e^x for x <= 88."""
     return exp2(lanes, x * lanes.splat(math.log2(math.e)))
 
 
 def erf(lanes: Lanes, x: Expr) -> Expr:
-    """The error function, error below 1e-6."""
-    x = named(T.max(T.min(x, lanes.splat(4.0)), lanes.splat(-4.0)))
-    square = named(x * x)
+    """Compute the error function, with an error below 1e-6."""
+    x = bind(T.max(T.min(x, lanes.splat(4.0)), lanes.splat(-4.0)))
+    square = bind(x * x)
     return x * polynomial(lanes, square, _ERF_P) / polynomial(lanes, square, _ERF_Q)
 
 
 def gelu(lanes: Lanes, x: Expr) -> Expr:
-    """x Φ(x)."""
-    half = named(x * lanes.splat(0.5))
+    """Compute x Φ(x), Φ the normal distribution function."""
+    half = bind(x * lanes.splat(0.5))
     return lanes.fma(half, erf(lanes, x * lanes.splat(math.sqrt(0.5))), half)
 
 
 def sigmoid(lanes: Lanes, x: Expr) -> Expr:
-    """1 / (1 + e^-x)."""
+    """Compute 1 / (1 + e^-x)."""
     one = lanes.splat(1.0)
-    # Clamped where fp32 says 0 or 1 anyway, so that e^-x stays a number.
-    return one / (
-        one + exp(lanes, T.max(T.min(lanes.splat(0.0) - x, lanes.splat(80.0)), lanes.splat(-80.0)))
-    )
+    # Clamped where the result is 0 or 1 in fp32, so that e^-x stays finite.
+    return one / (one + exp(lanes, _clamped(lanes, lanes.splat(0.0) - x, -80.0, 80.0)))
 
 
 def tanh(lanes: Lanes, x: Expr) -> Expr:
-    """2 sigmoid(2x) - 1."""
+    """Compute 2 sigmoid(2x) - 1."""
     return lanes.splat(2.0) * sigmoid(lanes, x * lanes.splat(2.0)) - lanes.splat(1.0)
 
 
 def gelu_tanh(lanes: Lanes, x: Expr) -> Expr:
-    """x sigmoid(2 √(2/π) (x + 0.044715 x³)), the same as GELU's tanh form."""
+    """Compute x sigmoid(2 √(2/π) (x + 0.044715 x³)), which equals GELU's tanh form."""
     factor = 2 * math.sqrt(2 / math.pi)
-    inner = x * polynomial(lanes, named(x * x), (factor * 0.044715, factor))
+    inner = x * polynomial(lanes, bind(x * x), (factor * 0.044715, factor))
     return x * sigmoid(lanes, inner)
 
 

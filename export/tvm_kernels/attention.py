@@ -1,234 +1,245 @@
-"""Attention of one head at a time: scores, softmax and the sum of values, with the scores of a few
-queries in the nearest cache.
+"""Attention head by head: scores, softmax and the sum of values.
+
+The scores of a few queries stay in the nearest cache.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .activations import exp2, named
-from .codes import Coding, store_function
-from .keys import Heads, key_panels, packed_size
-from .lanes import Buffer, Expr, Lanes
-from .norm import sum_over
-from .place import Rows
+from .activations import exp2
+from .key_packing import HeadColumns, KeyPacking, key_panels
+from .lanes import Buffer, Expr, Lanes, RowLayout, bind
+from .loops import Run, over_threads, share_bounds, split_evenly, sum_over
 from .product import product
+from .quantization import Quantizer, store_function
 from .schedule import Schedule, Shape, Tile
-from .threads import over_threads
-from .tiles import Run, bounds, even
 
 # Below any score, and far from overflow.
-_NOTHING = -1e30
+_LOWEST_SCORE = -1e30
 
 
 @dataclass(frozen=True)
 class Attend:
-    """softmax(q kᵀ) v for the first `queries` of `tokens` tokens. The scale, and the logarithm of e
-    to base 2, are in the queries already.
+    """softmax(q kᵀ) v for the first `query_rows` of `tokens` tokens.
 
-    source: where the queries' rows lie; queries, keys, values: the heads within rows. The result
-    has heads * values.each columns.
+    The queries contain the scale and the logarithm of e to base 2. The result has heads *
+    values.each columns.
+
+    Attributes:
+        images: Batch size.
+        heads: Number of attention maps.
+        tokens: Rows of keys and values.
+        query_rows: Rows of queries.
+        source: Where the queries are.
+        queries: Their columns.
+        keys: The columns of the keys, before they were packed.
+        values: The columns of the values, before they were packed.
+        biased: A number is added to each score: (heads, query_rows, whole vectors of tokens).
+        output_quantizer: The result is quantized statically.
     """
 
     images: int
     heads: int
     tokens: int
-    asked: int
-    source: Rows
-    queries: Heads
-    keys: Heads
-    values: Heads
-    # A number added to each score, (heads, asked, whole vectors of tokens).
+    query_rows: int
+    source: RowLayout
+    queries: HeadColumns
+    keys: HeadColumns
+    values: HeadColumns
     biased: bool = False
-    # The result becomes codes of a range known beforehand.
-    writes: Coding | None = None
+    output_quantizer: Quantizer | None = None
 
     @property
     def shape(self) -> Shape:
-        """What a schedule knows it by."""
-        return Shape("attention", (self.asked, self.tokens, self.keys.each, self.values.each))
+        """The shape that selects the tile."""
+        sizes = (self.query_rows, self.tokens, self.keys.each, self.values.each)
+        return Shape("attention", sizes)
+
+    def packing(self, vectors: int) -> KeyPacking:
+        """How its keys and values are packed, for tiles of so many vectors."""
+        return KeyPacking(self.images, self.heads, self.tokens, self.keys, self.values, vectors)
+
+
+class _Buffers(NamedTuple):
+    """The operands of the kernel, and the local buffers of one thread."""
+
+    x: Buffer
+    packed: Buffer
+    bias: Buffer | None
+    static_range: Buffer | None
+    out: Buffer
+    scores: Buffer = None
+    accumulators: Buffer = None
+    inverses: Buffer = None
 
 
 def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
-    """The kernel: (queries' rows, packed keys and values, [biases], [range]) -> out (images, asked,
-    heads * values.each), all flat.
+    """The kernel: (rows of queries, packed keys and values, [biases], [range]) -> out, all flat.
+
+    out has the shape (images, query_rows, heads * values.each).
     """
     count = lanes.count
     tile = schedule.tile(spec.shape)
-    row_runs = even(spec.asked, tile.rows)
-    size = packed_size(spec.tokens, spec.keys, spec.values, lanes)
+    row_runs = split_evenly(spec.query_rows, tile.rows)
     pairs = spec.images * spec.heads
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
-        x = T.arg("x", T.buffer((spec.source.size(spec.images, spec.asked),), "float32"))
-        packed = T.arg("packed", T.buffer((pairs * size,), "float32"))
-        stride = lanes.up(spec.tokens)
-        bias = (
-            T.arg("bias", T.buffer((spec.heads * spec.asked * stride,), "float32"))
-            if spec.biased
-            else None
-        )
-        known = None if spec.writes is None else T.arg("range", T.buffer((2,), "float32"))
-        stored = "float32" if spec.writes is None else spec.writes.dot.stored
-        out = T.arg(
-            "out", T.buffer((spec.images * spec.asked * spec.heads * spec.values.each,), stored)
-        )
+        operands = _operands(spec, lanes, tile)
 
         def share(part: Expr, parts: int) -> None:
-            most = max(run.size for run in row_runs)
-            scores = T.alloc_buffer((most * lanes.up(spec.tokens),), "float32", scope="local")
-            accumulators = T.alloc_buffer((most * tile.vectors * count,), "float32", scope="local")
-            inverses = T.alloc_buffer((most,), "float32", scope="local")
+            rows = max(run.size for run in row_runs)
+            scores = T.alloc_buffer((rows * lanes.up(spec.tokens),), "float32", scope="local")
+            accumulators = T.alloc_buffer((rows * tile.vectors * count,), "float32", scope="local")
+            inverses = T.alloc_buffer((rows,), "float32", scope="local")
+            buffers = operands._replace(scores=scores, accumulators=accumulators, inverses=inverses)
+            writer = _Writer(spec, lanes, tile, buffers)
             for run in row_runs:
-                # All tiles of all heads in one row, so that shares are equal although heads are
-                # few.
-                with T.serial(*bounds(pairs * run.count, part, parts)) as index:
-                    pair = named(index // run.count)
-                    row = named(run.start + index % run.count * run.size)
-                    _tile(
-                        spec,
-                        lanes,
-                        tile,
-                        x,
-                        packed,
-                        bias,
-                        known,
-                        out,
-                        scores,
-                        accumulators,
-                        inverses,
-                        pair,
-                        row,
-                        run.size,
-                    )
+                # One loop over the tiles of all heads: equal shares although heads are few.
+                with T.serial(*share_bounds(pairs * run.count, part, parts)) as index:
+                    pair = bind(index // run.count)
+                    row = bind(run.start + index % run.count * run.size)
+                    writer.tile(pair, row, run.size)
 
         over_threads(share, schedule.threads)
     return builder.get()
 
 
-def _tile(
-    spec: Attend,
-    lanes: Lanes,
-    tile: Tile,
-    x: Buffer,
-    packed: Buffer,
-    bias: Buffer | None,
-    known: Buffer | None,
-    out: Buffer,
-    scores: Buffer,
-    accumulators: Buffer,
-    inverses: Buffer,
-    pair: Expr,
-    row: Expr,
-    rows: int,
-) -> None:
-    """One head and `rows` queries from `row`."""
-    count, tokens = lanes.count, spec.tokens
-    stride = lanes.up(tokens)
-    image, head = named(pair // spec.heads), named(pair % spec.heads)
-    start = named(pair * packed_size(tokens, spec.keys, spec.values, lanes))
-    queries = [
-        named(spec.source.start(image, row + r) + spec.queries.first + head * spec.queries.each)
-        for r in range(rows)
-    ]
+def _operands(spec: Attend, lanes: Lanes, tile: Tile) -> _Buffers:
+    x_size = spec.source.size(spec.images, spec.query_rows)
+    x = T.arg("x", T.buffer((x_size,), "float32"))
+    packed_size = spec.packing(tile.vectors).size(lanes)
+    packed = T.arg("packed", T.buffer((packed_size,), "float32"))
+    bias, static_range, stored = None, None, "float32"
+    if spec.biased:
+        bias_size = spec.heads * spec.query_rows * lanes.up(spec.tokens)
+        bias = T.arg("bias", T.buffer((bias_size,), "float32"))
+    if spec.output_quantizer is not None:
+        static_range = T.arg("range", T.buffer((2,), "float32"))
+        stored = spec.output_quantizer.dot.stored
+    out_size = spec.images * spec.query_rows * spec.heads * spec.values.each
+    out = T.arg("out", T.buffer((out_size,), stored))
+    return _Buffers(x, packed, bias, static_range, out)
 
-    def score(run: Run, panel: Expr) -> None:
-        place = named(start + (run.start + panel * run.size) * count * spec.keys.each)
-        product(
-            lanes,
-            accumulators,
-            rows,
-            run.size,
-            spec.keys.each,
-            tile.steps,
-            lambda r, k: lanes.splat(x[queries[r] + k]),
-            lambda v, k: lanes.load(packed, place + k * (run.size * count) + v * count),
-        )
-        for r in range(rows):
-            for v in range(run.size):
-                target = r * stride + (run.start + panel * run.size + v) * count
-                value = lanes.load(accumulators, (r * run.size + v) * count)
-                if bias is not None:
+
+class _Writer:
+    """Emits tiles of attention: one head and a few queries each."""
+
+    def __init__(self, spec: Attend, lanes: Lanes, tile: Tile, buffers: _Buffers) -> None:
+        self.spec, self.lanes, self.sizes, self.buffers = spec, lanes, tile, buffers
+        # From the scores of one query to the next.
+        self.stride = lanes.up(spec.tokens)
+
+    def tile(self, pair: Expr, row: Expr, rows: int) -> None:
+        """The queries from `row` on, for a pair (image, head), counted over both."""
+        spec, lanes = self.spec, self.lanes
+        image, head = bind(pair // spec.heads), bind(pair % spec.heads)
+        start = bind(pair * spec.packing(self.sizes.vectors).head_size(lanes))
+        self.scores(start, image, head, row, rows)
+        with T.serial(0, rows) as r:
+            self.softmax(bind(r * self.stride), r)
+        values = bind(start + self.stride * spec.keys.each)
+        width = spec.values.each
+        targets = [
+            bind((image * spec.query_rows + row + r) * (spec.heads * width) + head * width)
+            for r in range(rows)
+        ]
+        self.mix(values, targets)
+
+    def scores(self, start: Expr, image: Expr, head: Expr, row: Expr, rows: int) -> None:
+        """The products of queries with all keys, plus the bias."""
+        spec, lanes, buffers = self.spec, self.lanes, self.buffers
+        count, each = lanes.count, spec.keys.each
+        queries = [
+            bind(spec.source.start(image, row + r) + spec.queries.first + head * spec.queries.each)
+            for r in range(rows)
+        ]
+
+        def panel_scores(run: Run, panel: Expr) -> None:
+            first = bind(start + (run.start + panel * run.size) * count * each)
+            product(
+                lanes,
+                buffers.accumulators,
+                Tile(rows, run.size, self.sizes.steps),
+                each,
+                lambda r, k: lanes.splat(buffers.x[queries[r] + k]),
+                lambda v, k: lanes.load(buffers.packed, first + k * (run.size * count) + v * count),
+            )
+            for r in range(rows):
+                for v in range(run.size):
                     column = (run.start + panel * run.size + v) * count
-                    value = value + lanes.load(
-                        bias, (head * spec.asked + row + r) * stride + column
-                    )
-                lanes.store(scores, target, value)
+                    value = lanes.load(buffers.accumulators, (r * run.size + v) * count)
+                    if buffers.bias is not None:
+                        index = (head * spec.query_rows + row + r) * self.stride + column
+                        value = value + lanes.load(buffers.bias, index)
+                    lanes.store(buffers.scores, r * self.stride + column, value)
 
-    for run in key_panels(tokens, lanes, tile):
-        with T.serial(0, run.count) as panel:
-            score(run, panel)
-    with T.serial(0, rows) as r:
-        _softmax(lanes, tokens, scores, named(r * stride), inverses, r)
+        for run in key_panels(spec.tokens, lanes, self.sizes.vectors):
+            with T.serial(0, run.count) as panel:
+                panel_scores(run, panel)
 
-    values = named(start + stride * spec.keys.each)
-    target = [
-        named(
-            (image * spec.asked + row + r) * (spec.heads * spec.values.each)
-            + head * spec.values.each
-        )
-        for r in range(rows)
-    ]
+    def softmax(self, start: Expr, r: Expr) -> None:
+        """The scores from `start` become 2^(score - largest); inverses[r] is 1 over their sum."""
+        lanes, scores, count = self.lanes, self.buffers.scores, self.lanes.count
+        full, tail = divmod(self.spec.tokens, count)
+        if tail:
+            last = start + full * count
+            valid = lanes.first(tail, lanes.load(scores, last), _LOWEST_SCORE)
+            lanes.store(scores, last, valid)
+        vectors = full + bool(tail)
+        top = self.largest(start, vectors)
 
-    store = store_function(lanes, spec.writes, known)
+        def power(column: Expr) -> Expr:
+            value = bind(exp2(lanes, lanes.load(scores, start + column) - top))
+            lanes.store(scores, start + column, value)
+            return value
 
-    def mix(run: Run, panel: Expr) -> None:
-        column = named((run.start + panel * run.size) * count)
-        product(
-            lanes,
-            accumulators,
-            rows,
-            run.size,
-            tokens,
-            tile.steps,
-            lambda r, k: lanes.splat(scores[r * stride + k]),
-            lambda v, k: lanes.load(packed, values + k * spec.values.each + column + v * count),
-        )
-        for r in range(rows):
-            for v in range(run.size):
-                value = lanes.load(accumulators, (r * run.size + v) * count) * lanes.splat(
-                    inverses[r]
-                )
-                store(out, target[r] + column + v * count, value)
+        # Lanes behind the last token hold 2^-126, which does not change the sum.
+        total = sum_over(lanes, vectors * count, power)
+        T.buffer_store(self.buffers.inverses, T.float32(1) / total, [r])
 
-    for run in even(spec.values.each // count, tile.vectors):
-        with T.serial(0, run.count) as panel:
-            mix(run, panel)
+    def largest(self, start: Expr, vectors: int) -> Expr:
+        """The largest of a row's scores, in all lanes."""
+        lanes, scores, count = self.lanes, self.buffers.scores, self.lanes.count
+        ways = min(4, vectors)
+        tops = T.alloc_buffer((ways * count,), "float32", scope="local")
+        for way in range(ways):
+            lanes.store(tops, way * count, lanes.load(scores, start + way * count))
+        for vector in range(ways, vectors):
+            index = vector % ways * count
+            top = T.max(lanes.load(tops, index), lanes.load(scores, start + vector * count))
+            lanes.store(tops, index, top)
+        top = lanes.load(tops, 0)
+        for way in range(1, ways):
+            top = T.max(top, lanes.load(tops, way * count))
+        return bind(lanes.splat(bind(lanes.largest(bind(top)))))
 
+    def mix(self, values: Expr, targets: list[Expr]) -> None:
+        """The sums of values, weighted by the scores, stored from `targets` on."""
+        spec, lanes, buffers = self.spec, self.lanes, self.buffers
+        count, each, rows = lanes.count, spec.values.each, len(targets)
+        store = store_function(lanes, spec.output_quantizer, buffers.static_range)
 
-def _softmax(
-    lanes: Lanes, tokens: int, scores: Buffer, start: Expr, inverses: Buffer, r: Expr
-) -> None:
-    """scores[r] becomes 2^(score - largest), and inverses[r] one over their sum."""
-    count = lanes.count
-    full, tail = divmod(tokens, count)
-    if tail:
-        place = start + full * count
-        lanes.store(scores, place, lanes.first(tail, lanes.load(scores, place), _NOTHING))
-    vectors = full + bool(tail)
-    ways = min(4, vectors)
-    tops = T.alloc_buffer((ways * count,), "float32", scope="local")
-    for way in range(ways):
-        lanes.store(tops, way * count, lanes.load(scores, start + way * count))
-    for vector in range(ways, vectors):
-        place = vector % ways * count
-        lanes.store(
-            tops, place, T.max(lanes.load(tops, place), lanes.load(scores, start + vector * count))
-        )
-    top = lanes.load(tops, 0)
-    for way in range(1, ways):
-        top = T.max(top, lanes.load(tops, way * count))
-    top = named(lanes.splat(named(lanes.largest(named(top)))))
+        def panel_sums(run: Run, panel: Expr) -> None:
+            column = bind((run.start + panel * run.size) * count)
+            product(
+                lanes,
+                buffers.accumulators,
+                Tile(rows, run.size, self.sizes.steps),
+                spec.tokens,
+                lambda r, k: lanes.splat(buffers.scores[r * self.stride + k]),
+                lambda v, k: lanes.load(buffers.packed, values + k * each + column + v * count),
+            )
+            for r in range(rows):
+                for v in range(run.size):
+                    total = lanes.load(buffers.accumulators, (r * run.size + v) * count)
+                    value = total * lanes.splat(buffers.inverses[r])
+                    store(buffers.out, targets[r] + column + v * count, value)
 
-    def power(column: Expr) -> Expr:
-        value = named(exp2(lanes, lanes.load(scores, start + column) - top))
-        lanes.store(scores, start + column, value)
-        return value
-
-    # Lanes behind the last token hold 2^-126, which the sum does not feel.
-    total = sum_over(lanes, vectors * count, power)
-    T.buffer_store(inverses, T.float32(1) / total, [r])
+        for run in split_evenly(each // count, self.sizes.vectors):
+            with T.serial(0, run.count) as panel:
+                panel_sums(run, panel)

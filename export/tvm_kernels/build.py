@@ -1,26 +1,115 @@
-"""A compact network for TVM: our own kernels where they cover it."""
+"""A network as a Relax module for TVM: of our own kernels where they cover it, else TVM's pipeline.
+
+This module imports TVM only inside functions: without TVM it still reports what is missing.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import onnx
 
 from ...compress.network.modules.model import CompactModel
 from ...core.errors import InputError
 from ...targets.profile import TargetProfile
 from ..forms import Form, write_network
-from .built import Built
-from .coverage import reason_against
-from .default import default_network
-from .targets import tvm_target
+from .coverage import uncovered_part
 
 if TYPE_CHECKING:
+    from tvm import IRModule
+    from tvm.relax import VMExecutable
+    from tvm.target import Target
+    from tvm.transform import Pass
+
+    from .precision import Name
+    from .quantization import Range
+
+INSTALL = "pip install 'vitrim[tvm]'"
+# The graph that TVM's front end reads.
+_PLAIN_FORM = Form(
+    rows="batch",
+    attention="split",
+    residual="add",
+    norm="layer",
+    activation="gelu",
+    stem="matrix",
+    last_queries=True,
+)
+
+
+@dataclass(frozen=True)
+class TvmNetwork:
+    """A network in Relax, with its weights, and how it is compiled.
+
+    Attributes:
+        module: Its function `main`: images (batch, C, H, W) float32 -> logits (batch, classes).
+        target: The target of the code.
+        pipeline: The passes that lower the module.
+        route: `kernels` (our own), or `default` (TVM's ONNX front end and pipeline).
+        threads: Into how many shares parallel loops are split; 1: there are none.
+        notes: One line each, for the manifest.
+    """
+
+    module: IRModule
+    target: Target
+    pipeline: Pass
+    route: Literal["kernels", "default"]
+    threads: int
+    notes: tuple[str, ...] = ()
+
+    def compile(self, *, system_lib: bool = False) -> VMExecutable:
+        """Compile to machine code, which `.export_library(path)` writes.
+
+        Args:
+            system_lib: For a static library, whose functions register when the program starts.
+        """
+        import tvm
+        from tvm import relax
+
+        with tvm.transform.PassContext(opt_level=3):
+            executable: VMExecutable = relax.build(
+                self.module,
+                target=self.target,
+                relax_pipeline=self.pipeline,
+                system_lib=system_lib,
+            )
+        return executable
+
+
+def missing_tvm() -> str | None:
+    """Why TVM cannot be used here, in one line, or None."""
+    return None if importlib.util.find_spec("tvm") else f"TVM is not installed; {INSTALL}"
+
+
+def tvm_target(profile: TargetProfile) -> Target:
+    """TVM's target of a profile.
+
+    Raises:
+        InputError: TVM is not installed, the profile has no `tvm_target`, or TVM refuses it.
+    """
+    if (reason := missing_tvm()) is not None:
+        raise InputError(reason)
     from tvm.target import Target
 
-    from .codes import Range
-    from .precision import Name
+    if profile.tvm_target is None:
+        raise InputError(
+            f"target {profile.name!r} has no tvm_target; add one to its profile "
+            '({ kind = "llvm", mcpu = ... }), or use another runtime'
+        )
+    options = dict(profile.tvm_target)
+    if options["kind"] == "cuda" and "host" not in options:
+        return Target(options, host={"kind": "llvm", "mtriple": profile.triple})
+    try:
+        return Target(options)
+    except Exception as error:  # TVM raises its own kinds, RuntimeError and ValueError among them
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"target {profile.name!r}: TVM refuses tvm_target {options}: {reason}"
+        ) from None
 
 
 def build_network(
@@ -32,40 +121,41 @@ def build_network(
     log: Path | None = None,
     precision: Name = "fp32",
     ranges: Sequence[Range] | None = None,
-) -> Built:
-    """The network ready for `Built.compile`. threads: how many shares the parallel loops are cut
-    into. log: what the tuner wrote. ranges: those of int8-static.
+) -> TvmNetwork:
+    """Build a network for a target.
 
-    Errors: InputError where TVM is missing, the log is malformed, or eight bits are wanted of a
-    network that our kernels do not cover; UnsupportedModel where neither our kernels nor the graph
-    forms cover it.
+    Args:
+        compact: The network.
+        profile: The target.
+        batch: Batch size.
+        threads: Into how many shares parallel loops are split.
+        log: The log of a tuning, whose fastest tiles are used; by default the default tiles.
+        precision: The number format of the products.
+        ranges: The ranges of int8-static, from `calibration.find_ranges`.
+
+    Raises:
+        InputError: TVM is not installed, the log is malformed, or int8 is requested for a network
+            that our kernels do not cover.
+        UnsupportedModel: Neither our kernels nor the graph forms cover the network.
     """
     target = tvm_target(profile)
-    reason = reason_against(compact.architecture)
-    if reason is None and target.kind.name != "llvm":
-        reason = f"code for {target.kind.name}"
-    if reason is None:
-        return _kernels(compact, profile, target, batch, threads, log, precision, ranges)
+    uncovered = uncovered_part(compact.architecture)
+    if uncovered is None and target.kind.name != "llvm":
+        uncovered = f"code for {target.kind.name}"
+    if uncovered is None:
+        return _kernel_network(compact, profile, target, batch, threads, log, precision, ranges)
     if precision != "fp32":
         raise InputError(
-            f"runtime tvm: {precision} is computed by our own kernels, and they do not cover {reason}; take fp32, or another runtime"
+            f"runtime tvm: {precision} is computed by our own kernels, "
+            f"and they do not cover {uncovered}; use fp32, or another runtime"
         )
-    form = Form(
-        rows="batch",
-        attention="split",
-        residual="add",
-        norm="layer",
-        activation="gelu",
-        stem="matrix",
-        last_queries=True,
-    )
-    built = default_network(write_network(compact, form, batch=batch), profile, threads=threads)
-    return replace(
-        built, notes=(f"our kernels do not cover {reason}; {built.notes[0]}", *built.notes[1:])
-    )
+    graph = write_network(compact, _PLAIN_FORM, batch=batch)
+    network = default_network(graph, profile, threads=threads)
+    first, *rest = network.notes
+    return replace(network, notes=(f"our kernels do not cover {uncovered}; {first}", *rest))
 
 
-def _kernels(
+def _kernel_network(
     compact: CompactModel,
     profile: TargetProfile,
     target: Target,
@@ -74,32 +164,75 @@ def _kernels(
     log: Path | None,
     precision: Name,
     ranges: Sequence[Range] | None,
-) -> Built:
-    # Imported where they are needed: these need TVM.
-    from .dot import INSTRUCTIONS, Dot
+) -> TvmNetwork:
+    # These modules need TVM.
+    from .integer_dot import INSTRUCTIONS, IntegerDot
     from .lanes import Lanes
-    from .log import quickest, read
-    from .network import write_program
+    from .network import network_module
     from .precision import precision_named
     from .program import lowering
     from .schedule import default_schedule
+    from .tuning_log import fastest_tiles, read_trials
 
     unit = profile.vector
-    notes = [
-        f"{unit.kind} kernels, vectors of {unit.lanes}, {threads} thread{'s' if threads > 1 else ''}"
-    ]
+    plural = "s" if threads > 1 else ""
+    notes = [f"{unit.kind} kernels, vectors of {unit.lanes}, {threads} thread{plural}"]
     tuned = {}
     if log is not None:
-        tuned = quickest(read(log), profile.name, threads, unit)
+        tuned = fastest_tiles(read_trials(log), profile.name, threads, unit)
         notes.append(
             f"tiles of {len(tuned)} shapes from {log.name}"
             if tuned
             else f"{log.name} has no tiles for {profile.name} with {threads} threads"
         )
     if precision != "fp32":
-        notes.append(INSTRUCTIONS[Dot.of(unit).kind])
-    numbers = precision_named(precision, unit, ranges)
-    module = write_program(
-        compact, Lanes.of(unit), default_schedule(unit, threads, tuned), batch, numbers
+        notes.append(INSTRUCTIONS[IntegerDot.of(unit).kind])
+    module = network_module(
+        compact,
+        Lanes.of(unit),
+        default_schedule(unit, threads, tuned),
+        batch,
+        precision_named(precision, unit, ranges),
     )
-    return Built(module, target, lowering(), "kernels", threads, tuple(notes))
+    return TvmNetwork(module, target, lowering(), "kernels", threads, tuple(notes))
+
+
+def default_network(
+    graph: onnx.ModelProto, profile: TargetProfile, *, threads: int = 1
+) -> TvmNetwork:
+    """A graph in TVM's own pipeline: without schedules for CPUs, with dlight's for GPUs.
+
+    Args:
+        graph: Fixed shapes, standard operators up to opset 22.
+        profile: The target.
+        threads: For how many threads the code is meant.
+
+    Raises:
+        InputError: TVM's front end does not support an operator.
+    """
+    from tvm import relax
+
+    target = tvm_target(profile)
+    module = _from_onnx(graph)
+    gpu = "gpu" in target.keys
+    pipeline = relax.get_default_pipeline(target) if gpu else relax.get_pipeline("default")
+    note = (
+        f"dlight's schedules for {target.kind.name}; it runs on such a device only"
+        if gpu
+        else "TVM's own pipeline, untuned"
+    )
+    return TvmNetwork(module, target, pipeline, "default", threads, (note,))
+
+
+def _from_onnx(graph: onnx.ModelProto) -> IRModule:
+    """The Relax module of a graph, with its weights."""
+    from tvm.relax.frontend.onnx import from_onnx
+
+    try:
+        return from_onnx(graph, keep_params_in_input=False)
+    except Exception as error:  # the front end raises errors of any type
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if lines else type(error).__name__
+        raise InputError(
+            f"TVM's ONNX front end does not read this graph: {reason}; use another form of it"
+        ) from None

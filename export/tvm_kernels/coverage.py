@@ -1,4 +1,13 @@
-"""What our kernels cover; the rest goes through TVM's ONNX front end."""
+"""Which networks our kernels cover; the others go through TVM's ONNX front end.
+
+Not covered are
+
+1. convolutions before the patch embedding;
+2. a norm of the patches or of the stem's output, if the stem writes only a part of the stream;
+3. pooling of other kinds than POOLS, and pooling that refines tokens;
+4. the mean of two classifiers behind an activation;
+5. a norm behind a sub-layer that writes only a part of the stream, or behind a constant.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +16,39 @@ from ...compress.network.architecture import Architecture, BranchSpec, ConstantS
 POOLS = ("token", "distilled", "mean", "mean_all", "attention")
 
 
-def reason_against(architecture: Architecture) -> str | None:
-    """What no kernel of ours computes, with its place, or None."""
+def uncovered_part(architecture: Architecture) -> str | None:
+    """Find what no kernel computes.
+
+    Args:
+        architecture: The network.
+
+    Returns:
+        A description of the first such part, with its place; None for a network that is covered.
+    """
     if architecture.stem.before:
         return "convolutions before the patches (stem.before)"
     if architecture.patch_norm is not None and architecture.stem_writes is not None:
         return "a norm over each patch of a part of the stream (patch_norm with stem_writes)"
     if architecture.stem_norm is not None and architecture.stem_writes is not None:
         return "a norm of a part of the stream (stem_norm with stem_writes)"
-    if architecture.pool.kind not in POOLS or architecture.pool.refine is not None:
-        return f"pooling '{architecture.pool.kind}'" + (
-            " with refine" if architecture.pool.refine else ""
-        )
-    if (
-        architecture.pool.kind == "distilled"
-        and architecture.head is not None
-        and architecture.head.act != "identity"
-    ):
-        return f"the mean of two classifiers behind '{architecture.head.act}'"
-    return next(
-        (
-            f"{branch.name}: {reason}"
-            for branch in architecture.branches
-            if (reason := _branch(branch)) is not None
-        ),
-        None,
-    )
+    pool, head = architecture.pool, architecture.head
+    if pool.kind not in POOLS or pool.refine is not None:
+        return f"pooling '{pool.kind}'" + (" with refine" if pool.refine else "")
+    if pool.kind == "distilled" and head is not None and head.act != "identity":
+        return f"the mean of two classifiers behind '{head.act}'"
+    for branch in architecture.branches:
+        if (reason := _uncovered_branch(branch)) is not None:
+            return f"{branch.name}: {reason}"
+    return None
 
 
-def _branch(branch: BranchSpec) -> str | None:
-    if branch.post_norm is not None and branch.writes is not None:
+def _uncovered_branch(branch: BranchSpec) -> str | None:
+    if branch.post_norm is None:
+        return None
+    if branch.writes is not None:
         return (
             "a norm after a sub-layer that writes to a part of the stream (post_norm with writes)"
         )
-    if branch.post_norm is not None and isinstance(branch.core, ConstantSpec):
+    if isinstance(branch.core, ConstantSpec):
         return "a norm after a constant (post_norm)"
     return None

@@ -1,367 +1,428 @@
-"""The calls that a program is made of, each in one method: products, norms, codes, and what rows
-need besides.
-"""
+"""The calls that a network's program consists of, one method a kind of kernel."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...compress.network.architecture import AttentionSpec, NormSpec
-from .codes import Coding, Encode, Range, encode_rows
+from .attention import Attend, attend
 from .dense import Dense, dense
 from .head_norm import HeadNorm, norm_heads
-from .lanes import Lanes
-from .matrices import Matrix, State, Stream
-from .norm import Normalise, normalise
-from .packing import Array, in_eight_bits, padded, panels
-from .place import Rows
-from .precision import Precision
+from .key_packing import pack_keys
+from .lanes import Lanes, RowLayout
+from .matrices import Affine, Matrix, State, Stream
+from .norm import Normalize, normalize
+from .packing import Array, padded, panels, quantize_weights
+from .precision import FP32, Precision, RowFormat
 from .program import Program, Value
-from .rope import Turn, turn_heads
-from .rows import add_constant, add_rows, combine_pairs, first_rows, mean_rows, place_rows
+from .quantization import Quantize, quantize_rows
+from .rope import Rotate, rotate_heads
+from .row_kernels import (
+    add_constant,
+    add_rows,
+    add_table,
+    combine_pairs,
+    first_rows,
+    mean_rows,
+)
 from .schedule import Schedule
 
 
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows a product while its results are in registers.
+
+    Attributes:
+        act: The activation.
+        factor: Multiplied with the activated result.
+        residual: Added at the end.
+        only_products: Only products read the result, so that it may be quantized.
+    """
+
+    act: str = "identity"
+    factor: Stream | None = None
+    residual: Stream | None = None
+    only_products: bool = False
+
+
+PLAIN = Epilogue()
+
+
 class Emitter:
-    """Writes kernels into a program, for `batch` images, in the numbers of a precision."""
+    """Adds calls of kernels to a program.
+
+    Args:
+        program: The program.
+        lanes: The target's vectors.
+        schedule: Tiles and threads.
+        batch: Batch size.
+        precision: The format of the rows that products read.
+    """
 
     def __init__(
-        self, program: Program, lanes: Lanes, schedule: Schedule, batch: int, precision: Precision
+        self,
+        program: Program,
+        lanes: Lanes,
+        schedule: Schedule,
+        batch: int,
+        precision: Precision,
     ) -> None:
-        self.program, self.lanes, self.schedule, self.batch, self.precision = (
-            program,
-            lanes,
-            schedule,
-            batch,
-            precision,
-        )
-        # Rows that other kernels read in fp32 are turned into codes once, however many products
-        # read them.
-        self._encoded: list[tuple[Stream, Stream]] = []
+        self.program = program
+        self.lanes = lanes
+        self.schedule = schedule
+        self.batch = batch
+        self.precision = precision
+        # Rows that other kernels read in fp32 are quantized once, for all products that read them.
+        self._quantized: list[tuple[Stream, Stream]] = []
+
+    def constant(self, value: NDArray[Any]) -> Value:
+        """Numbers that are part of the program."""
+        return self.program.constant(value)
 
     def dense(
         self,
         x: Stream,
         rows: int,
         matrix: Matrix,
+        epilogue: Epilogue = PLAIN,
         *,
-        act: str = "identity",
-        factor: Stream | None = None,
-        residual: Stream | None = None,
-        for_products: bool = False,
-        exact: bool = False,
         skipped: int = 0,
+        force_fp32: bool = False,
     ) -> Stream:
-        """`rows` rows of x, behind those skipped, times a matrix, and what comes behind it.
+        """A linear layer.
 
-        for_products: nothing else reads the result. exact: in fp32 in any precision.
+        Args:
+            x: The input.
+            rows: Rows of each image.
+            matrix: Weights and bias.
+            epilogue: What follows the product.
+            skipped: The first rows of each image that are skipped.
+            force_fp32: Compute in fp32 in any precision.
         """
-        x = x if exact else self.in_codes(x)
+        x = x if force_fp32 else self.quantized(x)
         depth, used = matrix.weight.shape
         width = self.lanes.up(used)
-        weights, bias = self.weights(x, matrix)
-        writes, known = (
-            self.precision.for_products(whole_rows=False) if for_products else (None, None)
-        )
+        (weight, *scales), bias = product_weights(x, matrix)
+        out = self.output_format(epilogue.only_products, whole_rows=False)
+        factor, residual = epilogue.factor, epilogue.residual
         spec = Dense(
-            self.batch,
-            rows,
-            depth,
-            width,
-            replace(x.place, first=skipped),
-            bias is not None,
-            act,
-            None if factor is None else factor.place,
-            None if residual is None else residual.place,
-            x.coding,
-            writes,
+            images=self.batch,
+            rows=rows,
+            depth=depth,
+            width=width,
+            source=replace(x.layout, first=skipped),
+            bias=bias is not None,
+            act=epilogue.act,
+            factor=None if factor is None else factor.layout,
+            residual=None if residual is None else residual.layout,
+            input_quantizer=x.quantizer,
+            output_quantizer=out.quantizer,
         )
-        group = 1 if x.coding is None else x.coding.dot.group
-        packed = panels(weights[0], spec.panels(self.lanes, self.schedule), self.lanes.count, group)
-        operands = [
-            x.value,
-            *(
-                self.program.constant(part)
-                for part in (packed, *(padded(part, width) for part in weights[1:]))
-            ),
-        ]
+        group = 1 if x.quantizer is None else x.quantizer.dot.group
+        packed = panels(weight, spec.panels(self.lanes, self.schedule), self.lanes.count, group)
+        numbers = [packed, *(padded(part, width) for part in scales)]
         if bias is not None:
-            operands.append(self.program.constant(padded(bias, width)))
+            numbers.append(padded(bias, width))
+        operands = [x.value, *(self.constant(part) for part in numbers)]
         operands += [other.value for other in (factor, residual) if other is not None]
-        operands += self.range_operand(writes, known)
-        shape = (self.batch * rows * width,)
+        operands += self.range_operand(out)
         value = self.program.call(
             "dense",
             spec,
             lambda: dense(spec, self.lanes, self.schedule),
             operands,
-            shape,
-            stored(writes),
+            (self.batch * rows * width,),
+            stored(out),
         )
-        return Stream(value, rows, width, used, writes, known)
+        return Stream(value, rows, width, used, *out)
 
-    def in_codes(self, x: Stream) -> Stream:
-        """The rows as products read them in this precision."""
-        if x.coding is not None:
+    def quantized(self, x: Stream) -> Stream:
+        """The rows in the format in which products read them."""
+        if x.quantizer is not None:
             return x
-        for known, found in self._encoded:
+        for known, found in self._quantized:
             if known.value.same_as(x.value):
                 return found
-        coding, span = self.precision.read(x)
-        if coding is None:
+        into = self.precision.input(x)
+        if into.quantizer is None:
             return x
-        spec = Encode(self.batch, x.rows, x.used, x.place, coding)
-        length = coding.row_length(x.used)
-        operands = [x.value, *self.range_operand(coding, span)]
-        shape = (self.batch * x.rows * length,)
+        spec = Quantize(self.batch, x.rows, x.used, x.layout, into.quantizer)
+        length = into.quantizer.row_length(x.used)
         value = self.program.call(
             "encode",
             spec,
-            lambda: encode_rows(spec, self.schedule.threads),
-            operands,
-            shape,
-            stored(coding),
+            lambda: quantize_rows(spec, self.schedule.threads),
+            [x.value, *self.range_operand(into)],
+            (self.batch * x.rows * length,),
+            stored(into),
         )
-        found = Stream(value, x.rows, length, x.used, coding, span)
-        self._encoded.append((x, found))
+        found = Stream(value, x.rows, length, x.used, *into)
+        self._quantized.append((x, found))
         return found
 
-    def range_operand(self, coding: Coding | None, known: Range | None) -> list[Value]:
-        """What a kernel needs that writes codes of a range known beforehand."""
-        return (
-            [self.program.constant(known.operand(coding.dot))]
-            if coding is not None and known is not None
-            else []
-        )
+    def output_format(self, only_products: bool, *, whole_rows: bool) -> RowFormat:
+        """The format in which a kernel writes rows, see `Precision.output`."""
+        return self.precision.output(whole_rows=whole_rows) if only_products else FP32
 
-    @staticmethod
-    def weights(x: Stream, matrix: Matrix) -> tuple[tuple[NDArray[Any], ...], Array | None]:
-        """((weights, [scales], [sums]), bias) of a product with rows as they are: what
-        `Dense.operands` names.
-        """
-        if x.coding is None:
-            return (matrix.weight,), matrix.bias
-        codes, scales = in_eight_bits(matrix.weight)
-        sums = (scales * codes.sum(axis=0, dtype=np.int64)).astype(np.float32)
-        if x.range is None:
-            return (codes, scales, sums), matrix.bias
-        shift = np.float32(x.range.base(x.coding.dot)) * sums
-        return (
-            codes,
-            scales * np.float32(x.range.step),
-        ), shift if matrix.bias is None else shift + matrix.bias
+    def range_operand(self, rows: RowFormat) -> list[Value]:
+        """The operand of a kernel that quantizes with a static range, or none."""
+        if rows.quantizer is None or rows.range is None:
+            return []
+        return [self.constant(rows.range.operand(rows.quantizer.dot))]
 
-    def normed(
+    def norm(
         self,
         x: Stream,
         norm: NormSpec,
         *,
         columns: tuple[int, ...] | None = None,
-        affine: tuple[Array | None, Array | None] | None = None,
-        for_products: bool = False,
+        affine: Affine | None = None,
+        only_products: bool = False,
     ) -> Stream:
-        """Rows normalised over the columns named, or over all that mean something. for_products:
-        nothing else reads them.
+        """Normalised rows.
+
+        Args:
+            x: The input.
+            norm: The norm.
+            columns: The columns that are normalised, by default the first ones.
+            affine: Weight and bias; None where the next product contains them.
+            only_products: Only products read the result, so that it may be quantized.
         """
-        writes, known = (
-            self.precision.for_products(whole_rows=True) if for_products else (None, None)
-        )
-        spec = Normalise(
-            self.batch,
-            x.rows,
-            norm.width,
-            x.place,
-            norm.kind == "layer",
-            norm.eps,
-            affine is not None,
-            columns is not None,
-            writes,
+        out = self.output_format(only_products, whole_rows=True)
+        spec = Normalize(
+            images=self.batch,
+            rows=x.rows,
+            width=norm.width,
+            source=x.layout,
+            centred=norm.kind == "layer",
+            eps=norm.eps,
+            affine=affine is not None,
+            gather=columns is not None,
+            output_quantizer=out.quantizer,
         )
         width = self.lanes.up(norm.width)
         operands = [x.value]
         if columns is not None:
-            operands.append(self.program.constant(np.array(columns, np.int32)))
+            operands.append(self.constant(np.array(columns, np.int32)))
         if affine is not None:
             weight, bias = affine
-            operands.append(
-                self.program.constant(
-                    padded(np.ones(norm.width, np.float32) if weight is None else weight, width)
-                )
-            )
-            operands.append(
-                self.program.constant(
-                    padded(np.zeros(norm.width, np.float32) if bias is None else bias, width)
-                )
-            )
-        operands += self.range_operand(writes, known)
-        length = width if writes is None else writes.row_length(norm.width)
-        shape = (self.batch * x.rows * length,)
+            weight = np.ones(norm.width, np.float32) if weight is None else weight
+            bias = np.zeros(norm.width, np.float32) if bias is None else bias
+            operands += [self.constant(padded(part, width)) for part in (weight, bias)]
+        operands += self.range_operand(out)
+        length = width if out.quantizer is None else out.quantizer.row_length(norm.width)
         value = self.program.call(
             "norm",
             spec,
-            lambda: normalise(spec, self.lanes, self.schedule.threads),
+            lambda: normalize(spec, self.lanes, self.schedule.threads),
             operands,
-            shape,
-            stored(writes),
+            (self.batch * x.rows * length,),
+            stored(out),
         )
-        return Stream(value, x.rows, length, norm.width, writes, known)
+        return Stream(value, x.rows, length, norm.width, *out)
 
-    def heads_normed(
-        self,
-        x: Stream,
-        spec: HeadNorm,
-        state: State,
-        name: str,
-        scale: float,
-        chosen: tuple[int, ...] | None = None,
-    ) -> Stream:
-        """Queries or keys normalised head by head, the other columns as they are."""
+    def head_norm(self, x: Stream, spec: HeadNorm, affine: Affine, scale: float = 1.0) -> Stream:
+        """Columns of heads, normalised head by head; the other columns stay.
+
+        Args:
+            x: The input.
+            spec: Which columns, and the norm.
+            affine: Weight and bias: one number for all, one a column, or one a head and column.
+            scale: Multiplied with the result.
+        """
         shape = (spec.heads, spec.norm.width)
-        weight, bias = (
-            state.get(f"{name}.weight", np.ones(1, np.float32)),
-            state.get(f"{name}.bias", np.zeros(1, np.float32)),
+        weight, bias = affine
+        operands = [x.value]
+        for part, default in ((weight, np.ones), (bias, np.zeros)):
+            numbers = default(1, np.float32) if part is None else part
+            numbers = np.broadcast_to(numbers, shape) * np.float32(scale)
+            operands.append(self.constant(numbers.astype(np.float32).ravel()))
+        return self._same_shape(
+            x, "head_norm", spec, lambda: norm_heads(spec, self.schedule.threads), operands
         )
-        if spec.per_head and chosen is not None:
-            weight, bias = (
-                part[list(chosen)] if part.ndim == 2 else part for part in (weight, bias)
-            )
-        weight, bias = (
-            np.broadcast_to(weight, shape) * np.float32(scale),
-            np.broadcast_to(bias, shape) * np.float32(scale),
-        )
-        operands = [
-            x.value,
-            self.program.constant(weight.astype(np.float32).ravel()),
-            self.program.constant(bias.astype(np.float32).ravel()),
-        ]
-        value = self.program.call(
-            "head_norm",
-            spec,
-            lambda: norm_heads(spec, self.schedule.threads),
-            operands,
-            (spec.rows * spec.width,),
-        )
-        return Stream(value, x.rows, x.width, x.used)
 
-    def keys_normed(self, x: Stream, core: AttentionSpec, state: State) -> Stream:
-        """Keys that begin with the first column, head by head."""
-        assert core.k_norm is not None
-        spec = HeadNorm(
-            self.batch * x.rows, x.width, 0, core.heads, core.k_norm, core.qk_norm_per_head
-        )
-        return self.heads_normed(x, spec, state, "k_norm", 1.0)
+    def rotate(self, x: Stream, first: int, core: AttentionSpec, state: State) -> Stream:
+        """Queries or keys with rotary positions; the other columns stay.
 
-    def turned(self, x: Stream, first: int, core: AttentionSpec, state: State) -> Stream:
-        """Queries or keys turned by their positions, the other columns as they are."""
+        Args:
+            x: The input.
+            first: The first column of the first head.
+            core: The attention.
+            state: Its parameters, with the table of angles.
+        """
         rope = core.rope
         assert rope is not None
         table = state["rope.table"]
-        spec = Turn(
-            self.batch,
-            x.rows,
-            x.width,
-            first,
-            core.heads,
-            core.qk,
-            rope.prefix,
-            rope.tokens,
-            len(table),
-            rope.layout,
+        spec = Rotate(
+            images=self.batch,
+            rows=x.rows,
+            width=x.width,
+            first=first,
+            heads=core.heads,
+            each=core.qk,
+            prefix=rope.prefix,
+            patches=rope.tokens,
+            tables=len(table),
+            layout=rope.layout,
         )
-        operands = [x.value, self.program.constant(np.ascontiguousarray(table).ravel())]
-        value = self.program.call(
-            "turn",
-            spec,
-            lambda: turn_heads(spec, self.schedule.threads),
-            operands,
-            (self.batch * x.rows * x.width,),
+        operands = [x.value, self.constant(np.ascontiguousarray(table).ravel())]
+        return self._same_shape(
+            x, "turn", spec, lambda: rotate_heads(spec, self.schedule.threads), operands
         )
-        return Stream(value, x.rows, x.width, x.used)
 
-    def kept(self, x: Stream, rows: int) -> Stream:
+    def attend(
+        self,
+        spec: Attend,
+        queries: Stream,
+        keys_values: Stream,
+        bias: Array | None = None,
+        *,
+        only_products: bool,
+    ) -> Stream:
+        """The heads' sums of values for each query, side by side.
+
+        Args:
+            spec: The kernel, in fp32.
+            queries: Rows that contain the queries.
+            keys_values: Rows that contain keys and values.
+            bias: Added to the scores, see `Attend.biased`.
+            only_products: Only products read the result, so that it may be quantized.
+        """
+        lanes, schedule = self.lanes, self.schedule
+        packing = spec.packing(schedule.tile(spec.shape).vectors)
+        packed = self.program.call(
+            "keys",
+            packing,
+            lambda: pack_keys(packing, lanes, schedule.threads),
+            [keys_values.value],
+            (packing.size(lanes),),
+        )
+        out = self.output_format(only_products, whole_rows=False)
+        spec = replace(spec, output_quantizer=out.quantizer)
+        operands = [queries.value, packed]
+        if bias is not None:
+            operands.append(self.constant(bias.ravel()))
+        operands += self.range_operand(out)
+        width = spec.heads * spec.values.each
+        value = self.program.call(
+            "attend",
+            spec,
+            lambda: attend(spec, lanes, schedule),
+            operands,
+            (spec.images * spec.query_rows * width,),
+            stored(out),
+        )
+        return Stream(value, spec.query_rows, width, width, *out)
+
+    def first_rows(self, x: Stream, rows: int) -> Stream:
         """The first rows of each image."""
         value = self.program.call(
             "first",
-            (x.place, rows),
-            lambda: first_rows(self.batch, rows, x.place),
+            (x.layout, rows),
+            lambda: first_rows(self.batch, rows, x.layout),
             [x.value],
             (self.batch * rows * x.width,),
         )
         return Stream(value, rows, x.width, x.used)
 
-    def constant_added(self, x: Stream, vector: Array) -> Stream:
-        """The same numbers added to every row."""
+    def add_constant(self, x: Stream, vector: Array) -> Stream:
+        """The same vector added to every row."""
         rows = self.batch * x.rows
-        operands = [x.value, self.program.constant(padded(vector, x.width))]
-        value = self.program.call(
+        operands = [x.value, self.constant(padded(vector, x.width))]
+        return self._same_shape(
+            x,
             "add",
             ("add", rows, x.width),
             lambda: add_constant(rows, x.width, self.lanes),
             operands,
-            (rows * x.width,),
         )
-        return Stream(value, x.rows, x.width, x.used)
 
-    def added(self, x: Stream, y: Stream) -> Stream:
-        """Row by row."""
+    def add(self, x: Stream, y: Stream) -> Stream:
+        """The sum of two streams."""
         rows = self.batch * x.rows
-        key = ("add-rows", rows, x.width)
-        value = self.program.call(
+        operands = [x.value, y.value]
+        return self._same_shape(
+            x,
             "add_rows",
-            key,
+            ("add-rows", rows, x.width),
             lambda: add_rows(rows, x.width, self.lanes),
-            [x.value, y.value],
-            (rows * x.width,),
+            operands,
         )
-        return Stream(value, x.rows, x.width, x.used)
 
-    def combined(self, x: Stream, pairs: int, factors: tuple[float, float]) -> Stream:
-        """One piece of columns instead of each two neighbours: their sum, each times its factor."""
+    def combine_pairs(self, x: Stream, pairs: int, factors: tuple[float, float]) -> Stream:
+        """Weighted sums of neighbouring pieces of columns; there are 2 * `pairs` pieces."""
         rows, width = self.batch * x.rows, x.width // (2 * pairs)
-        operands = [x.value, self.program.constant(np.array(factors, np.float32))]
-        key = ("combine", rows, pairs, width)
+        operands = [x.value, self.constant(np.array(factors, np.float32))]
         value = self.program.call(
             "combine",
-            key,
+            ("combine", rows, pairs, width),
             lambda: combine_pairs(rows, pairs, width, self.lanes),
             operands,
             (rows * pairs * width,),
         )
         return Stream(value, x.rows, pairs * width, pairs * width)
 
-    def placed(self, x: Stream, table: Array) -> Stream:
-        """Rows behind as many new ones as the table has more; the table, (rows, width), is added to
-        all.
+    def add_table(self, x: Stream, table: Array) -> Stream:
+        """The rows of a table, to the last of which x is added, for each image.
+
+        Args:
+            x: The input.
+            table: Shape (rows, width), with at least as many rows as x.
         """
         rows, prefix = len(table), len(table) - x.rows
-        operands = [x.value, self.program.constant(table.ravel())]
-        key = ("place", prefix, x.rows, x.width)
         value = self.program.call(
             "place",
-            key,
-            lambda: place_rows(self.batch, prefix, x.rows, x.width, self.lanes),
-            operands,
+            ("place", prefix, x.rows, x.width),
+            lambda: add_table(self.batch, prefix, x.rows, x.width, self.lanes),
+            [x.value, self.constant(table.ravel())],
             (self.batch * rows * x.width,),
         )
         return Stream(value, rows, x.width, x.used)
 
     def mean(self, x: Stream, skipped: int) -> Stream:
-        """One row: the mean of all but the first `skipped`."""
-        place, rows = Rows(x.rows, x.width, skipped), x.rows - skipped
+        """One row an image: the mean of all rows but the first `skipped`."""
+        layout, rows = RowLayout(x.rows, x.width, skipped), x.rows - skipped
         value = self.program.call(
             "mean",
-            place,
-            lambda: mean_rows(self.batch, rows, place, self.lanes),
+            layout,
+            lambda: mean_rows(self.batch, rows, layout, self.lanes),
             [x.value],
             (self.batch * x.width,),
         )
         return Stream(value, 1, x.width, x.used)
 
+    def _same_shape(
+        self,
+        x: Stream,
+        name: str,
+        key: Hashable,
+        kernel: Callable[[], Any],
+        operands: list[Value],
+    ) -> Stream:
+        """Call a kernel whose result has the shape of `x`."""
+        shape = (self.batch * x.rows * x.width,)
+        value = self.program.call(name, key, kernel, operands, shape)
+        return Stream(value, x.rows, x.width, x.used)
 
-def stored(coding: Coding | None) -> str:
-    """TIR's type of what a kernel writes."""
-    return "float32" if coding is None else coding.dot.stored
+
+def product_weights(x: Stream, matrix: Matrix) -> tuple[tuple[NDArray[Any], ...], Array | None]:
+    """((weights, [scales], [sums]), bias) of a product with `x`, see `Dense.operands`."""
+    if x.quantizer is None:
+        return (matrix.weight,), matrix.bias
+    codes, scales = quantize_weights(matrix.weight)
+    sums = (scales * codes.sum(axis=0, dtype=np.int64)).astype(np.float32)
+    if x.range is None:
+        return (codes, scales, sums), matrix.bias
+    shift = np.float32(x.range.base(x.quantizer.dot)) * sums
+    bias = shift if matrix.bias is None else shift + matrix.bias
+    return (codes, scales * np.float32(x.range.step)), bias
+
+
+def stored(rows: RowFormat) -> str:
+    """TIR's type of rows in a format."""
+    return "float32" if rows.quantizer is None else rows.quantizer.dot.stored

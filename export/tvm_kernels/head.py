@@ -1,178 +1,191 @@
-"""From the residual stream to logits, or to features where there is no classifier: norm, pooling,
-classifier.
-"""
+"""From the residual stream to logits, or to features: the last norm, pooling and the classifier."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 
 from ...compress.network.architecture import Architecture
 from .attention import Attend
-from .emitter import Emitter
-from .keys import Heads
-from .matrices import Entering, Matrix, State, Stream, beside, from_torch, under
+from .emitter import Emitter, Epilogue
+from .key_packing import HeadColumns
+from .matrices import (
+    InputTransform,
+    Matrix,
+    ProductInput,
+    State,
+    Stream,
+    SublayerOutput,
+    affine,
+    concatenate,
+    linear,
+    sub_state,
+)
 from .packing import padded_heads
 from .program import Value
-from .rows import first_columns
-from .sublayers import attended, ffn
-
-NOTHING = Entering(None, None)
+from .row_kernels import first_columns
+from .sublayers import LOG2_E, ffn, norm_keys
 
 
 def head(emitter: Emitter, architecture: Architecture, state: State, stream: Stream) -> Value:
-    """Logits (batch, classes), or features."""
-    kind, asked = architecture.pool.kind, architecture.pooled_prefix
-    if asked and stream.rows != asked:
-        stream = emitter.kept(stream, asked)
-    stream, entering = _normed(emitter, architecture, state, stream)
+    """Emit what follows the last sub-layer.
+
+    Args:
+        emitter: Receives the calls.
+        architecture: The network.
+        state: The parameters of the network.
+        stream: The residual stream.
+
+    Returns:
+        Logits (batch, classes), or features without a classifier.
+    """
+    kind, rows = architecture.pool.kind, architecture.pooled_prefix
+    if rows and stream.rows != rows:
+        stream = emitter.first_rows(stream, rows)
+    source = _normed(emitter, architecture, state, stream)
     if kind == "attention":
-        stream, entering = (
-            _attention_pooled(emitter, architecture, under(state, "pool"), stream, entering),
-            NOTHING,
-        )
+        pooled = _attention_pool(emitter, architecture, sub_state(state, "pool"), source)
+        source = ProductInput(pooled)
     elif kind in ("mean", "mean_all"):
-        stream = emitter.mean(stream, architecture.prefix if kind == "mean" else 0)
+        skipped = architecture.prefix if kind == "mean" else 0
+        source = ProductInput(emitter.mean(source.stream, skipped), source.transform)
     if architecture.pool_norm is not None:
-        affine = (state.get("pool_norm.weight"), state.get("pool_norm.bias"))
-        # The first norm that there is picks the columns; before attention its product has done so.
-        picks = architecture.norm is None and kind != "attention"
-        columns = architecture.head_reads if picks else None
+        parameters = affine(state, "pool_norm")
+        # The first norm chooses the columns; before attention its product has chosen them.
+        chooses = architecture.norm is None and kind != "attention"
         last = architecture.head is None
-        stream = emitter.normed(
-            stream, architecture.pool_norm, columns=columns, affine=affine if last else None
+        normed = emitter.norm(
+            source.stream,
+            architecture.pool_norm,
+            columns=architecture.head_reads if chooses else None,
+            affine=parameters if last else None,
         )
-        entering = NOTHING if last else Entering(*affine)
-    return _answered(emitter, architecture, state, stream, entering)
+        transform = InputTransform() if last else InputTransform(*parameters)
+        source = ProductInput(normed, transform)
+    return _classify(emitter, architecture, state, source)
 
 
 def _normed(
     emitter: Emitter, architecture: Architecture, state: State, stream: Stream
-) -> tuple[Stream, Entering]:
-    """The rows that pooling reads, and what the product behind it still has to do: its weights go
-    through a mean, but not through another norm.
+) -> ProductInput:
+    """The rows that pooling reads.
+
+    A product behind a mean absorbs the norm's weight and bias; a second norm does not.
     """
-    foldable = architecture.pool.kind == "attention" or (
-        architecture.pool_norm is None and architecture.head is not None
-    )
-    affine = (state.get("norm.weight"), state.get("norm.bias"))
+    attends = architecture.pool.kind == "attention"
+    absorbed = attends or (architecture.pool_norm is None and architecture.head is not None)
     reads = architecture.head_reads
     if architecture.norm is not None:
-        rows = emitter.normed(
-            stream, architecture.norm, columns=reads, affine=None if foldable else affine
+        parameters = affine(state, "norm")
+        rows = emitter.norm(
+            stream,
+            architecture.norm,
+            columns=reads,
+            affine=None if absorbed else parameters,
         )
-        return rows, Entering(*affine) if foldable else NOTHING
-    if reads is None or (
-        architecture.pool_norm is not None and architecture.pool.kind != "attention"
-    ):
-        return stream, NOTHING
-    selection = np.zeros((architecture.embed, len(reads)), np.float32)
-    selection[list(reads), range(len(reads))] = 1
-    return stream, Entering(None, None, selection)
+        return ProductInput(rows, InputTransform(*parameters) if absorbed else InputTransform())
+    if reads is None or (architecture.pool_norm is not None and not attends):
+        return ProductInput(stream)
+    return ProductInput(stream, InputTransform.select(reads, architecture.embed))
 
 
-def _attention_pooled(
-    emitter: Emitter, architecture: Architecture, state: State, stream: Stream, entering: Entering
+def _attention_pool(
+    emitter: Emitter, architecture: Architecture, state: State, source: ProductInput
 ) -> Stream:
-    """One learned query asks all tokens, or all patches; then perhaps an FFN."""
-    pool, lanes = architecture.pool, emitter.lanes
+    """Attention of one learned query to all tokens, or to the patches; then perhaps an FFN."""
+    pool = architecture.pool
     core = pool.attention
     assert core is not None
-    heads, wide = core.heads, lanes.up(core.v)
+    heads, width = core.heads, emitter.lanes.up(core.v)
     skipped = 0 if pool.prefix else architecture.prefix
-    tokens = stream.rows - skipped
-    k, v = (from_torch(state[f"{name}.weight"], state.get(f"{name}.bias")) for name in "kv")
-    v = Matrix(
-        padded_heads(v.weight, heads, wide),
-        None if v.bias is None else padded_heads(v.bias[None], heads, wide)[0],
-    )
-    answering = emitter.dense(stream, tokens, entering.into(beside([k, v])), skipped=skipped)
+    tokens = source.stream.rows - skipped
+    k, v = linear(state, "k"), linear(state, "v").with_padded_heads(core.heads, width)
+    matrix = source.transform.fold_into(concatenate([k, v]))
+    keys_values = emitter.dense(source.stream, tokens, matrix, skipped=skipped)
     if core.k_norm is not None:
-        answering = emitter.keys_normed(answering, core, state)
-    # Softmax by powers of two, as in every attention here; the query is the same for all images.
-    query = state["query"].ravel() * np.float32(core.scale * math.log2(math.e))
-    asking = Stream(emitter.program.constant(query), 0, query.size, query.size)
-    at = heads * core.qk
+        keys_values = norm_keys(emitter, keys_values, 0, core, affine(state, "k_norm"))
+    # All images share the query.
+    query = state["query"].ravel() * np.float32(core.scale * LOG2_E)
+    queries = Stream(emitter.constant(query), 0, query.size, query.size)
     spec = Attend(
-        emitter.batch,
-        heads,
-        tokens,
-        1,
-        asking.place,
-        Heads(asking.width, 0, core.qk),
-        Heads(answering.width, 0, core.qk),
-        Heads(answering.width, at, wide),
+        images=emitter.batch,
+        heads=heads,
+        tokens=tokens,
+        query_rows=1,
+        source=queries.layout,
+        queries=HeadColumns(queries.width, 0, core.qk),
+        keys=HeadColumns(keys_values.width, 0, core.qk),
+        values=HeadColumns(keys_values.width, heads * core.qk, width),
     )
-    mixed = attended(emitter, spec, asking, answering, for_products=True)
-    out = from_torch(state["out.weight"], state.get("out.bias"))
-    pooled = emitter.dense(mixed, 1, Matrix(padded_heads(out.weight.T, heads, wide).T, out.bias))
+    mixed = emitter.attend(spec, queries, keys_values, only_products=True)
+    out = linear(state, "out")
+    pooled = emitter.dense(mixed, 1, Matrix(padded_heads(out.weight.T, heads, width).T, out.bias))
     if pool.ffn is None:
         return pooled
-    x, inner = pooled, NOTHING
+    inner = ProductInput(pooled)
     if pool.norm is not None:
-        x, inner = (
-            emitter.normed(pooled, pool.norm, for_products=True),
-            Entering(state.get("norm.weight"), state.get("norm.bias")),
-        )
-    parts = under(state, "ffn")
-    return ffn(
-        emitter,
-        x,
-        inner,
-        pool.ffn,
-        parts,
-        from_torch(parts["fc2.weight"], parts.get("fc2.bias")),
-        1,
-        pooled,
-    )
+        normed = emitter.norm(pooled, pool.norm, only_products=True)
+        inner = ProductInput(normed, InputTransform(*affine(state, "norm")))
+    parameters = sub_state(state, "ffn")
+    output = SublayerOutput(linear(parameters, "fc2"), 1, pooled)
+    return ffn(emitter, inner, pool.ffn, parameters, output)
 
 
-def _answered(
-    emitter: Emitter, architecture: Architecture, state: State, stream: Stream, entering: Entering
+def _classify(
+    emitter: Emitter, architecture: Architecture, state: State, source: ProductInput
 ) -> Value:
-    """What the classifier makes of pooled rows, or they themselves where there is none."""
-    spec, distilled = architecture.head, architecture.pool.kind == "distilled"
-    classes, exact = architecture.classes, spec is None
+    """The classifier's logits of pooled rows, or the rows themselves without a classifier."""
+    spec, classes = architecture.head, architecture.classes
+    distilled = architecture.pool.kind == "distilled"
+    stream, transform = source.stream, source.transform
     if spec is None:
-        if entering.empty and architecture.feature_writes is None and not distilled:
-            return _columns(emitter, stream, classes)
-        # Each feature where it belongs: a matrix of ones and zeros.
-        writes = architecture.feature_writes or range(classes)
-        numbers = np.zeros((len(writes), classes), np.float32)
-        numbers[range(len(writes)), list(writes)] = 1
-        answer = other = entering.into(Matrix(numbers, None))
+        if transform.identity and architecture.feature_writes is None and not distilled:
+            return _first_columns(emitter, stream, classes)
+        matrix = other = transform.fold_into(_feature_positions(architecture))
     else:
         if "pre_head.weight" in state:
-            before = entering.into(from_torch(state["pre_head.weight"], state.get("pre_head.bias")))
-            stream = emitter.dense(stream, stream.rows, before, act=spec.hidden_act)
-            entering = NOTHING
-        answer = other = entering.into(from_torch(state["head.weight"], state.get("head.bias")))
+            before = transform.fold_into(linear(state, "pre_head"))
+            stream = emitter.dense(stream, stream.rows, before, Epilogue(spec.hidden_act))
+            transform = InputTransform()
+        matrix = other = transform.fold_into(linear(state, "head"))
         if distilled:
-            other = entering.into(
-                from_torch(state["head_dist.weight"], state.get("head_dist.bias"))
-            )
+            other = transform.fold_into(linear(state, "head_dist"))
     if distilled:
-        # The mean of two classifiers on two rows is one classifier on the rows side by side.
-        gap = np.zeros((stream.width - len(answer.weight), classes), np.float32)
-        weight = np.concatenate([answer.weight, gap, other.weight, gap]) * np.float32(0.5)
-        bias = (
-            None
-            if answer.bias is None or other.bias is None
-            else (answer.bias + other.bias) * np.float32(0.5)
-        )
-        stream, answer = (
-            Stream(stream.value, 1, 2 * stream.width, 2 * stream.width),
-            Matrix(weight, bias),
-        )
-    return _columns(
-        emitter,
-        emitter.dense(stream, 1, answer, act="identity" if spec is None else spec.act, exact=exact),
-        classes,
+        matrix = _mean_of_classifiers(matrix, other, stream.width)
+        stream = Stream(stream.value, 1, 2 * stream.width, 2 * stream.width)
+    epilogue = Epilogue("identity" if spec is None else spec.act)
+    logits = emitter.dense(stream, 1, matrix, epilogue, force_fp32=spec is None)
+    return _first_columns(emitter, logits, classes)
+
+
+def _feature_positions(architecture: Architecture) -> Matrix:
+    """A matrix of zeros and ones that moves each feature to its column."""
+    writes = architecture.feature_writes or range(architecture.classes)
+    positions = np.zeros((len(writes), architecture.classes), np.float32)
+    positions[range(len(writes)), list(writes)] = 1
+    return Matrix(positions, None)
+
+
+def _mean_of_classifiers(first: Matrix, second: Matrix, width: int) -> Matrix:
+    """One classifier of two rows side by side: the mean of two classifiers of one row each.
+
+    Args:
+        first: The classifier of the first row.
+        second: The classifier of the second row.
+        width: Elements of a row, at least as many as the classifiers have inputs.
+    """
+    half = np.float32(0.5)
+    gap = np.zeros((width - len(first.weight), first.weight.shape[1]), np.float32)
+    weight = np.concatenate([first.weight, gap, second.weight, gap]) * half
+    if first.bias is None or second.bias is None:
+        return Matrix(weight, None)
+    return Matrix(weight, (first.bias + second.bias) * half)
+
+
+def _first_columns(emitter: Emitter, stream: Stream, kept: int) -> Value:
+    return emitter.program.call(
+        "logits",
+        ("columns", stream.width, kept),
+        lambda: first_columns(emitter.batch, stream.width, kept),
+        [stream.value],
+        (emitter.batch, kept),
     )
-
-
-def _columns(emitter: Emitter, stream: Stream, wanted: int) -> Value:
-    key = ("columns", stream.width, wanted)
-    kernel = lambda: first_columns(emitter.batch, stream.width, wanted)
-    return emitter.program.call("logits", key, kernel, [stream.value], (emitter.batch, wanted))

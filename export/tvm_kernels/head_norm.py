@@ -1,6 +1,4 @@
-"""Queries or keys normalised head by head (qk_norm), inside rows whose other columns stay as they
-are.
-"""
+"""Norms of queries or keys, head by head (qk_norm), inside rows whose other columns stay."""
 
 from __future__ import annotations
 
@@ -11,16 +9,22 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from ...compress.network.architecture import NormSpec
-from .threads import over_threads
-from .tiles import bounds
+from .lanes import Buffer, Expr
+from .loops import over_threads, share_bounds
 
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """Rows of `width` columns; head h has norm.width of them from first + h * stride on. per_head:
-    each head has weights of its own.
+    """Rows in which head h has norm.width columns from first + h * stride on.
 
-    stride: from head to head, norm.width unless there are columns between them, which become zero.
+    Attributes:
+        rows: Rows of all images.
+        width: Columns of a row.
+        first: The first column of the first head.
+        heads: Number of heads.
+        norm: The norm of each head.
+        per_head: Whether each head has weights of its own.
+        stride: Columns from head to head, by default norm.width; columns between heads become zero.
     """
 
     rows: int
@@ -33,8 +37,9 @@ class HeadNorm:
 
 
 def norm_heads(spec: HeadNorm, threads: int) -> Any:
-    """The kernel: (x, weights (heads, each), biases) -> out, all flat. Head widths need not be
-    whole vectors, so it goes number by number.
+    """The kernel: (x, weights (heads, norm.width), biases) -> out, all flat.
+
+    It works number by number, since head widths need not be whole vectors.
     """
     each = spec.norm.width
     stride = spec.stride or each
@@ -45,42 +50,43 @@ def norm_heads(spec: HeadNorm, threads: int) -> Any:
         bias = T.arg("bias", T.buffer((spec.heads * each,), "float32"))
         out = T.arg("out", T.buffer((spec.rows * spec.width,), "float32"))
 
-        def share(part: Any, parts: int) -> None:
+        def share(part: Expr, parts: int) -> None:
             sums = T.alloc_buffer((2,), "float32", scope="local")
-            with T.serial(*bounds(spec.rows, part, parts)) as row:
-                for start, stop in (
+            with T.serial(*share_bounds(spec.rows, part, parts)) as row:
+                other_columns = (
                     (0, spec.first),
                     (spec.first + spec.heads * stride, spec.width),
-                ):
+                )
+                for start, stop in other_columns:
                     with T.serial(start, stop) as column:
-                        T.buffer_store(
-                            out, x[row * spec.width + column], [row * spec.width + column]
-                        )
+                        index = row * spec.width + column
+                        T.buffer_store(out, x[index], [index])
                 with T.serial(0, spec.heads) as head:
-                    place = T.Bind(row * spec.width + spec.first + head * stride)
-                    T.buffer_store(sums, T.float32(0), [0])
-                    T.buffer_store(sums, T.float32(0), [1])
-                    if spec.norm.kind == "layer":
-                        with T.serial(0, each) as column:
-                            T.buffer_store(
-                                sums, sums[0] + x[place + column] * T.float32(1 / each), [0]
-                            )
+                    first = T.Bind(row * spec.width + spec.first + head * stride)
+                    mean, scale = _statistics(spec.norm, x, first, sums)
                     with T.serial(0, each) as column:
-                        difference = x[place + column] - sums[0]
-                        T.buffer_store(sums, sums[1] + difference * difference, [1])
-                    scale = T.Bind(
-                        T.float32(1)
-                        / T.sqrt(sums[1] * T.float32(1 / each) + T.float32(spec.norm.eps))
-                    )
-                    mean = T.Bind(sums[0])
-                    with T.serial(0, each) as column:
-                        value = (x[place + column] - mean) * scale * weight[
-                            head * each + column
-                        ] + bias[head * each + column]
-                        T.buffer_store(out, value, [place + column])
+                        parameter = head * each + column
+                        value = (x[first + column] - mean) * scale * weight[parameter]
+                        T.buffer_store(out, value + bias[parameter], [first + column])
                     if stride > each:
                         with T.serial(each, stride) as column:
-                            T.buffer_store(out, T.float32(0), [place + column])
+                            T.buffer_store(out, T.float32(0), [first + column])
 
         over_threads(share, threads)
     return builder.get()
+
+
+def _statistics(norm: NormSpec, x: Buffer, first: Expr, sums: Buffer) -> tuple[Expr, Expr]:
+    """(mean, 1 / standard deviation) of one head; the mean is 0 for RMSNorm."""
+    width = norm.width
+    T.buffer_store(sums, T.float32(0), [0])
+    T.buffer_store(sums, T.float32(0), [1])
+    if norm.kind == "layer":
+        with T.serial(0, width) as column:
+            T.buffer_store(sums, sums[0] + x[first + column] * T.float32(1 / width), [0])
+    with T.serial(0, width) as column:
+        difference = x[first + column] - sums[0]
+        T.buffer_store(sums, sums[1] + difference * difference, [1])
+    variance = sums[1] * T.float32(1 / width)
+    scale = T.Bind(T.float32(1) / T.sqrt(variance + T.float32(norm.eps)))
+    return T.Bind(sums[0]), scale

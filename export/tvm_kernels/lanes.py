@@ -1,5 +1,6 @@
-"""Vectors of fp32 numbers in TIR: explicit loads, stores and multiply-adds, so that nothing is left
-to an automatic vectoriser.
+"""Vectors of fp32 numbers in TIR, and rows in flat buffers.
+
+Loads, stores and multiply-adds are explicit, so that nothing depends on an automatic vectorizer.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ Expr = Any
 Buffer = Any
 
 
+def bind(value: Expr) -> Expr:
+    """Bind a value to a variable, so that it is computed once however often it is used."""
+    return T.Bind(value)
+
+
 @dataclass(frozen=True)
 class Lanes:
-    """`count` numbers that one register holds. fused: multiply and add round once, in one
-    instruction.
+    """The numbers that one register holds.
+
+    Attributes:
+        count: How many there are.
+        fused: Whether one instruction multiplies and adds, and rounds once.
     """
 
     count: int
@@ -40,7 +49,7 @@ class Lanes:
         return -(-width // self.count) * self.count
 
     def at(self, index: Expr) -> Expr:
-        """The elements from `index` on."""
+        """The index expression of the elements from `index` on."""
         return index if self.count == 1 else T.Ramp(index, 1, self.count)
 
     def load(self, buffer: Buffer, index: Expr) -> Expr:
@@ -65,38 +74,42 @@ class Lanes:
         return self.splat(0.0)
 
     def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
-        """a * b + c."""
+        """The expression a * b + c."""
         return T.call_llvm_pure_intrin(self.dtype, "llvm.fma", a, b, c) if self.fused else a * b + c
 
     def round(self, value: Expr) -> Expr:
-        """The nearest whole number, ties to even."""
+        """The nearest integers, ties to even, in fp32."""
         return T.call_llvm_pure_intrin(self.dtype, "llvm.nearbyint", value)
 
-    def whole(self, value: Expr) -> Expr:
-        """As int32."""
+    def to_int(self, value: Expr) -> Expr:
+        """Cast to int32."""
         return T.Cast("int32" if self.count == 1 else f"int32x{self.count}", value)
 
-    def whole_splat(self, value: int) -> Expr:
+    def splat_int(self, value: int) -> Expr:
         """One int32 in all lanes."""
         return T.int32(value) if self.count == 1 else T.Broadcast(T.int32(value), self.count)
 
     def bits_as_float(self, value: Expr) -> Expr:
-        """int32 bits read as fp32."""
+        """The bits of int32 lanes as fp32."""
         return T.reinterpret(self.dtype, value)
 
-    def first(self, wanted: int, value: Expr, other: Expr) -> Expr:
-        """`value` in the first `wanted` lanes, `other` (a number, or a vector) in the rest."""
-        if wanted >= self.count:
+    def first(self, valid: int, value: Expr, other: Expr) -> Expr:
+        """`value` in the first `valid` lanes, `other` (a number, or a vector) in the rest."""
+        if valid >= self.count:
             return value
         rest = self.splat(other) if isinstance(other, int | float) else other
         return T.Select(
-            T.Ramp(0, 1, self.count) < T.Broadcast(T.int32(wanted), self.count), value, rest
+            T.Ramp(0, 1, self.count) < T.Broadcast(T.int32(valid), self.count),
+            value,
+            rest,
         )
 
     def total(self, value: Expr) -> Expr:
-        """The sum over the lanes, in a tree."""
-        # reduce.fadd adds one lane after the other, and multiplies a long chain of latencies,
-        # unless told that order does not matter.
+        """The sum over the lanes, as a tree.
+
+        LLVM's reduce.fadd without reassociation adds one lane after the other, a long chain of
+        latencies.
+        """
         return self._tree(value, lambda a, b: a + b)
 
     def largest(self, value: Expr) -> Expr:
@@ -119,3 +132,26 @@ def _part(value: Expr, start: int, lanes: int) -> Expr:
     if lanes == 1:
         return T.Shuffle([value], [start])
     return T.Shuffle([value], list(range(start, start + lanes)))
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Rows in a flat buffer: row r of image b starts at (b * per_image + first + r) * width.
+
+    Attributes:
+        per_image: Rows of each image; 0 where all images share the same rows.
+        width: Elements from one row to the next.
+        first: Rows of each image that are skipped.
+    """
+
+    per_image: int
+    width: int
+    first: int = 0
+
+    def start(self, image: Expr, row: Expr) -> Expr:
+        """The index of a row's first element."""
+        return (image * self.per_image + self.first + row) * self.width
+
+    def size(self, images: int, rows: int) -> int:
+        """Elements of a buffer that holds `rows` rows of each image."""
+        return self.width * (images * self.per_image if self.per_image else self.first + rows)

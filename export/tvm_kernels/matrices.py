@@ -1,4 +1,4 @@
-"""Matrices as numbers while a program is written, and values that rows flow through."""
+"""Weights as numpy matrices, and the values between kernels, while a program is written."""
 
 from __future__ import annotations
 
@@ -6,61 +6,106 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .codes import Coding, Range
-from .packing import Array
-from .place import Rows
+from .lanes import RowLayout
+from .packing import Array, padded_heads
 from .program import Value
+from .quantization import Quantizer, Range
 
 State = dict[str, Array]
+# (weight, bias) of a norm.
+Affine = tuple[Array | None, Array | None]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """x W + b as numbers: weight (K, N), bias (N,) or None."""
+    """A linear layer x W + b.
+
+    Attributes:
+        weight: Shape (K, N).
+        bias: Shape (N,), or None.
+    """
 
     weight: Array
     bias: Array | None
 
+    def scaled(self, factor: Array | np.float32) -> Matrix:
+        """The layer with its outputs times a number, or times one number a column."""
+        return Matrix(self.weight * factor, None if self.bias is None else self.bias * factor)
+
+    def with_padded_heads(self, heads: int, width: int) -> Matrix:
+        """The layer with zero columns behind those of each head, up to `width` a head."""
+        bias = None if self.bias is None else padded_heads(self.bias[None], heads, width)[0]
+        return Matrix(padded_heads(self.weight, heads, width), bias)
+
+    def select_heads(self, heads: tuple[int, ...], width: int) -> Matrix:
+        """The columns of the heads with these indices, each of `width` columns."""
+        columns = np.concatenate([np.arange(head * width, (head + 1) * width) for head in heads])
+        bias = None if self.bias is None else self.bias[columns]
+        return Matrix(self.weight[:, columns], bias)
+
+    def scatter_columns(self, columns: tuple[int, ...], width: int) -> Matrix:
+        """The layer with its outputs at these columns of `width`, and zeros elsewhere."""
+        bias = None if self.bias is None else scatter_columns(self.bias[None], columns, width)[0]
+        return Matrix(scatter_columns(self.weight, columns, width), bias)
+
 
 @dataclass(frozen=True)
 class Stream:
-    """A value of `rows` rows for each image, `width` elements in a row, of which the first `used`
-    mean something.
+    """A value with rows of each image.
 
-    coding: they are codes. range: what the codes of all rows mean, where they were known
-    beforehand.
+    Attributes:
+        value: The value in the program.
+        rows: Rows of each image.
+        width: Elements of a row.
+        used: Columns of a row that have a meaning, the first ones.
+        quantizer: How the rows are quantized; None: fp32.
+        range: The range of all rows, if it is static.
     """
 
     value: Value
     rows: int
     width: int
     used: int
-    coding: Coding | None = None
+    quantizer: Quantizer | None = None
     range: Range | None = None
 
     @property
-    def place(self) -> Rows:
-        """Where its rows lie."""
-        return Rows(self.rows, self.width)
+    def layout(self) -> RowLayout:
+        """Where its rows are."""
+        return RowLayout(self.rows, self.width)
 
 
 @dataclass(frozen=True)
-class Entering:
-    """What lies between a stream and a product and is linear: a norm's weights, or the choice of
-    columns. It goes into the product's own weights.
+class InputTransform:
+    """A linear map between a stream and a product, which the product's weights absorb.
+
+    Attributes:
+        weight: The weight of a norm.
+        bias: The bias of a norm.
+        selection: A matrix of zeros and ones that chooses columns.
     """
 
-    weight: Array | None
-    bias: Array | None
+    weight: Array | None = None
+    bias: Array | None = None
     selection: Array | None = None
 
+    @staticmethod
+    def select(columns: tuple[int, ...], width: int) -> InputTransform:
+        """The choice of columns of a stream with `width` columns."""
+        selection = np.zeros((width, len(columns)), np.float32)
+        selection[list(columns), range(len(columns))] = 1
+        return InputTransform(selection=selection)
+
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to do."""
+    def identity(self) -> bool:
+        """Whether it changes nothing."""
         return self.weight is None and self.bias is None and self.selection is None
 
-    def into(self, matrix: Matrix) -> Matrix:
-        """(x * weight + bias) W + b = x (weight W) + (bias W + b); with a selection S, x S W."""
+    def fold_into(self, matrix: Matrix) -> Matrix:
+        """The product that includes the transform.
+
+        (x * weight + bias) W + b = x (weight W) + (bias W + b); with a selection S, x S W.
+        """
         weight, bias = matrix.weight, matrix.bias
         if self.bias is not None:
             shift = (self.bias.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
@@ -72,7 +117,30 @@ class Entering:
         return Matrix(weight, bias)
 
 
-def under(state: State, prefix: str) -> State:
+@dataclass(frozen=True)
+class ProductInput:
+    """A stream, and the linear map that the products reading it absorb."""
+
+    stream: Stream
+    transform: InputTransform = InputTransform()
+
+
+@dataclass(frozen=True)
+class SublayerOutput:
+    """How a sub-layer ends.
+
+    Attributes:
+        matrix: The last linear layer.
+        rows: Rows of each image that are computed, the first ones.
+        residual: The stream that the result is added to, or None.
+    """
+
+    matrix: Matrix
+    rows: int
+    residual: Stream | None
+
+
+def sub_state(state: State, prefix: str) -> State:
     """The entries of `state` below `prefix`."""
     start = f"{prefix}."
     return {
@@ -80,13 +148,18 @@ def under(state: State, prefix: str) -> State:
     }
 
 
-def from_torch(weight: Array, bias: Array | None) -> Matrix:
-    """A linear layer's parameters, whose weight torch keeps as (N, K)."""
-    return Matrix(weight.T, bias)
+def linear(state: State, name: str) -> Matrix:
+    """The linear layer of a name; torch stores its weight as (N, K)."""
+    return Matrix(state[f"{name}.weight"].T, state.get(f"{name}.bias"))
 
 
-def beside(matrices: list[Matrix]) -> Matrix:
-    """One product instead of several of the same rows."""
+def affine(state: State, name: str) -> Affine:
+    """(weight, bias) of the norm of a name."""
+    return state.get(f"{name}.weight"), state.get(f"{name}.bias")
+
+
+def concatenate(matrices: list[Matrix]) -> Matrix:
+    """One product instead of several with the same input."""
     weight = np.concatenate([matrix.weight for matrix in matrices], axis=1)
     if all(matrix.bias is None for matrix in matrices):
         return Matrix(weight, None)
@@ -97,14 +170,8 @@ def beside(matrices: list[Matrix]) -> Matrix:
     return Matrix(weight, np.concatenate(biases))
 
 
-def heads_chosen(matrix: Matrix, chosen: tuple[int, ...], width: int) -> Matrix:
-    """The columns of the heads named, each of `width`."""
-    columns = np.concatenate([np.arange(head * width, (head + 1) * width) for head in chosen])
-    return Matrix(matrix.weight[:, columns], None if matrix.bias is None else matrix.bias[columns])
-
-
-def widen(matrix: Array, writes: tuple[int, ...], embed: int) -> Array:
-    """The columns where they are written, zeros elsewhere."""
-    wide = np.zeros((matrix.shape[0], embed), np.float32)
-    wide[:, list(writes)] = matrix
+def scatter_columns(matrix: Array, columns: tuple[int, ...], width: int) -> Array:
+    """A matrix's columns at these columns of `width`, and zeros elsewhere."""
+    wide = np.zeros((matrix.shape[0], width), np.float32)
+    wide[:, list(columns)] = matrix
     return wide

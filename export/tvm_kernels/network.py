@@ -6,16 +6,34 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...compress.network.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec
+from ...compress.network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+)
 from ...compress.network.modules.model import CompactModel
 from .attention import Attend
 from .dense import Dense
-from .emitter import Emitter
+from .emitter import Emitter, Epilogue
 from .head import head
 from .lanes import Lanes
-from .matrices import Entering, Matrix, State, Stream, from_torch, under, widen
+from .matrices import (
+    Affine,
+    InputTransform,
+    Matrix,
+    ProductInput,
+    State,
+    Stream,
+    SublayerOutput,
+    affine,
+    linear,
+    scatter_columns,
+    sub_state,
+)
+from .packing import Array
 from .patches import Patches, cut_patches
-from .precision import Float, Observed, Precision
+from .precision import Float, Precision, RangeObserver
 from .program import Program, Value
 from .schedule import Schedule
 from .sublayers import attention, ffn
@@ -24,27 +42,37 @@ if TYPE_CHECKING:
     from tvm import IRModule
 
 
-def write_program(
+def network_module(
     compact: CompactModel,
     lanes: Lanes,
     schedule: Schedule,
     batch: int,
     precision: Precision | None = None,
 ) -> IRModule:
-    """The network as a module with one function `main`: images (batch, C, H, W) -> logits (batch,
-    classes). What `coverage` refuses must not come here.
+    """The network as a module with one function `main`.
+
+    Args:
+        compact: A network that `coverage` accepts.
+        lanes: The target's vectors.
+        schedule: Tiles and threads.
+        batch: Batch size.
+        precision: The format of the rows that products read, by default fp32.
+
+    Returns:
+        `main`: images (batch, C, H, W) -> logits (batch, classes).
     """
-    return _Writer(compact, lanes, schedule, batch, precision or Float()).module()
+    return _NetworkWriter(compact, lanes, schedule, batch, precision or Float()).module()
 
 
-def write_observed(
+def observed_module(
     compact: CompactModel, lanes: Lanes, schedule: Schedule
 ) -> tuple[IRModule, list[Stream]]:
-    """The network for one image, and the rows that its products read: `main` gives the logits and
-    then those rows, each flat.
+    """The network for one image in fp32, and the rows that its products read.
+
+    `main` returns the logits and then those rows, each flat.
     """
-    observed = Observed()
-    return _Writer(compact, lanes, schedule, 1, observed).module(observed), observed.rows
+    observer = RangeObserver()
+    return _NetworkWriter(compact, lanes, schedule, 1, observer).module(observer), observer.rows
 
 
 def kernel_specs(
@@ -54,15 +82,21 @@ def kernel_specs(
     batch: int,
     precision: Precision | None = None,
 ) -> list[Dense | Attend]:
-    """The products that the network's program consists of, in order, equal ones as often as they
-    come.
+    """The products of the network's program, in order, one entry a call.
+
+    Args:
+        compact: A network that `coverage` accepts.
+        lanes: The target's vectors.
+        schedule: Tiles and threads.
+        batch: Batch size.
+        precision: The format of the rows that products read, by default fp32.
     """
-    writer = _Writer(compact, lanes, schedule, batch, precision or Float())
+    writer = _NetworkWriter(compact, lanes, schedule, batch, precision or Float())
     writer.module()
     return [key for key in writer.program.keys if isinstance(key, Dense | Attend)]
 
 
-class _Writer:
+class _NetworkWriter:
     def __init__(
         self,
         compact: CompactModel,
@@ -79,89 +113,88 @@ class _Writer:
         self.program = Program((batch, *self.architecture.image))
         self.emitter = Emitter(self.program, lanes, schedule, batch, precision)
 
-    def module(self, observed: Observed | None = None) -> IRModule:
-        return self.program.build(
-            self.body,
-            aside=None if observed is None else lambda: [rows.value for rows in observed.rows],
-        )
+    def module(self, observer: RangeObserver | None = None) -> IRModule:
+        if observer is None:
+            return self.program.build(self.body)
+        return self.program.build(self.body, lambda: [rows.value for rows in observer.rows])
 
     def body(self) -> Value:
         stream = self.stem()
-        asked = self.architecture.pooled_prefix
-        last = self._last_attention() if asked else None
+        pooled = self.architecture.pooled_prefix
+        last = self.last_attention() if pooled else None
         for number, step in enumerate(self.architecture.steps):
             parts = [
-                under(self.state, f"steps.{number}.{position}") for position in range(len(step))
+                sub_state(self.state, f"steps.{number}.{position}") for position in range(len(step))
             ]
             stream = (
-                self.last_step(stream, step, parts, asked)
+                self.last_step(stream, step, parts, pooled)
                 if number == last
                 else self.step(stream, step, parts)
             )
         return head(self.emitter, self.architecture, self.state, stream)
 
     def stem(self) -> Stream:
-        """Patches times the convolution's weights, to which a table of prefix tokens and positions
-        is added.
-        """
+        """Patches times the convolution's weights, plus a table of prefix tokens and positions."""
         architecture, state, emitter = self.architecture, self.state, self.emitter
-        tokens, prefix, patch_norm = (
-            architecture.tokens,
-            architecture.prefix,
-            architecture.patch_norm,
-        )
         weight = state["stem.weight"]
-        flat, bias = weight.reshape(len(weight), -1).T, state.get("stem.bias")
-        table = np.zeros((tokens, flat.shape[1]), np.float32)
+        matrix = Matrix(weight.reshape(len(weight), -1).T, state.get("stem.bias"))
+        patch_norm, writes = architecture.patch_norm, architecture.stem_writes
+        table = self.token_table(None if patch_norm is not None else matrix.bias)
+        if writes is not None:
+            matrix = Matrix(scatter_columns(matrix.weight, writes, architecture.embed), matrix.bias)
+            table = scatter_columns(table, writes, architecture.embed)
+        table = np.pad(table, ((0, 0), (0, emitter.lanes.up(table.shape[1]) - table.shape[1])))
+        # Pixels stay in fp32: eight bits cost most accuracy here, and this is one product of many.
+        if patch_norm is not None:
+            rows = architecture.tokens - architecture.prefix
+            patches = emitter.dense(self.patches(0), rows, matrix, force_fp32=True)
+            normed = emitter.norm(patches, patch_norm, affine=affine(state, "patch_norm"))
+            stream = emitter.add_table(normed, table)
+        else:
+            constant = emitter.constant(table.ravel())
+            shared = Stream(constant, 0, table.shape[1], architecture.embed)
+            stream = emitter.dense(
+                self.patches(architecture.prefix),
+                architecture.tokens,
+                Matrix(matrix.weight, None),
+                Epilogue(residual=shared),
+                force_fp32=True,
+            )
+        if architecture.stem_norm is None:
+            return stream
+        return emitter.norm(stream, architecture.stem_norm, affine=affine(state, "stem_norm"))
+
+    def token_table(self, bias: Array | None) -> Array:
+        """(tokens, stem channels): prefix tokens, and positions plus the stem's bias."""
+        architecture, state, prefix = (
+            self.architecture,
+            self.state,
+            self.architecture.prefix,
+        )
+        table = np.zeros((architecture.tokens, len(state["stem.weight"])), np.float32)
         if prefix:
             table[:prefix] = state["prefix"]
         if "position" in state:
             table[prefix:] += state["position"]
-        if bias is not None and patch_norm is None:
+        if bias is not None:
             table[prefix:] += bias
-        if architecture.stem_writes is not None:
-            flat, table = (
-                widen(flat, architecture.stem_writes, architecture.embed),
-                widen(table, architecture.stem_writes, architecture.embed),
-            )
-        table = np.pad(table, ((0, 0), (0, emitter.lanes.up(table.shape[1]) - table.shape[1])))
-        # Pixels keep their precision: eight bits cost most here, and this is one product of many.
-        if patch_norm is not None:
-            patches = emitter.dense(
-                self.patches(0), tokens - prefix, Matrix(flat, bias), exact=True
-            )
-            affine = (state.get("patch_norm.weight"), state.get("patch_norm.bias"))
-            stream = emitter.placed(emitter.normed(patches, patch_norm, affine=affine), table)
-        else:
-            shared = Stream(
-                emitter.program.constant(table.ravel()), 0, table.shape[1], architecture.embed
-            )
-            stream = emitter.dense(
-                self.patches(prefix), tokens, Matrix(flat, None), residual=shared, exact=True
-            )
-        if architecture.stem_norm is None:
-            return stream
-        return emitter.normed(
-            stream,
-            architecture.stem_norm,
-            affine=(state.get("stem_norm.weight"), state.get("stem_norm.bias")),
-        )
+        return table
 
     def patches(self, prefix: int) -> Stream:
-        """Each patch's pixels as a row, behind `prefix` rows of zeros."""
+        """The pixels of each patch as a row, behind `prefix` rows of zeros."""
         architecture, emitter = self.architecture, self.emitter
         spec = architecture.stem
         rows = prefix + architecture.tokens - architecture.prefix
         depth = int(np.prod(self.state["stem.weight"].shape[1:]))
         cut = Patches(
-            emitter.batch,
-            architecture.image,
-            architecture.grid,
-            spec.patch,
-            spec.stride or spec.patch,
-            spec.padding,
-            prefix,
-            depth,
+            images=emitter.batch,
+            image=architecture.image,
+            grid=architecture.grid,
+            patch=spec.patch,
+            stride=spec.stride or spec.patch,
+            padding=spec.padding,
+            prefix=prefix,
+            width_out=depth,
         )
         value = self.program.call(
             "patches",
@@ -173,80 +206,86 @@ class _Writer:
         return Stream(value, rows, depth, depth)
 
     def step(self, stream: Stream, step: tuple[BranchSpec, ...], parts: list[State]) -> Stream:
-        """All branches read the stream as it was before the step."""
+        """A step: all branches read the stream before it."""
         written = stream
         for branch, part in zip(step, parts, strict=True):
             written = self.branch(stream, written, branch, part, stream.rows)
         return written
 
     def last_step(
-        self, stream: Stream, step: tuple[BranchSpec, ...], parts: list[State], asked: int
+        self,
+        stream: Stream,
+        step: tuple[BranchSpec, ...],
+        parts: list[State],
+        rows: int,
     ) -> Stream:
-        """The step after which only the first tokens are wanted."""
-        written = self.emitter.kept(stream, asked)
-        few = written
+        """The step with the last attention: afterwards only the first rows are read."""
+        first = written = self.emitter.first_rows(stream, rows)
         for branch, part in zip(step, parts, strict=True):
-            reads = stream if isinstance(branch.core, AttentionSpec) else few
-            written = self.branch(reads, written, branch, part, asked)
+            reads = stream if isinstance(branch.core, AttentionSpec) else first
+            written = self.branch(reads, written, branch, part, rows)
         return written
 
     def branch(
-        self, reads: Stream, written: Stream, branch: BranchSpec, part: State, asked: int
+        self, reads: Stream, written: Stream, branch: BranchSpec, part: State, rows: int
     ) -> Stream:
-        """written + what the branch makes of `reads`, for the first `asked` tokens."""
-        inner, core, embed = under(part, "core"), branch.core, self.architecture.embed
+        """The stream `written` plus the branch of `reads`, for the first rows."""
+        inner, core = sub_state(part, "core"), branch.core
         scale = part.get("layer_scale")
         if isinstance(core, ConstantSpec):
-            vector = inner["value"] if scale is None else inner["value"] * scale
-            if branch.writes is not None:
-                vector = widen(vector[None], branch.writes, embed)[0]
-            return self.emitter.constant_added(written, vector)
-        out = from_torch(
-            inner["out.weight"] if isinstance(core, AttentionSpec) else inner["fc2.weight"],
-            inner.get("out.bias", inner.get("fc2.bias")),
-        )
-        onto: Stream | None = None
-        if branch.post_norm is None:
-            onto = written
+            return self.add_constant(written, branch, inner["value"], scale)
+        matrix = linear(inner, "out" if isinstance(core, AttentionSpec) else "fc2")
+        normed = branch.post_norm is not None
+        if not normed:
             if scale is not None:
-                out = Matrix(out.weight * scale, None if out.bias is None else out.bias * scale)
+                matrix = matrix.scaled(scale)
             if branch.writes is not None:
-                bias = None if out.bias is None else widen(out.bias[None], branch.writes, embed)[0]
-                out = Matrix(widen(out.weight, branch.writes, embed), bias)
-        x, entering = self.read(reads, branch, part)
+                matrix = matrix.scatter_columns(branch.writes, self.architecture.embed)
+        source = self.branch_input(reads, branch, part)
+        output = SublayerOutput(matrix, rows, None if normed else written)
         if isinstance(core, AttentionSpec):
-            found = attention(self.emitter, x, entering, core, inner, out, asked, onto)
+            found = attention(self.emitter, source, core, inner, output)
         else:
-            found = ffn(self.emitter, x, entering, core, inner, out, asked, onto)
+            found = ffn(self.emitter, source, core, inner, output)
         if branch.post_norm is None:
             return found
-        weight, bias = part.get("post_norm.weight"), part.get("post_norm.bias")
-        if scale is not None:
-            weight, bias = (
-                (scale if weight is None else weight * scale),
-                (None if bias is None else bias * scale),
-            )
-        return self.emitter.added(
-            written, self.emitter.normed(found, branch.post_norm, affine=(weight, bias))
+        parameters = _scaled(affine(part, "post_norm"), scale)
+        return self.emitter.add(
+            written, self.emitter.norm(found, branch.post_norm, affine=parameters)
         )
 
-    def read(self, stream: Stream, branch: BranchSpec, part: State) -> tuple[Stream, Entering]:
-        """What the branch's first products read: the norm without its weights, which go into
-        theirs.
-        """
-        if branch.norm is None:
-            if branch.reads is None:
-                return stream, Entering(None, None)
-            selection = np.zeros((self.architecture.embed, len(branch.reads)), np.float32)
-            selection[list(branch.reads), range(len(branch.reads))] = 1
-            return stream, Entering(None, None, selection)
-        x = self.emitter.normed(stream, branch.norm, columns=branch.reads, for_products=True)
-        return x, Entering(part.get("norm.weight"), part.get("norm.bias"))
+    def add_constant(
+        self, written: Stream, branch: BranchSpec, vector: Array, scale: Array | None
+    ) -> Stream:
+        """A branch that adds the same vector to every row."""
+        if scale is not None:
+            vector = vector * scale
+        if branch.writes is not None:
+            vector = scatter_columns(vector[None], branch.writes, self.architecture.embed)[0]
+        return self.emitter.add_constant(written, vector)
 
-    def _last_attention(self) -> int | None:
+    def branch_input(self, stream: Stream, branch: BranchSpec, part: State) -> ProductInput:
+        """What the branch's first products read; they absorb the norm's weight and bias."""
+        if branch.norm is not None:
+            x = self.emitter.norm(stream, branch.norm, columns=branch.reads, only_products=True)
+            return ProductInput(x, InputTransform(*affine(part, "norm")))
+        if branch.reads is None:
+            return ProductInput(stream)
+        return ProductInput(stream, InputTransform.select(branch.reads, self.architecture.embed))
+
+    def last_attention(self) -> int | None:
+        """The number of the last step with an attention."""
         found = [
             number
             for number, step in enumerate(self.architecture.steps)
             if any(isinstance(branch.core, AttentionSpec) for branch in step)
         ]
         return found[-1] if found else None
+
+
+def _scaled(parameters: Affine, scale: Array | None) -> Affine:
+    """Weight and bias of a norm, times LayerScale."""
+    if scale is None:
+        return parameters
+    weight, bias = parameters
+    return (scale if weight is None else weight * scale), (None if bias is None else bias * scale)

@@ -1,4 +1,7 @@
-"""A straight program as C++ tables and a file of its constants."""
+"""An execution plan as C++ tables, and a file of its constants.
+
+`bundle_sources/tvm` contains the code that the tables are compiled with.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled_program import ALIGNMENT_BYTES, Program, Tensor
+from .execution_plan import ALIGNMENT_BYTES, ExecutionPlan, Tensor
 
-CODES = {"int": 0, "uint": 1, "float": 2, "bool": 6}
+# DLPack's numbers of types.
+_TYPE_CODES = {"int": 0, "uint": 1, "float": 2, "bool": 6}
+
+
+def write_source(
+    plan: ExecutionPlan, folder: Path, constants: str = "constants.bin"
+) -> tuple[Path, Path]:
+    """Write `network.cpp` and the file of constants; returns their paths."""
+    source, data = folder / "network.cpp", folder / constants
+    numbers = constant_bytes(plan.constants)
+    data.write_bytes(numbers)
+    digest = hashlib.sha256(numbers).hexdigest()
+    source.write_text(network_source(plan, constants, digest), encoding="ascii")
+    return source, data
 
 
 def constant_bytes(constants: Sequence[NDArray[Any]]) -> bytes:
@@ -20,45 +36,37 @@ def constant_bytes(constants: Sequence[NDArray[Any]]) -> bytes:
     parts = []
     for array in constants:
         parts += [array.tobytes(), bytes(-array.nbytes % ALIGNMENT_BYTES)]
-    # An empty file cannot be included by an assembler.
+    # An assembler does not include an empty file.
     return b"".join(parts) or bytes(ALIGNMENT_BYTES)
 
 
-def network_source(program: Program, constants: str, digest: str) -> str:
-    """`network.cpp`. constants: the name of the file of constants, as the assembler finds it;
-    digest: its SHA-256.
+def network_source(plan: ExecutionPlan, constants: str, digest: str) -> str:
+    """The content of `network.cpp`.
+
+    Args:
+        plan: The plan.
+        constants: The name of the file of constants, as the assembler finds it.
+        digest: The SHA-256 of that file. Compilers with a cache (zig 0.17) do not see the files
+            that assembly includes; with the digest other weights are another source.
     """
-    tensors: dict[Tensor, int] = {}
-    numbers: list[int] = []
-    steps = []
-    for step in program.steps:
-        steps.append(
-            f'    {{"{step.kernel}", __tvm_ffi_{step.kernel}, {len(numbers)}, {len(step.tensors)}}},'
-        )
-        numbers += [tensors.setdefault(tensor, len(tensors)) for tensor in step.tensors]
-    shapes: dict[tuple[int, ...], int] = {}
-    flat: list[int] = []
-    rows, plan = [], []
-    for tensor in tensors:
-        code, bits = _type(tensor.type)
-        places = []
-        for sizes in (tensor.shape, _strides(tensor.shape)):
-            if sizes not in shapes:
-                shapes[sizes] = len(flat)
-                flat += sizes or (0,)
-            places.append(f"sizes + {shapes[sizes]}")
-        rows.append(
-            f"    {{nullptr, kCpu, 0, {len(tensor.shape)}, {code}, {bits}, 1, {places[0]}, {places[1]}, 0}},"
-        )
-        plan.append(f"    {{Place::{tensor.place}, {tensor.offset_bytes}}},")
-    images = next(tensor for tensor in tensors if tensor.place == "images")
-    logits = next(tensor for tensor in tensors if tensor.place == "logits")
+    return f"""{_head(plan, constants, digest)}
+namespace vitrim {{
+
+{_tables(plan)}
+inline const unsigned char *constants() {{ return vitrim_constants; }}
+
+}}  // namespace vitrim
+
+#include "network_entries.h"
+"""
+
+
+def _head(plan: ExecutionPlan, constants: str, digest: str) -> str:
+    """The declarations of the kernels, and the constants."""
     kernels = "\n".join(
         f"int __tvm_ffi_{name}(void *, const vitrim::Value *, int32_t, vitrim::Value *);"
-        for name in sorted({step.kernel for step in program.steps})
+        for name in sorted({step.kernel for step in plan.steps})
     )
-    # Compilers that keep what they built (zig 0.17 does) see the source and not what its assembly
-    # includes: other weights must be another source.
     return f"""// Written by vitrim from the network; do not edit. SHA-256 of {constants}: {digest}
 #include "compiled_network.h"
 
@@ -75,57 +83,72 @@ __asm__(
     "vitrim_constants:\\n"
     ".incbin \\"{constants}\\"\\n"
     ".popsection\\n");
+"""
 
-namespace vitrim {{
 
-constexpr int kSteps = {len(program.steps)}, kOperands = {len(numbers)}, kTensors = {len(tensors)};
-alignas(64) static unsigned char arena[{max(program.arena_bytes, ALIGNMENT_BYTES)}];
+def _tables(plan: ExecutionPlan) -> str:
+    """The arena, and the tables of tensors, operands and steps."""
+    tensors: dict[Tensor, int] = {}
+    numbers: list[int] = []
+    steps = []
+    for step in plan.steps:
+        name, first, count = step.kernel, len(numbers), len(step.tensors)
+        steps.append(f'    {{"{name}", __tvm_ffi_{name}, {first}, {count}}},')
+        numbers += [tensors.setdefault(tensor, len(tensors)) for tensor in step.tensors]
+    sizes, rows = _tensor_rows(list(tensors))
+    planned = [f"    {{Place::{tensor.memory}, {tensor.offset_bytes}}}," for tensor in tensors]
+    images = next(tensor for tensor in tensors if tensor.memory == "images")
+    logits = next(tensor for tensor in tensors if tensor.memory == "logits")
+    counts = f"kSteps = {len(steps)}, kOperands = {len(numbers)}, kTensors = {len(tensors)}"
+    new_line = "\n"
+    return f"""constexpr int {counts};
+alignas(64) static unsigned char arena[{max(plan.arena_bytes, ALIGNMENT_BYTES)}];
 alignas(64) static float aligned_images[{int(np.prod(images.shape))}];
 alignas(64) static float aligned_logits[{int(np.prod(logits.shape))}];
-static int64_t sizes[] = {{{", ".join(map(str, flat))}}};
+static int64_t sizes[] = {{{", ".join(map(str, sizes))}}};
 static Tensor tensors[kTensors] = {{
-{chr(10).join(rows)}
+{new_line.join(rows)}
 }};
 static const Planned plan[kTensors] = {{
-{chr(10).join(plan)}
+{new_line.join(planned)}
 }};
 static const int numbers[kOperands] = {{{", ".join(map(str, numbers))}}};
 static Value operands[kOperands];
 static const Step steps[kSteps] = {{
-{chr(10).join(steps)}
-}};
-inline const unsigned char *constants() {{ return vitrim_constants; }}
-
-}}  // namespace vitrim
-
-#include "network_entries.h"
-"""
+{new_line.join(steps)}
+}};"""
 
 
-def write_network(
-    program: Program, folder: Path, constants: str = "constants.bin"
-) -> tuple[Path, Path]:
-    """Write `network.cpp` and `constants.bin`."""
-    source, data = folder / "network.cpp", folder / constants
-    numbers = constant_bytes(program.constants)
-    data.write_bytes(numbers)
-    source.write_text(
-        network_source(program, constants, hashlib.sha256(numbers).hexdigest()), encoding="ascii"
-    )
-    return source, data
+def _tensor_rows(tensors: list[Tensor]) -> tuple[list[int], list[str]]:
+    """Shapes and strides of all tensors, flat, and a row of the table for each tensor."""
+    positions: dict[tuple[int, ...], int] = {}
+    flat: list[int] = []
+    rows = []
+    for tensor in tensors:
+        code, bits = _type(tensor.type)
+        pointers = []
+        for sizes in (tensor.shape, _strides(tensor.shape)):
+            if sizes not in positions:
+                positions[sizes] = len(flat)
+                flat += sizes or (0,)
+            pointers.append(f"sizes + {positions[sizes]}")
+        fields = f"{len(tensor.shape)}, {code}, {bits}, 1, {', '.join(pointers)}, 0"
+        rows.append(f"    {{nullptr, kCpu, 0, {fields}}},")
+    return flat, rows
 
 
 def _type(name: str) -> tuple[int, int]:
+    """(DLPack's number, bits) of a type."""
     if name == "bool":
-        return CODES["bool"], 8
+        return _TYPE_CODES["bool"], 8
     kind = name.rstrip("0123456789")
-    return CODES[kind], int(name[len(kind) :])
+    return _TYPE_CODES[kind], int(name[len(kind) :])
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     found: list[int] = []
-    step = 1
+    stride = 1
     for size in reversed(shape):
-        found.append(step)
-        step *= size
+        found.append(stride)
+        stride *= size
     return tuple(reversed(found))

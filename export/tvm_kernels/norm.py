@@ -1,190 +1,167 @@
-"""LayerNorm and RMSNorm of rows, in one visit to each row."""
+"""LayerNorm and RMSNorm of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .activations import named
-from .codes import Coding, encode_row
-from .lanes import Buffer, Expr, Lanes
-from .place import Rows
-from .sweep import sweep, ways_over
-from .threads import over_threads
-from .tiles import bounds
+from .lanes import Buffer, Expr, Lanes, RowLayout, bind
+from .loops import over_threads, share_bounds, sum_over
+from .quantization import Quantizer, quantize_row
 
 
 @dataclass(frozen=True)
-class Normalise:
-    """out = (x - mean) / sqrt(variance + eps) over the first `width` columns, or x / sqrt(mean of
-    squares + eps) where not centred.
+class Normalize:
+    """out = (x - mean) / sqrt(variance + eps), or x / sqrt(mean of squares + eps) if not centred.
 
-    Weight and bias are no part of it unless `affine`: whatever multiplies afterwards holds them.
-    gather: the columns come by an index list. The columns behind `width` that fill the last vector
-    become zero. writes: the rows become codes.
+    The columns behind `width` that fill the last vector become zero.
+
+    Attributes:
+        images: Batch size.
+        rows: Rows of each image.
+        width: How many columns are normalised.
+        source: Where x is.
+        centred: Whether the mean is subtracted (LayerNorm).
+        eps: Added to the variance.
+        affine: Whether weight and bias are applied; otherwise the next product contains them.
+        gather: Whether the columns are chosen by an index list; otherwise they are the first ones.
+        output_quantizer: The rows are quantized.
     """
 
     images: int
     rows: int
     width: int
-    source: Rows
+    source: RowLayout
     centred: bool
     eps: float
     affine: bool = False
     gather: bool = False
-    writes: Coding | None = None
+    output_quantizer: Quantizer | None = None
+
+    @property
+    def merged_rows(self) -> tuple[int, int]:
+        """(images, rows); all images as one where their rows follow each other."""
+        if self.source.per_image == self.rows and not self.source.first:
+            return 1, self.images * self.rows
+        return self.images, self.rows
 
 
-def normalise(spec: Normalise, lanes: Lanes, threads: int) -> Any:
-    """The kernel: (x, [columns], [weight], [bias], [range]) -> out (images, rows, whole vectors),
-    all flat.
+class _Row(NamedTuple):
+    """A row that begins at an index of a buffer."""
+
+    buffer: Buffer
+    start: Expr
+
+
+class _Operands(NamedTuple):
+    x: Buffer
+    columns: Buffer | None
+    weight: Buffer | None
+    bias: Buffer | None
+    static_range: Buffer | None
+    out: Buffer
+
+
+def normalize(spec: Normalize, lanes: Lanes, threads: int) -> Any:
+    """The kernel: (x, [columns], [weight], [bias], [range]) -> out, all flat.
+
+    out has the shape (images, rows, whole vectors), or that of quantized rows.
     """
-    stride = lanes.up(spec.width)
-    source = spec.source
-    if source.per_image == spec.rows and not source.first:
-        images, rows = 1, spec.images * spec.rows
-    else:
-        images, rows = spec.images, spec.rows
+    stride, quantizer = lanes.up(spec.width), spec.output_quantizer
+    length = stride if quantizer is None else quantizer.row_length(spec.width)
+    images, rows = spec.merged_rows
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
-        x = T.arg("x", T.buffer((spec.images * source.per_image * source.width,), "float32"))
-        columns = T.arg("columns", T.buffer((spec.width,), "int32")) if spec.gather else None
-        weight = T.arg("weight", T.buffer((stride,), "float32")) if spec.affine else None
-        bias = T.arg("bias", T.buffer((stride,), "float32")) if spec.affine else None
-        known = (
-            T.arg("range", T.buffer((2,), "float32"))
-            if spec.writes is not None and spec.writes.static
-            else None
-        )
-        length = stride if spec.writes is None else spec.writes.row_length(spec.width)
-        out = T.arg(
-            "out",
-            T.buffer(
-                (images * rows * length,),
-                "float32" if spec.writes is None else spec.writes.dot.stored,
-            ),
-        )
+        operands = _operands(spec, stride, length)
 
-        def rows_of(part: Expr, parts: int) -> None:
-            aside = (
-                None if spec.writes is None else T.alloc_buffer((stride,), "float32", scope="local")
-            )
-            with T.serial(*bounds(images * rows, part, parts)) as row:
+        def share(part: Expr, parts: int) -> None:
+            local = None
+            if quantizer is not None:
+                local = T.alloc_buffer((stride,), "float32", scope="local")
+            with T.serial(*share_bounds(images * rows, part, parts)) as row:
                 start = (
-                    source.start(row // rows, row % rows) if images > 1 else source.start(0, row)
+                    spec.source.start(row // rows, row % rows)
+                    if images > 1
+                    else spec.source.start(0, row)
                 )
-                into, target = (out, named(row * stride)) if aside is None else (aside, 0)
-                if columns is not None:
-                    for column in range(spec.width, stride):
-                        T.buffer_store(into, T.float32(0), [target + column])
-                    with T.serial(0, spec.width) as column:
-                        T.buffer_store(into, x[start + columns[column]], [target + column])
-                    normalise_row(
-                        lanes,
+                into = _Row(operands.out, bind(row * stride)) if local is None else _Row(local, 0)
+                _normalize_row(spec, lanes, operands, start, into)
+                if quantizer is not None:
+                    quantize_row(
+                        quantizer,
                         spec.width,
-                        spec.centred,
-                        spec.eps,
-                        into,
-                        target,
-                        into,
-                        target,
-                        weight,
-                        bias,
-                    )
-                else:
-                    normalise_row(
-                        lanes,
-                        spec.width,
-                        spec.centred,
-                        spec.eps,
-                        x,
-                        named(start),
-                        into,
-                        target,
-                        weight,
-                        bias,
-                    )
-                if spec.writes is not None:
-                    encode_row(
-                        lanes,
-                        spec.writes,
-                        spec.width,
-                        lambda column: lanes.load(into, column),
-                        out,
-                        named(row * length),
-                        known,
+                        lambda column: lanes.load(local, column),
+                        operands.out,
+                        bind(row * length),
+                        operands.static_range,
                     )
 
-        over_threads(rows_of, threads)
+        over_threads(share, threads)
     return builder.get()
 
 
-def normalise_row(
-    lanes: Lanes,
-    width: int,
-    centred: bool,
-    eps: float,
-    x: Buffer,
-    start: Expr,
-    out: Buffer,
-    target: Expr,
-    weight: Buffer | None,
-    bias: Buffer | None,
+def _operands(spec: Normalize, stride: int, length: int) -> _Operands:
+    quantizer, source = spec.output_quantizer, spec.source
+    x_size = spec.images * source.per_image * source.width
+    x = T.arg("x", T.buffer((x_size,), "float32"))
+    columns = T.arg("columns", T.buffer((spec.width,), "int32")) if spec.gather else None
+    weight = T.arg("weight", T.buffer((stride,), "float32")) if spec.affine else None
+    bias = T.arg("bias", T.buffer((stride,), "float32")) if spec.affine else None
+    static = quantizer is not None and quantizer.static
+    static_range = T.arg("range", T.buffer((2,), "float32")) if static else None
+    stored = "float32" if quantizer is None else quantizer.dot.stored
+    images, rows = spec.merged_rows
+    out = T.arg("out", T.buffer((images * rows * length,), stored))
+    return _Operands(x, columns, weight, bias, static_range, out)
+
+
+def _normalize_row(
+    spec: Normalize, lanes: Lanes, operands: _Operands, start: Expr, into: _Row
 ) -> None:
-    """One row: its mean, the mean square of what differs from it, and the result."""
+    """One row of x, which begins at `start`, into another buffer."""
+    if operands.columns is None:
+        source = _Row(operands.x, bind(start))
+    else:
+        for column in range(spec.width, lanes.up(spec.width)):
+            T.buffer_store(into.buffer, T.float32(0), [into.start + column])
+        with T.serial(0, spec.width) as column:
+            value = operands.x[start + operands.columns[column]]
+            T.buffer_store(into.buffer, value, [into.start + column])
+        source = into
     mean = None
-    if centred:
-        total = sum_over(lanes, width, lambda column: lanes.load(x, start + column))
-        mean = named(lanes.splat(named(total * T.float32(1 / width))))
+    if spec.centred:
+        total = sum_over(
+            lanes,
+            spec.width,
+            lambda column: lanes.load(source.buffer, source.start + column),
+        )
+        mean = bind(lanes.splat(bind(total * T.float32(1 / spec.width))))
 
     def difference(column: Expr) -> Expr:
-        value = lanes.load(x, start + column)
-        return named(value if mean is None else value - mean)
+        value = lanes.load(source.buffer, source.start + column)
+        return bind(value if mean is None else value - mean)
 
     def square(column: Expr) -> Expr:
         value = difference(column)
         return value * value
 
-    squares = sum_over(lanes, width, square)
-    scale = named(
-        lanes.splat(named(T.float32(1) / T.sqrt(squares * T.float32(1 / width) + T.float32(eps))))
-    )
+    squares = sum_over(lanes, spec.width, square)
+    variance = squares * T.float32(1 / spec.width)
+    scale = bind(lanes.splat(bind(T.float32(1) / T.sqrt(variance + T.float32(spec.eps)))))
 
-    def write(column: Expr, wanted: int) -> None:
+    def write(column: Expr, valid: int) -> None:
         value = difference(column) * scale
-        if weight is not None:
-            value = value * lanes.load(weight, column)
-        if bias is not None:
-            value = value + lanes.load(bias, column)
-        lanes.store(out, target + column, lanes.first(wanted, value, 0.0))
+        if operands.weight is not None:
+            value = value * lanes.load(operands.weight, column)
+        if operands.bias is not None:
+            value = value + lanes.load(operands.bias, column)
+        lanes.store(into.buffer, into.start + column, lanes.first(valid, value, 0.0))
 
-    full, tail = divmod(width, lanes.count)
+    full, tail = divmod(spec.width, lanes.count)
     with T.serial(0, full) as vector:
         write(vector * lanes.count, lanes.count)
     if tail:
         write(full * lanes.count, tail)
-
-
-def sum_over(lanes: Lanes, width: int, term: Callable[[Expr], Expr]) -> Expr:
-    """The sum of term(column) over `width` columns."""
-    count, ways = lanes.count, ways_over(lanes, width)
-    parts = T.alloc_buffer((ways * count,), "float32", scope="local")
-    for way in range(ways):
-        lanes.store(parts, way * count, lanes.splat(0.0))
-
-    def add(way: int, column: Expr, wanted: int) -> None:
-        lanes.store(
-            parts,
-            way * count,
-            lanes.load(parts, way * count) + lanes.first(wanted, term(column), 0.0),
-        )
-
-    sweep(lanes, width, ways, add)
-    total = lanes.load(parts, 0)
-    for way in range(1, ways):
-        total = total + lanes.load(parts, way * count)
-    return named(lanes.total(named(total)))

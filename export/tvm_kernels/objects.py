@@ -1,4 +1,4 @@
-"""The machine code of a compiled network as object files, before anything links them."""
+"""The machine code of a compiled network: object files, and the library of an execution plan."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import InputError
 from ..runtimes.runtime import Role
-from .compiled_program import Program
+from .execution_plan import ExecutionPlan
 from .link import Linker
-from .network_source import write_network
+from .network_source import write_source
 
 if TYPE_CHECKING:
     from tvm.relax import VMExecutable
     from tvm.target import Target
 
 OBJECTS = "objects"
-# The hand-written part of a compiled network; the bundle ships the same.
+# The hand-written part of a compiled network, which a bundle contains too.
 HEADERS = Path(__file__).resolve().parents[1] / "bundle_sources" / "tvm"
 
 
 def write_objects(executable: VMExecutable, folder: Path) -> list[Path]:
-    """Write `code.o` (the kernels) and `program.o` (what calls them in order, with the small
-    weights). Errors: InputError for targets without objects.
+    """Write the object files of an executable for the virtual machine.
+
+    Returns:
+        `code.o`, the kernels, and `program.o`, the executable with the small weights.
+
+    Raises:
+        InputError: The target's code is not machine code.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: list[Path] = []
@@ -32,7 +37,8 @@ def write_objects(executable: VMExecutable, folder: Path) -> list[Path]:
         for number, name in enumerate(objects):
             if Path(name).suffix != ".o":
                 raise InputError(
-                    "this target's code is C source and no machine code; take a target whose tvm_target is of the kind llvm"
+                    "this target's code is C source, not machine code; "
+                    "use a target whose tvm_target is of the kind llvm"
                 )
             stem = "program" if "devc" in Path(name).name else f"code{number or ''}"
             shutil.copyfile(name, folder / f"{stem}.o")
@@ -42,22 +48,44 @@ def write_objects(executable: VMExecutable, folder: Path) -> list[Path]:
     return found
 
 
-def write_program(
-    program: Program, target: Target, linker: Linker, folder: Path, name: str, *, keep: bool
+def write_library(
+    plan: ExecutionPlan,
+    target: Target,
+    linker: Linker,
+    path: Path,
+    *,
+    keep_objects: bool,
 ) -> list[tuple[str, Role]]:
-    """Compile a straight program into the library `name`; with `keep` its parts stay in `objects/`,
-    for linking them into a program. Errors: InputError.
+    """Compile an execution plan into a shared library.
+
+    Args:
+        plan: The plan.
+        target: TVM's target.
+        linker: A linker for the target.
+        path: The library.
+        keep_objects: Keep the object files, for linking them into a program, in `objects/` beside
+            the library.
+
+    Returns:
+        (path, role) of the kept files, relative to the library's folder.
+
+    Raises:
+        InputError: The compiler failed.
     """
     import tvm
 
-    parts = folder / OBJECTS
-    parts.mkdir(parents=True, exist_ok=True)
-    code = parts / "code.o"
-    tvm.tirx.build(program.kernels, target=target).write_to_file(str(code))
-    source, constants = write_network(program, parts)
-    linker.program(source, [code], HEADERS, folder / name)
-    if not keep:
-        shutil.rmtree(parts)
+    objects = path.parent / OBJECTS
+    objects.mkdir(parents=True, exist_ok=True)
+    code = objects / "code.o"
+    tvm.tirx.build(plan.kernels, target=target).write_to_file(str(code))
+    source, constants = write_source(plan, objects)
+    linker.link_program(source, [code], HEADERS, path)
+    if not keep_objects:
+        shutil.rmtree(objects)
         return []
-    rows: list[tuple[Path, Role]] = [(code, "other"), (constants, "other"), (source, "source")]
-    return [(path.relative_to(folder).as_posix(), role) for path, role in rows]
+    rows: list[tuple[Path, Role]] = [
+        (code, "other"),
+        (constants, "other"),
+        (source, "source"),
+    ]
+    return [(file.relative_to(path.parent).as_posix(), role) for file, role in rows]

@@ -1,4 +1,4 @@
-"""Weights in the order in which the kernels read them."""
+"""Weights, in numpy, in the order in which the kernels read them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .tiles import Run, pieces
+from .loops import Run, pieces
 
 Array = NDArray[np.float32]
 Number = TypeVar("Number", np.float32, np.int8)
@@ -16,8 +16,17 @@ Number = TypeVar("Number", np.float32, np.int8)
 def panels(
     weight: NDArray[Number], runs: tuple[Run, ...], lanes: int, group: int = 1
 ) -> NDArray[Number]:
-    """(K, N) -> the panels one behind the other, each (K / group, its vectors * lanes, group),
-    flat; rows and columns that fill the last are zero.
+    """Pack a matrix into panels, one behind the other, flat.
+
+    Args:
+        weight: Shape (K, N).
+        runs: How the columns are split, in vectors.
+        lanes: Columns in a vector.
+        group: Rows that one instruction multiplies at once; they are stored side by side.
+
+    Returns:
+        Each panel has the shape (K / group, its vectors * lanes, group); rows and columns that fill
+        the last one are zero.
     """
     depth, width = weight.shape
     groups = -(-depth // group)
@@ -30,20 +39,20 @@ def panels(
     return np.concatenate(parts)
 
 
-def in_eight_bits(weight: Array) -> tuple[NDArray[np.int8], Array]:
-    """(K, N) -> codes from -127 to 127 and the scale of each column."""
+def quantize_weights(weight: Array) -> tuple[NDArray[np.int8], Array]:
+    """Quantize a matrix (K, N) symmetrically: codes from -127 to 127, and a scale a column."""
     largest = np.abs(weight).max(axis=0)
     scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     return np.rint(weight / scales).astype(np.int8), scales
 
 
 def padded(vector: Array, width: int) -> Array:
-    """A vector with zeros behind it."""
+    """A vector with zeros behind it, up to `width` numbers."""
     return np.pad(vector, (0, width - len(vector))).astype(np.float32)
 
 
 def padded_heads(matrix: Array, heads: int, width: int) -> Array:
-    """(rows, heads * w) -> (rows, heads * width): zero columns behind each head's own."""
+    """(rows, heads * w) -> (rows, heads * width), with zero columns behind those of each head."""
     rows = matrix.shape[0]
     own = matrix.reshape(rows, heads, -1)
     return np.pad(own, ((0, 0), (0, 0), (0, width - own.shape[2]))).reshape(rows, heads * width)

@@ -1,94 +1,119 @@
-"""In which numbers a program's products read their rows: fp32, or codes of eight bits with ranges
-found at every inference or beforehand.
-"""
+"""The number format of a program's products: fp32, or int8 with dynamic or static ranges."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ...targets.vector import VectorUnit
-from .codes import Coding, Range
-from .dot import Dot
+from .integer_dot import IntegerDot
 from .matrices import Stream
+from .quantization import Quantizer, Range
 
 Name = Literal["fp32", "int8", "int8-static"]
 
 
-class Precision(Protocol):
-    """Asked in the order in which a program is written; the n-th rows that products read are the
-    same rows in every precision.
+class RowFormat(NamedTuple):
+    """The format of rows that products read.
+
+    Attributes:
+        quantizer: How they are quantized; None: fp32.
+        range: The range of all rows, if it is static.
     """
 
-    def for_products(self, *, whole_rows: bool) -> tuple[Coding | None, Range | None]:
-        """How a kernel should write rows that only products read; (None, None): in fp32.
-        whole_rows: the kernel has a whole row at hand.
+    quantizer: Quantizer | None = None
+    range: Range | None = None
+
+
+FP32 = RowFormat()
+
+
+class Precision(Protocol):
+    """Decides the format of rows while a program is written.
+
+    The order of the calls is part of the interface: the n-th rows are the same rows in every
+    precision, which is how static ranges find them.
+    """
+
+    def output(self, *, whole_rows: bool) -> RowFormat:
+        """The format in which a kernel writes rows that only products read.
+
+        Args:
+            whole_rows: Whether the kernel has a whole row at once, as dynamic ranges need.
         """
         ...
 
-    def read(self, rows: Stream) -> tuple[Coding | None, Range | None]:
-        """How fp32 rows, which other kernels may read too, are written anew for a product; (None,
-        None): not at all.
-        """
+    def input(self, rows: Stream) -> RowFormat:
+        """The format into which fp32 rows are converted for a product; fp32: not at all."""
         ...
 
 
 class Float:
     """fp32 throughout."""
 
-    def for_products(self, *, whole_rows: bool) -> tuple[Coding | None, Range | None]:
-        return None, None
+    def output(self, *, whole_rows: bool) -> RowFormat:
+        """See `Precision.output`."""
+        return FP32
 
-    def read(self, rows: Stream) -> tuple[Coding | None, Range | None]:
-        return None, None
+    def input(self, rows: Stream) -> RowFormat:
+        """See `Precision.input`."""
+        return FP32
 
 
-class Observed(Float):
-    """fp32, and remembers which rows products read."""
+class RangeObserver(Float):
+    """fp32; records the rows that products read."""
 
     def __init__(self) -> None:
         self.rows: list[Stream] = []
 
-    def read(self, rows: Stream) -> tuple[Coding | None, Range | None]:
+    def input(self, rows: Stream) -> RowFormat:
+        """See `Precision.input`."""
         if not any(rows.value.same_as(known.value) for known in self.rows):
             self.rows.append(rows)
-        return None, None
+        return FP32
 
 
-class Dynamic:
-    """Codes of each row's own range."""
+class DynamicInt8:
+    """int8, each row with its own range."""
 
-    def __init__(self, dot: Dot) -> None:
-        self.coding = Coding(dot, static=False)
+    def __init__(self, dot: IntegerDot) -> None:
+        self.format = RowFormat(Quantizer(dot, static=False))
 
-    def for_products(self, *, whole_rows: bool) -> tuple[Coding | None, Range | None]:
-        # The range of a row is known only when all of it is.
-        return (self.coding if whole_rows else None), None
+    def output(self, *, whole_rows: bool) -> RowFormat:
+        """See `Precision.output`."""
+        return self.format if whole_rows else FP32
 
-    def read(self, rows: Stream) -> tuple[Coding | None, Range | None]:
-        return self.coding, None
+    def input(self, rows: Stream) -> RowFormat:
+        """See `Precision.input`."""
+        return self.format
 
 
-class Static:
-    """Codes of ranges that were found beforehand, one for each place where products read rows."""
+class StaticInt8:
+    """int8, with one range for each place where products read rows."""
 
-    def __init__(self, dot: Dot, ranges: Sequence[Range]) -> None:
-        self.coding, self._ranges = Coding(dot, static=True), iter(ranges)
+    def __init__(self, dot: IntegerDot, ranges: Sequence[Range]) -> None:
+        self.quantizer, self._ranges = Quantizer(dot, static=True), iter(ranges)
 
-    def for_products(self, *, whole_rows: bool) -> tuple[Coding | None, Range | None]:
-        return self.coding, next(self._ranges)
+    def output(self, *, whole_rows: bool) -> RowFormat:
+        """See `Precision.output`."""
+        return RowFormat(self.quantizer, next(self._ranges))
 
-    def read(self, rows: Stream) -> tuple[Coding | None, Range | None]:
-        return self.coding, next(self._ranges)
+    def input(self, rows: Stream) -> RowFormat:
+        """See `Precision.input`."""
+        return RowFormat(self.quantizer, next(self._ranges))
 
 
 def precision_named(name: Name, unit: VectorUnit, ranges: Sequence[Range] | None) -> Precision:
-    """A new one for each program that is written. ranges: what `find_ranges` found, for
-    int8-static.
+    """A precision for one program; each program needs a new one.
+
+    Args:
+        name: The number format.
+        unit: The vector unit of the target.
+        ranges: The ranges of int8-static, from `calibration.find_ranges`.
     """
     if name == "fp32":
         return Float()
     if name == "int8":
-        return Dynamic(Dot.of(unit))
+        return DynamicInt8(IntegerDot.of(unit))
     assert ranges is not None
-    return Static(Dot.of(unit), ranges)
+    return StaticInt8(IntegerDot.of(unit), ranges)

@@ -1,5 +1,6 @@
-"""The innermost loop of every product: a register tile of sums, a number of a row times a vector of
-columns at a time.
+"""The innermost loop of every product: a register tile of sums.
+
+Each step multiplies one number of every row with one vector of every panel column.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from typing import Protocol
 
 from tvm.tirx.script import builder as T
 
-from .activations import named
-from .lanes import Buffer, Expr
+from .lanes import Buffer, Expr, bind
+from .schedule import Tile
 
 
 class Arithmetic(Protocol):
-    """What a product's numbers are: fp32 (`Lanes`), or codes of eight bits (`Dot`)."""
+    """The numbers of a product: fp32 (`Lanes`), or quantized (`IntegerDot`)."""
 
     @property
     def count(self) -> int:
@@ -22,55 +23,57 @@ class Arithmetic(Protocol):
         ...
 
     def zero(self) -> Expr:
-        """No sum yet."""
+        """Zero in all sums."""
         ...
 
     def load(self, buffer: Buffer, index: Expr) -> Expr:
-        """A register of sums."""
+        """Load a register of sums."""
         ...
 
     def store(self, buffer: Buffer, index: Expr, value: Expr) -> None:
-        """A register of sums back."""
+        """Store a register of sums."""
         ...
 
     def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
-        """a * b + c."""
+        """The expression a * b + c."""
         ...
 
 
 def product(
     arithmetic: Arithmetic,
     accumulators: Buffer,
-    rows: int,
-    vectors: int,
+    tile: Tile,
     depth: int,
-    steps: int,
     left: Callable[[int, Expr], Expr],
     right: Callable[[int, Expr], Expr],
 ) -> None:
-    """accumulators[r, v] = sum over k < depth of left(r, k) * right(v, k), both vectors; the loop
-    takes `steps` k at once.
+    """Emit accumulators[r, v] = sum over k < depth of left(r, k) * right(v, k).
+
+    Args:
+        arithmetic: The numbers.
+        accumulators: The sums, tile.rows * tile.vectors registers.
+        tile: The size of the register tile; the loop takes `tile.steps` of k at once.
+        depth: The number of summands.
+        left: The number (r, k) of the rows, in all lanes.
+        right: The vector (v, k) of the columns.
     """
     count = arithmetic.count
-    for index in range(rows * vectors):
+    for index in range(tile.rows * tile.vectors):
         arithmetic.store(accumulators, index * count, arithmetic.zero())
 
     def step(k: Expr) -> None:
-        across = [named(right(v, k)) for v in range(vectors)]
-        for r in range(rows):
-            one = named(left(r, k))
-            for v in range(vectors):
-                index = (r * vectors + v) * count
-                arithmetic.store(
-                    accumulators,
-                    index,
-                    arithmetic.fma(one, across[v], arithmetic.load(accumulators, index)),
-                )
+        columns = [bind(right(v, k)) for v in range(tile.vectors)]
+        for r in range(tile.rows):
+            number = bind(left(r, k))
+            for v, column in enumerate(columns):
+                index = (r * tile.vectors + v) * count
+                total = arithmetic.fma(number, column, arithmetic.load(accumulators, index))
+                arithmetic.store(accumulators, index, total)
 
-    whole = depth // steps
+    whole = depth // tile.steps
     if whole:
         with T.serial(0, whole) as k:
-            for offset in range(steps):
-                step(k * steps + offset)
-    for k in range(whole * steps, depth):
+            for offset in range(tile.steps):
+                step(k * tile.steps + offset)
+    for k in range(whole * tile.steps, depth):
         step(k)

@@ -1,4 +1,4 @@
-"""A Relax function made of our kernels, one after the other; equal kernels are written once."""
+"""A Relax function that calls our kernels one after the other; equal kernels are emitted once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ Value = Any
 
 
 class Program:
-    """Collects calls of kernels into one function `main` from one input to one output."""
+    """Collects calls of kernels into one function `main` with one input.
+
+    Args:
+        shape: The shape of the images.
+    """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.builder = relax.BlockBuilder()
@@ -23,22 +27,20 @@ class Program:
         self._names: set[str] = set()
         self.keys: list[Hashable] = []
 
-    @property
-    def kernels(self) -> int:
-        """Kernels so far, each counted once."""
-        return len(self._kernels)
-
     def build(
-        self, body: Callable[[], Value], aside: Callable[[], list[Value]] | None = None
+        self, body: Callable[[], Value], extra: Callable[[], list[Value]] | None = None
     ) -> tvm.IRModule:
-        """Runs `body`, which calls kernels and returns what `main` returns. aside: values that it
-        returns too, known when the body has run.
+        """The module with `main`.
+
+        Args:
+            body: Calls the kernels and returns the result of `main`.
+            extra: Further results, called after `body`.
         """
         with self.builder.function("main", [self.input]):
             with self.builder.dataflow():
                 found = body()
                 result = self.builder.emit_output(
-                    found if aside is None else relax.Tuple([found, *aside()])
+                    found if extra is None else relax.Tuple([found, *extra()])
                 )
             self.builder.emit_func_output(result)
         return self.builder.finalize()
@@ -52,31 +54,40 @@ class Program:
         shape: tuple[int, ...],
         dtype: str = "float32",
     ) -> Value:
-        """What the kernel that `key` stands for makes of the operands, of the given shape and type.
-        kernel: writes it where it is new.
+        """Call a kernel.
+
+        Args:
+            name: The kernel's name; a second kernel of the name gets a number.
+            key: Equal keys denote the same kernel.
+            kernel: Emits the kernel; called for a new key only.
+            operands: The inputs.
+            shape: The shape of the result.
+            dtype: The type of the result.
+
+        Returns:
+            The result.
         """
         if key not in self._kernels:
             unique = name if name not in self._names else f"{name}_{len(self._kernels)}"
             self._names.add(unique)
-            self._kernels[key] = self.builder.add_func(
-                kernel().with_attr("tirx.noalias", True), unique
-            )
+            function = kernel().with_attr("tirx.noalias", True)
+            self._kernels[key] = self.builder.add_func(function, unique)
         self.keys.append(key)
         return self.builder.emit(
             relax.call_tir(self._kernels[key], operands, relax.TensorType(shape, dtype))
         )
 
     def constant(self, value: NDArray[np.generic]) -> Value:
-        """Numbers that travel with the program."""
+        """Numbers that are part of the program."""
         return relax.const(value)
 
 
 def lowering() -> tvm.transform.Pass:
-    """From a module of kernels to one that the virtual machine runs: memory planned, nothing fused
-    (the kernels are what they are).
+    """The passes from a module of kernels to one that the virtual machine runs.
+
+    They plan memory and fuse nothing. TVM's default pipeline searches the kernels for reshapes, and
+    its check fails on kernels without blocks ("func->body->IsInstance<SBlockRealizeNode>").
     """
-    # TVM's own pipeline looks for reshapes among kernels, and its check fails on those without
-    # blocks ("func->body->IsInstance<SBlockRealizeNode>").
     return tvm.transform.Sequential(
         [
             relax.transform.ToNonDataflow(),

@@ -1,5 +1,6 @@
-"""Rotary positions: pairs of query or key columns turned by their token's angle, inside rows whose
-other columns stay as they are.
+"""Rotary position embedding: pairs of query or key columns rotated by their token's angle.
+
+The other columns of the rows stay.
 """
 
 from __future__ import annotations
@@ -10,14 +11,25 @@ from typing import Any, Literal
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .threads import over_threads
-from .tiles import bounds
+from .lanes import Expr
+from .loops import over_threads, share_bounds
 
 
 @dataclass(frozen=True)
-class Turn:
-    """`rows` rows for each image, the first `prefix` of which stay. Head h has `each` columns from
-    first + h * each on; `tables` is 1, or one a head.
+class Rotate:
+    """Rows in which head h has `each` columns from first + h * each on.
+
+    Attributes:
+        images: Batch size.
+        rows: Rows of each image.
+        width: Columns of a row.
+        first: The first column of the first head.
+        heads: Number of heads.
+        each: Columns of one head.
+        prefix: The first rows of each image, which are not rotated.
+        patches: Positions in the tables.
+        tables: 1, or one a head.
+        layout: Which columns form a pair: neighbours, or those half a head apart.
     """
 
     images: int
@@ -32,9 +44,13 @@ class Turn:
     layout: Literal["interleaved", "half"]
 
 
-def turn_heads(spec: Turn, threads: int) -> Any:
-    """The kernel: (x, table (tables, 2, patches, each / 2) of cosines and sines) -> out, all flat.
-    Su et al. 2021, eq. 34.
+def rotate_heads(spec: Rotate, threads: int) -> Any:
+    """The kernel: (x, table) -> out, all flat.
+
+    The table has the shape (tables, 2, patches, each / 2): cosines, then sines.
+
+    References:
+        Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", eq. 34.
     """
     pairs = spec.each // 2
     with IRBuilder() as builder, T.prim_func():
@@ -44,8 +60,8 @@ def turn_heads(spec: Turn, threads: int) -> Any:
         table = T.arg("table", T.buffer((spec.tables * 2 * spec.patches * pairs,), "float32"))
         out = T.arg("out", T.buffer((size,), "float32"))
 
-        def share(part: Any, parts: int) -> None:
-            with T.serial(*bounds(spec.images * spec.rows, part, parts)) as row:
+        def share(part: Expr, parts: int) -> None:
+            with T.serial(*share_bounds(spec.images * spec.rows, part, parts)) as row:
                 with T.serial(0, spec.width) as column:
                     T.buffer_store(out, x[row * spec.width + column], [row * spec.width + column])
                 patch = row % spec.rows - spec.prefix
@@ -59,14 +75,17 @@ def turn_heads(spec: Turn, threads: int) -> Any:
                     angle = (
                         (head if spec.tables > 1 else 0) * 2 * spec.patches + patch
                     ) * pairs + pair
-                    near, far = (
+                    one, other = (
                         (start + 2 * pair, start + 2 * pair + 1)
                         if spec.layout == "interleaved"
                         else (start + pair, start + pairs + pair)
                     )
-                    cosine, sine = T.Bind(table[angle]), T.Bind(table[angle + spec.patches * pairs])
-                    T.buffer_store(out, x[near] * cosine - x[far] * sine, [near])
-                    T.buffer_store(out, x[far] * cosine + x[near] * sine, [far])
+                    cosine, sine = (
+                        T.Bind(table[angle]),
+                        T.Bind(table[angle + spec.patches * pairs]),
+                    )
+                    T.buffer_store(out, x[one] * cosine - x[other] * sine, [one])
+                    T.buffer_store(out, x[other] * cosine + x[one] * sine, [other])
 
         over_threads(share, threads)
     return builder.get()

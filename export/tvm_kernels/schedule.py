@@ -1,4 +1,4 @@
-"""The few numbers that the kernels leave open, and what a tuner found for them."""
+"""The free parameters of the kernels: register tiles, and the tiles that tuning found."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from typing import Literal
 from ...targets.vector import VectorUnit
 
 Kind = Literal["dense", "dense-int8", "attention"]
+# The most vectors of a tile that has fewer rows than the default.
+_MOST_VECTORS = 8
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile: rows x vectors accumulators; the loop over the products' depth takes `steps`
-    at once.
+    """A register tile of rows x vectors accumulators.
+
+    Attributes:
+        rows: Rows of the product.
+        vectors: Vectors of its columns.
+        steps: How far the loop over the products' depth is unrolled.
     """
 
     rows: int
@@ -22,14 +28,18 @@ class Tile:
     steps: int = 1
 
     def fits(self, unit: VectorUnit) -> bool:
-        """Accumulators, one row of weights and one broadcast find room in the registers."""
+        """Whether the registers hold the accumulators, a row of weights and one broadcast."""
         return self.rows * self.vectors + self.vectors + 1 <= unit.registers
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A kernel's shape. dense (in fp32 or int8): rows, depth, columns. attention: queries, tokens,
-    query/key width, value width (of one head).
+    """The shape of a kernel, by which tiles are tuned.
+
+    Attributes:
+        kind: The kernel; dense is in fp32.
+        sizes: For dense kernels rows, depth and columns; for attention queries, tokens, query/key
+            width and value width of one head.
     """
 
     kind: Kind
@@ -38,40 +48,49 @@ class Shape:
 
 @dataclass(frozen=True)
 class Schedule:
-    """threads: shares of the parallel loops. usual: the tile of everything that nobody tuned."""
+    """Tiles and threads of all kernels.
 
-    usual: Tile
+    Attributes:
+        default: The tile of shapes that are not tuned.
+        threads: Into how many shares parallel loops are split.
+        tuned: Tiles by shape.
+    """
+
+    default: Tile
     threads: int = 1
     tuned: Mapping[Shape, Tile] = field(default_factory=dict)
 
     def tile(self, shape: Shape) -> Tile:
-        """The tile of a kernel. Fewer rows than the usual tile's leave registers for more vectors,
-        else latency would show.
+        """The tile of a shape.
+
+        A product with fewer rows than the default tile gets more vectors, since few accumulators do
+        not hide the latency of multiply-adds.
         """
         if (found := self.tuned.get(shape)) is not None:
             return found
-        rows = shape.sizes[0]
-        if shape.kind == "attention" or rows >= self.usual.rows:
-            return self.usual
-        most = self.usual.rows * self.usual.vectors
-        return replace(self.usual, rows=rows, vectors=max(self.usual.vectors, min(8, most // rows)))
+        rows, default = shape.sizes[0], self.default
+        if shape.kind == "attention" or rows >= default.rows:
+            return default
+        most = default.rows * default.vectors
+        vectors = max(default.vectors, min(_MOST_VECTORS, most // rows))
+        return replace(default, rows=rows, vectors=vectors)
 
 
 def default_schedule(
     unit: VectorUnit, threads: int = 1, tuned: Mapping[Shape, Tile] | None = None
 ) -> Schedule:
-    """What is good for a vector unit. 32 registers: 6 x 4, which loads least for its multiply-adds;
-    16: 6 x 2.
+    """The schedule of a vector unit: tiles of 6 x 4 with 32 registers, of 6 x 2 with 16.
 
-    DeiT-T on a Zen 5 core, processor time over ONNX Runtime's: 6 x 4 0.81, 8 x 3 0.82, 8 x 3 with
-    two steps 0.85.
+    6 x 4 loads least for its multiply-adds. DeiT-T on a Zen 5 core, processor time over ONNX
+    Runtime's: 6 x 4 0.81, 8 x 3 0.82, 8 x 3 with two steps 0.85.
     """
     return Schedule(Tile(6, 4) if unit.registers >= 32 else Tile(6, 2), threads, dict(tuned or {}))
 
 
 def candidates(unit: VectorUnit) -> tuple[Tile, ...]:
-    """Tiles that a tuner tries: enough accumulators to hide the latency of a multiply-add, none of
-    which has to be spilled.
+    """The tiles that tuning measures, the most promising first.
+
+    All have enough accumulators to hide the latency of a multiply-add, and none spills registers.
     """
     shapes = [
         (rows, vectors)
@@ -80,11 +99,9 @@ def candidates(unit: VectorUnit) -> tuple[Tile, ...]:
         if rows * vectors >= 8
     ]
     tiles = [Tile(rows, vectors, steps) for rows, vectors in shapes for steps in (1, 2)]
+
+    def loads_per_multiply_add(tile: Tile) -> float:
+        return (tile.rows + tile.vectors) / (tile.rows * tile.vectors)
+
     fitting = [tile for tile in tiles if tile.fits(unit)]
-    # The largest tiles load least for each multiply-add, hence come first where time is short.
-    return tuple(
-        sorted(
-            fitting,
-            key=lambda tile: (tile.steps, (tile.rows + tile.vectors) / (tile.rows * tile.vectors)),
-        )
-    )
+    return tuple(sorted(fitting, key=lambda tile: (tile.steps, loads_per_multiply_add(tile))))

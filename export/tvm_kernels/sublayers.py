@@ -3,254 +3,312 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ...compress.network.architecture import AttentionSpec, DifferentialSpec, FfnSpec
 from ...compress.network.modules.relative_bias import offsets
-from .attention import Attend, attend
-from .emitter import Emitter, stored
+from .attention import Attend
+from .emitter import Emitter, Epilogue
 from .head_norm import HeadNorm
-from .keys import Heads, pack_keys, packed_size
+from .key_packing import HeadColumns
 from .lanes import Lanes
-from .matrices import Entering, Matrix, State, Stream, beside, from_torch, heads_chosen
+from .matrices import (
+    Affine,
+    InputTransform,
+    Matrix,
+    ProductInput,
+    State,
+    Stream,
+    SublayerOutput,
+    affine,
+    concatenate,
+    linear,
+)
 from .packing import Array, padded_heads
+
+# The softmax uses powers of two; this factor of the scores makes them powers of e.
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """Rows of projected queries, and rows of keys and values; often the same rows.
+
+    Attributes:
+        queries: Rows that contain the queries.
+        keys_values: Rows that contain keys and values.
+        first: The first columns of queries, keys and values.
+    """
+
+    queries: Stream
+    keys_values: Stream
+    first: tuple[int, int, int]
+
+    def with_queries(self, stream: Stream) -> _Projected:
+        """The same with other queries."""
+        if self.keys_values is self.queries:
+            return replace(self, queries=stream, keys_values=stream)
+        return replace(self, queries=stream)
+
+    def with_keys(self, stream: Stream) -> _Projected:
+        """The same with other keys."""
+        if self.keys_values is self.queries:
+            return replace(self, queries=stream, keys_values=stream)
+        return replace(self, keys_values=stream)
 
 
 def attention(
     emitter: Emitter,
-    x: Stream,
-    entering: Entering,
+    source: ProductInput,
     core: AttentionSpec,
     state: State,
-    out: Matrix,
-    asked: int,
-    written: Stream | None,
+    output: SublayerOutput,
 ) -> Stream:
-    """Projections, keys and values turned into packed form, attention, output projection onto the
-    stream, or alone where there is none.
+    """Emit an attention sub-layer, from the projections to the output projection.
+
+    Args:
+        emitter: Receives the calls.
+        source: What the projections read.
+        core: The attention.
+        state: Its parameters.
+        output: The output projection, for how many rows, and the residual stream.
     """
-    lanes, heads, tokens = emitter.lanes, core.heads, x.rows
-    # Differential attention: two maps a head, each with queries and keys of its own, over the same
-    # values.
-    maps = heads * core.parts
-    wide = lanes.up(core.v)
-    # Softmax by powers of two: the scale and the logarithm are in the queries, or in the norm
-    # behind their projection.
-    scale = core.scale * math.log2(math.e)
-    q, k, v = (from_torch(state[f"{name}.weight"], state.get(f"{name}.bias")) for name in "qkv")
-    if core.kv_of is not None:
-        # Each head gets keys and values of its own; a copy of weights costs less than a kernel that
-        # looks up whose they are.
-        k, v = heads_chosen(k, core.kv_of, core.qk), heads_chosen(v, core.kv_of, core.v)
-    if core.q_norm is None:
-        q = Matrix(
-            q.weight * np.float32(scale), None if q.bias is None else q.bias * np.float32(scale)
-        )
-    v = Matrix(
-        padded_heads(v.weight, heads, wide),
-        None if v.bias is None else padded_heads(v.bias[None], heads, wide)[0],
-    )
-    if maps > heads:
-        # A copy of weights costs less than a kernel that looks up whose values they are.
-        v = heads_chosen(v, tuple(number // core.parts for number in range(maps)), wide)
-    if asked == tokens:
-        joined = emitter.dense(x, tokens, entering.into(beside([q, k, v])))
-        at = (0, maps * core.qk, 2 * maps * core.qk)
-        asking, answering = joined, joined
-    else:
-        asking = emitter.dense(x, asked, entering.into(q))
-        answering = emitter.dense(x, tokens, entering.into(beside([k, v])))
-        at = (0, 0, maps * core.qk)
-    if core.q_norm is not None:
+    projected = _project(emitter, source, core, state, output.rows)
+    projected = _prepare_scores(emitter, projected, core, state)
+    found = _attend(emitter, projected, core, state, output.rows)
+    gain = 1.0
+    if core.differential is not None:
+        gain = 1.0 - core.differential.start
+        before = gain if core.head_norm is None else 1.0
+        subtracted = before * _differential_lambda(core.differential, state)
+        found = emitter.combine_pairs(found, core.heads, (before, -subtracted))
+    if core.head_norm is not None:
         spec = HeadNorm(
-            emitter.batch * asking.rows,
-            asking.width,
-            at[0],
+            rows=emitter.batch * output.rows,
+            width=found.width,
+            first=0,
+            heads=core.heads,
+            norm=core.head_norm,
+            per_head=core.head_norm_per_head,
+            stride=emitter.lanes.up(core.v),
+        )
+        found = emitter.head_norm(found, spec, affine(state, "head_norm"), gain)
+    return _project_output(emitter, source, core, state, found, output)
+
+
+def _project(
+    emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State, rows: int
+) -> _Projected:
+    """Queries, keys and values: one product, or two if there are fewer queries than tokens."""
+    x, transform, heads = source.stream, source.transform, core.heads
+    # Differential attention has two maps a head, each with its own queries and keys, over the same
+    # values.
+    maps, width = heads * core.parts, emitter.lanes.up(core.v)
+    q, k, v = (linear(state, name) for name in "qkv")
+    if core.kv_of is not None:
+        # Grouped keys and values: copied weights cost less than a kernel that looks up the group.
+        k, v = k.select_heads(core.kv_of, core.qk), v.select_heads(core.kv_of, core.v)
+    if core.q_norm is None:
+        q = q.scaled(np.float32(core.scale * LOG2_E))
+    v = v.with_padded_heads(heads, width)
+    if maps > heads:
+        v = v.select_heads(tuple(number // core.parts for number in range(maps)), width)
+    if rows == x.rows:
+        joined = emitter.dense(x, rows, transform.fold_into(concatenate([q, k, v])))
+        return _Projected(joined, joined, (0, maps * core.qk, 2 * maps * core.qk))
+    queries = emitter.dense(x, rows, transform.fold_into(q))
+    keys_values = emitter.dense(x, x.rows, transform.fold_into(concatenate([k, v])))
+    return _Projected(queries, keys_values, (0, 0, maps * core.qk))
+
+
+def _prepare_scores(
+    emitter: Emitter, projected: _Projected, core: AttentionSpec, state: State
+) -> _Projected:
+    """Norms and rotary positions of queries and keys."""
+    at_queries, at_keys, _ = projected.first
+    maps = core.heads * core.parts
+    if core.q_norm is not None:
+        queries = projected.queries
+        spec = HeadNorm(
+            emitter.batch * queries.rows,
+            queries.width,
+            at_queries,
             maps,
             core.q_norm,
             core.qk_norm_per_head,
         )
-        asking_new = emitter.heads_normed(asking, spec, state, "q_norm", scale)
-        answering = asking_new if answering is asking else answering
-        asking = asking_new
+        scale = core.scale * LOG2_E
+        normed = emitter.head_norm(queries, spec, affine(state, "q_norm"), scale)
+        projected = projected.with_queries(normed)
     if core.k_norm is not None:
-        spec = HeadNorm(
-            emitter.batch * answering.rows,
-            answering.width,
-            at[1],
-            maps,
-            core.k_norm,
-            core.qk_norm_per_head,
-        )
-        answering_new = emitter.heads_normed(answering, spec, state, "k_norm", 1.0, core.kv_of)
-        asking = answering_new if asking is answering else asking
-        answering = answering_new
+        keys = projected.keys_values
+        normed = norm_keys(emitter, keys, at_keys, core, _key_affine(core, state))
+        projected = projected.with_keys(normed)
     if core.rope is not None:
-        asking_new = emitter.turned(asking, at[0], core, state)
-        answering = asking_new if answering is asking else answering
-        asking = asking_new
-        answering_new = emitter.turned(answering, at[1], core, state)
-        asking = answering_new if asking is answering else asking
-        answering = answering_new
-    queries, keys, values = (
-        Heads(asking.width, at[0], core.qk),
-        Heads(answering.width, at[1], core.qk),
-        Heads(answering.width, at[2], wide),
+        rotated = emitter.rotate(projected.queries, at_queries, core, state)
+        projected = projected.with_queries(rotated)
+        rotated = emitter.rotate(projected.keys_values, at_keys, core, state)
+        projected = projected.with_keys(rotated)
+    return projected
+
+
+def _key_affine(core: AttentionSpec, state: State) -> Affine:
+    """Weight and bias of the keys' norm, of each head's own keys where these are shared."""
+    weight, bias = affine(state, "k_norm")
+    if not core.qk_norm_per_head or core.kv_of is None:
+        return weight, bias
+    heads = list(core.kv_of)
+    weight, bias = (
+        part[heads] if part is not None and part.ndim == 2 else part for part in (weight, bias)
     )
-    spec_attend = Attend(
-        emitter.batch,
-        maps,
-        tokens,
-        asked,
-        asking.place,
-        queries,
-        keys,
-        values,
-        core.bias is not None,
+    return weight, bias
+
+
+def norm_keys(
+    emitter: Emitter, x: Stream, first: int, core: AttentionSpec, parameters: Affine
+) -> Stream:
+    """Emit the norm of keys.
+
+    Args:
+        emitter: Receives the call.
+        x: Rows that contain the keys.
+        first: The first column of the keys.
+        core: The attention.
+        parameters: Weight and bias of the norm.
+    """
+    assert core.k_norm is not None
+    maps = core.heads * core.parts
+    spec = HeadNorm(
+        emitter.batch * x.rows, x.width, first, maps, core.k_norm, core.qk_norm_per_head
     )
-    table = None if core.bias is None else _relative(core, state, asked, lanes)
-    plain = (
+    return emitter.head_norm(x, spec, parameters)
+
+
+def _attend(
+    emitter: Emitter,
+    projected: _Projected,
+    core: AttentionSpec,
+    state: State,
+    rows: int,
+) -> Stream:
+    """The heads' sums of values, side by side."""
+    queries, keys_values = projected.queries, projected.keys_values
+    at_queries, at_keys, at_values = projected.first
+    spec = Attend(
+        images=emitter.batch,
+        heads=core.heads * core.parts,
+        tokens=keys_values.rows,
+        query_rows=rows,
+        source=queries.layout,
+        queries=HeadColumns(queries.width, at_queries, core.qk),
+        keys=HeadColumns(keys_values.width, at_keys, core.qk),
+        values=HeadColumns(keys_values.width, at_values, emitter.lanes.up(core.v)),
+        biased=core.bias is not None,
+    )
+    bias = None if core.bias is None else _relative_bias(core, state, rows, emitter.lanes)
+    only_products = (
         not core.gated
         and core.out_norm is None
         and core.head_norm is None
         and core.differential is None
     )
-    found = attended(emitter, spec_attend, asking, answering, table, for_products=plain)
-    gain = 1.0
-    if core.differential is not None:
-        gain = 1.0 - core.differential.start
-        before = gain if core.head_norm is None else 1.0
-        found = emitter.combined(
-            found, heads, (before, -before * _taken_off(core.differential, state))
-        )
-    if core.head_norm is not None:
-        spec = HeadNorm(
-            emitter.batch * asked,
-            found.width,
-            0,
-            heads,
-            core.head_norm,
-            core.head_norm_per_head,
-            wide,
-        )
-        found = emitter.heads_normed(found, spec, state, "head_norm", gain)
-    weight = padded_heads(out.weight.T, heads, wide).T
-    gate = None if not core.gated else from_torch(state["gate.weight"], state.get("gate.bias"))
-    if gate is not None and (core.out_norm is None or wide == core.v):
-        gate = Matrix(
-            padded_heads(gate.weight, heads, wide),
-            None if gate.bias is None else padded_heads(gate.bias[None], heads, wide)[0],
-        )
+    return emitter.attend(spec, queries, keys_values, bias, only_products=only_products)
+
+
+def _project_output(
+    emitter: Emitter,
+    source: ProductInput,
+    core: AttentionSpec,
+    state: State,
+    found: Stream,
+    output: SublayerOutput,
+) -> Stream:
+    """The norm over all heads, the gate, and the output projection."""
+    heads, width, matrix = core.heads, emitter.lanes.up(core.v), output.matrix
+    padded = width != core.v
+    projection = Matrix(padded_heads(matrix.weight.T, heads, width).T, matrix.bias)
+    gate = linear(state, "gate") if core.gated else None
+    if gate is not None and not (core.out_norm is not None and padded):
+        gate = gate.with_padded_heads(heads, width)
     if core.out_norm is not None:
-        chosen = None
-        if wide != core.v:
-            chosen, weight = (
-                tuple(head * wide + column for head in range(heads) for column in range(core.v)),
-                out.weight,
-            )
-        affine = (state.get("out_norm.weight"), state.get("out_norm.bias"))
-        # Through a gate the norm's weights cannot be folded.
-        found = emitter.normed(
+        columns = None
+        if padded:
+            own = range(core.v)
+            columns = tuple(head * width + column for head in range(heads) for column in own)
+            projection = matrix
+        parameters = affine(state, "out_norm")
+        # A gate is between the norm and the projection, which then cannot absorb weight and bias.
+        found = emitter.norm(
             found,
             core.out_norm,
-            columns=chosen,
-            affine=affine if gate is not None else None,
-            for_products=gate is None,
+            columns=columns,
+            affine=parameters if gate is not None else None,
+            only_products=gate is None,
         )
         if gate is None:
-            out = Entering(*affine).into(Matrix(weight, out.bias))
-            weight = out.weight
+            projection = InputTransform(*parameters).fold_into(projection)
     if gate is not None:
-        found = emitter.dense(x, asked, entering.into(gate), act="sigmoid", factor=found)
-    return emitter.dense(found, asked, Matrix(weight, out.bias), residual=written)
-
-
-def attended(
-    emitter: Emitter,
-    spec: Attend,
-    asking: Stream,
-    answering: Stream,
-    bias: Array | None = None,
-    *,
-    for_products: bool,
-) -> Stream:
-    """What the heads mix for each query, side by side. asking, answering: rows that hold queries,
-    and keys and values. bias: `Attend.biased`.
-    """
-    lanes, schedule = emitter.lanes, emitter.schedule
-    tile, keys, values = schedule.tile(spec.shape), spec.keys, spec.values
-    key = ("keys", spec.heads, spec.tokens, keys, values, tile.vectors)
-    size = spec.images * spec.heads * packed_size(spec.tokens, keys, values, lanes)
-    packed = emitter.program.call(
-        "keys",
-        key,
-        lambda: pack_keys(
-            spec.images, spec.heads, spec.tokens, keys, values, lanes, tile, schedule.threads
-        ),
-        [answering.value],
-        (size,),
-    )
-    writes, known = (
-        emitter.precision.for_products(whole_rows=False) if for_products else (None, None)
-    )
-    spec = replace(spec, writes=writes)
-    operands = [asking.value, packed]
-    if bias is not None:
-        operands.append(emitter.program.constant(bias.ravel()))
-    operands += emitter.range_operand(writes, known)
-    width = spec.heads * values.each
-    shape = (spec.images * spec.asked * width,)
-    value = emitter.program.call(
-        "attend", spec, lambda: attend(spec, lanes, schedule), operands, shape, stored(writes)
-    )
-    return Stream(value, spec.asked, width, width, writes, known)
-
-
-def ffn(
-    emitter: Emitter,
-    x: Stream,
-    entering: Entering,
-    core: FfnSpec,
-    state: State,
-    out: Matrix,
-    rows: int,
-    written: Stream | None,
-) -> Stream:
-    """Up, activation, perhaps times the other half, down onto the stream, or alone where there is
-    none.
-    """
-    first = entering.into(from_torch(state["fc1.weight"], state.get("fc1.bias")))
-    if core.gated:
-        plain = emitter.dense(x, rows, first)
-        gate = entering.into(from_torch(state["gate.weight"], state.get("gate.bias")))
-        hidden = emitter.dense(
-            x, rows, gate, act=core.act, factor=plain, for_products=core.norm is None
+        found = emitter.dense(
+            source.stream,
+            output.rows,
+            source.transform.fold_into(gate),
+            Epilogue("sigmoid", factor=found),
         )
-    else:
-        hidden = emitter.dense(x, rows, first, act=core.act, for_products=core.norm is None)
-    if core.norm is not None:
-        hidden = emitter.normed(hidden, core.norm, for_products=True)
-        out = Entering(state.get("norm.weight"), state.get("norm.bias")).into(out)
-    return emitter.dense(hidden, rows, out, residual=written)
+    return emitter.dense(found, output.rows, projection, Epilogue(residual=output.residual))
 
 
-def _relative(core: AttentionSpec, state: State, asked: int, lanes: Lanes) -> Array:
-    """(heads, asked, whole vectors of tokens), in the units of scores: times log2 e."""
+def _relative_bias(core: AttentionSpec, state: State, rows: int, lanes: Lanes) -> Array:
+    """(heads, rows, whole vectors of tokens), times log2 e as the scores."""
     spec = core.bias
     assert spec is not None
-    bias = state["bias.table"][offsets(spec).numpy()].transpose(2, 0, 1) * np.float32(
-        math.log2(math.e)
-    )
+    table = state["bias.table"][offsets(spec).numpy()].transpose(2, 0, 1)
+    bias = table * np.float32(LOG2_E)
     before = 0 if spec.prefix_rows else spec.prefix
-    bias = np.pad(bias, ((0, 0), (before, 0), (before, 0)))[:, :asked]
+    bias = np.pad(bias, ((0, 0), (before, 0), (before, 0)))[:, :rows]
     bias = np.repeat(bias, core.parts, axis=0)
     return np.pad(bias, ((0, 0), (0, 0), (0, lanes.up(bias.shape[2]) - bias.shape[2])))
 
 
-def _taken_off(spec: DifferentialSpec, state: State) -> float:
-    """How much of the second map is taken off the first (Ye et al. 2024, eq. 2)."""
+def _differential_lambda(spec: DifferentialSpec, state: State) -> float:
+    """λ, the factor of the second attention map, which is subtracted from the first.
+
+    References:
+        Ye et al. 2024, "Differential Transformer", eq. 2.
+    """
     vectors = state["differential.vectors"].astype(np.float64)
     first, second = np.exp(vectors if spec.dual else (vectors[0::2] * vectors[1::2]).sum(axis=-1))
     return float(first - second + spec.start)
+
+
+def ffn(
+    emitter: Emitter,
+    source: ProductInput,
+    core: FfnSpec,
+    state: State,
+    output: SublayerOutput,
+) -> Stream:
+    """Emit an FFN sub-layer: the hidden layer, gated or not, its norm, and the last linear layer.
+
+    Args:
+        emitter: Receives the calls.
+        source: What the hidden layer reads.
+        core: The FFN.
+        state: Its parameters.
+        output: The last linear layer, for how many rows, and the residual stream.
+    """
+    x, rows, transform = source.stream, output.rows, source.transform
+    matrix, only_products = output.matrix, core.norm is None
+    first = transform.fold_into(linear(state, "fc1"))
+    if core.gated:
+        plain = emitter.dense(x, rows, first)
+        gate = transform.fold_into(linear(state, "gate"))
+        epilogue = Epilogue(core.act, factor=plain, only_products=only_products)
+        hidden = emitter.dense(x, rows, gate, epilogue)
+    else:
+        hidden = emitter.dense(x, rows, first, Epilogue(core.act, only_products=only_products))
+    if core.norm is not None:
+        hidden = emitter.norm(hidden, core.norm, only_products=True)
+        matrix = InputTransform(*affine(state, "norm")).fold_into(matrix)
+    return emitter.dense(hidden, rows, matrix, Epilogue(residual=output.residual))

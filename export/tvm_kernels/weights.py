@@ -1,12 +1,12 @@
-"""Large weights in a file of their own, beside the compiled code.
+"""Large weights in a file of their own, for networks in TVM's virtual machine.
 
-TVM keeps weights inside the shared library as one serialised blob and unpacks it at the start: for
-a moment a device holds them four times, and twice ever after. In a file that is mapped into memory
-they are there once, shared between processes, and dropped by the system when it needs the room.
+TVM stores weights in the shared library as one serialised blob and unpacks it at start-up: a device
+then holds them four times for a moment, and twice afterwards. A file that is mapped into memory
+holds them once, shared between processes, and the system drops its pages when memory is short.
 
-`weights.bin`: one line of JSON (`vitrim.weights/1`: a list of {"shape", "type", "offset",
-"bytes"}), filled up with spaces to a multiple of 64 bytes, then the tensors, each at a multiple of
-64, in the order in which `main` takes them after the images.
+`weights.bin` is one line of JSON (`vitrim.weights/1`: a list of {"shape", "type", "offset",
+"bytes"}), padded with spaces to a multiple of 64 bytes; then the tensors, each at a multiple of 64,
+in the order in which `main` takes them after the images.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 SCHEMA = "vitrim.weights/1"
 FILE = "weights.bin"
 ALIGNMENT_BYTES = 64
-# Each further argument costs a check in every inference, some tenths of a microsecond; below these
-# sizes there is nothing to win for it.
+# Each argument of `main` costs a check of some tenths of a microsecond in every inference, which
+# smaller weights do not repay.
 LEAST_TENSOR_BYTES = 64 * 1024
 LEAST_BYTES = 4 * 1024 * 1024
 
@@ -36,10 +36,17 @@ def lift_weights(
     least_tensor_bytes: int = LEAST_TENSOR_BYTES,
     least_bytes: int = LEAST_BYTES,
 ) -> tuple[IRModule, list[NDArray[Any]]]:
-    """Turn the large constants of `main` into further parameters; the new module and their values
-    in order, or the same module and none of them.
+    """Turn the large constants of `main` into parameters.
 
     What the pipeline would fold into the weights must have been folded before.
+
+    Args:
+        module: A Relax module.
+        least_tensor_bytes: Smaller constants stay.
+        least_bytes: If all lifted constants together are smaller, they stay too.
+
+    Returns:
+        The new module and the values of its parameters in order, or the same module and no values.
     """
     from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -70,14 +77,17 @@ def lift_weights(
         return module, []
     builder = lift.builder_
     function = relax.Function(
-        [*main.params, *(variable for _, variable in found)], body, main.ret_ty, attrs=main.attrs
+        [*main.params, *(variable for _, variable in found)],
+        body,
+        main.ret_ty,
+        attrs=main.attrs,
     )
     builder.update_func(module.get_global_var("main"), function)
     return builder.get(), arrays
 
 
 def save_weights(arrays: list[NDArray[Any]], path: Path) -> None:
-    """Write `weights.bin`."""
+    """Write arrays into a `weights.bin`."""
     rows, offset = [], 0
     for array in arrays:
         rows.append(
@@ -96,11 +106,3 @@ def save_weights(arrays: list[NDArray[Any]], path: Path) -> None:
         for array in arrays:
             stream.write(array.tobytes())
             stream.write(bytes(-array.nbytes % ALIGNMENT_BYTES))
-
-
-def read_table(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Where the tensors begin in the file, and the rows of its table."""
-    with path.open("rb") as stream:
-        head = stream.readline()
-    rows: list[dict[str, Any]] = json.loads(head)["tensors"]
-    return len(head), rows

@@ -42,7 +42,7 @@ from vitrim.export.bundle import bundle
 from vitrim.export.runtimes import runtime_named, tvm_runtime
 from vitrim.export.sessions import open_session
 from vitrim.export.tvm_kernels import link as tvm_link
-from vitrim.export.tvm_kernels.compiled_program import NotStraight
+from vitrim.export.tvm_kernels.execution_plan import NoExecutionPlan
 from vitrim.runtimes.subprocess_inference import infer_in_subprocess
 from vitrim.targets.catalog import load_target
 
@@ -79,7 +79,7 @@ def needs_cmake() -> None:
 
 
 def needs_this_processor() -> None:
-    if lacking := tvm_runtime.lacking_features(load_target("x86-64")):
+    if lacking := tvm_runtime.missing_features(load_target("x86-64")):
         pytest.skip(f"this processor has no {', '.join(lacking)}")
 
 
@@ -127,7 +127,7 @@ def test_code_for_this_machine_answers_as_torch_does(
         close(logits, expected(given))
 
         def never(built: object) -> None:
-            raise NotStraight("it calls vm.builtin.shape_of")
+            raise NoExecutionPlan("it calls vm.builtin.shape_of")
 
         monkeypatch.setattr(tvm_runtime, "straight_program", never)
 

@@ -23,7 +23,7 @@ from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.surgery.image_size import at_image_size
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
-from vitrim.export.runtimes.tvm_runtime import lacking_features
+from vitrim.export.runtimes.tvm_runtime import missing_features
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import fingerprints, prepare, run
 from vitrim.targets.catalog import load_target
@@ -182,7 +182,7 @@ def test_resuming_a_finished_run_repeats_no_step(
 
 def test_a_run_is_not_overwritten_by_default(finished: Path) -> None:
     with pytest.raises(
-        InputError, match="holds an earlier run; --resume continues it, --overwrite deletes it"
+        InputError, match="contains an earlier run; --resume continues it, --overwrite deletes it"
     ):
         run(load_recipe(finished.parent / "tiny.toml"), finished, quiet=True)
 
@@ -295,7 +295,7 @@ def test_artifacts_are_exported_for_several_runtimes(
     finished: Path, place: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
-    if lacking := lacking_features(load_target("x86-64")):
+    if lacking := missing_features(load_target("x86-64")):
         pytest.skip(f"this processor has no {', '.join(lacking)}")
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     changes = [

@@ -1,5 +1,6 @@
-"""TVM's programs of our own kernels compute what the network computes, for odd widths, several
-images, every vector unit and several threads.
+"""Programs of our kernels compute the network's outputs.
+
+For odd widths, several images, every vector unit and several threads.
 """
 
 from __future__ import annotations
@@ -41,17 +42,15 @@ from vitrim.targets.profile import TargetProfile
 
 pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
 
-from vitrim.export.tvm_kernels.build import build_network
-from vitrim.export.tvm_kernels.built import Built
-from vitrim.export.tvm_kernels.coverage import reason_against
+from vitrim.export.tvm_kernels.build import TvmNetwork, build_network, tvm_target
+from vitrim.export.tvm_kernels.coverage import uncovered_part
 from vitrim.export.tvm_kernels.lanes import Lanes
-from vitrim.export.tvm_kernels.log import Trial, quickest, read
-from vitrim.export.tvm_kernels.network import write_program
+from vitrim.export.tvm_kernels.loops import pieces, share_bounds, split_evenly, thread_grid
+from vitrim.export.tvm_kernels.network import network_module
 from vitrim.export.tvm_kernels.program import lowering
 from vitrim.export.tvm_kernels.schedule import Schedule, Shape, Tile, candidates
-from vitrim.export.tvm_kernels.targets import tvm_target
-from vitrim.export.tvm_kernels.tiles import bounds, even, pieces, shares
-from vitrim.export.tvm_kernels.tune import tune
+from vitrim.export.tvm_kernels.tuner import tune
+from vitrim.export.tvm_kernels.tuning_log import Trial, fastest_tiles, read_trials
 
 HOST = detect_host()
 X86 = ("x86-64", "x86-64-avx2")
@@ -72,7 +71,7 @@ def runnable() -> tuple[TargetProfile, ...]:
     return (*able, HOST.model_copy(update={"features": (), "tvm_target": plain}))
 
 
-def answers(built: Built, images: torch.Tensor) -> np.ndarray[Any, Any]:
+def outputs(built: TvmNetwork, images: torch.Tensor) -> np.ndarray[Any, Any]:
     import tvm
     from tvm import relax
 
@@ -83,7 +82,7 @@ def answers(built: Built, images: torch.Tensor) -> np.ndarray[Any, Any]:
     return found
 
 
-def error_of(model: CompactModel, built: Built, batch: int) -> float:
+def error_of(model: CompactModel, built: TvmNetwork, batch: int) -> float:
     images = torch.randn(
         batch,
         *model.architecture.image,
@@ -92,12 +91,12 @@ def error_of(model: CompactModel, built: Built, batch: int) -> float:
     )
     with torch.no_grad():
         expected = model(images).numpy()
-    return float(relative_error(expected, answers(built, images)).max())
+    return float(relative_error(expected, outputs(built, images)).max())
 
 
 @st.composite
 def architectures(draw: Any) -> Architecture:
-    """Networks of the kinds that our kernels cover, with widths on both sides of a vector's."""
+    """Networks that our kernels cover, with widths below and above a vector's."""
     embed, grid, patch = (
         draw(st.integers(3, 40)),
         draw(st.tuples(st.integers(1, 5), st.integers(1, 4))),
@@ -272,7 +271,7 @@ def subset(draw: Any, size: int) -> Indices | None:
     threads=st.integers(1, 2),
     unit=st.integers(0, 2),
 )
-def test_any_covered_network_answers_the_same(
+def test_any_covered_network_computes_the_same_outputs(
     architecture: Architecture, batch: int, threads: int, unit: int
 ) -> None:
     model = network(architecture)
@@ -282,7 +281,7 @@ def test_any_covered_network_answers_the_same(
 
 
 def small(**changes: Any) -> CompactModel:
-    """A network of one attention and one FFN."""
+    """A network with one attention and one FFN."""
     attention = AttentionSpec(heads=2, qk=5, v=6, scale=0.4)
     architecture = Architecture(
         image=(1, 8, 8),
@@ -299,7 +298,7 @@ def small(**changes: Any) -> CompactModel:
 
 
 @pytest.mark.parametrize("kind", ["token", "mean"])
-def test_columns_that_the_head_reads_are_picked_by_the_norm_after_the_pool_too(kind: str) -> None:
+def test_the_norm_after_the_pool_selects_the_columns_that_the_head_reads(kind: str) -> None:
     model = small(
         norm=None,
         prefix=1,
@@ -311,8 +310,8 @@ def test_columns_that_the_head_reads_are_picked_by_the_norm_after_the_pool_too(k
 
 
 @given(total=st.integers(1, 500), most=st.integers(1, 16))
-def test_pieces_cover_everything_once_and_are_nearly_equal(total: int, most: int) -> None:
-    found = list(pieces(even(total, most)))
+def test_pieces_cover_the_whole_length_once_and_are_nearly_equal(total: int, most: int) -> None:
+    found = list(pieces(split_evenly(total, most)))
     assert [start for start, _ in found] == [
         sum(size for _, size in found[:number]) for number in range(len(found))
     ]
@@ -323,8 +322,8 @@ def test_pieces_cover_everything_once_and_are_nearly_equal(total: int, most: int
 
 
 @given(count=st.integers(0, 50), parts=st.integers(1, 9))
-def test_shares_of_threads_meet_end_to_end(count: int, parts: int) -> None:
-    limits = [bounds(count, part, parts) for part in range(parts)]
+def test_shares_of_threads_are_contiguous(count: int, parts: int) -> None:
+    limits = [share_bounds(count, part, parts) for part in range(parts)]
     assert limits[0][0] == 0
     assert limits[-1][1] == count
     assert all(before[1] == after[0] for before, after in pairwise(limits))
@@ -333,28 +332,28 @@ def test_shares_of_threads_meet_end_to_end(count: int, parts: int) -> None:
 @pytest.mark.parametrize(
     ("panels", "rows", "expected"), [(4, 25, (2, 1)), (1, 25, (1, 2)), (3, 8, (1, 2))]
 )
-def test_threads_share_panels_before_rows_where_that_is_as_even(
+def test_of_equally_balanced_grids_the_one_that_splits_panels_is_chosen(
     panels: int, rows: int, expected: tuple[int, int]
 ) -> None:
-    grid = shares(2, even(panels, 1), even(rows, 1))
+    grid = thread_grid(2, split_evenly(panels, 1), split_evenly(rows, 1))
     assert (grid.panels, grid.rows) == expected
 
 
-def test_what_no_kernel_covers_is_named_with_its_place() -> None:
+def test_the_uncovered_part_is_reported_with_its_place() -> None:
     attention = AttentionSpec(heads=2, qk=4, v=6, scale=0.4)
     branch = BranchSpec(
         name="blocks.0.attn", core=attention, post_norm=NormSpec(width=3), writes=(1, 4, 7)
     )
-    reason = reason_against(small(steps=((branch,),)).architecture)
-    assert (
-        reason
-        == "blocks.0.attn: a norm after a sub-layer that writes to a part of the stream (post_norm with writes)"
+    reason = uncovered_part(small(steps=((branch,),)).architecture)
+    assert reason == (
+        "blocks.0.attn: a norm after a sub-layer that writes to a part of the stream "
+        "(post_norm with writes)"
     )
-    assert reason_against(small(pool=PoolSpec(kind="max")).architecture) == "pooling 'max'"
+    assert uncovered_part(small(pool=PoolSpec(kind="max")).architecture) == "pooling 'max'"
 
 
 @pytest.mark.parametrize("name", ["rpi4", "rpi5"])
-def test_kernels_are_cut_for_the_targets_own_registers(name: str) -> None:
+def test_kernels_use_the_vectors_of_the_target(name: str) -> None:
     built = build_network(small(), load_target(name), batch=2)
     assert built.route == "kernels"
     assert built.notes[0].startswith("neon kernels, vectors of 4")
@@ -370,12 +369,12 @@ def test_a_target_without_code_generation_is_refused() -> None:
         build_network(small(), profile)
 
 
-def test_a_tuned_log_is_used_by_the_next_build(tmp_path: Path) -> None:
+def test_the_next_build_uses_a_tuning_log(tmp_path: Path) -> None:
     log, profile, model = tmp_path / "tiles.jsonl", runnable()[0], small()
     tuned = tune(model, profile, log, time_limit_s=1.0)
-    assert 1 <= tuned.shapes <= tuned.of
-    assert tuned.best_s <= tuned.usual_s
-    trials = read(log)
+    assert 1 <= tuned.shapes <= tuned.all_shapes
+    assert tuned.best_s <= tuned.default_s
+    trials = read_trials(log)
     assert len(trials) == tuned.trials
     built = build_network(model, profile, log=log)
     assert built.notes[1] == f"tiles of {tuned.shapes} shapes from tiles.jsonl"
@@ -384,10 +383,10 @@ def test_a_tuned_log_is_used_by_the_next_build(tmp_path: Path) -> None:
 
 @given(tile=st.sampled_from(candidates(load_target("x86-64").vector)))
 @settings(max_examples=4, deadline=None)
-def test_every_tile_computes_the_same(tile: Tile) -> None:
+def test_every_tile_computes_the_same_outputs(tile: Tile) -> None:
     model, profile = small(), runnable()[0]
-    writer = write_program(model, Lanes.of(profile.vector), Schedule(tile), 1)
-    built = Built(writer, tvm_target(profile), lowering(), "kernels", 1)
+    module = network_module(model, Lanes.of(profile.vector), Schedule(tile), 1)
+    built = TvmNetwork(module, tvm_target(profile), lowering(), "kernels", 1)
     assert error_of(model, built, 1) < 1e-4
 
 
@@ -408,7 +407,8 @@ def trial(**changes: Any) -> dict[str, Any]:
     [
         (
             {"rows": 0},
-            r"tiles.jsonl:2: rows: Input should be greater than or equal to 1; remove that line, or tune again",
+            r"tiles.jsonl:2: rows: Input should be greater than or equal to 1; "
+            r"remove that line, or tune again",
         ),
         ({"latency_s": "soon"}, r"tiles.jsonl:2: latency_s: Input should be a valid number"),
         (
@@ -425,10 +425,10 @@ def test_a_malformed_log_is_refused_by_line_and_key(
     path = tmp_path / "tiles.jsonl"
     path.write_text(json.dumps(trial()) + "\n" + json.dumps(trial(**changes)) + "\n")
     with pytest.raises(InputError, match=message):
-        read(path)
+        read_trials(path)
 
 
-def test_the_quickest_tile_of_this_target_and_thread_count_wins() -> None:
+def test_the_fastest_tile_of_the_target_and_thread_count_is_used() -> None:
     lines = [
         trial(rows=8, latency_s=3e-5),
         trial(rows=6, latency_s=2e-5),
@@ -436,7 +436,7 @@ def test_the_quickest_tile_of_this_target_and_thread_count_wins() -> None:
         trial(rows=5, latency_s=1e-6, target="rpi5"),
         trial(rows=12, vectors=3, latency_s=1e-6),
     ]
-    found = quickest(
+    found = fastest_tiles(
         [Trial.model_validate(line) for line in lines], "x86-64", 1, load_target("x86-64").vector
     )
     assert found == {Shape("dense", (9, 4, 16)): Tile(6, 3, 1)}

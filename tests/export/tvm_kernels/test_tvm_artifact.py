@@ -1,6 +1,4 @@
-"""Networks compiled by TVM: straight programs, the virtual machine, other processors, and what is
-refused.
-"""
+"""Networks compiled by TVM: static plans, the virtual machine, other processors, refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from vitrim.core.errors import InputError
 from vitrim.export.exporter import export
 from vitrim.export.runtimes import runtime_named, tvm_runtime
 from vitrim.export.tvm_kernels import link as tvm_link
-from vitrim.export.tvm_kernels.compiled_program import NotStraight
+from vitrim.export.tvm_kernels.execution_plan import NoExecutionPlan
 from vitrim.export.tvm_kernels.weights import lift_weights
 from vitrim.runtimes import EngineError, open_engine
 from vitrim.runtimes.subprocess_inference import infer_in_subprocess
@@ -31,7 +29,7 @@ def _compiler() -> None:
     pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
     if shutil.which("g++") is None:
         pytest.skip("no g++ here: apt-get install g++")
-    if lacking := tvm_runtime.lacking_features(load_target("x86-64")):
+    if lacking := tvm_runtime.missing_features(load_target("x86-64")):
         pytest.skip(f"this processor has no {', '.join(lacking)}")
 
 
@@ -45,17 +43,17 @@ def close(found: Any, wanted: Any) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_a_program_needs_no_runtime_and_answers_as_torch(tmp_path: Path) -> None:
+def test_a_static_plan_needs_no_runtime_and_computes_torchs_outputs(tmp_path: Path) -> None:
     written = compiled(tmp_path / "a")
     assert written.session["entry"] == "program"
     assert sorted(os.listdir(tmp_path / "a")) == ["model.so"]
     given = images(1)
     # In a process that has numpy and no TVM.
-    logits, told = infer_in_subprocess(job_of(tmp_path / "a", written), given)
+    logits, facts = infer_in_subprocess(job_of(tmp_path / "a", written), given)
     close(logits, expected(given))
-    assert told["runtime"] == "tvm"
+    assert facts["runtime"] == "tvm"
     engine = loaded(job_of(tmp_path / "a", written))
-    # Images that begin anywhere, not only where vectors may.
+    # Images at an unaligned address.
     odd = np.empty(given.size + 1, dtype=np.float32)[1:].reshape(given.shape)
     odd[...] = given
     close(engine.infer(odd), expected(given))
@@ -73,18 +71,18 @@ def test_several_images_and_several_threads(tmp_path: Path) -> None:
     wanted = expected(given)
     for threads in (1, 2, 3):
         engine = loaded(job_of(tmp_path / "a", written, batch=2, threads=threads))
-        # Many times over, since what threads do to each other they do seldom.
+        # Repeated, since races are rare.
         for _ in range(50):
             close(engine.infer(given), wanted)
 
 
-def test_what_is_no_straight_program_runs_in_the_virtual_machine(
+def test_a_network_without_a_static_plan_runs_in_the_virtual_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(built: Any) -> Any:
-        raise NotStraight("it calls vm.builtin.shape_of")
+    def no_plan(network: Any) -> Any:
+        raise NoExecutionPlan("it calls vm.builtin.shape_of")
 
-    monkeypatch.setattr(tvm_runtime, "straight_program", never)
+    monkeypatch.setattr(tvm_runtime, "execution_plan", no_plan)
     lift = lift_weights
     monkeypatch.setattr(
         tvm_runtime,
@@ -95,8 +93,8 @@ def test_what_is_no_straight_program_runs_in_the_virtual_machine(
     assert written.session["entry"] == "machine"
     assert written.files == (("weights.bin", "weights"),)
     assert (
-        "runs in TVM's virtual machine, for it is no straight program: it calls vm.builtin.shape_of"
-        in written.notes
+        "runs in TVM's virtual machine, because it has no static execution plan: "
+        "it calls vm.builtin.shape_of" in written.notes
     )
     given = images(1)
     logits, _ = infer_in_subprocess(job_of(tmp_path / "a", written), given)
@@ -123,31 +121,29 @@ def test_what_is_no_straight_program_runs_in_the_virtual_machine(
         compiled(tmp_path / "b", options={"static": "yes"})
 
 
-def test_code_for_arm_answers_as_code_for_this_machine(tmp_path: Path) -> None:
+def test_code_for_arm_computes_torchs_outputs_and_is_refused_here(tmp_path: Path) -> None:
     emulator("apache-tvm-ffi")
     if shutil.which("aarch64-linux-gnu-g++") is None:
         pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
     written = compiled(tmp_path / "a", "rpi4")
     assert written.session["triple"] == "aarch64-linux-gnu"
-    assert written.unasked is None
+    assert written.parity_skipped is None
     assert written.command is not None
     given = images(2)
-    logits, _ = infer_in_subprocess(job_of(tmp_path / "a", written), given, command=written.command)
+    job = job_of(tmp_path / "a", written)
+    logits, _ = infer_in_subprocess(job, given, command=written.command)
     close(logits, expected(given))
-    with pytest.raises(
-        EngineError,
-        match=r"model\.so was compiled for aarch64-linux-gnu, and this machine is x86_64",
-    ):
+    refusal = r"model\.so was compiled for aarch64-linux-gnu, and this machine is x86_64"
+    with pytest.raises(EngineError, match=refusal):
         loaded(job_of(tmp_path / "a", written))
 
 
-def test_code_for_cuda_is_written_where_no_gpu_is(tmp_path: Path) -> None:
-    if tvm_runtime.cuda_here():
+def test_code_for_cuda_is_written_without_a_gpu(tmp_path: Path) -> None:
+    if tvm_runtime.has_cuda():
         pytest.skip("this machine has a GPU")
     written = compiled(tmp_path / "a", "cuda")
-    assert (
-        written.unasked
-        == "there is no CUDA device on this machine; `vitrim bench` on one tells its answers and its speed"
+    assert written.parity_skipped == (
+        "there is no CUDA device on this machine; run `vitrim bench` on one that has it"
     )
     assert (tmp_path / "a" / written.main).stat().st_size > 10_000
     with pytest.raises(
@@ -157,7 +153,7 @@ def test_code_for_cuda_is_written_where_no_gpu_is(tmp_path: Path) -> None:
         loaded(job_of(tmp_path / "a", written))
 
 
-def test_the_exporter_proves_what_was_compiled(tmp_path: Path) -> None:
+def test_the_export_computes_the_parity_of_the_compiled_network(tmp_path: Path) -> None:
     artifact = export(tiny_vit(), tmp_path / "a", runtime="tvm", images=images(4))
     compiled_stage = artifact.manifest.parity[-1]
     assert (compiled_stage.stage, compiled_stage.images) == ("tvm", 4)
@@ -173,11 +169,12 @@ def test_the_exporter_proves_what_was_compiled(tmp_path: Path) -> None:
             {"options": {"speed": "high"}},
             "option 'speed' is none of tvm's; it has log, tune_s, schedule, static",
         ),
-        ({"options": {"static": "perhaps"}}, "option static=perhaps: say yes or no"),
-        ({"options": {"schedule": "quick"}}, "option schedule=quick: say ours or default"),
+        ({"options": {"static": "perhaps"}}, "option static=perhaps: use yes or no"),
+        ({"options": {"schedule": "quick"}}, "option schedule=quick: use ours or default"),
         (
             {"options": {"schedule": "default", "tune_s": "5"}},
-            "tuning measures our own kernels, and this network, target or schedule has none of them",
+            "tuning measures our own kernels, "
+            "and this network, target or schedule has none of them",
         ),
         ({"options": {"tune_s": "long"}}, "option tune_s=long: give the seconds"),
         ({"options": {"log": "nowhere.jsonl"}}, r"option log=nowhere\.jsonl: no such file"),
@@ -193,26 +190,27 @@ def test_what_cannot_be_compiled_is_refused(
 
 
 def test_compiled_code_has_no_dynamic_batch(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError,
-        match="runtime tvm: a file holds one batch size; export with batch 1 or another number, or for another runtime",
-    ):
+    refusal = "runtime tvm: a file holds one batch size; export with batch 1 or another number, "
+    with pytest.raises(InputError, match=f"{refusal}or for another runtime"):
         export(tiny_vit(), tmp_path / "a", runtime="tvm", batch="dynamic")
 
 
-def test_a_linker_is_found_or_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_linker_is_reported_with_its_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert tvm_link.linker_for("x86_64-linux-gnu").name.split()[0].endswith("++")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError,
-        match="no linker for aarch64-linux-gnu on this machine; install one with `apt-get install g\\+\\+-aarch64-linux-gnu`",
-    ):
+    refusal = (
+        r"no linker for aarch64-linux-gnu on this machine; "
+        r"install one with `apt-get install g\+\+-aarch64-linux-gnu`"
+    )
+    with pytest.raises(InputError, match=refusal):
         tvm_link.linker_for("aarch64-linux-gnu")
 
 
-def test_a_library_that_is_no_network_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_compiled_network_is_refused(tmp_path: Path) -> None:
     job = {
         "runtime": "tvm",
         "model": str(tmp_path / "model.so"),

@@ -1,5 +1,6 @@
-"""The bundle of a compiled network, built from a clean folder: the model linked into the program,
-or opened by it; for this machine, and for ARM.
+"""The bundle of a compiled network, built from a clean folder for this machine and for ARM.
+
+The model is linked into the program, or the program opens it.
 """
 
 from __future__ import annotations
@@ -45,47 +46,41 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 def picture_in(folder: Path) -> tuple[Path, np.ndarray]:
-    """A picture of another size than the model takes, and what torch answers for it."""
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (31, 53, 3), dtype=np.uint8)
-    )
+    """A picture of another size than the model's input, and torch's logits for it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 53, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
     picture.save(folder / "picture.ppm")
-    return folder / "picture.ppm", expected(
-        Preprocessing.model_validate(PREPROCESSING).apply(picture)[None]
-    )[0]
+    image = Preprocessing.model_validate(PREPROCESSING).apply(picture)
+    return folder / "picture.ppm", expected(image[None])[0]
 
 
 def check(ran: subprocess.CompletedProcess[str], wanted: np.ndarray) -> dict[str, int]:
-    """The labels and logits are right; what the program told of itself."""
+    """Check the label and the logits; returns the program's report."""
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
-    logits = np.array(
-        [
-            float(value)
-            for value in next(line for line in lines if line.startswith("logits")).split()[1:]
-        ]
-    )
+    numbers = next(line for line in lines if line.startswith("logits")).split()[1:]
+    logits = np.array([float(number) for number in numbers])
     np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
     assert lines[0].endswith(LABELS[int(wanted.argmax())])
     return {name: int(number) for name, number in (line.split() for line in lines[-4:])}
 
 
-def test_the_model_is_a_part_of_the_program_or_a_library_beside_it(tmp_path: Path) -> None:
+def test_the_model_is_linked_into_the_program_or_opened_by_it(tmp_path: Path) -> None:
     artifact = artifact_in(tmp_path / "artifact")
     folder = bundle(artifact, tmp_path / "bundle")
     assert Artifact.load(folder / "model").sha256 == artifact.sha256
     picture, wanted = picture_in(tmp_path)
     linked = build(folder, "linked")
-    told = check(run(linked, picture, "--logits", "--report"), wanted)
-    # No runtime: the program is its code and its weights, and needs a few megabytes to run.
-    assert told["runtime_bytes"] == told["model_bytes"] == 0
-    assert told["program_bytes"] < 2_000_000
-    assert 1_000_000 < told["peak_rss_bytes"] < 20_000_000
+    report = check(run(linked, picture, "--logits", "--report"), wanted)
+    # No runtime: the program contains code and weights, and needs a few megabytes of memory.
+    assert report["runtime_bytes"] == report["model_bytes"] == 0
+    assert report["program_bytes"] < 2_000_000
+    assert 1_000_000 < report["peak_rss_bytes"] < 20_000_000
     needed = run("readelf", "-d", linked).stdout
     assert "tvm" not in needed
     opened = build(folder, "opened", "-DVITRIM_LINKED=OFF")
-    told = check(run(opened, "-", folder / "model", picture, "--logits", "--report"), wanted)
-    assert told["model_bytes"] == artifact.bytes
+    report = check(run(opened, "-", folder / "model", picture, "--logits", "--report"), wanted)
+    assert report["model_bytes"] == artifact.bytes
     (folder / "model" / "model.so").write_bytes(b"no library")
     ran = run(opened, "-", folder / "model", picture)
     assert (ran.returncode, len(ran.stderr.splitlines())) == (3, 1)
@@ -99,11 +94,10 @@ def test_one_file_for_arm_needs_no_shared_library(tmp_path: Path) -> None:
     folder = bundle(artifact_in(tmp_path / "artifact", "rpi4"), tmp_path / "bundle")
     program = build(folder, "arm", "-DCMAKE_TOOLCHAIN_FILE=aarch64.cmake", "-DVITRIM_STATIC=ON")
     picture, wanted = picture_in(tmp_path)
-    # No user land either: the program alone.
-    told = check(
-        run(machine.qemu, "-cpu", "cortex-a72", program, picture, "--logits", "--report"), wanted
-    )
-    assert told["program_bytes"] == program.stat().st_size < 4_000_000
+    # Without an ARM system's libraries.
+    command = (machine.qemu, "-cpu", "cortex-a72", program, picture, "--logits", "--report")
+    report = check(run(*command), wanted)
+    assert report["program_bytes"] == program.stat().st_size < 4_000_000
 
 
 def test_what_cannot_be_bundled_is_refused(tmp_path: Path) -> None:

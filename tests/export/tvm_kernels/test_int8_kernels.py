@@ -1,6 +1,4 @@
-"""TVM's kernels in eight bits: codes mean what they stand for, products of codes are exact, and
-networks answer nearly as in fp32.
-"""
+"""int8 kernels: codes dequantize to their numbers, products are exact, outputs are near fp32."""
 
 from __future__ import annotations
 
@@ -42,16 +40,14 @@ pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm
 import tvm
 from tvm import relax
 from tvm_sample import images
-from vitrim.export.tvm_kernels.build import build_network
-from vitrim.export.tvm_kernels.codes import Coding, Encode, Range, encode_rows
+from vitrim.export.tvm_kernels.build import build_network, tvm_target
+from vitrim.export.tvm_kernels.calibration import find_ranges
 from vitrim.export.tvm_kernels.dense import Dense, dense
-from vitrim.export.tvm_kernels.dot import Dot, Kind
-from vitrim.export.tvm_kernels.lanes import Lanes
-from vitrim.export.tvm_kernels.packing import in_eight_bits, padded, panels
-from vitrim.export.tvm_kernels.place import Rows
-from vitrim.export.tvm_kernels.ranges import find_ranges
+from vitrim.export.tvm_kernels.integer_dot import IntegerDot, Kind
+from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
+from vitrim.export.tvm_kernels.packing import padded, panels, quantize_weights
+from vitrim.export.tvm_kernels.quantization import Quantize, Quantizer, Range, quantize_rows
 from vitrim.export.tvm_kernels.schedule import default_schedule
-from vitrim.export.tvm_kernels.targets import tvm_target
 
 HOST = detect_host()
 PLAIN = HOST.model_copy(
@@ -66,15 +62,13 @@ SHIPPED = {"unsigned": "x86-64", "pairs": "x86-64-avx2"}
 
 
 def profile_of(kind: Kind) -> TargetProfile:
-    """A profile whose codes are multiplied so and that this machine can run."""
+    """A profile with this instruction, that this machine can run."""
     profile = PLAIN if kind == "plain" else load_target(SHIPPED[kind])
     if HOST.architecture != "x86_64" and kind != "plain":
         pytest.skip("these instructions are those of x86-64")
-    if not set(profile.features) <= set(HOST.features):
-        pytest.skip(
-            f"this processor has no {', '.join(set(profile.features) - set(HOST.features))}"
-        )
-    assert Dot.of(profile.vector).kind == kind
+    if missing := set(profile.features) - set(HOST.features):
+        pytest.skip(f"this processor has no {', '.join(missing)}")
+    assert IntegerDot.of(profile.vector).kind == kind
     return profile
 
 
@@ -93,34 +87,32 @@ def run(
     return found
 
 
-def encoded(
+def quantized(
     x: NDArray[np.float32], profile: TargetProfile, span: Range | None, threads: int = 1
-) -> tuple[NDArray[Any], Coding]:
-    """Rows of codes. x: (rows, width)."""
-    dot = Dot.of(profile.vector)
-    coding, lanes = Coding(dot, static=span is not None), dot.lanes
+) -> tuple[NDArray[Any], Quantizer]:
+    """Codes of the rows of x (rows, width), and how they were quantized."""
+    dot = IntegerDot.of(profile.vector)
+    quantizer, lanes = Quantizer(dot, static=span is not None), dot.lanes
     rows, used = x.shape
-    wide = np.full(
-        (rows, lanes.up(used)), 1e9, np.float32
-    )  # what lies behind the last column must not matter
+    # Whatever is behind the last column must not matter.
+    wide = np.full((rows, lanes.up(used)), 1e9, np.float32)
     wide[:, :used] = x
-    spec = Encode(1, rows, used, Rows(rows, wide.shape[1]), coding)
-    out = np.zeros(rows * coding.row_length(used), dot.stored)
-    known = [] if span is None else [span.operand(dot)]
-    return run(encode_rows(spec, threads), profile, out, wide.ravel(), *known).reshape(
-        rows, -1
-    ), coding
+    spec = Quantize(1, rows, used, RowLayout(rows, wide.shape[1]), quantizer)
+    out = np.zeros(rows * quantizer.row_length(used), dot.stored)
+    static_range = [] if span is None else [span.operand(dot)]
+    codes = run(quantize_rows(spec, threads), profile, out, wide.ravel(), *static_range)
+    return codes.reshape(rows, -1), quantizer
 
 
-def decoded(
-    codes: NDArray[Any], coding: Coding, span: Range | None, used: int
+def dequantized(
+    codes: NDArray[Any], quantizer: Quantizer, span: Range | None, used: int
 ) -> NDArray[np.float64]:
     numbers = codes[:, :used].astype(np.float64)
     if span is not None:
-        return span.base(coding.dot) + span.step * numbers
-    ranges = np.ascontiguousarray(
-        codes[:, coding.place(codes.shape[1]) :][:, : 8 // coding.dot.stored_bytes]
-    ).view(np.float32)
+        return span.base(quantizer.dot) + span.step * numbers
+    first = quantizer.range_offset(codes.shape[1])
+    own = codes[:, first : first + 8 // quantizer.dot.stored_bytes]
+    ranges = np.ascontiguousarray(own).view(np.float32)
     return ranges[:, 1:] + ranges[:, :1].astype(np.float64) * numbers
 
 
@@ -133,29 +125,33 @@ def decoded(
     threads=st.integers(1, 2),
     static=st.booleans(),
 )
-def test_a_code_stands_for_the_nearest_number_of_its_row(
+def test_each_number_gets_the_nearest_code(
     kind: Kind, rows: int, used: int, shift: float, threads: int, static: bool
 ) -> None:
-    x = (np.random.default_rng(rows * 71 + used).standard_normal((rows, used)) + shift).astype(
-        np.float32
-    )
+    noise = np.random.default_rng(rows * 71 + used).standard_normal((rows, used))
+    x = (noise + shift).astype(np.float32)
     span = Range(float(x.min()), float(x.max())) if static else None
-    codes, coding = encoded(x, profile_of(kind), span, threads)
+    codes, quantizer = quantized(x, profile_of(kind), span, threads)
     steps = (
         np.full((rows, 1), span.step) if span else (x.max(axis=1) - x.min(axis=1))[:, None] / 255
     )
-    assert (np.abs(decoded(codes, coding, span, used) - x) <= 0.5001 * steps + 1e-5).all()
+    error = np.abs(dequantized(codes, quantizer, span, used) - x)
+    assert (error <= 0.5001 * steps + 1e-5).all()
 
 
 @pytest.mark.parametrize("kind", ["unsigned", "pairs", "plain"])
-def test_rows_of_equal_numbers_and_numbers_outside_a_known_range(kind: Kind) -> None:
+def test_rows_of_equal_numbers_are_exact_and_numbers_outside_a_static_range_are_clamped(
+    kind: Kind,
+) -> None:
     profile = profile_of(kind)
     equal = np.full((2, 9), 3.75, np.float32)
-    codes, coding = encoded(equal, profile, None)
-    np.testing.assert_array_equal(decoded(codes, coding, None, 9), equal)
+    codes, quantizer = quantized(equal, profile, None)
+    np.testing.assert_array_equal(dequantized(codes, quantizer, None, 9), equal)
     span = Range(-1.0, 2.0)
-    codes, coding = encoded(np.array([[-50.0, -1.0, 2.0, 99.0]], np.float32), profile, span)
-    np.testing.assert_allclose(decoded(codes, coding, span, 4), [[-1.0, -1.0, 2.0, 2.0]], atol=1e-6)
+    outside = np.array([[-50.0, -1.0, 2.0, 99.0]], np.float32)
+    codes, quantizer = quantized(outside, profile, span)
+    found = dequantized(codes, quantizer, span, 4)
+    np.testing.assert_allclose(found, [[-1.0, -1.0, 2.0, 2.0]], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["unsigned", "pairs", "plain"])
@@ -168,54 +164,58 @@ def test_rows_of_equal_numbers_and_numbers_outside_a_known_range(kind: Kind) -> 
     bias=st.booleans(),
     threads=st.integers(1, 2),
 )
-def test_a_product_of_codes_is_the_product_of_what_they_stand_for(
+def test_a_product_of_codes_equals_the_product_of_the_dequantized_numbers(
     kind: Kind, rows: int, depth: int, columns: int, static: bool, bias: bool, threads: int
 ) -> None:
     profile = profile_of(kind)
-    dot, lanes = Dot.of(profile.vector), Lanes.of(profile.vector)
+    dot, lanes = IntegerDot.of(profile.vector), Lanes.of(profile.vector)
     rng = np.random.default_rng(depth * 51 + columns)
-    x, weight = (
-        rng.standard_normal((rows, depth), np.float32),
-        rng.standard_normal((depth, columns), np.float32),
-    )
+    x = rng.standard_normal((rows, depth), np.float32)
+    weight = rng.standard_normal((depth, columns), np.float32)
     summand = rng.standard_normal(columns).astype(np.float32)
     span = Range(float(x.min()), float(x.max())) if static else None
-    codes, coding = encoded(x, profile, span)
+    codes, quantizer = quantized(x, profile, span)
     width = lanes.up(columns)
     schedule = default_schedule(profile.vector, threads)
     spec = Dense(
-        1, rows, depth, width, Rows(rows, codes.shape[1]), bias=bias or static, reads=coding
+        images=1,
+        rows=rows,
+        depth=depth,
+        width=width,
+        source=RowLayout(rows, codes.shape[1]),
+        bias=bias or static,
+        input_quantizer=quantizer,
     )
-    eight, scales = in_eight_bits(weight)
-    sums = scales * eight.sum(axis=0)
-    known = (scales * np.float32(span.step),) if span else (scales, sums)
+    weight_codes, scales = quantize_weights(weight)
+    sums = scales * weight_codes.sum(axis=0)
+    factors = (scales * np.float32(span.step),) if span else (scales, sums)
     shift = summand * bias + (span.base(dot) * sums if span else 0)
     operands = [
         codes.ravel(),
-        panels(eight, spec.panels(lanes, schedule), lanes.count, dot.group),
-        *(padded(part, width) for part in known),
+        panels(weight_codes, spec.panels(lanes, schedule), lanes.count, dot.group),
+        *(padded(part, width) for part in factors),
     ]
     operands += [padded(shift.astype(np.float32), width)] if spec.bias else []
-    found = run(
-        dense(spec, lanes, schedule), profile, np.zeros(rows * width, np.float32), *operands
-    ).reshape(rows, width)[:, :columns]
-    wanted = (
-        decoded(codes, coding, span, depth) @ (eight * scales.astype(np.float64)) + summand * bias
+    out = np.zeros(rows * width, np.float32)
+    found = run(dense(spec, lanes, schedule), profile, out, *operands)
+    exact = dequantized(codes, quantizer, span, depth) @ (weight_codes * scales.astype(np.float64))
+    wanted = exact + summand * bias
+    np.testing.assert_allclose(
+        found.reshape(rows, width)[:, :columns],
+        wanted,
+        atol=2e-5 * max(1.0, np.abs(wanted).max()),
     )
-    np.testing.assert_allclose(found, wanted, atol=2e-5 * max(1.0, np.abs(wanted).max()))
 
 
-def answers(
+def outputs(
     model: CompactModel, profile: TargetProfile, precision: Any, batch: int = 2, threads: int = 1
 ) -> NDArray[Any]:
-    given = noise(model, batch)
     ranges = find_ranges(model, noise(model, 8)) if precision == "int8-static" else None
-    built = build_network(
+    compiled = build_network(
         model, profile, batch=batch, threads=threads, precision=precision, ranges=ranges
-    )
-    found: NDArray[Any] = relax.VirtualMachine(built.compile(), tvm.cpu())["main"](
-        tvm.runtime.tensor(given)
-    ).numpy()
+    ).compile()
+    main = relax.VirtualMachine(compiled, tvm.cpu())["main"]
+    found: NDArray[Any] = main(tvm.runtime.tensor(noise(model, batch))).numpy()
     return found
 
 
@@ -226,7 +226,7 @@ def noise(model: CompactModel, count: int) -> NDArray[np.float32]:
 
 
 def sample(**changes: Any) -> CompactModel:
-    """Two blocks, wide enough that errors of single codes average out."""
+    """Two blocks, wide enough that the errors of single codes average out."""
     attention = {"heads": 2, "qk": 9, "v": 14, "scale": 0.3, **changes.pop("attention", {})}
     ffn = {"hidden": 70, **changes.pop("ffn", {})}
     steps = tuple(
@@ -279,32 +279,29 @@ def sample(**changes: Any) -> CompactModel:
     ],
     ids=["mean", "token", "distilled", "gated", "attention", "differential", "normed"],
 )
-def test_networks_in_eight_bits_answer_nearly_as_in_fp32(
-    precision: str, changes: dict[str, Any]
-) -> None:
+def test_outputs_in_int8_are_close_to_fp32(precision: str, changes: dict[str, Any]) -> None:
     model = sample(**changes)
     with torch.no_grad():
         wanted = model(torch.from_numpy(noise(model, 2)).double()).numpy()
-    # The worst of these is 0.03; a base forgotten, ranges in another order or one scale for all
-    # columns give 0.19 and more.
-    assert relative_error(wanted, answers(model, PLAIN, precision)).max() < 0.1
+    # The largest is 0.03; a missing base, ranges in another order or one scale for all columns give
+    # 0.19 and more.
+    assert relative_error(wanted, outputs(model, PLAIN, precision)).max() < 0.1
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-static"])
 @pytest.mark.parametrize("kind", ["unsigned", "pairs"])
-def test_every_instruction_gives_the_same_answer(kind: Kind, precision: str) -> None:
+def test_every_instruction_computes_the_same_outputs(kind: Kind, precision: str) -> None:
     model = sample(prefix=1, pool=PoolSpec(kind="token"))
+    plain = outputs(model, PLAIN, precision)
+    found = outputs(model, profile_of(kind), precision, threads=2)
     # Products of codes are exact; only sums in fp32 differ in their last digits.
-    assert (
-        relative_error(
-            answers(model, PLAIN, precision), answers(model, profile_of(kind), precision, threads=2)
-        ).max()
-        < 1e-5
-    )
+    assert relative_error(plain, found).max() < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-static"])
-def test_the_exporter_proves_what_was_compiled_and_says_how(tmp_path: Path, precision: Any) -> None:
+def test_the_export_reports_the_instruction_and_the_parity_of_int8(
+    tmp_path: Path, precision: Any
+) -> None:
     if shutil.which("g++") is None:
         pytest.skip("no g++ here: apt-get install g++")
     profile_of("unsigned")
@@ -319,7 +316,7 @@ def test_the_exporter_proves_what_was_compiled_and_says_how(tmp_path: Path, prec
     assert artifact.manifest.session["entry"] == "program"
 
 
-def test_code_for_arms_dot_products_answers_as_code_for_this_machine(tmp_path: Path) -> None:
+def test_arms_dot_products_compute_the_outputs_of_this_machine(tmp_path: Path) -> None:
     emulator("apache-tvm-ffi")
     if shutil.which("aarch64-linux-gnu-g++") is None:
         pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
@@ -337,15 +334,12 @@ def test_code_for_arms_dot_products_answers_as_code_for_this_machine(tmp_path: P
     )
 
 
-def test_what_no_kernel_covers_has_no_eight_bits(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError,
-        match="int8 is computed by our own kernels, and they do not cover pooling 'max'; take fp32",
-    ):
+def test_int8_needs_kernels_that_cover_the_network(tmp_path: Path) -> None:
+    ours = "int8 is computed by our own kernels, and "
+    with pytest.raises(InputError, match=f"{ours}they do not cover pooling 'max'; use fp32"):
         build_network(sample(pool=PoolSpec(kind="max")), PLAIN, precision="int8")
     with pytest.raises(
-        InputError,
-        match="int8 is computed by our own kernels, and this network, target or schedule has none of them",
+        InputError, match=f"{ours}this network, target or schedule has none of them"
     ):
         export(
             vitrim.lift(tiny_vit()),

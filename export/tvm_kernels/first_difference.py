@@ -1,6 +1,4 @@
-"""Where a compiled network first goes wrong: what each kernel wrote, held against torch's residual
-stream between the sub-layers.
-"""
+"""Where a compiled network first differs from torch, located by its residual stream."""
 
 from __future__ import annotations
 
@@ -19,25 +17,37 @@ from ..parity import relative_error
 from ..runtimes.runtime import Source
 
 Array = NDArray[Any]
-# Rows are padded to whole vectors, the longest of which hold fewer numbers than this.
+# Rows are padded to whole vectors, by fewer numbers than this.
 PADDING = 64
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The residual stream (batch, tokens, embed) where some sub-layers have written to it."""
+    """The residual stream after a step.
+
+    Attributes:
+        written_by: The sub-layers of the step.
+        stream: Shape (batch, tokens, embed).
+    """
 
     written_by: str
     stream: Array
 
 
-def first_kernel(source: Source, library: Path, tolerance: float) -> str | None:
-    """The sub-layer whose kernels are the first to differ by more than `tolerance`, and the last
-    kernel before them; None where nothing can be compared.
+def first_difference(source: Source, library: Path, tolerance: float) -> str | None:
+    """The first sub-layer that differs by more than `tolerance`, and the last kernel before it.
 
-    Kernels compute several layers at once and in orders of their own, but each sub-layer ends with
-    one that writes the residual stream. The stream may be padded to whole vectors, and hold only
-    the tokens that the head reads.
+    Kernels combine layers, but each sub-layer ends with a kernel that writes the residual stream.
+    The written stream may be padded to whole vectors, and contain only the tokens that the head
+    reads.
+
+    Args:
+        source: What was compiled.
+        library: The compiled network.
+        tolerance: Relative to the largest value of the stream.
+
+    Returns:
+        A description, or None where nothing can be compared.
     """
     if source.compact is None:
         return None
@@ -45,43 +55,42 @@ def first_kernel(source: Source, library: Path, tolerance: float) -> str | None:
     images = np.resize(source.probe.images, (batch, *source.shape))
     try:
         program = CompiledProgram(str(library), [batch, *source.shape], source.threads)
-        wrote = [
+        outputs = [
             (name, np.frombuffer(content, np.float32))
             for name, content in program.watch(images)
             if len(content) % 4 == 0
         ]
     except (EngineError, RuntimeError):
         return None
-    if not wrote:
+    if not outputs:
         return None
-    asked = source.compact.architecture.pooled_prefix
-    last, behind = "the images", 0
+    pooled = source.compact.architecture.pooled_prefix
+    last, position = "the images", 0
     for checkpoint in checkpoints(source.compact, images):
-        errors = [stream_error(checkpoint.stream, found, asked) for _, found in wrote[behind:]]
+        errors = [stream_error(checkpoint.stream, found, pooled) for _, found in outputs[position:]]
         match = next((number for number, error in enumerate(errors) if error <= tolerance), None)
         if match is None:
+            place = f"{checkpoint.written_by}, behind {last}"
             least = min(errors, default=np.inf)
-            if not np.isfinite(least):
-                return f"{checkpoint.written_by}, behind {last}"
-            return f"{checkpoint.written_by}, behind {last}, by {least:.2e} of its largest value"
-        behind += match + 1
-        last = f"kernel {wrote[behind - 1][0]}"
+            return f"{place}, by {least:.2e} of its largest value" if np.isfinite(least) else place
+        position += match + 1
+        last = f"kernel {outputs[position - 1][0]}"
     return f"the head, behind {last}"
 
 
 def checkpoints(compact: CompactModel, images: Array) -> list[Checkpoint]:
-    """The stream behind the stem and behind each step."""
-    architecture = compact.architecture
+    """The stream after the stem and after each step."""
+    steps = compact.architecture.steps
     names = [
         "the stem",
-        *(" and ".join(branch.name for branch in step) for step in architecture.steps),
+        *(" and ".join(branch.name for branch in step) for step in steps),
     ]
     streams: list[Array] = []
 
-    def keep(module: Any, inputs: Any) -> None:
+    def record(module: Any, inputs: Any) -> None:
         streams.append(inputs[0].detach().float().numpy())
 
-    hooks = [step[0].register_forward_pre_hook(keep) for step in compact.steps]  # type: ignore[index]
+    hooks = [step[0].register_forward_pre_hook(record) for step in compact.steps]  # type: ignore[index]
     try:
         with torch.no_grad():
             streams.append(compact.features(torch.from_numpy(images)).float().numpy())
@@ -91,15 +100,20 @@ def checkpoints(compact: CompactModel, images: Array) -> list[Checkpoint]:
     return [Checkpoint(name, stream) for name, stream in zip(names, streams, strict=True)]
 
 
-def stream_error(stream: Array, found: Array, asked: int) -> float:
-    """How far what a kernel wrote is from a stream, over the stream's largest value; infinite if by
-    its size it cannot be that stream.
+def stream_error(stream: Array, found: Array, pooled: int) -> float:
+    """The largest error of a kernel's output, relative to the largest value of a stream.
 
-    asked: the first so many tokens are what the head reads, 0 for all.
+    Args:
+        stream: Shape (batch, tokens, embed).
+        found: The output, flat.
+        pooled: How many tokens the head reads, the first ones; 0: all.
+
+    Returns:
+        Infinity if the output's size is not that of the stream.
     """
     batch, tokens, embed = stream.shape
     least = np.inf
-    for rows in {tokens, min(asked, tokens) or tokens}:
+    for rows in {tokens, min(pooled, tokens) or tokens}:
         width, rest = divmod(found.size, batch * rows)
         if rest or not embed <= width <= embed + PADDING:
             continue

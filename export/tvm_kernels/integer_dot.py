@@ -1,5 +1,6 @@
-"""Products of whole numbers: a few neighbouring codes times as many weights, added into 32 bits, by
-the best instruction that a unit has for it.
+"""Products of quantized numbers: groups of neighbouring codes times weights, summed in int32.
+
+Each vector unit has its best instruction for it. A code is the integer that stands for a number.
 """
 
 from __future__ import annotations
@@ -12,37 +13,51 @@ from tvm.tirx.script import builder as T
 from ...targets.vector import VectorUnit
 from .lanes import Buffer, Expr, Lanes
 
-# unsigned: four bytes without sign times four with one (x86's VNNI). signed: four bytes with a sign
-# each (ARM's dot products). pairs: two numbers of 16 bits each (AVX2's pmaddwd, exact, where
-# pmaddubsw would saturate). plain: one at a time, in 32 bits, which any unit can.
+# unsigned: four uint8 times four int8 (x86 VNNI). signed: four int8 each (ARM dot products).
+# pairs: two int16 each (AVX2's pmaddwd, which is exact where pmaddubsw saturates). plain: one at a
+# time in int32, on any unit.
 Kind = Literal["unsigned", "signed", "pairs", "plain"]
 GROUPS: dict[Kind, int] = {"unsigned": 4, "signed": 4, "pairs": 2, "plain": 1}
-STORED: dict[Kind, str] = {"unsigned": "uint8", "signed": "int8", "pairs": "int16", "plain": "int8"}
+STORED: dict[Kind, str] = {
+    "unsigned": "uint8",
+    "signed": "int8",
+    "pairs": "int16",
+    "plain": "int8",
+}
 SIZES_BYTES: dict[Kind, int] = {"unsigned": 1, "signed": 1, "pairs": 2, "plain": 1}
+# Lines for the manifest.
 INSTRUCTIONS: dict[Kind, str] = {
     "unsigned": "products of eight bits by vpdpbusd, four multiply-adds a lane",
     "signed": "products of eight bits by sdot, four multiply-adds a lane",
-    "pairs": "products of eight bits by vpmaddwd in 16 bits: this target's profile names no instruction for eight, so int8 saves bytes and less time",
-    "plain": "products of eight bits one by one in 32 bits: this target has no instruction for them, so int8 saves bytes and may cost time",
+    "pairs": (
+        "products of eight bits by vpmaddwd in 16 bits: this target's profile names no instruction "
+        "for eight, so int8 saves bytes and less time"
+    ),
+    "plain": (
+        "products of eight bits one by one in 32 bits: this target has no instruction for them, "
+        "so int8 saves bytes and may cost time"
+    ),
 }
 
 
 @dataclass(frozen=True)
-class Dot:
-    """How whole numbers are multiplied. Codes are one of 256, from `low` on; weights are int8,
-    `group` rows of one column side by side.
+class IntegerDot:
+    """How quantized numbers are multiplied.
+
+    Codes are one of 256 integers, from `low` on. Weights are int8, `group` rows of a column side by
+    side.
     """
 
     kind: Kind
     lanes: Lanes
 
     @staticmethod
-    def of(unit: VectorUnit) -> Dot:
-        """The best that a unit offers."""
+    def of(unit: VectorUnit) -> IntegerDot:
+        """The best instruction of a unit."""
         lanes = Lanes.of(unit)
         if unit.int8_dot:
-            return Dot("signed" if unit.kind == "neon" else "unsigned", lanes)
-        return Dot("pairs" if unit.kind == "avx2" else "plain", lanes)
+            return IntegerDot("signed" if unit.kind == "neon" else "unsigned", lanes)
+        return IntegerDot("pairs" if unit.kind == "avx2" else "plain", lanes)
 
     @property
     def count(self) -> int:
@@ -51,7 +66,7 @@ class Dot:
 
     @property
     def group(self) -> int:
-        """Codes of a row that one lane takes at once."""
+        """Codes of a row that one lane multiplies at once."""
         return GROUPS[self.kind]
 
     @property
@@ -70,19 +85,19 @@ class Dot:
         return -128 if self.stored == "int8" else 0
 
     def groups(self, depth: int) -> int:
-        """Steps that `depth` codes take."""
+        """Groups that `depth` codes form."""
         return -(-depth // self.group)
 
     def zero(self) -> Expr:
-        """No sum yet."""
-        return self.lanes.whole_splat(0)
+        """Zero in all sums."""
+        return self.lanes.splat_int(0)
 
     def load(self, buffer: Buffer, index: Expr) -> Expr:
-        """Sums, or other whole numbers of 32 bits."""
+        """Load a register of sums."""
         return self.lanes.load(buffer, index)
 
     def store(self, buffer: Buffer, index: Expr, value: Expr) -> None:
-        """Sums back."""
+        """Store a register of sums."""
         self.lanes.store(buffer, index, value)
 
     def codes(self, buffer: Buffer, index: Expr) -> Expr:
@@ -105,13 +120,16 @@ class Dot:
         return found
 
     def fma(self, codes: Expr, weights: Expr, sums: Expr) -> Expr:
-        """sums + codes * weights."""
+        """The expression sums + codes * weights."""
         kind = f"int32x{self.count}"
         if self.kind == "unsigned":
-            # From LLVM 22 on the operands are bytes; before they were words (TVM 0.27 comes with
-            # 22).
+            # The operands are bytes since LLVM 22, which TVM 0.27 contains; before they were words.
             return T.call_llvm_pure_intrin(
-                kind, f"llvm.x86.avx512.vpdpbusd.{32 * self.count}", sums, codes, weights
+                kind,
+                f"llvm.x86.avx512.vpdpbusd.{32 * self.count}",
+                sums,
+                codes,
+                weights,
             )
         if self.kind == "signed":
             return T.call_llvm_pure_intrin(
@@ -122,9 +140,9 @@ class Dot:
         return sums + codes * weights
 
     def as_float(self, sums: Expr) -> Expr:
-        """The same numbers in fp32."""
+        """Cast sums to fp32."""
         return T.Cast(self.lanes.dtype, sums)
 
-    def as_codes(self, whole: Expr) -> Expr:
-        """Numbers of 32 bits as codes."""
-        return T.Cast(self.stored if self.count == 1 else f"{self.stored}x{self.count}", whole)
+    def as_codes(self, integers: Expr) -> Expr:
+        """Cast int32 lanes to codes."""
+        return T.Cast(self.stored if self.count == 1 else f"{self.stored}x{self.count}", integers)

@@ -1,6 +1,4 @@
-"""What a tuner measured, one JSON line a measurement, so that another build can take the quickest
-tiles without measuring again.
-"""
+"""The log of a tuning: one line of JSON a measurement, from which later builds take tiles."""
 
 from __future__ import annotations
 
@@ -19,8 +17,12 @@ Small = Annotated[int, Field(ge=1, le=64)]
 
 
 class Trial(BaseModel):
-    """One tile of one shape: the lower quartile of its times. processor: the name of what it was
-    measured on.
+    """The measurement of one tile for one shape.
+
+    Attributes:
+        target: The name of the profile.
+        processor: The title of the machine's profile.
+        latency_s: The lower quartile of the measured times.
     """
 
     model_config = ConfigDict(
@@ -40,24 +42,26 @@ class Trial(BaseModel):
 
     @property
     def shape(self) -> Shape:
-        """What was measured."""
+        """The shape that was measured."""
         return Shape(self.kind, self.sizes)
 
     @property
     def tile(self) -> Tile:
-        """How it was cut."""
+        """The tile that was measured."""
         return Tile(self.rows, self.vectors, self.steps)
 
 
-def append(path: Path, trials: Iterable[Trial]) -> None:
-    """Lines behind those that are there."""
+def append_trials(path: Path, trials: Iterable[Trial]) -> None:
+    """Append lines to a log, which is created if it does not exist."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(trial.model_dump_json(by_alias=True) + "\n" for trial in trials)
 
 
-def read(path: Path) -> list[Trial]:
-    """All trials of a log. Errors: InputError with the file, the line and the key of what is
-    wrong.
+def read_trials(path: Path) -> list[Trial]:
+    """All measurements of a log.
+
+    Raises:
+        InputError: The file cannot be read or is malformed; the message contains line and key.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -76,17 +80,23 @@ def read(path: Path) -> list[Trial]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
+            key = f"{where}: " if where else ""
             raise InputError(
-                f"{path}:{number}: {where + ': ' if where else ''}{first['msg']}; remove that line, or tune again"
+                f"{path}:{number}: {key}{first['msg']}; remove that line, or tune again"
             ) from None
     return found
 
 
-def quickest(
+def fastest_tiles(
     trials: Iterable[Trial], target: str, threads: int, unit: VectorUnit
 ) -> dict[Shape, Tile]:
-    """For each shape the quickest tile that was measured for a target with so many threads and that
-    fits its registers.
+    """The fastest measured tile of each shape.
+
+    Args:
+        trials: The measurements.
+        target: Only those of this target count.
+        threads: Only those with so many threads count.
+        unit: Only tiles that fit its registers count.
     """
     best: dict[Shape, Trial] = {}
     for trial in trials:

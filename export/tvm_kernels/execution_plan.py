@@ -1,0 +1,200 @@
+"""A lowered Relax function as a static execution plan: which kernel runs on which memory.
+
+TVM's virtual machine interprets the function at every inference, and needs a runtime on the device.
+A function without control flow needs neither: its plan is compiled (`network_source`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+
+    from .build import TvmNetwork
+
+ALIGNMENT_BYTES = 64
+IGNORED = ("vm.builtin.check_tensor_info", "vm.builtin.match_shape")
+RESHAPE = "vm.builtin.reshape"
+
+
+class NoExecutionPlan(Exception):
+    """Why a function is more than a sequence of kernels, in one line."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in memory.
+
+    Attributes:
+        memory: What contains it.
+        offset_bytes: Where it begins there.
+        shape: Its shape.
+        type: Its type, as TVM names it.
+    """
+
+    memory: Literal["images", "logits", "arena", "constant"]
+    offset_bytes: int
+    shape: tuple[int, ...]
+    type: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call of a kernel; the last tensor is its output."""
+
+    kernel: str
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """A network as a sequence of kernels.
+
+    Attributes:
+        kernels: The module of TIR functions.
+        steps: Their calls.
+        constants: In this order, each at the next multiple of 64 bytes.
+        arena_bytes: Memory for the values between the kernels.
+    """
+
+    kernels: IRModule
+    steps: tuple[Step, ...]
+    constants: tuple[NDArray[Any], ...]
+    arena_bytes: int
+
+
+def execution_plan(network: TvmNetwork) -> ExecutionPlan:
+    """Lower a network and read its function `main`.
+
+    Raises:
+        NoExecutionPlan: The function contains more than calls of kernels.
+    """
+    import tvm
+    from tvm.tirx import PrimFunc
+
+    with network.target, tvm.transform.PassContext(opt_level=3):
+        lowered = network.pipeline(network.module)
+    main = lowered["main"]
+    if len(main.params) != 1:
+        raise NoExecutionPlan(f"it takes {len(main.params)} inputs")
+    reader = _Reader()
+    images = main.params[0]
+    shape = tuple(int(size) for size in images.ty.shape)
+    reader.values[images] = Tensor("images", 0, shape, str(images.ty.dtype))
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            reader.read(binding.var, binding.value)
+    steps = reader.finish(main.body.body)
+    used = {step.kernel for step in steps}
+    kernels = {
+        variable: function
+        for variable, function in lowered.functions.items()
+        if isinstance(function, PrimFunc) and variable.name_hint in used
+    }
+    return ExecutionPlan(
+        tvm.IRModule(kernels, attrs=lowered.attrs),
+        steps,
+        tuple(reader.constants),
+        reader.arena_bytes,
+    )
+
+
+class _Reader:
+    """Reads the bindings in order and tracks the memory of each value."""
+
+    def __init__(self) -> None:
+        self.values: dict[Any, Tensor] = {}
+        self.storages: dict[Any, int] = {}
+        self.steps: list[Step] = []
+        self.constants: list[NDArray[Any]] = []
+        self._known: list[tuple[Any, Tensor]] = []
+        self._constant_bytes = 0
+        self.arena_bytes = 0
+
+    def read(self, variable: Any, value: Any) -> None:
+        """Read one binding."""
+        from tvm import relax
+        from tvm.ir import GlobalVar, Op
+
+        if isinstance(value, relax.Var):
+            self._alias(variable, value)
+            return
+        if not isinstance(value, relax.Call):
+            raise NoExecutionPlan(f"it contains a {type(value).__name__}")
+        operator, arguments = value.op, list(value.args)
+        if isinstance(operator, GlobalVar):
+            tensors = tuple(self._tensor(argument) for argument in arguments)
+            self.steps.append(Step(operator.name_hint, tensors))
+            return
+        name = (
+            operator.name
+            if isinstance(operator, Op)
+            else str(getattr(operator, "global_symbol", operator))
+        )
+        if name == "relax.call_packed":
+            self._builtin(variable, str(arguments[0].global_symbol), arguments[1:])
+        elif name == "relax.vm.alloc_storage":
+            self.storages[variable] = self.arena_bytes
+            sizes = [int(size) for size in arguments[0].values]
+            self.arena_bytes += _round_up(int(np.prod(sizes or [1])))
+        elif name == "relax.vm.alloc_tensor":
+            storage, offset, shape, dtype = arguments[:4]
+            self.values[variable] = Tensor(
+                "arena",
+                self.storages[storage] + int(getattr(offset, "value", offset)),
+                tuple(int(size) for size in shape.values),
+                str(dtype.value),
+            )
+        elif name not in ("relax.vm.kill_object", "relax.null_value"):
+            self._builtin(variable, name, arguments)
+
+    def _builtin(self, variable: Any, name: str, arguments: list[Any]) -> None:
+        if name == RESHAPE:
+            old = self._tensor(arguments[0])
+            shape = tuple(int(size) for size in arguments[1].values)
+            self.values[variable] = Tensor(old.memory, old.offset_bytes, shape, old.type)
+        elif name not in IGNORED:
+            raise NoExecutionPlan(f"it calls {name}")
+
+    def _alias(self, variable: Any, value: Any) -> None:
+        if value in self.values:
+            self.values[variable] = self.values[value]
+        elif value in self.storages:
+            self.storages[variable] = self.storages[value]
+
+    def _tensor(self, argument: Any) -> Tensor:
+        if argument in self.values:
+            return self.values[argument]
+        value = getattr(argument, "value", None)
+        if value is None or not hasattr(value, "shape"):
+            raise NoExecutionPlan(f"a kernel gets a {type(argument).__name__}")
+        for known, tensor in self._known:
+            if known.same_as(value):
+                return tensor
+        array = np.ascontiguousarray(value.numpy())
+        tensor = Tensor("constant", self._constant_bytes, tuple(array.shape), str(array.dtype))
+        self._known.append((value, tensor))
+        self.constants.append(array)
+        self._constant_bytes += _round_up(array.nbytes)
+        return tensor
+
+    def finish(self, result: Any) -> tuple[Step, ...]:
+        """The steps; the last one writes the logits."""
+        found = self.values.get(result)
+        if found is None or found.memory != "arena":
+            raise NoExecutionPlan("it returns something else than its last kernel's output")
+        last = self.steps[-1]
+        *inputs, written = last.tensors
+        if written.offset_bytes != found.offset_bytes:
+            raise NoExecutionPlan("what it returns is not its last kernel's output")
+        logits = Tensor("logits", 0, written.shape, found.type)
+        return (*self.steps[:-1], Step(last.kernel, (*inputs, logits)))
+
+
+def _round_up(count: int) -> int:
+    return -(-max(count, 1) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

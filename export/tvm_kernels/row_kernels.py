@@ -1,0 +1,138 @@
+"""Small kernels over rows: means, sums, tables of positions, first rows and first columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from .lanes import Lanes, RowLayout
+
+
+def mean_rows(images: int, rows: int, source: RowLayout, lanes: Lanes) -> Any:
+    """The kernel: the mean over rows of each image -> (images, width), flat.
+
+    Args:
+        images: Batch size.
+        rows: How many rows the mean is over.
+        source: Where they are.
+        lanes: The vectors; the width is a multiple of them.
+    """
+    width, count = source.width, lanes.count
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((images * source.per_image * width,), "float32"))
+        out = T.arg("out", T.buffer((images * width,), "float32"))
+        total = T.alloc_buffer((count,), "float32", scope="local")
+        with T.serial(0, images) as image, T.serial(0, width // count) as vector:
+            lanes.store(total, 0, lanes.splat(0.0))
+            with T.serial(0, rows) as row:
+                value = lanes.load(x, source.start(image, row) + vector * count)
+                lanes.store(total, 0, lanes.load(total, 0) + value)
+            mean = lanes.load(total, 0) * lanes.splat(1 / rows)
+            lanes.store(out, image * width + vector * count, mean)
+    return builder.get()
+
+
+def add_constant(rows: int, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, vector) -> x + vector in each of `rows` rows, flat."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((rows * width,), "float32"))
+        vector = T.arg("vector", T.buffer((width,), "float32"))
+        out = T.arg("out", T.buffer((rows * width,), "float32"))
+        with T.serial(0, rows) as row, T.serial(0, width // lanes.count) as part:
+            index = row * width + part * lanes.count
+            lanes.store(
+                out,
+                index,
+                lanes.load(x, index) + lanes.load(vector, part * lanes.count),
+            )
+    return builder.get()
+
+
+def combine_pairs(rows: int, pairs: int, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, factors (2,)) -> weighted sums of neighbouring pieces of columns, flat.
+
+    Args:
+        rows: Rows of all images.
+        pairs: Pairs of pieces in a row.
+        width: Columns of a piece, whole vectors.
+        lanes: The vectors.
+    """
+    count = lanes.count
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((rows * pairs * 2 * width,), "float32"))
+        factors = T.arg("factors", T.buffer((2,), "float32"))
+        out = T.arg("out", T.buffer((rows * pairs * width,), "float32"))
+        with T.serial(0, rows * pairs) as pair, T.serial(0, width // count) as part:
+            index = pair * (2 * width) + part * count
+            first, second = lanes.load(x, index), lanes.load(x, index + width)
+            value = first * lanes.splat(factors[0]) + second * lanes.splat(factors[1])
+            lanes.store(out, pair * width + part * count, value)
+    return builder.get()
+
+
+def add_rows(rows: int, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, y) -> x + y, flat."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x, y = (T.arg(name, T.buffer((rows * width,), "float32")) for name in "xy")
+        out = T.arg("out", T.buffer((rows * width,), "float32"))
+        with T.serial(0, rows * width // lanes.count) as part:
+            index = part * lanes.count
+            lanes.store(out, index, lanes.load(x, index) + lanes.load(y, index))
+    return builder.get()
+
+
+def add_table(images: int, prefix: int, rows: int, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, table) -> the table's prefix, then table + x, for each image, flat.
+
+    Args:
+        images: Batch size.
+        prefix: Rows of the table before the rows of x.
+        rows: Rows of x of each image; the table has prefix + rows.
+        width: Columns of a row, whole vectors.
+        lanes: The vectors.
+    """
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((images * rows * width,), "float32"))
+        table = T.arg("table", T.buffer(((prefix + rows) * width,), "float32"))
+        out = T.arg("out", T.buffer((images * (prefix + rows) * width,), "float32"))
+        before, size, count = prefix * width, rows * width, lanes.count
+        with T.serial(0, images) as image:
+            if prefix:
+                with T.serial(0, before // count) as part:
+                    target = image * (before + size) + part * count
+                    lanes.store(out, target, lanes.load(table, part * count))
+            with T.serial(0, size // count) as part:
+                value = lanes.load(x, image * size + part * count)
+                value = value + lanes.load(table, before + part * count)
+                lanes.store(out, image * (before + size) + before + part * count, value)
+    return builder.get()
+
+
+def first_rows(images: int, rows: int, source: RowLayout) -> Any:
+    """The kernel: the first `rows` rows of each image, flat."""
+    width = source.width
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((images * source.per_image * width,), "float32"))
+        out = T.arg("out", T.buffer((images * rows * width,), "float32"))
+        with T.serial(0, images) as image, T.serial(0, rows * width) as index:
+            T.buffer_store(out, x[source.start(image, 0) + index], [image * rows * width + index])
+    return builder.get()
+
+
+def first_columns(rows: int, width: int, kept: int) -> Any:
+    """The kernel: rows of `width` columns, flat -> their first columns (rows, kept)."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((rows * width,), "float32"))
+        out = T.arg("out", T.buffer((rows, kept), "float32"))
+        with T.serial(0, rows) as row, T.serial(0, kept) as column:
+            T.buffer_store(out, x[row * width + column], [row, column])
+    return builder.get()
