@@ -44,25 +44,22 @@ def test_the_recipes_and_data_are_packed() -> None:
     packed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
         "setuptools"
     ]["package-data"]
-    patterns = [
+    shipped = {
         path
         for package, globs in packed.items()
-        for glob in globs
-        for path in _folder(package).glob(glob)
-    ]
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\n")
-    code = {".py", ".md", ".txt", ".lock", ""}
-    folders = ("bench/", "commands/", "compress/", "export/", "recipes/", "targets/")
-    needed = [
-        ROOT / name
-        for name in tracked
-        if name.startswith(folders) and Path(name).suffix not in code
-    ]
-    assert [
-        str(path.relative_to(ROOT)) for path in needed if path.exists() and path not in patterns
-    ] == []
+        for pattern in globs
+        for path in _folder(package).glob(pattern)
+    }
+    # Python files are packed by the list of packages; pages for developers are not needed.
+    not_data = {".py", ".pyc", ".md", ".txt", ".lock", ""}
+    top = {path.relative_to(ROOT).parts[0] for path in package_files().values()} - {"__init__.py"}
+    needed = {
+        path
+        for folder in [*top, "recipes"]
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in not_data
+    }
+    assert sorted(str(path.relative_to(ROOT)) for path in needed - shipped) == []
 
 
 def _folder(package: str) -> Path:
