@@ -1,8 +1,7 @@
-"""Running aarch64 programs on another processor: qemu's user emulation, an arm64 user land with
-python3, and the runtimes' aarch64 wheels.
+"""Running aarch64 programs on another processor.
 
-What runs here proves outputs, top-1, sizes and that a program starts at all. It says nothing of a
-device's latency.
+It takes qemu's user emulation, an arm64 user land with python3, and the runtimes' aarch64 wheels.
+Emulated runs prove outputs, top-1, sizes and that a program starts; their times mean nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Packages of a Debian release, of any architecture, downloaded and unpacked aside: nothing is
-installed, and no root is needed.
+"""Download and unpack packages of a Debian release and architecture, without installing them.
 
-The source is the machine's own with the release's name replaced, so no host is written down; apt
-checks the archive's signatures as always.
+The source is the machine's own archive with another release, and apt checks its signatures as
+usual. No root privileges are needed.
 """
 
 from __future__ import annotations
@@ -17,37 +16,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.errors import InputError
+from ..local.progress import Progress
 
 RELEASE = "trixie"
-# Shares of 1 and words, as everywhere in vitrim.bench.
-Progress = Callable[[float, str], None]
 ETC = Path("/etc/apt")
-WITHOUT = "aarch64 emulation fetches its parts with Debian's apt-get"
-ELSEWHERE = "on another system name an aarch64 root folder with python3 in VITRIM_AARCH64_ROOT, and qemu 10 or newer in VITRIM_QEMU_AARCH64"
+NEEDS_APT = "aarch64 emulation downloads its parts with Debian's apt-get"
+OTHER_SYSTEMS = (
+    "on another system name an aarch64 root folder with python3 in VITRIM_AARCH64_ROOT, "
+    "and qemu 10 or newer in VITRIM_QEMU_AARCH64"
+)
 
 
 @dataclass(frozen=True)
 class Mirror:
-    """Where this machine gets its Debian packages, and the keyring that signs them (None: apt's
-    default).
-    """
+    """The Debian archive of this machine, and its keyring (None: apt's default)."""
 
     uri: str
     keyring: str | None
 
 
 def mirror(etc: Path = ETC) -> Mirror | None:
-    """The first Debian archive among the machine's sources, in either format; None if there is
-    none.
-    """
+    """Return the first Debian archive among apt's sources, in either format, or None."""
     for file in sorted(etc.glob("sources.list.d/*.sources")):
         for block in file.read_text(errors="replace").split("\n\n"):
-            uri = re.search(r"^URIs:\s*(\S+)", block, re.M)
-            if (
-                uri
-                and re.search(r"^Suites:", block, re.M)
-                and uri[1].rstrip("/").endswith("/debian")
-            ):
+            uri = re.search(r"^URIs:\s*(\S+/debian/?)(?!\S)", block, re.M)
+            if uri and re.search(r"^Suites:", block, re.M):
                 keyring = re.search(r"^Signed-By:\s*(/\S+)", block, re.M)
                 return Mirror(uri[1], keyring[1] if keyring else None)
     for file in [etc / "sources.list", *sorted(etc.glob("sources.list.d/*.list"))]:
@@ -61,16 +54,17 @@ def mirror(etc: Path = ETC) -> Mirror | None:
 
 
 def require_debian(etc: Path = ETC) -> Mirror:
-    """Errors: InputError, one line, where packages cannot be fetched."""
+    """Return the Debian archive of this machine; raises InputError where there is none."""
     missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
         raise InputError(
-            f"{WITHOUT}, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not here; {ELSEWHERE}"
+            f"{NEEDS_APT}, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+            f"not here; {OTHER_SYSTEMS}"
         )
     found = mirror(etc)
     if found is None:
         raise InputError(
-            f"{WITHOUT}, and this machine's apt sources name no Debian archive; {ELSEWHERE}"
+            f"{NEEDS_APT}, and this machine's apt sources name no Debian archive; {OTHER_SYSTEMS}"
         )
     return found
 
@@ -85,13 +79,50 @@ def fetch(
     progress: Progress,
     release: str = RELEASE,
 ) -> list[Path]:
-    """Download packages of a release and return the .deb files in `folder`; called again it goes on
-    where it was interrupted.
+    """Download packages; a second call continues an interrupted one.
 
-    architecture: Debian's word (amd64, arm64). dependencies: also all that they depend on, as into
-    an empty system. what: for the progress lines. Errors: InputError with apt's own reason.
+    Args:
+        packages: Names of the packages.
+        architecture: Debian's name of it (amd64, arm64).
+        folder: The folder for apt's state and the downloads.
+        dependencies: Also download all that they depend on, as for an empty system.
+        what: What is downloaded, for the progress.
+        progress: Called with the share done (0 to 1) and a text.
+        release: Name of the Debian release.
+
+    Returns:
+        The .deb files.
+
+    Raises:
+        InputError: There is no Debian archive, or apt failed; the message contains its reason.
     """
-    source = require_debian()
+    flags = _private_apt(require_debian(), folder, architecture, release)
+    progress(0.0, f"reading Debian {release}'s list of {architecture} packages")
+    _apt([*flags, "update"], folder, limit_s=300)
+    action = ["--yes", "--download-only", "install"] if dependencies else ["download"]
+    listed = _apt([*flags, "--print-uris", *action, *packages], folder, limit_s=60)
+    sizes = dict(re.findall(r"^'[^']+' (\S+\.deb) (\d+)", listed, re.M))
+    total = sum(int(size) for size in sizes.values())
+    archives = folder / "archives"
+
+    def watch() -> None:
+        files = [*archives.glob("*.deb"), *archives.glob("partial/*")]
+        done = sum(file.stat().st_size for file in files if file.is_file())
+        share = min(1.0, done / total) if total else 0.0
+        progress(share, f"downloading {what}: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+    _apt([*flags, *action, *packages], archives, limit_s=3600, watch=watch)
+    found = sorted(archives.glob("*.deb"))
+    if not found:
+        raise InputError(
+            f"Debian {release} gave no package for {', '.join(packages)} ({architecture}); "
+            "check the machine's apt sources"
+        )
+    return found
+
+
+def _private_apt(source: Mirror, folder: Path, architecture: str, release: str) -> list[str]:
+    """Set up apt's state in a folder, and return the options that make apt use only that."""
     for name in ("lists/partial", "archives/partial", "state", "none"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "state" / "status").touch()
@@ -115,53 +146,23 @@ def fetch(
         "Acquire::Retries": "2",
     }
     if os.geteuid() == 0:
-        # apt would give its rights away and then could not write into a folder of root's.
+        # As its own user, apt could not write into a folder of root's.
         settings["APT::Sandbox::User"] = "root"
-    flags = [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
-    progress(0.0, f"reading Debian {release}'s list of {architecture} packages")
-    _apt([*flags, "update"], folder, limit_s=300)
-    wanted = (
-        [*flags, "--yes", "--download-only", "install", *packages]
-        if dependencies
-        else [*flags, "download", *packages]
-    )
-    listed = _apt([*flags, "--print-uris", *wanted[len(flags) :]], folder, limit_s=60)
-    sizes = {
-        name: int(size) for name, size in re.findall(r"^'[^']+' (\S+\.deb) (\d+)", listed, re.M)
-    }
-    total = sum(sizes.values())
-    home = folder / "archives"
-
-    def watch() -> None:
-        there = sum(
-            file.stat().st_size
-            for file in [*home.glob("*.deb"), *home.glob("partial/*")]
-            if file.is_file()
-        )
-        progress(
-            min(1.0, there / total) if total else 0.0,
-            f"downloading {what}: {there / 1e6:.0f} of {total / 1e6:.0f} MB",
-        )
-
-    _apt(wanted, home, limit_s=3600, watch=watch)
-    found = sorted(home.glob("*.deb"))
-    if not found:
-        raise InputError(
-            f"Debian {release} gave no package for {', '.join(packages)} ({architecture}); look at the machine's apt sources"
-        )
-    return found
+    return [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
 
 
 def unpack(package: Path, folder: Path) -> None:
-    """The files of a .deb into a folder; none of its scripts run. Errors: InputError naming a
-    damaged file.
+    """Unpack the files of a .deb into a folder, without running its scripts.
+
+    Raises InputError for a damaged file.
     """
     done = subprocess.run(
         ["dpkg-deb", "-x", str(package), str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise InputError(
-            f"{package.name}: cannot be unpacked ({' '.join(done.stderr.split())[-200:]}); prepare again"
+            f"{package.name}: cannot be unpacked ({' '.join(done.stderr.split())[-200:]}); "
+            "prepare again"
         )
 
 
@@ -180,7 +181,7 @@ def _apt(
         start = time.monotonic()
         while True:
             try:
-                said, complained = process.communicate(timeout=0.3)
+                stdout, stderr = process.communicate(timeout=0.3)
                 break
             except subprocess.TimeoutExpired:
                 if watch is not None:
@@ -188,19 +189,20 @@ def _apt(
                 if time.monotonic() - start > limit_s:
                     process.kill()
                     raise InputError(
-                        f"apt-get took more than {limit_s:.0f} s; look at the network, then prepare again: it goes on where it was"
+                        f"apt-get took more than {limit_s:.0f} s; check the network, then prepare "
+                        "again: it continues where it was"
                     ) from None
             except BaseException:
                 process.kill()
                 raise
-    failed = [line for line in complained.splitlines() if line.startswith(("E:", "Err:"))]
-    # `update` leaves with 0 where it could read nothing at all.
-    unread = [line for line in complained.splitlines() if line.startswith("W: Failed to fetch")]
+    failed = [line for line in stderr.splitlines() if line.startswith(("E:", "Err:"))]
+    # `update` returns 0 even where it could read nothing at all.
+    unread = [line for line in stderr.splitlines() if line.startswith("W: Failed to fetch")]
     if process.returncode != 0 or (unread and "update" in arguments):
-        reason = (
-            failed or unread or complained.splitlines() or [f"exit code {process.returncode}"]
-        )[-1 if failed else 0]
+        other = unread or stderr.splitlines() or [f"exit code {process.returncode}"]
+        reason = failed[-1] if failed else other[0]
         raise InputError(
-            f"apt-get could not fetch what emulation needs: {' '.join(reason.split())[:300]}; look at the network, then prepare again"
+            "apt-get could not fetch what emulation needs: "
+            f"{' '.join(reason.split())[:300]}; check the network, then prepare again"
         )
-    return said
+    return stdout

@@ -1,8 +1,7 @@
-"""Measure under qemu-aarch64: the very runner, engines and artifact of the device, on this machine.
+"""Measure under qemu-aarch64: the device's runner, engines and artifact, on this machine.
 
-Outputs, top-1 and that the artifact runs at all are the device's; times are not, and every
-measurement from here says so. Memory is left out, since what the system tells is the emulator's
-own.
+Outputs and top-1 are the device's; times are not, and every measurement is marked as emulated.
+Memory is left out, since the system reports that of the emulator.
 """
 
 from __future__ import annotations
@@ -22,10 +21,15 @@ from . import Emulator, ready
 from .preparation import RUNTIMES
 
 DEVICE = "qemu-aarch64"
-# Times under emulation are nobody's, so they need not be known well.
+# Emulated times have no meaning, so they need no precision.
 LEAST_ROUNDS, TIME_LIMIT_S = 2, 20.0
-# The target of a measurement for which nobody named one.
+# The target of a measurement without a named one.
 ANY = "aarch64"
+# Fields of a measurement that would describe the emulator and not the device.
+MEANINGLESS = (
+    *("floor_rss_bytes", "peak_rss_bytes", "steady_rss_bytes", "cpu_share"),
+    *("energy_per_inference_j", "energy_source"),
+)
 
 
 def measure_emulated(
@@ -37,37 +41,36 @@ def measure_emulated(
     quiet: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Measurement]:
-    """Run artifacts under emulation, interleaved, and return {name: Measurement}, each with
-    `emulator` in its environment.
+    """Run artifacts under emulation, interleaved.
 
-    target: the device whose processor is emulated; `host` for all that qemu can. Of the options'
-    rounds and time only a few are taken, since only answers and counts are taken from them. Errors:
-    InputError, one line: emulation not prepared, a target that is no aarch64, an artifact whose
-    runtime has no aarch64 wheel here.
+    Args:
+        artifacts: {name: an `Artifact`, its folder, or an .onnx file}.
+        options: What is measured; rounds and time are limited to a few, since times have no
+            meaning here.
+        target: The device whose processor is emulated; `host` for every instruction of qemu's.
+        emulator: The emulation, by default the prepared one.
+        quiet: Show no progress bar.
+        progress: Called with the share done (0 to 1) and a text, in place of the bar.
+
+    Returns:
+        {name: measurement}, with the emulator in its environment.
+
+    Raises:
+        InputError: The emulation or a runtime is not prepared, the target is not aarch64, or a
+            runner failed.
     """
     options = replace(
         options,
         least_rounds=min(options.least_rounds, LEAST_ROUNDS),
         time_limit_s=min(options.time_limit_s, TIME_LIMIT_S),
     )
-    profile = (
-        None
-        if target in ("host", ANY)
-        else target
-        if isinstance(target, TargetProfile)
-        else load_target(target)
-    )
-    emulator = for_target(emulator or required(), profile)
-    plan, subjects = make_plan(artifacts, options)
-    for name, subject in subjects.items():
-        if subject.runtime not in RUNTIMES:
-            raise InputError(
-                f"{name}: no aarch64 runtime {subject.runtime!r} is prepared for emulation; there are {', '.join(RUNTIMES)}"
-            )
-        if RUNTIMES[subject.runtime][0][0] not in emulator.versions:
-            raise InputError(
-                f"{name}: the aarch64 runtime is not prepared; run `vitrim targets emulate --runtime {subject.runtime}`, then measure"
-            )
+    profile: TargetProfile | None = None
+    if target not in ("host", ANY):
+        profile = target if isinstance(target, TargetProfile) else load_target(target)
+    emulator = for_target(emulator or required_emulator(), profile)
+    plan, facts = make_plan(artifacts, options)
+    for name, about in facts.items():
+        _require_runtime(name, about.runtime, emulator)
     start = emulator.command(["python3"])
     for job in plan["jobs"].values():
         job["command"] = start
@@ -77,33 +80,47 @@ def measure_emulated(
         "warm_limit_s": 2.0,
         "reply_limit_s": 1800.0,
     }
-    with progress_bar(quiet=quiet, replacement=progress) as tell:
+    with progress_bar(quiet=quiet, replacement=progress) as report:
         try:
-            raw = conduct(plan, tell)
+            raw = conduct(plan, report)
         except ConductorError as error:
             raise InputError(str(error)) from None
-    found = assemble(raw, plan, subjects, target=profile.name if profile else ANY, device=DEVICE)
-    memory = {"floor_rss_bytes": None, "peak_rss_bytes": None, "steady_rss_bytes": None}
-    nobodys = {**memory, "cpu_share": None, "energy_per_inference_j": None, "energy_source": None}
-    return {name: measured.model_copy(update=nobodys) for name, measured in found.items()}
+    found = assemble(raw, plan, facts, target=profile.name if profile else ANY, device=DEVICE)
+    meaningless = dict.fromkeys(MEANINGLESS)
+    return {name: measured.model_copy(update=meaningless) for name, measured in found.items()}
 
 
-def required() -> Emulator:
-    """The emulator that was prepared. Errors: InputError with the command that prepares it."""
+def _require_runtime(name: str, runtime: str, emulator: Emulator) -> None:
+    if runtime not in RUNTIMES:
+        raise InputError(
+            f"{name}: no aarch64 runtime {runtime!r} is prepared for emulation; "
+            f"there are {', '.join(RUNTIMES)}"
+        )
+    if RUNTIMES[runtime][0][0] not in emulator.versions:
+        raise InputError(
+            f"{name}: the aarch64 runtime is not prepared; "
+            f"run `vitrim targets emulate --runtime {runtime}`, then measure"
+        )
+
+
+def required_emulator() -> Emulator:
+    """Return the prepared emulation; raises InputError with the command that prepares it."""
     found = ready()
     if found is None:
         raise InputError(
-            "aarch64 emulation is not prepared on this machine; run `vitrim targets emulate` (half a minute, 210 MB), then measure again"
+            "aarch64 emulation is not prepared on this machine; "
+            "run `vitrim targets emulate` (half a minute, 210 MB), then measure again"
         )
     return found
 
 
 def for_target(emulator: Emulator, profile: TargetProfile | None) -> Emulator:
-    """The emulator as the processor of a device. Errors: InputError for one that is no aarch64."""
+    """Return an emulator of a device's processor; raises InputError for other architectures."""
     if profile is None:
         return emulator
     if profile.architecture != "aarch64":
         raise InputError(
-            f"target {profile.name!r} is {profile.architecture}, and qemu-aarch64 emulates aarch64; name a board (vitrim targets list)"
+            f"target {profile.name!r} is {profile.architecture}, and qemu-aarch64 emulates "
+            "aarch64; name a board (vitrim targets list)"
         )
     return emulator.like([cluster.core for cluster in profile.clusters], profile.features)

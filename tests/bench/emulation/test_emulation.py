@@ -1,6 +1,4 @@
-"""The emulation's parts, each without the network: sources, wheels, the record, the command line;
-and a measurement under it.
-"""
+"""The parts of the emulation without the network (archives, wheels, record), and a measurement."""
 
 from __future__ import annotations
 
@@ -16,10 +14,16 @@ from bench_samples import measurement
 from typer.testing import CliRunner
 from vitrim.bench.emulation import debian, preparation, prepare, ready, wheels
 from vitrim.bench.emulation.emulated import for_target, measure_emulated
-from vitrim.bench.emulation.emulator import RECORD, Emulator, read, record
-from vitrim.bench.emulation.place import locked, place
-from vitrim.bench.local.progress import step_lines
+from vitrim.bench.emulation.emulator import (
+    RECORD,
+    Emulator,
+    emulation_folder,
+    read_record,
+    record_text,
+)
+from vitrim.bench.emulation.preparation import locked
 from vitrim.bench.local.options import MeasureOptions
+from vitrim.bench.local.progress import step_lines
 from vitrim.bench.results.compare import compare
 from vitrim.bench.results.measurement import Environment, Measurement
 from vitrim.bench.results.warnings import warnings_for
@@ -32,7 +36,7 @@ URI = "http://mirror.example/debian"
 DEB822 = f"Types: deb\nURIs: {URI}\nSuites: bookworm\nSigned-By: /keys/debian.gpg\n"
 
 
-# ---- Debian's packages -----------------------------------------------------------------------------------------------------------------
+# ---- Debian's packages ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,13 +67,14 @@ def test_the_machines_own_archive_is_found_in_either_format(
     assert debian.mirror(tmp_path) == found
 
 
-def test_where_packages_cannot_be_fetched_the_way_out_is_told(
+def test_without_a_debian_archive_the_error_names_the_alternative(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool: f"/usr/bin/{tool}")
     with pytest.raises(
         InputError,
-        match=r"apt sources name no Debian archive; on another system name an aarch64 root folder .* in VITRIM_",
+        match=r"apt sources name no Debian archive; on another system name an aarch64 root folder "
+        r".* in VITRIM_",
     ):
         debian.require_debian(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda tool: None)
@@ -78,16 +83,17 @@ def test_where_packages_cannot_be_fetched_the_way_out_is_told(
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="no apt-get on this system")
-def test_offline_is_one_line_with_apts_own_reason(
+def test_a_missing_network_is_reported_in_one_line_with_apts_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nothing listens at port 9 of this machine: the network without the network.
+    # Nothing listens at port 9 of this machine, as without a network.
     monkeypatch.setattr(
         debian, "require_debian", lambda: debian.Mirror("http://127.0.0.1:9/debian", None)
     )
     with pytest.raises(
         InputError,
-        match=r"apt-get could not fetch what emulation needs: .*127\.0\.0\.1.*look at the network, then prepare again",
+        match=r"apt-get could not fetch what emulation needs: .*127\.0\.0\.1.*"
+        r"check the network, then prepare again",
     ) as caught:
         debian.fetch(
             ["qemu-user"],
@@ -100,60 +106,60 @@ def test_offline_is_one_line_with_apts_own_reason(
     assert "\n" not in str(caught.value)
 
 
-# ---- wheels ----------------------------------------------------------------------------------------------------------------------------
+# ---- wheels --------------------------------------------------------------------------------------
 
 
-def a_wheel(path: Path, *names: str) -> Path:
+def write_wheel(path: Path, *names: str) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             archive.writestr(name, name)
     return path
 
 
-def test_a_wheel_is_unpacked_whole_or_in_the_wanted_parts(
+def test_a_wheel_is_unpacked_whole_or_in_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wheel = a_wheel(
+    wheel = write_wheel(
         tmp_path / "thing-2.1-py3-none-any.whl",
         "thing/a.py",
         "thing/lib/b.so",
         "thing-2.1.dist-info/METADATA",
     )
-    asked = []
+    requested = []
 
     def download(distribution: str, version: str | None, python: str, folder: Path) -> Path:
-        asked.append(version)
+        requested.append(version)
         if version is not None:
             raise InputError("no such version")
         return wheel
 
     monkeypatch.setattr(wheels, "_download", download)
     wheels.install("thing", "1.0", "3.13", tmp_path / "whole")
-    assert asked == ["1.0", None]
+    assert requested == ["1.0", None]
     assert wheels.unpacked_version(tmp_path / "whole") == "2.1"
     wheels.install("thing", None, "3.13", tmp_path / "part", only=("thing/lib",))
     assert [path.name for path in (tmp_path / "part").rglob("*") if path.is_file()] == ["b.so"]
 
 
-def test_a_wheel_that_leads_out_of_its_folder_is_refused(
+def test_a_wheel_with_a_path_outside_of_its_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wheel = a_wheel(tmp_path / "evil-1-py3-none-any.whl", "../evil.py")
+    wheel = write_wheel(tmp_path / "evil-1-py3-none-any.whl", "../evil.py")
     monkeypatch.setattr(wheels, "_download", lambda *arguments: wheel)
     with pytest.raises(
         InputError,
-        match=r"evil-1-py3-none-any\.whl: holds the path '\.\./evil\.py', which leads out of its folder",
+        match=r"evil-1-py3-none-any\.whl: contains the path '\.\./evil\.py', which is outside of",
     ):
         wheels.install("evil", None, "3.13", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "evil.py").exists()
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------------------------
+# ---- the record ----------------------------------------------------------------------------------
 
 
-def a_place(folder: Path) -> Emulator:
-    """The files that a record speaks of; none of them can run."""
+def write_emulation(folder: Path) -> Emulator:
+    """Write the files of an emulation; none of them can run."""
     for name in ("qemu/qemu-aarch64", "root/usr/bin/python3.13"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("")
@@ -168,15 +174,15 @@ def a_place(folder: Path) -> Emulator:
     )
 
 
-def test_the_record_tells_what_was_prepared_and_moves_with_its_folder(
+def test_the_record_describes_the_emulation_and_moves_with_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = a_place(tmp_path / "one")
-    (tmp_path / "one" / RECORD).write_text(record(tmp_path / "one", made))
-    assert read(tmp_path / "one") == made
+    emulation = write_emulation(tmp_path / "one")
+    (tmp_path / "one" / RECORD).write_text(record_text(tmp_path / "one", emulation))
+    assert read_record(tmp_path / "one") == emulation
     (tmp_path / "one").rename(tmp_path / "two")
     monkeypatch.setenv("VITRIM_EMULATION", str(tmp_path / "two"))
-    assert place() == tmp_path / "two"
+    assert emulation_folder() == tmp_path / "two"
     found = ready()
     assert found is not None
     assert found.root == tmp_path / "two" / "root"
@@ -189,36 +195,35 @@ def test_the_record_tells_what_was_prepared_and_moves_with_its_folder(
         "[]",
         "{}",
         '{"schema": "vitrim.emulation/1"}',
-        '{"schema": "vitrim.emulation/1", "qemu": 1, "root": 2, "python": 3, "packages": 4, "versions": 5}',
+        '{"schema": "vitrim.emulation/1", "qemu": 1, "root": 2, "python": 3, "packages": 4, '
+        '"versions": 5}',
     ],
 )
-def test_a_broken_record_is_none(tmp_path: Path, text: str) -> None:
+def test_a_broken_record_is_no_emulation(tmp_path: Path, text: str) -> None:
     (tmp_path / RECORD).write_text(text)
-    assert read(tmp_path) is None
+    assert read_record(tmp_path) is None
 
 
-def test_a_record_whose_parts_are_gone_is_none(tmp_path: Path) -> None:
-    made = a_place(tmp_path)
-    (tmp_path / RECORD).write_text(record(tmp_path, made))
-    made.qemu.unlink()
-    assert read(tmp_path) is None
+def test_a_record_with_missing_parts_is_no_emulation(tmp_path: Path) -> None:
+    emulation = write_emulation(tmp_path)
+    (tmp_path / RECORD).write_text(record_text(tmp_path, emulation))
+    emulation.qemu.unlink()
+    assert read_record(tmp_path) is None
 
 
-def test_what_an_interrupted_preparation_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_an_interrupted_preparation_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".root.abc").mkdir(parents=True)
     (tmp_path / "apt-root").mkdir()
     with locked(tmp_path):
         assert not (tmp_path / ".root.abc").exists()
-        # What apt has of its packages already is kept: it goes on there.
+        # apt's downloads are kept, since it can continue them.
         assert (tmp_path / "apt-root").is_dir()
 
 
-# ---- preparing -------------------------------------------------------------------------------------------------------------------------
+# ---- preparation ---------------------------------------------------------------------------------
 
 
-def test_named_parts_that_are_none_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_named_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         InputError, match="no aarch64 runtime called 'coreml'; take one of onnxruntime, tvm"
     ):
@@ -226,7 +231,7 @@ def test_named_parts_that_are_none_are_refused(
     monkeypatch.setenv("VITRIM_QEMU_AARCH64", sys.executable)
     with pytest.raises(InputError, match=r"VITRIM_QEMU_AARCH64=.*: not a qemu-aarch64 that runs"):
         prepare(folder=tmp_path)
-    monkeypatch.setattr(preparation, "_qemu", lambda home, tell: (tmp_path, "10.0"))
+    monkeypatch.setattr(preparation, "_qemu", lambda folder, progress: (tmp_path, "10.0"))
     monkeypatch.setenv("VITRIM_AARCH64_ROOT", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"VITRIM_AARCH64_ROOT=.*nowhere: no such folder"):
         prepare(folder=tmp_path)
@@ -237,32 +242,33 @@ def test_named_parts_that_are_none_are_refused(
         prepare(folder=tmp_path)
 
 
-def test_a_user_land_that_does_not_start_is_told(tmp_path: Path) -> None:
-    made = a_place(tmp_path)
-    made.qemu.write_text(
+def test_a_user_land_that_does_not_start_is_reported(tmp_path: Path) -> None:
+    emulation = write_emulation(tmp_path)
+    emulation.qemu.write_text(
         "#!/bin/sh\necho 'qemu: uncaught target signal 4 (Illegal instruction)' >&2\nexit 132\n"
     )
     with pytest.raises(
         InputError,
-        match=r"qemu-aarch64 10\.0\.13 cannot run the user land's python3: qemu: uncaught target signal 4 .*; name a qemu 10",
+        match=r"qemu-aarch64 10\.0\.13 cannot run the user land's python3: "
+        r"qemu: uncaught target signal 4 .*; name a qemu 10",
     ):
-        preparation._prove(made)
+        preparation._verify(emulation)
 
 
-def test_the_steps_are_lines_and_a_long_one_does_not_flood(
+def test_each_step_is_a_line_and_a_long_step_few_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tell = step_lines(sys.stderr)
+    report = step_lines(sys.stderr)
     for share in range(100):
-        tell(share / 200, f"downloading qemu: {share} of 100 MB")
-    tell(0.5, "unpacking the user land: tar")
+        report(share / 200, f"downloading qemu: {share} of 100 MB")
+    report(0.5, "unpacking the user land: tar")
     assert capsys.readouterr().err.splitlines() == [
         "  0 %  downloading qemu: 0 of 100 MB",
         " 50 %  unpacking the user land: tar",
     ]
 
 
-# ---- emulated time is no device's ------------------------------------------------------------------------------------------------------
+# ---- emulated time is not a device's -------------------------------------------------------------
 
 
 def emulated(name: str) -> Measurement:
@@ -271,26 +277,28 @@ def emulated(name: str) -> Measurement:
     )
 
 
-def test_emulated_time_is_marked_and_compared_with_nothing() -> None:
+def test_emulated_time_is_marked_and_cannot_be_compared() -> None:
     real, other = measurement(name="real"), emulated("other")
     assert (real.emulated, other.emulated) == (False, True)
     for pair in ((real, other), (other, real), (other, other)):
         with pytest.raises(
             InputError,
-            match=r"other: emulated by qemu-aarch64 .*, not a device's latency: there is nothing to compare it with",
+            match=r"other: emulated by qemu-aarch64 .*, not a device's latency: "
+            r"there is nothing to compare it with",
         ):
             compare(*pair)
     table = measurement_table({"real": real, "other": other})
     assert list(table.columns[0].cells) == ["real", "other (emulated)"]
     assert list(table.columns[5].cells) == ["", ""]
     assert table.caption == "emulated: not a device's latency"
-    # Nothing about samples or a busy machine: the times say nothing in any case.
+    # There is no warning about samples or a busy machine, since the times have no meaning.
     assert warnings_for(other, stopped_by="time") == (
-        "emulated by qemu-aarch64 10.0.13 (cortex-a72), not a device's latency; take only outputs, top-1 and counts from this run",
+        "emulated by qemu-aarch64 10.0.13 (cortex-a72), not a device's latency; "
+        "take only outputs, top-1 and counts from this run",
     )
 
 
-def test_the_command_line_refuses_the_comparison(tmp_path: Path) -> None:
+def test_the_command_line_refuses_to_compare_emulated_times(tmp_path: Path) -> None:
     for name, found in (("real", measurement(name="real")), ("other", emulated("other"))):
         found.save(tmp_path / f"{name}.json")
     result = CliRunner().invoke(
@@ -300,7 +308,7 @@ def test_the_command_line_refuses_the_comparison(tmp_path: Path) -> None:
     assert "p50" not in result.output
 
 
-# ---- what needs the emulation ----------------------------------------------------------------------------------------------------------
+# ---- with the emulation --------------------------------------------------------------------------
 
 
 def test_the_emulated_processor_is_the_targets() -> None:
@@ -310,7 +318,7 @@ def test_the_emulated_processor_is_the_targets() -> None:
         name: for_target(found, load_target(name)).cpu
         for name in ("rpi4", "rpi5", "rpi3", "jetson-orin-nano", "snapdragon-8-gen-2")
     }
-    # qemu knows neither the Cortex-A78AE nor the Cortex-X3; these have the same instructions.
+    # qemu supports neither the Cortex-A78AE nor the Cortex-X3; these have the same instructions.
     assert names == {
         "rpi4": "cortex-a72",
         "rpi5": "cortex-a76",
@@ -324,7 +332,7 @@ def test_the_emulated_processor_is_the_targets() -> None:
         for_target(found, load_target("x86-64"))
 
 
-def test_an_aarch64_program_runs_and_the_hosts_environment_does_not_reach_it(
+def test_an_aarch64_program_runs_without_the_hosts_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = emulator("onnxruntime")
@@ -362,13 +370,13 @@ def test_an_artifact_is_measured_under_emulation(tmp_path: Path) -> None:
     assert found.environment.cpu_features == ("asimd",)
     assert found.environment.emulator is not None
     assert found.environment.emulator.endswith("(cortex-a72)")
-    # What the system tells of memory there is the emulator's.
+    # The system would report the emulator's memory.
     assert (found.peak_rss_bytes, found.floor_rss_bytes, found.cpu_share) == (None, None, None)
     assert len(found.warnings) == 1
     assert Measurement.model_validate(found.to_dict()) == found
 
 
-def test_without_emulation_the_command_that_prepares_it_is_told(
+def test_without_emulation_the_error_names_the_command_that_prepares_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VITRIM_EMULATION", str(tmp_path))
