@@ -1,10 +1,14 @@
-"""Augmentation on whole batches of uint8 tensors, so that two cores spend their time in the model
-and not in the loader.
+"""Augmentation of whole batches of uint8 tensors, which leaves most of the time to the model.
 
-Presets: `none`; `erasing` (a little erasing alone: for pictures that are all centred and face one
-way); `light` (shifted crop, flip and a little erasing: for small images); `thesis` (RandAugment(2,
-9), MixUp 0.8, CutMix 1.0, random erasing 0.25, by timm: Tredese, "Structured Pruning of Vision
-Transformers at Training Time", 2023).
+Presets:
+
+- `none`;
+- `erasing`: random erasing at 0.1, for images that are all centred and have one orientation;
+- `light`: shifted crop, flip and random erasing at 0.1, for small images;
+- `thesis`: RandAugment(2, 9), MixUp 0.8, CutMix 1.0 and random erasing 0.25, by timm.
+
+References:
+    L. Tredese 2023, "Structured Pruning of Vision Transformers at Training Time" (`thesis`).
 """
 
 from __future__ import annotations
@@ -33,11 +37,19 @@ LIGHT_ERASING, THESIS_ERASING = 0.1, 0.25
 
 
 class Augmentation:
-    """uint8 images (B, C, H, W) and int64 labels (B,) -> float32 images, and labels (B,) or soft
-    targets (B, classes).
+    """Augments and normalises batches.
 
-    Soft targets (thesis) carry the label smoothing already. Random numbers come from the global
-    generators of torch, numpy and Python, which the training loop seeds and saves.
+    Random numbers come from the global generators of torch, numpy and Python, which the training
+    loop seeds and saves.
+
+    Args:
+        preset: The name of the augmentation.
+        preprocessing: The mean and std, and the image size.
+        classes: The number of classes, for soft targets.
+        label_smoothing: Applied to the soft targets of `thesis`.
+
+    Raises:
+        InputError: There is no such preset.
     """
 
     def __init__(
@@ -48,9 +60,8 @@ class Augmentation:
         label_smoothing: float = 0.0,
     ) -> None:
         if preset not in get_args(Preset):
-            raise InputError(
-                f"augmentation {preset!r}: not known; choose one of {', '.join(get_args(Preset))}"
-            )
+            known = ", ".join(get_args(Preset))
+            raise InputError(f"augmentation {preset!r}: not known; choose one of {known}")
         self.preset, self.preprocessing = preset, preprocessing
         self.mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.erase: Callable[[Tensor], Tensor] | None = None
@@ -75,11 +86,23 @@ class Augmentation:
             self.erase = RandomErasing(probability=THESIS_ERASING, mode="pixel", device="cpu")
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment one batch.
+
+        Args:
+            pixels: uint8 (B, C, H, W).
+            labels: int64 (B,).
+
+        Returns:
+            Normalised float32 images, and labels (B,) or soft targets (B, classes).
+
+        Raises:
+            InputError: MixUp gets an odd number of images.
+        """
         if self.preset == "none":
             return normalise(pixels, self.preprocessing), labels
         if self.policy is not None:
             pixels = torch.from_numpy(
-                np.stack([self._by_policy(picture) for picture in pixels.numpy()])
+                np.stack([self._apply_policy(image) for image in pixels.numpy()])
             )
         images = normalise(
             pixels if self.preset == "erasing" else shift_and_flip(pixels), self.preprocessing
@@ -88,25 +111,24 @@ class Augmentation:
         if self.mix is not None:
             if len(images) % 2:
                 raise InputError(
-                    f"MixUp pairs images, so a batch must be even, not {len(images)}; choose an even batch_size"
+                    f"MixUp pairs images, so a batch must be even, not {len(images)}; "
+                    "choose an even batch_size"
                 )
             images, labels = self.mix(images, labels)
         return images, labels
 
-    def _by_policy(self, picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _apply_policy(self, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         assert self.policy is not None
-        image = Image.fromarray(
-            picture[0]
-            if picture.shape[0] == 1
-            else np.ascontiguousarray(picture.transpose(1, 2, 0))
-        )
-        array = np.asarray(self.policy(image), dtype=np.uint8)
+        grey = pixels.shape[0] == 1
+        image = pixels[0] if grey else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        array = np.asarray(self.policy(Image.fromarray(image)), dtype=np.uint8)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def shift_and_flip(pixels: Tensor) -> Tensor:
-    """Crop each image at its own random place from a zero-padded copy, and mirror half of them.
-    uint8 (B, C, H, W) -> the same shape.
+    """Crop each image from a zero-padded copy at a random place, and mirror half of them.
+
+    Shapes: uint8 (B, C, H, W) -> the same.
     """
     count, _, height, width = pixels.shape
     reach_y, reach_x = max(1, round(height * SHIFT_SHARE)), max(1, round(width * SHIFT_SHARE))
@@ -114,14 +136,13 @@ def shift_and_flip(pixels: Tensor) -> Tensor:
     rows = torch.randint(0, 2 * reach_y + 1, (count, 1)) + torch.arange(height)
     columns = torch.randint(0, 2 * reach_x + 1, (count, 1)) + torch.arange(width)
     columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
-    taken = padded.permute(0, 2, 3, 1)[
-        torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    ]
-    return taken.permute(0, 3, 1, 2).contiguous()
+    images = torch.arange(count)[:, None, None]
+    cropped = padded.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]]
+    return cropped.permute(0, 3, 1, 2).contiguous()
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the three global generators that models and timm's transforms draw from."""
+    """Seed the global random generators of torch, numpy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

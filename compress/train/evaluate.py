@@ -1,6 +1,4 @@
-"""Top-1 of a model on a split: no augmentation, no randomness, a progress bar only when it takes a
-while.
-"""
+"""Top-1 accuracy of a model on a split, without augmentation."""
 
 from __future__ import annotations
 
@@ -23,8 +21,17 @@ def predict(
     title: str = "evaluating",
     quiet: bool = True,
 ) -> Tensor:
-    """Logits of every image of the split, float32 (N, classes). The model's mode is put back
-    afterwards.
+    """Compute the logits of every image of a split, in evaluation mode.
+
+    Args:
+        model: The model; its mode is restored afterwards.
+        split: The images.
+        batch_size: The number of images in one forward pass.
+        title: The text of the progress bar, which appears after two seconds.
+        quiet: Show no progress bar.
+
+    Returns:
+        Logits, float32 (N, classes).
     """
     was_training = model.training
     model.eval()
@@ -33,7 +40,6 @@ def predict(
         with torch.inference_mode(), progress_bar(title, len(split), quiet=quiet) as advance:
             for start in range(0, len(split), batch_size):
                 parts.append(model(split.floats(slice(start, start + batch_size))).float())
-                # Short evaluations stay silent.
                 if time.perf_counter() - started > 2.0:
                     advance(min(len(split), start + batch_size))
     finally:
@@ -49,7 +55,18 @@ def evaluate(
     title: str = "evaluating",
     quiet: bool = True,
 ) -> float:
-    """Top-1 in percent."""
+    """Compute the top-1 accuracy of a model on a split.
+
+    Args:
+        model: The model; its mode is restored afterwards.
+        split: The images and labels.
+        batch_size: The number of images in one forward pass.
+        title: The text of the progress bar, which appears after two seconds.
+        quiet: Show no progress bar.
+
+    Returns:
+        The accuracy in percent.
+    """
     return top1(
         predict(model, split, batch_size=batch_size, title=title, quiet=quiet),
         torch.from_numpy(split.targets),
@@ -57,8 +74,9 @@ def evaluate(
 
 
 def top1(logits: Tensor, targets: Tensor) -> float:
-    """Percent of rows whose largest logit is the target's; targets int64 (N,) or soft (N,
-    classes).
+    """The percentage of rows with the largest logit at the target.
+
+    `targets`: class numbers (N,), or soft targets (N, classes).
     """
     wanted = targets.argmax(1) if targets.ndim == 2 else targets
     return 100.0 * float((logits.argmax(1) == wanted).float().mean())

@@ -24,12 +24,18 @@ from ...core.errors import InputError
 from ..data.splits import DataSplits
 from .augment import Augmentation, Preset, seed_everything
 from .evaluate import evaluate, top1
-from .training_files import append_history, rewind_history
 from .precision import arithmetic
 from .progress import TrainingProgress
 from .schedule import LearningRate, Schedule
 from .task import EpochEnd, Task
-from .training_files import random_states, read_state, set_random_states, write_state
+from .training_files import (
+    append_history,
+    random_states,
+    read_state,
+    rewind_history,
+    set_random_states,
+    write_state,
+)
 
 CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 # Settings that may differ between a run and its continuation, since they do not change what is

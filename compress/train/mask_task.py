@@ -370,7 +370,9 @@ class MaskTask:
         ]
         self._install(model, gates)
         self.solver.saliency, self.solver.price = saliency, price
-        self.solver.branch_saliency.update({name: worth[name] for name in self.solver.branch_saliency})
+        self.solver.branch_saliency.update(
+            {name: worth[name] for name in self.solver.branch_saliency}
+        )
         self.progress.shrunk.append(left / macs)
         rebuilt = self.optimizer()
         for name, parameter in self.masked.network.named_parameters():

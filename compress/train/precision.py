@@ -1,4 +1,4 @@
-"""Threads and matrix-product precision for the length of a training, put back afterwards."""
+"""Threads and the precision of matrix products during a training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def arithmetic(
     matmul_precision: Literal["highest", "high", "medium"], threads: int | None, model: nn.Module
 ) -> Iterator[None]:
-    """Set torch's threads and float32 matmul precision; `medium` lets a CPU multiply in bfloat16
-    where it has the instructions.
+    """Set the threads and the float32 matmul precision of torch, and restore them on exit.
 
-    torch's flash attention on the CPU is slower under anything but `highest`, so attention is then
-    computed by plain matrix products, and modules with a `fused_attn` switch, as timm's, do so
-    themselves. Training steps of a small ViT, images a CPU-second: `highest` flash 241, plain 223;
-    `medium` flash 149, plain 315, timm's own products 347.
+    Except with "highest", torch's flash attention is slow on a CPU, so attention is computed by
+    plain matrix products, in modules with a `fused_attn` switch (timm) by their own. Images per
+    CPU-second in training steps of a small ViT: "highest" flash 241, plain 223; "medium" flash
+    149, plain 315, timm's own products 347.
+
+    Args:
+        matmul_precision: As for `torch.set_float32_matmul_precision`; with "medium" a CPU
+            multiplies in bfloat16 if it has the instructions.
+        threads: The number of threads, or None to leave it.
+        model: The model, whose `fused_attn` switches are set.
     """
     precision_before, threads_before = torch.get_float32_matmul_precision(), torch.get_num_threads()
     plain = matmul_precision != "highest"

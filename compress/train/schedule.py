@@ -1,11 +1,9 @@
-"""How the learning rate moves: timm's cosine as a pure function of the step, so that a resumed run
-continues exactly.
-"""
+"""Learning rate schedules as pure functions of the step, so that resumed runs continue exactly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch.optim import Optimizer
@@ -15,10 +13,17 @@ from ...core.errors import InputError
 
 @dataclass(frozen=True)
 class Schedule:
-    """`cosine` falls once from each group's learning rate to `min_lr`; `restarts` does so every
-    `restart_epochs`; `constant` stays.
+    """A learning rate schedule.
 
-    The learning rate first rises linearly from `min_lr` for `warmup_epochs`.
+    Attributes:
+        kind: "cosine" falls once from the rate of each group to `min_lr`; "restarts" does so every
+            `restart_epochs`; "constant" does not fall.
+        warmup_epochs: For so long the rate first rises linearly from `min_lr`.
+        restart_epochs: The length of a cycle of "restarts".
+        min_lr: The lowest rate.
+
+    Raises:
+        InputError: An unknown kind, or a number out of range.
     """
 
     kind: Literal["cosine", "restarts", "constant"] = "cosine"
@@ -38,8 +43,13 @@ class Schedule:
 
 
 class LearningRate:
-    """Sets the learning rate of every group of an optimizer; each group's own rate at hand-over is
-    its peak.
+    """Sets the learning rate of every group of an optimizer.
+
+    Args:
+        optimizer: The optimizer; the initial rate of each group is its peak.
+        schedule: The schedule.
+        epochs: The epochs of the whole training.
+        steps_per_epoch: The optimizer steps of one epoch.
     """
 
     def __init__(
@@ -48,45 +58,32 @@ class LearningRate:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"])
         warmup = round(min(schedule.warmup_epochs, epochs) * steps_per_epoch)
-        cycle = schedule.restart_epochs if schedule.kind == "restarts" else epochs
-        common: dict[str, Any] = {
-            "warmup_t": warmup,
-            "warmup_lr_init": schedule.min_lr,
-            "t_in_epochs": False,
-        }
         if schedule.kind == "restarts":
-            length, limit, prefix = cycle * steps_per_epoch, 1_000_000, True
+            length, cycles = schedule.restart_epochs * steps_per_epoch, 1_000_000
         else:
-            length, limit, prefix = max(1, epochs * steps_per_epoch - warmup), 1, True
-        # A constant rate is a cosine whose floor is its peak, which timm cannot say for several
-        # groups; it is set by hand below.
-        self.constant, self.optimizer, self.warmup, self.min_lr = (
-            schedule.kind == "constant",
-            optimizer,
-            warmup,
-            schedule.min_lr,
-        )
+            length, cycles = max(1, epochs * steps_per_epoch - warmup), 1
+        # timm has no constant schedule for groups of different rates, so `set` computes it.
+        self.constant, self.min_lr = schedule.kind == "constant", schedule.min_lr
+        self.optimizer, self.warmup = optimizer, warmup
         self.cosine = CosineLRScheduler(
             optimizer,
             t_initial=length,
             lr_min=schedule.min_lr,
-            cycle_limit=limit,
-            warmup_prefix=prefix,
-            **common,
+            cycle_limit=cycles,
+            warmup_t=warmup,
+            warmup_lr_init=schedule.min_lr,
+            warmup_prefix=True,
+            t_in_epochs=False,
         )
 
     def set(self, step: int) -> float:
-        """Set the rates for the step counted from 0 over the whole training; returns the first
-        group's.
-        """
+        """Set the rates for a step, counted from 0; return that of the first group."""
         if not self.constant:
             self.cosine.step_update(step)
         else:
             for group in self.optimizer.param_groups:
                 peak = group["initial_lr"]
-                group["lr"] = (
-                    peak
-                    if step >= self.warmup
-                    else self.min_lr + (peak - self.min_lr) * step / self.warmup
-                )
+                if step < self.warmup:
+                    peak = self.min_lr + (peak - self.min_lr) * step / self.warmup
+                group["lr"] = peak
         return float(self.optimizer.param_groups[0]["lr"])

@@ -1,6 +1,4 @@
-"""What a training phase brings to the loop. Dense training, fine-tuning and mask learning are
-tasks; the loop knows nothing of masks.
-"""
+"""The interface between the training loop and a phase: dense training, masks or fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,13 +12,16 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """A task's word at the end of an epoch.
+    """What a task returns at the end of an epoch.
 
-    metrics: keys for history.jsonl and the progress line (`params` and `macs` are absolute counts,
-    `lambda` the penalty). score: what `best` means, higher is better; None is validation top-1,
-    -inf: this epoch may not be the best (over budget). stop: end the phase after this epoch, with a
-    reason to print. optimizer: set when the model was rebuilt smaller. Its groups carry their peak
-    learning rate in `lr` (or `initial_lr`).
+    Attributes:
+        metrics: Figures for history.jsonl and the progress line: `params` and `macs` are absolute
+            counts, `lambda` is the penalty.
+        score: By which the best epoch is chosen, higher is better. None: the validation top-1;
+            -inf: this epoch must not be the best, since it is over budget.
+        stop: The reason to end the phase after this epoch, or None.
+        optimizer: A new optimizer if the model was rebuilt smaller; the `lr` (or `initial_lr`) of
+            each group is its peak.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -35,31 +36,38 @@ class Task(Protocol):
     phase: str
 
     def optimizer(self) -> Optimizer:
-        """A new optimizer over the present parameters; each group's `lr` is its peak."""
+        """Create an optimizer over the current parameters; the `lr` of each group is its peak."""
 
     def train_mode(self) -> None:
-        """Put the model into training mode (called at the start of each epoch)."""
+        """Set the model to training mode; called at the start of each epoch."""
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """images float32 (B, C, H, W), targets int64 (B,) or soft (B, classes) -> scalar loss,
-        logits (B, classes).
+        """Compute the loss of a batch.
+
+        Args:
+            images: float32 (B, C, H, W).
+            targets: Class numbers (B,), or soft targets (B, classes).
+
+        Returns:
+            The scalar loss, and the logits (B, classes).
         """
 
     def after_step(self, step: int) -> None:
-        """Called after each optimizer step, `step` counted from 0 over the whole phase (multiplier
-        updates, pinned scores, ...).
-        """
+        """Update the task after an optimizer step, counted from 0 over the whole phase."""
 
     def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
-        """Called once validation is done, before the checkpoint is written; epochs count from 1,
-        top-1 is in percent.
+        """End an epoch, after validation and before the checkpoint is written.
+
+        Args:
+            epoch: Counted from 1.
+            val_top1: In percent.
         """
 
     def model_for_eval(self) -> nn.Module:
-        """The model whose validation top-1 counts, in evaluation mode."""
+        """The model to validate, in evaluation mode."""
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs: tensors and plain data only."""
+        """The state for a resumed run: tensors and plain data only."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Become what `state` describes, rebuilding the model if it had shrunk."""
+        """Restore a state; the model is rebuilt if it was smaller."""
