@@ -1,7 +1,7 @@
 """The command line: its commands, and the exit codes and messages of errors.
 
 Exit codes: 0 success; 1 an unexpected error; 2 invalid input, with one line that names what and
-where; 130 interrupted; 141 the reader of a pipe is gone.
+where; 130 interrupted; 141 a closed pipe.
 """
 
 from __future__ import annotations

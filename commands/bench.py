@@ -136,7 +136,7 @@ def _by_name(artifacts: list[Path]) -> dict[str, Path]:
 def _measurement_files(
     names: Iterable[str], size: int | None, sizes: int, output: Output
 ) -> dict[str, Path]:
-    """The file of each artifact at one of so many batch sizes; empty without --out."""
+    """The file of each artifact at a batch size, one of `sizes`; empty without --out."""
     if output.out is None:
         return {}
     suffix = f"-batch{size}" if sizes > 1 else ""

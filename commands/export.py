@@ -160,7 +160,7 @@ def _export_model(request: _Request) -> Artifact:
 
 
 def _export_graph_file(request: _Request) -> Artifact:
-    from ..export.graphs.given_graph import export_graph, image_of, read_graph
+    from ..export.graphs.imported_graph import export_graph, image_of, read_graph
 
     path, variant, graph = request.model, request.variant, request.graph
     image = image_of(read_graph(path), path)
@@ -212,7 +212,7 @@ def _show_artifact(artifact: Artifact, request: _Request) -> None:
 def _export_for_all_runtimes(request: _Request) -> None:
     """Write OUT/RUNTIME and OUT/measurements/RUNTIME.json for each runtime, and rank them."""
     from ..bench.local.measure import measure_interleaved
-    from ..export.every_runtime import export_everywhere
+    from ..export.exporter import export_all_runtimes
     from ..export.resized_model import IMAGE_SIZE
 
     if request.graph.option or request.output.bundle is not None:
@@ -222,10 +222,10 @@ def _export_for_all_runtimes(request: _Request) -> None:
         )
     out, threads = request.out, request.graph.threads
     network, image = _network(request)
-    made, absent = export_everywhere(
+    made, absent = export_all_runtimes(
         network,
         out,
-        tell=lambda name: typer.echo(f"exporting for {name}", err=True),
+        report_progress=lambda name: typer.echo(f"exporting for {name}", err=True),
         opset=request.graph.opset,
         image_size=request.variant.image_size,
         **request.arguments(image),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..core.errors import InputError
-from ..export.artifact import Precision
+from ..export.manifest import Precision
 from ..export.runtimes import runtime_named, runtime_names
 
 if TYPE_CHECKING:

@@ -138,7 +138,7 @@ def _table_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _keys_in_file(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
-    """The part of pydantic's location that stands in the file.
+    """The part of pydantic's location that is in the file.
 
     Branches of a union and positions in a list are internal to pydantic.
     """

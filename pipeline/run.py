@@ -94,7 +94,7 @@ def run(
         The run folder.
 
     Raises:
-        InputError: The recipe, the data and the model do not fit together, or the folder holds
+        InputError: The recipe, the data and the model do not fit together, or the folder contains
             something else. Nothing is written then.
     """
     RunFolder.check(Path(out), resume=resume, overwrite=overwrite)

@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 class RunFolder:
     """A run folder with its ledger.
 
-    `steps.json` holds, for each finished step, its fingerprint, its seconds and the SHA-256 of
+    `steps.json` contains, for each finished step, its fingerprint, its seconds and the SHA-256 of
     every file that it made. A step that was begun and not finished is listed too, so that only the
     same recipe continues from its training checkpoint.
     """
@@ -52,8 +52,8 @@ class RunFolder:
         """Check that a run may write to `path`.
 
         Raises:
-            InputError: The folder holds an earlier run and neither `resume` nor `overwrite` is
-                given, or it holds something other than a run.
+            InputError: The folder contains an earlier run and neither `resume` nor `overwrite` is
+                given, or it contains something else.
         """
         if path.is_file():
             require_empty(path)
@@ -61,12 +61,12 @@ class RunFolder:
             return
         if not (path / LEDGER).is_file():
             raise InputError(
-                f"{path}: the output folder is not empty and holds no vitrim run; "
+                f"{path}: the output folder is not empty and contains no vitrim run; "
                 "name another one with --out"
             )
         if not resume and not overwrite:
             raise InputError(
-                f"{path}: the output folder holds an earlier run; --resume continues it, "
+                f"{path}: the output folder contains an earlier run; --resume continues it, "
                 "--overwrite deletes it and starts again, --out names another one"
             )
 

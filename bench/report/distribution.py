@@ -15,7 +15,7 @@ BAR_PX = 14.0
 SHAPE_PX = 36.0
 LINE_PX = 17.0
 GAP_PX = 16.0
-# On a busy machine p99 is ten times the median: the axis ends at so many times p90.
+# On a busy machine p99 is ten times the median: the axis ends at this multiple of p90.
 LONGEST_TAIL = 2.0
 # On narrower plots the figures of a strip have a line of their own.
 ONE_LINE_PX = 560.0

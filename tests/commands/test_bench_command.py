@@ -50,7 +50,7 @@ def test_a_batch_sweep_with_a_profile_is_saved_and_reported(
     assert {row.operator for row in first.operators} >= {"MatMul", "Relu"}
     assert (out / "m-batch1-operators.svg").read_text().startswith("<svg")
     assert "exists already; --overwrite replaces it" in error_line(capsys, *command)
-    # `report` ignores the pictures beside the measurements.
+    # `report` ignores the pictures next to the measurements.
     assert call(["report", str(out), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "report.html").read_text()
     assert "Time by operator" in page

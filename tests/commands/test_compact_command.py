@@ -192,10 +192,10 @@ def test_taylor_uses_the_images_and_records_them(place: Path, tmp_path: Path) ->
         classes=3,
         draw_seed=3,
     )
-    wanted = StructuredMask.from_saliency(
+    expected = StructuredMask.from_saliency(
         source, "taylor", scope="layer", data=[(split.floats(), split.batch(slice(None))[1])]
     )
-    assert all(torch.equal(keep, wanted.kept[dimension][site]) for dimension, site, keep in mask)
+    assert all(torch.equal(keep, expected.kept[dimension][site]) for dimension, site, keep in mask)
     small = load(tmp_path / "small").architecture
     assert small.embed == 12
     # The saved mask reproduces the model.

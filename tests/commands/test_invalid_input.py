@@ -261,7 +261,7 @@ def test_an_output_folder_that_is_not_empty(
     for flag in ([], ["--overwrite"], ["--resume"]):
         line = refused("run", recipe(), "--out", out, *flag)
         assert (
-            line == f"{out}: the output folder is not empty and holds no vitrim run; "
+            line == f"{out}: the output folder is not empty and contains no vitrim run; "
             "name another one with --out"
         )
     assert (out / "thesis.txt").read_text() == "my only copy"
@@ -312,7 +312,8 @@ def test_a_full_disk(
         (["bench", "{tmp}"], "no artifact (there is no manifest.json)"),
         (
             ["report", "{tmp}"],
-            "contains no measurements; name a folder that `vitrim run` or `vitrim bench --out` wrote",
+            "contains no measurements; name a folder that `vitrim run` or `vitrim bench --out` "
+            "wrote",
         ),
         (["compare", "{tmp}"], "a comparison needs two measurements or more"),
         (["compare", "{tmp}/a.json", "{tmp}/b.json"], "a.json: cannot be read"),

@@ -152,13 +152,13 @@ def test_the_length_of_a_bar_is_the_kept_share(
         " return [k.dataset.dimension, +k.dataset.kept, +k.dataset.total, "
         "filled / t.getBoundingClientRect().width, on.length] })"
     )
-    wanted = [
+    expected = [
         (name, *branch["dims"][name])
         for branch in report_sample.kept()
         for name in branch["dims"]
         if name != "embed"
     ]
-    assert [tuple(bar[:3]) for bar in drawn] == wanted
+    assert [tuple(bar[:3]) for bar in drawn] == expected
     for dimension, kept, total, share, cells in drawn:
         if dimension == "head":
             assert cells == kept

@@ -62,9 +62,9 @@ def test_formatted_numbers(written: str, expected: str) -> None:
 def test_text_is_escaped_and_parsed_back(words: str) -> None:
     written = element("p", words, title=words)
     tree = ElementTree.fromstring(written)
-    wanted = html.unescape(escaped(words))
+    expected = html.unescape(escaped(words))
     # XML parsers turn carriage returns into line feeds, and white space in attributes into spaces.
-    assert (tree.text or "") == wanted.replace("\r\n", "\n").replace("\r", "\n")
+    assert (tree.text or "") == expected.replace("\r\n", "\n").replace("\r", "\n")
     assert not len(tree)
     assert set(tree.attrib) == {"title"}
 
@@ -90,13 +90,13 @@ def test_a_back_tick_does_not_end_a_code_span() -> None:
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))
-def test_ticks_are_in_their_range_and_equally_spaced(low: float, span: float, wanted: int) -> None:
-    values = ticks(low, low + span, wanted)
+def test_ticks_are_in_their_range_and_equally_spaced(low: float, span: float, count: int) -> None:
+    values = ticks(low, low + span, count)
     slack = 1e-6 * span
     assert all(low - slack <= value <= low + span + slack for value in values)
     steps = [b - a for a, b in itertools.pairwise(values)]
     assert all(step == pytest.approx(steps[0], rel=1e-4) for step in steps)
-    assert len(values) <= wanted + 1
+    assert len(values) <= count + 1
 
 
 def test_tick_labels_are_distinct() -> None:
