@@ -1,4 +1,4 @@
-"""Compiled artifacts of a tiny network, without the seconds that torch's exporter takes."""
+"""Compiled artifacts of a tiny network, made without torch's exporter, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import vitrim
 from numpy.typing import NDArray
 from tiny_models import tiny_vit
 from vitrim.export.artifact import Artifact, entry_for
-from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
 from vitrim.export.forms import Form, write_network
+from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
 from vitrim.export.parity import Probe
 from vitrim.export.runtimes import RuntimeFiles, Source, runtime_named
 
@@ -30,12 +30,12 @@ PREPROCESSING = {
 
 
 def images(count: int = 3, seed: int = 0) -> NDArray[Any]:
-    """Noise of the tiny network's size."""
+    """Noise (count, 3, 16, 16), the size of the tiny network's input."""
     return np.random.default_rng(seed).standard_normal((count, 3, 16, 16), dtype=np.float32)
 
 
 def expected(given: NDArray[Any]) -> NDArray[Any]:
-    """What torch answers."""
+    """Torch's logits."""
     with torch.no_grad():
         found: NDArray[Any] = tiny_vit()(torch.from_numpy(given)).numpy()
     return found
@@ -49,25 +49,34 @@ def source(
     options: Mapping[str, str] | None = None,
     lifted: bool = True,
 ) -> Source:
-    """What the exporter hands to a runtime."""
+    """The source that the exporter passes to a runtime."""
     pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
     compact = vitrim.lift(tiny_vit())
     graph = write_network(compact, Form(rows="batch", norm="layer", stem="matrix"), batch=batch)
     probe = Probe.of(expected, (3, 16, 16), images())
     return Source(
-        model=tiny_vit(), compact=compact if lifted else None, graph=graph, shape=(3, 16, 16), batch=batch, target=target, threads=threads, precision="fp32",
-        images=None, probe=probe, options=options or {},
-    )  # fmt: skip
+        model=tiny_vit(),
+        compact=compact if lifted else None,
+        graph=graph,
+        shape=(3, 16, 16),
+        batch=batch,
+        target=target,
+        threads=threads,
+        precision="fp32",
+        images=None,
+        probe=probe,
+        options=options or {},
+    )
 
 
 def compiled(folder: Path, target: str = "x86-64", **settings: Any) -> RuntimeFiles:
-    """The files of a tiny network for a target."""
+    """A tiny network compiled for a target."""
     folder.mkdir(parents=True)
     return runtime_named("tvm").write(source(target, **settings), folder)
 
 
 def job_of(folder: Path, written: RuntimeFiles, batch: int = 1, threads: int = 1) -> dict[str, Any]:
-    """The job that opens them."""
+    """The job that opens the files."""
     shape = [batch, 3, 16, 16]
     session = dict(written.session)
     return {
@@ -80,7 +89,7 @@ def job_of(folder: Path, written: RuntimeFiles, batch: int = 1, threads: int = 1
 
 
 def artifact_in(folder: Path, target: str = "x86-64") -> Artifact:
-    """The same with a manifest, and with the objects that a bundle links."""
+    """An artifact with a manifest, and with the objects that a bundle links."""
     written = compiled(folder, target, options={"static": "yes"})
     files = [
         entry_for(folder, written.main, "model"),

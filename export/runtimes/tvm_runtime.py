@@ -18,7 +18,7 @@ from ...core.cross_compiler import runs_here
 from ...core.errors import InputError
 from ...targets.catalog import load_target
 from ...targets.profile import TargetProfile
-from ..cross_target import elsewhere
+from ..cross_target import cross_target
 from ..forms import Form
 from ..manifest import tool_versions
 from ..quantization.quantize import CALIBRATION_IMAGES
@@ -332,10 +332,10 @@ def execution_host(
         if not missing:
             return None, None
         return None, f"this processor has no {', '.join(missing)}, which the code for {name} uses"
-    found = elsewhere(name, "tvm")
+    found = cross_target(name, "tvm")
     if found is None:
         return None, f"programs for {triple} do not run on this machine"
-    return found.emulator, found.why_not
+    return found.emulator, found.reason
 
 
 def has_cuda() -> bool:

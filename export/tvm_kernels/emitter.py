@@ -154,7 +154,7 @@ class Emitter:
         spec = Quantize(self.batch, x.rows, x.used, x.layout, into.quantizer)
         length = into.quantizer.row_length(x.used)
         value = self.program.call(
-            "encode",
+            "quantize",
             spec,
             lambda: quantize_rows(spec, self.schedule.threads),
             [x.value, *self.range_operand(into)],
@@ -272,7 +272,7 @@ class Emitter:
         )
         operands = [x.value, self.constant(np.ascontiguousarray(table).ravel())]
         return self._same_shape(
-            x, "turn", spec, lambda: rotate_heads(spec, self.schedule.threads), operands
+            x, "rotate", spec, lambda: rotate_heads(spec, self.schedule.threads), operands
         )
 
     def attend(
@@ -296,7 +296,7 @@ class Emitter:
         lanes, schedule = self.lanes, self.schedule
         packing = spec.packing(schedule.tile(spec.shape).vectors)
         packed = self.program.call(
-            "keys",
+            "pack_keys",
             packing,
             lambda: pack_keys(packing, lanes, schedule.threads),
             [keys_values.value],
@@ -322,7 +322,7 @@ class Emitter:
     def first_rows(self, x: Stream, rows: int) -> Stream:
         """The first rows of each image."""
         value = self.program.call(
-            "first",
+            "first_rows",
             (x.layout, rows),
             lambda: first_rows(self.batch, rows, x.layout),
             [x.value],
@@ -336,8 +336,8 @@ class Emitter:
         operands = [x.value, self.constant(padded(vector, x.width))]
         return self._same_shape(
             x,
-            "add",
-            ("add", rows, x.width),
+            "add_constant",
+            ("add-constant", rows, x.width),
             lambda: add_constant(rows, x.width, self.lanes),
             operands,
         )
@@ -359,8 +359,8 @@ class Emitter:
         rows, width = self.batch * x.rows, x.width // (2 * pairs)
         operands = [x.value, self.constant(np.array(factors, np.float32))]
         value = self.program.call(
-            "combine",
-            ("combine", rows, pairs, width),
+            "combine_pairs",
+            ("combine-pairs", rows, pairs, width),
             lambda: combine_pairs(rows, pairs, width, self.lanes),
             operands,
             (rows * pairs * width,),
@@ -376,8 +376,8 @@ class Emitter:
         """
         rows, prefix = len(table), len(table) - x.rows
         value = self.program.call(
-            "place",
-            ("place", prefix, x.rows, x.width),
+            "add_table",
+            ("add-table", prefix, x.rows, x.width),
             lambda: add_table(self.batch, prefix, x.rows, x.width, self.lanes),
             [x.value, self.constant(table.ravel())],
             (self.batch * rows * x.width,),

@@ -74,7 +74,8 @@ extern "C" {{
 {kernels}
 extern const unsigned char vitrim_constants[] __attribute__((visibility("hidden")));
 }}
-// Weights lie in the program as they are used: mapped, never copied, shared between processes.
+// Weights are part of the program in the order of their use: mapped, never copied, and shared
+// between processes.
 __asm__(
     ".pushsection .rodata.vitrim_constants,\\"a\\"\\n"
     ".balign 64\\n"

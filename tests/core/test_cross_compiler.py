@@ -1,6 +1,4 @@
-"""zig alone, without any other compiler: it links compiled networks for ARM and for this machine,
-and builds the bundle's programs.
-"""
+"""zig without any other compiler: it links compiled networks and builds the bundle's programs."""
 
 from __future__ import annotations
 
@@ -52,7 +50,7 @@ ZIG = ("-DCMAKE_TOOLCHAIN_FILE=aarch64.cmake",)
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """zig, cmake and make are all that can be found."""
+    """Only zig, cmake and make can be found."""
     pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
     pytest.importorskip("ziglang", reason="zig is not installed: pip install 'vitrim[zig]'")
     if not sys.platform.startswith("linux") or platform.machine().lower() not in (
@@ -87,6 +85,12 @@ def close(found: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
+def logits_in(lines: list[str]) -> np.ndarray:
+    """The logits that a program printed."""
+    numbers = next(line for line in lines if line.startswith("logits")).split()[1:]
+    return np.array([float(number) for number in numbers])
+
+
 def run(*command: object) -> str:
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, timeout=300, check=False
@@ -95,7 +99,7 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-def test_code_for_arm_answers_as_torch_does_and_loads_beside_an_old_c_library(
+def test_code_for_arm_computes_torchs_outputs_and_needs_no_newer_c_library(
     tmp_path: Path,
 ) -> None:
     emulator("apache-tvm-ffi")
@@ -105,16 +109,16 @@ def test_code_for_arm_answers_as_torch_does_and_loads_beside_an_old_c_library(
     given = images(2)
     logits, _ = infer_in_subprocess(job_of(tmp_path / "a", written), given, command=written.command)
     close(logits, expected(given))
-    asked = re.findall(rb"GLIBC_([0-9.]+)\0", (tmp_path / "a" / "model.so").read_bytes())
-    assert asked
-    assert max(version(found.decode()) for found in asked) <= version(OLDEST_GLIBC)
+    required = re.findall(rb"GLIBC_([0-9.]+)\0", (tmp_path / "a" / "model.so").read_bytes())
+    assert required
+    assert max(version(found.decode()) for found in required) <= version(OLDEST_GLIBC)
 
 
 def version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
-def test_code_for_this_machine_answers_as_torch_does(
+def test_code_for_this_machine_computes_torchs_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_this_processor()
@@ -126,15 +130,15 @@ def test_code_for_this_machine_answers_as_torch_does(
         logits, _ = infer_in_subprocess(job_of(tmp_path / entry, written), given)
         close(logits, expected(given))
 
-        def never(built: object) -> None:
+        def no_plan(network: object) -> None:
             raise NoExecutionPlan("it calls vm.builtin.shape_of")
 
-        monkeypatch.setattr(tvm_runtime, "straight_program", never)
+        monkeypatch.setattr(tvm_runtime, "execution_plan", no_plan)
 
 
-def test_other_weights_are_never_taken_from_what_zig_keeps(tmp_path: Path) -> None:
-    # zig looks its objects up by the source's text, and does not see that the weights, which the
-    # source's assembly includes, have changed.
+def test_zigs_cache_never_returns_the_object_of_other_weights(tmp_path: Path) -> None:
+    # zig looks objects up by the source's text, and does not notice other weights, which the
+    # source's assembly includes.
     needs_this_processor()
     given = images(4)
     for seed in (1, 2):
@@ -153,13 +157,13 @@ def test_other_weights_are_never_taken_from_what_zig_keeps(tmp_path: Path) -> No
         close(logits, wanted)
 
 
-def test_triples_in_zigs_words() -> None:
-    for triple, words in (
+def test_triples_are_translated_to_zigs_targets() -> None:
+    for triple, target in (
         ("aarch64-linux-gnu", "aarch64-linux-gnu.2.27"),
         ("amd64-unknown-linux-gnu", "x86_64-linux-gnu.2.27"),
         ("arm-linux-gnueabihf", "arm-linux-gnueabihf.2.27"),
     ):
-        assert f"--target={words}" in tvm_link.linker_for(triple).command
+        assert f"--target={target}" in tvm_link.linker_for(triple).command
 
 
 def test_the_bundle_with_the_model_in_it_needs_no_shared_library(tmp_path: Path) -> None:
@@ -187,15 +191,7 @@ def test_the_bundle_with_the_model_in_it_needs_no_shared_library(tmp_path: Path)
         tmp_path / "picture.ppm",
         "--logits",
     ).splitlines()
-    close(
-        np.array(
-            [
-                float(value)
-                for value in next(line for line in lines if line.startswith("logits")).split()[1:]
-            ]
-        ),
-        wanted,
-    )
+    close(logits_in(lines), wanted)
     assert lines[0].endswith(LABELS[int(wanted.argmax())])
 
 
@@ -205,7 +201,8 @@ def test_the_bundle_with_the_runtimes_library_builds_and_runs(tmp_path: Path) ->
     header = header_folder()
     if header is None:
         pytest.skip(
-            "onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder"
+            "onnxruntime_c_api.h is not here and could not be fetched: "
+            "set ONNXRUNTIME_INCLUDE to its folder"
         )
     artifact = runtime_artifact_in(tmp_path / "artifact")
     program = build_with_runtime(folder := bundle(artifact, tmp_path / "bundle"), header, *ZIG)
@@ -219,15 +216,7 @@ def test_the_bundle_with_the_runtimes_library_builds_and_runs(tmp_path: Path) ->
     assert artifact.manifest.preprocessing is not None
     preprocessing = Preprocessing.model_validate(artifact.manifest.preprocessing.model_dump())
     wanted = open_session(artifact).run(None, {"images": preprocessing.apply(picture)[None]})[0][0]
-    close(
-        np.array(
-            [
-                float(value)
-                for value in next(line for line in lines if line.startswith("logits")).split()[1:]
-            ]
-        ),
-        wanted,
-    )
+    close(logits_in(lines), wanted)
 
 
 def test_the_runner_for_a_device_without_python_builds_and_runs(

@@ -1,5 +1,6 @@
-"""Profiles are whole and sourced; a broken one is refused by file, line and key; a model that does
-not fit is told by how much.
+"""Profiles are complete and have sources; a malformed one is refused with file, line and key.
+
+A model that does not fit a device gets the excess in bytes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from vitrim.targets.detect import detect_host
 from vitrim.targets.profile import TargetProfile
 
 SHIPPED = list_targets()
-# Of the demo.
+# The demo's model.
 PARAMS, PEAK_BYTES = 800_000, 300_000
 
 
-def test_the_promised_devices_are_shipped() -> None:
-    promised = {
+def test_the_documented_devices_are_shipped() -> None:
+    documented = {
         "x86-64",
         "x86-64-avx2",
         "cuda",
@@ -32,7 +33,7 @@ def test_the_promised_devices_are_shipped() -> None:
         "rock5b",
         "imx8m-plus",
     }
-    assert promised | {"coral-dev-board", "snapdragon-8-gen-2", "gap8", "stm32h7"} == set(SHIPPED)
+    assert documented | {"coral-dev-board", "snapdragon-8-gen-2", "gap8", "stm32h7"} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -46,7 +47,7 @@ def test_every_number_of_a_shipped_profile_has_a_source(name: str) -> None:
     ), sources
 
 
-def test_the_host_is_detected_as_a_whole_profile() -> None:
+def test_the_host_is_detected_as_a_complete_profile() -> None:
     host = load_target("host")
     assert host == detect_host()
     assert host.cores >= 1
@@ -54,7 +55,7 @@ def test_the_host_is_detected_as_a_whole_profile() -> None:
     assert TargetProfile.model_validate_json(host.model_dump_json(by_alias=True)) == host
 
 
-def test_avx512_wants_widths_of_sixteen() -> None:
+def test_avx512_rounds_widths_to_sixteen() -> None:
     assert load_target("x86-64").round_to == 16
 
 
@@ -67,12 +68,12 @@ def test_avx512_wants_widths_of_sixteen() -> None:
         ("hots", "host"),
     ],
 )
-def test_an_unknown_name_gets_the_nearest(wrong: str, nearest: str) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest_name(wrong: str, nearest: str) -> None:
     with pytest.raises(InputError, match=f"did you mean '{nearest}'"):
         load_target(wrong)
 
 
-def test_a_name_like_nothing_gets_the_list() -> None:
+def test_a_name_without_a_near_one_is_refused_with_the_list() -> None:
     with pytest.raises(InputError, match=r"known are .*rpi4"):
         load_target("zzzzzz")
 
@@ -87,7 +88,7 @@ def own(tmp_path: Path, old: str, new: str) -> Path:
     return path
 
 
-def test_a_profile_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
+def test_a_users_profile_is_loaded_from_its_path(tmp_path: Path) -> None:
     assert load_target(own(tmp_path, 'name = "rpi4"', 'name = "my-board"')).name == "my-board"
 
 
@@ -124,7 +125,8 @@ def test_a_profile_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
         (
             "memory = ",
             "memorial = ",
-            r"mine.toml:\d+: the number memory.l1d_bytes has no source; add 'memory' to \[sources\]",
+            r"mine.toml:\d+: the number memory.l1d_bytes has no source; "
+            r"add 'memory' to \[sources\]",
         ),
         ("schema = ", "schema = = ", r"mine.toml: not TOML: .*line 1"),
         (
@@ -134,7 +136,7 @@ def test_a_profile_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_broken_profile_is_refused_by_file_line_and_key(
+def test_a_malformed_profile_is_refused_with_file_line_and_key(
     tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
@@ -142,7 +144,7 @@ def test_a_broken_profile_is_refused_by_file_line_and_key(
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.toml: cannot be read"):
         load_target(tmp_path / "absent.toml")
 
@@ -154,7 +156,7 @@ def test_the_demo_fits_a_raspberry_pi() -> None:
     assert str(fit).endswith("it fits")
 
 
-def test_a_model_too_large_for_a_microcontroller_is_told_by_how_much() -> None:
+def test_weights_that_do_not_fit_are_reported_with_the_excess() -> None:
     fit = check(load_target("stm32h7"), params=PARAMS, peak_activation_bytes=PEAK_BYTES)
     assert not fit.fits
     assert fit.weight_excess_bytes == 3_200_000 - 2 * 2**20
@@ -167,12 +169,12 @@ def test_a_model_too_large_for_a_microcontroller_is_told_by_how_much() -> None:
     ).fits
 
 
-def test_activations_that_do_not_fit_are_told_too() -> None:
+def test_activations_that_do_not_fit_are_reported_with_the_excess() -> None:
     fit = check(
         load_target("stm32h7"), params=100_000, peak_activation_bytes=3_700_000, precision="int8"
     )
     assert not fit.fits
     assert (
-        "peak activation: 3.7 MB, but only 786 kB usable memory beside the weights: 2.91 MB too much, 4.7 times too large"
-        in str(fit)
-    )
+        "peak activation: 3.7 MB, but only 786 kB usable memory beside the weights: "
+        "2.91 MB too much, 4.7 times too large"
+    ) in str(fit)

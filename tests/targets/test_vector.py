@@ -1,4 +1,4 @@
-"""The vector unit follows from the features; TVM takes every profile's target."""
+"""The vector unit follows from the features; TVM accepts every profile's target."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vitrim.targets.vector import vector_unit
         ("armv7e-m", ["fpu", "dsp"], "scalar", 1, 16, True, False),
     ],
 )
-def test_the_widest_unit_is_taken(
+def test_the_widest_unit_is_selected(
     architecture: str,
     features: list[str],
     kind: str,
@@ -42,13 +42,13 @@ def test_the_widest_unit_is_taken(
     )
 
 
-def test_a_profile_offers_its_unit() -> None:
+def test_a_profile_has_a_vector_unit() -> None:
     assert load_target("rpi4").vector.kind == "neon"
     assert load_target("x86-64").vector.bits == 512
 
 
 @pytest.mark.parametrize("name", [*list_targets(), "host"])
-def test_tvm_takes_the_target_of_every_profile(name: str) -> None:
+def test_tvm_accepts_the_target_of_every_profile(name: str) -> None:
     tvm = pytest.importorskip("tvm")
     target = load_target(name).tvm_target
     assert target is not None
@@ -65,7 +65,7 @@ def mine(tmp_path: Path, line: str) -> Path:
     return path
 
 
-def test_the_command_line_form_of_older_profiles_is_read(tmp_path: Path) -> None:
+def test_the_command_line_form_of_older_profiles_is_accepted(tmp_path: Path) -> None:
     path = mine(
         tmp_path,
         "tvm_target = 'llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76 -mattr=+dotprod,+fullfp16'",
@@ -78,7 +78,7 @@ def test_the_command_line_form_of_older_profiles_is_read(tmp_path: Path) -> None
     }
 
 
-def test_a_tvm_target_that_is_none_is_refused_by_line(tmp_path: Path) -> None:
+def test_an_invalid_tvm_target_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"mine\.toml:\d+: tvm_target: '-mcpu' is no option of a TVM target"
     ):

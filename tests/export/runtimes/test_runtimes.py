@@ -1,5 +1,6 @@
-"""Each runtime that is installed: what it writes answers as the model, through the engine that is
-timed; what is not there says what to install.
+"""Every installed runtime: its files compute the model's outputs in the engine that is timed.
+
+A runtime that is not installed is reported with what to install.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from vitrim.bench.local.measure import measure_interleaved
 from vitrim.core.errors import InputError
 from vitrim.export import Artifact, export
-from vitrim.export.every_runtime import export_everywhere
+from vitrim.export.exporter import export_all_runtimes
 from vitrim.export.runtimes import runtime_named, runtime_names
 from vitrim.runtimes import EngineError, engine_names, open_engine, requirement
 from vitrim.runtimes.subprocess_inference import (
@@ -27,7 +28,7 @@ from vitrim.runtimes.subprocess_inference import (
     interpreter_variable,
 )
 
-# The largest errors that were seen here are a third of these.
+# Three times the largest errors that were measured here.
 BOUNDS = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2, "int8": 0.1, "int8-static": 0.2}
 QUICK = [
     ("torch", "fp32"),
@@ -38,7 +39,7 @@ QUICK = [
     ("ncnn", "fp32"),
     ("ncnn", "fp16"),
 ]
-# Their converters take a minute and more.
+# Their converters take more than a minute.
 SLOW = [("executorch", "fp32"), ("litert", "fp32"), ("executorch", "int8"), ("litert", "int8")]
 
 
@@ -79,40 +80,42 @@ def written(
     stage = made.manifest.parity[-1]
     assert stage.stage.startswith(runtime)
     assert stage.max_relative_error < BOUNDS[precision]
-    # The answers come from the cut model, not from constants.
-    job = {"runtime": runtime, "model": str(made.model_path), "threads": 1, "session": made.manifest.session,
-           "input": {"name": "images", "shape": [1, 1, 16, 16], "type": "float32"}}  # fmt: skip
-    logits, told = infer_in_subprocess(job, images)
+    # The outputs come from the compact model, not from constants.
+    job = {
+        "runtime": runtime,
+        "model": str(made.model_path),
+        "threads": 1,
+        "session": made.manifest.session,
+        "input": {"name": "images", "shape": [1, 1, 16, 16], "type": "float32"},
+    }
+    logits, facts = infer_in_subprocess(job, images)
     with torch.no_grad():
         expected = cut(torch.from_numpy(images)).numpy()
     assert np.abs(logits - expected).max() <= BOUNDS[precision] * np.abs(expected).max()
-    assert told["runtime"] == runtime
+    assert facts["runtime"] == runtime
     return made
 
 
 @pytest.mark.parametrize(("runtime", "precision"), QUICK)
-def test_what_is_written_answers_as_the_model_and_is_measured(
+def test_an_artifact_computes_the_models_outputs_and_is_measured(
     model: nn.Module, images: np.ndarray, tmp_path: Path, runtime: str, precision: str
 ) -> None:
     made = written(model, images, tmp_path / "artifact", runtime, precision)
     found = measure_interleaved({"it": made}, time_limit_s=0.2, least_rounds=2, quiet=True)["it"]
-    assert (found.runtime, found.precision, found.input_shape) == (
-        runtime,
-        precision,
-        (1, 1, 16, 16),
-    )
+    assert (found.runtime, found.precision) == (runtime, precision)
+    assert found.input_shape == (1, 1, 16, 16)
     assert found.artifact_sha256 == made.sha256
     assert found.provider == "CPU"
 
 
 @pytest.mark.parametrize(("runtime", "precision"), SLOW)
-def test_a_converter_in_a_process_of_its_own_does_the_same(
+def test_an_artifact_of_a_subprocess_converter_computes_the_models_outputs(
     model: nn.Module, images: np.ndarray, tmp_path: Path, runtime: str, precision: str
 ) -> None:
     written(model, images, tmp_path / "artifact", runtime, precision)
 
 
-def test_every_runtime_has_an_engine_and_every_engine_says_what_it_needs() -> None:
+def test_every_runtime_has_an_engine_with_its_requirement() -> None:
     assert set(runtime_names()) | {"onnxruntime"} == set(engine_names())
     for name in engine_names():
         assert requirement(name).module.isidentifier()
@@ -120,7 +123,9 @@ def test_every_runtime_has_an_engine_and_every_engine_says_what_it_needs() -> No
 
 
 @pytest.mark.parametrize("name", ["openvino", "ncnn", "executorch", "litert", "onnxruntime"])
-def test_a_missing_runtime_is_one_line_with_what_to_install(name: str, tmp_path: Path) -> None:
+def test_a_missing_runtime_is_reported_in_one_line_with_what_to_install(
+    name: str, tmp_path: Path
+) -> None:
     module = requirement(name).module
     code = (
         f"import sys; sys.modules[{module!r}] = None\n"
@@ -151,7 +156,7 @@ def test_a_missing_runtime_is_one_line_with_what_to_install(name: str, tmp_path:
         ),
     ],
 )
-def test_what_a_runtime_cannot_do_is_refused_in_one_line(
+def test_an_unsupported_request_is_refused_in_one_line(
     model: nn.Module, tmp_path: Path, options: dict[str, object], reason: str
 ) -> None:
     if options["runtime"] == "openvino":
@@ -172,7 +177,7 @@ def test_a_manifest_cannot_name_another_file_as_an_engine(name: str) -> None:
         open_engine({"runtime": name, "model": "x"})
 
 
-def test_another_interpreter_is_named_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_names_another_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert interpreter_variable("litert") == "VITRIM_PYTHON_LITERT"
     monkeypatch.delenv("VITRIM_PYTHON_LITERT", raising=False)
     assert interpreter("litert") is None
@@ -186,7 +191,7 @@ def test_another_interpreter_is_named_by_a_variable(monkeypatch: pytest.MonkeyPa
     assert "no such interpreter" in str(runtime_named("litert").missing())
 
 
-def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     (tmp_path / "model.xml").write_text("<net")
     with pytest.raises(EngineError, match=r"model\.xml: openvino .* cannot load it") as caught:
@@ -197,7 +202,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_all_runtimes_are_tried_and_the_absent_say_why(
+def test_all_runtimes_are_exported_and_the_absent_have_a_reason(
     model: nn.Module, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("executorch", "litert", "tvm"):
@@ -207,7 +212,7 @@ def test_all_runtimes_are_tried_and_the_absent_say_why(
             lambda name=name: f"{name} is left out of this test",
             raising=False,
         )
-    made, absent = export_everywhere(
+    made, absent = export_all_runtimes(
         vitrim.lift(model), tmp_path / "all", precision="fp32", images=images
     )
     assert "onnxruntime" in made
