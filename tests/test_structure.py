@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "targets": {"core"},
     "compress": {"core", "targets"},
     "export": {"core", "targets", "compress", "runtimes"},
-    "bench": {"core", "targets", "export.artifact", "runtimes"},
+    "bench": {"core", "targets", "export.artifact", "export.manifest", "runtimes"},
     "pipeline": {"core", "targets", "compress", "runtimes", "export", "bench"},
 }
 # Inside `compress` an import goes to the left.
