@@ -26,7 +26,8 @@ lint: .venv/installed-test
 	cd .venv/typing && $(MYPY) --exclude '/(tests|benchmarks|build|dist|runs)/' vitrim
 	@# The tests are no package: their helpers are found beside them, as pytest finds them.
 	cd .venv/typing && MYPYPATH=.:../../tests $(MYPY) --explicit-package-bases --cache-dir .mypy_cache_tests ../../tests
-	cd .venv/typing && MYPYPATH=.:../.. $(MYPY) --explicit-package-bases --cache-dir .mypy_cache_benchmarks ../../benchmarks
+	@ln -sfn ../../benchmarks .venv/typing/benchmarks
+	cd .venv/typing && $(MYPY) --package benchmarks
 
 docs: .venv/installed-docs
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --quiet -d build/doctrees docs build/site
