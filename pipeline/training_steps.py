@@ -18,9 +18,10 @@ from ..compress.network.files import load, save
 from ..compress.network.modules.model import CompactModel
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation
-from ..compress.train.loop import TrainSettings, fit
+from ..compress.train.loop import fit
 from ..compress.train.mask_task import MaskSettings, MaskTask
 from ..compress.train.schedule import Schedule
+from ..compress.train.settings import TrainSettings
 from ..core.storage import replace_file
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection

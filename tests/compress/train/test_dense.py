@@ -19,8 +19,9 @@ from vitrim.compress.train.dense import (
     task_loss,
 )
 from vitrim.compress.train.evaluate import evaluate, predict, top1
-from vitrim.compress.train.loop import TrainSettings, fit
+from vitrim.compress.train.loop import fit
 from vitrim.compress.train.optimizers import make_optimizer
+from vitrim.compress.train.settings import TrainSettings
 from vitrim.core.errors import InputError
 
 

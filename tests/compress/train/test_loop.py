@@ -20,7 +20,9 @@ from torch import Tensor
 from training_material import Net, equal_weights, spots
 from vitrim.compress.train.dense import DenseTask
 from vitrim.compress.train.evaluate import evaluate
-from vitrim.compress.train.loop import BEST, CHECKPOINT, Schedule, TrainSettings, fit
+from vitrim.compress.train.loop import BEST, CHECKPOINT, fit
+from vitrim.compress.train.schedule import Schedule
+from vitrim.compress.train.settings import TrainSettings
 from vitrim.compress.train.task import EpochEnd
 from vitrim.compress.train.training_files import append_history
 from vitrim.core.errors import InputError
@@ -137,7 +139,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from training_material import Net, spots
 from vitrim.compress.train.dense import DenseTask
-from vitrim.compress.train.loop import TrainSettings, fit
+from vitrim.compress.train.loop import fit
+from vitrim.compress.train.settings import TrainSettings
 from safetensors.torch import save_file
 
 class Slow(DenseTask):

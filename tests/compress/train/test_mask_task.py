@@ -21,9 +21,10 @@ from vitrim.compress.lift import lift
 from vitrim.compress.masks.budget import Budget
 from vitrim.compress.network.architecture import AttentionSpec
 from vitrim.compress.network.count import count_macs, count_params
-from vitrim.compress.train.loop import TrainSettings, fit
+from vitrim.compress.train.loop import fit
 from vitrim.compress.train.mask_task import MaskSettings, MaskTask
 from vitrim.compress.train.optimizers import OptimizerName
+from vitrim.compress.train.settings import TrainSettings
 
 EPOCHS, STEPS = 4, 8
 # Large for these tiny networks, so that sub-layers do go as a whole.
