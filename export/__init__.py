@@ -13,7 +13,7 @@ _MODULES = {
     "verify_folder": ".artifact",
     "open_session": ".sessions",
     "export": ".exporter",
-    "export_graph": ".graphs.given_graph",
+    "export_graph": ".graphs.imported_graph",
     "ParityError": ".parity",
 }
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .artifact import Artifact, verify, verify_folder
     from .exporter import export
-    from .graphs.given_graph import export_graph
+    from .graphs.imported_graph import export_graph
     from .manifest import Manifest
     from .parity import ParityError
     from .sessions import open_session

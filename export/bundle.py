@@ -1,13 +1,17 @@
-"""`vitrim export --bundle`: a folder that an integrator drops into a build.
+"""`vitrim export --bundle`: a folder that an integrator adds to a build.
 
-model/            the artifact, untouched, with its manifest vitrim_model.h    C interface: sizes,
-labels, open, run, classify, close vitrim_model.cpp  C++17 on ONNX Runtime's C API; the runtime's
-library is opened by path, so nothing of it is linked vitrim_tvm.cpp    in its place for compiled
-networks, with the folder tvm; there is no runtime, and the model can be a part of the program
-prepare.cpp       a picture of any size to the model's input resize.h          Pillow's resampling,
-number for number, since training and calibration resized with Pillow example.cpp       a picture
-(PGM or PPM) in, labels out CMakeLists.txt    builds the two into `vitrim_example` aarch64.cmake
-the same for 64-bit ARM, by a cross compiler README.md         three commands
+| path | content |
+|---|---|
+| `model/` | the artifact, unchanged, with its manifest |
+| `vitrim_model.h` | C interface: sizes, labels, open, run, classify, close |
+| `vitrim_model.cpp` | C++17 on ONNX Runtime's C API; the runtime's library is opened by path |
+| `vitrim_tvm.cpp`, `tvm/` | instead for compiled networks: no runtime, the model can be linked in |
+| `prepare.cpp` | from a picture of any size to the model's input |
+| `resize.h` | Pillow's resampling, bit for bit, as in training and calibration |
+| `example.cpp` | a picture (PGM or PPM) in, labels out |
+| `CMakeLists.txt` | builds the example, `vitrim_example` |
+| `aarch64.cmake` | the same for 64-bit ARM, by a cross compiler |
+| `README.md` | the commands |
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from .manifest import PreprocessingSpec
 
 SOURCES = Path(__file__).parent / "bundle_sources"
 SHARED = ("prepare.cpp", "failure.h", "resize.h", "example.cpp", "aarch64.cmake")
-# From where in the sources, to where in the bundle.
-OWN: Mapping[str, Mapping[str, str]] = {
+# Paths in the sources, and in the bundle.
+RUNTIME_FILES: Mapping[str, Mapping[str, str]] = {
     "onnxruntime": {name: name for name in ("vitrim_model.cpp", "CMakeLists.txt", "README.md")},
     "tvm": {
         **{f"tvm/{name}": name for name in ("vitrim_tvm.cpp", "CMakeLists.txt", "README.md")},
@@ -34,26 +38,46 @@ OWN: Mapping[str, Mapping[str, str]] = {
 
 
 def bundle(artifact: Artifact | Path | str, folder: Path | str, *, overwrite: bool = False) -> Path:
-    """Write the bundle of an artifact. Errors: InputError if the artifact is damaged, or is one
-    that the C++ code cannot feed.
+    """Write the bundle of an artifact, and return its folder.
+
+    Raises:
+        InputError: The artifact is damaged, or the C++ code does not support it.
     """
     artifact = Artifact.load(artifact.folder if isinstance(artifact, Artifact) else artifact)
     manifest = artifact.manifest
-    if manifest.runtime not in OWN:
+    preprocessing = _supported_preprocessing(artifact)
+    with replace_folder(folder, overwrite=overwrite) as aside:
+        shutil.copytree(artifact.folder, aside / "model")
+        files = {**{name: name for name in SHARED}, **RUNTIME_FILES[manifest.runtime]}
+        for source, name in files.items():
+            (aside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(SOURCES / source, aside / name)
+        (aside / "vitrim_model.h").write_text(header(artifact, preprocessing), encoding="utf-8")
+    return Path(folder)
+
+
+def _supported_preprocessing(artifact: Artifact) -> PreprocessingSpec:
+    """Return the preprocessing of an artifact that the C++ code supports."""
+    manifest = artifact.manifest
+    if manifest.runtime not in RUNTIME_FILES:
         raise InputError(
-            f"{artifact.folder}: runtime {manifest.runtime!r} has no bundle; export for {' or '.join(OWN)}"
+            f"{artifact.folder}: runtime {manifest.runtime!r} has no bundle; "
+            f"export for {' or '.join(RUNTIME_FILES)}"
         )
     if manifest.runtime == "tvm" and manifest.session.get("entry") != "program":
         raise InputError(
-            f"{artifact.folder}: this model runs in TVM's virtual machine, which no bundle holds; export for a CPU, or for onnxruntime"
+            f"{artifact.folder}: this model runs in TVM's virtual machine, which no bundle "
+            "contains; export for a CPU, or for onnxruntime"
         )
     if manifest.batch not in (1, "dynamic"):
         raise InputError(
-            f"{artifact.folder}: holds batches of {manifest.batch}, the bundle classifies one picture; export with batch 1 or 'dynamic'"
+            f"{artifact.folder}: holds batches of {manifest.batch}, the bundle classifies one "
+            "picture; export with batch 1 or 'dynamic'"
         )
     if manifest.preprocessing is None:
         raise InputError(
-            f"{artifact.folder}: the manifest has no preprocessing, so the bundle cannot read pictures; export with preprocessing"
+            f"{artifact.folder}: the manifest has no preprocessing, so the bundle cannot read "
+            "pictures; export with preprocessing"
         )
     if (
         len(manifest.inputs) != 1
@@ -61,21 +85,14 @@ def bundle(artifact: Artifact | Path | str, folder: Path | str, *, overwrite: bo
         or manifest.inputs[0].layout != "NCHW"
     ):
         raise InputError(
-            f"{artifact.folder}: the bundle feeds one float32 NCHW input; export again without changing the input"
+            f"{artifact.folder}: the bundle feeds one float32 NCHW input; "
+            "export again without changing the input"
         )
-    with replace_folder(folder, overwrite=overwrite) as aside:
-        shutil.copytree(artifact.folder, aside / "model")
-        for source, name in {**{name: name for name in SHARED}, **OWN[manifest.runtime]}.items():
-            (aside / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(SOURCES / source, aside / name)
-        (aside / "vitrim_model.h").write_text(
-            header(artifact, manifest.preprocessing), encoding="utf-8"
-        )
-    return Path(folder)
+    return manifest.preprocessing
 
 
 def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
-    """`vitrim_model.h`: what the manifest says, as C constants."""
+    """Return `vitrim_model.h`: the manifest's values as C constants."""
     manifest = artifact.manifest
     classes = manifest.outputs[0].shape[-1]
     labels = manifest.labels or tuple(f"class {number}" for number in range(int(classes)))
@@ -110,8 +127,9 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
 
 
 def pillow_major(versions: Mapping[str, str]) -> int:
-    """The major version of the Pillow that training resized with, for its order of passes: the
-    manifest's, or else the one that is installed.
+    """Return the major version of the Pillow that training resized with, for its order of passes.
+
+    It is the manifest's, or else that of the installed one.
     """
     import PIL
 
@@ -119,7 +137,7 @@ def pillow_major(versions: Mapping[str, str]) -> int:
 
 
 def _text(value: str) -> str:
-    """A C string literal; what is not plain ASCII goes in as the octal codes of its UTF-8 bytes."""
+    """Return a C string literal, with octal codes for UTF-8 bytes outside of plain ASCII."""
     pieces = []
     for byte in value.encode("utf-8"):
         letter = chr(byte)

@@ -1,12 +1,14 @@
-"""A target whose programs this machine cannot run itself: asked under emulation where that was
-prepared, else said to be unasked.
+"""Targets whose programs this machine cannot run natively.
+
+Their artifacts are verified under emulation where that was prepared; elsewhere the manifest records
+that they were not.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,46 +17,47 @@ from ..runtimes import EngineError
 from ..runtimes.subprocess_inference import infer_in_subprocess
 from ..targets.profile import TargetProfile
 from .capabilities import profile_of
-from .manifest import Array, Parity
-from .parity import Probe, relative_error, require
-from .request import ExportRequest
+from .export_run import ExportRun
+from .manifest import Array
+from .parity import relative_error
 from .stage_line import stage
 
 if TYPE_CHECKING:
     from ..bench.emulation import Emulator
 
-# Emulated inference is hundreds of times slower: as many images as fit into this, at least one
-# batch.
-EMULATED_S = 30.0
-SAME = {"amd64": "x86-64", "x86_64": "x86-64", "arm64": "aarch64"}
+ALIASES = {"amd64": "x86-64", "x86_64": "x86-64", "arm64": "aarch64"}
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """A target of another architecture. emulator: what runs its programs here, as its processor; or
-    why_not, one line.
+class CrossTarget:
+    """A target of another architecture than this machine's.
+
+    Attributes:
+        profile: Its device profile.
+        emulator: Runs its programs here, as its processor; None where nothing does.
+        reason: Why there is no emulator, in one line.
     """
 
     profile: TargetProfile
     emulator: Emulator | None
-    why_not: str | None
+    reason: str | None
 
     @property
     def command(self) -> tuple[str, ...] | None:
-        """What runs a Python file on the emulated processor."""
+        """The command that runs a Python file on the emulated processor."""
         return None if self.emulator is None else tuple(self.emulator.command(["python3"]))
 
 
-def elsewhere(target: str, runtime: str = "onnxruntime") -> Elsewhere | None:
-    """How a target can be asked from here; None where its programs run on this machine, or nobody
-    knows its architecture.
+def cross_target(target: str, runtime: str = "onnxruntime") -> CrossTarget | None:
+    """Return how a target's programs run here.
+
+    Returns None where they run natively, or where the architecture is unknown.
     """
     profile = profile_of(target)
-    here = _architecture(platform.machine())
-    if profile is None or _architecture(profile.architecture) == here:
+    if profile is None or _architecture(profile.architecture) == _architecture(platform.machine()):
         return None
     if _architecture(profile.architecture) != "aarch64":
-        return Elsewhere(
+        return CrossTarget(
             profile, None, f"programs for {profile.architecture} do not run on this machine"
         )
     # Emulation belongs to measuring; an export needs it only here.
@@ -63,67 +66,53 @@ def elsewhere(target: str, runtime: str = "onnxruntime") -> Elsewhere | None:
 
     prepared = ready()
     if prepared is None:
-        return Elsewhere(
+        return CrossTarget(
             profile, None, "emulation is not prepared on this machine (vitrim targets emulate)"
         )
     if runtime not in RUNTIMES or RUNTIMES[runtime][0][0] not in prepared.versions:
-        return Elsewhere(profile, None, f"the emulation here has no aarch64 {runtime}")
-    return Elsewhere(
-        profile,
-        prepared.like([cluster.core for cluster in profile.clusters], profile.features),
-        None,
-    )
+        return CrossTarget(profile, None, f"the emulation here has no aarch64 {runtime}")
+    cores = [cluster.core for cluster in profile.clusters]
+    return CrossTarget(profile, prepared.like(cores, profile.features), None)
 
 
-def ask_elsewhere(
-    main: Path,
-    order: ExportRequest,
-    probe: Probe,
-    local: Callable[[Array], Array],
-    stages: list[Parity],
-    notes: list[str],
-) -> None:
-    """Let the target's own processor answer for a finished file; stages and notes grow.
+def verify_on_target(run: ExportRun, file: Path, local: Callable[[Array], Array]) -> None:
+    """Run a finished file on the target's own processor, emulated, and record its parity.
 
-    local: this machine's answers of the same file, images (n, ...) to logits (n, classes). Errors:
-    ParityError where the target answers otherwise than it may, InputError where it does not answer.
+    Args:
+        run: The export; gets a stage and a note, or only a note where nothing runs the file.
+        file: The file that the runtime opens.
+        local: Runs the same file on this machine, images (n, ...) -> logits (n, classes).
+
+    Raises:
+        ParityError: The outputs differ by more than the tolerance.
+        InputError: The file does not run on the target.
     """
-    found = elsewhere(order.target, order.runtime)
+    device, probe = run.request.device, run.probe
+    found = cross_target(device.target, device.runtime)
     if found is None:
         return
     if found.emulator is None:
-        notes.append(f"parity was not run on {order.target}: {found.why_not}")
+        run.notes.append(f"parity was not run on {device.target}: {found.reason}")
         return
-    stage(f"parity under {found.emulator.name}")
-    batch = 1 if order.batch == "dynamic" else order.batch
-    job = {
-        "runtime": order.runtime,
-        "model": str(main.resolve()),
-        "threads": order.threads,
-        "input": {"name": "images", "shape": [batch, *order.shape], "type": "float32"},
-        "time_limit_s": EMULATED_S,
-    }
+    name = found.emulator.name
+    stage(f"parity under {name}")
+    job = run.job(file, {}, emulated=True)
     try:
-        logits, told = infer_in_subprocess(job, probe.images, command=found.command)
+        logits, facts = infer_in_subprocess(job, probe.images, command=found.command)
     except EngineError as error:
         raise InputError(
-            f"{order.target}: the artifact gave no answer under {found.emulator.name}: {error}; take another form, or name an empty folder in "
-            "VITRIM_EMULATION to export it unproven"
+            f"{device.target}: the artifact does not run under {name}: {error}; use another form, "
+            "or name an empty folder in VITRIM_EMULATION to export it unverified"
         ) from None
-    asked = replace(probe, images=probe.images[: len(logits)], logits=probe.logits[: len(logits)])
-    parity = asked.compare(
-        f"{order.target} under {found.emulator.name}",
-        logits,
-        tolerance=order.allowed[order.precision],
-    )
-    stages.append(require(parity, lambda tolerance: None))
-    apart = float(relative_error(local(asked.images), logits).max())
-    notes.append(
-        f"{order.target}: asked under {found.emulator.name} in {told['runtime']} {told['version']}; its answers are {apart:.1e} of the largest "
-        f"logit from this machine's for the same file (over {len(logits)} of {len(probe.images)} inputs)"
+    precision = run.request.numeric.precision
+    run.check(f"{device.target} under {name}", logits, lambda _: None, precision=precision)
+    difference = float(relative_error(local(probe.images[: len(logits)]), logits).max())
+    run.notes.append(
+        f"{device.target}: verified under {name} in {facts['runtime']} {facts['version']}; its "
+        f"outputs differ by {difference:.1e} of the largest logit from this machine's for the "
+        f"same file (over {len(logits)} of {len(probe.images)} inputs)"
     )
 
 
 def _architecture(name: str) -> str:
-    low = name.lower()
-    return SAME.get(low, low)
+    return ALIASES.get(name.lower(), name.lower())

@@ -1,8 +1,9 @@
-"""From a torch module to an artifact, each stage proven against the one before it."""
+"""From a torch module to an artifact, each stage verified against the one before it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,29 +13,30 @@ from torch import nn
 from ..core.errors import InputError
 from ..core.storage import replace_folder, require_empty
 from .artifact import Artifact
-from .cross_target import ask_elsewhere
+from .cross_target import verify_on_target
+from .export_run import ExportRun, first_batch
 from .forms import Form, form_named
 from .graphs.candidates import PLAIN
-from .graphs.model_facts import ask, image_shape, name_of, provenance_of
+from .graphs.model_facts import image_shape, name_of, provenance_of, torch_outputs
 from .graphs.model_proto import MODEL, opset_of
-from .graphs.tracing import trace
-from .manifest import (
-    Array,
-    Batch,
-    FileEntry,
-    Manifest,
-    Parity,
-    Precision,
-    TensorSpec,
-    tool_versions,
-)
+from .graphs.torch_graph import trace
+from .manifest import Array, Batch, Precision, tool_versions
 from .onnxruntime_files import choose, save
 from .parity import TOLERANCES, Probe, model_outputs
-from .quantization import quantize
-from .request import ExportRequest, check, preprocessing_of
-from .resized_model import another_size
-from .runtime_files import source_for, write_and_ask
-from .runtimes import runtime_named
+from .quantization.quantize import Calibration
+from .request import (
+    ONNXRUNTIME,
+    DeviceOptions,
+    ExportRequest,
+    GraphOptions,
+    ManifestOptions,
+    NumericOptions,
+    preprocessing_of,
+    validate_options,
+)
+from .resized_model import resize_for_export
+from .runtime_files import source_for, write_and_verify
+from .runtimes import runtime_named, runtime_names
 from .sessions import config_for
 from .stage_line import stage, stages_shown
 
@@ -49,6 +51,10 @@ TOOLS = (
     "numpy",
     "pillow",
 )
+# Needs vitrim and torch on the device, so nobody ships it.
+NOT_SHIPPED = ("torch",)
+# Options of `export` that only ONNX Runtime's graphs have.
+ONNXRUNTIME_OPTIONS = ("form", "tune", "ort_format")
 
 
 def export(
@@ -56,7 +62,7 @@ def export(
     folder: Path | str,
     *,
     target: str = "x86-64",
-    runtime: str = "onnxruntime",
+    runtime: str = ONNXRUNTIME,
     precision: Precision = "fp32",
     preprocessing: Any = None,
     labels: Sequence[str] | None = None,
@@ -69,144 +75,199 @@ def export(
     image: tuple[int, int, int] | None = None,
     image_size: int | str | tuple[int, int] | None = None,
     opset: int | None = None,
-    calibration: quantize.Calibration | Literal["best"] = "min-max",
+    calibration: Calibration | Literal["best"] = "min-max",
     tune: bool = False,
     threads: int = 1,
     ort_format: bool = False,
     options: Mapping[str, str] | None = None,
     tolerances: Mapping[str, float] | None = None,
 ) -> Artifact:
-    """Write an artifact folder that a runtime runs, proven equal to `model` after every stage.
+    """Write an artifact folder that a runtime runs, verified against `model` after every stage.
 
-    model: any module (batch, channels, height, width) -> (batch, classes). A `CompactModel`, or a
-    model that `lift` reads, gets the graph forms; others are shipped as torch exports them. target:
-    a device profile's name; it decides the form, and whether eight-bit products pay. runtime:
-    onnxruntime, or one of `export.runtimes`, each an extra; options are that runtime's own
-    settings. precision: fp32, int8 (dynamic), int8-static (needs `images`), int8-weights,
-    int4-weights; fp16 where the target has it. preprocessing: a `Preprocessing`, or a mapping of
-    the manifest's fields. labels: one a class. images: real inputs, float32 (count, channels,
-    height, width), for parity and calibration; without them seeded noise, marked as such. batch: a
-    size, or "dynamic". form: a form's name, "plain" for torch's graph, or None for the best known
-    one. opset: of the standard's operators; None takes what each form needs, a number leaves out
-    the forms that need more. image: (channels, height, width), where the model does not tell.
-    image_size: (height, width), one number for both, or "160x192": resize the model to it first
-    (`vitrim.resized`), and the preprocessing with it; images are given at that size. The model was
-    not trained there, which the artifact says. tune: measure the forms here and keep the fastest.
-    ort_format: also write `model.ort` and the operators of a reduced runtime build. tolerances:
-    largest error relative to the largest logit, a precision. Errors: InputError for what does not
-    fit; ParityError naming the stage, the first differing node and by how much. Nothing is left
-    half-written.
+    Args:
+        model: Any module (batch, channels, height, width) -> (batch, classes). A `CompactModel`,
+            or a model that `lift` reads, gets the graph forms; others are shipped as torch exports
+            them.
+        folder: Where to write. On failure nothing is left there.
+        target: Name of a device profile, or of its TOML file. It decides the form, and whether
+            eight-bit products pay off.
+        runtime: "onnxruntime", or a runtime of `export.runtimes`, each an extra.
+        precision: "fp32", "int8" (dynamic), "int8-static" (needs `images`), "int8-weights",
+            "int4-weights"; "fp16" where the target computes in it.
+        preprocessing: A `Preprocessing`, or a mapping of the manifest's fields. None: the manifest
+            holds none.
+        labels: One for each class. None: the manifest holds none.
+        images: Real inputs for parity and calibration, float32 (count, channels, height, width).
+            None: seeded noise, recorded as such.
+        batch: Images in a batch, or "dynamic".
+        provenance: Further entries for the manifest.
+        form: A form or its name, or "plain" for torch's graph. None: the best known one.
+        overwrite: Whether to replace a folder that is not empty.
+        name: Name of the model. None: the module's own.
+        image: (channels, height, width), for modules that do not state their input size.
+        image_size: Resize the model first (see `vitrim.resized`), and the preprocessing with it:
+            (height, width) in pixels, one number for both, or "160x192"; `images` must have that
+            size. The model was not trained there, which the artifact records.
+        opset: Version of the standard's operators, at least 20; forms that need more are left
+            out. None: what each form needs.
+        calibration: How "int8-static" finds ranges: "min-max", "percentile", "entropy", or "best"
+            of the three.
+        tune: Measure the forms on this machine and keep the fastest.
+        threads: Threads to compile, tune and time for.
+        ort_format: Also write `model.ort` and the operators of a reduced runtime build.
+        options: Settings of the runtime's own.
+        tolerances: Largest error relative to the largest logit, by precision; entries that are
+            missing keep their defaults.
+
+    Returns:
+        The artifact, loaded and verified byte for byte.
+
+    Raises:
+        InputError: An option is unknown or does not fit the model, the target or the runtime.
+        UnsupportedModel: The requested form or runtime does not cover the model.
+        ParityError: A stage's outputs differ; the message names the stage, the first node that
+            differs and by how much.
     """
     folder = Path(folder)
     require_empty(folder, overwrite=overwrite)
-    check(runtime, precision, batch, target, images, tune, ort_format, calibration)
+    device = DeviceOptions(target, runtime, threads, options or {})
+    numeric = NumericOptions(
+        precision,
+        images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images,
+        calibration,
+        {**TOLERANCES, **(tolerances or {})},
+    )
+    graph = GraphOptions(form, opset, tune, ort_format)
+    validate_options(batch, device, graph, numeric)
     if isinstance(form, str) and form != PLAIN:
-        form = form_named(form)
-    prepared, notes = preprocessing_of(preprocessing), tuple[str, ...]()
+        graph = replace(graph, form=form_named(form))
+    manifest = ManifestOptions(
+        name,
+        preprocessing_of(preprocessing),
+        None if labels is None else tuple(labels),
+        provenance or {},
+    )
     if image_size is not None:
         if image is not None:
             raise InputError(
-                "image and image_size both say the size; image is for modules that do not tell theirs, and those cannot be resized"
+                "image and image_size both give the size; image is for modules that do not state "
+                "theirs, and those cannot be resized"
             )
-        changed = another_size(model, image_size, prepared, provenance or {})
-        model, prepared, provenance, notes, name = (
-            changed.model,
-            changed.preprocessing,
-            changed.provenance,
-            changed.notes,
-            name or changed.name,
-        )
-    order = ExportRequest(
-        shape=image_shape(model, image), allowed={**TOLERANCES, **(tolerances or {})}, target=target, runtime=runtime, precision=precision,
-        preprocessing=prepared, labels=None if labels is None else tuple(labels),
-        images=images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images, batch=batch, provenance=provenance or {}, form=form,
-        overwrite=overwrite, name=name, opset=opset, calibration=calibration, tune=tune, threads=threads, ort_format=ort_format,
-        options=options or {}, notes=notes,
-    )  # fmt: skip
+        model, manifest = resize_for_export(model, image_size, manifest)
+    shape = image_shape(model, image)
+    request = ExportRequest(shape, batch, overwrite, device, graph, numeric, manifest)
     was_training = model.training
     model.eval()
     try:
         with stages_shown():
-            return _export(model, folder, order)
+            return _export(model, folder, request)
     finally:
         model.train(was_training)
 
 
-def _export(model: nn.Module, folder: Path, order: ExportRequest) -> Artifact:
+def _export(model: nn.Module, folder: Path, request: ExportRequest) -> Artifact:
     stage("reference outputs")
-    probe = Probe.of(lambda images: ask(model, images), order.shape, order.images)
-    stages: list[Parity] = []
-    notes = list(order.notes)
-    tidy, first = trace(model, order, probe, stages, notes)
-    if order.runtime == "onnxruntime":
-        form, final = choose(model, tidy, order, probe, first, stages, notes)
-        with replace_folder(folder, overwrite=order.overwrite) as aside:
-            files = save(final, aside, order, probe, stages)
-            ask_elsewhere(
-                aside / MODEL,
-                order,
-                probe,
-                lambda images: model_outputs(final, images, batch=order.batch),
-                stages,
-                notes,
-            )
-            Artifact.write(
-                aside,
-                _manifest(
-                    model,
-                    order,
-                    form,
-                    files,
-                    probe,
-                    stages,
-                    notes,
-                    opset=opset_of(final),
-                    session=config_for(order.threads),
-                ),
-            )
-        return Artifact.load(folder)
-    runtime = runtime_named(order.runtime)
-    form, source = source_for(runtime, model, tidy, order, probe, first, stages, notes)
-    with replace_folder(folder, overwrite=order.overwrite) as aside:
-        written, files = write_and_ask(runtime, source, aside, order, stages, notes)
-        opset = opset_of(source.graph) if runtime.form is not None else None
-        manifest = _manifest(
-            model,
-            order,
-            form,
-            files,
-            probe,
-            stages,
-            notes,
-            opset=opset,
-            session=written.session,
-            versions=written.versions,
-        )
-        Artifact.write(aside, manifest)
+    probe = Probe.of(
+        lambda images: torch_outputs(model, images), request.shape, request.numeric.images
+    )
+    run = ExportRun(request, probe, first_batch(request, probe))
+    run.notes.extend(request.manifest.notes)
+    plain = trace(run, model)
+    if request.device.runtime == ONNXRUNTIME:
+        _export_onnxruntime(run, model, plain, folder)
+    else:
+        _export_converted(run, model, plain, folder)
     return Artifact.load(folder)
 
 
-def _manifest(
-    model: nn.Module, order: ExportRequest, form: str, files: Sequence[FileEntry], probe: Probe, stages: Sequence[Parity], notes: Sequence[str],
-    *, opset: int | None, session: Mapping[str, str] | None = None, versions: Mapping[str, str] | None = None,
-) -> Manifest:  # fmt: skip
-    classes = int(probe.logits.shape[-1])
-    return Manifest(
-        name=order.name or name_of(model),
-        inputs=(TensorSpec(name="images", shape=(order.free_batch, *order.shape), layout="NCHW"),),
-        outputs=(TensorSpec(name="logits", shape=(order.free_batch, classes), layout="NC"),),
-        batch=order.batch,
-        preprocessing=order.preprocessing,
-        labels=order.labels,
-        opset=opset,
-        target=order.target,
-        runtime=order.runtime,
-        precision=order.precision,
-        form=form,
-        session=dict(session or {}),
-        versions={**tool_versions(*TOOLS), **(versions or {})},
-        files=tuple(files),
-        parity=tuple(stages),
-        provenance=provenance_of(model, order.provenance),
-        notes=tuple(notes),
-    )
+def _export_onnxruntime(run: ExportRun, model: nn.Module, plain: Any, folder: Path) -> None:
+    request = run.request
+    form, final = choose(run, model, plain)
+    with replace_folder(folder, overwrite=request.overwrite) as aside:
+        files = save(run, final, aside)
+        verify_on_target(
+            run, aside / MODEL, lambda images: model_outputs(final, images, batch=request.batch)
+        )
+        manifest = run.manifest(
+            name=name_of(model),
+            form=form,
+            files=files,
+            provenance=provenance_of(model, request.manifest.provenance),
+            versions=tool_versions(*TOOLS),
+            opset=opset_of(final),
+            session=config_for(request.device.threads),
+        )
+        Artifact.write(aside, manifest)
+
+
+def _export_converted(run: ExportRun, model: nn.Module, plain: Any, folder: Path) -> None:
+    request = run.request
+    runtime = runtime_named(request.device.runtime)
+    form, source = source_for(run, runtime, model, plain)
+    with replace_folder(folder, overwrite=request.overwrite) as aside:
+        written, files = write_and_verify(run, runtime, source, aside)
+        manifest = run.manifest(
+            name=name_of(model),
+            form=form,
+            files=files,
+            provenance=provenance_of(model, request.manifest.provenance),
+            versions={**tool_versions(*TOOLS), **written.versions},
+            opset=opset_of(source.graph) if runtime.form is not None else None,
+            session=written.session,
+        )
+        Artifact.write(aside, manifest)
+
+
+def export_all_runtimes(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    precision: Precision = "fp32",
+    report_progress: Callable[[str], None] = lambda name: None,
+    **options: Any,
+) -> tuple[dict[str, Artifact], dict[str, str]]:
+    """Export a model for every runtime that is installed here.
+
+    A runtime that does not support the model, the precision or the batch loses only its own
+    artifact.
+
+    Args:
+        model: The module.
+        folder: Parent of the artifacts: folder/RUNTIME.
+        precision: See `export`.
+        report_progress: Called with each runtime's name before its export.
+        **options: Further options of `export`.
+
+    Returns:
+        The artifact of each runtime, and for the other runtimes why there is none.
+
+    Raises:
+        InputError: ONNX Runtime does not support the model either, or the folder is not empty.
+    """
+    folder = Path(folder)
+    require_empty(folder, overwrite=bool(options.get("overwrite")))
+    report_progress(ONNXRUNTIME)
+    made = {
+        ONNXRUNTIME: export(
+            model, folder / ONNXRUNTIME, runtime=ONNXRUNTIME, precision=precision, **options
+        )
+    }
+    absent: dict[str, str] = {}
+    shared = {key: value for key, value in options.items() if key not in ONNXRUNTIME_OPTIONS}
+    for name in runtime_names():
+        if name in NOT_SHIPPED:
+            continue
+        runtime = runtime_named(name)
+        if precision not in runtime.precisions:
+            absent[name] = f"has no {precision}; it has {', '.join(runtime.precisions)}"
+        elif reason := runtime.missing():
+            absent[name] = reason
+        else:
+            report_progress(name)
+            try:
+                made[name] = export(
+                    model, folder / name, runtime=name, precision=precision, **shared
+                )
+            except InputError as error:
+                absent[name] = str(error)
+    return made, absent

@@ -1,7 +1,10 @@
-"""For ONNX Runtime: the graph form, the precision and the files."""
+"""The artifact for ONNX Runtime: graph form, precision and files."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 from pathlib import Path
 
 import onnx
@@ -9,107 +12,140 @@ from torch import nn
 
 from . import capabilities
 from .artifact import entry_for
+from .export_run import ExportRun
 from .graphs.candidates import Candidate, candidates, in_precision, where_in_form
 from .graphs.model_proto import save_model
 from .graphs.tuning import fastest
 from .manifest import Array, FileEntry, Parity
-from .parity import Probe, first_difference, model_outputs, require, session_outputs
-from .request import ExportRequest
+from .parity import first_difference, model_outputs, session_outputs
+from .sessions import open_session
 from .stage_line import stage
 
+ORT_FILE = "model.ort"
+OPERATORS = "required_operators.config"
 
-def choose(
-    model: nn.Module,
-    tidy: onnx.ModelProto,
-    order: ExportRequest,
-    probe: Probe,
-    first: Array,
-    stages: list[Parity],
-    notes: list[str],
-) -> tuple[str, onnx.ModelProto]:
-    """The form's name and the finished graph; stages and notes grow. Errors: ParityError,
-    UnsupportedModel.
+
+def choose(run: ExportRun, model: nn.Module, plain: onnx.ModelProto) -> tuple[str, onnx.ModelProto]:
+    """Return the form's name and the finished graph, and record parity and notes.
+
+    Raises:
+        ParityError: A graph's outputs differ from the model's.
+        UnsupportedModel: The requested form does not cover the model.
     """
-    found, why = candidates(model, tidy, order)
-    notes.extend(why)
-    # Which form is fastest may depend on the precision, so it is the finished graphs that race.
+    request, numeric = run.request, run.request.numeric
+    found, notes = candidates(model, plain, request)
+    run.notes.extend(notes)
+    # Which form is fastest can depend on the precision, so the finished graphs are compared.
     finished: dict[str, tuple[Candidate, Parity, onnx.ModelProto]] = {}
     for candidate in found:
-        parity = prove(model, candidate, order, probe, first)
-        if order.precision != "fp32":
-            stage(
-                f"{'calibrating' if order.precision == 'int8-static' else 'quantizing'} {candidate.name}"
-            )
-        finished[candidate.name] = (candidate, parity, in_precision(model, candidate, order, notes))
+        parity = check_candidate(run, model, candidate)
+        if numeric.precision != "fp32":
+            work = "calibrating" if numeric.precision == "int8-static" else "quantizing"
+            stage(f"{work} {candidate.name}")
+        final = in_precision(model, candidate, request, run.notes)
+        finished[candidate.name] = (candidate, parity, final)
     chosen = next(iter(finished))
-    if order.tune and len(finished) > 1:
+    if request.graph.tune and len(finished) > 1:
         stage("measuring the forms")
-        timings = fastest(
-            {key: value[2] for key, value in finished.items()}, first, threads=order.threads
-        )
-        chosen = timings[0][0]
-        notes.append(
-            "tuned here: "
-            + ", ".join(f"{key} {latency_s * 1e3:.3f} ms" for key, latency_s in timings)
-        )
+        graphs = {name: final for name, (_, _, final) in finished.items()}
+        chosen = tuned(run, graphs)
     candidate, parity, final = finished[chosen]
     if candidate.form is not None:
-        stages.append(parity)
-    precision = order.precision
-    if precision != "fp32":
-        stage(f"parity of {precision}")
-        parity = probe.compare(
-            precision,
-            model_outputs(final, probe.images, batch=order.batch),
-            tolerance=order.allowed[precision],
-        )
-        stages.append(
-            require(
-                parity, lambda tolerance: first_difference(candidate.model, final, first, tolerance)
-            )
-        )
-        warning = (
-            capabilities.int8_warning(order.target)
-            if precision in ("int8", "int8-static")
-            else None
-        )
-        if warning:
-            notes.append(warning)
+        run.stages.append(parity)
+    check_precision(run, candidate.model, final)
     return candidate.name, final
 
 
-def prove(
-    model: nn.Module, candidate: Candidate, order: ExportRequest, probe: Probe, first: Array
-) -> Parity:
-    """A candidate's float graph held against torch. Errors: ParityError naming its first differing
-    node.
+def check_candidate(run: ExportRun, model: nn.Module, candidate: Candidate) -> Parity:
+    """Compare a candidate's float graph with the model.
+
+    Raises:
+        ParityError: The outputs differ; the message names the first node.
     """
     stage(f"parity of form {candidate.name}")
-    logits = model_outputs(candidate.model, probe.images, batch=order.batch)
-    parity = probe.compare(f"form {candidate.name}", logits, tolerance=order.allowed["fp32"])
-    return require(
-        parity, lambda tolerance: where_in_form(model, candidate, first, order, tolerance)
-    )
+    logits = model_outputs(candidate.model, run.probe.images, batch=run.request.batch)
+
+    def locate(tolerance: float) -> str | None:
+        return where_in_form(model, candidate, run.first_batch, run.request, tolerance)
+
+    return run.compare(f"form {candidate.name}", logits, locate)
 
 
-def save(
-    final: onnx.ModelProto, folder: Path, order: ExportRequest, probe: Probe, stages: list[Parity]
-) -> list[FileEntry]:
-    """Write the graph, and what a reduced runtime build reads where that is wanted; stages grow.
-    Errors: ParityError.
+def check_precision(run: ExportRun, float_graph: onnx.ModelProto, final: onnx.ModelProto) -> None:
+    """Record the parity of a graph in the requested precision, unless that is fp32.
+
+    Raises:
+        ParityError: The outputs differ; the message names the first node.
+    """
+    precision = run.request.numeric.precision
+    if precision == "fp32":
+        return
+    stage(f"parity of {precision}")
+    logits = model_outputs(final, run.probe.images, batch=run.request.batch)
+
+    def locate(tolerance: float) -> str | None:
+        return first_difference(float_graph, final, run.first_batch, tolerance)
+
+    run.check(precision, logits, locate, precision=precision)
+    if precision in ("int8", "int8-static"):
+        warning = capabilities.int8_warning(run.request.device.target)
+        run.notes.extend([warning] if warning else [])
+
+
+def tuned(run: ExportRun, graphs: dict[str, onnx.ModelProto]) -> str:
+    """Return the name of the graph that is fastest here, and record all latencies."""
+    timings = fastest(graphs, run.first_batch, threads=run.request.device.threads)
+    latencies = ", ".join(f"{name} {latency_s * 1e3:.3f} ms" for name, latency_s in timings)
+    run.notes.append(f"tuned here: {latencies}")
+    return timings[0][0]
+
+
+def save(run: ExportRun, final: onnx.ModelProto, folder: Path) -> list[FileEntry]:
+    """Write the graph, and on request ONNX Runtime's own format, whose parity is recorded.
+
+    Raises:
+        ParityError: The saved file's outputs differ.
     """
     stage("writing model.onnx")
     files = save_model(final, folder)
-    if order.ort_format:
-        from .ort_format import save_ort_format
-
+    if run.request.graph.ort_format:
         stage("writing model.ort")
-        saved, logits = save_ort_format(
-            folder / "model.onnx",
-            folder,
-            lambda session: session_outputs(session, probe.images, batch=order.batch),
-        )
-        parity = probe.compare("ort file", logits, tolerance=order.allowed[order.precision])
-        stages.append(require(parity, lambda tolerance: None))
-        files.extend(entry_for(folder, path, role) for path, role in saved)  # type: ignore[arg-type]
+        entries = save_ort_format(folder / "model.onnx", folder)
+        logits = ort_outputs(run, folder / ORT_FILE)
+        run.check("ort file", logits, lambda _: None, precision=run.request.numeric.precision)
+        files.extend(entries)
     return files
+
+
+def ort_outputs(run: ExportRun, file: Path) -> Array:
+    """Return the outputs of a saved file, as the runtime loads it."""
+    session = open_session(file)
+    return session_outputs(session, run.probe.images, batch=run.request.batch)
+
+
+def save_ort_format(model: Path, folder: Path) -> list[FileEntry]:
+    """Write `model.ort` and the operators that a reduced runtime build needs.
+
+    The file is optimised as far as every processor allows: layouts that only this machine uses are
+    not baked in.
+    """
+    import onnxruntime
+    from onnxruntime.tools.ort_format_model import create_config_from_models
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / ORT_FILE)
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            create_config_from_models([folder / ORT_FILE], folder / OPERATORS, False)
+    finally:
+        logging.disable(level)
+    lines = (folder / OPERATORS).read_text().splitlines(keepends=True)
+    # The tool writes the paths of this machine into comments.
+    (folder / OPERATORS).write_text("".join(line for line in lines if not line.startswith("#")))
+    return [entry_for(folder, ORT_FILE, "other"), entry_for(folder, OPERATORS, "operators")]

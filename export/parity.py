@@ -1,9 +1,9 @@
-"""How far a stage of the export moved the answers, and where it first did."""
+"""How far a stage of the export changed the outputs, and where it first did."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError
 from .graphs.model_proto import open_graph
-from .manifest import Parity
+from .manifest import Batch, Parity
 from .sessions import open_session
 from .stage_line import stage
 
 Array = NDArray[Any]
 NOISE_SEED = 0
 NOISE_IMAGES = 8
+DYNAMIC_BATCH_IMAGES = 16
 # Largest error relative to the largest logit. Single precision sums in another order; eight bits
 # are another network.
 TOLERANCES: dict[str, float] = {
@@ -33,15 +34,21 @@ TOLERANCES: dict[str, float] = {
 
 
 class ParityError(InputError):
-    """A stage changed the answers more than it may; the message names the stage, the first node
-    that differs and by how much.
+    """A stage changed the outputs by more than its tolerance.
+
+    The message names the stage, the first node that differs and by how much.
     """
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The inputs that every stage answers: images (n, channels, height, width) float32, real or
-    seeded noise, and the reference's logits.
+    """The inputs on which every stage is compared, and the reference's outputs.
+
+    Attributes:
+        images: float32 (count, channels, height, width), real or seeded noise.
+        kind: Which of the two.
+        seed: Of the noise.
+        logits: Outputs of the reference (count, classes).
     """
 
     images: Array
@@ -51,45 +58,69 @@ class Probe:
 
     @classmethod
     def of(
-        cls, answer: Callable[[Array], Array], shape: Sequence[int], images: Array | None
+        cls, reference: Callable[[Array], Array], shape: Sequence[int], images: Array | None
     ) -> Probe:
-        """Ask the reference. Errors: InputError if the images do not fit the model or the answers
-        are not finite.
+        """Run the reference.
+
+        Args:
+            reference: Images (count, *shape) -> logits (count, classes).
+            shape: (channels, height, width).
+            images: float32 (count, *shape), or None for seeded noise.
+
+        Returns:
+            The probe.
+
+        Raises:
+            InputError: The images do not fit the model, or the outputs are not finite.
         """
         if images is None:
-            noise = np.random.default_rng(NOISE_SEED).standard_normal(
-                (NOISE_IMAGES, *shape), dtype=np.float32
-            )
-            probe, kind, seed = noise, "seeded-noise", NOISE_SEED
-        else:
-            probe, kind, seed = np.ascontiguousarray(images, dtype=np.float32), "images", None
-            if probe.ndim != 4 or tuple(probe.shape[1:]) != tuple(shape) or len(probe) == 0:
-                raise InputError(
-                    f"images: shape {probe.shape} does not fit the model's (count, {', '.join(map(str, shape))}); prepare them at that size"
-                )
-            if not np.isfinite(probe).all():
-                raise InputError(
-                    "images: hold infinite or missing numbers; look at the preprocessing's mean and std"
-                )
-        logits = answer(probe)
-        if not np.isfinite(logits).all():
+            size = (NOISE_IMAGES, *shape)
+            noise = np.random.default_rng(NOISE_SEED).standard_normal(size, dtype=np.float32)
+            return cls(noise, "seeded-noise", NOISE_SEED, _finite_logits(reference(noise)))
+        inputs = np.ascontiguousarray(images, dtype=np.float32)
+        if inputs.ndim != 4 or tuple(inputs.shape[1:]) != tuple(shape) or len(inputs) == 0:
             raise InputError(
-                "the model answers with infinite or missing numbers before any export; its weights are broken, train again or load another file"
+                f"images: shape {inputs.shape} does not fit the model's "
+                f"(count, {', '.join(map(str, shape))}); prepare them at that size"
             )
-        return cls(probe, kind, seed, logits)  # type: ignore[arg-type]
+        if not np.isfinite(inputs).all():
+            raise InputError(
+                "images: contain infinite or missing numbers; "
+                "check the preprocessing's mean and std"
+            )
+        return cls(inputs, "images", None, _finite_logits(reference(inputs)))
+
+    def first(self, count: int) -> Probe:
+        """Return the probe of the first `count` images."""
+        return replace(self, images=self.images[:count], logits=self.logits[:count])
 
     def compare(
         self, stage: str, logits: Array, *, tolerance: float | None, reference: str = "torch"
     ) -> Parity:
-        """The figures of one stage."""
+        """Compare the outputs of a stage with the reference's.
+
+        Args:
+            stage: Name of the stage.
+            logits: Its outputs (count, classes).
+            tolerance: Recorded with the figures; not enforced here, see `require_parity`.
+            reference: Name of what produced the probe's logits.
+
+        Returns:
+            The figures.
+
+        Raises:
+            ParityError: The shapes differ, or an output is not finite.
+        """
         if logits.shape != self.logits.shape:
             raise ParityError(
-                f"stage {stage}: answers have shape {logits.shape}, the reference's {self.logits.shape}"
+                f"stage {stage}: outputs have shape {logits.shape}, "
+                f"the reference's {self.logits.shape}"
             )
         error = relative_error(self.logits, logits)
         if not np.isfinite(error).all():
             raise ParityError(
-                f"stage {stage}: answers with infinite or missing numbers; export with precision='fp32', or report this model"
+                f"stage {stage}: outputs are infinite or missing numbers; "
+                "export with precision='fp32', or report this model"
             )
         return Parity(
             stage=stage,
@@ -104,8 +135,17 @@ class Probe:
         )
 
 
+def _finite_logits(logits: Array) -> Array:
+    if not np.isfinite(logits).all():
+        raise InputError(
+            "the model returns infinite or missing numbers before any export; its weights are "
+            "broken, train again or load another file"
+        )
+    return logits
+
+
 def relative_error(reference: Array, found: Array) -> Array:
-    """|found - reference| / max |reference|, element by element."""
+    """Return |found - reference| / max |reference|, element by element."""
     top = float(np.abs(reference).max()) or 1.0
     error: Array = np.abs(found.astype(np.float64) - reference.astype(np.float64)) / top
     return error
@@ -115,24 +155,31 @@ def model_outputs(
     model: onnx.ModelProto | bytes,
     images: Array,
     *,
-    batch: int | Literal["dynamic"] = 1,
+    batch: Batch = 1,
     config: dict[str, str] | None = None,
 ) -> Array:
-    """Logits of an ONNX model for all images, at its own batch size; a last incomplete batch is
-    filled up and cut off.
+    """Run an ONNX model on all images.
+
+    Args:
+        model: A graph, or its bytes.
+        images: float32 (count, channels, height, width).
+        batch: The graph's batch size; an incomplete last batch is padded.
+        config: Session config entries.
+
+    Returns:
+        Logits (count, classes).
     """
-    session = (
-        open_session(model, config=config)
-        if isinstance(model, bytes)
-        else open_graph(model, config=config)
-    )
+    if isinstance(model, bytes):
+        session = open_session(model, config=config)
+    else:
+        session = open_graph(model, config=config)
     return session_outputs(session, images, batch=batch)
 
 
-def session_outputs(session: Any, images: Array, *, batch: int | Literal["dynamic"] = 1) -> Array:
-    """Logits of an open session for all images."""
+def session_outputs(session: Any, images: Array, *, batch: Batch = 1) -> Array:
+    """Run an open session on all images, and return the logits."""
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
-    size = min(len(images), 16) if batch == "dynamic" else batch
+    size = min(len(images), DYNAMIC_BATCH_IMAGES) if batch == "dynamic" else batch
     found = []
     for first in range(0, len(images), size):
         chunk = images[first : first + size]
@@ -143,18 +190,25 @@ def session_outputs(session: Any, images: Array, *, batch: int | Literal["dynami
     return np.concatenate(found)
 
 
-def require(parity: Parity, where: Callable[[float], str | None]) -> Parity:
-    """Pass a stage within its tolerance. Errors: ParityError; `where` is asked for the first
-    differing node only then.
+def require_parity(parity: Parity, locate: Callable[[float], str | None]) -> Parity:
+    """Return the figures of a stage within its tolerance.
+
+    Args:
+        parity: The figures.
+        locate: Tolerance -> the first difference, or None; called only on failure.
+
+    Raises:
+        ParityError: The largest error exceeds the tolerance.
     """
     tolerance = parity.tolerance
     if tolerance is None or parity.max_relative_error <= tolerance:
         return parity
-    stage(f"looking for where {parity.stage} differs")
-    place = where(tolerance) or "no single inner value could be matched"
+    stage(f"locating the first difference of {parity.stage}")
+    place = locate(tolerance) or "no single inner value could be matched"
     raise ParityError(
-        f"stage {parity.stage}: outputs differ from {parity.reference} by {parity.max_relative_error:.2e} of the largest logit, "
-        f"{tolerance:.0e} is allowed; first difference: {place}; try another form or precision"
+        f"stage {parity.stage}: outputs differ from {parity.reference} by "
+        f"{parity.max_relative_error:.2e} of the largest logit, {tolerance:.0e} is allowed; "
+        f"first difference: {place}; try another form or precision"
     )
 
 
@@ -166,28 +220,32 @@ def first_difference(
     *,
     endings: tuple[str, ...] = ("",),
 ) -> str | None:
-    """The candidate's first node, in order of computation, whose value differs from the reference's
-    value of the same name.
+    """Return the candidate's first node whose output differs from the reference's of that name.
 
-    Values are compared flat, since forms differ in batch dimensions; values that only one graph has
-    are passed over, and those without one of the `endings` (two forms agree on what attention and
-    activation answer, not on the scaled and centred values between).
+    Values are compared flat, since forms differ in batch dimensions. Values that only one graph has
+    are skipped.
+
+    Args:
+        reference: The graph to compare with.
+        candidate: The graph in question.
+        image: One batch of inputs.
+        tolerance: Allowed error relative to each value's largest entry.
+        endings: Only values whose names end with one of these are compared: two forms have equal
+            outputs of attention and activation, but not the scaled and centred values between.
+
+    Returns:
+        A description of the node, or None if no difference was found.
     """
-    wanted = [
+    outputs = [
         output
         for node in candidate.graph.node
         for output in node.output
         if output.endswith(endings)
     ]
-    theirs = {output for node in reference.graph.node for output in node.output if output}
-    shared = [name for name in wanted if name in theirs]
-    return first_mismatch(
-        candidate,
-        shared,
-        inner_values(reference, shared, image),
-        inner_values(candidate, shared, image),
-        tolerance,
-    )
+    known = {output for node in reference.graph.node for output in node.output if output}
+    shared = [name for name in outputs if name in known]
+    left, right = (inner_values(graph, shared, image) for graph in (reference, candidate))
+    return first_mismatch(candidate, shared, left, right, tolerance)
 
 
 def first_mismatch(
@@ -197,10 +255,19 @@ def first_mismatch(
     right: Mapping[str, Array],
     tolerance: float,
 ) -> str | None:
-    """The first of the named values of a graph that differs between left and right, in words; those
-    that one of them lacks are passed over.
+    """Describe the first of the named values that differs between `left` and `right`.
+
+    Args:
+        graph: The graph that computes the values.
+        names: Values to compare, in order; those that one side lacks are skipped.
+        left: Values of one side, by name.
+        right: Values of the other side.
+        tolerance: Allowed error relative to each value's largest entry.
+
+    Returns:
+        A description of the node, or None if all agree.
     """
-    kinds = {output: node for node in graph.graph.node for output in node.output}
+    makers = {output: node for node in graph.graph.node for output in node.output}
     for name in names:
         if (
             name not in left
@@ -209,20 +276,19 @@ def first_mismatch(
             or left[name].dtype != right[name].dtype
         ):
             continue
-        error = (
-            float(relative_error(left[name].ravel(), right[name].ravel()).max())
-            if left[name].size
-            else 0.0
-        )
+        error = 0.0
+        if left[name].size:
+            error = float(relative_error(left[name].ravel(), right[name].ravel()).max())
         if not error <= tolerance:
-            return f"node {kinds[name].name or name!r} ({kinds[name].op_type}), by {error:.2e} of its largest value"
+            node = makers[name]
+            return (
+                f"node {node.name or name!r} ({node.op_type}), by {error:.2e} of its largest value"
+            )
     return None
 
 
 def inner_values(model: onnx.ModelProto, names: Sequence[str], image: Array) -> dict[str, Array]:
-    """Values inside a graph for one input, by name; those that the runtime cannot show are left
-    out.
-    """
+    """Return values inside a graph for one input, by name; those that cannot be read are absent."""
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     present = {output.name for output in opened.graph.output}
@@ -232,7 +298,7 @@ def inner_values(model: onnx.ModelProto, names: Sequence[str], image: Array) -> 
     try:
         session = open_graph(opened)
         values = session.run(None, {session.get_inputs()[0].name: image})
-    # the runtime's own errors share no type; without inner values the stage's figure still stands
+    # The runtime's errors share no type; the figures of the stage are valid without inner values.
     except Exception:
         return {}
     return {output.name: value for output, value in zip(session.get_outputs(), values, strict=True)}
@@ -241,9 +307,35 @@ def inner_values(model: onnx.ModelProto, names: Sequence[str], image: Array) -> 
 def first_unmatched_module(
     model: Any, candidate: onnx.ModelProto, image: Array, tolerance: float
 ) -> str | None:
-    """The first torch module, in order of computation, whose output appears nowhere in the ONNX
-    graph: how torch and ONNX are compared inside.
+    """Return the first torch module whose output appears nowhere in an ONNX graph.
+
+    Args:
+        model: The torch module.
+        candidate: The graph that was exported from it.
+        image: One batch of inputs.
+        tolerance: Allowed error relative to each output's largest entry.
+
+    Returns:
+        A description of the module, in order of computation, or None if all were found.
     """
+    names = [output for node in candidate.graph.node for output in node.output if output]
+    values = [
+        value
+        for value in inner_values(candidate, names, image).values()
+        if value.dtype == np.float32
+    ]
+    for name, kind, expected in _module_outputs(model, image):
+        same = [value for value in values if value.shape == expected.shape]
+        nearest = min(
+            (float(relative_error(expected, value).max()) for value in same), default=None
+        )
+        if nearest is not None and nearest > tolerance:
+            return f"module {name} ({kind}), by {nearest:.2e} of its largest value"
+    return None
+
+
+def _module_outputs(model: Any, image: Array) -> list[tuple[str, str, Array]]:
+    """Return name, class and output of every module that returns a tensor, in order."""
     import torch
 
     outputs: list[tuple[str, str, Array]] = []
@@ -252,13 +344,8 @@ def first_unmatched_module(
 
         def keep(module: Any, inputs: Any, output: Any, name: str = name) -> None:
             if isinstance(output, torch.Tensor):
-                outputs.append(
-                    (
-                        name or "the whole model",
-                        type(module).__name__,
-                        output.detach().cpu().float().numpy(),
-                    )
-                )
+                value = output.detach().cpu().float().numpy()
+                outputs.append((name or "the whole model", type(module).__name__, value))
 
         hooks.append(module.register_forward_hook(keep))
     try:
@@ -267,17 +354,4 @@ def first_unmatched_module(
     finally:
         for hook in hooks:
             hook.remove()
-    names = [output for node in candidate.graph.node for output in node.output if output]
-    values = [
-        value
-        for value in inner_values(candidate, names, image).values()
-        if value.dtype == np.float32
-    ]
-    for name, kind, expected in outputs:
-        same = [value for value in values if value.shape == expected.shape]
-        nearest = min(
-            (float(relative_error(expected, value).max()) for value in same), default=None
-        )
-        if nearest is not None and nearest > tolerance:
-            return f"module {name} ({kind}), by {nearest:.2e} of its largest value"
-    return None
+    return outputs

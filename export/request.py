@@ -1,110 +1,192 @@
-"""What an export was asked for, checked as far as it can be without the model."""
+"""What an export was requested to do, validated as far as possible without the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..core.errors import InputError
 from . import capabilities
 from .forms import Form
 from .manifest import Array, Batch, Precision, PreprocessingSpec
+from .parity import TOLERANCES
 from .quantization.quantize import CALIBRATIONS, Calibration
 from .runtimes import runtime_named
+
+ONNXRUNTIME = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where the artifact runs.
+
+    Attributes:
+        target: Name of a device profile, or a label.
+        runtime: `onnxruntime`, or a runtime of `export.runtimes`.
+        threads: Threads to compile, tune and time for.
+        settings: Settings of the runtime's own.
+    """
+
+    target: str = "x86-64"
+    runtime: str = ONNXRUNTIME
+    threads: int = 1
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How the graph is written.
+
+    Attributes:
+        form: A form, its name, "plain" for torch's graph, or None for the best known one.
+        opset: Version of the standard's operators; None for what the form needs.
+        tune: Measure the forms on this machine and keep the fastest.
+        ort_format: Also write ONNX Runtime's own format and a list of operators.
+    """
+
+    form: str | Form | None = None
+    opset: int | None = None
+    tune: bool = False
+    ort_format: bool = False
+
+
+@dataclass(frozen=True)
+class NumericOptions:
+    """What the artifact computes in, and how far its outputs may differ.
+
+    Attributes:
+        precision: The number format.
+        images: Inputs for parity and calibration, float32 (count, channels, height, width).
+        calibration: How static ranges are found; "best" tries all.
+        tolerances: Largest error relative to the largest logit, for each precision.
+    """
+
+    precision: Precision = "fp32"
+    images: Array | None = None
+    calibration: Calibration | Literal["best"] = "min-max"
+    tolerances: Mapping[str, float] = field(default_factory=lambda: dict(TOLERANCES))
+
+
+@dataclass(frozen=True)
+class ManifestOptions:
+    """What the manifest records besides the result.
+
+    Attributes:
+        name: Name of the model; None for the source's own.
+        preprocessing: From a picture to the input.
+        labels: One for each class.
+        provenance: The caller's own entries.
+        notes: First notes of the artifact.
+    """
+
+    name: str | None = None
+    preprocessing: PreprocessingSpec | None = None
+    labels: tuple[str, ...] | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """The arguments of `export`, each with the meaning told there; shape is (channels, height,
-    width), allowed the tolerance of each precision.
+    """All options of one export.
+
+    Attributes:
+        shape: (channels, height, width) of an input image.
+        batch: Images in a batch, or "dynamic".
+        overwrite: Replace a folder that is not empty.
     """
 
     shape: tuple[int, int, int]
-    allowed: Mapping[str, float]
-    target: str
-    runtime: str
-    precision: Precision
-    preprocessing: PreprocessingSpec | None
-    labels: tuple[str, ...] | None
-    images: Array | None
-    batch: Batch
-    provenance: Mapping[str, str]
-    form: str | Form | None
-    overwrite: bool
-    name: str | None
-    opset: int | None
-    calibration: Calibration | Literal["best"]
-    tune: bool
-    threads: int
-    ort_format: bool
-    options: Mapping[str, str]
-    # What the artifact's notes begin with.
-    notes: tuple[str, ...] = ()
+    batch: Batch = 1
+    overwrite: bool = False
+    device: DeviceOptions = DeviceOptions()
+    graph: GraphOptions = GraphOptions()
+    numeric: NumericOptions = NumericOptions()
+    manifest: ManifestOptions = ManifestOptions()
 
     @property
-    def free_batch(self) -> int | str:
+    def symbolic_batch(self) -> int | str:
         """The batch as a graph states it: a size, or the name of the free dimension."""
         return "batch" if self.batch == "dynamic" else self.batch
 
+    @property
+    def input_batch(self) -> int:
+        """The number of images that the artifact is run with when it is verified."""
+        return 1 if self.batch == "dynamic" else self.batch
 
-def check(
-    runtime: str,
-    precision: str,
-    batch: Batch,
-    target: str,
-    images: Any,
-    tune: bool,
-    ort_format: bool,
-    calibration: str = "min-max",
+
+def validate_options(
+    batch: Batch, device: DeviceOptions, graph: GraphOptions, numeric: NumericOptions
 ) -> None:
-    """Refuse what no model could make right. Errors: InputError."""
-    found = None if runtime == "onnxruntime" else runtime_named(runtime)
-    known = get_args(Precision)
+    """Check options against each other and against the runtime.
+
+    Args:
+        batch: Images in a batch, or "dynamic".
+        device: Where the artifact runs.
+        graph: How the graph is written.
+        numeric: What the artifact computes in.
+
+    Raises:
+        InputError: An option is unknown, or two do not fit; the message names them.
+    """
+    runtime = None if device.runtime == ONNXRUNTIME else runtime_named(device.runtime)
+    precision, known = numeric.precision, get_args(Precision)
     if precision not in known:
-        raise InputError(f"precision {precision!r} is unknown; take one of {', '.join(known)}")
+        raise InputError(f"precision {precision!r} is unknown; use one of {', '.join(known)}")
     if batch != "dynamic" and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise InputError(f"batch {batch!r}: give a whole number above 0, or 'dynamic'")
-    if precision == "int8-static" and images is None:
+    if precision == "int8-static" and numeric.images is None:
         raise InputError(
-            "int8-static finds its ranges on images, and none were given; pass images, or take precision='int8', which needs none"
+            "int8-static finds its ranges on images, and none were given; pass images, or use "
+            "precision='int8', which needs none"
         )
-    if calibration not in (*CALIBRATIONS, "best"):
+    if numeric.calibration not in (*CALIBRATIONS, "best"):
         raise InputError(
-            f"calibration {calibration!r} is unknown; take one of {', '.join(CALIBRATIONS)}, or 'best' of these"
+            f"calibration {numeric.calibration!r} is unknown; use one of "
+            f"{', '.join(CALIBRATIONS)}, or 'best' of these"
         )
-    if found is not None:
-        if precision not in found.precisions:
-            raise InputError(
-                f"precision {precision!r}: runtime {runtime!r} has {', '.join(found.precisions)}; take one of these"
-            )
-        if batch == "dynamic" and not found.dynamic_batch:
-            raise InputError(
-                f"runtime {runtime}: a file holds one batch size; export with batch 1 or another number, or for another runtime"
-            )
-        if (tune and runtime != "tvm") or ort_format:
-            what = "ort_format" if ort_format else "tune"
-            raise InputError(
-                f"{what} is for onnxruntime, and the runtime is {runtime!r}; leave it out"
-            )
-        if reason := found.missing():
-            raise InputError(reason)
+    if runtime is None:
+        _validate_onnxruntime(device, graph, precision)
         return
-    if precision in ("fp16", "bf16") and not (
-        precision == "fp16" and capabilities.has_half(target)
-    ):
+    name = device.runtime
+    if precision not in runtime.precisions:
         raise InputError(
-            f"precision {precision!r}: target {target!r} does not compute in it, so it would cost time; take fp32 or int8"
+            f"precision {precision!r}: runtime {name!r} has {', '.join(runtime.precisions)}; "
+            "use one of these"
         )
-    if tune and not capabilities.is_host(target):
+    if batch == "dynamic" and not runtime.dynamic_batch:
         raise InputError(
-            f"tune measures on this machine, and the target is {target!r}; run it on the device, or leave tune out for the known form"
+            f"runtime {name}: a file holds one batch size; export with batch 1 or another "
+            "number, or for another runtime"
+        )
+    if (graph.tune and name != "tvm") or graph.ort_format:
+        option = "ort_format" if graph.ort_format else "tune"
+        raise InputError(f"{option} is for onnxruntime, and the runtime is {name!r}; leave it out")
+    if reason := runtime.missing():
+        raise InputError(reason)
+
+
+def _validate_onnxruntime(device: DeviceOptions, graph: GraphOptions, precision: str) -> None:
+    target = device.target
+    half = precision == "fp16" and capabilities.has_half(target)
+    if precision in ("fp16", "bf16") and not half:
+        raise InputError(
+            f"precision {precision!r}: target {target!r} does not compute in it, so it would cost "
+            "time; use fp32 or int8"
+        )
+    if graph.tune and not capabilities.is_host(target):
+        raise InputError(
+            f"tune measures on this machine, and the target is {target!r}; run it on the device, "
+            "or leave tune out for the known form"
         )
 
 
 def preprocessing_of(given: Any) -> PreprocessingSpec | None:
-    """The manifest's preprocessing from a `Preprocessing` or a mapping of its fields. Errors:
-    InputError.
+    """Return the manifest's preprocessing from a `Preprocessing` or a mapping of its fields.
+
+    Raises:
+        InputError: A field is missing, unknown or out of range.
     """
     if given is None or isinstance(given, PreprocessingSpec):
         return given

@@ -1,13 +1,10 @@
-"""Exporting for another image size than the model was trained at: what changes beside the model
-itself.
-"""
+"""Export for another image size than the model was trained at: what changes besides the model."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import nn
 
@@ -17,67 +14,63 @@ from ..compress.network.patch_grid import Size, format_image_size, largest_squar
 from ..compress.surgery.image_size import at_image_size, resized
 from ..core.errors import InputError
 from .graphs.model_facts import name_of, weights_sha256
-from .manifest import PreprocessingSpec
+from .request import ManifestOptions
 
-# The first words of the note.
+# First words of the note.
 IMAGE_SIZE = "image size"
 RESIZED_FROM, SOURCE_SHA256 = "resized_from", "resized_from_weights_sha256"
 
 
-@dataclass(frozen=True)
-class AnotherSize:
-    """The model to export instead; preprocessing and provenance that go with it; what the user
-    should know.
-    """
+def resize_for_export(
+    model: nn.Module, image_size: int | str | Size, manifest: ManifestOptions
+) -> tuple[nn.Module, ManifestOptions]:
+    """Return the model for another image size, and the manifest's fields with it.
 
-    model: nn.Module
-    name: str
-    preprocessing: PreprocessingSpec | None
-    provenance: Mapping[str, str]
-    notes: tuple[str, ...]
-
-
-def another_size(
-    model: nn.Module,
-    image_size: int | str | Size,
-    preprocessing: PreprocessingSpec | None,
-    provenance: Mapping[str, str],
-) -> AnotherSize:
-    """The model for `image_size`. Errors: InputError for a size that does not work, or is not that
-    of the preprocessing; UnsupportedModel.
+    Raises:
+        InputError: The size does not work, or is not that of the preprocessing.
+        UnsupportedModel: The model cannot be resized.
     """
     size = parse_image_size(image_size)
     architecture = read(model).spec
     trained = architecture.image[1:]
+    preprocessing = manifest.preprocessing
     if preprocessing is not None:
-        if (preprocessing.height, preprocessing.width) not in (trained, size):
-            made = format_image_size((preprocessing.height, preprocessing.width))
+        prepared = (preprocessing.height, preprocessing.width)
+        if prepared not in (trained, size):
             raise InputError(
-                f"preprocessing: it makes images of {made}, the model is for {format_image_size(trained)} and goes to {format_image_size(size)}; give one of these two"
+                f"preprocessing: it makes images of {format_image_size(prepared)}, the model is "
+                f"for {format_image_size(trained)} and is resized to {format_image_size(size)}; "
+                "give one of these two"
             )
-        # Crop ratio, resizing and interpolation are shares and names, and stay.
+        # Crop ratio, resizing and interpolation do not depend on the size.
         preprocessing = preprocessing.model_copy(update={"height": size[0], "width": size[1]})
+    manifest = replace(manifest, name=manifest.name or name_of(model), preprocessing=preprocessing)
     if size == trained:
-        return AnotherSize(model, name_of(model), preprocessing, provenance, ())
+        return model, manifest
     require_memory(at_image_size(architecture, size))
     origin = {RESIZED_FROM: format_image_size(trained), SOURCE_SHA256: weights_sha256(model)}
-    return AnotherSize(
-        resized(model, size),
-        name_of(model),
-        preprocessing,
-        {**provenance, **origin},
-        (untrained(trained, size),),
+    manifest = replace(
+        manifest,
+        provenance={**manifest.provenance, **origin},
+        notes=(*manifest.notes, untrained_note(trained, size)),
+    )
+    return resized(model, size), manifest
+
+
+def untrained_note(trained: Size, size: Size) -> str:
+    """Return the line that must accompany every report of accuracy."""
+    return (
+        f"{IMAGE_SIZE} {format_image_size(size)}: the model was trained at "
+        f"{format_image_size(trained)}, not at this size; its accuracy here differs, and is not "
+        "measured yet"
     )
 
 
-def untrained(trained: Size, size: Size) -> str:
-    """One line that no report of accuracy may be without."""
-    return f"{IMAGE_SIZE} {format_image_size(size)}: the model was trained at {format_image_size(trained)}, not at this size; its accuracy here is another, and not yet measured"
-
-
 def require_memory(architecture: Architecture) -> None:
-    """Refuse a size whose attention this machine cannot hold, for every stage runs here. Errors:
-    InputError with the largest square that works.
+    """Refuse a size whose attention does not fit this machine's memory, where every stage runs.
+
+    Raises:
+        InputError: The memory does not suffice; the message states the largest square that works.
     """
     memory_bytes = int(os.sysconf("SC_PAGE_SIZE")) * int(os.sysconf("SC_PHYS_PAGES"))
     needed_bytes = attention_bytes(architecture)
@@ -85,14 +78,17 @@ def require_memory(architecture: Architecture) -> None:
         return
     tokens = math.isqrt(architecture.tokens**2 * memory_bytes // needed_bytes)
     raise InputError(
-        f"image size {format_image_size(architecture.image[1:])}: its {architecture.tokens} tokens need {needed_bytes / 1e9:.0f} GB for attention, this machine has "
-        f"{memory_bytes / 1e9:.0f} GB; {largest_square(architecture, tokens - architecture.prefix)}"
+        f"image size {format_image_size(architecture.image[1:])}: its {architecture.tokens} tokens "
+        f"need {needed_bytes / 1e9:.0f} GB for attention, "
+        f"this machine has {memory_bytes / 1e9:.0f} GB; "
+        f"{largest_square(architecture, tokens - architecture.prefix)}"
     )
 
 
 def attention_bytes(architecture: Architecture) -> int:
-    """Scores and their softmax in the widest attention, and the offsets' index of every relative
-    bias: all that grows with the square of the tokens.
+    """Return the memory that grows with the square of the tokens.
+
+    It holds scores and softmax of the widest attention, and the index of every relative bias.
     """
     cores = [
         branch.core for branch in architecture.branches if isinstance(branch.core, AttentionSpec)

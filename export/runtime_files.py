@@ -1,11 +1,11 @@
-"""For the other runtimes: the form that each wants, what it writes, and its answers through the
-very engine that is timed.
+"""The artifact for a runtime other than ONNX Runtime: its form, its files and their parity.
+
+Parity is computed by the same engine that benchmarks time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -16,125 +16,132 @@ from ..core.errors import InputError, UnsupportedModel
 from ..runtimes import EngineError
 from ..runtimes.subprocess_inference import infer_in_subprocess
 from .artifact import entry_for
-from .cross_target import EMULATED_S
+from .export_run import ExportRun
 from .forms import Form
 from .graphs.candidates import candidates, readable
-from .manifest import Array, FileEntry, Parity
-from .onnxruntime_files import prove
-from .parity import Probe, require
-from .request import ExportRequest
+from .manifest import FileEntry
+from .onnxruntime_files import check_candidate
 from .runtimes import Runtime, RuntimeFiles, Source
 from .stage_line import stage, stages_hidden
 
 TORCH = "torch"
-# What `tune` means to a runtime that measures kernels: for how long, unless the caller says.
+# For runtimes that measure kernels, `tune` means tuning for this long unless the caller sets it.
 TUNE = {"tune_s": "60"}
 
 
 def source_for(
-    runtime: Runtime,
-    model: nn.Module,
-    tidy: onnx.ModelProto,
-    order: ExportRequest,
-    probe: Probe,
-    first: Array,
-    stages: list[Parity],
-    notes: list[str],
+    run: ExportRun, runtime: Runtime, model: nn.Module, plain: onnx.ModelProto
 ) -> tuple[str, Source]:
-    """The form's name and what the runtime converts; stages and notes grow. Errors: ParityError,
-    UnsupportedModel, InputError.
+    """Prepare what the runtime converts, and record the parity of its graph.
+
+    Args:
+        run: The export.
+        runtime: The runtime; its form applies unless the request names one.
+        model: The torch module.
+        plain: Its graph as torch exports it.
+
+    Returns:
+        The form's name and the source.
+
+    Raises:
+        InputError: The requested form has operators that the runtime does not.
+        UnsupportedModel: The requested form does not cover the model.
+        ParityError: The graph's outputs differ from the model's.
     """
-    graph, name = tidy, TORCH
-    if runtime.form is not None or order.form is not None:
-        if isinstance(order.form, Form) and order.form.runtime_operators:
+    request = run.request
+    graph, name, form = plain, TORCH, request.graph.form
+    if runtime.form is not None or form is not None:
+        if isinstance(form, Form) and form.runtime_operators:
             raise InputError(
-                f"form {order.form.name} holds operators of ONNX Runtime's own; take another for {runtime.name}, or leave it out"
+                f"form {form.name} holds operators of ONNX Runtime's own; use another for "
+                f"{runtime.name}, or leave it out"
             )
-        found, why = candidates(model, tidy, order, portable=runtime.form)
-        notes.extend(why)
-        parity = prove(model, found[0], order, probe, first)
+        found, notes = candidates(model, plain, request, portable=runtime.form)
+        run.notes.extend(notes)
+        parity = check_candidate(run, model, found[0])
         graph, name = found[0].model, found[0].name
         if found[0].form is not None:
-            stages.append(parity)
+            run.stages.append(parity)
     try:
         compact: CompactModel | None = readable(model)
     except UnsupportedModel:
         compact = None
+    device, settings = request.device, request.device.settings
     source = Source(
-        model=model, compact=compact, graph=graph, shape=order.shape, batch=order.batch, target=order.target, threads=order.threads,
-        precision=order.precision, images=order.images, probe=probe, options={**TUNE, **order.options} if order.tune else order.options,
-    )  # fmt: skip
+        model=model,
+        compact=compact,
+        graph=graph,
+        shape=request.shape,
+        batch=request.batch,
+        target=device.target,
+        threads=device.threads,
+        precision=request.numeric.precision,
+        images=request.numeric.images,
+        probe=run.probe,
+        options={**TUNE, **settings} if request.graph.tune else settings,
+    )
     return name, source
 
 
-def write_and_ask(
-    runtime: Runtime,
-    source: Source,
-    folder: Path,
-    order: ExportRequest,
-    stages: list[Parity],
-    notes: list[str],
+def write_and_verify(
+    run: ExportRun, runtime: Runtime, source: Source, folder: Path
 ) -> tuple[RuntimeFiles, list[FileEntry]]:
-    """Let the runtime write, then hold its answers against torch; stages and notes grow. Errors:
-    InputError, ParityError.
+    """Let the runtime write its files, run them, and record their parity.
+
+    Args:
+        run: The export.
+        runtime: The runtime.
+        source: What it converts.
+        folder: An empty folder.
+
+    Returns:
+        What the runtime wrote, and the manifest's entries.
+
+    Raises:
+        InputError: The conversion failed, or its result does not run.
+        ParityError: The outputs differ from the model's.
     """
-    work = (
-        "compiling"
-        if runtime.name == "tvm"
-        else "calibrating"
-        if order.precision == "int8-static"
-        else "converting"
-    )
-    stage(f"{work} for {runtime.name}, {order.precision}")
-    # Tuning shows a bar of its own.
+    precision = run.request.numeric.precision
+    work = "calibrating" if precision == "int8-static" else "converting"
+    stage(f"{'compiling' if runtime.name == 'tvm' else work} for {runtime.name}, {precision}")
+    # Tuning shows a progress bar of its own.
     with stages_hidden() if "tune_s" in source.options else contextlib.nullcontext():
         written = runtime.write(source, folder)
     files = [entry_for(folder, written.main, "model")]
     files += [entry_for(folder, path, role) for path, role in written.files if path != written.main]
-    stages.extend(written.stages)
-    notes.extend(written.notes)
+    run.stages.extend(written.stages)
+    run.notes.extend(written.notes)
     if written.parity_skipped is not None:
-        notes.append(f"parity was not run: {written.parity_skipped}")
+        run.notes.append(f"parity was not run: {written.parity_skipped}")
         return written, files
     stage(f"parity of {runtime.name}")
-    batch = 1 if order.batch == "dynamic" else order.batch
-    job = {
-        "runtime": runtime.name,
-        "model": str((folder / written.main).resolve()),
-        "threads": order.threads,
-        "input": {"name": "images", "shape": [batch, *order.shape], "type": "float32"},
-        "session": dict(written.session),
-        # An emulated processor is hundreds of times slower, so it answers as many images as fit.
-        **({} if written.command is None else {"time_limit_s": EMULATED_S}),
-    }
+    main = folder / written.main
+    job = run.job(main, written.session, emulated=written.command is not None)
     try:
-        logits, told = infer_in_subprocess(job, source.probe.images, command=written.command)
+        logits, facts = infer_in_subprocess(job, source.probe.images, command=written.command)
     except EngineError as error:
-        raise InputError(f"runtime {runtime.name}: what it wrote does not run: {error}") from None
-    words = runtime.name if order.precision == "fp32" else f"{runtime.name} {order.precision}"
-    asked = replace(
-        source.probe,
-        images=source.probe.images[: len(logits)],
-        logits=source.probe.logits[: len(logits)],
-    )
-    parity = asked.compare(words, logits, tolerance=order.allowed[order.precision])
-    stages.append(
-        require(parity, lambda tolerance: _inside(runtime, source, written, folder, tolerance))
-    )
-    notes.append(
-        f"asked in {told['runtime']} {told['version']} on {told['provider'] or 'what it chose'}"
-    )
+        raise InputError(
+            f"runtime {runtime.name}: the written file does not run: {error}"
+        ) from None
+
+    def locate(tolerance: float) -> str:
+        return _first_difference(runtime, source, written, main, tolerance)
+
+    name = runtime.name if precision == "fp32" else f"{runtime.name} {precision}"
+    run.check(name, logits, locate, precision=precision)
+    provider = facts["provider"] or "its default provider"
+    run.notes.append(f"verified in {facts['runtime']} {facts['version']} on {provider}")
     return written, files
 
 
-def _inside(
-    runtime: Runtime, source: Source, written: RuntimeFiles, folder: Path, tolerance: float
+def _first_difference(
+    runtime: Runtime, source: Source, written: RuntimeFiles, main: Path, tolerance: float
 ) -> str:
-    """Where in what was written the answers first go wrong, as far as the runtime shows it."""
+    """Describe where the outputs first differ, as far as the runtime shows inner values."""
     if written.first_difference is None or written.command is not None:
         return f"somewhere inside {runtime.name}, which shows no inner values here"
-    place = written.first_difference(source, folder / written.main, tolerance)
-    return (
-        place
-        or f"somewhere inside {runtime.name}, behind the last inner value that can be held against torch's"
+    place = written.first_difference(source, main, tolerance)
+    return place or (
+        f"somewhere inside {runtime.name}, behind the last inner value that can be compared with "
+        "torch's"
     )

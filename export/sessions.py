@@ -1,5 +1,6 @@
-"""How an artifact's ONNX Runtime session is made: one place, so that what is timed is what was
-proven. Free of torch.
+"""ONNX Runtime sessions for artifacts, opened alike for parity and for benchmarks.
+
+Free of torch.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from .artifact import Artifact
 if TYPE_CHECKING:
     import onnxruntime
 
-# The defaults of every session here. A form may add entries; the manifest's `session` holds them
-# all.
+# The defaults of every session; the manifest's `session` adds to them.
 DEFAULT_CONFIG: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
-# Of a session that was exported for several threads: one that waits inside a call does so busily,
-# but no longer than this, and never after the call. Waking a sleeping thread for each of some 150
-# operators is a fifth of the latency of DeiT-Tiny in eight bits on two threads
-# (benchmarks/results/int8_threads.md). A runtime that does not know `spin_duration_us` yet
-# (microsoft/onnxruntime PR 27916) waits as long as it always did.
+# For artifacts for several threads: a thread that waits inside a call spins, but no longer than
+# this, and never after the call. Waking a sleeping thread for each of some 150 operators is a fifth
+# of the latency of DeiT-Tiny in eight bits on two threads (benchmarks/results/int8_threads.md). A
+# runtime without `spin_duration_us` (microsoft/onnxruntime PR 27916) spins for its default time.
 SPIN_US = 30
 THREADS_CONFIG: dict[str, str] = {
     "session.intra_op.allow_spinning": "1",
@@ -29,17 +28,16 @@ THREADS_CONFIG: dict[str, str] = {
 
 
 def config_for(threads: int) -> dict[str, str]:
-    """The entries that an artifact for so many threads brings along."""
+    """Return the session entries of an artifact for so many threads."""
     return dict(THREADS_CONFIG) if threads > 1 else {}
 
 
 def session_options(
     config: dict[str, str] | None = None, *, threads: int = 1, optimised: bool = True
 ) -> onnxruntime.SessionOptions:
-    """Options for one session: all graph optimisations (or none), `threads` within an operator,
-    operators one after the other.
+    """Return options for one session that runs operators one after the other.
 
-    Threads do not spin while they wait: a device that answers one picture at a time should sleep in
+    Threads do not spin by default: a device that classifies one picture at a time should sleep in
     between.
     """
     import onnxruntime
@@ -65,8 +63,19 @@ def open_session(
     config: dict[str, str] | None = None,
     optimised: bool = True,
 ) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU for an artifact (with the options in its manifest), a file
-    or a model's bytes.
+    """Open an ONNX Runtime session on the CPU.
+
+    Args:
+        model: An artifact, whose manifest may add session entries; a model file; or its bytes.
+        threads: Threads within an operator.
+        config: Session config entries, over the defaults and the manifest's.
+        optimised: Whether the runtime optimises the graph.
+
+    Returns:
+        The session: `session.run(None, {"images": images})[0]` are the logits (batch, classes).
+
+    Raises:
+        ImportError: onnxruntime is not installed.
     """
     import onnxruntime
 

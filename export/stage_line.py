@@ -1,5 +1,6 @@
-"""Which stage of an export is at work, and for how long: one line on a person's terminal, gone when
-it is done; nothing for short work.
+"""The running stage of an export and its time, as one line on a terminal.
+
+The line is erased when the export is done, and does not appear for short work.
 """
 
 from __future__ import annotations
@@ -9,61 +10,59 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-PATIENCE_S = 2.0
+DELAY_S = 2.0
 
 
 class StageLine:
-    """The line of one export: it appears after `patience_s` and tells the newest stage, and the
-    time since that began.
-    """
+    """The line of one export: it appears after `delay_s`, with the newest stage and its time."""
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, delay_s: float = DELAY_S) -> None:
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         self._lock = threading.Lock()
-        self._patience_s, self._there = patience_s, False
-        # The stream itself: converters are run with sys.stderr pointing elsewhere. Nothing is
-        # redirected, for results go to standard output meanwhile.
-        console = Console(file=sys.stderr)
-        self._line: Progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True,
-            redirect_stdout=False, redirect_stderr=False,
-        )  # fmt: skip
+        self._delay_s, self._visible = delay_s, False
+        # The stream itself, since converters run with sys.stderr redirected. Standard output stays
+        # untouched, since results are written to it meanwhile.
+        self._line = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=Console(file=sys.stderr),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._task = self._line.add_task("exporting", total=None)
         self.show()
 
-    def tell(self, name: str) -> None:
-        """A stage begins."""
+    def update(self, name: str) -> None:
+        """Show that a stage begins."""
         self._line.reset(self._task, description=name, total=None)
 
     def show(self) -> None:
-        """Let the line appear once the work has lasted."""
-        self._wanted = True
-        self._timer = threading.Timer(self._patience_s, self._appear)
+        """Let the line appear after the delay."""
+        self._enabled = True
+        self._timer = threading.Timer(self._delay_s, self._appear)
         self._timer.daemon = True
         self._timer.start()
 
     def hide(self) -> None:
-        """Take the line away."""
+        """Erase the line."""
         self._timer.cancel()
         with self._lock:
-            self._wanted = False
-            if self._there:
+            self._enabled = False
+            if self._visible:
                 self._line.stop()
-            self._there = False
+            self._visible = False
 
     def _appear(self) -> None:
         with self._lock:
-            # A terminal that cannot move its cursor would get lines instead of one.
-            if self._wanted and self._line.console.is_interactive:
+            # A terminal that cannot move its cursor would get many lines instead of one.
+            if self._enabled and self._line.console.is_interactive:
                 self._line.start()
-                self._there = True
+                self._visible = True
 
 
 _shown: ContextVar[StageLine | None] = ContextVar("shown", default=None)
@@ -71,11 +70,11 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 @contextlib.contextmanager
-def stages_shown(*, quiet: bool = False, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Show the stages that begin within this block, if standard error is a terminal. Within another
-    such block, that one's line goes on.
+def stages_shown(*, quiet: bool = False, delay_s: float = DELAY_S) -> Iterator[None]:
+    """Show the stages that begin within this block, if standard error is a terminal.
 
-    quiet: show nothing, whatever blocks within this one say.
+    Inner blocks share the line of the outer one. With `quiet`, neither this block nor inner ones
+    show anything.
     """
     if quiet:
         silence = _quiet.set(True)
@@ -87,7 +86,7 @@ def stages_shown(*, quiet: bool = False, patience_s: float = PATIENCE_S) -> Iter
     if _quiet.get() or _shown.get() is not None or not sys.stderr.isatty():
         yield
         return
-    line = StageLine(patience_s)
+    line = StageLine(delay_s)
     token = _shown.set(line)
     try:
         yield
@@ -97,15 +96,15 @@ def stages_shown(*, quiet: bool = False, patience_s: float = PATIENCE_S) -> Iter
 
 
 def stage(name: str) -> None:
-    """A stage of the export begins, such as `simplifying`; the one before it is over."""
+    """Begin a stage of the export, such as `simplifying`, and end the one before it."""
     line = _shown.get()
     if line is not None:
-        line.tell(name)
+        line.update(name)
 
 
 @contextlib.contextmanager
 def stages_hidden() -> Iterator[None]:
-    """Take the line away for this block, which shows a bar of its own."""
+    """Hide the line within this block, which shows a progress bar of its own."""
     line = _shown.get()
     if line is not None:
         line.hide()

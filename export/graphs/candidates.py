@@ -1,5 +1,6 @@
-"""The graphs that may be shipped: the known form, all forms where they are to race, or torch's own;
-each in the wanted precision.
+"""The graphs that can be shipped, each in the requested precision.
+
+They are the best known form, all forms where they are to be measured, or torch's own graph.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ from ..forms.coverage import reason_against
 from ..manifest import Array
 from ..parity import first_difference
 from ..quantization import quantize
-from ..quantization.quantize import half
 from ..quantization.static_choice import StaticOptions, best_static, static_graph
 from ..request import ExportRequest
 from .known_forms import best_form
 
 PLAIN = "plain"
-# What two forms answer alike; scaled queries, unbiased values and centred streams between them
-# differ on purpose.
+# Values that two forms compute alike; scaled queries, unbiased values and centred streams differ.
 COMPARABLE = (".softmax", ".act", "logits")
 _REFERENCE_FORM = Form(
     rows="batch", norm="layer", last_queries=False, last_keys=False, stream="dense"
@@ -34,8 +33,12 @@ _REFERENCE_FORM = Form(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A float graph that answers like the model, how it is called, and the form to rewrite it with
-    (None for graphs that are not ours).
+    """A float graph of the model.
+
+    Attributes:
+        name: The form's name.
+        model: The graph.
+        form: The form to write it with in another precision; None for torch's graph.
     """
 
     name: str
@@ -44,8 +47,10 @@ class Candidate:
 
 
 def readable(model: nn.Module) -> CompactModel:
-    """The model as the forms read it. Errors: UnsupportedModel naming what no form has a rule
-    for.
+    """Return the model as the forms read it.
+
+    Raises:
+        UnsupportedModel: No form has a rule for a part of the model; the message names it.
     """
     compact: CompactModel = lift(model)
     if reason := reason_against(compact.architecture):
@@ -54,23 +59,36 @@ def readable(model: nn.Module) -> CompactModel:
 
 
 def candidates(
-    model: nn.Module, tidy: onnx.ModelProto, order: ExportRequest, *, portable: Form | None = None
+    model: nn.Module,
+    plain: onnx.ModelProto,
+    request: ExportRequest,
+    *,
+    portable: Form | None = None,
 ) -> tuple[list[Candidate], list[str]]:
-    """The graphs to prove, and notes for the manifest. portable: the form to take where the order
-    names none and its runtime is not ours to tune.
+    """Return the float graphs to verify.
 
-    Errors: UnsupportedModel where a form is asked for that the model cannot have.
+    Args:
+        model: The torch module.
+        plain: Its graph as torch exports it.
+        request: The options.
+        portable: The form for a runtime other than ONNX Runtime, where the request names none.
+
+    Returns:
+        The candidates, and notes for the manifest.
+
+    Raises:
+        UnsupportedModel: The requested form does not cover the model.
     """
-    form = order.form
-    plain = Candidate(PLAIN, tidy, None)
+    form, tune = request.graph.form, request.graph.tune
+    torch_graph = Candidate(PLAIN, plain, None)
     if form == PLAIN:
-        return [plain], []
+        return [torch_graph], []
     try:
         compact = readable(model)
     except UnsupportedModel as error:
         if form is not None:
             raise UnsupportedModel(f"form {form}: {error}; export with form='plain'") from None
-        return [plain], [
+        return [torch_graph], [
             f"torch's own graph is shipped, since the graph forms do not cover it: {error}"
         ]
     notes = []
@@ -78,46 +96,54 @@ def candidates(
         forms = [form_named(form) if isinstance(form, str) else form]
     elif portable is not None:
         forms = [portable]
-    elif order.tune:
-        known = [
-            *FORMS,
-            *(INT8_FORMS if order.precision in ("int8", "int8-static") else ()),
-            *(STREAM_FORMS if _scattered(compact) else ()),
-        ]
-        forms = [
-            entry
-            for entry in known
-            if (order.batch == 1 or entry.rows == "batch")
-            and entry.opset <= (order.opset or entry.opset)
-        ]
+    elif tune:
+        forms = _tunable_forms(compact, request)
     else:
-        best, measured = best_form(
-            order.target,
-            order.batch,
-            compact.architecture.tokens,
-            precision=order.precision,
-            threads=order.threads,
-        )
-        if order.opset is not None and order.opset < best.opset:
-            best, measured = (
-                replace(best, attention="split"),
-                f"{measured}; without the operators that opset {order.opset} lacks",
-            )
+        best, measured = _best_known_form(compact, request)
         forms = [best]
         notes.append(f"form: {measured}")
+    batch, opset = request.symbolic_batch, request.graph.opset
     found = [
-        Candidate(
-            entry.name,
-            write_network(compact, entry, batch=order.free_batch, opset=order.opset),
-            entry,
-        )
+        Candidate(entry.name, write_network(compact, entry, batch=batch, opset=opset), entry)
         for entry in forms
     ]
-    return ([*found, plain] if order.tune and form is None else found), notes
+    return ([*found, torch_graph] if tune and form is None else found), notes
+
+
+def _tunable_forms(compact: CompactModel, request: ExportRequest) -> list[Form]:
+    """Return the forms that fit the request, for `tune`."""
+    opset = request.graph.opset
+    forms = list(FORMS)
+    if request.numeric.precision in ("int8", "int8-static"):
+        forms += INT8_FORMS
+    if _scattered(compact):
+        forms += STREAM_FORMS
+    return [
+        form
+        for form in forms
+        if (request.batch == 1 or form.rows == "batch") and (opset is None or form.opset <= opset)
+    ]
+
+
+def _best_known_form(compact: CompactModel, request: ExportRequest) -> tuple[Form, str]:
+    best, measured = best_form(
+        request.device.target,
+        request.batch,
+        compact.architecture.tokens,
+        precision=request.numeric.precision,
+        threads=request.device.threads,
+    )
+    opset = request.graph.opset
+    if opset is None or opset >= best.opset:
+        return best, measured
+    return (
+        replace(best, attention="split"),
+        f"{measured}; without the operators that opset {opset} lacks",
+    )
 
 
 def _scattered(compact: CompactModel) -> bool:
-    """Whether masks were not shared, so that writers fill channels of their own."""
+    """Return whether masks were unshared, so that writers fill different channels."""
     architecture = compact.architecture
     return architecture.stem_writes is not None or any(
         branch.writes is not None for branch in architecture.branches
@@ -125,83 +151,116 @@ def _scattered(compact: CompactModel) -> bool:
 
 
 def in_precision(
-    model: nn.Module, candidate: Candidate, order: ExportRequest, notes: list[str]
+    model: nn.Module, candidate: Candidate, request: ExportRequest, notes: list[str]
 ) -> onnx.ModelProto:
-    """The candidate's graph for ONNX Runtime in the order's precision; notes grow where there was
-    something to choose.
+    """Return a candidate's graph for ONNX Runtime in the requested precision.
+
+    Args:
+        model: The torch module.
+        candidate: The float graph.
+        request: The options.
+        notes: Gets lines where there are several ways to quantize.
+
+    Returns:
+        The graph.
     """
-    precision = order.precision
-    if precision == "fp32":
-        return candidate.model
-    bits = 8 if capabilities.int8_exact(order.target) else 7
-    if precision == "int8" and candidate.form is not None:
-        return write_network(
-            lift(model),
-            candidate.form,
-            batch=order.free_batch,
-            linears="int8",
-            weight_bits=bits,
-            opset=order.opset,
-        )
-    float_graph = candidate.model
-    if candidate.form is not None:
-        float_graph = write_network(
-            lift(model),
-            candidate.form,
-            batch=order.free_batch,
-            linears="product",
-            opset=order.opset,
-        )
+    precision, form = request.numeric.precision, candidate.form
+    if form is None or precision in ("fp32", "fp16"):
+        return graph_in_precision(candidate.model, request, notes)
+    compact, batch, opset = lift(model), request.symbolic_batch, request.graph.opset
     if precision == "int8":
-        return quantize.int8_dynamic(float_graph, weight_bits=bits)
-    if precision == "int8-static":
-        return static(float_graph, order, bits, notes, form=candidate.form)
-    if precision == "fp16":
-        return half(candidate.model)
-    return quantize.weights_only(float_graph, 4 if precision == "int4-weights" else 8)
+        bits = int8_weight_bits(request)
+        return write_network(
+            compact, form, batch=batch, linears="int8", weight_bits=bits, opset=opset
+        )
+    float_graph = write_network(compact, form, batch=batch, linears="product", opset=opset)
+    return graph_in_precision(float_graph, request, notes, form=form)
 
 
-def static(
+def graph_in_precision(
     float_graph: onnx.ModelProto,
-    order: ExportRequest,
-    weight_bits: int,
+    request: ExportRequest,
     notes: list[str],
     *,
     form: Form | None = None,
 ) -> onnx.ModelProto:
-    """Static eight bits by the calibration that was asked for, or the best of all. form: of the
-    graph, where it is ours; else the target says how.
+    """Return any float graph in the requested precision.
+
+    Args:
+        float_graph: The graph, not fused yet.
+        request: The options.
+        notes: Gets lines where there are several ways to quantize.
+        form: The graph's form, where it has one; it decides how static eight bits are written.
+
+    Returns:
+        The graph.
     """
-    assert order.images is not None
-    images = order.images[: quantize.CALIBRATION_IMAGES]
+    precision = request.numeric.precision
+    if precision == "int8":
+        return quantize.int8_dynamic(float_graph, weight_bits=int8_weight_bits(request))
+    if precision == "int8-static":
+        return _static(float_graph, request, notes, form)
+    if precision == "fp16":
+        return quantize.half(float_graph)
+    if precision in ("int8-weights", "int4-weights"):
+        return quantize.weights_only(float_graph, 4 if precision == "int4-weights" else 8)
+    return float_graph
+
+
+def int8_weight_bits(request: ExportRequest) -> int:
+    """Return 8, or 7 for targets whose eight-bit products saturate."""
+    return 8 if capabilities.int8_exact(request.device.target) else 7
+
+
+def _static(
+    float_graph: onnx.ModelProto, request: ExportRequest, notes: list[str], form: Form | None
+) -> onnx.ModelProto:
+    """Return static eight bits by the requested calibration, or by the best of all."""
+    numeric, target = request.numeric, request.device.target
+    assert numeric.images is not None
+    images = numeric.images[: quantize.CALIBRATION_IMAGES]
     # A stem that cannot be a product is a convolution in every form, and stays float.
     product = any(
         node.name == "stem" and node.op_type == "MatMul" for node in float_graph.graph.node
     )
     options = StaticOptions(
-        weight_bits=weight_bits,
-        pairs=capabilities.wants_pairs(order.target) if form is None else form.qdq,
+        weight_bits=int8_weight_bits(request),
+        pairs=capabilities.needs_qdq_pairs(target) if form is None else form.qdq,
         also=("patch",) if form is not None and form.stem == "int8" and product else (),
     )
-    if order.calibration != "best":
-        return static_graph(float_graph, images, order.calibration, options)
-    timed = capabilities.is_host(order.target)
+    if numeric.calibration != "best":
+        return static_graph(float_graph, images, numeric.calibration, options)
     return best_static(
-        float_graph, images, options, timed=timed, notes=notes, threads=order.threads
+        float_graph,
+        images,
+        options,
+        timed=capabilities.is_host(target),
+        notes=notes,
+        threads=request.device.threads,
     )
 
 
 def where_in_form(
-    model: nn.Module, candidate: Candidate, first: Array, order: ExportRequest, tolerance: float
+    model: nn.Module,
+    candidate: Candidate,
+    first_batch: Array,
+    request: ExportRequest,
+    tolerance: float,
 ) -> str | None:
-    """The first node of a form that differs from the plainest form, or None for graphs that are not
-    ours.
+    """Return the first node of a form that differs from the simplest form.
+
+    Args:
+        model: The torch module.
+        candidate: The graph in question.
+        first_batch: One batch of inputs.
+        request: The options.
+        tolerance: Allowed error relative to each value's largest entry.
+
+    Returns:
+        A description of the node; None if none differs, or for torch's graph.
     """
     if candidate.form is None:
         return None
-    reference = write_network(
-        lift(model),
-        replace(_REFERENCE_FORM, last_queries=candidate.form.last_queries),
-        batch=order.free_batch,
-    )
-    return first_difference(reference, candidate.model, first, tolerance, endings=COMPARABLE)
+    form = replace(_REFERENCE_FORM, last_queries=candidate.form.last_queries)
+    reference = write_network(lift(model), form, batch=request.symbolic_batch)
+    return first_difference(reference, candidate.model, first_batch, tolerance, endings=COMPARABLE)

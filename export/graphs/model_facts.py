@@ -1,6 +1,4 @@
-"""What a torch module tells of itself: its answers, its image size, its name and where it came
-from.
-"""
+"""What the exporter reads from a torch module: outputs, image size, name and provenance."""
 
 from __future__ import annotations
 
@@ -21,9 +19,11 @@ from ..manifest import Provenance
 Array = NDArray[Any]
 
 
-def ask(model: nn.Module, images: Array) -> Array:
-    """Logits (count, classes) float32 of all images. Errors: InputError if the module does not
-    answer with logits.
+def torch_outputs(model: nn.Module, images: Array) -> Array:
+    """Return float32 logits (count, classes) of all images.
+
+    Raises:
+        InputError: The module does not return logits.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found = []
@@ -32,7 +32,8 @@ def ask(model: nn.Module, images: Array) -> Array:
             logits = model(torch.from_numpy(images[first : first + 64]).to(device))
             if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
                 raise InputError(
-                    f"{type(model).__name__} does not answer with logits (batch, classes); wrap it so that it does"
+                    f"{type(model).__name__} does not return logits (batch, classes); "
+                    "wrap it so that it does"
                 )
             found.append(logits.float().cpu().numpy())
     return np.concatenate(found)
@@ -41,8 +42,10 @@ def ask(model: nn.Module, images: Array) -> Array:
 def image_shape(
     model: nn.Module, image: tuple[int, int, int] | None = None
 ) -> tuple[int, int, int]:
-    """(channels, height, width) that a model takes. Errors: InputError if neither the model nor the
-    caller tells.
+    """Return the (channels, height, width) of a model's input.
+
+    Raises:
+        InputError: Neither the model nor `image` states it.
     """
     if image is not None:
         if len(image) != 3 or any(not isinstance(size, int) or size < 1 for size in image):
@@ -61,18 +64,19 @@ def image_shape(
         channels, height, width = config["input_size"]
         return int(channels), int(height), int(width)
     raise InputError(
-        f"{type(model).__name__} does not tell its image size; pass image=(channels, height, width)"
+        f"{type(model).__name__} does not state its image size; "
+        "pass image=(channels, height, width)"
     )
 
 
 def name_of(model: nn.Module) -> str:
-    """What an artifact is called unless the caller says."""
+    """Return the default name of an artifact."""
     config: Any = getattr(model, "default_cfg", None)
     return str((config or {}).get("architecture") or type(model).__name__)
 
 
 def provenance_of(model: nn.Module, given: Mapping[str, str]) -> Provenance:
-    """The module's kind, a digest of its weights and its counts, with the caller's own words."""
+    """Return a module's class, the digest of its weights and its counts, with further entries."""
     try:
         macs: int | None = count_macs(lift(model).architecture)
     except UnsupportedModel:
@@ -88,7 +92,7 @@ def provenance_of(model: nn.Module, given: Mapping[str, str]) -> Provenance:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of a module's state, in the order of names."""
+    """Return the SHA-256 over names, types, shapes and bytes of a module's state, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         data = tensor.detach().cpu().contiguous()

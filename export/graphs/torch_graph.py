@@ -1,4 +1,4 @@
-"""A torch module as an ONNX graph, through torch's own exporter, and tidied by onnxsim."""
+"""A torch module as an ONNX graph: torch's own exporter, then onnxsim, each verified."""
 
 from __future__ import annotations
 
@@ -7,29 +7,84 @@ import io
 import logging
 import re
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import torch
 from torch import nn
 
 from ...core.errors import InputError
+from ..export_run import ExportRun
+from ..manifest import Batch
+from ..parity import first_difference, first_unmatched_module, model_outputs
+from ..stage_line import stage
 
-MIN_OPSET = 20  # the first with a Gelu of its own; below, Gelu falls into pieces that run slower
+MIN_OPSET = 20  # the first with a Gelu operator; below, Gelu is several operators and slower
+
+
+def trace(run: ExportRun, model: nn.Module) -> onnx.ModelProto:
+    """Return a module's simplified graph, and record the parity of both stages.
+
+    Raises:
+        InputError: torch cannot export the module.
+        ParityError: A graph's outputs differ from the module's.
+    """
+    request, images, image = run.request, run.probe.images, run.first_batch
+    stage("tracing")
+    opset = MIN_OPSET if request.graph.opset is None else request.graph.opset
+    traced = torch_to_onnx(model, request.shape, batch=request.batch, opset=opset)
+    stage("parity of the traced graph")
+    run.check(
+        "onnx",
+        model_outputs(traced, images, batch=request.batch),
+        lambda tolerance: first_unmatched_module(model, traced, image, tolerance),
+    )
+    return simplify_and_check(run, traced)
+
+
+def simplify_and_check(run: ExportRun, graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph after onnxsim, and record its parity; on failure the graph and a note.
+
+    Raises:
+        ParityError: The outputs differ.
+    """
+    stage("simplifying")
+    simplified, reason = simplify(graph)
+    if reason is not None:
+        run.notes.append(reason)
+        return simplified
+    stage("parity of the simplified graph")
+    run.check(
+        "simplified",
+        model_outputs(simplified, run.probe.images, batch=run.request.batch),
+        lambda tolerance: first_difference(graph, simplified, run.first_batch, tolerance),
+    )
+    return simplified
 
 
 def torch_to_onnx(
-    model: nn.Module, image: tuple[int, int, int], *, batch: int | Literal["dynamic"], opset: int
+    model: nn.Module, image: tuple[int, int, int], *, batch: Batch, opset: int
 ) -> onnx.ModelProto:
-    """Export in eval mode: `images` (batch, *image) -> `logits`. Errors: InputError with torch's
-    reason in one line.
+    """Export a module through torch's dynamo exporter.
+
+    Args:
+        model: A module in eval mode.
+        image: (channels, height, width).
+        batch: Images in a batch, or "dynamic".
+        opset: Version of the standard's operators, at least 20.
+
+    Returns:
+        A graph `images` (batch, *image) -> `logits`.
+
+    Raises:
+        InputError: torch cannot export the module; the message is its reason in one line.
     """
     if opset < MIN_OPSET:
         raise InputError(
-            f"opset {opset}: the export needs at least {MIN_OPSET}, where Gelu became an operator; raise it or leave it out"
+            f"opset {opset}: the export needs at least {MIN_OPSET}, the first with a Gelu "
+            "operator; raise it or leave it out"
         )
-    size = 2 if batch == "dynamic" else batch
-    example = torch.zeros(size, *image)
+    example = torch.zeros(2 if batch == "dynamic" else batch, *image)
     shapes = ({0: torch.export.Dim("batch")},) if batch == "dynamic" else None
     with _quiet():
         try:
@@ -45,22 +100,21 @@ def torch_to_onnx(
             )
         except Exception as error:  # torch raises many types here, all about the model
             raise InputError(
-                f"torch cannot export {type(model).__name__}: {_one_line(error)}; simplify its forward, or lift it first"
+                f"torch cannot export {type(model).__name__}: {_one_line(error)}; "
+                "simplify its forward, or lift it first"
             ) from error
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
-    named = {entry.domain: entry.version for entry in proto.opset_import}
-    if named.get("", 0) < MIN_OPSET:
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    if versions.get("", 0) < MIN_OPSET:
         raise InputError(
-            f"torch wrote opset {named.get('')} instead of {opset}; update torch and onnxscript"
+            f"torch wrote opset {versions.get('')} instead of {opset}; update torch and onnxscript"
         )
-    return tidy_names(proto)
+    return strip_metadata(proto)
 
 
-def tidy_names(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop what only the exporter needs: source lines and shapes of inner values (which stop
-    onnxruntime's quantizer).
-    """
+def strip_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop source lines and inner shapes, which stop onnxruntime's quantizer."""
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -71,20 +125,16 @@ def tidy_names(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str | None]:
-    """The graph after onnxsim, and None; or the untouched graph and the reason, since a failed
-    tidying loses nothing.
-    """
+    """Return the graph after onnxsim and None, or the unchanged graph and the reason."""
     try:
         import onnxsim
 
         with _quiet():
             smaller, checked = onnxsim.simplify(model)
-    except (
-        Exception
-    ) as error:  # a native tool with errors of its own; the export goes on without it
-        return model, f"onnxsim failed and was left out: {_one_line(error)}"
+    except Exception as error:  # a native tool with its own errors; simplifying is optional
+        return model, f"onnxsim failed and was skipped: {_one_line(error)}"
     if not checked:
-        return model, "onnxsim's own check failed; its result was left out"
+        return model, "onnxsim's own check failed; its result was discarded"
     del smaller.graph.value_info[:]
     return smaller, None
 

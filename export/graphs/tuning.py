@@ -1,4 +1,7 @@
-"""Which of several graphs runs fastest here: interleaved, so that a busy machine slows them all."""
+"""The fastest of several graphs on this machine.
+
+Their runs are interleaved, so that other load slows all of them.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,16 @@ def fastest(
     threads: int = 1,
     limit_s: float = LIMIT_S,
 ) -> list[tuple[str, float]]:
-    """(name, latency_s) of each graph, fastest first: the median of rounds in which each graph runs
-    once, in turning order.
+    """Measure graphs in rounds, in which each runs once.
+
+    Args:
+        models: Graphs by name.
+        images: One batch of inputs.
+        threads: Threads within an operator.
+        limit_s: Start no round after so many seconds, but run at least seven.
+
+    Returns:
+        (name, median latency in seconds) of each graph, fastest first.
     """
     sessions = {
         name: open_graph(model, threads=threads, config=config_for(threads))
@@ -42,7 +53,7 @@ def fastest(
     start = time.perf_counter()
     rounds = 0
     while rounds < LEAST_ROUNDS or time.perf_counter() - start < limit_s:
-        # The order turns, so that none always runs after the same neighbour.
+        # The order rotates, so that no graph always starts a round.
         for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
             session = sessions[name]
             session.run(None, feeds[name])

@@ -124,7 +124,7 @@ def read_options(options: Mapping[str, str]) -> TvmOptions:
     """
     for key in options:
         if key not in OPTIONS:
-            raise InputError(f"option {key!r} is none of tvm's; it has {', '.join(OPTIONS)}")
+            raise InputError(f"runtime tvm: no option {key!r}; it has {', '.join(OPTIONS)}")
     static, schedule = options.get("static", "no"), options.get("schedule", "ours")
     if static not in ("yes", "no"):
         raise InputError(f"option static={static}: use yes or no")
@@ -190,7 +190,7 @@ def _network(source: Source, profile: TargetProfile, options: TvmOptions) -> Tvm
         )
     note = (
         f"tuned here: {tuned.trials} tiles of {tuned.shapes} of {tuned.all_shapes} shapes, "
-        f"{tuned.default_s * 1e3:.3f} ms became {tuned.best_s * 1e3:.3f} ms"
+        f"{tuned.default_s * 1e3:.3f} ms reduced to {tuned.best_s * 1e3:.3f} ms"
     )
     return dataclasses.replace(network, notes=(*network.notes, note))
 
@@ -301,7 +301,7 @@ def host_triple(target: Any, profile: TargetProfile) -> str:
 
 
 def target_text(target: Any) -> str:
-    """A target for people: `llvm aarch64-linux-gnu cortex-a72`."""
+    """A target as text: `llvm aarch64-linux-gnu cortex-a72`."""
     attributes = dict(target.attrs)
     known = [str(attributes[key]) for key in ("mtriple", "mcpu", "arch") if attributes.get(key)]
     return " ".join([str(target.kind.name), *known])
@@ -319,8 +319,8 @@ def execution_host(
         device: cpu or cuda.
 
     Returns:
-        (emulator, reason): an emulator, or None for this machine itself; and why nothing runs them,
-        or None.
+        (emulator, reason): the emulator, or None for this machine; and why the programs cannot run
+        here, or None.
     """
     if device == "cuda" and not has_cuda():
         return (

@@ -1,4 +1,4 @@
-"""A model in, a proven artifact out; and what is refused."""
+"""Export of a torch module to a verified artifact, and what is refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def logits_of(artifact: Artifact, images: np.ndarray) -> np.ndarray:
 def made(
     model: nn.Module, images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
 ) -> Artifact:
-    """One artifact for all tests that only look at it: torch's exporter takes seconds."""
+    """One artifact for all tests that only read it: torch's exporter takes seconds."""
     return export(
         model,
         tmp_path_factory.mktemp("made") / "artifact",
@@ -68,7 +68,7 @@ def made(
     )
 
 
-def test_an_artifact_answers_as_the_model_and_says_what_it_is(
+def test_an_artifact_matches_the_model_and_describes_itself(
     model: nn.Module, made: Artifact, images: np.ndarray
 ) -> None:
     with torch.no_grad():
@@ -99,15 +99,14 @@ def test_an_artifact_answers_as_the_model_and_says_what_it_is(
     assert manifest.preprocessing.mean == (0.3,)
     assert {"torch", "onnx", "onnxruntime"} <= set(manifest.versions)
     assert "file" in verify(made.folder)
-    # The operator list of a reduced runtime build names what the file uses, and no path of this
-    # machine.
+    # The operators of a reduced runtime build contain no path of this machine.
     operators = (made.folder / "required_operators.config").read_text()
     assert "Gemm" in operators
     assert str(made.folder.parent) not in operators
     assert json.loads((made.folder / "manifest.json").read_text())["schema"] == "vitrim.manifest/1"
 
 
-def test_a_flipped_weight_byte_is_found(made: Artifact, tmp_path: Path) -> None:
+def test_a_flipped_weight_byte_is_detected(made: Artifact, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(made.folder, tmp_path / "copy"))
     path = copy / made.model_path.name
     data = bytearray(path.read_bytes())
@@ -117,7 +116,7 @@ def test_a_flipped_weight_byte_is_found(made: Artifact, tmp_path: Path) -> None:
         Artifact.load(copy)
 
 
-def test_a_cut_model_exports_in_eight_bits_smaller_and_alike(
+def test_a_pruned_model_exports_in_eight_bits_smaller_with_close_outputs(
     model: nn.Module, images: np.ndarray, tmp_path: Path
 ) -> None:
     cut = vitrim.compact(model, vitrim.StructuredMask.random(model, keep_ratio=0.5)).eval()
@@ -131,7 +130,7 @@ def test_a_cut_model_exports_in_eight_bits_smaller_and_alike(
     }
 
 
-def test_a_free_batch_takes_any_number(
+def test_a_dynamic_batch_takes_any_number(
     model: nn.Module, images: np.ndarray, tmp_path: Path
 ) -> None:
     made = export(model, tmp_path / "artifact", batch="dynamic", images=images)
@@ -142,7 +141,7 @@ def test_a_free_batch_takes_any_number(
 
 
 class Convolutional(nn.Module):
-    """No Vision Transformer at all."""
+    """A network that is no Vision Transformer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,10 +153,10 @@ class Convolutional(nn.Module):
         return hidden
 
 
-def test_a_foreign_module_is_shipped_as_torch_writes_it(tmp_path: Path) -> None:
+def test_an_unknown_module_is_shipped_as_torch_exports_it(tmp_path: Path) -> None:
     learner = Convolutional().train()
     made = export(learner, tmp_path / "artifact", image=(1, 16, 16), precision="int8")
-    # Made-up inputs are marked as such, and the module is given back as it came.
+    # Noise is recorded as such, and the module's mode is restored.
     assert {(stage.input_kind, stage.seed) for stage in made.manifest.parity} == {
         ("seeded-noise", 0)
     }
@@ -169,7 +168,7 @@ def test_a_foreign_module_is_shipped_as_torch_writes_it(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_form_that_computes_something_else_is_stopped_with_its_first_node(
+def test_a_form_with_other_outputs_is_refused_with_its_first_different_node(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(compact: nn.Module, form: Form, **options: object) -> onnx.ModelProto:
@@ -198,7 +197,7 @@ def test_a_form_that_computes_something_else_is_stopped_with_its_first_node(
     ("options", "reason"),
     [
         ({"runtime": "tensorrt"}, "runtime 'tensorrt' is unknown"),
-        ({"precision": "int3"}, "precision 'int3' is unknown; take one of fp32"),
+        ({"precision": "int3"}, "precision 'int3' is unknown; use one of fp32"),
         ({"precision": "fp16"}, "target 'x86-64' does not compute in it"),
         ({"precision": "int8-static"}, "int8-static finds its ranges on images"),
         ({"batch": 0}, "batch 0: give a whole number above 0"),
@@ -218,7 +217,7 @@ def test_a_form_that_computes_something_else_is_stopped_with_its_first_node(
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
+def test_invalid_options_are_refused_in_one_line_and_leave_no_files(
     model: nn.Module, tmp_path: Path, options: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(InputError) as caught:
@@ -228,7 +227,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_something_is_left_alone(model: nn.Module, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_unchanged(model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "mine.txt").write_text("keep")
     with pytest.raises(InputError, match="not empty"):
@@ -248,11 +247,11 @@ def test_the_image_size_comes_from_the_model_or_the_caller(model: nn.Module) -> 
     assert image_shape(model) == (1, 16, 16)
     assert image_shape(vitrim.lift(model)) == (1, 16, 16)
     assert image_shape(Convolutional(), (1, 9, 9)) == (1, 9, 9)
-    with pytest.raises(InputError, match="does not tell its image size"):
+    with pytest.raises(InputError, match="does not state its image size"):
         image_shape(Convolutional())
 
 
-def test_large_weights_go_to_a_file_of_their_own(model: nn.Module, tmp_path: Path) -> None:
+def test_large_weights_are_stored_in_a_separate_file(model: nn.Module, tmp_path: Path) -> None:
     graph = write_network(vitrim.lift(model), FORMS[0])
     entries = save_model(graph, tmp_path, external_above_bytes=1000)
     assert [(entry.path, entry.role) for entry in entries] == [
@@ -260,7 +259,7 @@ def test_large_weights_go_to_a_file_of_their_own(model: nn.Module, tmp_path: Pat
         ("model.onnx.data", "weights"),
     ]
     image = np.ones((1, 1, 16, 16), np.float32)
-    apart = open_session(tmp_path / "model.onnx").run(None, {"images": image})[0]
-    np.testing.assert_array_equal(
-        apart, open_session(graph.SerializeToString()).run(None, {"images": image})[0]
-    )
+    feed = {"images": image}
+    separate = open_session(tmp_path / "model.onnx").run(None, feed)[0]
+    single = open_session(graph.SerializeToString()).run(None, feed)[0]
+    np.testing.assert_array_equal(separate, single)

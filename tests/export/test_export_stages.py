@@ -1,5 +1,6 @@
-"""Every stage of an export stops at a really broken graph, naming itself and the first node that
-differs; and the precisions beside int8.
+"""Every stage of an export stops at a broken graph and names the first node that differs.
+
+Also the precisions besides int8.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from tiny_models import tiny_vit
 from vitrim.core.errors import InputError
 from vitrim.export import ParityError, export, open_session
 from vitrim.export import onnxruntime_files as files_module
-from vitrim.export import ort_format as ort_module
 from vitrim.export.forms import Form, write_network
 from vitrim.export.graphs import candidates as candidates_module
-from vitrim.export.graphs import tracing as tracing_module
+from vitrim.export.graphs import torch_graph as torch_graph_module
 from vitrim.export.graphs.model_proto import open_graph
 from vitrim.export.parity import model_outputs
 from vitrim.export.quantization.quantize import int8_static
@@ -29,7 +29,7 @@ IMAGES = np.random.default_rng(6).standard_normal((16, 3, 16, 16), dtype=np.floa
 
 
 def damaged(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The second block's first FFN product gets other weights."""
+    """Return a copy with other weights in the last wide product."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     products = [
@@ -64,14 +64,15 @@ def breaks(
 
 STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], str]] = {
     "onnx": (
-        breaks(tracing_module, "torch_to_onnx"),
+        breaks(torch_graph_module, "torch_to_onnx"),
         {},
         r"stage onnx: outputs differ from torch by .* first difference: module ",
     ),
     "simplified": (
-        breaks(tracing_module, "simplify", result=lambda pair: (damaged(pair[0]), None)),
+        breaks(torch_graph_module, "simplify", result=lambda pair: (damaged(pair[0]), None)),
         {},
-        r"stage simplified: outputs differ from torch by .* first difference: node '.*' \(\w+\), by ",
+        r"stage simplified: outputs differ from torch by .* "
+        r"first difference: node '.*' \(\w+\), by ",
     ),
     "form": (
         breaks(candidates_module, "write_network"),
@@ -94,9 +95,7 @@ STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], st
         r"stage fp16: outputs differ from torch by .* 2e-02 is allowed",
     ),
     "ort file": (
-        breaks(
-            ort_module, "save_ort_format", result=lambda pair: (pair[0], pair[1][:, ::-1].copy())
-        ),
+        breaks(files_module, "ort_outputs", result=lambda logits: logits[:, ::-1].copy()),
         {"ort_format": True},
         "stage ort file: outputs differ from torch by ",
     ),
@@ -104,7 +103,7 @@ STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], st
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_broken_stage_stops_and_leaves_nothing(
+def test_a_broken_stage_stops_the_export_and_leaves_no_files(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     apply, options, message = STAGES[stage]
@@ -115,7 +114,7 @@ def test_a_broken_stage_stops_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_half_precision_runs_here_and_keeps_float_at_both_ends(tmp_path: Path) -> None:
+def test_half_precision_runs_here_with_float32_input_and_output(tmp_path: Path) -> None:
     made = export(tiny_vit(), tmp_path / "out", images=IMAGES, precision="fp16", target="rpi5")
     graph = onnx.load(made.model_path)
     assert {
@@ -126,31 +125,29 @@ def test_half_precision_runs_here_and_keeps_float_at_both_ends(tmp_path: Path) -
     stage = next(stage for stage in made.manifest.parity if stage.stage == "fp16")
     assert 1e-6 < stage.max_relative_error < 1e-2
     assert stage.top1_agreement == 1.0
-    answer = open_session(made).run(None, {"images": IMAGES[:1]})[0]
-    assert answer.dtype == np.float32
+    logits = open_session(made).run(None, {"images": IMAGES[:1]})[0]
+    assert logits.dtype == np.float32
     with pytest.raises(InputError, match="target 'x86-64' does not compute in it"):
         export(tiny_vit(), tmp_path / "other", precision="fp16")
 
 
-def test_the_best_calibration_is_told_with_the_others(tmp_path: Path) -> None:
+def test_all_calibrations_are_recorded_with_the_best(tmp_path: Path) -> None:
     made = export(
         tiny_vit(), tmp_path / "out", images=IMAGES, precision="int8-static", calibration="best"
     )
-    told = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
-    assert [note.split(" calibration")[0].removeprefix("int8-static by ") for note in told[:3]] == [
-        "min-max",
-        "percentile",
-        "entropy",
-    ]
-    assert all("same top-1 class on" in note for note in told)
-    # What stays float was timed against it, but for what the form hands to one operator.
-    assert [note.split(" calibration, ")[1].split(" in eight bits")[0] for note in told[3:]] == [
+    tried = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
+    assert [
+        note.split(" calibration")[0].removeprefix("int8-static by ") for note in tried[:3]
+    ] == ["min-max", "percentile", "entropy"]
+    assert all("same top-1 class on" in note for note in tried)
+    # Parts that stay float were timed too, except those that the form writes as one operator.
+    assert [note.split(" calibration, ")[1].split(" in eight bits")[0] for note in tried[3:]] == [
         "patch"
     ]
-    assert "of the latency: " in told[3]
+    assert "of the latency: " in tried[3]
 
 
-def test_what_a_form_leaves_open_is_timed_in_eight_bits_too(tmp_path: Path) -> None:
+def test_float_parts_of_a_form_are_timed_in_eight_bits_too(tmp_path: Path) -> None:
     form = Form(rows="batch", norm="layer", stem="matrix")
     made = export(
         tiny_vit(),
@@ -160,9 +157,9 @@ def test_what_a_form_leaves_open_is_timed_in_eight_bits_too(tmp_path: Path) -> N
         calibration="best",
         form=form,
     )
-    told = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
-    assert len(told) == 6
-    for note, part in zip(told[3:], ("patch", "attention", "norm"), strict=True):
+    tried = [note for note in made.manifest.notes if note.startswith("int8-static by ")]
+    assert len(tried) == 6
+    for note, part in zip(tried[3:], ("patch", "attention", "norm"), strict=True):
         assert f"{part} in eight bits too" in note
         assert "of the latency: " in note
 
@@ -171,25 +168,25 @@ def test_what_a_form_leaves_open_is_timed_in_eight_bits_too(tmp_path: Path) -> N
     ("also", "kind"),
     [("patch", "MatMul"), ("attention", "Softmax"), ("norm", "LayerNormalization")],
 )
-def test_what_is_left_float_is_quantized_when_it_is_named(also: str, kind: str) -> None:
+def test_float_parts_are_quantized_on_request(also: str, kind: str) -> None:
     graph = write_network(
         vitrim.lift(tiny_vit()),
         Form(norm="layer", stem="matrix", last_keys=False),
         linears="product",
     )
 
-    def read(model: onnx.ModelProto) -> int:
-        answered = {
+    def quantized_inputs(model: onnx.ModelProto) -> int:
+        quantized = {
             node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"
         }
-        return sum(node.op_type == kind and node.input[0] in answered for node in model.graph.node)
+        return sum(node.op_type == kind and node.input[0] in quantized for node in model.graph.node)
 
     plain, more = int8_static(graph, IMAGES), int8_static(graph, IMAGES, also=(also,))  # type: ignore[arg-type]
-    assert read(more) > read(plain)
+    assert quantized_inputs(more) > quantized_inputs(plain)
     assert np.isfinite(model_outputs(more, IMAGES)).all()
 
 
-def test_a_graph_too_large_for_a_message_is_asked_through_a_file() -> None:
+def test_a_graph_too_large_for_a_message_is_loaded_through_a_file() -> None:
     graph = write_network(vitrim.lift(tiny_vit()), Form())
     feed = {"images": IMAGES[:1]}
     whole = open_graph(graph).run(None, feed)[0]
@@ -203,5 +200,5 @@ def test_an_opset_leaves_out_the_forms_that_need_more(tmp_path: Path) -> None:
     assert made.manifest.opset == 21
     assert made.manifest.form.startswith("matrix/split/")
     assert any("without the operators that opset 21 lacks" in note for note in made.manifest.notes)
-    with pytest.raises(InputError, match="needs opset 23, and 21 was asked for"):
+    with pytest.raises(InputError, match="needs opset 23, and 21 was requested"):
         export(tiny_vit(), tmp_path / "other", opset=21, form=Form(attention="opset23"))

@@ -198,9 +198,9 @@ def test_pairs_that_cannot_be_fused_stay() -> None:
 def test_the_target_decides_whether_eight_bits_are_pairs(
     model: CompactModel, tmp_path: Path
 ) -> None:
-    assert capabilities.wants_pairs("cuda")
-    assert not capabilities.wants_pairs("x86-64")
-    assert not capabilities.wants_pairs("rpi5")
+    assert capabilities.needs_qdq_pairs("cuda")
+    assert not capabilities.needs_qdq_pairs("x86-64")
+    assert not capabilities.needs_qdq_pairs("rpi5")
     best, why = best_form("cuda", 1, precision="int8-static")
     assert best.qdq
     assert not best.runtime_operators

@@ -1,4 +1,4 @@
-"""An .onnx file from elsewhere enters the chain: proven against itself, or refused by name."""
+"""Export of an .onnx file from another exporter: verified against the file, or refused."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vitrim.cli import app
 from vitrim.core.errors import InputError
 from vitrim.export import ParityError, open_session
 from vitrim.export.artifact import Artifact
-from vitrim.export.graphs import given_graph as given_module
-from vitrim.export.graphs.given_graph import export_graph
+from vitrim.export.graphs import imported_graph
+from vitrim.export.graphs.imported_graph import export_graph
 from vitrim.export.graphs.torch_graph import torch_to_onnx
 from vitrim.export.passes import Step
 
@@ -26,7 +26,7 @@ IMAGES = np.random.default_rng(5).standard_normal((6, 3, 16, 16), dtype=np.float
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """torch's own graph with a free batch, under names of its own."""
+    """torch's graph with a free batch, and other names of input and output."""
     graph = torch_to_onnx(tiny_vit(), (3, 16, 16), batch="dynamic", opset=20)
     for node in graph.graph.node:
         node.input[:] = ["pixels" if name == "images" else name for name in node.input]
@@ -42,7 +42,9 @@ def logits(artifact: Artifact) -> np.ndarray:
     return np.concatenate([session.run(None, {"pixels": image[None]})[0] for image in IMAGES])
 
 
-def test_a_given_graph_becomes_an_artifact_that_answers_alike(file: Path, tmp_path: Path) -> None:
+def test_an_imported_graph_becomes_an_artifact_with_equal_outputs(
+    file: Path, tmp_path: Path
+) -> None:
     made = export_graph(
         file, tmp_path / "out", images=IMAGES, labels=[str(number) for number in range(5)]
     )
@@ -67,7 +69,9 @@ def test_a_given_graph_becomes_an_artifact_that_answers_alike(file: Path, tmp_pa
     assert any(note.startswith("pass split-qkv: ") for note in manifest.notes)
 
 
-def test_it_goes_on_to_eight_bits_to_half_and_to_a_free_batch(file: Path, tmp_path: Path) -> None:
+def test_an_imported_graph_exports_in_eight_bits_and_with_a_dynamic_batch(
+    file: Path, tmp_path: Path
+) -> None:
     whole = export_graph(file, tmp_path / "fp32", images=IMAGES, form="given")
     small = export_graph(file, tmp_path / "int8", images=IMAGES, precision="int8")
     assert small.bytes < 0.7 * whole.bytes
@@ -88,10 +92,10 @@ def test_the_command_takes_a_file(file: Path, tmp_path: Path) -> None:
     ran = CliRunner().invoke(
         app, ["export", str(file), "--out", str(tmp_path / "other"), "--runtime", "tvm"]
     )
-    assert "goes to onnxruntime in its own opset" in f"{ran.output}{ran.exception}"
+    assert "is exported for onnxruntime and keeps its opset" in f"{ran.output}{ran.exception}"
 
 
-def test_a_pass_that_breaks_a_graph_is_stopped_with_its_first_node(
+def test_a_pass_that_changes_outputs_is_refused_with_its_first_different_node(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(graph: onnx.ModelProto) -> list[Step]:
@@ -102,10 +106,11 @@ def test_a_pass_that_breaks_a_graph_is_stopped_with_its_first_node(
         del gelu.attribute[:]
         return [Step("careless", graph, wrong, 1)]
 
-    monkeypatch.setattr(given_module, "steps", broken)
+    monkeypatch.setattr(imported_graph, "steps", broken)
     with pytest.raises(
         ParityError,
-        match=r"stage pass careless: outputs differ from given by .* first difference: node '.*' \(Relu\), by ",
+        match=r"stage pass careless: outputs differ from given by .* "
+        r"first difference: node '.*' \(Relu\), by ",
     ):
         export_graph(file, tmp_path / "out", images=IMAGES)
     assert not (tmp_path / "out").exists()
@@ -142,12 +147,12 @@ FLAT = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["
         (
             graph_of(FLAT, [("x", [2, 1, 16, 16])]),
             {"batch": 3},
-            "holds batches of 2, and batch 3 was asked for",
+            "holds batches of 2, and batch 3 was requested",
         ),
         (
             graph_of(FLAT, [("x", [1, 1, 16, 16])]),
             {"form": "matrix"},
-            "comes as 'given' or 'passes'",
+            "is exported as 'given' or 'passes'",
         ),
         (
             graph_of(FLAT, [("x", [1, 1, 16, 16])]),
@@ -155,9 +160,9 @@ FLAT = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["
             "calibration 'guess' is unknown",
         ),
     ],
-    ids=["two inputs", "free size", "no image", "other batch", "our form", "calibration"],
+    ids=["two inputs", "free size", "no image", "other batch", "graph form", "calibration"],
 )
-def test_what_is_no_image_classifier_is_refused(
+def test_graphs_that_are_no_image_classifier_are_refused(
     tmp_path: Path, model: onnx.ModelProto, options: dict[str, object], reason: str
 ) -> None:
     path = tmp_path / "model.onnx"
@@ -168,7 +173,7 @@ def test_what_is_no_image_classifier_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_file_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_invalid_file_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     with pytest.raises(InputError, match="no such file"):
         export_graph(path, tmp_path / "out")

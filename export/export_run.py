@@ -1,0 +1,161 @@
+"""One export in progress: what was requested, the probe, and what has been recorded so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .manifest import Array, FileEntry, Manifest, Parity, Provenance, TensorSpec
+from .parity import Probe, require_parity
+from .request import ExportRequest
+
+# An emulated inference is hundreds of times slower: as many images as fit into this, at least one
+# batch.
+EMULATION_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class ExportRun:
+    """State that all stages of one export share.
+
+    Attributes:
+        request: The options.
+        probe: The inputs on which every stage is compared, and the reference's outputs.
+        first_batch: One batch of the probe's images, for the values inside a graph.
+        reference: Name of what produced the probe's logits.
+        stages: Parity of each stage so far.
+        notes: Lines for the manifest so far.
+    """
+
+    request: ExportRequest
+    probe: Probe
+    first_batch: Array
+    reference: str = "torch"
+    stages: list[Parity] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def compare(
+        self,
+        name: str,
+        logits: Array,
+        locate: Callable[[float], str | None],
+        *,
+        precision: str = "fp32",
+    ) -> Parity:
+        """Compare the outputs of a stage with the reference's, without recording it.
+
+        Args:
+            name: Name of the stage.
+            logits: Its outputs; fewer rows than the probe has are compared with its first images.
+            locate: Tolerance -> the first difference, or None; called only on failure.
+            precision: Selects the tolerance.
+
+        Returns:
+            The figures.
+
+        Raises:
+            ParityError: The error exceeds the tolerance.
+        """
+        parity = self.probe.first(len(logits)).compare(
+            name,
+            logits,
+            tolerance=self.request.numeric.tolerances[precision],
+            reference=self.reference,
+        )
+        return require_parity(parity, locate)
+
+    def check(
+        self,
+        name: str,
+        logits: Array,
+        locate: Callable[[float], str | None],
+        *,
+        precision: str = "fp32",
+    ) -> None:
+        """Compare the outputs of a stage and record it; the arguments are those of `compare`.
+
+        Args:
+            name: Name of the stage.
+            logits: Its outputs.
+            locate: Tolerance -> the first difference, or None; called only on failure.
+            precision: Selects the tolerance.
+
+        Raises:
+            ParityError: The error exceeds the tolerance.
+        """
+        self.stages.append(self.compare(name, logits, locate, precision=precision))
+
+    def job(self, file: Path, session: Mapping[str, str], *, emulated: bool) -> dict[str, Any]:
+        """Return the engine's job that runs a written file in a subprocess."""
+        device = self.request.device
+        shape = [self.request.input_batch, *self.request.shape]
+        return {
+            "runtime": device.runtime,
+            "model": str(file.resolve()),
+            "threads": device.threads,
+            "input": {"name": "images", "shape": shape, "type": "float32"},
+            "session": dict(session),
+            **({"time_limit_s": EMULATION_LIMIT_S} if emulated else {}),
+        }
+
+    def manifest(
+        self,
+        *,
+        name: str,
+        form: str,
+        files: Sequence[FileEntry],
+        provenance: Provenance,
+        versions: Mapping[str, str],
+        opset: int | None,
+        session: Mapping[str, str],
+        tensors: tuple[str, str] = ("images", "logits"),
+    ) -> Manifest:
+        """Return the manifest of the finished artifact.
+
+        Args:
+            name: Name of the model where the request has none.
+            form: The form that was shipped.
+            files: Entries of all files.
+            provenance: Where the model came from.
+            versions: Of the tools that made the artifact.
+            opset: Of the standard's operators, where there is a graph.
+            session: Settings that the runtime opens the model with.
+            tensors: Names of input and output.
+
+        Returns:
+            The manifest, not sealed yet.
+        """
+        request, fields = self.request, self.request.manifest
+        batch, classes = request.symbolic_batch, int(self.probe.logits.shape[-1])
+        return Manifest(
+            name=fields.name or name,
+            inputs=(TensorSpec(name=tensors[0], shape=(batch, *request.shape), layout="NCHW"),),
+            outputs=(TensorSpec(name=tensors[1], shape=(batch, classes), layout="NC"),),
+            batch=request.batch,
+            preprocessing=fields.preprocessing,
+            labels=fields.labels,
+            opset=opset,
+            target=request.device.target,
+            runtime=request.device.runtime,
+            precision=request.numeric.precision,
+            form=form,
+            session=dict(session),
+            versions=dict(versions),
+            files=tuple(files),
+            parity=tuple(self.stages),
+            provenance=provenance,
+            notes=tuple(self.notes),
+        )
+
+
+def first_batch(request: ExportRequest, probe: Probe) -> Array:
+    """Return the probe's first images, as many as the graph takes at once."""
+    if request.batch == "dynamic":
+        return probe.images[:2]
+    if len(probe.images) >= request.batch:
+        return probe.images[: request.batch]
+    return np.repeat(probe.images[:1], request.batch, axis=0)
