@@ -53,9 +53,9 @@ def _fetch(root: Path) -> None:
         progress=lambda share, text: None,
         release=RELEASE,
     )
-    with replace_folder(root, overwrite=True) as aside:
+    with replace_folder(root, overwrite=True) as new_root:
         for package in packages:
-            debian.unpack(package, aside)
+            debian.unpack(package, new_root)
     shutil.rmtree(CACHE / "apt")
 
 

@@ -49,7 +49,10 @@ def install(
             if version is None:
                 raise
             wheel = _download(distribution, None, python, Path(name))
-        with replace_folder(folder, overwrite=True) as aside, zipfile.ZipFile(wheel) as archive:
+        with (
+            replace_folder(folder, overwrite=True) as new_folder,
+            zipfile.ZipFile(wheel) as archive,
+        ):
             for entry in archive.infolist():
                 if entry.is_dir() or (only and not entry.filename.startswith(tuple(only))):
                     continue
@@ -59,7 +62,7 @@ def install(
                         f"{wheel.name}: contains the path {entry.filename!r}, which is outside of "
                         "its folder; it is refused"
                     )
-                target = aside / path
+                target = new_folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as source, target.open("wb") as stream:
                     shutil.copyfileobj(source, stream)

@@ -133,10 +133,12 @@ def leave_one_out(
     found = []
     for device, family in dict.fromkeys((point.machine.device, point.family) for point in points):
         others = [point for point in points if point.machine.device != device]
-        seen = [point for point in others if point.family != family] if without_runtime else others
-        if not seen:
+        training = (
+            [point for point in others if point.family != family] if without_runtime else others
+        )
+        if not training:
             continue
-        calibration = fit(seen, costs, _threads_power(others, costs))
+        calibration = fit(training, costs, _threads_power(others, costs))
         for point in points:
             if (point.machine.device, point.family) == (device, family):
                 predicted = calibration.seconds(point.workload, point.machine, point.family)

@@ -54,32 +54,34 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _ErrorBar:
+    factor: float
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Model:
     calibration: Calibration
-    # The error where the runtime was measured on the architecture, and where it was not.
-    near: float
-    far: float
-    near_devices: tuple[str, ...]
-    far_devices: tuple[str, ...]
-    devices: int
+    # For a runtime that was measured on the architecture, and for any other one.
+    measured_runtime: _ErrorBar
+    other_runtime: _ErrorBar
+    device_count: int
 
 
 @cache
-def _known() -> _Known:
+def _model() -> _Model:
     points, costs = known_points(), OperatorCosts.load()
-    near, far = leave_one_out(points, costs), leave_one_out(points, costs, without_runtime=True)
     exact = [
         entry
-        for entry in near
+        for entry in leave_one_out(points, costs)
         if entry.cell == (entry.point.family, entry.point.machine.architecture)
     ]
-    return _Known(
+    others = leave_one_out(points, costs, without_runtime=True)
+    return _Model(
         calibration=fit(points, costs),
-        near=error_factor(exact),
-        far=error_factor(far),
-        near_devices=_titles(exact),
-        far_devices=_titles(far),
-        devices=len({point.machine.device for point in points}),
+        measured_runtime=_ErrorBar(error_factor(exact), _titles(exact)),
+        other_runtime=_ErrorBar(error_factor(others), _titles(others)),
+        device_count=len({point.machine.device for point in points}),
     )
 
 
@@ -127,25 +129,25 @@ def estimate(
     """
     machine = machine_of(profile, precision, threads)
     runtime = runtime or profile.preferred_runtime
-    family, known = family_of(runtime, precision), _known()
-    cell = known.calibration.cell(machine, family)
+    family, model = family_of(runtime, precision), _model()
+    cell = model.calibration.cell(machine, family)
     exact = cell == (family, machine.architecture)
-    factor = known.near if exact else known.far
-    likely = known.calibration.seconds(workload, machine, family)
-    rests = " on ".join(part for part in cell if part) or f"all {known.devices} devices"
+    bar = model.measured_runtime if exact else model.other_runtime
+    likely = model.calibration.seconds(workload, machine, family)
+    rests = " on ".join(part for part in cell if part) or f"all {model.device_count} devices"
     if not exact and cell[1]:
         rests = f"other runtimes on {cell[1]}"
     return Estimate(
-        profile.name,
-        runtime,
-        precision,
-        machine.threads,
-        likely,
-        likely / factor,
-        likely * factor,
-        factor,
-        rests,
-        known.near_devices if exact else known.far_devices,
+        target=profile.name,
+        runtime=runtime,
+        precision=precision,
+        threads=machine.threads,
+        likely_s=likely,
+        low_s=likely / bar.factor,
+        high_s=likely * bar.factor,
+        factor=bar.factor,
+        rests_on=rests,
+        validated_on=bar.devices,
     )
 
 

@@ -8,7 +8,7 @@ it does the same work there:
 
 Plan: jobs ({name: job of runner.py}), seed, threads, turn_s, least_rounds, most_rounds, half_width,
 time_limit_s, warm_limit_s, dataset, dataset_limit, profile (runs), and for emulated processors
-command (what runs a Python file there) and emulator (its name). The result holds raw samples and
+command (what runs a Python file there) and emulator (its name). The result contains raw samples and
 the runners' events; progress lines go to standard output.
 """
 

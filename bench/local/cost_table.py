@@ -239,10 +239,10 @@ def fit_cost_table(
         runtime: The runtime and its version.
         environment: The machine while it was measured.
     """
-    seen = [point for point in points if not point.held_out]
+    fitted = [point for point in points if not point.held_out]
     # Dividing each row by its latency makes the errors relative.
-    rows = np.stack([_parts(point.shape) / point.latency_s for point in seen])
-    costs = nonnegative_least_squares(rows, np.ones(len(seen)))
+    rows = np.stack([_parts(point.shape) / point.latency_s for point in fitted])
+    costs = nonnegative_least_squares(rows, np.ones(len(fitted)))
     table = CostTable(
         target=target,
         threads=threads,

@@ -21,7 +21,7 @@ def progress_bar(
     """Yield the function that reports progress, `report(share, text)`.
 
     A bar appears on standard error once `patience_s` seconds have passed, and only on a terminal;
-    `replacement` is yielded instead where it is given.
+    `replacement`, where given, is yielded in place of it.
     """
     if replacement is not None:
         yield replacement

@@ -103,8 +103,8 @@ def compile_runner(machine: str) -> Path:
     folder = cache() / f"runner-{machine}-{digest.hexdigest()[:16]}"
     program = folder / PROGRAM
     if not program.is_file():
-        with replace_folder(folder, overwrite=True) as aside:
-            main_file, output = str(SOURCES / "runner.cpp"), str(aside / PROGRAM)
+        with replace_folder(folder, overwrite=True) as new_folder:
+            main_file, output = str(SOURCES / "runner.cpp"), str(new_folder / PROGRAM)
             command = [*compiler, *FLAGS, main_file, "-o", output, "-ldl"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:

@@ -140,7 +140,7 @@ def compare_samples(
         candidate_turns: The same of the candidate.
         paired: Whether turn i of both belongs to the same round.
         names: Names of baseline and candidate.
-        notes: Notes that the comparison carries.
+        notes: Notes of the comparison.
     """
     ratio = ratio_interval(
         candidate_s, baseline_s, candidate_turns, baseline_turns, paired=paired, level=LEVEL

@@ -110,21 +110,21 @@ def test_weights_beyond_the_cache_are_read_from_memory() -> None:
 
 
 def test_the_factor_of_a_runtime_and_the_loss_over_threads_are_recovered() -> None:
-    points = [point(name, "quick", 2.0, threads) for name in "abc" for threads in (1, 4)] + [
+    points = [point(name, "fast", 2.0, threads) for name in "abc" for threads in (1, 4)] + [
         point("d", "slow", 5.0)
     ]
     found = fit(points, COSTS)
     assert found.threads_power == pytest.approx(0.25)
-    assert math.exp(found.levels["quick", "aarch64"]) == pytest.approx(2.0)
+    assert math.exp(found.levels["fast", "aarch64"]) == pytest.approx(2.0)
     assert math.exp(found.levels["slow", "aarch64"]) == pytest.approx(5.0)
     # Without points of the runtime, those of the architecture count; without those, all points.
     assert found.cell(machine("x"), "unknown") == ("", "aarch64")
-    assert found.cell(machine("x", architecture="riscv64"), "quick") == ("", "")
+    assert found.cell(machine("x", architecture="riscv64"), "fast") == ("", "")
 
 
 def test_a_left_out_device_is_left_out_with_every_thread_count() -> None:
     points = [
-        point(name, "quick", factor, threads)
+        point(name, "fast", factor, threads)
         for name, factor in (("a", 2.0), ("b", 2.0), ("odd", 6.0))
         for threads in (1, 4)
     ]
@@ -136,7 +136,7 @@ def test_a_left_out_device_is_left_out_with_every_thread_count() -> None:
 
 
 def test_without_its_runtime_a_device_is_predicted_by_the_others() -> None:
-    points = [point(name, "quick", 2.0, threads) for name in "ab" for threads in (1, 4)] + [
+    points = [point(name, "fast", 2.0, threads) for name in "ab" for threads in (1, 4)] + [
         point("c", "slow", 5.0)
     ]
     far = leave_one_out(points, COSTS, without_runtime=True)

@@ -100,14 +100,14 @@ def test_a_gpu_returns_the_outputs_of_the_cpu(
 ) -> None:
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     plain = open_engine(job(tmp_path))
-    there = open_engine(job(tmp_path, providers=providers, copies=copies, cuda_graph=cuda_graph))
+    on_gpu = open_engine(job(tmp_path, providers=providers, copies=copies, cuda_graph=cuda_graph))
     plain.load()
-    there.load()
-    assert there.provider == "CUDAExecutionProvider"
+    on_gpu.load()
+    assert on_gpu.provider == "CUDAExecutionProvider"
     images = np.random.default_rng(0).standard_normal(plain.input_shape, dtype=np.float32)
-    there.timed_call(images)()
-    assert np.allclose(there.infer(images), plain.infer(images), rtol=1e-3, atol=1e-3)
-    assert there.device_memory_peak_bytes() > 0  # type: ignore[operator]
+    on_gpu.timed_call(images)()
+    assert np.allclose(on_gpu.infer(images), plain.infer(images), rtol=1e-3, atol=1e-3)
+    assert on_gpu.device_memory_peak_bytes() > 0  # type: ignore[operator]
 
 
 @gpu
@@ -128,10 +128,10 @@ def test_the_arena_reports_its_bytes(tmp_path: Path) -> None:
     engine = open_engine(job(tmp_path))
     engine.load()
     weights = Path(job(tmp_path)["model"]).stat().st_size
-    held = engine.arena_bytes()
-    assert held is not None
+    arena = engine.arena_bytes()
+    assert arena is not None
     # The arena holds the weights, and is not more than a few of its own extensions beyond them.
-    assert 0.5 * weights < held < weights + 64 * 2**20
+    assert 0.5 * weights < arena < weights + 64 * 2**20
 
 
 def test_without_an_arena_there_is_no_size(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_without_an_arena_there_is_no_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("log", "held"),
+    ("log", "arena"),
     [
         ("", None),
         (
@@ -157,8 +157,8 @@ def test_without_an_arena_there_is_no_size(tmp_path: Path) -> None:
         ("Extending BFCArena for Cuda. bin_num:1\nTotal allocated bytes: 999", None),
     ],
 )
-def test_the_arenas_log_is_parsed(log: str, held: int | None) -> None:
-    assert arena_bytes(log) == held
+def test_the_arenas_log_is_parsed(log: str, arena: int | None) -> None:
+    assert arena_bytes(log) == arena
 
 
 @pytest.mark.parametrize(("free_kb", "enough"), [(500_000, True), (150_000, False)])

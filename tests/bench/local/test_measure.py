@@ -81,11 +81,11 @@ def test_settings_are_applied_and_recorded(tmp_path: Path) -> None:
 
 
 def test_runners_get_a_high_priority_where_that_is_permitted(tmp_path: Path) -> None:
-    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    current = os.getpriority(os.PRIO_PROCESS, 0)
     model = chain(tmp_path / "m.onnx")
-    assert measure(model, priority="normal", **QUICK).niceness == mine
+    assert measure(model, priority="normal", **QUICK).niceness == current
     high = measure(model, **QUICK).niceness
-    assert high == (-20 if os.geteuid() == 0 else mine)
+    assert high == (-20 if os.geteuid() == 0 else current)
 
 
 def test_another_provider_than_the_requested_one_is_warned_of(tmp_path: Path) -> None:
@@ -187,11 +187,11 @@ def test_a_turn_holds_enough_calls(p50_s: float, count: int) -> None:
 
 def test_external_weights_are_part_of_the_size_and_the_digest(tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx")
-    alone = artifact_facts(model)
+    without_weights = artifact_facts(model)
     (tmp_path / "m.onnx.data").write_bytes(b"weights")
     with_weights = artifact_facts(model)
-    assert with_weights.file_bytes == alone.file_bytes + 7
-    assert with_weights.sha256 != alone.sha256
+    assert with_weights.file_bytes == without_weights.file_bytes + 7
+    assert with_weights.sha256 != without_weights.sha256
     assert [file.name for file in with_weights.files] == ["m.onnx", "m.onnx.data"]
 
 

@@ -60,7 +60,7 @@ def test_files_for_devices_are_python_3_9_without_vitrim(name: str) -> None:
         for alias in node.names
     }
     external = {module.split(".")[0] for module in imports} - set(sys.stdlib_module_names)
-    # A runtime's files are named after it. ExecuTorch's Python takes and gives torch's tensors;
+    # A runtime's files are named after it. ExecuTorch's Python interface uses torch's tensors;
     # TVM's machine is not needed by compiled programs.
     own = Path(name).stem.split("_")[0] if "/" in name else ""
     allowed = {requirement(own).module} if own in engine_names() else set()

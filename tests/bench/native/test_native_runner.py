@@ -77,14 +77,14 @@ def test_it_follows_the_protocol_of_the_python_runner(runner: NativeRunner, tmp_
         {"do": "profile", "count": 4},
         {"do": "stop"},
     ]
-    ours = run_native(runner, job, *commands)
-    theirs = events_of([sys.executable, str(PYTHON_RUNNER), "-"], job, *commands)
+    native_events = run_native(runner, job, *commands)
+    python_events = events_of([sys.executable, str(PYTHON_RUNNER), "-"], job, *commands)
     assert (
-        [event["event"] for event in ours]
-        == [event["event"] for event in theirs]
+        [event["event"] for event in native_events]
+        == [event["event"] for event in python_events]
         == ["ready", "warm", "samples", "memory", "score", "profile"]
     )
-    for native, python in zip(ours, theirs, strict=True):
+    for native, python in zip(native_events, python_events, strict=True):
         # Only the engines in Python report their allocator and a GPU.
         assert set(python) - set(native) <= {
             "arena_bytes",
@@ -100,21 +100,21 @@ def test_it_follows_the_protocol_of_the_python_runner(runner: NativeRunner, tmp_
         "input_type",
         "peak_rss_exact",
     ):
-        assert ours[0][key] == theirs[0][key]
-    assert len(ours[2]["latency_s"]) == 7
-    assert ours[2]["cpu_s"] > 0
-    assert ours[3]["peak_rss_bytes"] > ours[0]["floor_rss_bytes"] > 0
+        assert native_events[0][key] == python_events[0][key]
+    assert len(native_events[2]["latency_s"]) == 7
+    assert native_events[2]["cpu_s"] > 0
+    assert native_events[3]["peak_rss_bytes"] > native_events[0]["floor_rss_bytes"] > 0
     assert (
-        (ours[4]["correct"], ours[4]["total"])
-        == (theirs[4]["correct"], theirs[4]["total"])
+        (native_events[4]["correct"], native_events[4]["total"])
+        == (python_events[4]["correct"], python_events[4]["total"])
         == (15, 20)
     )
     assert {
         (row["node"], row["operator"], row["calls"], str(row["output_shapes"]))
-        for row in ours[5]["rows"]
+        for row in native_events[5]["rows"]
     } == {
         (row["node"], row["operator"], row["calls"], str(row["output_shapes"]))
-        for row in theirs[5]["rows"]
+        for row in python_events[5]["rows"]
     }
 
 
@@ -132,12 +132,12 @@ def test_uint8_images_are_normalised_as_in_python(
     job = {"model": str(model), "preprocessing": {"mean": [0.3], "std": [0.2]}}
     command = {"do": "score", "dataset": str(tmp_path / "d"), "limit": limit}
     command = command if limit else {"do": "score", "dataset": str(tmp_path / "d")}
-    ours, theirs = (
+    native_events, python_events = (
         run_native(runner, job, command)[-1],
         events_of([sys.executable, str(PYTHON_RUNNER), "-"], job, command)[-1],
     )
-    assert ours == theirs
-    assert ours["total"] == (limit or 10)
+    assert native_events == python_events
+    assert native_events["total"] == (limit or 10)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +264,12 @@ def test_a_device_without_python_is_measured_over_ssh(bare_server: Server, tmp_p
         chain(tmp_path / "large.onnx", width=1500),
     )
     data = images_with_labels(tmp_path / "d.npz", small)
-    there = tmp_path / "device"
-    call: dict[str, Any] = {"ssh_options": bare_server.options, "folder": str(there), **QUICK}
+    device_folder = tmp_path / "device"
+    call: dict[str, Any] = {
+        "ssh_options": bare_server.options,
+        "folder": str(device_folder),
+        **QUICK,
+    }
     with pytest.raises(
         InputError, match=r"there is no python3; install Python 3\.9 or newer there"
     ):
@@ -284,7 +288,7 @@ def test_a_device_without_python_is_measured_over_ssh(bare_server: Server, tmp_p
     assert where.cpu_model
     assert where.memory_total_bytes
     assert where.busy_cores_before is not None
-    assert list(there.iterdir()) == []
+    assert list(device_folder.iterdir()) == []
     text = str(found["small"].to_dict())
     assert "127.0.0.1" not in text
     assert str(tmp_path) not in text

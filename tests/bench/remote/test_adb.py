@@ -46,11 +46,11 @@ def test_two_artifacts_are_measured_on_the_device_and_no_file_remains(
         chain(tmp_path / "large.onnx", width=1500),
     )
     data = images_with_labels(tmp_path / "d.npz", small)
-    there = tmp_path / "device"
+    device_folder = tmp_path / "device"
     found = measure_on(
         device,
         {"small": small, "large": large},
-        folder=str(there),
+        folder=str(device_folder),
         dataset=data,
         target="rpi4",
         **QUICK,
@@ -59,7 +59,7 @@ def test_two_artifacts_are_measured_on_the_device_and_no_file_remains(
     assert found["small"].session == found["large"].session
     assert found["large"].summary().p50_s > found["small"].summary().p50_s
     assert (found["small"].correct, found["small"].total) == (15, 20)
-    assert list(there.iterdir()) == []
+    assert list(device_folder.iterdir()) == []
     text = str(found["small"].to_dict())
     assert "127.0.0.1" not in text
     assert str(tmp_path) not in text
@@ -69,20 +69,20 @@ def test_copied_files_arrive_unchanged_and_are_private(device: str, tmp_path: Pa
     link = AdbLink(AdbAddress.parse(device))
     content = bytes(range(256)) * 300
     (tmp_path / "f").write_bytes(content)
-    there = tmp_path / "with a space"
-    link.copy({"deep/er/file": tmp_path / "f", "top": b"\r\n\0"}, str(there))
-    assert (there / "deep/er/file").read_bytes() == content
-    assert (there / "top").read_bytes() == b"\r\n\0"
-    assert there.stat().st_mode & 0o077 == 0
+    device_folder = tmp_path / "with a space"
+    link.copy({"deep/er/file": tmp_path / "f", "top": b"\r\n\0"}, str(device_folder))
+    assert (device_folder / "deep/er/file").read_bytes() == content
+    assert (device_folder / "top").read_bytes() == b"\r\n\0"
+    assert device_folder.stat().st_mode & 0o077 == 0
     assert link.run("cat", send=content) == content
 
 
 def test_a_run_that_was_killed_is_reported(device: str, tmp_path: Path) -> None:
-    there = tmp_path / "device"
+    device_folder = tmp_path / "device"
 
     def kill(share: float, text: str) -> None:
         if text.startswith("round"):
-            (run,) = there.iterdir()
+            (run,) = device_folder.iterdir()
             os.kill(int((run / "pid").read_text()), signal.SIGKILL)
 
     call = {**QUICK, "time_limit_s": 20.0, "least_rounds": 1000}
@@ -90,9 +90,13 @@ def test_a_run_that_was_killed_is_reported(device: str, tmp_path: Path) -> None:
         InputError, match=r"the run ended there without a result.*restarted, or the run was killed"
     ):
         measure_on(
-            device, {"m": chain(tmp_path / "m.onnx")}, folder=str(there), progress=kill, **call
+            device,
+            {"m": chain(tmp_path / "m.onnx")},
+            folder=str(device_folder),
+            progress=kill,
+            **call,
         )
-    assert list(there.iterdir()) == []
+    assert list(device_folder.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root only")

@@ -46,12 +46,12 @@ def test_two_artifacts_are_measured_on_the_device_and_no_file_remains(
         chain(tmp_path / "large.onnx", width=1500),
     )
     data = images_with_labels(tmp_path / "d.npz", small)
-    there = tmp_path / "device"
+    device_folder = tmp_path / "device"
     found = measure_on(
         server.url,
         {"small": small, "large": large},
         ssh_options=server.options,
-        folder=str(there),
+        folder=str(device_folder),
         dataset=data,
         target="rpi4",
         **QUICK,
@@ -62,7 +62,7 @@ def test_two_artifacts_are_measured_on_the_device_and_no_file_remains(
     assert found["large"].summary().p50_s > found["small"].summary().p50_s
     assert (found["small"].correct, found["small"].total) == (15, 20)
     assert found["small"].environment.libraries["onnxruntime"]
-    assert list(there.iterdir()) == []
+    assert list(device_folder.iterdir()) == []
     text = str(found["small"].to_dict())
     assert "127.0.0.1" not in text
     assert str(tmp_path) not in text
@@ -72,10 +72,10 @@ def test_two_artifacts_are_measured_on_the_device_and_no_file_remains(
 def test_a_run_survives_a_lost_link(server: Server, tmp_path: Path) -> None:
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
-    model, there = chain(tmp_path / "m.onnx"), tmp_path / "device"
+    model, device_folder = chain(tmp_path / "m.onnx"), tmp_path / "device"
     call: dict[str, Any] = {
         "ssh_options": server.options,
-        "folder": str(there),
+        "folder": str(device_folder),
         **QUICK,
         "time_limit_s": 4.0,
         "least_rounds": 1000,
@@ -101,23 +101,23 @@ def test_a_run_survives_a_lost_link(server: Server, tmp_path: Path) -> None:
             **{**call, "ssh_options": [*call["ssh_options"], "-o", "ConnectTimeout=1"]},
         )
     server.process.send_signal(signal.SIGCONT)
-    (run,) = there.iterdir()
+    (run,) = device_folder.iterdir()
     dropped_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     found = measure_on(server.url, {"m": model}, **call)["m"]
     # It is the same run, not a new one.
     assert found.started_at < dropped_at
     assert run.name.startswith("run-")
     assert found.summary().count >= 64
-    assert list(there.iterdir()) == []
+    assert list(device_folder.iterdir()) == []
 
 
 @needs_sshd
 def test_a_run_that_was_killed_is_reported(server: Server, tmp_path: Path) -> None:
-    there = tmp_path / "device"
+    device_folder = tmp_path / "device"
 
     def kill(share: float, text: str) -> None:
         if text.startswith("round"):
-            (run,) = there.iterdir()
+            (run,) = device_folder.iterdir()
             os.kill(int((run / "pid").read_text()), signal.SIGKILL)
 
     with pytest.raises(
@@ -127,11 +127,11 @@ def test_a_run_that_was_killed_is_reported(server: Server, tmp_path: Path) -> No
             server.url,
             {"m": chain(tmp_path / "m.onnx")},
             ssh_options=server.options,
-            folder=str(there),
+            folder=str(device_folder),
             progress=kill,
             **{**QUICK, "time_limit_s": 20.0, "least_rounds": 1000},
         )
-    assert list(there.iterdir()) == []
+    assert list(device_folder.iterdir()) == []
 
 
 @needs_sshd
@@ -271,12 +271,12 @@ def test_a_disk_that_fills_up_while_copying_or_running_is_reported(
 
 @needs_sshd
 def test_a_restarted_device_is_reported(server: Server, tmp_path: Path) -> None:
-    there = tmp_path / "device"
+    device_folder = tmp_path / "device"
 
     def restart(share: float, text: str) -> None:
         # After a restart the run's process id may be that of another process.
         if text.startswith("round"):
-            (run,) = there.iterdir()
+            (run,) = device_folder.iterdir()
             (run / "boot").write_text("another boot\n")
 
     with pytest.raises(
@@ -286,11 +286,11 @@ def test_a_restarted_device_is_reported(server: Server, tmp_path: Path) -> None:
             server.url,
             {"m": chain(tmp_path / "m.onnx")},
             ssh_options=server.options,
-            folder=str(there),
+            folder=str(device_folder),
             progress=restart,
             **{**QUICK, "time_limit_s": 20.0, "least_rounds": 1000},
         )
-    assert list(there.iterdir()) == []
+    assert list(device_folder.iterdir()) == []
 
 
 @needs_sshd
