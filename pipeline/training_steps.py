@@ -19,7 +19,8 @@ from ..compress.network.modules.model import CompactModel
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation
 from ..compress.train.loop import fit
-from ..compress.train.mask_task import MaskSettings, MaskTask
+from ..compress.train.mask_settings import MaskSettings
+from ..compress.train.mask_task import MaskTask
 from ..compress.train.schedule import Schedule
 from ..compress.train.settings import TrainSettings
 from ..core.storage import replace_file

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from vitrim.compress.lift import lift
 from vitrim.compress.masks.budget import Budget
 from vitrim.compress.train.dense import DenseTask
-from vitrim.compress.train.mask_task import MaskSettings, MaskTask
+from vitrim.compress.train.mask_settings import MaskSettings
+from vitrim.compress.train.mask_task import MaskTask
 
 from ..models import DEMO
 from ..turns import in_turns

@@ -22,7 +22,8 @@ from vitrim.compress.masks.budget import Budget
 from vitrim.compress.network.architecture import AttentionSpec
 from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.train.loop import fit
-from vitrim.compress.train.mask_task import MaskSettings, MaskTask
+from vitrim.compress.train.mask_settings import MaskSettings
+from vitrim.compress.train.mask_task import MaskTask
 from vitrim.compress.train.optimizers import OptimizerName
 from vitrim.compress.train.settings import TrainSettings
 

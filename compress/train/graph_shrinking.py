@@ -1,0 +1,140 @@
+"""A cut of the training graph: the model, its gates and the state of its optimizer.
+
+Units that will not return are removed during mask learning, so that later steps are cheaper. The
+function of the network does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..masks.gates import Gates
+from ..network.modules.model import CompactModel, build
+from ..surgery.compactor import cut, cut_names
+from ..surgery.plan import Plan, plan
+
+Moments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SmallerGraph:
+    """A training graph after a cut.
+
+    Attributes:
+        model: The smaller model.
+        gates: Its gates, with the scores of the units that stay.
+        groups: For each group of `gates`, the number of its group before the cut.
+        keep: For each group of `gates`, the units that stay.
+        moments: The optimizer state of each parameter that was cut, by name.
+        score_moments: The optimizer state of each group's scores.
+    """
+
+    model: CompactModel
+    gates: Gates
+    groups: list[int]
+    keep: list[Tensor]
+    moments: dict[str, Moments]
+    score_moments: list[Moments]
+
+    def restore_moments(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Copy the state of the old optimizer to a new one over `model` and the gates."""
+        for name, parameter in model.named_parameters():
+            if name in self.moments:
+                optimizer.state[parameter] = self.moments[name]
+        for scores, entry in zip(self.gates.scores, self.score_moments, strict=True):
+            if entry:
+                optimizer.state[scores] = entry
+
+
+def shrink_graph(
+    model: CompactModel, gates: Gates, keep: Sequence[Tensor], optimizer: Optimizer | None
+) -> SmallerGraph:
+    """Remove units from a training graph.
+
+    Args:
+        model: The network in training.
+        gates: Its gates.
+        keep: Booleans of the units that stay, one tensor for each group of `gates`.
+        optimizer: The optimizer over the model and the scores, if there is one.
+
+    Returns:
+        The smaller graph, with weights, scores and moments of its own.
+    """
+    surgery = plan(model.architecture, gates.mask(keep))
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    smaller = build(surgery.architecture, cut(surgery, state))
+    new_gates = Gates(smaller.architecture, gates.sharing, gates.fixed)
+    # Groups of sub-layers that were removed as a whole are not in the new graph.
+    numbers = {(group.dimension, group.site): number for number, group in enumerate(gates.groups)}
+    groups = [numbers[group.dimension, group.site] for group in new_gates.groups]
+    with torch.no_grad():
+        for new, number in zip(new_gates.scores, groups, strict=True):
+            new.copy_(gates.scores[number][keep[number]])
+    score_moments = _score_moments(gates, optimizer, keep)
+    return SmallerGraph(
+        smaller,
+        new_gates,
+        groups,
+        [keep[number] for number in groups],
+        _cut_moments(surgery, _moments(model, optimizer)),
+        [score_moments[number] for number in groups],
+    )
+
+
+def _moments(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Moments]:
+    if optimizer is None:
+        return {}
+    return {
+        name: optimizer.state[parameter]
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def _cut_moments(surgery: Plan, moments: dict[str, Moments]) -> dict[str, Moments]:
+    """The optimizer state of each parameter, cut as the parameter is.
+
+    Tensors of the parameter's shape are sliced; counters and flags are copied.
+    """
+    keys = {key for entry in moments.values() for key in entry}
+    sliced = {
+        key: cut(
+            surgery,
+            {name: entry[key] for name, entry in moments.items() if _is_moment(entry.get(key))},
+        )
+        for key in keys
+    }
+
+    def cut_value(key: str, name: str, value: Any) -> Any:
+        if _is_moment(value):
+            return sliced[key][name]
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return {
+        new: {key: cut_value(key, new, value) for key, value in moments[old].items()}
+        for new, old in cut_names(surgery, moments).items()
+    }
+
+
+def _score_moments(
+    gates: Gates, optimizer: Optimizer | None, keep: Sequence[Tensor]
+) -> list[Moments]:
+    if optimizer is None:
+        return [{} for _ in keep]
+    return [
+        {
+            name: value[index].clone() if _is_moment(value) else value
+            for name, value in optimizer.state.get(scores, {}).items()
+        }
+        for scores, index in zip(gates.scores, keep, strict=True)
+    ]
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
