@@ -1,7 +1,7 @@
 """How each runtime opens and runs a model: one `<runtime>_engine.py` a runtime.
 
-Within vitrim this is `vitrim.runtimes`. On a device without vitrim the runner loads the same folder
-from beside itself, so nothing here imports more than Python 3.9, numpy and the job's runtime.
+Within vitrim this is `vitrim.runtimes`. On a device without vitrim the runner loads a copy of this
+folder next to it, so nothing here imports more than Python 3.9, numpy and the job's runtime.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The base class of all engines: open one model, run one batch.
 
-The files of this folder need Python 3.9, numpy and their own runtime, and nothing of vitrim: copied
-to a device beside the runner they work unchanged.
+The files of this folder need Python 3.9, numpy and their own runtime, but nothing of vitrim: copied
+to a device next to the runner they work unchanged.
 
 A job is a dict with
 
@@ -12,7 +12,7 @@ A job is a dict with
 - input: {"name", "shape", "type"} as in the manifest, for files that do not contain them;
 - session: the runtime's own settings, text to text;
 
-and with what a single engine reads besides (its docstring lists the keys).
+and with the keys that a single engine reads, which its docstring lists.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Engine:
             name: The name in the model's file, by default the job's.
 
         Raises:
-            EngineError: No shape is given, or a size stays free.
+            EngineError: No shape is given, or a size other than the batch is free.
         """
         given = self.job.get("input") or {}
         self.input_name = name or given.get("name") or self.input_name

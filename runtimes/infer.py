@@ -6,8 +6,8 @@ The Python may be another interpreter than vitrim's, or an emulated one.
 
 images.npy has shape (count, ...) in the type of the model's input; a last incomplete batch is
 padded, and the padding's logits are dropped. With "time_limit_s" in the job no further batch is
-begun after so many seconds. The script writes logits.npy (count, classes) and prints one line of
-JSON: {"runtime", "version", "provider", "provider_nodes"}, or {"error"} with exit code 3.
+started after that many seconds. The script writes logits.npy (count, classes) and prints one line
+of JSON: {"runtime", "version", "provider", "provider_nodes"}, or {"error"} with exit code 3.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def infer(engine: Any, images: Any, time_limit_s: float | None = None) -> Any:
     Args:
         engine: A loaded engine.
         images: Shape (count, ...), in the engine's input type.
-        time_limit_s: Begin no batch after so many seconds, except the first.
+        time_limit_s: Start no batch after this many seconds, except the first.
 
     Returns:
         Logits (count, classes) float32; fewer rows if the time limit was reached.

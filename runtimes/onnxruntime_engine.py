@@ -17,7 +17,7 @@ from .engine import Engine, EngineError, Json, Requirement, missing
 
 REQUIREMENT = Requirement("onnxruntime", "onnxruntime")
 CPU_PROVIDER = "CPUExecutionProvider"
-# Providers with memory of their own: images and logits are bound there, so that copies happen only
+# Providers with their own memory: images and logits are bound there, so that copies happen only
 # where they are to be timed.
 DEVICES = {
     "CUDAExecutionProvider": "cuda",

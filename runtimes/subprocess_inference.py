@@ -28,7 +28,7 @@ def interpreter_variable(runtime: str) -> str:
 def interpreter(runtime: str) -> str | None:
     """The interpreter that the environment names for a runtime, or None for the running one.
 
-    Some runtimes need packages that exclude those of vitrim, and live in a Python of their own.
+    Some runtimes need packages that conflict with vitrim's, and are installed in a separate Python.
 
     Raises:
         EngineError: The named interpreter does not exist.
@@ -52,12 +52,12 @@ def infer_in_subprocess(
     """Run a model over images in another process.
 
     Args:
-        job: The engine's job, see `runtimes.engine`; with "time_limit_s" the process begins no
-            further batch after so many seconds, and returns fewer logits.
+        job: The engine's job, see `runtimes.engine`; with "time_limit_s" the process starts no
+            further batch after that many seconds, and returns fewer logits.
         images: Shape (count, channels, height, width), in the type of the model's input.
         command: What runs a Python file: another interpreter or an emulator. By default the
             interpreter of VITRIM_PYTHON_<RUNTIME>, else the running one.
-        limit_s: Stop the process after so many seconds.
+        limit_s: Stop the process after this many seconds.
 
     Returns:
         Logits (count, classes) float32, and {"runtime", "version", "provider", "provider_nodes"}.

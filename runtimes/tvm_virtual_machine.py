@@ -25,7 +25,7 @@ WEIGHTS_SCHEMA = "vitrim.weights/1"
 WEIGHT_TYPES = ("float32", "float16", "int8", "uint8", "int32", "int64")
 # Loaded after the runtime, for models that were compiled for the device.
 DEVICE_LIBRARIES = {"cuda": "libtvm_runtime_cuda.so"}
-# DLPack's numbers; TVM's virtual machine needs a CPU besides any other device.
+# DLPack's numbers; TVM's virtual machine needs a CPU in addition to any other device.
 DEVICES = {"cpu": 1, "cuda": 2}
 POOLED = 2
 # The alignment that TVM's generated code assumes.
@@ -278,12 +278,12 @@ def map_weights(path: str, count: int) -> list[Any]:
             first = len(head) + int(row["offset"])
             last = first + int(row["bytes"])
             if not len(head) <= first <= last <= len(whole):
-                raise ValueError("a tensor lies outside of the file")
+                raise ValueError("a tensor is outside the file")
             shape = [int(size) for size in row["shape"]]
             found.append(whole[first:last].view(row["type"]).reshape(shape))
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(
-            f"{name}: not a whole file of weights ({one_line(error)}); "
+            f"{name}: not a complete file of weights ({one_line(error)}); "
             "copy the whole artifact again"
         ) from None
     return found

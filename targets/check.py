@@ -23,7 +23,7 @@ class Fit:
         weight_space_bytes: Bytes available for weights.
         activation_bytes: Bytes of the largest activations that exist at one moment.
         activation_space_bytes: Bytes available for activations.
-        lines: The same for people, one line each.
+        lines: The same as lines of text.
     """
 
     target: str

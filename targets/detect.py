@@ -1,6 +1,6 @@
 """The machine that this program runs on, as a profile.
 
-What the operating system does not report stays absent; what is estimated is marked `unverified`.
+What the operating system does not report is absent; what is estimated is marked `unverified`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Conversion in another Python process: the running interpreter, or VITRIM_PYTHON_<RUNTIME>.
 
-Some converters need packages that exclude the torch of vitrim, and live in a Python of their own.
+Some converters need packages that conflict with vitrim's torch, and run in a separate Python.
 
 `<runtime>_runtime.py` is run there as a script, with one argument of JSON: {"vitrim": folder of
 this package, "model": folder of a saved model, "out": folder, "precision", "batch", "shape"}. It

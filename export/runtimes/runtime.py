@@ -65,7 +65,7 @@ class Source:
         if compact is None:
             raise UnsupportedModel(
                 f"runtime {runtime!r} converts models that vitrim can lift, "
-                f"and {type(self.model).__name__} is none; export for onnxruntime"
+                f"which {type(self.model).__name__} is not; export for onnxruntime"
             )
         architecture = compact.architecture
         if not architecture.pooled_prefix or architecture.last_queries:

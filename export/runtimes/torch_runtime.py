@@ -1,4 +1,7 @@
-"""PyTorch as a baseline: the saved model, which needs vitrim and torch where it runs."""
+"""PyTorch as a baseline: the saved model, eager or through torch.compile.
+
+The engine imports vitrim and torch, so the artifact is for comparison, not for deployment.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Vision Transformers as TVM programs of our own kernels, and their machine code.
 
-The way of a network, from `build.build_network` on:
+The path of a network, from `build.build_network` on:
 
-1. `coverage`: which networks the kernels cover; others take TVM's ONNX front end (`build`).
+1. `coverage`: which networks the kernels cover; others use TVM's ONNX front end (`build`).
 2. `network` walks the architecture and emits calls of kernels: `sublayers` (attention, FFN),
    `head` (pooling, classifier), through `emitter` (one method a kind of kernel) into `program`
-   (a Relax function). Weights are numpy matrices meanwhile: `matrices`, `packing`.
+   (a Relax function). Weights are numpy matrices until then: `matrices`, `packing`.
 3. Kernels are TIR functions; each module has the parameters of its kernel (a frozen dataclass) and
    the function that emits it:
 

@@ -39,7 +39,8 @@ class Attend:
         queries: Their columns.
         keys: The columns of the keys, before they were packed.
         values: The columns of the values, before they were packed.
-        biased: A number is added to each score: (heads, query_rows, whole vectors of tokens).
+        biased: A number is added to each score: (heads, query_rows, tokens rounded up to
+            whole vectors).
         output_quantizer: The result is quantized statically.
     """
 
@@ -61,7 +62,7 @@ class Attend:
         return Shape("attention", sizes)
 
     def packing(self, vectors: int) -> KeyPacking:
-        """How its keys and values are packed, for tiles of so many vectors."""
+        """How its keys and values are packed, for tiles of `vectors` vectors."""
         return KeyPacking(self.images, self.heads, self.tokens, self.keys, self.values, vectors)
 
 
@@ -198,7 +199,7 @@ class _Writer:
             lanes.store(scores, start + column, value)
             return value
 
-        # Lanes behind the last token hold 2^-126, which does not change the sum.
+        # Lanes after the last token hold 2^-126, which does not change the sum.
         total = sum_over(lanes, vectors * count, power)
         T.buffer_store(self.buffers.inverses, T.float32(1) / total, [r])
 

@@ -1,12 +1,12 @@
-"""Which networks our kernels cover; the others go through TVM's ONNX front end.
+"""Which networks our kernels cover; the others use TVM's ONNX front end.
 
 Not covered are
 
 1. convolutions before the patch embedding;
 2. a norm of the patches or of the stem's output, if the stem writes only a part of the stream;
 3. pooling of other kinds than POOLS, and pooling that refines tokens;
-4. the mean of two classifiers behind an activation;
-5. a norm behind a sub-layer that writes only a part of the stream, or behind a constant.
+4. the mean of two classifiers with an activation;
+5. a norm after a sub-layer that writes only a part of the stream, or after a constant.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def uncovered_part(architecture: Architecture) -> str | None:
     if pool.kind not in POOLS or pool.refine is not None:
         return f"pooling '{pool.kind}'" + (" with refine" if pool.refine else "")
     if pool.kind == "distilled" and head is not None and head.act != "identity":
-        return f"the mean of two classifiers behind '{head.act}'"
+        return f"the mean of two classifiers with the activation '{head.act}'"
     for branch in architecture.branches:
         if (reason := _uncovered_branch(branch)) is not None:
             return f"{branch.name}: {reason}"

@@ -35,7 +35,7 @@ class Dense:
         images: Batch size.
         rows: Rows of each image.
         depth: Columns of x (K).
-        width: Columns of out, whole vectors.
+        width: Columns of out, a multiple of the vector width.
         source: Where x is.
         bias: Whether there is a bias.
         act: The activation.

@@ -187,7 +187,7 @@ class _Reader:
         """The steps; the last one writes the logits."""
         found = self.values.get(result)
         if found is None or found.memory != "arena":
-            raise NoExecutionPlan("it returns something else than its last kernel's output")
+            raise NoExecutionPlan("it returns another value than its last kernel's output")
         last = self.steps[-1]
         *inputs, written = last.tensors
         if written.offset_bytes != found.offset_bytes:

@@ -70,12 +70,12 @@ def first_difference(source: Source, library: Path, tolerance: float) -> str | N
         errors = [stream_error(checkpoint.stream, found, pooled) for _, found in outputs[position:]]
         match = next((number for number, error in enumerate(errors) if error <= tolerance), None)
         if match is None:
-            place = f"{checkpoint.written_by}, behind {last}"
+            place = f"{checkpoint.written_by}, after {last}"
             least = min(errors, default=np.inf)
             return f"{place}, by {least:.2e} of its largest value" if np.isfinite(least) else place
         position += match + 1
         last = f"kernel {outputs[position - 1][0]}"
-    return f"the head, behind {last}"
+    return f"the head, after {last}"
 
 
 def checkpoints(compact: CompactModel, images: Array) -> list[Checkpoint]:

@@ -69,7 +69,7 @@ def _normed(
 ) -> ProductInput:
     """The rows that pooling reads.
 
-    A product behind a mean absorbs the norm's weight and bias; a second norm does not.
+    A product after a mean absorbs the norm's weight and bias; a second norm does not.
     """
     attends = architecture.pool.kind == "attention"
     absorbed = attends or (architecture.pool_norm is None and architecture.head is not None)

@@ -23,7 +23,7 @@ class HeadNorm:
         first: The first column of the first head.
         heads: Number of heads.
         norm: The norm of each head.
-        per_head: Whether each head has weights of its own.
+        per_head: Whether each head has its own weights.
         stride: Columns from head to head, by default norm.width; columns between heads become zero.
     """
 

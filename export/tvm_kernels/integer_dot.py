@@ -1,6 +1,6 @@
 """Products of quantized numbers: groups of neighbouring codes times weights, summed in int32.
 
-Each vector unit has its best instruction for it. A code is the integer that stands for a number.
+The best instruction depends on the vector unit. A code is the integer that represents a number.
 """
 
 from __future__ import annotations

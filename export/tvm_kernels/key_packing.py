@@ -43,7 +43,7 @@ class KeyPacking:
         heads: Number of heads.
         tokens: Rows of each image.
         keys: The columns of the keys.
-        values: The columns of the values, whole vectors of each head.
+        values: The columns of the values; `each` is a multiple of the vector width.
         vectors: The most vectors of tokens in a panel.
     """
 

@@ -33,7 +33,7 @@ class Matrix:
         return Matrix(self.weight * factor, None if self.bias is None else self.bias * factor)
 
     def with_padded_heads(self, heads: int, width: int) -> Matrix:
-        """The layer with zero columns behind those of each head, up to `width` a head."""
+        """The layer with zero columns after those of each head, up to `width` a head."""
         bias = None if self.bias is None else padded_heads(self.bias[None], heads, width)[0]
         return Matrix(padded_heads(self.weight, heads, width), bias)
 

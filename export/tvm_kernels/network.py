@@ -181,7 +181,7 @@ class _NetworkWriter:
         return table
 
     def patches(self, prefix: int) -> Stream:
-        """The pixels of each patch as a row, behind `prefix` rows of zeros."""
+        """The pixels of each patch as a row, after `prefix` rows of zeros."""
         architecture, emitter = self.architecture, self.emitter
         spec = architecture.stem
         rows = prefix + architecture.tokens - architecture.prefix

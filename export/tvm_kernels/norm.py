@@ -17,7 +17,7 @@ from .quantization import Quantizer, quantize_row
 class Normalize:
     """out = (x - mean) / sqrt(variance + eps), or x / sqrt(mean of squares + eps) if not centred.
 
-    The columns behind `width` that fill the last vector become zero.
+    The columns after `width` that fill the last vector become zero.
 
     Attributes:
         images: Batch size.

@@ -16,7 +16,7 @@ Number = TypeVar("Number", np.float32, np.int8)
 def panels(
     weight: NDArray[Number], runs: tuple[Run, ...], lanes: int, group: int = 1
 ) -> NDArray[Number]:
-    """Pack a matrix into panels, one behind the other, flat.
+    """Pack a matrix into panels, one after the other, flat.
 
     Args:
         weight: Shape (K, N).
@@ -47,12 +47,12 @@ def quantize_weights(weight: Array) -> tuple[NDArray[np.int8], Array]:
 
 
 def padded(vector: Array, width: int) -> Array:
-    """A vector with zeros behind it, up to `width` numbers."""
+    """A vector padded with zeros to `width` numbers."""
     return np.pad(vector, (0, width - len(vector))).astype(np.float32)
 
 
 def padded_heads(matrix: Array, heads: int, width: int) -> Array:
-    """(rows, heads * w) -> (rows, heads * width), with zero columns behind those of each head."""
+    """(rows, heads * w) -> (rows, heads * width), with zero columns after those of each head."""
     rows = matrix.shape[0]
     own = matrix.reshape(rows, heads, -1)
     return np.pad(own, ((0, 0), (0, 0), (0, width - own.shape[2]))).reshape(rows, heads * width)

@@ -1,7 +1,7 @@
 """Quantized rows: x ≈ base + step * (code - low), with codes of eight bits.
 
-Dynamic: each row has a step and a base of its own, computed from its smallest and largest number.
-They are stored behind the row's codes, so that a product reads one buffer. Static: all rows have
+Dynamic: each row has its own step and base, computed from its smallest and largest number.
+They are stored after the row's codes, so that a product reads one buffer. Static: all rows have
 the same step and base, found beforehand on calibration images.
 
 The base need not be a multiple of the step: a product adds it exactly, as base times the sum of
@@ -43,7 +43,7 @@ class Range:
         return max((self.high - self.low) / LEVELS, _LEAST_STEP)
 
     def base(self, dot: IntegerDot) -> float:
-        """The number that code 0 stands for."""
+        """The number that code 0 represents."""
         return self.low - dot.low * self.step
 
     def operand(self, dot: IntegerDot) -> NDArray[np.float32]:
@@ -85,7 +85,7 @@ class Quantizer:
     def write_range(
         self, buffer: Buffer, start: Expr, row_length: int, values: tuple[Expr, Expr]
     ) -> None:
-        """Store a row's (step, base) behind its codes.
+        """Store a row's (step, base) after its codes.
 
         Args:
             buffer: The rows.
@@ -210,7 +210,7 @@ def quantize_row(
     with T.serial(0, full) as vector:
         lanes.store(out, target + vector * count, code_of(bind(load(vector * count)), count))
     if tail:
-        # The codes behind the last column are multiplied with zero weights, so any code will do.
+        # The codes after the last column are multiplied with zero weights, so any code will do.
         lanes.store(out, target + full * count, code_of(bind(load(full * count)), tail))
 
 

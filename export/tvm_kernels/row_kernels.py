@@ -58,7 +58,7 @@ def combine_pairs(rows: int, pairs: int, width: int, lanes: Lanes) -> Any:
     Args:
         rows: Rows of all images.
         pairs: Pairs of pieces in a row.
-        width: Columns of a piece, whole vectors.
+        width: Columns of a piece, a multiple of the vector width.
         lanes: The vectors.
     """
     count = lanes.count
@@ -94,7 +94,7 @@ def add_table(images: int, prefix: int, rows: int, width: int, lanes: Lanes) -> 
         images: Batch size.
         prefix: Rows of the table before the rows of x.
         rows: Rows of x of each image; the table has prefix + rows.
-        width: Columns of a row, whole vectors.
+        width: Columns of a row, a multiple of the vector width.
         lanes: The vectors.
     """
     with IRBuilder() as builder, T.prim_func():

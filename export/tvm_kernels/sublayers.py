@@ -260,7 +260,7 @@ def _project_output(
 
 
 def _relative_bias(core: AttentionSpec, state: State, rows: int, lanes: Lanes) -> Array:
-    """(heads, rows, whole vectors of tokens), times log2 e as the scores."""
+    """(heads, rows, tokens rounded up to whole vectors), times log2 e as the scores."""
     spec = core.bias
     assert spec is not None
     table = state["bias.table"][offsets(spec).numpy()].transpose(2, 0, 1)

@@ -95,7 +95,7 @@ def fastest_tiles(
     Args:
         trials: The measurements.
         target: Only those of this target count.
-        threads: Only those with so many threads count.
+        threads: Only those with this number of threads count.
         unit: Only tiles that fit its registers count.
     """
     best: dict[Shape, Trial] = {}

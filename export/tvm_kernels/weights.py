@@ -1,4 +1,4 @@
-"""Large weights in a file of their own, for networks in TVM's virtual machine.
+"""Large weights in a separate file, for networks in TVM's virtual machine.
 
 TVM stores weights in the shared library as one serialised blob and unpacks it at start-up: a device
 then holds them four times for a moment, and twice afterwards. A file that is mapped into memory
@@ -38,7 +38,7 @@ def lift_weights(
 ) -> tuple[IRModule, list[NDArray[Any]]]:
     """Turn the large constants of `main` into parameters.
 
-    What the pipeline would fold into the weights must have been folded before.
+    The pipeline no longer folds constants into lifted weights, so fold them before.
 
     Args:
         module: A Relax module.

@@ -56,7 +56,7 @@ def test_without_an_error_the_head_is_the_only_remaining_place(tmp_path: Path) -
     written = runtime_named("tvm").write(source, tmp_path)
     assert written.first_difference is first_difference
     assert str(first_difference(source, tmp_path / written.main, 1e-5)).startswith(
-        "the head, behind kernel "
+        "the head, after kernel "
     )
 
 
@@ -69,7 +69,7 @@ def test_the_first_error_of_a_compiled_network_is_located_by_sublayer_and_kernel
     found = first_difference(source, tmp_path / written.main, 1e-5)
     assert found is not None
     before = "the images" if place == "the stem" else "kernel "
-    assert found.startswith(f"{place}, behind {before}")
+    assert found.startswith(f"{place}, after {before}")
     if place != "the head":
         assert float(found.split(", by ")[1].split()[0]) > 1e-2
 
@@ -80,7 +80,7 @@ def test_the_first_error_of_a_compiled_network_is_located_by_sublayer_and_kernel
         (
             "tvm",
             "fp32",
-            r"blocks\.1\.ffn, behind kernel \d+\.\w+, by \d\.\d\de[-+]\d\d of its largest value; ",
+            r"blocks\.1\.ffn, after kernel \d+\.\w+, by \d\.\d\de[-+]\d\d of its largest value; ",
         ),
         ("openvino", "fp32", r"node '.*' \(\w+\), by \d\.\d\de[-+]\d\d of its largest value; "),
         ("ncnn", "fp32", "somewhere inside ncnn, which shows no inner values here; "),

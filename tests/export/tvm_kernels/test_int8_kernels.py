@@ -94,7 +94,7 @@ def quantized(
     dot = IntegerDot.of(profile.vector)
     quantizer, lanes = Quantizer(dot, static=span is not None), dot.lanes
     rows, used = x.shape
-    # Whatever is behind the last column must not matter.
+    # Numbers after the last column must not matter.
     wide = np.full((rows, lanes.up(used)), 1e9, np.float32)
     wide[:, :used] = x
     spec = Quantize(1, rows, used, RowLayout(rows, wide.shape[1]), quantizer)

@@ -104,10 +104,10 @@ def test_a_network_without_a_static_plan_runs_in_the_virtual_machine(
     weights = tmp_path / "a" / "weights.bin"
     whole = weights.read_bytes()
     for broken, reason in (
-        (whole[:-4096], "a tensor lies outside of the file"),
+        (whole[:-4096], "a tensor is outside the file"),
         (whole.replace(b"vitrim.weights/1", b"vitrim.weights/9"), "schema 'vitrim.weights/9'"),
         (whole.replace(b'"float32"', b'"object" ', 1), "type 'object'"),
-        (b"no table", "not a whole file of weights"),
+        (b"no table", "not a complete file of weights"),
     ):
         weights.write_bytes(broken)
         with pytest.raises(EngineError, match=reason):
@@ -167,7 +167,7 @@ def test_the_export_computes_the_parity_of_the_compiled_network(tmp_path: Path) 
     [
         (
             {"options": {"speed": "high"}},
-            "option 'speed' is none of tvm's; it has log, tune_s, schedule, static",
+            "runtime tvm: no option 'speed'; it has log, tune_s, schedule, static",
         ),
         ({"options": {"static": "perhaps"}}, "option static=perhaps: use yes or no"),
         ({"options": {"schedule": "quick"}}, "option schedule=quick: use ours or default"),

@@ -106,7 +106,7 @@ def test_what_cannot_be_bundled_is_refused(tmp_path: Path) -> None:
         artifact.folder, artifact.manifest.model_copy(update={"session": {"entry": "machine"}})
     )
     with pytest.raises(
-        InputError, match="this model runs in TVM's virtual machine, which no bundle holds"
+        InputError, match="this model runs in TVM's virtual machine, which no bundle contains"
     ):
         bundle(artifact.folder, tmp_path / "bundle")
     Artifact.write(artifact.folder, artifact.manifest.model_copy(update={"runtime": "ncnn"}))
