@@ -1,6 +1,4 @@
-"""A small set of real picture files: noise in three colours, so that a tiny model can tell the
-classes apart at once.
-"""
+"""A small data set of image files: noise in three colours, which a tiny model learns quickly."""
 
 from __future__ import annotations
 
@@ -13,8 +11,10 @@ CLASSES = ("ant", "bee", "fly")
 
 
 def write_photos(folder: Path, train: int = 8, test: int = 4) -> Path:
-    """PNG files of 16 x 16 in folder/train/CLASS and folder/test/CLASS, so many a class; returns
-    `folder`.
+    """Write PNG files of 16 x 16 to folder/{train,test}/CLASS, `train` and `test` for each class.
+
+    Returns:
+        `folder`.
     """
     noise = np.random.default_rng(0)
     for part, count in (("train", train), ("test", test)):
@@ -29,11 +29,23 @@ def write_photos(folder: Path, train: int = 8, test: int = 4) -> Path:
 
 
 def write_recipe(path: Path, photos: Path, more: str = "", masks_epochs: int = 3) -> Path:
-    """A recipe on the photos with a model that trains in no time; `more` is added at its end."""
-    overrides = "{ img_size = 16, patch_size = 8, embed_dim = 24, depth = 2, num_heads = 3 }"
-    path.write_text(
-        f'[data]\nname = "imagefolder:{photos}"\nvalidation = 0.25\n[model]\noverrides = {overrides}\n[baseline]\nepochs = 2\n'
-        f"[masks]\nparams = 0.6\nepochs = {masks_epochs}\nround_to = 4\n[finetune]\nepochs = 1\n"
-        f"[train]\nbatch_size = 8\nthreads = 1\n{more}"
-    )
+    """Write a recipe for the photos with a model that trains in seconds; `more` is appended."""
+    path.write_text(f"""\
+[data]
+name = "imagefolder:{photos}"
+validation = 0.25
+[model]
+overrides = {{ img_size = 16, patch_size = 8, embed_dim = 24, depth = 2, num_heads = 3 }}
+[baseline]
+epochs = 2
+[masks]
+params = 0.6
+epochs = {masks_epochs}
+round_to = 4
+[finetune]
+epochs = 1
+[train]
+batch_size = 8
+threads = 1
+{more}""")
     return path

@@ -1,4 +1,4 @@
-"""A small learnable problem and a small model, for tests of training."""
+"""A small data set and a small model, for tests of training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ SIZE = Preprocessing(channels=1, height=8, width=8, mean=(0.5,), std=(0.25,))
 
 
 def spots(images: int = 96, seed: int = 0) -> DataSplits:
-    """Noise with a bright spot in one of three corners; train, a third of it for validation, and as
-    much for test.
+    """Noise with a bright spot in one of three corners.
+
+    There are `images` for training, and a third of that for validation and for test.
     """
 
     def split(count: int, seed: int) -> Split:
@@ -36,7 +37,7 @@ def spots(images: int = 96, seed: int = 0) -> DataSplits:
 
 
 class Net(nn.Module):
-    """Two layers with dropout, so that the random generator matters."""
+    """Two layers with dropout, whose outputs depend on the random generator."""
 
     def __init__(self, seed: int = 0, dropout: float = 0.2) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Net(nn.Module):
 
 
 def equal_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Bit for bit."""
+    """Whether all weights are equal bit for bit."""
     return all(
         torch.equal(a, b)
         for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)

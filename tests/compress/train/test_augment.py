@@ -1,4 +1,4 @@
-"""Augmentation: what it may and may not do to a batch, and that it is fast."""
+"""Augmentation: the effect of each preset on a batch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_shift_and_flip_moves_each_image_as_a_whole(
         assert any(torch.equal(image, crop) or torch.equal(image, crop.flip(2)) for crop in crops)
 
 
-def test_about_half_are_mirrored_and_places_differ() -> None:
+def test_about_half_are_mirrored_and_shifts_differ() -> None:
     pixels = torch.zeros(400, 1, 28, 28, dtype=torch.uint8)
     pixels[:, :, 14, 20] = 255
     seed_everything(3)
@@ -80,7 +80,7 @@ def test_images_keep_their_shape_and_the_seed_decides(
     if preset == "thesis":
         assert targets.shape == (16, 10)
         torch.testing.assert_close(targets.sum(1), torch.ones(16))
-        # Smoothed: no class is ruled out.
+        # Smoothed: no class has the target 0.
         assert float(targets.min()) >= 0.1 / 10 - 1e-6
     else:
         assert torch.equal(targets, batch(preprocessing)[1])

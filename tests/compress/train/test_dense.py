@@ -1,4 +1,4 @@
-"""Dense training's losses, optimizers and evaluation."""
+"""Dense training: losses, optimizers, evaluation and initial positions."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_distillation_is_hintons_formula() -> None:
     )
     distillation = Distillation(teacher, alpha=0.3, temperature=2.5)
     targets = torch.tensor([0, 1, 2, 0, 1, 2])
-    taught = F.softmax(teacher(images) / 2.5, dim=1)
-    divergence = (taught * (taught.log() - F.softmax(logits / 2.5, dim=1).log())).sum(1).mean()
+    soft = F.softmax(teacher(images) / 2.5, dim=1)
+    divergence = (soft * (soft.log() - F.softmax(logits / 2.5, dim=1).log())).sum(1).mean()
     wanted = 0.7 * F.cross_entropy(logits, targets, label_smoothing=0.1) + 0.3 * 2.5**2 * divergence
     found = task_loss(logits, targets, images, 0.1, distillation)
     torch.testing.assert_close(found, wanted.detach(), check_stride=False)
@@ -44,9 +44,9 @@ def test_distillation_is_hintons_formula() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss() -> None:
     teacher, images = Net(1, dropout=0.5), torch.randn(4, 1, 8, 8)
-    # The teacher speaks in evaluation mode even if somebody left it in training mode.
+    # The teacher is evaluated in evaluation mode, whatever its mode was.
     teacher.train()
     loss = distillation_loss(Net(1, dropout=0.5).eval()(images), images, Distillation(teacher))
     assert abs(float(loss.detach())) < 1e-6
@@ -60,11 +60,9 @@ def test_soft_targets_are_not_smoothed_twice() -> None:
     )
 
 
-def test_a_teacher_helps_a_student_agree_with_it(tmp_path: Path) -> None:
-    data, settings = (
-        spots(192),
-        TrainSettings(epochs=8, batch_size=16, augmentation="none", quiet=True),
-    )
+def test_a_distilled_student_agrees_with_its_teacher(tmp_path: Path) -> None:
+    data = spots(192)
+    settings = TrainSettings(epochs=8, batch_size=16, augmentation="none", quiet=True)
     teacher = DenseTask(Net(0), lr=3e-3)
     fit(teacher, data, settings, tmp_path / "teacher")
     student = DenseTask(
@@ -92,39 +90,32 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(name: Any, lift
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             key = names[id(parameter)]
-            bare = (
-                key.endswith("bias")
-                or "norm" in key
-                or key in ("cls_token", "pos_embed", "prefix", "position")
-            )
-            assert group["weight_decay"] == (0.0 if bare else 0.05), key
+            tables = ("cls_token", "pos_embed", "prefix", "position")
+            undecayed = key.endswith("bias") or "norm" in key or key in tables
+            assert group["weight_decay"] == (0.0 if undecayed else 0.05), key
             if name == "muon" and not group["use_fallback"]:
                 assert parameter.ndim == 2
                 assert key.startswith(("blocks.", "steps."))
 
 
-def test_evaluation_is_in_evaluation_mode_and_leaves_no_trace() -> None:
+def test_evaluation_uses_evaluation_mode_and_restores_the_mode() -> None:
     data, model = spots(), Net(0, dropout=0.9)
     model.train()
-    first, second = (
-        predict(model, data.test, batch_size=5),
-        predict(model, data.test, batch_size=32),
-    )
+    first, second = (predict(model, data.test, batch_size=size) for size in (5, 32))
     torch.testing.assert_close(first, second)
     assert model.training
     wanted = 100 * float((first.argmax(1) == torch.from_numpy(data.test.targets)).float().mean())
     assert evaluate(model, data.test) == pytest.approx(wanted)
 
 
-def test_positions_start_where_patches_lie() -> None:
+def test_initial_positions_of_neighbours_are_similar() -> None:
     model: Any = tiny_vit()
     before = model.pos_embed.detach().clone()
     assert init_position_embedding(model)
     assert torch.equal(model.pos_embed[0, 0], before[0, 0])
-    places = model.pos_embed[0, 1:].detach()
-    assert len({tuple(place.tolist()) for place in places}) == len(places)
-    # Neighbours are more alike than corners.
-    assert F.cosine_similarity(places[0], places[1], dim=0) > F.cosine_similarity(
-        places[0], places[-1], dim=0
-    )
+    table = model.pos_embed[0, 1:].detach()
+    assert len({tuple(row.tolist()) for row in table}) == len(table)
+    # More similar than opposite corners.
+    similarity = F.cosine_similarity(table[:1], table)
+    assert similarity[1] > similarity[-1]
     assert not init_position_embedding(Net())

@@ -1,4 +1,4 @@
-"""The loop: it learns, remembers, resumes to the same bits, and stops when it should."""
+"""The training loop: learning, best epochs, resuming to the same bits, and stopping."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from vitrim.core.errors import InputError
 QUICK = TrainSettings(epochs=4, batch_size=16, augmentation="none", quiet=True)
 
 
-class Stopping(Exception):
-    """Stands for a crash."""
+class Crash(Exception):
+    """Raised in place of a crash."""
 
 
 class CrashingTask(DenseTask):
-    """Falls over in the middle of an epoch."""
+    """Crashes in the middle of an epoch."""
 
     crash_at = 10**9
 
     def after_step(self, step: int) -> None:
         if step == self.crash_at:
-            raise Stopping
+            raise Crash
 
 
 def task(seed: int = 0, kind: type[DenseTask] = DenseTask, **options: Any) -> Any:
     return kind(Net(seed), **({"lr": 3e-3} | options))
 
 
-def test_it_learns_and_writes_its_history(tmp_path: Path) -> None:
+def test_training_improves_accuracy_and_writes_the_history(tmp_path: Path) -> None:
     data, dense = spots(192), task(metrics={"params": 7.0})
     before = evaluate(dense.model, data.test)
     result = fit(dense, data, replace(QUICK, epochs=12), tmp_path)
@@ -73,25 +73,25 @@ def test_it_learns_and_writes_its_history(tmp_path: Path) -> None:
     assert result.best_val_top1 == max(line["val_top1"] for line in lines)
 
 
-def test_the_best_epoch_is_what_remains(tmp_path: Path) -> None:
-    class Remembering(DenseTask):
+def test_the_best_epoch_is_restored(tmp_path: Path) -> None:
+    class Recording(DenseTask):
         def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
             seen.append({key: value.clone() for key, value in self.model.state_dict().items()})
             return EpochEnd(score={1: 5.0, 2: 9.0, 3: 9.0}.get(epoch, 1.0))
 
     seen: list[dict[str, Tensor]] = []
-    dense = task(kind=Remembering)
+    dense = task(kind=Recording)
     result = fit(dense, spots(), QUICK, tmp_path)
-    # A tie keeps the earlier one.
+    # Of equal epochs the first one is the best.
     assert result.best_epoch == 2
     assert all(torch.equal(seen[1][key], value) for key, value in dense.model.state_dict().items())
-    last = task(kind=Remembering)
+    last = task(kind=Recording)
     seen.clear()
     fit(last, spots(), replace(QUICK, restore_best=False), tmp_path)
     assert all(torch.equal(seen[3][key], value) for key, value in last.model.state_dict().items())
 
 
-def test_an_epoch_that_does_not_qualify_is_never_the_best(tmp_path: Path) -> None:
+def test_an_epoch_of_score_minus_infinity_is_never_the_best(tmp_path: Path) -> None:
     class OverBudget(DenseTask):
         def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
             return EpochEnd(score=float("-inf"))
@@ -104,7 +104,7 @@ def test_an_epoch_that_does_not_qualify_is_never_the_best(tmp_path: Path) -> Non
 @pytest.mark.parametrize("augmentation", ["none", "light", "thesis"])
 @pytest.mark.parametrize("kind", ["cosine", "restarts", "constant"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_broken_run_resumes_to_the_same_bits(
+def test_a_crashed_run_resumes_to_the_same_bits(
     tmp_path: Path, augmentation: Any, kind: Any, optimizer: Any
 ) -> None:
     data = spots()
@@ -116,9 +116,9 @@ def test_a_broken_run_resumes_to_the_same_bits(
     whole, broken = task(optimizer=optimizer), task(kind=CrashingTask, optimizer=optimizer)
     wanted = fit(whole, data, settings, tmp_path / "whole")
     broken.crash_at = 15
-    with pytest.raises(Stopping):
+    with pytest.raises(Crash):
         fit(broken, data, settings, tmp_path / "broken")
-    # Another start, other global generators: only the checkpoint counts.
+    # With other weights and generators at the start: only the checkpoint counts.
     torch.manual_seed(99)
     random.seed(99)
     np.random.seed(99)
@@ -132,7 +132,7 @@ def test_a_broken_run_resumes_to_the_same_bits(
 
 SCRIPT = """
 import signal
-# A shell that starts this in the background tells its children to ignore Ctrl-C.
+# A shell that starts this in the background makes its children ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys, time
 from pathlib import Path
@@ -148,7 +148,8 @@ class Slow(DenseTask):
         time.sleep({sleep})
 
 task = Slow(Net(), lr=3e-3)
-fit(task, spots(), TrainSettings(epochs=5, batch_size=16, augmentation="light", threads=1), Path({folder!r}), resume=True)
+settings = TrainSettings(epochs=5, batch_size=16, augmentation="light", threads=1)
+fit(task, spots(), settings, Path({folder!r}), resume=True)
 save_file(task.model.state_dict(), {weights!r})
 """
 
@@ -173,14 +174,14 @@ def test_kill_and_ctrl_c_lose_at_most_one_epoch(tmp_path: Path, sign: signal.Sig
         assert broken.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    # Somewhere inside the third epoch, or while its neighbour's checkpoint is written.
+    # Inside the third epoch, or while a checkpoint is written.
     time.sleep(0.25)
     os.kill(broken.pid, sign)
-    said = broken.communicate()[1]
+    printed = broken.communicate()[1]
     assert broken.returncode in (-sign, 1, 130)
     if sign == signal.SIGINT:
-        assert "whole epochs are kept in" in said
-        assert "--resume continues" in said
+        assert "whole epochs are kept in" in printed
+        assert "--resume continues" in printed
     assert not (tmp_path / "broken.safetensors").exists()
     whole_epochs = torch.load(tmp_path / "broken" / CHECKPOINT, weights_only=True)["epoch"]
     assert whole_epochs >= 1
@@ -202,7 +203,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert equal_weights(first.model, again.model)
 
 
-def test_without_resume_it_starts_anew(tmp_path: Path) -> None:
+def test_without_resume_training_starts_anew(tmp_path: Path) -> None:
     fit(task(seed=3), spots(), QUICK, tmp_path)
     first, again = task(), task()
     fit(first, spots(), QUICK, tmp_path / "other")
@@ -211,7 +212,7 @@ def test_without_resume_it_starts_anew(tmp_path: Path) -> None:
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 4
 
 
-def test_other_phases_lines_stay(tmp_path: Path) -> None:
+def test_the_history_of_other_phases_stays(tmp_path: Path) -> None:
     history = tmp_path / "history.jsonl"
     append_history(history, {"phase": "masks", "epoch": 1, "loss": 1.0})
     append_history(history, {"phase": "finetune", "epoch": 1, "loss": 1.0})
@@ -257,7 +258,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_that_would_run_code_is_not_read(tmp_path: Path) -> None:
+def test_a_checkpoint_with_code_is_refused(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> Any:
             return (os.mkdir, (str(tmp_path / "trapped"),))
@@ -268,35 +269,25 @@ def test_a_checkpoint_that_would_run_code_is_not_read(tmp_path: Path) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
-def test_patience_and_the_tasks_own_stop(tmp_path: Path) -> None:
-    class Tired(DenseTask):
+def test_training_stops_by_patience_or_by_the_task(tmp_path: Path) -> None:
+    class Stopping(DenseTask):
         def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
             return EpochEnd(score=-float(epoch), stop="enough" if epoch == stop_at else None)
 
     stop_at = 99
-    result = fit(
-        task(kind=Tired), spots(), replace(QUICK, epochs=9, patience_epochs=2), tmp_path / "a"
-    )
+    patient = replace(QUICK, epochs=9, patience_epochs=2)
+    result = fit(task(kind=Stopping), spots(), patient, tmp_path / "a")
     assert (result.epochs, result.best_epoch) == (3, 1)
     assert result.stopped == "no better validation top-1 for 2 epochs"
-    # What was stopped stays stopped.
-    assert (
-        fit(
-            task(kind=Tired),
-            spots(),
-            replace(QUICK, epochs=9, patience_epochs=2),
-            tmp_path / "a",
-            resume=True,
-        ).epochs
-        == 3
-    )
+    # A stopped phase stays stopped.
+    assert fit(task(kind=Stopping), spots(), patient, tmp_path / "a", resume=True).epochs == 3
     stop_at = 2
-    result = fit(task(kind=Tired), spots(), QUICK, tmp_path / "b")
+    result = fit(task(kind=Stopping), spots(), QUICK, tmp_path / "b")
     assert (result.epochs, result.stopped) == (2, "enough")
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path: Path) -> None:
-    class Exploding(DenseTask):
+def test_a_loss_that_is_not_finite_is_reported_with_the_step(tmp_path: Path) -> None:
+    class Diverging(DenseTask):
         steps = 0
 
         def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,10 +296,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path: Path) -> None:
 
     with pytest.raises(
         InputError,
-        match=r"baseline: the loss became nan at step 8 \(epoch 2\) with learning rate .*; lower the learning rate",
+        match=r"baseline: the loss became nan at step 8 \(epoch 2\) with learning rate .*; "
+        r"lower the learning rate",
     ):
-        fit(task(kind=Exploding), spots(), QUICK, tmp_path)
-    # The epoch before is whole and can be continued.
+        fit(task(kind=Diverging), spots(), QUICK, tmp_path)
+    # The epoch before is complete, and training can be resumed.
     assert fit(task(), spots(), QUICK, tmp_path, resume=True).epochs == 4
 
 
@@ -332,7 +324,7 @@ def test_a_model_rebuilt_smaller_gets_its_new_optimizer(tmp_path: Path) -> None:
     data, shrinking = spots(192), task(kind=Shrinking)
     result = fit(shrinking, data, replace(QUICK, epochs=10), tmp_path)
     assert shrinking.model.layers[1].weight.shape == (8, 64)
-    # The new parameters do learn, at the schedule's rate.
+    # The new parameters learn at the rate of the schedule.
     assert result.history[-1]["loss"] < result.history[1]["loss"]
     rates = [line["lr"] for line in result.history]
     assert rates == sorted(rates, reverse=True)
@@ -342,8 +334,8 @@ def test_a_model_rebuilt_smaller_gets_its_new_optimizer(tmp_path: Path) -> None:
     assert equal_weights(shrinking.model, again.model)
 
 
-def test_the_callers_generators_and_settings_come_back(tmp_path: Path) -> None:
-    # Made first: a new network draws its weights from the generators that this is about.
+def test_the_callers_generators_and_settings_are_restored(tmp_path: Path) -> None:
+    # Before the generators are seeded, since a new network draws weights from them.
     made, data = task(), spots()
     torch.manual_seed(1)
     np.random.seed(1)
@@ -378,7 +370,7 @@ def test_without_a_terminal_each_epoch_is_one_line(
         assert word in lines[1]
 
 
-def test_settings_that_cannot_train_are_refused(tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="batch_size = 0"):
         TrainSettings(epochs=1, batch_size=0)
     with pytest.raises(InputError, match="choose one of none, erasing, light, thesis"):

@@ -1,9 +1,8 @@
-"""Mask learning: lands on the budget, equals its cut model, shrinks without changing what is
-computed, and resumes to the same masks.
-"""
+"""Mask learning meets its budget, equals its cut model, shrinks exactly, and resumes exactly."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from vitrim.compress.lift import lift
 from vitrim.compress.masks.budget import Budget
 from vitrim.compress.network.architecture import AttentionSpec
 from vitrim.compress.network.count import count_macs, count_params
+from vitrim.compress.surgery.plan import plan
 from vitrim.compress.train.loop import fit
 from vitrim.compress.train.mask_settings import MaskSettings
 from vitrim.compress.train.mask_task import MaskTask
@@ -28,7 +28,7 @@ from vitrim.compress.train.optimizers import OptimizerName
 from vitrim.compress.train.settings import TrainSettings
 
 EPOCHS, STEPS = 4, 8
-# Large for these tiny networks, so that sub-layers do go as a whole.
+# Large for these tiny networks, so that sub-layers are removed as a whole.
 WHOLE: dict[str, Any] = {"attention_overhead_macs": 1e5, "ffn_overhead_macs": 1e5}
 
 
@@ -98,8 +98,7 @@ def test_learned_masks_meet_the_budget_and_equal_their_cut(
     cut = task.result(last_queries=False)
     spent = {"params": count_params, "macs": count_macs}[settings.budget.kind](cut.architecture)
     target = settings.budget.ratio * task.dense_cost
-    # Whole units of a tiny network are coarse; with `full` sharing one unit goes from every block
-    # at once.
+    # Units of a tiny network are coarse; with `full` sharing one unit is removed from every block.
     assert (0.95 if settings.sharing == "full" else 0.985) * target <= spent <= target
     images = torch.randn(4, 3, 16, 16)
     assert relative_error(cut(images), vitrim.masked(network, mask)(images)) < 1e-5
@@ -109,7 +108,7 @@ def test_learned_masks_meet_the_budget_and_equal_their_cut(
         assert attention.heads == 4  # type: ignore[union-attr]
     if settings.ffn_overhead_macs:
         assert len(cut.architecture.branches) < len(task.dense.branches), (
-            "a sub-layer should have gone as a whole"
+            "a sub-layer should have been removed as a whole"
         )
     if settings.round_to == 4:
         assert cut.architecture.embed % 4 == 0
@@ -127,9 +126,7 @@ def test_learned_masks_meet_the_budget_and_equal_their_cut(
 def test_grouped_queries_are_learned_counted_and_cut(
     tmp_path: Path, settings: MaskSettings
 ) -> None:
-    """Two heads to one of keys and values in the first block, four in the second; rope, RMSNorm and
-    norms of queries and keys besides.
-    """
+    """Two heads per key/value head in one block, four in the other; rope, RMSNorm, qk norms."""
     task = learn(
         tmp_path, settings, name="vit_base_patch16_sapiens2", num_kv_heads=(2, 1), qk_norm=True
     )
@@ -153,15 +150,13 @@ def test_grouped_queries_are_learned_counted_and_cut(
 
 
 @pytest.mark.parametrize("overheads", [{}, WHOLE])
-def test_the_mask_speaks_of_the_dense_model_whatever_was_cut_on_the_way(
+def test_the_mask_fits_the_dense_model_although_the_graph_shrank(
     tmp_path: Path, overheads: dict[str, Any]
 ) -> None:
     task = learn(tmp_path, MaskSettings(budget=Budget("params", 0.35), update_steps=2, **overheads))
     assert task.progress.shrunk, "the training graph should have shrunk in this run"
     mask = task.mask()
     mask.check(task.dense)
-    from vitrim.compress.surgery.plan import plan
-
     assert count_params(plan(task.dense, mask).architecture) == count_params(
         task.result(last_queries=False).architecture
     )
@@ -192,22 +187,22 @@ def test_shrinking_changes_neither_the_function_nor_the_optimizer(
     assert relative_error(task.result()(images), before) < 1e-5
     assert all(torch.equal(task.mask().kept[name][site], keep) for name, site, keep in kept)
     for name, parameter in task.masked.network.named_parameters():
-        memory = rebuilt.state[parameter]
-        assert memory, name
+        moments = rebuilt.state[parameter]
+        assert moments, name
         assert all(
             moment.shape == parameter.shape
-            for moment in memory.values()
+            for moment in moments.values()
             if isinstance(moment, torch.Tensor) and moment.ndim
         ), name
-        assert float(memory.get("step", 16)) == 16
+        assert float(moments.get("step", 16)) == 16
     loss, _ = task.loss(images, targets)
     loss.backward()
     rebuilt.step()
 
 
-def test_lambda_pushes_units_out_and_stops_when_nothing_moves(tmp_path: Path) -> None:
+def test_lambda_removes_units_and_stops_when_nothing_improves(tmp_path: Path) -> None:
     settings = MaskSettings(lambda_=1e-4, score_lr=0.05, size_patience_epochs=2)
-    task = learn(tmp_path / "pushed", settings)
+    task = learn(tmp_path / "removed", settings)
     assert task.size()[0] < count_params(task.dense)
     still = MaskTask(
         lift(tiny_vit(num_classes=4)),
@@ -230,7 +225,7 @@ def test_budget_and_lambda_exclude_each_other(both: dict[str, Any]) -> None:
         MaskSettings(**both)
 
 
-def test_a_sub_layer_that_has_gone_costs_nothing_and_the_others_can_fill_its_place() -> None:
+def test_a_removed_sub_layer_costs_nothing_and_the_others_use_the_budget() -> None:
     settings = MaskSettings(
         budget=Budget("params", 0.4),
         update_steps=1,
@@ -242,8 +237,7 @@ def test_a_sub_layer_that_has_gone_costs_nothing_and_the_others_can_fill_its_pla
     for step in range(14):
         task.loss(images, targets)[0].backward()
         task.after_step(step)
-    # At such a price no sub-layer is worth its place, yet only so many go that the budget can still
-    # be used.
+    # At this overhead every sub-layer is too expensive, but the rest must still use the budget.
     assert task.gates.removed
     assert 0.97 * 0.4 * task.dense_cost <= task.size()[0] <= 0.4 * task.dense_cost
     assert task.size() == (
@@ -272,13 +266,13 @@ if {kill}:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, epoch, val)
     masks.MaskTask.after_epoch = after_epoch
-task = learn(Path({folder!r}), MaskSettings(budget=Budget("params", 0.35), update_steps=2, **WHOLE), resume={resume})
-task.mask().save({mask!r})
+settings = MaskSettings(budget=Budget("params", 0.35), update_steps=2, **WHOLE)
+learn(Path({folder!r}), settings, resume={resume}).mask().save({mask!r})
 """
 
 
 def test_a_killed_run_resumes_to_equal_masks(tmp_path: Path) -> None:
-    """kill -9 in the third epoch, then --resume: the same masks as a run that was never broken."""
+    """kill -9 in the third epoch, then --resume: the same masks as an uninterrupted run."""
     here = Path(__file__).parent
     tests = f"{here}:{here.parents[1]}"
 
@@ -290,8 +284,6 @@ def test_a_killed_run_resumes_to_equal_masks(tmp_path: Path) -> None:
             resume=resume,
             mask=str(tmp_path / mask),
         )
-        import os
-
         environment = {**os.environ, "PYTHONPATH": tests}
         return subprocess.run(
             [sys.executable, "-c", script], check=False, capture_output=True, env=environment

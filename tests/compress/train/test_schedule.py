@@ -1,4 +1,4 @@
-"""Learning rates against their formulas."""
+"""Learning rates equal their formulas."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def test_a_rate_is_a_function_of_the_step() -> None:
 @pytest.mark.parametrize(
     "change", [{"kind": "linear"}, {"restart_epochs": 0}, {"warmup_epochs": -1.0}, {"min_lr": -1.0}]
 )
-def test_schedules_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
+def test_invalid_schedules_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="schedule"):
         Schedule(**change)
