@@ -1,4 +1,4 @@
-"""An artifact to bundle, and the building of a bundle's example."""
+"""A sample artifact to bundle, and the build of a bundle's example."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import pytest
 import vitrim
 from tiny_models import tiny_vit
 from vitrim.export.artifact import Artifact
-from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
 from vitrim.export.forms import FORMS, write_network
 from vitrim.export.graphs.model_proto import save_model
+from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
 
 LABELS = ("ankle boot", 'a "quoted" label', "naïve", "back\\slash", "??=")
 
 
 def artifact_in(folder: Path, **preprocessing: object) -> Artifact:
-    """An artifact without the seconds that torch's exporter takes: the bundle reads only the
-    folder.
-    """
+    """Write an artifact without torch's exporter, which takes seconds."""
     settings = PreprocessingSpec.model_validate(
         {"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4], **preprocessing}
     )
@@ -50,7 +48,7 @@ def runtime_library() -> Path | None:
 
 
 def needs_compiler() -> None:
-    """Skip where the example cannot be built, with what is missing."""
+    """Skip where the example cannot be built, and name what is missing."""
     if sys.platform != "linux":
         pytest.skip("the bundle's test needs Linux")
     missing = [tool for tool in ("g++", "cmake") if shutil.which(tool) is None]
@@ -61,20 +59,9 @@ def needs_compiler() -> None:
 
 
 def build(folder: Path, header: Path, *settings: str, place: str = "build") -> Path:
-    """Build the example of a bundle, with warnings as errors."""
-    for command in (
-        [
-            "cmake",
-            "-S",
-            ".",
-            "-B",
-            place,
-            f"-DONNXRUNTIME_INCLUDE={header}",
-            "-DCMAKE_CXX_FLAGS=-Werror",
-            *settings,
-        ],
-        ["cmake", "--build", place],
-    ):
+    """Build the example of a bundle with warnings as errors, and return the program."""
+    options = [f"-DONNXRUNTIME_INCLUDE={header}", "-DCMAKE_CXX_FLAGS=-Werror", *settings]
+    for command in (["cmake", "-S", ".", "-B", place, *options], ["cmake", "--build", place]):
         ran = subprocess.run(
             command, capture_output=True, text=True, timeout=240, cwd=folder, check=False
         )

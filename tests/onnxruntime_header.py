@@ -1,6 +1,4 @@
-"""Where `onnxruntime_c_api.h` lies, fetching Debian's copy into a cache of our own if it lies
-nowhere.
-"""
+"""The folder of `onnxruntime_c_api.h`; Debian's copy is fetched into a cache where it is absent."""
 
 from __future__ import annotations
 
@@ -14,13 +12,17 @@ from vitrim.core.errors import InputError
 
 HEADER = "onnxruntime_c_api.h"
 PACKAGE = "libonnxruntime-dev"
+NO_HEADER = (
+    "onnxruntime_c_api.h is not here and could not be fetched: "
+    "set ONNXRUNTIME_INCLUDE to its folder"
+)
 CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitrim" / "onnxruntime-header"
 )
 
 
 def header_folder() -> Path | None:
-    """The folder of the header, or None if it is not to be had here."""
+    """Return the folder of the header, or None if it is not available here."""
     places = (
         [Path(os.environ["ONNXRUNTIME_INCLUDE"])] if "ONNXRUNTIME_INCLUDE" in os.environ else []
     )
@@ -40,7 +42,7 @@ def header_folder() -> Path | None:
 
 
 def _fetch() -> Path | None:
-    """From the release that has the package, unpacked aside and not installed."""
+    """Download the package and unpack it without installing it."""
     debian.require_debian()
     here = subprocess.run(
         ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True, timeout=30

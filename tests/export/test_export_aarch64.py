@@ -1,6 +1,4 @@
-"""Artifacts for ARM targets: asked on the target's own processor, emulated; and the C++ bundle
-cross-compiled for it.
-"""
+"""Artifacts for ARM targets, verified on the emulated processor, and their C++ bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import pytest
 import vitrim
 from aarch64 import emulator
 from bundle_sample import LABELS, artifact_in, build, needs_compiler
-from onnxruntime_header import header_folder
+from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
 from tiny_models import tiny_vit
 from vitrim.compress.data.preprocessing import Preprocessing
@@ -40,14 +38,14 @@ def exported(folder: Path, target: str, precision: str) -> Artifact:
     ("target", "cpu", "precision", "allowed"),
     [
         ("rpi4", "cortex-a72", "fp32", 1e-5),
-        # With the eight-bit dot product, which a kernel of its own computes; `python -m
-        # benchmarks.accuracy.aarch64_parity` asks all targets.
+        # With eight-bit dot products, which have kernels of their own; `python -m
+        # benchmarks.accuracy.aarch64_parity` measures all targets.
         ("rpi5", "cortex-a76", "int8", 0.05),
-        # Products with ranges found on images are the runtime's own there too.
+        # Products with static ranges are the runtime's own there too.
         ("rpi5", "cortex-a76", "int8-static", 0.05),
     ],
 )
-def test_the_targets_processor_answers_as_torch_does(
+def test_outputs_on_the_targets_processor_are_torchs(
     tmp_path: Path, target: str, cpu: str, precision: str, allowed: float
 ) -> None:
     found = emulator("onnxruntime")
@@ -64,24 +62,25 @@ def test_the_targets_processor_answers_as_torch_does(
     note = next(
         note
         for note in artifact.manifest.notes
-        if note.startswith(f"{target}: asked under qemu-aarch64")
+        if note.startswith(f"{target}: verified under qemu-aarch64")
     )
-    assert float(note.split("its answers are ")[1].split()[0]) < 1e-4
+    assert float(note.split("its outputs differ by ")[1].split()[0]) < 1e-4
 
 
-def test_where_nothing_is_prepared_the_manifest_says_so(
+def test_without_emulation_the_manifest_records_that_parity_was_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VITRIM_EMULATION", str(tmp_path / "empty"))
     artifact = exported(tmp_path / "artifact", "rpi4", "fp32")
-    assert (
-        "parity was not run on rpi4: emulation is not prepared on this machine (vitrim targets emulate)"
-        in artifact.manifest.notes
+    note = (
+        "parity was not run on rpi4: emulation is not prepared on this machine "
+        "(vitrim targets emulate)"
     )
+    assert note in artifact.manifest.notes
     assert all("under" not in stage.stage for stage in artifact.manifest.parity)
 
 
-def test_a_target_that_nothing_here_emulates_is_told(tmp_path: Path) -> None:
+def test_the_manifest_of_a_target_without_an_emulator_records_the_reason(tmp_path: Path) -> None:
     artifact = exported(tmp_path / "artifact", "stm32h7", "fp32")
     assert (
         "parity was not run on stm32h7: programs for armv7e-m do not run on this machine"
@@ -95,29 +94,27 @@ def test_an_artifact_that_the_target_cannot_run_stops_the_export(
     found = emulator("onnxruntime")
     from vitrim.bench.emulation.emulator import Emulator
 
-    # A user land whose python knows no runtime.
+    # A user land whose Python has no runtime.
     monkeypatch.setattr(
         Emulator,
         "command",
         lambda self, program: [str(found.qemu), "-L", str(found.root), str(found.python)],
     )
     with pytest.raises(
-        InputError, match=r"rpi4: the artifact gave no answer under qemu-aarch64 .*numpy"
+        InputError, match=r"rpi4: the artifact does not run under qemu-aarch64 .*numpy"
     ):
         exported(tmp_path / "artifact", "rpi4", "fp32")
     assert not (tmp_path / "artifact").exists()
 
 
-def test_the_cross_compiled_example_answers_as_the_artifact_does_here(tmp_path: Path) -> None:
+def test_outputs_of_the_cross_compiled_example_are_the_artifacts(tmp_path: Path) -> None:
     arm = emulator("onnxruntime").like(["Cortex-A72"])
     if shutil.which("aarch64-linux-gnu-g++") is None:
         pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
     needs_compiler()
     header = header_folder()
     if header is None:
-        pytest.skip(
-            "onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder"
-        )
+        pytest.skip(NO_HEADER)
     artifact = artifact_in(tmp_path / "artifact")
     folder = bundle(artifact, tmp_path / "bundle")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (23, 31), dtype=np.uint8))
@@ -160,7 +157,7 @@ def test_the_cross_compiled_example_answers_as_the_artifact_does_here(tmp_path: 
     assert report["program_bytes"] == program.stat().st_size
     assert report["runtime_bytes"] == library.stat().st_size
     assert report["model_bytes"] == artifact.model_path.stat().st_size
-    # What the system tells there are the emulator's time and memory, and they are called so.
+    # Time and memory are the emulator's, and are labelled so.
     assert set(report) == {
         "program_bytes",
         "runtime_bytes",

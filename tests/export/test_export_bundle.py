@@ -1,4 +1,4 @@
-"""The bundle builds from a clean folder and answers as the artifact does."""
+"""The bundle builds from a clean folder, and its outputs are the artifact's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_sample import LABELS, artifact_in, build, needs_compiler, runtime_library
-from onnxruntime_header import header_folder
+from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.core.errors import InputError
@@ -23,9 +23,7 @@ def header() -> Path:
     needs_compiler()
     found = header_folder()
     if found is None:
-        pytest.skip(
-            "onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder"
-        )
+        pytest.skip(NO_HEADER)
     return found
 
 
@@ -60,7 +58,7 @@ def run(
     ],
     ids=["grey, squashed", "colour, cropped"],
 )
-def test_the_program_answers_as_the_artifact(
+def test_the_outputs_of_the_program_are_the_artifacts(
     header: Path, tmp_path: Path, settings: dict[str, object], mode: str
 ) -> None:
     artifact = artifact_in(tmp_path / "artifact", **settings)
@@ -69,7 +67,7 @@ def test_the_program_answers_as_the_artifact(
     preprocessing = Preprocessing.model_validate(artifact.manifest.preprocessing.model_dump())
     session = open_session(artifact)
     random = np.random.default_rng(0)
-    # Larger, smaller, oblong, and of the other kind of colour than the model takes.
+    # Larger, smaller, oblong, and with other colour channels than the model's.
     for number, (height, width, kind) in enumerate(
         [(53, 31, mode), (16, 16, mode), (9, 40, mode), (24, 24, "L" if mode == "RGB" else "RGB")]
     ):
@@ -94,15 +92,15 @@ def test_the_program_answers_as_the_artifact(
         assert lines[0].endswith(LABELS[int(expected.argmax())])
         timed, *report = lines[-5:]
         assert timed.startswith("p50_s 0.")
-        told = {name: int(value) for name, value in map(str.split, report)}
-        assert 5_000_000 < told.pop("peak_rss_bytes") < 300_000_000
+        sizes = {name: int(value) for name, value in map(str.split, report)}
+        assert 5_000_000 < sizes.pop("peak_rss_bytes") < 300_000_000
         library = runtime_library()
         assert library is not None
-        sizes = {"program": program, "runtime": library, "model": artifact.model_path}
-        assert told == {f"{name}_bytes": file.stat().st_size for name, file in sizes.items()}
+        files = {"program": program, "runtime": library, "model": artifact.model_path}
+        assert sizes == {f"{name}_bytes": file.stat().st_size for name, file in files.items()}
 
 
-def test_the_program_refuses_in_one_line(header: Path, tmp_path: Path) -> None:
+def test_the_program_reports_errors_in_one_line(header: Path, tmp_path: Path) -> None:
     folder = bundle(artifact_in(tmp_path / "artifact"), tmp_path / "bundle")
     program = build(folder, header)
     broken = tmp_path / "short.pgm"
@@ -119,7 +117,7 @@ def test_the_program_refuses_in_one_line(header: Path, tmp_path: Path) -> None:
     assert len(ran.stderr.splitlines()) == 1
 
 
-def test_what_cannot_be_bundled_is_refused(tmp_path: Path) -> None:
+def test_artifacts_that_cannot_be_bundled_are_refused(tmp_path: Path) -> None:
     artifact = artifact_in(tmp_path / "artifact")
     for change, reason in (
         ({"preprocessing": None}, "has no preprocessing"),
@@ -135,7 +133,7 @@ def test_what_cannot_be_bundled_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
-def test_the_bundle_holds_the_artifact_untouched(tmp_path: Path) -> None:
+def test_the_bundle_contains_the_unchanged_artifact(tmp_path: Path) -> None:
     artifact = artifact_in(tmp_path / "artifact")
     folder = bundle(artifact, tmp_path / "bundle")
     assert Artifact.load(folder / "model").sha256 == artifact.sha256

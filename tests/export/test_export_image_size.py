@@ -1,6 +1,4 @@
-"""An artifact for another image size: what it answers, what its manifest says, its C++ program, and
-what is refused.
-"""
+"""An artifact for another image size: outputs, manifest, C++ program, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import vitrim
 from bundle_sample import LABELS, build, needs_compiler, runtime_library
-from onnxruntime_header import header_folder
+from onnxruntime_header import NO_HEADER, header_folder
 from photo_folder import CLASSES, write_photos
 from PIL import Image
 from tiny_models import tiny_vit
@@ -40,9 +39,7 @@ TRAINED = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, torch.nn.Module, np.ndarray]:
-    """One artifact for all tests that only look at it, of a cut model that goes from 16 x 16 to 24
-    x 32; and the same made by timm.
-    """
+    """One artifact of a pruned model resized from 16 x 16 to 24 x 32, and the same made by timm."""
     model: Any = tiny_vit("deit_tiny_distilled_patch16_224")
     mask = StructuredMask.random(model, 0.6, "unshared")
     images = np.random.default_rng(3).standard_normal((6, 3, 24, 32), dtype=np.float32)
@@ -61,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, torch.nn.M
     return artifact, vitrim.compact(model, mask).eval(), images
 
 
-def test_it_answers_as_timm_at_that_size_and_says_where_it_came_from(
+def test_outputs_are_timms_at_that_size_and_the_manifest_records_the_source(
     made: tuple[Artifact, torch.nn.Module, np.ndarray],
 ) -> None:
     artifact, wanted, images = made
@@ -73,8 +70,7 @@ def test_it_answers_as_timm_at_that_size_and_says_where_it_came_from(
     manifest = artifact.manifest
     assert manifest.inputs[0].shape == (1, 3, 24, 32)
     assert manifest.preprocessing is not None
-    # Only the size changes: the share that is cropped, the filter and the figures of the pixels
-    # stay.
+    # Only the size changes; crop ratio, filter, mean and std stay.
     wanted_fields = TRAINED | {"height": 24, "width": 32, "interpolation": "bicubic"}
     assert json.loads(manifest.preprocessing.model_dump_json()) == wanted_fields
     details = dict(manifest.provenance.details)
@@ -85,21 +81,19 @@ def test_it_answers_as_timm_at_that_size_and_says_where_it_came_from(
         != manifest.provenance.weights_sha256
     )
     assert not details
-    assert (
-        manifest.notes[0]
-        == "image size 24x32: the model was trained at 16x16, not at this size; its accuracy here is another, and not yet measured"
+    assert manifest.notes[0] == (
+        "image size 24x32: the model was trained at 16x16, not at this size; its accuracy here "
+        "differs, and is not measured yet"
     )
 
 
-def test_its_cpp_program_prepares_pictures_for_the_new_size(
+def test_the_cpp_program_prepares_pictures_for_the_new_size(
     made: tuple[Artifact, torch.nn.Module, np.ndarray], tmp_path: Path
 ) -> None:
     needs_compiler()
     header = header_folder()
     if header is None:
-        pytest.skip(
-            "onnxruntime_c_api.h is not here and could not be fetched: set ONNXRUNTIME_INCLUDE to its folder"
-        )
+        pytest.skip(NO_HEADER)
     artifact, wanted, _ = made
     folder = bundle(artifact, tmp_path / "bundle")
     program = build(folder, header)
@@ -132,7 +126,7 @@ def test_its_cpp_program_prepares_pictures_for_the_new_size(
         np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_the_command_line_takes_the_runs_own_images_at_the_new_size(
+def test_the_command_uses_the_runs_own_images_at_the_new_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = write_photos(tmp_path / "photos")
@@ -148,8 +142,8 @@ def test_the_command_line_takes_the_runs_own_images_at_the_new_size(
     assert (
         call(["export", str(model), "--out", str(tmp_path / "out"), "--image-size", "24x16"]) == 0
     )
-    told = capsys.readouterr().out
-    assert "image size 24x16: the model was trained at 16x16" in told
+    printed = capsys.readouterr().out
+    assert "image size 24x16: the model was trained at 16x16" in printed
     manifest = Artifact.load(tmp_path / "out").manifest
     assert manifest.inputs[0].shape == (1, 3, 24, 16)
     assert manifest.parity[-1].input_kind == "images"
@@ -162,21 +156,19 @@ def test_the_command_line_takes_the_runs_own_images_at_the_new_size(
     ) == (24, 16, 0.9)
 
 
-def test_what_the_command_line_refuses_in_one_line(
+def test_the_command_refuses_sizes_that_do_not_work_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = vitrim.save(tiny_vit(), tmp_path / "model")
     graph = tmp_path / "given.onnx"
-    import onnx
-
-    picture, answer = (
+    picture, logits = (
         onnx.helper.make_tensor_value_info(name, 1, shape)
         for name, shape in (("images", [1, 3, 4, 4]), ("logits", [1, 48]))
     )
     node = onnx.helper.make_node("Flatten", ["images"], ["logits"])
     onnx.save(
         onnx.helper.make_model(
-            onnx.helper.make_graph([node], "flat", [picture], [answer]),
+            onnx.helper.make_graph([node], "flat", [picture], [logits]),
             opset_imports=[onnx.helper.make_opsetid("", 18)],
         ),
         graph,
@@ -185,17 +177,20 @@ def test_what_the_command_line_refuses_in_one_line(
         (
             model,
             "20",
-            "image size 20x20: height 20 does not make whole patches, which start every 8 pixels; 16 and 24 are the nearest that work",
+            "image size 20x20: height 20 does not make whole patches, which start every 8 pixels; "
+            "16 and 24 are the nearest that work",
         ),
         (
             model,
             "big",
-            "image size 'big': write 160, or 160x192 for height x width, in pixels above 0 and up to 1000000",
+            "image size 'big': write 160, or 160x192 for height x width, in pixels above 0 and up "
+            "to 1000000",
         ),
         (
             graph,
             "8",
-            f"{graph}: the image size of an .onnx file is fixed; export it again at 8, or name the saved model",
+            f"{graph}: the image size of an .onnx file is fixed; export it again at 8, "
+            "or name the saved model",
         ),
     ):
         assert (
@@ -206,11 +201,12 @@ def test_what_the_command_line_refuses_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_does_not_fit_a_new_size_is_refused(tmp_path: Path) -> None:
+def test_options_that_do_not_fit_a_new_size_are_refused(tmp_path: Path) -> None:
     model = tiny_vit()
     with pytest.raises(
         InputError,
-        match="preprocessing: it makes images of 20x16, the model is for 16x16 and goes to 24x24",
+        match="preprocessing: it makes images of 20x16, "
+        "the model is for 16x16 and is resized to 24x24",
     ):
         export(model, tmp_path / "out", image_size=24, preprocessing=TRAINED | {"height": 20})
     with pytest.raises(
@@ -218,14 +214,14 @@ def test_what_does_not_fit_a_new_size_is_refused(tmp_path: Path) -> None:
         match=r"images: shape \(2, 3, 16, 16\) does not fit the model's \(count, 3, 24, 24\)",
     ):
         export(model, tmp_path / "out", image_size=24, images=np.zeros((2, 3, 16, 16), np.float32))
-    with pytest.raises(InputError, match="image and image_size both say the size"):
+    with pytest.raises(InputError, match="image and image_size both give the size"):
         export(model, tmp_path / "out", image_size=24, image=(3, 16, 16))
     with pytest.raises(UnsupportedModel, match="no rule for"):
         export(torch.nn.Flatten(), tmp_path / "out", image_size=24)
     assert not (tmp_path / "out").exists()
 
 
-def test_attention_that_this_machine_cannot_hold_is_refused_before_it_is_tried() -> None:
+def test_attention_that_does_not_fit_the_memory_is_refused_before_it_is_computed() -> None:
     architecture = vitrim.lift(tiny_vit()).architecture
     data = architecture.model_dump(by_alias=True) | {"image": (3, 2032, 2032)}
     data["steps"][0][0]["core"] |= {"heads": 100_000, "qk": 1, "v": 1}

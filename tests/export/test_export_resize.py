@@ -1,4 +1,4 @@
-"""The bundle resizes as Pillow does, to the last bit."""
+"""The bundle resizes as Pillow does, bit for bit."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pictures(count: int, seed: int) -> list[tuple[np.ndarray, tuple[int, int], str]]:
-    """Random sizes, colours, filters and samples; every third picture is black and white, where
-    filters overshoot most.
+    """Random sizes, colours, filters and samples.
+
+    Every third picture is black and white, where filters overshoot most.
     """
     random = np.random.default_rng(seed)
     found = []
@@ -68,9 +69,10 @@ def resized(
     pieces = []
     for samples, size, name in wanted:
         channels = 1 if samples.ndim == 2 else 3
-        line = f"{samples.shape[1]} {samples.shape[0]} {channels} {size[0]} {size[1]} {pillow} {name}\n"
+        height, width = samples.shape[:2]
+        line = f"{width} {height} {channels} {size[0]} {size[1]} {pillow} {name}\n"
         pieces.append(line.encode() + samples.tobytes())
-    answer = np.frombuffer(
+    output = np.frombuffer(
         subprocess.run(
             [str(program)], input=b"".join(pieces), capture_output=True, check=True, timeout=120
         ).stdout,
@@ -79,20 +81,20 @@ def resized(
     found, start = [], 0
     for samples, size, _ in wanted:
         shape = (size[1], size[0], *samples.shape[2:])
-        found.append(answer[start : start + int(np.prod(shape))].reshape(shape))
+        found.append(output[start : start + int(np.prod(shape))].reshape(shape))
         start += int(np.prod(shape))
-    assert start == len(answer)
+    assert start == len(output)
     return found
 
 
-def test_every_filter_gives_pillows_bits_at_any_size(program: Path) -> None:
+def test_every_filter_matches_pillow_at_any_size(program: Path) -> None:
     wanted = pictures(1500, seed=4)
     for (samples, size, name), found in zip(wanted, resized(program, wanted, MAJOR), strict=True):
         expected = np.asarray(Image.fromarray(samples).resize(size, Image.Resampling[name.upper()]))
         np.testing.assert_array_equal(found, expected, err_msg=f"{name} {samples.shape} -> {size}")
 
 
-def test_older_pillows_resized_columns_first(program: Path) -> None:
+def test_older_pillows_resize_columns_first(program: Path) -> None:
     wanted = [
         (samples, size, name) for samples, size, name in pictures(400, seed=5) if name != "nearest"
     ]
@@ -108,6 +110,6 @@ def test_older_pillows_resized_columns_first(program: Path) -> None:
     assert differ > 10
 
 
-def test_the_order_of_passes_is_that_of_the_pillow_that_trained() -> None:
+def test_the_order_of_passes_is_that_of_the_pillow_in_training() -> None:
     assert pillow_major({"pillow": "11.3.0"}) == 11
     assert pillow_major({}) == MAJOR
