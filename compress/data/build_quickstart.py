@@ -57,7 +57,7 @@ def main() -> None:
     archive = build(folder)
     if len(archive) > LIMIT_BYTES:
         raise InputError(
-            f"the archive has {len(archive)} bytes, more than {LIMIT_BYTES}; take fewer images"
+            f"the archive has {len(archive)} bytes, more than {LIMIT_BYTES}; use fewer images"
         )
     replace_file(ARCHIVE, archive)
     print(f"{ARCHIVE.name}: {len(archive)} bytes, {sum(IMAGES.values())} images")

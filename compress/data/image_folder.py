@@ -26,7 +26,9 @@ def read_image_folder(root: Path) -> RawDataset:
     """
     if not root.is_dir():
         problem = "not a folder" if root.exists() else "no such folder"
-        raise InputError(f"{root}: {problem}; imagefolder: names a folder with one folder a class")
+        raise InputError(
+            f"{root}: {problem}; imagefolder: needs a folder with one folder per class"
+        )
     parts = {
         kind: _part(root, names)
         for kind, names in (("train", _TRAIN), ("val", _VAL), ("test", _TEST))
@@ -43,7 +45,7 @@ def read_image_folder(root: Path) -> RawDataset:
     labels = tuple(folder.name for folder in _folders(train_root))
     if not labels:
         raise InputError(
-            f"{train_root}: no class folders in it; put the images into one folder a class"
+            f"{train_root}: no class folders in it; put the images into one folder per class"
         )
     read = {
         kind: _images(folder, labels)

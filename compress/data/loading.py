@@ -50,7 +50,7 @@ def open_dataset(
         preprocessing: The whole preprocessing; used instead of `image`.
         seed: For the division into splits.
         validation: The share of train that is held out if there is no official validation split.
-        limit: Use at most so many training images, stratified (default: all).
+        limit: The largest number of training images, drawn stratified (default: all).
         cache: The folder for decoded images (default: memory, or the user's cache folder beyond
             256 MB).
         quiet: Show no progress bar.
@@ -110,7 +110,7 @@ def open_sample(
     Args:
         spec: The data set, as for `open_dataset`.
         part: The split.
-        count: Load at most so many images.
+        count: The largest number of images.
         preprocessing: From an image to the input of the model.
         classes: The number of classes that the data set must have.
         seed: For the division into splits, which is that of `open_dataset`.
@@ -139,7 +139,7 @@ def open_sample(
 
 
 def require_classes(data: DataSplits, classes: int, model_name: str) -> None:
-    """Validate that a model has one output a class.
+    """Validate that a model has one output per class.
 
     Raises:
         InputError: It has another number of outputs; the message names both numbers.

@@ -55,7 +55,7 @@ class Preprocessing(BaseModel):
     def _one_number_a_channel(self) -> Self:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(
-                f"mean and std need {self.channels} numbers, one a channel; "
+                f"mean and std need {self.channels} numbers, one per channel; "
                 f"got {len(self.mean)} and {len(self.std)}"
             )
         if min(self.std) <= 0:

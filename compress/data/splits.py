@@ -80,7 +80,7 @@ class DataSplits:
         return len(self.labels)
 
     def limited(self, train_images: int | None, seed: int = 0) -> DataSplits:
-        """The data set with at most so many training images, stratified."""
+        """The data set with at most `train_images` training images, drawn stratified."""
         if train_images is None or train_images >= len(self.train):
             return self
         rows, _ = stratified_indices(self.train.targets, train_images, seed)

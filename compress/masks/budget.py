@@ -150,7 +150,7 @@ class DualSolver:
             target: The cost not to exceed.
 
         Returns:
-            Booleans, one tensor a group.
+            Booleans, one tensor per group.
         """
         costs = self.marginal_costs(kept)
         values = [
@@ -223,7 +223,7 @@ class DualSolver:
         """The sub-layer of the lowest saliency per cost, if that is below the price.
 
         The saliency is that of one gate on the whole output. The sum over units is two to four
-        times lower in an attention, whose units are redundant, so that each alone could go.
+        times lower in an attention, whose units are redundant: each alone could be removed.
 
         Args:
             kept: The units kept now.

@@ -1,4 +1,4 @@
-"""Trainable masks: one score a unit, thresholded by a straight-through estimator.
+"""Trainable masks: one score per unit, thresholded by a straight-through estimator.
 
 The forward pass uses the hard mask; the backward pass takes the threshold as the identity.
 
@@ -81,7 +81,7 @@ def _straight(scores: Tensor) -> Tensor:
 
 
 class Gates(nn.Module):
-    """Trainable scores for every group of units, and the masks that they give.
+    """Trainable scores for every group of units, and the masks computed from them.
 
     Args:
         architecture: The network.
@@ -152,7 +152,7 @@ class Gates(nn.Module):
         return value.sum() if indices is None else value[list(indices)].sum()
 
     def counter(self, kept: Sequence[Tensor]) -> Any:
-        """A `live` function that returns integers, for booleans `kept`, one tensor a group."""
+        """A `live` function that returns integers, for booleans `kept`, one tensor per group."""
         totals = [int(keep.sum()) for keep in kept]
 
         def live(dimension: str, site: str, indices: Indices | None = None) -> int:
@@ -186,7 +186,7 @@ class Gates(nn.Module):
         return StructuredMask(entries, scale="kept")
 
     def parameter_groups(self, lr: float) -> Iterator[dict[str, Any]]:
-        """One optimizer group a mask, without weight decay, at the learning rate `lr`.
+        """One optimizer group per mask, without weight decay, at the learning rate `lr`.
 
         The rate of a shared mask is scaled by 1 - (times shared / total masks).
 
@@ -196,7 +196,7 @@ class Gates(nn.Module):
         total = sum(group.uses for group in self.groups)
         for group, scores in zip(self.groups, self.scores, strict=True):
             factor = 1.0 - group.uses / total if group.uses > 1 else 1.0
-            # With a single mask in all, the factor of the paper is 0 and would stop it altogether.
+            # With a single mask in all, the factor of the paper would be 0.
             yield {"params": [scores], "lr": lr * factor if factor > 0 else lr, "weight_decay": 0.0}
 
     def _masks(self) -> list[Tensor]:

@@ -60,10 +60,10 @@ def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
 
 
 def tied_units(architecture: Architecture, dimension: str, site: str) -> Tensor:
-    """The indices of a group that are kept or dropped as one, such as the columns of a rope pair.
+    """The indices of a group that are kept or removed as one, such as the columns of a rope pair.
 
     Returns:
-        (units, members); most groups have one member a unit.
+        (units, members); most groups have one member per unit.
     """
     if dimension == "qk":
         for _, core in attentions_at(architecture, site):

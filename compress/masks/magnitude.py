@@ -52,7 +52,7 @@ def magnitude(
 def unit_costs(
     architecture: Architecture, parameters: Mapping[str, Tensor], sharing: Sharing
 ) -> Scores:
-    """The number of parameters that each unit of the whole network owns, (size,) a group."""
+    """The number of parameters that each unit of the whole network owns, (size,) per group."""
     return owned(architecture, parameters, torch.ones_like, sharing)
 
 
@@ -89,7 +89,7 @@ def per_head(
     value: Callable[[Tensor], Tensor],
     sharing: Sharing,
 ) -> Scores:
-    """Sum of `value(parameter)` over the slices that each unit owns, heads apart.
+    """Sum of `value(parameter)` over the slices that each unit owns, for each head.
 
     Args:
         architecture: The network.

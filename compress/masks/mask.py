@@ -105,7 +105,7 @@ class StructuredMask:
         Args:
             model: A supported Vision Transformer, a `CompactModel`, or its architecture.
             keep_ratio: The share of units to keep, above 0 and at most 1: one number for embed,
-                head, qk, v and ffn, or one a dimension (`block` too). Missing dimensions are kept.
+                head, qk, v and ffn, or one per dimension (also `block`); others are kept whole.
             sharing: "unshared", every site has its own mask; "residual" (default), one embed mask
                 for the whole residual stream; "full", also one head, qk, v and ffn mask.
             seed: Equal seeds give equal masks.
@@ -164,7 +164,7 @@ class StructuredMask:
                 "taylor", the first-order change of the loss; "head", the sensitivity of heads
                 alone; "random".
             keep_ratio: The share of units to keep, each weighted by its parameters: one number
-                (default 0.5), or one a dimension.
+                (default 0.5), or one per dimension.
             scope: Which units are ranked against each other: all of the network ("global",
                 default), those of one group ("layer"), or those of all groups of the same
                 structure ("isomorphic").
@@ -222,8 +222,8 @@ class StructuredMask:
     def save(self, path: Path | str) -> None:
         """Write a safetensors file.
 
-        It holds one uint8 tensor `dimension/site` an entry; its metadata hold schema, scale and
-        note. Equal masks give equal files.
+        It holds one uint8 tensor `dimension/site` per entry, and schema, scale and note in its
+        metadata. Equal masks result in equal files.
 
         Args:
             path: The file to write or to replace.

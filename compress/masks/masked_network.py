@@ -37,7 +37,7 @@ class MaskedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         mask = self.mask
-        # Clamped, so that a norm of which nothing is kept gives zeros.
+        # Clamped, so that a norm of which nothing is kept returns zeros.
         count = mask.sum(dim=-1, keepdim=True).clamp(min=1e-6)
         x = x * mask
         if self.spec.kind == "layer":

@@ -35,7 +35,7 @@ def masked_tensors(
     Args:
         architecture: The network.
         parameters: Its parameters by name.
-        values: `values(dimension, site)` returns a float factor a unit, 1 = keep, or None where
+        values: `values(dimension, site)` returns a float factor per unit, 1 = keep, or None where
             everything is kept; shapes as in `StructuredMask`.
         scale: The softmax scale: "kept", that of the kept width, or "original".
 

@@ -28,9 +28,9 @@ class _Group:
     site: str
     # (units, members): the indices of each unit.
     members: Tensor
-    # (rows, units): rows are heads where each keeps its own columns.
+    # (rows, units): one row, or one per head where heads keep different columns.
     scores: Tensor
-    # (units,) parameters a unit.
+    # (units,) parameters per unit.
     costs: Tensor
     keep: int = 0
 

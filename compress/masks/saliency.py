@@ -22,7 +22,7 @@ Criterion = Literal["l1", "l2", "taylor", "head", "random"]
 Scores = dict[str, dict[str, Tensor]]
 Data = Iterable[tuple[Tensor, Tensor]]
 
-# The dimensions that a single ratio applies to; whole sub-layers go only when named.
+# The dimensions that a single ratio applies to; whole sub-layers are removed only by name.
 USUAL = ("embed", "head", "qk", "v", "ffn")
 
 

@@ -95,7 +95,7 @@ def _values(
         _add(remaining, int(dead.sum()), why)
         return torch.zeros_like(dead), emitted, torch.ones(core.heads, dtype=torch.bool)
     if core.head_norm is not None:
-        # The norm acts within a head, so an unread head can go, and a zero one that stays zero.
+        # The norm acts within a head, so an unread head is removable, and one that stays zero.
         zeros = (zero & (emitted == 0)).all(dim=1) & (not core.head_norm.bias)
         whole = unread.all(dim=1) | zeros
         why = "the statistics of the norm behind each head run over every column of the head"

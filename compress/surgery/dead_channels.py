@@ -84,7 +84,7 @@ def dead_channels(architecture: Architecture, state: Mapping[str, Tensor]) -> De
 def rescale_norms(
     architecture: Architecture, state: Mapping[str, Tensor], keep: Tensor
 ) -> tuple[Architecture, dict[str, Tensor]]:
-    """Rescale RMSNorms, so that over the kept channels they give what they gave over all."""
+    """Rescale RMSNorms, so that their outputs over the kept channels stay the same."""
     changed = dict(state)
     specs: dict[str, NormSpec] = {}
     for reader in _readers(architecture, state):

@@ -18,7 +18,7 @@ class DeadUnits:
 
     Attributes:
         keep: Mask entries by dimension.
-        fold: (width_out,), what the removed units add to every token: it goes to the output bias.
+        fold: (width_out,), the sum of the removed units at every token, for the output bias.
         remaining: Units that are zero and stay, as (count, reason).
     """
 

@@ -27,7 +27,7 @@ from .kept_indices import Keep, KeptIndices
 
 # The tolerance of `compact`.
 TOLERANCE = 1e-5
-# The suffixes that torch.nn.utils.prune gives to a tensor and its mask.
+# The suffixes of a pruned tensor and its mask in torch.nn.utils.prune.
 _ORIGINAL, _MASK = "_orig", "_mask"
 
 

@@ -37,8 +37,8 @@ def cut_attention(core: AttentionSpec, name: str, mask: StructuredMask) -> Atten
     if not len(heads) or not bool(v.any()):
         return None
     kv_of = torch.arange(core.heads) if core.kv_of is None else torch.tensor(core.kv_of)
-    # Key/value heads without queries go. The heads of a group have equal columns, so the first one
-    # represents it.
+    # Key/value heads without queries are removed. The heads of a group have equal columns, so the
+    # first one represents it.
     groups = torch.unique(kv_of[heads])
     members = torch.stack([heads[kv_of[heads] == group][0] for group in groups])
     new_kv = torch.searchsorted(groups, kv_of[heads])

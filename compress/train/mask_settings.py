@@ -29,8 +29,8 @@ class MaskSettings:
         update_steps: The number of steps between two solutions of the dual problem.
         shrink_gain: Dead units are removed from the training graph once they have this share of
             its MACs.
-        size_patience_epochs: With `lambda_`, stop when for so many epochs the accuracy has not
-            improved and the size has not fallen.
+        size_patience_epochs: With `lambda_`, stop after this number of epochs without a better
+            accuracy or a smaller size.
         round_to: When the masks freeze, kept counts are rounded to multiples of this.
         attention_overhead_macs: The cost of an attention beside its units, as the multiply-adds of
             the same time. With 0 none is removed as a whole.

@@ -1,4 +1,4 @@
-"""The progress of a training: one live line on a terminal, one plain line an epoch elsewhere."""
+"""The progress of a training: a live line on a terminal, or one plain line per epoch."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Schedule:
     Attributes:
         kind: "cosine" falls once from the rate of each group to `min_lr`; "restarts" does so every
             `restart_epochs`; "constant" does not fall.
-        warmup_epochs: For so long the rate first rises linearly from `min_lr`.
+        warmup_epochs: The epochs in which the rate first rises linearly from `min_lr`.
         restart_epochs: The length of a cycle of "restarts".
         min_lr: The lowest rate.
 

@@ -21,7 +21,7 @@ class TrainSettings:
         augmentation: The preset.
         label_smoothing: For the soft targets of the preset `thesis`.
         schedule: The learning rate schedule.
-        patience_epochs: Stop after so many epochs without a better score; None never stops.
+        patience_epochs: Stop after this number of epochs without a better score; None never stops.
         grad_clip: The largest gradient norm; None does not clip.
         restore_best: End with the state of the best epoch instead of the last one.
         matmul_precision: As for `torch.set_float32_matmul_precision`.

@@ -1,4 +1,4 @@
-"""The files of a training: checkpoints, and the history with one line an epoch.
+"""The files of a training: checkpoints, and the history with one line per epoch.
 
 A checkpoint is the state at the end of an epoch: tensors and plain data only, so that reading an
 untrusted file runs no code. history.jsonl has one JSON line for each epoch of every phase of a run.

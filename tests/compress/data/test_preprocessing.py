@@ -84,7 +84,7 @@ def test_sixteen_bit_grey_keeps_its_shades() -> None:
 
 
 def test_mean_and_std_must_fit_the_channels() -> None:
-    with pytest.raises(ValidationError, match="need 3 numbers, one a channel"):
+    with pytest.raises(ValidationError, match="need 3 numbers, one per channel"):
         Preprocessing(channels=3, height=8, width=8, mean=(0.5,), std=(0.5,))
     with pytest.raises(ValidationError, match="std must be positive"):
         Preprocessing(channels=1, height=8, width=8, mean=(0.5,), std=(0.0,))

@@ -96,7 +96,7 @@ def test_masked_equals_compact_in_outputs_and_gradients(data: Any) -> None:
         found, wanted = _grad(parameter), expected[name]
         shared = _was_shared(surgery, name, grads)
         if shared is not None:
-            # A weight of all heads has become one a head: its gradient is the sum over heads.
+            # A weight of all heads has become one per head: its gradient is the sum over heads.
             source, index = shared
             found, wanted = (
                 torch.zeros_like(source).index_add(0, index.flatten(), found.flatten()),
