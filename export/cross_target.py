@@ -23,7 +23,7 @@ from .parity import relative_error
 from .stage_line import stage
 
 if TYPE_CHECKING:
-    from ..bench.emulation import Emulator
+    from ..targets.emulation import Emulator
 
 ALIASES = {"amd64": "x86-64", "x86_64": "x86-64", "arm64": "aarch64"}
 
@@ -61,8 +61,8 @@ def cross_target(target: str, runtime: str = "onnxruntime") -> CrossTarget | Non
             profile, None, f"programs for {profile.architecture} do not run on this machine"
         )
     # Emulation belongs to measuring; an export needs it only here.
-    from ..bench.emulation import ready
-    from ..bench.emulation.preparation import RUNTIMES
+    from ..targets.emulation import ready
+    from ..targets.emulation.preparation import RUNTIMES
 
     prepared = ready()
     if prepared is None:

@@ -6,7 +6,7 @@ It is prepared beforehand (`.ci/run` does so), never downloaded by a test.
 from __future__ import annotations
 
 import pytest
-from vitrim.bench.emulation import Emulator, ready
+from vitrim.targets.emulation import Emulator, ready
 
 
 def emulator(*distributions: str) -> Emulator:

@@ -7,8 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from vitrim.bench.emulation import debian
 from vitrim.core.errors import InputError
+from vitrim.targets.emulation import debian
 
 HEADER = "onnxruntime_c_api.h"
 PACKAGE = "libonnxruntime-dev"

@@ -1,6 +1,10 @@
-// A picture in, labels out: vitrim_example [RUNTIME_LIBRARY MODEL_FOLDER] PICTURE [--logits] [--repeat N] [--report] [--listen]
-// The first two are for programs whose model is not linked into them. PICTURE is a binary PGM (P5) or PPM (P6) of 8 bits. --repeat also tells the latency of N runs and the memory of this process; --report the bytes
-// on disk and in memory, a name and a number a line; --listen reads a count a line from standard input and answers with the seconds of that many runs.
+// A picture in, labels out:
+// vitrim_example [RUNTIME_LIBRARY MODEL_FOLDER] PICTURE [--logits] [--repeat N] [--report] [--listen]
+//
+// The first two arguments are for programs whose model is not linked in. PICTURE is a binary PGM
+// (P5) or PPM (P6) of 8 bits. --repeat also prints the latency of N runs and the memory of this
+// process; --report the bytes on disk and in memory, one name and number per line; --listen reads
+// one count per line from standard input and prints the seconds of that many runs.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -46,8 +50,8 @@ static long file_bytes(const std::string &path) {
     return stream ? static_cast<long>(stream.tellg()) : 0;
 }
 
-// Under qemu's user emulation times and memory are not the program's own, and must not be told as if they were.
-// Only x86 counts interrupts of a local timer ("LOC").
+// Under qemu's user emulation, times and memory are the emulator's, and are labelled so. Only x86
+// counts interrupts of a local timer ("LOC").
 static bool emulated() {
 #ifdef __aarch64__
     std::ifstream interrupts("/proc/interrupts");
@@ -58,7 +62,7 @@ static bool emulated() {
     return false;
 }
 
-// Of this program alone: getrusage would count what its parent held before it started us.
+// Of this program alone: getrusage would include what the parent process held before the fork.
 static long peak_rss_bytes() {
     std::ifstream status("/proc/self/status");
     for (std::string line; std::getline(status, line);) {

@@ -1,4 +1,4 @@
-// How a function of the C interface tells why it failed.
+// How a function of the C interface reports a failure: one line in the caller's buffer.
 #pragma once
 
 #include <cstring>

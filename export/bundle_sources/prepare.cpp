@@ -1,4 +1,5 @@
-// From a picture to the model's input, as training did it: the part of vitrim_model.h that is the same for every runtime.
+// From a picture to the model's input, as in training: the part of vitrim_model.h that is the same
+// for every runtime.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -17,7 +18,8 @@ int vitrim_prepare(const uint8_t *pixels, int width, int height, int channels, f
         if (!VITRIM_CENTER_CROP) {
             picture = vitrim::resize(picture, VITRIM_WIDTH, VITRIM_HEIGHT, VITRIM_INTERPOLATION, VITRIM_PILLOW);
         } else {
-            // The shorter side becomes floor(size / crop ratio), the other follows rounded down, as timm and torchvision do.
+            // The shorter side becomes floor(size / crop ratio), the other one is scaled and
+            // rounded down, as in timm and torchvision.
             const int64_t wanted_h = static_cast<int64_t>(std::floor(VITRIM_HEIGHT / VITRIM_CROP_RATIO));
             const int64_t wanted_w = static_cast<int64_t>(std::floor(VITRIM_WIDTH / VITRIM_CROP_RATIO));
             int scaled_w, scaled_h;

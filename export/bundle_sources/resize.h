@@ -1,7 +1,10 @@
-// Pillow's resampling of 8-bit pictures, number for number (two passes, 22-bit fixed point).
-// A model answers a picture that was resized otherwise with other logits. Every operation below rounds as Pillow's does: divisions are divisions, and the
-// Hamming window has its constants in single precision. The horizontal pass comes first; from Pillow 13 on the vertical one does where it takes away
-// more than twice as many rows as the other takes columns (python-pillow/Pillow#9549).
+// Pillow's resampling of 8-bit pictures, bit for bit (two passes, 22-bit fixed point).
+//
+// A model returns other logits for a picture that was resized differently. Every operation below
+// rounds as Pillow's does: divisions are divisions, and the Hamming window has its constants in
+// single precision. The horizontal pass comes first; from Pillow 13 on, the vertical one does where
+// it removes more than twice as many rows as the other one removes columns
+// (python-pillow/Pillow#9549).
 #pragma once
 
 #include <algorithm>
@@ -91,7 +94,7 @@ inline Taps taps(int in, int out, const Filter &filter) {
 
 inline uint8_t clip(int sum) { return static_cast<uint8_t>(std::min(255, std::max(0, sum >> kBits))); }
 
-// Nearest neighbours: Pillow walks along the input by adding the step up.
+// Nearest neighbours: Pillow accumulates the step.
 inline std::vector<int> nearest(int in, int out) {
     const double step = static_cast<double>(in) / out;
     double position = step * 0.5;
@@ -130,7 +133,7 @@ inline Picture down(const Picture &picture, int height, const Filter &filter) {
     return made;
 }
 
-// `pillow` is the major version whose order of the two passes is wanted.
+// `pillow` is the major version whose order of the two passes is used.
 inline Picture resize(const Picture &picture, int width, int height, const std::string &interpolation, int pillow = 13) {
     if (picture.width == width && picture.height == height) return picture;
     if (interpolation == "nearest") {

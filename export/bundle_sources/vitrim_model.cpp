@@ -1,5 +1,5 @@
-// The C interface of vitrim_model.h on ONNX Runtime's C API. The runtime's library is opened by path: its symbols are versioned,
-// and a program that links one release does not start with another.
+// The C interface of vitrim_model.h on ONNX Runtime's C API. The runtime's library is opened by
+// path: its symbols are versioned, and a program that links one release does not start with another.
 #include "vitrim_model.h"
 
 #include <dlfcn.h>

@@ -92,7 +92,7 @@ def test_an_artifact_that_the_target_cannot_run_stops_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = emulator("onnxruntime")
-    from vitrim.bench.emulation.emulator import Emulator
+    from vitrim.targets.emulation.emulator import Emulator
 
     # A user land whose Python has no runtime.
     monkeypatch.setattr(

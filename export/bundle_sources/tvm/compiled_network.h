@@ -1,6 +1,9 @@
-// What a compiled network needs at run time, in place of a runtime library: its kernels are called one after the other on memory that was planned when
-// it was compiled. Plain C++17 on POSIX threads; nothing of the C++ library, nothing of TVM. `network.cpp`, which was written from the network, includes it
-// once, behind its tables. The structures are those of DLPack and of TVM's calling convention.
+// What a compiled network needs at run time, instead of a runtime library.
+//
+// Its kernels are called one after the other on memory that was planned at compile time. Plain
+// C++17 on POSIX threads, without the C++ library and without TVM. The generated `network.cpp`
+// includes it once, after its tables. The structures are those of DLPack and of TVM's calling
+// convention.
 #pragma once
 
 #include <pthread.h>
@@ -35,7 +38,7 @@ constexpr int32_t kInteger = 1, kPointer = 4, kTensorPointer = 7, kTensorObject 
 
 enum class Place : uint8_t { images, logits, arena, constant };
 
-struct Planned {  // a tensor whose memory is known: where, and how many bytes behind the beginning
+struct Planned {  // a tensor's memory: the region, and the offset in bytes
     Place place;
     uint64_t offset;
 };
@@ -45,7 +48,7 @@ using Kernel = int (*)(void *self, const Value *arguments, int32_t count, Value 
 struct Step {
     const char *name;
     Kernel kernel;
-    int32_t first, count;  // its operands, as numbers of tensors
+    int32_t first, count;  // its operands, as indices of tensors
 };
 
 struct Group {  // TVMParallelGroupEnv
@@ -54,7 +57,7 @@ struct Group {  // TVMParallelGroupEnv
 };
 using Task = int (*)(int number, Group *group, void *data);
 
-// ---- threads: they spin while an inference runs, and sleep between two --------------------------------------------------------------------
+// ---- threads: they spin while an inference runs, and sleep between inferences ------------------
 
 constexpr int kMostThreads = 64, kCacheLine = 64;
 
@@ -87,8 +90,9 @@ inline void pause() {
 #endif
 }
 
-// Waiting: first without giving the processor away, since the others are as good as there; then politely, since they may not have one.
-struct Patience {
+// Waits first by spinning, since the other threads are about to arrive; then by sleeping, since they
+// may not have a processor.
+struct SpinWait {
     int spins = 0;
     void wait() {
         if (++spins <= 4096) return pause();
@@ -101,12 +105,12 @@ inline void *work(void *argument) {
     const int number = static_cast<int>(reinterpret_cast<intptr_t>(argument));
     int seen = 0;
     for (;;) {
-        for (Patience patience; __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen;) {
+        for (SpinWait waiting; __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen;) {
             if (__atomic_load_n(&pool.running, __ATOMIC_ACQUIRE)) {
-                patience.wait();
+                waiting.wait();
                 continue;
             }
-            patience = Patience();
+            waiting = SpinWait();
             pthread_mutex_lock(&pool.lock);
             while (!__atomic_load_n(&pool.running, __ATOMIC_ACQUIRE) && __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen) {
                 pthread_cond_wait(&pool.wake, &pool.lock);
@@ -114,7 +118,7 @@ inline void *work(void *argument) {
             pthread_mutex_unlock(&pool.lock);
         }
         seen = __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE);
-        // Every worker answers every launch, so that none can sleep through one and meet the next.
+        // Every worker acknowledges every launch, so that none can miss one and join the next.
         if (number < pool.group.tasks && pool.task(number, &pool.group, pool.data) != 0) __atomic_store_n(&pool.failed, 1, __ATOMIC_RELAXED);
         __atomic_fetch_sub(&pool.pending, 1, __ATOMIC_RELEASE);
     }
@@ -145,15 +149,15 @@ inline int launch(Task task, void *data, int32_t tasks) {
     __atomic_store_n(&pool.pending, pool.workers, __ATOMIC_RELAXED);
     __atomic_fetch_add(&pool.launch, 1, __ATOMIC_RELEASE);
     int failed = task(0, &pool.group, data);
-    for (Patience patience; __atomic_load_n(&pool.pending, __ATOMIC_ACQUIRE) != 0;) patience.wait();
+    for (SpinWait waiting; __atomic_load_n(&pool.pending, __ATOMIC_ACQUIRE) != 0;) waiting.wait();
     return failed != 0 ? failed : pool.failed;
 }
 
-inline int meet(int number, Group *group) {
+inline int barrier_wait(int number, Group *group) {
     Counter *counters = static_cast<Counter *>(group->barrier);
     const int round = __atomic_add_fetch(&counters[number].value, 1, __ATOMIC_ACQ_REL);
     for (int other = 0; other < group->tasks; ++other) {
-        for (Patience patience; __atomic_load_n(&counters[other].value, __ATOMIC_ACQUIRE) < round;) patience.wait();
+        for (SpinWait waiting; __atomic_load_n(&counters[other].value, __ATOMIC_ACQUIRE) < round;) waiting.wait();
     }
     return 0;
 }
@@ -168,11 +172,11 @@ inline void begin_inference() {
 
 inline void end_inference() { __atomic_store_n(&pool.running, false, __ATOMIC_RELEASE); }
 
-// ---- what kernels call ---------------------------------------------------------------------------------------------------------------------
+// ---- what kernels call --------------------------------------------------------------------------
 
 inline char failure[256];
 
-inline void say(const char *kind, const char *const *parts, int count) {
+inline void set_failure(const char *kind, const char *const *parts, int count) {
     size_t used = 0;
     auto add = [&](const char *text) {
         for (; text != nullptr && *text != '\0' && used + 1 < sizeof failure; ++text) failure[used++] = *text == '\n' ? ' ' : *text;
@@ -188,7 +192,7 @@ inline int free_workspace(int, int, void *memory) {
     free(memory);
     return 0;
 }
-inline void raise(const char *kind, const char *message) { say(kind, &message, 1); }
+inline void raise(const char *kind, const char *message) { set_failure(kind, &message, 1); }
 
 inline double now_s() {
     timespec time;
@@ -196,7 +200,7 @@ inline double now_s() {
     return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
-// Code of a kernel looks for these by pointers of its own, which are there only where it needs them.
+// Kernels call these through pointers of their own, which exist only where they are needed.
 #define VITRIM_CONTEXT(name) extern "C" __attribute__((weak)) void *name;
 }  // namespace vitrim
 VITRIM_CONTEXT(__TVMBackendAllocWorkspace)
@@ -205,8 +209,8 @@ VITRIM_CONTEXT(__TVMBackendParallelLaunch)
 VITRIM_CONTEXT(__TVMBackendParallelBarrier)
 VITRIM_CONTEXT(__TVMFFIErrorSetRaisedFromCStr)
 
-// Hidden, so that a process with TVM in it keeps its own.
+// Hidden, so that a process that has loaded TVM keeps its own.
 extern "C" __attribute__((visibility("hidden"))) void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
-    vitrim::say(kind, parts, count);
+    vitrim::set_failure(kind, parts, count);
 }
 extern "C" __attribute__((visibility("hidden"))) void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) { vitrim::raise(kind, message); }

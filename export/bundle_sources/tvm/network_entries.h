@@ -1,4 +1,5 @@
-// The entries of a compiled network. Included once, at the end of `network.cpp`, which defines the tables that are used here. One inference at a time.
+// The entry points of a compiled network. Included once, at the end of the generated `network.cpp`,
+// which defines the tables used here. One inference at a time.
 #pragma once
 
 #include "compiled_network.h"
@@ -18,12 +19,13 @@ inline void *address(const Planned &planned, void *images, void *logits) {
 
 inline void prepare() {
     if (ready) return;
-    // Where nobody calls vitrim_network_threads (TVM's RPC server does not), the variable that TVM itself reads decides.
+    // Without a call of vitrim_network_threads (TVM's RPC server makes none), TVM's own environment
+    // variable decides.
     if (const char *threads = getenv("TVM_NUM_THREADS"); threads != nullptr && !chosen) set_threads(atoi(threads));
     if (&__TVMBackendAllocWorkspace != nullptr) __TVMBackendAllocWorkspace = reinterpret_cast<void *>(workspace);
     if (&__TVMBackendFreeWorkspace != nullptr) __TVMBackendFreeWorkspace = reinterpret_cast<void *>(free_workspace);
     if (&__TVMBackendParallelLaunch != nullptr) __TVMBackendParallelLaunch = reinterpret_cast<void *>(launch);
-    if (&__TVMBackendParallelBarrier != nullptr) __TVMBackendParallelBarrier = reinterpret_cast<void *>(meet);
+    if (&__TVMBackendParallelBarrier != nullptr) __TVMBackendParallelBarrier = reinterpret_cast<void *>(barrier_wait);
     if (&__TVMFFIErrorSetRaisedFromCStr != nullptr) __TVMFFIErrorSetRaisedFromCStr = reinterpret_cast<void *>(TVMFFIErrorSetRaisedFromCStr);
     for (int i = 0; i < kOperands; ++i) {
         operands[i].kind = kTensorPointer;
@@ -34,20 +36,22 @@ inline void prepare() {
     ready = true;
 }
 
-// Told the number of a step that is done, what it wrote and in how many bytes; later steps write over it.
+// Called after each step with its number, its output and that output's size; later steps overwrite
+// the output.
 using Watcher = void (*)(int32_t number, const void *written, int64_t bytes);
 
-inline void tell(Watcher watcher, int number) {
+inline void report_step(Watcher watcher, int number) {
     const Tensor &written = tensors[numbers[steps[number].first + steps[number].count - 1]];
     int64_t bytes = written.type_bits / 8;
     for (int i = 0; i < written.dimensions; ++i) bytes *= written.shape[i];
     watcher(number, written.data, bytes);
 }
 
-// seconds: one for each step, added to; watcher: told of each step. Null where nobody asks.
+// seconds: the time of each step is added to its entry; watcher: called after each step. Both may be
+// null.
 inline int run(const float *images, float *logits, double *seconds, Watcher watcher = nullptr) {
     prepare();
-    // Kernels read whole vectors, from where those may begin.
+    // Kernels read whole vectors, from aligned addresses.
     void *from = const_cast<float *>(images);
     if (reinterpret_cast<uintptr_t>(images) % 64 != 0) from = memcpy(aligned_images, images, sizeof aligned_images);
     for (int i = 0; i < kTensors; ++i) {
@@ -62,7 +66,7 @@ inline int run(const float *images, float *logits, double *seconds, Watcher watc
         Value result = {0, 0, {0}};
         failed = steps[i].kernel(nullptr, operands + steps[i].first, steps[i].count, &result);
         if (seconds != nullptr) seconds[i] += now_s() - before;
-        if (watcher != nullptr && failed == 0) tell(watcher, i);
+        if (watcher != nullptr && failed == 0) report_step(watcher, i);
     }
     end_inference();
     if (failed == 0) memcpy(logits, aligned_logits, sizeof aligned_logits);
@@ -81,15 +85,16 @@ inline void *data_of(const Value &value) {
 
 #define VITRIM_ENTRY extern "C" __attribute__((visibility("default")))
 
-// Images (batch, channels, height, width) to logits (batch, classes), both float32. 0, or anything else and vitrim_network_failure() tells.
+// Images (batch, channels, height, width) -> logits (batch, classes), both float32. Returns 0 on
+// success; otherwise vitrim_network_failure() returns the reason.
 VITRIM_ENTRY int vitrim_network_run(const float *images, float *logits) { return vitrim::run(images, logits, nullptr); }
-// The same; adds the seconds of each step to `seconds`, which holds vitrim_network_steps() numbers.
+// The same; adds the seconds of each step to `seconds`, of length vitrim_network_steps().
 VITRIM_ENTRY int vitrim_network_profile(const float *images, float *logits, double *seconds) { return vitrim::run(images, logits, seconds); }
-// The same; `watcher` sees what each step wrote.
+// The same; `watcher` is called with the output of each step.
 VITRIM_ENTRY int vitrim_network_watch(const float *images, float *logits, vitrim::Watcher watcher) {
     return vitrim::run(images, logits, nullptr, watcher);
 }
-// How many threads later inferences use, at most as many as there could be started; the number.
+// Sets the threads of later inferences, at most as many as could be started; returns their number.
 VITRIM_ENTRY int vitrim_network_threads(int threads) {
     vitrim::chosen = true;
     return vitrim::set_threads(threads);
@@ -97,11 +102,12 @@ VITRIM_ENTRY int vitrim_network_threads(int threads) {
 VITRIM_ENTRY int vitrim_network_steps() { return vitrim::kSteps; }
 VITRIM_ENTRY const char *vitrim_network_step(int number) { return vitrim::steps[number].name; }
 VITRIM_ENTRY const char *vitrim_network_failure() { return vitrim::failure; }
-// Numbers (not bytes) of all images of a batch, and of all its logits.
+// Number of values (not bytes) of all images of a batch, and of all its logits.
 VITRIM_ENTRY int64_t vitrim_network_image_numbers() { return sizeof vitrim::aligned_images / sizeof(float); }
 VITRIM_ENTRY int64_t vitrim_network_logit_numbers() { return sizeof vitrim::aligned_logits / sizeof(float); }
 VITRIM_ENTRY int64_t vitrim_network_arena_bytes() { return sizeof vitrim::arena; }
-// The same run in TVM's calling convention, for its loaders and its RPC server: (images, logits) as tensors.
+// The same in TVM's calling convention, for its loaders and its RPC server: (images, logits) as
+// tensors.
 VITRIM_ENTRY int __tvm_ffi_vitrim_run(void *, const vitrim::Value *arguments, int32_t count, vitrim::Value *result) {
     void *images = count == 2 ? vitrim::data_of(arguments[0]) : nullptr, *logits = count == 2 ? vitrim::data_of(arguments[1]) : nullptr;
     *result = {0, 0, {0}};

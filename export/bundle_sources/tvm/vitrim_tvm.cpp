@@ -1,4 +1,5 @@
-// The C interface of vitrim_model.h on a compiled network: linked into this program (VITRIM_LINKED), or opened by path. No runtime either way.
+// The C interface of vitrim_model.h on a compiled network, which is linked into this program
+// (VITRIM_LINKED) or opened by path. Neither needs a runtime.
 #include <stdexcept>
 #include <string>
 
