@@ -16,8 +16,8 @@ from .option_groups import Quiet, with_option_groups
 
 if TYPE_CHECKING:
     from ..bench.local.options import MeasureOptions
-    from ..bench.local.progress import Progress
     from ..bench.results.measurement import Measurement
+    from ..core.progress import Progress
 
 Artifacts = Annotated[
     list[Path] | None,

@@ -175,7 +175,7 @@ def _matching_builds() -> Finding:
 
 
 def _emulation() -> Finding:
-    from ..bench.emulation import ready
+    from ..targets.emulation import ready
 
     found = ready()
     if found is None:

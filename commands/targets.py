@@ -183,8 +183,8 @@ def emulate(runtime: EmulatedRuntimes = None) -> None:
 
       vitrim targets emulate
     """
-    from ..bench.emulation import prepare
-    from ..bench.local.progress import step_lines
+    from ..core.progress import step_lines
+    from ..targets.emulation import prepare
 
     found = prepare(step_lines(sys.stderr), runtimes=runtime or ["onnxruntime"])
     versions = [f"{name} {version}" for name, version in found.versions.items() if name != "qemu"]

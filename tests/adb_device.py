@@ -40,8 +40,8 @@ def adbd_command() -> list[str] | None:
 
 
 def _fetch(root: Path) -> None:
-    from vitrim.bench.emulation import debian
     from vitrim.core.storage import replace_folder
+    from vitrim.targets.emulation import debian
 
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     packages = debian.fetch(

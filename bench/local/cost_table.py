@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...core.errors import InputError
+from ...core.progress import Progress, progress_bar
 from ...core.storage import replace_file
 from ..results.measurement import Environment, Measurement
 from .block_graph import BlockShape, block_model
 from .measure import measure_here
 from .options import MeasureOptions
-from .progress import Progress, progress_bar
 
 COPIES = 4
 BATCH_SHAPES = 6

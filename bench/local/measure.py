@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import InputError
+from ...core.progress import Progress, progress_bar
 from ...export.artifact import Artifact
 from ...runtimes import EngineError
 from ...runtimes.subprocess_inference import interpreter
@@ -22,7 +23,6 @@ from . import environment
 from .artifact_facts import ArtifactFacts, artifact_facts
 from .conductor import ConductorError, RunnerProcess, conduct
 from .options import CPU, MeasureOptions
-from .progress import Progress, progress_bar
 
 Measurable = Artifact | Path | str
 Json = dict[str, Any]

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...core.errors import InputError
+from ...core.progress import Progress, progress_bar
 from ...targets.profile import TargetProfile
 from ..local.measure import Measurable, assemble, make_plan, measure_here, target_name
 from ..local.options import DeviceOptions, MeasureOptions, split_options
-from ..local.progress import Progress, progress_bar
 from ..results.measurement import Measurement
 from .device_link import DeviceLink
 from .native_run import require_native, run_native
@@ -91,7 +91,7 @@ def measure_at(
 
         return measure_over_tvm_rpc(address, artifacts, options, device, **shared)
     if address == "qemu-aarch64":
-        from ..emulation.emulated import measure_emulated
+        from ..local.emulated import measure_emulated
 
         return measure_emulated(artifacts, options, **shared)
     raise InputError(f"--on {address!r}: not a known kind of address; write {ADDRESSES}")

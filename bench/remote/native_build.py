@@ -130,7 +130,7 @@ def runtime_library(machine: str) -> Path:
             f"onnxruntime has no wheel for {machine}; build its library for the device, "
             "and name it with --runtime-library"
         )
-    from ..emulation import wheels
+    from ...targets.emulation import wheels
 
     version = wheels.wanted_version("onnxruntime")
     folder = cache() / f"onnxruntime-{machine}-{version or 'newest'}"

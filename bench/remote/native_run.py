@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import InputError
+from ...core.progress import Progress
 from ..local.artifact_facts import ArtifactFacts
 from ..local.conductor import ConductorError, RunnerProcess, conduct
 from ..local.options import CPU, DeviceOptions
-from ..local.progress import Progress
 from .device_link import DeviceLink, LinkLost, quote
 from .device_snapshot import device_environment
 from .native_build import LIBRARY, PROGRAM, native_runner

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import InputError
+from ...core.progress import Progress
 from ...runtimes import requirement
 from ..local.artifact_facts import ArtifactFacts
 from ..local.options import DeviceOptions
-from ..local.progress import Progress
 from .device_link import DeviceLink, LinkLost, disk_full, is_disk_full, quote, size_bytes
 
 # The files of bench/local that a device runs, next to the folder `runtimes`.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import InputError
+from ...core.progress import Progress, progress_bar
 from ...export.artifact import Artifact, read_manifest
 from ...targets.profile import TargetProfile
 from ..local.measure import Measurable, assemble, make_plan, target_name
 from ..local.options import DeviceOptions, MeasureOptions
-from ..local.progress import Progress, progress_bar
 from ..results.measurement import Measurement
 from .device_link import LinkLost
 from .tvm_tracker import free_boards

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vitrim.bench.emulation import ready
+from vitrim.targets.emulation import ready
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.export import capabilities

@@ -33,7 +33,7 @@ from ..tvm_kernels.weights import lift_weights, save_weights
 from .runtime import Role, RuntimeFiles, Source
 
 if TYPE_CHECKING:
-    from ...bench.emulation import Emulator
+    from ...targets.emulation import Emulator
     from ..tvm_kernels.build import TvmNetwork
     from ..tvm_kernels.precision import Name
     from ..tvm_kernels.quantization import Range

@@ -19,13 +19,13 @@ from adb_device import adb_device
 from bench_samples import chain, images_with_labels
 from loopback_ssh import Server, needs_sshd, ssh_server
 from onnxruntime_header import header_folder
-from vitrim.bench.emulation import ready
 from vitrim.bench.remote import native_build
 from vitrim.bench.remote.device_link import LinkLost
 from vitrim.bench.remote.measure import measure_on
 from vitrim.bench.remote.native_build import NativeRunner, native_runner
 from vitrim.bench.remote.native_run import dataset_files
 from vitrim.core.errors import InputError
+from vitrim.targets.emulation import ready
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="no C++ compiler is installed (Debian: apt-get install g++)"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.errors import InputError
-from ..local.progress import Progress
+from ...core.progress import Progress
 
 RELEASE = "trixie"
 ETC = Path("/etc/apt")

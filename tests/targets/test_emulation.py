@@ -12,25 +12,25 @@ import pytest
 from aarch64 import emulator
 from bench_samples import measurement
 from typer.testing import CliRunner
-from vitrim.bench.emulation import debian, preparation, prepare, ready, wheels
-from vitrim.bench.emulation.emulated import for_target, measure_emulated
-from vitrim.bench.emulation.emulator import (
-    RECORD,
-    Emulator,
-    emulation_folder,
-    read_record,
-    record_text,
-)
-from vitrim.bench.emulation.preparation import locked
+from vitrim.bench.local.emulated import for_target, measure_emulated
 from vitrim.bench.local.options import MeasureOptions
-from vitrim.bench.local.progress import step_lines
 from vitrim.bench.results.compare import compare
 from vitrim.bench.results.measurement import Environment, Measurement
 from vitrim.bench.results.warnings import warnings_for
 from vitrim.cli import app
 from vitrim.commands.measurement_table import measurement_table
 from vitrim.core.errors import InputError
+from vitrim.core.progress import step_lines
 from vitrim.targets.catalog import load_target
+from vitrim.targets.emulation import debian, preparation, prepare, ready, wheels
+from vitrim.targets.emulation.emulator import (
+    RECORD,
+    Emulator,
+    emulation_folder,
+    read_record,
+    record_text,
+)
+from vitrim.targets.emulation.preparation import locked
 
 URI = "http://mirror.example/debian"
 DEB822 = f"Types: deb\nURIs: {URI}\nSuites: bookworm\nSigned-By: /keys/debian.gpg\n"

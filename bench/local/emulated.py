@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...core.errors import InputError
+from ...core.progress import Progress, progress_bar
 from ...targets.catalog import load_target
+from ...targets.emulation import Emulator, ready
+from ...targets.emulation.preparation import RUNTIMES
 from ...targets.profile import TargetProfile
-from ..local.conductor import ConductorError, conduct
-from ..local.measure import Measurable, assemble, make_plan
-from ..local.options import MeasureOptions
-from ..local.progress import Progress, progress_bar
 from ..results.measurement import Measurement
-from . import Emulator, ready
-from .preparation import RUNTIMES
+from .conductor import ConductorError, conduct
+from .measure import Measurable, assemble, make_plan
+from .options import MeasureOptions
 
 DEVICE = "qemu-aarch64"
 # Emulated times have no meaning, so they need no precision.

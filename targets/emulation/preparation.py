@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...core.errors import InputError
+from ...core.progress import Progress
 from ...core.storage import replace_file, replace_folder
-from ..local.progress import Progress
 from . import debian, wheels
 from .debian import RELEASE
 from .emulator import RECORD, Emulator, emulation_folder, read_record, record_text
