@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import torch
 from torch import nn
 
@@ -51,7 +52,7 @@ TOOLS = (
     "numpy",
     "pillow",
 )
-# Needs vitrim and torch on the device, so nobody ships it.
+# Needs vitrim and torch on the device: a row to compare with, not for shipping.
 NOT_SHIPPED = ("torch",)
 # Options of `export` that only ONNX Runtime's graphs have.
 ONNXRUNTIME_OPTIONS = ("form", "tune", "ort_format")
@@ -180,7 +181,9 @@ def _export(model: nn.Module, folder: Path, request: ExportRequest) -> Artifact:
     return Artifact.load(folder)
 
 
-def _export_onnxruntime(run: ExportRun, model: nn.Module, plain: Any, folder: Path) -> None:
+def _export_onnxruntime(
+    run: ExportRun, model: nn.Module, plain: onnx.ModelProto, folder: Path
+) -> None:
     request = run.request
     form, final = choose(run, model, plain)
     with replace_folder(folder, overwrite=request.overwrite) as aside:
@@ -200,7 +203,9 @@ def _export_onnxruntime(run: ExportRun, model: nn.Module, plain: Any, folder: Pa
         Artifact.write(aside, manifest)
 
 
-def _export_converted(run: ExportRun, model: nn.Module, plain: Any, folder: Path) -> None:
+def _export_converted(
+    run: ExportRun, model: nn.Module, plain: onnx.ModelProto, folder: Path
+) -> None:
     request = run.request
     runtime = runtime_named(request.device.runtime)
     form, source = source_for(run, runtime, model, plain)

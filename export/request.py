@@ -182,15 +182,16 @@ def _validate_onnxruntime(device: DeviceOptions, graph: GraphOptions, precision:
         )
 
 
-def preprocessing_of(given: Any) -> PreprocessingSpec | None:
+def preprocessing_of(preprocessing: Any) -> PreprocessingSpec | None:
     """Return the manifest's preprocessing from a `Preprocessing` or a mapping of its fields.
 
     Raises:
         InputError: A field is missing, unknown or out of range.
     """
-    if given is None or isinstance(given, PreprocessingSpec):
-        return given
-    data = given.model_dump() if hasattr(given, "model_dump") else dict(given)
+    if preprocessing is None or isinstance(preprocessing, PreprocessingSpec):
+        return preprocessing
+    dump = getattr(preprocessing, "model_dump", None)
+    data = dict(preprocessing) if dump is None else dump()
     try:
         return PreprocessingSpec.model_validate(data)
     except ValueError as error:

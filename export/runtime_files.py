@@ -142,6 +142,6 @@ def _first_difference(
         return f"somewhere inside {runtime.name}, which shows no inner values here"
     place = written.first_difference(source, main, tolerance)
     return place or (
-        f"somewhere inside {runtime.name}, behind the last inner value that can be compared with "
+        f"somewhere inside {runtime.name}, after the last inner value that can be compared with "
         "torch's"
     )

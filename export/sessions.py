@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions for artifacts, opened alike for parity and for benchmarks.
+"""ONNX Runtime sessions for artifacts, opened in the same way for parity and for benchmarks.
 
 Free of torch.
 """
@@ -28,7 +28,7 @@ THREADS_CONFIG: dict[str, str] = {
 
 
 def config_for(threads: int) -> dict[str, str]:
-    """Return the session entries of an artifact for so many threads."""
+    """Return the session entries of an artifact for this number of threads."""
     return dict(THREADS_CONFIG) if threads > 1 else {}
 
 

@@ -82,7 +82,7 @@ class AttentionWriter:
         return self.graph.node(operator, inputs, f"{self.name}.{label}", **attributes)  # type: ignore[arg-type]
 
     def reshape(self, x: str, shape: Sequence[int], label: str) -> str:
-        """Reshape to `shape` behind the batch dimension, if there is one."""
+        """Reshape to `shape`, after the batch dimension if there is one."""
         lead = [] if self.matrix else [0]
         return self.graph.reshape(x, [*lead, *shape], f"{self.name}.{label}")
 
@@ -149,7 +149,7 @@ class AttentionWriter:
         return scale_and_shift(self.graph, y, layer.weight, layer.bias, name)
 
     def _rotated(self, x: str, label: str) -> str:
-        """Rope on (…, tokens, heads, qk) whose pairs lie in halves (first, second).
+        """Write rope on (…, tokens, heads, qk) whose pairs are split in halves (first, second).
 
         The result is x cos + (second, first) (-sin, sin).
         """

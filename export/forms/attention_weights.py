@@ -3,16 +3,16 @@
 Exact, and computed in double precision from the weights of one
 `compress.network.modules.attention.Attention`:
 
-1. The columns of rope's pairs are put in halves, in q and k alike, since a product does not depend
+1. The columns of rope's pairs are split in halves in both q and k, since a product does not depend
    on the order of its columns.
-2. The softmax scale goes into q's weights, or into its norm's.
+2. The softmax scale is folded into q's weights, or into its norm's.
 3. What adds the same to all scores of a query is left out, since softmax is invariant to it: k's
    bias, or its norm's (unless rope rotates them).
-4. The gain of differential attention goes into the heads' norm or into v; λ is a number.
-5. v's bias goes into the output's bias, since the softmax sums to one (to 1 - λ when
+4. The gain of differential attention is folded into the heads' norm or into v; λ is a number.
+5. v's bias is folded into the output's bias, since the softmax sums to one (to 1 - λ when
    differential).
-6. The weights and biases of the norms after the heads go into the output projection, unless a
-   norm or a gate stands between.
+6. The weights and biases of the norms after the heads are folded into the output projection, unless
+   there is a norm or a gate between.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def fold(spec: AttentionSpec, state: State) -> AttentionWeights:
     wide = {name: value.astype(np.float64) for name, value in state.items()}
     folding = _Folding(spec, wide)
     lambda_ = _lambda(spec, wide)
-    folding.put_pairs_in_halves()
+    folding.split_pairs_in_halves()
     if lambda_ is not None:
-        folding.put_first_maps_first()
+        folding.move_first_maps_to_front()
     folding.fold_scale()
     folding.drop_key_bias()
     folding.fold_gain()
@@ -129,7 +129,7 @@ class _Folding:
         }
         self.kv_of = tuple(range(spec.heads)) if spec.kv_of is None else spec.kv_of
 
-    def put_pairs_in_halves(self) -> None:
+    def split_pairs_in_halves(self) -> None:
         """Case 1."""
         spec = self.spec
         if spec.rope is None or spec.rope.layout != "interleaved":
@@ -141,7 +141,7 @@ class _Folding:
             if name in self.norms:
                 self.norms[name] = _map_arrays(self.norms[name], lambda value: value[..., halves])
 
-    def put_first_maps_first(self) -> None:
+    def move_first_maps_to_front(self) -> None:
         """Reorder q and k of differential attention: (head, map) -> (map, head)."""
         spec = self.spec
         order = np.arange(2 * spec.heads).reshape(spec.heads, 2).T.ravel()

@@ -145,7 +145,7 @@ class _StepWriter:
             step: The branches.
             state: Weights of the step.
             number: Position of the step.
-            query_count: From this step on only so many first tokens are computed; None for all.
+            query_count: Number of first tokens computed from this step on; None for all.
         """
         parts = [entries_below(state, str(position)) for position in range(len(step))]
         inputs = [

@@ -1,1 +1,1 @@
-"""ONNX graphs: traced, given, named, stored, and chosen by measurement."""
+"""ONNX graphs: traced from torch or imported, stored, and selected by measurement."""

@@ -24,7 +24,7 @@ from ..request import ExportRequest
 from .known_forms import best_form
 
 PLAIN = "plain"
-# Values that two forms compute alike; scaled queries, unbiased values and centred streams differ.
+# Values that are equal in all forms; scaled queries, unbiased values and centred streams differ.
 COMPARABLE = (".softmax", ".act", "logits")
 _REFERENCE_FORM = Form(
     rows="batch", norm="layer", last_queries=False, last_keys=False, stream="dense"

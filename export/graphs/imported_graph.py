@@ -136,7 +136,7 @@ def _export(run: ExportRun, graph: onnx.ModelProto, path: Path, folder: Path, fo
     check_precision(run, float_graph, final)
     if request.graph.tune and form == PASSES:
         rivals = {PASSES: final, GIVEN: graph_in_precision(graph, request, run.notes)}
-        stage("measuring the given graph and the rewritten one")
+        stage("measuring the imported graph and the rewritten one")
         form = tuned(run, rivals)
         final = rivals[form]
     with replace_folder(folder, overwrite=request.overwrite) as aside:
@@ -178,8 +178,8 @@ def read_graph(path: Path) -> onnx.ModelProto:
     if size > MAX_GRAPH_BYTES:
         raise InputError(f"{path}: {size} bytes are more than a model may have ({MAX_GRAPH_BYTES})")
     try:
-        # By path, so that the checker sees external weights too, and that they lie beside the
-        # model.
+        # By path, so that the checker also checks external weights, and that they are in the
+        # model's folder.
         onnx.checker.check_model(str(path))
         graph = onnx.load(str(path))
     # protobuf, the checker and the file system raise types without a common base
@@ -271,7 +271,7 @@ def _reference_outputs(graph: onnx.ModelProto, images: Array, batch: Batch) -> A
 def _rewritten(run: ExportRun, graph: onnx.ModelProto, *, with_passes: bool) -> onnx.ModelProto:
     """Return the graph after all passes and simplification, and record each stage's parity."""
     images, batch = run.probe.images, run.request.batch
-    stage("parity of the given graph")
+    stage("parity of the imported graph")
     outputs = model_outputs(graph, images, batch=batch)
     run.check("optimised by the runtime", outputs, lambda _: None)
     found = graph

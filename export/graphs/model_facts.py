@@ -75,7 +75,7 @@ def name_of(model: nn.Module) -> str:
     return str((config or {}).get("architecture") or type(model).__name__)
 
 
-def provenance_of(model: nn.Module, given: Mapping[str, str]) -> Provenance:
+def provenance_of(model: nn.Module, details: Mapping[str, str]) -> Provenance:
     """Return a module's class, the digest of its weights and its counts, with further entries."""
     try:
         macs: int | None = count_macs(lift(model).architecture)
@@ -87,7 +87,7 @@ def provenance_of(model: nn.Module, given: Mapping[str, str]) -> Provenance:
         weights_sha256=weights_sha256(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=macs,
-        details={str(key): str(value) for key, value in given.items()},
+        details={str(key): str(value) for key, value in details.items()},
     )
 
 

@@ -63,7 +63,7 @@ def open_graph(
     Args:
         model: The graph. Above the limit it is loaded through a temporary file.
         threads: Threads within an operator.
-        config: Session config entries beside the defaults of `sessions`.
+        config: Session config entries, over the defaults of `sessions`.
         optimised: Whether the runtime optimises the graph.
         external_above_bytes: Weights above this size do not fit a protobuf message.
 

@@ -34,7 +34,7 @@ def fastest(
         models: Graphs by name.
         images: One batch of inputs.
         threads: Threads within an operator.
-        limit_s: Start no round after so many seconds, but run at least seven.
+        limit_s: Start no round after this time in seconds, but run at least seven.
 
     Returns:
         (name, median latency in seconds) of each graph, fastest first.

@@ -1,4 +1,4 @@
-"""A constant factor behind a linear map goes into its weights: attention's scale, LayerScale.
+"""Fold a constant factor after a linear map into its weights: attention's scale, LayerScale.
 
 Requires Mul or Div of x W + b by a constant, a number or one for each column; a number also through
 Reshape and Transpose. The values between must have one reader. Ensures that there is no such

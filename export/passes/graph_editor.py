@@ -23,7 +23,7 @@ Array = NDArray[Any]
 class Result:
     """The model after a pass, and how often the pattern was rewritten.
 
-    Where nothing was found, it is the same object that the pass was given.
+    Where nothing was found, it is the same object that was passed in.
     """
 
     model: onnx.ModelProto
@@ -39,7 +39,7 @@ class Result:
 class Pass:
     """One exact transformation.
 
-    It never changes the model that it is given, and skips everything that it cannot prove.
+    It never changes its argument, and skips every pattern that it cannot prove to be equal.
 
     Attributes:
         name: Name of its stage in a manifest.

@@ -90,7 +90,7 @@ def int8_static(
             patch embedding stay float.
         symmetric: Inputs in signed bits around zero and biases in float, as TensorRT requires
             (NVIDIA/TensorRT issue 2774, microsoft/onnxruntime issue 14229). Otherwise inputs are in
-            unsigned bits with a zero point, which lose nothing on a side that no value takes.
+            unsigned bits with a zero point, which waste no codes where all values have one sign.
 
     Returns:
         The quantized graph.
@@ -157,7 +157,7 @@ class _Selection:
         others: Names of further nodes, of the parts named in `also`.
         operators: The operator types of both.
         floats: Values whose type must be stated: the quantizer skips values whose type it cannot
-            infer, which are those behind the runtime's own operators.
+            infer, which are those after the runtime's own operators.
     """
 
     products: tuple[str, ...]
