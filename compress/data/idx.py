@@ -35,7 +35,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         raise InputError(f"{path}: no such file; an idx data set needs its four files") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise InputError(
-            f"{path}: cannot be unpacked ({error}); the file is damaged, fetch it again"
+            f"{path}: cannot be decompressed ({error}); the file is damaged, download it again"
         ) from error
     return parse_idx(raw, str(path))[0]
 
@@ -55,12 +55,12 @@ def parse_idx(raw: bytes, where: str) -> tuple[NDArray[np.uint8], int]:
     dimensions = raw[3]
     start = 4 + 4 * dimensions
     if len(raw) < start:
-        raise InputError(f"{where}: the idx header is cut short; fetch the file again")
+        raise InputError(f"{where}: the idx header is truncated; download the file again")
     shape = struct.unpack(f">{dimensions}I", raw[4:start])
     size = int(np.prod(shape, dtype=np.int64))
     if len(raw) < start + size:
         raise InputError(
-            f"{where}: cut short, {len(raw) - start} of {size} bytes; fetch the file again"
+            f"{where}: truncated, {len(raw) - start} of {size} bytes; download the file again"
         )
     return np.frombuffer(raw, dtype=np.uint8, count=size, offset=start).reshape(shape), start + size
 

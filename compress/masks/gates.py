@@ -117,7 +117,7 @@ class Gates(nn.Module):
         ]
         if not self.groups:
             raise InputError(
-                "every dimension is fixed: nothing is left to remove; take one out of `fixed`"
+                "every dimension is fixed: nothing is left to remove; remove one from `fixed`"
             )
         self.scores = nn.ParameterList(
             nn.Parameter(torch.full((group.size,), START)) for group in self.groups

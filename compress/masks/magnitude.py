@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..network.architecture import Architecture, AttentionSpec
-from ..network.axes import POOL_ATTENTION, POOL_SITES, Axis, parameter_axes
+from ..network.architecture import Architecture, AttentionSpec, Indices
+from ..network.axes import POOL_ATTENTION, POOL_SITES, Axis, parameter_axes, stream_channels
 from .groups import SHARED, Sharing, groups, sites
 
 Scores = dict[str, dict[str, Tensor]]
@@ -107,7 +107,7 @@ def per_head(
         for site, size in sites(architecture, dimension).items():
             rows = (attentions[site].heads, size) if dimension in ("qk", "v") else (size,)
             totals.setdefault(dimension, {})[site] = torch.zeros(rows)
-    axes = parameter_axes(architecture)
+    axes, channels = parameter_axes(architecture), stream_channels(architecture)
     for name, tensor in parameters.items():
         if name not in axes:
             continue
@@ -115,7 +115,8 @@ def per_head(
         # A norm with one weight for all heads lacks the heads axis, the first one of the table.
         for number, axis in enumerate(axes[name][-values.ndim :]):
             others = [other for other in range(values.ndim) if other != number]
-            _add(totals, axis, values.sum(dim=others) if others else values, attentions)
+            sums = values.sum(dim=others) if others else values
+            _add(totals, axis, sums, attentions, channels.get(axis.site))
     for number, step in enumerate(architecture.steps):
         for position, branch in enumerate(step):
             prefix = f"steps.{number}.{position}."
@@ -131,14 +132,21 @@ def per_head(
 
 
 def _add(
-    totals: Scores, axis: Axis, values: Tensor, attentions: Mapping[str, AttentionSpec]
+    totals: Scores,
+    axis: Axis,
+    values: Tensor,
+    attentions: Mapping[str, AttentionSpec],
+    channels: Indices | None,
 ) -> None:
+    """Add the sums along one axis; `channels` are those of the stream that it runs over."""
     dimension, site = axis.dimension, axis.site
     values = values.detach().cpu()
-    if dimension == "embed":
-        totals["embed"][site] += values
-    elif dimension == "embed*2":
-        totals["embed"][site] += values.view(2, -1).sum(dim=0)
+    if dimension in ("embed", "embed*2"):
+        each = values.view(2, -1).sum(dim=0) if dimension == "embed*2" else values
+        total = totals["embed"][site]
+        total.index_add_(
+            0, torch.arange(len(total)) if channels is None else torch.tensor(channels), each
+        )
     elif dimension in ("ffn", "head"):
         totals[dimension][site] += values
     elif "*" in dimension and dimension.split("*")[-1] in ("qk", "v"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...core.errors import InputError
 from ...core.storage import replace_file
+from ..lift import lift
 from ..network.architecture import Architecture
 from .groups import (
     DIMENSIONS,
@@ -291,10 +292,11 @@ def mask_and_scores(
         InputError: An option is out of range, or needs data that are not given; raised before the
             first batch is read.
     """
-    kept, scores = kept_units(model, criterion, options)
+    source = lift(model)
+    kept, scores = kept_units(source, criterion, options)
     note = {"saliency": criterion, "scope": options.scope, "keep_ratio": str(options.keep_ratio)}
     mask = StructuredMask(kept, scale=options.scale, note=note)
-    mask.check(architecture_of(model))
+    mask.check(source.architecture)
     return mask, scores
 
 

@@ -122,7 +122,7 @@ class _Masking:
             return
         if architecture.pool_norm is not None:
             self.changed["pool_norm.mask"] = pooled
-        # Otherwise the last norm or the pool has applied this mask; a gate must enter once.
+        # Otherwise the last norm or the pool has applied this mask; a gate must be applied once.
         elif architecture.norm is None and not attention:
             hidden = architecture.head is not None and architecture.head.hidden
             for name in ("pre_head",) if hidden else ("head", "head_dist"):
@@ -181,7 +181,7 @@ class _Masking:
 
     def _query_key(self, prefix: str, qk: Tensor, core: AttentionSpec) -> None:
         def each_part(heads: Tensor) -> Tensor:
-            # Differential attention has several query and key parts a head.
+            # Differential attention has several query and key parts per head.
             return heads.repeat_interleave(core.parts, dim=0)
 
         same = qk.ndim == 1

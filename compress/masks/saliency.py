@@ -160,6 +160,6 @@ def _ratios(
     left = {name: ratio for name, ratio in ratios.items() if name not in fixed}
     if not left:
         raise InputError(
-            "every dimension is fixed: nothing is left to remove; take one out of `fixed`"
+            "every dimension is fixed: nothing is left to remove; remove one from `fixed`"
         )
     return left

@@ -134,7 +134,7 @@ def _query_key(
         & alive[:, None, None]
     )
     _add(remaining, int(constant.sum()), "constant queries still weigh keys against each other")
-    # Differential attention has two maps a head, and a column is removed from both.
+    # Differential attention has two maps per head, and a column is removed from both.
     if core.rope is None:
         return (rows("q", biased=True) | rows("k", biased=False)).all(dim=1)
     # The product of a pair, q R(t - s) k, is zero only if both columns of q, or both of k, are.

@@ -143,7 +143,7 @@ def _norm_leaves(
         old, new = core.head_norm_per_head, spec.head_norm_per_head
     else:
         old, new = core.qk_norm_per_head, spec.qk_norm_per_head
-        # Differential attention has two queries and keys a head.
+        # Differential attention has two queries and keys per head.
         rows, each = _parts(rows, core.parts), each.repeat_interleave(core.parts, dim=0)
     index: tuple[Index, ...] = (each[0],)
     if new:

@@ -249,14 +249,14 @@ class _Run:
         state = read_state(path)
         if state.get("schema") != "vitrim.checkpoint/1":
             raise InputError(
-                f"{path}: not a training checkpoint of vitrim; delete it to start this phase anew"
+                f"{path}: not a training checkpoint of vitrim; delete it to start this phase again"
             )
         for key, value in self.identity.items():
             before = state["settings"].get(key)
             if before != value:
                 raise InputError(
                     f"{path}: it was trained with {key} = {before!r}, now {value!r}; "
-                    "resume with the same settings, or start anew without --resume"
+                    "resume with the same settings, or start again without --resume"
                 )
         # The task first, since it may rebuild a smaller model for the optimizer.
         self.task.load_state(state["task"])

@@ -64,7 +64,7 @@ class MaskSettings:
         if (self.budget is None) == (self.lambda_ is None):
             raise InputError(
                 "masks: give either a budget (params = 0.3 or macs = 0.5) or lambda = 1e-7, "
-                "not both and not neither"
+                "but not both"
             )
         if self.lambda_ is not None and self.lambda_ < 0:
             raise InputError(f"masks: lambda = {self.lambda_} must not be negative")

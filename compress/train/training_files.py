@@ -47,10 +47,10 @@ def read_state(path: Path) -> State:
     except _LOADING_ERRORS as error:
         raise InputError(
             f"{path}: not a readable checkpoint ({_first_line(error)}); "
-            "delete it to start this phase anew"
+            "delete it to start this phase again"
         ) from error
     if not isinstance(state, dict):
-        raise InputError(f"{path}: not a training checkpoint; delete it to start this phase anew")
+        raise InputError(f"{path}: not a training checkpoint; delete it to start this phase again")
     return state
 
 

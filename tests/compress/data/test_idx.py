@@ -37,12 +37,12 @@ def test_compressed_files_are_decompressed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cut.gz", gzip.compress(bytes(1000))[:-12], "cannot be unpacked"),
-        ("cut.xz", lzma.compress(bytes(1000))[:-12], "cannot be unpacked"),
+        ("cut.gz", gzip.compress(bytes(1000))[:-12], "cannot be decompressed"),
+        ("cut.xz", lzma.compress(bytes(1000))[:-12], "cannot be decompressed"),
         ("image", b"\x89PNG....", "not an idx file of bytes"),
         ("empty", b"", "not an idx file of bytes"),
-        ("short", idx_bytes(np.zeros((4, 5), np.uint8))[:-1], "cut short, 19 of 20 bytes"),
-        ("header", idx_bytes(np.zeros((4, 5), np.uint8))[:9], "header is cut short"),
+        ("short", idx_bytes(np.zeros((4, 5), np.uint8))[:-1], "truncated, 19 of 20 bytes"),
+        ("header", idx_bytes(np.zeros((4, 5), np.uint8))[:9], "header is truncated"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

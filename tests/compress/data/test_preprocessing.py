@@ -90,11 +90,11 @@ def test_mean_and_std_must_fit_the_channels() -> None:
         Preprocessing(channels=1, height=8, width=8, mean=(0.5,), std=(0.0,))
 
 
-def test_json_preserves_it() -> None:
+def test_json_preserves_preprocessing() -> None:
     assert Preprocessing.model_validate_json(COLOUR.model_dump_json()) == COLOUR
 
 
-def test_it_needs_no_torch() -> None:
+def test_preprocessing_needs_no_torch() -> None:
     code = (
         "import sys; from vitrim.compress.data.preprocessing import Preprocessing; "
         "sys.exit('torch' in sys.modules)"

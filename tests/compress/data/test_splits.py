@@ -40,7 +40,7 @@ def test_more_images_than_there_are_cannot_be_selected() -> None:
         stratified_indices(np.zeros(3, dtype=np.int64), 5, 0)
 
 
-def test_a_part_of_a_part_shares_its_pixels() -> None:
+def test_a_selection_of_a_selection_shares_its_pixels() -> None:
     pixels = np.arange(40, dtype=np.uint8).reshape(10, 1, 2, 2)
     split = Split(pixels, np.arange(10), SIZE)
     part = split.select(np.array([7, 3, 5])).select(np.array([2, 0]))

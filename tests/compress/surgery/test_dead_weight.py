@@ -84,7 +84,7 @@ def altered(model: CompactModel, leaf: str, **changes: object) -> CompactModel:
     return build(architecture, state).eval()
 
 
-def test_nothing_dead_is_nothing_removed(model: CompactModel) -> None:
+def test_a_model_without_dead_weight_is_unchanged(model: CompactModel) -> None:
     result = found(model)
     assert result.removed == ()
     assert result.remaining == ()

@@ -91,7 +91,7 @@ def test_removed_and_constant_modules_are_marked(model: CompactModel) -> None:
     assert by_name["blocks.0.ffn"].status == ""
 
 
-def test_modules_sum_to_the_whole(model: CompactModel) -> None:
+def test_the_counts_of_modules_add_up(model: CompactModel) -> None:
     explained = explain(model, MASK)
     for side in (0, 1):
         assert sum(module.params[side] for module in explained.modules) == explained.params[side]

@@ -150,7 +150,7 @@ def test_the_last_block_may_compute_only_the_tokens_that_are_read(data: Any) -> 
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.data())
-def test_an_architecture_survives_json(data: Any) -> None:
+def test_json_preserves_an_architecture(data: Any) -> None:
     architecture = data.draw(architectures())
     cut_down = compact(network(architecture), data.draw(masks(architecture))).architecture
     for one in (architecture, cut_down):

@@ -97,7 +97,7 @@ def test_saliency_chooses_the_units(demo: Architecture) -> None:
     assert units(down) == list(range(8, 24))
 
 
-def test_the_more_salient_branch_goes_up(demo: Architecture) -> None:
+def test_the_more_salient_branch_keeps_more_units(demo: Architecture) -> None:
     def half(size: int) -> torch.Tensor:
         return torch.arange(size) < 24
 

@@ -86,7 +86,7 @@ def test_images_keep_their_shape_and_the_seed_decides(
         assert torch.equal(targets, batch(preprocessing)[1])
 
 
-def test_mixing_needs_pairs() -> None:
+def test_mixup_needs_an_even_batch() -> None:
     pixels, labels = batch(GREY, 3)
     with pytest.raises(InputError, match="must be even, not 3"):
         Augmentation("thesis", GREY, 10)(pixels, labels)

@@ -203,7 +203,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert equal_weights(first.model, again.model)
 
 
-def test_without_resume_training_starts_anew(tmp_path: Path) -> None:
+def test_without_resume_training_starts_from_scratch(tmp_path: Path) -> None:
     fit(task(seed=3), spots(), QUICK, tmp_path)
     first, again = task(), task()
     fit(first, spots(), QUICK, tmp_path / "other")
@@ -241,18 +241,18 @@ def test_resuming_with_other_settings_is_refused(
 ) -> None:
     fit(task(), spots(), QUICK, tmp_path)
     with pytest.raises(
-        InputError, match=f"{message}; resume with the same settings, or start anew"
+        InputError, match=f"{message}; resume with the same settings, or start again"
     ):
         fit(task(), spots(), replace(QUICK, **change), tmp_path, resume=True)
     fit(task(), spots(), replace(QUICK, threads=1), tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut short"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 truncated"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CHECKPOINT).write_bytes(content)
     with pytest.raises(
         InputError,
-        match=r"checkpoint\.pt: not a readable checkpoint .*; delete it to start this phase anew",
+        match=r"checkpoint\.pt: not a readable checkpoint .*; delete it to start this phase again",
     ) as error:
         fit(task(), spots(), QUICK, tmp_path, resume=True)
     assert "\n" not in str(error.value)

@@ -36,7 +36,7 @@ def test_warmup_rises_before_the_cosine() -> None:
     assert found[50] == pytest.approx(0.5)
 
 
-def test_restarts_begin_anew_every_four_epochs() -> None:
+def test_restarts_repeat_every_four_epochs() -> None:
     found = [first for first, _ in rates(Schedule("restarts", restart_epochs=4, min_lr=1e-8))]
     assert found[:40] == pytest.approx(found[40:])
     assert found[40] == pytest.approx(1.0)
