@@ -23,5 +23,6 @@ The path of a network, from `build.build_network` on:
    of networks that need TVM's virtual machine.
 7. `first_difference` locates where a compiled network differs from torch.
 
-The options, and the choice between kernels and TVM's pipeline, are in `export.runtimes.tvm_runtime`.
+The options, and the choice between our kernels and TVM's pipeline, are in
+`export.runtimes.tvm_runtime`.
 """
