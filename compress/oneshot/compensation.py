@@ -1,0 +1,281 @@
+"""Refit the remaining output projections, so that the stream follows the dense one.
+
+For each sub-layer of the compact network, in order, with H its inner activations and R the dense
+stream after the sub-layer minus the compact stream before it:
+
+    W', b' = argmin ||R - (W' H + b')||² + λ ||W' - W||²
+
+The inputs come from the compact prefix, so that a layer also repairs what earlier ones changed.
+The bias is free and unpenalized; λ is a share of the mean variance of H, chosen on held-out images.
+The step is no identity: it changes weights, and reports by how much the stream came nearer.
+
+References:
+    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.3.
+    Wu et al. 2026, "GRAIL: Post-hoc Compensation by Linear Reconstruction for Compressed Networks".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import InputError
+from ..lift import lift
+from ..masks.mask import StructuredMask
+from ..network.architecture import AttentionSpec, FfnSpec
+from ..network.modules.branch import Branch
+from ..network.modules.model import CompactModel, build
+from ..surgery.plan import plan
+from .stream import Stream, has_output_projection, output_projection
+
+RIDGES = (1e-6, 1e-3, 0.01, 0.03, 0.1, 0.3)
+HELD_OUT = 5  # Every fifth batch selects λ.
+# Output channels whose layer scale is smaller are left alone: they hardly write to the stream.
+LEAST_SCALE = 1e-6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the refit of one sub-layer achieved, on all calibration images.
+
+    Attributes:
+        branch: Name of the sub-layer.
+        ridge: The chosen λ, as a share of the mean variance of the inner activations.
+        before: Squared error of the stream after the sub-layer, as a share of the variance of what
+            the sub-layer should add.
+        after: The same after the refit; never larger.
+    """
+
+    branch: str
+    ridge: float
+    before: float
+    after: float
+
+
+def compensate(
+    compact: nn.Module,
+    dense: nn.Module,
+    images: Tensor,
+    *,
+    mask: StructuredMask | None = None,
+    progress: Callable[[Fit], None] | None = None,
+) -> tuple[CompactModel, tuple[Fit, ...]]:
+    """Change the remaining weights of a pruned network so that its stream follows the dense one.
+
+    Only output projections of attention and feed-forward layers change, and their biases.
+
+    Args:
+        compact: What `compact` returned; it is not modified.
+        dense: The network that it was cut from (for a cut after `rotate`, either of the two).
+        images: Some hundred unlabeled images, (images, channels, height, width), normalized as the
+            model expects.
+        mask: The mask of the cut; needed only if channels of the residual stream were removed.
+        progress: Called after every sub-layer.
+
+    Returns:
+        The compensated network, of the same shapes (missing output biases are added), and what
+        each refit achieved.
+
+    Raises:
+        InputError: The networks do not belong together, or the images do not fit.
+        UnsupportedModel: A module has no rule; the message names its path.
+    """
+    source, result = lift(dense).eval(), with_output_biases(lift(compact)).eval()
+    channels = _channels(source, result, mask)
+    wanted, found = Stream(source, images), Stream(_all_tokens(result), images)
+    depths = _depths(source, found.model)
+    fits = []
+    for number in range(len(found.model.steps)):
+        while wanted.position < depths[number]:
+            wanted.advance()
+        for branch in found.step:
+            if has_output_projection(branch) and branch.post_norm is None:
+                fits.append(_refit(branch, found, wanted, channels))
+                if progress is not None:
+                    progress(fits[-1])
+        found.advance()
+    return result, tuple(fits)
+
+
+def with_output_biases(model: CompactModel) -> CompactModel:
+    """Return a copy in which every output projection has a bias; new ones are zero."""
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    steps = []
+    for number, step in enumerate(model.architecture.steps):
+        row = []
+        for position, spec in enumerate(step):
+            core = spec.core
+            if isinstance(core, AttentionSpec | FfnSpec) and not core.out_bias:
+                leaf = "out" if isinstance(core, AttentionSpec) else "fc2"
+                name = f"steps.{number}.{position}.core.{leaf}"
+                weight = state[f"{name}.weight"]
+                state[f"{name}.bias"] = weight.new_zeros(len(weight))
+                spec = spec.model_copy(update={"core": core.model_copy(update={"out_bias": True})})
+            row.append(spec)
+        steps.append(tuple(row))
+    return build(model.architecture.model_copy(update={"steps": tuple(steps)}), state)
+
+
+def _all_tokens(model: CompactModel) -> CompactModel:
+    """The same modules, computing every token of the last block."""
+    result = copy.copy(model)
+    result.architecture = model.architecture.model_copy(update={"last_queries": False})
+    return result
+
+
+def _depths(source: CompactModel, result: CompactModel) -> list[int]:
+    """For each compact step the number of dense steps whose output it should reproduce.
+
+    A dense step that was removed is reproduced by the step before it: its best affine
+    approximation goes into that step's output projection.
+    """
+    place = {
+        branch.name: number
+        for number, step in enumerate(source.architecture.steps)
+        for branch in step
+    }
+    starts = []
+    for step in result.architecture.steps:
+        unknown = [branch.name for branch in step if branch.name not in place]
+        if unknown:
+            raise InputError(
+                f"compensate: the dense network has no sub-layer {unknown[0]!r}; give the network "
+                "that the compact one was cut from"
+            )
+        starts.append(min(place[branch.name] for branch in step))
+    return [*starts[1:], len(source.steps)]
+
+
+def _channels(
+    source: CompactModel, result: CompactModel, mask: StructuredMask | None
+) -> Tensor | None:
+    """The dense channels that the compact stream has; None for all."""
+    dense, compact = source.architecture.embed, result.architecture.embed
+    if dense == compact:
+        return None
+    # Without a mask: only channels that nothing reads may be missing.
+    channels = plan(source.architecture, mask or StructuredMask({})).channels
+    if len(channels) != compact:
+        what = "the mask of the cut" if mask is None else "the mask that it was cut by"
+        raise InputError(
+            f"compensate: the compact network has {compact} of {dense} channels, not "
+            f"{len(channels)}; give {what}"
+        )
+    return channels
+
+
+class _Gram:
+    """Sums for the least squares of R on H, centered when they are read."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        self.count = 0
+        self.h, self.r = (torch.zeros(size, dtype=torch.float64) for size in (width, outputs))
+        self.hh = torch.zeros(width, width, dtype=torch.float64)
+        self.hr = torch.zeros(width, outputs, dtype=torch.float64)
+        self.rr = torch.zeros(outputs, dtype=torch.float64)
+
+    def add(self, inner: Tensor, wanted: Tensor) -> None:
+        inner, wanted = inner.flatten(0, 1), wanted.flatten(0, 1)
+        self.count += len(inner)
+        self.h += inner.sum(dim=0, dtype=torch.float64)
+        self.r += wanted.sum(dim=0, dtype=torch.float64)
+        self.hh += (inner.T @ inner).double()
+        self.hr += (inner.T @ wanted).double()
+        self.rr += wanted.square().sum(dim=0, dtype=torch.float64)
+
+    def __add__(self, other: _Gram) -> _Gram:
+        total = _Gram(len(self.h), len(self.r))
+        total.count = self.count + other.count
+        for name in ("h", "r", "hh", "hr", "rr"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def centered(self) -> tuple[Tensor, Tensor]:
+        """Covariances of H with itself and with R: (width, width), (width, outputs)."""
+        n = self.count
+        h, r = self.h / n, self.r / n
+        return self.hh / n - h[:, None] * h, self.hr / n - h[:, None] * r
+
+    def solve(self, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        """The weight (outputs, width) nearest to `weight` that fits R, and its bias."""
+        hh, hr = self.centered()
+        penalty = ridge * float(hh.diagonal().mean()) + 1e-12
+        hh.diagonal().add_(penalty)
+        factor = torch.linalg.cholesky(hh)
+        fitted = torch.cholesky_solve(hr + penalty * weight.T, factor).T
+        return fitted, self.bias(fitted)
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """The best bias for a weight."""
+        return (self.r - weight @ self.h) / self.count
+
+    def error(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Mean squared error per output channel: (outputs,)."""
+        n = self.count
+        square = (weight @ (self.hh / n) * weight).sum(dim=1)
+        cross = (weight * (self.hr / n).T).sum(dim=1)
+        means = bias.square() + 2 * bias * (weight @ self.h - self.r) / n
+        return (self.rr / n + square - 2 * cross + means).clamp(min=0)
+
+    def variance(self) -> Tensor:
+        """Of R, per output channel: (outputs,)."""
+        return (self.rr / self.count - (self.r / self.count).square()).clamp(min=0)
+
+
+def _refit(branch: Branch, found: Stream, wanted: Stream, channels: Tensor | None) -> Fit:
+    linear = output_projection(branch)
+    fit, held_out = (_Gram(linear.in_features, linear.out_features) for _ in range(2))
+    scale = _scale(branch)
+    for number, (x, inner, update) in enumerate(found.inner(branch)):
+        target = wanted.batches[number]
+        target = target if channels is None else target.index_select(-1, channels)
+        rest = target - _with_siblings(branch, found, x)
+        if branch.writes is not None:
+            rest = rest.index_select(-1, branch.writes)
+        assert rest.shape[:2] == update.shape[:2]
+        (held_out if number % HELD_OUT == HELD_OUT - 1 else fit).add(inner, rest / scale)
+    weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
+    everything = fit + held_out if held_out.count else fit
+    ridge = _best_ridge(fit, held_out, weight) if held_out.count else RIDGES[-2]
+    refitted = everything.solve(weight, ridge)
+    weights = scale.double().square()
+    before = float((everything.error(weight, bias) * weights).sum())
+    after = float((everything.error(*refitted) * weights).sum())
+    if after < before:
+        # Channels that hardly write keep their weights: dividing by their scale would blow them up.
+        writing = (_layer_scale(branch, linear).abs() >= LEAST_SCALE)[:, None]
+        with torch.no_grad():
+            linear.weight.copy_(torch.where(writing, refitted[0].to(linear.weight), linear.weight))
+            linear.bias.copy_(torch.where(writing[:, 0], refitted[1].to(linear.bias), linear.bias))
+    spread = float((everything.variance() * weights).sum()) or 1.0
+    return Fit(branch.spec.name, ridge, before / spread, min(after, before) / spread)
+
+
+def _best_ridge(fit: _Gram, held_out: _Gram, weight: Tensor) -> float:
+    """The ridge whose solution on the one part fits the other part best."""
+    return min(RIDGES, key=lambda ridge: float(held_out.error(*fit.solve(weight, ridge)).sum()))
+
+
+def _with_siblings(branch: Branch, stream: Stream, x: Tensor) -> Tensor:
+    """The stream with the updates of the other branches of the same step."""
+    with torch.no_grad():
+        updates = [(other, other(x)) for other in stream.step if other is not branch]
+        total = x
+        for other, y in updates:
+            total = other.add(total, y)
+    return total
+
+
+def _layer_scale(branch: Branch, linear: nn.Linear) -> Tensor:
+    if branch.layer_scale is None:
+        return torch.ones(linear.out_features)
+    return branch.layer_scale.detach()
+
+
+def _scale(branch: Branch) -> Tensor:
+    scale = _layer_scale(branch, output_projection(branch))
+    return torch.where(scale.abs() < LEAST_SCALE, torch.ones_like(scale), scale)

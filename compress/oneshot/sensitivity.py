@@ -1,0 +1,124 @@
+"""How much an error of the residual stream changes the features, without labels.
+
+The weight of depth l is s_l = E ||∂(vᵀz)/∂x_l||² / d, summed over tokens, where z are the features
+in units of their standard deviation and v ~ N(0, I/d): an unbiased Gauss-Newton estimate. An error
+of mean square e per token and channel sum at depth l then changes the features by about s_l e, as
+a share of their variance (isotropic approximation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..network.modules.branch import Branch
+from ..network.modules.model import CompactModel
+from .stream import recorded_inputs
+
+BATCH = 8
+
+
+def features(model: CompactModel, x: Tensor) -> Tensor:
+    """Return the pooled features: (batch, tokens, embed) -> (batch, features).
+
+    The input of the classifier, or the output of a network without one. Two classifiers
+    (distilled networks) read two vectors, which are concatenated.
+    """
+    readers = [model.pre_head] if model.pre_head is not None else [model.head, model.head_dist]
+    if model.head is None:
+        return model.classify(x)
+    found: list[Tensor] = []
+    for reader in readers:
+        if reader is not None:
+            with recorded_inputs(reader) as inputs:
+                model.classify(x)
+            found.append(inputs[0].flatten(1) if inputs[0].ndim == 2 else inputs[0].mean(dim=1))
+    return torch.cat(found, dim=-1)
+
+
+def patch_features(model: CompactModel, x: Tensor) -> Tensor:
+    """Return the normalized patch tokens: (batch, tokens, embed) -> (batch, patches, channels)."""
+    if model.head_reads is not None:
+        x = x.index_select(-1, model.head_reads)
+    x = x if model.norm is None else model.norm(x)
+    return x[:, model.architecture.prefix :]
+
+
+def stream_weights(
+    model: CompactModel,
+    images: Tensor,
+    *,
+    patches: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> list[float]:
+    """Return s_l for the stream after each step, and before the first: len(steps) + 1 numbers.
+
+    Args:
+        model: The dense network.
+        images: Unlabeled images, (images, channels, height, width); 48 are enough.
+        patches: Share of the patch tokens in the features, from 0 (pooled features only, as a
+            classifier needs) to 1 (patch tokens only, as a detector needs).
+        seed: Seed of the random projections v.
+        progress: Called after every batch.
+
+    Returns:
+        The weights, in the order of depth; the first one belongs to the stem's output.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = model.eval()
+    scales = _scales(model, images)
+    totals = torch.zeros(len(model.steps) + 1, dtype=torch.float64)
+    for part in images.split(BATCH):
+        locations, x = _forward(model, part)
+        loss = torch.zeros(())
+        for share, scale, values in zip(
+            (1.0 - patches, patches),
+            scales,
+            (features(model, x), patch_features(model, x)),
+            strict=True,
+        ):
+            if share == 0.0 or values.numel() == 0:
+                continue
+            direction = torch.randn(values.shape, generator=generator)
+            # Patches are independent draws, so their mean square has to be that of one vector.
+            count = values.shape[1:].numel()
+            loss = loss + share**0.5 * (direction * values / scale).sum() / count**0.5
+        gradients = torch.autograd.grad(loss, locations)
+        for number, gradient in enumerate(gradients):
+            totals[number] += gradient.double().square().sum() / gradient.shape[-1]
+        if progress is not None:
+            progress()
+    return [float(total) / len(images) for total in totals]
+
+
+def _forward(model: CompactModel, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    x = model.embed(images).detach().requires_grad_(True)
+    locations = [x]
+    for step in cast("Iterable[Sequence[Branch]]", model.steps):
+        updates = [branch(x) for branch in step]
+        for branch, y in zip(step, updates, strict=True):
+            x = branch.add(x, y)
+        locations.append(x)
+    return locations, x
+
+
+def _scales(model: CompactModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviations of the pooled features and of the patch tokens, per channel."""
+    pooled, patches = [], []
+    with torch.no_grad():
+        for part in images.split(BATCH):
+            x = _forward(model, part)[1]
+            pooled.append(features(model, x))
+            patches.append(patch_features(model, x).flatten(0, 1))
+    return _deviation(torch.cat(pooled)), _deviation(torch.cat(patches))
+
+
+def _deviation(values: Tensor) -> Tensor:
+    if len(values) < 2:
+        return torch.ones(values.shape[-1])
+    deviation = values.std(dim=0)
+    return deviation.clamp(min=1e-3 * float(deviation.mean()) + 1e-12)

@@ -1,0 +1,155 @@
+"""The residual stream of all calibration images, one step of the network at a time.
+
+Only the stream at one depth is in memory, whatever the depth of the network: images x tokens x
+embed numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import InputError
+from ..network.modules.attention import Attention
+from ..network.modules.branch import Branch
+from ..network.modules.layers import Ffn
+from ..network.modules.model import CompactModel
+
+BATCH = 16
+
+
+class Stream:
+    """The stream before step `position` of a network, for all images, in batches."""
+
+    def __init__(self, model: CompactModel, images: Tensor, *, batch: int = BATCH) -> None:
+        check_images(model, images)
+        self.model = model
+        self.position = 0
+        with torch.no_grad():
+            self.batches = [model.embed(part) for part in images.split(batch)]
+
+    @property
+    def step(self) -> Sequence[Branch]:
+        """The branches that read this stream."""
+        return cast("Sequence[Branch]", self.model.steps[self.position])
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps have run."""
+        return self.position == len(self.model.steps)
+
+    def advance(self) -> None:
+        """Run the next step on every batch."""
+        step = self.step
+        with torch.no_grad():
+            for number, x in enumerate(self.batches):
+                updates = [branch(x) for branch in step]
+                for branch, y in zip(step, updates, strict=True):
+                    x = branch.add(x, y)
+                self.batches[number] = x
+        self.position += 1
+
+    def inner(self, branch: Branch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Per batch: the stream, the input of the branch's output projection, and its update."""
+        for x in self.batches:
+            with torch.no_grad(), recorded_inputs(output_projection(branch)) as inputs:
+                update = branch(x)
+            yield x, inputs[-1], update
+
+
+def check_images(model: CompactModel, images: Tensor) -> None:
+    """Validate calibration images.
+
+    Raises:
+        InputError: Not a float tensor of shape (images, *model.architecture.image), or no image.
+    """
+    wanted = model.architecture.image
+    if images.ndim != 4 or tuple(images.shape[1:]) != wanted or not images.is_floating_point():
+        raise InputError(
+            f"images: {tuple(images.shape)} {images.dtype}; give float images of shape "
+            f"(images, {', '.join(map(str, wanted))}), normalized as the model expects"
+        )
+    if not len(images):
+        raise InputError("images: there is none; give some hundred, without labels")
+
+
+def output_projection(branch: Branch) -> nn.Linear:
+    """The last linear layer of an attention or feed-forward sub-layer."""
+    core = branch.core
+    if isinstance(core, Attention):
+        return core.out
+    if isinstance(core, Ffn):
+        return core.fc2
+    raise TypeError(f"{branch.spec.name} has no output projection")
+
+
+def has_output_projection(branch: Branch) -> bool:
+    """Whether the branch is an attention or a feed-forward sub-layer."""
+    return isinstance(branch.core, Attention | Ffn)
+
+
+@contextmanager
+def recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the inputs of a module while the context is open."""
+    found: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recorded_attention(core: Attention) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Collect (q, k, v) as attention multiplies them, after norms and rope.
+
+    Shapes: q (batch, heads * parts, tokens, qk), k likewise, v (batch, heads, tokens, v).
+    """
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = core.attend
+
+    def recording(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found.append((q, k, v))
+        return attend(q, k, v)
+
+    core.attend = recording  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del core.attend
+
+
+class Moments:
+    """Mean and covariance of vectors that arrive in batches, summed in double precision."""
+
+    def __init__(self, width: int, heads: int = 1) -> None:
+        self.count = 0
+        self._sum = torch.zeros(heads, width, dtype=torch.float64)
+        self._products = torch.zeros(heads, width, width, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add `rows`, (heads, vectors, width) or (vectors, width)."""
+        rows = rows if rows.ndim == 3 else rows[None]
+        self.count += rows.shape[1]
+        self._sum += rows.sum(dim=1, dtype=torch.float64).cpu()
+        self._products += (rows.transpose(1, 2) @ rows).double().cpu()
+
+    @property
+    def mean(self) -> Tensor:
+        """(heads, width)."""
+        return self._sum / self.count
+
+    @property
+    def second_moment(self) -> Tensor:
+        """E[x xᵀ]: (heads, width, width)."""
+        return self._products / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """E[x xᵀ] - E[x] E[x]ᵀ: (heads, width, width)."""
+        mean = self.mean
+        return self.second_moment - mean[:, :, None] * mean[:, None, :]
