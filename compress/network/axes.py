@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
+from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec, Indices
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ def site_in(branch: BranchSpec) -> str:
 def site_out(branch: BranchSpec) -> str:
     """The site at which a branch writes to the residual stream."""
     return f"{branch.name}.out"
+
+
+def stream_channels(architecture: Architecture) -> dict[str, Indices | None]:
+    """Map each site of `embed` to the channels of the residual stream there; None: all of them."""
+    channels = {STEM_OUT: architecture.stem_writes, HEAD_IN: architecture.head_reads}
+    for branch in architecture.branches:
+        channels |= {site_in(branch): branch.reads, site_out(branch): branch.writes}
+    return channels
 
 
 def parameter_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
