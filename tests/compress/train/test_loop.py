@@ -154,20 +154,30 @@ save_file(task.model.state_dict(), {weights!r})
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_kill_and_ctrl_c_lose_at_most_one_epoch(tmp_path: Path, sign: signal.Signals) -> None:
-    def start(folder: str, sleep: float) -> subprocess.Popen[str]:
-        script = SCRIPT.format(
-            tests=str(Path(__file__).parents[2]),
-            sleep=sleep,
-            folder=str(tmp_path / folder),
-            weights=str(tmp_path / f"{folder}.safetensors"),
-        )
-        return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+def start(folder: Path, sleep: float) -> subprocess.Popen[str]:
+    """Train in a process, in a folder; its weights are saved beside it."""
+    script = SCRIPT.format(
+        tests=str(Path(__file__).parents[2]),
+        sleep=sleep,
+        folder=str(folder),
+        weights=str(folder.with_suffix(".safetensors")),
+    )
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
 
-    whole = start("whole", 0)
+
+@pytest.fixture(scope="module")
+def uninterrupted_weights(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "whole"
+    whole = start(folder, 0)
     assert whole.wait(400) == 0, whole.stderr.read() if whole.stderr else ""
-    broken = start("broken", 0.1)
+    return folder.with_suffix(".safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_kill_and_ctrl_c_lose_at_most_one_epoch(
+    tmp_path: Path, sign: signal.Signals, uninterrupted_weights: bytes
+) -> None:
+    broken = start(tmp_path / "broken", 0.1)
     history = tmp_path / "broken" / "history.jsonl"
     deadline = time.monotonic() + 400
     while not history.is_file() or len(history.read_text().splitlines()) < 2:
@@ -185,11 +195,9 @@ def test_kill_and_ctrl_c_lose_at_most_one_epoch(tmp_path: Path, sign: signal.Sig
     assert not (tmp_path / "broken.safetensors").exists()
     whole_epochs = torch.load(tmp_path / "broken" / CHECKPOINT, weights_only=True)["epoch"]
     assert whole_epochs >= 1
-    again = start("broken", 0)
+    again = start(tmp_path / "broken", 0)
     assert again.wait(400) == 0
-    assert (tmp_path / "broken.safetensors").read_bytes() == (
-        tmp_path / "whole.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "broken.safetensors").read_bytes() == uninterrupted_weights
     epochs = [json.loads(line)["epoch"] for line in history.read_text().splitlines()]
     assert epochs == [1, 2, 3, 4, 5]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -288,11 +289,17 @@ def test_outputs_in_int8_are_close_to_fp32(precision: str, changes: dict[str, An
     assert relative_error(wanted, outputs(model, PLAIN, precision)).max() < 0.1
 
 
+@cache
+def with_plain_instructions(precision: str) -> tuple[CompactModel, NDArray[Any]]:
+    """A model, and its outputs with the instructions of every processor."""
+    model = sample(prefix=1, pool=PoolSpec(kind="token"))
+    return model, outputs(model, PLAIN, precision)
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8-static"])
 @pytest.mark.parametrize("kind", ["unsigned", "pairs"])
 def test_every_instruction_computes_the_same_outputs(kind: Kind, precision: str) -> None:
-    model = sample(prefix=1, pool=PoolSpec(kind="token"))
-    plain = outputs(model, PLAIN, precision)
+    model, plain = with_plain_instructions(precision)
     found = outputs(model, profile_of(kind), precision, threads=2)
     # Products of codes are exact; only sums in fp32 differ in their last digits.
     assert relative_error(plain, found).max() < 1e-5
