@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vitrim.targets.emulation import ready
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.export import capabilities
 from vitrim.export.artifact import Artifact
 from vitrim.export.exporter import export
 from vitrim.targets.catalog import list_targets, load_target
+from vitrim.targets.emulation import ready
 
 from ..models import lifted, noise
 from ..results_file import RESULTS, markdown_head, markdown_row, save_result
