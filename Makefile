@@ -5,7 +5,8 @@
 # make docs-reference   write the generated pages of docs/ again
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt
 MYPY := ../bin/mypy --config-file ../../pyproject.toml
 
 .PHONY: demo test lint docs docs-reference clean
@@ -16,7 +17,8 @@ demo: .venv/installed
 test: .venv/installed-test
 	@# The tests of a file stay together, for their fixtures. Thread pools of several processes would
 	@# compete for the cores.
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
+		--numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -25,7 +27,8 @@ lint: .venv/installed-test
 	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/vitrim
 	cd .venv/typing && $(MYPY) --exclude '/(tests|benchmarks|build|dist|runs)/' vitrim
 	@# The tests are no package: their helpers are found beside them, as pytest finds them.
-	cd .venv/typing && MYPYPATH=.:../../tests $(MYPY) --explicit-package-bases --cache-dir .mypy_cache_tests ../../tests
+	cd .venv/typing && MYPYPATH=.:../../tests $(MYPY) --explicit-package-bases \
+		--cache-dir .mypy_cache_tests ../../tests
 	@ln -sfn ../../benchmarks .venv/typing/benchmarks
 	cd .venv/typing && $(MYPY) --package benchmarks
 
@@ -37,7 +40,8 @@ docs-reference: .venv/installed
 	$(BIN)/python -m docs.generate
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vitrim needs Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "vitrim needs Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
