@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -48,10 +50,37 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        # Set after the import: importing a submodule of the same name (vitrim.export) sets the
-        # attribute to that module.
+    if name not in _MODULES:
+        raise AttributeError(f"module 'vitrim' has no attribute {name!r}")
+    package = sys.modules.get(f"{__name__}.{name}")
+    try:
         value = getattr(importlib.import_module(_MODULES[name], __name__), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'vitrim' has no attribute {name!r}")
+    except ImportError as error:
+        if package is None:
+            raise
+        # `import vitrim.export.artifact as artifact` then finds the package by itself, so that a
+        # device without torch can use it.
+        raise AttributeError(f"vitrim.{name}: {error}") from error
+    package = sys.modules.get(f"{__name__}.{name}")
+    if package is not None:
+        for exported in vars(package).get("__all__", ()):
+            getattr(package, exported)
+        # The function has the attributes of the package with its name, also of modules that are
+        # imported later: `vitrim.export.artifact`, `vitrim.export.Artifact`.
+        value.__dict__ = vars(package)
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """The class of this module, in which no submodule takes the place of a public name.
+
+    Importing `vitrim.export` would bind that name to the package, in place of the function.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
