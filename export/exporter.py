@@ -62,7 +62,7 @@ def export(
     model: nn.Module,
     folder: Path | str,
     *,
-    target: str = "x86-64",
+    target: str = "host",
     runtime: str = ONNXRUNTIME,
     precision: Precision = "fp32",
     preprocessing: Any = None,

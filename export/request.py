@@ -28,7 +28,7 @@ class DeviceOptions:
         settings: Settings of the runtime's own.
     """
 
-    target: str = "x86-64"
+    target: str = "host"
     runtime: str = ONNXRUNTIME
     threads: int = 1
     settings: Mapping[str, str] = field(default_factory=dict)

@@ -48,7 +48,7 @@ def export_graph(
     path: Path | str,
     folder: Path | str,
     *,
-    target: str = "x86-64",
+    target: str = "host",
     precision: Precision = "fp32",
     preprocessing: Any = None,
     labels: Sequence[str] | None = None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
 STANDARD_DOMAINS = ("", "ai.onnx")
-# Protobuf refuses messages of 2 GiB; the graph itself needs some room.
+# Protobuf refuses messages of 2 GiB; the graph itself needs some space.
 EXTERNAL_ABOVE_BYTES = 2_000_000_000
 
 
