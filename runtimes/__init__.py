@@ -10,6 +10,7 @@ import importlib
 import os
 from typing import Any
 
+from .cpu_features import require_features
 from .engine import CPU, Engine, EngineError, Json, Requirement, concrete_shape, one_line
 
 __all__ = [
@@ -38,9 +39,12 @@ def open_engine(job: Json) -> Engine:
     """The engine of job["runtime"], by default onnxruntime, with the model not yet loaded.
 
     Raises:
-        EngineError: There is no such engine, or its runtime is not installed.
+        EngineError: There is no such engine, its runtime is not installed, or this processor lacks
+            an instruction set that the artifact states.
     """
-    engine: Engine = _module(str(job.get("runtime") or "onnxruntime")).ENGINE(job)
+    module = _module(str(job.get("runtime") or "onnxruntime"))
+    require_features(job)
+    engine: Engine = module.ENGINE(job)
     return engine
 
 

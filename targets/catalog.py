@@ -9,16 +9,37 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from ..core.console import status
 from ..core.errors import InputError
 from .detect import detect_host
 from .profile import Cluster, Memory, Peak, TargetProfile
 
 FOLDER = Path(__file__).parent
+# Names that are accepted for others.
+ALIASES = {"x86-64-avx2": "x86-64-v3", "x86-64-v2": "x86-64"}
+# What names meant in files that were written before x86-64 was any x86-64-v2 processor.
+EARLIER_NAMES = {"x86-64": "x86-64-v4-vnni", "x86-64-avx2": "x86-64-v3"}
+_CHANGED = {
+    "x86-64-avx2": "target x86-64-avx2 is named x86-64-v3 now",
+    "x86-64": "target x86-64 means any x86-64-v2 processor (SSE4.2) now; its former meaning, "
+    "AVX-512 VNNI, is x86-64-v4-vnni, and AVX2 is x86-64-v3",
+}
+_reported: set[str] = set()
 
 
 def list_targets() -> list[str]:
     """Names of the shipped profiles, sorted, without `host`."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def shipped_targets() -> list[TargetProfile]:
+    """The shipped profiles, sorted by name."""
+    return [_read(FOLDER / f"{name}.toml") for name in list_targets()]
+
+
+def present_name(earlier: str) -> str:
+    """The present name of a target that a file of an earlier version names."""
+    return EARLIER_NAMES.get(earlier, earlier)
 
 
 def load_target(name_or_path: str | Path) -> TargetProfile:
@@ -37,23 +58,38 @@ def load_target(name_or_path: str | Path) -> TargetProfile:
     path = Path(text)
     if isinstance(name_or_path, Path) or path.suffix == ".toml" or "/" in text:
         return _read(path)
-    if text not in list_targets():
-        known = [*list_targets(), "host"]
-        near = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    name = ALIASES.get(text, text)
+    if name not in list_targets():
+        hint = _near_name(text) or f"known are {', '.join([*list_targets(), 'host'])}"
         raise InputError(
             f"target {text!r}: no such profile; {hint} (or give the path of a .toml file)"
         )
-    return _read(FOLDER / f"{text}.toml")
+    if text in _CHANGED and text not in _reported:
+        _reported.add(text)
+        status(_CHANGED[text])
+    return _read(FOLDER / f"{name}.toml")
+
+
+def _near_name(text: str) -> str | None:
+    known = [*list_targets(), *ALIASES, "host"]
+    near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {ALIASES.get(near[0], near[0])!r}?" if near else None
+
+
+def _near_file(path: Path) -> str | None:
+    names = [entry.name for entry in path.parent.glob("*.toml")]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f"did you mean {path.with_name(near[0])}?" if near else None
 
 
 def _read(path: Path) -> TargetProfile:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a target's .toml file"
-        ) from None
+        hint = "give the path of a target's .toml file, or a name of `vitrim targets list`"
+        if not path.exists():
+            hint = _near_file(path) or _near_name(path.stem) or hint
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {hint}") from None
     except UnicodeDecodeError:
         raise InputError(
             f"{path}: not UTF-8 text; give the path of a target's .toml file"

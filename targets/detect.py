@@ -10,24 +10,22 @@ import platform
 import re
 from pathlib import Path
 
+from .instruction_sets import ARM, X86, machine_name, usable_features, x86_tvm_target
 from .profile import UNVERIFIED, Cluster, Memory, Peak, TargetProfile, TvmTarget
 
-_X86_FEATURES = (
-    "sse4_2 avx avx2 fma avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 amx_int8"
-)
-_ARM_FEATURES = "asimd asimdhp asimddp i8mm bf16 sve sve2"
-FEATURES = (*_X86_FEATURES.split(), *_ARM_FEATURES.split())
 # Single-precision multiply-adds a cycle and core: the widest vector with two units on x86 servers,
 # one or two NEON units on ARM.
-MACS_PER_CYCLE = (("avx512f", 32), ("avx2", 16), ("avx", 8), ("asimddp", 8), ("asimd", 4))
+MACS_PER_CYCLE = (
+    *(("avx512f", 32), ("avx2", 16), ("avx", 8), ("sse4_2", 4)),
+    *(("asimddp", 8), ("asimd", 4)),
+)
 _FROM_SYSTEM = "read from the operating system"
 
 
 def detect_host() -> TargetProfile:
     """The profile of this machine, named `host`."""
     cpuinfo = _cpuinfo()
-    flags = set((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
-    features = tuple(name for name in FEATURES if name in flags)
+    features = _features(cpuinfo)
     architecture = platform.machine()
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -66,20 +64,26 @@ def detect_host() -> TargetProfile:
     )
 
 
+def missing_features(profile: TargetProfile) -> list[str]:
+    """The instruction sets of a profile that this processor lacks.
+
+    Empty where the operating system reports none, and for a profile of another architecture.
+    """
+    have = _features(_cpuinfo())
+    machine = machine_name(platform.machine())
+    if not have or machine_name(profile.architecture) != machine:
+        return []
+    known = X86 if machine == "x86_64" else ARM
+    return [name for name in profile.features if name in known and name not in have]
+
+
+def _features(cpuinfo: dict[str, str]) -> tuple[str, ...]:
+    return usable_features((cpuinfo.get("flags") or cpuinfo.get("Features") or "").split())
+
+
 def _tvm_target(architecture: str, features: tuple[str, ...]) -> TvmTarget:
-    # LLVM's name of a core with these features; without one it compiles for the oldest core of the
-    # architecture.
     if architecture == "x86_64":
-        names = (
-            ("avx512_vnni", "cascadelake"),
-            ("avx512f", "skylake-avx512"),
-            ("fma", "haswell"),
-            ("avx", "sandybridge"),
-        )
-        return {
-            "kind": "llvm",
-            "mcpu": next((name for feature, name in names if feature in features), "x86-64"),
-        }
+        return x86_tvm_target(features)
     if architecture == "aarch64":
         attributes = [
             name

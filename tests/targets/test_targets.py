@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 from vitrim.core.errors import InputError
-from vitrim.targets.catalog import list_targets, load_target
+from vitrim.targets import catalog
+from vitrim.targets.catalog import list_targets, load_target, present_name
 from vitrim.targets.check import check
-from vitrim.targets.detect import detect_host
+from vitrim.targets.detect import detect_host, missing_features
+from vitrim.targets.instruction_sets import CPU_FEATURES, known_features, x86_tvm_target
 from vitrim.targets.profile import TargetProfile
 
 SHIPPED = list_targets()
+# Each contains the instruction sets of those before it.
+LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4-vnni")
 # The demo's model.
 PARAMS, PEAK_BYTES = 800_000, 300_000
 
@@ -22,7 +26,8 @@ PARAMS, PEAK_BYTES = 800_000, 300_000
 def test_the_documented_devices_are_shipped() -> None:
     documented = {
         "x86-64",
-        "x86-64-avx2",
+        "x86-64-v3",
+        "x86-64-v4-vnni",
         "cuda",
         "jetson-nano",
         "jetson-orin-nano",
@@ -56,7 +61,78 @@ def test_the_host_is_detected_as_a_complete_profile() -> None:
 
 
 def test_avx512_rounds_widths_to_sixteen() -> None:
-    assert load_target("x86-64").round_to == 16
+    assert load_target("x86-64-v4-vnni").round_to == 16
+
+
+def test_the_levels_of_x86_64_contain_each_other() -> None:
+    levels = [set(load_target(name).features) for name in LEVELS]
+    assert levels[0] < levels[1] < levels[2]
+    assert "avx" not in levels[0]
+    assert "avx2" in levels[1]
+    assert not {"avx512f", "avx512_vnni"} & levels[1]
+    assert "avx512_vnni" in levels[2]
+    assert [load_target(name).vector.kind for name in LEVELS] == ["sse", "avx2", "avx512"]
+
+
+def test_an_earlier_name_is_accepted_and_its_present_meaning_printed_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_reported", set())
+    assert load_target("x86-64-avx2").name == "x86-64-v3"
+    assert load_target("x86-64-avx2") == load_target("x86-64-v3")
+    assert load_target("x86-64-v2").name == load_target("x86-64").name == "x86-64"
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "target x86-64-avx2 is named x86-64-v3 now"
+    assert "any x86-64-v2 processor" in second
+    assert "x86-64-v4-vnni" in second
+
+
+def test_names_in_files_of_earlier_versions_keep_their_meaning() -> None:
+    assert present_name("x86-64") == "x86-64-v4-vnni"
+    assert present_name("x86-64-avx2") == "x86-64-v3"
+    assert present_name("rpi4") == "rpi4"
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_host_that_is_taken_for_a_smaller_one_compiles_for_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = load_target(name)
+    if lacking := missing_features(profile):
+        pytest.skip(f"this processor has no {', '.join(lacking)}")
+    monkeypatch.setenv(CPU_FEATURES, " ".join(profile.features))
+    host = detect_host()
+    assert set(host.features) == set(profile.features)
+    assert host.vector == profile.vector
+    assert host.tvm_target is not None
+    assert profile.tvm_target is not None
+    assert host.tvm_target == {"kind": "llvm", "mcpu": profile.tvm_target["mcpu"]}
+    above = [other for other in LEVELS if LEVELS.index(other) > LEVELS.index(name)]
+    assert all(missing_features(load_target(other)) for other in above)
+
+
+def test_features_that_the_machine_lacks_cannot_be_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CPU_FEATURES, "")
+    assert detect_host().features == ()
+    monkeypatch.setenv(CPU_FEATURES, " ".join(known_features()))
+    claimed = detect_host().features
+    monkeypatch.delenv(CPU_FEATURES)
+    assert claimed == detect_host().features
+
+
+def test_a_core_without_the_whole_of_a_level_gets_its_instruction_sets_by_name() -> None:
+    assert x86_tvm_target(["avx2", "fma"]) == {
+        "kind": "llvm",
+        "mcpu": "x86-64",
+        "mattr": ["+avx2", "+fma"],
+    }
+    v3 = load_target("x86-64-v3").features
+    assert x86_tvm_target(v3) == {"kind": "llvm", "mcpu": "haswell"}
+    assert x86_tvm_target([*v3, "avx_vnni"]) == {
+        "kind": "llvm",
+        "mcpu": "haswell",
+        "mattr": ["+avxvnni"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -66,6 +142,8 @@ def test_avx512_rounds_widths_to_sixteen() -> None:
         ("jetson-orin", "jetson-orin-nano"),
         ("x86_64", "x86-64"),
         ("hots", "host"),
+        ("RPI4", "rpi4"),
+        ("x86_64-avx2", "x86-64-v3"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_name(wrong: str, nearest: str) -> None:
@@ -76,6 +154,18 @@ def test_an_unknown_name_is_refused_with_the_nearest_name(wrong: str, nearest: s
 def test_a_name_without_a_near_one_is_refused_with_the_list() -> None:
     with pytest.raises(InputError, match=r"known are .*rpi4"):
         load_target("zzzzzz")
+
+
+def test_a_missing_file_is_refused_with_the_nearest_file_or_name(tmp_path: Path) -> None:
+    path = own(tmp_path, 'name = "rpi4"', 'name = "my-board"')
+    with pytest.raises(
+        InputError, match=r"mime\.toml: cannot be read .*; did you mean .*mine\.toml"
+    ):
+        load_target(path.with_name("mime.toml"))
+    with pytest.raises(InputError, match=r"did you mean 'rpi4'\?"):
+        load_target("./rpi-4.toml")
+    with pytest.raises(InputError, match="give the path of a target's .toml file, or a name"):
+        load_target("./missing.toml")
 
 
 def own(tmp_path: Path, old: str, new: str) -> Path:

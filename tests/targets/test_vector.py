@@ -44,7 +44,7 @@ def test_the_widest_unit_is_selected(
 
 def test_a_profile_has_a_vector_unit() -> None:
     assert load_target("rpi4").vector.kind == "neon"
-    assert load_target("x86-64").vector.bits == 512
+    assert load_target("x86-64-v4-vnni").vector.bits == 512
 
 
 @pytest.mark.parametrize("name", [*list_targets(), "host"])
