@@ -66,7 +66,7 @@ def test_pages_load_nothing_from_the_network_and_fit_the_window(
 
 
 @needs_sphinx
-def test_the_home_page_is_the_readme_with_its_picture(site: Path, page: Page) -> None:
+def test_the_index_is_the_readme_with_its_picture(site: Path, page: Page) -> None:
     page.open(site / "index.html", width=1280)
     assert page.value("document.querySelector('article img').naturalWidth") > 0
     assert page.value("document.querySelectorAll('article pre').length") >= 3
