@@ -17,10 +17,10 @@ from PIL import Image
 
 from ...core.errors import InputError
 from .decoding import RawDataset, RawSplit
+from .splits import SPLIT_NAMES, PartName, split_of
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "answer")
 _IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "jpg", "png")
-_VAL, _TEST = ("validation", "valid", "val", "dev"), ("test",)
 
 
 def read_hub(name: str) -> RawDataset:
@@ -39,7 +39,7 @@ def read_hub(name: str) -> RawDataset:
 
 
 def read_parquet(path: Path) -> RawDataset:
-    """Open a parquet file, or a folder of files named train*, validation* and test*.
+    """Open a parquet file, or a folder of files (or folders) named train*, validation*, test*.
 
     Raises:
         InputError: A file is missing or cannot be read.
@@ -55,7 +55,7 @@ def read_parquet(path: Path) -> RawDataset:
 
 
 def read_arrow(path: Path) -> RawDataset:
-    """Open an arrow file of `datasets`, or a folder of files named train*, validation* and test*.
+    """Open an arrow file of `datasets`, or a folder of files named as for `read_parquet`.
 
     Raises:
         InputError: A file is missing or cannot be read.
@@ -98,22 +98,32 @@ def _files(path: Path, ending: str) -> dict[str, list[str]]:
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
     found: dict[str, list[str]] = {}
+    unnamed = []
     for file in sorted(path.rglob(f"*.{ending}")):
-        kind = next(
-            (
-                split
-                for split, names in (("validation", _VAL), ("test", _TEST))
-                if file.name.lower().startswith(names)
-            ),
-            "train",
+        part = _part_of(file.relative_to(path))
+        (unnamed if part is None else found.setdefault(part, [])).append(str(file))
+    if unnamed and "train" in found:
+        raise InputError(
+            f"{unnamed[0]}: is it train, validation or test? Rename it (train*.{ending}, "
+            f"validation*.{ending}, test*.{ending}), or move it elsewhere"
         )
-        found.setdefault(kind, []).append(str(file))
+    if unnamed:
+        found["train"] = unnamed
     if "train" not in found:
         raise InputError(
             f"{path}: no .{ending} file for training in it; "
             f"name the files train*.{ending}, validation*.{ending}, test*.{ending}"
         )
     return found
+
+
+def _part_of(file: Path) -> PartName | None:
+    """The split of a file by the beginning of its name, else by the folder that it lies in."""
+    name = file.name.lower()
+    for part, names in SPLIT_NAMES.items():
+        if name.startswith(names):
+            return part
+    return next((part for folder in file.parents if (part := split_of(folder.name))), None)
 
 
 def _load(load: Callable[[], Any], where: str, problem: str) -> RawDataset:
@@ -140,25 +150,32 @@ def _load(load: Callable[[], Any], where: str, problem: str) -> RawDataset:
 
 def _raw_dataset(loaded: Any, where: str) -> RawDataset:
     splits: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
-    if "train" not in splits:
+    by_name = {name.lower(): name for name in reversed(splits)}
+    parts = {
+        part: next((by_name[name] for name in names if name in by_name), None)
+        for part, names in SPLIT_NAMES.items()
+    }
+    if parts["train"] is None:
         raise InputError(f"{where}: it has the splits {', '.join(splits)} but no train split")
-    features = splits["train"].features
+    train = splits[parts["train"]]
+    features = train.features
     image, label = _image_column(features, where), _label_column(features, where)
-    labels, number = _classes(splits["train"], label, where)
+    labels, number = _classes(train, label, where)
 
     def read(name: str) -> RawSplit:
         targets = _targets(splits[name], label, number, where)
         return _raw_split(splits[name], image, targets, f"{where}, split {name}")
 
-    def read_labelled(names: tuple[str, ...]) -> RawSplit | None:
-        name = next((name for name in names if name in splits), None)
+    def read_labelled(name: str | None) -> RawSplit | None:
         if name is None or label not in splits[name].features:
             return None
         found = read(name)
         # Many test splits, such as ImageNet's, are published without labels (-1).
         return None if len(found) and found.targets.min() < 0 else found
 
-    return RawDataset(labels, read("train"), read_labelled(_VAL), read_labelled(_TEST))
+    return RawDataset(
+        labels, read(parts["train"]), read_labelled(parts["val"]), read_labelled(parts["test"])
+    )
 
 
 def _image_column(features: Mapping[str, Any], where: str) -> str:

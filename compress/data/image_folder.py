@@ -1,8 +1,14 @@
-"""Images in folders: PATH/<class>/*.png, or PATH/{train,val,test}/<class>/*.png."""
+"""Images in folders: PATH/<class>/*.png, or PATH/{train,val,test}/<class>/*.png.
+
+The names of splits may have any case. Folders that hold the same class folders under other names
+are refused, not read as classes.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +16,15 @@ from PIL import Image
 
 from ...core.errors import InputError
 from .decoding import RawDataset, RawSplit
+from .splits import SPLIT_NAMES, split_of
 
-_TRAIN, _VAL, _TEST = (
-    ("train", "training"),
-    ("val", "valid", "validation", "dev"),
-    ("test", "testing"),
+# More folders with equal contents than these are classes, such as left/ and right/ of each.
+MOST_SPLITS = 5
+_SPLIT_WORD = re.compile(
+    r"(train(ing)?|test(ing)?|val(id(ation)?)?|eval(uation)?|dev|hold|holdout|split|fold)"
+    r"(set|data|images?)?s?"
 )
+_WORDS_AND_CAPITALS = re.compile(r"(?<=[a-z])(?=[A-Z])|[^a-zA-Z]+")
 
 
 def read_image_folder(root: Path) -> RawDataset:
@@ -26,40 +35,81 @@ def read_image_folder(root: Path) -> RawDataset:
     """
     if not root.is_dir():
         problem = "not a folder" if root.exists() else "no such folder"
-        raise InputError(
-            f"{root}: {problem}; imagefolder: needs a folder with one folder per class"
-        )
-    parts = {
-        kind: _part(root, names)
-        for kind, names in (("train", _TRAIN), ("val", _VAL), ("test", _TEST))
-    }
-    train_root = parts["train"]
-    if train_root is None:
-        other = parts["val"] or parts["test"]
-        if other is not None:
+        raise InputError(f"{root}: {problem}; imagefolder: names a folder with one folder a class")
+    parts = _splits(root)
+    if "train" not in parts:
+        if parts:
+            other = next(iter(parts.values()))
             raise InputError(
                 f"{root}: holds {other.name} but no train folder; "
                 "add one, or name the folder that holds the classes"
             )
-        train_root = root
-    labels = tuple(folder.name for folder in _folders(train_root))
+        _require_classes(root)
+    train_root = parts.get("train", root)
+    labels = tuple(label_of(folder) for folder in _folders(train_root))
     if not labels:
         raise InputError(
-            f"{train_root}: no class folders in it; put the images into one folder per class"
+            f"{train_root}: no class folders in it; put the images into one folder a class"
         )
-    read = {
-        kind: _images(folder, labels)
-        for kind, folder in parts.items()
-        if folder is not None and kind != "train"
-    }
+    read = {name: _images(folder, labels) for name, folder in parts.items() if name != "train"}
     return RawDataset(labels, _images(train_root, labels), read.get("val"), read.get("test"))
 
 
-def _part(root: Path, names: tuple[str, ...]) -> Path | None:
+def label_of(folder: Path) -> str:
+    """The label of a class folder: its name, read as UTF-8 whatever the locale."""
+    return os.fsencode(folder.name).decode("utf-8", "replace")
+
+
+def _splits(root: Path) -> dict[str, Path]:
     # A class may be named `test`, but the folder of a split contains folders.
-    return next(
-        (root / name for name in names if (root / name).is_dir() and _folders(root / name)), None
+    found: dict[str, Path] = {}
+    for folder in _folders(root):
+        part = split_of(folder.name)
+        if part is None or not _folders(folder):
+            continue
+        if part in found:
+            images = {"train": "training", "val": "validation", "test": "test"}[part]
+            raise InputError(
+                f"{root}: {found[part].name} and {folder.name} both hold the {images} images; "
+                "keep one of them"
+            )
+        found[part] = folder
+    return found
+
+
+def _require_classes(root: Path) -> None:
+    """Refuse a folder whose folders are splits under other names, or lie around the classes."""
+    folders = _folders(root)
+    if not folders or any(_has_images(folder) for folder in folders):
+        return
+    inside = [{inner.name.lower() for inner in _folders(folder)} for folder in folders]
+    same = len(set.intersection(*inside)) > 1
+    named = [
+        any(map(_SPLIT_WORD.fullmatch, map(str.lower, _WORDS_AND_CAPITALS.split(folder.name))))
+        for folder in folders
+    ]
+    if not (all(inside) and all(named)) and not (
+        same and (any(named) or len(folders) <= MOST_SPLITS)
+    ):
+        return
+    ways = f"rename them to {', '.join(names[0] for names in SPLIT_NAMES.values())}"
+    if len(folders) == 1:
+        (only,) = folders
+        raise InputError(
+            f"{root}: its only folder, {only.name}, contains folders; name {only} if it holds the "
+            "classes, or rename it to train if it is a split"
+        )
+    names = [folder.name for folder in folders[:MOST_SPLITS]]
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    raise InputError(
+        f"{root}: are {listed} splits? Each contains folders and no image; {ways}, "
+        "or name the folder that holds the classes"
     )
+
+
+def _has_images(folder: Path) -> bool:
+    endings = set(Image.registered_extensions())
+    return any(path.suffix.lower() in endings and path.is_file() for path in folder.iterdir())
 
 
 def _folders(root: Path) -> list[Path]:
@@ -72,9 +122,9 @@ def _images(root: Path, labels: tuple[str, ...]) -> RawSplit:
     endings = set(Image.registered_extensions())
     files: list[Path] = []
     targets: list[int] = []
-    stamp = hashlib.sha256(str(root.resolve()).encode())
+    stamp = hashlib.sha256(os.fsencode(root.resolve()))
     for folder in _folders(root):
-        if folder.name not in labels:
+        if label_of(folder) not in labels:
             raise InputError(
                 f"{folder}: a class that the training split does not have; "
                 "remove it, or add it to train"
@@ -89,10 +139,12 @@ def _images(root: Path, labels: tuple[str, ...]) -> RawSplit:
         for path in found:
             status = path.stat()
             stamp.update(
-                f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
+                f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(
+                    errors="surrogateescape"
+                )
             )
         files += found
-        targets += [labels.index(folder.name)] * len(found)
+        targets += [labels.index(label_of(folder))] * len(found)
 
     def open_file(index: int) -> Image.Image:
         with Image.open(files[index]) as image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,13 @@ from ...core.errors import InputError
 from .preprocessing import Preprocessing
 
 Indices = NDArray[np.int64]
+PartName = Literal["train", "val", "test"]
+# The names of splits in folders and files, the most usual one first.
+SPLIT_NAMES: Mapping[PartName, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,11 @@ class DataSplits:
             return self
         rows, _ = stratified_indices(self.train.targets, train_images, seed)
         return replace(self, train=self.train.select(rows))
+
+
+def split_of(name: str) -> PartName | None:
+    """The split that a folder of this name holds, in any case; None for other names."""
+    return next((part for part, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 def stratified_indices(
