@@ -76,7 +76,8 @@ def lift_blocks(
     """Convert all blocks to steps, with their tensors; `layouts` has one entry per block."""
     steps: list[tuple[BranchSpec, ...]] = []
     tensors: dict[str, Tensor] = {}
-    for (name, module), layout in zip(modules.named_children(), layouts, strict=True):
+    # Not `named_children`, which skips the second use of a block.
+    for (name, module), layout in zip(modules._modules.items(), layouts, strict=True):
         where = f"{path}.{name}"
         for step in find_converter("block", module, where)(module, where, layout):
             for position, piece in enumerate(step):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ...core.errors import UnsupportedModel
 from ..network.architecture import NormSpec
-from .registry import Piece, converts, find_converter, type_name
+from .registry import Piece, converts, find_converter, plain_type, type_name
 
 _ACTIVATIONS = {
     "torch.nn.modules.activation.GELU": "gelu",
@@ -98,14 +98,36 @@ def not_none(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 def linear(module: nn.Module, path: str) -> dict[str, Tensor]:
     """Return weight and bias of a plain Linear, or raise UnsupportedModel for another type."""
-    if type(module) is not nn.Linear:
+    if plain_type(module) is not nn.Linear:
         raise UnsupportedModel(f"{path}: {type_name(module)} where a Linear was expected")
-    return not_none({"weight": module.weight, "bias": module.bias})
+    layer = cast("nn.Linear", module)
+    return not_none({"weight": layer.weight, "bias": layer.bias})
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with `prefix.` before their names."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def softmax_scale(module: Any, path: str) -> float | None:
+    """Return the factor of an attention's scores; None: 1 / sqrt(query columns of a head).
+
+    timm's fused attention does not read `module.scale`.
+    """
+    scale = getattr(module, "scale", None)
+    if scale is None or getattr(module, "fused_attn", False):
+        return None
+    try:
+        return float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        raise UnsupportedModel(
+            f"{path}.scale: one number has a rule, not {_described(scale)}"
+        ) from None
+
+
+def _described(value: object) -> str:
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"a {type(value).__name__}{shape}"
 
 
 def layer_scale(module: nn.Module | None, path: str) -> Tensor | None:

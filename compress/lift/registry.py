@@ -6,13 +6,17 @@ never converted like its parent: an unknown type is refused with its path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from ...core.errors import UnsupportedModel
+from ...core.errors import InputError, UnsupportedModel
 from ..network.architecture import RelativeBiasSpec, RopeGridSpec
 
 SpecT = TypeVar("SpecT")
@@ -67,7 +71,24 @@ class TokenLayout:
     bias: Piece[RelativeBiasSpec] | None = None
 
 
+@dataclass(frozen=True)
+class Found:
+    """A block, an attention or an FFN that was converted.
+
+    Attributes:
+        kind: "block", "attention" or "ffn".
+        path: Its path; of an attention or an FFN the name of its branch.
+        module: The source module.
+    """
+
+    kind: str
+    path: str
+    module: nn.Module
+
+
 Converter = Callable[..., Any]
+_RECORDED = ("block", "attention", "ffn")
+_found: ContextVar[dict[tuple[str, str], Found] | None] = ContextVar("found", default=None)
 _CONVERTERS: dict[str, dict[str, Converter]] = {}
 _UNKNOWN_CONVERTERS: dict[str, Converter] = {}
 # Modules that compute nothing outside of training.
@@ -101,16 +122,49 @@ def converts_unknown(kind: str) -> Callable[[Converter], Converter]:
     return register
 
 
+def plain_type(module: nn.Module) -> type:
+    """The type of a module, without the parametrizations of its tensors."""
+    kind = type(module)
+    return kind.__mro__[1] if parametrize.is_parametrized(module) else kind
+
+
 def type_name(module: nn.Module) -> str:
     """Fully qualified name of a module's type."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    kind = plain_type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@contextmanager
+def recorded_modules() -> Iterator[dict[tuple[str, str], Found]]:
+    """Collect the blocks, attentions and FFNs that are converted, by kind and path, in order."""
+    found: dict[tuple[str, str], Found] = {}
+    token = _found.set(found)
+    try:
+        yield found
+    finally:
+        _found.reset(token)
+
+
+def record(kind: str, module: nn.Module, path: str) -> None:
+    """Add a converted module to those that `recorded_modules` collects."""
+    found = _found.get()
+    if found is not None and kind in _RECORDED:
+        found[kind, path] = Found(kind, path, module)
+
+
+def forget(path: str) -> None:
+    """Exclude a module that was recorded, because its conversion returns other values."""
+    found = _found.get()
+    for kind in _RECORDED if found is not None else ():
+        found.pop((kind, path), None)  # type: ignore[union-attr]
 
 
 def find_converter(kind: str, module: nn.Module, path: str) -> Converter:
     """Return the converter of a module.
 
     Raises:
-        UnsupportedModel: There is none, or a forward or a dropout of the module was replaced.
+        UnsupportedModel: There is none, or a forward or a dropout of the module was replaced. The
+            converter raises it where the module is not built as its type describes.
     """
     converter = _CONVERTERS.get(kind, {}).get(type_name(module)) or _UNKNOWN_CONVERTERS.get(kind)
     if converter is None:
@@ -121,7 +175,26 @@ def find_converter(kind: str, module: nn.Module, path: str) -> Converter:
             "set on the instance; no rule reads it"
         )
     _check_inert(module, path)
-    return converter
+
+    def convert(*args: Any) -> Any:
+        record(kind, module, path)
+        try:
+            return converter(*args)
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # a module that was edited may fail in any way
+            raise UnsupportedModel(
+                f"{path or 'model'}: this {type_name(module)} is not built as its type describes "
+                f"({type(error).__name__}: {_first_line(error)})"
+            ) from error
+
+    return convert
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return str(error.errors()[0]["msg"])
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def no_rule_message(kind: str, module: nn.Module, path: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...core.errors import UnsupportedModel
 from ..network.architecture import ConvSpec, StemSpec
 from .parts import activation, not_none, prefixed
-from .registry import Piece, type_name
+from .registry import Piece, plain_type, type_name
 
 Pair = tuple[int, int]
 
@@ -94,13 +94,13 @@ def _read(layers: list[tuple[str, nn.Module]], module: nn.Module, path: str) -> 
 def _groups(layers: list[tuple[str, nn.Module]]) -> list[_Group]:
     groups: list[_Group] = []
     for where, layer in layers:
-        if type(layer) is nn.Conv2d:
-            groups.append(_Group(where, layer))
+        if plain_type(layer) is nn.Conv2d:
+            groups.append(_Group(where, cast("nn.Conv2d", layer)))
             continue
         if not groups or groups[-1].act != "identity":
             raise UnsupportedModel(f"{where}: no rule for {type_name(layer)} in a stem")
-        if type(layer) is nn.BatchNorm2d and groups[-1].batch_norm is None:
-            groups[-1].batch_norm = layer
+        if plain_type(layer) is nn.BatchNorm2d and groups[-1].batch_norm is None:
+            groups[-1].batch_norm = cast("nn.BatchNorm2d", layer)
         else:
             groups[-1].act = activation(layer, where)
     return groups
@@ -134,7 +134,7 @@ def linear_stem(
 def _flatten(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     # torchvision's Conv2dNormActivation is a subclass of Sequential that only fills it.
     torchvision_sequential = "torchvision.ops.misc.Conv2dNormActivation"
-    if type(module) is nn.Sequential or type_name(module) == torchvision_sequential:
+    if plain_type(module) is nn.Sequential or type_name(module) == torchvision_sequential:
         found = []
         for name, child in module.named_children():
             found += _flatten(child, f"{path}.{name}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...core.errors import UnsupportedModel
 from ..network.architecture import AttentionSpec, DifferentialSpec
-from .parts import linear, norm, not_none, prefixed
+from .parts import linear, norm, not_none, prefixed, softmax_scale
 from .registry import Piece, TokenLayout, converts
 from .timm_bias import add, bias_table, relative_bias
 from .timm_rope import rope_piece
@@ -151,15 +151,14 @@ def _assemble(
     gate = getattr(module, "gate", None)
     parts = prefixed("gate", linear(gate, f"{path}.gate")) if gate is not None else {}
     parts |= prefixed("out", linear(module.proj, f"{path}.proj"))
-    return attention_piece(
-        projections | parts, heads, float(module.scale), path, norms=norms, **more
-    )
+    scale = softmax_scale(module, path)
+    return attention_piece(projections | parts, heads, scale, path, norms=norms, **more)
 
 
 def attention_piece(
     tensors: dict[str, Tensor],
     heads: int,
-    scale: float,
+    scale: float | None,
     path: str,
     *,
     norms: dict[str, Any] | None = None,
@@ -173,7 +172,7 @@ def attention_piece(
     Args:
         tensors: Weights and biases of `q`, `k`, `v`, `out` and perhaps `gate`.
         heads: Number of query heads.
-        scale: Multiplies the scores before the softmax.
+        scale: Multiplies the scores before the softmax. None: 1 / sqrt(qk).
         path: Path in the source model, for error messages.
         norms: q_norm, k_norm, head_norm and out_norm as pieces or None. None: there are none.
         kv_of: The key/value head of each query head. None: each has its own.
@@ -212,7 +211,7 @@ def attention_piece(
             heads=heads,
             qk=qk,
             v=v,
-            scale=scale,
+            scale=qk**-0.5 if scale is None else scale,
             kv_of=kv_of,
             gated="gate.weight" in tensors,
             **spec,

@@ -22,8 +22,9 @@ from ..network.modules.layers import ConvAct, Ffn
 from ..network.modules.model import build
 from .assembly import assemble, classifier, lift_blocks
 from .equivalence import describe, is_close, output_difference, with_tensors
-from .parts import absent, activation, layer_scale, linear, norm, prefixed
-from .registry import Piece, TokenLayout, converts_unknown, no_rule_message, type_name
+from .hooks import nearest_change
+from .parts import absent, activation, layer_scale, linear, norm, prefixed, softmax_scale
+from .registry import Piece, TokenLayout, converts_unknown, forget, no_rule_message, type_name
 from .stem import sequence_stem
 from .timm_attention import attention_piece, no_rope, split_qkv
 from .timm_block import Steps, attention_branch, ffn_branch
@@ -40,7 +41,7 @@ def attention(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpe
     tensors = split_qkv(module.qkv, f"{path}.qkv")
     tensors |= prefixed("out", linear(module.proj, f"{path}.proj"))
     heads = module.num_heads
-    scale = float(getattr(module, "scale", None) or (tensors["q.weight"].shape[0] // heads) ** -0.5)
+    scale = softmax_scale(module, path)
     norms = {
         name: norm(getattr(module, name, None), f"{path}.{name}") for name in ("q_norm", "k_norm")
     }
@@ -84,6 +85,8 @@ def block(module: Any, path: str, layout: TokenLayout) -> Steps:
     if skip != 1.0:
         # A constant factor of what the sub-layer adds is folded into its last projection.
         steps = [[_divided(piece, skip) for piece in row] for row in steps]
+        for row in steps:
+            forget(row[0].spec.name)
     width = steps[0][0].tensors["core.q.weight"].shape[1]
     branches = []
     for row in steps:
@@ -121,7 +124,7 @@ def model(module: Any, path: str) -> Piece[Architecture]:
         reasons.append(f"pooled by '{pool.kind}': {describe(found)}")
     raise UnsupportedModel(
         f"model: {type_name(module)} has timm's names, but computes something else "
-        f"({'; '.join(reasons)})"
+        f"({'; '.join(reasons)}){nearest_change(module, '')}"
     )
 
 
@@ -313,7 +316,7 @@ def _require_equal(module: nn.Module, ours: Any, inputs: Tensor, path: str, rule
     if not is_close(found):
         raise UnsupportedModel(
             f"{path}: {type_name(module)} has timm's names, but does not compute {rule} "
-            f"({describe(found)})"
+            f"({describe(found)}){nearest_change(module, '')}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parts import activation, layer_scale, linear, norm, prefixed
+from .parts import activation, layer_scale, linear, norm, prefixed, softmax_scale
 from .registry import TokenLayout, converts
 from .timm_attention import attention_piece, differential, no_rope
 from .timm_block import Steps, wrap
@@ -66,7 +66,7 @@ def _split(
     core = attention_piece(
         attention,
         module.num_heads,
-        float(module.scale),
+        softmax_scale(module, path),
         f"{path}.attn",
         norms=norms,
         differential=differential,

@@ -8,7 +8,7 @@ import torch
 
 from ...core.errors import UnsupportedModel
 from ..network.architecture import AttentionSpec, PoolSpec, RefineSpec
-from .parts import absent, linear, norm, prefixed
+from .parts import absent, linear, norm, prefixed, softmax_scale
 from .registry import Piece, converts, find_converter
 from .timm_mlp import mlp
 
@@ -39,6 +39,7 @@ def latent(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
     heads, width = module.num_heads, module.head_dim
     query = module.q(module.latent[0, :1]).unflatten(-1, (heads, width))
     query = module.q_norm(query.transpose(0, 1)).flatten()
+    scale = softmax_scale(module, path)
     tensors = {"query": query}
     for kind, tensor in linear(module.kv, f"{path}.kv").items():
         tensors[f"k.{kind}"], tensors[f"v.{kind}"] = tensor.chunk(2)
@@ -51,7 +52,7 @@ def latent(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
         heads=heads,
         qk=width,
         v=width,
-        scale=float(module.scale),
+        scale=width**-0.5 if scale is None else scale,
         q_bias=False,
         k_bias="k.bias" in tensors,
         v_bias="v.bias" in tensors,
@@ -78,5 +79,8 @@ def prr(module: Any, path: str, prefix: bool) -> Piece[PoolSpec]:
         raise UnsupportedModel(
             f"{path}: the refining attention pool has a rule only with the prefix tokens"
         )
-    refine = RefineSpec(channels=(module.head_dim,) * module.num_heads, scale=float(module.scale))
+    width, scale = module.head_dim, softmax_scale(module, path)
+    refine = RefineSpec(
+        channels=(width,) * module.num_heads, scale=width**-0.5 if scale is None else scale
+    )
     return Piece(PoolSpec(kind="token" if module.pool == "token" else "mean_all", refine=refine))

@@ -147,7 +147,15 @@ def patch_stem(patch_embed: Any, path: str) -> Piece[StemSpec]:
 def tokens(model: Any) -> tuple[Tensor | None, Tensor | None]:
     """Return prefix tokens with positions added (prefix, embed), and positions (patches, embed)."""
     names = ("cls_token", "dist_token", "reg_token")
-    present = [getattr(model, name) for name in names if getattr(model, name, None) is not None]
+    found = {name: getattr(model, name, None) for name in names}
+    present = [token for token in found.values() if token is not None]
+    if sum(token.shape[1] for token in present) != model.num_prefix_tokens:
+        listed = ", ".join(name for name, token in found.items() if token is not None) or "none"
+        raise UnsupportedModel(
+            f"cls_token: num_prefix_tokens is {model.num_prefix_tokens}, the tokens of the model "
+            f"are {listed}; create the model with class_token=False and reg_tokens=0 instead of "
+            "removing tokens"
+        )
     prefix = torch.cat([token[0] for token in present]) if present else None
     pos_embed = getattr(model, "pos_embed", None)
     position = None if pos_embed is None else pos_embed[0]

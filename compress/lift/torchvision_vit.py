@@ -10,7 +10,7 @@ from ...core.errors import UnsupportedModel
 from ..network.architecture import Architecture, AttentionSpec, FfnSpec, HeadSpec
 from .assembly import assemble, lift_blocks
 from .parts import activation, linear, not_none, prefixed
-from .registry import Piece, TokenLayout, converts, type_name
+from .registry import Piece, TokenLayout, converts, plain_type, type_name
 from .stem import conv_stem
 from .timm_attention import attention_piece, no_rope
 from .timm_block import Steps, attention_branch, ffn_branch
@@ -47,7 +47,7 @@ def _head(heads: Any, path: str) -> Piece[HeadSpec] | None:
         isinstance(child, nn.Identity) for child in children.values()
     ):
         return None
-    if type(heads) is not nn.Sequential or list(children) not in (
+    if plain_type(heads) is not nn.Sequential or list(children) not in (
         ["head"],
         ["pre_logits", "act", "head"],
     ):
@@ -101,7 +101,7 @@ def multihead(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpe
         biases = module.in_proj_bias.chunk(3)
         tensors |= {f"{name}.bias": bias for name, bias in zip("qkv", biases, strict=True)}
     tensors |= not_none({"out.weight": module.out_proj.weight, "out.bias": module.out_proj.bias})
-    return attention_piece(tensors, module.num_heads, module.head_dim**-0.5, path)
+    return attention_piece(tensors, module.num_heads, None, path)
 
 
 @converts("ffn", f"{_MODULE}.MLPBlock")

@@ -37,12 +37,13 @@ class MaskedModel(nn.Module):
         return None if keep is None else keep.to(reference)
 
 
-def masked(model: nn.Module, mask: StructuredMask) -> MaskedModel:
+def masked(model: nn.Module, mask: StructuredMask, *, proof: bool = True) -> MaskedModel:
     """The dense model computing with a mask: the reference for `compact`.
 
     Args:
         model: A supported Vision Transformer, or a `CompactModel`. It is copied, not changed.
         mask: What to keep. Missing entries keep everything.
+        proof: Whether to run `model` beside what was read from it, as in `lift`.
 
     Returns:
         A module with parameters of full size, in the mode (training or evaluation) of `model`.
@@ -50,8 +51,9 @@ def masked(model: nn.Module, mask: StructuredMask) -> MaskedModel:
 
     Raises:
         InputError: The mask does not fit the model; the message names the entry.
-        UnsupportedModel: A module has no rule; the message names its path.
+        UnsupportedModel: A module has no rule, or computes something else than its weights and
+            type describe; the message names its path.
     """
-    result = MaskedModel(copy.deepcopy(lift(model)), mask)
+    result = MaskedModel(copy.deepcopy(lift(model, proof=proof)), mask)
     result.train(model.training)
     return result

@@ -30,6 +30,11 @@ MAX_BRANCHES = 4096
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
+def is_storable(types: set[torch.dtype]) -> bool:
+    """Whether `load` reads a model whose parameters have these floating-point types."""
+    return len(types) == 1 and types <= set(_TYPES.values())
+
+
 def save(model: CompactModel, folder: Path | str, *, overwrite: bool = False) -> Path:
     """Write a `CompactModel` to a folder; `vitrim.save` also accepts other models.
 

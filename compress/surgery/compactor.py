@@ -17,7 +17,11 @@ from .plan import BranchPlan, Plan, plan
 
 
 def compact(
-    model: nn.Module, mask: StructuredMask, *, last_queries: bool | None = None
+    model: nn.Module,
+    mask: StructuredMask,
+    *,
+    last_queries: bool | None = None,
+    proof: bool = True,
 ) -> CompactModel:
     """Remove what `mask` does not keep.
 
@@ -26,6 +30,7 @@ def compact(
         mask: What to keep. Missing entries keep everything.
         last_queries: Whether the last block computes only the tokens that the head reads (exact).
             None, the default, leaves the choice of the architecture.
+        proof: Whether to run `model` beside what was read from it, as in `lift`.
 
     Returns:
         A smaller module, equal to `masked(model, mask)` (fp32, relative 1e-5), in the mode of
@@ -33,10 +38,11 @@ def compact(
 
     Raises:
         InputError: The mask does not fit the model; the message names the entry.
-        UnsupportedModel: A module has no rule; the message names its path.
+        UnsupportedModel: A module has no rule, or computes something else than its weights and
+            type describe; the message names its path.
     """
     # The source's own tensors, not copies; slicing copies what is kept.
-    source = read(model)
+    source = read(model, proof=proof)
     surgery = plan(source.spec, mask)
     architecture = surgery.architecture
     if last_queries is not None:

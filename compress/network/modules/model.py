@@ -100,7 +100,12 @@ class CompactModel(nn.Module):
         return x
 
     def embed(self, images: Tensor) -> Tensor:
-        """Run the stem: (batch, channels, height, width) -> (batch, tokens, embed)."""
+        """Run the stem: (batch, channels, height, width) -> (batch, tokens, embed).
+
+        Images of another floating-point type are converted to that of the weights.
+        """
+        if images.dtype != self.stem.weight.dtype and images.is_floating_point():
+            images = images.to(self.stem.weight.dtype)
         if self.before is not None:
             images = self.before(images)
         x: Tensor = self.stem(images).flatten(2).transpose(1, 2)
