@@ -98,7 +98,7 @@ def _files(path: Path, ending: str) -> dict[str, list[str]]:
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
     found: dict[str, list[str]] = {}
-    unnamed = []
+    unnamed: list[str] = []
     for file in sorted(path.rglob(f"*.{ending}")):
         part = _part_of(file.relative_to(path))
         (unnamed if part is None else found.setdefault(part, [])).append(str(file))
@@ -123,7 +123,8 @@ def _part_of(file: Path) -> PartName | None:
     for part, names in SPLIT_NAMES.items():
         if name.startswith(names):
             return part
-    return next((part for folder in file.parents if (part := split_of(folder.name))), None)
+    found = (split_of(folder.name) for folder in file.parents)
+    return next((part for part in found if part), None)
 
 
 def _load(load: Callable[[], Any], where: str, problem: str) -> RawDataset:
@@ -150,7 +151,7 @@ def _load(load: Callable[[], Any], where: str, problem: str) -> RawDataset:
 
 def _raw_dataset(loaded: Any, where: str) -> RawDataset:
     splits: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
-    by_name = {name.lower(): name for name in reversed(splits)}
+    by_name = {name.lower(): name for name in reversed(list(splits))}
     parts = {
         part: next((by_name[name] for name in names if name in by_name), None)
         for part, names in SPLIT_NAMES.items()
