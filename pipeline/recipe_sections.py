@@ -105,6 +105,14 @@ class MasksSection(Section):
     Exactly one of `params`, `macs` and `lambda` sets the size.
     """
 
+    method: Literal["learned", "closed-form"] = Field(
+        "learned",
+        description="learned: gates are trained for `epochs` epochs; closed-form: widths are "
+        "chosen and output projections refitted from `images` unlabeled images, without training",
+    )
+    images: int = Field(
+        512, gt=1, description="closed-form: number of training images; their labels are not used"
+    )
     params: float | None = Field(
         None, gt=0.0, le=1.0, description="budget: share of the parameters that remains, e.g. 0.3"
     )
@@ -180,6 +188,10 @@ class MasksSection(Section):
             raise ValueError(
                 "nothing sets the size; add one of `params = 0.3`, `macs = 0.5` or `lambda = 1e-7`"
             )
+        if self.method == "closed-form" and self.lambda_ is not None:
+            raise ValueError(
+                'method = "closed-form" needs a budget; replace `lambda` by `params` or `macs`'
+            )
         return self
 
 
@@ -232,9 +244,10 @@ class ExportSection(Section):
     """The artifacts of the run."""
 
     target: str = Field(
-        "x86-64",
+        "host",
         min_length=1,
-        description="a target name (`vitrim targets list`) or the path of a target TOML",
+        description="a target name (`vitrim targets list`), the path of a target TOML, or host, "
+        "this machine",
     )
     precisions: tuple[Precision, ...] = Field(
         ("fp32", "int8"), strict=False, min_length=1, description="precisions of the compact model"

@@ -55,6 +55,7 @@ from .training_steps import (
     seed_weights,
     train_baseline,
 )
+from .trim_step import require_budget
 
 Step = Literal["baseline", "masks", "finetune", "export", "bench", "report"]
 STEPS: tuple[Step, ...] = ("baseline", "masks", "finetune", "export", "bench", "report")
@@ -201,8 +202,11 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     if recipe.export.image_size is not None:
         at_image_size(dense.architecture, recipe.export.image_size)
     round_to = recipe.masks.round_to or target.round_to
-    # Creating the task checks the budget; mask learning creates another one.
-    mask_task(dense, data, recipe, round_to)
+    if recipe.masks.method == "closed-form":
+        require_budget(dense.architecture, recipe.masks)
+    else:
+        # Creating the task checks the budget; mask learning creates another one.
+        mask_task(dense, data, recipe, round_to)
     return Prepared(recipe, data, dense, round_to)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compress.data.splits import DataSplits
+from ..compress.data.splits import DataSplits, stratified_indices
 from ..compress.masks.budget import Budget
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
@@ -27,10 +27,13 @@ from ..core.storage import replace_file
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection
 from .run_folder import RunFolder
+from .trim_step import exact_cut_error, trim_baseline, trim_record
 
 # Files and folders of the run.
 BASELINE, COMPACT, CUT = "baseline", "compact", "cut"
 MASK, CUT_PARITY, HISTORY = "mask.safetensors", "cut-parity.json", "history.jsonl"
+# Of a closed-form cut: the dense network in the basis in which it was cut, and the record.
+ROTATED, TRIM = "rotated", "trim.json"
 PARITY_IMAGES = 64
 
 
@@ -80,6 +83,8 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
         The cut model and its mask.
     """
     recipe, folder = context.recipe, context.folder
+    if recipe.masks.method == "closed-form":
+        return _trim(baseline, round_to, context)
     task = mask_task(baseline, context.data, recipe, round_to)
     # A budget has a schedule of its own, so the learning rate decays once. With a fixed lambda it
     # restarts, as in Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
@@ -90,10 +95,32 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
     _fit(task, context, settings, resume)
     model, mask = task.result(), task.mask()
     error = cut_error(task, model, context.data.val.floats(slice(0, PARITY_IMAGES)))
-    save(model, folder / CUT, overwrite=True)
-    mask.save(folder / MASK)
-    replace_file(folder / CUT_PARITY, json.dumps({"max_relative_error": error}) + "\n")
-    return Cut(model, mask, error)
+    cut = Cut(model, mask, error)
+    _save_cut(cut, folder)
+    return cut
+
+
+def _trim(baseline: CompactModel, round_to: int, context: RunContext) -> Cut:
+    """The cut of `masks.method = "closed-form"`; also writes rotated/ and trim.json."""
+    section, folder, data = context.recipe.masks, context.folder, context.data
+    count = min(section.images, len(data.train))
+    drawn = stratified_indices(data.train.targets, count, context.recipe.train.seed)[0]
+    found = trim_baseline(
+        baseline, data.train.floats(drawn), section, round_to, quiet=context.quiet
+    )
+    images = data.val.floats(slice(0, PARITY_IMAGES))
+    cut = Cut(found.model, found.mask, exact_cut_error(found.rotated, found.mask, images))
+    save(found.rotated, folder / ROTATED, overwrite=True)
+    replace_file(folder / TRIM, trim_record(found))
+    _save_cut(cut, folder)
+    return cut
+
+
+def _save_cut(cut: Cut, folder: RunFolder) -> None:
+    save(cut.model, folder / CUT, overwrite=True)
+    cut.mask.save(folder / MASK)
+    record = json.dumps({"max_relative_error": cut.max_relative_error})
+    replace_file(folder / CUT_PARITY, record + "\n")
 
 
 def mask_task(baseline: CompactModel, data: DataSplits, recipe: Recipe, round_to: int) -> MaskTask:

@@ -221,6 +221,14 @@ def branch_costs(
     }
 
 
+def smallest_cost(architecture: Architecture, kind: str) -> float:
+    """Parameters or multiply-adds of what is never cut: the stem and the head."""
+    price = params_cost if kind == "params" else macs_cost
+    costs = branch_costs(architecture, price)
+    specs = {branch.name: branch for branch in architecture.branches}
+    return network_cost(architecture, kind) - sum(cost(specs[name]) for name, cost in costs.items())
+
+
 def network_cost(architecture: Architecture, kind: str) -> int:
     """Parameters or multiply-adds of a network."""
     return count_params(architecture) if kind == "params" else count_macs(architecture)

@@ -1,0 +1,122 @@
+"""The cut without mask learning: closed-form masks and compensation from unlabeled images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from ..compress.masks.mask import StructuredMask
+from ..compress.masks.masked import masked
+from ..compress.network.architecture import Architecture
+from ..compress.network.modules.model import CompactModel
+from ..compress.oneshot.allocation import network_cost, smallest_cost
+from ..compress.oneshot.trim import Trimmed, TrimOptions, trim
+from ..compress.surgery.compactor import compact
+from ..core.console import progress_bar, status
+from ..core.errors import InputError
+from .recipe_sections import MasksSection
+
+TRIM_SCHEMA = "vitrim.trim/1"
+STAGES = {
+    "weigh": "weighing the depths",
+    "predict": "predicting errors",
+    "compensate": "compensating",
+}
+
+
+class StageBars(contextlib.ExitStack):
+    """A progress bar for each stage of `trim`, shown one after the other."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__()
+        self._quiet = quiet
+        self._stage = ""
+        self._advance: Callable[[int], None] = lambda done: None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` steps of a stage are complete."""
+        if stage != self._stage:
+            self.close()
+            bar = progress_bar(STAGES[stage], total, quiet=self._quiet)
+            self._stage, self._advance = stage, self.enter_context(bar)
+        self._advance(done)
+
+
+def require_budget(architecture: Architecture, section: MasksSection) -> None:
+    """Check that the budget can be met.
+
+    Raises:
+        InputError: It is below the size of what is never cut; the message gives that size.
+    """
+    kind, share = ("params", section.params) if section.params else ("macs", section.macs)
+    least = smallest_cost(architecture, kind) / network_cost(architecture, kind)
+    if share is None or share <= least:
+        raise InputError(
+            f"masks.{kind} = {share}: the stem and the head, which are not cut, are {least:.3f} of "
+            "this model; give a larger budget"
+        )
+
+
+def trim_baseline(
+    baseline: CompactModel, images: Tensor, section: MasksSection, round_to: int, *, quiet: bool
+) -> Trimmed:
+    """Cut the baseline without training, with a progress bar for each stage.
+
+    Args:
+        baseline: The dense model.
+        images: Unlabeled images, (images, channels, height, width), normalized.
+        section: The budget.
+        round_to: Kept widths are multiples of this.
+        quiet: Print nothing.
+
+    Returns:
+        The cut and compensated model, and how it was cut.
+
+    Raises:
+        InputError: The budget is out of reach.
+    """
+    options = TrimOptions(round_to=round_to)
+    with StageBars(quiet=quiet) as bars:
+        found = trim(
+            baseline,
+            images,
+            macs=section.macs,
+            params=section.params,
+            options=options,
+            progress=bars,
+        )
+    status(
+        f"predicted error {found.predicted_error:.3g} of the features' variance, cosine to the "
+        f"dense features {found.check.cosine:.4f} on {found.check.images} held-out images",
+        quiet=quiet,
+    )
+    return found
+
+
+def trim_record(found: Trimmed) -> str:
+    """The contents of trim.json: what was predicted, chosen, refitted and measured."""
+    record = {
+        "schema": TRIM_SCHEMA,
+        "predicted_error": found.predicted_error,
+        "cost_share": found.cost,
+        "check": asdict(found.check),
+        "widths": {name: dict(widths) for name, widths in found.widths.items()},
+        "fits": [asdict(fit) for fit in found.fits],
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+def exact_cut_error(rotated: CompactModel, mask: StructuredMask, images: Tensor) -> float:
+    """Largest difference of logits between masked and cut network, before compensation.
+
+    It is relative to the largest logit.
+    """
+    with torch.inference_mode():
+        expected = masked(rotated, mask).eval()(images)
+        found = compact(rotated, mask).eval()(images)
+    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
