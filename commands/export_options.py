@@ -114,7 +114,7 @@ Overwrite = Annotated[
 class Variant:
     """Which artifact of the model is written."""
 
-    target: Target = "x86-64"
+    target: Target = "host"
     runtime: Runtime = "onnxruntime"
     precision: PrecisionName = "fp32"
     batch: Batch = "1"

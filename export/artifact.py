@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from ..core import strict_json
 from ..core.errors import InputError
 from ..core.storage import replace_file, sha256_file
-from .manifest import MANIFEST, SCHEMA, FileEntry, Manifest, Role, seal_of
+from ..targets.catalog import EARLIER_NAMES, load_target, present_name
+from ..targets.instruction_sets import EXACT_PRODUCTS
+from .manifest import MANIFEST, SCHEMA, CpuFeatures, FileEntry, Manifest, Role, seal_of
 
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 MAX_ENTRIES = 10_000
@@ -121,7 +123,21 @@ def read_manifest(folder: Path | str) -> Manifest:
             f"{path}: the seal does not fit; {MANIFEST} was changed after the export; "
             "use the unchanged folder"
         )
-    return manifest
+    return manifest if "cpu" in data else _of_earlier_version(manifest)
+
+
+def _of_earlier_version(manifest: Manifest) -> Manifest:
+    """Return a manifest without `cpu` with the present name of its target, and what it needs."""
+    target = present_name(manifest.target)
+    if manifest.target not in EARLIER_NAMES:
+        return manifest
+    eight_bits = manifest.precision in ("int8", "int8-static")
+    whole = eight_bits and target == EARLIER_NAMES["x86-64"] and manifest.runtime != "tvm"
+    cpu = CpuFeatures(
+        needs=load_target(target).features if manifest.runtime == "tvm" else (),
+        assumes=(EXACT_PRODUCTS,) if whole else (),
+    )
+    return manifest.model_copy(update={"target": target, "cpu": cpu})
 
 
 def _manifest_data(folder: Path, path: Path) -> dict[str, Any]:

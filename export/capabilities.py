@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 import re
-from pathlib import Path
 
-from ..core.errors import InputError
+from ..runtimes.cpu_features import fitting_target, missing_features
 from ..targets.catalog import load_target
+from ..targets.detect import detect_host
+from ..targets.instruction_sets import EXACT_PRODUCTS, known_features, machine_name
 from ..targets.profile import TargetProfile
 
 # The names that Linux (/proc/cpuinfo), profiles and compilers use.
@@ -17,25 +18,21 @@ DOT_PRODUCTS = frozenset(
 HALF = frozenset({"fp16", "fphp", "asimdhp", "fullfp16", "avx512_fp16", "avx512fp16"})
 # Cores without eight-bit dot products, for profiles that name the core and no feature.
 CORES_WITHOUT_DOT_PRODUCTS = re.compile(r"cortex-a(5|7|8|9|15|17|35|53|57|72|73)\b", re.IGNORECASE)
-
-
-def profile_of(target: str) -> TargetProfile | None:
-    """Return the target's profile, or None for a name that only labels the artifact."""
-    try:
-        return load_target(target)
-    except InputError:
-        return None
+# Instruction sets for which runtimes have kernels of their own.
+_KERNELS = frozenset(
+    {
+        *("avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16"),
+        *("avx512_fp16", "amx_int8", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+    }
+)
 
 
 def has_dot_products(target: str) -> bool | None:
     """Return whether the processor has eight-bit dot products, or None where that is unknown."""
-    profile = profile_of(target)
-    if profile is None:
-        return None
-    features = {feature.lower().lstrip("+") for feature in profile.features}
-    if features & DOT_PRODUCTS:
+    profile = load_target(target)
+    if _features(profile) & DOT_PRODUCTS:
         return True
-    if features or any(
+    if profile.features or any(
         CORES_WITHOUT_DOT_PRODUCTS.search(cluster.core) for cluster in profile.clusters
     ):
         return False
@@ -47,11 +44,25 @@ def int8_exact(target: str) -> bool:
 
     x86 without VNNI adds pairs of products in 16 bits and saturates, so its weights have 7 bits.
     """
-    profile = profile_of(target)
-    return not (
-        profile is not None
-        and profile.architecture.lower().replace("-", "_") in ("x86_64", "amd64")
-        and has_dot_products(target) is False
+    return not _is_x86(load_target(target)) or has_dot_products(target) is True
+
+
+def int8_assumptions(target: str) -> tuple[str, ...]:
+    """Return the instruction sets without which weights of the target's width saturate."""
+    return (EXACT_PRODUCTS,) if _is_x86(load_target(target)) and int8_exact(target) else ()
+
+
+def int8_saturates_here(target: str) -> str | None:
+    """Return why this processor cannot compute the target's eight-bit products, or None."""
+    profile = load_target(target)
+    if machine_name(profile.architecture) != machine_name(platform.machine()):
+        return None
+    if not (missing := missing_features(int8_assumptions(target))):
+        return None
+    names = missing[0].replace("|", " or ")
+    return (
+        f"this processor has no {names}, so the whole eight-bit weights of {target} saturate here; "
+        f"use target {fitting_target()} or host for a processor like this one"
     )
 
 
@@ -67,10 +78,7 @@ def int8_warning(target: str) -> str | None:
 
 def has_half(target: str) -> bool:
     """Return whether the target computes in half precision."""
-    profile = profile_of(target)
-    return profile is not None and bool(
-        {feature.lower().lstrip("+") for feature in profile.features} & HALF
-    )
+    return bool(_features(load_target(target)) & HALF)
 
 
 def needs_qdq_pairs(target: str) -> bool:
@@ -80,24 +88,40 @@ def needs_qdq_pairs(target: str) -> bool:
     fast as pairs (benchmarks/results/static_int8.md), and its arm64 build has kernels for them as
     well.
     """
-    profile = profile_of(target)
-    return profile is not None and (
-        profile.kind == "gpu" or "cuda" in (profile.accelerator or "").lower()
-    )
+    profile = load_target(target)
+    return profile.kind == "gpu" or "cuda" in (profile.accelerator or "").lower()
 
 
 def is_host(target: str) -> bool:
     """Return whether measurements on this machine are valid for the target."""
     if target == "host":
         return True
-    machine = platform.machine().lower()
-    same = {"x86_64": {"x86-64", "x86_64", "amd64"}, "aarch64": {"aarch64", "arm64"}}.get(
-        machine, {machine}
-    )
-    if target.lower() in same:
-        return True
-    return (
-        Path(target).suffix == ".toml"
-        and (profile := profile_of(target)) is not None
-        and profile.architecture.lower() in same
-    )
+    profile = load_target(target)
+    same_machine = machine_name(profile.architecture) == machine_name(platform.machine())
+    # A profile without instruction sets describes the machine of its author.
+    return same_machine and (not profile.features or other_processor(profile) is None)
+
+
+def other_processor(profile: TargetProfile) -> str | None:
+    """Return how this processor differs from a profile of its architecture, or None.
+
+    It differs where runtimes choose other kernels: it lacks an instruction set, or its vectors or
+    eight-bit products are others.
+    """
+    host = detect_host()
+    here, there = set(host.features) & _KERNELS, _features(profile) & _KERNELS
+    order = known_features().index
+    if lacking := sorted(there - here, key=order):
+        return f"has no {', '.join(lacking)}"
+    unit, wanted = host.vector, profile.vector
+    if (unit.kind, unit.int8_dot) == (wanted.kind, wanted.int8_dot):
+        return None
+    return f"has {', '.join(sorted(here - there, key=order))}"
+
+
+def _features(profile: TargetProfile) -> set[str]:
+    return {feature.lower().lstrip("+") for feature in profile.features}
+
+
+def _is_x86(profile: TargetProfile) -> bool:
+    return machine_name(profile.architecture) == "x86_64"

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from ..core.errors import InputError
 from ..runtimes import EngineError
 from ..runtimes.subprocess_inference import infer_in_subprocess
+from ..targets.catalog import load_target
+from ..targets.instruction_sets import machine_name
 from ..targets.profile import TargetProfile
-from .capabilities import profile_of
+from .capabilities import other_processor
 from .export_run import ExportRun
 from .manifest import Array
 from .parity import relative_error
@@ -24,8 +26,6 @@ from .stage_line import stage
 
 if TYPE_CHECKING:
     from ..targets.emulation import Emulator
-
-ALIASES = {"amd64": "x86-64", "x86_64": "x86-64", "arm64": "aarch64"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class CrossTarget:
 def cross_target(target: str, runtime: str = "onnxruntime") -> CrossTarget | None:
     """Return how a target's programs run here.
 
-    Returns None where they run natively, or where the architecture is unknown.
+    Returns None where they run natively.
     """
-    profile = profile_of(target)
-    if profile is None or _architecture(profile.architecture) == _architecture(platform.machine()):
+    profile = load_target(target)
+    machine = machine_name(profile.architecture)
+    if machine == machine_name(platform.machine()):
         return None
-    if _architecture(profile.architecture) != "aarch64":
+    if machine != "aarch64":
         return CrossTarget(
             profile, None, f"programs for {profile.architecture} do not run on this machine"
         )
@@ -75,6 +76,26 @@ def cross_target(target: str, runtime: str = "onnxruntime") -> CrossTarget | Non
     return CrossTarget(profile, prepared.like(cores, profile.features), None)
 
 
+def parity_note(target: str) -> str | None:
+    """Return a note on parity that was computed here for another processor, or None."""
+    if target == "host":
+        return None
+    profile = load_target(target)
+    machine = machine_name(platform.machine())
+    if profile.kind == "gpu":
+        difference = "is no such GPU"
+    elif machine_name(profile.architecture) != machine:
+        difference = f"is {machine} and not {profile.architecture}"
+    elif profile.features and (found := other_processor(profile)):
+        difference = found
+    else:
+        return None
+    return (
+        f"parity was computed on this processor, which {difference}: the runtime may choose other "
+        f"kernels on {target}, so verify top-1 there (vitrim bench --dataset)"
+    )
+
+
 def verify_on_target(run: ExportRun, file: Path, local: Callable[[Array], Array]) -> None:
     """Run a finished file on the target's own processor, emulated, and record its parity.
 
@@ -90,6 +111,8 @@ def verify_on_target(run: ExportRun, file: Path, local: Callable[[Array], Array]
     device, probe = run.request.device, run.probe
     found = cross_target(device.target, device.runtime)
     if found is None:
+        if note := parity_note(device.target):
+            run.notes.append(note)
         return
     if found.emulator is None:
         run.notes.append(f"parity was not run on {device.target}: {found.reason}")
@@ -112,7 +135,3 @@ def verify_on_target(run: ExportRun, file: Path, local: Callable[[Array], Array]
         f"outputs differ by {difference:.1e} of the largest logit from this machine's for the "
         f"same file (over {len(logits)} of {len(probe.images)} inputs)"
     )
-
-
-def _architecture(name: str) -> str:
-    return ALIASES.get(name.lower(), name.lower())

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .manifest import Array, FileEntry, Manifest, Parity, Provenance, TensorSpec
-from .parity import Probe, require_parity
+from ..targets.catalog import load_target
+from .manifest import Array, CpuFeatures, FileEntry, Manifest, Parity, Provenance, TensorSpec
+from .parity import Probe, require_agreement, require_parity
 from .request import ExportRequest
 
 # An emulated inference is hundreds of times slower: as many images as fit into this, at least one
@@ -58,7 +59,7 @@ class ExportRun:
             The figures.
 
         Raises:
-            ParityError: The error exceeds the tolerance.
+            ParityError: The error exceeds the tolerance, or the classes agree less than by chance.
         """
         parity = self.probe.first(len(logits)).compare(
             name,
@@ -66,7 +67,9 @@ class ExportRun:
             tolerance=self.request.numeric.tolerances[precision],
             reference=self.reference,
         )
-        return require_parity(parity, locate)
+        require_parity(parity, locate)
+        require_agreement(parity, self.probe.clear_agreement(logits))
+        return parity
 
     def check(
         self,
@@ -85,7 +88,7 @@ class ExportRun:
             precision: Selects the tolerance.
 
         Raises:
-            ParityError: The error exceeds the tolerance.
+            ParityError: See `compare`.
         """
         self.stages.append(self.compare(name, logits, locate, precision=precision))
 
@@ -112,6 +115,7 @@ class ExportRun:
         versions: Mapping[str, str],
         opset: int | None,
         session: Mapping[str, str],
+        cpu: CpuFeatures,
         tensors: tuple[str, str] = ("images", "logits"),
     ) -> Manifest:
         """Return the manifest of the finished artifact.
@@ -124,6 +128,7 @@ class ExportRun:
             versions: Of the tools that made the artifact.
             opset: Of the standard's operators, where there is a graph.
             session: Settings that the runtime opens the model with.
+            cpu: The instruction sets that the files need.
             tensors: Names of input and output.
 
         Returns:
@@ -139,7 +144,8 @@ class ExportRun:
             preprocessing=fields.preprocessing,
             labels=fields.labels,
             opset=opset,
-            target=request.device.target,
+            target=load_target(request.device.target).name,
+            cpu=cpu,
             runtime=request.device.runtime,
             precision=request.numeric.precision,
             form=form,

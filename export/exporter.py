@@ -21,8 +21,8 @@ from .graphs.candidates import PLAIN
 from .graphs.model_facts import image_shape, name_of, provenance_of, torch_outputs
 from .graphs.model_proto import MODEL, opset_of
 from .graphs.torch_graph import trace
-from .manifest import Array, Batch, Precision, tool_versions
-from .onnxruntime_files import choose, save
+from .manifest import Array, Batch, CpuFeatures, Precision, tool_versions
+from .onnxruntime_files import choose, cpu_features, save
 from .parity import TOLERANCES, Probe, model_outputs
 from .quantization.quantize import Calibration
 from .request import (
@@ -199,6 +199,7 @@ def _export_onnxruntime(
             versions=tool_versions(*TOOLS),
             opset=opset_of(final),
             session=config_for(request.device.threads),
+            cpu=cpu_features(run),
         )
         Artifact.write(aside, manifest)
 
@@ -219,6 +220,7 @@ def _export_converted(
             versions={**tool_versions(*TOOLS), **written.versions},
             opset=opset_of(source.graph) if runtime.form is not None else None,
             session=written.session,
+            cpu=CpuFeatures(needs=written.needs, assumes=written.assumes),
         )
         Artifact.write(aside, manifest)
 

@@ -7,6 +7,8 @@ The folder's format (schema `vitrim.manifest/1`; `manifest_schema()` returns it 
   size and SHA-256. Exactly one has the role `model`.
 - `seal` is the SHA-256 of the manifest itself without `seal`, written as JSON with sorted keys and
   no spaces, so that a flipped byte in a label or a mean is detected too.
+- `cpu` lists the instruction sets that the code needs and that the numbers assume. Manifests of
+  earlier versions lack the key; the names of their targets have their former meaning.
 - `inputs` and `outputs` state name, shape (a free dimension is its name), type and layout;
   `preprocessing` and `labels` how pictures become inputs and logits become class names; `parity`
   how far each stage of the export changed the outputs.
@@ -30,6 +32,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA = "vitrim.manifest/1"
 MANIFEST = "manifest.json"
+# The smallest share of equal top-1 classes, and the fewest images, that need no warning.
+LEAST_AGREEMENT, FEWEST_IMAGES = 0.9, 8
+PARITY = "parity: "
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1)]
@@ -135,6 +140,18 @@ class Provenance(Plain):
     details: dict[str, str] = {}
 
 
+class CpuFeatures(Plain):
+    """Instruction sets, as Linux names them; of `a|b` one suffices.
+
+    Attributes:
+        needs: Those that the files' code uses: without them it would end in an illegal instruction.
+        assumes: Those without which the numbers would be others, such as products that saturate.
+    """
+
+    needs: tuple[Name, ...] = ()
+    assumes: tuple[Name, ...] = ()
+
+
 class Manifest(Plain):
     """What an artifact is; the module's docstring states the format.
 
@@ -147,6 +164,7 @@ class Manifest(Plain):
         labels: One for each class, if known.
         opset: Version of the standard's operators, where the model is an ONNX graph.
         target: Name of the device profile that it was exported for.
+        cpu: The instruction sets that it was exported for; None where they are unknown.
         runtime: Name of the runtime that opens it.
         precision: What it computes in.
         form: How its graph is written.
@@ -168,6 +186,7 @@ class Manifest(Plain):
     labels: tuple[str, ...] | None = None
     opset: Size | None = None
     target: Name
+    cpu: CpuFeatures | None = None
     runtime: Name
     precision: Precision
     form: Name
@@ -206,6 +225,28 @@ class Manifest(Plain):
         data = self.model_dump(mode="json", by_alias=True)
         data["seal"] = seal_of(data)
         return data
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the outputs doubtful, and what to do about it, one line each."""
+        if not self.parity:
+            return ()
+        worst = min(self.parity, key=lambda stage: stage.top1_agreement)
+        found = []
+        if worst.top1_agreement < LEAST_AGREEMENT:
+            found.append(
+                f"{PARITY}{worst.stage} has the top-1 class of {worst.reference} on only "
+                f"{100 * worst.top1_agreement:.0f} % of {worst.images} {worst.input_kind}; "
+                "measure its accuracy (vitrim bench --dataset), or export in another precision"
+            )
+        count = self.parity[-1].images
+        if self.precision not in ("fp32", "fp16", "bf16") and count < FEWEST_IMAGES:
+            use = "ranges and parity" if self.precision == "int8-static" else "parity"
+            found.append(
+                f"{PARITY}the {use} of {self.precision} rest on only {count} "
+                f"{self.parity[-1].input_kind}; export with {FEWEST_IMAGES} or more images"
+            )
+        return tuple(found)
 
     @property
     def macs(self) -> int | None:

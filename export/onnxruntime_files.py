@@ -16,13 +16,14 @@ from .export_run import ExportRun
 from .graphs.candidates import Candidate, candidates, in_precision, where_in_form
 from .graphs.model_proto import save_model
 from .graphs.tuning import fastest
-from .manifest import Array, FileEntry, Parity
+from .manifest import Array, CpuFeatures, FileEntry, Parity
 from .parity import first_difference, model_outputs, session_outputs
 from .sessions import open_session
 from .stage_line import stage
 
 ORT_FILE = "model.ort"
 OPERATORS = "required_operators.config"
+EIGHT_BITS = ("int8", "int8-static")
 
 
 def choose(run: ExportRun, model: nn.Module, plain: onnx.ModelProto) -> tuple[str, onnx.ModelProto]:
@@ -74,12 +75,21 @@ def check_candidate(run: ExportRun, model: nn.Module, candidate: Candidate) -> P
 def check_precision(run: ExportRun, float_graph: onnx.ModelProto, final: onnx.ModelProto) -> None:
     """Record the parity of a graph in the requested precision, unless that is fp32.
 
+    Eight-bit products that saturate on this processor are not compared; the notes state it.
+
     Raises:
         ParityError: The outputs differ; the message names the first node.
     """
     precision = run.request.numeric.precision
     if precision == "fp32":
         return
+    device = run.request.device
+    if precision in EIGHT_BITS:
+        warning = capabilities.int8_warning(device.target)
+        run.notes.extend([warning] if warning else [])
+        if reason := capabilities.int8_saturates_here(device.target):
+            run.notes.append(f"parity of {precision} was not run: {reason}")
+            return
     stage(f"parity of {precision}")
     logits = model_outputs(final, run.probe.images, batch=run.request.batch)
 
@@ -87,9 +97,13 @@ def check_precision(run: ExportRun, float_graph: onnx.ModelProto, final: onnx.Mo
         return first_difference(float_graph, final, run.first_batch, tolerance)
 
     run.check(precision, logits, locate, precision=precision)
-    if precision in ("int8", "int8-static"):
-        warning = capabilities.int8_warning(run.request.device.target)
-        run.notes.extend([warning] if warning else [])
+
+
+def cpu_features(run: ExportRun) -> CpuFeatures:
+    """Return what a graph assumes; the runtime itself chooses kernels that the processor has."""
+    if run.request.numeric.precision not in EIGHT_BITS:
+        return CpuFeatures()
+    return CpuFeatures(assumes=capabilities.int8_assumptions(run.request.device.target))
 
 
 def tuned(run: ExportRun, graphs: dict[str, onnx.ModelProto]) -> str:
@@ -111,8 +125,11 @@ def save(run: ExportRun, final: onnx.ModelProto, folder: Path) -> list[FileEntry
     if run.request.graph.ort_format:
         stage("writing model.ort")
         entries = save_ort_format(folder / "model.onnx", folder)
-        logits = ort_outputs(run, folder / ORT_FILE)
-        run.check("ort file", logits, lambda _: None, precision=run.request.numeric.precision)
+        precision = run.request.numeric.precision
+        target = run.request.device.target
+        if precision not in EIGHT_BITS or not capabilities.int8_saturates_here(target):
+            logits = ort_outputs(run, folder / ORT_FILE)
+            run.check("ort file", logits, lambda _: None, precision=precision)
         files.extend(entries)
     return files
 

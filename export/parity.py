@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError
 from .graphs.model_proto import open_graph
-from .manifest import Batch, Parity
+from .manifest import FEWEST_IMAGES, Batch, Parity
 from .sessions import open_session
 from .stage_line import stage
 
@@ -31,6 +31,10 @@ TOLERANCES: dict[str, float] = {
     "int8-weights": 0.25,
     "int4-weights": 1.0,
 }
+
+
+# Logits nearer to each other than this share of the largest are near ties.
+ROUNDING, NEAR_TIE = 1e-3, 0.1
 
 
 class ParityError(InputError):
@@ -134,6 +138,22 @@ class Probe:
             tolerance=tolerance,
         )
 
+    def clear_agreement(self, logits: Array) -> tuple[float, float]:
+        """Return the share of images with the reference's class, and the share by chance.
+
+        Near ties of the reference's own logits count as agreement: all of them on noise or on a few
+        images, where one class more or less means nothing, else only those within rounding.
+
+        Args:
+            logits: Outputs (count, classes), of the first images.
+        """
+        expected = self.logits[: len(logits)]
+        enough = self.kind == "images" and len(logits) >= FEWEST_IMAGES
+        margin = (ROUNDING if enough else NEAR_TIE) * (float(np.abs(expected).max()) or 1.0)
+        rows = np.arange(len(logits))
+        preferred = expected.max(-1) - expected[rows, logits.argmax(-1)]
+        return float((preferred <= margin).mean()), 1.0 / expected.shape[-1]
+
 
 def _finite_logits(logits: Array) -> Array:
     if not np.isfinite(logits).all():
@@ -210,6 +230,23 @@ def require_parity(parity: Parity, locate: Callable[[float], str | None]) -> Par
         f"{parity.max_relative_error:.2e} of the largest logit, {tolerance:.0e} is allowed; "
         f"first difference: {place}; try another form or precision"
     )
+
+
+def require_agreement(parity: Parity, agreement: tuple[float, float]) -> None:
+    """Raise ParityError where the classes agree less often than by chance.
+
+    Args:
+        parity: The figures of the stage.
+        agreement: From `Probe.clear_agreement`.
+    """
+    found, chance = agreement
+    if found < chance:
+        raise ParityError(
+            f"stage {parity.stage}: the top-1 class is that of {parity.reference} on "
+            f"{100 * parity.top1_agreement:.0f} % of {parity.images} {parity.input_kind}, less "
+            f"than by chance ({100 * chance:.3g} %); export in another precision, or with more "
+            "images"
+        )
 
 
 def first_difference(

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..core.errors import InputError
+from ..targets.catalog import load_target
 from . import capabilities
 from .forms import Form
 from .manifest import Array, Batch, Precision, PreprocessingSpec
 from .parity import TOLERANCES
 from .quantization.quantize import CALIBRATIONS, Calibration
 from .runtimes import runtime_named
+from .runtimes.runtime import require_options
 
 ONNXRUNTIME = "onnxruntime"
 
@@ -22,7 +24,7 @@ class DeviceOptions:
     """Where the artifact runs.
 
     Attributes:
-        target: Name of a device profile, or a label.
+        target: Name of a device profile, or the path of its TOML file.
         runtime: `onnxruntime`, or a runtime of `export.runtimes`.
         threads: Threads to compile, tune and time for.
         settings: Settings of the runtime's own.
@@ -130,7 +132,9 @@ def validate_options(
     Raises:
         InputError: An option is unknown, or two do not fit; the message names them.
     """
+    load_target(device.target)
     runtime = None if device.runtime == ONNXRUNTIME else runtime_named(device.runtime)
+    require_options(device.runtime, device.settings, () if runtime is None else runtime.options)
     precision, known = numeric.precision, get_args(Precision)
     if precision not in known:
         raise InputError(f"precision {precision!r} is unknown; use one of {', '.join(known)}")

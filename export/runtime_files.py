@@ -16,6 +16,8 @@ from ..core.errors import InputError, UnsupportedModel
 from ..runtimes import EngineError
 from ..runtimes.subprocess_inference import infer_in_subprocess
 from .artifact import entry_for
+from .capabilities import int8_saturates_here
+from .cross_target import parity_note
 from .export_run import ExportRun
 from .forms import Form
 from .graphs.candidates import candidates, readable
@@ -111,8 +113,12 @@ def write_and_verify(
     files += [entry_for(folder, path, role) for path, role in written.files if path != written.main]
     run.stages.extend(written.stages)
     run.notes.extend(written.notes)
-    if written.parity_skipped is not None:
-        run.notes.append(f"parity was not run: {written.parity_skipped}")
+    target = run.request.device.target
+    skipped = written.parity_skipped
+    if skipped is None and written.assumes:
+        skipped = int8_saturates_here(target)
+    if skipped is not None:
+        run.notes.append(f"parity was not run: {skipped}")
         return written, files
     stage(f"parity of {runtime.name}")
     main = folder / written.main
@@ -131,6 +137,9 @@ def write_and_verify(
     run.check(name, logits, locate, precision=precision)
     provider = facts["provider"] or "its default provider"
     run.notes.append(f"verified in {facts['runtime']} {facts['version']} on {provider}")
+    # Compiled code is the same everywhere.
+    if not written.needs and written.command is None and (note := parity_note(target)):
+        run.notes.append(note)
     return written, files
 
 

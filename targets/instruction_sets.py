@@ -48,6 +48,8 @@ ARM: Mapping[str, str] = {
     "sve": "sve",
     "sve2": "sve2",
 }
+# Without one of them, x86 adds pairs of eight-bit products in 16 bits and saturates.
+EXACT_PRODUCTS = "avx512_vnni|avx_vnni"
 _V2 = ("pni", "ssse3", "cx16", "sse4_1", "sse4_2", "popcnt")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")

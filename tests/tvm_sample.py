@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tiny_models import tiny_vit
 from vitrim.export.artifact import Artifact, entry_for
 from vitrim.export.forms import Form, write_network
-from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
+from vitrim.export.manifest import CpuFeatures, Manifest, PreprocessingSpec, TensorSpec
 from vitrim.export.parity import Probe
 from vitrim.export.runtimes import RuntimeFiles, Source, runtime_named
 
@@ -69,7 +69,7 @@ def source(
     )
 
 
-def compiled(folder: Path, target: str = "x86-64", **settings: Any) -> RuntimeFiles:
+def compiled(folder: Path, target: str = "host", **settings: Any) -> RuntimeFiles:
     """A tiny network compiled for a target."""
     folder.mkdir(parents=True)
     return runtime_named("tvm").write(source(target, **settings), folder)
@@ -88,7 +88,7 @@ def job_of(folder: Path, written: RuntimeFiles, batch: int = 1, threads: int = 1
     }
 
 
-def artifact_in(folder: Path, target: str = "x86-64") -> Artifact:
+def artifact_in(folder: Path, target: str = "host") -> Artifact:
     """An artifact with a manifest, and with the objects that a bundle links."""
     written = compiled(folder, target, options={"static": "yes"})
     files = [
@@ -102,6 +102,7 @@ def artifact_in(folder: Path, target: str = "x86-64") -> Artifact:
         preprocessing=PreprocessingSpec.model_validate(PREPROCESSING),
         labels=LABELS,
         target=target,
+        cpu=CpuFeatures(needs=written.needs),
         runtime="tvm",
         precision="fp32",
         form="torch",

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...compress.lift import lift
 from ...compress.network.modules.model import CompactModel
-from ...core.errors import UnsupportedModel
+from ...core.errors import InputError, UnsupportedModel
 from .. import capabilities
 from ..forms import FORMS, INT8_FORMS, STREAM_FORMS, Form, form_named, write_network
 from ..forms.coverage import reason_against
@@ -219,6 +219,11 @@ def _static(
     numeric, target = request.numeric, request.device.target
     assert numeric.images is not None
     images = numeric.images[: quantize.CALIBRATION_IMAGES]
+    if numeric.calibration == "best" and (reason := capabilities.int8_saturates_here(target)):
+        raise InputError(
+            f"calibration 'best' compares outputs on this machine: {reason}; "
+            f"or name one of {', '.join(quantize.CALIBRATIONS)}"
+        )
     # A stem that cannot be a product is a convolution in every form, and stays float.
     product = any(
         node.name == "stem" and node.op_type == "MatMul" for node in float_graph.graph.node

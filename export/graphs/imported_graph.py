@@ -19,7 +19,7 @@ from ..artifact import Artifact
 from ..cross_target import verify_on_target
 from ..export_run import ExportRun
 from ..manifest import Array, Batch, Precision, Provenance, tool_versions
-from ..onnxruntime_files import check_precision, save, tuned
+from ..onnxruntime_files import check_precision, cpu_features, save, tuned
 from ..parity import TOLERANCES, Probe, first_difference, model_outputs, session_outputs
 from ..passes import steps
 from ..quantization.quantize import Calibration
@@ -152,6 +152,7 @@ def _export(run: ExportRun, graph: onnx.ModelProto, path: Path, folder: Path, fo
             versions=tool_versions(*TOOLS),
             opset=opset_of(final),
             session=config_for(request.device.threads),
+            cpu=cpu_features(run),
             tensors=(final.graph.input[0].name, final.graph.output[0].name),
         )
         Artifact.write(aside, manifest)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..capabilities import needs_qdq_pairs
+from ..capabilities import is_host, needs_qdq_pairs
 from ..forms.form import Form
 from ..manifest import Batch
 
@@ -34,7 +34,8 @@ class KnownForm:
     batches: Form
     measured: str
     measured_int8: str = (
-        f"not measured on this target; the fastest eight-bit form on x86-64 is used, {NOT_MEASURED}"
+        "not measured on this target; the fastest eight-bit form on x86-64-v4-vnni is used, "
+        f"{NOT_MEASURED}"
     )
 
 
@@ -43,7 +44,7 @@ _BATCH = Form(rows="batch", attention="split", stem="matrix")
 
 _ROWS = (
     KnownForm(
-        "x86-64",
+        "x86-64-v4-vnni",
         _BEST,
         _BATCH,
         "AMD EPYC (Zen 5, AVX-512 VNNI), ONNX Runtime 1.31.1, one thread: 395 us against 407 "
@@ -60,16 +61,14 @@ _OTHER = KnownForm(
     "any",
     _BEST,
     _BATCH,
-    f"not measured on this target; the fastest form on x86-64 is used, {NOT_MEASURED}",
+    f"not measured on this target; the fastest form on x86-64-v4-vnni is used, {NOT_MEASURED}",
 )
 
 
 def known_form(target: str) -> KnownForm:
     """Return the row of a target, or one that states that it was not measured."""
     for row in _ROWS:
-        if row.target == target or (
-            row.target == "x86-64" and target in ("host", "x86_64", "amd64")
-        ):
+        if target == row.target or (target == "host" and is_host(row.target)):
             return row
     return _OTHER
 

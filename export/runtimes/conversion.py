@@ -47,6 +47,7 @@ class SubprocessRuntime:
     script: str
     main: str
     precisions: tuple[str, ...] = ("fp32", "int8")
+    options: tuple[str, ...] = ()
     dynamic_batch: bool = False
     form: Form | None = None
 
@@ -70,11 +71,6 @@ class SubprocessRuntime:
 
     def write(self, source: Source, folder: Path) -> RuntimeFiles:
         """Convert the source; see `Runtime.write`."""
-        if source.options:
-            raise InputError(
-                f"runtime {self.name}: has no options, "
-                f"and {', '.join(sorted(source.options))} was given; leave it out"
-            )
         return RuntimeFiles(self.main, versions=self._convert(source, folder)["versions"])
 
     def _convert(self, source: Source, folder: Path) -> dict[str, Any]:

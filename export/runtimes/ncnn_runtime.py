@@ -28,6 +28,7 @@ class Ncnn:
     name = "ncnn"
     extra = "ncnn"
     precisions: tuple[str, ...] = PRECISIONS
+    options: tuple[str, ...] = ()
     dynamic_batch = True
     # From opset-23 Attention pnnx writes a layer that ncnn does not have; from separate products it
     # makes ncnn's SDPA or plain products.
@@ -43,11 +44,6 @@ class Ncnn:
             raise InputError(
                 f"runtime ncnn: runs one image at a time, and batch {source.batch} was requested; "
                 "export with batch 1"
-            )
-        if source.options:
-            raise InputError(
-                f"runtime ncnn: has no options, and {', '.join(sorted(source.options))} was given; "
-                "leave it out"
             )
         import pnnx
 

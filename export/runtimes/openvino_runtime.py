@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ...core.errors import InputError
+from ..capabilities import int8_assumptions, int8_exact
 from ..forms import Form
 from ..manifest import Precision, tool_versions
 from ..parity import first_mismatch, inner_values
@@ -42,6 +43,7 @@ class OpenVino:
     name = "openvino"
     extra = "openvino"
     precisions: tuple[str, ...] = PRECISIONS
+    options: tuple[str, ...] = ("group_size",)
     dynamic_batch = True
     # Patches as one product are 20 % faster than the convolution here, and OpenVINO fuses the split
     # products into one attention.
@@ -55,11 +57,6 @@ class OpenVino:
         """Convert the graph; see `Runtime.write`."""
         import openvino
 
-        unknown = set(source.options) - {"group_size"}
-        if unknown:
-            raise InputError(
-                f"runtime openvino: no option {', '.join(sorted(unknown))}; it has group_size"
-            )
         quantized = source.precision in ("int8", "int8-static")
         if quantized and (reason := missing_module(self.name, self.extra, "nncf")):
             raise InputError(reason)
@@ -73,13 +70,16 @@ class OpenVino:
                 raise InputError(
                     f"runtime openvino: cannot read the graph: {reason}; try another form"
                 ) from None
-            session = {}
+            session: dict[str, str] = {}
+            assumes: tuple[str, ...] = ()
             if source.precision == "int8":
                 model = _quantize_weights(model)
+                assumes = int8_assumptions(source.target)
                 group_size = source.options.get("group_size", GROUP_SIZE)
                 session["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group_size
             elif source.precision == "int8-static":
                 model = _quantize_all(model, source)
+                assumes = int8_assumptions(source.target)
             elif source.precision == "bf16":
                 session["INFERENCE_PRECISION_HINT"] = "bf16"
             # fp16 would be smaller, but the processor computes in fp32.
@@ -88,6 +88,7 @@ class OpenVino:
             "model.xml",
             (("model.bin", "weights"),),
             session=session,
+            assumes=assumes,
             versions=tool_versions(*(("openvino", "nncf") if quantized else ("openvino",))),
             first_difference=first_difference,
         )
@@ -156,11 +157,14 @@ def _quantize_all(model: Any, source: Source) -> Any:
     with _quiet():
         import nncf
 
+        # Products that saturate need weights of seven bits in every product.
+        fix = nncf.OverflowFix.FIRST_LAYER if int8_exact(source.target) else nncf.OverflowFix.ENABLE
         return nncf.quantize(
             model,
             nncf.Dataset(batches),
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(batches),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
         )
 
 

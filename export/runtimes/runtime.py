@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,7 +13,7 @@ import onnx
 from torch import nn
 
 from ...compress.network.modules.model import CompactModel, build
-from ...core.errors import UnsupportedModel
+from ...core.errors import InputError, UnsupportedModel
 from ..forms import Form
 from ..manifest import Array, Batch, Parity, Precision
 from ..parity import Probe
@@ -84,6 +85,8 @@ class RuntimeFiles:
         notes: One line each, for the manifest.
         versions: Of the tools that wrote the files.
         session: Settings that the engine gets with every job.
+        needs: The instruction sets that the files' code uses, see `CpuFeatures`.
+        assumes: Those without which the outputs would be wrong.
         stages: Parity of intermediate results.
         command: What runs a Python file where the running interpreter cannot open the files (an
             emulator, another interpreter).
@@ -98,6 +101,8 @@ class RuntimeFiles:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     session: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    assumes: tuple[str, ...] = ()
     stages: tuple[Parity, ...] = ()
     command: tuple[str, ...] | None = None
     parity_skipped: str | None = None
@@ -115,11 +120,13 @@ class Runtime(Protocol):
         precisions: The precisions that it exports.
         dynamic_batch: Whether one file takes any number of images.
         form: The default form of the graph; None where the torch module itself is converted.
+        options: The names of its own settings.
     """
 
     name: str
     extra: str
     precisions: tuple[str, ...]
+    options: tuple[str, ...]
     dynamic_batch: bool
     form: Form | None
 
@@ -134,6 +141,16 @@ class Runtime(Protocol):
             InputError: The conversion failed; the message is one line.
         """
         ...
+
+
+def require_options(runtime: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise InputError for a setting that the runtime does not have; it names the nearest."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"it has {', '.join(known)}" if known else "it has none; leave it out"
+            hint = f"did you mean {near[0]!r}?" if near else hint
+            raise InputError(f"runtime {runtime}: no option {key!r}; {hint}")
 
 
 def missing_module(runtime: str, extra: str, *modules: str) -> str | None:

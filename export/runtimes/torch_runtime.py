@@ -25,6 +25,7 @@ class Torch:
     name = "torch"
     extra = "test"
     precisions: tuple[str, ...] = PRECISIONS
+    options: tuple[str, ...] = ("compile",)
     dynamic_batch = True
     form: Form | None = None
 
@@ -34,9 +35,8 @@ class Torch:
 
     def write(self, source: Source, folder: Path) -> RuntimeFiles:
         """Save the model; see `Runtime.write`."""
-        unknown = set(source.options) - {"compile"}
-        if unknown or source.options.get("compile", "0") not in ("0", "1"):
-            raise InputError("runtime torch: its one option is compile, 0 or 1; leave others out")
+        if source.options.get("compile", "0") not in ("0", "1"):
+            raise InputError(f"option compile={source.options['compile']}: use 0 or 1")
         save(source.inference_model(self.name), folder / "saved")
         for name in (ARCHITECTURE, WEIGHTS):
             (folder / "saved" / name).rename(folder / name)

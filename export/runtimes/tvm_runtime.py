@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,9 @@ from rich.progress import Progress
 from ...compress.network.modules.model import CompactModel
 from ...core.cross_compiler import runs_here
 from ...core.errors import InputError
+from ...runtimes.cpu_features import fitting_target, missing_features
 from ...targets.catalog import load_target
+from ...targets.instruction_sets import ARM, X86, machine_name
 from ...targets.profile import TargetProfile
 from ..cross_target import cross_target
 from ..forms import Form
@@ -30,7 +31,7 @@ from ..tvm_kernels.link import Linker, linker_for
 from ..tvm_kernels.objects import OBJECTS, write_library, write_objects
 from ..tvm_kernels.weights import FILE as WEIGHTS
 from ..tvm_kernels.weights import lift_weights, save_weights
-from .runtime import Role, RuntimeFiles, Source
+from .runtime import Role, RuntimeFiles, Source, require_options
 
 if TYPE_CHECKING:
     from ...targets.emulation import Emulator
@@ -68,6 +69,7 @@ class TvmRuntime:
     name = "tvm"
     extra = "tvm"
     precisions: tuple[str, ...] = ("fp32", "int8", "int8-static")
+    options: tuple[str, ...] = OPTIONS
     # Compiled code has fixed shapes.
     dynamic_batch = False
     # Kernels are written from the architecture; TVM's front end reads torch's graph unchanged.
@@ -86,7 +88,8 @@ class TvmRuntime:
         triple = host_triple(network.target, profile)
         linker = linker_for(triple)
         code = write_code(network, linker, folder, options, device)
-        emulator, parity_skipped = execution_host(source.target, profile, triple, device)
+        needs = code_features(network.target, triple)
+        emulator, parity_skipped = execution_host(source.target, needs, triple, device)
         threads = "1 thread" if network.threads == 1 else f"{network.threads} threads"
         target = target_text(network.target)
         notes = [*network.notes, *code.notes]
@@ -107,6 +110,7 @@ class TvmRuntime:
                 "threads": str(network.threads),
                 "compiler": tool_versions("apache-tvm").get("apache-tvm", ""),
             },
+            needs=needs,
             command=None if emulator is None else tuple(emulator.command(["python3"])),
             parity_skipped=parity_skipped,
             first_difference=first_difference if code.entry == "program" else None,
@@ -122,9 +126,7 @@ def read_options(options: Mapping[str, str]) -> TvmOptions:
     Raises:
         InputError: An option is unknown or has an invalid value.
     """
-    for key in options:
-        if key not in OPTIONS:
-            raise InputError(f"runtime tvm: no option {key!r}; it has {', '.join(OPTIONS)}")
+    require_options("tvm", options, OPTIONS)
     static, schedule = options.get("static", "no"), options.get("schedule", "ours")
     if static not in ("yes", "no"):
         raise InputError(f"option static={static}: use yes or no")
@@ -307,14 +309,26 @@ def target_text(target: Any) -> str:
     return " ".join([str(target.kind.name), *known])
 
 
+def code_features(target: Any, triple: str) -> tuple[str, ...]:
+    """The instruction sets that the code for a CPU uses; for a GPU, that of its host."""
+    from tvm.target import codegen
+
+    names = {"x86_64": X86, "aarch64": ARM}.get(machine_name(triple.split("-")[0]), {})
+    host = target.host or target
+    if host.kind.name != "llvm":
+        return ()
+    enabled = {str(name) for name in codegen.llvm_get_cpu_features(host)}
+    return tuple(name for name, compiled in names.items() if compiled in enabled)
+
+
 def execution_host(
-    name: str, profile: TargetProfile, triple: str, device: str
+    name: str, needs: Sequence[str], triple: str, device: str
 ) -> tuple[Emulator | None, str | None]:
     """What runs a target's programs on this machine.
 
     Args:
         name: The target's name.
-        profile: The target.
+        needs: The instruction sets that its code uses.
         triple: The triple of its code.
         device: cpu or cuda.
 
@@ -328,10 +342,13 @@ def execution_host(
             "there is no CUDA device on this machine; run `vitrim bench` on one that has it",
         )
     if runs_here(triple):
-        missing = missing_features(profile)
+        missing = missing_features(needs)
         if not missing:
             return None, None
-        return None, f"this processor has no {', '.join(missing)}, which the code for {name} uses"
+        return None, (
+            f"this processor has no {', '.join(missing)}, which the code for {name} uses; "
+            f"use target {fitting_target()} or host for a processor like this one"
+        )
     found = cross_target(name, "tvm")
     if found is None:
         return None, f"programs for {triple} do not run on this machine"
@@ -346,15 +363,3 @@ def has_cuda() -> bool:
         return bool(tvm.cuda(0).exist)
     except Exception:  # a runtime without CUDA raises errors of several types
         return False
-
-
-def missing_features(profile: TargetProfile) -> list[str]:
-    """The profile's features that this x86 processor lacks; empty on other processors."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return []
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-    return [feature for feature in profile.features if feature not in found] if found else []

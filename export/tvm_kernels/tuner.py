@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ...compress.network.modules.model import CompactModel
 from ...core.errors import InputError, UnsupportedModel
-from ...targets.detect import detect_host
+from ...targets.detect import detect_host, missing_features
+from ...targets.instruction_sets import machine_name
 from ...targets.profile import TargetProfile
 from .attention import Attend, attend
 from .build import tvm_target
@@ -84,7 +85,8 @@ def tune(
     if uncovered is not None:
         raise UnsupportedModel(f"no kernel of ours covers {uncovered}, so there is nothing to tune")
     host = detect_host()
-    if host.architecture != profile.architecture or not set(profile.features) <= set(host.features):
+    machines = {machine_name(described.architecture) for described in (host, profile)}
+    if len(machines) > 1 or missing_features(profile):
         raise InputError(
             f"target {profile.name!r} is not this machine; "
             "tune on the device, and give the log to the export"
@@ -110,7 +112,7 @@ def tune(
             report(f"{shape.kind} {sizes}", 1 - left_s / time_limit_s)
         share = cost[shape] / sum(cost[other] for other in shapes[number:])
         times = measurement.times(specs[shape][0], left_s * share)
-        append_trials(log, _trials(profile.name, host.title, threads, shape, times))
+        append_trials(log, _trials(profile, host.title, threads, shape, times))
         trials, done, count = trials + len(times), done + 1, len(specs[shape])
         default_s += count * times[schedule.tile(shape)]
         best_s += count * min(times.values())
@@ -125,11 +127,12 @@ def _macs(spec: Dense | Attend) -> int:
 
 
 def _trials(
-    target: str, processor: str, threads: int, shape: Shape, times: dict[Tile, float]
+    profile: TargetProfile, processor: str, threads: int, shape: Shape, times: dict[Tile, float]
 ) -> list[Trial]:
     return [
         Trial(
-            target=target,
+            target=profile.name,
+            unit=profile.vector.kind,
             processor=processor[:200],
             threads=threads,
             kind=shape.kind,

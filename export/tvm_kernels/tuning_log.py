@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...core.errors import InputError
+from ...targets.catalog import present_name
+from ...targets.vector import Kind as VectorKind
 from ...targets.vector import VectorUnit
 from .schedule import Kind, Shape, Tile
 
@@ -21,6 +23,7 @@ class Trial(BaseModel):
 
     Attributes:
         target: The name of the profile.
+        unit: Its vector instructions; None in lines of earlier versions, see `read_trials`.
         processor: The title of the machine's profile.
         latency_s: The lower quartile of the measured times.
     """
@@ -31,6 +34,7 @@ class Trial(BaseModel):
 
     schema_: Literal["vitrim.tvm-trial/1"] = Field(default="vitrim.tvm-trial/1", alias="schema")
     target: Annotated[str, Field(max_length=100)]
+    unit: VectorKind | None = None
     processor: Annotated[str, Field(max_length=200)]
     threads: Small
     kind: Kind
@@ -60,6 +64,8 @@ def append_trials(path: Path, trials: Iterable[Trial]) -> None:
 def read_trials(path: Path) -> list[Trial]:
     """All measurements of a log.
 
+    Target names in lines of earlier versions, which have no unit, get their present form.
+
     Raises:
         InputError: The file cannot be read or is malformed; the message contains line and key.
     """
@@ -76,7 +82,7 @@ def read_trials(path: Path) -> list[Trial]:
         if not line.strip():
             continue
         try:
-            found.append(Trial.model_validate_json(line))
+            trial = Trial.model_validate_json(line)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -84,6 +90,9 @@ def read_trials(path: Path) -> list[Trial]:
             raise InputError(
                 f"{path}:{number}: {key}{first['msg']}; remove that line, or tune again"
             ) from None
+        if trial.unit is None:
+            trial = trial.model_copy(update={"target": present_name(trial.target)})
+        found.append(trial)
     return found
 
 
@@ -96,11 +105,12 @@ def fastest_tiles(
         trials: The measurements.
         target: Only those of this target count.
         threads: Only those with this number of threads count.
-        unit: Only tiles that fit its registers count.
+        unit: Only its tiles that fit its registers count.
     """
     best: dict[Shape, Trial] = {}
     for trial in trials:
-        if trial.target == target and trial.threads == threads and trial.tile.fits(unit):
+        described = trial.target == target and trial.threads == threads
+        if described and trial.unit in (None, unit.kind) and trial.tile.fits(unit):
             known = best.get(trial.shape)
             if known is None or trial.latency_s < known.latency_s:
                 best[trial.shape] = trial

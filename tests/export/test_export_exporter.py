@@ -198,7 +198,18 @@ def test_a_form_with_other_outputs_is_refused_with_its_first_different_node(
     [
         ({"runtime": "tensorrt"}, "runtime 'tensorrt' is unknown"),
         ({"precision": "int3"}, "precision 'int3' is unknown; use one of fp32"),
-        ({"precision": "fp16"}, "target 'x86-64' does not compute in it"),
+        (
+            {"precision": "fp16", "target": "x86-64-v3"},
+            "target 'x86-64-v3' does not compute in it",
+        ),
+        ({"target": "mars"}, "target 'mars': no such profile; known are coral-dev-board, "),
+        ({"target": "RPI4"}, "target 'RPI4': no such profile; did you mean 'rpi4'?"),
+        (
+            {"target": "x86_64-avx2", "precision": "int8"},
+            "target 'x86_64-avx2': no such profile; did you mean 'x86-64-v3'?",
+        ),
+        ({"target": "./missing.toml"}, "missing.toml: cannot be read"),
+        ({"options": {"foo": "bar"}}, "runtime onnxruntime: no option 'foo'; it has none"),
         ({"precision": "int8-static"}, "int8-static finds its ranges on images"),
         ({"batch": 0}, "batch 0: give a whole number above 0"),
         ({"batch": "many"}, "batch 'many'"),

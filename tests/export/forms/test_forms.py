@@ -287,8 +287,8 @@ def test_the_first_node_that_differs_is_found() -> None:
 
 
 def test_the_known_form_follows_batch_and_tokens() -> None:
-    assert best_form("x86-64", 1)[0] == best_form("x86-64", 1, 50)[0] == FORMS[0]
-    large, why = best_form("x86-64", 1, 197)
+    assert best_form("x86-64-v4-vnni", 1)[0] == best_form("x86-64", 1, 50)[0] == FORMS[0]
+    large, why = best_form("x86-64-v4-vnni", 1, 197)
     assert large == replace(FORMS[0], stem="conv")
     assert "patches by convolution" in why
     assert best_form("rpi4", "dynamic", 197)[0].rows == "batch"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,6 +13,7 @@ import pytest
 import timm
 import torch
 import vitrim
+from processors import HOST_BITS, WEIGHT_BITS
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.export import capabilities
@@ -17,10 +21,12 @@ from vitrim.export.forms import FORMS, Form, write_network
 from vitrim.export.parity import model_outputs, relative_error
 from vitrim.export.quantization.quantize import (
     CALIBRATIONS,
+    Calibration,
     int8_dynamic,
     int8_static,
     weights_only,
 )
+from vitrim.targets import catalog
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def operators(graph: onnx.ModelProto) -> Counter[str]:
 def test_dynamic_forms_quantize_every_linear_but_the_patches(
     model: CompactModel, images: np.ndarray
 ) -> None:
-    graph = write_network(model, FORMS[0], linears="int8")
+    graph = write_network(model, FORMS[0], linears="int8", weight_bits=HOST_BITS)
     # Two blocks of q, k, v, out, fc1, fc2, and the head.
     assert operators(graph)["DynamicQuantizeMatMul"] == 13
     assert operators(graph)["Gemm"] == 1
@@ -78,10 +84,11 @@ def test_seven_bit_weights_stay_in_their_range(model: CompactModel, images: np.n
     assert error_of(model, graph, images) < 0.2
 
 
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_any_float_graph_can_be_quantized_with_dynamic_inputs(
-    model: CompactModel, images: np.ndarray
+    model: CompactModel, images: np.ndarray, bits: int
 ) -> None:
-    graph = int8_dynamic(write_network(model, FORMS[1], linears="product"))
+    graph = int8_dynamic(write_network(model, FORMS[1], linears="product"), weight_bits=bits)
     assert operators(graph)["MatMulInteger"] >= 13
     assert operators(graph)["Softmax"] == 2
     assert 1e-5 < error_of(model, graph, images) < 0.1
@@ -97,7 +104,7 @@ def test_weights_stacked_by_head_stay_float(model: CompactModel, images: np.ndar
     for node in given.graph.node:
         # Other exporters leave nodes unnamed.
         node.name = ""
-    graph = int8_dynamic(given)
+    graph = int8_dynamic(given, weight_bits=HOST_BITS)
     assert sum(
         node.op_type == "MatMul" and node.input[1] in stacked for node in graph.graph.node
     ) == len(products)
@@ -105,12 +112,13 @@ def test_weights_stacked_by_head_stay_float(model: CompactModel, images: np.ndar
     assert 1e-5 < error_of(model, graph, images) < 0.1
 
 
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_static_ranges_come_from_images_and_leave_softmax_and_norms_float(
-    model: CompactModel, images: np.ndarray, calibration: str
+    model: CompactModel, images: np.ndarray, calibration: Calibration, bits: int
 ) -> None:
     whole = write_network(model, Form(norm="layer"), linears="product")
-    graph = int8_static(whole, images, calibration=calibration)  # type: ignore[arg-type]
+    graph = int8_static(whole, images, calibration=calibration, weight_bits=bits)
     quantized = {node.output[0] for node in graph.graph.node if node.op_type == "DequantizeLinear"}
     for node in graph.graph.node:
         if node.op_type in ("Softmax", "LayerNormalization", "Gelu", "Conv"):
@@ -169,11 +177,30 @@ def test_fewer_bits_make_fewer_bytes_and_larger_errors(
 
 
 def test_int8_on_a_target_without_dot_products_warns() -> None:
-    if capabilities.profile_of("rpi4") is None:
-        assert capabilities.int8_warning("rpi4") is None
-    else:
-        warning = capabilities.int8_warning("rpi4")
+    for target in ("rpi4", "x86-64", "x86-64-v3"):
+        warning = capabilities.int8_warning(target)
         assert warning is not None
         assert "int8 saves bytes here and may cost time" in warning
+    assert capabilities.int8_warning("x86-64-v4-vnni") is None
+
+
+@pytest.mark.parametrize(
+    ("target", "exact"),
+    [("x86-64", False), ("x86-64-v3", False), ("x86-64-v4-vnni", True), ("rpi4", True)],
+)
+def test_only_x86_with_vnni_and_arm_have_whole_eight_bit_weights(target: str, exact: bool) -> None:
+    assert capabilities.int8_exact(target) == exact
+
+
+def test_an_x86_profile_without_instruction_sets_is_taken_to_saturate(tmp_path: Path) -> None:
+    text = (catalog.FOLDER / "x86-64-v3.toml").read_text()
+    own = tmp_path / "mine.toml"
+    own.write_text(re.sub(r"features = \[[^\]]*\]", "features = []", text))
+    assert not capabilities.int8_exact(str(own))
+
+
+def test_measurements_here_are_valid_for_the_host_and_for_processors_like_it() -> None:
     assert capabilities.is_host("host")
-    assert not capabilities.is_host("rpi4")
+    assert not capabilities.is_host("rpi4" if platform.machine() == "x86_64" else "x86-64")
+    levels = ("x86-64", "x86-64-v3", "x86-64-v4-vnni")
+    assert sum(capabilities.is_host(target) for target in levels) <= 1

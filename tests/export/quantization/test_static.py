@@ -221,7 +221,7 @@ def test_the_target_decides_whether_eight_bits_are_pairs(
     assert {constants[name].data_type for name in zeros} == {TensorProto.INT8}
     assert not any(numpy_helper.to_array(constants[name]).any() for name in zeros)
     made = export(model, tmp_path / "cpu", images=IMAGES, precision="int8-static")
-    assert made.manifest.form == best_form("x86-64", 1, precision="int8-static")[0].name
+    assert made.manifest.form == best_form("x86-64-v4-vnni", 1, precision="int8-static")[0].name
     assert operators(onnx.load(made.model_path))["MatMulIntegerToFloat"] == 13
 
 
@@ -299,12 +299,12 @@ def test_a_stem_of_convolutions_stays_float(tmp_path: Path) -> None:
 
 
 def test_the_known_form_follows_precision_and_threads() -> None:
-    large, why = best_form("x86-64", 1, 197, precision="int8")
-    assert large == best_form("x86-64", 1, 197, precision="int8-static")[0] == INT8_FORMS[0]
+    large, why = best_form("x86-64-v4-vnni", 1, 197, precision="int8")
+    assert large == best_form("x86-64-v4-vnni", 1, 197, precision="int8-static")[0] == INT8_FORMS[0]
     assert "patches in eight bits too" in why
-    assert best_form("x86-64", 1, 50, precision="int8")[0] == INT8_FORMS[1]
-    assert best_form("x86-64", 1, 197, precision="int8", threads=2)[0] == INT8_FORMS[2]
-    assert best_form("x86-64", 1, 197)[0].rows == "matrix"
+    assert best_form("x86-64-v4-vnni", 1, 50, precision="int8")[0] == INT8_FORMS[1]
+    assert best_form("x86-64-v4-vnni", 1, 197, precision="int8", threads=2)[0] == INT8_FORMS[2]
+    assert best_form("x86-64-v4-vnni", 1, 197)[0].rows == "matrix"
     assert best_form("rpi5", "dynamic", 197, precision="int8")[0].stem == "matrix"
 
 

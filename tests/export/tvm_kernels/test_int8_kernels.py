@@ -33,7 +33,7 @@ from vitrim.core.errors import InputError
 from vitrim.export.exporter import export
 from vitrim.export.parity import relative_error
 from vitrim.targets.catalog import load_target
-from vitrim.targets.detect import detect_host
+from vitrim.targets.detect import detect_host, missing_features
 from vitrim.targets.profile import TargetProfile
 
 pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
@@ -59,7 +59,7 @@ PLAIN = HOST.model_copy(
         else {"kind": "llvm"},
     }
 )
-SHIPPED = {"unsigned": "x86-64", "pairs": "x86-64-avx2"}
+SHIPPED = {"unsigned": "x86-64-v4-vnni", "pairs": "x86-64-v3"}
 
 
 def profile_of(kind: Kind) -> TargetProfile:
@@ -67,7 +67,7 @@ def profile_of(kind: Kind) -> TargetProfile:
     profile = PLAIN if kind == "plain" else load_target(SHIPPED[kind])
     if HOST.architecture != "x86_64" and kind != "plain":
         pytest.skip("these instructions are those of x86-64")
-    if missing := set(profile.features) - set(HOST.features):
+    if missing := missing_features(profile):
         pytest.skip(f"this processor has no {', '.join(missing)}")
     assert IntegerDot.of(profile.vector).kind == kind
     return profile

@@ -53,7 +53,7 @@ from vitrim.export.tvm_kernels.tuner import tune
 from vitrim.export.tvm_kernels.tuning_log import Trial, fastest_tiles, read_trials
 
 HOST = detect_host()
-X86 = ("x86-64", "x86-64-avx2")
+X86 = ("x86-64-v4-vnni", "x86-64-v3", "x86-64")
 
 
 @cache
@@ -362,9 +362,9 @@ def test_kernels_use_the_vectors_of_the_target(name: str) -> None:
 
 
 def test_a_target_without_code_generation_is_refused() -> None:
-    profile = load_target("x86-64").model_copy(update={"tvm_target": None})
+    profile = load_target("x86-64-v3").model_copy(update={"tvm_target": None})
     with pytest.raises(
-        InputError, match=r"target 'x86-64' has no tvm_target; add one to its profile"
+        InputError, match=r"target 'x86-64-v3' has no tvm_target; add one to its profile"
     ):
         build_network(small(), profile)
 
@@ -381,7 +381,7 @@ def test_the_next_build_uses_a_tuning_log(tmp_path: Path) -> None:
     assert error_of(model, built, 1) < 1e-4
 
 
-@given(tile=st.sampled_from(candidates(load_target("x86-64").vector)))
+@given(tile=st.sampled_from(candidates(runnable()[0].vector)))
 @settings(max_examples=4, deadline=None)
 def test_every_tile_computes_the_same_outputs(tile: Tile) -> None:
     model, profile = small(), runnable()[0]
@@ -393,7 +393,7 @@ def test_every_tile_computes_the_same_outputs(tile: Tile) -> None:
 def trial(**changes: Any) -> dict[str, Any]:
     line = {
         "schema": "vitrim.tvm-trial/1",
-        "target": "x86-64",
+        "target": "x86-64-v4-vnni",
         "processor": "a core",
         "threads": 1,
         "kind": "dense",
@@ -435,8 +435,22 @@ def test_the_fastest_tile_of_the_target_and_thread_count_is_used() -> None:
         trial(rows=4, latency_s=1e-6, threads=2),
         trial(rows=5, latency_s=1e-6, target="rpi5"),
         trial(rows=12, vectors=3, latency_s=1e-6),
+        trial(rows=7, latency_s=1e-6, unit="avx2"),
     ]
-    found = fastest_tiles(
-        [Trial.model_validate(line) for line in lines], "x86-64", 1, load_target("x86-64").vector
-    )
+    trials = [Trial.model_validate(line) for line in lines]
+    unit = load_target("x86-64-v4-vnni").vector
+    found = fastest_tiles(trials, "x86-64-v4-vnni", 1, unit)
     assert found == {Shape("dense", (9, 4, 16)): Tile(6, 3, 1)}
+
+
+def test_targets_of_an_earlier_log_keep_their_meaning(tmp_path: Path) -> None:
+    log = tmp_path / "tiles.jsonl"
+    lines = [
+        trial(target="x86-64"),
+        trial(target="x86-64-avx2"),
+        trial(target="x86-64", unit="sse"),
+        trial(target="rpi4"),
+    ]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    named = [found.target for found in read_trials(log)]
+    assert named == ["x86-64-v4-vnni", "x86-64-v3", "x86-64", "rpi4"]
