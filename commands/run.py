@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +62,14 @@ NoDistill = Annotated[
         "--no-distill", help="Train on the labels alone, without the dense model as the teacher."
     ),
 ]
+NewHead = Annotated[
+    bool,
+    typer.Option(
+        "--new-head",
+        help="Start a new classifier on the checkpoint, for another set of classes "
+        "(model.new_head); baseline.epochs trains it.",
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors and the final table only.")
 ]
@@ -81,6 +91,7 @@ class RunOptions:
     resume: Resume = False
     overwrite: Overwrite = False
     seed: Seed = None
+    new_head: NewHead = False
     quiet: Quiet = False
 
 
@@ -128,11 +139,14 @@ def _run_chain(options: RunOptions, until: Step, *, no_distill: bool = False) ->
     changes = list(options.sets or [])
     if options.seed is not None:
         changes.append(f"train.seed={options.seed}")
+    if options.new_head:
+        changes.append("model.new_head=true")
     if no_distill:
         changes.append("distill.enabled=false")
     recipe = load_recipe(options.recipe, changes)
 
     # torch takes seconds to import, so errors in the recipe are reported before it.
+    import_torch_with_sleeping_threads()
     from ..pipeline.run import run as run_chain
 
     run_chain(
@@ -143,6 +157,25 @@ def _run_chain(options: RunOptions, until: Step, *, no_distill: bool = False) ->
         overwrite=options.overwrite,
         quiet=options.quiet,
     )
+
+
+def import_torch_with_sleeping_threads() -> None:
+    """Import torch so that its idle threads sleep; OMP_WAIT_POLICY in the environment wins.
+
+    OpenMP's threads wait busily for each other by default. On a machine that does other work too,
+    each then waits for one that does not run: two threads trained a fifth as many images per
+    second as with sleeping threads, and a third of what one thread does
+    (`python -m benchmarks.accuracy.quickstart`).
+    """
+    variable = "OMP_WAIT_POLICY"
+    if "torch" in sys.modules or variable in os.environ:
+        return
+    os.environ[variable] = "passive"
+    try:
+        import torch  # noqa: F401 - the policy is read when its OpenMP library is loaded
+    finally:
+        # Runners of artifacts start with the user's own environment.
+        del os.environ[variable]
 
 
 def _show_keys() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,14 @@ from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import load, save
 from ..compress.network.modules.model import CompactModel
 from ..compress.train.augment import seed_everything
-from ..compress.train.dense import DenseTask, Distillation
+from ..compress.train.dense import DenseTask, Distillation, teacher_outputs
 from ..compress.train.loop import fit
 from ..compress.train.mask_settings import MaskSettings
 from ..compress.train.mask_task import MaskTask
+from ..compress.train.precision import arithmetic
 from ..compress.train.schedule import Schedule
 from ..compress.train.settings import TrainSettings
+from ..core.console import progress_bar
 from ..core.storage import replace_file
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection
@@ -35,6 +38,7 @@ MASK, CUT_PARITY, HISTORY = "mask.safetensors", "cut-parity.json", "history.json
 # Of a closed-form cut: the dense network in the basis in which it was cut, and the record.
 ROTATED, TRIM = "rotated", "trim.json"
 PARITY_IMAGES = 64
+TEACHER_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
     recipe, folder = context.recipe, context.folder
     if recipe.masks.method == "closed-form":
         return _trim(baseline, round_to, context)
-    task = mask_task(baseline, context.data, recipe, round_to)
+    known = _teacher_outputs(baseline, context, recipe.masks.augmentation)
+    task = mask_task(baseline, context.data, recipe, round_to, known=known)
     # A budget has a schedule of its own, so the learning rate decays once. With a fixed lambda it
     # restarts, as in Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
     kind = "cosine" if recipe.masks.lambda_ is None else "restarts"
@@ -123,7 +128,14 @@ def _save_cut(cut: Cut, folder: RunFolder) -> None:
     replace_file(folder / CUT_PARITY, record + "\n")
 
 
-def mask_task(baseline: CompactModel, data: DataSplits, recipe: Recipe, round_to: int) -> MaskTask:
+def mask_task(
+    baseline: CompactModel,
+    data: DataSplits,
+    recipe: Recipe,
+    round_to: int,
+    *,
+    known: Mapping[bytes, Tensor] | None = None,
+) -> MaskTask:
     """Create the training task of `[masks]` on a copy of the baseline.
 
     Args:
@@ -131,6 +143,7 @@ def mask_task(baseline: CompactModel, data: DataSplits, recipe: Recipe, round_to
         data: Its training images determine the number of steps.
         recipe: The sections `[masks]`, `[distill]` and `[train]`.
         round_to: Kept widths are multiples of this.
+        known: Outputs of the teacher that need not be computed again.
 
     Returns:
         The task, not trained yet.
@@ -160,7 +173,7 @@ def mask_task(baseline: CompactModel, data: DataSplits, recipe: Recipe, round_to
         ffn_overhead_macs=section.ffn_overhead_macs,
     )
     steps = section.epochs * (len(data.train) // min(recipe.train.batch_size, len(data.train)))
-    model, teacher = copy.deepcopy(baseline), distillation(baseline, recipe)
+    model, teacher = copy.deepcopy(baseline), distillation(baseline, recipe, known)
     return MaskTask(model, settings, steps, distillation=teacher)
 
 
@@ -179,18 +192,38 @@ def finetune(
         The compact model in eval mode.
     """
     model = copy.deepcopy(cut)
-    teacher = distillation(baseline, context.recipe)
+    known = _teacher_outputs(baseline, context, context.recipe.finetune.augmentation)
+    teacher = distillation(baseline, context.recipe, known)
     _train_dense(model, "finetune", context, teacher=teacher, resume=resume)
     save(model, context.folder / COMPACT, overwrite=True)
     return model.eval()
 
 
-def distillation(teacher: CompactModel, recipe: Recipe) -> Distillation | None:
+def _teacher_outputs(
+    teacher: CompactModel, context: RunContext, augmentation: str
+) -> dict[bytes, Tensor]:
+    """The logits of all training images, if every epoch shows the same ones; else none."""
+    train, distill = context.data.train, context.recipe.distill
+    if augmentation != "none" or not distill.enabled or distill.alpha == 0.0:
+        return {}
+    starts = range(0, len(train), TEACHER_BATCH)
+    batches = (train.floats(slice(start, start + TEACHER_BATCH)) for start in starts)
+    threads = context.recipe.train.threads
+    with (
+        arithmetic(context.recipe.train.matmul_precision, threads, teacher),
+        progress_bar("outputs of the teacher", len(train), quiet=context.quiet) as report,
+    ):
+        return teacher_outputs(teacher, batches, report)
+
+
+def distillation(
+    teacher: CompactModel, recipe: Recipe, known: Mapping[bytes, Tensor] | None = None
+) -> Distillation | None:
     """Distillation from the dense model, or None where `[distill]` is disabled."""
     section = recipe.distill
     if not section.enabled:
         return None
-    return Distillation(teacher, alpha=section.alpha, temperature=section.temperature)
+    return Distillation(teacher, section.alpha, section.temperature, known or {})
 
 
 def cut_error(task: MaskTask, model: CompactModel, images: Tensor) -> float:

@@ -9,7 +9,9 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,11 +36,14 @@ class Distillation:
         teacher: The trained model.
         alpha: The share of the distillation loss, between 0 and 1.
         temperature: The temperature of both outputs, above 0.
+        known: Logits of the teacher by `image_key`, for images that are not augmented; others are
+            computed in every step. See `teacher_outputs`.
     """
 
     teacher: nn.Module
     alpha: float = 0.9
     temperature: float = 2.0
+    known: Mapping[bytes, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0 or self.temperature <= 0.0:
@@ -143,14 +148,54 @@ def task_loss(
     )
 
 
+def image_key(image: Tensor) -> bytes:
+    """A hash of the pixels of one image."""
+    return hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).digest()
+
+
+def teacher_outputs(
+    teacher: nn.Module, batches: Iterable[Tensor], report: Callable[[int], None]
+) -> dict[bytes, Tensor]:
+    """Compute the logits of a teacher once for a whole training.
+
+    The batches are the same in every run, so that a resumed training learns from equal numbers.
+
+    Args:
+        teacher: The trained model.
+        batches: The images, (B, C, H, W) each, as the training loop passes them to the task.
+        report: Called with the number of images that are done.
+
+    Returns:
+        Logits (classes,) by `image_key`.
+    """
+    found: dict[bytes, Tensor] = {}
+    teacher.eval()
+    done = 0
+    with torch.no_grad():
+        for images in batches:
+            for image, logits in zip(images, teacher(images), strict=True):
+                found[image_key(image)] = logits
+            done += len(images)
+            report(done)
+    return found
+
+
+def _teacher_logits(images: Tensor, distillation: Distillation) -> Tensor:
+    if distillation.known:
+        found = [distillation.known.get(image_key(image)) for image in images]
+        if all(logits is not None for logits in found):
+            return torch.stack([logits for logits in found if logits is not None])
+    distillation.teacher.eval()
+    with torch.inference_mode():
+        outputs: Tensor = distillation.teacher(images)
+    # Copied out of inference mode, so that the backward pass may keep it.
+    return outputs.clone()
+
+
 def distillation_loss(logits: Tensor, images: Tensor, distillation: Distillation) -> Tensor:
     """T^2 * KL(teacher || student), averaged over the batch; a scalar, in nats."""
-    teacher, temperature = distillation.teacher, distillation.temperature
-    teacher.eval()
-    with torch.inference_mode():
-        outputs = teacher(images)
-    # Copied out of inference mode, so that the backward pass may keep it.
-    wanted = F.log_softmax(outputs.clone() / temperature, dim=1)
+    temperature = distillation.temperature
+    wanted = F.log_softmax(_teacher_logits(images, distillation) / temperature, dim=1)
     return temperature**2 * F.kl_div(
         F.log_softmax(logits / temperature, dim=1), wanted, reduction="batchmean", log_target=True
     )

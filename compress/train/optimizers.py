@@ -11,9 +11,11 @@ References:
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
-from timm.optim.muon import Muon
+import torch
+from timm.optim import muon
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -54,7 +56,38 @@ def make_optimizer(
         if others:
             rate = lr * ADAMW_RATE_BESIDE_MUON
             groups.append({**group, "params": others, "use_fallback": True, "lr": rate})
-    return Muon(groups, lr=lr)
+    return MuonForProcessor(groups, lr=lr)
+
+
+class MuonForProcessor(muon.Muon):
+    """timm's Muon, with Newton-Schulz steps in the arithmetic that the device multiplies fast.
+
+    timm computes them in bfloat16, which on a CPU without instructions for it takes 16 times as
+    long as float32 (`python -m benchmarks.speed.newton_schulz`).
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        """One update, as `Muon.step`."""
+        original = muon.zeropower_via_newtonschulz
+        if any(parameter.is_cuda for group in self.param_groups for parameter in group["params"]):
+            return super().step(closure)
+        # `Muon` has no argument for it.
+        muon.zeropower_via_newtonschulz = functools.partial(original, dtype=cpu_matrix_dtype())
+        try:
+            return super().step(closure)
+        finally:
+            muon.zeropower_via_newtonschulz = original
+
+
+def cpu_matrix_dtype() -> torch.dtype:
+    """bfloat16 if this processor has instructions for its products and torch uses them, else fp32.
+
+    `get_cpu_capability` follows ATEN_CPU_CAPABILITY, so that older processors can be emulated.
+    """
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and (
+        torch.cpu._is_avx512_bf16_supported()
+    )
+    return torch.bfloat16 if fast else torch.float32
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import muon
 from tiny_models import tiny_vit
 from training_material import Net, spots
 from vitrim.compress.lift import lift
+from vitrim.compress.train.augment import Augmentation
 from vitrim.compress.train.dense import (
     DenseTask,
     Distillation,
     distillation_loss,
+    image_key,
     init_position_embedding,
     task_loss,
+    teacher_outputs,
 )
 from vitrim.compress.train.evaluate import evaluate, predict, top1
 from vitrim.compress.train.loop import fit
@@ -50,6 +55,66 @@ def test_a_student_equal_to_its_teacher_has_no_loss() -> None:
     teacher.train()
     loss = distillation_loss(Net(1, dropout=0.5).eval()(images), images, Distillation(teacher))
     assert abs(float(loss.detach())) < 1e-6
+
+
+def test_known_outputs_of_the_teacher_replace_its_computation() -> None:
+    teacher, images = Net(1, dropout=0.0), torch.randn(6, 1, 8, 8)
+    done: list[int] = []
+    known = teacher_outputs(teacher, images.split(4), done.append)
+    assert done == [4, 6]
+    assert set(known) == {image_key(image) for image in images}
+    logits, mixed = torch.randn(6, 3), images.flip(0)
+    wanted = distillation_loss(logits, mixed, Distillation(teacher))
+
+    class Broken(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("the teacher was computed again")
+
+    found = distillation_loss(logits, mixed, Distillation(Broken(), known=known))
+    torch.testing.assert_close(found, wanted)
+    # An image that was augmented is not among the known ones.
+    fallback = distillation_loss(logits, mixed + 1, Distillation(teacher, known=known))
+    torch.testing.assert_close(
+        fallback, distillation_loss(logits, mixed + 1, Distillation(teacher))
+    )
+
+
+def test_unaugmented_batches_are_found_among_the_known_outputs() -> None:
+    data = spots(16).train
+    known = teacher_outputs(Net(0), [data.floats(slice(0, 16))], lambda done: None)
+    plain = Augmentation("none", data.preprocessing, 3)
+    images, _ = plain(*data.batch(np.arange(5, 9)))
+    assert all(image_key(image) in known for image in images)
+
+
+@pytest.mark.parametrize(
+    ("capability", "instructions", "wanted"),
+    [
+        ("AVX512", True, torch.bfloat16),
+        ("AVX512", False, torch.float32),
+        ("AVX2", True, torch.float32),
+        ("DEFAULT", False, torch.float32),
+    ],
+)
+def test_muon_computes_in_bfloat16_only_with_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, capability: str, instructions: bool, wanted: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    used: list[torch.dtype] = []
+    original = muon.zeropower_via_newtonschulz
+
+    def recording(*args: Any, dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> torch.Tensor:
+        used.append(dtype)
+        return original(*args, dtype=dtype, **kwargs)
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", recording)
+    model = tiny_vit()
+    optimizer = make_optimizer("muon", model, 1e-3, 0.0)
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    assert used
+    assert set(used) == {wanted}
 
 
 def test_soft_targets_are_not_smoothed_twice() -> None:
