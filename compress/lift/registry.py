@@ -166,6 +166,8 @@ def find_converter(kind: str, module: nn.Module, path: str) -> Converter:
         UnsupportedModel: There is none, or a forward or a dropout of the module was replaced. The
             converter raises it where the module is not built as its type describes.
     """
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModel(f"{path or 'model'}: {module!r} where a module was expected")
     converter = _CONVERTERS.get(kind, {}).get(type_name(module)) or _UNKNOWN_CONVERTERS.get(kind)
     if converter is None:
         raise UnsupportedModel(no_rule_message(kind, module, path))

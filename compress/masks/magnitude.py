@@ -144,9 +144,8 @@ def _add(
     if dimension in ("embed", "embed*2"):
         each = values.view(2, -1).sum(dim=0) if dimension == "embed*2" else values
         total = totals["embed"][site]
-        total.index_add_(
-            0, torch.arange(len(total)) if channels is None else torch.tensor(channels), each
-        )
+        places = torch.arange(len(total)) if channels is None else torch.tensor(channels)
+        total.index_add_(0, places, each.to(total))
     elif dimension in ("ffn", "head"):
         totals[dimension][site] += values
     elif "*" in dimension and dimension.split("*")[-1] in ("qk", "v"):

@@ -281,6 +281,16 @@ class StructuredMask:
         return cls(kept, scale=about.get("scale", "kept"), note=note)
 
 
+def require_mask(mask: object) -> None:
+    """Raise InputError, with what to give instead, if `mask` is no `StructuredMask`."""
+    if not isinstance(mask, StructuredMask):
+        found = "None" if mask is None else f"a {type(mask).__name__}"
+        raise InputError(
+            f"mask: {found} where a StructuredMask was expected; "
+            "make one with StructuredMask.load, .random or .from_saliency"
+        )
+
+
 def mask_and_scores(
     model: nn.Module, criterion: Criterion, options: SaliencyOptions
 ) -> tuple[StructuredMask, Scores]:

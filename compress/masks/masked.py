@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..lift import lift
 from ..network.modules.model import CompactModel
-from .mask import StructuredMask
+from .mask import StructuredMask, require_mask
 from .masked_network import MaskedNetwork
 
 
@@ -54,6 +54,7 @@ def masked(model: nn.Module, mask: StructuredMask, *, proof: bool = True) -> Mas
         UnsupportedModel: A module has no rule, or computes something else than its weights and
             type describe; the message names its path.
     """
+    require_mask(mask)
     result = MaskedModel(copy.deepcopy(lift(model, proof=proof)), mask)
     result.train(model.training)
     return result

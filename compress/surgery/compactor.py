@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..lift import read
+from ..lift import lift, read
 from ..masks.mask import StructuredMask
 from ..network.architecture import AttentionSpec, BranchSpec
 from ..network.modules.layers import affine, normalize
@@ -42,7 +42,9 @@ def compact(
             type describe; the message names its path.
     """
     # The source's own tensors, not copies; slicing copies what is kept.
-    source = read(model, proof=proof)
+    # A `CompactModel` in half precision is converted before.
+    given = lift(model, proof=proof) if isinstance(model, CompactModel) else model
+    source = read(given, proof=proof)
     surgery = plan(source.spec, mask)
     architecture = surgery.architecture
     if last_queries is not None:

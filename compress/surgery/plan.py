@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..masks.mask import StructuredMask
+from ..masks.mask import StructuredMask, require_mask
 from ..network.architecture import (
     Architecture,
     AttentionSpec,
@@ -90,6 +90,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
     Raises:
         InputError: The mask does not fit the network.
     """
+    require_mask(mask)
     mask.check(architecture)
     alive = [[branch for branch in step if _alive(branch, mask)] for step in architecture.steps]
     embed = _Embed(architecture, mask, [branch for step in alive for branch in step])
