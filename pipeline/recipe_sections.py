@@ -72,6 +72,11 @@ class ModelSection(Section):
         description="a trained checkpoint: `embedded` for the one in the package, a .safetensors "
         "or .pth file, or a folder that vitrim saved",
     )
+    new_head: bool = Field(
+        False,
+        description="start a new classifier on the checkpoint or the published weights, for "
+        "another set of classes; `baseline.epochs` trains it",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -39,7 +39,13 @@ from .shipping_steps import (
     show_final_table,
     write_report,
 )
-from .source_model import image_of, preprocessing_of, source_model, weights_digest
+from .source_model import (
+    image_of,
+    preprocessing_of,
+    require_trained_head,
+    source_model,
+    weights_digest,
+)
 from .training_steps import (
     BASELINE,
     COMPACT,
@@ -193,6 +199,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     Raises:
         InputError: Something in the recipe does not fit together.
     """
+    require_trained_head(recipe.model, recipe.baseline.epochs)
     target = load_target(recipe.export.target)
     require_runtimes(recipe.export)
     preprocessing = preprocessing_of(recipe.model, recipe.data.name, image_of(recipe.model))

@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..compress.data.embedded import WEIGHTS, embedded_card
 from ..compress.data.named_datasets import default_preprocessing
 from ..compress.data.preprocessing import Preprocessing
 from ..compress.lift import lift
 from ..compress.network.files import ARCHITECTURE, load, read_architecture
-from ..compress.surgery.dead_weight import fold_prune_masks
+from ..compress.network.modules.model import CompactModel
+from ..compress.network.modules.model import build as build_compact
+from ..compress.network.stem_and_head_specs import HeadSpec
 from ..compress.train.dense import init_position_embedding
 from ..core.errors import InputError
 from ..core.storage import sha256_file
+from .checkpoint_file import Entry, folder_kind, is_flax, read_entries, shards_of
+from .checkpoint_names import NEW_HEAD, Expected, beginnings, fitted_state, head_classes
 from .recipe_sections import ModelSection
 
 EMBEDDED = "embedded"
-# Where training scripts nest the weights in a checkpoint, averaged weights first.
-_NESTED_KEYS = ("model_ema", "state_dict_ema", "state_dict", "model", "net", "module")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-_BROKEN_FILE = (
-    SafetensorError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    zipfile.BadZipFile,
-)
 _BUILD_ERRORS = (TypeError, ValueError, AssertionError, KeyError, RuntimeError, AttributeError)
 
 
@@ -68,8 +57,9 @@ def resolved(section: ModelSection) -> ModelSection:
 def source_model(section: ModelSection, classes: int) -> nn.Module:
     """Build the model of `[model]` with a head of `classes` classes, in eval mode.
 
-    A checkpoint is a folder that vitrim saved, or a .safetensors or .pth file with timm's names; a
-    .pth file is read with `weights_only`.
+    A checkpoint is a folder that vitrim saved, or a file with timm's names (.safetensors, .pth with
+    `weights_only`, .npz), with any prefixes of wrappers. With `new_head` its classifier is replaced
+    by a new one.
 
     Raises:
         InputError: timm does not have the model or rejects an override, or the checkpoint or the
@@ -77,7 +67,7 @@ def source_model(section: ModelSection, classes: int) -> nn.Module:
     """
     section = resolved(section)
     if section.checkpoint is not None and Path(section.checkpoint).is_dir():
-        return _saved(Path(section.checkpoint), classes)
+        return _saved(Path(section.checkpoint), classes, new_head=section.new_head)
     overrides = dict(section.overrides)
     requested = overrides.setdefault("num_classes", classes)
     if requested != classes:
@@ -87,10 +77,30 @@ def source_model(section: ModelSection, classes: int) -> nn.Module:
         )
     model = build(section.name, overrides, pretrained=section.pretrained)
     if section.checkpoint is not None:
-        load_weights(model, Path(section.checkpoint), section.name)
+        load_weights(model, Path(section.checkpoint), section.name, new_head=section.new_head)
     elif not section.pretrained:
         init_position_embedding(model)
+    elif section.new_head:
+        model.reset_classifier(classes)  # type: ignore[operator]
     return model.eval()
+
+
+def require_trained_head(section: ModelSection, epochs: int) -> None:
+    """Raise InputError if `new_head` has nothing to start from, or the new head is not trained.
+
+    Args:
+        section: The section `[model]`.
+        epochs: `baseline.epochs`.
+    """
+    if not section.new_head:
+        return
+    if section.checkpoint is None and not section.pretrained:
+        raise InputError(
+            "model.new_head: without model.checkpoint or model.pretrained the whole model is new; "
+            "leave it out"
+        )
+    if not epochs:
+        raise InputError("model.new_head: a new head has to be trained; set baseline.epochs")
 
 
 def image_of(section: ModelSection) -> tuple[int, int, int]:
@@ -144,23 +154,32 @@ def weights_digest(section: ModelSection) -> str:
             f"{path}: no such checkpoint; name a .safetensors or .pth file, or a folder that "
             "vitrim saved"
         )
-    files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+    if path.is_dir():
+        files = sorted(part for part in path.rglob("*") if part.is_file())
+    else:
+        files = shards_of(path)
     return " ".join(sha256_file(part) for part in files)
 
 
-def classes_in(path: Path) -> int:
-    """The number of classes of a checkpoint file.
+def classes_in(section: ModelSection) -> int:
+    """The number of classes of the checkpoint file of a section.
 
     Raises:
         InputError: The file has no classifier under timm's name.
     """
-    head = read_weights(path).get("head.weight")
-    if head is None:
-        raise InputError(
-            f"{path}: it has no head.weight, so the number of classes is unknown; "
-            "add --override num_classes=N"
-        )
-    return int(head.shape[0])
+    path = Path(str(section.checkpoint))
+    entries = read_entries(path)
+    if is_flax(entries):
+        return _flax_classes(entries, path)
+    overrides = {**section.overrides}
+    if not overrides.get("num_classes"):
+        overrides.pop("num_classes", None)
+    with torch.device("meta"):
+        expected = Expected.of(build(section.name, overrides), section.name)
+    classes = head_classes(entries, expected, path)
+    if classes is None:
+        raise _without_head(path, f"{expected.classifiers[0]}.weight", entries)
+    return classes
 
 
 def build(name: str, overrides: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
@@ -193,85 +212,104 @@ def build(name: str, overrides: Mapping[str, Any], *, pretrained: bool = False) 
         ) from error
 
 
-def load_weights(model: nn.Module, path: Path, name: str) -> None:
+def load_weights(model: nn.Module, path: Path, name: str, *, new_head: bool = False) -> None:
     """Load a checkpoint file into `model`.
 
-    Raises:
-        InputError: An entry is missing, unknown, of another shape or not finite; the message names
-            the file and the entry.
-    """
-    state, expected = read_weights(path), model.state_dict()
-    way_out = "name the model that was saved (model.name, model.overrides)"
-    for key in expected:
-        if key not in state:
-            raise InputError(f"{path}: it has no entry {key!r}, which {name} needs; {way_out}")
-        if state[key].shape != expected[key].shape:
-            found, shape = list(state[key].shape), list(expected[key].shape)
-            raise InputError(f"{path}: {key} has shape {found}, {name} needs {shape}; {way_out}")
-    for key, tensor in state.items():
-        if key not in expected:
-            raise InputError(f"{path}: its entry {key!r} is not part of {name}; {way_out}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{path}: {key} contains NaN or infinity")
-    model.load_state_dict(state)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors or .pth file, without nesting and wrapper prefixes.
+    Args:
+        model: A timm model.
+        path: The checkpoint.
+        name: The name of the model, for messages.
+        new_head: Keep the classifier of `model`.
 
     Raises:
-        InputError: The file is missing, damaged, not a table of tensors, or could run code.
+        InputError: An entry is missing, unknown, of another shape or type, or not finite; the
+            message names the file and the entry.
     """
-    if not path.is_file():
+    entries = read_entries(path)
+    expected = Expected.of(model, name)
+    if is_flax(entries):
+        if not new_head:
+            _require_flax_classes(entries, expected, path)
+        entries = _from_flax(model, expected, path)
+    model.load_state_dict(fitted_state(entries, expected, path, new_head=new_head))
+
+
+def _require_flax_classes(entries: list[Entry], expected: Expected, path: Path) -> None:
+    needed = [each.shape[0] for key, each in expected.state.items() if expected.is_head(key)]
+    if needed and (classes := _flax_classes(entries, path)) != needed[0]:
         raise InputError(
-            f"{path}: no such checkpoint; name a .safetensors or .pth file, or a folder that "
-            "vitrim saved"
+            f"{path}: its head has {classes} classes, and {needed[0]} are needed; {NEW_HEAD}"
         )
-    found = _unpack(path)
-    for key in _NESTED_KEYS:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not _is_state_dict(found):
-        raise InputError(f"{path}: it contains no table of tensors; save the model's state_dict()")
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in found):
-            found = {key.removeprefix(prefix): value for key, value in found.items()}
-    try:
-        return fold_prune_masks(found)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
-def _unpack(path: Path) -> Any:
+def _from_flax(model: nn.Module, expected: Expected, path: Path) -> list[Entry]:
+    """Convert a checkpoint of Google's Vision Transformers, with timm's own rules."""
+    head = {key: each.clone() for key, each in expected.state.items() if expected.is_head(key)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))  # What the rules do not set is found by it.
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _BROKEN_FILE as error:
-        raise InputError(f"{path}: not a complete checkpoint ({_first_line(error)})") from error
-    except pickle.UnpicklingError as error:
+        model.load_pretrained(str(path))  # type: ignore[operator]
+    except _BUILD_ERRORS as error:
         raise InputError(
-            f"{path}: it contains more than tensors and could run code, so it is not read; "
-            "save its state_dict()"
+            f"{path}: timm cannot convert it to {expected.name} ({_first_line(error)}); "
+            "name the model that was saved (model.name, model.overrides)"
         ) from error
+    found = [
+        Entry((), key, tensor.detach().clone())
+        for key, tensor in model.state_dict().items()
+        if not (tensor.is_floating_point() and bool(tensor.isnan().any()))
+    ]
+    model.load_state_dict(head, strict=False)
+    return found
 
 
-def _is_state_dict(value: Any) -> bool:
-    if not isinstance(value, dict) or not value:
-        return False
-    return all(isinstance(tensor, Tensor) for tensor in value.values())
+def _flax_classes(entries: list[Entry], path: Path) -> int:
+    for entry in entries:
+        if entry.name.endswith("head/kernel"):
+            return int(entry.tensor.shape[-1])
+    raise _without_head(path, "head/kernel", entries)
 
 
-def _saved(folder: Path, classes: int) -> nn.Module:
-    if not (folder / ARCHITECTURE).is_file():
-        raise InputError(f"{folder}: no {ARCHITECTURE} in this folder; name one that vitrim saved")
+def _without_head(path: Path, name: str, entries: list[Entry]) -> InputError:
+    return InputError(
+        f"{path}: it has no {name}, so the number of classes is unknown; its entries begin with "
+        f"{beginnings(entries)}; add --override num_classes=N"
+    )
+
+
+def require_saved(folder: Path) -> None:
+    """Raise InputError, with what to name instead, if vitrim did not save this folder."""
+    if not (folder / ARCHITECTURE).is_file() and (kind := folder_kind(folder)):
+        raise InputError(f"{folder}: {kind}")
+
+
+def _saved(folder: Path, classes: int, *, new_head: bool) -> nn.Module:
+    require_saved(folder)
     model = load(folder)
+    if new_head:
+        return with_new_head(model, classes)
     if model.architecture.classes != classes:
         raise InputError(
             f"{folder}: the model has {model.architecture.classes} classes, the data set has "
-            f"{classes}; choose a matching one"
+            f"{classes}; choose a matching one; {NEW_HEAD}"
         )
     return model
+
+
+def with_new_head(model: CompactModel, classes: int) -> CompactModel:
+    """The same network with a new linear classifier."""
+    head = model.architecture.head or HeadSpec(classes=classes)
+    changes = {"head": head.model_copy(update={"classes": classes}), "feature_writes": None}
+    architecture = model.architecture.model_copy(update=changes)
+    fresh = CompactModel(architecture)
+    state = model.state_dict()
+    for name in ("head", "head_dist"):
+        layer = getattr(fresh, name)
+        if layer is not None:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            state |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+    return build_compact(architecture, state)
 
 
 def _tuples(value: Any) -> Any:
