@@ -95,12 +95,13 @@ def _load(options: ModelOptions) -> _Source:
     from ..compress.network.files import load
     from ..pipeline.recipe import parse_value
     from ..pipeline.recipe_sections import ModelSection
-    from ..pipeline.source_model import classes_in, source_model
+    from ..pipeline.source_model import classes_in, require_saved, source_model
 
     checkpoint = options.source or options.checkpoint
     if checkpoint is None and not options.pretrained:
         raise InputError("no model: name MODEL or --checkpoint, or --model with --pretrained")
     if checkpoint is not None and checkpoint.is_dir():
+        require_saved(checkpoint)
         return _Source(load(checkpoint), read_card(checkpoint.parent / CARD))
     if options.model is None:
         raise InputError(
@@ -116,7 +117,7 @@ def _load(options: ModelOptions) -> _Source:
     )
     classes = overrides.get("num_classes")
     if not classes:
-        classes = 1000 if checkpoint is None else classes_in(checkpoint)
+        classes = 1000 if checkpoint is None else classes_in(section)
     return _Source(lift(source_model(section, int(classes))), section=section)
 
 
