@@ -7,6 +7,7 @@
 | `vitrim_model.cpp` | C++17 on ONNX Runtime's C API; the runtime's library is opened by path |
 | `vitrim_tvm.cpp`, `tvm/` | instead for compiled networks: no runtime, the model can be linked in |
 | `prepare.cpp` | from a picture of any size to the model's input |
+| `cpu_features.h` | refuses processors that lack an instruction set of the model |
 | `resize.h` | Pillow's resampling, bit for bit, as in training and calibration |
 | `example.cpp` | a picture (PGM or PPM) in, labels out |
 | `CMakeLists.txt` | builds the example, `vitrim_example` |
@@ -21,11 +22,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.storage import replace_folder
-from .artifact import Artifact
-from .manifest import PreprocessingSpec
+from ..core.storage import replace_folder, require_output_folder
+from ..core.written_kinds import Contents, FolderKind, within
+from ..targets.instruction_sets import HEADER as CPU_HEADER
+from .artifact import ARTIFACT, Artifact
+from .manifest import CpuFeatures, PreprocessingSpec
 
 SOURCES = Path(__file__).parent / "bundle_sources"
+HEADER = "vitrim_model.h"
 SHARED = ("prepare.cpp", "failure.h", "resize.h", "example.cpp", "aarch64.cmake")
 # Paths in the sources, and in the bundle.
 RUNTIME_FILES: Mapping[str, Mapping[str, str]] = {
@@ -37,6 +41,20 @@ RUNTIME_FILES: Mapping[str, Mapping[str, str]] = {
 }
 
 
+def _contents(folder: Path) -> Contents | None:
+    model = ARTIFACT.contents(folder / "model")
+    if model is None or not (folder / HEADER).is_file():
+        return None
+    names = [name for files in RUNTIME_FILES.values() for name in files.values()]
+    return {
+        **dict.fromkeys((HEADER, CPU_HEADER.name, *SHARED, *names)),
+        **within("model", model),
+    }
+
+
+BUNDLE = FolderKind("a bundle", HEADER, _contents)
+
+
 def bundle(artifact: Artifact | Path | str, folder: Path | str, *, overwrite: bool = False) -> Path:
     """Write the bundle of an artifact, and return its folder.
 
@@ -46,13 +64,16 @@ def bundle(artifact: Artifact | Path | str, folder: Path | str, *, overwrite: bo
     artifact = Artifact.load(artifact.folder if isinstance(artifact, Artifact) else artifact)
     manifest = artifact.manifest
     preprocessing = _supported_preprocessing(artifact)
-    with replace_folder(folder, overwrite=overwrite) as aside:
+    inputs = {"the artifact": artifact.folder}
+    require_output_folder(folder, BUNDLE, overwrite=overwrite, inputs=inputs)
+    with replace_folder(folder, BUNDLE, overwrite=overwrite) as aside:
         shutil.copytree(artifact.folder, aside / "model")
         files = {**{name: name for name in SHARED}, **RUNTIME_FILES[manifest.runtime]}
         for source, name in files.items():
             (aside / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(SOURCES / source, aside / name)
-        (aside / "vitrim_model.h").write_text(header(artifact, preprocessing), encoding="utf-8")
+        shutil.copyfile(CPU_HEADER, aside / CPU_HEADER.name)
+        (aside / HEADER).write_text(header(artifact, preprocessing), encoding="utf-8")
     return Path(folder)
 
 
@@ -98,7 +119,11 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
     labels = manifest.labels or tuple(f"class {number}" for number in range(int(classes)))
     scale = [1.0 / (255.0 * std) for std in preprocessing.std]
     shift = [-mean / std for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)]
+    cpu = manifest.cpu or CpuFeatures()
     values = {
+        "TARGET": _text(manifest.target),
+        "CPU_NEEDS": _text(" ".join(cpu.needs)),
+        "CPU_ASSUMES": _text(" ".join(cpu.assumes)),
         "NAME": _text(manifest.name),
         "SEAL": _text(artifact.sha256),
         "MODEL_FILE": _text(artifact.model_path.name),

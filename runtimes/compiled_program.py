@@ -20,7 +20,8 @@ class CompiledProgram:
         threads: How many threads are requested; the library may use fewer.
 
     Raises:
-        EngineError: The file is not such a library, or takes images of another size.
+        EngineError: The file is not such a library, takes images of another size, or has code that
+            this processor cannot run.
     """
 
     def __init__(self, path: str, shape: list[int], threads: int) -> None:
@@ -39,6 +40,7 @@ class CompiledProgram:
                 f"{name}: has no vitrim_network_run; export the model again"
             ) from None
         _declare(library)
+        _require_processor(library, name)
         wanted, given = int(library.vitrim_network_image_numbers()), int(numpy.prod(shape))
         if given != wanted:
             raise EngineError(
@@ -116,6 +118,16 @@ class CompiledProgram:
     def _failure(self) -> str:
         message = str(self.library.vitrim_network_failure().decode(errors="replace"))
         return message or "a kernel failed without a message"
+
+
+def _require_processor(library: Any, name: str) -> None:
+    try:
+        refusal = library.vitrim_network_refusal
+    except AttributeError:  # a library of an earlier version
+        return
+    refusal.restype = ctypes.c_char_p
+    if (reason := refusal()) is not None:
+        raise EngineError(f"{name}: {reason.decode(errors='replace')}")
 
 
 def _declare(library: Any) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 CPU_FEATURES = "VITRIM_CPU_FEATURES"
+# The check of C++ programs.
+HEADER = Path(__file__).with_name("cpu_features.h")
 # Linux's name -> LLVM's, for what compilers generate on their own.
 X86: Mapping[str, str] = {
     "pni": "sse3",

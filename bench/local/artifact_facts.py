@@ -10,7 +10,7 @@ from typing import Any
 from ...core.errors import InputError
 from ...core.storage import sha256_file
 from ...export.artifact import Artifact
-from ...export.manifest import MANIFEST
+from ...export.manifest import MANIFEST, Manifest
 from ...runtimes import engine_names
 
 
@@ -31,6 +31,8 @@ class ArtifactFacts:
         preprocessing: Mean and std of each channel.
         runtime: Name of the engine.
         input: Name, shape and type, for runtimes whose files do not contain them.
+        cpu: The instruction sets that it needs and assumes, and its target; see runtimes.
+        warnings: What makes its outputs doubtful.
     """
 
     model: Path
@@ -45,6 +47,8 @@ class ArtifactFacts:
     preprocessing: dict[str, Any] | None = None
     runtime: str = "onnxruntime"
     input: dict[str, Any] | None = None
+    cpu: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def artifact_facts(artifact: Artifact | Path | str) -> ArtifactFacts:
@@ -98,7 +102,15 @@ def _of_artifact(artifact: Artifact) -> ArtifactFacts:
         preprocessing=preprocessing,
         runtime=manifest.runtime,
         input={"name": given.name, "shape": list(given.shape), "type": given.type},
+        cpu=_cpu(manifest),
+        warnings=manifest.warnings,
     )
+
+
+def _cpu(manifest: Manifest) -> dict[str, Any] | None:
+    if manifest.cpu is None:
+        return None
+    return {"target": manifest.target, **manifest.cpu.model_dump(mode="json")}
 
 
 def _external_data(model: Path) -> list[Path]:

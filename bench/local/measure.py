@@ -234,6 +234,7 @@ def _job(name: str, facts: ArtifactFacts, options: MeasureOptions) -> Json:
         "batch": options.batch,
         "session": session,
         "input": facts.input,
+        "cpu": facts.cpu,
         "output": facts.output,
         "preprocessing": facts.preprocessing,
         "seed": options.seed,
@@ -281,7 +282,12 @@ def assemble(
             cpu_share=_cpu_share(run, job),
         )
         found[name] = measured.model_copy(
-            update={"warnings": _warnings(measured, run, job, raw["stopped_by"], plan)}
+            update={
+                "warnings": (
+                    *facts[name].warnings,
+                    *_warnings(measured, run, job, raw["stopped_by"], plan),
+                )
+            }
         )
     return found
 

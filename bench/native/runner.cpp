@@ -12,6 +12,7 @@
 #include <iterator>
 #include <map>
 
+#include "cpu_features.h"
 #include "dataset.h"
 #include "process.h"
 
@@ -33,6 +34,7 @@ class Runner {
         for (const Json &cpu : job["pinning"].list) cpus.push_back(cpu.whole(-1));
         if (!cpus.empty()) pin(cpus);
         niceness_ = niceness(job["priority"].words("high") == "high");
+        check_processor(job["cpu"], job["model"].words(""));
         ort_.reset(new Ort(library));
         ort_->call(CreateEnv, kLogErrors, "vitrim", &env_);
         floor_ = read_memory();
@@ -80,6 +82,19 @@ class Runner {
     void write(const Line &line) {
         std::fprintf(events_, "%s\n", line.str().c_str());
         std::fflush(events_);
+    }
+
+    static std::string words(const Json &names) {
+        std::string found;
+        for (const Json &name : names.list) found += name.words("") + " ";
+        return found;
+    }
+
+    static void check_processor(const Json &cpu, const std::string &path) {
+        char line[512];
+        if (refuses_processor(cpu["target"].words("its target").c_str(), words(cpu["needs"]).c_str(), words(cpu["assumes"]).c_str(), line, sizeof line)) {
+            throw std::runtime_error(path.substr(path.rfind('/') + 1) + ": " + line);
+        }
     }
 
     static std::string bytes(int64_t count) { return count < 0 ? "null" : std::to_string(count); }

@@ -14,10 +14,14 @@ from pathlib import Path
 from ...core.cross_compiler import PACKAGE, zig_command
 from ...core.errors import InputError
 from ...core.storage import replace_folder
+from ...core.written_kinds import FolderKind
+from ...targets.instruction_sets import HEADER as CPU_HEADER
 
 SOURCES = Path(__file__).parents[1] / "native"
 PROGRAM = "vitrim_runner"
 LIBRARY = "libonnxruntime.so"
+# A folder of vitrim's own cache, which another process may have written meanwhile.
+BUILT = FolderKind("a built runner", PROGRAM, lambda folder: {PROGRAM: None})
 # Debian's names of the cross compilers; VITRIM_CXX_<ARCHITECTURE> names another one.
 COMPILERS = {
     "x86_64": "x86_64-linux-gnu-g++",
@@ -98,14 +102,15 @@ def compile_runner(machine: str) -> Path:
     """
     compiler = _compiler(machine)
     digest = hashlib.sha256(" ".join(("1", *compiler, *FLAGS)).encode())
-    for source in sorted(SOURCES.glob("*.[hc]*")):
+    for source in [*sorted(SOURCES.glob("*.[hc]*")), CPU_HEADER]:
         digest.update(source.read_bytes())
     folder = cache() / f"runner-{machine}-{digest.hexdigest()[:16]}"
     program = folder / PROGRAM
     if not program.is_file():
-        with replace_folder(folder, overwrite=True) as new_folder:
+        with replace_folder(folder, BUILT, overwrite=True) as new_folder:
             main_file, output = str(SOURCES / "runner.cpp"), str(new_folder / PROGRAM)
-            command = [*compiler, *FLAGS, main_file, "-o", output, "-ldl"]
+            include = f"-I{CPU_HEADER.parent}"
+            command = [*compiler, *FLAGS, include, main_file, "-o", output, "-ldl"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 errors = [line for line in done.stderr.splitlines() if "error" in line]

@@ -23,6 +23,8 @@ from ..local.runner import RunnerError, json_lines, open_dataset, prepare_images
 Json = dict[str, Any]
 # The functions that are called: of a model in TVM's virtual machine, and of a compiled program.
 FUNCTION, PROGRAM = "main", "vitrim_run"
+# Whether the board's processor cannot run a compiled program.
+REFUSED = "vitrim_refused"
 WINDOW = 5
 # TVM's protocol reports none of these.
 STATE = (
@@ -127,6 +129,7 @@ class BoardModel:
         start = time.perf_counter()
         module = session.load_module(uploaded)
         load_s = time.perf_counter() - start
+        self._require_processor(module)
         self.shape = self._input_shape()
         images = numpy.random.default_rng(int(job.get("seed", 0))).standard_normal(
             self.shape, dtype=numpy.float32
@@ -150,6 +153,19 @@ class BoardModel:
             "peak_rss_exact": True,
             "niceness": None,
         }
+
+    def _require_processor(self, module: Any) -> None:
+        try:
+            refused = int(module[REFUSED]())
+        except Exception:  # a model of an earlier version, or one for TVM's virtual machine
+            return
+        if refused:
+            cpu = self.job.get("cpu") or {}
+            raise ConductorError(
+                f"{self.name}: the board's processor lacks an instruction set of "
+                f"{cpu.get('target') or 'its target'} ({', '.join(cpu.get('needs') or ())}); "
+                "export it for the board's processor"
+            )
 
     def _input_shape(self) -> list[int]:
         shape, batch = [int(size) for size in self.job["input"]["shape"]], self.job.get("batch")

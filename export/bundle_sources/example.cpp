@@ -115,6 +115,10 @@ int main(int count, char **arguments) {
         return 2;
     }
     char error[512] = "";
+    if (vitrim_refused(error, sizeof error) != 0) {
+        std::fprintf(stderr, "%s\n", error);
+        return 2;
+    }
     const std::string path = kPicture > 1 ? std::string(arguments[2]) + "/" + VITRIM_MODEL_FILE : "";
     vitrim_model *model = vitrim_open(path.c_str(), runtime, 1, error, sizeof error);
     if (model == nullptr) {

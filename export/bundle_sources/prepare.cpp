@@ -1,10 +1,11 @@
-// From a picture to the model's input, as in training: the part of vitrim_model.h that is the same
-// for every runtime.
+// The part of vitrim_model.h that is the same for every runtime: from a picture to the model's
+// input, as in training, and the check of the processor.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
+#include "cpu_features.h"
 #include "failure.h"
 #include "resize.h"
 #include "vitrim_model.h"
@@ -44,6 +45,12 @@ int vitrim_prepare(const uint8_t *pixels, int width, int height, int channels, f
     } catch (const std::exception &caught) {
         return vitrim::fail(caught.what(), error, error_size);
     }
+}
+
+int vitrim_refused(char *error, size_t error_size) {
+    char line[512];
+    if (!vitrim::refuses_processor(VITRIM_TARGET, VITRIM_CPU_NEEDS, VITRIM_CPU_ASSUMES, line, sizeof line)) return 0;
+    return vitrim::fail(line, error, error_size);
 }
 
 int vitrim_classify(vitrim_model *model, const uint8_t *pixels, int width, int height, int channels, float *logits, char *error, size_t error_size) {

@@ -37,6 +37,7 @@ struct vitrim_model {
 };
 
 vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, int threads, char *error, size_t error_size) {
+    if (vitrim_refused(error, error_size) != 0) return nullptr;
     auto *model = new vitrim_model;
     try {
         model->library = dlopen(runtime_library, RTLD_NOW | RTLD_LOCAL);

@@ -17,7 +17,6 @@ from ...core.cross_compiler import runs_here
 from ...core.errors import InputError
 from ...runtimes.cpu_features import fitting_target, missing_features
 from ...targets.catalog import load_target
-from ...targets.instruction_sets import ARM, X86, machine_name
 from ...targets.profile import TargetProfile
 from ..cross_target import cross_target
 from ..forms import Form
@@ -88,7 +87,7 @@ class TvmRuntime:
         triple = host_triple(network.target, profile)
         linker = linker_for(triple)
         code = write_code(network, linker, folder, options, device)
-        needs = code_features(network.target, triple)
+        needs = network.needs
         emulator, parity_skipped = execution_host(source.target, needs, triple, device)
         threads = "1 thread" if network.threads == 1 else f"{network.threads} threads"
         target = target_text(network.target)
@@ -307,18 +306,6 @@ def target_text(target: Any) -> str:
     attributes = dict(target.attrs)
     known = [str(attributes[key]) for key in ("mtriple", "mcpu", "arch") if attributes.get(key)]
     return " ".join([str(target.kind.name), *known])
-
-
-def code_features(target: Any, triple: str) -> tuple[str, ...]:
-    """The instruction sets that the code for a CPU uses; for a GPU, that of its host."""
-    from tvm.target import codegen
-
-    names = {"x86_64": X86, "aarch64": ARM}.get(machine_name(triple.split("-")[0]), {})
-    host = target.host or target
-    if host.kind.name != "llvm":
-        return ()
-    enabled = {str(name) for name in codegen.llvm_get_cpu_features(host)}
-    return tuple(name for name, compiled in names.items() if compiled in enabled)
 
 
 def execution_host(

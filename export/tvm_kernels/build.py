@@ -6,6 +6,7 @@ This module imports TVM only inside functions: without TVM it still reports what
 from __future__ import annotations
 
 import importlib.util
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnx
 
 from ...compress.network.modules.model import CompactModel
 from ...core.errors import InputError
+from ...targets.instruction_sets import ARM, X86, machine_name
 from ...targets.profile import TargetProfile
 from ..forms import Form, write_network
 from .coverage import uncovered_part
@@ -52,6 +54,7 @@ class TvmNetwork:
         route: `kernels` (our own), or `default` (TVM's ONNX front end and pipeline).
         threads: Into how many shares parallel loops are split; 1: there are none.
         notes: One line each, for the manifest.
+        profile: Name of the target's profile.
     """
 
     module: IRModule
@@ -60,6 +63,20 @@ class TvmNetwork:
     route: Literal["kernels", "default"]
     threads: int
     notes: tuple[str, ...] = ()
+    profile: str = "host"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The instruction sets that the code for a CPU uses; for a GPU, those of its host's."""
+        from tvm.target import codegen
+
+        host = self.target.host or self.target
+        if host.kind.name != "llvm":
+            return ()
+        enabled = {str(name) for name in codegen.llvm_get_cpu_features(host)}
+        triple = str(dict(host.attrs).get("mtriple") or platform.machine())
+        names = {"x86_64": X86, "aarch64": ARM}.get(machine_name(triple.split("-")[0]), {})
+        return tuple(name for name, compiled in names.items() if compiled in enabled)
 
     def compile(self, *, system_lib: bool = False) -> VMExecutable:
         """Compile to machine code, which `.export_library(path)` writes.
@@ -194,7 +211,9 @@ def _kernel_network(
         batch,
         precision_named(precision, unit, ranges),
     )
-    return TvmNetwork(module, target, lowering(), "kernels", threads, tuple(notes))
+    return TvmNetwork(
+        module, target, lowering(), "kernels", threads, tuple(notes), profile.name
+    )
 
 
 def default_network(
@@ -221,7 +240,7 @@ def default_network(
         if gpu
         else "TVM's own pipeline, untuned"
     )
-    return TvmNetwork(module, target, pipeline, "default", threads, (note,))
+    return TvmNetwork(module, target, pipeline, "default", threads, (note,), profile.name)
 
 
 def _from_onnx(graph: onnx.ModelProto) -> IRModule:

@@ -60,12 +60,16 @@ class ExecutionPlan:
         steps: Their calls.
         constants: In this order, each at the next multiple of 64 bytes.
         arena_bytes: Memory for the values between the kernels.
+        target: Name of the target's profile.
+        needs: The instruction sets that the kernels use.
     """
 
     kernels: IRModule
     steps: tuple[Step, ...]
     constants: tuple[NDArray[Any], ...]
     arena_bytes: int
+    target: str
+    needs: tuple[str, ...]
 
 
 def execution_plan(network: TvmNetwork) -> ExecutionPlan:
@@ -101,6 +105,8 @@ def execution_plan(network: TvmNetwork) -> ExecutionPlan:
         steps,
         tuple(reader.constants),
         reader.arena_bytes,
+        network.profile,
+        network.needs,
     )
 
 

@@ -43,14 +43,14 @@ class Linker:
         self._run(path, ["-shared", "-fPIC", "-o", str(path), *map(str, objects)], path.parent)
 
     def link_program(
-        self, source: Path, objects: Sequence[Path], headers: Path, path: Path
+        self, source: Path, objects: Sequence[Path], headers: Sequence[Path], path: Path
     ) -> None:
         """Compile a C++ source and link it into a shared library that needs only the C library.
 
         Args:
             source: The source.
             objects: Linked with it.
-            headers: The folder of included files.
+            headers: The folders of included files.
             path: The library.
 
         Raises:
@@ -58,7 +58,7 @@ class Linker:
         """
         arguments = [
             *_PROGRAM_FLAGS,
-            f"-I{headers}",
+            *(f"-I{folder}" for folder in headers),
             source.name,
             *(str(found.resolve()) for found in objects),
             "-o",

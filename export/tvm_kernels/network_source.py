@@ -102,7 +102,9 @@ def _tables(plan: ExecutionPlan) -> str:
     logits = next(tensor for tensor in tensors if tensor.memory == "logits")
     counts = f"kSteps = {len(steps)}, kOperands = {len(numbers)}, kTensors = {len(tensors)}"
     new_line = "\n"
-    return f"""constexpr int {counts};
+    return f"""constexpr const char *kTarget = "{plan.target}";
+constexpr const char *kNeeds = "{" ".join(plan.needs)}";
+constexpr int {counts};
 alignas(64) static unsigned char arena[{max(plan.arena_bytes, ALIGNMENT_BYTES)}];
 alignas(64) static float aligned_images[{int(np.prod(images.shape))}];
 alignas(64) static float aligned_logits[{int(np.prod(logits.shape))}];

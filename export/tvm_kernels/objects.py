@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import InputError
+from ...targets.instruction_sets import HEADER
 from ..runtimes.runtime import Role
 from .execution_plan import ExecutionPlan
 from .link import Linker
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 OBJECTS = "objects"
 # The hand-written part of a compiled network, which a bundle contains too.
-HEADERS = Path(__file__).resolve().parents[1] / "bundle_sources" / "tvm"
+HEADERS = (Path(__file__).resolve().parents[1] / "bundle_sources" / "tvm", HEADER.parent)
 
 
 def write_objects(executable: VMExecutable, folder: Path) -> list[Path]:

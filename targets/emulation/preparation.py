@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ...core.errors import InputError
 from ...core.progress import Progress
+from ...core.staging import recover_all
 from ...core.storage import replace_file, replace_folder
 from . import debian, wheels
 from .debian import RELEASE
@@ -120,10 +121,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        # The temporary names of replace_folder begin with a dot.
-        for leftover in folder.glob(".*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
+        recover_all(folder)
         yield
 
 
@@ -157,7 +155,7 @@ def _qemu(folder: Path, progress: Progress) -> tuple[Path, str]:
             what="qemu",
             progress=_part(progress, 0.0, 0.4),
         )
-        with replace_folder(final.parent, overwrite=True) as new:
+        with replace_folder(final.parent) as new:
             debian.unpack(package, downloads / "unpacked")
             program = downloads / "unpacked" / "usr" / "bin" / "qemu-aarch64"
             shutil.copy2(program, new / "qemu-aarch64")

@@ -13,9 +13,12 @@ from pathlib import Path
 
 from ...core.errors import InputError
 from ...core.storage import replace_folder
+from ...core.written_kinds import FolderKind
 
 # Accepted versions of the C library; pip does not derive older tags from newer ones.
 GLIBC_MINORS = (39, 36, 35, 34, 31, 28, 27, 26, 24, 17)
+# A folder of vitrim's own cache, which another process may have written meanwhile.
+UNPACKED = FolderKind("an unpacked wheel", "", lambda folder: {"**": None})
 TAGS = (*(f"manylinux_2_{minor}_aarch64" for minor in GLIBC_MINORS), "manylinux2014_aarch64")
 
 
@@ -50,7 +53,7 @@ def install(
                 raise
             wheel = _download(distribution, None, python, Path(name))
         with (
-            replace_folder(folder, overwrite=True) as new_folder,
+            replace_folder(folder, UNPACKED, overwrite=True) as new_folder,
             zipfile.ZipFile(wheel) as archive,
         ):
             for entry in archive.infolist():

@@ -3,10 +3,18 @@
 #pragma once
 
 #include "compiled_network.h"
+#include "cpu_features.h"
 
 namespace vitrim {
 
 inline bool ready = false, chosen = false;
+
+// Why this processor cannot run the kernels, or null.
+inline const char *refusal() {
+    static char text[256];
+    static const bool refused = refuses_processor(kTarget, kNeeds, "", text, sizeof text);
+    return refused ? text : nullptr;
+}
 
 inline void *address(const Planned &planned, void *images, void *logits) {
     switch (planned.place) {
@@ -50,6 +58,10 @@ inline void report_step(Watcher watcher, int number) {
 // seconds: the time of each step is added to its entry; watcher: called after each step. Both may be
 // null.
 inline int run(const float *images, float *logits, double *seconds, Watcher watcher = nullptr) {
+    if (const char *reason = refusal()) {
+        snprintf(failure, sizeof failure, "%s", reason);
+        return -1;
+    }
     prepare();
     // Kernels read whole vectors, from aligned addresses.
     void *from = const_cast<float *>(images);
@@ -102,11 +114,18 @@ VITRIM_ENTRY int vitrim_network_threads(int threads) {
 VITRIM_ENTRY int vitrim_network_steps() { return vitrim::kSteps; }
 VITRIM_ENTRY const char *vitrim_network_step(int number) { return vitrim::steps[number].name; }
 VITRIM_ENTRY const char *vitrim_network_failure() { return vitrim::failure; }
+// Why this processor cannot run the network, or null; it is refused by every run as well.
+VITRIM_ENTRY const char *vitrim_network_refusal() { return vitrim::refusal(); }
 // Number of values (not bytes) of all images of a batch, and of all its logits.
 VITRIM_ENTRY int64_t vitrim_network_image_numbers() { return sizeof vitrim::aligned_images / sizeof(float); }
 VITRIM_ENTRY int64_t vitrim_network_logit_numbers() { return sizeof vitrim::aligned_logits / sizeof(float); }
 VITRIM_ENTRY int64_t vitrim_network_arena_bytes() { return sizeof vitrim::arena; }
-// The same in TVM's calling convention, for its loaders and its RPC server: (images, logits) as
+// Whether vitrim_network_refusal() has a reason, as an integer in TVM's calling convention.
+VITRIM_ENTRY int __tvm_ffi_vitrim_refused(void *, const vitrim::Value *, int32_t, vitrim::Value *result) {
+    *result = {vitrim::kInteger, 0, {vitrim::refusal() != nullptr}};
+    return 0;
+}
+// The run in TVM's calling convention, for its loaders and its RPC server: (images, logits) as
 // tensors.
 VITRIM_ENTRY int __tvm_ffi_vitrim_run(void *, const vitrim::Value *arguments, int32_t count, vitrim::Value *result) {
     void *images = count == 2 ? vitrim::data_of(arguments[0]) : nullptr, *logits = count == 2 ? vitrim::data_of(arguments[1]) : nullptr;

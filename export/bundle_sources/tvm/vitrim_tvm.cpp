@@ -30,6 +30,7 @@ static void find(void *library, const char *name, Function &function) {
 
 vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, int threads, char *error, size_t error_size) {
     (void)runtime_library;
+    if (vitrim_refused(error, error_size) != 0) return nullptr;
     auto *model = new vitrim_model;
     try {
 #ifdef VITRIM_LINKED
