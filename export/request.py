@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import numpy as np
+import torch
+
 from ..core.errors import InputError
 from ..targets.catalog import load_target
 from . import capabilities
@@ -184,6 +187,49 @@ def _validate_onnxruntime(device: DeviceOptions, graph: GraphOptions, precision:
             f"tune measures on this machine, and the target is {target!r}; run it on the device, "
             "or leave tune out for the known form"
         )
+
+
+def input_images(images: Any, preprocessing: PreprocessingSpec | None) -> Array | None:
+    """Return images as the model expects them: float32, normalized.
+
+    Args:
+        images: Floats (count, channels, height, width), which are normalized already; or bytes
+            (uint8), also channels last, which `preprocessing` normalizes. Arrays or tensors.
+        preprocessing: Mean and std. None: bytes are refused.
+
+    Raises:
+        InputError: The images are neither, or bytes come without mean and std.
+    """
+    if images is None:
+        return None
+    if isinstance(images, torch.Tensor):
+        images = images.detach().cpu()
+        images = (images.float() if images.is_floating_point() else images).numpy()
+    if not isinstance(images, np.ndarray):
+        raise InputError(
+            f"images: a {type(images).__name__} where an array or a tensor of shape "
+            "(count, channels, height, width) was expected"
+        )
+    if images.dtype.kind == "f":
+        return images.astype(np.float32, copy=False)
+    if images.dtype != np.uint8 or preprocessing is None:
+        raise InputError(
+            f"images: {images.dtype} numbers, where float32 was expected, normalized as the model "
+            "expects them: (pixels / 255 - mean) / std; or give pixels as uint8 with preprocessing"
+        )
+    if images.ndim == 4 and images.shape[1] != preprocessing.channels == images.shape[3]:
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] != preprocessing.channels:
+        raise InputError(
+            f"images: shape {images.shape}, where (count, {preprocessing.channels}, height, width) "
+            "was expected"
+        )
+    mean, std = (
+        np.asarray(values, dtype=np.float32).reshape(1, -1, 1, 1)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    normalized: Array = (images.astype(np.float32) / 255 - mean) / std
+    return normalized
 
 
 def preprocessing_of(preprocessing: Any) -> PreprocessingSpec | None:

@@ -357,6 +357,11 @@ def prepare_images(
             f"the data set's images are {list(images.shape[1:])}, "
             f"the model takes {[channels, height, width]}; prepare them at that size"
         )
+    if not is_bytes and images.dtype.kind != "f":
+        raise RunnerError(
+            f"the data set's images are {images.dtype}; give pixels as uint8, or float32 as the "
+            "model expects them: (pixels / 255 - mean) / std"
+        )
     if is_bytes and kind != "uint8":
         if not preprocessing:
             raise RunnerError(

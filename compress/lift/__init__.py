@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -32,8 +31,9 @@ from . import (  # noqa: F401
 from .checks import require_finite, require_module, require_plain_tensors, require_shapes
 from .compact_model import float32_copy, is_plain, types_of
 from .proof import prove
-from .registry import Piece, find_converter, recorded_modules
+from .registry import Piece, find_converter, has_converter, recorded_modules
 from .source_state import prepared
+from .wrappers import innermost, unwrapped
 
 
 def lift(model: nn.Module, *, proof: bool = True) -> CompactModel:
@@ -46,7 +46,8 @@ def lift(model: nn.Module, *, proof: bool = True) -> CompactModel:
     Args:
         model: A Vision Transformer of timm, torchvision or transformers, or a module that follows
             timm's naming convention. A `CompactModel` without hooks is returned unchanged, in
-            float16 and bfloat16 converted.
+            float16 and bfloat16 converted. Wrappers that compute nothing of their own are removed:
+            data parallelism, `torch.compile`, averages.
         proof: Whether to compare outputs. False: hooks and replaced methods of `model` are ignored.
 
     Returns:
@@ -60,6 +61,7 @@ def lift(model: nn.Module, *, proof: bool = True) -> CompactModel:
             type describe; the message names its path.
     """
     require_module(model)
+    model = unwrapped(model)
     if isinstance(model, CompactModel) and is_plain(model):
         _check(model)
         _warn_of_conversion(model, [torch.float32, torch.float64])
@@ -87,14 +89,17 @@ def read(model: nn.Module, *, proof: bool = True) -> Piece[Architecture]:
         UnsupportedModel: As for `lift`.
     """
     require_module(model)
+    model = unwrapped(model)
     if isinstance(model, CompactModel) and is_plain(model):
         _check(model)
         return Piece(model.architecture, model.state_dict())
-    convert = find_converter("model", model, "")
+    # The proof compares with what is around it, too.
+    source = innermost(model)
+    convert = find_converter("model", source, "")
     require_plain_tensors(model)
     note = None
     with prepared(model), recorded_modules() as modules:
-        found: Piece[Architecture] = convert(model, "")
+        found: Piece[Architecture] = convert(source, "")
         piece = Piece(found.spec, {name: each.detach() for name, each in found.tensors.items()})
         require_shapes(piece.spec, piece.tensors)
         require_finite(piece.tensors, model)
@@ -140,25 +145,34 @@ def save(
         UnsupportedModel: A module has no rule; the message names its path.
     """
     require_module(model)
+    model = unwrapped(model)
     if isinstance(model, CompactModel) and is_plain(model) and files.is_storable(types_of(model)):
         _check(model)
         return files.save(model, folder, overwrite=overwrite)
     return files.save(lift(model, proof=proof), folder, overwrite=overwrite)
 
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-def in_float32(model: ModuleT) -> ModuleT:
-    """Return a module that computes in float32: the module itself, or a converted copy.
+def in_float32(model: nn.Module) -> nn.Module:
+    """Return a module that computes in float32: the module inside of wrappers, or a converted copy.
 
     Any module is allowed, also one that `lift` does not support.
 
     Raises:
-        InputError: `model` is no module.
+        InputError: `model` is no module, or a parameter has NaN or infinity, or of a model that
+            `lift` supports a type that is not floating-point; the message names it.
     """
     require_module(model)
+    model = unwrapped(model)
+    if has_converter("model", model):
+        require_plain_tensors(model)
+    require_finite(dict(model.named_parameters()), model)
     if types_of(model) <= {torch.float32}:
         return model
     _warn_of_conversion(model, [torch.float32])
-    return copy.deepcopy(model).float()
+    try:
+        return copy.deepcopy(model).float()
+    except RuntimeError as error:  # torch copies no tensor that a hook has computed
+        raise InputError(
+            f"model: it cannot be converted to float32 ({str(error).splitlines()[0]}); "
+            "call .float() on it first"
+        ) from error

@@ -152,6 +152,11 @@ def record(kind: str, module: nn.Module, path: str) -> None:
         found[kind, path] = Found(kind, path, module)
 
 
+def has_converter(kind: str, module: nn.Module) -> bool:
+    """Whether the type of a module has a converter of its own."""
+    return type_name(module) in _CONVERTERS.get(kind, {})
+
+
 def forget(path: str) -> None:
     """Exclude a module that was recorded, because its conversion returns other values."""
     found = _found.get()
@@ -202,6 +207,12 @@ def _first_line(error: Exception) -> str:
 def no_rule_message(kind: str, module: nn.Module, path: str) -> str:
     """Return one line about a type without a converter."""
     known = ", ".join(sorted({name.rpartition(".")[2] for name in _CONVERTERS.get(kind, {})}))
+    for name, child in module.named_children():
+        if kind == "model" and has_converter("model", child):
+            return (
+                f"{path or 'model'}: no rule for model type {type_name(module)}; "
+                f"give its attribute {name!r}, a {type(child).__name__}"
+            )
     return (
         f"{path or 'model'}: no rule for {kind} type {type_name(module)} (known: {known}); "
         "CONTRIBUTING.md describes how to add one"

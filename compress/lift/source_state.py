@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from .hooks import fold_reparametrizations, is_changed, isolate_hooks
+from .wrappers import unwrap_children
 
 # Hooks that torch calls for every module of the process; they are no part of a model.
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -24,15 +25,16 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[N
 
     Inside, the sub-modules are in evaluation mode (the model's own flag is unchanged, since
     converters read it), parameters and buffers have the type `dtype`, reparametrized tensors are up
-    to date, and hooks run on copies of their state. Autocast and gradients are off. Nothing that
+    to date, hooks run on copies of their state, and wrappers of sub-modules (compilation,
+    checkpointing) are removed. Autocast and gradients are off. Nothing that
     the model does inside remains: attributes, buffers, hooks and torch's random state are restored.
 
     Args:
         model: The model.
         dtype: The floating-point type to compute in.
     """
-    modules = list(model.modules())
-    saved = [_saved(module) for module in modules]
+    sources = list(model.modules())
+    saved = [_saved(module) for module in sources]
     shared = [vars(torch_modules).get(name, {}) for name in _GLOBAL_HOOKS]
     shared_hooks = [dict(hooks) for hooks in shared]
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
@@ -49,6 +51,8 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[N
         try:
             for hooks in shared:
                 hooks.clear()
+            unwrap_children(sources)
+            modules = list(model.modules())
             for module in modules:
                 module.training = module is model and model.training
                 vars(module).pop("_compiled_call_impl", None)
@@ -61,7 +65,7 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[N
             fold_reparametrizations(model)
             yield
         finally:
-            for module, (attributes, contents) in zip(modules, saved, strict=True):
+            for module, (attributes, contents) in zip(sources, saved, strict=True):
                 _restore(module, attributes, contents)
             for hooks, content in zip(shared, shared_hooks, strict=True):
                 hooks.update(content)

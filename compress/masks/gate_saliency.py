@@ -124,6 +124,7 @@ class _Gates:
     def gradients(self, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """∂(mean cross-entropy)/∂gate for each group."""
         device = self.ones[0].device
+        _require_floats(images)
         logits = self._network(images.to(device), self._value, self._scale)
         loss = F.cross_entropy(logits, targets.to(device))
         found = torch.autograd.grad(loss, self.ones, allow_unused=True)
@@ -144,6 +145,15 @@ class _Gates:
         if gate is not None or site in POOL_SITES:
             return gate
         return self._gates.get((dimension, SHARED))
+
+
+def _require_floats(images: Tensor) -> None:
+    if not images.is_floating_point():
+        kind = str(images.dtype).removeprefix("torch.")
+        raise InputError(
+            f"data: images of type {kind}, where float32 was expected, normalized as the model "
+            "expects them: (pixels / 255 - mean) / std"
+        )
 
 
 def _at_least_one(images: int) -> int:

@@ -117,6 +117,17 @@ def test_uint8_images_are_normalised_by_the_manifests_mean_and_std(tmp_path: Pat
     assert "the data set holds bytes, and no mean and std are known" in events[-1]["message"]
 
 
+@pytest.mark.parametrize("kind", ["int64", "int16", "bool"])
+def test_other_whole_numbers_are_no_images(kind: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (4, 1, 28, 28)).astype(kind)
+    np.savez(tmp_path / "set.npz", images=pixels, labels=np.zeros(4, dtype=np.int64))
+    job = {"model": str(chain(tmp_path / "m.onnx")), "preprocessing": {"mean": [0.3], "std": [0.5]}}
+    commands = [{"do": "score", "dataset": str(tmp_path / "set.npz")}]
+    code, events, _ = run(tmp_path, {**job, "commands": commands})
+    assert code == 3
+    assert f"images are {kind}; give pixels as uint8, or float32" in events[-1]["message"]
+
+
 def test_a_folder_of_npy_files_is_a_data_set(tmp_path: Path) -> None:
     model = chain(tmp_path / "m.onnx")
     with np.load(images_with_labels(tmp_path / "d.npz", model)) as data:

@@ -67,6 +67,14 @@ def test_shared_scores_are_sums_over_sites(model: CompactModel) -> None:
         )
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.bool])
+def test_raw_pixels_are_refused_with_what_to_do(model: CompactModel, kind: torch.dtype) -> None:
+    data = [(IMAGES.mul(50).abs().to(kind), TARGETS)]
+    for criterion in ("taylor", "head"):
+        with pytest.raises(InputError, match=r"data: images of type .*\(pixels / 255 - mean\)"):
+            StructuredMask.from_saliency(model, criterion, data=data)
+
+
 def test_taylor_is_weight_times_gradient(model: CompactModel) -> None:
     network = lift(tiny_vit())
     loss = F.cross_entropy(network(IMAGES), TARGETS)
