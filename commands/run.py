@@ -156,6 +156,7 @@ def _run_chain(options: RunOptions, until: Step, *, no_distill: bool = False) ->
         resume=options.resume,
         overwrite=options.overwrite,
         quiet=options.quiet,
+        recipe_file=None if options.recipe is None else Path(options.recipe),
     )
 
 

@@ -1,4 +1,12 @@
-"""Atomic files and folders: written under a temporary name, then renamed."""
+"""Output files and folders: validated before the work, written in full or not at all.
+
+Three rules hold for every output:
+
+1. It neither is, contains, nor lies in anything that is read.
+2. Only files and folders that vitrim wrote itself are replaced (`written_kinds`), and folders only
+   while they hold nothing else.
+3. An error or a kill leaves the old content or the new one (`staging`), and no other files.
+"""
 
 from __future__ import annotations
 
@@ -6,91 +14,183 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import InputError
+from .staging import delete, recover, staged_file, staged_folder
+from .written_kinds import FileKind, FolderKind, own_entries, unknown_file
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Faults of the path that was given, not of the program.
+_UNWRITABLE = (
+    *(errno.EACCES, errno.EROFS, errno.EPERM, errno.EBUSY, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EXDEV),
+)
+Inputs = Mapping[str, Path | str | None]
 
 
-def replace_file(path: Path | str, content: bytes | str) -> None:
+def replace_file(path: Path | str, content: bytes | str, kind: FileKind | None = None) -> None:
     """Write a file so that readers see the old content or the new one, never half of either.
 
     Args:
         path: The file; missing parent folders are created.
         content: The whole content; text is encoded as UTF-8.
+        kind: Replace an existing file only if it is of this kind. None: replace any regular file.
 
     Raises:
-        InputError: The disk is full or the folder is not writable.
+        InputError: The disk is full, the file cannot be written, or it is of another kind.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+    require_output_file(path, kind, overwrite=True)
+    with disk_errors(path), staged_file(path.resolve()) as descriptor:
+        with os.fdopen(os.dup(descriptor), "wb") as stream:
+            stream.write(data)
+        os.fsync(descriptor)
 
 
 @contextlib.contextmanager
-def replace_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `final` on success and is removed on failure.
+def replace_folder(
+    folder: Path | str, kind: FolderKind | None = None, *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Yield a staging folder whose content becomes that of `folder`, and vanishes on an error.
 
     Args:
-        final: The folder to write.
-        overwrite: Replace a folder that is not empty.
+        folder: The folder to write. If it exists, it stays, and its entries are replaced.
+        kind: What is written.
+        overwrite: Replace the entries of a folder of this kind.
 
     Raises:
-        InputError: `final` is not empty, the disk is full, or the folder is not writable.
+        InputError: As for `require_output_folder`, or the disk is full.
     """
-    final = Path(final)
-    require_empty(final, overwrite=overwrite)
-    with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        try:
-            os.chmod(temporary, 0o755)
-            yield temporary
-            if final.exists():
-                # A non-empty folder cannot be renamed over, so the old one is moved away first
-                # and moved back on failure.
-                old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
-                os.replace(final, old)
-                try:
-                    os.replace(temporary, final)
-                except BaseException:
-                    os.replace(old, final)
-                    raise
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    folder = Path(folder)
+    require_output_folder(folder, kind, overwrite=overwrite)
+    with disk_errors(folder):
+        place = folder.resolve()
+        with staged_folder(place) as staging:
+            yield staging.content
+            # Hours may have passed, in which somebody else wrote to the folder.
+            require_output_folder(folder, kind, overwrite=overwrite)
+            old = [path.name for path in own_entries(place)] if place.is_dir() else []
+            staging.commit(old, None if kind is None else kind.marker)
+
+
+def clear_folder(folder: Path, marker: str) -> None:
+    """Delete the entries of a folder, the marker last; the folder itself stays."""
+    with disk_errors(folder):
+        for path in sorted(own_entries(folder), key=lambda path: path.name == marker):
+            delete(path)
+
+
+def require_output_folder(
+    folder: Path | str,
+    kind: FolderKind | None = None,
+    *,
+    overwrite: bool = False,
+    inputs: Inputs | None = None,
+) -> None:
+    """Validate that a folder can be written, and complete a write that a kill interrupted.
+
+    Args:
+        folder: The folder, which may be missing.
+        kind: What will be written. None: nothing is replaced.
+        overwrite: Whether the content of a folder of this kind may be replaced.
+        inputs: The files and folders that are read, by what they are.
+
+    Raises:
+        InputError: The folder overlaps an input, is a file or below one, cannot be written, or is
+            not empty. The message names the first file that vitrim did not write.
+    """
+    folder = Path(folder)
+    with disk_errors(folder):
+        require_separate(folder, inputs or {})
+        place = _resolved(folder)
+        recover(place)
+        _require_directory(folder, place)
+        first = next(own_entries(place), None) if place.is_dir() else None
+        if first is not None:
+            problem = _why_kept(folder, place, first, kind)
+            if problem is None and not overwrite:
+                problem = "the output folder is not empty; name another one, or pass --overwrite "
+                problem += "to replace it"
+            if problem is not None:
+                raise InputError(f"{folder}: {problem}")
+        _require_permission(folder, place)
+
+
+def require_output_file(
+    path: Path | str,
+    kind: FileKind | None = None,
+    *,
+    overwrite: bool = False,
+    inputs: Inputs | None = None,
+) -> None:
+    """Validate that a file can be written.
+
+    Args:
+        path: The file, which may be missing.
+        kind: What will be written; an existing file of another kind is refused. None: any file.
+        overwrite: Whether an existing file may be replaced.
+        inputs: The files and folders that are read, by what they are.
+
+    Raises:
+        InputError: The file is an input or lies in one, is not a regular file, cannot be written,
+            exists already, or is of another kind.
+    """
+    path = Path(path)
+    with disk_errors(path):
+        require_separate(path, inputs or {})
+        place = _resolved(path)
+        _require_directory(path.parent, place.parent)
+        if place.is_dir():
+            raise InputError(f"{path}: a folder; name a file")
+        if place.exists():
+            if not place.is_file():
+                raise InputError(f"{path}: not a regular file; name another one")
+            if kind is not None and not kind.matches(place):
+                raise InputError(
+                    f"{path}: vitrim did not write this file (it is not {kind.title}), so it is "
+                    "not replaced; name another one, or move it elsewhere"
+                )
+            if not overwrite:
+                raise InputError(f"{path}: exists already; --overwrite replaces it")
+        _require_permission(path, place.parent)
+
+
+def require_separate(output: Path | str, inputs: Inputs) -> None:
+    """Validate that an output neither is, contains, nor lies in anything that is read.
+
+    Args:
+        output: The output file or folder.
+        inputs: The files and folders that are read, by what they are; None is ignored.
+
+    Raises:
+        InputError: The two overlap, also through links, mounts or the case of letters.
+    """
+    written = _ancestors(_resolved(Path(output)))
+    for title, given in inputs.items():
+        if given is None:
+            continue
+        read = _ancestors(_resolved(Path(given)))
+        if written[0] == read[0]:
+            relation = "is"
+        elif written[0] in read:
+            relation = "contains"
+        elif read[0] in written:
+            relation = "lies in"
+        else:
+            continue
+        raise InputError(
+            f"{output}: the output {relation} {title} that is read ({given}); "
+            "name another place for the output"
+        )
 
 
 def require_empty(folder: Path | str, *, overwrite: bool = False) -> None:
-    """Raise `InputError` if an output folder is a file, or is not empty unless `overwrite`."""
-    folder = Path(folder)
-    if folder.is_file():
-        raise InputError(
-            f"{folder}: a file is in the way of the output folder; name another folder"
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InputError(
-            f"{folder}: the output folder is not empty; "
-            "name another one, or pass --overwrite to replace it"
-        )
+    """Validate that a folder is empty, or may be replaced."""
+    if not overwrite:
+        require_output_folder(folder)
 
 
 def sha256_file(path: Path | str) -> str:
@@ -101,7 +201,7 @@ def sha256_file(path: Path | str) -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise `InputError` in place of an `OSError` of a full or read-only disk.
+    """Raise `InputError` in place of an `OSError` of a full disk, or of a path that is unwritable.
 
     Args:
         path: The file or folder being written, for the message.
@@ -109,13 +209,90 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in _NO_SPACE:
             raise InputError(
                 f"{path}: no space left on the disk; nothing was written; "
                 "free some space or name another folder"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in _UNWRITABLE and _concerns(path, error):
             raise InputError(
-                f"{path}: the folder cannot be written to ({error.strerror}); name another one"
+                f"{_short(path)}: the folder cannot be written to ({error.strerror}); "
+                "name another one"
             ) from error
         raise
+
+
+def _concerns(path: Path, error: OSError) -> bool:
+    """Whether an error is one of the output, and not of another file that was opened meanwhile."""
+    if error.filename is None:
+        return True
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        failed, parent = Path(os.fsdecode(error.filename)).absolute(), path.resolve().parent
+        return failed.is_relative_to(parent) or parent.is_relative_to(failed)
+    return True
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError:  # Python before 3.13 raises this in place of an OSError.
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+    except ValueError:
+        raise InputError(f"{path!r}: not the name of a file or folder; name another") from None
+
+
+def _ancestors(path: Path) -> list[tuple[int, int] | Path]:
+    """The path and its parents, identified by what the file system has there."""
+    found: list[tuple[int, int] | Path] = []
+    for part in (path, *path.parents):
+        try:
+            status = part.stat()
+        except OSError:
+            found.append(part)
+        else:
+            found.append((status.st_dev, status.st_ino))
+    return found
+
+
+def _require_directory(folder: Path, place: Path) -> None:
+    """Raise InputError where a file is in the way of a folder."""
+    for part in (place, *place.parents):
+        if part.is_dir():
+            return
+        if os.path.lexists(part):
+            given = folder if part == place else part
+            raise InputError(
+                f"{given}: a file is in the way of the output folder; name another folder"
+            )
+
+
+def _why_kept(folder: Path, place: Path, first: Path, kind: FolderKind | None) -> str | None:
+    """Why the content of a folder is not replaced; None if vitrim wrote all of it."""
+    contents = None if kind is None else kind.contents(place)
+    if kind is None or contents is None:
+        what = "" if kind is None else f" and is not {kind.title} that vitrim wrote"
+        return (
+            f"the output folder is not empty{what} (it holds {first.name}), so it is not replaced; "
+            "name another folder"
+        )
+    unknown = unknown_file(place, contents)
+    if unknown is None:
+        return None
+    return (
+        f"vitrim did not write {unknown.relative_to(place)} in this folder, so it is not "
+        "replaced; move that file elsewhere, or name another folder"
+    )
+
+
+def _require_permission(output: Path, folder: Path) -> None:
+    existing = next((part for part in (folder, *folder.parents) if part.is_dir()), folder)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{output}: the folder cannot be written to ({existing} is read-only, or you have no "
+            "permission); name another one"
+        )

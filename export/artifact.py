@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import stat
 from dataclasses import dataclass
@@ -15,13 +16,25 @@ from pydantic import ValidationError
 
 from ..core import strict_json
 from ..core.errors import InputError
+from ..core.staging import recover
 from ..core.storage import replace_file, sha256_file
+from ..core.written_kinds import (
+    Contents,
+    FileKind,
+    FolderKind,
+    has_schema,
+    json_kind,
+    json_object,
+    within,
+)
 from ..targets.catalog import EARLIER_NAMES, load_target, present_name
 from ..targets.instruction_sets import EXACT_PRODUCTS
 from .manifest import MANIFEST, SCHEMA, CpuFeatures, FileEntry, Manifest, Role, seal_of
 
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 MAX_ENTRIES = 10_000
+# Beside the artifacts of several runtimes.
+MEASUREMENTS = "measurements"
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,32 @@ class Artifact:
         return self.manifest.seal
 
 
+def _contents(folder: Path) -> Contents | None:
+    data = json_object(folder / MANIFEST)
+    if data is None or not has_schema(data, SCHEMA):
+        return None
+    try:
+        if data.get("seal") != seal_of(data):
+            return None
+        listed = [str(entry["path"]) for entry in data["files"]]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return {MANIFEST: None, **dict.fromkeys(map(glob.escape, listed))}
+
+
+def _contents_of_several(folder: Path) -> Contents | None:
+    artifacts: dict[str, FileKind | None] = {}
+    for path in folder.iterdir():
+        artifacts |= within(path.name, ARTIFACT.contents(path))
+    measurement = json_kind("a measurement", "vitrim.measurement/1")
+    return {**artifacts, f"{MEASUREMENTS}/*.json": measurement} if artifacts else None
+
+
+ARTIFACT = FolderKind("an artifact", MANIFEST, _contents)
+# One artifact for each runtime, and their measurements.
+ARTIFACTS = FolderKind("a folder of artifacts", MANIFEST, _contents_of_several)
+
+
 def entry_for(folder: Path, path: str, role: Role) -> FileEntry:
     """Return the manifest's entry for a file in `folder`."""
     file = folder / path
@@ -105,6 +144,7 @@ def read_manifest(folder: Path | str) -> Manifest:
         InputError: There is no valid manifest; the message names the file and the key.
     """
     folder = Path(folder)
+    recover(folder)
     path = folder / MANIFEST
     data = _manifest_data(folder, path)
     try:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..core.errors import InputError
-from ..core.storage import replace_folder, require_empty
-from .artifact import Artifact
+from ..core.storage import replace_folder, require_output_folder
+from .artifact import ARTIFACT, ARTIFACTS, Artifact
 from .cross_target import verify_on_target
 from .export_run import ExportRun, first_batch
 from .forms import Form, form_named
@@ -130,7 +130,8 @@ def export(
             differs and by how much.
     """
     folder = Path(folder)
-    require_empty(folder, overwrite=overwrite)
+    require_output_folder(folder, ARTIFACT, overwrite=overwrite)
+    require_module(model)
     device = DeviceOptions(target, runtime, threads, options or {})
     numeric = NumericOptions(
         precision,
@@ -186,7 +187,7 @@ def _export_onnxruntime(
 ) -> None:
     request = run.request
     form, final = choose(run, model, plain)
-    with replace_folder(folder, overwrite=request.overwrite) as aside:
+    with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
         files = save(run, final, aside)
         verify_on_target(
             run, aside / MODEL, lambda images: model_outputs(final, images, batch=request.batch)
@@ -210,7 +211,7 @@ def _export_converted(
     request = run.request
     runtime = runtime_named(request.device.runtime)
     form, source = source_for(run, runtime, model, plain)
-    with replace_folder(folder, overwrite=request.overwrite) as aside:
+    with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
         written, files = write_and_verify(run, runtime, source, aside)
         manifest = run.manifest(
             name=name_of(model),
@@ -252,7 +253,7 @@ def export_all_runtimes(
         InputError: ONNX Runtime does not support the model either, or the folder is not empty.
     """
     folder = Path(folder)
-    require_empty(folder, overwrite=bool(options.get("overwrite")))
+    require_output_folder(folder, ARTIFACTS, overwrite=bool(options.get("overwrite")))
     report_progress(ONNXRUNTIME)
     made = {
         ONNXRUNTIME: export(

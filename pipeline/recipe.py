@@ -60,6 +60,19 @@ class Recipe(Section):
         """The recipe as tables for TOML: keys as in the file, absent values left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The files and folders that a run reads, by what they are; None where there is none."""
+        # It imports torch, which takes seconds.
+        from ..compress.data.named_datasets import path_of
+
+        checkpoint = None if self.model.checkpoint == "embedded" else self.model.checkpoint
+        files = [name for name in (self.export.target, *self.report.estimate_for) if "/" in name]
+        return {
+            "the data set": path_of(self.data.name),
+            "the checkpoint": None if checkpoint is None else Path(checkpoint),
+            **{f"the target {name}": Path(name) for name in files},
+        }
+
     def fingerprint(self, *sections: str, previous: str = "") -> str:
         """SHA-256 of the named sections and of the step before.
 

@@ -86,6 +86,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    recipe_file: Path | None = None,
 ) -> RunFolder:
     """Run the chain.
 
@@ -96,6 +97,8 @@ def run(
         resume: Continue the run in the folder; complete steps are loaded.
         overwrite: Delete the run in the folder and start again.
         quiet: Print the final table only.
+        recipe_file: The file of the recipe, which the run must not overwrite. A resumed run may
+            use the recipe in its own folder.
 
     Returns:
         The run folder.
@@ -104,7 +107,8 @@ def run(
         InputError: The recipe, the data and the model do not fit together, or the folder contains
             something else. Nothing is written then.
     """
-    RunFolder.check(Path(out), resume=resume, overwrite=overwrite)
+    inputs = {**recipe.inputs(), "the recipe": None if resume else recipe_file}
+    RunFolder.check(Path(out), resume=resume, overwrite=overwrite, inputs=inputs)
     prepared = prepare(recipe, quiet=quiet)
     folder = RunFolder.open(Path(out), resume=resume, overwrite=overwrite)
     replace_file(folder / "recipe.toml", recipe.toml())

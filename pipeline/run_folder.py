@@ -6,19 +6,71 @@ files are complete and made from the same recipe.
 
 from __future__ import annotations
 
+import glob
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..bench.report.writing import PICTURE
+from ..bench.results.measurement import MEASUREMENT
+from ..compress.network.files import MODEL
 from ..core.errors import InputError
-from ..core.storage import replace_file, require_empty, sha256_file
+from ..core.storage import (
+    Inputs,
+    clear_folder,
+    replace_file,
+    require_output_folder,
+    require_separate,
+    sha256_file,
+)
+from ..core.written_kinds import (
+    Contents,
+    FileKind,
+    FolderKind,
+    below,
+    has_schema,
+    json_object,
+    unknown_file,
+    within,
+)
+from ..export.artifact import ARTIFACT
 
 LEDGER = "steps.json"
 SCHEMA = "vitrim.steps/1"
+# The files of a run that the ledger does not list.
+UNLISTED = (
+    *(LEDGER, "recipe.toml", "data.json", "kept.json", "trim.json", "cut-parity.json"),
+    *("report.json", "report.md", "report.html", "history.jsonl", "mask.safetensors"),
+    *("training/*/checkpoint.pt", "training/*/best.pt"),
+)
+# Steps write files to this folder and replace none of the others in it.
+ADDED_TO = "measurements"
 Value = TypeVar("Value")
+
+
+def _contents(folder: Path) -> Contents | None:
+    ledger = json_object(folder / LEDGER) or {}
+    if not has_schema(ledger, SCHEMA):
+        # A damaged ledger: the data card identifies the run too.
+        ledger = {}
+        if not has_schema(json_object(folder / "data.json"), "vitrim.data/1"):
+            return None
+    found: dict[str, FileKind | None] = dict.fromkeys(UNLISTED)
+    found |= {"*.svg": PICTURE, "measurements/*.svg": PICTURE, "measurements/*.json": MEASUREMENT}
+    steps = ledger.get("steps")
+    for step in steps.values() if isinstance(steps, dict) else ():
+        files = step.get("files") if isinstance(step, dict) else None
+        found |= dict.fromkeys(map(glob.escape, files if isinstance(files, dict) else {}))
+    for path in [*folder.iterdir(), *folder.glob("artifacts/*")]:
+        name = glob.escape(path.relative_to(folder).as_posix())
+        for kind in (MODEL, ARTIFACT):
+            found |= within(name, kind.contents(path))
+    return found
+
+
+RUN = FolderKind("a run", LEDGER, _contents)
 
 
 class RunFolder:
@@ -42,29 +94,32 @@ class RunFolder:
         """
         cls.check(path, resume=resume, overwrite=overwrite)
         if overwrite and path.is_dir():
-            shutil.rmtree(path)
+            clear_folder(path, LEDGER)
         folder = cls(path)
         folder._write()
         return folder
 
     @staticmethod
-    def check(path: Path, *, resume: bool, overwrite: bool) -> None:
+    def check(path: Path, *, resume: bool, overwrite: bool, inputs: Inputs | None = None) -> None:
         """Check that a run may write to `path`.
 
+        Args:
+            path: The run folder.
+            resume: Continue the run in it.
+            overwrite: Delete the run in it.
+            inputs: The files and folders that the run reads, by what they are.
+
         Raises:
-            InputError: The folder contains an earlier run and neither `resume` nor `overwrite` is
-                given, or it contains something else.
+            InputError: The folder overlaps an input, cannot be written, contains an earlier run
+                and neither `resume` nor `overwrite` is given, or contains something else.
         """
-        if path.is_file():
-            require_empty(path)
-        if not path.is_dir() or not any(path.iterdir()):
-            return
         if not (path / LEDGER).is_file():
-            raise InputError(
-                f"{path}: the output folder is not empty and contains no vitrim run; "
-                "name another one with --out"
-            )
-        if not resume and not overwrite:
+            require_output_folder(path, RUN, overwrite=overwrite, inputs=inputs)
+        elif overwrite:
+            require_output_folder(path, RUN, overwrite=True, inputs=inputs)
+        elif resume:
+            require_separate(path, inputs or {})
+        else:
             raise InputError(
                 f"{path}: the output folder contains an earlier run; --resume continues it, "
                 "--overwrite deletes it and starts again, --out names another one"
@@ -96,6 +151,7 @@ class RunFolder:
         """
         if self.is_done(name, fingerprint):
             return load(), False
+        self._require_known(files)
         continued = self._ledger["begun"].get(name) == fingerprint
         self._ledger["steps"].pop(name, None)
         self._ledger["begun"][name] = fingerprint
@@ -125,6 +181,23 @@ class RunFolder:
     def seconds(self) -> dict[str, float]:
         """The duration of each finished step."""
         return {name: entry["seconds"] for name, entry in self._ledger["steps"].items()}
+
+    def _require_known(self, files: Sequence[str]) -> None:
+        """Check, before the work of a step, that nothing else is in the folders that it replaces.
+
+        Raises:
+            InputError: There is such a file.
+        """
+        contents = _contents(self.path) or {}
+        for name in files:
+            folder = self.path / name
+            replaced = folder.is_dir() and name != ADDED_TO
+            unknown = unknown_file(folder, below(name, contents)) if replaced else None
+            if unknown is not None:
+                raise InputError(
+                    f"{unknown}: vitrim did not write this file, and {folder} is replaced; "
+                    "move the file elsewhere"
+                )
 
     def _expand(self, files: Sequence[str]) -> list[str]:
         found: list[Path] = []

@@ -22,11 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ...core.errors import InputError
 from ...core.progress import Progress, progress_bar
 from ...core.storage import replace_file
+from ...core.written_kinds import json_kind
 from ..results.measurement import Environment, Measurement
 from .block_graph import BlockShape, block_model
 from .measure import measure_here
 from .options import MeasureOptions
 
+COST_TABLE = json_kind("a cost table", "vitrim.cost-table/1")
 COPIES = 4
 BATCH_SHAPES = 6
 PARTS = (
@@ -77,7 +79,8 @@ class CostTable(BaseModel):
 
     def save(self, path: Path | str) -> None:
         """Write the table as JSON, atomically."""
-        replace_file(path, json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n")
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
+        replace_file(path, text + "\n", COST_TABLE)
 
     @classmethod
     def load(cls, path: Path | str) -> CostTable:

@@ -13,6 +13,8 @@ from .overview import Device, Overview, Row, overview
 from .run import Run
 from .table import Cell, Line, side_by_side, table
 
+# Identifies the file, so that no other report.md is replaced.
+WRITTEN_BY_VITRIM = "<!-- Written by vitrim. -->"
 _SPECIAL = re.compile(r"([\\`*_\[\]|#~])")
 
 
@@ -38,7 +40,7 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
         items.append(f"Command: {code(run.report.command)}")
     if items:
         parts += ["## How to reproduce", _items(items)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, WRITTEN_BY_VITRIM]) + "\n"
 
 
 def safe(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...core.errors import InputError
-from ...core.storage import replace_file
+from ...core.storage import replace_file, require_output_file
 from . import wording
 from .kept import MOST_CELLS, Bar, Kept, kept_blocks
 from .markup import Markup, element, joined
@@ -20,6 +20,7 @@ from .plot import shortened, text_at, text_width
 from .run import Run, load_run
 from .scatter import Point, latency_points, scatter
 from .style import picture_style
+from .writing import PICTURE
 
 WIDTH_PX = 960.0
 MIN_HEIGHT_PX = 380.0
@@ -49,13 +50,14 @@ def write_picture(run_folder: Path | str, out: Path | str) -> Path:
     """Write the SVG of a run folder, in the colours of the viewer's light or dark theme.
 
     Raises:
-        InputError: `out` is no .svg, or the run has neither kept.json nor a measured artifact with
-            a top-1.
+        InputError: `out` is no .svg, exists and is another picture, or the run has neither
+            kept.json nor a measured artifact with a top-1.
     """
     out = Path(out)
     if out.suffix != ".svg":
         raise InputError(f"{out}: the picture is an SVG; name a file that ends in .svg")
-    replace_file(out, render_picture(load_run(run_folder), where=str(run_folder)))
+    require_output_file(out, PICTURE, overwrite=True)
+    replace_file(out, render_picture(load_run(run_folder), where=str(run_folder)), PICTURE)
     return out
 
 

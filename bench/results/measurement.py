@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...core.errors import InputError
 from ...core.storage import replace_file
+from ...core.written_kinds import json_kind
 from .operator_table import OperatorRow
 from .statistics import Interval, Summary, median_interval, summarise
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
+MEASUREMENT = json_kind("a measurement", "vitrim.measurement/1")
 # The note of every table on a time that was taken under an emulator.
 NOT_LATENCY = "not a device's latency"
 
@@ -199,15 +201,19 @@ class Measurement(BaseModel):
         return self.model_dump(mode="json", by_alias=True)
 
     def save(self, path: Path | str) -> None:
-        """Write JSON (schema vitrim.measurement/1), atomically."""
-        replace_file(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write JSON (schema vitrim.measurement/1), atomically.
+
+        Raises:
+            InputError: The file exists and is no measurement, or cannot be written.
+        """
+        replace_file(path, json.dumps(self.to_dict(), indent=1) + "\n", MEASUREMENT)
 
     @classmethod
     def load(cls, path: Path | str) -> Measurement:
         """Read a saved measurement; raises InputError with the file and the wrong key."""
         path = Path(path)
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be read ({error.strerror}); "

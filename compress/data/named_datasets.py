@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...core.errors import InputError
 from . import fashion_mnist
@@ -78,6 +79,12 @@ def canonical_name(spec: str) -> str:
         f"data set {spec!r}: not known; {hint} A hub set is written owner/name, "
         "a local one imagefolder:PATH or parquet:PATH"
     )
+
+
+def path_of(spec: str) -> Path | None:
+    """The path in `imagefolder:PATH` and its like, with `~` expanded; None for other names."""
+    kind, _, path = spec.partition(":")
+    return Path(path).expanduser() if kind in PATH_KINDS and path else None
 
 
 def default_preprocessing(spec: str, image: tuple[int, int, int]) -> Preprocessing:

@@ -15,19 +15,48 @@ from torch import Tensor
 
 from ...core import strict_json
 from ...core.errors import InputError
+from ...core.staging import recover
 from ...core.storage import replace_file, replace_folder
+from ...core.written_kinds import (
+    Contents,
+    FileKind,
+    FolderKind,
+    has_schema,
+    json_kind,
+    json_object,
+)
 from .architecture import SCHEMA, Architecture
 from .modules.model import CompactModel, build
 from .patch_grid import max_tokens
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "architecture.json"
+# `vitrim compact` saves the mask beside the model, and a record of a cut without training.
+MASK_FILE, TRIM_FILE = "mask.safetensors", "trim.json"
 # Far above any Vision Transformer. A larger claim is refused before memory is allocated.
 MAX_PARAMETERS = 20_000_000_000
 MAX_ARCHITECTURE_BYTES = 16 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_BRANCHES = 4096
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether a file is a mask: a safetensors file whose metadata have the schema of masks."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return length <= MAX_HEADER_BYTES and b"vitrim.mask/" in stream.read(length)
+
+
+def _model_contents(folder: Path) -> Contents | None:
+    if not has_schema(json_object(folder / ARCHITECTURE), SCHEMA):
+        return None
+    return {ARCHITECTURE: None, WEIGHTS: None, MASK_FILE: MASK, TRIM_FILE: TRIM}
+
+
+MASK = FileKind("a mask", _is_mask)
+TRIM = json_kind("a record of a cut", "vitrim.trim/1")
+MODEL = FolderKind("a saved model", ARCHITECTURE, _model_contents)
 
 
 def is_storable(types: set[torch.dtype]) -> bool:
@@ -45,7 +74,7 @@ def save(model: CompactModel, folder: Path | str, *, overwrite: bool = False) ->
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    with replace_folder(folder, overwrite=overwrite) as temporary:
+    with replace_folder(folder, MODEL, overwrite=overwrite) as temporary:
         replace_file(temporary / ARCHITECTURE, architecture + "\n")
         replace_file(temporary / WEIGHTS, tensors_to_bytes(state, {"schema": SCHEMA}))
     return Path(folder)
@@ -79,6 +108,7 @@ def read_architecture(path: Path) -> Architecture:
     Raises:
         InputError: The file is missing or not a valid architecture; the message names file and key.
     """
+    recover(path.parent)
     _require_plain_file(path)
     if path.stat().st_size > MAX_ARCHITECTURE_BYTES:
         raise InputError(f"{path}: {path.stat().st_size} bytes are too many for an architecture")

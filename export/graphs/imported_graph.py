@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 
 from ...core.errors import InputError
-from ...core.storage import replace_folder, require_empty, sha256_file
-from ..artifact import Artifact
+from ...core.storage import replace_folder, require_output_folder, sha256_file
+from ..artifact import ARTIFACT, Artifact
 from ..cross_target import verify_on_target
 from ..export_run import ExportRun
 from ..manifest import Array, Batch, Precision, Provenance, tool_versions
@@ -100,7 +100,7 @@ def export_graph(
             differs and by how much.
     """
     path, folder = Path(path), Path(folder)
-    require_empty(folder, overwrite=overwrite)
+    require_output_folder(folder, ARTIFACT, overwrite=overwrite, inputs={"the model": path})
     if form not in (None, GIVEN, PASSES):
         raise InputError(
             f"form {form!r}: an imported graph is exported as {GIVEN!r} or {PASSES!r}; "
@@ -127,19 +127,66 @@ def export_graph(
     return Artifact.load(folder)
 
 
-def _export(run: ExportRun, graph: onnx.ModelProto, path: Path, folder: Path, form: str) -> None:
-    request = run.request
-    float_graph = _rewritten(run, graph, with_passes=form == PASSES)
-    if request.numeric.precision != "fp32":
-        stage("calibrating" if request.numeric.precision == "int8-static" else "quantizing")
-    final = graph_in_precision(float_graph, request, run.notes)
-    check_precision(run, float_graph, final)
-    if request.graph.tune and form == PASSES:
-        rivals = {PASSES: final, GIVEN: graph_in_precision(graph, request, run.notes)}
-        stage("measuring the imported graph and the rewritten one")
-        form = tuned(run, rivals)
-        final = rivals[form]
-    with replace_folder(folder, overwrite=request.overwrite) as aside:
+@dataclass(frozen=True)
+class _Source:
+    """An imported graph, with float32 input and output.
+
+    Attributes:
+        path: Its file.
+        graph: The graph.
+        entry: Its input.
+        stored: The precision that it is in.
+        notes: What was changed of it.
+    """
+
+    path: Path
+    graph: onnx.ModelProto
+    entry: ImageInput
+    stored: StoredPrecision
+    notes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> _Source:
+        graph = read_graph(path)
+        entry = ImageInput.of(graph, path)
+        drop_weight_inputs(graph)
+        require_connection(graph, entry, path)
+        stored = stored_precision(graph)
+        notes = []
+        if changed := cast_ends(graph):
+            notes.append(changed)
+        if not stored.is_float32:
+            notes.append(
+                f"the file is {stored.precision} and was not rewritten: {stored.description}"
+            )
+        if entry.layout == "NHWC":
+            notes.append("the input is channels last: (batch, height, width, channels)")
+        return cls(path, graph, entry, stored, tuple(notes))
+
+
+def _started(source: _Source, request: ExportRequest) -> ExportRun:
+    """Return the export with the graph's reference outputs, and its shapes in the graph."""
+    batch, precision = request.symbolic_batch, source.stored.precision or "fp32"
+    set_batch(source.graph, source.entry, batch)
+    tolerance = request.numeric.tolerances[precision]
+    reference = GraphReference(source.graph, source.entry, source.path, request.batch, tolerance)
+    stage("reference outputs")
+    probe = Probe.of(reference.outputs, request.shape, request.numeric.images)
+    set_batch(source.graph, source.entry, batch, probe.logits.shape[1])
+    run = ExportRun(request, probe, probe.images[: request.input_batch], reference=GIVEN)
+    run.notes.extend(source.notes)
+    return run
+
+
+def _export(run: ExportRun, source: _Source, folder: Path, form: str) -> None:
+    request, path, graph = run.request, source.path, source.graph
+    if source.stored.is_float32:
+        form, final = _finished(run, graph, form)
+    else:
+        final = graph
+        _check_optimised(run, graph, request.numeric.precision)
+        run.notes.extend(int8_notes(run))
+    with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
         files = save(run, final, aside)
         verify_on_target(
             run, aside / MODEL, lambda inputs: model_outputs(final, inputs, batch=request.batch)

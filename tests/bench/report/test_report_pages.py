@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import report_sample
-from vitrim.bench.report import load_run, render, render_measurements
+from vitrim.bench.report import load_run, render, render_measurements, write_picture
 from vitrim.bench.report.html import render_html
 from vitrim.bench.report.markdown import render_markdown
+from vitrim.bench.results.measurement import Measurement
 from vitrim.core.errors import InputError
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`|*_&amp;\u202e\x00"
@@ -191,10 +192,56 @@ def test_a_run_without_measurements_has_a_report(tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "one.json"
+    path, file = write_measurement(tmp_path / "measured"), tmp_path / "file"
+    file.write_text("precious")
+    for out in (file, file / "report"):
+        with pytest.raises(InputError, match=r"a file is in the way of the output folder"):
+            render_measurements([path], out)
+
+
+def write_measurement(folder: Path) -> Path:
+    folder.mkdir()
+    path = folder / "one.json"
     path.write_text(json.dumps(report_sample.measurements()["compact-int8"]))
-    with pytest.raises(InputError, match=r"a file is in the way of the report's folder"):
-        render_measurements([path], path)
+    return path
+
+
+def test_a_report_is_replaced_only_by_a_report(tmp_path: Path) -> None:
+    path, out = write_measurement(tmp_path / "measured"), tmp_path / "out"
+    for _ in range(2):
+        render_measurements([path], out)
+    for name in ("report.json", "report.md", "report.html"):
+        mine = tmp_path / f"mine-{name}"
+        mine.mkdir()
+        (mine / name).write_text('{"text": "precious"}')
+        (mine / "thesis.txt").write_text("precious")
+        with pytest.raises(InputError, match=rf"{name}: vitrim did not write this file"):
+            render_measurements([path], mine)
+        assert (mine / name).read_text() == '{"text": "precious"}'
+        assert len(list(mine.iterdir())) == 2
+
+
+def test_a_report_of_a_run_is_not_replaced_by_one_of_other_measurements(tmp_path: Path) -> None:
+    path, run = write_measurement(tmp_path / "measured"), report_sample.write_run(tmp_path / "run")
+    with pytest.raises(InputError, match="contains a run, and its report would be lost"):
+        render_measurements([path], run)
+    for out in (run, run / "report", tmp_path):
+        with pytest.raises(InputError, match="the output (is|lies in|contains) the source that is"):
+            render_measurements([run], out)
+
+
+def test_only_measurements_and_pictures_of_vitrim_are_replaced(tmp_path: Path) -> None:
+    path, run = write_measurement(tmp_path / "measured"), report_sample.write_run(tmp_path / "run")
+    measurement = Measurement.load(path)
+    measurement.save(path)
+    for _ in range(2):
+        write_picture(run, tmp_path / "picture.svg")
+    (tmp_path / "drawing.svg").write_text("<svg></svg>")
+    with pytest.raises(InputError, match=r"drawing\.svg: vitrim did not write this file"):
+        write_picture(run, tmp_path / "drawing.svg")
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"thesis\.txt: .* is not a measurement"):
+        measurement.save(tmp_path / "thesis.txt")
 
 
 def test_markdown_tables_contain_the_figures(tmp_path: Path) -> None:
