@@ -95,8 +95,8 @@ def read(model: nn.Module, *, proof: bool = True) -> Piece[Architecture]:
         return Piece(model.architecture, model.state_dict())
     # The proof compares with what is around it, too.
     source = innermost(model)
-    convert = find_converter("model", source, "")
     require_plain_tensors(model)
+    convert = find_converter("model", source, "")
     note = None
     with prepared(model), recorded_modules() as modules:
         found: Piece[Architecture] = convert(source, "")
