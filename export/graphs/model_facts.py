@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ...compress.lift import lift
+from ...compress.lift.wrappers import innermost
 from ...compress.network.count import count_macs
 from ...core.errors import InputError, UnsupportedModel
 from ..manifest import Provenance
@@ -51,6 +52,7 @@ def image_shape(
         if len(image) != 3 or any(not isinstance(size, int) or size < 1 for size in image):
             raise InputError(f"image {image}: give (channels, height, width), three sizes above 0")
         return image
+    model = innermost(model)
     architecture = getattr(model, "architecture", None)
     if architecture is not None and hasattr(architecture, "image"):
         channels, height, width = architecture.image
