@@ -1,4 +1,4 @@
-"""Modules around a model that compute nothing of their own: data parallelism, compilation, averages.
+"""Modules around a model that compute nothing: data parallelism, compilation, averages.
 
 Known types are removed. Another module around a single one is removed too, but only `lift` may do
 that, which compares outputs.
