@@ -20,10 +20,10 @@ from source_tree import OUTSIDE, ROOT
 if importlib.util.find_spec("build") is None:
     pytest.skip("build is not installed: pip install 'vitrim[test]'", allow_module_level=True)
 
-# Seconds instead of minutes: few images, one epoch of masks, no fine-tuning, one precision.
+# Seconds instead of minutes: few images, no fine-tuning, one precision.
 TINY = [
     "data.limit=128",
-    "masks.epochs=1",
+    "masks.images=64",
     "finetune.epochs=0",
     "train.threads=1",
     'export.precisions=["fp32"]',
