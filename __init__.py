@@ -15,6 +15,9 @@ _MODULES = {
     "masked": ".compress.masks.masked",
     "compact": ".compress.surgery.compactor",
     "resized": ".compress.surgery.image_size",
+    "rotate": ".compress.oneshot.rotation",
+    "compensate": ".compress.oneshot.compensation",
+    "trim": ".compress.oneshot.trim",
     "lift": ".compress.lift",
     "save": ".compress.lift",
     "load": ".compress.network.files",
@@ -28,13 +31,16 @@ __all__ = [
     "StructuredMask",
     "UnsupportedModel",
     "compact",
+    "compensate",
     "export",
     "lift",
     "load",
     "masked",
     "measure",
     "resized",
+    "rotate",
     "save",
+    "trim",
 ]
 
 if TYPE_CHECKING:
@@ -43,6 +49,9 @@ if TYPE_CHECKING:
     from .compress.masks.mask import StructuredMask
     from .compress.masks.masked import masked
     from .compress.network.files import load
+    from .compress.oneshot.compensation import compensate
+    from .compress.oneshot.rotation import rotate
+    from .compress.oneshot.trim import trim
     from .compress.surgery.compactor import compact
     from .compress.surgery.image_size import resized
     from .core.errors import InputError, UnsupportedModel

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.console import show, unit_count
 from ..core.errors import InputError
-from ..core.storage import replace_folder, require_empty
+from ..core.storage import replace_file, replace_folder, require_output_folder
 from .compact_options import (
     DEFAULT_KEEP_RATIO,
     DEFAULT_SALIENCY,
@@ -16,7 +16,7 @@ from .compact_options import (
     Output,
     Selection,
 )
-from .model_data import CARD, SaliencyImages, model_data, read_card
+from .model_data import CARD, ModelData, SaliencyImages, model_data, read_card
 from .option_groups import with_option_groups
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from ..compress.surgery.stream_form import StreamForm
     from ..pipeline.recipe_sections import ModelSection
 
-MASK = "mask.safetensors"
+MASK, TRIM = "mask.safetensors", "trim.json"
+# Runtimes are fastest at multiples of 16, and lose little at multiples of 8.
+DEFAULT_ROUND_TO = 8
 
 
 @with_option_groups
@@ -56,14 +58,20 @@ def compact(*, model: ModelOptions, selection: Selection, output: Output) -> Non
 
       vitrim compact small --saliency taylor --data imagefolder:photos --samples 1024 --scope global
 
+      vitrim compact deit.pth --model deit_small_patch16_224 --without-training --macs 0.7 \
+        --data images:photos --out small
+
     Args:
         model: The model to cut.
         selection: What is kept of it.
         output: What is printed and saved.
     """
     if output.out is not None:
-        require_empty(output.out, overwrite=output.overwrite)
+        _require_output(model, selection, output)
     source = _load(model)
+    if selection.without_training:
+        _cut_without_training(source, selection, output)
+        return
     if selection.only_dead:
         if selection.round_to is not None:
             raise InputError(
@@ -79,6 +87,19 @@ def compact(*, model: ModelOptions, selection: Selection, output: Output) -> Non
     if selection.round_to is not None:
         mask = _rounded(source.model, mask, scores, selection.round_to)
     _cut(source.model, mask, output)
+
+
+def _require_output(model: ModelOptions, selection: Selection, output: Output) -> None:
+    from ..compress.data.named_datasets import path_of
+    from ..compress.network.files import MODEL
+
+    inputs = {
+        "the model": model.source or model.checkpoint,
+        "the mask": selection.mask,
+        "the data set": path_of(selection.data or ""),
+    }
+    assert output.out is not None
+    require_output_folder(output.out, MODEL, overwrite=output.overwrite, inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -152,25 +173,73 @@ def _choose(source: _Source, selection: Selection) -> tuple[StructuredMask, Scor
 
 
 def _images(source: _Source, selection: Selection, saliency: str) -> SaliencyImages:
-    from ..pipeline.source_model import preprocessing_of
-
     architecture = source.model.architecture
     if architecture.head is None:
         raise InputError(
             f"--saliency {saliency} needs the loss of a classifier, and this model has none; "
             "use l1 or l2"
         )
-    data = model_data(source.card, selection.data, architecture.image)
-    if data is None:
-        raise InputError(
-            f"--saliency {saliency} needs images: name them with --data, e.g. "
-            "--data fashion-mnist or --data imagefolder:PATH"
-        )
-    if source.section is not None:
-        preprocessing = preprocessing_of(source.section, data.name, architecture.image)
-        data = replace(data, preprocessing=preprocessing)
+    data = _data(source, selection, f"--saliency {saliency}")
     title, classes = f"{saliency} saliency", architecture.classes
     return SaliencyImages(data, selection.samples, selection.seed, classes, title)
+
+
+def _data(source: _Source, selection: Selection, option: str) -> ModelData:
+    from ..pipeline.source_model import preprocessing_of
+
+    image = source.model.architecture.image
+    data = model_data(source.card, selection.data, image)
+    if data is None:
+        raise InputError(
+            f"{option} needs images: name them with --data, e.g. "
+            "--data fashion-mnist or --data imagefolder:PATH"
+        )
+    if source.section is None:
+        return data
+    return replace(data, preprocessing=preprocessing_of(source.section, data.name, image))
+
+
+def _cut_without_training(source: _Source, selection: Selection, output: Output) -> None:
+    from ..compress.data.loading import open_unlabeled
+    from ..pipeline.recipe_sections import MasksSection
+    from ..pipeline.trim_step import (
+        exact_cut_error,
+        require_budget,
+        show_fits,
+        trim_baseline,
+        trim_record,
+    )
+
+    architecture = source.model.architecture
+    section = MasksSection(method="closed-form", macs=selection.macs, params=selection.params)
+    require_budget(architecture, section, options=("--macs", "--params"))
+    data = _data(source, selection, "--without-training")
+    images = open_unlabeled(
+        data.name,
+        selection.samples,
+        preprocessing=data.preprocessing,
+        draw_seed=selection.seed,
+        quiet=False,
+        **data.division,
+    ).floats()
+    show(f"{len(images)} images of {data.name}, without labels")
+    round_to = selection.round_to or DEFAULT_ROUND_TO
+    found = trim_baseline(source.model, images, section, round_to, quiet=False)
+    error = exact_cut_error(found.rotated, found.mask, images[:2])
+    show(f"masked against compact, before compensation: largest relative error {error:.1e}")
+    if output.explain:
+        show(_kept_table(source.model, found.model))
+        show_fits(found)
+    _show_sizes(source.model, found.model)
+    check = found.check
+    agreement = "" if check.agreement is None else f", same class on {100 * check.agreement:.1f} %"
+    show(
+        f"{check.images} held-out images: cosine to the dense features {check.cosine:.4f}, of the "
+        f"patches {check.patch_cosine:.4f}{agreement}"
+    )
+    note = {"data": data.name, "images": str(len(images)), "seed": str(selection.seed)}
+    mask = replace(found.mask, note={**found.mask.note, **note})
+    _save(found.model, mask, output, record=trim_record(found))
 
 
 def _rounded(
@@ -256,14 +325,18 @@ def _cut_dead(source: CompactModel, output: Output) -> None:
     _save(dead.compact, dead.mask, output)
 
 
-def _save(small: CompactModel, mask: StructuredMask, output: Output) -> None:
-    from ..compress.network.files import save
+def _save(
+    small: CompactModel, mask: StructuredMask, output: Output, record: str | None = None
+) -> None:
+    from ..compress.network.files import MODEL, save
 
     if output.out is None:
         return
-    with replace_folder(output.out, overwrite=output.overwrite) as temporary:
+    with replace_folder(output.out, MODEL, overwrite=output.overwrite) as temporary:
         save(small, temporary)
         mask.save(temporary / MASK)
+        if record is not None:
+            replace_file(temporary / TRIM, record)
     show(f"saved: {output.out}")
 
 

@@ -68,8 +68,9 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Images for taylor and head: fashion-mnist, cifar10, imagefolder:PATH, parquet:PATH, "
-        "... Absent: those of the run that contains MODEL.",
+        help="Images for taylor, head and --without-training: fashion-mnist, cifar10, "
+        "imagefolder:PATH, parquet:PATH, ... Without labels: images:FOLDER. Absent: those of the "
+        "run that contains MODEL.",
         show_default=False,
     ),
 ]
@@ -95,6 +96,30 @@ RoundTo = Annotated[
 Seed = Annotated[
     int,
     typer.Option("--seed", min=0, help="Seed of --saliency random, and of the choice of images."),
+]
+WithoutTraining = Annotated[
+    bool,
+    typer.Option(
+        "--without-training",
+        help="Choose widths and refit weights in closed form from unlabeled images of --data, "
+        "for a budget of --macs or --params. Takes minutes, and needs no labels.",
+    ),
+]
+Macs = Annotated[
+    float | None,
+    typer.Option(
+        "--macs",
+        help="With --without-training: share of the multiply-adds to keep, e.g. 0.7.",
+        show_default=False,
+    ),
+]
+Params = Annotated[
+    float | None,
+    typer.Option(
+        "--params",
+        help="With --without-training: share of the parameters to keep, instead of --macs.",
+        show_default=False,
+    ),
 ]
 Explain = Annotated[
     bool,
@@ -141,6 +166,9 @@ class Selection:
     sharing: Sharing = "residual"
     round_to: RoundTo = None
     seed: Seed = 0
+    without_training: WithoutTraining = False
+    macs: Macs = None
+    params: Params = None
 
     @property
     def only_dead(self) -> bool:
@@ -160,11 +188,41 @@ class Selection:
                 raise InputError(f"--mask and {option} both select what is kept; keep one")
         if self.saliency is not None:
             require_criterion(self.saliency)
-        if self.data is not None and not self.uses_images:
+        if self.data is not None and not self.uses_images and not self.without_training:
             raise InputError(
-                f"--data {self.data}: only --saliency taylor and head use images; "
-                "add one of them, or leave --data out"
+                f"--data {self.data}: only --saliency taylor and head, and --without-training, "
+                "use images; add one of them, or leave --data out"
             )
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        budgets = {"--macs": self.macs, "--params": self.params}
+        given = [option for option, value in budgets.items() if value is not None]
+        if not self.without_training:
+            if given:
+                raise InputError(
+                    f"{given[0]} is a budget of --without-training; add that, "
+                    "or use --keep-ratio with --saliency"
+                )
+            return
+        choices = {
+            "--mask": self.mask,
+            "--keep-ratio": self.keep_ratio,
+            "--saliency": self.saliency,
+        }
+        for option, value in choices.items():
+            if value is not None:
+                raise InputError(
+                    f"--without-training and {option} both select what is kept; keep one"
+                )
+        if len(given) != 1:
+            raise InputError(
+                "--without-training needs one budget: --macs or --params, the share to keep, "
+                "e.g. --macs 0.7"
+            )
+        share = self.macs if self.macs is not None else self.params
+        if share is None or not 0 < share < 1:
+            raise InputError(f"{given[0]} {share}: give the share to keep, between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,15 @@ def model_data(
     Raises:
         InputError: The data set does not exist, or the card is damaged.
     """
+    from ..compress.data.loading import UNLABELED
     from ..compress.data.named_datasets import default_preprocessing
     from ..compress.data.preprocessing import Preprocessing
 
     name = requested or (card["name"] if card else None)
     if name is None:
         return None
-    if card is None or requested not in (None, card["name"]):
+    unlabeled = name.startswith(UNLABELED)
+    if card is None or (requested not in (None, card["name"]) and not unlabeled):
         return ModelData(name, default_preprocessing(name, image), {})
     try:
         preprocessing = Preprocessing.model_validate(card["preprocessing"])
@@ -80,6 +82,9 @@ def model_data(
         raise InputError(
             f"{CARD}: invalid preprocessing ({error}); run the recipe again with --resume"
         ) from error
+    if unlabeled:
+        # A folder has no mean and std of its own; the model expects those of its training.
+        return ModelData(name, preprocessing, {})
     # The splits of the run, so that images that it held out stay held out.
     division: dict[str, Any] = {key: card[key] for key in ("seed", "validation") if key in card}
     return ModelData(name, preprocessing, division)

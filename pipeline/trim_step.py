@@ -17,7 +17,7 @@ from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost, smallest_cost
 from ..compress.oneshot.trim import Trimmed, TrimOptions, trim
 from ..compress.surgery.compactor import compact
-from ..core.console import progress_bar, status
+from ..core.console import progress_bar, show, status
 from ..core.errors import InputError
 from .recipe_sections import MasksSection
 
@@ -47,17 +47,28 @@ class StageBars(contextlib.ExitStack):
         self._advance(done)
 
 
-def require_budget(architecture: Architecture, section: MasksSection) -> None:
+def require_budget(
+    architecture: Architecture,
+    section: MasksSection,
+    *,
+    options: tuple[str, str] = ("masks.macs", "masks.params"),
+) -> None:
     """Check that the budget can be met.
+
+    Args:
+        architecture: The dense model.
+        section: The budget.
+        options: The names of its two kinds in an error.
 
     Raises:
         InputError: It is below the size of what is never cut; the message gives that size.
     """
     kind, share = ("params", section.params) if section.params else ("macs", section.macs)
+    option = options[kind == "params"]
     least = smallest_cost(architecture, kind) / network_cost(architecture, kind)
     if share is None or share <= least:
         raise InputError(
-            f"masks.{kind} = {share}: the stem and the head, which are not cut, are {least:.3f} of "
+            f"{option} = {share}: the stem and the head, which are not cut, are {least:.3f} of "
             "this model; give a larger budget"
         )
 
@@ -96,6 +107,15 @@ def trim_baseline(
         quiet=quiet,
     )
     return found
+
+
+def show_fits(found: Trimmed) -> None:
+    """Print the error of the stream behind each sub-layer, before and after its refit."""
+    for fit in found.fits:
+        show(
+            f"{fit.branch}: error {fit.before:.3g} -> {fit.after:.3g} of what the sub-layer adds, "
+            f"ridge {fit.ridge:g}"
+        )
 
 
 def trim_record(found: Trimmed) -> str:

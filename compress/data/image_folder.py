@@ -55,6 +55,21 @@ def read_image_folder(root: Path) -> RawDataset:
     return RawDataset(labels, _images(train_root, labels), read.get("val"), read.get("test"))
 
 
+def read_unlabeled_folder(root: Path) -> RawSplit:
+    """List all images of a folder and of the folders in it, without labels.
+
+    Raises:
+        InputError: The folder is missing, or has no images.
+    """
+    if not root.is_dir():
+        problem = "not a folder" if root.exists() else "no such folder"
+        raise InputError(f"{root}: {problem}; images: names a folder of images, nested or not")
+    files = _files(root)
+    if not files:
+        raise InputError(f"{root}: no images in it; give some hundred, e.g. .jpg or .png")
+    return _split(root, files, [0] * len(files))
+
+
 def label_of(folder: Path) -> str:
     """The label of a class folder: its name, read as UTF-8 whatever the locale."""
     return os.fsencode(folder.name).decode("utf-8", "replace")
@@ -119,32 +134,40 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _images(root: Path, labels: tuple[str, ...]) -> RawSplit:
-    endings = set(Image.registered_extensions())
     files: list[Path] = []
     targets: list[int] = []
-    stamp = hashlib.sha256(os.fsencode(root.resolve()))
     for folder in _folders(root):
         if label_of(folder) not in labels:
             raise InputError(
                 f"{folder}: a class that the training split does not have; "
                 "remove it, or add it to train"
             )
-        found = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in endings and path.is_file() and not path.name.startswith(".")
-        )
+        found = _files(folder)
         if not found:
             raise InputError(f"{folder}: no images in this class; add some, or remove the folder")
-        for path in found:
-            status = path.stat()
-            stamp.update(
-                f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
         files += found
         targets += [labels.index(label_of(folder))] * len(found)
+    return _split(root, files, targets)
+
+
+def _files(folder: Path) -> list[Path]:
+    endings = set(Image.registered_extensions())
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in endings and path.is_file() and not path.name.startswith(".")
+    )
+
+
+def _split(root: Path, files: list[Path], targets: list[int]) -> RawSplit:
+    stamp = hashlib.sha256(os.fsencode(root.resolve()))
+    for path in files:
+        status = path.stat()
+        stamp.update(
+            f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(
+                errors="surrogateescape"
+            )
+        )
 
     def open_file(index: int) -> Image.Image:
         with Image.open(files[index]) as image:

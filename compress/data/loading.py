@@ -25,6 +25,8 @@ from .preprocessing import Preprocessing
 from .splits import DataSplits, Indices, Split, require_splits, stratified_indices
 
 TEST_SHARE = 0.2
+# A folder of images without labels.
+UNLABELED = "images:"
 # A raw split, and which of its images.
 Part = tuple[RawSplit, Indices]
 
@@ -138,6 +140,48 @@ def open_sample(
     return Split(pixels, drawn.targets, preprocessing)
 
 
+def open_unlabeled(
+    spec: str,
+    count: int,
+    *,
+    preprocessing: Preprocessing,
+    seed: int = 0,
+    validation: float = 0.1,
+    draw_seed: int = 0,
+    quiet: bool = True,
+) -> Split:
+    """Load images whose labels are not needed; no other images are decoded.
+
+    Args:
+        spec: `images:PATH`, a folder of images, nested or not; or a data set as for
+            `open_dataset`, of which the training split is used.
+        count: The largest number of images.
+        preprocessing: From an image to the input of the model.
+        seed: For the division into splits, as for `open_dataset`.
+        validation: The share of train that is held out, as for `open_dataset`.
+        draw_seed: For the choice of the images.
+        quiet: Show no progress bar.
+
+    Returns:
+        The images; the targets of `images:PATH` are all 0.
+
+    Raises:
+        InputError: As for `open_dataset`, or the folder has no images.
+    """
+    if spec.startswith(UNLABELED):
+        path = Path(spec.removeprefix(UNLABELED)).expanduser()
+        images = image_folder.read_unlabeled_folder(path)
+        rows = np.arange(len(images), dtype=np.int64)
+    else:
+        raw = _read(canonical_name(spec))
+        images, rows = _plan(spec, raw, seed, validation)["train"]
+    if count < len(rows):
+        rows = np.sort(np.random.default_rng(draw_seed).permutation(rows)[:count])
+    drawn = images.select(rows)
+    pixels = decode(drawn, preprocessing, title=f"decoding {spec}", quiet=quiet)
+    return Split(pixels, drawn.targets, preprocessing)
+
+
 def require_classes(data: DataSplits, classes: int, model_name: str) -> None:
     """Validate that a model has one output per class.
 
@@ -162,6 +206,11 @@ def _read(name: str) -> RawDataset:
             "arrow": hf_datasets.read_arrow,
             "disk": hf_datasets.read_disk,
         }
+        if name.startswith(UNLABELED):
+            raise InputError(
+                f"{name}: images without labels, and this needs labels; use imagefolder:PATH with "
+                "one folder a class"
+            )
         return readers[kind](path) if kind in readers else hf_datasets.read_hub(rest)
     installed = fashion_mnist.installed_folder()
     if name == "quickstart":

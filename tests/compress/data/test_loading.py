@@ -328,7 +328,8 @@ def test_a_missing_path_is_named(tmp_path: Path, kind: str) -> None:
         ("cifar1", "did you mean 'cifar10'"),
         ("fashionmnist", "did you mean 'fashion-mnist'"),
         ("zzz", "known are quickstart"),
-        ("images:/data", "'images' is not a kind of source; choose one of imagefolder"),
+        ("pictures:/data", "'pictures' is not a kind of source; choose one of imagefolder"),
+        ("images:/data", "images without labels, and this needs labels; use imagefolder:PATH"),
         ("imagefolder:", "missing after imagefolder"),
     ],
 )
