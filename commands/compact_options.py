@@ -190,8 +190,8 @@ class Selection:
             require_criterion(self.saliency)
         if self.data is not None and not self.uses_images and not self.without_training:
             raise InputError(
-                f"--data {self.data}: only --saliency taylor and head, and --without-training, "
-                "use images; add one of them, or leave --data out"
+                f"--data {self.data}: only --saliency taylor and head use images, and "
+                "--without-training; add one of them, or leave --data out"
             )
         self._check_budget()
 
