@@ -10,13 +10,16 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import typer
 
 from . import __version__
 from .commands import bench, compact, doctor, export, results, run, targets
-from .core.errors import InputError
+from .core.errors import InputError, ModelWarning
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 HELP = """Compress a trained Vision Transformer for a small device, and measure the result.
@@ -85,7 +88,8 @@ def call(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are printed on standard error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = app(given, standalone_mode=False, prog_name="vitrim")
+        with _model_warnings_in_one_line():
+            result = app(given, standalone_mode=False, prog_name="vitrim")
         code = result if isinstance(result, int) else 0
         # Some versions of typer turn Ctrl-C into this code without a message.
         return _fail(_how_to_resume(given), INTERRUPTED) if code == INTERRUPTED else code
@@ -113,6 +117,24 @@ def call(arguments: Sequence[str] | None = None) -> int:
             error.show()
             return int(error.exit_code)
         return _unexpected(error)
+
+
+@contextmanager
+def _model_warnings_in_one_line() -> Iterator[None]:
+    """Print each `ModelWarning` once, without the line of code that caused it."""
+    printed = set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, ModelWarning):
+            default(message, category, *place, **more)
+        elif str(message) not in printed:
+            printed.add(str(message))
+            print(f"vitrim: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        default = warnings.showwarning
+        warnings.showwarning = show
+        yield
 
 
 def _unexpected(error: Exception) -> int:

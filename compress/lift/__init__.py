@@ -6,12 +6,12 @@ Each kind of module has one converter, registered for the exact types that it ha
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ...core.errors import InputError, warn_of_model
 from ..network import files
 from ..network.architecture import Architecture
 from ..network.modules.model import CompactModel, build
@@ -108,7 +108,7 @@ def read(model: nn.Module, *, proof: bool = True) -> Piece[Architecture]:
             note = prove(model, piece, list(modules.values()))
     _warn_of_conversion(model, [torch.float32])
     if note is not None:
-        warnings.warn(note, stacklevel=3)
+        warn_of_model(note)
     return piece
 
 
@@ -122,7 +122,7 @@ def _warn_of_conversion(model: nn.Module, computed: list[torch.dtype]) -> None:
     if len(found) == 1 and found <= set(computed):
         return
     names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in found))
-    warnings.warn(f"the model is in {names}; it is computed in float32", stacklevel=4)
+    warn_of_model(f"the model is in {names}; it is computed in float32")
 
 
 def save(

@@ -22,7 +22,9 @@ from vitrim import (
     resized,
     save,
 )
+from vitrim.cli import call
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.core.errors import ModelWarning
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 FULL = StructuredMask({})
@@ -63,9 +65,9 @@ def test_what_is_no_module_is_refused_with_what_to_give(
 
 @pytest.mark.parametrize("given", [None, {"ffn": {}}, "mask.safetensors"])
 def test_what_is_no_mask_is_refused(given: Any) -> None:
-    for call in (compact, masked):
+    for function in (compact, masked):
         with pytest.raises(InputError, match=r"mask: .* where a StructuredMask was expected"):
-            call(tiny_vit(), given)
+            function(tiny_vit(), given)
 
 
 def parameter(tensor: Tensor) -> nn.Parameter:
@@ -246,3 +248,18 @@ def test_a_model_of_mixed_types_is_saved_in_float32(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="the model is in float16 and float32"):
             again = load(save(model, tmp_path / type(model).__name__))
         assert {tensor.dtype for tensor in again.parameters()} == {torch.float32}
+
+
+def test_the_command_line_prints_a_conversion_once_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(lift(tiny_vit()).half(), tmp_path / "model")
+    assert call(["compact", str(tmp_path / "model"), "--keep-ratio", "0.5"]) == 0
+    line = "vitrim: the model is in float16; it is computed in float32"
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+
+
+def test_a_warning_names_the_line_of_the_caller() -> None:
+    with pytest.warns(ModelWarning) as caught:
+        lift(tiny_vit().half())
+    assert [Path(each.filename).name for each in caught] == [Path(__file__).name]
