@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import nn
 
+from ..compress.lift import in_float32, require_module
 from ..core.errors import InputError
 from ..core.storage import replace_folder, require_output_folder
 from .artifact import ARTIFACT, ARTIFACTS, Artifact
@@ -32,6 +33,7 @@ from .request import (
     GraphOptions,
     ManifestOptions,
     NumericOptions,
+    input_images,
     preprocessing_of,
     validate_options,
 )
@@ -98,8 +100,9 @@ def export(
         preprocessing: A `Preprocessing`, or a mapping of the manifest's fields. None: the manifest
             holds none.
         labels: One for each class. None: the manifest holds none.
-        images: Real inputs for parity and calibration, float32 (count, channels, height, width).
-            None: seeded noise, recorded as such.
+        images: Real inputs for parity and calibration: float32 (count, channels, height, width),
+            normalized, or uint8, which `preprocessing` normalizes. None: seeded noise, recorded as
+            such.
         batch: Images in a batch, or "dynamic".
         provenance: Further entries for the manifest.
         form: A form or its name, or "plain" for torch's graph. None: the best known one.
@@ -133,22 +136,20 @@ def export(
     require_output_folder(folder, ARTIFACT, overwrite=overwrite)
     require_module(model)
     device = DeviceOptions(target, runtime, threads, options or {})
-    numeric = NumericOptions(
-        precision,
-        images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images,
-        calibration,
-        {**TOLERANCES, **(tolerances or {})},
-    )
+    described = preprocessing_of(preprocessing)
+    inputs = input_images(images, described)
+    numeric = NumericOptions(precision, inputs, calibration, {**TOLERANCES, **(tolerances or {})})
     graph = GraphOptions(form, opset, tune, ort_format)
     validate_options(batch, device, graph, numeric)
     if isinstance(form, str) and form != PLAIN:
         graph = replace(graph, form=form_named(form))
     manifest = ManifestOptions(
         name,
-        preprocessing_of(preprocessing),
+        described,
         None if labels is None else tuple(labels),
         provenance or {},
     )
+    model = in_float32(model)
     if image_size is not None:
         if image is not None:
             raise InputError(
