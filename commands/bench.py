@@ -11,6 +11,7 @@ import typer
 
 from ..core.console import show
 from ..core.errors import InputError
+from ..core.storage import replace_file, require_output_file, require_separate
 from .bench_options import COST_TABLE_TIME_LIMIT_S, How, What, Where, measure_options
 from .option_groups import Quiet, with_option_groups
 
@@ -109,6 +110,10 @@ def bench(
         )
     sizes, paths = how.batch_sizes(), _by_name(artifacts)
     files = {size: _measurement_files(paths, size, len(sizes), output) for size in sizes}
+    if output.out is not None:
+        require_separate(output.out, _inputs(where, what, artifacts))
+        for path in (path for named in files.values() for path in named.values()):
+            _require_outputs(path, output, pictures=what.profile)
     for size in sizes:
         suffix = f", batch {size}" if len(sizes) > 1 else ""
         measured = _measure(paths, where, replace(options, batch=size), output.quiet)
@@ -123,7 +128,7 @@ def bench(
 def _by_name(artifacts: list[Path]) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for path in artifacts:
-        name = path.stem if path.suffix == ".onnx" else path.resolve().name
+        name = path.stem if path.suffix.lower() == ".onnx" else path.resolve().name
         if name in names:
             raise InputError(
                 f"{path}: a second artifact named {name!r}; rename one, since measurements are "
@@ -140,15 +145,32 @@ def _measurement_files(
     if output.out is None:
         return {}
     suffix = f"-batch{size}" if sizes > 1 else ""
-    files = {name: output.out / f"{name}{suffix}.json" for name in names}
-    for path in files.values():
-        _require_absent(path, output, "; --out names another folder")
-    return files
+    return {name: output.out / f"{name}{suffix}.json" for name in names}
 
 
-def _require_absent(path: Path, output: Output, way_out: str = "") -> None:
-    if path.exists() and not output.overwrite:
-        raise InputError(f"{path}: exists already; --overwrite replaces it{way_out}")
+def _inputs(where: Where, what: What, artifacts: Iterable[Path] = ()) -> dict[str, Path | None]:
+    """The files and folders that are read, by what they are."""
+    return {
+        **{f"the artifact {path.name}": path for path in artifacts},
+        "the data set": what.dataset,
+        "the runner": where.runner_file,
+        "the runtime": where.runtime_library,
+        "the target": Path(where.target) if "/" in where.target else None,
+    }
+
+
+def _require_outputs(path: Path, output: Output, *, pictures: bool) -> None:
+    """Validate that a measurement and the picture of its profile can be written."""
+    from ..bench.report.writing import PICTURE
+    from ..bench.results.measurement import MEASUREMENT
+
+    files = {path: MEASUREMENT, **({_picture(path): PICTURE} if pictures else {})}
+    for file, kind in files.items():
+        require_output_file(file, kind, overwrite=output.overwrite)
+
+
+def _picture(measurement: Path) -> Path:
+    return measurement.with_name(f"{measurement.stem}-operators.svg")
 
 
 def _measure(
@@ -193,20 +215,21 @@ def _show_profile(name: str, measurement: Measurement, file: Path | None) -> Non
     show("", f"{name}: time by operator", operator_table(table))
     if file is not None:
         from ..bench.report.operators import operator_picture
-        from ..core.storage import replace_file
+        from ..bench.report.writing import PICTURE
 
-        picture = file.with_name(f"{file.stem}-operators.svg")
-        replace_file(picture, operator_picture(table, name))
+        picture = _picture(file)
+        replace_file(picture, operator_picture(table, name), PICTURE)
         show(f"picture: {picture}")
 
 
 def _measure_cost_table(what: What, where: Where, options: MeasureOptions, output: Output) -> None:
-    from ..bench.local.cost_table import chosen_shapes, measure_cost_table
+    from ..bench.local.cost_table import COST_TABLE, chosen_shapes, measure_cost_table
     from ..bench.remote.measure import measure_at
 
     path = what.cost_table
     assert path is not None
-    _require_absent(path, output)
+    inputs = _inputs(where, what)
+    require_output_file(path, COST_TABLE, overwrite=output.overwrite, inputs=inputs)
     device = where.device()
 
     def measure(

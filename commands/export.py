@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..core.console import show
 from ..core.errors import InputError
-from ..core.storage import require_empty
+from ..core.storage import require_output_folder
 from .export_options import (
     DataOptions,
     GraphOptions,
@@ -81,7 +81,8 @@ def export(
         if folder is not None:
             require_empty(folder, overwrite=output.overwrite)
     request = _Request(model, out, variant, data, graph, output)
-    if model.suffix == ".onnx":
+    request.require_outputs()
+    if request.is_graph:
         artifact = _export_graph_file(request)
     elif variant.runtime == "all":
         _export_for_all_runtimes(request)
@@ -99,6 +100,34 @@ class _Request:
     out: Path
     variant: Variant
     data: DataOptions
+    def require_outputs(self) -> None:
+        """Validate --out and --bundle.
+
+        Raises:
+            InputError: One cannot be written, or overlaps what is read.
+        """
+        from ..compress.data.named_datasets import path_of
+        from ..export.artifact import ARTIFACT, ARTIFACTS
+        from ..export.bundle import BUNDLE
+
+        target = self.variant.target
+        inputs: dict[str, Path | None] = {
+            "the model": self.model,
+            "the data set": path_of(self.data.data or ""),
+            "the target": Path(target) if target.endswith(".toml") else None,
+        }
+        kind = ARTIFACTS if self.variant.runtime == "all" else ARTIFACT
+        overwrite, bundle = self.output.overwrite, self.output.bundle
+        require_output_folder(self.out, kind, overwrite=overwrite, inputs=inputs)
+        if bundle is not None:
+            inputs["the artifact"] = self.out
+            require_output_folder(bundle, BUNDLE, overwrite=overwrite, inputs=inputs)
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the model is an .onnx file."""
+        return self.model.suffix.lower() == ".onnx" and not self.model.is_dir()
+
     graph: GraphOptions
     output: Output
 

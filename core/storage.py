@@ -168,29 +168,15 @@ def require_separate(output: Path | str, inputs: Inputs) -> None:
     Raises:
         InputError: The two overlap, also through links, mounts or the case of letters.
     """
-    written = _ancestors(_resolved(Path(output)))
-    for title, given in inputs.items():
-        if given is None:
-            continue
-        read = _ancestors(_resolved(Path(given)))
-        if written[0] == read[0]:
-            relation = "is"
-        elif written[0] in read:
-            relation = "contains"
-        elif read[0] in written:
-            relation = "lies in"
-        else:
-            continue
-        raise InputError(
-            f"{output}: the output {relation} {title} that is read ({given}); "
-            "name another place for the output"
-        )
-
-
-def require_empty(folder: Path | str, *, overwrite: bool = False) -> None:
-    """Validate that a folder is empty, or may be replaced."""
-    if not overwrite:
-        require_output_folder(folder)
+    with disk_errors(Path(output)):
+        written = _ancestors(_resolved(Path(output)))
+        for title, given in inputs.items():
+            relation = None if given is None else _relation(written, Path(given))
+            if relation is not None:
+                raise InputError(
+                    f"{output}: the output {relation} {title} that is read ({given}); "
+                    "name another place for the output"
+                )
 
 
 def sha256_file(path: Path | str) -> str:
@@ -257,6 +243,16 @@ def _ancestors(path: Path) -> list[tuple[int, int] | Path]:
         else:
             found.append((status.st_dev, status.st_ino))
     return found
+
+
+def _relation(written: list[tuple[int, int] | Path], read: Path) -> str | None:
+    """How an output, given by its ancestors, overlaps a path that is read."""
+    ancestors = _ancestors(_resolved(read))
+    if written[0] == ancestors[0]:
+        return "is"
+    if written[0] in ancestors:
+        return "contains"
+    return "lies in" if ancestors[0] in written else None
 
 
 def _require_directory(folder: Path, place: Path) -> None:

@@ -20,6 +20,7 @@ from ..core.errors import InputError
 from ..core.storage import (
     Inputs,
     clear_folder,
+    disk_errors,
     replace_file,
     require_output_folder,
     require_separate,
@@ -113,7 +114,9 @@ class RunFolder:
             InputError: The folder overlaps an input, cannot be written, contains an earlier run
                 and neither `resume` nor `overwrite` is given, or contains something else.
         """
-        if not (path / LEDGER).is_file():
+        with disk_errors(path):
+            has_run = (path / LEDGER).is_file()
+        if not has_run:
             require_output_folder(path, RUN, overwrite=overwrite, inputs=inputs)
         elif overwrite:
             require_output_folder(path, RUN, overwrite=True, inputs=inputs)

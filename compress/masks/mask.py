@@ -16,6 +16,7 @@ from ...core.errors import InputError
 from ...core.storage import replace_file
 from ..lift import lift
 from ..network.architecture import Architecture
+from ..network.files import MASK
 from .groups import (
     DIMENSIONS,
     SHARED,
@@ -230,7 +231,7 @@ class StructuredMask:
             path: The file to write or to replace.
 
         Raises:
-            InputError: The file cannot be written.
+            InputError: The file cannot be written, or exists and is no mask.
         """
         tensors = {
             f"{dimension}/{site}": keep.to(torch.uint8).contiguous()
@@ -239,7 +240,7 @@ class StructuredMask:
         # One metadata entry, because safetensors writes several in random order.
         about = {"schema": SCHEMA, "scale": self.scale, "note": dict(self.note)}
         metadata = {"vitrim": json.dumps(about, sort_keys=True)}
-        replace_file(path, tensors_to_bytes(tensors, metadata))
+        replace_file(path, tensors_to_bytes(tensors, metadata), MASK)
 
     @classmethod
     def load(cls, path: Path | str) -> StructuredMask:

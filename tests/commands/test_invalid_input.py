@@ -261,8 +261,8 @@ def test_an_output_folder_that_is_not_empty(
     for flag in ([], ["--overwrite"], ["--resume"]):
         line = refused("run", recipe(), "--out", out, *flag)
         assert (
-            line == f"{out}: the output folder is not empty and contains no vitrim run; "
-            "name another one with --out"
+            line == f"{out}: the output folder is not empty and is not a run that vitrim wrote "
+            "(it holds thesis.txt), so it is not replaced; name another folder"
         )
     assert (out / "thesis.txt").read_text() == "my only copy"
 
@@ -303,7 +303,7 @@ def test_a_full_disk(
             ["compact", "--mask", "a", "--keep-ratio", "0.5"],
             "--mask and --keep-ratio both select what is kept",
         ),
-        (["export", "{tmp}", "--out", "{tmp}/new"], "architecture.json: no such file"),
+        (["export", "{tmp}/absent", "--out", "{tmp}/new"], "architecture.json: no such file"),
         (
             ["export", "{tmp}", "--out", "{tmp}/new", "--batch", "0"],
             "--batch 0: give a whole number of at least 1",
