@@ -77,12 +77,9 @@ def export(
         return
     if out is None:
         raise InputError("--out is missing: name the folder for the artifact")
-    for folder in (out, output.bundle):
-        if folder is not None:
-            require_empty(folder, overwrite=output.overwrite)
     request = _Request(model, out, variant, data, graph, output)
     request.require_outputs()
-    if request.is_graph:
+    if model.suffix == ".onnx":
         artifact = _export_graph_file(request)
     elif variant.runtime == "all":
         _export_for_all_runtimes(request)
@@ -100,6 +97,9 @@ class _Request:
     out: Path
     variant: Variant
     data: DataOptions
+    graph: GraphOptions
+    output: Output
+
     def require_outputs(self) -> None:
         """Validate --out and --bundle.
 
@@ -122,14 +122,6 @@ class _Request:
         if bundle is not None:
             inputs["the artifact"] = self.out
             require_output_folder(bundle, BUNDLE, overwrite=overwrite, inputs=inputs)
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether the model is an .onnx file."""
-        return self.model.suffix.lower() == ".onnx" and not self.model.is_dir()
-
-    graph: GraphOptions
-    output: Output
 
     def arguments(self, image: Image) -> dict[str, Any]:
         """The arguments that all exports share, for images of (channels, height, width)."""
