@@ -127,65 +127,18 @@ def export_graph(
     return Artifact.load(folder)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """An imported graph, with float32 input and output.
-
-    Attributes:
-        path: Its file.
-        graph: The graph.
-        entry: Its input.
-        stored: The precision that it is in.
-        notes: What was changed of it.
-    """
-
-    path: Path
-    graph: onnx.ModelProto
-    entry: ImageInput
-    stored: StoredPrecision
-    notes: tuple[str, ...]
-
-    @classmethod
-    def read(cls, path: Path) -> _Source:
-        graph = read_graph(path)
-        entry = ImageInput.of(graph, path)
-        drop_weight_inputs(graph)
-        require_connection(graph, entry, path)
-        stored = stored_precision(graph)
-        notes = []
-        if changed := cast_ends(graph):
-            notes.append(changed)
-        if not stored.is_float32:
-            notes.append(
-                f"the file is {stored.precision} and was not rewritten: {stored.description}"
-            )
-        if entry.layout == "NHWC":
-            notes.append("the input is channels last: (batch, height, width, channels)")
-        return cls(path, graph, entry, stored, tuple(notes))
-
-
-def _started(source: _Source, request: ExportRequest) -> ExportRun:
-    """Return the export with the graph's reference outputs, and its shapes in the graph."""
-    batch, precision = request.symbolic_batch, source.stored.precision or "fp32"
-    set_batch(source.graph, source.entry, batch)
-    tolerance = request.numeric.tolerances[precision]
-    reference = GraphReference(source.graph, source.entry, source.path, request.batch, tolerance)
-    stage("reference outputs")
-    probe = Probe.of(reference.outputs, request.shape, request.numeric.images)
-    set_batch(source.graph, source.entry, batch, probe.logits.shape[1])
-    run = ExportRun(request, probe, probe.images[: request.input_batch], reference=GIVEN)
-    run.notes.extend(source.notes)
-    return run
-
-
-def _export(run: ExportRun, source: _Source, folder: Path, form: str) -> None:
-    request, path, graph = run.request, source.path, source.graph
-    if source.stored.is_float32:
-        form, final = _finished(run, graph, form)
-    else:
-        final = graph
-        _check_optimised(run, graph, request.numeric.precision)
-        run.notes.extend(int8_notes(run))
+def _export(run: ExportRun, graph: onnx.ModelProto, path: Path, folder: Path, form: str) -> None:
+    request = run.request
+    float_graph = _rewritten(run, graph, with_passes=form == PASSES)
+    if request.numeric.precision != "fp32":
+        stage("calibrating" if request.numeric.precision == "int8-static" else "quantizing")
+    final = graph_in_precision(float_graph, request, run.notes)
+    check_precision(run, float_graph, final)
+    if request.graph.tune and form == PASSES:
+        rivals = {PASSES: final, GIVEN: graph_in_precision(graph, request, run.notes)}
+        stage("measuring the imported graph and the rewritten one")
+        form = tuned(run, rivals)
+        final = rivals[form]
     with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
         files = save(run, final, aside)
         verify_on_target(
