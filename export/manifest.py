@@ -241,9 +241,10 @@ class Manifest(Plain):
             )
         count = self.parity[-1].images
         if self.precision not in ("fp32", "fp16", "bf16") and count < FEWEST_IMAGES:
-            use = "ranges and parity" if self.precision == "int8-static" else "parity"
+            static = self.precision == "int8-static"
+            rest = "ranges and parity rest" if static else "parity rests"
             found.append(
-                f"{PARITY}the {use} of {self.precision} rest on only {count} "
+                f"{PARITY}{self.precision}: {rest} on only {count} "
                 f"{self.parity[-1].input_kind}; export with {FEWEST_IMAGES} or more images"
             )
         return tuple(found)

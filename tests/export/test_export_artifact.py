@@ -92,6 +92,75 @@ def test_an_artifact_round_trips(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("target", "runtime", "precision", "present", "needs", "assumes"),
+    [
+        ("x86-64", "onnxruntime", "int8", "x86-64-v4-vnni", (), ("avx512_vnni|avx_vnni",)),
+        ("x86-64", "onnxruntime", "fp32", "x86-64-v4-vnni", (), ()),
+        ("x86-64-avx2", "openvino", "int8-static", "x86-64-v3", (), ()),
+        ("x86-64", "tvm", "int8", "x86-64-v4-vnni", ("avx2", "avx512_vnni"), ()),
+        ("x86-64-avx2", "tvm", "fp32", "x86-64-v3", ("avx2", "fma"), ()),
+    ],
+)
+def test_a_manifest_of_an_earlier_version_keeps_the_meaning_of_its_target(
+    folder: Path,
+    target: str,
+    runtime: str,
+    precision: str,
+    present: str,
+    needs: tuple[str, ...],
+    assumes: tuple[str, ...],
+) -> None:
+    def earlier(data: Any) -> None:
+        del data["cpu"]
+        data.update(target=target, runtime=runtime, precision=precision)
+
+    edit(folder, earlier)
+    manifest = Artifact.load(folder).manifest
+    assert manifest.target == present
+    assert manifest.cpu is not None
+    assert set(needs) <= set(manifest.cpu.needs)
+    assert bool(needs) == bool(manifest.cpu.needs)
+    assert manifest.cpu.assumes == assumes
+
+
+def test_other_targets_of_an_earlier_version_need_nothing(folder: Path) -> None:
+    edit(folder, lambda data: (data.pop("cpu"), data.update(target="rpi4")))
+    assert Artifact.load(folder).manifest.cpu is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "agreement", "images", "warnings"),
+    [
+        ("fp32", 1.0, 1, []),
+        ("int8", 0.9, 8, []),
+        ("int8", 0.875, 8, ["parity: int8 has the top-1 class of torch on only 88 % of 8 images"]),
+        ("int8", 1.0, 7, ["parity: int8: parity rests on only 7 images; export with 8 or more"]),
+        (
+            "int8-static",
+            0.5,
+            2,
+            ["on only 50 % of 2 images", "int8-static: ranges and parity rest on only 2 images"],
+        ),
+    ],
+)
+def test_little_agreement_and_few_images_are_warned_of(
+    folder: Path, precision: str, agreement: float, images: int, warnings: list[str]
+) -> None:
+    manifest = Artifact.load(folder).manifest
+    stage = manifest.parity[0].model_copy(
+        update={
+            "stage": precision,
+            "top1_agreement": agreement,
+            "images": images,
+            "input_kind": "images",
+        }
+    )
+    changed = manifest.model_copy(update={"precision": precision, "parity": (stage,)})
+    assert len(changed.warnings) == len(warnings)
+    assert all(part in line for part, line in zip(warnings, changed.warnings, strict=True))
+
+
 def test_the_schema_accepts_written_manifests_and_refuses_unknown_keys(folder: Path) -> None:
     schema = manifest_schema()
     jsonschema.Draft202012Validator.check_schema(schema)

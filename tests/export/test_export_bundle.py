@@ -15,6 +15,7 @@ from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
+from vitrim.export.manifest import CpuFeatures
 from vitrim.export.sessions import open_session
 
 
@@ -38,6 +39,21 @@ def run(
         *options,
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_processor_on_which_the_outputs_would_be_wrong_is_refused(
+    header: Path, tmp_path: Path
+) -> None:
+    artifact = artifact_in(tmp_path / "artifact")
+    cpu = CpuFeatures(assumes=("sse8|sse9",))
+    Artifact.write(artifact.folder, artifact.manifest.model_copy(update={"cpu": cpu}))
+    folder = bundle(artifact.folder, tmp_path / "bundle")
+    picture = tmp_path / "picture.ppm"
+    Image.new("L", (8, 8)).save(picture, format="PPM")
+    ran = run(build(folder, header), folder, picture)
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
+    assert "eight-bit weights for x86-64 assume sse8|sse9" in ran.stderr
+    assert "export it for --target " in ran.stderr
 
 
 @pytest.mark.parametrize(

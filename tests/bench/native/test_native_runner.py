@@ -169,6 +169,16 @@ def test_uint8_images_are_normalised_as_in_python(
             "images.npy: is not an .npy file",
         ),
         ({"nothing": 1}, [], "the job is no JSON object with a model"),
+        (
+            {"model": "MODEL", "cpu": {"target": "mars", "needs": ["sse9"], "assumes": []}},
+            [],
+            "m.onnx: the model's code for mars uses sse9, which this processor does not have",
+        ),
+        (
+            {"model": "MODEL", "cpu": {"target": "mars", "needs": [], "assumes": ["a|b"]}},
+            [],
+            "eight-bit weights for mars assume a.b, which this processor does not have",
+        ),
     ],
 )
 def test_an_invalid_job_is_reported_in_one_line(

@@ -13,6 +13,7 @@ import timm
 import torch
 import vitrim
 from onnx import TensorProto, helper, numpy_helper
+from processors import HOST_BITS
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export import capabilities
 from vitrim.export.exporter import export
@@ -61,7 +62,7 @@ def test_every_product_of_every_form_becomes_the_runtimes_own(
     model: CompactModel, form: Form
 ) -> None:
     whole = write_network(model, form, linears="product")
-    graph, count = eight_bit_products(int8_static(whole, IMAGES))
+    graph, count = eight_bit_products(int8_static(whole, IMAGES, weight_bits=HOST_BITS))
     found = operators(graph)
     matrices = {tensor.name for tensor in whole.graph.initializer if len(tensor.dims) == 2}
     # q, k, v (or one product for the three), out, fc1 and fc2 of each block, and the head; the
@@ -83,7 +84,8 @@ def one_product(
 ) -> onnx.ModelProto:
     """images (1, 1, 16, 16) -> rows -> eight bits -> a product -> logits (16, 6)."""
     rng = np.random.default_rng(3)
-    weight = rng.integers(-127, 128, (6, 16) if transposed else (16, 6)).astype(np.int8)
+    largest = 2 ** (HOST_BITS - 1) - 1
+    weight = rng.integers(-largest, largest + 1, (6, 16) if transposed else (16, 6)).astype(np.int8)
     scale = rng.uniform(0.01, 0.02, 6 if columns else ()).astype(np.float32)
     zero, sums = (
         (np.int8(3) if signed else np.uint8(120)),
@@ -199,7 +201,7 @@ def test_the_target_decides_whether_eight_bits_are_pairs(
     model: CompactModel, tmp_path: Path
 ) -> None:
     assert capabilities.needs_qdq_pairs("cuda")
-    assert not capabilities.needs_qdq_pairs("x86-64")
+    assert not capabilities.needs_qdq_pairs("x86-64-v4-vnni")
     assert not capabilities.needs_qdq_pairs("rpi5")
     best, why = best_form("cuda", 1, precision="int8-static")
     assert best.qdq
@@ -221,7 +223,7 @@ def test_the_target_decides_whether_eight_bits_are_pairs(
     assert {constants[name].data_type for name in zeros} == {TensorProto.INT8}
     assert not any(numpy_helper.to_array(constants[name]).any() for name in zeros)
     made = export(model, tmp_path / "cpu", images=IMAGES, precision="int8-static")
-    assert made.manifest.form == best_form("x86-64-v4-vnni", 1, precision="int8-static")[0].name
+    assert made.manifest.form == best_form("host", 1, precision="int8-static")[0].name
     assert operators(onnx.load(made.model_path))["MatMulIntegerToFloat"] == 13
 
 
@@ -238,7 +240,7 @@ def test_pairs_are_a_form_that_can_be_requested(model: CompactModel, tmp_path: P
 def test_patches_are_quantized_where_the_form_states_it(model: CompactModel, form: Form) -> None:
     assert form_named(form.name) == form
     assert error_of(model, write_network(model, form)) < 1e-4
-    dynamic = write_network(model, form, linears="int8")
+    dynamic = write_network(model, form, linears="int8", weight_bits=HOST_BITS)
     assert operators(dynamic)["DynamicQuantizeMatMul"] == (14 if form.stem == "int8" else 13)
     assert 1e-5 < error_of(model, dynamic) < 0.1
 

@@ -5,6 +5,7 @@ The model is linked into the program, or the program opens it.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 from aarch64 import emulator
 from bundle_sample import needs_compiler
 from PIL import Image
+from processors import emulated_x86, taken_for
 from tvm_sample import LABELS, PREPROCESSING, artifact_in, compiled, expected
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
+from vitrim.targets.instruction_sets import CPU_FEATURES
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +88,49 @@ def test_the_model_is_linked_into_the_program_or_opened_by_it(tmp_path: Path) ->
     ran = run(opened, "-", folder / "model", picture)
     assert (ran.returncode, len(ran.stderr.splitlines())) == (3, 1)
     assert "cannot open the model" in ran.stderr
+
+
+def test_a_program_for_every_x86_64_processor_runs_on_an_old_one(tmp_path: Path) -> None:
+    nehalem = emulated_x86("Nehalem")
+    folder = bundle(artifact_in(tmp_path / "artifact", "x86-64"), tmp_path / "bundle")
+    picture, wanted = picture_in(tmp_path)
+    check(run(*nehalem, build(folder, "linked"), picture, "--logits", "--report"), wanted)
+
+
+def test_the_default_program_of_a_machine_with_avx2_runs_without_avx512(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    haswell = emulated_x86("Haswell")
+    monkeypatch.setenv(CPU_FEATURES, taken_for("x86-64-v3")[CPU_FEATURES])
+    folder = bundle(artifact_in(tmp_path / "artifact"), tmp_path / "bundle")
+    picture, wanted = picture_in(tmp_path)
+    check(run(*haswell, build(folder, "linked"), picture, "--logits", "--report"), wanted)
+
+
+def test_a_processor_without_the_instruction_sets_is_refused_in_one_line(tmp_path: Path) -> None:
+    haswell = emulated_x86("Haswell")
+    folder = bundle(artifact_in(tmp_path / "artifact", "x86-64-v4-vnni"), tmp_path / "bundle")
+    picture, _ = picture_in(tmp_path)
+    opened = build(folder, "opened", "-DVITRIM_LINKED=OFF")
+    header = folder / "vitrim_model.h"
+    for command in ([build(folder, "linked")], [opened, "-", folder / "model"]):
+        ran = run(*haswell, *command, picture)
+        assert ran.returncode == 2
+        assert lines_of(ran) == [
+            "the model's code for x86-64-v4-vnni uses avx512f, which this processor does not have; "
+            "export it for --target x86-64-v3"
+        ]
+    # The library itself refuses too, whatever the program checked.
+    text = header.read_text()
+    header.write_text(re.sub('VITRIM_CPU_NEEDS ".*"', 'VITRIM_CPU_NEEDS ""', text))
+    ran = run(*haswell, build(folder, "unchecked"), picture)
+    assert ran.returncode == 3
+    assert "uses avx512f, which this processor does not have" in lines_of(ran)[0]
+
+
+def lines_of(ran: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a program reported, without qemu's remarks about the core."""
+    return [line for line in ran.stderr.splitlines() if not line.startswith("qemu")]
 
 
 def test_one_file_for_arm_needs_no_shared_library(tmp_path: Path) -> None:
