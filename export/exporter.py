@@ -7,15 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
 
 from ..compress.lift import in_float32, require_module
+from ..compress.network.modules.model import CompactModel
 from ..core.errors import InputError
 from ..core.storage import replace_folder, require_output_folder
 from .artifact import ARTIFACT, ARTIFACTS, Artifact
 from .cross_target import verify_on_target
+from .description import description_of, require_description
 from .export_run import ExportRun, first_batch
 from .forms import Form, form_named
 from .graphs.candidates import PLAIN
@@ -31,10 +34,8 @@ from .request import (
     DeviceOptions,
     ExportRequest,
     GraphOptions,
-    ManifestOptions,
     NumericOptions,
     input_images,
-    preprocessing_of,
     validate_options,
 )
 from .resized_model import resize_for_export
@@ -136,19 +137,13 @@ def export(
     require_output_folder(folder, ARTIFACT, overwrite=overwrite)
     require_module(model)
     device = DeviceOptions(target, runtime, threads, options or {})
-    described = preprocessing_of(preprocessing)
-    inputs = input_images(images, described)
+    manifest = description_of(name, preprocessing, labels, provenance)
+    inputs = input_images(images, manifest.preprocessing)
     numeric = NumericOptions(precision, inputs, calibration, {**TOLERANCES, **(tolerances or {})})
     graph = GraphOptions(form, opset, tune, ort_format)
     validate_options(batch, device, graph, numeric)
     if isinstance(form, str) and form != PLAIN:
         graph = replace(graph, form=form_named(form))
-    manifest = ManifestOptions(
-        name,
-        described,
-        None if labels is None else tuple(labels),
-        provenance or {},
-    )
     model = in_float32(model)
     if image_size is not None:
         if image is not None:
@@ -162,10 +157,18 @@ def export(
     was_training = model.training
     model.eval()
     try:
+        require_description(manifest, shape, None if labels is None else _outputs(model, shape))
         with stages_shown():
             return _export(model, folder, request)
     finally:
         model.train(was_training)
+
+
+def _outputs(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """The number of outputs for an image."""
+    if isinstance(model, CompactModel):
+        return model.architecture.classes
+    return int(torch_outputs(model, np.zeros((1, *shape), np.float32)).shape[-1])
 
 
 def _export(model: nn.Module, folder: Path, request: ExportRequest) -> Artifact:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from ..core.errors import InputError
 from ..targets.catalog import load_target
@@ -241,8 +242,16 @@ def preprocessing_of(preprocessing: Any) -> PreprocessingSpec | None:
     if preprocessing is None or isinstance(preprocessing, PreprocessingSpec):
         return preprocessing
     dump = getattr(preprocessing, "model_dump", None)
-    data = dict(preprocessing) if dump is None else dump()
+    data = preprocessing if dump is None else dump()
+    if not isinstance(data, Mapping):
+        raise InputError(
+            f"preprocessing: a {type(data).__name__}; give a mapping with channels, height, width, "
+            "mean and std"
+        )
     try:
-        return PreprocessingSpec.model_validate(data)
-    except ValueError as error:
-        raise InputError(f"preprocessing: {' '.join(str(error).split())}") from None
+        return PreprocessingSpec.model_validate(dict(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"preprocessing: {where}{reason}") from None
