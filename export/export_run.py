@@ -138,7 +138,9 @@ class ExportRun:
         batch, classes = request.symbolic_batch, int(self.probe.logits.shape[-1])
         return Manifest(
             name=fields.name or name,
-            inputs=(TensorSpec(name=tensors[0], shape=(batch, *request.shape), layout="NCHW"),),
+            inputs=(
+                TensorSpec(name=tensors[0], shape=(batch, *request.shape), layout=request.layout),
+            ),
             outputs=(TensorSpec(name=tensors[1], shape=(batch, classes), layout="NC"),),
             batch=request.batch,
             preprocessing=fields.preprocessing,

@@ -43,6 +43,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Array = NDArray[Any]
 Batch = int | Literal["dynamic"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-static", "int8-weights", "int4-weights"]
+Layout = Literal["NCHW", "NHWC"]
 Role = Literal["model", "weights", "operators", "source", "other"]
 
 
@@ -213,11 +214,14 @@ class Manifest(Plain):
             classes = self.outputs[0].shape[-1]
             if isinstance(classes, int) and classes != len(self.labels):
                 raise ValueError(f"{len(self.labels)} labels for {classes} classes")
-        spec, shape = self.preprocessing, self.inputs[0].shape
-        if spec is not None and len(shape) == 4 and self.inputs[0].layout == "NCHW":
-            image = (spec.channels, spec.height, spec.width)
-            if tuple(shape[1:]) != image:
-                raise ValueError(f"preprocessing makes {image}, the input takes {tuple(shape[1:])}")
+        spec, only = self.preprocessing, self.inputs[0]
+        if spec is not None and len(only.shape) == 4 and only.layout != "NC":
+            image = {
+                "NCHW": (spec.channels, spec.height, spec.width),
+                "NHWC": (spec.height, spec.width, spec.channels),
+            }[only.layout]
+            if only.shape[1:] != image:
+                raise ValueError(f"preprocessing makes {image}, the input takes {only.shape[1:]}")
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from pathlib import Path
 import onnx
 from torch import nn
 
+from ..core.errors import InputError
 from . import capabilities
 from .artifact import entry_for
 from .export_run import ExportRun
 from .graphs.candidates import Candidate, candidates, in_precision, where_in_form
 from .graphs.model_proto import save_model
+from .graphs.stored_precision import stored_precision
 from .graphs.tuning import fastest
-from .manifest import Array, CpuFeatures, FileEntry, Parity
+from .manifest import Array, CpuFeatures, FileEntry, Parity, Precision
 from .parity import first_difference, model_outputs, session_outputs
 from .sessions import open_session
 from .stage_line import stage
@@ -79,17 +81,17 @@ def check_precision(run: ExportRun, float_graph: onnx.ModelProto, final: onnx.Mo
 
     Raises:
         ParityError: The outputs differ; the message names the first node.
+        InputError: No weight changed.
     """
     precision = run.request.numeric.precision
     if precision == "fp32":
         return
-    device = run.request.device
-    if precision in EIGHT_BITS:
-        warning = capabilities.int8_warning(device.target)
-        run.notes.extend([warning] if warning else [])
-        if reason := capabilities.int8_saturates_here(device.target):
-            run.notes.append(f"parity of {precision} was not run: {reason}")
-            return
+    require_narrow_weights(final, precision)
+    run.notes.extend(int8_notes(run))
+    reason = capabilities.int8_saturates_here(run.request.device.target)
+    if reason and precision in EIGHT_BITS:
+        run.notes.append(f"parity of {precision} was not run: {reason}")
+        return
     stage(f"parity of {precision}")
     logits = model_outputs(final, run.probe.images, batch=run.request.batch)
 
@@ -97,6 +99,23 @@ def check_precision(run: ExportRun, float_graph: onnx.ModelProto, final: onnx.Mo
         return first_difference(float_graph, final, run.first_batch, tolerance)
 
     run.check(precision, logits, locate, precision=precision)
+
+
+def require_narrow_weights(graph: onnx.ModelProto, precision: Precision) -> None:
+    """Raise InputError where quantizing to a precision changed no weight."""
+    if stored_precision(graph).is_float32:
+        products = "MatMul" if precision.endswith("weights") else "MatMul or Gemm"
+        raise InputError(
+            f"precision {precision!r} changes no weight of this model: it has no {products} with a "
+            "constant float32 matrix; export it as fp32"
+        )
+
+
+def int8_notes(run: ExportRun) -> list[str]:
+    """Return what the manifest notes about eight bits on the target."""
+    device, precision = run.request.device, run.request.numeric.precision
+    warning = capabilities.int8_warning(device.target) if precision in EIGHT_BITS else None
+    return [warning] if warning else []
 
 
 def cpu_features(run: ExportRun) -> CpuFeatures:

@@ -14,7 +14,7 @@ from ..core.errors import InputError
 from ..targets.catalog import load_target
 from . import capabilities
 from .forms import Form
-from .manifest import Array, Batch, Precision, PreprocessingSpec
+from .manifest import Array, Batch, Layout, Precision, PreprocessingSpec
 from .parity import TOLERANCES
 from .quantization.quantize import CALIBRATIONS, Calibration
 from .runtimes import runtime_named
@@ -98,9 +98,10 @@ class ExportRequest:
     """All options of one export.
 
     Attributes:
-        shape: (channels, height, width) of an input image.
+        shape: Of an input image, in the order of `layout`.
         batch: Images in a batch, or "dynamic".
         overwrite: Replace a folder that is not empty.
+        layout: Whether an image is (channels, height, width) or (height, width, channels).
     """
 
     shape: tuple[int, int, int]
@@ -110,6 +111,7 @@ class ExportRequest:
     graph: GraphOptions = GraphOptions()
     numeric: NumericOptions = NumericOptions()
     manifest: ManifestOptions = ManifestOptions()
+    layout: Layout = "NCHW"
 
     @property
     def symbolic_batch(self) -> int | str:

@@ -5,9 +5,13 @@ Free of torch.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import InputError
+from ..runtimes.onnxruntime_engine import runtime_reason
 from .artifact import Artifact
 
 if TYPE_CHECKING:
@@ -50,7 +54,8 @@ def session_options(
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    # What fails is raised, so errors are not logged as well.
+    options.log_severity_level = 4
     for key, value in {**DEFAULT_CONFIG, **(config or {})}.items():
         options.add_session_config_entry(key, value)
     return options
@@ -90,3 +95,24 @@ def open_session(
         session_options(config, threads=threads, optimised=optimised),
         providers=["CPUExecutionProvider"],
     )
+
+
+@contextlib.contextmanager
+def runtime_errors(subject: str, way_out: str) -> Iterator[None]:
+    """Raise InputError, with the runtime's reason in one line, for what ONNX Runtime raises inside.
+
+    Args:
+        subject: The file, or the stage of an export.
+        way_out: What to do about it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        import onnxruntime
+
+        raise InputError(
+            f"{subject}: ONNX Runtime {onnxruntime.__version__} cannot run it: "
+            f"{runtime_reason(error)}; {way_out}"
+        ) from error

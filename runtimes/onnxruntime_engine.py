@@ -111,7 +111,13 @@ class OnnxRuntimeEngine(Engine):
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
         if not self.device:
-            return self.session.run([self.output_name], {self.input_name: images})[0]
+            try:
+                return self.session.run([self.output_name], {self.input_name: images})[0]
+            except Exception as error:
+                name = os.path.basename(str(self.job["model"]))
+                raise EngineError(
+                    f"{name}: onnxruntime {self.version} cannot run it: {runtime_reason(error)}"
+                ) from None
         if self.bound is None:
             self._bind(images)
         self.device_images.update_inplace(images)
@@ -243,10 +249,35 @@ class OnnxRuntimeEngine(Engine):
                 path, options, providers=providers, provider_options=settings
             )
         except Exception as error:
-            raise self.cannot_load(error) from None
+            raise self.cannot_load(EngineError(runtime_reason(error))) from None
 
 
 ENGINE = OnnxRuntimeEngine
+
+
+def runtime_reason(error: BaseException) -> str:
+    """What onnxruntime reports in an error, without its code, source files and C++ signatures."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
+    while found := re.search(r"(?:\S*/)?\w+\.(?:cc|cpp|h|hpp):\d+ ", text):
+        text = text[: found.start()] + _without_signature(text[found.end() :])
+    if len(text) > 300:
+        # The cause is at the end of some messages, and at the beginning of others.
+        text = f"{text[:190]} ... {text[-100:]}"
+    return text.rstrip(" .") or type(error).__name__
+
+
+def _without_signature(text: str) -> str:
+    """A text without the C++ function, with or without its parameters, that it starts with."""
+    bare = re.match(r"~?\w+ ", text)
+    full = re.match(r"[^().]*::[^(]*\(", text) or re.match(r"(?:[\w:<>&*]+ )+[\w:]+\(", text)
+    if full is None:
+        return text[bare.end() :] if bare else text
+    depth = 1
+    for place in range(full.end(), len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return re.sub(r"^ ?(?:const )?(?:\[with [^\]]*\] ?)?", "", text[place + 1 :])
+    return text
 
 
 def nodes_by_provider(session: Any) -> dict[str, int] | None:

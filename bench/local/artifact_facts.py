@@ -68,7 +68,7 @@ def artifact_facts(artifact: Artifact | Path | str) -> ArtifactFacts:
         return _of_artifact(Artifact.load(path))
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an artifact's folder or an .onnx file")
-    if path.suffix != ".onnx":
+    if path.suffix.lower() != ".onnx":
         raise InputError(
             f"{path}: not an .onnx file; give an artifact's folder, or an ONNX model with that name"
         )
