@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from ..core.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from ..compress.data.preprocessing import Preprocessing
@@ -88,6 +90,46 @@ def model_data(
     # The splits of the run, so that images that it held out stay held out.
     division: dict[str, Any] = {key: card[key] for key in ("seed", "validation") if key in card}
     return ModelData(name, preprocessing, division)
+
+
+def calibration_images(
+    data: ModelData, count: int, classes: int | None
+) -> tuple[NDArray[np.float32], list[str] | None]:
+    """Images for parity and calibration, and the labels of the model that they come with.
+
+    Args:
+        data: A data set, or `images:FOLDER`, which has no labels.
+        count: Maximum number of validation images, with the class proportions of the split.
+        classes: Number of outputs of the model; None if unknown, 0 for a model without classifier,
+            whose outputs have no labels.
+
+    Returns:
+        float32 (count, channels, height, width), normalized, and one label per class or None.
+
+    Raises:
+        InputError: The data set has another number of classes; raised before an image is decoded.
+    """
+    from ..compress.data.loading import UNLABELED, labels_of, open_sample, open_unlabeled
+
+    name, preprocessing = data.name, data.preprocessing
+    if name.startswith(UNLABELED):
+        return open_unlabeled(name, count, preprocessing=preprocessing).arrays()[0], None
+    labels = labels_of(name)
+    if classes and len(labels) != classes:
+        raise InputError(
+            f"{name} has {len(labels)} classes, but the model has {classes} outputs; name the data "
+            f"set that it was trained on, or {UNLABELED}FOLDER, whose images need no labels"
+        )
+    split = open_sample(
+        name,
+        "val",
+        count,
+        preprocessing=preprocessing,
+        classes=len(labels),
+        quiet=False,
+        **data.division,
+    )
+    return split.arrays()[0], None if classes == 0 else list(labels)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from ..core.storage import replace_folder, require_output_folder
 from ..core.written_kinds import Contents, FolderKind, within
 from ..targets.instruction_sets import HEADER as CPU_HEADER
 from .artifact import ARTIFACT, Artifact
-from .manifest import CpuFeatures, PreprocessingSpec
+from .manifest import Batch, CpuFeatures, PreprocessingSpec
 
 SOURCES = Path(__file__).parent / "bundle_sources"
 HEADER = "vitrim_model.h"
@@ -77,23 +77,36 @@ def bundle(artifact: Artifact | Path | str, folder: Path | str, *, overwrite: bo
     return Path(folder)
 
 
+def require_bundle(where: str, runtime: str, batch: Batch) -> None:
+    """Validate that the artifacts of a runtime and a batch size have a bundle.
+
+    Args:
+        where: The artifact or option, for the message.
+        runtime: Name of the runtime.
+        batch: Images in a batch, or "dynamic".
+
+    Raises:
+        InputError: They have none.
+    """
+    if runtime not in RUNTIME_FILES:
+        raise InputError(
+            f"{where}: runtime {runtime!r} has no bundle; export for {' or '.join(RUNTIME_FILES)}"
+        )
+    if batch not in (1, "dynamic"):
+        raise InputError(
+            f"{where}: holds batches of {batch}, the bundle classifies one picture; "
+            "export with batch 1 or 'dynamic'"
+        )
+
+
 def _supported_preprocessing(artifact: Artifact) -> PreprocessingSpec:
     """Return the preprocessing of an artifact that the C++ code supports."""
     manifest = artifact.manifest
-    if manifest.runtime not in RUNTIME_FILES:
-        raise InputError(
-            f"{artifact.folder}: runtime {manifest.runtime!r} has no bundle; "
-            f"export for {' or '.join(RUNTIME_FILES)}"
-        )
+    require_bundle(str(artifact.folder), manifest.runtime, manifest.batch)
     if manifest.runtime == "tvm" and manifest.session.get("entry") != "program":
         raise InputError(
             f"{artifact.folder}: this model runs in TVM's virtual machine, which no bundle "
             "contains; export for a CPU, or for onnxruntime"
-        )
-    if manifest.batch not in (1, "dynamic"):
-        raise InputError(
-            f"{artifact.folder}: holds batches of {manifest.batch}, the bundle classifies one "
-            "picture; export with batch 1 or 'dynamic'"
         )
     if manifest.preprocessing is None:
         raise InputError(

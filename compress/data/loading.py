@@ -140,6 +140,15 @@ def open_sample(
     return Split(pixels, drawn.targets, preprocessing)
 
 
+def labels_of(spec: str) -> tuple[str, ...]:
+    """The names of the classes of a data set; nothing is decoded.
+
+    Raises:
+        InputError: As for `open_dataset`.
+    """
+    return _read(canonical_name(spec)).labels
+
+
 def open_unlabeled(
     spec: str,
     count: int,
