@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..core.errors import InputError
+from ..export.capabilities import int8_saturates_here
 from ..export.manifest import Precision
 from ..export.runtimes import runtime_named, runtime_names
+from ..runtimes.cpu_features import fitting_target
+from ..targets.catalog import load_target
+from ..targets.detect import missing_features
 
 if TYPE_CHECKING:
     from .recipe_sections import ExportSection
@@ -67,6 +71,25 @@ def require_runtimes(section: ExportSection) -> None:
     for runtime in section.runtimes:
         if runtime != ONNX_RUNTIME:
             _require_runtime(runtime, section)
+
+
+def require_processor(section: ExportSection) -> None:
+    """Check, before any training, that this machine can run the artifacts, which it measures.
+
+    Raises:
+        InputError: It lacks an instruction set that they need or assume.
+    """
+    profile = load_target(section.target)
+    missing = missing_features(profile)
+    if missing and "tvm" in section.runtimes:
+        raise InputError(
+            f"export.target: this processor has no {', '.join(missing)}, which code for "
+            f"{profile.name} uses, and a run measures its artifacts; use {fitting_target()} or host"
+        )
+    eight_bits = {"int8", "int8-static"} & set(section.precisions)
+    reason = int8_saturates_here(section.target)
+    if eight_bits and reason and set(section.runtimes) - {"tvm"}:
+        raise InputError(f"export.target: {reason}")
 
 
 def _require_runtime(runtime: str, section: ExportSection) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
+from rich.markup import escape
 
+from ..core.console import status
 from ..core.errors import InputError
+from ..targets.catalog import EARLIER_NAMES
 from .recipe_keys import first_error
 from .recipe_sections import (
     BaselineSection,
@@ -37,6 +41,12 @@ SIZE_KEYS = ("params", "macs", "lambda")
 class Recipe(Section):
     """One run of the chain, from data to report."""
 
+    schema_: Literal["vitrim.recipe/1"] = Field(
+        "vitrim.recipe/1",
+        alias="schema",
+        description="version of the format; in a run folder written before there was one, the "
+        "target x86-64 is x86-64-v4-vnni, and x86-64-avx2 is x86-64-v3",
+    )
     name: str = Field("", description="name of the run folder; absent: the recipe file's name")
     data: DataSection = Field(default_factory=DataSection)
     model: ModelSection = Field(default_factory=ModelSection)
@@ -114,11 +124,27 @@ def load_recipe(source: str | Path | None = None, sets: Sequence[str] = ()) -> R
         ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    _keep_target(tables, path)
     # The file is validated before any --set, so that an error names where it is.
     recipe = parse_recipe(tables, where=str(path))
     for item in sets:
         recipe = _with_set(recipe, item)
     return recipe if recipe.name else recipe.model_copy(update={"name": path.stem})
+
+
+def _keep_target(tables: dict[str, Any], path: Path) -> None:
+    """Give the target in the recipe of an earlier version's run its present name.
+
+    Other recipes are written by hand, and name targets as they are now.
+    """
+    section = tables.get("export")
+    written = "schema" not in tables and path.with_name("steps.json").is_file()
+    if not written or not isinstance(section, dict):
+        return
+    earlier = section.get("target")
+    if isinstance(earlier, str) and earlier in EARLIER_NAMES:
+        section["target"] = EARLIER_NAMES[earlier]
+        status(escape(f"{path}: target {earlier} is named {section['target']} now"))
 
 
 def parse_recipe(tables: Mapping[str, Any], where: str) -> Recipe:
@@ -135,7 +161,10 @@ def recipe_names() -> list[str]:
 
 
 def parse_value(item: str, option: str, form: str = "KEY=VALUE") -> tuple[str, Any]:
-    """Split `key=value` of a command-line option; the value is TOML, a bare word is a string.
+    """Split `key=value` of a command-line option.
+
+    The value is TOML, or a literal of Python (`False`, `None`, `(24, 40)`); any other text is a
+    string.
 
     Raises:
         InputError: The item has another form; the message names the option.
@@ -147,7 +176,25 @@ def parse_value(item: str, option: str, form: str = "KEY=VALUE") -> tuple[str, A
     try:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return key, text.strip()
+        return key, _literal(text.strip())
+
+
+def _literal(text: str) -> Any:
+    """The value of a Python literal, with lists in place of tuples; other texts unchanged."""
+    try:
+        return _lists(ast.literal_eval(text))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_lists(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _lists(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"no value of a recipe: {value!r}")
 
 
 def _find(source: str | Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -17,6 +18,10 @@ from ..compress.network.patch_grid import parse_image_size
 from ..core.errors import InputError
 from ..targets.catalog import load_target
 
+_SWITCHES = {
+    **dict.fromkeys(("true", "yes", "on"), "true"),
+    **dict.fromkeys(("false", "no", "off"), "false"),
+}
 Augmentation = Literal["none", "erasing", "light", "thesis"]
 Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 
@@ -77,6 +82,31 @@ class ModelSection(Section):
         description="start a new classifier on the checkpoint or the published weights, for "
         "another set of classes; `baseline.epochs` trains it",
     )
+
+    @field_validator("overrides")
+    @classmethod
+    def _plain_overrides(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        for key, value in overrides.items():
+            word = value.strip().lower() if isinstance(value, str) else ""
+            if word in _SWITCHES:
+                # Python takes every text for true.
+                raise ValueError(
+                    f"{key} is the text {value!r}; write {key} = {_SWITCHES[word]}, without quotes"
+                )
+            if word in ("none", "null"):
+                raise ValueError(f"{key} is the text {value!r}; leave {key} out for its default")
+        classes = overrides.get("num_classes", 0)
+        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
+            raise ValueError(
+                f"num_classes is {classes!r}; write a whole number, 0 for a model without a "
+                "classifier"
+            )
+        return overrides
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _expanded(cls, path: str | None) -> str | None:
+        return None if path is None else os.path.expanduser(path)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -275,6 +305,12 @@ class ExportSection(Section):
         64, gt=0, description="validation images for parity figures and int8 calibration"
     )
 
+    @field_validator("target")
+    @classmethod
+    def _existing_target(cls, name: str) -> str:
+        _require_target(name)
+        return name
+
     @field_validator("precisions", "runtimes")
     @classmethod
     def _no_duplicates(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
@@ -326,8 +362,12 @@ class ReportSection(Section):
         if len(set(names)) != len(names):
             raise ValueError("a target is listed twice")
         for name in names:
-            try:
-                load_target(name)
-            except InputError as error:
-                raise ValueError(str(error)) from None
+            _require_target(name)
         return names
+
+
+def _require_target(name: str) -> None:
+    try:
+        load_target(name)
+    except InputError as error:
+        raise ValueError(str(error)) from None

@@ -25,7 +25,7 @@ from ..compress.surgery.image_size import at_image_size
 from ..core.console import status, unit_count
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
-from .artifacts import require_runtimes
+from .artifacts import require_processor, require_runtimes
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .shipping_steps import (
@@ -206,6 +206,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     require_trained_head(recipe.model, recipe.baseline.epochs)
     target = load_target(recipe.export.target)
     require_runtimes(recipe.export)
+    require_processor(recipe.export)
     preprocessing = preprocessing_of(recipe.model, recipe.data.name, image_of(recipe.model))
     data = _open_data(recipe, preprocessing, quiet=quiet)
     seed_weights(recipe)
@@ -269,8 +270,12 @@ def fingerprints(prepared: Prepared) -> dict[str, str]:
         "bench": ("bench",),
     }
     # The target's preferred multiple may determine the widths, so it counts even where the recipe
-    # does not set it.
-    other = {"baseline": weights_digest(recipe.model), "masks": f"round_to {prepared.round_to}"}
+    # does not set it; `host` is another target on every machine.
+    other = {
+        "baseline": weights_digest(recipe.model),
+        "masks": f"round_to {prepared.round_to}",
+        "export": " ".join(load_target(recipe.export.target).features),
+    }
     marks: dict[str, str] = {}
     previous = ""
     for step, names in sections.items():

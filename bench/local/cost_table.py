@@ -23,9 +23,10 @@ from ...core.errors import InputError
 from ...core.progress import Progress, progress_bar
 from ...core.storage import replace_file
 from ...core.written_kinds import json_kind
+from ...targets.catalog import present_name
 from ..results.measurement import Environment, Measurement
 from .block_graph import BlockShape, block_model
-from .measure import measure_here
+from .measure import measure_here, target_features, target_name
 from .options import MeasureOptions
 
 COST_TABLE = json_kind("a cost table", "vitrim.cost-table/1")
@@ -53,6 +54,7 @@ class CostTable(BaseModel):
 
     Attributes:
         target: Name of the device profile.
+        target_features: See `Measurement`.
         threads: Threads of the runtime.
         runtime: The runtime and its version.
         points: Measured shapes; those `held_out` are no part of the fit.
@@ -65,6 +67,7 @@ class CostTable(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
     schema_: Literal["vitrim.cost-table/1"] = Field("vitrim.cost-table/1", alias="schema")
     target: str
+    target_features: tuple[str, ...] | None = None
     threads: int = Field(ge=1)
     runtime: str
     points: tuple[Point, ...] = Field(min_length=1)
@@ -86,7 +89,7 @@ class CostTable(BaseModel):
     def load(cls, path: Path | str) -> CostTable:
         """Read a saved table; raises InputError with the file and the key."""
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            table = cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be read ({error.strerror}); "
@@ -96,6 +99,9 @@ class CostTable(BaseModel):
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "the table"
             raise InputError(f"{path}: {key}: {first['msg']}; measure the table again") from None
+        if "target_features" in table.model_fields_set:
+            return table
+        return table.model_copy(update={"target": present_name(table.target)})
 
 
 def chosen_shapes(
@@ -205,7 +211,11 @@ def measure_cost_table(
     last = measured[-1]
     runtime = f"{last.runtime} {last.runtime_version}"
     return fit_cost_table(
-        points, target=target, threads=threads, runtime=runtime, environment=last.environment
+        points,
+        target=target_name(target),
+        threads=threads,
+        runtime=runtime,
+        environment=last.environment,
     )
 
 
@@ -248,6 +258,7 @@ def fit_cost_table(
     costs = nonnegative_least_squares(rows, np.ones(len(fitted)))
     table = CostTable(
         target=target,
+        target_features=target_features(target),
         threads=threads,
         runtime=runtime,
         points=tuple(points),

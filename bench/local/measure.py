@@ -14,7 +14,7 @@ from ...core.progress import Progress, progress_bar
 from ...export.artifact import Artifact
 from ...runtimes import EngineError
 from ...runtimes.subprocess_inference import interpreter
-from ...targets.catalog import load_target
+from ...targets.catalog import list_targets, load_target
 from ...targets.profile import TargetProfile
 from ..results.measurement import Environment, Measurement
 from ..results.operator_table import OperatorTable, operator_rows
@@ -173,6 +173,11 @@ def target_name(target: TargetProfile | str) -> str:
     return target if target == "host" else load_target(target).name
 
 
+def target_features(name: str) -> tuple[str, ...] | None:
+    """Return the instruction sets of a shipped profile, None for `host` and for others."""
+    return load_target(name).features if name in list_targets() else None
+
+
 def make_plan(
     artifacts: Mapping[str, Measurable], options: MeasureOptions | None = None, **named: Any
 ) -> tuple[Json, dict[str, ArtifactFacts]]:
@@ -270,6 +275,7 @@ def assemble(
         measured = Measurement(
             name=name,
             target=target,
+            target_features=target_features(target),
             device=device,
             started_at=raw["started_at"],
             session=raw["session"],

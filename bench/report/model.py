@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..results.measurement import Measurement
+from ...targets.catalog import present_name
+from ..results.measurement import Measurement, of_earlier_version
 
 SCHEMA = "vitrim.report/1"
 Count = Annotated[int, Field(ge=0)]
@@ -32,6 +33,14 @@ class ArtifactEntry(_Part):
     target: str
     bytes: Count
     measurement: Measurement | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_target(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not of_earlier_version(data.get("measurement")):
+            return data
+        target = data.get("target")
+        return {**data, "target": present_name(target) if isinstance(target, str) else target}
 
 
 class ModelEntry(_Part):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ...core.errors import InputError
 from ...core.storage import replace_file
 from ...core.written_kinds import json_kind
+from ...targets.catalog import present_name
 from .operator_table import OperatorRow
 from .statistics import Interval, Summary, median_interval, summarise
 
@@ -57,12 +58,19 @@ class Environment(BaseModel):
     libraries: dict[str, str] = {}
 
 
+def of_earlier_version(data: Any) -> bool:
+    """Whether this is a measurement's file whose target has the name of an earlier version."""
+    return isinstance(data, dict) and "schema" in data and "target_features" not in data
+
+
 class Measurement(BaseModel):
     """Raw samples of one artifact; statistics are derived by `summary()` and `interval()`.
 
     Attributes:
         name: Title of the artifact.
         target: Name of the device profile.
+        target_features: Its instruction sets, where it is a shipped one. Files of earlier versions
+            lack the key; the names of their targets have their former meaning.
         device: How the device was reached: host, ssh, adb, ...
         started_at: UTC time, ISO 8601.
         session: Identifier shared by measurements that were interleaved turn by turn.
@@ -111,6 +119,7 @@ class Measurement(BaseModel):
     schema_: Literal["vitrim.measurement/1"] = Field("vitrim.measurement/1", alias="schema")
     name: str
     target: str = "host"
+    target_features: tuple[str, ...] | None = None
     device: str = "host"
     started_at: str
     session: str
@@ -158,6 +167,13 @@ class Measurement(BaseModel):
 
     environment: Environment
     warnings: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_target(cls, data: Any) -> Any:
+        if not of_earlier_version(data) or not isinstance(data.get("target"), str):
+            return data
+        return {**data, "target": present_name(data["target"])}
 
     @model_validator(mode="after")
     def _consistent(self) -> Measurement:

@@ -35,6 +35,27 @@ def test_the_run_is_named_after_the_file(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, f'name = "trial 7"\n{SMALLEST}')).name == "trial 7"
 
 
+def test_a_target_in_the_recipe_of_an_earlier_run_keeps_its_meaning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('[masks]\nparams = 0.3\n[export]\ntarget = "x86-64"\n')
+    assert load_recipe(path).export.target == "x86-64"
+    (tmp_path / "steps.json").write_text("{}")
+    capsys.readouterr()
+    assert load_recipe(path).export.target == "x86-64-v4-vnni"
+    assert "target x86-64 is named x86-64-v4-vnni now" in capsys.readouterr().err.replace("\n", " ")
+    path.write_text(load_recipe(path, ["export.target=x86-64"]).toml())
+    assert load_recipe(path).export.target == "x86-64"
+
+
+def test_the_target_of_the_artifacts_must_exist(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('[masks]\nparams = 0.3\n[export]\ntarget = "x86_64-avx2"\n')
+    with pytest.raises(InputError, match="did you mean 'x86-64-v3'"):
+        load_recipe(path)
+
+
 def test_the_default_recipe_is_the_quickstart() -> None:
     assert load_recipe() == load_recipe("quickstart")
     assert load_recipe().name == "quickstart"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def test_known_costs_are_recovered() -> None:
     noisy = table(synthetic_points(0.03))
     assert noisy.median_error is not None
     assert noisy.median_error < 0.05
+
+
+def test_a_target_of_an_earlier_table_keeps_its_meaning(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    made = table(synthetic_points(0)).model_copy(update={"target": "x86-64"})
+    made.save(path)
+    assert CostTable.load(path) == made
+    data = json.loads(path.read_text())
+    del data["target_features"]
+    path.write_text(json.dumps(data))
+    assert CostTable.load(path).target == "x86-64-v4-vnni"
 
 
 widths = st.builds(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from bench_samples import measurement
 from pydantic import ValidationError
+from vitrim.bench.report.model import ArtifactEntry
 from vitrim.bench.results.measurement import Measurement
 from vitrim.core.errors import InputError
 
@@ -19,6 +20,24 @@ def test_a_saved_measurement_loads_equal(tmp_path: Path) -> None:
     original.save(tmp_path / "m.json")
     assert Measurement.load(tmp_path / "m.json") == original
     assert json.loads((tmp_path / "m.json").read_text())["schema"] == "vitrim.measurement/1"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "present"),
+    [("x86-64", "x86-64-v4-vnni"), ("x86-64-avx2", "x86-64-v3"), ("rpi4", "rpi4")],
+)
+def test_a_target_of_an_earlier_version_keeps_its_meaning(
+    tmp_path: Path, earlier: str, present: str
+) -> None:
+    path = tmp_path / "m.json"
+    measurement(target=earlier).save(path)
+    assert Measurement.load(path).target == earlier
+    data = json.loads(path.read_text())
+    del data["target_features"]
+    path.write_text(json.dumps(data))
+    assert Measurement.load(path).target == present
+    entry = {"runtime": "onnxruntime", "precision": "fp32", "target": earlier, "bytes": 1}
+    assert ArtifactEntry.model_validate({**entry, "measurement": data}).target == present
 
 
 def test_statistics_are_derived_and_not_stored(tmp_path: Path) -> None:
