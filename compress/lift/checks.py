@@ -84,12 +84,14 @@ def require_finite(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.device.type == "meta" or not tensor.is_floating_point():
         return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch adds no numbers of eight bits
     # A sum is cheaper than a comparison of every element, but may overflow.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def require_shapes(architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UnsupportedModel if the tensors that were read are not those of the architecture."""
+    """Raise if the tensors that were read are not those of the architecture, or not plain."""
     with torch.device("meta"):
         expected = CompactModel(architecture).state_dict()
     for name in expected.keys() | tensors.keys():
@@ -99,6 +101,9 @@ def require_shapes(architecture: Architecture, tensors: Mapping[str, Tensor]) ->
                 f"model: {_site(architecture, name)} has shape {_shape(found)} where its other "
                 f"parts need {_shape(wanted)}; the model was edited inconsistently"
             )
+        problem = _problem(found)
+        if problem is not None:
+            raise InputError(f"{_site(architecture, name)}: {problem}")
 
 
 def _site(architecture: Architecture, name: str) -> str:

@@ -8,7 +8,7 @@ occurs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -60,6 +60,11 @@ class _Source:
     modules: list[Found]
     classifier: nn.Module | None
 
+    @property
+    def blocks(self) -> list[str]:
+        """The paths of the blocks."""
+        return [entry.path for entry in self.modules if entry.kind == "block"]
+
 
 def prove(model: nn.Module, piece: Piece[Architecture], modules: list[Found]) -> str | None:
     """Run a prepared model and its conversion on noise images and compare them.
@@ -79,8 +84,9 @@ def prove(model: nn.Module, piece: Piece[Architecture], modules: list[Found]) ->
         UnsupportedModel: The outputs differ, or the model does not run; the message names the first
             sub-layer that differs.
     """
+    generator = torch.Generator().manual_seed(0)
     noise = torch.randn(
-        _IMAGES, *piece.spec.image, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+        _IMAGES, *piece.spec.image, generator=generator, dtype=torch.float32, device="cpu"
     )
     source = _Source(model, modules, _classifier(model, piece))
     checkpoints = list(_checkpoints(source, piece, noise))
@@ -88,10 +94,10 @@ def prove(model: nn.Module, piece: Piece[Architecture], modules: list[Found]) ->
         exact = _in_float64(source, piece, noise)
         # A module may cast to float32, or the device lack float64.
         close = TOLERANCE if exact is None else _CLOSE
-        wrong = [each for each in exact or checkpoints if _difference(each) > close]
-        if wrong:
-            raise _refusal(source, wrong[0])
-    return _note_of_other_mode(model, checkpoints[-1].found, noise[:1])
+        wrong = _first_wrong(exact or checkpoints, close)
+        if wrong is not None:
+            raise _refusal(source, wrong)
+    return _note_of_other_mode(source, piece, checkpoints[-1].found, noise)
 
 
 def _in_float64(
@@ -270,61 +276,70 @@ def _classifier(model: nn.Module, piece: Piece[Architecture]) -> nn.Module | Non
     return None
 
 
-def _note_of_other_mode(model: nn.Module, ours: Tensor, images: Tensor) -> str | None:
-    """Run the other setting of `fused_attn`, which another process or export may use."""
-    modules = {
-        name: module
-        for name, module in model.named_modules()
+def _note_of_other_mode(
+    source: _Source, piece: Piece[Architecture], ours: Tensor, noise: Tensor
+) -> str | None:
+    """Run the other setting of `fused_attn`, which another process or an export may use."""
+    modules: list[Any] = [
+        module
+        for module in source.model.modules()
         if isinstance(getattr(module, "fused_attn", None), bool)
-    }
+    ]
     if not modules:
         return None
-    settings = {name: cast("Any", module).fused_attn for name, module in modules.items()}
-    first = next(iter(modules))
+    settings = [module.fused_attn for module in modules]
+    fused = settings[0]
     try:
-        for name, module in modules.items():
-            cast("Any", module).fused_attn = not settings[name]
-        other = _Checkpoint("", "", _run(model, images.to(ours.device)), ours)
-        if _difference(other) <= TOLERANCE:
+        for module, setting in zip(modules, settings, strict=True):
+            module.fused_attn = not setting
+        output = _run(source.model, noise[:1].to(ours.device))
+        if _difference(_Checkpoint("", "", output, ours)) <= TOLERANCE:
             return None
+        first = _first_wrong(_checkpoints(source, piece, noise), TOLERANCE)
     except UnsupportedModel:
-        pass
+        first = None
     finally:
-        for name, module in modules.items():
-            cast("Any", module).fused_attn = settings[name]
+        for module, setting in zip(modules, settings, strict=True):
+            module.fused_attn = setting
+    path = _path_of(source, first)
     return (
-        f"{first}: with fused_attn = {not settings[first]} the model computes something else "
-        "(is an attention's `scale` outdated?); "
-        f"it is read as it runs now, with fused_attn = {settings[first]}"
+        f"{path or 'model'}: with fused_attn = {not fused} it computes something else"
+        f"{nearest_change(source.model, path, source.blocks) or ' (an outdated scale?)'}; "
+        f"it is read as it runs now, with fused_attn = {fused}"
     )
+
+
+def _first_wrong(checkpoints: Iterable[_Checkpoint], close: float) -> _Checkpoint | None:
+    return next((each for each in checkpoints if _difference(each) > close), None)
 
 
 def _refusal(source: _Source, first: _Checkpoint) -> UnsupportedModel:
     """The error for the first checkpoint that differs."""
-    model, modules = source.model, source.modules
-    entry = next((entry for entry in modules if entry.path == first.path), None)
-    path = "" if entry is None else _path_of(model, entry)
-    what = type_name(model) if entry is None else type_name(entry.module)
-    where = f"model: the {first.part} of {what}" if entry is None else f"{path}: {what}"
+    path = _path_of(source, first)
+    what = type_name(source.model.get_submodule(path) if path else source.model)
+    where = f"{path}: {what}" if path else f"model: the {first.part} of {what}"
     if first.expected.shape == first.found.shape:
         how = f"the outputs differ by {_difference(first):.1e}"
     else:
         shapes = tuple(first.expected.shape), tuple(first.found.shape)
         how = f"it returns shape {shapes[0]} where they give {shapes[1]}"
-    blocks = [found.path for found in modules if found.kind == "block"]
     return UnsupportedModel(
         f"{where} computes something else than its weights and type describe ({how})"
-        f"{nearest_change(model, path, blocks)}; no rule reads that: undo it first, "
+        f"{nearest_change(source.model, path, source.blocks)}; no rule reads that: undo it first, "
         "or pass proof=False to lift what weights and types describe"
     )
 
 
-def _path_of(model: nn.Module, entry: Found) -> str:
-    """The path of a converted module; the name of its branch may differ in the last part."""
-    paths = [
+def _path_of(source: _Source, checkpoint: _Checkpoint | None) -> str:
+    """The path of the module behind a checkpoint; the name of a branch may end in another word."""
+    name = "" if checkpoint is None else checkpoint.path
+    module = next((entry.module for entry in source.modules if entry.path == name), None)
+    if module is None:
+        return ""
+    owner = name.rpartition(".")[0]
+    paths: list[str] = [
         path
-        for path, module in model.named_modules(remove_duplicate=False)
-        if module is entry.module
+        for path, found in source.model.named_modules(remove_duplicate=False)
+        if found is module
     ]
-    owner = entry.path.rpartition(".")[0]
-    return next((path for path in paths if path.startswith(owner)), entry.path)
+    return next((path for path in paths if path.startswith(owner)), paths[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from .wrappers import unwrap_children
 
 # Hooks that torch calls for every module of the process; they are no part of a model.
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+# Two threads that lift one model would restore the temporary state of each other.
+_LOCK = threading.RLock()
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -33,14 +36,11 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[N
         model: The model.
         dtype: The floating-point type to compute in.
     """
-    sources = list(model.modules())
-    saved = [_saved(module) for module in sources]
-    shared = [vars(torch_modules).get(name, {}) for name in _GLOBAL_HOOKS]
-    shared_hooks = [dict(hooks) for hooks in shared]
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     kind = "cpu" if device.type == "meta" else device.type
     random_devices = [device] if kind == "cuda" else []
     with (
+        _LOCK,
         torch.no_grad(),
         torch.random.fork_rng(random_devices),
         torch.autocast(kind, enabled=False),
@@ -48,6 +48,10 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[N
     ):
         # The model's own, such as torch's about checkpoints without gradients.
         warnings.simplefilter("ignore")
+        sources = list(model.modules())
+        saved = [_saved(module) for module in sources]
+        shared = [vars(torch_modules).get(name, {}) for name in _GLOBAL_HOOKS]
+        shared_hooks = [dict(hooks) for hooks in shared]
         try:
             for hooks in shared:
                 hooks.clear()

@@ -263,3 +263,21 @@ def test_a_warning_names_the_line_of_the_caller() -> None:
     with pytest.warns(ModelWarning) as caught:
         lift(tiny_vit().half())
     assert [Path(each.filename).name for each in caught] == [Path(__file__).name]
+
+
+def test_a_plain_attribute_instead_of_a_parameter_is_refused_by_path() -> None:
+    model: Any = tiny_vit()
+    layer = model.blocks[1].mlp.fc1
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight.to(torch.complex64)
+    with pytest.raises(InputError, match=r"blocks\.1\.ffn: core\.fc1\.weight: .*complex64"):
+        lift(model)
+
+
+def test_numbers_of_eight_bits_are_computed_in_float32() -> None:
+    model = tiny_vit()
+    layer = model.get_submodule("blocks.1.mlp.fc1")
+    layer.weight = parameter(layer.weight.detach().to(torch.float8_e4m3fn))  # type: ignore[operator]
+    with pytest.warns(UserWarning, match="float32 and float8_e4m3fn"):
+        assert lift(model).get_parameter("steps.3.0.core.fc1.weight").dtype == torch.float32

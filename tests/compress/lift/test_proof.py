@@ -6,6 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from lv_vit import LVViT
 from tiny_models import add_noise, relative_error, tiny_vit
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.utils.hooks import RemovableHandle
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
@@ -514,3 +516,45 @@ def test_hooks_of_a_lifted_model_are_not_dropped_silently(path: str) -> None:
     for call in (lambda: compact(model, mask), lambda: lift(model), lambda: masked(model, mask)):
         with pytest.raises(UnsupportedModel, match="has a forward hook"):
             call()
+
+
+def test_two_threads_may_lift_one_model() -> None:
+    model = tiny_vit()
+    model.register_forward_hook(Recorder())
+    before = {name: id(tensor) for name, tensor in model.named_parameters()}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: lift(model)(IMAGES), range(8)))
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert before == {name: id(tensor) for name, tensor in model.named_parameters()}
+
+
+def test_the_note_on_the_other_attention_names_what_differs() -> None:
+    model: Any = tiny_vit()
+    model.blocks[1].attn.attn_drop.register_forward_hook(halved)
+    with pytest.warns(
+        UserWarning,
+        match=r"^blocks\.1\.attn: with fused_attn = False .*: blocks\.1\.attn\.attn_drop has a",
+    ):
+        lift(model)
+    model.blocks[1].attn.fused_attn = False
+    with pytest.raises(UnsupportedModel, match=r"^blocks\.1\.attn: .*attn_drop has a forward hook"):
+        lift(model)
+
+
+def test_hooks_of_the_whole_process_are_no_part_of_the_model() -> None:
+    calls = list[str]()
+    handle = register_module_forward_hook(lambda module, args, output: calls.append("called"))
+    try:
+        lift(tiny_vit())
+        assert not calls
+        tiny_vit()(IMAGES)
+        assert calls
+    finally:
+        handle.remove()
+
+
+def test_a_default_device_does_not_matter() -> None:
+    model = tiny_vit()
+    with torch.device("meta"):
+        lifted = lift(model)
+    assert torch.equal(lifted(IMAGES), lift(model)(IMAGES))
