@@ -16,6 +16,9 @@ import typer
 from rich.markup import escape
 
 from ..core.console import show
+from ..targets.catalog import targets_here
+from ..targets.detect import detect_host
+from ..targets.instruction_sets import machine_name
 
 State = Literal["ok", "missing", "broken"]
 
@@ -104,6 +107,7 @@ def doctor() -> None:
 def examine() -> Iterator[Finding]:
     """Yield every finding, the machine first."""
     yield Finding("machine", "ok", _machine())
+    yield _processor()
     yield _python()
     for distribution, module, needed, purpose in PACKAGES:
         yield _package(distribution, module, needed, purpose)
@@ -131,6 +135,20 @@ def _machine() -> str:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         memory = f", {memory_bytes / 2**30:.0f} GiB of memory"
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{memory}"
+
+
+def _processor() -> Finding:
+    host = detect_host()
+    if not host.features:
+        detail = "its instruction sets are unknown; programs for any processor are exported"
+        return Finding("processor", "missing", detail)
+    saturates = machine_name(host.architecture) == "x86_64" and not host.vector.int8_dot
+    weights = "seven bits, since its products saturate" if saturates else "eight bits"
+    detail = (
+        f"{host.vector.kind} vectors, int8 weights of {weights}; "
+        f"runs code for {', '.join(['host', *targets_here()])}"
+    )
+    return Finding("processor", "ok", detail)
 
 
 def _python() -> Finding:

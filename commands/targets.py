@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..core.console import show
 from ..core.errors import InputError
-from ..targets.catalog import list_targets, load_target
+from ..targets.catalog import load_target, shipped_targets, targets_here
+from ..targets.detect import detect_host, missing_features
 from ..targets.profile import Precision, TargetProfile
 from .option_groups import with_option_groups
 
@@ -88,21 +89,22 @@ EmulatedRuntimes = Annotated[
 def list_all() -> None:
     """List the described devices, one per line."""
     table = Table(show_edge=False, pad_edge=False)
-    for column in ("name", "device", "cores", "memory", "runtime", "precision"):
+    for column in ("name", "device", "cores", "memory", "runtime", "precision", "runs here"):
         table.add_column(
             column,
             justify="right" if column in ("cores", "memory") else "left",
             no_wrap=column == "name",
         )
-    for name in list_targets():
-        target = load_target(name)
+    able = targets_here()
+    for target in shipped_targets():
         table.add_row(
-            name,
+            target.name,
             target.title,
             str(target.cores),
             _size_text(target.memory.ram_bytes),
             target.preferred_runtime,
             target.preferred_precision,
+            "yes" if target.name in able else "",
         )
     show(table)
 
@@ -159,8 +161,7 @@ def check(
         if target is not None:
             raise InputError(f"two targets: {model!r} and --target {target!r}; name one")
         target, model = model, second
-    names = (target,) if target is not None else (*list_targets(), "host")
-    profiles = [load_target(name) for name in names]
+    profiles = [load_target(target)] if target is not None else [*shipped_targets(), detect_host()]
     network = _Network(Path(model))
     if target is None:
         _show_overview(network, profiles, setting)
@@ -298,6 +299,8 @@ def _print(name: str, as_json: bool) -> None:
         f"  preferred: {target.preferred_runtime} in {target.preferred_precision}; "
         f"widths in multiples of {target.round_to}",
     ]
+    if lacking := missing_features(target):
+        lines.append(f"  this processor has no {', '.join(lacking)}")
     for key, value in target.numbers().items():
         lines.append(f"  {key} = {value:g}  ({target.source_of(key)})")
     lines += [f"  {note}" for note in target.notes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import platform
 import re
 import tomllib
 from pathlib import Path
@@ -11,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from ..core.console import status
 from ..core.errors import InputError
-from .detect import detect_host
+from .detect import detect_host, missing_features
+from .instruction_sets import machine_name
 from .profile import Cluster, Memory, Peak, TargetProfile
 
 FOLDER = Path(__file__).parent
@@ -35,6 +37,18 @@ def list_targets() -> list[str]:
 def shipped_targets() -> list[TargetProfile]:
     """The shipped profiles, sorted by name."""
     return [_read(FOLDER / f"{name}.toml") for name in list_targets()]
+
+
+def targets_here() -> list[str]:
+    """Names of the shipped profiles whose instruction sets this processor has."""
+    machine = machine_name(platform.machine())
+    return [
+        profile.name
+        for profile in shipped_targets()
+        if profile.kind == "cpu"
+        and machine_name(profile.architecture) == machine
+        and not missing_features(profile)
+    ]
 
 
 def present_name(earlier: str) -> str:

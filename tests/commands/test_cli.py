@@ -9,6 +9,9 @@ import sys
 import pytest
 from vitrim import __version__
 from vitrim.cli import call
+from vitrim.targets.catalog import load_target
+from vitrim.targets.detect import detect_host, missing_features
+from vitrim.targets.instruction_sets import CPU_FEATURES
 
 COMMANDS = [
     "run",
@@ -86,6 +89,26 @@ def test_targets_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["name"] == "x86-64"
     assert call(["targets", "detect"]) == 0
     assert capsys.readouterr().out.startswith("host: ")
+
+
+def test_the_processor_and_the_targets_that_run_here_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    v3 = load_target("x86-64-v3")
+    if missing_features(v3) or detect_host().architecture != "x86_64":
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setenv(CPU_FEATURES, " ".join(v3.features))
+    call(["doctor"])
+    assert (
+        "processor: avx2 vectors, int8 weights of seven bits, since its products saturate; "
+        "runs code for host, x86-64, x86-64-v3\n"
+    ) in capsys.readouterr().out
+    assert call(["targets", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    able = [line.split()[0] for line in lines if line.rstrip().endswith("yes")]
+    assert able == ["x86-64", "x86-64-v3"]
+    assert call(["targets", "show", "x86-64-v4-vnni"]) == 0
+    assert "this processor has no avx512f, " in capsys.readouterr().out
 
 
 def test_ctrl_c_prints_the_command_that_resumes(
