@@ -53,7 +53,7 @@ def models() -> dict[str, CompactModel]:
 
 def measure(built: dict[str, CompactModel], threads: int, limit_s: float) -> dict[str, list[float]]:
     """Latencies in seconds, one a round for each network."""
-    form, image = best_form("x86-64", 1)[0], noise(built["dense"])
+    form, image = best_form("x86-64-v4-vnni", 1)[0], noise(built["dense"])
     calls = {}
     for name, model in built.items():
         content = write_network(model, form).SerializeToString()

@@ -154,7 +154,7 @@ def _network(name: str) -> tuple[torch.nn.Module, CompactModel]:
 def write_model(name: str, folder: Path) -> dict[str, Path]:
     """Write a model in the graph form that vitrim ships: {precision: file}."""
     _, network = _network(name)
-    form = best_form("x86-64", 1)[0]
+    form = best_form("x86-64-v4-vnni", 1)[0]
     graphs = {
         "fp32": write_network(network, form),
         "int8": write_network(network, form, linears="int8", weight_bits=8),

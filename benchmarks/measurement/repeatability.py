@@ -43,7 +43,7 @@ def demo_pair(folder: Path) -> tuple[Path, Path]:
     torch.set_num_threads(1)
     dense = lifted("demo")
     models = {"dense": dense, "compact": randomly_cut(dense, {"head": 0.5, "ffn": 0.5})}
-    form = best_form("x86-64", 1)[0]
+    form = best_form("x86-64-v4-vnni", 1)[0]
     for name, model in models.items():
         (folder / f"{name}.onnx").write_bytes(write_network(model, form).SerializeToString())
     return folder / "dense.onnx", folder / "compact.onnx"

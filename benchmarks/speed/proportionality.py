@@ -194,7 +194,7 @@ def main() -> int:
     if options.form == "all":
         forms = list(FORMS)
     else:
-        forms = [form_named(options.form) if options.form else best_form("x86-64", 1)[0]]
+        forms = [form_named(options.form) if options.form else best_form("x86-64-v4-vnni", 1)[0]]
     machine, state = read_machine(), read_state()
     print(
         f"{machine.get('cpu_model')}, {machine.get('cores')} cores, "

@@ -36,7 +36,7 @@ from vitrim.targets.catalog import load_target
 from ..models import calibration_noise, computed_macs, lifted, randomly_cut
 from ..results_file import RESULTS, markdown_head, markdown_row, save_result
 
-TARGET = "x86-64"
+TARGET = "host"
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 KINDS = ("dense", "half")
 OURS, INT8, KERNELS = "ours, ONNX Runtime", "ours, ONNX Runtime int8", "TVM, our schedule"

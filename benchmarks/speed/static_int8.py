@@ -35,7 +35,7 @@ from ..results_file import RESULTS, markdown_head, markdown_row, save_result
 from ..turns import in_turns, least
 from .graph_sessions import call_of, opened, profiled
 
-TARGET, PROFILED_RUNS = "x86-64", 30
+TARGET, PROFILED_RUNS = "host", 30
 DYNAMIC = "dynamic, batch rows, patches too (shipped)"
 # The two whose operators are shown side by side.
 BEFORE, SHIPPED = "pairs, unsigned", "the runtime's products, patches too (shipped)"

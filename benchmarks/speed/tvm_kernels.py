@@ -8,7 +8,7 @@ Rates are by processor time, which other work on the machine does not lengthen. 
 is against torch.
 
     python -m benchmarks.speed.tvm_kernels [--model NAME ...] [--half] [--threads 1]
-        [--target x86-64] [--rounds 30] [--log FILE] [--tune SECONDS] [--default] [--json FILE]
+        [--target host] [--rounds 30] [--log FILE] [--tune SECONDS] [--default] [--json FILE]
 
 `--tune` first measures tiles for so many seconds a network, and writes them to `--log`. With
 several threads set TVM_NUM_THREADS to the same number.
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=list(MODELS))
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--target", default="x86-64")
+    parser.add_argument("--target", default="host")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--tune", type=float, metavar="SECONDS")
