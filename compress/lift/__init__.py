@@ -30,6 +30,7 @@ from . import (  # noqa: F401
 )
 from .checks import require_finite, require_module, require_plain_tensors, require_shapes
 from .compact_model import float32_copy, is_plain, types_of
+from .hooks import folded_reparametrizations
 from .proof import prove
 from .registry import Piece, find_converter, has_converter, recorded_modules
 from .source_state import prepared
@@ -99,7 +100,8 @@ def read(model: nn.Module, *, proof: bool = True) -> Piece[Architecture]:
     convert = find_converter("model", source, "")
     note = None
     with prepared(model), recorded_modules() as modules:
-        found: Piece[Architecture] = convert(source, "")
+        with folded_reparametrizations(model):
+            found: Piece[Architecture] = convert(source, "")
         piece = Piece(found.spec, {name: each.detach() for name, each in found.tensors.items()})
         require_shapes(piece.spec, piece.tensors)
         require_finite(piece.tensors, model)

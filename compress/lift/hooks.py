@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -53,8 +53,13 @@ def changes(module: nn.Module) -> Iterator[str]:
         if kind is nn.Module or parametrize.is_parametrized(module):
             return
         for name, value in vars(kind).items():
-            if isinstance(value, FunctionType) and value.__module__ != kind.__module__:
+            outside = isinstance(value, FunctionType) and _package(value) != _package(kind)
+            if outside and (name in ("forward", "__call__") or not hasattr(nn.Module, name)):
                 yield f"runs a replaced {kind.__name__}.{name}"
+
+
+def _package(value: FunctionType | type) -> str:
+    return (value.__module__ or "").partition(".")[0]
 
 
 def nearest_change(model: nn.Module, path: str, blocks: Sequence[str] = ()) -> str:
@@ -109,12 +114,23 @@ def is_reparametrized(model: nn.Module) -> bool:
     )
 
 
-def fold_reparametrizations(model: nn.Module) -> None:
-    """Recompute the tensors that hooks reparametrize; they are stale after `load_state_dict`."""
-    for module in model.modules():
-        for hook in vars(module).get("_forward_pre_hooks", {}).values():
-            if isinstance(hook, _REPARAMETRIZATIONS):
-                hook(module, ())
+@contextmanager
+def folded_reparametrizations(model: nn.Module) -> Iterator[None]:
+    """Recompute the tensors that hooks reparametrize; they are stale after `load_state_dict`.
+
+    Afterwards they are as before: a model that uses a stale tensor itself must differ.
+    """
+    saved: list[tuple[nn.Module, dict[str, Any]]] = []
+    try:
+        for module in model.modules():
+            for hook in vars(module).get("_forward_pre_hooks", {}).values():
+                if isinstance(hook, _REPARAMETRIZATIONS):
+                    saved.append((module, dict(vars(module))))
+                    hook(module, ())
+        yield
+    finally:
+        for module, attributes in reversed(saved):
+            vars(module).update(attributes)
 
 
 def isolate_hooks(model: nn.Module, replaced: dict[int, Any]) -> None:

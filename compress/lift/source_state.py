@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from .hooks import fold_reparametrizations, is_changed, isolate_hooks
+from .hooks import is_changed, isolate_hooks
 from .wrappers import unwrap_children
 
 # Hooks that torch calls for every module of the process; they are no part of a model.
@@ -27,10 +27,10 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[N
     """Prepare a model for reading and running, and restore it afterwards.
 
     Inside, the sub-modules are in evaluation mode (the model's own flag is unchanged, since
-    converters read it), parameters and buffers have the type `dtype`, reparametrized tensors are up
-    to date, hooks run on copies of their state, and wrappers of sub-modules (compilation,
-    checkpointing) are removed. Autocast and gradients are off. Nothing that
-    the model does inside remains: attributes, buffers, hooks and torch's random state are restored.
+    converters read it), parameters and buffers have the type `dtype`, hooks run on copies of their
+    state, and wrappers of sub-modules (compilation, checkpointing) are removed. Autocast and
+    gradients are off. Nothing that the model does inside remains: attributes, buffers, hooks and
+    torch's random state are restored.
 
     Args:
         model: The model.
@@ -66,7 +66,6 @@ def prepared(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[N
             copies = _convert(modules, dtype, copy=changed)
             if changed:
                 isolate_hooks(model, copies)
-            fold_reparametrizations(model)
             yield
         finally:
             for module, (attributes, contents) in zip(sources, saved, strict=True):

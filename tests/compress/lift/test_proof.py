@@ -356,6 +356,23 @@ def test_prune_masks_on_a_lifted_model_are_folded(tmp_path: Path) -> None:
     assert "weight_orig" not in str(list(lift(model).state_dict()))
 
 
+def test_a_prune_mask_that_the_model_itself_does_not_apply_is_refused() -> None:
+    # torch's MultiheadAttention reads the weight of out_proj without calling it.
+    def pruned_projection(amount: float) -> nn.Module:
+        model = add_noise(VisionTransformer(16, 8, 2, 3, 24, 48, num_classes=5))
+        attention = model.get_submodule("encoder.layers.encoder_layer_0.self_attention")
+        prune.l1_unstructured(attention, "in_proj_weight", amount)
+        prune.l1_unstructured(attention.get_submodule("out_proj"), "weight", amount)
+        return model
+
+    torch.manual_seed(0)
+    other, model = pruned_projection(0.5), pruned_projection(0.2)
+    assert difference(other) < 1e-5
+    model.load_state_dict(other.state_dict())
+    with pytest.raises(UnsupportedModel, match=r"encoder_layer_0\.self_attention"):
+        lift(model)
+
+
 class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
