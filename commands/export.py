@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
-from ..core.console import show
+from ..core.console import echo, show
 from ..core.errors import InputError
 from ..core.storage import require_output_folder
 from .export_options import (
@@ -20,7 +19,7 @@ from .export_options import (
     Output,
     Variant,
 )
-from .model_data import CARD, model_data, read_card
+from .model_data import CARD, calibration_images, model_data, read_card
 from .option_groups import with_option_groups
 
 if TYPE_CHECKING:
@@ -73,13 +72,13 @@ def export(
     if output.verify:
         from ..export.artifact import verify
 
-        typer.echo(verify(model))
+        echo(verify(model))
         return
     if out is None:
         raise InputError("--out is missing: name the folder for the artifact")
     request = _Request(model, out, variant, data, graph, output)
     request.require_outputs()
-    if model.suffix == ".onnx":
+    if request.is_graph:
         artifact = _export_graph_file(request)
     elif variant.runtime == "all":
         _export_for_all_runtimes(request)
@@ -108,7 +107,7 @@ class _Request:
         """
         from ..compress.data.named_datasets import path_of
         from ..export.artifact import ARTIFACT, ARTIFACTS
-        from ..export.bundle import BUNDLE
+        from ..export.bundle import BUNDLE, require_bundle
 
         target = self.variant.target
         inputs: dict[str, Path | None] = {
@@ -122,31 +121,45 @@ class _Request:
         if bundle is not None:
             inputs["the artifact"] = self.out
             require_output_folder(bundle, BUNDLE, overwrite=overwrite, inputs=inputs)
+            require_bundle(f"--bundle {bundle}", self.variant.runtime, self.variant.batch_size or 1)
 
-    def arguments(self, image: Image) -> dict[str, Any]:
-        """The arguments that all exports share, for images of (channels, height, width)."""
-        batch = self.variant.batch
+    @property
+    def is_graph(self) -> bool:
+        """Whether the model is an .onnx file."""
+        return self.model.suffix.lower() == ".onnx" and not self.model.is_dir()
+
+    def arguments(self, image: Image, classes: int | None) -> dict[str, Any]:
+        """The arguments that all exports share.
+
+        Args:
+            image: (channels, height, width) of the input.
+            classes: Number of outputs; None if unknown, 0 for a model without classifier.
+        """
+        variant, own = self.variant, self.is_graph
         return {
-            "target": self.variant.target,
-            "precision": self.variant.precision,
-            "batch": "dynamic" if batch == "dynamic" else int(batch),
+            "target": variant.target,
+            # A graph has a precision and a batch of its own.
+            "precision": variant.precision or (None if own else "fp32"),
+            "batch": variant.batch_size or (None if own else 1),
             "calibration": self.data.calibration,
             "form": self.graph.form,
             "tune": self.graph.tune,
             "ort_format": self.graph.ort_format,
             "threads": self.graph.threads,
             "overwrite": self.output.overwrite,
-            **self._images(image),
+            **self._images(image, classes),
         }
 
-    def _images(self, image: Image) -> dict[str, Any]:
-        from ..compress.data.loading import open_dataset
-        from ..pipeline.shipping_steps import stratified_sample
-
+    def _images(self, image: Image, classes: int | None) -> dict[str, Any]:
         card = read_card(self.model.parent / CARD)
         data = model_data(card, self.data.data, image)
         if data is None:
-            typer.echo(
+            if self.output.bundle is not None:
+                raise InputError(
+                    f"--bundle {self.output.bundle}: a bundle reads pictures, so the artifact "
+                    "needs the preprocessing of a data set; name it with --data"
+                )
+            echo(
                 "no data set is known for this model (--data NAME): parity is checked on noise, "
                 "and the manifest contains no preprocessing",
                 err=True,
@@ -155,9 +168,9 @@ class _Request:
         # The preprocessing of a run produces images of the size of its training.
         size = {"height": image[1], "width": image[2]}
         preprocessing = data.preprocessing.model_copy(update=size)
-        opened = open_dataset(data.name, preprocessing=preprocessing, **data.division)
-        images, _ = stratified_sample(opened.val, self.data.images).arrays()
-        return {"preprocessing": preprocessing, "labels": list(opened.labels), "images": images}
+        data = replace(data, preprocessing=preprocessing)
+        images, labels = calibration_images(data, self.data.images, classes)
+        return {"preprocessing": preprocessing, "labels": labels, "images": images}
 
 
 def _export_model(request: _Request) -> Artifact:
@@ -176,15 +189,18 @@ def _export_model(request: _Request) -> Artifact:
         opset=graph.opset,
         image_size=variant.image_size,
         options=settings,
-        **request.arguments(image),
+        **request.arguments(image, _classes(network)),
     )
 
 
 def _export_graph_file(request: _Request) -> Artifact:
-    from ..export.graphs.imported_graph import export_graph, image_of, read_graph
+    from ..export.graphs.graph_file import read_graph
+    from ..export.graphs.image_input import ImageInput
+    from ..export.graphs.imported_graph import classes_of, export_graph
 
     path, variant, graph = request.model, request.variant, request.graph
-    image = image_of(read_graph(path), path)
+    source = read_graph(path)
+    image, classes = ImageInput.of(source, path).image, classes_of(source)
     if variant.image_size is not None:
         raise InputError(
             f"{path}: the image size of an .onnx file is fixed; export it again at "
@@ -195,7 +211,12 @@ def _export_graph_file(request: _Request) -> Artifact:
             f"{path}: an .onnx file is exported for onnxruntime and keeps its opset; "
             "leave --runtime, --opset and --option out"
         )
-    return export_graph(path, request.out, **request.arguments(image))
+    return export_graph(path, request.out, **request.arguments(image, classes))
+
+
+def _classes(network: CompactModel) -> int:
+    """The number of classes, 0 without a classifier."""
+    return network.architecture.classes if network.architecture.head is not None else 0
 
 
 def _network(request: _Request) -> tuple[CompactModel, Image]:
@@ -215,19 +236,19 @@ def _network(request: _Request) -> tuple[CompactModel, Image]:
 
 def _show_artifact(artifact: Artifact, request: _Request) -> None:
     for stage in artifact.manifest.parity:
-        typer.echo(
+        echo(
             f"{stage.stage} against {stage.reference}: "
             f"largest relative error {stage.max_relative_error:.1e}, same top-1 class on "
             f"{100 * stage.top1_agreement:.1f} % of {stage.images} {stage.input_kind}"
         )
     for note in artifact.manifest.notes:
-        typer.echo(note)
-    typer.echo(f"saved: {request.out} ({artifact.bytes / 1e6:.2f} MB)")
+        echo(note)
+    echo(f"saved: {request.out} ({artifact.bytes / 1e6:.2f} MB)")
     if request.output.bundle is not None:
         from ..export.bundle import bundle
 
         folder = bundle(artifact, request.output.bundle, overwrite=request.output.overwrite)
-        typer.echo(f"bundle: {folder}")
+        echo(f"bundle: {folder}")
 
 
 def _export_for_all_runtimes(request: _Request) -> None:
@@ -246,10 +267,10 @@ def _export_for_all_runtimes(request: _Request) -> None:
     made, absent = export_all_runtimes(
         network,
         out,
-        report_progress=lambda name: typer.echo(f"exporting for {name}", err=True),
+        report_progress=lambda name: echo(f"exporting for {name}", err=True),
         opset=request.graph.opset,
         image_size=request.variant.image_size,
-        **request.arguments(image),
+        **request.arguments(image, _classes(network)),
     )
     measured = measure_interleaved(made, threads, time_limit_s=ALL_LIMIT_S)
     for name, measurement in measured.items():
@@ -258,10 +279,10 @@ def _export_for_all_runtimes(request: _Request) -> None:
     fastest = f"{ranked[0]} ({measured[ranked[0]].runtime_version}), {out / ranked[0]}"
     show(_runtime_table(ranked, made, measured), f"fastest here: {fastest}")
     for name, reason in absent.items():
-        typer.echo(f"{name}: {reason}")
+        echo(f"{name}: {reason}")
     for note in made["onnxruntime"].manifest.notes:
         if note.startswith(IMAGE_SIZE):
-            typer.echo(note)
+            echo(note)
 
 
 def _runtime_table(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,9 +29,22 @@ Runtime = Annotated[
     ),
 ]
 PrecisionName = Annotated[
-    str, typer.Option("--precision", help="fp32, int8, or another that the target supports.")
+    str | None,
+    typer.Option(
+        "--precision",
+        help="fp32, int8, or another that the target supports. Absent: fp32; of an .onnx file, "
+        "what it is in.",
+        show_default=False,
+    ),
 ]
-Batch = Annotated[str, typer.Option("--batch", help="Images per inference, or `dynamic`.")]
+Batch = Annotated[
+    str | None,
+    typer.Option(
+        "--batch",
+        help="Images per inference, or `dynamic`. Absent: 1; of an .onnx file, its own batch.",
+        show_default=False,
+    ),
+]
 ImageSize = Annotated[
     str | None,
     typer.Option(
@@ -116,16 +129,24 @@ class Variant:
 
     target: Target = "host"
     runtime: Runtime = "onnxruntime"
-    precision: PrecisionName = "fp32"
-    batch: Batch = "1"
+    precision: PrecisionName = None
+    batch: Batch = None
     image_size: ImageSize = None
 
     def __post_init__(self) -> None:
-        number = self.batch.isdecimal() and int(self.batch) > 0
-        if self.batch != "dynamic" and not number:
+        if self.batch in (None, "dynamic"):
+            return
+        if not (self.batch.isdecimal() and int(self.batch) > 0):
             raise InputError(
                 f"--batch {self.batch}: give a whole number of at least 1, or `dynamic`"
             )
+
+    @property
+    def batch_size(self) -> int | Literal["dynamic"] | None:
+        """The value of `--batch`; None where it is absent."""
+        if self.batch is None or self.batch == "dynamic":
+            return "dynamic" if self.batch else None
+        return int(self.batch)
 
 
 @dataclass(frozen=True)

@@ -76,3 +76,19 @@ def written(model: onnx.ModelProto, folder: Path, name: str = "model.onnx") -> P
     path = folder / name
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same classifier with an input of (batch, height, width, channels)."""
+    moved = onnx.ModelProto()
+    moved.CopyFrom(model)
+    only = moved.graph.input[0]
+    batch, *image = only.type.tensor_type.shape.dim
+    for node in moved.graph.node:
+        node.input[:] = ["first" if name == only.name else name for name in node.input]
+    move = helper.make_node("Transpose", [only.name], ["first"], "to-first", perm=[0, 3, 1, 2])
+    moved.graph.node.insert(0, move)
+    channels, height, width = (side.dim_value for side in image)
+    free = batch.dim_value or batch.dim_param
+    only.CopyFrom(value(only.name, free, height, width, channels))
+    return moved

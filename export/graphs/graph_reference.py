@@ -115,7 +115,7 @@ class GraphReference:
                 continue
             requested = "a dynamic batch" if self.batch == "dynamic" else f"batch {self.batch}"
             raise InputError(
-                f"{self.path}: says a free batch, but its inside is made for batches of {size}, so "
+                f"{self.path}: declares a free batch, but its inside is made for batches of {size}, so "
                 f"{requested} does not run; export with batch {size} (--batch {size}), or export "
                 "the graph again with a batch that is free in every node"
             )

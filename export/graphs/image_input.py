@@ -164,8 +164,8 @@ def _shown(sizes: Sizes | None) -> str:
 
 
 def _type_name(kind: int) -> str:
-    names = {TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}
-    return names.get(kind) or TensorProto.DataType.Name(kind).lower()
+    name = str(TensorProto.DataType.Name(kind)).lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _input_advice(kind: int) -> str:

@@ -150,6 +150,7 @@ def test_every_stage_of_an_imported_graph_is_shown(tmp_path: Path, shown: list[s
     export_graph(tmp_path / "given.onnx", tmp_path / "a", precision="int8")
     assert shown == [
         "reading given.onnx",
+        "reference outputs",
         "parity of the imported graph",
         "simplifying",
         "parity of the simplified graph",

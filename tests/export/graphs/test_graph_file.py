@@ -164,7 +164,7 @@ def test_random_nodes_that_no_output_reads_and_dropout_outside_of_training_are_a
     read_graph(written(classifier([FLATTEN, HIDDEN, idle]), tmp_path))
     never = [
         tensor("w", 768, 4),
-        numpy_helper.from_array(np.float32(0.0), "ratio"),
+        numpy_helper.from_array(np.array(0.0, np.float32), "ratio"),
         numpy_helper.from_array(np.array(True), "t"),
     ]
     zero = helper.make_node("Dropout", ["z", "ratio", "t"], ["y"], "zero")

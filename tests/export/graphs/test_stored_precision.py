@@ -26,7 +26,7 @@ from vitrim.export.graphs.stored_precision import stored_precision
 from vitrim.export.quantization.quantize import half, int8_dynamic, int8_static, weights_only
 
 IMAGES = np.random.default_rng(0).standard_normal((4, 3, 16, 16), dtype=np.float32)
-SCALE = numpy_helper.from_array(np.float32(0.01), "s")
+SCALE = numpy_helper.from_array(np.array(0.01, np.float32), "s")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def precision_of(model: onnx.ModelProto) -> str | None:
     return stored_precision(model).precision
 
 
-def stored(kind: str, weights: onnx.TensorProto, **attributes: int) -> onnx.ModelProto:
+def stored(kind: str, weights: onnx.TensorProto, **attributes: Any) -> onnx.ModelProto:
     """A product whose matrix is made by one operator of small stored weights."""
     inputs = [weights.name, *(["s"] if kind == "DequantizeLinear" else [])]
     make = helper.make_node(kind, inputs, ["w"], **attributes)
@@ -114,7 +114,7 @@ def test_weights_that_are_only_stored_small_are_recognised(
 
 
 def test_weights_that_training_rounds_in_the_graph_are_eight_bits() -> None:
-    zero = numpy_helper.from_array(np.int8(0), "zero")
+    zero = numpy_helper.from_array(np.array(0, np.int8), "zero")
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "zero"], ["xq"], "rounded"),
         helper.make_node("DequantizeLinear", ["xq", "s", "zero"], ["xd"]),
