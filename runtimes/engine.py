@@ -9,7 +9,7 @@ A job is a dict with
 - runtime, threads;
 - batch: the batch size, for a model with a free batch dimension;
 - output: name of the logits;
-- input: {"name", "shape", "type"} as in the manifest, for files that do not contain them;
+- input: {"name", "shape", "type", "layout"} as in the manifest, for files that do not contain them;
 - cpu: {"target", "needs", "assumes"}, the instruction sets that the artifact states (cpu_features);
 - session: the runtime's own settings, text to text;
 

@@ -30,7 +30,7 @@ class ArtifactFacts:
         session: Settings of the runtime.
         preprocessing: Mean and std of each channel.
         runtime: Name of the engine.
-        input: Name, shape and type, for runtimes whose files do not contain them.
+        input: Name, shape, type and layout, which files of some runtimes do not contain.
         cpu: The instruction sets that it needs and assumes, and its target; see runtimes.
         warnings: What makes its outputs doubtful.
     """
@@ -101,7 +101,7 @@ def _of_artifact(artifact: Artifact) -> ArtifactFacts:
         session=dict(manifest.session),
         preprocessing=preprocessing,
         runtime=manifest.runtime,
-        input={"name": given.name, "shape": list(given.shape), "type": given.type},
+        input=given.model_dump(mode="json"),
         cpu=_cpu(manifest),
         warnings=manifest.warnings,
     )

@@ -266,7 +266,9 @@ class Runner:
 
     def _logits(self, images: Any) -> Any:
         numpy, batch, count = self.numpy, self.shape[0], len(images)
-        chunk = prepare_images(numpy, images, self.shape, self.type, self.job.get("preprocessing"))
+        layout = (self.job.get("input") or {}).get("layout")
+        given = self.job.get("preprocessing")
+        chunk = prepare_images(numpy, images, self.shape, self.type, given, layout)
         if count < batch:
             # A fixed batch is padded with copies of the last image; their outputs are dropped.
             chunk = numpy.concatenate([chunk, numpy.repeat(chunk[-1:], batch - count, axis=0)])
@@ -328,31 +330,39 @@ def open_dataset(numpy: Any, path: str) -> tuple[Any, Any]:
 
 
 def prepare_images(
-    numpy: Any, images: Any, shape: list[int], kind: str, preprocessing: Json | None
+    numpy: Any,
+    images: Any,
+    shape: list[int],
+    kind: str,
+    preprocessing: Json | None,
+    layout: str | None = None,
 ) -> Any:
     """Return images in the model's layout, type and normalisation.
 
     Args:
         numpy: The module, which is imported only once the runtime is.
         images: Floats (N, C, H, W), which are not normalised, or uint8 (N, C, H, W), (N, H, W, C)
-            or, for one channel, (N, H, W).
-        shape: The model's input, (batch, C, H, W).
+            or, for one channel, (N, H, W). Floats may be (N, H, W, C) if the model's input is.
+        shape: The model's input, (batch, C, H, W) or (batch, H, W, C).
         kind: The type of the model's input.
         preprocessing: `mean` and `std` of each channel, applied to uint8 images.
+        layout: NCHW or NHWC. None: the last size is the channels where it alone could be.
 
     Returns:
-        Images of shape (N, C, H, W) and type `kind`.
+        Images of the model's shape and type `kind`.
 
     Raises:
         RunnerError: The size differs, or uint8 images come without mean and std.
     """
-    channels, height, width = shape[1:4]
+    last = channels_are_last(shape, layout)
+    first, second, third = shape[1:4]
+    channels, height, width = (third, first, second) if last else (first, second, third)
     is_bytes = images.dtype == numpy.uint8
     if images.ndim == 3 and channels == 1:
         images = images[:, None]
-    elif is_bytes and images.ndim == 4 and images.shape[1] != channels == images.shape[3]:
+    elif (is_bytes or last) and images.ndim == 4 and images.shape[1] != channels == images.shape[3]:
         images = images.transpose(0, 3, 1, 2)
-    if list(images.shape[1:]) != shape[1:]:
+    if list(images.shape[1:]) != [channels, height, width]:
         raise RunnerError(
             f"the data set's images are {list(images.shape[1:])}, "
             f"the model takes {[channels, height, width]}; prepare them at that size"
@@ -371,7 +381,15 @@ def prepare_images(
         mean = numpy.asarray(preprocessing["mean"], dtype=numpy.float32).reshape(1, -1, 1, 1)
         std = numpy.asarray(preprocessing["std"], dtype=numpy.float32).reshape(1, -1, 1, 1)
         images = (images.astype(numpy.float32) / 255 - mean) / std
-    return images.astype(kind, copy=False)
+    images = images.astype(kind, copy=False)
+    return images.transpose(0, 2, 3, 1) if last else images
+
+
+def channels_are_last(shape: list[int], layout: str | None) -> bool:
+    """Return whether an input is (batch, H, W, C), by its layout or else by its sizes."""
+    if layout is not None:
+        return layout == "NHWC"
+    return len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)
 
 
 # ---- the line protocol ---------------------------------------------------------------------------

@@ -18,14 +18,20 @@ class Dataset {
   public:
     std::vector<int64_t> labels;
 
-    Dataset(const std::string &folder, const Model &model, const Json &preprocessing)
+    // `layout`: NCHW or NHWC; by default the last size is the channels where it alone could be.
+    Dataset(const std::string &folder, const Model &model, const Json &preprocessing, const std::string &layout = "")
         : images_(folder + "/images.npy"), model_(model), bytes_(images_.type == "|u1") {
         Npy stored(folder + "/labels.npy");
         labels = stored.whole_numbers();
         if (labels.empty() || static_cast<int64_t>(labels.size()) != images_.shape[0]) images_.fail("has different numbers of images and labels");
-        const std::vector<int64_t> &wanted = model.shape, own(images_.shape.begin() + 1, images_.shape.end());
+        std::vector<int64_t> wanted = model.shape;
+        const std::vector<int64_t> own(images_.shape.begin() + 1, images_.shape.end());
         if (wanted.size() != 4) throw std::runtime_error("the model's input is not (batch, channels, height, width); its top-1 cannot be counted");
-        channels_last_ = bytes_ && own.size() == 3 && own[0] != wanted[1] && own[2] == wanted[1];
+        const auto fits = [](int64_t size) { return size == 1 || size == 3; };
+        model_channels_last_ = layout.empty() ? fits(wanted[3]) && !fits(wanted[1]) : layout == "NHWC";
+        if (model_channels_last_) wanted = {wanted[0], wanted[3], wanted[1], wanted[2]};
+        channels_ = static_cast<size_t>(wanted[1]);
+        channels_last_ = (bytes_ || model_channels_last_) && own.size() == 3 && own[0] != wanted[1] && own[2] == wanted[1];
         std::vector<int64_t> arranged = own;
         if (own.size() == 2 && wanted[1] == 1) arranged = {1, own[0], own[1]};
         if (channels_last_) arranged = {own[2], own[0], own[1]};
@@ -48,7 +54,7 @@ class Dataset {
     // Images first..last; a fixed batch is padded with copies of the last, which are not counted.
     std::vector<char> batch(int64_t first, int64_t last) {
         const std::vector<char> raw = images_.rows(first, last);
-        const size_t channels = static_cast<size_t>(model_.shape[1]), area = static_cast<size_t>(model_.shape[2] * model_.shape[3]);
+        const size_t channels = channels_, area = model_.elements() / (static_cast<size_t>(model_.shape[0]) * channels);
         const size_t image = channels * area, count = static_cast<size_t>(last - first);
         std::vector<char> made(model_.elements() * model_.element_bytes());
         for (size_t n = 0; n < static_cast<size_t>(model_.shape[0]); ++n) {
@@ -56,7 +62,8 @@ class Dataset {
             for (size_t c = 0; c < channels; ++c) {
                 for (size_t p = 0; p < area; ++p) {
                     const size_t place = from + (channels_last_ ? p * channels + c : c * area + p);
-                    model_.store(made.data(), n * image + c * area + p, value(raw, place, c));
+                    const size_t inside = model_channels_last_ ? p * channels + c : c * area + p;
+                    model_.store(made.data(), n * image + inside, value(raw, place, c));
                 }
             }
         }
@@ -66,7 +73,8 @@ class Dataset {
   private:
     Npy images_;
     const Model &model_;
-    bool bytes_, channels_last_ = false;
+    bool bytes_, channels_last_ = false, model_channels_last_ = false;
+    size_t channels_ = 1;
     std::vector<float> mean_, std_;
 
     float value(const std::vector<char> &raw, size_t place, size_t channel) const {

@@ -142,7 +142,7 @@ class Runner {
     }
 
     void score(const std::string &folder, int64_t limit) {
-        Dataset dataset(folder, *model_, job_["preprocessing"]);
+        Dataset dataset(folder, *model_, job_["preprocessing"], job_["input"]["layout"].words(""));
         const int64_t total = std::min<int64_t>(limit, static_cast<int64_t>(dataset.labels.size())), batch = model_->shape[0];
         int64_t correct = 0;
         double last_report_s = wall_s();

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import vitrim.bench
 from bench_samples import chain, images_with_labels
+from onnx_graphs import channels_last, classifier, written
 from vitrim.runtimes import engine_names, requirement
 
 FOLDER = Path(vitrim.bench.__path__[0]) / "local"
@@ -115,6 +116,28 @@ def test_uint8_images_are_normalised_by_the_manifests_mean_and_std(tmp_path: Pat
     code, events, _ = run(tmp_path, {"model": str(model), "commands": commands[1:]})
     assert code == 3
     assert "the data set holds bytes, and no mean and std are known" in events[-1]["message"]
+
+
+@pytest.mark.parametrize("layout", [None, "NHWC"])
+def test_images_are_arranged_for_a_model_with_channels_last(
+    tmp_path: Path, layout: str | None
+) -> None:
+    first = written(classifier(), tmp_path, "first.onnx")
+    last = written(channels_last(classifier()), tmp_path, "last.onnx")
+    pixels = np.random.default_rng(3).integers(0, 256, (24, 3, 16, 16), dtype=np.uint8)
+    labels = np.random.default_rng(4).integers(0, 4, 24)
+    mean, std = (np.float32(given).reshape(1, 3, 1, 1) for given in ([0.2, 0.4, 0.6], [0.1] * 3))
+    prepared = (pixels.astype(np.float32) / 255 - mean) / std
+    sets = {"bytes": pixels, "floats": prepared, "own": prepared.transpose(0, 2, 3, 1)}
+    for name, images in sets.items():
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
+    commands = [{"do": "score", "dataset": str(tmp_path / f"{name}.npz")} for name in sets]
+    job = {"preprocessing": {"mean": mean.ravel().tolist(), "std": std.ravel().tolist()}}
+    _, expected, _ = run(tmp_path, {**job, "model": str(first), "commands": commands[:1]})
+    entry = {"name": "x", "layout": layout}
+    _, events, _ = run(tmp_path, {**job, "model": str(last), "input": entry, "commands": commands})
+    assert 0 < events[-1]["correct"] < 24
+    assert events[-3:] == [expected[-1]] * 3
 
 
 @pytest.mark.parametrize("kind", ["int64", "int16", "bool"])

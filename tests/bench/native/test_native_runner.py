@@ -18,6 +18,7 @@ import pytest
 from adb_device import adb_device
 from bench_samples import chain, images_with_labels
 from loopback_ssh import Server, needs_sshd, ssh_server
+from onnx_graphs import channels_last, classifier, value, written
 from onnxruntime_header import header_folder
 from vitrim.bench.remote import native_build
 from vitrim.bench.remote.device_link import LinkLost
@@ -116,6 +117,26 @@ def test_it_follows_the_protocol_of_the_python_runner(runner: NativeRunner, tmp_
         (row["node"], row["operator"], row["calls"], str(row["output_shapes"]))
         for row in python_events[5]["rows"]
     }
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_images_are_arranged_for_channels_last_as_in_python(
+    runner: NativeRunner, tmp_path: Path, kind: type[np.generic]
+) -> None:
+    model = written(channels_last(classifier(entry=value("x", 4, 3, 16, 16))), tmp_path)
+    rng = np.random.default_rng(3)
+    images, labels = rng.integers(0, 256, (10, 3, 16, 16)).astype(kind), rng.integers(0, 4, 10)
+    np.savez(tmp_path / "d.npz", images=images, labels=labels)
+    (tmp_path / "d").mkdir()
+    for name, content in dataset_files(tmp_path / "d.npz", None).items():
+        (tmp_path / "d" / Path(name).name).write_bytes(content)  # type: ignore[arg-type]
+    spec = {"mean": [0.2, 0.4, 0.6], "std": [0.2, 0.1, 0.3]}
+    command = {"do": "score", "dataset": str(tmp_path / "d")}
+    for layout in ({}, {"layout": "NHWC"}):
+        job = {"model": str(model), "preprocessing": spec, "input": {"name": "x", **layout}}
+        native = run_native(runner, job, command)[-1]
+        assert native == events_of([sys.executable, str(PYTHON_RUNNER), "-"], job, command)[-1]
+        assert 0 < native["correct"] < 10
 
 
 @pytest.mark.parametrize("limit", [None, 6])
