@@ -114,8 +114,7 @@ class _Source:
 def _load(options: ModelOptions) -> _Source:
     from ..compress.lift import lift
     from ..compress.network.files import load
-    from ..pipeline.recipe import parse_value
-    from ..pipeline.recipe_sections import ModelSection
+    from ..pipeline.checkpoint_file import require_no_graph
     from ..pipeline.source_model import classes_in, require_saved, source_model
 
     checkpoint = options.source or options.checkpoint
@@ -124,22 +123,43 @@ def _load(options: ModelOptions) -> _Source:
     if checkpoint is not None and checkpoint.is_dir():
         require_saved(checkpoint)
         return _Source(load(checkpoint), read_card(checkpoint.parent / CARD))
+    if checkpoint is not None:
+        require_no_graph(checkpoint)
     if options.model is None:
         raise InputError(
             f"{checkpoint}: a checkpoint file contains tensors only; name their model with "
             "--model NAME (and --override KEY=VALUE)"
         )
-    overrides = dict(parse_value(item, "--override") for item in options.overrides or ())
-    section = ModelSection(
-        name=options.model,
-        overrides=overrides,
-        pretrained=options.pretrained,
-        checkpoint=None if checkpoint is None else str(checkpoint),
-    )
-    classes = overrides.get("num_classes")
-    if not classes:
+    section = _section(options, checkpoint)
+    classes = section.overrides.get("num_classes")
+    if classes is None:
         classes = 1000 if checkpoint is None else classes_in(section)
-    return _Source(lift(source_model(section, int(classes))), section=section)
+    return _Source(lift(source_model(section, classes)), section=section)
+
+
+def _section(options: ModelOptions, checkpoint: Path | None) -> ModelSection:
+    """The options as the section `[model]` of a recipe.
+
+    Raises:
+        InputError: Two options exclude each other, or an override has another form.
+    """
+    from pydantic import ValidationError
+
+    from ..pipeline.recipe import parse_value
+    from ..pipeline.recipe_keys import first_error
+    from ..pipeline.recipe_sections import ModelSection
+
+    overrides = dict(parse_value(item, "--override") for item in options.overrides or ())
+    given = {
+        "name": options.model,
+        "overrides": overrides,
+        "pretrained": options.pretrained,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+    try:
+        return ModelSection.model_validate(given)
+    except ValidationError as error:
+        raise InputError(f"--model {options.model}: {first_error(error, ModelSection)}") from None
 
 
 def _read_mask(path: Path, model: CompactModel) -> StructuredMask:

@@ -182,14 +182,19 @@ def _load(path: Path) -> Any:
 def _refuse_other_kinds(path: Path, head: bytes) -> None:
     if not head:
         raise InputError(f"{path}: not a complete checkpoint (an empty file); {_COPY_AGAIN}")
+    require_no_graph(path)
+    for offset, signature, kind, way_out in _SIGNATURES:
+        if head[offset:].startswith(signature):
+            raise InputError(f"{path}: {kind}; {way_out}")
+
+
+def require_no_graph(path: Path) -> None:
+    """Raise InputError for an .onnx file: it has no modules that could be cut."""
     if path.suffix.lower() == ".onnx":
         raise InputError(
             f"{path}: an ONNX graph, which is exported and measured, not trained or cut; "
             "name the model that it was exported from"
         )
-    for offset, signature, kind, way_out in _SIGNATURES:
-        if head[offset:].startswith(signature):
-            raise InputError(f"{path}: {kind}; {way_out}")
 
 
 def _text_kind(head: bytes) -> str:
