@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
@@ -107,7 +107,7 @@ class _Request:
         """
         from ..compress.data.named_datasets import path_of
         from ..export.artifact import ARTIFACT, ARTIFACTS
-        from ..export.bundle import BUNDLE, require_bundle
+        from ..export.bundle import BUNDLE
 
         target = self.variant.target
         inputs: dict[str, Path | None] = {
@@ -121,7 +121,19 @@ class _Request:
         if bundle is not None:
             inputs["the artifact"] = self.out
             require_output_folder(bundle, BUNDLE, overwrite=overwrite, inputs=inputs)
-            require_bundle(f"--bundle {bundle}", self.variant.runtime, self.variant.batch_size or 1)
+            if not self.is_graph:
+                self.require_bundle(self.variant.batch_size or 1)
+
+    def require_bundle(self, batch: int | Literal["dynamic"]) -> None:
+        """Validate that --bundle fits the runtime and a batch size.
+
+        Raises:
+            InputError: It does not.
+        """
+        from ..export.bundle import require_bundle
+
+        if self.output.bundle is not None:
+            require_bundle(f"--bundle {self.output.bundle}", self.variant.runtime, batch)
 
     @property
     def is_graph(self) -> bool:
@@ -200,7 +212,8 @@ def _export_graph_file(request: _Request) -> Artifact:
 
     path, variant, graph = request.model, request.variant, request.graph
     source = read_graph(path)
-    image, classes = ImageInput.of(source, path).image, classes_of(source)
+    entry, classes = ImageInput.of(source, path), classes_of(source)
+    request.require_bundle(variant.batch_size or entry.batch or 1)
     if variant.image_size is not None:
         raise InputError(
             f"{path}: the image size of an .onnx file is fixed; export it again at "
@@ -211,7 +224,7 @@ def _export_graph_file(request: _Request) -> Artifact:
             f"{path}: an .onnx file is exported for onnxruntime and keeps its opset; "
             "leave --runtime, --opset and --option out"
         )
-    return export_graph(path, request.out, **request.arguments(image, classes))
+    return export_graph(path, request.out, **request.arguments(entry.image, classes))
 
 
 def _classes(network: CompactModel) -> int:

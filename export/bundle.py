@@ -116,10 +116,10 @@ def _supported_preprocessing(artifact: Artifact) -> PreprocessingSpec:
     if (
         len(manifest.inputs) != 1
         or manifest.inputs[0].type != "float32"
-        or manifest.inputs[0].layout != "NCHW"
+        or manifest.inputs[0].layout == "NC"
     ):
         raise InputError(
-            f"{artifact.folder}: the bundle feeds one float32 NCHW input; "
+            f"{artifact.folder}: the bundle feeds one float32 input of images; "
             "export again without changing the input"
         )
     return manifest.preprocessing
@@ -146,6 +146,7 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
         "HEIGHT": str(preprocessing.height),
         "WIDTH": str(preprocessing.width),
         "CLASSES": str(classes),
+        "CHANNELS_LAST": "1" if manifest.inputs[0].layout == "NHWC" else "0",
         "CENTER_CROP": "1" if preprocessing.resize == "center-crop" else "0",
         "CROP_RATIO": repr(float(preprocessing.crop_ratio)),
         "INTERPOLATION": _text(preprocessing.interpolation),

@@ -37,10 +37,14 @@ int vitrim_prepare(const uint8_t *pixels, int width, int height, int channels, f
             const int top = static_cast<int>(std::nearbyint((scaled_h - VITRIM_HEIGHT) / 2.0));
             picture = vitrim::crop(picture, left, top, VITRIM_WIDTH, VITRIM_HEIGHT);
         }
-        size_t next = 0;
+        const size_t area = static_cast<size_t>(VITRIM_HEIGHT) * VITRIM_WIDTH;
         for (int c = 0; c < VITRIM_CHANNELS; ++c)
             for (int y = 0; y < VITRIM_HEIGHT; ++y)
-                for (int x = 0; x < VITRIM_WIDTH; ++x) input[next++] = static_cast<float>(picture.at(y, x, c)) * VITRIM_SCALE[c] + VITRIM_SHIFT[c];
+                for (int x = 0; x < VITRIM_WIDTH; ++x) {
+                    const size_t place = static_cast<size_t>(y) * VITRIM_WIDTH + x;
+                    const size_t next = VITRIM_CHANNELS_LAST ? place * VITRIM_CHANNELS + c : c * area + place;
+                    input[next] = static_cast<float>(picture.at(y, x, c)) * VITRIM_SCALE[c] + VITRIM_SHIFT[c];
+                }
         return 0;
     } catch (const std::exception &caught) {
         return vitrim::fail(caught.what(), error, error_size);

@@ -75,7 +75,9 @@ int vitrim_run(vitrim_model *model, const float *input, float *logits, char *err
     int result = 0;
     try {
         const OrtApi *api = model->api;
-        const int64_t in_shape[4] = {1, VITRIM_CHANNELS, VITRIM_HEIGHT, VITRIM_WIDTH};
+        const int64_t first[4] = {1, VITRIM_CHANNELS, VITRIM_HEIGHT, VITRIM_WIDTH};
+        const int64_t last[4] = {1, VITRIM_HEIGHT, VITRIM_WIDTH, VITRIM_CHANNELS};
+        const int64_t *in_shape = VITRIM_CHANNELS_LAST ? last : first;
         const int64_t out_shape[2] = {1, VITRIM_CLASSES};
         const size_t in_bytes = sizeof(float) * VITRIM_CHANNELS * VITRIM_HEIGHT * VITRIM_WIDTH;
         // Both tensors are the caller's own memory; nothing is copied.

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from bundle_sample import LABELS, artifact_in, build, needs_compiler, runtime_library
+from onnx_graphs import channels_last, classifier, written
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
+from vitrim.export.graphs.imported_graph import export_graph
 from vitrim.export.manifest import CpuFeatures
 from vitrim.export.sessions import open_session
 
@@ -114,6 +116,27 @@ def test_the_outputs_of_the_program_are_the_artifacts(
         assert library is not None
         files = {"program": program, "runtime": library, "model": artifact.model_path}
         assert sizes == {f"{name}_bytes": file.stat().st_size for name, file in files.items()}
+
+
+def test_a_model_with_channels_last_gets_its_pictures_in_that_order(
+    header: Path, tmp_path: Path
+) -> None:
+    spec = {"channels": 3, "height": 16, "width": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2] * 3}
+    first, last = (
+        export_graph(written(model, tmp_path, f"{name}.onnx"), tmp_path / name, preprocessing=spec)
+        for name, model in (("first", classifier()), ("last", channels_last(classifier())))
+    )
+    program = build(bundle(last, tmp_path / "bundle"), header)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "picture.ppm", format="PPM")
+    ran = run(program, tmp_path / "bundle", tmp_path / "picture.ppm", "--logits")
+    assert ran.returncode == 0, ran.stderr
+    line = next(line for line in ran.stdout.splitlines() if line.startswith("logits"))
+    image = Preprocessing.model_validate(spec).apply(picture)[None]
+    expected = open_session(first).run(None, {"x": image})[0][0]
+    found = [float(number) for number in line.split()[1:]]
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_the_program_reports_errors_in_one_line(header: Path, tmp_path: Path) -> None:
