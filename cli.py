@@ -19,9 +19,14 @@ import typer
 
 from . import __version__
 from .commands import bench, compact, doctor, export, results, run, targets
+from .core.console import echo, spelled_out
 from .core.errors import InputError, ModelWarning
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
+FAULTS_OF_A_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+)
 HELP = """Compress a trained Vision Transformer for a small device, and measure the result.
 
 [bold]Start here[/bold]
@@ -62,7 +67,7 @@ app.command("doctor")(doctor.doctor)
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"vitrim {__version__}")
+        echo(f"vitrim {__version__}")
         raise typer.Exit()
 
 
@@ -86,7 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def call(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are printed on standard error."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with spelled_out():
+        return _call(list(map(_expanded, sys.argv[1:] if arguments is None else arguments)))
+
+
+def _call(given: list[str]) -> int:
     try:
         with _model_warnings_in_one_line():
             result = app(given, standalone_mode=False, prog_name="vitrim")
@@ -104,12 +113,7 @@ def call(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory; choose a smaller train.batch_size, or a smaller model", 1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            return _unexpected(error)
-        place = error.filename or "the disk"
-        return _fail(
-            f"{place}: no space left; free some space, or name another folder with --out", 2
-        )
+        return _file_error(error)
     except Exception as error:
         # Usage errors print themselves. typer has a copy of click, so they are recognised by their
         # attributes.
@@ -135,6 +139,29 @@ def _model_warnings_in_one_line() -> Iterator[None]:
         default = warnings.showwarning
         warnings.showwarning = show
         yield
+
+
+def _file_error(error: OSError) -> int:
+    """Report an error of the disk, or of a path that was given; others are unexpected."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or "the disk"
+        return _fail(
+            f"{place}: no space left; free some space, or name another folder with --out", 2
+        )
+    if error.errno in FAULTS_OF_A_PATH and error.filename is not None:
+        path = os.fsdecode(error.filename)
+        return _fail(f"{path}: {error.strerror}; check the path and its permissions", 2)
+    return _unexpected(error)
+
+
+def _expanded(argument: str) -> str:
+    """Replace `~` at the beginning of a path, also in --option=~/path, which shells leave as is."""
+    option, equals, value = argument.partition("=")
+    if not (option.startswith("--") and equals):
+        option, equals, value = "", "", argument
+    if value.startswith("~") and not os.path.lexists(value):
+        value = os.path.expanduser(value)
+    return f"{option}{equals}{value}"
 
 
 def _unexpected(error: Exception) -> int:

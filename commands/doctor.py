@@ -98,7 +98,8 @@ def doctor() -> None:
     }
     failed = False
     for finding in examine():
-        show(f"{marks[finding.state]} {finding.name}: {escape(finding.detail)}")
+        line = f"{marks[finding.state]} {finding.name}: {escape(finding.detail)}"
+        show(line, markup=True)
         failed |= finding.needed and finding.state != "ok"
     if failed:
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..core.console import show
+from ..core.console import echo, show
 from ..core.errors import InputError
 
 Sources = Annotated[
@@ -69,7 +69,7 @@ def report(sources: Sources, out: Out = None) -> None:
     alone = len(sources) == 1 and out is None and is_run_folder(sources[0])
     written = render(sources[0]) if alone else render_measurements(sources, out or Path("report"))
     for path in written:
-        typer.echo(str(path))
+        echo(str(path))
 
 
 def compare(measurements: Measurements, fail_if_slower: FailIfSlower = None) -> None:

@@ -183,6 +183,7 @@ def _show_keys() -> None:
     for table in key_reference(Recipe):
         meaning = escape(table.meaning)
         head = f"[bold]{escape(f'[{table.name}]')}[/bold]  {meaning}"
-        show(f"\n{head}" if table.name else f"[bold]{meaning}[/bold]")
+        show(f"\n{head}" if table.name else f"[bold]{meaning}[/bold]", markup=True)
         for key in table.keys:
-            show(f"  [cyan]{key.name} = {escape(key.default)}[/cyan]  {escape(key.meaning)}")
+            line = f"  [cyan]{key.name} = {escape(key.default)}[/cyan]  {escape(key.meaning)}"
+            show(line, markup=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from ..core.console import show
+from ..core.console import echo, show
 from ..core.errors import InputError
 from ..targets.catalog import load_target, shipped_targets, targets_here
 from ..targets.detect import detect_host, missing_features
@@ -167,7 +167,7 @@ def check(
         _show_overview(network, profiles, setting)
         return
     fit = network.fit(profiles[0], setting.precision)
-    typer.echo("\n".join((*fit.lines[:-1], network.time(profiles[0], setting), fit.lines[-1])))
+    echo("\n".join((*fit.lines[:-1], network.time(profiles[0], setting), fit.lines[-1])))
     if not fit.fits:
         raise typer.Exit(1)
 
@@ -189,7 +189,7 @@ def emulate(runtime: EmulatedRuntimes = None) -> None:
 
     found = prepare(step_lines(sys.stderr), runtimes=runtime or ["onnxruntime"])
     versions = [f"{name} {version}" for name, version in found.versions.items() if name != "qemu"]
-    typer.echo(f"ready: {found.name} with {', '.join(versions)}")
+    echo(f"ready: {found.name} with {', '.join(versions)}")
 
 
 class _Network:
@@ -287,7 +287,7 @@ def _fit_text(fit: Fit) -> str:
 def _print(name: str, as_json: bool) -> None:
     target = load_target(name)
     if as_json:
-        typer.echo(json.dumps(target.model_dump(mode="json", by_alias=True), indent=1))
+        echo(json.dumps(target.model_dump(mode="json", by_alias=True), indent=1))
         return
     vector, features = target.vector, ", ".join(target.features) or "no special instructions"
     dot = ", int8 dot products" if vector.int8_dot else ""
@@ -304,7 +304,7 @@ def _print(name: str, as_json: bool) -> None:
     for key, value in target.numbers().items():
         lines.append(f"  {key} = {value:g}  ({target.source_of(key)})")
     lines += [f"  {note}" for note in target.notes]
-    typer.echo("\n".join(lines))
+    echo("\n".join(lines))
 
 
 def _size_text(count: int) -> str:

@@ -1,8 +1,16 @@
-"""Console output: status lines and progress on standard error, results on standard output."""
+"""Console output: status lines and progress on standard error, results on standard output.
+
+`spelled_out` makes all of it safe for terminals that lack some characters, such as those of the
+locale C or Latin-1.
+"""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
+import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, RenderableType
@@ -22,6 +30,60 @@ _console = Console(stderr=True, highlight=False)
 _FILE_COLUMNS = 200
 
 
+# What a terminal without these characters shows.
+_SPELLINGS = {
+    **{
+        "±": "+-",
+        "→": "->",
+        "×": "x",
+        "µ": "u",
+        "μ": "u",
+        "·": "*",
+        "≤": "<=",
+        "≥": ">=",
+        "≈": "~",
+    },
+    **{"–": "-", "—": "-", "−": "-", "‘": "'", "’": "'", "“": '"', "”": '"'},
+}
+_ERRORS = "vitrim.spelling"
+
+
+@contextlib.contextmanager
+def spelled_out() -> Iterator[None]:
+    """Write characters that standard output or error cannot encode in ASCII, or as `?`."""
+    codecs.register_error(_ERRORS, _spelled)
+    # Other streams that a caller put in place have no encoding.
+    streams = [each for each in (sys.stdout, sys.stderr) if isinstance(each, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors=_ERRORS)
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            with contextlib.suppress(ValueError):  # A closed pipe.
+                stream.reconfigure(errors=errors)
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(map(_spelling, text)), error.end
+
+
+def _spelling(letter: str) -> str:
+    plain = _SPELLINGS.get(letter, unicodedata.normalize("NFKC", letter))
+    found = "".join(_SPELLINGS.get(each, each) for each in plain)
+    return found if found.isascii() else "?"
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print a line on standard output, or on standard error, in the encoding of that stream."""
+    # click's echo writes UTF-8 where the encoding is ASCII.
+    print(text, file=sys.stderr if err else sys.stdout, flush=True)
+
+
 def status(text: str, *, quiet: bool = False) -> None:
     """Print one status line on standard error.
 
@@ -33,15 +95,16 @@ def status(text: str, *, quiet: bool = False) -> None:
         _console.print(text, soft_wrap=True)
 
 
-def show(*parts: RenderableType) -> None:
+def show(*parts: RenderableType, markup: bool = False) -> None:
     """Print results on standard output, folded to the width of a terminal only.
 
     Args:
         parts: Text or rich tables, one below the other.
+        markup: Whether brackets are rich markup; a path may contain brackets.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=markup)
     if not console.is_terminal:
-        console = Console(highlight=False, width=_FILE_COLUMNS)
+        console = Console(highlight=False, markup=markup, width=_FILE_COLUMNS)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 

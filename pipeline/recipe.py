@@ -66,6 +66,14 @@ class Recipe(Section):
             raise ValueError("it names a folder: it must hold no slash and not be a dot")
         return name
 
+    @field_validator("model")
+    @classmethod
+    def _no_none(cls, model: ModelSection) -> ModelSection:
+        for key, value in model.overrides.items():
+            if value is None:
+                raise ValueError(f"overrides.{key}: TOML has no None; leave {key} out")
+        return model
+
     def plain(self) -> dict[str, Any]:
         """The recipe as tables for TOML: keys as in the file, absent values left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)

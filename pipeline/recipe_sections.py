@@ -95,6 +95,11 @@ class ModelSection(Section):
                 )
             if word in ("none", "null"):
                 raise ValueError(f"{key} is the text {value!r}; leave {key} out for its default")
+            if word[:1] in ("(", "[") and word[-1:] in (")", "]"):
+                listed = word.strip("()[]")
+                raise ValueError(
+                    f"{key} is the text {value!r}; write {key} = [{listed}], without quotes"
+                )
         classes = overrides.get("num_classes", 0)
         if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
             raise ValueError(
@@ -308,8 +313,7 @@ class ExportSection(Section):
     @field_validator("target")
     @classmethod
     def _existing_target(cls, name: str) -> str:
-        _require_target(name)
-        return name
+        return _existing(name)
 
     @field_validator("precisions", "runtimes")
     @classmethod
@@ -361,13 +365,14 @@ class ReportSection(Section):
     def _existing_targets(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(names)) != len(names):
             raise ValueError("a target is listed twice")
-        for name in names:
-            _require_target(name)
-        return names
+        return tuple(map(_existing, names))
 
 
-def _require_target(name: str) -> None:
+def _existing(target: str) -> str:
+    """The name or the path of a target, with `~` expanded."""
+    target = os.path.expanduser(target)
     try:
-        load_target(name)
+        load_target(target)
     except InputError as error:
         raise ValueError(str(error)) from None
+    return target
