@@ -233,9 +233,12 @@ def _qk_curve(architecture: Architecture, branch: Branch, stream: Stream, round_
     assert isinstance(core, Attention)
     assert isinstance(spec, AttentionSpec)
     order = _qk_order(architecture, branch, stream)
+    # Rope turns pairs of columns, so an odd width is not possible.
+    pair = tied_units(architecture, "qk", branch.spec.name).shape[1]
+    step = -(-round_to // pair) * pair
     # Where norms act on the columns, a narrow head is not what the truncation shows.
-    least = round_to if rotates_qk(spec) else max(round_to, spec.qk // 2)
-    widths = _multiples(spec.qk, round_to, least=least)
+    least = step if rotates_qk(spec) else max(step, spec.qk // 2)
+    widths = _multiples(spec.qk, step, least=least)
     totals = torch.zeros(len(widths), dtype=torch.float64)
     rows, seen, scale = 0, 0, stream_rows(branch)
     for x in stream.batches:
