@@ -54,11 +54,13 @@ class Schedule:
         default: The tile of shapes that are not tuned.
         threads: Into how many shares parallel loops are split.
         tuned: Tiles by shape.
+        registers: Vector registers that a tile may take.
     """
 
     default: Tile
     threads: int = 1
     tuned: Mapping[Shape, Tile] = field(default_factory=dict)
+    registers: int = 32
 
     def tile(self, shape: Shape) -> Tile:
         """The tile of a shape.
@@ -71,8 +73,8 @@ class Schedule:
         rows, default = shape.sizes[0], self.default
         if shape.kind == "attention" or rows >= default.rows:
             return default
-        most = default.rows * default.vectors
-        vectors = max(default.vectors, min(_MOST_VECTORS, most // rows))
+        most = min(default.rows * default.vectors // rows, (self.registers - 1) // (rows + 1))
+        vectors = max(default.vectors, min(_MOST_VECTORS, most))
         return replace(default, rows=rows, vectors=vectors)
 
 
@@ -84,7 +86,8 @@ def default_schedule(
     6 x 4 loads least for its multiply-adds. DeiT-T on a Zen 5 core, processor time over ONNX
     Runtime's: 6 x 4 0.81, 8 x 3 0.82, 8 x 3 with two steps 0.85.
     """
-    return Schedule(Tile(6, 4) if unit.registers >= 32 else Tile(6, 2), threads, dict(tuned or {}))
+    tile = Tile(6, 4) if unit.registers >= 32 else Tile(6, 2)
+    return Schedule(tile, threads, dict(tuned or {}), unit.registers)
 
 
 def candidates(unit: VectorUnit) -> tuple[Tile, ...]:

@@ -48,7 +48,7 @@ from vitrim.export.tvm_kernels.lanes import Lanes
 from vitrim.export.tvm_kernels.loops import pieces, share_bounds, split_evenly, thread_grid
 from vitrim.export.tvm_kernels.network import network_module
 from vitrim.export.tvm_kernels.program import lowering
-from vitrim.export.tvm_kernels.schedule import Schedule, Shape, Tile, candidates
+from vitrim.export.tvm_kernels.schedule import Schedule, Shape, Tile, candidates, default_schedule
 from vitrim.export.tvm_kernels.tuner import tune
 from vitrim.export.tvm_kernels.tuning_log import Trial, fastest_tiles, read_trials
 
@@ -379,6 +379,14 @@ def test_the_next_build_uses_a_tuning_log(tmp_path: Path) -> None:
     built = build_network(model, profile, log=log)
     assert built.notes[1] == f"tiles of {tuned.shapes} shapes from tiles.jsonl"
     assert error_of(model, built, 1) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["x86-64", "x86-64-v3", "x86-64-v4-vnni", "rpi4"])
+def test_the_default_tile_of_every_shape_fits_the_registers(name: str) -> None:
+    unit = load_target(name).vector
+    schedule = default_schedule(unit)
+    for rows in range(1, 20):
+        assert schedule.tile(Shape("dense", (rows, 64, 64))).fits(unit)
 
 
 @given(tile=st.sampled_from(candidates(runnable()[0].vector)))
