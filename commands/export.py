@@ -11,6 +11,7 @@ from rich.table import Table
 from ..core.console import echo, show
 from ..core.errors import InputError
 from ..core.storage import require_output_folder
+from ..targets.catalog import load_target
 from .export_options import (
     DataOptions,
     GraphOptions,
@@ -256,6 +257,8 @@ def _show_artifact(artifact: Artifact, request: _Request) -> None:
         )
     for note in artifact.manifest.notes:
         echo(note)
+    for warning in artifact.manifest.warnings:
+        echo(f"warning: {warning}")
     echo(f"saved: {request.out} ({artifact.bytes / 1e6:.2f} MB)")
     if request.output.bundle is not None:
         from ..export.bundle import bundle
@@ -275,6 +278,7 @@ def _export_for_all_runtimes(request: _Request) -> None:
             "--runtime all does not accept --option and --bundle, which are specific to one "
             "runtime; name the runtime"
         )
+    _require_measurable(request.variant)
     out, threads = request.out, request.graph.threads
     network, image = _network(request)
     made, absent = export_all_runtimes(
@@ -293,9 +297,23 @@ def _export_for_all_runtimes(request: _Request) -> None:
     show(_runtime_table(ranked, made, measured), f"fastest here: {fastest}")
     for name, reason in absent.items():
         echo(f"{name}: {reason}")
+    for name in ranked:
+        for warning in made[name].manifest.warnings:
+            echo(f"warning: {name}: {warning}")
     for note in made["onnxruntime"].manifest.notes:
         if note.startswith(IMAGE_SIZE):
             echo(note)
+
+
+def _require_measurable(variant: Variant) -> None:
+    from ..runtimes.cpu_features import fitting_target
+    from ..targets.detect import missing_features
+
+    if missing := missing_features(load_target(variant.target)):
+        raise InputError(
+            f"--runtime all measures on this machine, and this processor has no "
+            f"{', '.join(missing)}; use --target {fitting_target()} or host"
+        )
 
 
 def _runtime_table(

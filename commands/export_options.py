@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..core.errors import InputError
+from ..targets.catalog import load_target
 
 Model = Annotated[
     Path,
@@ -134,6 +135,7 @@ class Variant:
     image_size: ImageSize = None
 
     def __post_init__(self) -> None:
+        load_target(self.target)
         if self.batch in (None, "dynamic"):
             return
         if not (self.batch.isdecimal() and int(self.batch) > 0):

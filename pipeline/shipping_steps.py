@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
@@ -29,6 +30,7 @@ from ..compress.surgery.image_size import at_image_size
 from ..core.console import show, status, unit_count
 from ..core.storage import replace_file
 from ..export.artifact import Artifact
+from ..export.manifest import PARITY
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
 from .kept_units import kept_branches
@@ -275,10 +277,16 @@ def show_final_table(folder: RunFolder) -> None:
     table = Table(show_edge=False, pad_edge=False)
     for column in ("artifact", "params", "MACs", "top-1", "p50", "faster", "memory", "file"):
         table.add_column(column, justify="left" if column == "artifact" else "right", no_wrap=True)
-    for device in overview(load_run(folder.path)).devices:
-        for row in device.rows:
-            table.add_row(*_cells(row))
-    show(table, f"report: {folder / 'report.html'}")
+    rows = [row for device in overview(load_run(folder.path)).devices for row in device.rows]
+    for row in rows:
+        table.add_row(*_cells(row))
+    warnings = [
+        escape(f"warning: {row.label}: {line}")
+        for row in rows
+        for line in (row.measurement.warnings if row.measurement else ())
+        if line.startswith(PARITY)
+    ]
+    show(table, *warnings, f"report: {folder / 'report.html'}")
 
 
 def _cells(row: Row) -> list[str]:

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -47,17 +46,3 @@ def emulated_x86(core: str, *command: object) -> list[str]:
     if platform.machine() != "x86_64" or path is None:
         pytest.skip("no qemu-x86_64 of version 7.2 or newer: apt-get install qemu-user")
     return [path, "-cpu", core, *map(str, command)]
-
-
-def run(command: Sequence[object], **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a command, one thread in each library."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-        **options,  # type: ignore[call-overload]
-    )

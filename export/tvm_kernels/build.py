@@ -211,9 +211,7 @@ def _kernel_network(
         batch,
         precision_named(precision, unit, ranges),
     )
-    return TvmNetwork(
-        module, target, lowering(), "kernels", threads, tuple(notes), profile.name
-    )
+    return TvmNetwork(module, target, lowering(), "kernels", threads, tuple(notes), profile.name)
 
 
 def default_network(

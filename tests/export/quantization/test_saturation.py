@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,11 +120,11 @@ def test_weights_have_seven_bits_unless_the_target_has_exact_products(
     monkeypatch.setenv(CPU_FEATURES, taken_for(SATURATING)[CPU_FEATURES])
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (torch.zeros(1, 3, 16, 16),), str(path), dynamo=True)
-    for place, artifact in (
-        ("model", lambda folder, **options: export(model, folder, **options)),
-        ("graph", lambda folder, **options: export_graph(path, folder, **options)),
+    options: dict[str, Any] = {"target": target, "precision": precision, "images": IMAGES}
+    for made in (
+        export(model, tmp_path / "model", **options),
+        export_graph(path, tmp_path / "graph", **options),
     ):
-        made = artifact(tmp_path / place, target=target, precision=precision, images=IMAGES)
         largest = largest_weight(made)
         notes = " ".join(made.manifest.notes)
         stages = [stage.stage for stage in made.manifest.parity]

@@ -148,7 +148,10 @@ def test_a_missing_runtime_is_reported_in_one_line_with_what_to_install(
             {"runtime": "openvino", "precision": "int4-weights"},
             "runtime 'openvino' has fp32, bf16, int8, int8-static",
         ),
-        ({"runtime": "torch", "options": {"fast": "1"}}, "runtime torch: no option 'fast'; it has compile"),
+        (
+            {"runtime": "torch", "options": {"fast": "1"}},
+            "runtime torch: no option 'fast'; it has compile",
+        ),
         ({"runtime": "torch", "tune": True}, "tune is for onnxruntime"),
         (
             {"runtime": "abacus"},
