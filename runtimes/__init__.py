@@ -11,10 +11,12 @@ import os
 from typing import Any
 
 from .cpu_features import require_features
+from .dataset import DatasetError, open_dataset, prepare_images
 from .engine import CPU, Engine, EngineError, Json, Requirement, concrete_shape, one_line
 
 __all__ = [
     "CPU",
+    "DatasetError",
     "Engine",
     "EngineError",
     "Json",
@@ -22,7 +24,9 @@ __all__ = [
     "concrete_shape",
     "engine_names",
     "one_line",
+    "open_dataset",
     "open_engine",
+    "prepare_images",
     "requirement",
 ]
 

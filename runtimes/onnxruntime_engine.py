@@ -258,6 +258,7 @@ ENGINE = OnnxRuntimeEngine
 def runtime_reason(error: BaseException) -> str:
     """What onnxruntime reports in an error, without its code, source files and C++ signatures."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
+    text = re.sub(r"^Load model from \S+(?: failed:)? ?", "", text)
     while found := re.search(r"(?:\S*/)?\w+\.(?:cc|cpp|h|hpp):\d+ ", text):
         text = text[: found.start()] + _without_signature(text[found.end() :])
     if len(text) > 300:

@@ -114,14 +114,20 @@ def _cpu(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def _external_data(model: Path) -> list[Path]:
-    # The names that torch.onnx and onnx give to external weights.
-    names = (
-        f"{model.name}.data",
-        f"{model.name}_data",
-        f"{model.stem}.data",
-        f"{model.stem}.onnx_data",
-    )
-    return [model.parent / name for name in dict.fromkeys(names) if (model.parent / name).is_file()]
+    # Needed for bare files only, and not on devices.
+    import onnx
+
+    try:
+        graph = onnx.load(str(model), load_external_data=False).graph
+    except Exception:  # not a model: the runtime refuses it with its own reason
+        return []
+    found = {
+        model.parent / entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location" and ".." not in Path(entry.value).parts
+    }
+    return sorted(file for file in found if file.is_file() and file.is_relative_to(model.parent))
 
 
 def _digest(files: tuple[Path, ...], root: Path) -> str:

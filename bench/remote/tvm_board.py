@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...runtimes import DatasetError, open_dataset, prepare_images
 from ..local.conductor import ConductorError, conduct
-from ..local.runner import RunnerError, json_lines, open_dataset, prepare_images
+from ..local.runner import json_lines
 
 Json = dict[str, Any]
 # The functions that are called: of a model in TVM's virtual machine, and of a compiled program.
@@ -220,7 +221,7 @@ class BoardModel:
                 if time.perf_counter() - last_report_s > 1:
                     last_report_s = time.perf_counter()
                     progress({"done": last, "total": total})
-        except RunnerError as error:
+        except DatasetError as error:
             raise ConductorError(f"{self.name}: {error}") from None
         except Exception as error:
             raise self._lost(error) from None

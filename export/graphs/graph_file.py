@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnx import external_data_helper, helper, inliner
+from onnx import helper, inliner
 
 from ...core.errors import InputError
+from .external_weights import WAY_OUT, add_weights, checker_errors
 from .model_proto import STANDARD_DOMAINS, opset_of
 from .nested_nodes import RUNTIME_DOMAIN, inner_graphs, order_problem, sort_nodes, variable_node
 from .torch_graph import simplify, strip_metadata
 
-MAX_GRAPH_BYTES = 64 * 1024**3
 # Protobuf parses no message of 2 GiB; larger models keep their weights in other files.
 MAX_MESSAGE_BYTES = 2**31 - 1
-WAY_OUT = "export it again"
 _LFS = b"version https://git-lfs"
 # Weights from this size on are not passed to the checker.
 LARGE_BYTES = 1 << 20
@@ -37,17 +33,19 @@ def read_graph(path: Path) -> onnx.ModelProto:
     """
     model = _parsed(path)
     _require_graph(model, path)
-    _add_weights(model, path)
+    add_weights(model, path)
     sort_nodes(model)
     if problem := order_problem(model.graph):
         raise InputError(f"{path}: not a valid ONNX model ({problem}); {WAY_OUT}")
     # Earlier versions want all initializers among the inputs, where no runtime folds them.
     model.ir_version = max(model.ir_version, LEAST_IR)
+    model.graph.name = model.graph.name or path.stem
     if RUNTIME_DOMAIN not in {entry.domain for entry in model.opset_import}:
         # The runtime knows its own operators without an import; the checker does not.
         model.opset_import.append(helper.make_opsetid(RUNTIME_DOMAIN, 1))
-    with _checker_errors(path):
+    with checker_errors(path):
         onnx.checker.check_model(_outline(model))
+    _infer_output_shapes(model)
     _require_stable(model, path)
     model = _inlined(model, path)
     _require_stable(model, path)
@@ -65,7 +63,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
             f"{path}: {size} bytes are more than protobuf reads ({MAX_MESSAGE_BYTES}); "
             "save its weights as external data, in a file beside it"
         )
-    with _checker_errors(path):
+    with checker_errors(path):
         content = path.read_bytes()
         if content.startswith(_LFS):
             raise InputError(f"{path}: a Git LFS pointer and not the model; run `git lfs pull`")
@@ -83,72 +81,7 @@ def _require_graph(model: onnx.ModelProto, path: Path) -> None:
         raise InputError(f"{path}: not a valid ONNX model ({reason}); {WAY_OUT}")
 
 
-@contextlib.contextmanager
-def _checker_errors(path: Path) -> Iterator[None]:
-    """Turn what protobuf, the checker and the file system raise into InputError."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # types without a common base
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: not a valid ONNX model ({reason}); {WAY_OUT}") from None
-
-
-# ---- weights in other files ----------------------------------------------------------------------
-
-
-def external_files(path: Path, model: onnx.ModelProto) -> list[Path]:
-    """Return the files with a model's external weights, each once.
-
-    Raises:
-        InputError: One is missing, or is not a plain file in the model's own folder.
-    """
-    root = path.resolve().parent
-    found: dict[Path, None] = {}
-    for tensor in _tensors(model.graph):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        file = root / location
-        subject = f"{path}: not a valid ONNX model (weights {tensor.name!r} are in {location!r}, "
-        # The checks of the onnx package depend on its version.
-        if not location or os.path.isabs(location) or not _is_inside(file, root):
-            raise InputError(f"{subject}outside of its folder); save them beside it")
-        if not file.is_file():
-            raise InputError(f"{subject}a file that is missing); copy it into the model's folder")
-        _require_range(file, entries, subject)
-        found[file] = None
-    return list(found)
-
-
-def _is_inside(file: Path, root: Path) -> bool:
-    """Return whether a path stays in a folder, links followed."""
-    return ".." not in file.parts and file.resolve().is_relative_to(root)
-
-
-def _require_range(file: Path, entries: dict[str, str], subject: str) -> None:
-    size = file.stat().st_size
-    try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
-    except ValueError:
-        raise InputError(f"{subject}at a place that is no number); {WAY_OUT}") from None
-    if offset < 0 or length < 0 or offset + length > size:
-        raise InputError(
-            f"{subject}which has {size} bytes and not {offset + length}); copy the whole file again"
-        )
-
-
-def _add_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Load the external weights into the model."""
-    files = external_files(path, model)
-    size = sum(file.stat().st_size for file in files)
-    if size > MAX_GRAPH_BYTES:
-        raise InputError(f"{path}: {size} bytes are more than a model may have ({MAX_GRAPH_BYTES})")
-    if files:
-        with _checker_errors(path):
-            onnx.load_external_data_for_model(model, str(path.resolve().parent))
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def _outline(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -160,7 +93,7 @@ def _outline(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.opset_import.extend(model.opset_import)
     copy.functions.extend(model.functions)
     graph = model.graph
-    copy.graph.name = graph.name or "graph"
+    copy.graph.name = graph.name
     copy.graph.node.extend(graph.node)
     copy.graph.input.extend(graph.input)
     copy.graph.output.extend(graph.output)
@@ -180,16 +113,16 @@ def _outline(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Yield all tensors of a graph, those of nodes and of inner graphs among them."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for entry in node.attribute:
-            yield from (*([entry.t] if entry.HasField("t") else []), *entry.tensors)
-        for inner in inner_graphs(node):
-            yield from _tensors(inner)
+def _infer_output_shapes(model: onnx.ModelProto) -> None:
+    """State the shapes of outputs that have none, where they can be inferred."""
+    if all(value.type.tensor_type.HasField("shape") for value in model.graph.output):
+        return
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model)
+    except Exception:  # inference is a hint; it reads one message and raises types without a base
+        return
+    for value, found in zip(model.graph.output, inferred.graph.output, strict=True):
+        value.type.CopyFrom(found.type)
 
 
 # ---- nodes ---------------------------------------------------------------------------------------
@@ -229,8 +162,8 @@ def _without_inner_graphs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto
         if inner_graphs(node):
             name = node.name or node.output[0]
             raise InputError(
-                f"{path}: node {name!r} ({node.op_type}) holds inner graphs that depend on the "
-                "input; export the model for inference alone"
+                f"{path}: node {name!r} ({node.op_type}) holds inner graphs that are no constant "
+                "choice; export the model for inference alone"
             )
     return simpler
 

@@ -115,9 +115,9 @@ class GraphReference:
                 continue
             requested = "a dynamic batch" if self.batch == "dynamic" else f"batch {self.batch}"
             raise InputError(
-                f"{self.path}: declares a free batch, but its inside is made for batches of {size}, so "
-                f"{requested} does not run; export with batch {size} (--batch {size}), or export "
-                "the graph again with a batch that is free in every node"
+                f"{self.path}: declares a free batch, but its inside is made for batches of "
+                f"{size}, so {requested} does not run; export with batch {size} (--batch {size}), "
+                "or export the graph again with a batch that is free in every node"
             )
 
     def _require_equal_runs(self, session: Any, images: Array, logits: Array) -> None:

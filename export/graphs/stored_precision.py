@@ -32,6 +32,7 @@ _FLOATS: dict[int, Precision] = {
 _ALL_FLOATS = frozenset(
     kind for name, kind in TensorProto.DataType.items() if "FLOAT" in name or name == "DOUBLE"
 )
+_WIDE = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE})
 _DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
 _INTEGER_PRODUCTS = frozenset(
     {"MatMulInteger", "MatMulInteger16", "ConvInteger", "MatMulIntegerToFloat", "QAttention"}
@@ -96,8 +97,9 @@ class _Evidence:
         constants = {
             name: placed.constants[name] for name in node.input if name in placed.constants
         }
+        to = _attribute(node, "to", 0) if kind == "Cast" else 0
         for name, tensor in constants.items():
-            self._count_float(name, tensor)
+            self._count_float(name, tensor, to)
         if kind in _DYNAMIC:
             self.dynamic = self.dynamic or str(placed)
         elif kind == "QuantizeLinear":
@@ -116,12 +118,14 @@ class _Evidence:
             self.static = self.static or str(placed)
         self._follow_integers(placed, constants)
 
-    def _count_float(self, name: str, tensor: onnx.TensorProto) -> None:
+    def _count_float(self, name: str, tensor: onnx.TensorProto, to: int) -> None:
+        """Count a constant in the type that it is in, or in the narrower one that it is cast to."""
         size = int(np.prod(tensor.dims))
         if tensor.data_type not in _ALL_FLOATS or size < _LEAST_ELEMENTS or name in self.counted:
             return
         self.counted.add(name)
-        self.elements[tensor.data_type] = self.elements.get(tensor.data_type, 0) + size
+        kind = to if tensor.data_type in _WIDE and to in _FLOATS else tensor.data_type
+        self.elements[kind] = self.elements.get(kind, 0) + size
 
     def _count_integers(self, name: str, tensor: onnx.TensorProto, bits: int) -> None:
         size = int(np.prod(tensor.dims))

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from bench_samples import chain, images_with_labels
+from onnx_graphs import classifier
+from vitrim.bench.local.artifact_facts import artifact_facts
 from vitrim.bench.local.measure import measure
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact, entry_for
@@ -67,3 +70,22 @@ def test_a_changed_artifact_is_refused(tmp_path: Path) -> None:
         stream.write(b"x")
     with pytest.raises(InputError, match="copy the whole folder again"):
         measure(tmp_path / "a")
+
+
+def test_a_bare_file_is_measured_with_its_external_weights_whatever_their_name(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "Model.ONNX"
+    onnx.save(
+        classifier(),
+        str(path),
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    facts = artifact_facts(path)
+    assert facts.files == (path, tmp_path / "weights.bin")
+    assert facts.file_bytes > 768 * 4 * 4
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(InputError, match=r"Model.ONNX: onnxruntime .* cannot load it: External"):
+        measure(path, time_limit_s=0.2, quiet=True)

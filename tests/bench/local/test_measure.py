@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from bench_samples import chain, images_with_labels, measurement
 from vitrim.bench.local import conductor
@@ -186,13 +187,17 @@ def test_a_turn_holds_enough_calls(p50_s: float, count: int) -> None:
 
 
 def test_external_weights_are_part_of_the_size_and_the_digest(tmp_path: Path) -> None:
-    model = chain(tmp_path / "m.onnx")
-    without_weights = artifact_facts(model)
-    (tmp_path / "m.onnx.data").write_bytes(b"weights")
-    with_weights = artifact_facts(model)
-    assert with_weights.file_bytes == without_weights.file_bytes + 7
-    assert with_weights.sha256 != without_weights.sha256
-    assert [file.name for file in with_weights.files] == ["m.onnx", "m.onnx.data"]
+    inside = artifact_facts(chain(tmp_path / "m.onnx"))
+    graph = onnx.load(str(inside.model))
+    outside = tmp_path / "outside.onnx"
+    onnx.save(graph, str(outside), save_as_external_data=True, location="outside.onnx.data")
+    facts = artifact_facts(outside)
+    assert [file.name for file in facts.files] == ["outside.onnx", "outside.onnx.data"]
+    assert facts.file_bytes > 0.9 * inside.file_bytes
+    weights = bytearray((tmp_path / "outside.onnx.data").read_bytes())
+    weights[0] ^= 1
+    (tmp_path / "outside.onnx.data").write_bytes(weights)
+    assert artifact_facts(outside).sha256 != facts.sha256
 
 
 def all_warnings(**changes: object) -> str:

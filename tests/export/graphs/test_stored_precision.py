@@ -101,11 +101,12 @@ def test_files_of_the_runtimes_quantizer_are_recognised(
         (stored("DequantizeLinear", tensor("q", 768, 4, dtype=np.int16)), None),
         (stored("Cast", tensor("q", 768, 4, dtype=np.int8), to=1), "int8-weights"),
         (stored("Cast", tensor("q", 768, 4, dtype=np.float16), to=1), "fp16"),
+        (stored("Cast", tensor("q", 768, 4), to=TensorProto.FLOAT16), "fp16"),
         (stored("Cast", tensor("q", 768, 4, dtype=ml_dtypes.bfloat16), to=1), "bf16"),
         (stored("Cast", tensor("q", 768, 4, dtype=ml_dtypes.float8_e4m3fn), to=1), None),
-        (stored("Cast", tensor("q", 768, 4, dtype=np.float64), to=1), None),
+        (stored("Cast", tensor("q", 768, 4, dtype=np.float64), to=1), "fp32"),
     ],
-    ids=["eight", "four", "sixteen", "cast", "half", "brain", "float8", "double"],
+    ids=["eight", "four", "sixteen", "cast", "half", "autocast", "brain", "float8", "double"],
 )
 def test_weights_that_are_only_stored_small_are_recognised(
     model: onnx.ModelProto, precision: str | None
