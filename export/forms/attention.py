@@ -33,7 +33,9 @@ def attention(
         The heads' outputs, one row (heads * v) for each query, and the output projection that is
         still to be applied.
     """
-    spec, state = ungroup(spec, state)
+    # pnnx does not convert the Gather that copies keys to the heads of unequal groups.
+    copied = graph.operators == "pnnx" and spec.kv_of is not None and _group_size(spec) is None
+    spec, state = ungroup(spec, state, always=copied)
     weights = fold(spec, state)
     writer = AttentionWriter(graph, form, spec, weights, rows, name)
     if form.last_keys and rows.query_count is not None and _bilinear(writer):
@@ -191,12 +193,12 @@ def _without_keys(writer: AttentionWriter) -> str:
     q = writer.reshape(q, [-1, spec.heads, spec.qk], "q.split")
     q = writer.head_norm(weights.q_norm, q, "q_norm")
     q = writer.transpose_heads(q, "q.heads")
-    key_weight = graph.constant(f"{writer.name}.k.weight", np.ascontiguousarray(keys))
-    queries = writer.node("MatMul", [q, key_weight], "q.folded")
+    keys = np.ascontiguousarray(keys)
+    queries = graph.product(q, keys, f"{writer.name}.k.weight", f"{writer.name}.q.folded")
     bias = writer.relative_bias()
     output = _attend_to_rows(writer, queries, keys.shape[2], bias)
-    value_weight = graph.constant(f"{writer.name}.v.weight", np.ascontiguousarray(values))
-    output = writer.node("MatMul", [output, value_weight], "mix")
+    values = np.ascontiguousarray(values)
+    output = graph.product(output, values, f"{writer.name}.v.weight", f"{writer.name}.mix")
     if weights.v.bias is not None:
         shift = weights.v.bias.reshape(spec.kv_heads, 1, spec.v)[kv_of]
         constant = graph.constant(f"{writer.name}.v.bias", shift)

@@ -192,6 +192,8 @@ class AttentionWriter:
             index = index[: rows.query_count]
         elif rows.padding:
             index = np.pad(index, ((0, rows.padding), (0, 0)))
+        if self.graph.operators == "pnnx":
+            return self.graph.constant(f"{self.name}.bias", np.ascontiguousarray(table[:, index]))
         positions = self.graph.constant("bias.offsets", index.astype(np.int64), shared=True)
         inputs = [self.graph.constant(f"{self.name}.bias.table", table), positions]
         return self.node("Gather", inputs, "bias", axis=1)

@@ -16,7 +16,7 @@ from ...compress.network.architecture import AttentionSpec, PoolSpec
 from .attention_weights import to_float32
 from .ffn import ffn
 from .form import Form
-from .graph import Graph, State, entries_below
+from .graph import Array, Graph, State, entries_below
 from .rows import Linear, Norm, linear, norm
 
 
@@ -51,8 +51,7 @@ def attention_pool(graph: Graph, form: Form, spec: PoolSpec, state: State, x: st
     values = wide["v.weight"].reshape(heads, v, width_in).transpose(0, 2, 1)
     lead = [] if matrix else [0]
     pooled = graph.reshape(pooled, [*lead, heads, 1, width_in], "pool.split")
-    value_weight = graph.constant("pool.v.weight", to_float32(values))
-    row = graph.node("MatMul", [pooled, value_weight], "pool.values")
+    row = graph.product(pooled, to_float32(values), "pool.v.weight", "pool.values")
     row = graph.reshape(row, [1 if matrix else 0, heads * v], "pool.row")
     y = linear(graph, plain, row, _output_projection(wide), "pool.out")
     if spec.ffn is None:
@@ -81,8 +80,7 @@ def _scores(graph: Graph, form: Form, spec: AttentionSpec, wide: State, x: str) 
     keys = wide["k.weight"]
     if spec.k_norm is None:
         folded = np.einsum("hc,hci->ih", query, keys.reshape(heads, qk, -1))
-        key_weight = graph.constant("pool.k.weight", to_float32(folded))
-        return graph.node("MatMul", [x, key_weight], "pool.scores")
+        return graph.product(x, to_float32(folded), "pool.k.weight", "pool.scores")
     bias = wide.get("k.bias")
     layer = Linear(to_float32(keys.T), None if bias is None else to_float32(bias))
     k = linear(graph, form, x, layer, "pool.k")
@@ -91,5 +89,19 @@ def _scores(graph: Graph, form: Form, spec: AttentionSpec, wide: State, x: str) 
     k = norm(graph, k, Norm(spec.k_norm), "pool.k_norm")
     weight = wide.get("k_norm.weight")
     query = to_float32(query if weight is None else query * weight)
+    if graph.operators == "pnnx":
+        return _scores_for_pnnx(graph, spec, query, k, matrix=not lead)
     product = graph.node("Mul", [k, graph.constant("pool.query", query)], "pool.k.product")
     return graph.node("ReduceSum", [product, graph.sizes([-1])], "pool.scores", keepdims=0)
+
+
+def _scores_for_pnnx(
+    graph: Graph, spec: AttentionSpec, query: Array, k: str, *, matrix: bool
+) -> str:
+    """The same from keys (…, tokens, heads, qk), as one product for each head."""
+    heads_first = [1, 0, 2] if matrix else [0, 2, 1, 3]
+    keys = graph.node("Transpose", [k], "pool.k.heads", perm=heads_first)
+    column = query.reshape(spec.heads, spec.qk, 1)
+    scores = graph.product(keys, column, "pool.query", "pool.scores.column")
+    scores = graph.reshape(scores, [*([] if matrix else [0]), spec.heads, -1], "pool.scores.rows")
+    return graph.node("Transpose", [scores], "pool.scores", perm=[1, 0] if matrix else [0, 2, 1])

@@ -91,12 +91,15 @@ def fold(spec: AttentionSpec, state: State) -> AttentionWeights:
     )
 
 
-def ungroup(spec: AttentionSpec, state: State) -> tuple[AttentionSpec, State]:
-    """Copy shared keys and values for each head where rope has a table for each head.
+def ungroup(
+    spec: AttentionSpec, state: State, *, always: bool = False
+) -> tuple[AttentionSpec, State]:
+    """Copy shared keys and values for each head where rope has a table for each head, or `always`.
 
     Heads that rotate their keys differently cannot share them; other attentions stay unchanged.
     """
-    if spec.kv_of is None or spec.rope is None or not spec.rope.per_head:
+    per_head = always or (spec.rope is not None and spec.rope.per_head)
+    if spec.kv_of is None or not per_head:
         return spec, state
     copied, kv_of = dict(state), list(spec.kv_of)
     for part, width in (("k", spec.qk), ("v", spec.v)):

@@ -37,6 +37,8 @@ class Form:
         qdq: Static eight bits are written as QuantizeLinear and DequantizeLinear pairs around
             float products, for execution providers that do not use ONNX Runtime's own eight-bit
             products. No effect on other precisions.
+        operators: All of the standard's operators, or those that pnnx converts to ncnn: it has no
+            Gather of channels, no reduction over tokens, and no norm without a bias.
     """
 
     rows: Literal["matrix", "batch"] = "matrix"
@@ -50,6 +52,7 @@ class Form:
     stream: Literal["cheaper", "dense", "index"] = "cheaper"
     tile: int = 1
     qdq: bool = False
+    operators: Literal["standard", "pnnx"] = "standard"
 
     @property
     def name(self) -> str:
@@ -60,12 +63,13 @@ class Form:
         parts += ["last-keys"] if self.last_keys else []
         parts += [f"{self.stream}-stream"] if self.stream != "cheaper" else []
         parts += [f"tile-{self.tile}"] if self.tile > 1 else []
+        parts += [self.operators] if self.operators != "standard" else []
         return "/".join([*parts, "qdq"] if self.qdq else parts)
 
     @property
     def opset(self) -> int:
         """The lowest opset of the standard that has its operators."""
-        return 23 if self.attention == "opset23" else 20
+        return 23 if self.attention == "opset23" or self.operators == "pnnx" else 20
 
     @property
     def runtime_operators(self) -> bool:
@@ -134,6 +138,7 @@ def form_named(name: str) -> Form:
         stream=match["stream"] or "cheaper",  # type: ignore[arg-type]
         tile=int(match["tile"] or 1),
         qdq=bool(match["qdq"]),
+        operators="pnnx" if match["pnnx"] else "standard",
     )
 
 
@@ -141,5 +146,5 @@ _NAME = re.compile(
     "(?P<rows>matrix|batch)/(?P<attention>split|fused-qkv|runtime|opset23)"
     "/(?P<residual>add|skip-norm)/(?P<norm>layer|centred-rms)/(?P<activation>gelu|bias-gelu)"
     "/(?P<stem>conv|matrix|int8)-stem(?P<queries>/last-queries)?(?P<keys>/last-keys)?"
-    "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?(?P<qdq>/qdq)?"
+    "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?(?P<pnnx>/pnnx)?(?P<qdq>/qdq)?"
 )

@@ -33,6 +33,8 @@ class Graph:
         # quantizers need it), or in eight bits.
         self.linears: Literal["gemm", "product", "int8"] = "gemm"
         self.weight_bits = 8
+        # Which of the standard's operators are written; see `Form.operators`.
+        self.operators: Literal["standard", "pnnx"] = "standard"
         # Whether RMSNorm may be written as ONNX Runtime's operator.
         self.runtime_norm = False
 
@@ -135,6 +137,23 @@ class Graph:
     def reshape(self, x: str, shape: Sequence[int], name: str) -> str:
         """Add a Reshape to a constant shape (0 copies a dimension, -1 infers one)."""
         return self.node("Reshape", [x, self.sizes(shape)], name)
+
+    def product(self, x: str, weight: Array, weight_name: str, name: str) -> str:
+        """Add a MatMul with a constant.
+
+        Args:
+            x: Values (…, rows, in).
+            weight: The constant (…, in, out).
+            weight_name: Name of the constant.
+            name: Name of the node.
+
+        Returns:
+            Values (…, rows, out).
+        """
+        # pnnx takes a constant of one element for a number, of which there is no matrix product.
+        single = self.operators == "pnnx" and weight.size == 1
+        operator = "Mul" if single else "MatMul"
+        return self.node(operator, [x, self.constant(weight_name, weight)], name)
 
     def drop_outputs(self, unused: Sequence[int]) -> None:
         """Mark outputs of the last node as unused."""

@@ -66,7 +66,7 @@ class _HeadWriter:
             return stream.read_normed(Norm.of(spec, self.state, "norm"), "norm")
         x = stream.read("head.stream")
         if reads is not None:
-            x = gather_channels(self.graph, x, reads, "head.reads")
+            x = gather_channels(self.graph, x, reads, self.architecture.embed, "head.reads")
         return x if spec is None else norm(self.graph, x, Norm.of(spec, self.state, "norm"), "norm")
 
     def logits(self, x: str) -> str:
@@ -179,8 +179,22 @@ class _HeadWriter:
 
     def _reduced(self, operator: str, rows: str, name: str) -> str:
         """Reduce over tokens: (tokens, width) -> (1, width), or (batch, width)."""
+        if self.graph.operators == "pnnx":
+            return self._pooled_globally(operator, rows, name)
         axes = self.graph.sizes([0 if self.matrix else 1])
         return self.graph.node(operator, [rows, axes], name, keepdims=1 if self.matrix else 0)
+
+    def _pooled_globally(self, operator: str, rows: str, name: str) -> str:
+        """The same as a global pooling of channels, which pnnx converts."""
+        kind = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}[operator]
+        perm = [1, 0] if self.matrix else [0, 2, 1]
+        channels = self.graph.node("Transpose", [rows], f"{name}.channels", perm=perm)
+        if self.matrix:
+            channels = self.graph.node(
+                "Unsqueeze", [channels, self.graph.sizes([0])], f"{name}.one"
+            )
+        pooled = self.graph.node(kind, [channels], name)
+        return self.graph.node("Flatten", [pooled], f"{name}.row", axis=1)
 
 
 def _refined(graph: Graph, form: Form, spec: RefineSpec, x: str, count: int | None) -> str:
@@ -214,4 +228,6 @@ def _refined(graph: Graph, form: Form, spec: RefineSpec, x: str, count: int | No
     output = graph.node("MatMul", [probabilities, rows], "refine.mix")
     output = graph.node("Transpose", [output], "refine.tokens", perm=heads_first)
     output = graph.reshape(output, [*lead, -1, heads * width], "refine.rows")
-    return output if equal else gather_channels(graph, output, channels, "refine.kept")
+    if equal:
+        return output
+    return gather_channels(graph, output, channels, heads * width, "refine.kept")

@@ -71,7 +71,7 @@ def write_network(
         name: tensor.detach().cpu().float().numpy() for name, tensor in model.state_dict().items()
     }
     graph = Graph()
-    graph.linears, graph.weight_bits = linears, weight_bits
+    graph.linears, graph.weight_bits, graph.operators = linears, weight_bits, form.operators
     if form.norm == "centred-rms" and centring.applicable(architecture):
         architecture, state = centring.centre(architecture, state)
         graph.runtime_norm = True
@@ -179,7 +179,7 @@ class _StepWriter:
             return stream.read_normed(layer, name)
         x = stream.read(f"{branch.name}.stream")
         if branch.reads is not None:
-            x = gather_channels(self.graph, x, branch.reads, f"{branch.name}.reads")
+            x = gather_channels(self.graph, x, branch.reads, self.embed, f"{branch.name}.reads")
         return x if layer is None else norm(self.graph, x, layer, name)
 
     def _write_constant(

@@ -58,12 +58,14 @@ def linear(graph: Graph, form: Form, x: str, layer: Linear, name: str) -> str:
     """
     if graph.linears == "int8" and name != "stem":
         return int8_linear(graph, x, layer, name)
-    weight = graph.constant(f"{name}.weight", layer.weight)
-    bias = None if layer.bias is None else graph.constant(f"{name}.bias", layer.bias)
-    if form.rows == "matrix" and bias is not None and graph.linears != "product":
-        return graph.node("Gemm", [x, weight, bias], name)
-    product = graph.node("MatMul", [x, weight], name)
-    return product if bias is None else graph.node("Add", [product, bias], f"{name}.add")
+    weight, label = layer.weight, f"{name}.weight"
+    if layer.bias is None:
+        return graph.product(x, weight, label, name)
+    if form.rows == "matrix" and graph.linears != "product":
+        inputs = [x, graph.constant(label, weight), graph.constant(f"{name}.bias", layer.bias)]
+        return graph.node("Gemm", inputs, name)
+    product = graph.product(x, weight, label, name)
+    return graph.node("Add", [product, graph.constant(f"{name}.bias", layer.bias)], f"{name}.add")
 
 
 def int8_linear(graph: Graph, x: str, layer: Linear, name: str) -> str:
@@ -112,6 +114,8 @@ def norm(graph: Graph, x: str, layer: Norm, name: str) -> str:
         inputs = [x, graph.constant(f"{name}.weight", weight)]
         y = graph.node("SimplifiedLayerNormalization", inputs, name, axis=-1, epsilon=spec.eps)
         return scale_and_shift(graph, y, None, bias, name)
+    if graph.operators == "pnnx":
+        return _norm_for_pnnx(graph, x, layer, name)
     if spec.kind == "layer":
         scale = np.ones(spec.width, np.float32) if weight is None else weight
         inputs = [x, graph.constant(f"{name}.weight", scale)]
@@ -124,6 +128,37 @@ def norm(graph: Graph, x: str, layer: Norm, name: str) -> str:
     shifted = graph.node("Add", [mean, graph.scalar(f"{name}.eps", spec.eps)], f"{name}.shifted")
     y = graph.node("Div", [x, graph.node("Sqrt", [shifted], f"{name}.root")], f"{name}.unit")
     return scale_and_shift(graph, y, weight, bias, name)
+
+
+def _norm_for_pnnx(graph: Graph, x: str, layer: Norm, name: str) -> str:
+    """Write a norm as one operator with all of its inputs; pnnx does not convert others."""
+    spec, weight, bias = layer.spec, layer.weight, layer.bias
+    if spec.width == 1:
+        return _norm_of_one_channel(graph, x, layer, name)
+    ones, zeros = np.ones(spec.width, np.float32), np.zeros(spec.width, np.float32)
+    if spec.kind == "layer":
+        scale = graph.constant(f"{name}.weight", ones if weight is None else weight)
+        shift = graph.constant(f"{name}.bias", zeros if bias is None else bias)
+        inputs = [x, scale, shift]
+        return graph.node("LayerNormalization", inputs, name, axis=-1, epsilon=spec.eps)
+    per_row = weight is not None and weight.ndim > 1
+    scale = graph.constant(f"{name}.weight", ones if weight is None or per_row else weight)
+    y = graph.node("RMSNormalization", [x, scale], name, axis=-1, epsilon=spec.eps)
+    return scale_and_shift(graph, y, weight if per_row else None, bias, name)
+
+
+def _norm_of_one_channel(graph: Graph, x: str, layer: Norm, name: str) -> str:
+    """Write a norm over one channel, which is its own mean, without weights of one element."""
+    if layer.spec.kind == "layer":
+        y = graph.node("Mul", [x, graph.scalar(f"{name}.zero", 0.0)], f"{name}.centred")
+    else:
+        square = graph.node("Mul", [x, x], f"{name}.square")
+        eps = graph.scalar(f"{name}.eps", layer.spec.eps)
+        root = graph.node(
+            "Sqrt", [graph.node("Add", [square, eps], f"{name}.shifted")], f"{name}.root"
+        )
+        y = graph.node("Div", [x, root], f"{name}.unit")
+    return scale_and_shift(graph, y, layer.weight, layer.bias, name)
 
 
 def scale_and_shift(
@@ -183,25 +218,29 @@ def first_tokens(graph: Graph, form: Form, x: str, count: int, name: str) -> str
     return slice_tokens(graph, form, x, 0, count, name)
 
 
-def gather_channels(graph: Graph, x: str, indices: Sequence[int], name: str) -> str:
+def gather_channels(graph: Graph, x: str, indices: Sequence[int], width: int, name: str) -> str:
     """Write x[..., indices].
 
     Args:
         graph: Gets the node.
         x: Rows (…, width).
         indices: Channels to select, in order.
+        width: Number of channels of x.
         name: Name of the node.
 
     Returns:
         Rows (…, len(indices)).
     """
+    if graph.operators == "pnnx":
+        selection = np.eye(width, dtype=np.float32)[:, list(indices)]
+        return graph.product(x, selection, f"{name}.selection", name)
     return graph.node("Gather", [x, graph.sizes(indices)], name, axis=-1)
 
 
 def scatter_channels(graph: Graph, y: str, channels: Sequence[int], width: int, name: str) -> str:
-    """Spread rows over a wider one with zeros elsewhere, as one Gather.
+    """Spread rows over a wider one with zeros elsewhere, as one Gather or product.
 
-    A column of zeros is appended, and every channel that is not written reads it.
+    For the Gather a column of zeros is appended, and every channel that is not written reads it.
 
     Args:
         graph: Gets the nodes.
@@ -213,6 +252,9 @@ def scatter_channels(graph: Graph, y: str, channels: Sequence[int], width: int, 
     Returns:
         Rows (…, width).
     """
+    if graph.operators == "pnnx":
+        selection = np.eye(width, dtype=np.float32)[list(channels)]
+        return graph.product(y, selection, f"{name}.selection", name)
     index = np.full(width, len(channels), np.int64)
     index[list(channels)] = np.arange(len(channels))
     padded = graph.node("Pad", [y, graph.sizes([0, 1]), "", graph.sizes([-1])], f"{name}.padded")

@@ -37,6 +37,12 @@ TINY: dict[str, Any] = {
 }
 
 
+# What pnnx converts to ncnn.
+NCNN = Form(rows="batch", norm="layer", stream="dense", operators="pnnx")
+# Operators that pnnx converts wrongly, or to layers that ncnn does not have.
+UNCONVERTED = {"Gather", "Pad", "ReduceMean", "ReduceMax", "ReduceSum", "ScatterElements"}
+
+
 def vit(seed: int = 0, model: str = "vit_tiny_patch16_224", **overrides: Any) -> nn.Module:
     """A tiny timm model with every parameter random, so that no bias is zero and no scale is
     one.
@@ -108,7 +114,7 @@ def test_matrix_rows_refuse_batches() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("form", [FORMS[0], FORMS[5], FORMS[6]], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[5], FORMS[6], NCNN], ids=lambda form: form.name)
 def test_forms_match_each_kind_of_model(overrides: dict[str, Any], form: Form) -> None:
     model = lifted(**overrides)
     assert error_of(model, write_network(model, form)) < 5e-5
@@ -124,7 +130,7 @@ def test_forms_match_each_kind_of_model(overrides: dict[str, Any], form: Form) -
         }
     ),
     sharing=st.sampled_from(["residual", "full", "unshared"]),
-    form=st.sampled_from(FORMS),
+    form=st.sampled_from([*FORMS, NCNN]),
 )
 def test_every_form_matches_a_pruned_network(
     seed: int, ratios: dict[str, float], sharing: str, form: Form
@@ -157,7 +163,7 @@ def test_the_chosen_form_has_fewer_nodes_than_a_plain_one() -> None:
 
 
 def test_form_names_round_trip() -> None:
-    for form in (*FORMS, *STREAM_FORMS, Form(last_queries=False, last_keys=False)):
+    for form in (*FORMS, *STREAM_FORMS, NCNN, Form(last_queries=False, last_keys=False)):
         assert form_named(form.name) == form
     with pytest.raises(InputError, match="form 'fastest' is unknown; use one of plain, matrix/"):
         form_named("fastest")
@@ -200,6 +206,30 @@ def test_every_form_covers_every_architecture(
     model = network(architecture, seed)
     assume(well_conditioned(model))
     assert error_of(model, write_network(model, form)) < 2e-4
+
+
+@settings(max_examples=40, deadline=None)
+@given(architecture=architectures(), rows=st.sampled_from(["matrix", "batch"]))
+def test_the_form_for_pnnx_covers_every_architecture_without_operators_that_it_lacks(
+    architecture: Architecture, rows: Any
+) -> None:
+    model = network(architecture, 0)
+    assume(well_conditioned(model))
+    graph = write_network(model, replace(NCNN, rows=rows))
+    assert error_of(model, graph) < 2e-4
+    assert not {node.op_type for node in graph.graph.node} & UNCONVERTED
+    norms = [node for node in graph.graph.node if node.op_type == "LayerNormalization"]
+    assert all(len(node.input) == 3 for node in norms)
+
+
+def test_unequal_groups_of_heads_are_copied_for_pnnx() -> None:
+    core = AttentionSpec(heads=3, qk=4, v=5, scale=0.5, kv_of=(1, 0, 1))
+    architecture = lifted().architecture
+    branch = architecture.branches[0].model_copy(update={"core": core})
+    model = network(architecture.model_copy(update={"steps": ((branch,),)})).float()
+    graph = write_network(model, NCNN)
+    assert error_of(model, graph) < 2e-5
+    assert not {node.op_type for node in graph.graph.node} & UNCONVERTED
 
 
 @settings(max_examples=12, deadline=None)
