@@ -12,7 +12,10 @@ inline bool ready = false, chosen = false;
 // Why this processor cannot run the kernels, or null.
 inline const char *refusal() {
     static char text[256];
-    static const bool refused = refuses_processor(kTarget, kNeeds, "", text, sizeof text);
+    // Not a static of a computed value: its guard needs the C++ library, which a network does without.
+    static bool known = false, refused = false;
+    if (!known) refused = refuses_processor(kTarget, kNeeds, "", text, sizeof text);
+    known = true;
     return refused ? text : nullptr;
 }
 
