@@ -1,5 +1,6 @@
 # make demo   install, then trim the embedded Vision Transformer and show the report
 # make test   install with the test tools, then run every test, in up to four processes
+# make test-x86-64-v3   the tests of exports and kernels again, as on a processor with AVX2 alone
 # make lint   ruff and mypy
 # make docs   build the documentation as a static site in build/site
 # make docs-reference   write the generated pages of docs/ again
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt
 MYPY := ../bin/mypy --config-file ../../pyproject.toml
 
-.PHONY: demo test lint docs docs-reference clean
+.PHONY: demo test test-x86-64-v3 lint docs docs-reference clean
 
 demo: .venv/installed
 	$(BIN)/vitrim run --overwrite
@@ -19,6 +20,14 @@ test: .venv/installed-test
 	@# compete for the cores.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
 		--numprocesses logical --maxprocesses 4 --dist loadfile
+
+# Exports choose weights and code by these instruction sets, and torch its kernels by its variable.
+test-x86-64-v3: .venv/installed-test
+	VITRIM_CPU_FEATURES="$$($(BIN)/python -c 'from vitrim.targets.catalog import load_target; print(*load_target("x86-64-v3").features)')" \
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+	  tests/export/quantization tests/export/runtimes tests/export/tvm_kernels \
+	  tests/export/test_export_exporter.py tests/export/test_parity.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
