@@ -151,7 +151,7 @@ def _run_chain(options: RunOptions, until: Step, *, no_distill: bool = False) ->
 
     run_chain(
         recipe,
-        options.out if options.out is not None else Path("runs") / recipe.name,
+        options.out if options.out is not None else Path("runs", os.fsdecode(recipe.name.encode())),
         until=until,
         resume=options.resume,
         overwrite=options.overwrite,

@@ -42,7 +42,8 @@ def replace_file(path: Path | str, content: bytes | str, kind: FileKind | None =
         InputError: The disk is full, the file cannot be written, or it is of another kind.
     """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    # Names of files are surrogates where the file system's encoding is ASCII.
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     require_output_file(path, kind, overwrite=True)
     with disk_errors(path), staged_file(path.resolve()) as descriptor:
         with os.fdopen(os.dup(descriptor), "wb") as stream:

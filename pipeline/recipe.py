@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -137,7 +138,8 @@ def load_recipe(source: str | Path | None = None, sets: Sequence[str] = ()) -> R
     recipe = parse_recipe(tables, where=str(path))
     for item in sets:
         recipe = _with_set(recipe, item)
-    return recipe if recipe.name else recipe.model_copy(update={"name": path.stem})
+    name = os.fsencode(path.stem).decode("utf-8", "replace")
+    return recipe if recipe.name else recipe.model_copy(update={"name": name})
 
 
 def _keep_target(tables: dict[str, Any], path: Path) -> None:
