@@ -66,6 +66,7 @@ class ExportRun:
             logits,
             tolerance=self.request.numeric.tolerances[precision],
             reference=self.reference,
+            precision=precision,
         )
         require_parity(parity, locate)
         require_agreement(parity, self.probe.clear_agreement(logits))

@@ -12,15 +12,17 @@ import onnx
 import torch
 from torch import nn
 
-from ..compress.lift import in_float32, require_module
+from ..compress.lift import in_float32, read
+from ..compress.lift.checks import require_module
 from ..compress.network.modules.model import CompactModel
-from ..core.errors import InputError
+from ..core.errors import InputError, UnsupportedModel
 from ..core.storage import replace_folder, require_output_folder
 from .artifact import ARTIFACT, ARTIFACTS, Artifact
 from .cross_target import verify_on_target
 from .description import description_of, require_description
 from .export_run import ExportRun, first_batch
 from .forms import Form, form_named
+from .forms.coverage import reason_against
 from .graphs.candidates import PLAIN
 from .graphs.model_facts import image_shape, name_of, provenance_of, torch_outputs
 from .graphs.model_proto import MODEL, opset_of
@@ -41,6 +43,8 @@ from .request import (
 from .resized_model import resize_for_export
 from .runtime_files import source_for, write_and_verify
 from .runtimes import runtime_named, runtime_names
+from .runtimes.limits import Planned, require_within_limits
+from .runtimes.runtime import limits_of
 from .sessions import config_for
 from .stage_line import stage, stages_shown
 
@@ -153,6 +157,7 @@ def export(
             )
         model, manifest = resize_for_export(model, image_size, manifest)
     shape = image_shape(model, image)
+    _require_possible(model, batch, device, graph, numeric)
     request = ExportRequest(shape, batch, overwrite, device, graph, numeric, manifest)
     was_training = model.training
     model.eval()
@@ -169,6 +174,26 @@ def _outputs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     if isinstance(model, CompactModel):
         return model.architecture.classes
     return int(torch_outputs(model, np.zeros((1, *shape), np.float32)).shape[-1])
+
+
+def _require_possible(
+    model: nn.Module,
+    batch: Batch,
+    device: DeviceOptions,
+    graph: GraphOptions,
+    numeric: NumericOptions,
+) -> None:
+    """Raise InputError, before any work, for a part of a model that the runtime cannot do."""
+    if device.runtime == ONNXRUNTIME:
+        return
+    architecture, unread = None, None
+    try:
+        architecture = read(model, proof=False).spec
+        unread = reason_against(architecture)
+    except UnsupportedModel as error:
+        unread = str(error)
+    planned = Planned(numeric.precision, batch, graph.form, architecture, unread)
+    require_within_limits(device.runtime, limits_of(runtime_named(device.runtime)), planned)
 
 
 def _export(model: nn.Module, folder: Path, request: ExportRequest) -> Artifact:

@@ -99,7 +99,13 @@ class Probe:
         return replace(self, images=self.images[:count], logits=self.logits[:count])
 
     def compare(
-        self, stage: str, logits: Array, *, tolerance: float | None, reference: str = "torch"
+        self,
+        stage: str,
+        logits: Array,
+        *,
+        tolerance: float | None,
+        reference: str = "torch",
+        precision: str = "fp32",
     ) -> Parity:
         """Compare the outputs of a stage with the reference's.
 
@@ -108,6 +114,7 @@ class Probe:
             logits: Its outputs (count, classes).
             tolerance: Recorded with the figures; not enforced here, see `require_parity`.
             reference: Name of what produced the probe's logits.
+            precision: The number format of the stage, for the message.
 
         Returns:
             The figures.
@@ -122,10 +129,8 @@ class Probe:
             )
         error = relative_error(self.logits, logits)
         if not np.isfinite(error).all():
-            raise ParityError(
-                f"stage {stage}: outputs are infinite or missing numbers; "
-                "export with precision='fp32', or report this model"
-            )
+            way_out = "report this model" if precision == "fp32" else "export with precision='fp32'"
+            raise ParityError(f"stage {stage}: outputs are infinite or missing numbers; {way_out}")
         return Parity(
             stage=stage,
             reference=reference,

@@ -18,7 +18,8 @@ from .manifest import Array, Batch, Layout, Precision, PreprocessingSpec
 from .parity import TOLERANCES
 from .quantization.quantize import CALIBRATIONS, Calibration
 from .runtimes import runtime_named
-from .runtimes.runtime import require_options
+from .runtimes.limits import Planned, require_within_limits
+from .runtimes.runtime import limits_of, require_options
 
 ONNXRUNTIME = "onnxruntime"
 
@@ -160,16 +161,7 @@ def validate_options(
         _validate_onnxruntime(device, graph, precision)
         return
     name = device.runtime
-    if precision not in runtime.precisions:
-        raise InputError(
-            f"precision {precision!r}: runtime {name!r} has {', '.join(runtime.precisions)}; "
-            "use one of these"
-        )
-    if batch == "dynamic" and not runtime.dynamic_batch:
-        raise InputError(
-            f"runtime {name}: a file holds one batch size; export with batch 1 or another "
-            "number, or for another runtime"
-        )
+    require_within_limits(name, limits_of(runtime), Planned(precision, batch, graph.form))
     if (graph.tune and name != "tvm") or graph.ort_format:
         option = "ort_format" if graph.ort_format else "tune"
         raise InputError(f"{option} is for onnxruntime, and the runtime is {name!r}; leave it out")

@@ -23,6 +23,7 @@ from .forms import Form
 from .graphs.candidates import candidates, readable
 from .manifest import FileEntry
 from .onnxruntime_files import check_candidate
+from .parity import ParityError
 from .runtimes import Runtime, RuntimeFiles, Source
 from .stage_line import stage, stages_hidden
 
@@ -126,15 +127,24 @@ def write_and_verify(
     try:
         logits, facts = infer_in_subprocess(job, source.probe.images, command=written.command)
     except EngineError as error:
+        reason = str(error).replace(str(main), written.main)
         raise InputError(
-            f"runtime {runtime.name}: the written file does not run: {error}"
+            f"runtime {runtime.name}: the written file does not run: {reason}"
         ) from None
 
     def locate(tolerance: float) -> str:
         return _first_difference(runtime, source, written, main, tolerance)
 
     name = runtime.name if precision == "fp32" else f"{runtime.name} {precision}"
-    run.check(name, logits, locate, precision=precision)
+    try:
+        run.check(name, logits, locate, precision=precision)
+    except ParityError as error:
+        if source.compact is not None or runtime.form is None:
+            raise
+        raise ParityError(
+            f"runtime {runtime.name}: its converter does not keep what torch's graph of "
+            f"{type(source.model).__name__} computes ({error}); export for onnxruntime"
+        ) from None
     provider = facts["provider"] or "its default provider"
     run.notes.append(f"verified in {facts['runtime']} {facts['version']} on {provider}")
     # Compiled code is the same everywhere.

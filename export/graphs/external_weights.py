@@ -74,7 +74,7 @@ def add_weights(model: onnx.ModelProto, path: Path) -> None:
 def _places(path: Path, model: onnx.ModelProto) -> Iterator[_Place]:
     folder = Path(os.path.abspath(path)).parent
     # Download caches link the model and its weights into one folder of contents.
-    homes = (folder.resolve(), path.resolve().parent)
+    folders = (folder.resolve(), path.resolve().parent)
     for tensor in _tensors(model.graph):
         if not external_data_helper.uses_external_data(tensor):
             continue
@@ -82,7 +82,7 @@ def _places(path: Path, model: onnx.ModelProto) -> Iterator[_Place]:
         location = entries.get("location", "")
         file = folder / location
         subject = f"{path}: not a valid ONNX model (weights {tensor.name!r} are in {location!r}, "
-        inside = any(file.resolve().is_relative_to(home) for home in homes)
+        inside = any(file.resolve().is_relative_to(allowed) for allowed in folders)
         if not location or os.path.isabs(location) or ".." in Path(location).parts or not inside:
             raise InputError(f"{subject}outside of its folder); save them beside it")
         if not file.is_file():

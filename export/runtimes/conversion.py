@@ -23,6 +23,7 @@ from ...core.errors import InputError
 from ...runtimes import EngineError
 from ...runtimes.subprocess_inference import interpreter, interpreter_variable
 from ..forms import Form
+from .limits import UNREAD_MODELS, Limit
 from .runtime import RuntimeFiles, Source, missing_module
 
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -50,6 +51,7 @@ class SubprocessRuntime:
     options: tuple[str, ...] = ()
     dynamic_batch: bool = False
     form: Form | None = None
+    limits: tuple[Limit, ...] = (UNREAD_MODELS,)
 
     def missing(self) -> str | None:
         """Why the runtime cannot be used, in the interpreter that the environment names or here."""

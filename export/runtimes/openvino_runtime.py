@@ -25,6 +25,7 @@ from ..forms import Form
 from ..manifest import Precision, tool_versions
 from ..parity import first_mismatch, inner_values
 from ..quantization.quantize import CALIBRATION_IMAGES
+from .limits import Limit
 from .runtime import RuntimeFiles, Source, missing_module
 
 # Activations of a product are quantized in groups of this size. 32 and 64 ran nearly twice as fast
@@ -48,6 +49,7 @@ class OpenVino:
     # Patches as one product are 20 % faster than the convolution here, and OpenVINO fuses the split
     # products into one attention.
     form: Form | None = Form(rows="batch", attention="split", norm="layer", stem="matrix")
+    limits: tuple[Limit, ...] = ()
 
     def missing(self) -> str | None:
         """What is not installed; see `Runtime.missing`."""

@@ -17,6 +17,7 @@ from ...core.errors import InputError, UnsupportedModel
 from ..forms import Form
 from ..manifest import Array, Batch, Parity, Precision
 from ..parity import Probe
+from .limits import FIXED_BATCH, Limit, only_precisions
 
 Role = Literal["model", "weights", "operators", "source", "other"]
 
@@ -121,6 +122,7 @@ class Runtime(Protocol):
         dynamic_batch: Whether one file takes any number of images.
         form: The default form of the graph; None where the torch module itself is converted.
         options: The names of its own settings.
+        limits: What it cannot do besides other precisions and free batches.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Runtime(Protocol):
     options: tuple[str, ...]
     dynamic_batch: bool
     form: Form | None
+    limits: tuple[Limit, ...]
 
     def missing(self) -> str | None:
         """Why the runtime cannot be used here and what to install, in one line, or None."""
@@ -141,6 +144,12 @@ class Runtime(Protocol):
             InputError: The conversion failed; the message is one line.
         """
         ...
+
+
+def limits_of(runtime: Runtime) -> tuple[Limit, ...]:
+    """All limits of a runtime, those of its attributes first."""
+    batch = () if runtime.dynamic_batch else (FIXED_BATCH,)
+    return (only_precisions(runtime.precisions), *batch, *runtime.limits)
 
 
 def require_options(runtime: str, given: Iterable[str], known: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from ...compress.network.files import ARCHITECTURE, WEIGHTS, save
 from ...core.errors import InputError
 from ..forms import Form
 from ..manifest import Precision, tool_versions
+from .limits import UNREAD_MODELS, Limit
 from .runtime import RuntimeFiles, Source
 
 PRECISIONS: tuple[Precision, ...] = ("fp32",)
@@ -28,6 +29,7 @@ class Torch:
     options: tuple[str, ...] = ("compile",)
     dynamic_batch = True
     form: Form | None = None
+    limits: tuple[Limit, ...] = (UNREAD_MODELS,)
 
     def missing(self) -> str | None:
         """None: torch is a dependency of vitrim."""

@@ -23,13 +23,14 @@ from ..forms import Form
 from ..manifest import tool_versions
 from ..quantization.quantize import CALIBRATION_IMAGES
 from ..tvm_kernels.build import build_network, default_network, missing_tvm
-from ..tvm_kernels.coverage import uncovered_part
+from ..tvm_kernels.coverage import UNCOVERED_PARTS, uncovered_part
 from ..tvm_kernels.execution_plan import NoExecutionPlan, execution_plan
 from ..tvm_kernels.first_difference import first_difference
 from ..tvm_kernels.link import Linker, linker_for
 from ..tvm_kernels.objects import OBJECTS, write_library, write_objects
 from ..tvm_kernels.weights import FILE as WEIGHTS
 from ..tvm_kernels.weights import lift_weights, save_weights
+from .limits import Limit, Planned
 from .runtime import Role, RuntimeFiles, Source, require_options
 
 if TYPE_CHECKING:
@@ -62,6 +63,22 @@ class TvmOptions:
 OPTIONS = ("log", "tune_s", "schedule", "static")
 
 
+def _uncovered(planned: Planned) -> str | None:
+    if planned.precision == "fp32":
+        return None
+    part = planned.unread
+    if planned.architecture is not None:
+        part = uncovered_part(planned.architecture)
+    return part and f"{planned.precision} is computed by our own kernels, which do not cover {part}"
+
+
+UNCOVERED = Limit(
+    f"eight bits in networks that its kernels do not cover: {', '.join(UNCOVERED_PARTS)}",
+    "use fp32",
+    _uncovered,
+)
+
+
 class TvmRuntime:
     """A network of our own kernels, or of TVM's own pipeline where they do not cover it."""
 
@@ -73,6 +90,7 @@ class TvmRuntime:
     dynamic_batch = False
     # Kernels are written from the architecture; TVM's front end reads torch's graph unchanged.
     form: Form | None = None
+    limits: tuple[Limit, ...] = (UNCOVERED,)
 
     def missing(self) -> str | None:
         """Why TVM cannot be used here; see `Runtime.missing`."""

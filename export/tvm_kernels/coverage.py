@@ -14,6 +14,13 @@ from __future__ import annotations
 from ...compress.network.architecture import Architecture, BranchSpec, ConstantSpec
 
 POOLS = ("token", "distilled", "mean", "mean_all", "attention")
+# In the order of `uncovered_part`, for the documentation.
+UNCOVERED_PARTS = (
+    "convolutions before the patches",
+    "norms over a part of the stream before or after a sub-layer",
+    f"pooling other than {', '.join(POOLS)}",
+    "the mean of two classifiers with an activation",
+)
 
 
 def uncovered_part(architecture: Architecture) -> str | None:
