@@ -54,7 +54,9 @@ def graphs(model: Any, images: np.ndarray) -> dict[str, onnx.ModelProto]:
         float_form = replace(best_form("x86-64-v4-vnni", 1, tokens)[0], attention=attention)
         if attention == "runtime":
             float_form = replace(float_form, rows="batch")
-        form = replace(best_form("x86-64-v4-vnni", 1, tokens, precision="int8")[0], attention=attention)
+        form = replace(
+            best_form("x86-64-v4-vnni", 1, tokens, precision="int8")[0], attention=attention
+        )
         found[f"fp32, {label}"] = write_network(model, float_form)
         found[f"int8, {label}"] = write_network(model, form, linears="int8")
         calibrated = int8_static(

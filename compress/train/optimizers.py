@@ -68,13 +68,14 @@ class MuonForProcessor(muon.Muon):
 
     def step(self, closure: Any = None) -> Any:
         """One update, as `Muon.step`."""
-        original = muon.zeropower_via_newtonschulz
+        step: Any = super().step
         if any(parameter.is_cuda for group in self.param_groups for parameter in group["params"]):
-            return super().step(closure)
+            return step(closure)
+        original = muon.zeropower_via_newtonschulz
         # `Muon` has no argument for it.
         muon.zeropower_via_newtonschulz = functools.partial(original, dtype=cpu_matrix_dtype())
         try:
-            return super().step(closure)
+            return step(closure)
         finally:
             muon.zeropower_via_newtonschulz = original
 

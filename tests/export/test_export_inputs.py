@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,11 @@ class Classifier(nn.Module):
 
 @pytest.mark.parametrize("kind", ["timm", "lifted", "other"])
 def test_broken_weights_are_refused_by_path(kind: str, tmp_path: Path) -> None:
-    models = {"timm": tiny_vit, "lifted": lambda: lift(tiny_vit()), "other": Classifier}
+    models: dict[str, Callable[[], nn.Module]] = {
+        "timm": tiny_vit,
+        "lifted": lambda: lift(tiny_vit()),
+        "other": Classifier,
+    }
     path = {"timm": "blocks.0.attn.proj", "lifted": "steps.0.0.core.out", "other": "linear"}[kind]
     model = models[kind]()
     with torch.no_grad():

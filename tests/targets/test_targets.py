@@ -164,7 +164,7 @@ def test_a_missing_file_is_refused_with_the_nearest_file_or_name(tmp_path: Path)
         load_target(path.with_name("mime.toml"))
     with pytest.raises(InputError, match=r"did you mean 'rpi4'\?"):
         load_target("./rpi-4.toml")
-    with pytest.raises(InputError, match="give the path of a target's .toml file, or a name"):
+    with pytest.raises(InputError, match=r"give the path of a target's \.toml file, or a name"):
         load_target("./missing.toml")
 
 

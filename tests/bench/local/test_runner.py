@@ -126,9 +126,15 @@ def test_images_are_arranged_for_a_model_with_channels_last(
     last = written(channels_last(classifier()), tmp_path, "last.onnx")
     pixels = np.random.default_rng(3).integers(0, 256, (24, 3, 16, 16), dtype=np.uint8)
     labels = np.random.default_rng(4).integers(0, 4, 24)
-    mean, std = (np.float32(given).reshape(1, 3, 1, 1) for given in ([0.2, 0.4, 0.6], [0.1] * 3))
+    mean, std = (
+        np.array(given, np.float32).reshape(1, 3, 1, 1) for given in ([0.2, 0.4, 0.6], [0.1] * 3)
+    )
     prepared = (pixels.astype(np.float32) / 255 - mean) / std
-    sets = {"bytes": pixels, "floats": prepared, "own": prepared.transpose(0, 2, 3, 1)}
+    sets: dict[str, np.ndarray] = {
+        "bytes": pixels,
+        "floats": prepared,
+        "own": prepared.transpose(0, 2, 3, 1),
+    }
     for name, images in sets.items():
         np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
     commands = [{"do": "score", "dataset": str(tmp_path / f"{name}.npz")} for name in sets]

@@ -226,7 +226,9 @@ def test_a_report_of_a_run_is_not_replaced_by_one_of_other_measurements(tmp_path
     with pytest.raises(InputError, match="contains a run, and its report would be lost"):
         render_measurements([path], run)
     for out in (run, run / "report", tmp_path):
-        with pytest.raises(InputError, match="the output (is|lies in|contains) the source that is"):
+        with pytest.raises(
+            InputError, match=r"the output (is|lies in|contains) the source that is"
+        ):
             render_measurements([run], out)
 
 

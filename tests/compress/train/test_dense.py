@@ -102,11 +102,12 @@ def test_muon_computes_in_bfloat16_only_with_instructions_for_it(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     used: list[torch.dtype] = []
-    original = muon.zeropower_via_newtonschulz
+    original: Any = muon.zeropower_via_newtonschulz
 
     def recording(*args: Any, dtype: torch.dtype = torch.bfloat16, **kwargs: Any) -> torch.Tensor:
         used.append(dtype)
-        return original(*args, dtype=dtype, **kwargs)
+        result: torch.Tensor = original(*args, dtype=dtype, **kwargs)
+        return result
 
     monkeypatch.setattr(muon, "zeropower_via_newtonschulz", recording)
     model = tiny_vit()
