@@ -5,7 +5,8 @@
     <!-- generated: NAME -->
     <!-- end of generated -->
 
-is replaced: NAME is `recipe keys`, or the path of a result file under `benchmarks/`.
+is replaced: NAME is `recipe keys`, `runtime limits`, or the path of a result file under
+`benchmarks/`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from vitrim.export.runtimes import runtime_named, runtime_names
+from vitrim.export.runtimes.runtime import limits_of
 from vitrim.pipeline.recipe import Recipe
 from vitrim.pipeline.recipe_keys import key_reference
 
@@ -44,7 +47,8 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 def _filled(match: re.Match[str]) -> str:
     name = match["name"]
-    text = recipe_keys() if name == "recipe keys" else result_table(ROOT / name)
+    written = {"recipe keys": recipe_keys, "runtime limits": runtime_limits}.get(name)
+    text = result_table(ROOT / name) if written is None else written()
     return f"{match['begin']}\n{text.strip()}\n\n{match['end']}"
 
 
@@ -57,6 +61,16 @@ def recipe_keys() -> str:
         meaning = [" ".join(section.meaning.split())] if section.name else []
         parts += [title, *meaning, table(("key", "default", "meaning"), cells)]
     return "\n\n".join(parts)
+
+
+def runtime_limits() -> str:
+    """One table: what each runtime cannot do, from the limits that an export checks."""
+    cells = [
+        (f"`{name}`", limit.what, limit.instead)
+        for name in runtime_names()
+        for limit in limits_of(runtime_named(name))
+    ]
+    return table(("runtime", "cannot do", "instead"), cells)
 
 
 def main() -> int:

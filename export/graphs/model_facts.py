@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ...compress.lift import lift
+from ...compress.lift import read
 from ...compress.lift.wrappers import innermost
 from ...compress.network.count import count_macs
 from ...core.errors import InputError, UnsupportedModel
@@ -80,7 +80,7 @@ def name_of(model: nn.Module) -> str:
 def provenance_of(model: nn.Module, details: Mapping[str, str]) -> Provenance:
     """Return a module's class, the digest of its weights and its counts, with further entries."""
     try:
-        macs: int | None = count_macs(lift(model).architecture)
+        macs: int | None = count_macs(read(model, proof=False).spec)
     except UnsupportedModel:
         macs = None
     kind = f"{type(model).__module__}.{type(model).__qualname__}"

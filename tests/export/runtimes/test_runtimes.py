@@ -146,7 +146,7 @@ def test_a_missing_runtime_is_reported_in_one_line_with_what_to_install(
     [
         (
             {"runtime": "openvino", "precision": "int4-weights"},
-            "runtime 'openvino' has fp32, bf16, int8, int8-static",
+            "'int4-weights' was requested, and it has fp32, bf16, int8, int8-static",
         ),
         (
             {"runtime": "torch", "options": {"fast": "1"}},
