@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from vitrim.core.errors import InputError
 from vitrim.pipeline.recipe import Recipe, load_recipe, parse_recipe, recipe_names
@@ -207,7 +207,7 @@ def test_set_replaces_one_value() -> None:
 def test_set_of_another_size_key_replaces_the_one_in_the_file() -> None:
     masks = load_recipe(None, ["masks.macs=0.5"]).masks
     assert (masks.params, masks.macs, masks.lambda_) == (None, 0.5, None)
-    assert load_recipe(None, ["masks.lambda=1e-7"]).masks.lambda_ == 1e-7
+    assert load_recipe("fashion_mnist", ["masks.lambda=1e-7"]).masks.lambda_ == 1e-7
 
 
 @pytest.mark.parametrize(
@@ -255,10 +255,14 @@ def test_overrides_are_equal_after_writing_and_reading(
 ) -> None:
     import tomllib
 
-    recipe = parse_recipe(
-        {"masks": {"params": 0.5}, "model": {"overrides": overrides}, "data": {"name": name}},
-        where="here",
-    )
+    tables = {"masks": {"params": 0.5}, "model": {"overrides": overrides}, "data": {"name": name}}
+    try:
+        recipe = parse_recipe(tables, where="here")
+    except InputError as error:
+        # Texts that stand for another type, such as "null", and values that no model has.
+        if not str(error).startswith("here: [model.overrides]: "):
+            raise
+        reject()
     assert Recipe.model_validate(tomllib.loads(recipe.toml())) == recipe
 
 
