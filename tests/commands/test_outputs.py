@@ -23,6 +23,7 @@ from vitrim.compress.lift import lift
 from vitrim.export import bundle as bundle_module
 from vitrim.export.artifact import Artifact
 from vitrim.pipeline.run_folder import LEDGER, RunFolder
+from vitrim.targets.catalog import FOLDER
 
 Refused = Callable[..., str]
 
@@ -113,6 +114,7 @@ def test_an_output_that_overlaps_an_input_is_refused(
     work: Path, refused: Refused, command: str, out: str, relation: str
 ) -> None:
     (work / "link").symlink_to("project/model")
+    shutil.copy(FOLDER / "rpi4.toml", work / "project" / "mine.toml")
     last = [] if command.endswith("--bundle") else ["--out"]
     for overwrite in ([], ["--overwrite"]):
         line = refused(*command.split(), *last, out, *overwrite)
