@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..compress.surgery.stream_form import StreamForm
     from ..pipeline.recipe_sections import ModelSection
 
-MASK, TRIM = "mask.safetensors", "trim.json"
 # Runtimes are fastest at multiples of 16, and lose little at multiples of 8.
 DEFAULT_ROUND_TO = 8
 
@@ -348,15 +347,15 @@ def _cut_dead(source: CompactModel, output: Output) -> None:
 def _save(
     small: CompactModel, mask: StructuredMask, output: Output, record: str | None = None
 ) -> None:
-    from ..compress.network.files import MODEL, save
+    from ..compress.network.files import MASK_FILE, MODEL, TRIM_FILE, save
 
     if output.out is None:
         return
     with replace_folder(output.out, MODEL, overwrite=output.overwrite) as temporary:
         save(small, temporary)
-        mask.save(temporary / MASK)
+        mask.save(temporary / MASK_FILE)
         if record is not None:
-            replace_file(temporary / TRIM, record)
+            replace_file(temporary / TRIM_FILE, record)
     show(f"saved: {output.out}")
 
 

@@ -15,7 +15,7 @@ from ..compress.masks.budget import Budget
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
 from ..compress.network.count import count_macs, count_params
-from ..compress.network.files import load, save
+from ..compress.network.files import TRIM_FILE, load, save
 from ..compress.network.modules.model import CompactModel
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation, teacher_outputs
@@ -35,8 +35,8 @@ from .trim_step import exact_cut_error, trim_baseline, trim_record
 # Files and folders of the run.
 BASELINE, COMPACT, CUT = "baseline", "compact", "cut"
 MASK, CUT_PARITY, HISTORY = "mask.safetensors", "cut-parity.json", "history.jsonl"
-# Of a closed-form cut: the dense network in the basis in which it was cut, and the record.
-ROTATED, TRIM = "rotated", "trim.json"
+# Of a closed-form cut: the dense network in the basis in which it was cut.
+ROTATED = "rotated"
 PARITY_IMAGES = 64
 TEACHER_BATCH = 128
 
@@ -116,7 +116,7 @@ def _trim(baseline: CompactModel, round_to: int, context: RunContext) -> Cut:
     images = data.val.floats(slice(0, PARITY_IMAGES))
     cut = Cut(found.model, found.mask, exact_cut_error(found.rotated, found.mask, images))
     save(found.rotated, folder / ROTATED, overwrite=True)
-    replace_file(folder / TRIM, trim_record(found))
+    replace_file(folder / TRIM_FILE, trim_record(found))
     _save_cut(cut, folder)
     return cut
 

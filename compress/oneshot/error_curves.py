@@ -72,13 +72,14 @@ def curves(
     """
     if isinstance(branch.spec.core, FfnSpec):
         return (_ffn_curve(branch, stream, round_to),)
-    found = [_head_curve(branch, stream)]
     spec = branch.spec.core
     assert isinstance(spec, AttentionSpec)
+    covariance = _inputs(branch, stream, spec.heads * spec.v)
+    found = [_head_curve(branch, covariance)]
     if spec.qk > round_to:
         found.append(_qk_curve(architecture, branch, stream, round_to))
     if rotates_v(spec) and spec.v > round_to:
-        found.append(_v_curve(branch, stream, round_to))
+        found.append(_v_curve(branch, covariance, round_to))
     return tuple(found)
 
 
@@ -198,10 +199,9 @@ def _ffn_curve(branch: Branch, stream: Stream, round_to: int) -> Curve:
     return Curve("ffn", widths, _at(errors, spec.hidden, widths), order)
 
 
-def _head_curve(branch: Branch, stream: Stream) -> Curve:
+def _head_curve(branch: Branch, covariance: Tensor) -> Curve:
     spec = branch.spec.core
     assert isinstance(spec, AttentionSpec)
-    covariance = _inputs(branch, stream, spec.heads * spec.v)
     order, errors = remove_heads(stream_rows(branch), covariance, spec.heads)
     widths = tuple(range(spec.heads, -1, -1))
     return Curve("head", widths, _at(errors, spec.heads, widths), order)
@@ -215,11 +215,10 @@ def _inputs(branch: Branch, stream: Stream, width: int) -> Tensor:
     return moments.covariance[0]
 
 
-def _v_curve(branch: Branch, stream: Stream, round_to: int) -> Curve:
+def _v_curve(branch: Branch, covariance: Tensor, round_to: int) -> Curve:
     """After `rotate` the columns of values are uncorrelated, and ordered by their error."""
     spec = branch.spec.core
     assert isinstance(spec, AttentionSpec)
-    covariance = _inputs(branch, stream, spec.heads * spec.v)
     each = covariance.diagonal() * stream_rows(branch).square().sum(dim=0)
     tail = each.view(spec.heads, spec.v).sum(dim=0).flip(0).cumsum(dim=0)
     order = torch.arange(spec.v - 1, -1, -1).repeat(spec.heads, 1)
