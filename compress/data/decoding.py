@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ from PIL import Image
 
 from ...core.console import progress_bar
 from ...core.errors import InputError
-from ...core.storage import disk_errors
+from ...core.storage import disk_errors, replace_file
 from .preprocessing import Preprocessing
 
 # Above this, decoded images are kept in a memory-mapped file, which a second run finds again.
 MEMORY_LIMIT_BYTES = 256 * 2**20
+# What happens at an image that cannot be decoded.
+OnError = Literal["stop", "skip"]
 _CHUNK = 256
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
@@ -36,8 +38,9 @@ class RawSplit:
 
     Attributes:
         targets: (N,), their class numbers.
-        open: `open(i)` returns image i as a PIL image or uint8 array.
-        where: `where(i)` names image i in error messages.
+        open: `open(i)` returns image i as a PIL image or uint8 array. Worker processes receive a
+            pickled copy of it.
+        where: `where(i)` names image i in error messages; picklable too.
         fingerprint: Changes with the content, for the cache of decoded images.
     """
 
@@ -52,13 +55,41 @@ class RawSplit:
     def select(self, indices: NDArray[np.int64]) -> RawSplit:
         """The images at `indices`, in that order."""
         stamp = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
-        open_image, where = self.open, self.where
-        return RawSplit(
-            self.targets[indices],
-            lambda index: open_image(int(indices[index])),
-            lambda index: where(int(indices[index])),
-            stamp,
-        )
+        chosen = _Chosen(self.open, self.where, indices)
+        return RawSplit(self.targets[indices], chosen.open, chosen.where, stamp)
+
+    def read(self, index: int, convert: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Open an image and convert it.
+
+        Args:
+            index: The number of the image.
+            convert: From what `open` returns to uint8 (C, H, W).
+
+        Returns:
+            uint8 (C, H, W).
+
+        Raises:
+            InputError: The image cannot be decoded; the message names it.
+        """
+        try:
+            return convert(self.open(index))
+        except _DECODING_ERRORS as error:
+            raise unreadable(self.where(index), error) from error
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Some images of a split; a class, since closures cannot be pickled."""
+
+    opener: Callable[[int], Any]
+    namer: Callable[[int], str]
+    indices: NDArray[np.int64]
+
+    def open(self, index: int) -> Any:
+        return self.opener(int(self.indices[index]))
+
+    def where(self, index: int) -> str:
+        return self.namer(int(self.indices[index]))
 
 
 @dataclass(frozen=True)
@@ -69,6 +100,54 @@ class RawDataset:
     train: RawSplit
     val: RawSplit | None = None
     test: RawSplit | None = None
+
+
+class LazyPixels:
+    """Images that are decoded when they are indexed, in place of an array (N, C, H, W).
+
+    Args:
+        images: The undecoded images.
+        preprocessing: The input size, and how images are resized; mean and std are not applied.
+        on_error: "skip" returns a black image for one that cannot be decoded.
+    """
+
+    def __init__(
+        self, images: RawSplit, preprocessing: Preprocessing, on_error: OnError = "stop"
+    ) -> None:
+        self.images, self.preprocessing, self.on_error = images, preprocessing, on_error
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: NDArray[np.int64] | slice) -> NDArray[np.uint8]:
+        """The images at `indices`, uint8 (B, C, H, W).
+
+        Raises:
+            InputError: An image cannot be decoded, and `on_error` is "stop".
+        """
+        if isinstance(indices, slice):
+            indices = np.arange(*indices.indices(len(self)), dtype=np.int64)
+        if not len(indices):
+            return np.zeros((0, *self.preprocessing.image), dtype=np.uint8)
+        with ThreadPoolExecutor(max_workers=min(len(indices), os.cpu_count() or 1)) as pool:
+            return np.stack(list(pool.map(self._read, map(int, indices))))
+
+    def _read(self, index: int) -> NDArray[np.uint8]:
+        try:
+            return self.images.read(index, self.preprocessing.pixels)
+        except InputError:
+            if self.on_error == "stop":
+                raise
+            return np.zeros(self.preprocessing.image, dtype=np.uint8)
+
+
+def unreadable(where: str, error: BaseException) -> InputError:
+    """The error of an image that cannot be decoded; `where` names the image."""
+    reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    return InputError(
+        f"{where}: not a readable image ({reason}); repair or remove it, or skip such images with "
+        'data.on_error = "skip"'
+    )
 
 
 def cache_folder() -> Path:
@@ -83,6 +162,7 @@ def decode(
     title: str,
     cache: Path | None = None,
     quiet: bool = True,
+    unreadable_rows: list[int] | None = None,
 ) -> NDArray[np.uint8]:
     """Decode all images of a split at the input size of a model.
 
@@ -93,6 +173,8 @@ def decode(
         cache: The folder for a memory-mapped result. By default results up to 256 MB are kept in
             memory, larger ones in `cache_folder()`.
         quiet: Show no progress bar.
+        unreadable_rows: Receives the numbers of images that cannot be decoded, which are black in
+            the result. None: such an image is an error.
 
     Returns:
         uint8 (N, C, H, W).
@@ -101,30 +183,41 @@ def decode(
         InputError: An image cannot be decoded, and the message names it; or the disk is full.
     """
     shape = (len(images), *preprocessing.image)
+    found: set[int] | None = None if unreadable_rows is None else set()
     if cache is None and int(np.prod(shape, dtype=np.int64)) <= MEMORY_LIMIT_BYTES:
         whole = np.empty(shape, dtype=np.uint8)
-        for start, rows in _decoded(images, preprocessing, title, quiet):
+        for start, rows in _decoded(images, preprocessing, title, quiet, found):
             whole[start : start + len(rows)] = rows
-        return whole
-    path = (cache or cache_folder()) / f"{_key(images, preprocessing)}.npy"
-    if not _is_complete(path, shape):
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, shape, _decoded(images, preprocessing, title, quiet))
-    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+    else:
+        path = (cache or cache_folder()) / f"{_key(images, preprocessing)}.npy"
+        marks = path.with_suffix(".unreadable.json")
+        if not _is_complete(path, shape) or (marks.exists() and unreadable_rows is None):
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(path, shape, _decoded(images, preprocessing, title, quiet, found), found)
+        elif marks.exists():
+            found = set(json.loads(marks.read_text(encoding="utf-8")))
+        whole = np.load(path, mmap_mode="r")
+    if unreadable_rows is not None:
+        unreadable_rows += sorted(found or ())
+    return whole
 
 
 def _decoded(
-    images: RawSplit, preprocessing: Preprocessing, title: str, quiet: bool
+    images: RawSplit,
+    preprocessing: Preprocessing,
+    title: str,
+    quiet: bool,
+    unreadable_rows: set[int] | None,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     def one(index: int) -> NDArray[np.uint8]:
         try:
-            return preprocessing.pixels(images.open(index))
-        except _DECODING_ERRORS as error:
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise InputError(
-                f"{images.where(index)}: not a readable image ({reason}); repair or remove it"
-            ) from error
+            return images.read(index, preprocessing.pixels)
+        except InputError:
+            if unreadable_rows is None:
+                raise
+            unreadable_rows.add(index)
+            return np.zeros(preprocessing.image, dtype=np.uint8)
 
     started = time.perf_counter()
     # Pillow releases the interpreter lock while it decodes and resizes.
@@ -140,7 +233,10 @@ def _decoded(
 
 
 def _write(
-    path: Path, shape: tuple[int, ...], chunks: Iterator[tuple[int, NDArray[np.uint8]]]
+    path: Path,
+    shape: tuple[int, ...],
+    chunks: Iterator[tuple[int, NDArray[np.uint8]]],
+    unreadable_rows: set[int] | None,
 ) -> None:
     # Not through a writable map, where a full disk would crash the process.
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -150,6 +246,12 @@ def _write(
             np.lib.format.write_array_header_1_0(stream, header)
             for _, rows in chunks:
                 stream.write(rows.tobytes())
+        marks = path.with_suffix(".unreadable.json")
+        if unreadable_rows:
+            # First, so that no complete file lacks its marks after a kill.
+            replace_file(marks, json.dumps(sorted(unreadable_rows)))
+        else:
+            marks.unlink(missing_ok=True)
         os.replace(temporary, path)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -176,6 +278,18 @@ def _key(images: RawSplit, preprocessing: Preprocessing) -> str:
 def from_arrays(images: NDArray[np.uint8], targets: NDArray[np.int64], name: str) -> RawSplit:
     """A split of images that are arrays already: uint8 (N, H, W) or (N, H, W, 3)."""
     fingerprint = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    return RawSplit(
-        targets, lambda index: images[index], lambda index: f"{name}, image {index}", fingerprint
-    )
+    source = _Arrays(images, name)
+    return RawSplit(targets, source.open, source.where, fingerprint)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    images: NDArray[np.uint8]
+    name: str
+
+    def open(self, index: int) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = self.images[index]
+        return image
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, image {index}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -234,16 +235,37 @@ def _raw_split(dataset: Any, image: str, targets: NDArray[np.int64], where: str)
 
     # Undecoded, so that our error can name a corrupt image.
     raw = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-
-    def open_row(index: int) -> Image.Image:
-        cell = raw[index][image]
-        if cell is None or (cell.get("bytes") is None and not cell.get("path")):
-            raise ValueError("no image in this row")
-        with Image.open(
-            io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
-        ) as file:
-            file.load()
-            return file
-
+    rows = _Rows(raw, image, where)
     stamp = hashlib.sha256(f"{dataset._fingerprint}\0{where}\0{len(dataset)}".encode()).hexdigest()
-    return RawSplit(targets, open_row, lambda index: f"{where}, row {index}", stamp)
+    return RawSplit(targets, rows.open, rows.where, stamp)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The images of a split; a class, since closures cannot be pickled."""
+
+    dataset: Any
+    column: str
+    name: str
+
+    def open(self, index: int) -> Image.Image:
+        return open_cell(self.dataset[index][self.column])
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, row {index}"
+
+
+def open_cell(cell: Mapping[str, Any] | None) -> Image.Image:
+    """Decode a cell of an image column: its `bytes`, or the file at its `path`.
+
+    Raises:
+        ValueError: The cell is empty.
+        OSError: The image cannot be decoded; Pillow raises other errors too.
+    """
+    if cell is None or (cell.get("bytes") is None and not cell.get("path")):
+        raise ValueError("no image in this row")
+    with Image.open(
+        io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"]
+    ) as file:
+        file.load()
+        return file

@@ -85,14 +85,7 @@ class Preprocessing(BaseModel):
         ):
             # Images of MNIST and the like need no conversion, which saves time.
             return source[None]
-        image = _as_image(source)
-        # By way of RGBA, since Pillow guesses the transparency of palette images.
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-            image = _eight_bits(image)
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        image = self._sized(image)
+        image = self._sized(as_eight_bits(source, "L" if self.channels == 1 else "RGB"))
         array = np.asarray(image, dtype=np.uint8)
         return np.ascontiguousarray(array[None] if self.channels == 1 else array.transpose(2, 0, 1))
 
@@ -122,6 +115,22 @@ class Preprocessing(BaseModel):
             image = image.resize(scaled, kind)
         left, top = round((image.width - self.width) / 2), round((image.height - self.height) / 2)
         return image.crop((left, top, left + self.width, top + self.height))
+
+
+def as_eight_bits(
+    source: Image.Image | NDArray[Any], mode: Literal["L", "RGB"] = "RGB"
+) -> Image.Image:
+    """The image with 8 bits a channel, grey ("L") or in colour, from any mode of Pillow.
+
+    `source` is a PIL image, or uint8 (H, W), (H, W, 1) or (H, W, 3).
+    """
+    image = _as_image(source)
+    # By way of RGBA, since Pillow guesses the transparency of palette images.
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        image = _eight_bits(image)
+    return image.convert(mode)
 
 
 def _as_image(source: Image.Image | NDArray[Any]) -> Image.Image:

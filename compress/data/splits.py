@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import InputError
+from .decoding import LazyPixels
 from .preprocessing import Preprocessing
 
 Indices = NDArray[np.int64]
@@ -29,17 +31,25 @@ class Split:
     """Decoded images at the model's input size, and their labels.
 
     Attributes:
-        pixels: uint8 (M, C, H, W), possibly memory-mapped.
+        pixels: uint8 (M, C, H, W), possibly memory-mapped; or `LazyPixels`, which decodes images
+            when it is indexed.
         targets: int64 (N,), the class numbers.
         preprocessing: How images became these pixels, and how pixels are normalised.
         rows: int64 (N,), the row of each image in `pixels`, which several splits can share; None if
             `pixels` has exactly the images of this split, in order.
+        fingerprint: Changes with the content of the source; "" where it is unknown.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[np.uint8] | LazyPixels
     targets: NDArray[np.int64]
     preprocessing: Preprocessing
     rows: Indices | None = None
+    fingerprint: str = ""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether all images are decoded, so that reading them again costs little."""
+        return isinstance(self.pixels, np.ndarray)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -61,7 +71,8 @@ class Split:
     def select(self, indices: Indices) -> Split:
         """The images at `indices`, in that order."""
         rows = indices if self.rows is None else self.rows[indices]
-        return replace(self, targets=self.targets[indices], rows=rows)
+        stamp = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
+        return replace(self, targets=self.targets[indices], rows=rows, fingerprint=stamp)
 
     def _pixels(self, indices: Indices | slice) -> NDArray[np.uint8]:
         # np.array copies, so that no caller writes to a memory-mapped page.
