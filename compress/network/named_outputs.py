@@ -1,0 +1,302 @@
+"""Named outputs of a network: logits, features, tokens, and the stream after a block.
+
+| name | shape of an image | values |
+|---|---|---|
+| `logits` | (classes) | what the network returns |
+| `features` | (width) | what the classifier reads, as timm's `forward_head(pre_logits=True)` |
+| `tokens` | (tokens, width) | all tokens after the final norm, prefix tokens first |
+| `patches` | (patches, width) | the same without the prefix tokens |
+| `blocks.K` | (patches, width) | patch tokens of the stream after block K, counted from 0 |
+
+A block's output is what timm's `forward_intermediates` returns without `norm`: no final norm, no
+prefix tokens. Patches are in rows from the top left. Widths are those of the compact network;
+without a classifier, features, tokens and patches have the source's width, with zeros for the
+channels that were pruned.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import InputError
+from .architecture import Architecture, AttentionSpec, Indices
+from .modules.branch import Branch
+from .modules.model import CompactModel
+
+LOGITS, FEATURES, TOKENS, PATCHES = "logits", "features", "tokens", "patches"
+NAMES = (LOGITS, FEATURES, TOKENS, PATCHES)
+BLOCK = "blocks."
+Kind = Literal["logits", "features", "tokens", "patches", "block"]
+_MEANINGS: dict[Kind, str] = {
+    "logits": "one number a class",
+    "features": "the pooled features that the classifier reads",
+    "tokens": "all tokens after the final norm, {prefix} prefix tokens first",
+    "patches": "patch tokens after the final norm, in rows from the top left",
+    "block": "patch tokens of the residual stream after block {block}, before the final norm",
+}
+_BLOCK_NUMBER = re.compile(r"(?:^|[._])(\d+)\.")
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One named output of a network.
+
+    Attributes:
+        name: Its name.
+        kind: What it is.
+        shape: The shape for one image, without the batch.
+        meaning: The same in words.
+        grid: Rows and columns of the patches; None for logits, features and tokens.
+        after: For a block, the number of steps after which the stream is read.
+        writes: The channels of the output that the network computes; the others are zero. None:
+            all.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    meaning: str
+    grid: tuple[int, int] | None = None
+    after: int | None = None
+    writes: Indices | None = None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it has for one image."""
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+
+def require_output_names(names: Sequence[str], where: str = "outputs") -> tuple[str, ...]:
+    """Validate the names of requested outputs, as far as that needs no network.
+
+    Args:
+        names: The names.
+        where: The option that contains them, for the message.
+
+    Returns:
+        The names, the logits first.
+
+    Raises:
+        InputError: There is none, one is unknown or occurs twice; the message names it.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: give a list of names, such as [{PATCHES!r}, '{BLOCK}8']")
+    if not names:
+        raise InputError(f"{where}: is empty; name an output, or leave it out for the logits")
+    for name in names:
+        _require_known(name, where)
+        if list(names).count(name) > 1:
+            raise InputError(f"{where}: {name!r} occurs twice; name each output once")
+    return tuple(sorted(names, key=lambda name: name != LOGITS))
+
+
+def _require_known(name: str, where: str) -> None:
+    number = name.removeprefix(BLOCK)
+    if name in NAMES:
+        return
+    if (
+        name.startswith(BLOCK)
+        and number.isascii()
+        and number.isdigit()
+        and str(int(number)) == number
+    ):
+        return
+    listed = f"{', '.join(NAMES)} or {BLOCK}K for the stream after block K, from 0"
+    digits = re.search(r"\d+", name)
+    known = [*NAMES, *([f"{BLOCK}{int(digits[0])}"] if digits else [])]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"use {listed}"
+    raise InputError(f"{where}: there is no output {name!r}; {hint}")
+
+
+def block_ends(architecture: Architecture) -> dict[int, int]:
+    """Return the number of steps up to the end of each block, by the block's number.
+
+    A block is numbered as in the source model, by the first number in the names of its branches. A
+    block between two others that was removed as a whole ends where the one before it does.
+    """
+    ends: dict[int, int] = {}
+    for number, step in enumerate(architecture.steps):
+        for branch in step:
+            found = _BLOCK_NUMBER.search(f"{branch.name}.")
+            if found is not None:
+                ends[int(found[1])] = number + 1
+    last = 0
+    for block in range(max(ends, default=-1) + 1):
+        last = max(last, ends.get(block, last))
+        ends[block] = last
+    return ends
+
+
+def output_specs(
+    architecture: Architecture, names: Sequence[str], where: str = "outputs"
+) -> tuple[OutputSpec, ...]:
+    """Describe the requested outputs of a network.
+
+    Args:
+        architecture: The network.
+        names: Names that `require_output_names` accepts.
+        where: The option that contains them, for the message.
+
+    Returns:
+        One entry for each name.
+
+    Raises:
+        InputError: A block is outside of the network.
+    """
+    return tuple(_spec(architecture, name, where) for name in names)
+
+
+def _spec(architecture: Architecture, name: str, where: str) -> OutputSpec:
+    grid, prefix = architecture.grid, architecture.prefix
+    patches = grid[0] * grid[1]
+    if name == LOGITS:
+        return OutputSpec(name, "logits", (architecture.classes,), _MEANINGS["logits"])
+    if name == FEATURES:
+        width = architecture.head_width if architecture.head is not None else architecture.classes
+        return OutputSpec(
+            name, "features", (width,), _MEANINGS["features"], writes=architecture.feature_writes
+        )
+    if name in (TOKENS, PATCHES):
+        kind: Kind = "tokens" if name == TOKENS else "patches"
+        width, writes = token_width(architecture)
+        rows = patches if kind == "patches" else prefix + patches
+        text = _MEANINGS[kind].format(prefix=prefix)
+        at = grid if kind == "patches" else None
+        return OutputSpec(name, kind, (rows, width), text, grid=at, writes=writes)
+    block, ends = int(name.removeprefix(BLOCK)), block_ends(architecture)
+    if block not in ends:
+        has = f"the network has blocks 0 to {max(ends)}" if ends else "the network has no blocks"
+        raise InputError(f"{where}: {name!r} is outside of the network; {has}")
+    text = _MEANINGS["block"].format(block=block)
+    shape = (patches, architecture.embed)
+    return OutputSpec(name, "block", shape, text, grid=grid, after=ends[block])
+
+
+def token_width(architecture: Architecture) -> tuple[int, Indices | None]:
+    """Return the width of normed tokens, and which of these channels the network computes.
+
+    Without a classifier the width is that of the source model's features, where these are channels
+    of the tokens.
+    """
+    read = architecture.read_width(architecture.head_reads)
+    writes, width = architecture.feature_writes, architecture.feature_width
+    same = architecture.pool.width is None and architecture.pool.kind != "token_mean"
+    if writes is None or width is None or not same:
+        return read, None
+    return width, writes
+
+
+def needs_all_tokens(architecture: Architecture, outputs: Iterable[OutputSpec]) -> bool:
+    """Whether outputs need tokens after the last attention that the head does not read."""
+    last = [
+        number
+        for number, step in enumerate(architecture.steps)
+        if any(isinstance(branch.core, AttentionSpec) for branch in step)
+    ]
+    reduced = last[-1] if last else 0
+    return any(
+        output.kind in ("tokens", "patches")
+        or (output.after is not None and output.after > reduced)
+        for output in outputs
+    )
+
+
+class NamedOutputs(nn.Module):
+    """A network that returns a tuple of named outputs.
+
+    Images (batch, channels, height, width) -> one tensor (batch, *shape) for each of `outputs`.
+
+    Args:
+        model: The network; its weights are shared, not copied.
+        names: Names of outputs, see the module.
+
+    Raises:
+        InputError: A block is outside of the network.
+    """
+
+    def __init__(self, model: CompactModel, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.outputs = output_specs(model.architecture, names)
+        for number, output in enumerate(self.outputs):
+            indices = None if output.writes is None else torch.tensor(output.writes, device="cpu")
+            self.register_buffer(f"writes_{number}", indices, persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs, in their order."""
+        model, architecture = self.model, self.model.architecture
+        stream, after = self._stream(images)
+        kinds = {output.kind for output in self.outputs}
+        tokens = self._normed(stream) if kinds & {"tokens", "patches"} else None
+        found = []
+        for number, output in enumerate(self.outputs):
+            if output.kind == "logits":
+                found.append(model.classify(stream))
+            elif output.kind == "features":
+                found.append(self._spread(self._features(stream, tokens), number, output))
+            elif output.kind == "block":
+                assert output.after is not None
+                found.append(after[output.after][:, architecture.prefix :])
+            else:
+                assert tokens is not None
+                first = architecture.prefix if output.kind == "patches" else 0
+                found.append(self._spread(tokens[:, first:], number, output))
+        return tuple(found)
+
+    def _stream(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The stream after the last step, and after each number of steps that an output needs."""
+        model, architecture = self.model, self.model.architecture
+        wanted = {output.after for output in self.outputs}
+        shorter = architecture.last_queries and not needs_all_tokens(architecture, self.outputs)
+        last = model._last_attention() if shorter else None
+        x = model.embed(images)
+        after = {0: x}
+        for number, step in enumerate(cast("Iterable[Sequence[Branch]]", model.steps)):
+            reduced = last is not None and number >= last
+            queries = architecture.pooled_prefix if reduced else None
+            updates = [branch(x, queries) for branch in step]
+            if queries is not None:
+                x = x[:, :queries]
+            for branch, y in zip(step, updates, strict=True):
+                x = branch.add(x, y)
+            if number + 1 in wanted:
+                after[number + 1] = x
+        return x, after
+
+    def _normed(self, x: Tensor) -> Tensor:
+        model = self.model
+        if model.head_reads is not None:
+            x = x.index_select(-1, model.head_reads)
+        return x if model.norm is None else model.norm(x)
+
+    def _features(self, stream: Tensor, tokens: Tensor | None) -> Tensor:
+        model, architecture = self.model, self.model.architecture
+        kind = architecture.pool.kind
+        if tokens is None:
+            pooled = architecture.pooled_prefix
+            tokens = self._normed(stream[:, :pooled] if pooled else stream)
+        if model.refine is not None:
+            tokens = model.refine(tokens)
+        if kind == "distilled":
+            return (tokens[:, 0] + tokens[:, 1]) / 2
+        if kind == "dense":
+            return tokens[:, 0]
+        features = model._pooled(tokens)
+        return features if model.pool_norm is None else model.pool_norm(features)
+
+    def _spread(self, x: Tensor, number: int, output: OutputSpec) -> Tensor:
+        indices = cast("Tensor | None", getattr(self, f"writes_{number}"))
+        if indices is None:
+            return x
+        return x.new_zeros(*x.shape[:-1], output.shape[-1]).index_copy(-1, indices, x)
