@@ -123,12 +123,12 @@ class DualSolver:
             kept: The units that were kept in this step (default: all).
         """
         for number, (average, gradient, group) in enumerate(
-            zip(self.saliency, gradients, self.gates.groups, strict=True)
+            zip(self.saliency, _on_cpu(gradients), self.gates.groups, strict=True)
         ):
             if gradient is None:
                 continue
             # The gradient of a unit is divided evenly among the scores of its members.
-            whole = gradient.detach().double().cpu() * group.unit_size
+            whole = gradient.double() * group.unit_size
             average.mul_(self.decay).add_(whole.square(), alpha=1.0 - self.decay)
             if group.dimension in WRITING and group.site in self.branch_saliency:
                 # The gradient of a gate on the whole output is the sum over its units.
@@ -304,6 +304,15 @@ class DualSolver:
             keep[units.argmax()] = True
             result.append(group.spread(keep))
         return result
+
+
+def _on_cpu(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients on the CPU, by one copy from their device for all of them."""
+    given = [gradient.detach() for gradient in gradients if gradient is not None]
+    if given and given[0].device.type != "cpu":
+        given = list(torch.cat(given).cpu().split([len(gradient) for gradient in given]))
+    parts = iter(given)
+    return [None if gradient is None else next(parts) for gradient in gradients]
 
 
 def ramp(step: int, start: int, end: int, ratio: float) -> float:

@@ -54,9 +54,16 @@ class Group:
         """(units,) -> (size,): each unit's value at all its indices."""
         if self.unit_size == 1:
             return units
+        members = self.members.to(units.device)
         return units.new_zeros(self.size).index_put(
-            (self.members,), units[:, None].expand(self.members.shape)
+            (members,), units[:, None].expand(members.shape)
         )
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(size,) -> (units,): the mean value of each unit's indices."""
+        if self.unit_size == 1:
+            return values
+        return values[self.members.to(values.device)].mean(dim=1)
 
 
 class _Straight(torch.autograd.Function):
@@ -64,11 +71,9 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, threshold: float) -> Tensor:
+        # The largest score is kept if any is. Without a branch, a GPU need not be waited for.
         keep = scores >= threshold
-        if not bool(keep.any()):
-            keep = torch.zeros_like(keep)
-            keep[scores.argmax()] = True
-        return keep.to(scores.dtype)
+        return keep.index_fill(0, scores.argmax(), True).to(scores.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -170,9 +175,12 @@ class Gates(nn.Module):
         self.removed |= {branch}
 
     def kept(self) -> list[Tensor]:
-        """Booleans of every group at the current scores."""
+        """Booleans of every group at the current scores, on the CPU."""
         with torch.no_grad():
-            return [mask > 0.5 for mask in self._masks()]
+            sizes = [group.size for group in self.groups]
+            # One copy from the device for all groups.
+            masks = (torch.cat(self._masks()) > 0.5).cpu()
+            return [part.clone() for part in masks.split(sizes)]
 
     def mask(self, kept: Sequence[Tensor] | None = None) -> StructuredMask:
         """The current masks (or `kept`) as a `StructuredMask`."""
@@ -201,7 +209,7 @@ class Gates(nn.Module):
 
     def _masks(self) -> list[Tensor]:
         return [
-            group.spread(_straight(scores[group.members].mean(dim=1)))
+            group.spread(_straight(group.gather(scores)))
             for group, scores in zip(self.groups, self.scores, strict=True)
         ]
 

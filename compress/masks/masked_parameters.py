@@ -250,8 +250,10 @@ def _value_columns(core: AttentionSpec, values: Values, name: str) -> Tensor | N
     heads, v = values("head", name), values("v", name)
     if heads is None and v is None:
         return None
-    columns = torch.ones(core.heads, core.v) if v is None else v.expand(core.heads, core.v)
-    return columns if heads is None else columns.to(heads) * heads[:, None]
+    if heads is None:
+        return None if v is None else v.expand(core.heads, core.v)
+    columns = heads[:, None].expand(core.heads, core.v)
+    return columns if v is None else v.expand(core.heads, core.v) * columns
 
 
 def _embed(values: Values, site: str, indices: tuple[int, ...] | None) -> Tensor | None:
