@@ -108,6 +108,27 @@ class Trimmed:
     fits: tuple[Fit, ...] = ()
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a cut of any size starts from: one pass over the images serves all budgets.
+
+    Attributes:
+        source: The dense network.
+        rotated: The same function in the basis in which it is cut.
+        curves: For each sub-layer the weight of its depth, and its error curves.
+        fitting: The images that the widths and the refit come from.
+        checking: The images that were held out for the check.
+        options: The options of the pass.
+    """
+
+    source: CompactModel
+    rotated: CompactModel
+    curves: Mapping[str, tuple[float, tuple[Curve, ...]]]
+    fitting: Tensor
+    checking: Tensor
+    options: TrimOptions
+
+
 def trim(
     model: nn.Module,
     images: Tensor,
@@ -139,15 +160,68 @@ def trim(
         Frantar et al. 2022, "Optimal Brain Compression"; Kwon et al. 2022, "A Fast Post-Training
         Pruning Framework for Transformers".
     """
-    kind, share = _budget(macs, params)
+    _budget(macs, params)
+    prediction = predict(model, images, options=options, progress=progress)
+    return trim_to(prediction, macs=macs, params=params, progress=progress)
+
+
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    options: TrimOptions = TrimOptions(),
+    progress: Stage | None = None,
+) -> Prediction:
+    """Rotate the heads and predict the error of every width, for cuts of any size.
+
+    Args:
+        model: A supported Vision Transformer, with or without a head; it is not modified.
+        images: Unlabeled images, as for `trim`.
+        options: See `TrimOptions`.
+        progress: As for `trim`.
+
+    Returns:
+        The rotated network with its error curves, for `trim_to`.
+
+    Raises:
+        InputError: The images do not fit.
+        UnsupportedModel: A module has no rule; the message names its path.
+    """
     source = lift(model).eval()
     check_images(source, images)
     held_out = max(1, round(CHECKED * len(images))) if len(images) > 1 else 0
     fitting, checking = images[held_out:], images[:held_out] if held_out else images
     report = progress or (lambda name, done, total: None)
     rotated, found = _prediction(source, fitting, options, report)
-    chosen = _choice(rotated.architecture, found, kind, share, options)
-    mask = _mask(found, chosen)
+    return Prediction(source, rotated, found, fitting, checking, options)
+
+
+def trim_to(
+    prediction: Prediction,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    progress: Stage | None = None,
+) -> Trimmed:
+    """Cut a network to one budget, compensate it and check it.
+
+    Args:
+        prediction: What `predict` returned; it is not modified.
+        macs: As for `trim`.
+        params: As for `trim`.
+        progress: As for `trim`.
+
+    Returns:
+        The compact network, how it was cut, and how near it comes to the dense one.
+
+    Raises:
+        InputError: The budget is out of reach.
+    """
+    kind, share = _budget(macs, params)
+    source, rotated, options = prediction.source, prediction.rotated, prediction.options
+    report = progress or (lambda name, done, total: None)
+    chosen = _choice(rotated.architecture, prediction.curves, kind, share, options)
+    mask = _mask(prediction.curves, chosen)
     result = compact(rotated, mask, last_queries=bool(rotated.architecture.pooled_prefix) or None)
     fits: list[Fit] = []
     if options.compensate:
@@ -157,14 +231,14 @@ def trim(
             fits.append(fit)
             report("compensate", len(fits), total)
 
-        result, _ = compensate(result, rotated, fitting, mask=mask, progress=done)
+        result, _ = compensate(result, rotated, prediction.fitting, mask=mask, progress=done)
     dense_cost = network_cost(_priced(source.architecture), kind)
     return Trimmed(
         model=result,
         rotated=rotated,
         mask=mask,
         predicted_error=_error(chosen),
-        check=compare_features(source, result, checking),
+        check=compare_features(source, result, prediction.checking),
         cost=network_cost(result.architecture, kind) / dense_cost,
         widths={name: option.widths for name, option in chosen.items()},
         fits=tuple(fits),
