@@ -300,7 +300,7 @@ def _saved(folder: Path, classes: int, *, new_head: bool) -> nn.Module:
 def with_new_head(model: CompactModel, classes: int) -> CompactModel:
     """The same network with a new linear classifier."""
     head = model.architecture.head or HeadSpec(classes=classes)
-    changes = {"head": head.model_copy(update={"classes": classes}), "feature_writes": None}
+    changes = {"head": head.model_copy(update={"classes": classes})}
     architecture = model.architecture.model_copy(update=changes)
     fresh = CompactModel(architecture)
     state = model.state_dict()

@@ -12,13 +12,14 @@ from .parts import absent, linear, norm, not_none, prefixed
 from .registry import Piece, TokenLayout, find_converter
 
 Steps = tuple[tuple[BranchSpec, ...], ...]
+Blocks = tuple[Steps, dict[str, Tensor], tuple[str, ...]]
 
 
 def assemble(
     *,
     image: tuple[int, int, int],
     stem: Piece[StemSpec],
-    blocks: tuple[Steps, dict[str, Tensor]],
+    blocks: Blocks,
     prefix: Tensor | None = None,
     position: Tensor | None = None,
     position_resize: str | None = "bicubic",
@@ -31,7 +32,7 @@ def assemble(
     Args:
         image: Channels, height and width of the input, in pixels.
         stem: Patch embedding.
-        blocks: Steps and tensors, from `lift_blocks`.
+        blocks: Steps, tensors and paths, from `lift_blocks`.
         prefix: Prefix tokens, (tokens, embed). None: there are none.
         position: Positions that are added to the patches, (patches, embed). None: there are none.
         position_resize: How the model resamples positions for another image size. None: from a
@@ -43,7 +44,7 @@ def assemble(
     Returns:
         The architecture, and the tensors of all parts under their names in `CompactModel`.
     """
-    steps, tensors = blocks
+    steps, tensors, names = blocks
     pool = pool or Piece(PoolSpec())
     tensors = tensors | dict(stem.tensors) | dict(pool.tensors)
     tensors |= not_none({"prefix": prefix, "position": position})
@@ -63,6 +64,7 @@ def assemble(
         position=position is not None,
         position_resize=position_resize,
         steps=steps,
+        blocks=names,
         pool=pool.spec,
         head=head and head.spec,
         **specs,
@@ -70,20 +72,20 @@ def assemble(
     return Piece(architecture, tensors)
 
 
-def lift_blocks(
-    modules: Any, path: str, layouts: list[TokenLayout]
-) -> tuple[Steps, dict[str, Tensor]]:
-    """Convert all blocks to steps, with their tensors; `layouts` has one entry per block."""
+def lift_blocks(modules: Any, path: str, layouts: list[TokenLayout]) -> Blocks:
+    """Convert all blocks to steps, with tensors and paths; `layouts` has one entry per block."""
     steps: list[tuple[BranchSpec, ...]] = []
     tensors: dict[str, Tensor] = {}
+    names: list[str] = []
     # Not `named_children`, which skips the second use of a block.
     for (name, module), layout in zip(modules._modules.items(), layouts, strict=True):
         where = f"{path}.{name}"
+        names.append(where)
         for step in find_converter("block", module, where)(module, where, layout):
             for position, piece in enumerate(step):
                 tensors |= piece.prefixed(f"steps.{len(steps)}.{position}")
             steps.append(tuple(piece.spec for piece in step))
-    return tuple(steps), tensors
+    return tuple(steps), tensors, tuple(names)
 
 
 def classifier(

@@ -18,6 +18,7 @@ checks that file and code agree.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ from .branch_specs import (
     check_indices,
     check_norm,
 )
-from .stem_and_head_specs import ConvSpec, HeadSpec, PoolSpec, RefineSpec, StemSpec
+from .stem_and_head_specs import ConvSpec, DataSpec, HeadSpec, PoolSpec, RefineSpec, StemSpec
 
 __all__ = [
     "SCHEMA",
@@ -56,6 +57,7 @@ __all__ = [
     "ConvSpec",
     "Core",
     "Count",
+    "DataSpec",
     "DifferentialSpec",
     "FfnSpec",
     "HeadSpec",
@@ -82,7 +84,7 @@ class Architecture(Spec):
     """A whole network.
 
     Images (batch, channels, height, width) -> logits (batch, classes), or features (batch, width)
-    without a head.
+    without a head, or (batch, tokens, width) without pooling.
     """
 
     schema_: Literal["vitrim.architecture/1"] = Field(
@@ -111,6 +113,10 @@ class Architecture(Spec):
     at zero. None: all."""
     steps: tuple[tuple[BranchSpec, ...], ...]
     """Groups of parallel branches, in order."""
+    blocks: tuple[str, ...] | None = None
+    """Paths of the blocks of the source model, in order; those that pruning emptied stay in the
+    list. The names of a block's branches begin with its path and a dot. None: the path of a branch
+    ends at its first number."""
     norm: NormSpec | None = None
     """Norm over each token, before pooling."""
     pool: PoolSpec = PoolSpec()
@@ -120,14 +126,21 @@ class Architecture(Spec):
     head: HeadSpec | None = None
     """Classifier. None: the network returns features."""
     feature_width: Width | None = None
-    """Without a head: number of features of the source model. None: none was pruned."""
+    """Number of pooled features of the source model. None: none was pruned."""
     feature_writes: Indices | None = None
-    """Without a head: which of these features the network computes; the others are zero."""
+    """Which of these features the network computes; the others are zero. A classifier reads the
+    computed ones only."""
+    stream_width: Width | None = None
+    """Number of channels of the residual stream of the source model. None: none was pruned."""
+    stream_channels: Indices | None = None
+    """Which of these channels the residual stream still has; the others are zero."""
     head_reads: Indices | None = None
     """Stream channels that `norm` and pooling read. None: all."""
     last_queries: bool = False
     """Whether the last block computes only the tokens that the head reads. Exact when the head
     pools by prefix tokens."""
+    data: DataSpec | None = None
+    """How the source model expects images to be prepared. None: unknown."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -164,6 +177,40 @@ class Architecture(Spec):
         return tuple(branch for step in self.steps for branch in step)
 
     @property
+    def block_names(self) -> tuple[str, ...]:
+        """Paths of the blocks of the source model, in order."""
+        if self.blocks is not None:
+            return self.blocks
+        return tuple(dict.fromkeys(_block_of(branch.name) for branch in self.branches))
+
+    @property
+    def block_ends(self) -> tuple[int, ...]:
+        """The number of steps that have run when each block has ended."""
+        ends: list[int] = []
+        number, steps = 0, self.steps
+        for name in self.block_names:
+            # A step belongs to one block; an empty block ends with the block before it.
+            while number < len(steps) and steps[number][0].name.startswith(f"{name}."):
+                number += 1
+            ends.append(number)
+        return tuple(ends)
+
+    @property
+    def source_width(self) -> int:
+        """Number of channels of the residual stream of the source model."""
+        return self.stream_width or self.embed
+
+    @property
+    def read_places(self) -> Indices:
+        """For each channel that the head reads, its channel in the source model."""
+        places = self.stream_channels or tuple(range(self.embed))
+        return (
+            places
+            if self.head_reads is None
+            else tuple(places[channel] for channel in self.head_reads)
+        )
+
+    @property
     def pooled_prefix(self) -> int:
         """Number of leading tokens that the head reads; 0 if it reads all."""
         if self.pool.refine is not None:
@@ -194,6 +241,19 @@ class Architecture(Spec):
             raise ValueError(
                 f"pool '{self.pool.kind}' needs {needed} prefix tokens, the stem has {self.prefix}"
             )
+        if (self.stream_width is None) != (self.stream_channels is None):
+            raise ValueError("stream_width and stream_channels need each other")
+        if self.stream_channels is not None and self.stream_width is not None:
+            check_indices("stream_channels", self.stream_channels, self.stream_width)
+            if len(self.stream_channels) != self.embed:
+                raise ValueError(
+                    f"stream_channels names {len(self.stream_channels)} channels, "
+                    f"the stream has {self.embed}"
+                )
+        if self.data is not None and len(self.data.mean) != self.image[0]:
+            raise ValueError(
+                f"data.mean has {len(self.data.mean)} numbers, images have {self.image[0]} channels"
+            )
         check_indices("stem_writes", self.stem_writes, self.embed)
         check_norm("stem_norm", self.stem_norm, self.read_width(self.stem_writes))
         check_norm("patch_norm", self.patch_norm, self.read_width(self.stem_writes))
@@ -202,6 +262,7 @@ class Architecture(Spec):
         names = [branch.name for branch in self.branches]
         if len(set(names)) != len(names):
             raise ValueError("two branches have the same name")
+        self._check_blocks()
         for branch in self.branches:
             for label, indices in (("reads", branch.reads), ("writes", branch.writes)):
                 check_indices(f"{branch.name}.{label}", indices, self.embed)
@@ -212,6 +273,20 @@ class Architecture(Spec):
                 _check_positions(branch.name, core, self.grid, self.prefix)
             elif isinstance(core, FfnSpec):
                 check_norm(f"{branch.name}.core.norm", core.norm, core.hidden)
+
+    def _check_blocks(self) -> None:
+        if self.blocks is None:
+            return
+        if len(set(self.blocks)) != len(self.blocks):
+            raise ValueError("two blocks have the same path")
+        number = 0
+        for branch in self.branches:
+            while number < len(self.blocks) and not branch.name.startswith(
+                f"{self.blocks[number]}."
+            ):
+                number += 1
+            if number == len(self.blocks):
+                raise ValueError(f"blocks has no block of {branch.name}, or in another order")
 
     def _check_output(self) -> None:
         read = self.read_width(self.head_reads)
@@ -227,8 +302,8 @@ class Architecture(Spec):
             )
         if self.pool_norm is not None and self.pool.kind in ("distilled", "dense"):
             raise ValueError(f"pool '{self.pool.kind}' has no norm after pooling")
-        if self.head is not None and (self.feature_width or self.feature_writes):
-            raise ValueError("feature_width and feature_writes are for networks without a head")
+        if self.pool.kind == "none" and self.head is not None:
+            raise ValueError("a classifier needs a pooling, pool.kind is 'none'")
         if (self.feature_width is None) != (self.feature_writes is None):
             raise ValueError("feature_width and feature_writes need each other")
         if self.feature_writes is not None and self.feature_width is not None:
@@ -238,6 +313,12 @@ class Architecture(Spec):
                     f"feature_writes names {len(self.feature_writes)} features, "
                     f"the network has {self.head_width}"
                 )
+
+
+def _block_of(branch: str) -> str:
+    """The path of the block of a branch: up to its first part that ends in a number."""
+    found = re.match(r"(?:[^.]+\.)*?[^.]*\d(?=\.)", branch)
+    return branch.rpartition(".")[0] if found is None else found[0]
 
 
 def _check_positions(name: str, core: AttentionSpec, grid: tuple[int, int], prefix: int) -> None:

@@ -9,9 +9,8 @@
 | `blocks.K` | (patches, width) | patch tokens of the stream after block K, counted from 0 |
 
 A block's output is what timm's `forward_intermediates` returns without `norm`: no final norm, no
-prefix tokens. Patches are in rows from the top left. Widths are those of the compact network;
-without a classifier, features, tokens and patches have the source's width, with zeros for the
-channels that were pruned.
+prefix tokens. Patches are in rows from the top left. Widths are those of the source model, with
+zeros for the channels that were pruned.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ _MEANINGS: dict[Kind, str] = {
     "patches": "patch tokens after the final norm, in rows from the top left",
     "block": "patch tokens of the residual stream after block {block}, before the final norm",
 }
-_BLOCK_NUMBER = re.compile(r"(?:^|[._])(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -119,25 +117,6 @@ def _require_known(name: str, where: str) -> None:
     raise InputError(f"{where}: there is no output {name!r}; {hint}")
 
 
-def block_ends(architecture: Architecture) -> dict[int, int]:
-    """Return the number of steps up to the end of each block, by the block's number.
-
-    A block is numbered as in the source model, by the first number in the names of its branches. A
-    block between two others that was removed as a whole ends where the one before it does.
-    """
-    ends: dict[int, int] = {}
-    for number, step in enumerate(architecture.steps):
-        for branch in step:
-            found = _BLOCK_NUMBER.search(f"{branch.name}.")
-            if found is not None:
-                ends[int(found[1])] = number + 1
-    last = 0
-    for block in range(max(ends, default=-1) + 1):
-        last = max(last, ends.get(block, last))
-        ends[block] = last
-    return ends
-
-
 def output_specs(
     architecture: Architecture, names: Sequence[str], where: str = "outputs"
 ) -> tuple[OutputSpec, ...]:
@@ -160,41 +139,39 @@ def output_specs(
 def _spec(architecture: Architecture, name: str, where: str) -> OutputSpec:
     grid, prefix = architecture.grid, architecture.prefix
     patches = grid[0] * grid[1]
-    if name == LOGITS:
-        return OutputSpec(name, "logits", (architecture.classes,), _MEANINGS["logits"])
-    if name == FEATURES:
-        width = architecture.head_width if architecture.head is not None else architecture.classes
-        return OutputSpec(
-            name, "features", (width,), _MEANINGS["features"], writes=architecture.feature_writes
-        )
+    if name in (LOGITS, FEATURES):
+        if architecture.pool.kind == "none":
+            raise InputError(
+                f"{where}: the network pools no tokens and has no {name}; use {TOKENS} or {PATCHES}"
+            )
+        if name == LOGITS:
+            return OutputSpec(name, "logits", (architecture.classes,), _MEANINGS["logits"])
+        width = architecture.feature_width or architecture.head_width
+        places = architecture.feature_writes
+        return OutputSpec(name, "features", (width,), _MEANINGS["features"], writes=places)
+    width = architecture.source_width
     if name in (TOKENS, PATCHES):
         kind: Kind = "tokens" if name == TOKENS else "patches"
-        width, writes = token_width(architecture)
         rows = patches if kind == "patches" else prefix + patches
         text = _MEANINGS[kind].format(prefix=prefix)
         at = grid if kind == "patches" else None
+        places = architecture.read_places
+        writes = None if places == tuple(range(width)) else places
         return OutputSpec(name, kind, (rows, width), text, grid=at, writes=writes)
-    block, ends = int(name.removeprefix(BLOCK)), block_ends(architecture)
-    if block not in ends:
-        has = f"the network has blocks 0 to {max(ends)}" if ends else "the network has no blocks"
-        raise InputError(f"{where}: {name!r} is outside of the network; {has}")
+    block, ends = int(name.removeprefix(BLOCK)), architecture.block_ends
+    if block >= len(ends):
+        has = f"has blocks 0 to {len(ends) - 1}" if ends else "has no blocks"
+        raise InputError(f"{where}: {name!r} is outside of the network, which {has}")
     text = _MEANINGS["block"].format(block=block)
-    shape = (patches, architecture.embed)
-    return OutputSpec(name, "block", shape, text, grid=grid, after=ends[block])
-
-
-def token_width(architecture: Architecture) -> tuple[int, Indices | None]:
-    """Return the width of normed tokens, and which of these channels the network computes.
-
-    Without a classifier the width is that of the source model's features, where these are channels
-    of the tokens.
-    """
-    read = architecture.read_width(architecture.head_reads)
-    writes, width = architecture.feature_writes, architecture.feature_width
-    same = architecture.pool.width is None and architecture.pool.kind != "token_mean"
-    if writes is None or width is None or not same:
-        return read, None
-    return width, writes
+    return OutputSpec(
+        name,
+        "block",
+        (patches, width),
+        text,
+        grid=grid,
+        after=ends[block],
+        writes=architecture.stream_channels,
+    )
 
 
 def needs_all_tokens(architecture: Architecture, outputs: Iterable[OutputSpec]) -> bool:
@@ -247,7 +224,8 @@ class NamedOutputs(nn.Module):
                 found.append(self._spread(self._features(stream, tokens), number, output))
             elif output.kind == "block":
                 assert output.after is not None
-                found.append(after[output.after][:, architecture.prefix :])
+                patches = after[output.after][:, architecture.prefix :]
+                found.append(self._spread(patches, number, output))
             else:
                 assert tokens is not None
                 first = architecture.prefix if output.kind == "patches" else 0

@@ -5,9 +5,9 @@ Part of the file format that `architecture.py` documents.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .branch_specs import (
     Activation,
@@ -99,13 +99,14 @@ class PoolSpec(Spec):
         "distilled",
         "dense",
         "attention",
+        "none",
     ] = "token"
     """`token`: the class token. `mean`, `max`, `avgmax` (half of mean plus maximum): over the
     patches, or over all tokens with `_all`. `token_mean`: the class token and the mean of the
     patches, concatenated. `distilled`: class and distillation token, each with a classifier, whose
     logits are averaged. `dense`: the logits of the class token plus half of the largest logits of
     the patches (LV-ViT). `attention`: one learned query attends to the tokens, and an FFN may
-    follow."""
+    follow. `none`: the output is every token."""
     attention: AttentionSpec | None = None
     """The attention of kind `attention`."""
     norm: NormSpec | None = None
@@ -135,6 +136,28 @@ class PoolSpec(Spec):
             raise ValueError("attention pooling supports plain attention only")
         if self.width is not None:
             check_norm("pool.norm", self.norm, self.width)
+        return self
+
+
+class DataSpec(Spec):
+    """How images become the input of a model, in the terms of timm's data config."""
+
+    mean: tuple[float, ...]
+    """Mean of each channel, in units of pixel / 255."""
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+    """Standard deviation of each channel, in units of pixel / 255."""
+    interpolation: str = "bicubic"
+    """Filter of resizing."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the resized image that the crop keeps."""
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    """`center`: the shorter side is resized, then the centre is cropped; `squash`: both sides are
+    resized; `border`: the longer side is resized, then the border is filled."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSpec:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} numbers, std has {len(self.std)}")
         return self
 
 

@@ -141,6 +141,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
         update={
             "pool_norm": resize(architecture.pool_norm, new.head_width),
             **_features(architecture, indices),
+            **_stream(architecture, embed.channels),
         }
     )
     # model_copy skips validation; an invalid plan must fail here, not in the first forward pass.
@@ -189,26 +190,34 @@ def _plan_pool(
 def _features(
     architecture: Architecture, indices: Mapping[tuple[str, str], Tensor]
 ) -> dict[str, object]:
-    """The places of the features of a network without a head, which do not move."""
-    if architecture.head is not None:
-        return {}
+    """The places of the pooled features, which do not move."""
     axis = (
         ("embed", POOL_OUT)
         if architecture.pool.width
         else ("embed*2" if architecture.pool.kind == "token_mean" else "embed", HEAD_IN)
     )
-    width = architecture.classes
-    places = (
-        torch.arange(width)
-        if architecture.feature_writes is None
-        else torch.tensor(architecture.feature_writes)
-    )
-    kept = places[indices[axis]].tolist()
+    width = architecture.feature_width or architecture.head_width
+    kept = _places(architecture.feature_writes, width)[indices[axis]].tolist()
     return (
         {"feature_width": None, "feature_writes": None}
         if len(kept) == width
         else {"feature_width": width, "feature_writes": tuple(kept)}
     )
+
+
+def _stream(architecture: Architecture, channels: Tensor) -> dict[str, object]:
+    """The places of the channels of the stream in the source model."""
+    width = architecture.source_width
+    kept = _places(architecture.stream_channels, width)[channels].tolist()
+    return (
+        {"stream_width": None, "stream_channels": None}
+        if len(kept) == width
+        else {"stream_width": width, "stream_channels": tuple(kept)}
+    )
+
+
+def _places(known: Indices | None, width: int) -> Tensor:
+    return torch.arange(width) if known is None else torch.tensor(known)
 
 
 class _Embed:

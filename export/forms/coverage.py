@@ -17,6 +17,7 @@ from ...compress.network.architecture import (
     BranchSpec,
     ConstantSpec,
     ConvSpec,
+    DataSpec,
     DifferentialSpec,
     FfnSpec,
     HeadSpec,
@@ -60,18 +61,20 @@ def _fields(names: str) -> set[str]:
     return set(names.split())
 
 
-# Fields that the forms read, or that state how tables are resized; any other must be at its
+# Fields that the forms read, or that state how tables are resized, where channels and blocks were
+# in the source model, and how images are prepared; any other must be at its
 # default, where it changes nothing.
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: _fields(
         "schema_ image embed stem prefix position position_resize patch_norm stem_norm "
-        "stem_writes steps norm pool pool_norm head feature_width feature_writes "
-        "head_reads last_queries"
+        "stem_writes steps blocks norm pool pool_norm head feature_width feature_writes "
+        "stream_width stream_channels head_reads last_queries data"
     ),
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
     ConvSpec: {"channels", "kernel", "stride", "padding", "bias", "act"},
     PoolSpec: {"kind", "attention", "norm", "ffn", "width", "prefix", "refine"},
     RefineSpec: {"channels", "scale"},
+    DataSpec: {"mean", "std", "interpolation", "crop_pct", "crop_mode"},
     HeadSpec: {"classes", "bias", "hidden", "hidden_act", "act"},
     BranchSpec: {"name", "core", "norm", "post_norm", "layer_scale", "reads", "writes"},
     AttentionSpec: _fields(
