@@ -29,7 +29,8 @@ MEMORY_LIMIT_BYTES = 256 * 2**20
 # What happens at an image that cannot be decoded.
 OnError = Literal["stop", "skip"]
 _CHUNK = 256
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# What Pillow raises for damaged images.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RawSplit:
         """
         try:
             return convert(self.open(index))
-        except _DECODING_ERRORS as error:
+        except DECODING_ERRORS as error:
             raise unreadable(self.where(index), error) from error
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core.errors import InputError
 from .decoding import LazyPixels
 from .preprocessing import Preprocessing
+from .streams import StreamPixels
 
 Indices = NDArray[np.int64]
 PartName = Literal["train", "val", "test"]
@@ -32,15 +33,15 @@ class Split:
 
     Attributes:
         pixels: uint8 (M, C, H, W), possibly memory-mapped; or `LazyPixels`, which decodes images
-            when it is indexed.
-        targets: int64 (N,), the class numbers.
+            when it is indexed; or `StreamPixels`, which cannot be indexed.
+        targets: int64 (N,), the class numbers; -1 where a stream has yet to be read.
         preprocessing: How images became these pixels, and how pixels are normalised.
         rows: int64 (N,), the row of each image in `pixels`, which several splits can share; None if
             `pixels` has exactly the images of this split, in order.
         fingerprint: Changes with the content of the source; "" where it is unknown.
     """
 
-    pixels: NDArray[np.uint8] | LazyPixels
+    pixels: NDArray[np.uint8] | LazyPixels | StreamPixels
     targets: NDArray[np.int64]
     preprocessing: Preprocessing
     rows: Indices | None = None
