@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..compress.surgery.dead_weight import fold_prune_masks
 from ..core.errors import InputError
 from .checkpoint_file import Entry
+from .checkpoint_folding import fold_reparametrized, plain_name
 
 NEW_HEAD = "`model.new_head = true` (`vitrim train --new-head`) starts a new one"
 # Modules that wrap others without a computation of their own, wherever they stand in a name.
@@ -43,7 +43,6 @@ _COUNTERS = {
 # What only masked image modelling reads, and the networks that pretraining adds.
 _PRETRAINING = ("mask_token",)
 _PRETRAINING_NETWORKS = ("decoder", "predictor", "projector", "projection")
-_PRUNED = ("_orig", "_mask")
 _SHOWN = 4
 # Names of other libraries: (part of a name, library).
 _LIBRARIES = (
@@ -88,7 +87,7 @@ def fitted_state(
     Args:
         entries: The contents of the checkpoint. Prefixes of wrappers and of dictionaries are
             removed in any order and depth; averaged weights are preferred; masks of
-            `torch.nn.utils.prune` are folded.
+            `torch.nn.utils.prune`, weight norms and spectral norms are folded.
         expected: What the model needs.
         path: The checkpoint, for messages.
         new_head: Keep the classifier of the new model.
@@ -161,7 +160,7 @@ def _selected(
                 f"{path}: both {'.'.join(known.parts)!r} and {'.'.join(entry.parts)!r} are "
                 f"{name!r} of {expected.name}; save one state_dict()"
             )
-    needed = {name for name in names if _unpruned(name, expected.state) in expected.state}
+    needed = {name for name in names if plain_name(name, expected.state) in expected.state}
     places = {names[name].place for name in needed}
     # Where the names themselves are nested dictionaries, every place is part of the network.
     nested = any(len(place) > len(prefix) for place in places)
@@ -171,7 +170,7 @@ def _selected(
         if (nested or entry.place in places) and not _is_left_out(name, entry, expected, new_head)
     }
     try:
-        return fold_prune_masks(state)
+        return fold_reparametrized(state)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -195,7 +194,7 @@ def _prefix(entries: Sequence[Entry], expected: Expected, path: Path) -> tuple[s
         # The longest name that the model has; of equal ones, that with the longest prefix.
         found = None
         for start in range(len(entry.parts)):
-            name = _unpruned(_tail(entry.parts[start:], expected.state), expected.state)
+            name = plain_name(_tail(entry.parts[start:], expected.state), expected.state)
             if name in expected.state and (found is None or name == found[1]):
                 found = start, name
         if found is not None and not expected.is_head(found[1]):
@@ -237,15 +236,6 @@ def _tail(parts: Sequence[str], names: Collection[str]) -> str:
     if whole in names:
         return whole
     return ".".join(part for part in parts if part not in _WRAPPERS)
-
-
-def _unpruned(name: str, names: Collection[str]) -> str:
-    """The name of the tensor that a mask of `torch.nn.utils.prune` belongs to."""
-    if name in names:
-        return name
-    for ending in _PRUNED:
-        name = name.removesuffix(ending)
-    return name
 
 
 def _library(entries: Sequence[Entry]) -> str | None:

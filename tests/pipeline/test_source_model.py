@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 from vitrim import lift, load, save
 from vitrim.cli import call
@@ -239,6 +239,54 @@ def test_prune_masks_below_prefixes(tmp_path: Path) -> None:
     model = tiny_vit()
     prune.random_unstructured(model.get_submodule("blocks.0.mlp.fc1"), "weight", 0.5)
     assert_same(loaded(tmp_path / "w.pth", prefixed("module.net.", model.state_dict())), model)
+
+
+NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": lambda layer: weight_norm(layer),
+    "weight norm of columns": lambda layer: weight_norm(layer, dim=1),
+    "weight norm of the whole": lambda layer: weight_norm(layer, dim=None),
+    "spectral norm": lambda layer: spectral_norm(layer),
+    "parametrized weight norm": lambda layer: parametrizations.weight_norm(layer),
+    "parametrized weight norm of columns": lambda layer: parametrizations.weight_norm(layer, dim=1),
+    "parametrized spectral norm": lambda layer: parametrizations.spectral_norm(layer),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", NORMS)
+def test_reparametrized_weights_are_folded(tmp_path: Path, kind: str) -> None:
+    model = tiny_vit().train()
+    for name in ("blocks.0.mlp.fc1", "blocks.1.attn.proj", "patch_embed.proj"):
+        layer = NORMS[kind](model.get_submodule(name))
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(1.5)
+    model(IMAGES)
+    model.eval()
+    found = loaded(tmp_path / "w.pth", prefixed("module.", model.state_dict()))
+    with torch.no_grad():
+        assert relative_error(found(IMAGES), model(IMAGES)) < 1e-5
+
+
+def test_an_unknown_parametrization_is_refused(tmp_path: Path) -> None:
+    model = tiny_vit()
+    parametrizations.orthogonal(model.get_submodule("blocks.0.attn.proj"))
+    line = refusal(tmp_path / "w.pth", model.state_dict())
+    assert "'blocks.0.attn.proj.parametrizations.weight." in line
+    assert "call torch.nn.utils.parametrize.remove_parametrizations before saving" in line
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_incomplete_parts_of_a_weight_are_refused(tmp_path: Path) -> None:
+    model = tiny_vit()
+    weight_norm(model.get_submodule("blocks.0.attn.proj"))
+    spectral_norm(model.get_submodule("blocks.0.mlp.fc1"))
+    state = model.state_dict()
+    short = {**state, "blocks.0.attn.proj.weight_g": torch.ones(3, 1)}
+    line = refusal(tmp_path / "short.pth", short)
+    assert "'blocks.0.attn.proj.weight' (weight norm) do not fit: magnitude [3, 1]" in line
+    del state["blocks.0.mlp.fc1.weight_v"]
+    assert "'blocks.0.mlp.fc1.weight' (spectral norm)" in refusal(tmp_path / "half.pth", state)
 
 
 def test_half_precision_and_sparse_weights(
