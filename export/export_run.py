@@ -46,7 +46,7 @@ class ExportRun:
         locate: Callable[[float], str | None],
         *,
         precision: str = "fp32",
-    ) -> Parity:
+    ) -> list[Parity]:
         """Compare the outputs of a stage with the reference's, without recording it.
 
         Args:
@@ -56,21 +56,28 @@ class ExportRun:
             precision: Selects the tolerance.
 
         Returns:
-            The figures.
+            The figures, of each output if there are several.
 
         Raises:
             ParityError: The error exceeds the tolerance, or the classes agree less than by chance.
         """
-        parity = self.probe.first(len(logits)).compare(
-            name,
-            logits,
-            tolerance=self.request.numeric.tolerances[precision],
-            reference=self.reference,
-            precision=precision,
-        )
-        require_parity(parity, locate)
-        require_agreement(parity, self.probe.clear_agreement(logits))
-        return parity
+        figures = []
+        for output, probe, part in self.probe.first(len(logits)).parts(logits):
+            parity = probe.compare(
+                name,
+                part,
+                tolerance=self.request.numeric.tolerances[precision],
+                reference=self.reference,
+                precision=precision,
+            )
+            if output is not None:
+                classes = parity.top1_agreement if output.kind == "logits" else None
+                update = {"output": output.name, "top1_agreement": classes}
+                parity = parity.model_copy(update=update)
+            require_parity(parity, locate)
+            require_agreement(parity, probe.clear_agreement(part))
+            figures.append(parity)
+        return figures
 
     def check(
         self,
@@ -91,7 +98,7 @@ class ExportRun:
         Raises:
             ParityError: See `compare`.
         """
-        self.stages.append(self.compare(name, logits, locate, precision=precision))
+        self.stages.extend(self.compare(name, logits, locate, precision=precision))
 
     def job(self, file: Path, session: Mapping[str, str], *, emulated: bool) -> dict[str, Any]:
         """Return the engine's job that runs a written file in a subprocess."""
@@ -103,8 +110,36 @@ class ExportRun:
             "threads": device.threads,
             "input": {"name": "images", "shape": shape, "type": "float32"},
             "session": dict(session),
+            **({"outputs": self.engine_outputs} if self.request.outputs else {}),
             **({"time_limit_s": EMULATION_LIMIT_S} if emulated else {}),
         }
+
+    @property
+    def engine_outputs(self) -> list[dict[str, Any]]:
+        """The outputs as an engine's job states them."""
+        batch = self.request.input_batch
+        return [
+            {"name": output.name, "shape": [batch, *output.shape]}
+            for output in self.request.outputs
+        ]
+
+    def _output_specs(self, name: str) -> tuple[TensorSpec, ...]:
+        """The manifest's entries for the outputs; `name` is that of the logits alone."""
+        batch = self.request.symbolic_batch
+        if not self.request.outputs:
+            classes = int(self.probe.logits.shape[-1])
+            return (TensorSpec(name=name, shape=(batch, classes), layout="NC"),)
+        return tuple(
+            TensorSpec(
+                name=output.name,
+                shape=(batch, *output.shape),
+                layout="NC" if len(output.shape) == 1 else "NLC",
+                kind=output.kind,
+                meaning=output.meaning,
+                grid=output.grid,
+            )
+            for output in self.request.outputs
+        )
 
     def manifest(
         self,
@@ -136,13 +171,13 @@ class ExportRun:
             The manifest, not sealed yet.
         """
         request, fields = self.request, self.request.manifest
-        batch, classes = request.symbolic_batch, int(self.probe.logits.shape[-1])
+        batch = request.symbolic_batch
         return Manifest(
             name=fields.name or name,
             inputs=(
                 TensorSpec(name=tensors[0], shape=(batch, *request.shape), layout=request.layout),
             ),
-            outputs=(TensorSpec(name=tensors[1], shape=(batch, classes), layout="NC"),),
+            outputs=self._output_specs(tensors[1]),
             batch=request.batch,
             preprocessing=fields.preprocessing,
             labels=fields.labels,

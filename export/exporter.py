@@ -12,9 +12,16 @@ import onnx
 import torch
 from torch import nn
 
-from ..compress.lift import in_float32, read
+from ..compress.lift import in_float32, lift, read
 from ..compress.lift.checks import require_module
 from ..compress.network.modules.model import CompactModel
+from ..compress.network.named_outputs import (
+    LOGITS,
+    NamedOutputs,
+    OutputSpec,
+    output_specs,
+    require_output_names,
+)
 from ..core.errors import InputError, UnsupportedModel
 from ..core.storage import replace_folder, require_output_folder
 from .artifact import ARTIFACT, ARTIFACTS, Artifact
@@ -89,6 +96,7 @@ def export(
     ort_format: bool = False,
     options: Mapping[str, str] | None = None,
     tolerances: Mapping[str, float] | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Artifact:
     """Write an artifact folder that a runtime runs, verified against `model` after every stage.
 
@@ -127,6 +135,11 @@ def export(
         options: Settings of the runtime's own.
         tolerances: Largest error relative to the largest logit, by precision; entries that are
             missing keep their defaults.
+        outputs: Names of what the artifact returns: "logits", "features" (what the classifier
+            reads), "patches" (patch tokens after the final norm), "tokens" (these and the prefix
+            tokens), "blocks.8" (patch tokens of the stream after block 8, counted from 0, before
+            the norm). Widths are those of the source model, with zeros for pruned channels. Shapes
+            and meanings are in the manifest; logits come first. None: the logits.
 
     Returns:
         The artifact, loaded and verified byte for byte.
@@ -145,7 +158,9 @@ def export(
     inputs = input_images(images, manifest.preprocessing)
     numeric = NumericOptions(precision, inputs, calibration, {**TOLERANCES, **(tolerances or {})})
     graph = GraphOptions(form, opset, tune, ort_format)
-    validate_options(batch, device, graph, numeric)
+    names = () if outputs is None else require_output_names(outputs)
+    names = () if names == (LOGITS,) else names
+    validate_options(batch, device, graph, numeric, names)
     if isinstance(form, str) and form != PLAIN:
         graph = replace(graph, form=form_named(form))
     model = in_float32(model)
@@ -157,16 +172,37 @@ def export(
             )
         model, manifest = resize_for_export(model, image_size, manifest)
     shape = image_shape(model, image)
-    _require_possible(model, batch, device, graph, numeric)
-    request = ExportRequest(shape, batch, overwrite, device, graph, numeric, manifest)
+    _require_possible(model, batch, device, graph, numeric, names)
+    source, specs = _with_outputs(model, names)
+    if labels is not None and names and LOGITS not in names:
+        raise InputError("labels: are for logits, which are not among the outputs; leave them out")
+    request = ExportRequest(
+        shape, batch, overwrite, device, graph, numeric, manifest, outputs=specs
+    )
     was_training = model.training
     model.eval()
     try:
         require_description(manifest, shape, None if labels is None else _outputs(model, shape))
         with stages_shown():
-            return _export(model, folder, request)
+            return _export(model, source, folder, request)
     finally:
         model.train(was_training)
+
+
+def _with_outputs(
+    model: nn.Module, names: Sequence[str]
+) -> tuple[nn.Module, tuple[OutputSpec, ...]]:
+    """Return the module that computes the named outputs, and their descriptions."""
+    if not names:
+        return model, ()
+    try:
+        compact = lift(model)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"outputs: {names[-1]!r} is of models that vitrim can lift: {error}; leave outputs out"
+        ) from None
+    specs = output_specs(compact.architecture, names)
+    return NamedOutputs(compact, names).eval(), specs
 
 
 def _outputs(model: nn.Module, shape: tuple[int, int, int]) -> int:
@@ -182,6 +218,7 @@ def _require_possible(
     device: DeviceOptions,
     graph: GraphOptions,
     numeric: NumericOptions,
+    outputs: Sequence[str],
 ) -> None:
     """Raise InputError, before any work, for a part of a model that the runtime cannot do."""
     if device.runtime == ONNXRUNTIME:
@@ -192,18 +229,24 @@ def _require_possible(
         unread = reason_against(architecture)
     except UnsupportedModel as error:
         unread = str(error)
-    planned = Planned(numeric.precision, batch, graph.form, architecture, unread)
+    planned = Planned(
+        numeric.precision, batch, graph.form, architecture, unread, outputs=tuple(outputs)
+    )
     require_within_limits(device.runtime, limits_of(runtime_named(device.runtime)), planned)
 
 
-def _export(model: nn.Module, folder: Path, request: ExportRequest) -> Artifact:
+def _export(model: nn.Module, source: nn.Module, folder: Path, request: ExportRequest) -> Artifact:
+    """Export `source`, which is `model` or computes named outputs of it."""
     stage("reference outputs")
     probe = Probe.of(
-        lambda images: torch_outputs(model, images), request.shape, request.numeric.images
+        lambda images: torch_outputs(source, images),
+        request.shape,
+        request.numeric.images,
+        request.outputs,
     )
     run = ExportRun(request, probe, first_batch(request, probe))
     run.notes.extend(request.manifest.notes)
-    plain = trace(run, model)
+    plain = trace(run, source)
     if request.device.runtime == ONNXRUNTIME:
         _export_onnxruntime(run, model, plain, folder)
     else:

@@ -9,8 +9,10 @@ The folder's format (schema `vitrim.manifest/1`; `manifest_schema()` returns it 
   no spaces, so that a flipped byte in a label or a mean is detected too.
 - `cpu` lists the instruction sets that the code needs and that the numbers assume. Manifests of
   earlier versions lack the key; the names of their targets have their former meaning.
-- `inputs` and `outputs` state name, shape (a free dimension is its name), type and layout;
-  `preprocessing` and `labels` how pictures become inputs and logits become class names; `parity`
+- `inputs` and `outputs` state name, shape (a free dimension is its name), type and layout. Outputs
+  other than the logits alone also have a `kind`, a `meaning` in words, and the `grid` of their
+  patches; an output without these keys, the only one of its artifact, returns logits.
+- `preprocessing` and `labels` how pictures become inputs and logits become class names; `parity`
   how far each stage of the export changed the outputs.
 - A folder with a file that the manifest does not list, or with a symbolic link, is refused: only
   files that were verified are shipped.
@@ -28,7 +30,14 @@ from importlib import metadata
 from typing import Annotated, Any, Literal
 
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 SCHEMA = "vitrim.manifest/1"
 MANIFEST = "manifest.json"
@@ -44,6 +53,7 @@ Array = NDArray[Any]
 Batch = int | Literal["dynamic"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-static", "int8-weights", "int4-weights"]
 Layout = Literal["NCHW", "NHWC"]
+OutputKind = Literal["logits", "features", "tokens", "patches", "block"]
 Role = Literal["model", "weights", "operators", "source", "other"]
 
 
@@ -53,13 +63,47 @@ class Plain(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
-class TensorSpec(Plain):
-    """One input or output: shape entries are sizes, or the name of a free dimension."""
+class PlainWithExtras(Plain):
+    """Plain data with fields that are written only where they have a value."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent_extras(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {
+            key: value for key, value in data.items() if value is not None or key not in self.extras
+        }
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """The names of these fields."""
+        return frozenset()
+
+
+class TensorSpec(PlainWithExtras):
+    """One input or output: shape entries are sizes, or the name of a free dimension.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Its sizes.
+        type: The type of its numbers.
+        layout: What its dimensions are: batch, channels or classes, height, width, tokens (L).
+        kind: What an output is, where it is not the artifact's only one; None: logits.
+        meaning: The same in words.
+        grid: Rows and columns of the patches, which are in rows from the top left.
+    """
 
     name: Name
     shape: tuple[Size | Name, ...]
     type: Literal["float32", "float16", "uint8", "int8", "int64"] = "float32"
-    layout: Literal["NCHW", "NHWC", "NC"]
+    layout: Literal["NCHW", "NHWC", "NC", "NLC"]
+    kind: OutputKind | None = None
+    meaning: Name | None = None
+    grid: tuple[Size, Size] | None = None
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """The fields that only outputs other than the logits alone have."""
+        return frozenset({"kind", "meaning", "grid"})
 
 
 class PreprocessingSpec(Plain):
@@ -112,23 +156,34 @@ class FileEntry(Plain):
         return self
 
 
-class Parity(Plain):
-    """How far one stage changed the logits.
+class Parity(PlainWithExtras):
+    """How far one stage changed an output: the only one, or the one that `output` names.
 
-    Errors are relative to the largest absolute value of the reference logits; agreement is a share
-    of images.
+    Errors are relative to the largest absolute value of the reference's output; agreement is a
+    share of images, and absent for outputs that are not logits.
     """
 
     stage: Name
     reference: Name
     max_relative_error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     mean_relative_error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+    top1_agreement: Annotated[float, Field(ge=0, le=1)] | None
     images: Size
     # Noise verifies the arithmetic, not the accuracy, so the kind of input is recorded.
     input_kind: Literal["images", "seeded-noise"]
     seed: int | None = None
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    output: Name | None = None
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """The field that only artifacts with other outputs than the logits have."""
+        return frozenset({"output"})
+
+    @property
+    def title(self) -> str:
+        """The stage, and the output if there are several."""
+        return self.stage if self.output is None else f"{self.stage}, {self.output}"
 
 
 class Provenance(Plain):
@@ -159,7 +214,7 @@ class Manifest(Plain):
     Attributes:
         name: Name of the model.
         inputs: The model's inputs; the first one takes images.
-        outputs: The model's outputs; the first one returns logits.
+        outputs: The model's outputs; logits are the first one, see `logits`.
         batch: Images in a batch, or "dynamic".
         preprocessing: From a picture to the input, if known.
         labels: One for each class, if known.
@@ -210,8 +265,8 @@ class Manifest(Plain):
                 raise ValueError(f"{MANIFEST} cannot list itself")
         if sum(entry.role == "model" for entry in self.files) != 1:
             raise ValueError("exactly one file has the role 'model'")
-        if self.labels is not None and self.outputs:
-            classes = self.outputs[0].shape[-1]
+        if self.labels is not None and self.logits is not None:
+            classes = self.logits.shape[-1]
             if isinstance(classes, int) and classes != len(self.labels):
                 raise ValueError(f"{len(self.labels)} labels for {classes} classes")
         spec, only = self.preprocessing, self.inputs[0]
@@ -224,6 +279,12 @@ class Manifest(Plain):
                 raise ValueError(f"preprocessing makes {image}, the input takes {only.shape[1:]}")
         return self
 
+    @property
+    def logits(self) -> TensorSpec | None:
+        """The output with the logits; None where the artifact returns features or tokens only."""
+        first = self.outputs[0]
+        return first if first.kind in (None, "logits") else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, with the key `schema` and a new seal."""
         data = self.model_dump(mode="json", by_alias=True)
@@ -235,12 +296,17 @@ class Manifest(Plain):
         """What makes the outputs doubtful, and what to do about it, one line each."""
         if not self.parity:
             return ()
-        worst = min(self.parity, key=lambda stage: stage.top1_agreement)
         found = []
-        if worst.top1_agreement < LEAST_AGREEMENT:
+        agreements = {
+            stage: stage.top1_agreement
+            for stage in self.parity
+            if stage.top1_agreement is not None and stage.top1_agreement < LEAST_AGREEMENT
+        }
+        if agreements:
+            worst, share = min(agreements.items(), key=lambda entry: entry[1])
             found.append(
                 f"{PARITY}{worst.stage} has the top-1 class of {worst.reference} on only "
-                f"{100 * worst.top1_agreement:.0f} % of {worst.images} {worst.input_kind}; "
+                f"{100 * share:.0f} % of {worst.images} {worst.input_kind}; "
                 "measure its accuracy (vitrim bench --dataset), or export in another precision"
             )
         count = self.parity[-1].images

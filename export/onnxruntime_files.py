@@ -39,7 +39,7 @@ def choose(run: ExportRun, model: nn.Module, plain: onnx.ModelProto) -> tuple[st
     found, notes = candidates(model, plain, request)
     run.notes.extend(notes)
     # Which form is fastest can depend on the precision, so the finished graphs are compared.
-    finished: dict[str, tuple[Candidate, Parity, onnx.ModelProto]] = {}
+    finished: dict[str, tuple[Candidate, list[Parity], onnx.ModelProto]] = {}
     for candidate in found:
         parity = check_candidate(run, model, candidate)
         if numeric.precision != "fp32":
@@ -54,12 +54,12 @@ def choose(run: ExportRun, model: nn.Module, plain: onnx.ModelProto) -> tuple[st
         chosen = tuned(run, graphs)
     candidate, parity, final = finished[chosen]
     if candidate.form is not None:
-        run.stages.append(parity)
+        run.stages.extend(parity)
     check_precision(run, candidate.model, final)
     return candidate.name, final
 
 
-def check_candidate(run: ExportRun, model: nn.Module, candidate: Candidate) -> Parity:
+def check_candidate(run: ExportRun, model: nn.Module, candidate: Candidate) -> list[Parity]:
     """Compare a candidate's float graph with the model.
 
     Raises:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from ..compress.network.named_outputs import OutputSpec
 from ..core.errors import InputError
 from .graphs.model_proto import open_graph
 from .manifest import FEWEST_IMAGES, Batch, Parity
@@ -52,24 +53,33 @@ class Probe:
         images: float32 (count, channels, height, width), real or seeded noise.
         kind: Which of the two.
         seed: Of the noise.
-        logits: Outputs of the reference (count, classes).
+        logits: Outputs of the reference (count, classes); those of several outputs, flat, side by
+            side.
+        outputs: The named outputs; empty where there are only logits.
     """
 
     images: Array
     kind: Literal["images", "seeded-noise"]
     seed: int | None
     logits: Array
+    outputs: tuple[OutputSpec, ...] = ()
 
     @classmethod
     def of(
-        cls, reference: Callable[[Array], Array], shape: Sequence[int], images: Array | None
+        cls,
+        reference: Callable[[Array], Array],
+        shape: Sequence[int],
+        images: Array | None,
+        outputs: tuple[OutputSpec, ...] = (),
     ) -> Probe:
         """Run the reference.
 
         Args:
-            reference: Images (count, *shape) -> logits (count, classes).
+            reference: Images (count, *shape) -> logits (count, classes), or all outputs of each
+                image in a row.
             shape: (channels, height, width).
             images: float32 (count, *shape), or None for seeded noise.
+            outputs: The named outputs, if there are others than logits.
 
         Returns:
             The probe.
@@ -80,7 +90,8 @@ class Probe:
         if images is None:
             size = (NOISE_IMAGES, *shape)
             noise = np.random.default_rng(NOISE_SEED).standard_normal(size, dtype=np.float32)
-            return cls(noise, "seeded-noise", NOISE_SEED, _finite_logits(reference(noise)))
+            logits = _finite_logits(reference(noise))
+            return cls(noise, "seeded-noise", NOISE_SEED, logits, outputs)
         inputs = np.ascontiguousarray(images, dtype=np.float32)
         if inputs.ndim != 4 or tuple(inputs.shape[1:]) != tuple(shape) or len(inputs) == 0:
             raise InputError(
@@ -92,11 +103,31 @@ class Probe:
                 "images: contain infinite or missing numbers; "
                 "check the preprocessing's mean and std"
             )
-        return cls(inputs, "images", None, _finite_logits(reference(inputs)))
+        return cls(inputs, "images", None, _finite_logits(reference(inputs)), outputs)
 
     def first(self, count: int) -> Probe:
         """Return the probe of the first `count` images."""
         return replace(self, images=self.images[:count], logits=self.logits[:count])
+
+    def parts(self, found: Array) -> list[tuple[OutputSpec | None, Probe, Array]]:
+        """Return each output with the probe of it alone, and its numbers among `found`.
+
+        Args:
+            found: Outputs of a stage (count, numbers).
+
+        Raises:
+            ParityError: The outputs do not have the reference's shapes.
+        """
+        if not self.outputs or found.shape != self.logits.shape:
+            return [(None, replace(self, outputs=()), found)]
+        parts: list[tuple[OutputSpec | None, Probe, Array]] = []
+        first = 0
+        for output in self.outputs:
+            columns = slice(first, first + output.numbers)
+            alone = replace(self, logits=self.logits[:, columns], outputs=())
+            parts.append((output, alone, found[:, columns]))
+            first += output.numbers
+        return parts
 
     def compare(
         self,
@@ -192,7 +223,7 @@ def model_outputs(
         config: Session config entries.
 
     Returns:
-        Logits (count, classes).
+        Logits (count, classes); several outputs of an image flat, side by side.
     """
     if isinstance(model, bytes):
         session = open_session(model, config=config)
@@ -202,8 +233,8 @@ def model_outputs(
 
 
 def session_outputs(session: Any, images: Array, *, batch: Batch = 1) -> Array:
-    """Run an open session on all images, and return the logits."""
-    name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+    """Run an open session on all images, and return the logits, or all outputs side by side."""
+    name = session.get_inputs()[0].name
     size = min(len(images), DYNAMIC_BATCH_IMAGES) if batch == "dynamic" else batch
     found = []
     for first in range(0, len(images), size):
@@ -211,8 +242,16 @@ def session_outputs(session: Any, images: Array, *, batch: Batch = 1) -> Array:
         missing = 0 if batch == "dynamic" else size - len(chunk)
         if missing:
             chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        found.append(session.run([output], {name: chunk})[0][: size - missing])
+        outputs = session.run(None, {name: chunk})
+        found.append(side_by_side(outputs)[: size - missing])
     return np.concatenate(found)
+
+
+def side_by_side(outputs: Sequence[Array]) -> Array:
+    """Return the only output unchanged, or several as one row for each image."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return np.concatenate([output.reshape(len(output), -1) for output in outputs], axis=1)
 
 
 def require_parity(parity: Parity, locate: Callable[[float], str | None]) -> Parity:
@@ -230,9 +269,11 @@ def require_parity(parity: Parity, locate: Callable[[float], str | None]) -> Par
         return parity
     stage(f"locating the first difference of {parity.stage}")
     place = locate(tolerance) or "no single inner value could be matched"
+    named = "outputs differ" if parity.output is None else f"output {parity.output!r} differs"
+    largest = "logit" if parity.output is None else "value"
     raise ParityError(
-        f"stage {parity.stage}: outputs differ from {parity.reference} by "
-        f"{parity.max_relative_error:.2e} of the largest logit, {tolerance:.0e} is allowed; "
+        f"stage {parity.stage}: {named} from {parity.reference} by "
+        f"{parity.max_relative_error:.2e} of the largest {largest}, {tolerance:.0e} is allowed; "
         f"first difference: {place}; try another form or precision"
     )
 
@@ -245,7 +286,7 @@ def require_agreement(parity: Parity, agreement: tuple[float, float]) -> None:
         agreement: From `Probe.clear_agreement`.
     """
     found, chance = agreement
-    if found < chance:
+    if found < chance and parity.top1_agreement is not None:
         raise ParityError(
             f"stage {parity.stage}: the top-1 class is that of {parity.reference} on "
             f"{100 * parity.top1_agreement:.0f} % of {parity.images} {parity.input_kind}, less "

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from ..compress.network.named_outputs import OutputSpec
 from ..core.errors import InputError
 from ..targets.catalog import load_target
 from . import capabilities
@@ -103,6 +104,7 @@ class ExportRequest:
         batch: Images in a batch, or "dynamic".
         overwrite: Replace a folder that is not empty.
         layout: Whether an image is (channels, height, width) or (height, width, channels).
+        outputs: The named outputs; empty for the logits alone.
     """
 
     shape: tuple[int, int, int]
@@ -113,6 +115,19 @@ class ExportRequest:
     numeric: NumericOptions = NumericOptions()
     manifest: ManifestOptions = ManifestOptions()
     layout: Layout = "NCHW"
+    outputs: tuple[OutputSpec, ...] = ()
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the outputs of a graph."""
+        return tuple(output.name for output in self.outputs) or ("logits",)
+
+    @property
+    def classes(self) -> int | None:
+        """The number of logits, which come first among several outputs; None: all are logits."""
+        if not self.outputs:
+            return None
+        return sum(output.numbers for output in self.outputs if output.kind == "logits")
 
     @property
     def symbolic_batch(self) -> int | str:
@@ -126,7 +141,11 @@ class ExportRequest:
 
 
 def validate_options(
-    batch: Batch, device: DeviceOptions, graph: GraphOptions, numeric: NumericOptions
+    batch: Batch,
+    device: DeviceOptions,
+    graph: GraphOptions,
+    numeric: NumericOptions,
+    outputs: tuple[str, ...] = (),
 ) -> None:
     """Check options against each other and against the runtime.
 
@@ -135,6 +154,7 @@ def validate_options(
         device: Where the artifact runs.
         graph: How the graph is written.
         numeric: What the artifact computes in.
+        outputs: The names of the outputs; empty for the logits alone.
 
     Raises:
         InputError: An option is unknown, or two do not fit; the message names them.
@@ -161,7 +181,8 @@ def validate_options(
         _validate_onnxruntime(device, graph, precision)
         return
     name = device.runtime
-    require_within_limits(name, limits_of(runtime), Planned(precision, batch, graph.form))
+    planned = Planned(precision, batch, graph.form, outputs=outputs)
+    require_within_limits(name, limits_of(runtime), planned)
     if (graph.tune and name != "tvm") or graph.ort_format:
         option = "ort_format" if graph.ort_format else "tune"
         raise InputError(f"{option} is for onnxruntime, and the runtime is {name!r}; leave it out")

@@ -64,7 +64,7 @@ def source_for(
         parity = check_candidate(run, model, found[0])
         graph, name = found[0].model, found[0].name
         if found[0].form is not None:
-            run.stages.append(parity)
+            run.stages.extend(parity)
     try:
         compact: CompactModel | None = readable(model)
     except UnsupportedModel:

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from ...core.errors import InputError
@@ -206,30 +205,30 @@ class NamedOutputs(nn.Module):
         super().__init__()
         self.model = model
         self.outputs = output_specs(model.architecture, names)
-        for number, output in enumerate(self.outputs):
-            indices = None if output.writes is None else torch.tensor(output.writes, device="cpu")
-            self.register_buffer(f"writes_{number}", indices, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs, in their order."""
-        model, architecture = self.model, self.model.architecture
+        model, prefix = self.model, self.model.architecture.prefix
         stream, after = self._stream(images)
+        pooled = model.architecture.pooled_prefix
         kinds = {output.kind for output in self.outputs}
-        tokens = self._normed(stream) if kinds & {"tokens", "patches"} else None
+        if kinds & {"tokens", "patches"}:
+            tokens = model.normed(stream)
+            read = tokens[:, :pooled] if pooled else tokens
+        else:
+            tokens = read = model.normed(stream[:, :pooled] if pooled else stream)
         found = []
-        for number, output in enumerate(self.outputs):
+        for output in self.outputs:
             if output.kind == "logits":
-                found.append(model.classify(stream))
+                found.append(model.logits(read))
             elif output.kind == "features":
-                found.append(self._spread(self._features(stream, tokens), number, output))
+                found.append(model.features_of(model.pooled(read)))
             elif output.kind == "block":
                 assert output.after is not None
-                patches = after[output.after][:, architecture.prefix :]
-                found.append(self._spread(patches, number, output))
+                found.append(_spread(after[output.after][:, prefix:], model.stream_places, output))
             else:
-                assert tokens is not None
-                first = architecture.prefix if output.kind == "patches" else 0
-                found.append(self._spread(tokens[:, first:], number, output))
+                first = prefix if output.kind == "patches" else 0
+                found.append(_spread(tokens[:, first:], model.read_places, output))
         return tuple(found)
 
     def _stream(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
@@ -242,39 +241,13 @@ class NamedOutputs(nn.Module):
         after = {0: x}
         for number, step in enumerate(cast("Iterable[Sequence[Branch]]", model.steps)):
             reduced = last is not None and number >= last
-            queries = architecture.pooled_prefix if reduced else None
-            updates = [branch(x, queries) for branch in step]
-            if queries is not None:
-                x = x[:, :queries]
-            for branch, y in zip(step, updates, strict=True):
-                x = branch.add(x, y)
+            x = model.run_step(step, x, architecture.pooled_prefix if reduced else None)
             if number + 1 in wanted:
                 after[number + 1] = x
         return x, after
 
-    def _normed(self, x: Tensor) -> Tensor:
-        model = self.model
-        if model.head_reads is not None:
-            x = x.index_select(-1, model.head_reads)
-        return x if model.norm is None else model.norm(x)
 
-    def _features(self, stream: Tensor, tokens: Tensor | None) -> Tensor:
-        model, architecture = self.model, self.model.architecture
-        kind = architecture.pool.kind
-        if tokens is None:
-            pooled = architecture.pooled_prefix
-            tokens = self._normed(stream[:, :pooled] if pooled else stream)
-        if model.refine is not None:
-            tokens = model.refine(tokens)
-        if kind == "distilled":
-            return (tokens[:, 0] + tokens[:, 1]) / 2
-        if kind == "dense":
-            return tokens[:, 0]
-        features = model._pooled(tokens)
-        return features if model.pool_norm is None else model.pool_norm(features)
-
-    def _spread(self, x: Tensor, number: int, output: OutputSpec) -> Tensor:
-        indices = cast("Tensor | None", getattr(self, f"writes_{number}"))
-        if indices is None:
-            return x
-        return x.new_zeros(*x.shape[:-1], output.shape[-1]).index_copy(-1, indices, x)
+def _spread(x: Tensor, places: Tensor | None, output: OutputSpec) -> Tensor:
+    if places is None:
+        return x
+    return x.new_zeros(*x.shape[:-1], output.shape[-1]).index_copy(-1, places, x)

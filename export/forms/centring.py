@@ -47,10 +47,17 @@ def _whole(branch: BranchSpec) -> bool:
     )
 
 
-def centre(architecture: Architecture, state: State) -> tuple[Architecture, State]:
+def centre(
+    architecture: Architecture, state: State, *, logits_only: bool = True
+) -> tuple[Architecture, State]:
     """Return an equal network whose norms over the stream are RMSNorms without bias.
 
     Everything is computed in double precision.
+
+    Args:
+        architecture: The network.
+        state: Its weights.
+        logits_only: Whether only classifiers read the last norm, which then has no bias either.
     """
     wide = {name: value.astype(np.float64) for name, value in state.items()}
     embed = architecture.embed
@@ -68,7 +75,7 @@ def centre(architecture: Architecture, state: State) -> tuple[Architecture, Stat
         for number, step in enumerate(architecture.steps)
     ]
     assert architecture.norm is not None
-    if _linear_head(architecture):
+    if logits_only and _linear_head(architecture):
         second = ["head_dist"] if architecture.pool.kind == "distilled" else []
         _fold_norm_bias(wide, "norm", ["head", *second])
     norm = _rms(architecture.norm, wide, "norm")

@@ -21,12 +21,15 @@ class Graph:
     """Nodes and constants in the order of computation.
 
     Values are referred to by name; a node's name states which part of the network it belongs to.
+
+    Args:
+        reserved: Names that no node gets.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reserved: Sequence[str] = ()) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
-        self._used: set[str] = set()
+        self._used: set[str] = set(reserved)
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._uses_runtime = False
         # How a Linear is written: one Gemm where rows are a matrix, always a product and a sum (as
@@ -163,27 +166,36 @@ class Graph:
     def model(
         self,
         input_shape: Sequence[int | str],
-        output_shape: Sequence[int | str],
-        output: str,
+        outputs: Sequence[tuple[str, str, Sequence[int]]],
         opset: int,
     ) -> onnx.ModelProto:
-        """Return the finished model, `images` -> `logits`.
+        """Return the finished model, `images` -> the outputs.
 
         Args:
             input_shape: Shape of `images`; a free dimension is given by its name.
-            output_shape: Shape of `logits`.
-            output: Name of the value that becomes `logits`.
+            outputs: Name, value and shape for one image of each output.
             opset: Version of the standard's operators.
 
         Returns:
             The model, with its constants as initializers.
         """
-        self._rename(output, "logits")
+        renamed: dict[str, str] = {}
+        for name, value, _ in outputs:
+            value = renamed.get(value, value)
+            if value in renamed.values():
+                # Another output has the same value, under its own name.
+                self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
+                continue
+            self._rename(value, name)
+            renamed[value] = name
         graph = helper.make_graph(
             self.nodes,
             "vitrim",
             [helper.make_tensor_value_info("images", TensorProto.FLOAT, list(input_shape))],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, list(output_shape))],
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, [input_shape[0], *shape])
+                for name, _, shape in outputs
+            ],
             list(self.constants.values()),
         )
         opsets = [helper.make_opsetid("", opset)]
@@ -196,9 +208,10 @@ class Graph:
 
     def _rename(self, old: str, new: str) -> None:
         for node in self.nodes:
-            for number, output in enumerate(node.output):
-                if output == old:
-                    node.output[number] = new
+            for values in (node.output, node.input):
+                for number, value in enumerate(values):
+                    if value == old:
+                        values[number] = new
 
 
 def entries_below(state: State, prefix: str) -> State:

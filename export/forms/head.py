@@ -8,6 +8,7 @@ import numpy as np
 
 from ...compress.network.architecture import Architecture, RefineSpec
 from .attention_pool import attention_pool
+from .dense_outputs import DenseOutputs
 from .ffn import activation
 from .form import Form
 from .graph import Graph, State
@@ -27,7 +28,14 @@ from .stream import Stream
 _PREFIX_ROWS = {"token": 1, "distilled": 2}
 
 
-def head(graph: Graph, form: Form, architecture: Architecture, state: State, stream: Stream) -> str:
+def head(
+    graph: Graph,
+    form: Form,
+    architecture: Architecture,
+    state: State,
+    stream: Stream,
+    dense: DenseOutputs,
+) -> str:
     """Write everything after the last sub-layer.
 
     Args:
@@ -36,12 +44,18 @@ def head(graph: Graph, form: Form, architecture: Architecture, state: State, str
         architecture: The network.
         state: Its weights.
         stream: The residual stream after the last sub-layer, without padding rows.
+        dense: Gets the normed tokens and the features, where these are requested.
 
     Returns:
         Logits (1, classes), or with a batch; features where there is no classifier.
     """
     writer = _HeadWriter(graph, form, architecture, state)
-    return writer.logits(writer.final_norm(stream))
+    x = writer.final_norm(stream)
+    if dense.all_tokens:
+        dense.add_tokens(x)
+        if architecture.pooled_prefix:
+            x = first_tokens(graph, form, x, architecture.pooled_prefix, "pooled")
+    return writer.logits(x, dense)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class _HeadWriter:
             x = gather_channels(self.graph, x, reads, self.architecture.embed, "head.reads")
         return x if spec is None else norm(self.graph, x, Norm.of(spec, self.state, "norm"), "norm")
 
-    def logits(self, x: str) -> str:
+    def logits(self, x: str, dense: DenseOutputs) -> str:
         architecture, tokens = self.architecture, self.tokens
         kind = architecture.pool.kind
         if architecture.pool.refine is not None:
@@ -78,14 +92,30 @@ class _HeadWriter:
             x = _refined(self.graph, self.form, architecture.pool.refine, x, count)
             tokens = count or tokens
         if kind == "distilled":
+            if dense.features:
+                dense.add_features(self._mean_of_rows(x))
             return self._distilled(x)
         if kind == "dense":
+            if dense.features:
+                dense.add_features(self._class_row(x))
             return self._dense(x)
         x = self._pooled(kind, x, tokens)
         if architecture.pool_norm is not None:
             layer = Norm.of(architecture.pool_norm, self.state, "pool_norm")
             x = norm(self.graph, x, layer, "pool_norm")
+        if dense.features:
+            dense.add_features(x)
         return self._classified(x, "head", one_row=True)
+
+    def _mean_of_rows(self, x: str) -> str:
+        """The mean of class and distillation token."""
+        graph = self.graph
+        rows = []
+        for number in range(2):
+            row = slice_tokens(graph, self.form, x, number, number + 1, f"features.{number}")
+            rows.append(graph.reshape(row, [-1, self._width], f"features.{number}.flat"))
+        both = graph.node("Add", rows, "features.both")
+        return graph.node("Mul", [both, graph.scalar("half", 0.5)], "features.mean")
 
     def _pooled(self, kind: str, x: str, tokens: int) -> str:
         """(…, tokens, width) -> (batch, width)."""

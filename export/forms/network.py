@@ -6,18 +6,21 @@ output projection with zero columns for the others, or is scattered by index, as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import onnx
 
 from ...compress.network.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec
 from ...compress.network.modules.model import CompactModel
+from ...compress.network.named_outputs import OutputSpec, needs_all_tokens
 from ...compress.surgery.stream_form import choose_stream_form
 from ...core.errors import InputError, UnsupportedModel
 from . import centring
 from .attention import attention
 from .attention_inputs import AttentionRows
 from .coverage import reason_against
+from .dense_outputs import DenseOutputs, form_for_outputs
 from .ffn import ffn
 from .form import Form
 from .graph import Array, Graph, State, entries_below
@@ -44,6 +47,7 @@ def write_network(
     linears: Literal["gemm", "product", "int8"] = "gemm",
     weight_bits: int = 8,
     opset: int | None = None,
+    outputs: Sequence[OutputSpec] = (),
 ) -> onnx.ModelProto:
     """Write a model in one form.
 
@@ -54,9 +58,10 @@ def write_network(
         linears: Linears as Gemm where rows are a matrix, as MatMul and Add, or in eight bits.
         weight_bits: Bits of eight-bit weights; 7 where the processor's eight-bit products saturate.
         opset: Version of the standard's operators, at least the form's; None for the form's.
+        outputs: The named outputs; empty for the logits alone.
 
     Returns:
-        A graph `images` -> `logits`. That it computes the same function is checked by the
+        A graph `images` -> `logits`, or the named outputs. That it computes the same function is checked by the
         exporter, on every artifact.
 
     Raises:
@@ -64,34 +69,38 @@ def write_network(
         UnsupportedModel: No form has a rule for a part of the model; the message names it.
     """
     _check(model.architecture, form, batch, opset)
+    form = form_for_outputs(form, model.architecture, outputs)
     if form.stream == "cheaper":
         model = choose_stream_form(model).model
     architecture = model.architecture
     state = {
         name: tensor.detach().cpu().float().numpy() for name, tensor in model.state_dict().items()
     }
-    graph = Graph()
+    graph = Graph([output.name for output in outputs])
     graph.linears, graph.weight_bits, graph.operators = linears, weight_bits, form.operators
     if form.norm == "centred-rms" and centring.applicable(architecture):
-        architecture, state = centring.centre(architecture, state)
+        architecture, state = centring.centre(architecture, state, logits_only=not outputs)
         graph.runtime_norm = True
     writer = _StepWriter(graph, form, architecture)
     rows = stem(graph, form, architecture, state, batch=batch, padding=writer.padding)
     stream = Stream(graph, form, rows)
+    dense = DenseOutputs(graph, form, architecture, outputs)
+    dense.after_steps(stream, 0)
     pooled = architecture.pooled_prefix
     last = None
-    if pooled and (form.last_queries or architecture.last_queries):
+    shorter = form.last_queries or architecture.last_queries
+    if pooled and shorter and not needs_all_tokens(architecture, outputs):
         last = _last_attention(architecture)
     for number, step in enumerate(architecture.steps):
         parts = entries_below(state, f"steps.{number}")
         writer.step(stream, step, parts, number, pooled if number == last else None)
-    if last is None and pooled:
+        dense.after_steps(stream, number + 1)
+    if last is None and pooled and not dense.all_tokens:
         stream.keep_first(pooled, "pooled")
-    elif not pooled and writer.padding:
+    elif last is None and writer.padding:
         stream.keep_first(architecture.tokens, "real")
-    logits = head(graph, form, architecture, state, stream)
-    shapes = [batch, *architecture.image], [batch, architecture.classes]
-    return graph.model(*shapes, logits, opset or form.opset)
+    logits = head(graph, form, architecture, state, stream, dense)
+    return graph.model([batch, *architecture.image], dense.values(logits), opset or form.opset)
 
 
 def _check(architecture: Architecture, form: Form, batch: int | str, opset: int | None) -> None:

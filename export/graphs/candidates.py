@@ -16,6 +16,7 @@ from ...core.errors import InputError, UnsupportedModel
 from .. import capabilities
 from ..forms import FORMS, INT8_FORMS, STREAM_FORMS, Form, form_named, write_network
 from ..forms.coverage import reason_against
+from ..forms.dense_outputs import form_for_outputs
 from ..manifest import Array
 from ..parity import first_difference
 from ..quantization import quantize
@@ -103,8 +104,14 @@ def candidates(
         forms = [best]
         notes.append(f"form: {measured}")
     batch, opset = request.symbolic_batch, request.graph.opset
+    fitting = [form_for_outputs(entry, compact.architecture, request.outputs) for entry in forms]
+    forms = list(dict.fromkeys(fitting))
     found = [
-        Candidate(entry.name, write_network(compact, entry, batch=batch, opset=opset), entry)
+        Candidate(
+            entry.name,
+            write_network(compact, entry, batch=batch, opset=opset, outputs=request.outputs),
+            entry,
+        )
         for entry in forms
     ]
     return ([*found, torch_graph] if tune and form is None else found), notes
@@ -171,9 +178,17 @@ def in_precision(
     if precision == "int8":
         bits = int8_weight_bits(request)
         return write_network(
-            compact, form, batch=batch, linears="int8", weight_bits=bits, opset=opset
+            compact,
+            form,
+            batch=batch,
+            linears="int8",
+            weight_bits=bits,
+            opset=opset,
+            outputs=request.outputs,
         )
-    float_graph = write_network(compact, form, batch=batch, linears="product", opset=opset)
+    float_graph = write_network(
+        compact, form, batch=batch, linears="product", opset=opset, outputs=request.outputs
+    )
     return graph_in_precision(float_graph, request, notes, form=form)
 
 
@@ -232,6 +247,7 @@ def _static(
         weight_bits=int8_weight_bits(request),
         pairs=capabilities.needs_qdq_pairs(target) if form is None else form.qdq,
         also=("patch",) if form is not None and form.stem == "int8" and product else (),
+        classes=request.classes,
     )
     if numeric.calibration != "best":
         return static_graph(float_graph, images, numeric.calibration, options)
@@ -267,5 +283,7 @@ def where_in_form(
     if candidate.form is None:
         return None
     form = replace(_REFERENCE_FORM, last_queries=candidate.form.last_queries)
-    reference = write_network(lift(model), form, batch=request.symbolic_batch)
+    reference = write_network(
+        lift(model), form, batch=request.symbolic_batch, outputs=request.outputs
+    )
     return first_difference(reference, candidate.model, first_batch, tolerance, endings=COMPARABLE)

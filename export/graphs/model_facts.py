@@ -14,14 +14,16 @@ from torch import nn
 from ...compress.lift import read
 from ...compress.lift.wrappers import innermost
 from ...compress.network.count import count_macs
+from ...compress.network.named_outputs import NamedOutputs
 from ...core.errors import InputError, UnsupportedModel
 from ..manifest import Provenance
+from ..parity import side_by_side
 
 Array = NDArray[Any]
 
 
 def torch_outputs(model: nn.Module, images: Array) -> Array:
-    """Return float32 logits (count, classes) of all images.
+    """Return float32 logits (count, classes) of all images, or several outputs side by side.
 
     Raises:
         InputError: The module does not return logits.
@@ -31,6 +33,9 @@ def torch_outputs(model: nn.Module, images: Array) -> Array:
     with torch.no_grad():
         for first in range(0, len(images), 64):
             logits = model(torch.from_numpy(images[first : first + 64]).to(device))
+            if isinstance(model, NamedOutputs):
+                found.append(side_by_side([output.float().cpu().numpy() for output in logits]))
+                continue
             if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
                 raise InputError(
                     f"{type(model).__name__} does not return logits (batch, classes); "

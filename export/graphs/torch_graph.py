@@ -7,6 +7,7 @@ import io
 import logging
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
@@ -32,7 +33,13 @@ def trace(run: ExportRun, model: nn.Module) -> onnx.ModelProto:
     request, images, image = run.request, run.probe.images, run.first_batch
     stage("tracing")
     opset = MIN_OPSET if request.graph.opset is None else request.graph.opset
-    traced = torch_to_onnx(model, request.shape, batch=request.batch, opset=opset)
+    traced = torch_to_onnx(
+        model,
+        request.shape,
+        batch=request.batch,
+        opset=opset,
+        output_names=request.output_names,
+    )
     stage("parity of the traced graph")
     run.check(
         "onnx",
@@ -63,7 +70,12 @@ def simplify_and_check(run: ExportRun, graph: onnx.ModelProto) -> onnx.ModelProt
 
 
 def torch_to_onnx(
-    model: nn.Module, image: tuple[int, int, int], *, batch: Batch, opset: int
+    model: nn.Module,
+    image: tuple[int, int, int],
+    *,
+    batch: Batch,
+    opset: int,
+    output_names: Sequence[str] = ("logits",),
 ) -> onnx.ModelProto:
     """Export a module through torch's dynamo exporter.
 
@@ -72,9 +84,10 @@ def torch_to_onnx(
         image: (channels, height, width).
         batch: Images in a batch, or "dynamic".
         opset: Version of the standard's operators, at least 20.
+        output_names: One name for each output of the module.
 
     Returns:
-        A graph `images` (batch, *image) -> `logits`.
+        A graph `images` (batch, *image) -> `logits`, or the named outputs.
 
     Raises:
         InputError: torch cannot export the module; the message is its reason in one line.
@@ -94,7 +107,7 @@ def torch_to_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=list(output_names),
                 dynamic_shapes=shapes,
                 verbose=False,
             )

@@ -38,18 +38,21 @@ class StaticOptions:
         pairs: Keep QuantizeLinear and DequantizeLinear pairs around float products, with symmetric
             ranges, instead of the runtime's own eight-bit products.
         also: What is quantized besides the weight products.
+        classes: How many of the first numbers of an image's outputs are logits; None: all.
     """
 
     weight_bits: int = 8
     pairs: bool = False
     also: tuple[FloatPart, ...] = ()
+    classes: int | None = None
 
 
 @dataclass(frozen=True)
 class StaticCandidate:
     """One quantized graph, and how far its outputs are from the float graph's.
 
-    Errors are relative to the largest logit, over the calibration images.
+    Errors are relative to the largest output, over the calibration images. The agreement is None
+    without logits.
     """
 
     calibration: Calibration
@@ -57,7 +60,7 @@ class StaticCandidate:
     graph: onnx.ModelProto
     mean_relative_error: float
     max_relative_error: float
-    top1_agreement: float
+    top1_agreement: float | None
 
     @property
     def name(self) -> str:
@@ -66,11 +69,18 @@ class StaticCandidate:
 
     def summary(self) -> str:
         """Return one line for the manifest."""
-        return (
+        errors = (
             f"int8-static by {self.name}: mean relative error {self.mean_relative_error:.1e}, "
-            f"largest {self.max_relative_error:.1e}, "
-            f"same top-1 class on {100 * self.top1_agreement:.1f} %"
+            f"largest {self.max_relative_error:.1e}"
         )
+        if self.top1_agreement is None:
+            return errors
+        return f"{errors}, same top-1 class on {100 * self.top1_agreement:.1f} %"
+
+    @property
+    def agreement(self) -> float:
+        """The agreement for comparisons; without logits only errors decide."""
+        return 0.0 if self.top1_agreement is None else self.top1_agreement
 
 
 def _name(calibration: Calibration, also: tuple[FloatPart, ...]) -> str:
@@ -141,7 +151,7 @@ def best_static(
         made = static_graph(float_graph, images, calibration, replace(options, also=also))
         found = model_outputs(made, images, batch=size)
         error = relative_error(reference, found)
-        agreement = float(np.mean(found.argmax(-1) == reference.argmax(-1)))
+        agreement = _agreement(reference, found, options.classes)
         errors = float(error.mean()), float(error.max())
         return StaticCandidate(calibration, also, made, *errors, agreement)
 
@@ -156,7 +166,7 @@ def best_static(
         rivals = {"floats": best.graph, "more": larger.graph}
         latency_s = dict(fastest(rivals, images[:size], threads=threads, limit_s=1.0))
         ratio = latency_s["more"] / latency_s["floats"]
-        kept = ratio < REQUIRED_RATIO and larger.top1_agreement >= best.top1_agreement
+        kept = ratio < REQUIRED_RATIO and larger.agreement >= best.agreement
         outcome = "kept" if kept else "left float"
         notes.append(f"{larger.summary()}, {ratio:.3f} of the latency: {outcome}")
         best = larger if kept else best
@@ -165,4 +175,11 @@ def best_static(
 
 def most_accurate(candidates: Sequence[StaticCandidate]) -> StaticCandidate:
     """Return the candidate of highest top-1 agreement, then of smallest mean error."""
-    return max(candidates, key=lambda found: (found.top1_agreement, -found.mean_relative_error))
+    return max(candidates, key=lambda found: (found.agreement, -found.mean_relative_error))
+
+
+def _agreement(reference: Array, found: Array, classes: int | None) -> float | None:
+    if classes == 0:
+        return None
+    same = found[:, :classes].argmax(-1) == reference[:, :classes].argmax(-1)
+    return float(np.mean(same))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from vitrim.compress.lift import lift
 from vitrim.compress.network.named_outputs import (
     NamedOutputs,
-    block_ends,
     needs_all_tokens,
     output_specs,
     require_output_names,
@@ -76,6 +75,26 @@ def cut_backbone() -> tuple[nn.Module, nn.Module]:
     return vitrim.masked(model, mask), vitrim.compact(model, mask)
 
 
+def test_a_cut_classifier_has_dense_outputs_of_the_source_width() -> None:
+    model = tiny("deit_tiny_patch16_224", num_classes=5)
+    mask = vitrim.StructuredMask.random(lift(model), keep_ratio=0.5, sharing="residual", seed=0)
+    images = torch.randn(2, 3, 32, 32)
+    names = ("logits", "features", "patches", "blocks.1")
+    compact = vitrim.compact(model, mask)
+    logits, features, patches, stream = NamedOutputs(compact, names)(images)
+    assert [value.shape[-1] for value in (logits, features, patches, stream)] == [5, 32, 32, 32]
+    torch.testing.assert_close(logits, vitrim.masked(model, mask)(images), rtol=1e-4, atol=1e-4)
+    kept = list(compact.architecture.stream_channels)
+    assert 0 < len(kept) < 32
+    removed = [channel for channel in range(32) if channel not in kept]
+    for value in (features, patches, stream):
+        assert (value[..., kept] != 0).all()
+        assert (value[..., removed] == 0).all()
+    torch.testing.assert_close(compact.head(features[:, kept]), logits)
+    last = NamedOutputs(compact, ["blocks.2"])(images)[0]
+    torch.testing.assert_close(compact.norm(last[..., kept]), patches[..., kept])
+
+
 def test_a_cut_backbone_has_features_and_tokens_of_the_source_width() -> None:
     masked, compact = cut_backbone()
     images = torch.randn(2, 3, 28, 28)
@@ -92,12 +111,16 @@ def test_a_cut_backbone_has_features_and_tokens_of_the_source_width() -> None:
 
 
 def test_a_removed_block_ends_where_the_one_before_it_does() -> None:
-    architecture = lift(tiny("deit_tiny_patch16_224")).architecture
-    assert block_ends(architecture) == {0: 2, 1: 4, 2: 6}
-    steps = (*architecture.steps[:2], *architecture.steps[4:])
-    assert block_ends(architecture.model_copy(update={"steps": steps})) == {0: 2, 1: 2, 2: 4}
-    steps = architecture.steps[2:]
-    assert block_ends(architecture.model_copy(update={"steps": steps})) == {0: 0, 1: 2, 2: 4}
+    compact = lift(tiny("deit_tiny_patch16_224"))
+    mask = vitrim.StructuredMask.everything(compact)
+    for dimension, site, kept in mask:
+        if dimension == "block" and site.startswith("blocks.1."):
+            kept[:] = False
+    cut = vitrim.compact(compact, mask)
+    images = torch.randn(1, 3, 32, 32)
+    first, second, third = NamedOutputs(cut, ["blocks.0", "blocks.1", "blocks.2"])(images)
+    torch.testing.assert_close(first, second)
+    assert not torch.allclose(second, third)
 
 
 def test_only_outputs_after_the_last_attention_need_all_tokens() -> None:
@@ -138,7 +161,7 @@ def test_a_block_outside_of_the_network_is_refused_by_name() -> None:
     architecture = lift(tiny("deit_tiny_patch16_224")).architecture
     with pytest.raises(InputError) as error:
         output_specs(architecture, ["blocks.3"])
-    message = "outputs: 'blocks.3' is outside of the network; the network has blocks 0 to 2"
+    message = "outputs: 'blocks.3' is outside of the network, which has blocks 0 to 2"
     assert str(error.value) == message
 
 
