@@ -10,18 +10,21 @@ References:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...core.errors import InputError
+from .devices import Placement, tensors_to_cpu
 from .optimizers import OptimizerName, make_optimizer
+from .regularization import DenseOptions, add_drop_path
 from .task import EpochEnd
 
 # Of the sine-cosine position table.
@@ -37,7 +40,7 @@ class Distillation:
         alpha: The share of the distillation loss, between 0 and 1.
         temperature: The temperature of both outputs, above 0.
         known: Logits of the teacher by `image_key`, for images that are not augmented; others are
-            computed in every step. See `teacher_outputs`.
+            computed in every step, and all of them on a GPU. See `teacher_outputs`.
     """
 
     teacher: nn.Module
@@ -65,6 +68,7 @@ class DenseTask:
         distillation: The teacher (default: none).
         metrics: Constant figures for the history of this phase, such as params and macs.
         optimizer: The name of the optimizer.
+        options: Averaged weights, rates by depth, and stochastic depth (default: none of them).
     """
 
     def __init__(
@@ -78,15 +82,39 @@ class DenseTask:
         distillation: Distillation | None = None,
         metrics: dict[str, float] | None = None,
         optimizer: OptimizerName = "adamw",
+        options: DenseOptions | None = None,
     ) -> None:
         self.model, self.phase, self.optimizer_name = model, phase, optimizer
         self.lr, self.weight_decay = lr, weight_decay
         self.label_smoothing, self.distillation = label_smoothing, distillation
-        self.metrics = dict(metrics or {})
+        self.metrics, self.options = dict(metrics or {}), options or DenseOptions()
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self.average: ModelEmaV3 | None = None
+        if self.options.ema is not None:
+            self.average = ModelEmaV3(model, decay=self.options.ema, use_warmup=True)
+        self._dropping = add_drop_path(model, self.options.drop_path)
+
+    def place(self, placement: Placement) -> None:
+        """Move the model, its average and the teacher to a device."""
+        for module in (self.model, self.average):
+            if module is not None:
+                module.to(placement.device)
+        if self.distillation is not None:
+            self.distillation.teacher.to(placement.device)
+        self._compiled = torch.compile(self.model) if placement.compile else None
+
+    def trained(self) -> nn.Module:
+        """The model."""
+        return self.model
+
+    def observed(self) -> Sequence[nn.Parameter]:
+        """None: every parameter is in the optimizer."""
+        return ()
 
     def optimizer(self) -> Optimizer:
         """A new optimizer over all parameters."""
-        return make_optimizer(self.optimizer_name, self.model, self.lr, self.weight_decay)
+        decay = self.options.layer_decay
+        return make_optimizer(self.optimizer_name, self.model, self.lr, self.weight_decay, decay)
 
     def train_mode(self) -> None:
         """Set the model to training mode."""
@@ -94,29 +122,42 @@ class DenseTask:
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and its logits (B, classes)."""
-        logits: Tensor = self.model(images)
+        forward = self.model if self._compiled is None else self._compiled
+        logits: Tensor = forward(images)
         return task_loss(logits, targets, images, self.label_smoothing, self.distillation), logits
 
     def after_step(self, step: int) -> None:
-        """Do nothing."""
+        """Update the average of the weights."""
+        if self.average is not None:
+            self.average.update(self.model, step=step)
 
     def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
         """The constant metrics; the best epoch is that of the highest top-1."""
         return EpochEnd(metrics=self.metrics)
 
     def model_for_eval(self) -> nn.Module:
-        """The model itself."""
-        return self.model
+        """The model itself, or the one with the averaged weights."""
+        return self.model if self.average is None else self.average.module
 
     def state(self) -> dict[str, Any]:
-        """The parameters and buffers of the model."""
-        return {
-            "model": {key: value.detach().clone() for key, value in self.model.state_dict().items()}
-        }
+        """The parameters and buffers of the model, and of the average of its weights."""
+        state = {"model": tensors_to_cpu(dict(self.model.state_dict()))}
+        if self.average is not None:
+            state["average"] = tensors_to_cpu(dict(self.average.module.state_dict()))
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the parameters and buffers."""
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+
+    def finish(self) -> None:
+        """Give the model the averaged weights, and end stochastic depth."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+        for handle in self._dropping:
+            handle.remove()
 
 
 def task_loss(
@@ -181,7 +222,7 @@ def teacher_outputs(
 
 
 def _teacher_logits(images: Tensor, distillation: Distillation) -> Tensor:
-    if distillation.known:
+    if distillation.known and images.device.type == "cpu":
         found = [distillation.known.get(image_key(image)) for image in images]
         if all(logits is not None for logits in found):
             return torch.stack([logits for logits in found if logits is not None])

@@ -46,28 +46,28 @@ class SmallerGraph:
         """Copy the state of the old optimizer to a new one over `model` and the gates."""
         for name, parameter in model.named_parameters():
             if name in self.moments:
-                optimizer.state[parameter] = self.moments[name]
+                optimizer.state[parameter] = _on_device(self.moments[name], parameter.device)
         for scores, entry in zip(self.gates.scores, self.score_moments, strict=True):
             if entry:
-                optimizer.state[scores] = entry
+                optimizer.state[scores] = _on_device(entry, scores.device)
 
 
 def shrink_graph(
     model: CompactModel, gates: Gates, keep: Sequence[Tensor], optimizer: Optimizer | None
 ) -> SmallerGraph:
-    """Remove units from a training graph.
+    """Remove units from a training graph; the work is done on the CPU.
 
     Args:
         model: The network in training.
         gates: Its gates.
-        keep: Booleans of the units that stay, one tensor for each group of `gates`.
+        keep: Booleans of the units that stay, one tensor on the CPU for each group of `gates`.
         optimizer: The optimizer over the model and the scores, if there is one.
 
     Returns:
-        The smaller graph, with weights, scores and moments of its own.
+        The smaller graph on the CPU, with weights, scores and moments of its own.
     """
     surgery = plan(model.architecture, gates.mask(keep))
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     smaller = build(surgery.architecture, cut(surgery, state))
     new_gates = Gates(smaller.architecture, gates.sharing, gates.fixed)
     # Groups of sub-layers that were removed as a whole are not in the new graph.
@@ -75,7 +75,7 @@ def shrink_graph(
     groups = [numbers[group.dimension, group.site] for group in new_gates.groups]
     with torch.no_grad():
         for new, number in zip(new_gates.scores, groups, strict=True):
-            new.copy_(gates.scores[number][keep[number]])
+            new.copy_(gates.scores[number].cpu()[keep[number]])
     score_moments = _score_moments(gates, optimizer, keep)
     return SmallerGraph(
         smaller,
@@ -106,7 +106,11 @@ def _cut_moments(surgery: Plan, moments: dict[str, Moments]) -> dict[str, Moment
     sliced = {
         key: cut(
             surgery,
-            {name: entry[key] for name, entry in moments.items() if _is_moment(entry.get(key))},
+            {
+                name: entry[key].cpu()
+                for name, entry in moments.items()
+                if _is_moment(entry.get(key))
+            },
         )
         for key in keys
     }
@@ -129,11 +133,16 @@ def _score_moments(
         return [{} for _ in keep]
     return [
         {
-            name: value[index].clone() if _is_moment(value) else value
+            name: value.cpu()[index].clone() if _is_moment(value) else value
             for name, value in optimizer.state.get(scores, {}).items()
         }
         for scores, index in zip(gates.scores, keep, strict=True)
     ]
+
+
+def _on_device(entry: Moments, device: torch.device) -> Moments:
+    # Counters of steps stay where the optimizer keeps them.
+    return {name: value.to(device) if _is_moment(value) else value for name, value in entry.items()}
 
 
 def _is_moment(value: Any) -> bool:

@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..network.modules.model import CompactModel, build
 from ..surgery.compactor import compact
 from ..surgery.rounding import snap
 from .dense import Distillation, task_loss
+from .devices import Placement, tensors_to_cpu
 from .graph_shrinking import shrink_graph
 from .mask_settings import MaskSettings
 from .optimizers import OptimizerName, make_optimizer
@@ -91,7 +93,23 @@ class MaskTask:
         self.origin = [torch.arange(group.size) for group in gates.groups]
         self.progress = _Progress()
         self._optimizer: Optimizer | None = None
+        self._placement = Placement()
         self._install(model, gates)
+
+    def place(self, placement: Placement) -> None:
+        """Move the network, the scores and the teacher to a device."""
+        self._placement = placement
+        self._install_on_device()
+        if self.distillation is not None:
+            self.distillation.teacher.to(placement.device)
+
+    def trained(self) -> nn.Module:
+        """The network and the scores."""
+        return nn.ModuleList([self.masked, self.gates])
+
+    def observed(self) -> Sequence[nn.Parameter]:
+        """With a budget, the scores, whose gradients are the saliencies."""
+        return () if self.settings.lambda_ is not None else list(self.gates.scores)
 
     def optimizer(self) -> Optimizer:
         """A new optimizer over the weights and, with lambda, the scores."""
@@ -109,7 +127,7 @@ class MaskTask:
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, with lambda including the cost, and its logits (B, classes)."""
         self.gates.begin()
-        logits: Tensor = self.masked(images, self.gates.value, "kept")
+        logits: Tensor = self._forward(images, self.gates.value, "kept")
         loss = task_loss(logits, targets, images, self.settings.label_smoothing, self.distillation)
         if self.settings.lambda_:
             loss = loss + self.settings.lambda_ * movement_cost(
@@ -146,18 +164,15 @@ class MaskTask:
         return EpochEnd(metrics=metrics, score=score, stop=stop, optimizer=self._shrink())
 
     def model_for_eval(self) -> nn.Module:
-        """The cut model."""
-        return self.result()
+        """The cut model, on the device of the training."""
+        return self.result().to(self._placement.device)
 
     def state(self) -> dict[str, Any]:
         """Weights, scores, saliencies and progress."""
         return {
             "architecture": self.masked.architecture.model_dump_json(by_alias=True),
-            "model": {
-                name: tensor.detach().clone()
-                for name, tensor in self.masked.network.state_dict().items()
-            },
-            "scores": [scores.detach().clone() for scores in self.gates.scores],
+            "model": tensors_to_cpu(dict(self.masked.network.state_dict())),
+            "scores": tensors_to_cpu(list(self.gates.scores)),
             "saliency": [saliency.clone() for saliency in self.solver.saliency],
             "price": self.solver.price,
             "origin": [index.clone() for index in self.origin],
@@ -185,8 +200,11 @@ class MaskTask:
         self.origin = [index.clone() for index in state["origin"]]
         self.progress = _Progress(**state["progress"])
 
+    def finish(self) -> None:
+        """Do nothing: `result` cuts the model."""
+
     def result(self, last_queries: bool = True) -> CompactModel:
-        """The cut model with the current masks and weights, in evaluation mode."""
+        """The cut model on the CPU with the current masks and weights, in evaluation mode."""
         return compact(self._plain(), self.gates.mask(), last_queries=last_queries).eval()
 
     def reference(self) -> tuple[CompactModel, StructuredMask]:
@@ -227,11 +245,18 @@ class MaskTask:
         kind = self.settings.budget.kind if self.settings.budget else "params"
         self.solver = DualSolver(model.architecture, gates, kind)
         self.masked = MaskedNetwork(model)
+        self._install_on_device()
+
+    def _install_on_device(self) -> None:
+        self.masked.to(self._placement.device)
+        self.gates.to(self._placement.device)
+        self._forward: Callable[..., Tensor] = self.masked
+        if self._placement.compile:
+            self._forward = torch.compile(self.masked)
 
     def _plain(self) -> CompactModel:
-        state = self.masked.network.state_dict()
-        copies = {name: tensor.detach().clone() for name, tensor in state.items()}
-        return build(self.masked.architecture, copies)
+        state: Any = tensors_to_cpu(dict(self.masked.network.state_dict()))
+        return build(self.masked.architecture, state)
 
     def _update(self, step: int) -> None:
         budget = self.settings.budget
@@ -308,7 +333,7 @@ class MaskTask:
         if self.settings.lambda_ is not None:
             # A score this far below the threshold needs many steps to return.
             return [
-                keep | (scores.detach() > THRESHOLD - 0.2)
+                keep | (scores.detach().cpu() > THRESHOLD - 0.2)
                 for keep, scores in zip(kept, self.gates.scores, strict=True)
             ]
         return [~dead for dead in self.solver.removable(kept)]

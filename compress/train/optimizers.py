@@ -19,6 +19,8 @@ from timm.optim import muon
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from .regularization import rate_scales
+
 OptimizerName = Literal["adamw", "muon"]
 # The rate of AdamW for the other parameters, relative to that of Muon.
 ADAMW_RATE_BESIDE_MUON = 0.2
@@ -27,7 +29,11 @@ TABLES = frozenset({"pos_embed", "cls_token", "reg_token", "dist_token", "prefix
 
 
 def make_optimizer(
-    name: OptimizerName, model: nn.Module, lr: float, weight_decay: float
+    name: OptimizerName,
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
     """Create an optimizer over the trainable parameters of a model.
 
@@ -36,12 +42,14 @@ def make_optimizer(
         model: The model.
         lr: The peak learning rate; with "muon" that of the matrices inside the blocks.
         weight_decay: For matrices and kernels.
+        layer_decay: The rate of each block relative to the next one, see `rate_scales`.
 
     Returns:
         The optimizer; the `lr` of each group is its peak.
     """
+    scales = rate_scales(model, layer_decay)
     if name == "adamw":
-        return AdamW(decay_groups(model, weight_decay), lr=lr)
+        return AdamW(_scaled_groups(model, decay_groups(model, weight_decay), lr, scales), lr=lr)
     matrices = {
         id(parameter)
         for key, parameter in model.named_parameters()
@@ -56,7 +64,7 @@ def make_optimizer(
         if others:
             rate = lr * ADAMW_RATE_BESIDE_MUON
             groups.append({**group, "params": others, "use_fallback": True, "lr": rate})
-    return MuonForProcessor(groups, lr=lr)
+    return MuonForProcessor(_scaled_groups(model, groups, lr, scales), lr=lr)
 
 
 class MuonForProcessor(muon.Muon):
@@ -69,7 +77,7 @@ class MuonForProcessor(muon.Muon):
     def step(self, closure: Any = None) -> Any:
         """One update, as `Muon.step`."""
         step: Any = super().step
-        if any(parameter.is_cuda for group in self.param_groups for parameter in group["params"]):
+        if self.param_groups[0]["params"][0].device.type != "cpu":
             return step(closure)
         original = muon.zeropower_via_newtonschulz
         # `Muon` has no argument for it.
@@ -109,6 +117,23 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _scaled_groups(
+    model: nn.Module, groups: list[dict[str, Any]], lr: float, scales: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The groups, divided by the factors on their parameters' rates, the largest first."""
+    factors = sorted(set(scales.values()), reverse=True)
+    if len(factors) < 2:
+        return groups
+    of = {id(parameter): scales[name] for name, parameter in model.named_parameters()}
+    divided = [
+        {**group, "params": params, "lr": factor * group.get("lr", lr)}
+        for factor in factors
+        for group in groups
+        if (params := [parameter for parameter in group["params"] if of[id(parameter)] == factor])
+    ]
+    return divided
 
 
 def _in_blocks(name: str) -> bool:

@@ -13,7 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def arithmetic(
-    matmul_precision: Literal["highest", "high", "medium"], threads: int | None, model: nn.Module
+    matmul_precision: Literal["highest", "high", "medium"],
+    threads: int | None,
+    model: nn.Module,
+    device: torch.device | None = None,
 ) -> Iterator[None]:
     """Set the threads and the float32 matmul precision of torch, and restore them on exit.
 
@@ -27,9 +30,10 @@ def arithmetic(
             multiplies in bfloat16 if it has the instructions.
         threads: The number of threads, or None to leave it.
         model: The model, whose `fused_attn` switches are set.
+        device: Where the model computes (default: the CPU).
     """
     precision_before, threads_before = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    plain = matmul_precision != "highest"
+    plain = matmul_precision != "highest" and (device is None or device.type == "cpu")
     switched = [
         module
         for module in model.modules()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ...core.errors import InputError
 from .augment import Preset
+from .devices import Placement
 from .schedule import Schedule
 
 
@@ -27,6 +28,11 @@ class TrainSettings:
         matmul_precision: As for `torch.set_float32_matmul_precision`.
         threads: The threads of torch; None leaves them.
         quiet: Print nothing.
+        placement: The device and the precision.
+        accumulate: The number of parts in which a process computes its share of a batch, one after
+            the other, to need less memory; the step is that of the whole batch.
+        workers: The number of processes that read images that are not decoded in advance.
+        checkpoint_s: Seconds after which a checkpoint is written within an epoch.
 
     Raises:
         InputError: A number is out of range.
@@ -44,6 +50,10 @@ class TrainSettings:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     threads: int | None = None
     quiet: bool = False
+    placement: Placement = field(default_factory=Placement)
+    accumulate: int = 1
+    workers: int = 0
+    checkpoint_s: float = 1800.0
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1:
@@ -51,6 +61,8 @@ class TrainSettings:
                 f"training: epochs = {self.epochs} and batch_size = {self.batch_size} "
                 "must be at least 0 and 1"
             )
+        if self.accumulate < 1:
+            raise InputError(f"training: accumulate = {self.accumulate} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .devices import Placement
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class Task(Protocol):
     """One phase of training: `baseline`, `masks` or `finetune`."""
 
     phase: str
+
+    def place(self, placement: Placement) -> None:
+        """Move everything to a device; called before any other method, and at the end."""
+
+    def trained(self) -> nn.Module:
+        """The module with all parameters that get gradients; a new one after it was rebuilt."""
+
+    def observed(self) -> Sequence[nn.Parameter]:
+        """Parameters outside the optimizer whose gradients `after_step` reads."""
 
     def optimizer(self) -> Optimizer:
         """Create an optimizer over the current parameters; the `lr` of each group is its peak."""
@@ -67,7 +78,10 @@ class Task(Protocol):
         """The model to validate, in evaluation mode."""
 
     def state(self) -> dict[str, Any]:
-        """The state for a resumed run: tensors and plain data only."""
+        """The state for a resumed run: tensors on the CPU and plain data only."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore a state; the model is rebuilt if it was smaller."""
+
+    def finish(self) -> None:
+        """Give the model its final weights; called once, after the best state was restored."""

@@ -55,7 +55,7 @@ def read_state(path: Path) -> State:
 
 
 def random_states() -> State:
-    """The states of the global random generators of torch, numpy and Python."""
+    """The states of the global random generators of torch (its GPUs too), numpy and Python."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, words, python_gauss = random.getstate()
     return {
@@ -68,6 +68,8 @@ def random_states() -> State:
             float(gauss),
         ],
         "python": [version, torch.tensor(words, dtype=torch.int64), python_gauss],
+        # Of the current GPU, where this process uses one.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -78,6 +80,8 @@ def set_random_states(states: State) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, words, python_gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), python_gauss))
+    if states.get("cuda") is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
