@@ -26,10 +26,12 @@ from . import (  # noqa: F401
     timm_parallel,
     timm_vit,
     torchvision_vit,
+    transformers_backbones,
     transformers_vit,
 )
 from .checks import require_finite, require_module, require_plain_tensors, require_shapes
 from .compact_model import float32_copy, is_plain, types_of
+from .data_config import data_of
 from .hooks import folded_reparametrizations
 from .proof import prove
 from .registry import Piece, find_converter, has_converter, recorded_modules
@@ -102,7 +104,10 @@ def read(model: nn.Module, *, proof: bool = True) -> Piece[Architecture]:
     with prepared(model), recorded_modules() as modules:
         with folded_reparametrizations(model):
             found: Piece[Architecture] = convert(source, "")
-        piece = Piece(found.spec, {name: each.detach() for name, each in found.tensors.items()})
+        spec = found.spec
+        if spec.data is None:
+            spec = spec.model_copy(update={"data": data_of(source, spec.image[0])})
+        piece = Piece(spec, {name: each.detach() for name, each in found.tensors.items()})
         require_shapes(piece.spec, piece.tensors)
         require_finite(piece.tensors, model)
         without_weights = any(each.device.type == "meta" for each in piece.tensors.values())

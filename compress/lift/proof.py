@@ -54,11 +54,19 @@ class _Checkpoint:
 
 @dataclass(frozen=True)
 class _Source:
-    """A prepared model, the modules that were converted, and its classifier if it is known."""
+    """A prepared model, the modules that were converted, and its classifier if it is known.
+
+    Attributes:
+        model: The model.
+        modules: The modules that were converted.
+        classifier: Its classifier, if it is known.
+        pooled: Whether its output is one vector per image, instead of all tokens.
+    """
 
     model: nn.Module
     modules: list[Found]
     classifier: nn.Module | None
+    pooled: bool
 
     @property
     def blocks(self) -> list[str]:
@@ -88,7 +96,8 @@ def prove(model: nn.Module, piece: Piece[Architecture], modules: list[Found]) ->
     noise = torch.randn(
         _IMAGES, *piece.spec.image, generator=generator, dtype=torch.float32, device="cpu"
     )
-    source = _Source(model, modules, _classifier(model, piece))
+    pooled = piece.spec.pool.kind != "none"
+    source = _Source(model, modules, _classifier(model, piece), pooled)
     checkpoints = list(_checkpoints(source, piece, noise))
     if max(map(_difference, checkpoints)) > _CLOSE:
         exact = _in_float64(source, piece, noise)
@@ -130,7 +139,7 @@ def _checkpoints(
     classifier = source.classifier
     watched = [entry.module for entry in source.modules]
     with _recorded([*watched, *([classifier] if classifier else [])]) as theirs:
-        output = _run(source.model, images)
+        output = _run(source, images)
     branches = _branches(network)
     inner = [*branches, *(branch.core for branch in branches)]
     with _recorded([*inner, *([network.head] if network.head else [])]) as ours:
@@ -226,7 +235,8 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((item for item in items if isinstance(item, Tensor) and item.ndim), None)
 
 
-def _run(model: nn.Module, images: Tensor) -> Tensor:
+def _run(source: _Source, images: Tensor) -> Tensor:
+    model = source.model
     training, model.training = model.training, False
     try:
         found = model(images)
@@ -238,7 +248,7 @@ def _run(model: nn.Module, images: Tensor) -> Tensor:
         ) from error
     finally:
         model.training = training
-    output = _output(found)
+    output = _output(found, pooled=source.pooled)
     if output is None:
         raise UnsupportedModel(
             f"model: it returns {type(found).__name__}, where logits or features (batch, width) "
@@ -247,16 +257,20 @@ def _run(model: nn.Module, images: Tensor) -> Tensor:
     return output
 
 
-def _output(found: Any) -> Tensor | None:
+def _output(found: Any, *, pooled: bool) -> Tensor | None:
     """Logits or features from a tensor, or from a result of the transformers library."""
     if isinstance(found, Tensor):
         return found
+    if not pooled:
+        tokens = getattr(found, "last_hidden_state", None)
+        tokens = _first_tensor(found) if tokens is None else tokens
+        return tokens if isinstance(tokens, Tensor) else None
     if isinstance(found, tuple):
         # A base model returns the tokens before the pooled features.
         flat = next((item for item in found if isinstance(item, Tensor) and item.ndim == 2), None)
         first = _first_tensor(found)
         return flat if flat is not None else first if first is None else first[:, 0]
-    for name in ("logits", "pooler_output"):
+    for name in ("logits", "image_embeds", "pooler_output"):
         value = getattr(found, name, None)
         if isinstance(value, Tensor):
             return value
@@ -292,7 +306,7 @@ def _note_of_other_mode(
     try:
         for module, setting in zip(modules, settings, strict=True):
             module.fused_attn = not setting
-        output = _run(source.model, noise[:1].to(ours.device))
+        output = _run(source, noise[:1].to(ours.device))
         if _difference(_Checkpoint("", "", output, ours)) <= TOLERANCE:
             return None
         first = _first_wrong(_checkpoints(source, piece, noise), TOLERANCE)

@@ -144,11 +144,12 @@ def _flatten(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
 
 def _conv(group: _Group) -> tuple[dict[str, Tensor], dict[str, Any]]:
     conv = group.conv
+    padding = (0, 0) if conv.padding == "valid" else conv.padding
     plain = (
         conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
+        and padding != "same"
     )
     if not plain:
         raise UnsupportedModel(
@@ -157,7 +158,7 @@ def _conv(group: _Group) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights = not_none({"weight": conv.weight, "bias": conv.bias})
     if group.batch_norm is not None:
         weights = _folded(weights, group.batch_norm, group.path)
-    return weights, {"kernel": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
+    return weights, {"kernel": conv.kernel_size, "stride": conv.stride, "padding": padding}
 
 
 def _folded(weights: dict[str, Tensor], norm: nn.BatchNorm2d, path: str) -> dict[str, Tensor]:

@@ -166,7 +166,7 @@ def tokens(model: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def pooling(model: Any, *, prefix: bool | None = None) -> Piece[PoolSpec]:
-    """Convert `global_pool`, or raise UnsupportedModel if the tokens are not pooled.
+    """Convert `global_pool`, or raise UnsupportedModel for a classifier on every token.
 
     `prefix`: whether attention pooling reads the prefix tokens. None: the model's option decides.
     """
@@ -174,11 +174,18 @@ def pooling(model: Any, *, prefix: bool | None = None) -> Piece[PoolSpec]:
     attention = getattr(model, "attn_pool", None)
     if attention is not None:
         return attention_pool(attention, "attn_pool", prefix=include if prefix is None else prefix)
+    if not model.global_pool:
+        if not absent(model.head):
+            raise UnsupportedModel(
+                f"global_pool = {model.global_pool!r}: no rule for a classifier on every token; "
+                "create the model with num_classes=0, or with 'avg' or 'token'"
+            )
+        return Piece(PoolSpec(kind="none"))
     kinds = {"token": "token", "avg": "mean", "max": "max", "avgmax": "avgmax"}
     kind = kinds.get(model.global_pool)
     if kind is None:
         raise UnsupportedModel(
-            f"global_pool = {model.global_pool!r}: no rule for a model that does not pool its "
-            "tokens; create it with 'avg' or 'token'"
+            f"global_pool = {model.global_pool!r}: no rule for this pooling; create the model with "
+            "'avg' or 'token'"
         )
     return Piece(PoolSpec(kind=kind + "_all" if include and kind != "token" else kind))

@@ -81,6 +81,19 @@ def block(module: Any, path: str, layout: TokenLayout) -> Steps:
 def multihead(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpec]:
     """Convert one stacked weight or three, used as self-attention."""
     no_rope(layout, path)
+    return attention_piece(multihead_projections(module, path), module.num_heads, None, path)
+
+
+def multihead_projections(module: Any, path: str) -> dict[str, Tensor]:
+    """Return the tensors of q, k, v and out of an nn.MultiheadAttention.
+
+    Raises:
+        UnsupportedModel: It adds keys, or has the batch in another place.
+    """
+    if type_name(module) != "torch.nn.modules.activation.MultiheadAttention":
+        raise UnsupportedModel(
+            f"{path}: {type_name(module)} where an nn.MultiheadAttention was expected"
+        )
     for flag, found in (
         ("bias_k", module.bias_k is not None),
         ("bias_v", module.bias_v is not None),
@@ -101,7 +114,7 @@ def multihead(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpe
         biases = module.in_proj_bias.chunk(3)
         tensors |= {f"{name}.bias": bias for name, bias in zip("qkv", biases, strict=True)}
     tensors |= not_none({"out.weight": module.out_proj.weight, "out.bias": module.out_proj.bias})
-    return attention_piece(tensors, module.num_heads, None, path)
+    return tensors
 
 
 @converts("ffn", f"{_MODULE}.MLPBlock")

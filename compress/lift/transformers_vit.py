@@ -1,5 +1,7 @@
 """Converters of ViT, DeiT and DINOv2 of transformers (version 5): base models and classifiers.
 
+DINOv2 also with register tokens.
+
 The output of a base model is that of its pooler, or without a pooler the class token of its last
 hidden state. The library is not imported: modules are recognized by the name of their type.
 """
@@ -21,8 +23,9 @@ from .timm_attention import attention_piece, no_rope
 from .timm_block import Steps, attention_branch, ffn_branch
 from .timm_mlp import ffn_piece
 
-_VIT, _DEIT, _DINO = (
-    f"transformers.models.{name}.modeling_{name}" for name in ("vit", "deit", "dinov2")
+_VIT, _DEIT, _DINO, _REGISTERS = (
+    f"transformers.models.{name}.modeling_{name}"
+    for name in ("vit", "deit", "dinov2", "dinov2_with_registers")
 )
 
 
@@ -40,7 +43,7 @@ def base(model: Any, path: str) -> Piece[Architecture]:
     return _network(model, "", head=head)
 
 
-@converts("model", f"{_DINO}.Dinov2Model")
+@converts("model", f"{_DINO}.Dinov2Model", f"{_REGISTERS}.Dinov2WithRegistersModel")
 def dinov2(model: Any, path: str) -> Piece[Architecture]:
     """Convert a base model that returns the class token of its last hidden state."""
     return _network(model, "")
@@ -66,12 +69,16 @@ def with_teacher(model: Any, path: str) -> Piece[Architecture]:
     return _network(model.deit, "deit.", head=head, pool="distilled")
 
 
-@converts("model", f"{_DINO}.Dinov2ForImageClassification")
+@converts(
+    "model",
+    f"{_DINO}.Dinov2ForImageClassification",
+    f"{_REGISTERS}.Dinov2WithRegistersForImageClassification",
+)
 def dinov2_classification(model: Any, path: str) -> Piece[Architecture]:
     """Convert a model with a classifier on class token and mean of the patches, concatenated."""
-    return _network(
-        model.dinov2, "dinov2.", head=classifier(model.classifier, "classifier"), pool="token_mean"
-    )
+    inner = "dinov2" if hasattr(model, "dinov2") else "dinov2_with_registers"
+    head = classifier(model.classifier, "classifier")
+    return _network(getattr(model, inner), f"{inner}.", head=head, pool="token_mean")
 
 
 def _network(
@@ -92,6 +99,8 @@ def _network(
     prefix: Tensor = torch.cat([token[0] for token in tokens if token is not None])
     positions = embeddings.position_embeddings[0]
     grid = stem.spec.sizes(height, width)[-1]
+    # They follow the class token, and have no positions.
+    registers = getattr(embeddings, "register_tokens", prefix[None, :0])[0]
     if len(positions) != len(prefix) + grid[0] * grid[1]:
         raise UnsupportedModel(
             f"{path}embeddings.position_embeddings: {len(positions)} positions "
@@ -101,9 +110,11 @@ def _network(
         image=(patches.num_channels, height, width),
         stem=stem,
         blocks=lift_blocks(
-            layers, f"{path}{where}", [TokenLayout(grid, len(prefix))] * len(layers)
+            layers,
+            f"{path}{where}",
+            [TokenLayout(grid, len(prefix) + len(registers))] * len(layers),
         ),
-        prefix=prefix + positions[: len(prefix)],
+        prefix=torch.cat([prefix + positions[: len(prefix)], registers]),
         position=positions[len(prefix) :],
         norms={"norm": (model.layernorm, f"{path}layernorm")},
         pool=Piece(PoolSpec(kind=pool)),
@@ -122,7 +133,7 @@ def layer(module: Any, path: str, layout: TokenLayout) -> Steps:
     return [[branch], [ffn_branch(module.mlp, f"{path}.mlp", before=second)]]
 
 
-@converts("block", f"{_DINO}.Dinov2Layer")
+@converts("block", f"{_DINO}.Dinov2Layer", f"{_REGISTERS}.Dinov2WithRegistersLayer")
 def dinov2_layer(module: Any, path: str, layout: TokenLayout) -> Steps:
     """Convert a pre-norm block with layer scale."""
     one, two = module.layer_scale1.lambda1, module.layer_scale2.lambda1
@@ -132,7 +143,13 @@ def dinov2_layer(module: Any, path: str, layout: TokenLayout) -> Steps:
     return [[branch], [ffn_branch(module.mlp, f"{path}.mlp", before=norm2, gamma=two)]]
 
 
-@converts("attention", f"{_VIT}.ViTAttention", f"{_DEIT}.DeiTAttention", f"{_DINO}.Dinov2Attention")
+@converts(
+    "attention",
+    f"{_VIT}.ViTAttention",
+    f"{_DEIT}.DeiTAttention",
+    f"{_DINO}.Dinov2Attention",
+    f"{_REGISTERS}.Dinov2WithRegistersAttention",
+)
 def attention(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpec]:
     """Convert an attention with separate projections."""
     no_rope(layout, path)
@@ -146,7 +163,13 @@ def attention(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpe
     return attention_piece(tensors, module.num_attention_heads, float(module.scaling), path)
 
 
-@converts("ffn", f"{_VIT}.ViTMLP", f"{_DEIT}.DeiTMLP", f"{_DINO}.Dinov2MLP")
+@converts(
+    "ffn",
+    f"{_VIT}.ViTMLP",
+    f"{_DEIT}.DeiTMLP",
+    f"{_DINO}.Dinov2MLP",
+    f"{_REGISTERS}.Dinov2WithRegistersMLP",
+)
 def mlp(module: Any, path: str) -> Piece[FfnSpec]:
     """Convert fc1, activation, fc2."""
     tensors = prefixed("fc1", linear(module.fc1, f"{path}.fc1")) | prefixed(
@@ -155,7 +178,7 @@ def mlp(module: Any, path: str) -> Piece[FfnSpec]:
     return ffn_piece(tensors, activation(module.activation_fn, f"{path}.activation_fn"))
 
 
-@converts("ffn", f"{_DINO}.Dinov2SwiGLUFFN")
+@converts("ffn", f"{_DINO}.Dinov2SwiGLUFFN", f"{_REGISTERS}.Dinov2WithRegistersSwiGLUFFN")
 def swiglu(module: Any, path: str) -> Piece[FfnSpec]:
     """Convert gate, value and output projections."""
     tensors: dict[str, Tensor] = {}

@@ -47,7 +47,17 @@ def _fold(
 ) -> bool:
     if siblings:
         return _into_step(constant, siblings)
-    return _into_step(constant, steps[-1]) if steps else _into_stem(model, constant)
+    # The stream at the end of a block is an output, too.
+    block = _block_of(model, constant)
+    if not steps:
+        return block == 0 and _into_stem(model, constant)
+    return block == _block_of(model, steps[-1][0]) and _into_step(constant, steps[-1])
+
+
+def _block_of(model: CompactModel, branch: Branch) -> int:
+    blocks = enumerate(model.architecture.block_names)
+    name = branch.spec.name
+    return next((number for number, block in blocks if name.startswith(f"{block}.")), -1)
 
 
 def _into_step(constant: Branch, row: list[Branch]) -> bool:

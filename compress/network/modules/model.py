@@ -8,31 +8,30 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..architecture import Architecture, AttentionSpec, Indices
+from ..architecture import Architecture, AttentionSpec
+from .backbone import Backbone
 from .branch import Branch
 from .layers import ACTIVATIONS, ConvAct, Norm
 from .pool import AttentionPool, Refine
 from .relative_bias import RelativeBias
 
 
-class CompactModel(nn.Module):
+class CompactModel(Backbone):
     """A Vision Transformer built from plain data, with the weights at their initial values.
 
     Images (batch, channels, height, width) -> logits (batch, classes), or features without a head.
     A lifted dense model, a model in training and a pruned model are all of this type and differ
-    only in their architecture.
+    only in their architecture. Its other methods are those of timm's Vision Transformers.
     """
 
-    head_reads: Tensor | None
     stem_writes: Tensor | None
-    feature_writes: Tensor | None
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
         embed, channels, stem = architecture.embed, architecture.image[0], architecture.stem
         filled = architecture.read_width(architecture.stem_writes)
-        self._index("stem_writes", architecture.stem_writes)
+        self.register_index("stem_writes", architecture.stem_writes)
         inputs = [channels, *(conv.channels for conv in stem.before)]
         convs = [ConvAct(conv, width) for conv, width in zip(stem.before, inputs, strict=False)]
         self.before = nn.Sequential(*convs) if convs else None
@@ -56,7 +55,7 @@ class CompactModel(nn.Module):
         self.steps = nn.ModuleList(
             nn.ModuleList(Branch(branch, embed) for branch in step) for step in architecture.steps
         )
-        self._index("head_reads", architecture.head_reads)
+        self.register_index("head_reads", architecture.head_reads)
         self.norm = Norm(architecture.norm) if architecture.norm else None
         pool = architecture.pool
         self.refine = Refine(pool.refine) if pool.refine else None
@@ -66,7 +65,7 @@ class CompactModel(nn.Module):
             else None
         )
         self.pool_norm = Norm(architecture.pool_norm) if architecture.pool_norm else None
-        self._index("feature_writes", architecture.feature_writes)
+        self.index_features()
         head, width = architecture.head, architecture.head_width
         self.pre_head = nn.Linear(width, head.hidden) if head is not None and head.hidden else None
         width = head.hidden if head is not None and head.hidden else width
@@ -92,11 +91,7 @@ class CompactModel(nn.Module):
             queries = None
             if last is not None and number >= last:
                 queries = self.architecture.pooled_prefix
-            updates = [branch(x, queries) for branch in step]
-            if queries is not None:
-                x = x[:, :queries]
-            for branch, y in zip(step, updates, strict=True):
-                x = branch.add(x, y)
+            x = self.run_step(step, x, queries)
         return x
 
     def embed(self, images: Tensor) -> Tensor:
@@ -125,33 +120,46 @@ class CompactModel(nn.Module):
 
     def classify(self, x: Tensor) -> Tensor:
         """(batch, tokens, embed) -> (batch, classes), or features where there is no head."""
-        kind, pooled_prefix = self.architecture.pool.kind, self.architecture.pooled_prefix
+        pooled_prefix = self.architecture.pooled_prefix
         if pooled_prefix:
             # A norm works token by token, so the other tokens need none.
             x = x[:, :pooled_prefix]
-        if self.head_reads is not None:
-            x = x.index_select(-1, self.head_reads)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.refine is not None:
+        return self.logits(self.normed(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normalized tokens (batch, tokens, width) -> (batch, classes), or features."""
+        kind = self.architecture.pool.kind
+        if kind in ("distilled", "dense") and self.refine is not None:
             x = self.refine(x)
         if kind == "distilled":
             return (self._logits(x[:, 0]) + self._logits(x[:, 1], self.head_dist)) / 2
         if kind == "dense":
             patches = self._logits(x[:, self.architecture.prefix :], self.head_dist)
             return self._logits(x[:, 0]) + 0.5 * patches.amax(dim=1)
-        x = self._pooled(x)
-        if self.pool_norm is not None:
-            x = self.pool_norm(x)
-        return self._logits(x)
+        return self._logits(self.pooled(x))
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
+        """Normalized tokens (batch, tokens, width) -> pooled features (batch, width).
+
+        With two classifiers, the mean of their tokens (`distilled`), or the class token (`dense`).
+        Without pooling, the tokens.
+        """
+        if self.refine is not None:
+            x = self.refine(x)
+        x = self._pool(x)
+        return x if self.pool_norm is None else self.pool_norm(x)
+
+    def _pool(self, x: Tensor) -> Tensor:
         kind, prefix = self.architecture.pool.kind, self.architecture.prefix
         if self.pool is not None:
             pooled: Tensor = self.pool(x if self.architecture.pool.prefix else x[:, prefix:])
             return pooled
-        if kind == "token":
+        if kind == "none":
+            return x
+        if kind in ("token", "dense"):
             return x[:, 0]
+        if kind == "distilled":
+            return (x[:, 0] + x[:, 1]) / 2
         if kind == "token_mean":
             return torch.cat([x[:, 0], x[:, prefix:].mean(dim=1)], dim=-1)
         if not kind.endswith("_all"):
@@ -163,19 +171,10 @@ class CompactModel(nn.Module):
     def _logits(self, x: Tensor, classifier: nn.Linear | None = None) -> Tensor:
         head, classifier = self.architecture.head, classifier or self.head
         if head is None or classifier is None:
-            if self.feature_writes is None:
-                return x
-            width = self.architecture.classes
-            return x.new_zeros(*x.shape[:-1], width).index_copy(-1, self.feature_writes, x)
+            return self.features_of(x)
         if self.pre_head is not None:
             x = ACTIVATIONS[head.hidden_act](self.pre_head(x))
         return ACTIVATIONS[head.act](classifier(x))
-
-    def _index(self, name: str, indices: Indices | None) -> None:
-        # Part of the architecture, hence not saved; on the CPU even if the rest is built on the
-        # meta device.
-        buffer = None if indices is None else torch.tensor(indices, device="cpu")
-        self.register_buffer(name, buffer, persistent=False)
 
     def _last_attention(self) -> int | None:
         """The last step with attention if the head reads prefix tokens only, else None."""

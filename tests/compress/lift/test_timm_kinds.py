@@ -22,6 +22,13 @@ KINDS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("vit_tiny_patch16_224", "refining attention pool", {"global_pool": "prr"}),
     ("vit_tiny_patch16_224", "features, no classifier", {"num_classes": 0}),
+    ("vit_tiny_patch16_224", "tokens", {"num_classes": 0, "global_pool": ""}),
+    (
+        "vit_tiny_patch16_224",
+        "tokens, no norm either",
+        {"num_classes": 0, "global_pool": "", "final_norm": False},
+    ),
+    ("vit_base_patch16_siglip_224", "attention pooling, no classifier", {"num_classes": 0}),
     ("vit_tiny_patch16_224", "features, no norm either", {"num_classes": 0, "final_norm": False}),
     ("vit_tiny_patch16_224", "scale norms", {"scale_attn_norm": True, "scale_mlp_norm": True}),
     ("deit3_base_patch16_224", "layer scale, no position for the class token", {}),
@@ -126,9 +133,11 @@ def test_heads_that_share_keys_must_keep_the_same_columns() -> None:
         compact(model, StructuredMask({"v": {"blocks.1.attn": keep}}))
 
 
-def test_tokens_without_pooling_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="global_pool = ''"):
-        lift(build("vit_tiny_patch16_224", {"global_pool": "", "num_classes": 0}))
+def test_a_classifier_on_every_token_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedModel, match="global_pool = '': no rule for a classifier on every token; create"
+    ):
+        lift(build("vit_tiny_patch16_224", {"global_pool": ""}))
 
 
 def test_units_of_the_pooling_head_are_not_part_of_a_shared_mask() -> None:
