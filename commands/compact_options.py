@@ -11,7 +11,7 @@ import typer
 from ..core.errors import InputError
 
 # Saliencies that need the gradients of the loss on images.
-FROM_IMAGES = ("taylor", "head")
+FROM_IMAGES = ("taylor", "fisher", "head")
 DEFAULT_SALIENCY, DEFAULT_KEEP_RATIO = "l2", 0.5
 
 Source = Annotated[
@@ -59,7 +59,8 @@ SaliencyName = Annotated[
     typer.Option(
         "--saliency",
         help="Criterion of what is kept. From the weights alone: l1, l2 (the default), random. "
-        "From images: taylor (first-order change of the loss without a unit), head (sensitivity "
+        "From images: taylor (first-order change of the loss without a unit), fisher (its mean "
+        "square over single images, comparable between layers), head (sensitivity "
         "of the loss to each attention head; cuts heads only).",
         show_default=False,
     ),
@@ -68,7 +69,7 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Images for taylor, head and --without-training: fashion-mnist, cifar10, "
+        help="Images for taylor, fisher, head and --without-training: fashion-mnist, cifar10, "
         "imagefolder:PATH, parquet:PATH, ... Without labels: images:FOLDER. Absent: those of the "
         "run that contains MODEL.",
         show_default=False,
@@ -190,7 +191,7 @@ class Selection:
             require_criterion(self.saliency)
         if self.data is not None and not self.uses_images and not self.without_training:
             raise InputError(
-                f"--data {self.data}: only --saliency taylor and head use images, and "
+                f"--data {self.data}: only --saliency taylor, fisher and head use images, and "
                 "--without-training; add one of them, or leave --data out"
             )
         self._check_budget()

@@ -8,7 +8,7 @@ is removed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -88,15 +88,54 @@ def sensitivity(
         normalisation below it, for heads.
     """
     gates = _Gates(model, dimensions, sharing, scale)
+    means = _means_over_images(gates, data, Tensor.abs)
+    return gates.scores([mean / mean.norm().clamp(min=1e-20) for mean in means])
+
+
+def fisher(
+    model: CompactModel,
+    data: Data,
+    dimensions: Sequence[str],
+    sharing: Sharing,
+    *,
+    scale: ScaleRule = "original",
+) -> Scores:
+    """The mean squared gradient over single images, mean (∂loss/∂gate)².
+
+    It is the diagonal of the empirical Fisher information of the gates. Unlike the mean gradient,
+    terms of opposite sign do not cancel, neither over images nor over the columns of a head, so
+    that units of different layers and dimensions can be compared.
+
+    Args:
+        model: The network to score; it is copied.
+        data: Batches of (images, class numbers), (batch, channels, height, width) and (batch,).
+        dimensions: Which dimensions get scores.
+        sharing: Which sites share a gate.
+        scale: The softmax scale, as in `StructuredMask`.
+
+    Returns:
+        `scores[dimension][site]`, (size,) each.
+
+    Raises:
+        InputError: `data` has no image.
+
+    References:
+        Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", eq. 5.
+    """
+    gates = _Gates(model, dimensions, sharing, scale)
+    return gates.scores(_means_over_images(gates, data, Tensor.square))
+
+
+def _means_over_images(gates: _Gates, data: Data, of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The mean over single images of a function of each gate's gradient."""
     totals, images = [torch.zeros_like(gate) for gate in gates.ones], 0
     for batch, targets in data:
         for image, target in zip(batch, targets, strict=True):
             gradients = gates.gradients(image[None], target[None])
             for total, gradient in zip(totals, gradients, strict=True):
-                total += gradient.abs()
+                total += of(gradient)
         images += len(batch)
-    means = [total / _at_least_one(images) for total in totals]
-    return gates.scores([mean / mean.norm().clamp(min=1e-20) for mean in means])
+    return [total / _at_least_one(images) for total in totals]
 
 
 class _Gates:

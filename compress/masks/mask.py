@@ -163,8 +163,8 @@ class StructuredMask:
         Args:
             model: A supported Vision Transformer, or a `CompactModel`.
             criterion: "l1" or "l2", the norm of the weights that a unit owns (default "l2");
-                "taylor", the first-order change of the loss; "head", the sensitivity of heads
-                alone; "random".
+                "taylor", the first-order change of the loss; "fisher", its mean square over single
+                images; "head", the sensitivity of heads alone; "random".
             keep_ratio: The share of units to keep, each weighted by its parameters: one number
                 (default 0.5), or one per dimension.
             scope: Which units are ranked against each other: all of the network ("global",
@@ -172,7 +172,7 @@ class StructuredMask:
                 structure ("isomorphic").
             sharing: Which sites share a mask, as in `random`.
             data: Batches of (images, class numbers), shapes (batch, channels, height, width) and
-                (batch,). "taylor" and "head" need them, the other criteria ignore them.
+                (batch,). "taylor", "fisher" and "head" need them, the others ignore them.
             fixed: Dimensions that are kept whole (default: none).
             scale: The softmax scale after the cut, by default that of the source model.
             seed: For the criterion "random".

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ...core.errors import InputError
 from ..lift import lift
 from ..network.modules.model import CompactModel
-from .gate_saliency import sensitivity, taylor
+from .gate_saliency import fisher, sensitivity, taylor
 from .groups import DIMENSIONS, ScaleRule, Sharing, groups
 from .magnitude import magnitude, unit_costs
 from .ranking import Scope, rank, require_scope
 
-Criterion = Literal["l1", "l2", "taylor", "head", "random"]
+Criterion = Literal["l1", "l2", "taylor", "fisher", "head", "random"]
 Scores = dict[str, dict[str, Tensor]]
 Data = Iterable[tuple[Tensor, Tensor]]
 
@@ -41,12 +41,13 @@ def saliency(
     Args:
         model: A supported Vision Transformer, or a `CompactModel`.
         criterion: "l1" or "l2", the sum of absolute or squared weights; "taylor", the first-order
-            change of the loss; "head", the sensitivity of heads alone; "random", uniform.
+            change of the loss; "fisher", the mean squared change over single images; "head", the
+            sensitivity of heads alone; "random", uniform.
         sharing: Which sites share a mask.
         data: Batches of (images, class numbers), shapes (batch, channels, height, width) and
-            (batch,); needed by "taylor" and "head".
+            (batch,); needed by "taylor", "fisher" and "head".
         dimensions: Which dimensions get scores.
-        scale: The softmax scale during "taylor" and "head".
+        scale: The softmax scale during "taylor", "fisher" and "head".
         seed: For the criterion "random".
 
     Returns:
@@ -85,7 +86,8 @@ def saliency(
         )
     if criterion == "head":
         return sensitivity(source, data, ["head"], sharing, scale=scale)
-    return taylor(source, data, dimensions, sharing, scale=scale)
+    by_gradient = fisher if criterion == "fisher" else taylor
+    return by_gradient(source, data, dimensions, sharing, scale=scale)
 
 
 def require_criterion(name: str) -> None:

@@ -21,8 +21,8 @@ from ..masks.groups import tied_units
 from ..network.architecture import Architecture, AttentionSpec, FfnSpec
 from ..network.modules.attention import Attention
 from ..network.modules.branch import Branch
-from .rotation import key_heads, rotates_qk, rotates_v
-from .stream import Moments, Stream, output_projection, recorded_attention, recorded_inputs
+from .rotation import HeadMoments, HeadRotation, head_rotation, key_heads, rotates_qk, rotates_v
+from .stream import Activations, Moments, output_projection
 
 # Ridge of the covariances, as a share of their mean variance.
 DAMPING = 0.01
@@ -56,28 +56,66 @@ class Curve:
         return keep[0] if keep.ndim == 2 and bool((keep == keep[0]).all()) else keep
 
 
-def curves(
-    architecture: Architecture, branch: Branch, stream: Stream, *, round_to: int
+class Statistics:
+    """Sums over the calibration images for the curves of one sub-layer, added batch by batch."""
+
+    def __init__(self, branch: Branch) -> None:
+        core = branch.spec.core
+        self.heads = HeadMoments(core) if isinstance(core, AttentionSpec) else None
+        self._units = Moments(core.hidden) if isinstance(core, FfnSpec) else None
+        self._samples: list[Activations] = []
+        self._images = 0
+
+    def add(self, seen: Activations) -> None:
+        """Add one batch."""
+        if self._units is not None:
+            self._units.add(seen.inner.flatten(0, 1))
+        if self.heads is not None:
+            self.heads.add(seen)
+            if self._images < MEASURED_IMAGES:
+                self._samples.append(seen)
+                self._images += len(seen.inner)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance of what the output projection reads: (width, width)."""
+        moments = self._units if self.heads is None else self.heads.outputs
+        assert moments is not None
+        return moments.covariance[0]
+
+    @property
+    def samples(self) -> Sequence[Activations]:
+        """Activations of some images, on which queries and keys are truncated."""
+        return self._samples
+
+
+def rotated_curves(
+    architecture: Architecture, branch: Branch, statistics: Statistics, *, round_to: int
 ) -> tuple[Curve, ...]:
-    """Return the error curves of one attention or feed-forward sub-layer.
+    """Rotate an attention in place, and return the error curves of any sub-layer.
 
     Args:
         architecture: The network that the branch belongs to.
-        branch: The sub-layer, in the basis of `rotate`.
-        stream: The dense stream that the sub-layer reads.
+        branch: An attention or feed-forward sub-layer; its function stays the same.
+        statistics: Those of the sub-layer on the dense stream.
         round_to: Widths of qk, v and ffn are multiples of it, or whole.
 
     Returns:
         A curve per dimension that can be cut.
     """
-    if isinstance(branch.spec.core, FfnSpec):
-        return (_ffn_curve(branch, stream, round_to),)
-    spec = branch.spec.core
+    spec, core = branch.spec.core, branch.core
+    if isinstance(spec, FfnSpec):
+        return (_ffn_curve(branch, statistics.covariance, round_to),)
     assert isinstance(spec, AttentionSpec)
-    covariance = _inputs(branch, stream, spec.heads * spec.v)
+    assert isinstance(core, Attention)
+    assert statistics.heads is not None
+    rotation = head_rotation(core, statistics.heads)
+    qk = _qk_curve(architecture, branch, statistics, rotation, round_to)
+    rotation.apply(core)
+    covariance = rotation.turned_outputs(spec, statistics.covariance)
     found = [_head_curve(branch, covariance)]
-    if spec.qk > round_to:
-        found.append(_qk_curve(architecture, branch, stream, round_to))
+    if qk is not None:
+        found.append(qk)
     if rotates_v(spec) and spec.v > round_to:
         found.append(_v_curve(branch, covariance, round_to))
     return tuple(found)
@@ -191,10 +229,10 @@ def _without(weight: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, Ten
     return weight[:, rest] - weight[:, gone] @ cross, inner[:, rest] - inner[:, gone] @ cross, rest
 
 
-def _ffn_curve(branch: Branch, stream: Stream, round_to: int) -> Curve:
+def _ffn_curve(branch: Branch, covariance: Tensor, round_to: int) -> Curve:
     spec = branch.spec.core
     assert isinstance(spec, FfnSpec)
-    order, errors = remove_units(stream_rows(branch), _inputs(branch, stream, spec.hidden))
+    order, errors = remove_units(stream_rows(branch), covariance)
     widths = _multiples(spec.hidden, round_to, least=0)
     return Curve("ffn", widths, _at(errors, spec.hidden, widths), order)
 
@@ -205,14 +243,6 @@ def _head_curve(branch: Branch, covariance: Tensor) -> Curve:
     order, errors = remove_heads(stream_rows(branch), covariance, spec.heads)
     widths = tuple(range(spec.heads, -1, -1))
     return Curve("head", widths, _at(errors, spec.heads, widths), order)
-
-
-def _inputs(branch: Branch, stream: Stream, width: int) -> Tensor:
-    """The covariance of what the output projection reads: (width, width)."""
-    moments = Moments(width)
-    for _, inner, _ in stream.inner(branch):
-        moments.add(inner.flatten(0, 1))
-    return moments.covariance[0]
 
 
 def _v_curve(branch: Branch, covariance: Tensor, round_to: int) -> Curve:
@@ -226,12 +256,24 @@ def _v_curve(branch: Branch, covariance: Tensor, round_to: int) -> Curve:
     return Curve("v", widths, _at(tail, spec.v, widths), order)
 
 
-def _qk_curve(architecture: Architecture, branch: Branch, stream: Stream, round_to: int) -> Curve:
-    """The measured change of the attention's output, since the softmax has no closed form."""
+def _qk_curve(
+    architecture: Architecture,
+    branch: Branch,
+    statistics: Statistics,
+    rotation: HeadRotation,
+    round_to: int,
+) -> Curve | None:
+    """The measured change of the attention's output, since the softmax has no closed form.
+
+    None if the columns are too few to remove any.
+    """
     core, spec = branch.core, branch.spec.core
     assert isinstance(core, Attention)
     assert isinstance(spec, AttentionSpec)
-    order = _qk_order(architecture, branch, stream)
+    assert statistics.heads is not None
+    if spec.qk <= round_to:
+        return None
+    order = _qk_order(architecture, branch, statistics.heads)
     # Rope turns pairs of columns, so an odd width is not possible.
     pair = tied_units(architecture, "qk", branch.spec.name).shape[1]
     step = -(-round_to // pair) * pair
@@ -239,25 +281,24 @@ def _qk_curve(architecture: Architecture, branch: Branch, stream: Stream, round_
     least = step if rotates_qk(spec) else max(step, spec.qk // 2)
     widths = _multiples(spec.qk, step, least=least)
     totals = torch.zeros(len(widths), dtype=torch.float64)
-    rows, seen, scale = 0, 0, stream_rows(branch)
-    for x in stream.batches:
-        if seen >= MEASURED_IMAGES:
-            break
-        with torch.no_grad(), recorded_attention(core) as found, recorded_inputs(core.out) as outs:
-            branch(x)
-        q, k, v = found[0]
-        whole = outs[0]
+    rows, scale = 0, stream_rows(branch)
+    for seen in statistics.samples:
+        assert seen.qkv is not None
+        q, k = rotation.turned(spec, *seen.qkv[:2])
         for number, width in enumerate(widths[1:], start=1):
-            change = _truncated(core, q, k, v, order, width) - whole
-            totals[number] += _squared(change.flatten(0, 1), scale)
-        rows, seen = rows + whole.shape[0] * whole.shape[1], seen + len(x)
+            change = _truncated(core, (q, k, seen.qkv[2]), order, width)
+            if seen.gate is not None:
+                change = change * seen.gate
+            totals[number] += _squared((change - seen.inner).flatten(0, 1), scale)
+        rows += seen.inner.shape[0] * seen.inner.shape[1]
     return Curve("qk", widths, tuple((totals / rows).tolist()), order)
 
 
 def _truncated(
-    core: Attention, q: Tensor, k: Tensor, v: Tensor, order: Tensor, width: int
+    core: Attention, qkv: tuple[Tensor, Tensor, Tensor], order: Tensor, width: int
 ) -> Tensor:
-    """Concatenated head outputs with the last `width` columns of `order` only."""
+    """Concatenated head outputs with the last `width` columns of `order` only, before any gate."""
+    q, k, v = qkv
     columns = order[:, order.shape[1] - width :]
     each = columns.repeat_interleave(q.shape[1] // len(columns), dim=0)
     index = each[None, :, None, :].expand(q.shape[0], -1, q.shape[2], -1)
@@ -275,23 +316,16 @@ def _squared(rows: Tensor, scale: Tensor) -> float:
     return float((rows @ scale.to(rows).T).double().square().sum())
 
 
-def _qk_order(architecture: Architecture, branch: Branch, stream: Stream) -> Tensor:
+def _qk_order(architecture: Architecture, branch: Branch, moments: HeadMoments) -> Tensor:
     """The columns of each head from the least to the most important: (heads, qk)."""
     spec = branch.spec.core
     assert isinstance(spec, AttentionSpec)
     if rotates_qk(spec):
         return torch.arange(spec.qk - 1, -1, -1).repeat(spec.heads, 1)
-    core = branch.core
-    assert isinstance(core, Attention)
-    q_squares = torch.zeros(spec.heads, spec.parts, spec.qk, dtype=torch.float64)
-    k_squares = torch.zeros_like(q_squares)
-    for x in stream.batches:
-        with torch.no_grad(), recorded_attention(core) as found:
-            branch(x)
-        q, k, _ = found[0]
-        for total, columns in ((q_squares, q), (k_squares, k - k.mean(dim=2, keepdim=True))):
-            sums = columns.square().sum(dim=(0, 2), dtype=torch.float64)
-            total += sums.view(spec.heads, spec.parts, spec.qk)
+    q_squares, k_squares = (
+        each.second_moment.diagonal(dim1=1, dim2=2).view(spec.heads, spec.parts, spec.qk)
+        for each in (moments.queries, moments.keys)
+    )
     # Rope turns pairs of columns, which stay or go as one.
     units = tied_units(architecture, "qk", branch.spec.name)
     scores = (

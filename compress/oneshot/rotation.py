@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from ..network.architecture import AttentionSpec
 from ..network.modules.attention import Attention
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
-from .stream import Moments, Stream, recorded_attention, recorded_inputs
+from .stream import Activations, Moments, Stream
 
 # Share of the mean variance that is added to every direction, so that the basis can be inverted
 # where the images do not use one.
@@ -43,6 +45,75 @@ def rotates_qk(spec: AttentionSpec) -> bool:
 def rotates_v(spec: AttentionSpec) -> bool:
     """Whether the columns of values can be rotated freely."""
     return spec.head_norm is None and spec.out_norm is None and not spec.gated
+
+
+class HeadMoments:
+    """Moments of the queries, keys and concatenated head outputs of one attention."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+        self.queries = Moments(spec.qk, spec.heads * spec.parts)
+        self.keys = Moments(spec.qk, spec.heads * spec.parts)
+        self.outputs = Moments(spec.heads * spec.v)
+
+    def add(self, seen: Activations) -> None:
+        """Add one batch."""
+        assert seen.qkv is not None
+        q, k, _ = seen.qkv
+        self.queries.add(_vectors(q))
+        # Keys are centered per image, so that their second moment is a covariance.
+        self.keys.add(_vectors(k - k.mean(dim=2, keepdim=True)))
+        self.outputs.add(seen.inner.flatten(0, 1))
+
+    def head_covariance(self) -> Tensor:
+        """The covariance of each head's output: (heads, v, v)."""
+        heads, width = self.spec.heads, self.spec.v
+        blocks = self.outputs.covariance[0].view(heads, width, heads, width)
+        return torch.stack([blocks[head, :, head] for head in range(heads)])
+
+
+@dataclass(frozen=True)
+class HeadRotation:
+    """Changes of basis of one attention; None where its columns cannot be rotated.
+
+    Attributes:
+        q: Multiplies the queries of each head, (heads * parts, qk, qk).
+        k: Multiplies the keys of each key head, (key heads * parts, qk, qk).
+        v: Multiplies the values of each value head, (value heads, v, v).
+        back: The inverse of `v`.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    back: Tensor | None = None
+
+    def turned(self, spec: AttentionSpec, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, (batch, heads * parts, tokens, qk) each, in the new basis."""
+        if self.q is None or self.k is None:
+            return q, k
+        keys = self.k[list(key_heads(spec))]
+        return q @ self.q.transpose(1, 2).to(q), k @ keys.transpose(1, 2).to(k)
+
+    def turned_outputs(self, spec: AttentionSpec, covariance: Tensor) -> Tensor:
+        """The covariance of the concatenated heads, (heads * v, heads * v), in the new basis."""
+        if self.v is None:
+            return covariance
+        whole = torch.block_diag(*self.v[list(value_heads(spec))])
+        return whole @ covariance @ whole.T
+
+    def apply(self, core: Attention) -> None:
+        """Change the weights of an attention in place; its function stays the same."""
+        with torch.no_grad():
+            if self.q is not None and self.k is not None:
+                _turn_rows(core.q, self.q)
+                _turn_rows(core.k, self.k)
+            if self.v is not None and self.back is not None:
+                _turn_rows(core.v, self.v)
+                columns = torch.unflatten(core.out.weight, 1, (core.spec.heads, core.spec.v))
+                for head, owner in enumerate(value_heads(core.spec)):
+                    columns[:, head] = (columns[:, head].double() @ self.back[owner]).to(columns)
+                core.out.weight.copy_(columns.flatten(1))
 
 
 def rotate(
@@ -68,48 +139,27 @@ def rotate(
     result = copy.deepcopy(lift(model)).eval()
     stream = Stream(result, images)
     while not stream.finished:
-        for branch in stream.step:
-            if isinstance(branch.core, Attention):
-                rotate_branch(branch, stream)
-        stream.advance()
+        attentions = [core for branch in stream.step if isinstance(core := branch.core, Attention)]
+        moments = {id(core): HeadMoments(core.spec) for core in attentions}
+
+        def add(branch: Branch, seen: Activations, moments: Any = moments) -> None:
+            if id(branch.core) in moments:
+                moments[id(branch.core)].add(seen)
+
+        stream.advance(add)
+        for core in attentions:
+            head_rotation(core, moments[id(core)]).apply(core)
         if progress is not None:
             progress()
     return result
 
 
-def rotate_branch(branch: Branch, stream: Stream) -> None:
-    """Rotate the heads of one attention in place, on the stream that it reads."""
-    core = branch.core
-    assert isinstance(core, Attention)
-    if not (rotates_qk(core.spec) or rotates_v(core.spec)):
-        return
-    queries, keys, outputs = _moments(branch, core, stream)
+def head_rotation(core: Attention, moments: HeadMoments) -> HeadRotation:
+    """The bases in which the last columns of each head matter least."""
     with torch.no_grad():
-        if rotates_qk(core.spec):
-            _rotate_qk(core, queries.second_moment, keys.covariance)
-        if rotates_v(core.spec):
-            _rotate_v(core, outputs.covariance)
-
-
-def _moments(branch: Branch, core: Attention, stream: Stream) -> tuple[Moments, Moments, Moments]:
-    spec = core.spec
-    queries = Moments(spec.qk, spec.heads * spec.parts)
-    keys = Moments(spec.qk, spec.heads * spec.parts)
-    outputs = Moments(spec.v, spec.heads)
-    for x in stream.batches:
-        with (
-            torch.no_grad(),
-            recorded_attention(core) as attention,
-            recorded_inputs(core.out) as concatenated,
-        ):
-            branch(x)
-        q, k, _ = attention[0]
-        queries.add(_vectors(q))
-        # Keys are centered per image, so that their second moment is a covariance.
-        keys.add(_vectors(k - k.mean(dim=2, keepdim=True)))
-        heads = torch.unflatten(concatenated[0], -1, (spec.heads, spec.v)).transpose(1, 2)
-        outputs.add(_vectors(heads))
-    return queries, keys, outputs
+        q, k = _qk_bases(core.spec, moments) if rotates_qk(core.spec) else (None, None)
+        v, back = _v_bases(core, moments) if rotates_v(core.spec) else (None, None)
+    return HeadRotation(q, k, v, back)
 
 
 def _vectors(x: Tensor) -> Tensor:
@@ -117,9 +167,11 @@ def _vectors(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _rotate_qk(core: Attention, queries: Tensor, keys: Tensor) -> None:
-    owners = key_heads(core.spec)
-    for owner in range(core.spec.kv_heads * core.spec.parts):
+def _qk_bases(spec: AttentionSpec, moments: HeadMoments) -> tuple[Tensor, Tensor]:
+    queries, keys = moments.queries.second_moment, moments.keys.covariance
+    owners = key_heads(spec)
+    turned_q, turned_k = torch.empty_like(queries), []
+    for owner in range(spec.kv_heads * spec.parts):
         members = [head for head, key in enumerate(owners) if key == owner]
         # Heads that share a key share its basis: their queries are samples of one distribution.
         q_root, q_inverse = _roots(queries[members].mean(dim=0))
@@ -127,17 +179,17 @@ def _rotate_qk(core: Attention, queries: Tensor, keys: Tensor) -> None:
         u, s, _ = torch.linalg.svd(q_root @ k_root)
         scale = s.clamp(min=float(s[0]) * 1e-6).sqrt()
         # q' = S^(1/2) Uᵀ C_q^(-1/2) q; k' = S^(1/2) Vᵀ C_k^(-1/2) k is its inverse transpose.
-        turned_q = scale[:, None] * u.T @ q_inverse
-        turned_k = torch.linalg.inv(turned_q).T
-        for head in members:
-            _turn_rows(core.q, head, turned_q)
-        _turn_rows(core.k, owner, turned_k)
+        basis = scale[:, None] * u.T @ q_inverse
+        turned_q[members] = basis
+        turned_k.append(torch.linalg.inv(basis).T)
+    return turned_q, torch.stack(turned_k)
 
 
-def _rotate_v(core: Attention, outputs: Tensor) -> None:
-    spec = core.spec
-    owners = spec.kv_of if spec.kv_of is not None else tuple(range(spec.heads))
+def _v_bases(core: Attention, moments: HeadMoments) -> tuple[Tensor, Tensor]:
+    spec, owners = core.spec, value_heads(core.spec)
+    outputs = moments.head_covariance()
     columns = torch.unflatten(core.out.weight, 1, (spec.heads, spec.v))
+    turned, back = [], []
     for owner in range(spec.kv_heads):
         members = [head for head, value in enumerate(owners) if value == owner]
         root, inverse = _roots(outputs[members].mean(dim=0))
@@ -146,11 +198,9 @@ def _rotate_v(core: Attention, outputs: Tensor) -> None:
         if vh.shape[0] < spec.v:
             # Fewer outputs than columns: complete the basis.
             vh = torch.linalg.svd(weights @ root, full_matrices=True)[2]
-        turned, back = vh @ inverse, root @ vh.T
-        _turn_rows(core.v, owner, turned)
-        for head in members:
-            columns[:, head] = (columns[:, head].double() @ back).to(columns)
-    core.out.weight.copy_(columns.flatten(1))
+        turned.append(vh @ inverse)
+        back.append(root @ vh.T)
+    return torch.stack(turned), torch.stack(back)
 
 
 def key_heads(spec: AttentionSpec) -> tuple[int, ...]:
@@ -158,13 +208,18 @@ def key_heads(spec: AttentionSpec) -> tuple[int, ...]:
     return spec.kv_of if spec.kv_of is not None else tuple(range(spec.heads * spec.parts))
 
 
-def _turn_rows(linear: nn.Linear, head: int, matrix: Tensor) -> None:
-    """Multiply the rows of one head, weights and bias, by a square matrix from the left."""
-    width = len(matrix)
-    rows = slice(head * width, (head + 1) * width)
-    linear.weight[rows] = (matrix @ linear.weight[rows].double()).to(linear.weight)
+def value_heads(spec: AttentionSpec) -> tuple[int, ...]:
+    """The value head that each query head reads."""
+    return spec.kv_of if spec.kv_of is not None else tuple(range(spec.heads))
+
+
+def _turn_rows(linear: nn.Linear, matrices: Tensor) -> None:
+    """Multiply the rows of each head, weights and bias, by a square matrix from the left."""
+    heads, width, _ = matrices.shape
+    rows = linear.weight.view(heads, width, -1).double()
+    linear.weight.copy_((matrices @ rows).flatten(0, 1))
     if linear.bias is not None:
-        linear.bias[rows] = (matrix @ linear.bias[rows].double()).to(linear.bias)
+        linear.bias.copy_((matrices @ linear.bias.view(heads, width, 1).double()).flatten())
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,6 +21,29 @@ from ..network.modules.layers import Ffn
 from ..network.modules.model import CompactModel
 
 BATCH = 16
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one sub-layer computes on one batch.
+
+    Attributes:
+        stream: The stream that it reads, (batch, tokens, embed).
+        inner: The input of its output projection, (batch, tokens, width).
+        update: What it adds to the stream, (batch, tokens, written channels).
+        qkv: Of an attention, queries, keys and values as they are multiplied; see
+            `recorded_attention`.
+        gate: Of a gated attention, the factors of the concatenated heads.
+    """
+
+    stream: Tensor
+    inner: Tensor
+    update: Tensor
+    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    gate: Tensor | None = None
+
+
+Observer = Callable[[Branch, Activations], None]
 
 
 class Stream:
@@ -42,12 +66,24 @@ class Stream:
         """Whether all steps have run."""
         return self.position == len(self.model.steps)
 
-    def advance(self) -> None:
-        """Run the next step on every batch."""
+    def advance(self, observe: Observer | None = None) -> None:
+        """Run the next step on every batch.
+
+        Args:
+            observe: Called for every batch with each attention and feed-forward sub-layer and its
+                activations, so that statistics need no pass of their own.
+        """
         step = self.step
         with torch.no_grad():
             for number, x in enumerate(self.batches):
-                updates = [branch(x) for branch in step]
+                updates = []
+                for branch in step:
+                    if observe is None or not has_output_projection(branch):
+                        updates.append(branch(x))
+                        continue
+                    found = activations(branch, x)
+                    observe(branch, found)
+                    updates.append(found.update)
                 for branch, y in zip(step, updates, strict=True):
                     x = branch.add(x, y)
                 self.batches[number] = x
@@ -56,9 +92,24 @@ class Stream:
     def inner(self, branch: Branch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Per batch: the stream, the input of the branch's output projection, and its update."""
         for x in self.batches:
-            with torch.no_grad(), recorded_inputs(output_projection(branch)) as inputs:
-                update = branch(x)
-            yield x, inputs[-1], update
+            found = activations(branch, x)
+            yield x, found.inner, found.update
+
+
+def activations(branch: Branch, x: Tensor) -> Activations:
+    """Run an attention or feed-forward sub-layer and record what it computes.
+
+    Shapes: x (batch, tokens, embed).
+    """
+    core = branch.core
+    with torch.no_grad(), recorded_inputs(output_projection(branch)) as inputs:
+        if not isinstance(core, Attention):
+            update = branch(x)
+            return Activations(x, inputs[-1], update)
+        with recorded_attention(core) as found, recorded_inputs(core.q) as read:
+            update = branch(x)
+        gate = None if core.gate is None else core.gate(read[-1]).sigmoid()
+    return Activations(x, inputs[-1], update, found[-1], gate)
 
 
 def check_images(model: CompactModel, images: Tensor) -> None:

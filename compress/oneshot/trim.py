@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ...core.errors import InputError
 from ..lift import lift
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture, BranchSpec
+from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
 from ..surgery.compactor import compact
 from .allocation import (
@@ -27,10 +28,9 @@ from .allocation import (
     params_cost,
 )
 from .compensation import Fit, compensate
-from .error_curves import Curve, curves
-from .rotation import rotate_branch
+from .error_curves import Curve, Statistics, rotated_curves
 from .sensitivity import features, patch_features, stream_weights
-from .stream import Stream, check_images, has_output_projection
+from .stream import Activations, Stream, check_images, has_output_projection
 
 # Images for the backward pass of `stream_weights`.
 WEIGHING_IMAGES = 48
@@ -275,14 +275,17 @@ def _prediction(
     stream = Stream(rotated, images)
     found: dict[str, tuple[float, tuple[Curve, ...]]] = {}
     while not stream.finished:
-        for branch in stream.step:
-            if not has_output_projection(branch):
-                continue
-            if branch.spec.core.kind == "attention":
-                rotate_branch(branch, stream)
-            rows = curves(rotated.architecture, branch, stream, round_to=options.round_to)
-            found[branch.spec.name] = (weights[stream.position + 1], rows)
-        stream.advance()
+        step = [branch for branch in stream.step if has_output_projection(branch)]
+        statistics = {branch.spec.name: Statistics(branch) for branch in step}
+
+        def add(branch: Branch, seen: Activations, statistics: Any = statistics) -> None:
+            statistics[branch.spec.name].add(seen)
+
+        stream.advance(add)
+        for branch in step:
+            name, of = branch.spec.name, rotated.architecture
+            rows = rotated_curves(of, branch, statistics[name], round_to=options.round_to)
+            found[name] = (weights[stream.position], rows)
         report("predict", stream.position, len(rotated.steps))
     return rotated, found
 

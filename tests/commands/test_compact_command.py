@@ -293,10 +293,10 @@ def test_invalid_options_of_saliencies_are_refused(
         "--saliency taylor needs images: name them with --data, e.g. --data fashion-mnist or "
         "--data imagefolder:PATH"
     )
-    assert "only --saliency taylor and head use images" in refusal(
+    assert "only --saliency taylor, fisher and head use images" in refusal(
         model, "--saliency", "l2", "--data", photos
     )
-    assert "only --saliency taylor and head use images" in refusal(model, "--data", photos)
+    assert "only --saliency taylor, fisher and head use images" in refusal(model, "--data", photos)
     assert "did you mean 'cifar10'?" in refusal(model, "--saliency", "taylor", "--data", "cifar1")
     assert (
         refusal(model, "--mask", "m.safetensors", "--saliency", "l1")

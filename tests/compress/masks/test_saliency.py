@@ -70,7 +70,7 @@ def test_shared_scores_are_sums_over_sites(model: CompactModel) -> None:
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.bool])
 def test_raw_pixels_are_refused_with_what_to_do(model: CompactModel, kind: torch.dtype) -> None:
     data = [(IMAGES.mul(50).abs().to(kind), TARGETS)]
-    for criterion in ("taylor", "head"):
+    for criterion in ("taylor", "fisher", "head"):
         with pytest.raises(InputError, match=r"data: images of type .*\(pixels / 255 - mean\)"):
             StructuredMask.from_saliency(model, criterion, data=data)
 
@@ -98,6 +98,20 @@ def test_head_sensitivity_is_the_mean_magnitude_of_single_gradients(model: Compa
     found = saliency(model, "head", data=DATA)
     assert set(found) == {"head"}
     torch.testing.assert_close(found["head"][ATTENTION], sizes / sizes.norm(), rtol=1e-3, atol=1e-5)
+
+
+def test_fisher_is_the_mean_square_of_single_gradients(model: CompactModel) -> None:
+    squares = torch.zeros(3)
+    for image, target in zip(IMAGES, TARGETS, strict=True):
+        network = lift(tiny_vit())
+        F.cross_entropy(network(image[None]), target[None]).backward()
+        weight = network.get_parameter("steps.0.0.core.out.weight")
+        assert weight.grad is not None
+        squares += (weight * weight.grad).sum(0).view(3, 8).sum(1).detach().square()
+    found = saliency(model, "fisher", data=DATA, dimensions=("head",))
+    torch.testing.assert_close(
+        found["head"][ATTENTION], squares / len(IMAGES), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_saliency_leaves_the_model_unchanged(model: CompactModel) -> None:
@@ -144,7 +158,7 @@ def test_global_scope_ranks_dimensions_against_each_other_and_isomorphic_does_no
     assert sum(int(keep.sum()) for keep in same.kept["ffn"].values()) in (115, 116)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "taylor", "random"])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "taylor", "fisher", "random"])
 @pytest.mark.parametrize("sharing", ["unshared", "residual", "full"])
 def test_the_cut_model_equals_the_masked_model(
     model: CompactModel, criterion: str, sharing: str
