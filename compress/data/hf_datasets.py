@@ -5,9 +5,10 @@ Local files are parquet, arrow, or folders written by `save_to_disk`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ from ...core.errors import InputError
 from .decoding import RawDataset, RawSplit
 from .splits import SPLIT_NAMES, PartName, split_of
 
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "answer")
-_IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "category", "answer")
+NOT_ON_HUB = (
+    "not available from the hub; check the name and the network (HF_TOKEN for gated sets), "
+    "or download the files and use imagefolder:PATH or parquet:PATH"
+)
+IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "jpg", "png")
 
 
 def read_hub(name: str) -> RawDataset:
@@ -32,11 +37,7 @@ def read_hub(name: str) -> RawDataset:
     """
     import datasets
 
-    problem = (
-        "not available from the hub; check the name and the network (HF_TOKEN for gated sets), "
-        "or download the files and use imagefolder:PATH or parquet:PATH"
-    )
-    return _load(lambda: datasets.load_dataset(name), name, problem)
+    return _load(lambda: datasets.load_dataset(name), name, NOT_ON_HUB)
 
 
 def read_parquet(path: Path) -> RawDataset:
@@ -47,7 +48,7 @@ def read_parquet(path: Path) -> RawDataset:
     """
     import datasets
 
-    files = _files(path, "parquet")
+    files = files_by_split(path, "parquet")
     return _load(
         lambda: datasets.load_dataset("parquet", data_files=files),
         str(path),
@@ -63,7 +64,7 @@ def read_arrow(path: Path) -> RawDataset:
     """
     import datasets
 
-    files = _files(path, "arrow")
+    files = files_by_split(path, "arrow")
 
     def load() -> Any:
         return {
@@ -93,7 +94,12 @@ def read_disk(path: Path) -> RawDataset:
     )
 
 
-def _files(path: Path, ending: str) -> dict[str, list[str]]:
+def files_by_split(path: Path, ending: str) -> dict[str, list[str]]:
+    """The files of each split: `path` itself, or those in it named train*, validation*, test*.
+
+    Raises:
+        InputError: There is no file for training, or one belongs to no split.
+    """
     if path.is_file():
         return {"train": [str(path)]}
     if not path.is_dir():
@@ -130,11 +136,24 @@ def _part_of(file: Path) -> PartName | None:
 
 def _load(load: Callable[[], Any], where: str, problem: str) -> RawDataset:
     """Call a loader of the library; its errors become an InputError that begins with `problem`."""
+    with reading_errors(where, problem):
+        loaded = load()
+    return _raw_dataset(loaded, where)
+
+
+@contextlib.contextmanager
+def reading_errors(where: str, problem: str) -> Iterator[None]:
+    """Turn the errors of `datasets` into an InputError of one line.
+
+    Args:
+        where: The source, with which the line begins.
+        problem: What is wrong with it, and the way out.
+    """
     import datasets
 
     bars = datasets.utils.logging.is_progress_bar_enabled()
     try:
-        loaded = load()
+        yield
     except InputError:
         raise
     except Exception as error:
@@ -147,7 +166,6 @@ def _load(load: Callable[[], Any], where: str, problem: str) -> RawDataset:
         raise InputError(f"{where}: {problem} ({type(error).__name__}: {reason})") from error
     finally:
         (datasets.enable_progress_bars if bars else datasets.disable_progress_bars)()
-    return _raw_dataset(loaded, where)
 
 
 def _raw_dataset(loaded: Any, where: str) -> RawDataset:
@@ -161,7 +179,7 @@ def _raw_dataset(loaded: Any, where: str) -> RawDataset:
         raise InputError(f"{where}: it has the splits {', '.join(splits)} but no train split")
     train = splits[parts["train"]]
     features = train.features
-    image, label = _image_column(features, where), _label_column(features, where)
+    image, label = image_column(features, where), label_column(features, where)
     labels, number = _classes(train, label, where)
 
     def read(name: str) -> RawSplit:
@@ -180,20 +198,22 @@ def _raw_dataset(loaded: Any, where: str) -> RawDataset:
     )
 
 
-def _image_column(features: Mapping[str, Any], where: str) -> str:
+def image_column(features: Mapping[str, Any], where: str) -> str:
+    """The column of images; InputError if there is none."""
     import datasets
 
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    named = [name for name in _IMAGE_COLUMNS if name in features]
+    named = [name for name in IMAGE_COLUMNS if name in features]
     if not typed and not named:
         raise InputError(f"{where}: no image column among {', '.join(features)}; name it `image`")
     return (typed or named)[0]
 
 
-def _label_column(features: Mapping[str, Any], where: str) -> str:
+def label_column(features: Mapping[str, Any], where: str) -> str:
+    """The column of class labels; InputError if there is none."""
     import datasets
 
-    named = [name for name in _LABEL_COLUMNS if name in features]
+    named = [name for name in LABEL_COLUMNS if name in features]
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not typed and not named:
         raise InputError(f"{where}: no label column among {', '.join(features)}; name it `label`")

@@ -6,7 +6,6 @@ are refused, not read as classes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from ...core.errors import InputError
 from .decoding import RawDataset, RawSplit
+from .file_list import list_images
 from .splits import SPLIT_NAMES, split_of
 
 # More folders with equal contents than these are classes, such as left/ and right/ of each.
@@ -27,8 +27,13 @@ _SPLIT_WORD = re.compile(
 _WORDS_AND_CAPITALS = re.compile(r"(?<=[a-z])(?=[A-Z])|[^a-zA-Z]+")
 
 
-def read_image_folder(root: Path) -> RawDataset:
+def read_image_folder(root: Path, *, fresh: bool = False, quiet: bool = True) -> RawDataset:
     """List the images of a folder; nothing is decoded.
+
+    Args:
+        root: The folder.
+        fresh: List the files again although there is an index of the folder.
+        quiet: Show no progress bar.
 
     Raises:
         InputError: The folder is missing, has no classes, or a class without images.
@@ -51,8 +56,12 @@ def read_image_folder(root: Path) -> RawDataset:
         raise InputError(
             f"{train_root}: no class folders in it; put the images into one folder a class"
         )
-    read = {name: _images(folder, labels) for name, folder in parts.items() if name != "train"}
-    return RawDataset(labels, _images(train_root, labels), read.get("val"), read.get("test"))
+
+    def read(part: str) -> RawSplit | None:
+        return _images(parts[part], labels, fresh, quiet) if part in parts else None
+
+    train = _images(train_root, labels, fresh, quiet)
+    return RawDataset(labels, train, read("val"), read("test"))
 
 
 def read_unlabeled_folder(root: Path) -> RawSplit:
@@ -64,10 +73,10 @@ def read_unlabeled_folder(root: Path) -> RawSplit:
     if not root.is_dir():
         problem = "not a folder" if root.exists() else "no such folder"
         raise InputError(f"{root}: {problem}; images: names a folder of images, nested or not")
-    files = _files(root)
-    if not files:
+    files = list_images(root, [root])
+    if not len(files):
         raise InputError(f"{root}: no images in it; give some hundred, e.g. .jpg or .png")
-    return _split(root, files, [0] * len(files))
+    return RawSplit(np.zeros(len(files), np.int64), files.open, files.where, files.fingerprint)
 
 
 def label_of(folder: Path) -> str:
@@ -128,55 +137,26 @@ def _has_images(folder: Path) -> bool:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(
-        folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")
-    )
+    with os.scandir(root) as entries:
+        names = [
+            entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()
+        ]
+    return [root / name for name in sorted(names)]
 
 
-def _images(root: Path, labels: tuple[str, ...]) -> RawSplit:
-    files: list[Path] = []
-    targets: list[int] = []
-    for folder in _folders(root):
-        if label_of(folder) not in labels:
+def _images(root: Path, labels: tuple[str, ...], fresh: bool, quiet: bool) -> RawSplit:
+    folders = _folders(root)
+    numbers = {label: number for number, label in enumerate(labels)}
+    for folder in folders:
+        if label_of(folder) not in numbers:
             raise InputError(
                 f"{folder}: a class that the training split does not have; "
                 "remove it, or add it to train"
             )
-        found = _files(folder)
-        if not found:
-            raise InputError(f"{folder}: no images in this class; add some, or remove the folder")
-        files += found
-        targets += [labels.index(label_of(folder))] * len(found)
-    return _split(root, files, targets)
-
-
-def _files(folder: Path) -> list[Path]:
-    endings = set(Image.registered_extensions())
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in endings and path.is_file() and not path.name.startswith(".")
-    )
-
-
-def _split(root: Path, files: list[Path], targets: list[int]) -> RawSplit:
-    stamp = hashlib.sha256(os.fsencode(root.resolve()))
-    for path in files:
-        status = path.stat()
-        stamp.update(
-            f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(
-                errors="surrogateescape"
-            )
-        )
-
-    def open_file(index: int) -> Image.Image:
-        with Image.open(files[index]) as image:
-            image.load()
-            return image
-
-    return RawSplit(
-        np.array(targets, dtype=np.int64),
-        open_file,
-        lambda index: str(files[index]),
-        stamp.hexdigest(),
-    )
+    files = list_images(root, folders, fresh=fresh, quiet=quiet)
+    found = np.bincount(files.folders, minlength=len(folders))
+    if not found.all():
+        empty = folders[int(found.argmin())]
+        raise InputError(f"{empty}: no images in this class; add some, or remove the folder")
+    classes = np.array([numbers[label_of(folder)] for folder in folders], dtype=np.int64)
+    return RawSplit(classes[files.folders], files.open, files.where, files.fingerprint)

@@ -4,27 +4,37 @@
 2. Where both official splits exist, the validation split is the official one. Otherwise it is cut
    from train, stratified, by a fixed seed.
 3. A data set with a train split only gives up a test split in the same way.
-4. Fashion-MNIST and the embedded data set have a fixed division, so that the embedded baseline was
+4. A stream has no division by class: its held-out images are the first rows of every shard.
+5. Fashion-MNIST and the embedded data set have a fixed division, so that the embedded baseline was
    not trained on any validation image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.console import status
 from ...core.errors import InputError
 from . import fashion_mnist, hf_datasets, image_folder
-from .decoding import RawDataset, RawSplit, decode, from_arrays
+from .decoding import LazyPixels, OnError, RawDataset, RawSplit, decode, from_arrays
 from .embedded import read_quickstart
+from .file_list import INDEX_ABOVE
 from .named_datasets import NAMED_DATASETS, canonical_name, default_preprocessing
 from .preprocessing import Preprocessing
 from .splits import DataSplits, Indices, Split, require_splits, stratified_indices
+from .streaming import TEST_SHARE, open_stream
+from .streams import StreamPixels
+from .tar_shards import read_tars
 
-TEST_SHARE = 0.2
+# In units of 2^30 bytes. CIFAR-10 at 224 x 224 needs 8.4, Tiny ImageNet 15.4, ImageNet-1k 180.
+CACHE_GB = 16.0
 # A folder of images without labels.
 UNLABELED = "images:"
 # A raw split, and which of its images.
@@ -40,6 +50,9 @@ def open_dataset(
     validation: float = 0.1,
     limit: int | None = None,
     cache: Path | None = None,
+    cache_gb: float = CACHE_GB,
+    streaming: bool = False,
+    on_error: OnError = "stop",
     quiet: bool = True,
 ) -> DataSplits:
     """Load a data set at a model's input size.
@@ -47,7 +60,7 @@ def open_dataset(
     Args:
         spec: `quickstart`, `fashion-mnist`, `cifar10`, `cifar100`, `mnist`, `tiny-imagenet`,
             `imagenet-1k`, a hub name `owner/name`, `imagefolder:PATH`, `parquet:PATH`,
-            `arrow:PATH` or `disk:PATH`.
+            `arrow:PATH`, `webdataset:PATH` or `disk:PATH`.
         image: The input size (C, H, W), with the mean and std of the data set.
         preprocessing: The whole preprocessing; used instead of `image`.
         seed: For the division into splits.
@@ -55,10 +68,16 @@ def open_dataset(
         limit: The largest number of training images, drawn stratified (default: all).
         cache: The folder for decoded images (default: memory, or the user's cache folder beyond
             256 MB).
+        cache_gb: The largest size of all decoded images in units of 2^30 bytes. Larger data sets
+            are decoded when their images are read.
+        streaming: Read the training images while they are needed, in the order of the shards. Only
+            validation and test images are copied to the cache folder.
+        on_error: "skip" leaves out images that cannot be decoded. Where images are decoded when
+            they are read, `BatchLoader` replaces and counts them.
         quiet: Show no progress bar.
 
     Returns:
-        The three splits with decoded images.
+        The three splits.
 
     Raises:
         InputError: An unknown name, a missing path, an unreachable hub, an image that cannot be
@@ -76,23 +95,97 @@ def open_dataset(
             f"data.validation = {validation}: the share held out for validation lies between "
             "0 and 1, e.g. 0.1"
         )
-    raw = _read(name)
+    opening = _Opening(preprocessing, cache, on_error, quiet, f"decoding {spec}")
+    if streaming:
+        return _open_stream(spec, name, opening, validation, limit, cache_gb)
+    raw = _read(name, quiet=quiet)
     plan = _plan(spec, raw, seed, validation)
-    decoded: dict[int, NDArray[np.uint8]] = {}
-    splits: dict[str, Split] = {}
-    for part, (images, rows) in plan.items():
-        if id(images) not in decoded:
-            title = f"decoding {spec}"
-            decoded[id(images)] = decode(
-                images, preprocessing, title=title, cache=cache, quiet=quiet
-            )
-        pixels, targets = decoded[id(images)], images.targets[rows]
-        everything = len(rows) == len(images)
-        splits[part] = Split(pixels, targets, preprocessing, None if everything else rows)
+    small = _decoded_gb(preprocessing, *(images for images, _ in plan.values())) <= cache_gb
+    if small and name.startswith("imagefolder:") and len(raw.train) > INDEX_ABOVE // 2:
+        # The cache of decoded images is looked up by the times of all files, not by an index.
+        raw = _read(name, fresh=True, quiet=quiet)
+        plan = _plan(spec, raw, seed, validation)
+    splits = opening.splits(plan, small)
     data = DataSplits(
         spec, splits["train"], splits["val"], splits["test"], raw.labels, preprocessing
     )
     return data.limited(limit, seed)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How the images of a data set become splits."""
+
+    preprocessing: Preprocessing
+    cache: Path | None
+    on_error: OnError
+    quiet: bool
+    title: str
+
+    def splits(self, plan: Mapping[str, Part], small: bool) -> dict[str, Split]:
+        """The splits of a plan; those of small data sets are decoded."""
+        opened: dict[int, tuple[NDArray[np.uint8] | LazyPixels, list[int]]] = {}
+        splits: dict[str, Split] = {}
+        for part, (images, rows) in plan.items():
+            if id(images) not in opened:
+                opened[id(images)] = self._open(images, small)
+            pixels, unreadable_rows = opened[id(images)]
+            kept = np.setdiff1d(rows, unreadable_rows) if unreadable_rows else rows
+            if len(kept) < len(rows):
+                status(
+                    f"{self.title}: {len(rows) - len(kept)} unreadable {part} images are left out"
+                )
+            chosen = None if len(kept) == len(images) else kept
+            stamp = sha256(images.fingerprint.encode() + kept.tobytes()).hexdigest()
+            splits[part] = Split(pixels, images.targets[kept], self.preprocessing, chosen, stamp)
+        return splits
+
+    def _open(
+        self, images: RawSplit, small: bool
+    ) -> tuple[NDArray[np.uint8] | LazyPixels, list[int]]:
+        if not small:
+            return LazyPixels(images, self.preprocessing, self.on_error), []
+        unreadable_rows: list[int] = []
+        pixels = decode(
+            images,
+            self.preprocessing,
+            title=self.title,
+            cache=self.cache,
+            quiet=self.quiet,
+            unreadable_rows=unreadable_rows if self.on_error == "skip" else None,
+        )
+        return pixels, unreadable_rows
+
+
+def _open_stream(
+    spec: str,
+    name: str,
+    opening: _Opening,
+    validation: float,
+    limit: int | None,
+    cache_gb: float,
+) -> DataSplits:
+    found = open_stream(name, validation=validation, limit=limit, quiet=opening.quiet)
+    copied = {"val": found.val, "test": found.test}
+    require_splits(spec, {part: raw.targets for part, raw in copied.items()}, found.labels)
+    plan = {part: (raw, np.arange(len(raw), dtype=np.int64)) for part, raw in copied.items()}
+    small = _decoded_gb(opening.preprocessing, *copied.values()) <= cache_gb
+    splits = opening.splits(plan, small)
+    unread = np.broadcast_to(np.int64(-1), (found.train.images,))
+    train = Split(
+        StreamPixels(found.train),
+        unread,
+        opening.preprocessing,
+        fingerprint=found.train.fingerprint,
+    )
+    return DataSplits(
+        spec, train, splits["val"], splits["test"], found.labels, opening.preprocessing
+    )
+
+
+def _decoded_gb(preprocessing: Preprocessing, *splits: RawSplit) -> float:
+    images = sum({id(split): len(split) for split in splits}.values())
+    return images * float(np.prod(preprocessing.image)) / 2**30
 
 
 def open_sample(
@@ -204,22 +297,25 @@ def require_classes(data: DataSplits, classes: int, model_name: str) -> None:
         )
 
 
-def _read(name: str) -> RawDataset:
-    """Open the source of a data set; nothing is decoded."""
+def _read(name: str, *, fresh: bool = False, quiet: bool = True) -> RawDataset:
+    """Open the source of a data set; nothing is decoded. `fresh` uses no index of a folder."""
     kind, colon, rest = name.partition(":")
+    if name.startswith(UNLABELED):
+        raise InputError(
+            f"{name}: images without labels, and this needs labels; use imagefolder:PATH with "
+            "one folder a class"
+        )
+    path = Path(rest).expanduser()
+    if kind == "imagefolder":
+        return image_folder.read_image_folder(path, fresh=fresh, quiet=quiet)
+    if kind == "webdataset":
+        return read_tars(path, quiet=quiet)
+    readers = {
+        "parquet": hf_datasets.read_parquet,
+        "arrow": hf_datasets.read_arrow,
+        "disk": hf_datasets.read_disk,
+    }
     if colon:
-        path = Path(rest).expanduser()
-        readers = {
-            "imagefolder": image_folder.read_image_folder,
-            "parquet": hf_datasets.read_parquet,
-            "arrow": hf_datasets.read_arrow,
-            "disk": hf_datasets.read_disk,
-        }
-        if name.startswith(UNLABELED):
-            raise InputError(
-                f"{name}: images without labels, and this needs labels; use imagefolder:PATH with "
-                "one folder a class"
-            )
         return readers[kind](path) if kind in readers else hf_datasets.read_hub(rest)
     installed = fashion_mnist.installed_folder()
     if name == "quickstart":

@@ -11,7 +11,7 @@ from . import fashion_mnist
 from .preprocessing import Preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PATH_KINDS = ("imagefolder", "parquet", "arrow", "disk", "images")
+PATH_KINDS = ("imagefolder", "parquet", "arrow", "disk", "webdataset", "images")
 
 
 @dataclass(frozen=True)

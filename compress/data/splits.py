@@ -162,7 +162,8 @@ def require_splits(
 
     Args:
         name: The data set, for the message.
-        targets: The class numbers (N,) of train, val and test.
+        targets: The class numbers (N,) of train, val and test; without train for a stream, whose
+            labels are validated when they are read.
         labels: The names of the classes.
 
     Raises:
@@ -178,7 +179,7 @@ def require_splits(
                 f"{name}: the {part} split has a label outside 0..{len(labels) - 1}; "
                 f"every image needs one of the {len(labels)} classes"
             )
-    found = np.unique(targets["train"])
+    found = np.unique(targets.get("train", np.arange(2)))
     if len(found) < 2:
         raise InputError(
             f"{name}: all training images are of one class ({labels[int(found[0])]}); "

@@ -60,17 +60,24 @@ class Record(NamedTuple):
         try:
             if self.data is None:
                 raise ValueError("no image in this row")
-            with Image.open(io.BytesIO(self.data)) as image:
-                image.load()
-                return convert(image)
+            return convert(open_bytes(self.data))
         except DECODING_ERRORS as error:
             raise unreadable(self.where, error) from error
+
+
+def open_bytes(data: bytes) -> Image.Image:
+    """Decode the content of an image file; Pillow raises `DECODING_ERRORS`."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        return image
 
 
 class Shard(Protocol):
     """A file, or a part of a data set, that is read from its beginning to its end."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The shard in error messages."""
 
     def records(self, start: int) -> Iterator[Record]:
         """The images from row `start` on."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def lazy(count: int = 50, bad: tuple[int, ...] = (), fingerprint: str = "one") -
     source = Numbered(bad)
     targets = np.arange(count, dtype=np.int64) % 7
     raw = RawSplit(targets, source.open, source.where, fingerprint)
-    return Split(LazyPixels(raw, SIZE), targets, SIZE, fingerprint=fingerprint)  # type: ignore[arg-type]
+    return Split(LazyPixels(raw, SIZE), targets, SIZE, fingerprint=fingerprint)
 
 
 def stream_of(*sizes: int, held_out: int = 0) -> Stream:
@@ -78,6 +78,10 @@ def stream_of(*sizes: int, held_out: int = 0) -> Stream:
 
 def numbers(images: Tensor) -> list[int]:
     return [int(image[0, 0, 0]) + 256 * int(image[1, 0, 0]) for image in images]
+
+
+def flat(batches: Iterable[list[int]]) -> list[int]:
+    return [number for batch in batches for number in batch]
 
 
 def epoch_of(loader: BatchLoader, epoch: int = 1) -> list[list[int]]:
@@ -94,8 +98,8 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own() -> None:
     loader = BatchLoader(lazy(50), 10, seed=3)
     first, second = epoch_of(loader, 1), epoch_of(loader, 2)
     assert loader.steps == 5
-    assert sorted(sum(first, [])) == list(range(50))
-    assert sorted(sum(second, [])) == list(range(50))
+    assert sorted(flat(first)) == list(range(50))
+    assert sorted(flat(second)) == list(range(50))
     assert first != second
     assert first == epoch_of(BatchLoader(lazy(50), 10, seed=3), 1)
 
@@ -145,14 +149,14 @@ def test_ranks_share_the_steps_of_one_process(images: int, ranks: int, part: int
     parts = [
         epoch_of(BatchLoader(lazy(images), size, rank=rank, ranks=ranks)) for rank in range(ranks)
     ]
-    assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
+    assert [flat(step) for step in zip(*parts, strict=True)] == whole
 
 
 def test_ranks_evaluate_every_image_once() -> None:
     found = []
     for rank in range(4):
         options: dict[str, Any] = {"shuffle": False, "drop_last": False}
-        found += sum(epoch_of(BatchLoader(lazy(10), 4, rank=rank, ranks=4, **options)), [])
+        found += flat(epoch_of(BatchLoader(lazy(10), 4, rank=rank, ranks=4, **options)))
     assert sorted(found) == list(range(10))
 
 
@@ -223,7 +227,7 @@ def test_unreadable_images_are_skipped_and_counted(workers: int) -> None:
     for epoch in (1, 2):
         batches = epoch_of(loader, epoch)
         assert [len(batch) for batch in batches] == [5] * 4
-        assert set(sum(batches, [])) == set(range(20)) - {11, 4}
+        assert set(flat(batches)) == set(range(20)) - {11, 4}
         assert loader.skipped == 2
     assert loader.first_skipped is not None
     assert loader.first_skipped.startswith("photos/")
@@ -363,5 +367,5 @@ def test_an_epoch_continues_after_a_kill(tmp_path: Path) -> None:
     subprocess.run(command("killed"), check=True)
     assert time.perf_counter() - started < 120
     whole, resumed = ((tmp_path / f"{name}.log").read_text() for name in ("whole", "killed"))
-    assert len(whole.splitlines()) == 12
+    assert len(whole.splitlines()) == 10
     assert resumed == whole
