@@ -75,7 +75,8 @@ class ExportRun:
                 update = {"output": output.name, "top1_agreement": classes}
                 parity = parity.model_copy(update=update)
             require_parity(parity, locate)
-            require_agreement(parity, probe.clear_agreement(part))
+            if parity.top1_agreement is not None:
+                require_agreement(parity, probe.clear_agreement(part))
             figures.append(parity)
         return figures
 

@@ -248,8 +248,8 @@ def session_outputs(session: Any, images: Array, *, batch: Batch = 1) -> Array:
 
 
 def side_by_side(outputs: Sequence[Array]) -> Array:
-    """Return the only output unchanged, or several as one row for each image."""
-    if len(outputs) == 1:
+    """Return logits unchanged, other outputs or several as one row for each image."""
+    if len(outputs) == 1 and outputs[0].ndim <= 2:
         return outputs[0]
     return np.concatenate([output.reshape(len(output), -1) for output in outputs], axis=1)
 
@@ -286,10 +286,10 @@ def require_agreement(parity: Parity, agreement: tuple[float, float]) -> None:
         agreement: From `Probe.clear_agreement`.
     """
     found, chance = agreement
-    if found < chance and parity.top1_agreement is not None:
+    if found < chance:
         raise ParityError(
             f"stage {parity.stage}: the top-1 class is that of {parity.reference} on "
-            f"{100 * parity.top1_agreement:.0f} % of {parity.images} {parity.input_kind}, less "
+            f"{100 * (parity.top1_agreement or 0.0):.0f} % of {parity.images} {parity.input_kind}, less "
             f"than by chance ({100 * chance:.3g} %); export in another precision, or with more "
             "images"
         )

@@ -82,6 +82,7 @@ def source_for(
         images=request.numeric.images,
         probe=run.probe,
         options={**TUNE, **settings} if request.graph.tune else settings,
+        outputs=request.outputs,
     )
     return name, source
 

@@ -8,7 +8,9 @@ A job is a dict with
 - model: path of the main file; the other files of the artifact are in the same folder;
 - runtime, threads;
 - batch: the batch size, for a model with a free batch dimension;
-- output: name of the logits;
+- output: name of the logits, or of the first output;
+- outputs: {"name", "shape"} of every output in order, for a model that returns other outputs than
+  the logits alone;
 - input: {"name", "shape", "type", "layout"} as in the manifest, for files that do not contain them;
 - cpu: {"target", "needs", "assumes"}, the instruction sets that the artifact states (cpu_features);
 - session: the runtime's own settings, text to text;
@@ -60,7 +62,7 @@ class Engine:
         copies_timed: On a GPU, whether timed calls include copies between host and device; None
             elsewhere.
         input_name, input_shape, input_type: The model's input; the type is numpy's name.
-        output_name: The output with the logits.
+        output_name: The output with the logits; the first one where there are several.
     """
 
     runtime = ""
@@ -80,8 +82,13 @@ class Engine:
         """Open job["model"] with job["threads"]; raises EngineError."""
         raise NotImplementedError
 
+    @property
+    def outputs(self) -> list[Json]:
+        """Name and shape of each output, in order; empty for a model with logits alone."""
+        return list(self.job.get("outputs") or [])
+
     def infer(self, images: Any) -> Any:
-        """Compute logits.
+        """Compute logits, or the first output.
 
         Args:
             images: C-contiguous, of `input_shape` and `input_type`.
@@ -90,6 +97,39 @@ class Engine:
             Logits (batch, classes) float32.
         """
         raise NotImplementedError
+
+    def infer_outputs(self, images: Any) -> dict[str, Any]:
+        """Compute all outputs; an inference costs the same as with `infer`.
+
+        Args:
+            images: C-contiguous, of `input_shape` and `input_type`.
+
+        Returns:
+            Each output by its name, in order, float32; the logits alone where a model has no
+            others.
+        """
+        return {self.output_name: self.infer(images)}
+
+    def set_outputs(self, available: list[str]) -> list[str]:
+        """Set `output_name`, and return the names of the outputs that the job contains.
+
+        Args:
+            available: The outputs of the model's file.
+
+        Raises:
+            EngineError: The model has no such output.
+        """
+        names = [str(entry["name"]) for entry in self.outputs]
+        if not names:
+            first = "logits" if "logits" in available else available[0]
+            names = [str(self.job.get("output") or first)]
+        for name in names:
+            if name not in available:
+                raise EngineError(
+                    f"the model has no output {name!r}; it has {', '.join(available)}"
+                )
+        self.output_name = names[0]
+        return names
 
     def profile(self, images: Any, count: int) -> list[Json]:
         """Time each operator.

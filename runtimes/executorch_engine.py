@@ -49,10 +49,25 @@ class ExecuTorchEngine(Engine):
             raise self.cannot_load(error) from None
         sizes = self.method.metadata.input_tensor_meta(0).sizes()
         self.set_input([int(size) for size in sizes])
+        names = [str(entry["name"]) for entry in self.outputs]
+        found_outputs = int(self.method.metadata.num_outputs())
+        if len(names) > found_outputs:
+            raise EngineError(
+                f"the program has {found_outputs} outputs, {len(names)} were requested; "
+                "export again"
+            )
+        self.output_name = names[0] if names else self.output_name
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
         return self.method.execute([self.torch.from_numpy(images)])[0].numpy()
+
+    def infer_outputs(self, images: Any) -> Json:
+        """Run the model; see `Engine.infer_outputs`."""
+        if not self.outputs:
+            return super().infer_outputs(images)
+        found = self.method.execute([self.torch.from_numpy(images)])
+        return {str(entry["name"]): value.numpy() for entry, value in zip(self.outputs, found)}
 
 
 ENGINE = ExecuTorchEngine

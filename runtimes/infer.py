@@ -1,4 +1,4 @@
-"""Run a model over a file of images and write its logits to another file.
+"""Run a model over a file of images and write its logits, or all outputs, to another file.
 
     python infer.py '{"runtime": "openvino", "model": "model.xml", ...}' images.npy logits.npy
 
@@ -6,8 +6,8 @@ The Python may be another interpreter than vitrim's, or an emulated one.
 
 images.npy has shape (count, ...) in the type of the model's input; a last incomplete batch is
 padded, and the padding's logits are dropped. With "time_limit_s" in the job no further batch is
-started after that many seconds. The script writes logits.npy (count, classes) and prints one line
-of JSON: {"runtime", "version", "provider", "provider_nodes"}, or {"error"} with exit code 3.
+started after that many seconds. The script writes logits.npy (count, classes), or with "outputs"
+in the job all outputs of each image side by side, (count, numbers), and prints one line of JSON: {"runtime", "version", "provider", "provider_nodes"}, or {"error"} with exit code 3.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def infer(engine: Any, images: Any, time_limit_s: float | None = None) -> Any:
         time_limit_s: Start no batch after this many seconds, except the first.
 
     Returns:
-        Logits (count, classes) float32; fewer rows if the time limit was reached.
+        Logits (count, classes) float32, or all outputs of an image side by side; fewer rows if the
+        time limit was reached.
     """
     import numpy
 
@@ -59,8 +60,9 @@ def infer(engine: Any, images: Any, time_limit_s: float | None = None) -> Any:
         count = len(batch)
         if count < size:
             batch = numpy.concatenate([batch, numpy.repeat(batch[-1:], size - count, axis=0)])
-        found = numpy.asarray(engine.infer(numpy.ascontiguousarray(batch)), dtype=numpy.float32)
-        logits.append(found.reshape(size, -1)[:count])
+        outputs = engine.infer_outputs(numpy.ascontiguousarray(batch)).values()
+        flat = [numpy.asarray(found, dtype=numpy.float32).reshape(size, -1) for found in outputs]
+        logits.append(numpy.concatenate(flat, axis=1)[:count])
     return numpy.concatenate(logits)
 
 

@@ -42,13 +42,46 @@ class LiteRtEngine(Engine):
                 "an image classifier with one of each is measured"
             )
         self.set_input([int(size) for size in inputs[0]["shape"]], inputs[0]["dtype"].__name__)
-        self.input_index, self.output_index = inputs[0]["index"], outputs[0]["index"]
+        self.input_index = inputs[0]["index"]
+        names = [str(entry["name"]) for entry in self.outputs]
+        if len(names) > len(outputs):
+            raise EngineError(
+                f"the model has {len(outputs)} outputs, {len(names)} were requested; export again"
+            )
+        self.output_name = names[0] if names else self.output_name
+        self.output_indices = [outputs[0]["index"]]
+        if names:
+            # The converter's names give the order of the module's outputs.
+            numbers = {_number(entry["name"]): entry["index"] for entry in self._signature()}
+            self.output_indices = [numbers[number] for number in range(len(names))]
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
+        return self._run(images)[0]
+
+    def infer_outputs(self, images: Any) -> Json:
+        """Run the model; see `Engine.infer_outputs`."""
+        if not self.outputs:
+            return super().infer_outputs(images)
+        names = [str(entry["name"]) for entry in self.outputs]
+        return dict(zip(names, self._run(images)))
+
+    def _run(self, images: Any) -> list[Any]:
         self.interpreter.set_tensor(self.input_index, images)
         self.interpreter.invoke()
-        return self.interpreter.get_tensor(self.output_index)
+        return [self.interpreter.get_tensor(index) for index in self.output_indices]
+
+    def _signature(self) -> list[Json]:
+        """Name (`output_0`, ...) and index of each output of the first signature."""
+        runner = self.interpreter.get_signature_runner()
+        return [
+            {"name": name, "index": details["index"]}
+            for name, details in runner.get_output_details().items()
+        ]
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("_")[2])
 
 
 ENGINE = LiteRtEngine

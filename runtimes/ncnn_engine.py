@@ -57,19 +57,44 @@ class NcnnEngine(Engine):
                 f"{path}: has {len(inputs)} inputs and {len(outputs)} outputs; "
                 "an image classifier with one of each is measured"
             )
-        # pnnx renames both; the manifest has the names that the other runtimes use.
-        self.net, self.inner_input, self.inner_output = net, inputs[0], outputs[0]
+        # pnnx renames both, to out0, out1, ...; the manifest has the names that the other runtimes
+        # use.
+        names = [str(entry["name"]) for entry in self.outputs]
+        if len(names) > len(outputs):
+            raise EngineError(f"{path}: has {len(outputs)} outputs, {len(names)} were requested")
+        self.output_name = names[0] if names else self.output_name
+        self.net, self.inner_input = net, inputs[0]
+        if names:
+            self.inner_outputs = [f"out{number}" for number in range(len(names))]
+        else:
+            self.inner_outputs = outputs[:1]
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
+        found = self._run(images)[0]
+        return found.reshape(self.outputs[0]["shape"] if self.outputs else (1, -1))
+
+    def infer_outputs(self, images: Any) -> Json:
+        """Run the model; see `Engine.infer_outputs`."""
+        if not self.outputs:
+            return super().infer_outputs(images)
+        return {
+            entry["name"]: found.reshape(entry["shape"])
+            for entry, found in zip(self.outputs, self._run(images))
+        }
+
+    def _run(self, images: Any) -> list[Any]:
         extractor = self.net.create_extractor()
         extractor.input(self.inner_input, self.module.Mat(images[0]))
-        status, found = extractor.extract(self.inner_output)
-        if status != 0:
-            raise EngineError(
-                f"ncnn ended with status {status}; its layers do not accept this input"
-            )
-        return self.numpy.array(found).reshape(1, -1)
+        outputs = []
+        for name in self.inner_outputs:
+            status, found = extractor.extract(name)
+            if status != 0:
+                raise EngineError(
+                    f"ncnn ended with status {status}; its layers do not accept this input"
+                )
+            outputs.append(self.numpy.array(found))
+        return outputs
 
 
 ENGINE = NcnnEngine

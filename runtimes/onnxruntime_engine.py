@@ -92,13 +92,7 @@ class OnnxRuntimeEngine(Engine):
             )
         self.set_input(only.shape, NUMPY_TYPES[only.type], only.name)
         outputs = [output.name for output in self.session.get_outputs()]
-        self.output_name = self.job.get("output") or (
-            "logits" if "logits" in outputs else outputs[0]
-        )
-        if self.output_name not in outputs:
-            raise EngineError(
-                f"the model has no output {self.output_name!r}; it has {', '.join(outputs)}"
-            )
+        self.output_names = self.set_outputs(outputs)
         self.provider_nodes = nodes = nodes_by_provider(self.session) if assigns else None
         self.provider = (
             max(nodes, key=nodes.__getitem__) if nodes else self.session.get_providers()[0]
@@ -110,9 +104,18 @@ class OnnxRuntimeEngine(Engine):
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
+        return self._run(images)[0]
+
+    def infer_outputs(self, images: Any) -> Json:
+        """Run the model; see `Engine.infer_outputs`."""
+        return dict(zip(self.output_names, self._run(images)))
+
+    def _run(self, images: Any) -> list[Any]:
+        """All outputs, in the order of `output_names`."""
         if not self.device:
             try:
-                return self.session.run([self.output_name], {self.input_name: images})[0]
+                found: list[Any] = self.session.run(self.output_names, {self.input_name: images})
+                return found
             except Exception as error:
                 name = os.path.basename(str(self.job["model"]))
                 raise EngineError(
@@ -122,8 +125,8 @@ class OnnxRuntimeEngine(Engine):
             self._bind(images)
         self.device_images.update_inplace(images)
         self.session.run_with_iobinding(self.bound)
-        # Copying the logits to the host waits for the device.
-        return self.device_logits.numpy()
+        # Copying the outputs to the host waits for the device.
+        return [value.numpy() for value in self.device_outputs]
 
     def timed_call(self, images: Any) -> Callable[[], Any]:
         """The function to time; see `Engine.timed_call`."""
@@ -144,17 +147,19 @@ class OnnxRuntimeEngine(Engine):
         # A recorded graph reads and writes at the addresses that it was recorded with, so both
         # buffers are allocated once.
         values = self.module.OrtValue
-        outputs = [
-            output for output in self.session.get_outputs() if output.name == self.output_name
-        ]
-        shape = [size if isinstance(size, int) else images.shape[0] for size in outputs[0].shape]
+        outputs = {output.name: output for output in self.session.get_outputs()}
         self.device_images = values.ortvalue_from_numpy(images, self.device, 0)
-        self.device_logits = values.ortvalue_from_shape_and_type(
-            shape, NUMPY_TYPES[outputs[0].type], self.device, 0
-        )
         self.bound = self.session.io_binding()
         self.bound.bind_ortvalue_input(self.input_name, self.device_images)
-        self.bound.bind_ortvalue_output(self.output_name, self.device_logits)
+        self.device_outputs = []
+        for name in self.output_names:
+            output = outputs[name]
+            shape = [size if isinstance(size, int) else images.shape[0] for size in output.shape]
+            value = values.ortvalue_from_shape_and_type(
+                shape, NUMPY_TYPES[output.type], self.device, 0
+            )
+            self.device_outputs.append(value)
+            self.bound.bind_ortvalue_output(name, value)
 
     def device_memory_peak_bytes(self) -> int | None:
         """The peak of GPU memory."""
@@ -204,7 +209,7 @@ class OnnxRuntimeEngine(Engine):
             options.profile_file_prefix = os.path.join(folder, "trace")
             session = self._open(options)
             for _ in range(count + 2):
-                session.run([self.output_name], {self.input_name: images})
+                session.run(self.output_names, {self.input_name: images})
             with open(session.end_profiling()) as stream:
                 return operator_rows(json.load(stream), count)
         finally:

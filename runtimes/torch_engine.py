@@ -30,6 +30,7 @@ class TorchEngine(Engine):
 
             # Imported before the memory floor is read: every program with torch has these too.
             self.files = importlib.import_module("vitrim.compress.network.files")
+            self.dense = importlib.import_module("vitrim.compress.network.named_outputs")
         except ImportError as error:
             raise missing(self.runtime, error, REQUIREMENT) from None
         self.torch = torch
@@ -42,6 +43,10 @@ class TorchEngine(Engine):
         self.set_input()
         try:
             model = self.files.load(folder)
+            names = [str(entry["name"]) for entry in self.outputs]
+            self.output_name = names[0] if names else self.output_name
+            if names:
+                model = self.dense.NamedOutputs(model, names).eval()
         except Exception as error:
             raise EngineError(one_line(error)) from None
         compiled = (self.job.get("session") or {}).get("compile") == "1"
@@ -60,10 +65,19 @@ class TorchEngine(Engine):
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
-        # Freezing needs no_grad, and refuses tensors of inference_mode. Copying the logits to the
+        return self._run(images)[0]
+
+    def infer_outputs(self, images: Any) -> Json:
+        """Run the model; see `Engine.infer_outputs`."""
+        names = [str(entry["name"]) for entry in self.outputs] or [self.output_name]
+        return dict(zip(names, self._run(images)))
+
+    def _run(self, images: Any) -> list[Any]:
+        # Freezing needs no_grad, and refuses tensors of inference_mode. Copying the outputs to the
         # host waits for the GPU.
         with self.torch.no_grad():
-            return self.model(self.torch.from_numpy(images).to(self.device)).cpu().numpy()
+            found = self.model(self.torch.from_numpy(images).to(self.device))
+        return [value.cpu().numpy() for value in (found if self.outputs else [found])]
 
     def timed_call(self, images: Any) -> Callable[[], Any]:
         """The function to time; see `Engine.timed_call`."""
@@ -83,7 +97,8 @@ class TorchEngine(Engine):
 
         def with_copies() -> Any:
             on_device.copy_(host)
-            return forward().cpu()
+            found = forward()
+            return [value.cpu() for value in found] if self.outputs else found.cpu()
 
         return with_copies if self.copies_timed else without_copies
 

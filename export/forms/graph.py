@@ -180,11 +180,10 @@ class Graph:
             The model, with its constants as initializers.
         """
         renamed: dict[str, str] = {}
-        for name, value, _ in outputs:
+        for name, value, shape in outputs:
             value = renamed.get(value, value)
             if value in renamed.values():
-                # Another output has the same value, under its own name.
-                self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
+                self._copy(value, name, shape)
                 continue
             self._rename(value, name)
             renamed[value] = name
@@ -205,6 +204,15 @@ class Graph:
             graph, producer_name="vitrim", opset_imports=opsets, ir_version=10
         )
         return model
+
+    def _copy(self, value: str, name: str, shape: Sequence[int]) -> None:
+        """Give a value a second name; `shape` is that of an image."""
+        if self.operators == "pnnx":
+            # pnnx ends at an Identity whose input is an output as well.
+            inputs = [value, self.sizes([1, *shape])]
+            self.nodes.append(helper.make_node("Reshape", inputs, [name], name=name))
+            return
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
 
     def _rename(self, old: str, new: str) -> None:
         for node in self.nodes:

@@ -61,8 +61,8 @@ def write_network(
         outputs: The named outputs; empty for the logits alone.
 
     Returns:
-        A graph `images` -> `logits`, or the named outputs. That it computes the same function is checked by the
-        exporter, on every artifact.
+        A graph `images` -> `logits`, or the named outputs. That it computes the same function is
+        checked by the exporter, on every artifact.
 
     Raises:
         InputError: The form cannot hold the batch or the opset.

@@ -5,6 +5,7 @@ It runs in any Python with torch, without the rest of `vitrim.export`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -34,7 +35,7 @@ def run_converter(convert: Callable[[dict[str, Any]], dict[str, str]]) -> int:
 
 
 def load_model(job: dict[str, Any]) -> tuple[Any, Any]:
-    """The job's model in eval mode, and example images.
+    """The job's model in eval mode, which returns the job's outputs, and example images.
 
     vitrim is imported from its folder: the interpreter need not have it installed.
     """
@@ -50,6 +51,9 @@ def load_model(job: dict[str, Any]) -> tuple[Any, Any]:
     sys.modules["vitrim"] = package
     spec.loader.exec_module(package)
     model = package.load(job["model"])
+    if job.get("outputs"):
+        outputs = importlib.import_module("vitrim.compress.network.named_outputs")
+        model = outputs.NamedOutputs(model, job["outputs"]).eval()
     torch.nn.functional.scaled_dot_product_attention = plain_attention  # type: ignore[assignment]
     size = 1 if job["batch"] == "dynamic" else int(job["batch"])
     return model, torch.randn(size, *job["shape"], generator=torch.Generator().manual_seed(0))

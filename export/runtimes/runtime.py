@@ -13,6 +13,7 @@ import onnx
 from torch import nn
 
 from ...compress.network.modules.model import CompactModel, build
+from ...compress.network.named_outputs import OutputSpec
 from ...core.errors import InputError, UnsupportedModel
 from ..forms import Form
 from ..manifest import Array, Batch, Parity, Precision
@@ -38,6 +39,7 @@ class Source:
         images: Calibration images float32 (count, *shape), or None.
         probe: The inputs on which parity is computed.
         options: The runtime's own settings, as the caller gave them.
+        outputs: The named outputs; empty for the logits alone.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Source:
     images: Array | None
     probe: Probe
     options: Mapping[str, str] = field(default_factory=dict)
+    outputs: tuple[OutputSpec, ...] = ()
 
     def inference_model(self, runtime: str) -> CompactModel:
         """The model for converters that read a torch module.

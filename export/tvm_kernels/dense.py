@@ -20,6 +20,10 @@ from .quantization import Quantizer, store_function
 from .schedule import Schedule, Shape, Tile
 
 
+# Fewer row tiles than this do not repay the conversion of a panel of weights.
+_LEAST_TILES_TO_WIDEN = 4
+
+
 class Operand(NamedTuple):
     """The number of elements of an operand, and their type."""
 
@@ -146,6 +150,8 @@ class _Writer:
     def __init__(self, spec: Dense, lanes: Lanes, steps: int, buffers: dict[str, Buffer]) -> None:
         self.spec, self.lanes, self.steps, self.buffers = spec, lanes, steps, buffers
         self.accumulators: Buffer = None
+        # A panel of weights in the type that is multiplied; None: they are read as they are stored.
+        self.widened: Buffer = None
 
     def share(
         self,
@@ -159,9 +165,16 @@ class _Writer:
         largest = max(run.size for run in row_runs) * max(run.size for run in panel_runs)
         dtype = "float32" if self.spec.input_quantizer is None else "int32"
         self.accumulators = T.alloc_buffer((largest * self.lanes.count,), dtype, scope="local")
+        if self.widens(sum(run.count for run in row_runs)):
+            dot = self.spec.input_quantizer.dot  # type: ignore[union-attr]
+            size = dot.groups(self.spec.depth) * max(run.size for run in panel_runs)
+            size *= self.lanes.count * dot.group
+            self.widened = T.alloc_buffer((size,), dot.multiplied, scope="local")
         for columns in panel_runs:
             with T.serial(*share_bounds(columns.count, *across)) as panel:
                 vector = columns.start + panel * columns.size
+                if self.widened is not None:
+                    self.widen(vector, columns.size)
                 for rows in row_runs:
                     with T.serial(*share_bounds(images * rows.count, *down)) as index:
                         image, number = (
@@ -169,6 +182,20 @@ class _Writer:
                         )
                         tile = Tile(rows.size, columns.size, self.steps)
                         self.tile(tile, image, rows.start + number * rows.size, vector)
+
+    def widens(self, row_tiles: int) -> bool:
+        """Whether a panel is converted once for all row tiles, instead of in every one."""
+        quantizer = self.spec.input_quantizer
+        if quantizer is None or quantizer.dot.multiplied == "int8":
+            return False
+        return quantizer.dot.kind == "pairs" and row_tiles >= _LEAST_TILES_TO_WIDEN
+
+    def widen(self, vector: Expr, vectors: int) -> None:
+        """Convert the weights of the panel that begins at a vector of columns."""
+        dot = self.spec.input_quantizer.dot  # type: ignore[union-attr]
+        groups = dot.groups(self.spec.depth)
+        first = bind(vector * (groups * dot.group * self.lanes.count))
+        dot.widen(self.buffers["w"], first, groups * vectors, self.widened)
 
     def tile(self, tile: Tile, image: Expr, row: Expr, vector: Expr) -> None:
         """One register tile, from a row and a vector of columns on."""
@@ -209,7 +236,9 @@ class _Writer:
             return
         dot = spec.input_quantizer.dot
         depth = dot.groups(spec.depth)
-        first = bind(vector * (depth * dot.group * count))
+        weights, first = self.widened, 0
+        if weights is None:
+            weights, first = w, bind(vector * (depth * dot.group * count))
         product(
             dot,
             self.accumulators,
@@ -217,7 +246,7 @@ class _Writer:
             depth,
             lambda r, k: dot.codes(x, starts[r] + k * dot.group),
             lambda v, k: dot.weights(
-                w, first + (k * (tile.vectors * count) + v * count) * dot.group
+                weights, first + (k * (tile.vectors * count) + v * count) * dot.group
             ),
         )
 

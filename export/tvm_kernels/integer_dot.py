@@ -24,6 +24,12 @@ STORED: dict[Kind, str] = {
     "pairs": "int16",
     "plain": "int8",
 }
+MULTIPLIED: dict[Kind, str] = {
+    "unsigned": "int8",
+    "signed": "int8",
+    "pairs": "int16",
+    "plain": "int32",
+}
 SIZES_BYTES: dict[Kind, int] = {"unsigned": 1, "signed": 1, "pairs": 2, "plain": 1}
 # Lines for the manifest.
 INSTRUCTIONS: dict[Kind, str] = {
@@ -84,6 +90,11 @@ class IntegerDot:
         """The smallest code; the largest is 255 more."""
         return -128 if self.stored == "int8" else 0
 
+    @property
+    def multiplied(self) -> str:
+        """TIR's type of a weight as the instruction takes it; stored weights are int8."""
+        return MULTIPLIED[self.kind]
+
     def groups(self, depth: int) -> int:
         """Groups that `depth` codes form."""
         return -(-depth // self.group)
@@ -110,14 +121,19 @@ class IntegerDot:
         return T.reinterpret(f"{self.stored}x{count * group}", T.Broadcast(word, count))
 
     def weights(self, buffer: Buffer, index: Expr) -> Expr:
-        """`group` weights of each of `count` columns."""
+        """`group` weights of each of `count` columns, as the instruction takes them."""
         size = self.count * self.group
         found = buffer[index if size == 1 else T.Ramp(index, 1, size)]
-        if self.kind == "pairs":
-            return T.Cast(f"int16x{size}", found)
-        if self.kind == "plain":
-            return T.Cast("int32" if size == 1 else f"int32x{size}", found)
-        return found
+        if buffer.dtype == self.multiplied:
+            return found
+        return T.Cast(self.multiplied if size == 1 else f"{self.multiplied}x{size}", found)
+
+    def widen(self, source: Buffer, first: Expr, count: int, target: Buffer) -> None:
+        """Copy `count` registers of weights into `target`, in the type that is multiplied."""
+        size = self.count * self.group
+        with T.serial(0, count) as vector:
+            found = self.weights(source, first + vector * size)
+            T.buffer_store(target, found, [T.Ramp(vector * size, 1, size)])
 
     def fma(self, codes: Expr, weights: Expr, sums: Expr) -> Expr:
         """The expression sums + codes * weights."""
