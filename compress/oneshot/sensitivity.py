@@ -73,26 +73,39 @@ def stream_weights(
     scales = _scales(model, images)
     totals = torch.zeros(len(model.steps) + 1, dtype=torch.float64)
     for part in images.split(BATCH):
-        locations, x = _forward(model, part)
-        loss = torch.zeros(())
-        for share, scale, values in zip(
-            (1.0 - patches, patches),
-            scales,
-            (features(model, x), patch_features(model, x)),
-            strict=True,
-        ):
-            if share == 0.0 or values.numel() == 0:
-                continue
-            direction = torch.randn(values.shape, generator=generator)
-            # Patches are independent draws, so their mean square has to be that of one vector.
-            count = values.shape[1:].numel()
-            loss = loss + share**0.5 * (direction * values / scale).sum() / count**0.5
+        with torch.enable_grad():
+            locations, loss = _projection(model, part, scales, patches, generator)
         gradients = torch.autograd.grad(loss, locations)
         for number, gradient in enumerate(gradients):
             totals[number] += gradient.double().square().sum() / gradient.shape[-1]
         if progress is not None:
             progress()
     return [float(total) / len(images) for total in totals]
+
+
+def _projection(
+    model: CompactModel,
+    images: Tensor,
+    scales: tuple[Tensor, Tensor],
+    patches: float,
+    generator: torch.Generator,
+) -> tuple[list[Tensor], Tensor]:
+    """The streams of all depths, and the random projection vᵀz summed over a batch."""
+    locations, x = _forward(model, images)
+    loss = torch.zeros(())
+    for share, scale, values in zip(
+        (1.0 - patches, patches),
+        scales,
+        (features(model, x), patch_features(model, x)),
+        strict=True,
+    ):
+        if share == 0.0 or values.numel() == 0:
+            continue
+        direction = torch.randn(values.shape, generator=generator)
+        # Patches are independent draws, so their mean square has to be that of one vector.
+        count = values.shape[1:].numel()
+        loss = loss + share**0.5 * (direction * values / scale).sum() / count**0.5
+    return locations, loss
 
 
 def _forward(model: CompactModel, images: Tensor) -> tuple[list[Tensor], Tensor]:
