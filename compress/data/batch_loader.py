@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ...core.errors import InputError
-from .decoding import LazyPixels, OnError
+from .decoding import Converted, LazyPixels, OnError
 from .preprocessing import as_eight_bits
 from .splits import Split
 from .streams import Record, StreamPixels
 
-# From a PIL image to uint8 (C, H, W); it draws from the global random generators.
+# From a PIL image in grey or colour to uint8 (C, H, W); it draws from the global random generators.
 ImageTransform = Callable[[Image.Image], NDArray[np.uint8]]
 State = dict[str, Any]
 
@@ -76,6 +76,7 @@ class BatchLoader:
         rank: The number of this process, from 0.
         ranks: The number of processes that share the steps.
         on_error: "skip" replaces an unreadable image by another one of the batch, and counts it.
+            None: as the data set was opened.
         pin_memory: Copy the batches to page-locked memory, for a GPU.
 
     Raises:
@@ -94,7 +95,7 @@ class BatchLoader:
         drop_last: bool = True,
         rank: int = 0,
         ranks: int = 1,
-        on_error: OnError = "stop",
+        on_error: OnError | None = None,
         pin_memory: bool = False,
     ) -> None:
         if batch_size < ranks or (drop_last and batch_size % ranks):
@@ -112,6 +113,8 @@ class BatchLoader:
         #: The error line of the first one of them.
         self.first_skipped: str | None = None
         self._plan = _Plan(split, batch_size, seed, self.steps, shuffle, rank, ranks)
+        if on_error is None:
+            on_error = "stop" if isinstance(split.pixels, np.ndarray) else split.pixels.on_error
         self._reader = _Reader(split, transform, seed, on_error)
         self._state: State = {"epoch": 0, "step": 0}
         self._loaded: State | None = None
@@ -325,19 +328,21 @@ class _Reader(Dataset[Any]):
             random.seed(int(words[0]))
             np.random.seed(int(words[1]))
             torch.default_generator.manual_seed(int(words[2]))
+            return self.transform(self._source(item, self._eight_bits))
+        return self._source(item, self.split.preprocessing.pixels)
+
+    def _source(self, item: Item, convert: Callable[[Any], Converted]) -> Converted:
+        """The converted image; only errors of its file count as those of an unreadable image."""
         pixels = self.split.pixels
         if item.record is not None:
-            return item.record.read(self._convert)
+            return item.record.read(convert)
         row = item.number if self.split.rows is None else int(self.split.rows[item.number])
         if isinstance(pixels, LazyPixels):
-            return pixels.images.read(row, self._convert)
-        return self._convert(np.asarray(pixels[row : row + 1])[0].transpose(1, 2, 0))
+            return pixels.images.read(row, convert)
+        return convert(np.asarray(pixels[row : row + 1])[0].transpose(1, 2, 0))
 
-    def _convert(self, source: Any) -> NDArray[np.uint8]:
-        preprocessing = self.split.preprocessing
-        if self.transform is None:
-            return preprocessing.pixels(source)
-        return self.transform(as_eight_bits(source, "L" if preprocessing.channels == 1 else "RGB"))
+    def _eight_bits(self, source: Any) -> Image.Image:
+        return as_eight_bits(source, "L" if self.split.preprocessing.channels == 1 else "RGB")
 
     def _target(self, item: Item) -> int:
         if item.record is not None:

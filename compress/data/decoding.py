@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from .preprocessing import Preprocessing
 MEMORY_LIMIT_BYTES = 256 * 2**20
 # What happens at an image that cannot be decoded.
 OnError = Literal["stop", "skip"]
+Converted = TypeVar("Converted")
 _CHUNK = 256
 # What Pillow raises for damaged images.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
@@ -59,15 +60,15 @@ class RawSplit:
         chosen = _Chosen(self.open, self.where, indices)
         return RawSplit(self.targets[indices], chosen.open, chosen.where, stamp)
 
-    def read(self, index: int, convert: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    def read(self, index: int, convert: Callable[[Any], Converted]) -> Converted:
         """Open an image and convert it.
 
         Args:
             index: The number of the image.
-            convert: From what `open` returns to uint8 (C, H, W).
+            convert: Applied to what `open` returns; it decodes the rest of the image.
 
         Returns:
-            uint8 (C, H, W).
+            What `convert` returns.
 
         Raises:
             InputError: The image cannot be decoded; the message names it.

@@ -173,7 +173,7 @@ def _open_stream(
     splits = opening.splits(plan, small)
     unread = np.broadcast_to(np.int64(-1), (found.train.images,))
     train = Split(
-        StreamPixels(found.train),
+        StreamPixels(found.train, opening.on_error),
         unread,
         opening.preprocessing,
         fingerprint=found.train.fingerprint,

@@ -85,7 +85,7 @@ class Preprocessing(BaseModel):
         ):
             # Images of MNIST and the like need no conversion, which saves time.
             return source[None]
-        image = self._sized(as_eight_bits(source, "L" if self.channels == 1 else "RGB"))
+        image = self.sized(as_eight_bits(source, "L" if self.channels == 1 else "RGB"))
         array = np.asarray(image, dtype=np.uint8)
         return np.ascontiguousarray(array[None] if self.channels == 1 else array.transpose(2, 0, 1))
 
@@ -99,7 +99,8 @@ class Preprocessing(BaseModel):
         mean, std = np.array(self.mean, dtype=np.float64), np.array(self.std, dtype=np.float64)
         return (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
-    def _sized(self, image: Image.Image) -> Image.Image:
+    def sized(self, image: Image.Image) -> Image.Image:
+        """The image resized to (height, width)."""
         wanted, kind = (self.width, self.height), _FILTERS[self.interpolation]
         if self.resize == "squash":
             return image if image.size == wanted else image.resize(wanted, kind)

@@ -19,11 +19,10 @@ from itertools import islice
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from ...core.errors import InputError
-from .decoding import DECODING_ERRORS, unreadable
+from .decoding import DECODING_ERRORS, Converted, OnError, unreadable
 
 # Undecoded images in memory at a time, about 0.5 GB of ImageNet's.
 BLOCK = 4096
@@ -45,14 +44,14 @@ class Record(NamedTuple):
     target: int
     where: str
 
-    def read(self, convert: Callable[[Any], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    def read(self, convert: Callable[[Any], Converted]) -> Converted:
         """Decode the image and convert it.
 
         Args:
-            convert: From a PIL image to uint8 (C, H, W).
+            convert: Applied to the PIL image.
 
         Returns:
-            uint8 (C, H, W).
+            What `convert` returns.
 
         Raises:
             InputError: The image cannot be decoded; the message names it.
@@ -193,10 +192,15 @@ class _OpenShards:
 
 
 class StreamPixels:
-    """Stands in for the pixels of a split whose images cannot be indexed."""
+    """Stands in for the pixels of a split whose images cannot be indexed.
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    Args:
+        stream: The images.
+        on_error: What happens at an image that cannot be decoded.
+    """
+
+    def __init__(self, stream: Stream, on_error: OnError = "stop") -> None:
+        self.stream, self.on_error = stream, on_error
 
     def __len__(self) -> int:
         return self.stream.images
