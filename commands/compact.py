@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..core.console import show, unit_count
 from ..core.errors import InputError
-from ..core.storage import replace_file, replace_folder, require_output_folder
+from ..core.storage import require_output_folder
 from .compact_options import (
     DEFAULT_KEEP_RATIO,
     DEFAULT_SALIENCY,
@@ -16,22 +16,19 @@ from .compact_options import (
     Output,
     Selection,
 )
-from .model_data import CARD, ModelData, SaliencyImages, model_data, read_card
+from .compact_output import kept_table, save_compact, show_sizes
+from .compact_source import Source, data_of, load_source
+from .compact_untrained import cut_without_training
+from .model_data import SaliencyImages
 from .option_groups import with_option_groups
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rich.table import Table
-
     from ..compress.masks.mask import StructuredMask
     from ..compress.masks.saliency import Scores
     from ..compress.network.modules.model import CompactModel
     from ..compress.surgery.stream_form import StreamForm
-    from ..pipeline.recipe_sections import ModelSection
-
-# Runtimes are fastest at multiples of 16, and lose little at multiples of 8.
-DEFAULT_ROUND_TO = 8
 
 
 @with_option_groups
@@ -67,9 +64,9 @@ def compact(*, model: ModelOptions, selection: Selection, output: Output) -> Non
     """
     if output.out is not None:
         _require_output(model, selection, output)
-    source = _load(model)
+    source = load_source(model)
     if selection.without_training:
-        _cut_without_training(source, selection, output)
+        cut_without_training(source, selection, output)
         return
     if selection.only_dead:
         if selection.round_to is not None:
@@ -101,66 +98,6 @@ def _require_output(model: ModelOptions, selection: Selection, output: Output) -
     require_output_folder(output.out, MODEL, overwrite=output.overwrite, inputs=inputs)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The model to cut, with the card of its run or its recipe section, which name its images."""
-
-    model: CompactModel
-    card: dict[str, Any] | None = None
-    section: ModelSection | None = None
-
-
-def _load(options: ModelOptions) -> _Source:
-    from ..compress.lift import lift
-    from ..compress.network.files import load
-    from ..pipeline.checkpoint_file import require_no_graph
-    from ..pipeline.source_model import classes_in, require_saved, source_model
-
-    checkpoint = options.source or options.checkpoint
-    if checkpoint is None and not options.pretrained:
-        raise InputError("no model: name MODEL or --checkpoint, or --model with --pretrained")
-    if checkpoint is not None and checkpoint.is_dir():
-        require_saved(checkpoint)
-        return _Source(load(checkpoint), read_card(checkpoint.parent / CARD))
-    if checkpoint is not None:
-        require_no_graph(checkpoint)
-    if options.model is None:
-        raise InputError(
-            f"{checkpoint}: a checkpoint file contains tensors only; name their model with "
-            "--model NAME (and --override KEY=VALUE)"
-        )
-    section = _section(options, checkpoint)
-    classes = section.overrides.get("num_classes")
-    if classes is None:
-        classes = 1000 if checkpoint is None else classes_in(section)
-    return _Source(lift(source_model(section, classes)), section=section)
-
-
-def _section(options: ModelOptions, checkpoint: Path | None) -> ModelSection:
-    """The options as the section `[model]` of a recipe.
-
-    Raises:
-        InputError: Two options exclude each other, or an override has another form.
-    """
-    from pydantic import ValidationError
-
-    from ..pipeline.recipe import parse_value
-    from ..pipeline.recipe_keys import first_error
-    from ..pipeline.recipe_sections import ModelSection
-
-    overrides = dict(parse_value(item, "--override") for item in options.overrides or ())
-    given = {
-        "name": options.model,
-        "overrides": overrides,
-        "pretrained": options.pretrained,
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-    }
-    try:
-        return ModelSection.model_validate(given)
-    except ValidationError as error:
-        raise InputError(f"--model {options.model}: {first_error(error, ModelSection)}") from None
-
-
 def _read_mask(path: Path, model: CompactModel) -> StructuredMask:
     from ..compress.masks.mask import StructuredMask
 
@@ -169,7 +106,7 @@ def _read_mask(path: Path, model: CompactModel) -> StructuredMask:
     return mask
 
 
-def _choose(source: _Source, selection: Selection) -> tuple[StructuredMask, Scores | None]:
+def _choose(source: Source, selection: Selection) -> tuple[StructuredMask, Scores | None]:
     """The mask of a saliency, and the scores behind it, which a random mask has not."""
     from ..compress.masks.mask import StructuredMask, mask_and_scores
     from ..compress.masks.saliency import SaliencyOptions
@@ -191,74 +128,16 @@ def _choose(source: _Source, selection: Selection) -> tuple[StructuredMask, Scor
     return replace(mask, note={**mask.note, **note}), scores
 
 
-def _images(source: _Source, selection: Selection, saliency: str) -> SaliencyImages:
+def _images(source: Source, selection: Selection, saliency: str) -> SaliencyImages:
     architecture = source.model.architecture
     if architecture.head is None:
         raise InputError(
             f"--saliency {saliency} needs the loss of a classifier, and this model has none; "
             "use l1 or l2"
         )
-    data = _data(source, selection, f"--saliency {saliency}")
+    data = data_of(source, selection, f"--saliency {saliency}")
     title, classes = f"{saliency} saliency", architecture.classes
     return SaliencyImages(data, selection.samples, selection.seed, classes, title)
-
-
-def _data(source: _Source, selection: Selection, option: str) -> ModelData:
-    from ..pipeline.source_model import preprocessing_of
-
-    image = source.model.architecture.image
-    data = model_data(source.card, selection.data, image)
-    if data is None:
-        raise InputError(
-            f"{option} needs images: name them with --data, e.g. "
-            "--data fashion-mnist or --data imagefolder:PATH"
-        )
-    if source.section is None:
-        return data
-    return replace(data, preprocessing=preprocessing_of(source.section, data.name, image))
-
-
-def _cut_without_training(source: _Source, selection: Selection, output: Output) -> None:
-    from ..compress.data.loading import open_unlabeled
-    from ..pipeline.recipe_sections import MasksSection
-    from ..pipeline.trim_step import (
-        exact_cut_error,
-        require_budget,
-        show_fits,
-        trim_baseline,
-        trim_record,
-    )
-
-    architecture = source.model.architecture
-    section = MasksSection(method="closed-form", macs=selection.macs, params=selection.params)
-    require_budget(architecture, section, options=("--macs", "--params"))
-    data = _data(source, selection, "--without-training")
-    images = open_unlabeled(
-        data.name,
-        selection.samples,
-        preprocessing=data.preprocessing,
-        draw_seed=selection.seed,
-        quiet=False,
-        **data.division,
-    ).floats()
-    show(f"{len(images)} images of {data.name}, without labels")
-    round_to = selection.round_to or DEFAULT_ROUND_TO
-    found = trim_baseline(source.model, images, section, round_to, quiet=False)
-    error = exact_cut_error(found.rotated, found.mask, images[:2])
-    show(f"masked against compact, before compensation: largest relative error {error:.1e}")
-    if output.explain:
-        show(_kept_table(source.model, found.model))
-        show_fits(found)
-    _show_sizes(source.model, found.model)
-    check = found.check
-    agreement = "" if check.agreement is None else f", same class on {100 * check.agreement:.1f} %"
-    show(
-        f"{check.images} held-out images: cosine to the dense features {check.cosine:.4f}, of the "
-        f"patches {check.patch_cosine:.4f}{agreement}"
-    )
-    note = {"data": data.name, "images": str(len(images)), "seed": str(selection.seed)}
-    mask = replace(found.mask, note={**found.mask.note, **note})
-    _save(found.model, mask, output, record=trim_record(found))
 
 
 def _rounded(
@@ -281,10 +160,10 @@ def _cut(source: CompactModel, mask: StructuredMask, output: Output) -> None:
     error, images = _relative_error(source, mask, form.model)
     if output.explain:
         _explain(source, form.model, mask)
-    _show_sizes(source, form.model)
+    show_sizes(source, form.model)
     _show_stream_form(form)
     show(f"masked against compact: largest relative error {error:.1e} on {images} noise images")
-    _save(form.model, mask, output)
+    save_compact(form.model, mask, output)
 
 
 def _relative_error(
@@ -339,64 +218,14 @@ def _cut_dead(source: CompactModel, output: Output) -> None:
             f"zeros that remain: {unit_count(round(zeros))} in {len(dead.sparsity)} matrices "
             "(--explain lists them)"
         )
-    _show_sizes(source, dead.compact)
+    show_sizes(source, dead.compact)
     show(f"before against after: largest relative error {dead.error:.1e} on 2 noise images")
-    _save(dead.compact, dead.mask, output)
-
-
-def _save(
-    small: CompactModel, mask: StructuredMask, output: Output, record: str | None = None
-) -> None:
-    from ..compress.network.files import MASK_FILE, MODEL, TRIM_FILE, save
-
-    if output.out is None:
-        return
-    with replace_folder(output.out, MODEL, overwrite=output.overwrite) as temporary:
-        save(small, temporary)
-        mask.save(temporary / MASK_FILE)
-        if record is not None:
-            replace_file(temporary / TRIM_FILE, record)
-    show(f"saved: {output.out}")
+    save_compact(dead.compact, dead.mask, output)
 
 
 def _explain(source: CompactModel, small: CompactModel, mask: StructuredMask) -> None:
     from ..compress.surgery.explain import explain
 
-    show(_kept_table(source, small))
+    show(kept_table(source, small))
     show("")
     show(explain(source, mask).table())
-
-
-def _show_sizes(source: CompactModel, small: CompactModel) -> None:
-    from ..compress.network.count import count_macs, count_params
-
-    for name, count in (("parameters", count_params), ("MACs", count_macs)):
-        old, new = count(source.architecture), count(small.architecture)
-        show(f"{name}: {unit_count(old)} -> {unit_count(new)} ({100 * new / old:.1f} %)")
-
-
-def _kept_table(source: CompactModel, small: CompactModel) -> Table:
-    from rich.table import Table
-
-    from ..pipeline.kept_units import kept_branches
-
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("module", "kind", "kept of total", "MACs"):
-        table.add_column(column, justify="right" if column == "MACs" else "left", no_wrap=True)
-    before, after = _branch_macs(source), _branch_macs(small)
-    for entry in kept_branches(source.architecture, small.architecture):
-        name = entry["branch"]
-        dims = [f"{dimension} {kept}/{total}" for dimension, (kept, total) in entry["dims"].items()]
-        macs = f"{unit_count(before[name])} -> {unit_count(after.get(name, 0))}"
-        table.add_row(name, entry["kind"], "  ".join(dims), macs)
-    return table
-
-
-def _branch_macs(model: CompactModel) -> dict[str, int]:
-    from ..compress.network.count import branch_macs, branch_tokens
-
-    embed = model.architecture.embed
-    return {
-        branch.name: branch_macs(branch, embed, tokens, queries)
-        for branch, tokens, queries in branch_tokens(model.architecture)
-    }
