@@ -299,6 +299,22 @@ def attention_pooling(module: Any, path: str) -> Piece[PoolSpec]:
 
 @converts(
     "model",
+    f"{_DINO}.DINOv3ViTBackbone",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Backbone",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+    ".Dinov2WithRegistersBackbone",
+)
+def feature_maps(model: Any, path: str) -> Piece[Architecture]:
+    """Refuse a model that returns feature maps of several blocks."""
+    kind = type(model).__name__
+    raise UnsupportedModel(
+        f"model: {kind} returns feature maps, which has no rule; load the weights as "
+        f"{kind.replace('Backbone', 'Model')}, whose lifted form has forward_intermediates"
+    )
+
+
+@converts(
+    "model",
     f"{_SIGLIP2}.Siglip2VisionModel",
     f"{_SIGLIP2}.Siglip2ForImageClassification",
 )
