@@ -27,8 +27,9 @@ from ..compress.network.count import count_macs, count_params
 from ..compress.network.modules.model import CompactModel
 from ..compress.network.patch_grid import format_image_size
 from ..compress.surgery.image_size import at_image_size
-from ..core.console import show, status, unit_count
-from ..core.storage import replace_file
+from ..compress.train.training_files import read_history
+from ..core.console import progress_bar, show, status, unit_count
+from ..core.storage import disk_errors, replace_file
 from ..export.artifact import Artifact
 from ..export.manifest import PARITY
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
@@ -36,10 +37,12 @@ from .estimates import run_estimates
 from .kept_units import kept_branches
 from .recipe import Recipe
 from .run_folder import RunFolder
-from .training_steps import RunContext
+from .training_steps import HISTORY, RunContext
 
 ARTIFACTS, MEASUREMENTS = "artifacts", "measurements"
 SAMPLE_SEED = 0
+# Images that are decoded at a time.
+_PART = 256
 VERSIONED = ("torch", "timm", "numpy", "onnx", "onnxruntime", "onnxsim")
 
 
@@ -119,10 +122,38 @@ def load_measurements(recipe: Recipe, folder: RunFolder) -> dict[str, Measuremen
 
 
 def write_dataset(data: DataSplits, path: Path, limit: int | None) -> Path:
-    """Write test images for the runner: uint8 `images` (N, C, H, W) and int64 `labels` (N,)."""
-    images, labels = stratified_sample(data.test, limit).batch(slice(None))
-    np.savez(path, images=images.numpy(), labels=labels.numpy())
-    return path
+    """Write test images for the runner: uint8 `images` (N, C, H, W) and int64 `labels` (N,).
+
+    Images that are not decoded in advance are written one part after the other, to a folder.
+
+    Args:
+        data: Its test split is written.
+        path: The .npz file; the folder has the same name without the suffix.
+        limit: The largest number of images (default: all).
+
+    Returns:
+        The file or the folder.
+
+    Raises:
+        InputError: The disk is full, or an image cannot be decoded.
+    """
+    split = stratified_sample(data.test, limit)
+    if split.decoded:
+        images, labels = split.batch(slice(None))
+        np.savez(path, images=images.numpy(), labels=labels.numpy())
+        return path
+    folder = path.with_suffix("")
+    folder.mkdir()
+    shape = (len(split), *split.preprocessing.image)
+    with disk_errors(folder), (folder / "images.npy").open("wb") as stream:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        with progress_bar("decoding test images", len(split)) as advance:
+            for start in range(0, len(split), _PART):
+                stream.write(split.batch(slice(start, start + _PART))[0].numpy().tobytes())
+                advance(min(len(split), start + _PART))
+    np.save(folder / "labels.npy", np.asarray(split.targets))
+    return folder
 
 
 def stratified_sample(split: Split, count: int | None) -> Split:
@@ -191,6 +222,7 @@ def write_report(
             "data": _data_text(context, baseline.image[1:]),
             "seed": recipe.train.seed,
             "data_seed": recipe.data.seed,
+            "warnings": _unreadable(context),
             "versions": versions(),
             "seconds": folder.seconds(),
         }
@@ -198,6 +230,17 @@ def write_report(
     replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
     render(folder.path)
     return report
+
+
+def _unreadable(context: RunContext) -> list[str]:
+    """Warnings of images that could not be decoded, with `data.on_error = "skip"`."""
+    found = []
+    if context.data.left_out:
+        found.append(f"{context.data.left_out} unreadable images are left out of the data set.")
+    epochs = [line.get("skipped_images", 0) for line in read_history(context.folder / HISTORY)]
+    if any(epochs):
+        found.append(f"up to {max(epochs)} unreadable images an epoch were skipped in training.")
+    return found
 
 
 def _exported(architecture: Architecture, recipe: Recipe) -> Architecture:

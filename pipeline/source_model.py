@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
+from timm.data.constants import DEFAULT_CROP_PCT
 from torch import nn
 
 from ..compress.data.embedded import WEIGHTS, embedded_card
@@ -118,16 +119,33 @@ def image_of(section: ModelSection) -> tuple[int, int, int]:
 
 
 def preprocessing_of(
-    section: ModelSection, data: str, image: tuple[int, int, int]
+    section: ModelSection,
+    data: str,
+    image: tuple[int, int, int],
+    resize: Literal["squash", "center-crop"] = "squash",
 ) -> Preprocessing:
     """The preprocessing of images that the model's weights expect.
 
     It is that of the embedded or published weights; for other weights, the usual one of the data
     set.
+
+    Args:
+        section: The section `[model]`.
+        data: The name of the data set.
+        image: (channels, height, width) of the model's input.
+        resize: "center-crop" scales the shorter side to size / crop_pct of the model's data config
+            in timm (0.875 where it has none), as timm's evaluation does.
+
+    Returns:
+        The preprocessing of evaluation and export.
     """
     if section.checkpoint == EMBEDDED:
         return Preprocessing.model_validate(embedded_card()["preprocessing"])
     usual = default_preprocessing(data, image)
+    if resize == "center-crop":
+        config = timm.get_pretrained_cfg(section.name) if timm.is_model(section.name) else None
+        ratio = DEFAULT_CROP_PCT if config is None else config.crop_pct
+        usual = usual.model_copy(update={"resize": resize, "crop_ratio": ratio})
     if not section.pretrained:
         return usual
     config = timm.get_pretrained_cfg(section.name)

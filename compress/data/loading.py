@@ -106,8 +106,11 @@ def open_dataset(
         raw = _read(name, fresh=True, quiet=quiet)
         plan = _plan(spec, raw, seed, validation)
     splits = opening.splits(plan, small)
+    left_out = sum(len(rows) - len(splits[part]) for part, (_, rows) in plan.items())
+    if left_out:
+        status(f"{spec}: {left_out} unreadable images are left out")
     data = DataSplits(
-        spec, splits["train"], splits["val"], splits["test"], raw.labels, preprocessing
+        spec, splits["train"], splits["val"], splits["test"], raw.labels, preprocessing, left_out
     )
     return data.limited(limit, seed)
 
@@ -131,10 +134,6 @@ class _Opening:
                 opened[id(images)] = self._open(images, small)
             pixels, unreadable_rows = opened[id(images)]
             kept = np.setdiff1d(rows, unreadable_rows) if unreadable_rows else rows
-            if len(kept) < len(rows):
-                status(
-                    f"{self.title}: {len(rows) - len(kept)} unreadable {part} images are left out"
-                )
             chosen = None if len(kept) == len(images) else kept
             stamp = sha256(images.fingerprint.encode() + kept.tobytes()).hexdigest()
             splits[part] = Split(pixels, images.targets[kept], self.preprocessing, chosen, stamp)

@@ -84,7 +84,8 @@ class Split:
 class DataSplits:
     """An opened data set.
 
-    Mask learning and early stopping use `val`; only the final table uses `test`.
+    Mask learning and early stopping use `val`; only the final table uses `test`. `left_out` is the
+    number of images that could not be decoded and belong to no split.
     """
 
     name: str
@@ -93,6 +94,7 @@ class DataSplits:
     test: Split
     labels: tuple[str, ...]
     preprocessing: Preprocessing
+    left_out: int = 0
 
     @property
     def classes(self) -> int:

@@ -136,7 +136,8 @@ def test_unreadable_images_stop_or_are_left_out(
     found = [number for images, _ in loader.epoch(1) for number in numbers(images)]
     assert 3 not in found
     if cache_gb:
-        assert "1 unreadable train images are left out" in capsys.readouterr().err
+        assert "1 unreadable images are left out" in capsys.readouterr().err
+        assert data.left_out == 1
         assert loader.skipped == 0
     else:
         assert loader.skipped == 1
