@@ -71,7 +71,11 @@ def macs_cost(branch: BranchSpec, embed: int, tokens: int, queries: int) -> floa
 
 
 def options(
-    spec: BranchSpec, curves: Sequence[Curve], weight: float, cost: Callable[[BranchSpec], float]
+    spec: BranchSpec,
+    curves: Sequence[Curve],
+    weight: float,
+    cost: Callable[[BranchSpec], float],
+    absorbed: float | None = None,
 ) -> list[Option]:
     """All combinations of the widths of one sub-layer that no other one beats in error and cost.
 
@@ -80,6 +84,8 @@ def options(
         curves: Its error curves.
         weight: What one unit of squared error at its depth costs (see `sensitivity`).
         cost: The cost of a sub-layer.
+        absorbed: The squared error of removing it as a whole where the sub-layer before it takes
+            over its linear part. None: it leaves a constant.
 
     Returns:
         The Pareto front, from the dense sub-layer to the cheapest option.
@@ -92,6 +98,8 @@ def options(
         }
         error = sum(curve.errors[place] for curve, place in zip(curves, places, strict=True))
         narrow = resized_spec(spec, widths)
+        if narrow is None and absorbed is not None:
+            error = min(error, absorbed)
         found.append(Option(widths, weight * error, 0.0 if narrow is None else cost(narrow)))
     found.sort(key=lambda option: (option.cost, option.error))
     front: list[Option] = []

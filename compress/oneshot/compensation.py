@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,15 @@ from ..network.architecture import AttentionSpec, FfnSpec
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel, build
 from ..surgery.plan import plan
+from .saved_state import SavedState, copy_checked, damaged
 from .stream import Stream, has_output_projection, output_projection
 
 RIDGES = (1e-6, 1e-3, 0.01, 0.03, 0.1, 0.3)
 HELD_OUT = 5  # Every fifth batch selects λ.
 # Output channels whose layer scale is smaller are left alone: they hardly write to the stream.
 LEAST_SCALE = 1e-6
+# Inputs of a projection that are kept, so that the sub-layer does not run again after its refit.
+KEPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,88 @@ def compensate(
         UnsupportedModel: A module has no rule; the message names its path.
     """
     source, result = lift(dense).eval(), with_output_biases(lift(compact)).eval()
-    channels = _channels(source, result, mask)
+    channels = kept_channels(source, result, mask)
+    fits = refit(result, source, images, channels, SavedFits(), progress)
+    return result, fits
+
+
+@dataclass(frozen=True)
+class SavedFits:
+    """Where the refits of one cut are saved.
+
+    Attributes:
+        state: The folder.
+        key: Identifies the cut.
+    """
+
+    state: SavedState = field(default_factory=SavedState)
+    key: str = ""
+
+    def load(self, branch: Branch) -> Fit | None:
+        """Set the projection of a branch to the saved refit; None if there is none."""
+        name = self._name(branch)
+        found = self.state.load(name)
+        if found is None:
+            return None
+        linear = output_projection(branch)
+        path = self.state.path(name)
+        copy_checked(path, {"weight": linear.weight, "bias": linear.bias}, found[1])
+        try:
+            return Fit(**{**found[0], "branch": branch.spec.name})
+        except TypeError as error:
+            raise damaged(path, str(error)) from None
+
+    def save(self, branch: Branch, fit: Fit) -> None:
+        """Save the projection of a branch and its record."""
+        linear = output_projection(branch)
+        tensors = {"weight": linear.weight, "bias": linear.bias}
+        self.state.save(self._name(branch), asdict(fit), tensors)
+
+    def _name(self, branch: Branch) -> str:
+        return f"fit-{self.key}-{branch.spec.name}"
+
+
+def refit(
+    result: CompactModel,
+    source: CompactModel,
+    images: Tensor,
+    channels: Tensor | None,
+    saved: SavedFits,
+    progress: Callable[[Fit], None] | None = None,
+) -> tuple[Fit, ...]:
+    """Refit the output projections of a cut network in place, one after the other.
+
+    Args:
+        result: The cut network, with an output bias everywhere.
+        source: The network that it was cut from.
+        images: (images, channels, height, width).
+        channels: The channels of the source's stream that it has; None for all.
+        saved: Refits of an earlier run, which are not computed again.
+        progress: Called after every sub-layer.
+
+    Returns:
+        What each refit achieved.
+    """
     wanted, found = Stream(source, images), Stream(_all_tokens(result), images)
-    depths = _depths(source, found.model)
-    fits = []
+    depths = reproduced_depths(source, found.model)
+    fits: list[Fit] = []
     for number in range(len(found.model.steps)):
         while wanted.position < depths[number]:
             wanted.advance()
+        inner: list[Tensor] | None = None
         for branch in found.step:
-            if has_output_projection(branch) and branch.post_norm is None:
-                fits.append(_refit(branch, found, wanted, channels))
-                if progress is not None:
-                    progress(fits[-1])
-        found.advance()
-    return result, tuple(fits)
+            if not has_output_projection(branch) or branch.post_norm is not None:
+                continue
+            fit = saved.load(branch)
+            if fit is None:
+                inner = [] if len(found.step) == 1 else None
+                fit = _refit(branch, found, wanted, channels, inner)
+                saved.save(branch, fit)
+            fits.append(fit)
+            if progress is not None:
+                progress(fit)
+        found.advance_from(inner or ())
+    return tuple(fits)
 
 
 def with_output_biases(model: CompactModel) -> CompactModel:
@@ -127,7 +198,7 @@ def _all_tokens(model: CompactModel) -> CompactModel:
     return result
 
 
-def _depths(source: CompactModel, result: CompactModel) -> list[int]:
+def reproduced_depths(source: CompactModel, result: CompactModel) -> list[int]:
     """For each compact step the number of dense steps whose output it should reproduce.
 
     A dense step that was removed is reproduced by the step before it: its best affine
@@ -150,7 +221,7 @@ def _depths(source: CompactModel, result: CompactModel) -> list[int]:
     return [*starts[1:], len(source.steps)]
 
 
-def _channels(
+def kept_channels(
     source: CompactModel, result: CompactModel, mask: StructuredMask | None
 ) -> Tensor | None:
     """The dense channels that the compact stream has; None for all."""
@@ -226,7 +297,14 @@ class _Gram:
         return (self.rr / self.count - (self.r / self.count).square()).clamp(min=0)
 
 
-def _refit(branch: Branch, found: Stream, wanted: Stream, channels: Tensor | None) -> Fit:
+def _refit(
+    branch: Branch,
+    found: Stream,
+    wanted: Stream,
+    channels: Tensor | None,
+    kept: list[Tensor] | None,
+) -> Fit:
+    """Refit one projection; its inputs are appended to `kept` as far as memory is set aside."""
     linear = output_projection(branch)
     fit, held_out = (_Gram(linear.in_features, linear.out_features) for _ in range(2))
     scale = _scale(branch)
@@ -237,6 +315,8 @@ def _refit(branch: Branch, found: Stream, wanted: Stream, channels: Tensor | Non
         if branch.writes is not None:
             rest = rest.index_select(-1, branch.writes)
         assert rest.shape[:2] == update.shape[:2]
+        if kept is not None and (number + 1) * inner.numel() * inner.element_size() <= KEPT_BYTES:
+            kept.append(inner)
         (held_out if number % HELD_OUT == HELD_OUT - 1 else fit).add(inner, rest / scale)
     weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
     everything = fit + held_out if held_out.count else fit

@@ -99,7 +99,7 @@ class HeadRotation:
         """The covariance of the concatenated heads, (heads * v, heads * v), in the new basis."""
         if self.v is None:
             return covariance
-        whole = torch.block_diag(*self.v[list(value_heads(spec))])
+        whole: Tensor = torch.block_diag(*self.v[list(value_heads(spec))])
         return whole @ covariance @ whole.T
 
     def apply(self, core: Attention) -> None:

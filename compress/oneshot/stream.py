@@ -89,6 +89,29 @@ class Stream:
                 self.batches[number] = x
         self.position += 1
 
+    def advance_from(self, inner: Sequence[Tensor]) -> None:
+        """Run the next step, of one sub-layer, from the inputs of its output projection.
+
+        Args:
+            inner: These inputs for the first batches; for the others all of the step runs.
+        """
+        step = self.step
+        for number, given in enumerate(inner):
+            branch, x = step[0], self.batches[number]
+            with torch.no_grad():
+                update = output_projection(branch)(given)
+                if branch.layer_scale is not None:
+                    update = update * branch.layer_scale
+                self.batches[number] = branch.add(x, update)
+        with torch.no_grad():
+            for number in range(len(inner), len(self.batches)):
+                x = self.batches[number]
+                updates = [branch(x) for branch in step]
+                for branch, y in zip(step, updates, strict=True):
+                    x = branch.add(x, y)
+                self.batches[number] = x
+        self.position += 1
+
     def inner(self, branch: Branch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Per batch: the stream, the input of the branch's output projection, and its update."""
         for x in self.batches:

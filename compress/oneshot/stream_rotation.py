@@ -17,6 +17,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from ...core.errors import InputError
 from ..lift import lift
 from ..network.architecture import Architecture, BranchSpec, NormSpec
+from ..network.modules.branch import Branch
+from ..network.modules.layers import Norm
 from ..network.modules.model import CompactModel, build
 from .sensitivity import stream_weights
 from .stream import Activations, Stream
@@ -36,6 +39,7 @@ READERS = {
 }
 WRITERS = {"attention": "out", "ffn": "fc2"}
 State = dict[str, Tensor]
+Readback = Callable[[Tensor], Tensor]
 
 
 def rotate_stream(
@@ -69,8 +73,8 @@ def rotate_stream(
     stream, moment = Stream(source, images), StreamMoment(source.architecture)
     moment.add_stem(stream, weights[0])
     while not stream.finished:
-        weight = weights[stream.position + 1]
-        stream.advance(lambda _, seen, weight=weight: moment.add(seen, weight))
+        moment.weight = weights[stream.position + 1]
+        stream.advance(moment.add)
         if progress is not None:
             progress()
     return turned_stream(source, principal_basis(moment.total)[0])
@@ -81,6 +85,7 @@ class StreamMoment:
 
     def __init__(self, architecture: Architecture) -> None:
         self.total = torch.zeros(architecture.embed, architecture.embed, dtype=torch.float64)
+        self.weight = 1.0
         self._rows = 1
         self._centered = centers(architecture)
 
@@ -90,9 +95,10 @@ class StreamMoment:
         for x in stream.batches:
             self._add(x, weight)
 
-    def add(self, seen: Activations, weight: float) -> None:
-        """Add one batch of the update of a sub-layer."""
-        self._add(seen.update, weight)
+    def add(self, branch: Branch, seen: Activations) -> None:
+        """Add one batch of the update of a sub-layer, weighted by `weight`."""
+        if branch.writes is None:
+            self._add(seen.update, self.weight)
 
     def _add(self, update: Tensor, weight: float) -> None:
         if self._centered:
@@ -319,3 +325,37 @@ def rescaled_norms(model: CompactModel, width: int) -> CompactModel:
     for label in {"norm", "pool_norm"} & names:
         update[label] = eps(getattr(architecture, label))
     return build(architecture.model_copy(update=update), state).train(model.training)
+
+
+def readbacks(source: CompactModel, basis: Tensor) -> tuple[Readback, Readback]:
+    """Functions that map features of a rotated network to those of its source.
+
+    Args:
+        source: The network before `turned_stream`.
+        basis: The kept columns of the basis, (embed, channels).
+
+    Returns:
+        For the pooled features, (batch, vectors * channels) -> (batch, vectors * embed), and for
+        the normalized patch tokens, (..., channels) -> (..., embed).
+    """
+    architecture = source.architecture
+    pooled = architecture.pool.kind == "attention"
+    norm = source.pool_norm if source.norm is None and not pooled else source.norm
+    norm = cast("Norm | None", norm)
+    columns = basis.T.to(next(source.parameters()))
+
+    def read(values: Tensor) -> Tensor:
+        parts = torch.unflatten(values, -1, (-1, columns.shape[0])) @ columns
+        if norm is not None and norm.weight is not None:
+            parts = parts * norm.weight.detach()
+        if norm is not None and norm.bias is not None:
+            parts = parts + norm.bias.detach()
+        return parts.flatten(-2)
+
+    def same(values: Tensor) -> Tensor:
+        return values
+
+    return (
+        same if pooled else read,
+        read if source.norm is not None else lambda values: values @ columns,
+    )
