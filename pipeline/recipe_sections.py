@@ -310,6 +310,29 @@ class ExportSection(Section):
         64, gt=0, description="validation images for parity figures and int8 calibration"
     )
 
+    outputs: tuple[str, ...] = Field(
+        ("logits",),
+        strict=False,
+        description="what the artifacts return: logits, which a run measures the accuracy of, "
+        "features, patches, tokens, blocks.8 (the stream after block 8, counted from 0)",
+    )
+
+    @field_validator("outputs")
+    @classmethod
+    def _known_outputs(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        from ..compress.network.named_outputs import require_output_names
+
+        try:
+            names = require_output_names(names)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("outputs: ")) from None
+        if "logits" not in names:
+            raise ValueError(
+                "a run measures the accuracy of its artifacts; add 'logits', or export the saved "
+                "model with vitrim export --output"
+            )
+        return names
+
     @field_validator("target")
     @classmethod
     def _existing_target(cls, name: str) -> str:

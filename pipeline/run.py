@@ -20,6 +20,7 @@ from ..compress.lift import lift
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import load
 from ..compress.network.modules.model import CompactModel, build
+from ..compress.network.named_outputs import output_specs
 from ..compress.network.patch_grid import format_image_size
 from ..compress.surgery.image_size import at_image_size
 from ..core.console import status, unit_count
@@ -213,6 +214,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     dense = with_last_queries(lift(source_model(recipe.model, data.classes)))
     if recipe.export.image_size is not None:
         at_image_size(dense.architecture, recipe.export.image_size)
+    output_specs(dense.architecture, recipe.export.outputs, "export.outputs")
     round_to = recipe.masks.round_to or target.round_to
     if recipe.masks.method == "closed-form":
         require_budget(dense.architecture, recipe.masks)

@@ -82,6 +82,7 @@ def export_all(
                 images=images,
                 batch=recipe.export.batch,
                 image_size=recipe.export.image_size,
+                outputs=recipe.export.outputs,
                 overwrite=True,
                 name=name,
                 provenance=provenance,
@@ -252,7 +253,7 @@ def _parity(cut_error: float, artifacts: Mapping[str, Artifact]) -> dict[str, fl
     parity = {"cut: masked against compact": cut_error}
     for name, artifact in artifacts.items():
         for stage in artifact.manifest.parity:
-            key = f"{name}: {stage.stage} against {stage.reference}"
+            key = f"{name}: {stage.title} against {stage.reference}"
             parity[key] = stage.max_relative_error
     return parity
 
