@@ -56,6 +56,8 @@ def export(
 
       vitrim export runs/quickstart/compact --out small --bundle small-cpp
 
+      vitrim export small --out backbone --output features --output patches --output blocks.8
+
       vitrim export model.onnx --out small --data imagefolder:photos
 
       vitrim export runs/quickstart/compact --out everywhere --runtime all
@@ -202,7 +204,8 @@ def _export_model(request: _Request) -> Artifact:
         opset=graph.opset,
         image_size=variant.image_size,
         options=settings,
-        **request.arguments(image, _classes(network)),
+        outputs=graph.outputs or None,
+        **request.arguments(image, _labelled(network, graph.outputs)),
     )
 
 
@@ -220,6 +223,11 @@ def _export_graph_file(request: _Request) -> Artifact:
             f"{path}: the image size of an .onnx file is fixed; export it again at "
             f"{variant.image_size}, or name the saved model"
         )
+    if graph.outputs:
+        raise InputError(
+            f"{path}: --output names parts of a model that vitrim saved, and an .onnx file keeps "
+            "its own output; leave --output out, or name the saved model"
+        )
     if variant.runtime != "onnxruntime" or graph.opset is not None or graph.option:
         raise InputError(
             f"{path}: an .onnx file is exported for onnxruntime and keeps its opset; "
@@ -228,9 +236,11 @@ def _export_graph_file(request: _Request) -> Artifact:
     return export_graph(path, request.out, **request.arguments(entry.image, classes))
 
 
-def _classes(network: CompactModel) -> int:
-    """The number of classes, 0 without a classifier."""
-    return network.architecture.classes if network.architecture.head is not None else 0
+def _labelled(network: CompactModel, outputs: list[str] | None) -> int:
+    """The number of classes that labels are for; 0 without a classifier or without its logits."""
+    if network.architecture.head is None or (outputs and "logits" not in outputs):
+        return 0
+    return network.architecture.classes
 
 
 def _network(request: _Request) -> tuple[CompactModel, Image]:
@@ -250,11 +260,20 @@ def _network(request: _Request) -> tuple[CompactModel, Image]:
 
 def _show_artifact(artifact: Artifact, request: _Request) -> None:
     for stage in artifact.manifest.parity:
-        echo(
-            f"{stage.stage} against {stage.reference}: "
-            f"largest relative error {stage.max_relative_error:.1e}, same top-1 class on "
-            f"{100 * stage.top1_agreement:.1f} % of {stage.images} {stage.input_kind}"
+        line = (
+            f"{stage.title} against {stage.reference}: "
+            f"largest relative error {stage.max_relative_error:.1e}"
         )
+        images = f"{stage.images} {stage.input_kind}"
+        if stage.top1_agreement is None:
+            echo(f"{line} on {images}")
+        else:
+            share = 100 * stage.top1_agreement
+            echo(f"{line}, same top-1 class on {share:.1f} % of {images}")
+    for output in artifact.manifest.outputs:
+        if output.meaning is not None:
+            shape = " x ".join(map(str, output.shape))
+            echo(f"output {output.name}: {shape}, {output.meaning}")
     for note in artifact.manifest.notes:
         echo(note)
     for warning in artifact.manifest.warnings:
@@ -287,7 +306,8 @@ def _export_for_all_runtimes(request: _Request) -> None:
         report_progress=lambda name: echo(f"exporting for {name}", err=True),
         opset=request.graph.opset,
         image_size=request.variant.image_size,
-        **request.arguments(image, _classes(network)),
+        outputs=request.graph.outputs or None,
+        **request.arguments(image, _labelled(network, request.graph.outputs)),
     )
     measured = measure_interleaved(made, threads, time_limit_s=ALL_LIMIT_S)
     for name, measurement in measured.items():

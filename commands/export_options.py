@@ -99,6 +99,17 @@ OrtFormat = Annotated[
         "Runtime.",
     ),
 ]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--output",
+        metavar="NAME",
+        help="What the artifact returns; may be repeated: logits, features (what the classifier "
+        "reads), patches (patch tokens after the final norm), tokens (with the prefix tokens), "
+        "blocks.8 (patch tokens after block 8, from 0, before the norm). Absent: logits.",
+        show_default=False,
+    ),
+]
 RuntimeOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -169,7 +180,14 @@ class GraphOptions:
     tune: Tune = False
     ort_format: OrtFormat = False
     option: RuntimeOption = None
+    outputs: Outputs = None
     threads: Threads = 1
+
+    def __post_init__(self) -> None:
+        if self.outputs:
+            from ..compress.network.named_outputs import require_output_names
+
+            require_output_names(self.outputs, "--output")
 
     def runtime_options(self) -> dict[str, str]:
         """The settings of `--option`.

@@ -17,16 +17,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.storage import replace_folder, require_output_folder
 from ..core.written_kinds import Contents, FolderKind, within
+from ..runtimes.compiled_program import ALIGNED_NUMBERS
 from ..targets.instruction_sets import HEADER as CPU_HEADER
 from .artifact import ARTIFACT, Artifact
-from .manifest import Batch, CpuFeatures, PreprocessingSpec
+from .manifest import Batch, CpuFeatures, PreprocessingSpec, TensorSpec
 
 SOURCES = Path(__file__).parent / "bundle_sources"
 HEADER = "vitrim_model.h"
@@ -128,8 +131,9 @@ def _supported_preprocessing(artifact: Artifact) -> PreprocessingSpec:
 def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
     """Return `vitrim_model.h`: the manifest's values as C constants."""
     manifest = artifact.manifest
-    classes = manifest.outputs[0].shape[-1]
-    labels = manifest.labels or tuple(f"class {number}" for number in range(int(classes)))
+    classes = 0 if manifest.logits is None else int(manifest.logits.shape[-1])
+    labels = manifest.labels or tuple(f"class {number}" for number in range(classes))
+    starts, numbers = _starts(manifest.outputs)
     scale = [1.0 / (255.0 * std) for std in preprocessing.std]
     shift = [-mean / std for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)]
     cpu = manifest.cpu or CpuFeatures()
@@ -142,6 +146,12 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
         "MODEL_FILE": _text(artifact.model_path.name),
         "INPUT": _text(manifest.inputs[0].name),
         "OUTPUT": _text(manifest.outputs[0].name),
+        "OUTPUT_COUNT": str(len(manifest.outputs)),
+        "OUTPUT_NUMBERS": str(numbers),
+        "OUTPUT_STARTS": "\n".join(
+            f"#define {_macro(output.name)}_START {start}"
+            for output, start in zip(manifest.outputs, starts, strict=True)
+        ),
         "CHANNELS": str(preprocessing.channels),
         "HEIGHT": str(preprocessing.height),
         "WIDTH": str(preprocessing.width),
@@ -157,12 +167,43 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
         template = template.replace(f"@{key}@", value)
     template = template.replace("@SCALE@", ", ".join(_float(value) for value in scale))
     template = template.replace("@SHIFT@", ", ".join(_float(value) for value in shift))
-    template = template.replace("@LABELS@", ", ".join(_text(label) for label in labels))
+    # The last entry ends the list, which is empty without logits.
+    template = template.replace("@LABELS@", ", ".join([*map(_text, labels), "0"]))
+    rows = (_output(*entry) for entry in zip(manifest.outputs, starts, strict=True))
+    template = template.replace("@OUTPUTS@", ", ".join(rows))
     entries = ", ".join(
         f"{{{_text(key)}, {_text(value)}}}" for key, value in sorted(manifest.session.items())
     )
     count = len(manifest.session)
     return template.replace("@SESSION@", entries or "{0, 0}").replace("@SESSION_COUNT@", str(count))
+
+
+def _starts(outputs: Sequence[TensorSpec]) -> tuple[list[int], int]:
+    """The first number of each output of one picture, and how many numbers there are.
+
+    Compiled networks write each output from a multiple of 16 on.
+    """
+    starts, end = [], 0
+    for output in outputs:
+        starts.append(-(-end // ALIGNED_NUMBERS) * ALIGNED_NUMBERS)
+        end = starts[-1] + math.prod(int(size) for size in output.shape[1:])
+    return starts, end
+
+
+def _macro(name: str) -> str:
+    return "VITRIM_" + re.sub(r"\W", "_", name, flags=re.ASCII).upper()
+
+
+def _output(output: TensorSpec, start: int) -> str:
+    """The row of an output in `VITRIM_OUTPUTS`."""
+    sizes = [int(size) for size in output.shape[1:]]
+    rows, columns = output.grid or (0, 0)
+    meaning = _text(output.meaning or "one number a class")
+    second = sizes[1] if len(sizes) > 1 else 1
+    return (
+        f"{{{_text(output.name)}, {meaning}, {start}, {len(sizes)}, {{{sizes[0]}, {second}}}, "
+        f"{{{rows}, {columns}}}}}"
+    )
 
 
 def pillow_major(versions: Mapping[str, str]) -> int:

@@ -289,9 +289,9 @@ def require_agreement(parity: Parity, agreement: tuple[float, float]) -> None:
     if found < chance:
         raise ParityError(
             f"stage {parity.stage}: the top-1 class is that of {parity.reference} on "
-            f"{100 * (parity.top1_agreement or 0.0):.0f} % of {parity.images} {parity.input_kind}, less "
-            f"than by chance ({100 * chance:.3g} %); export in another precision, or with more "
-            "images"
+            f"{100 * (parity.top1_agreement or 0.0):.0f} % of {parity.images} "
+            f"{parity.input_kind}, less than by chance ({100 * chance:.3g} %); export in another "
+            "precision, or with more images"
         )
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from .engine import EngineError
+from .engine import EngineError, Json
+
+# 64 bytes of float32.
+ALIGNED_NUMBERS = 16
 
 
 class CompiledProgram:
@@ -17,6 +21,7 @@ class CompiledProgram:
     Args:
         path: The library.
         shape: The shape of the images.
+        outputs: Name and shape of each output, in order; empty for the logits alone.
         threads: How many threads are requested; the library may use fewer.
 
     Raises:
@@ -24,7 +29,9 @@ class CompiledProgram:
             this processor cannot run.
     """
 
-    def __init__(self, path: str, shape: list[int], threads: int) -> None:
+    def __init__(
+        self, path: str, shape: list[int], threads: int, outputs: Sequence[Json] = ()
+    ) -> None:
         import numpy
 
         name = os.path.basename(path)
@@ -48,7 +55,12 @@ class CompiledProgram:
             )
         self.library = library
         self.shape = shape
-        self.logits = (shape[0], int(library.vitrim_network_logit_numbers()) // shape[0])
+        self.numbers = int(library.vitrim_network_logit_numbers())
+        self.outputs = (
+            _places(library, name, outputs)
+            if outputs
+            else {"logits": (0, [shape[0], self.numbers // shape[0]])}
+        )
         self.threads = int(library.vitrim_network_threads(threads))
 
     @property
@@ -57,17 +69,24 @@ class CompiledProgram:
         return int(self.library.vitrim_network_arena_bytes())
 
     def infer(self, images: Any) -> Any:
-        """Logits (batch, classes) float32 of C-contiguous images float32.
+        """Logits (batch, classes) float32, or the first output, of C-contiguous images float32.
 
         Raises:
             RuntimeError: A kernel failed; the message is the kernel's.
         """
+        return next(iter(self.infer_outputs(images).values()))
+
+    def infer_outputs(self, images: Any) -> dict[str, Any]:
+        """Each output by its name, float32; see `infer`."""
         import numpy
 
-        found = numpy.empty(self.logits, dtype=numpy.float32)
+        found = numpy.empty(self.numbers, dtype=numpy.float32)
         if self._run(images.ctypes.data, found.ctypes.data) != 0:
             raise RuntimeError(self._failure())
-        return found
+        return {
+            name: found[start : start + int(numpy.prod(shape))].reshape(shape)
+            for name, (start, shape) in self.outputs.items()
+        }
 
     def profile(self, images: Any, count: int) -> list[tuple[str, str, int, float]]:
         """(node, kernel, calls, seconds of all calls) of each step, in order."""
@@ -76,7 +95,7 @@ class CompiledProgram:
         library = self.library
         steps = int(library.vitrim_network_steps())
         seconds = numpy.zeros(steps, dtype=numpy.float64)
-        found = numpy.empty(self.logits, dtype=numpy.float32)
+        found = numpy.empty(self.numbers, dtype=numpy.float32)
         pointers = [array.ctypes.data for array in (images, found, seconds)]
         for _ in range(2):
             self.infer(images)
@@ -110,7 +129,7 @@ class CompiledProgram:
             seen.append((f"{number}.{name}", ctypes.string_at(written, size)))
 
         run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, callback]
-        found = numpy.empty(self.logits, dtype=numpy.float32)
+        found = numpy.empty(self.numbers, dtype=numpy.float32)
         if run(images.ctypes.data, found.ctypes.data, callback(record)) != 0:
             raise RuntimeError(self._failure())
         return seen
@@ -128,6 +147,48 @@ def _require_processor(library: Any, name: str) -> None:
     refusal.restype = ctypes.c_char_p
     if (reason := refusal()) is not None:
         raise EngineError(f"{name}: {reason.decode(errors='replace')}")
+
+
+def buffer_numbers(outputs: Sequence[Json]) -> int:
+    """How many numbers the buffer of several outputs has; each begins at a multiple of 16.
+
+    Args:
+        outputs: Name and shape of each output, in the order of the library.
+    """
+    end = 0
+    for entry in outputs:
+        size = 1
+        for extent in entry["shape"]:
+            size *= int(extent)
+        end = -(-end // ALIGNED_NUMBERS) * ALIGNED_NUMBERS + size
+    return end
+
+
+def _places(library: Any, file: str, outputs: Sequence[Json]) -> dict[str, tuple[int, list[int]]]:
+    """First number and shape of each output, in the order of the job."""
+    try:
+        library.vitrim_network_output_name.restype = ctypes.c_char_p
+        for function in (
+            library.vitrim_network_output_start,
+            library.vitrim_network_output_numbers,
+        ):
+            function.restype = ctypes.c_int64
+        count = int(library.vitrim_network_outputs())
+    except AttributeError:  # a library of an earlier version
+        raise EngineError(f"{file}: has no named outputs; export the model again") from None
+    numbers = {library.vitrim_network_output_name(i).decode(): i for i in range(count)}
+    found = {}
+    for entry in outputs:
+        name, shape = str(entry["name"]), [int(size) for size in entry["shape"]]
+        if name not in numbers:
+            raise EngineError(f"{file}: has no output {name!r}; it has {', '.join(numbers)}")
+        size = 1
+        for extent in shape:
+            size *= extent
+        if size != int(library.vitrim_network_output_numbers(numbers[name])):
+            raise EngineError(f"{file}: output {name!r} has another shape than {shape}")
+        found[name] = (int(library.vitrim_network_output_start(numbers[name])), shape)
+    return found
 
 
 def _declare(library: Any) -> None:

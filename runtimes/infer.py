@@ -6,8 +6,9 @@ The Python may be another interpreter than vitrim's, or an emulated one.
 
 images.npy has shape (count, ...) in the type of the model's input; a last incomplete batch is
 padded, and the padding's logits are dropped. With "time_limit_s" in the job no further batch is
-started after that many seconds. The script writes logits.npy (count, classes), or with "outputs"
-in the job all outputs of each image side by side, (count, numbers), and prints one line of JSON: {"runtime", "version", "provider", "provider_nodes"}, or {"error"} with exit code 3.
+started after that many seconds. The script writes logits.npy (count, classes), or with "outputs" in
+the job all outputs of each image side by side, (count, numbers). It prints one line of JSON:
+{"runtime", "version", "provider", "provider_nodes"}, or {"error"} with exit code 3.
 """
 
 from __future__ import annotations

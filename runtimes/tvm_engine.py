@@ -60,7 +60,7 @@ class TvmEngine(Engine):
         threads = int(self.job.get("threads", 1))
         try:
             self.model: Any = (
-                CompiledProgram(path, self.input_shape, threads)
+                CompiledProgram(path, self.input_shape, threads, self.outputs)
                 if self.has_plan
                 else VirtualMachine(
                     self.ffi,
@@ -69,8 +69,10 @@ class TvmEngine(Engine):
                     threads,
                     self.device,
                     spinning=bool(self.job.get("spinning")),
+                    outputs=[str(entry["name"]) for entry in self.outputs],
                 )
             )
+            self.output_name = next(iter(self.model.outputs))
         except EngineError:
             raise
         except Exception as error:
@@ -78,13 +80,18 @@ class TvmEngine(Engine):
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
+        return self.infer_outputs(images)[self.output_name]
+
+    def infer_outputs(self, images: Any) -> Json:
+        """Run the model; see `Engine.infer_outputs`."""
         if list(images.shape) != self.input_shape:
             raise EngineError(
                 f"input {self.input_name!r} takes {self.input_shape}, got {list(images.shape)}; "
                 "this model has fixed shapes"
             )
         try:
-            return self.model.infer(images)
+            found: Json = self.model.infer_outputs(images)
+            return found
         except Exception as error:
             raise EngineError(f"tvm {self.version}: the model stopped: {one_line(error)}") from None
 

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .engine import EngineError, Requirement, missing, one_line
@@ -43,13 +43,22 @@ class VirtualMachine:
         threads: Size of the runtime's thread pool.
         device: cpu or cuda.
         spinning: Let idle threads of the pool spin.
+        outputs: Names of the outputs; empty for the logits alone.
 
     Raises:
         EngineError: The machine lacks the device, or the weights' file is missing or malformed.
     """
 
     def __init__(
-        self, ffi: Any, path: str, shape: list[int], threads: int, device: str, *, spinning: bool
+        self,
+        ffi: Any,
+        path: str,
+        shape: list[int],
+        threads: int,
+        device: str,
+        *,
+        spinning: bool,
+        outputs: Sequence[str] = (),
     ) -> None:
         if device != "cpu" and not has_device(ffi, device):
             raise EngineError(
@@ -58,6 +67,7 @@ class VirtualMachine:
             )
         set_threads(threads, spinning=spinning)
         self.ffi, self.device, self.path = ffi, device, os.path.abspath(path)
+        self.outputs = list(outputs) or ["logits"]
         self.machine = start_machine(ffi.load_module(self.path), device)
         self.main = self.machine["main"]
         count = int(self.machine["get_function_arity"]("main")) - 1
@@ -70,12 +80,20 @@ class VirtualMachine:
         self._buffer = aligned_zeros(shape)
 
     def infer(self, images: Any) -> Any:
-        """Logits (batch, classes) float32 of images float32."""
+        """Logits (batch, classes) float32, or the first output, of images float32."""
+        return next(iter(self.infer_outputs(images).values()))
+
+    def infer_outputs(self, images: Any) -> dict[str, Any]:
+        """Each output by its name, float32, of images float32."""
         import numpy
 
-        return numpy.asarray(
-            to_numpy(self.ffi, self.main(self._tensor(images), *self.weights), self.device)
-        )
+        found = self.main(self._tensor(images), *self.weights)
+        # A function with one result does not return a tuple.
+        results = [found] if len(self.outputs) == 1 else list(found)
+        return {
+            name: numpy.asarray(to_numpy(self.ffi, result, self.device))
+            for name, result in zip(self.outputs, results)
+        }
 
     def profile(self, images: Any, count: int) -> list[tuple[str, str, int, float]]:
         """(node, kernel, calls, seconds of all calls) of each kernel."""

@@ -27,6 +27,8 @@ class ArtifactFacts:
         precision: As stated in the manifest.
         batch: The fixed batch size; None where it is free or unknown.
         output: Name of the output to read; None for the model's first one.
+        outputs: Name and shape of every output, where there are others than the logits.
+        logits: Whether the first output is the logits, which a data set is compared with.
         session: Settings of the runtime.
         preprocessing: Mean and std of each channel.
         runtime: Name of the engine.
@@ -43,6 +45,8 @@ class ArtifactFacts:
     precision: str | None = None
     batch: int | None = None
     output: str | None = None
+    outputs: list[dict[str, Any]] | None = None
+    logits: bool = True
     session: dict[str, str] = field(default_factory=dict)
     preprocessing: dict[str, Any] | None = None
     runtime: str = "onnxruntime"
@@ -98,6 +102,8 @@ def _of_artifact(artifact: Artifact) -> ArtifactFacts:
         precision=manifest.precision,
         batch=None if manifest.batch == "dynamic" else manifest.batch,
         output=manifest.outputs[0].name,
+        outputs=_outputs(manifest),
+        logits=manifest.logits is not None,
         session=dict(manifest.session),
         preprocessing=preprocessing,
         runtime=manifest.runtime,
@@ -105,6 +111,20 @@ def _of_artifact(artifact: Artifact) -> ArtifactFacts:
         cpu=_cpu(manifest),
         warnings=manifest.warnings,
     )
+
+
+def _outputs(manifest: Manifest) -> list[dict[str, Any]] | None:
+    """The outputs as engines read them; None for the logits alone."""
+    if all(output.kind is None for output in manifest.outputs):
+        return None
+    # A free batch is sized by the input of the job.
+    return [
+        {
+            "name": output.name,
+            "shape": [size if isinstance(size, int) else -1 for size in output.shape],
+        }
+        for output in manifest.outputs
+    ]
 
 
 def _cpu(manifest: Manifest) -> dict[str, Any] | None:

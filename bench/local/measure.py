@@ -195,6 +195,14 @@ def make_plan(
             "give an .npz with the arrays `images` and `labels`"
         )
     facts = {name: artifact_facts(artifact) for name, artifact in artifacts.items()}
+    if options.dataset is not None:
+        for name, about in facts.items():
+            if not about.logits:
+                returned = ", ".join(output["name"] for output in about.outputs or ())
+                raise InputError(
+                    f"{name}: returns {returned} and no logits, which top-1 on a data set needs; "
+                    "leave the data set out, or export it with logits among its outputs"
+                )
     plan = {
         "jobs": {name: _job(name, about, options) for name, about in facts.items()},
         "seed": options.seed,
@@ -241,6 +249,7 @@ def _job(name: str, facts: ArtifactFacts, options: MeasureOptions) -> Json:
         "input": facts.input,
         "cpu": facts.cpu,
         "output": facts.output,
+        **({"outputs": facts.outputs} if facts.outputs else {}),
         "preprocessing": facts.preprocessing,
         "seed": options.seed,
     }

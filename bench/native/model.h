@@ -1,6 +1,7 @@
 // One ONNX model in one session of ONNX Runtime, with one fixed input.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,7 +42,8 @@ inline float half_value(uint16_t bits) {
 
 class Model {
   public:
-    std::string input, output, type, path;
+    std::string input, type, path;
+    std::vector<std::string> outputs;  // the logits first
     std::vector<int64_t> shape;
 
     // `profile_prefix`: where the runtime writes its trace; no trace by default.
@@ -94,25 +96,27 @@ class Model {
         }
     }
 
-    // Runs one inference; `logits` receives a copy of the output where it is given.
+    // Runs one inference of all outputs; `logits` receives a copy of the first where it is given.
     void infer(char *images, std::vector<float> *logits = nullptr) const {
-        void *in = nullptr, *out = nullptr;
+        void *in = nullptr;
+        std::vector<void *> out(outputs.size(), nullptr);
         try {
             ort_.call(CreateTensorWithDataAsOrtValue, static_cast<const void *>(memory_), static_cast<void *>(images), elements() * element_bytes(),
                       shape.data(), shape.size(), element_, &in);
             const char *const inputs[1] = {input.c_str()};
-            const char *const outputs[1] = {output.c_str()};
+            std::vector<const char *> names;
+            for (const std::string &name : outputs) names.push_back(name.c_str());
             const void *const values[1] = {in};
             ort_.call(Run, session_, static_cast<const void *>(nullptr), static_cast<const char *const *>(inputs), static_cast<const void *const *>(values),
-                      size_t{1}, static_cast<const char *const *>(outputs), size_t{1}, &out);
-            if (logits != nullptr) copy(out, *logits);
+                      size_t{1}, static_cast<const char *const *>(names.data()), names.size(), out.data());
+            if (logits != nullptr) copy(out[0], *logits);
         } catch (...) {
             ort_.release(ReleaseValue, in);
-            ort_.release(ReleaseValue, out);
+            for (void *value : out) ort_.release(ReleaseValue, value);
             throw;
         }
         ort_.release(ReleaseValue, in);
-        ort_.release(ReleaseValue, out);
+        for (void *value : out) ort_.release(ReleaseValue, value);
     }
 
     // Ends the trace and returns its file.
@@ -156,7 +160,10 @@ class Model {
         }
         ort_.call(CreateCpuMemoryInfo, kArenaAllocator, kDefaultMemory, &memory_);
         describe_input(job);
-        choose_output(job["output"].words(""));
+        std::vector<std::string> requested;
+        for (const Json &entry : job["outputs"].list) requested.push_back(entry["name"].words(""));
+        if (requested.empty() && !job["output"].words("").empty()) requested.push_back(job["output"].words(""));
+        choose_outputs(requested);
     }
 
     void entry(const char *key, const char *value) { ort_.call(AddSessionConfigEntry, options_, key, value); }
@@ -192,21 +199,20 @@ class Model {
         }
     }
 
-    void choose_output(const std::string &requested) {
+    void choose_outputs(const std::vector<std::string> &requested) {
         size_t count = 0;
         ort_.call(SessionGetOutputCount, static_cast<const void *>(session_), &count);
+        std::vector<std::string> own;
         std::string all;
-        bool found = false, logits = false;
         for (size_t place = 0; place < count; ++place) {
-            const std::string own = name(SessionGetOutputName, place);
-            if (place == 0) output = own;
-            found = found || own == requested;
-            logits = logits || own == "logits";
-            all += (all.empty() ? "" : ", ") + own;
+            own.push_back(name(SessionGetOutputName, place));
+            all += (all.empty() ? "" : ", ") + own.back();
         }
-        if (!requested.empty() && !found) throw std::runtime_error("the model has no output '" + requested + "'; it has " + all);
-        if (!requested.empty()) output = requested;
-        else if (logits) output = "logits";
+        outputs = requested;
+        if (outputs.empty()) outputs.push_back(std::find(own.begin(), own.end(), "logits") != own.end() ? "logits" : own.at(0));
+        for (const std::string &wanted : outputs) {
+            if (std::find(own.begin(), own.end(), wanted) == own.end()) throw std::runtime_error("the model has no output '" + wanted + "'; it has " + all);
+        }
     }
 
     std::string name(Place which, size_t place) const {

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtimes import DatasetError, open_dataset, prepare_images
+from ...runtimes.compiled_program import buffer_numbers
 from ..local.conductor import ConductorError, conduct
 from ..local.runner import json_lines
 
@@ -180,7 +181,10 @@ class BoardModel:
 
     def _model(self, module: Any) -> ProgramModel | VirtualMachineModel:
         if (self.job.get("session") or {}).get("entry") == "program":
+            outputs = self.job.get("outputs")
             sizes = [self.shape[0], int(self.job["classes"])]
+            if outputs:
+                sizes = [buffer_numbers(outputs)]
             logits = self._on_board(self.numpy.zeros(sizes, dtype=self.numpy.float32))
             return ProgramModel(module, self.device, logits)
         path = Path(self.job["model"])
@@ -241,7 +245,9 @@ class BoardModel:
             chunk = numpy.concatenate([chunk, numpy.repeat(chunk[-1:], batch - count, axis=0)])
         self._send(numpy.ascontiguousarray(chunk))
         self.model.run()
-        return self.model.outputs().reshape(batch, -1)[:count]
+        # The logits are the first output.
+        logits = self.model.outputs().ravel()[: batch * int(self.job["classes"])]
+        return logits.reshape(batch, -1)[:count]
 
     def _send(self, images: Any) -> None:
         self.model.set_input(self._on_board(images))

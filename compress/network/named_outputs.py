@@ -188,6 +188,12 @@ def needs_all_tokens(architecture: Architecture, outputs: Iterable[OutputSpec]) 
     )
 
 
+def steps_needed(architecture: Architecture, outputs: Iterable[OutputSpec]) -> int:
+    """Return the number of steps that outputs depend on; no outputs are the logits alone."""
+    ends = [len(architecture.steps) if output.after is None else output.after for output in outputs]
+    return max(ends, default=len(architecture.steps))
+
+
 class NamedOutputs(nn.Module):
     """A network that returns a tuple of named outputs.
 
@@ -212,7 +218,10 @@ class NamedOutputs(nn.Module):
         stream, after = self._stream(images)
         pooled = model.architecture.pooled_prefix
         kinds = {output.kind for output in self.outputs}
-        if kinds & {"tokens", "patches"}:
+        tokens = read = stream
+        if kinds == {"block"}:
+            pass
+        elif kinds & {"tokens", "patches"}:
             tokens = model.normed(stream)
             read = tokens[:, :pooled] if pooled else tokens
         else:
@@ -239,7 +248,8 @@ class NamedOutputs(nn.Module):
         last = model._last_attention() if shorter else None
         x = model.embed(images)
         after = {0: x}
-        for number, step in enumerate(cast("Iterable[Sequence[Branch]]", model.steps)):
+        steps = list(cast("Iterable[Sequence[Branch]]", model.steps))
+        for number, step in enumerate(steps[: steps_needed(architecture, self.outputs)]):
             reduced = last is not None and number >= last
             x = model.run_step(step, x, architecture.pooled_prefix if reduced else None)
             if number + 1 in wanted:

@@ -57,8 +57,8 @@ int vitrim_refused(char *error, size_t error_size) {
     return vitrim::fail(line, error, error_size);
 }
 
-int vitrim_classify(vitrim_model *model, const uint8_t *pixels, int width, int height, int channels, float *logits, char *error, size_t error_size) {
+int vitrim_classify(vitrim_model *model, const uint8_t *pixels, int width, int height, int channels, float *outputs, char *error, size_t error_size) {
     std::vector<float> input(static_cast<size_t>(VITRIM_CHANNELS) * VITRIM_HEIGHT * VITRIM_WIDTH);
     const int failed = vitrim_prepare(pixels, width, height, channels, input.data(), error, error_size);
-    return failed != 0 ? failed : vitrim_run(model, input.data(), logits, error, error_size);
+    return failed != 0 ? failed : vitrim_run(model, input.data(), outputs, error, error_size);
 }

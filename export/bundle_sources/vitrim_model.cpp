@@ -69,29 +69,36 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
     }
 }
 
-int vitrim_run(vitrim_model *model, const float *input, float *logits, char *error, size_t error_size) {
+int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *error, size_t error_size) {
     OrtValue *in = nullptr;
-    OrtValue *out = nullptr;
+    OrtValue *outs[VITRIM_OUTPUT_COUNT] = {};
     int result = 0;
     try {
         const OrtApi *api = model->api;
         const int64_t first[4] = {1, VITRIM_CHANNELS, VITRIM_HEIGHT, VITRIM_WIDTH};
         const int64_t last[4] = {1, VITRIM_HEIGHT, VITRIM_WIDTH, VITRIM_CHANNELS};
         const int64_t *in_shape = VITRIM_CHANNELS_LAST ? last : first;
-        const int64_t out_shape[2] = {1, VITRIM_CLASSES};
         const size_t in_bytes = sizeof(float) * VITRIM_CHANNELS * VITRIM_HEIGHT * VITRIM_WIDTH;
-        // Both tensors are the caller's own memory; nothing is copied.
+        // All tensors are the caller's own memory; nothing is copied.
         model->check(api->CreateTensorWithDataAsOrtValue(model->memory, const_cast<float *>(input), in_bytes, in_shape, 4, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &in));
-        model->check(api->CreateTensorWithDataAsOrtValue(model->memory, logits, sizeof(float) * VITRIM_CLASSES, out_shape, 2, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &out));
         const char *const in_names[1] = {VITRIM_INPUT};
-        const char *const out_names[1] = {VITRIM_OUTPUT};
+        const char *out_names[VITRIM_OUTPUT_COUNT];
+        for (int number = 0; number < VITRIM_OUTPUT_COUNT; ++number) {
+            const vitrim_output &output = VITRIM_OUTPUTS[number];
+            const int64_t shape[3] = {1, output.sizes[0], output.sizes[1]};
+            const size_t numbers = static_cast<size_t>(output.sizes[0]) * (output.dimensions > 1 ? output.sizes[1] : 1);
+            model->check(api->CreateTensorWithDataAsOrtValue(model->memory, outputs + output.start, sizeof(float) * numbers, shape, 1 + output.dimensions, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &outs[number]));
+            out_names[number] = output.name;
+        }
         const OrtValue *const ins[1] = {in};
-        model->check(api->Run(model->session, nullptr, in_names, ins, 1, out_names, 1, &out));
+        model->check(api->Run(model->session, nullptr, in_names, ins, 1, out_names, VITRIM_OUTPUT_COUNT, outs));
     } catch (const std::exception &caught) {
         result = vitrim::fail(caught.what(), error, error_size);
     }
     if (in != nullptr) model->api->ReleaseValue(in);
-    if (out != nullptr) model->api->ReleaseValue(out);
+    for (OrtValue *out : outs) {
+        if (out != nullptr) model->api->ReleaseValue(out);
+    }
     return result;
 }
 

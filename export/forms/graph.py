@@ -187,6 +187,7 @@ class Graph:
                 continue
             self._rename(value, name)
             renamed[value] = name
+        self._drop_unused({name for name, _, _ in outputs})
         graph = helper.make_graph(
             self.nodes,
             "vitrim",
@@ -204,6 +205,16 @@ class Graph:
             graph, producer_name="vitrim", opset_imports=opsets, ir_version=10
         )
         return model
+
+    def _drop_unused(self, used: set[str]) -> None:
+        """Drop the nodes and constants that no output depends on."""
+        nodes = []
+        for node in reversed(self.nodes):
+            if used.intersection(node.output):
+                used.update(node.input)
+                nodes.append(node)
+        self.nodes = nodes[::-1]
+        self.constants = {name: value for name, value in self.constants.items() if name in used}
 
     def _copy(self, value: str, name: str, shape: Sequence[int]) -> None:
         """Give a value a second name; `shape` is that of an image."""

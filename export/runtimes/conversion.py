@@ -4,7 +4,8 @@ Some converters need packages that conflict with vitrim's torch, and run in a se
 
 `<runtime>_runtime.py` is run there as a script, with one argument of JSON: {"vitrim": folder of
 this package, "model": folder of a saved model, "out": folder, "precision", "batch", "shape",
-"outputs": names, empty for the logits alone}. It writes into `out` and prints one last line of JSON: {"versions": {...}} or {"error": "one line"}.
+"outputs": names, empty for the logits alone}. It writes into `out` and prints one last line of
+JSON: {"versions": {...}} or {"error": "one line"}.
 """
 
 from __future__ import annotations

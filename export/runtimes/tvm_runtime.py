@@ -180,7 +180,13 @@ def _network(source: Source, profile: TargetProfile, options: TvmOptions) -> Tvm
     precision = _precision(source, compact)
     if options.tune_s is None:
         return build_network(
-            compact, profile, batch=batch, threads=threads, log=options.log, **precision
+            compact,
+            profile,
+            batch=batch,
+            threads=threads,
+            log=options.log,
+            outputs=source.outputs,
+            **precision,
         )
     from ..tvm_kernels.tuner import tune
 
@@ -202,10 +208,17 @@ def _network(source: Source, profile: TargetProfile, options: TvmOptions) -> Tvm
             threads=threads,
             time_limit_s=options.tune_s,
             report=report,
+            outputs=source.outputs,
             **precision,
         )
         network = build_network(
-            compact, profile, batch=batch, threads=threads, log=log, **precision
+            compact,
+            profile,
+            batch=batch,
+            threads=threads,
+            log=log,
+            outputs=source.outputs,
+            **precision,
         )
     note = (
         f"tuned here: {tuned.trials} tiles of {tuned.shapes} of {tuned.all_shapes} shapes, "
@@ -246,6 +259,7 @@ def _precision(source: Source, compact: CompactModel) -> _PrecisionArguments:
             compact,
             source.images[:CALIBRATION_IMAGES],
             lambda done, total: bar.update(task, completed=done, total=total),
+            source.outputs,
         )
     return _PrecisionArguments(precision=name, ranges=ranges)
 

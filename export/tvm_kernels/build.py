@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import onnx
 
 from ...compress.network.modules.model import CompactModel
+from ...compress.network.named_outputs import OutputSpec
 from ...core.errors import InputError
 from ...targets.instruction_sets import ARM, X86, machine_name
 from ...targets.profile import TargetProfile
@@ -55,6 +56,7 @@ class TvmNetwork:
         threads: Into how many shares parallel loops are split; 1: there are none.
         notes: One line each, for the manifest.
         profile: Name of the target's profile.
+        outputs: Names of what `main` returns.
     """
 
     module: IRModule
@@ -64,6 +66,7 @@ class TvmNetwork:
     threads: int
     notes: tuple[str, ...] = ()
     profile: str = "host"
+    outputs: tuple[str, ...] = ("logits",)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -138,6 +141,7 @@ def build_network(
     log: Path | None = None,
     precision: Name = "fp32",
     ranges: Sequence[Range] | None = None,
+    outputs: Sequence[OutputSpec] = (),
 ) -> TvmNetwork:
     """Build a network for a target.
 
@@ -149,6 +153,7 @@ def build_network(
         log: The log of a tuning, whose fastest tiles are used; by default the default tiles.
         precision: The number format of the products.
         ranges: The ranges of int8-static, from `calibration.find_ranges`.
+        outputs: The named outputs; empty for the logits alone.
 
     Raises:
         InputError: TVM is not installed, the log is malformed, or int8 is requested for a network
@@ -160,13 +165,15 @@ def build_network(
     if uncovered is None and target.kind.name != "llvm":
         uncovered = f"code for {target.kind.name}"
     if uncovered is None:
-        return _kernel_network(compact, profile, target, batch, threads, log, precision, ranges)
+        return _kernel_network(
+            compact, profile, target, batch, threads, log, precision, ranges, outputs
+        )
     if precision != "fp32":
         raise InputError(
             f"runtime tvm: {precision} is computed by our own kernels, "
             f"and they do not cover {uncovered}; use fp32, or another runtime"
         )
-    graph = write_network(compact, _PLAIN_FORM, batch=batch)
+    graph = write_network(compact, _PLAIN_FORM, batch=batch, outputs=outputs)
     network = default_network(graph, profile, threads=threads)
     first, *rest = network.notes
     return replace(network, notes=(f"our kernels do not cover {uncovered}; {first}", *rest))
@@ -181,6 +188,7 @@ def _kernel_network(
     log: Path | None,
     precision: Name,
     ranges: Sequence[Range] | None,
+    outputs: Sequence[OutputSpec],
 ) -> TvmNetwork:
     # These modules need TVM.
     from .integer_dot import INSTRUCTIONS, IntegerDot
@@ -210,8 +218,18 @@ def _kernel_network(
         default_schedule(unit, threads, tuned),
         batch,
         precision_named(precision, unit, ranges),
+        outputs,
     )
-    return TvmNetwork(module, target, lowering(), "kernels", threads, tuple(notes), profile.name)
+    return TvmNetwork(
+        module,
+        target,
+        lowering(),
+        "kernels",
+        threads,
+        tuple(notes),
+        profile.name,
+        tuple(output.name for output in outputs) or ("logits",),
+    )
 
 
 def default_network(
@@ -238,7 +256,10 @@ def default_network(
         if gpu
         else "TVM's own pipeline, untuned"
     )
-    return TvmNetwork(module, target, pipeline, "default", threads, (note,), profile.name)
+    names = tuple(output.name for output in graph.graph.output)
+    return TvmNetwork(
+        module, target, pipeline, "default", threads, (note,), profile.name, outputs=names
+    )
 
 
 def _from_onnx(graph: onnx.ModelProto) -> IRModule:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...compress.network.modules.model import CompactModel
+from ...compress.network.named_outputs import OutputSpec
 from ...targets.detect import detect_host
 from .build import tvm_target
 from .lanes import Lanes
@@ -23,6 +24,7 @@ def find_ranges(
     compact: CompactModel,
     images: Array,
     report: Callable[[int, int], None] | None = None,
+    outputs: Sequence[OutputSpec] = (),
 ) -> tuple[Range, ...]:
     """The smallest and largest number at each place where products read rows.
 
@@ -33,12 +35,13 @@ def find_ranges(
         compact: The network.
         images: Shape (count, channels, height, width), float32.
         report: Called after each image with (images done, all images).
+        outputs: The named outputs; empty for the logits alone.
 
     Returns:
         The ranges in the order of the program.
     """
     low, high = [], []
-    for places in _observed_rows(compact, images):
+    for places in _observed_rows(compact, images, outputs):
         low.append([float(numbers.min()) for numbers in places])
         high.append([float(numbers.max()) for numbers in places])
         if report is not None:
@@ -49,20 +52,22 @@ def find_ranges(
     )
 
 
-def _observed_rows(compact: CompactModel, images: Array) -> Iterator[list[Array]]:
+def _observed_rows(
+    compact: CompactModel, images: Array, outputs: Sequence[OutputSpec]
+) -> Iterator[list[Array]]:
     """The numbers at each place, without padding, for one image after the other."""
     import tvm
     from tvm import relax
 
     host = detect_host()
     lanes = Lanes.of(host.vector)
-    module, rows = observed_module(compact, lanes, default_schedule(host.vector))
+    module, rows = observed_module(compact, lanes, default_schedule(host.vector), outputs)
     with tvm.transform.PassContext(opt_level=3):
         executable = relax.build(module, target=tvm_target(host), relax_pipeline=lowering())
         machine = relax.VirtualMachine(executable, tvm.cpu())
     for image in images:
         tensor = tvm.runtime.tensor(np.ascontiguousarray(image[None], np.float32))
-        found = list(machine["main"](tensor))[1:]
+        found = list(machine["main"](tensor))[len(outputs) or 1 :]
         yield [
             value.numpy().reshape(stream.rows, stream.width)[:, : stream.used]
             for value, stream in zip(found, rows, strict=True)

@@ -31,7 +31,7 @@ class Tensor:
     """A tensor in memory.
 
     Attributes:
-        memory: What contains it.
+        memory: What contains it; `logits` is the memory of all outputs.
         offset_bytes: Where it begins there.
         shape: Its shape.
         type: Its type, as TVM names it.
@@ -62,6 +62,7 @@ class ExecutionPlan:
         arena_bytes: Memory for the values between the kernels.
         target: Name of the target's profile.
         needs: The instruction sets that the kernels use.
+        outputs: Name and place of each output.
     """
 
     kernels: IRModule
@@ -70,6 +71,7 @@ class ExecutionPlan:
     arena_bytes: int
     target: str
     needs: tuple[str, ...]
+    outputs: tuple[tuple[str, Tensor], ...]
 
 
 def execution_plan(network: TvmNetwork) -> ExecutionPlan:
@@ -93,7 +95,7 @@ def execution_plan(network: TvmNetwork) -> ExecutionPlan:
     for block in main.body.blocks:
         for binding in block.bindings:
             reader.read(binding.var, binding.value)
-    steps = reader.finish(main.body.body)
+    steps, outputs = reader.finish(main.body.body)
     used = {step.kernel for step in steps}
     kernels = {
         variable: function
@@ -107,6 +109,7 @@ def execution_plan(network: TvmNetwork) -> ExecutionPlan:
         reader.arena_bytes,
         network.profile,
         network.needs,
+        tuple(zip(network.outputs, outputs, strict=True)),
     )
 
 
@@ -116,6 +119,7 @@ class _Reader:
     def __init__(self) -> None:
         self.values: dict[Any, Tensor] = {}
         self.storages: dict[Any, int] = {}
+        self.tuples: dict[Any, list[Any]] = {}
         self.steps: list[Step] = []
         self.constants: list[NDArray[Any]] = []
         self._known: list[tuple[Any, Tensor]] = []
@@ -129,6 +133,9 @@ class _Reader:
 
         if isinstance(value, relax.Var):
             self._alias(variable, value)
+            return
+        if isinstance(value, relax.Tuple):
+            self.tuples[variable] = list(value.fields)
             return
         if not isinstance(value, relax.Call):
             raise NoExecutionPlan(f"it contains a {type(value).__name__}")
@@ -172,6 +179,8 @@ class _Reader:
             self.values[variable] = self.values[value]
         elif value in self.storages:
             self.storages[variable] = self.storages[value]
+        elif value in self.tuples:
+            self.tuples[variable] = self.tuples[value]
 
     def _tensor(self, argument: Any) -> Tensor:
         if argument in self.values:
@@ -189,17 +198,36 @@ class _Reader:
         self._constant_bytes += _round_up(array.nbytes)
         return tensor
 
-    def finish(self, result: Any) -> tuple[Step, ...]:
-        """The steps; the last one writes the logits."""
-        found = self.values.get(result)
-        if found is None or found.memory != "arena":
-            raise NoExecutionPlan("it returns another value than its last kernel's output")
-        last = self.steps[-1]
-        *inputs, written = last.tensors
-        if written.offset_bytes != found.offset_bytes:
-            raise NoExecutionPlan("what it returns is not its last kernel's output")
-        logits = Tensor("logits", 0, written.shape, found.type)
-        return (*self.steps[:-1], Step(last.kernel, (*inputs, logits)))
+    def finish(self, result: Any) -> tuple[tuple[Step, ...], tuple[Tensor, ...]]:
+        """The steps, and the outputs, which a step each writes into the memory of outputs.
+
+        Each output begins at a multiple of 64 bytes.
+        """
+        fields = list(getattr(result, "fields", None) or self.tuples.get(result) or [result])
+        places: dict[int, int] = {}
+        outputs, end = [], 0
+        for field in fields:
+            found = self.values.get(field)
+            if found is None or found.memory != "arena" or found.offset_bytes in places:
+                raise NoExecutionPlan("it returns another value than its kernels' outputs")
+            writers = [step for step in self.steps if step.tensors[-1].memory == "arena"]
+            at = [step for step in writers if step.tensors[-1].offset_bytes == found.offset_bytes]
+            if len(at) != 1 or found.type != "float32":
+                raise NoExecutionPlan("what it returns is not the output of one of its kernels")
+            places[found.offset_bytes] = end
+            outputs.append(Tensor("logits", end, at[0].tensors[-1].shape, found.type))
+            end += _round_up(int(np.prod(outputs[-1].shape)) * 4)
+
+        def moved(tensor: Tensor) -> Tensor:
+            if tensor.memory != "arena" or tensor.offset_bytes not in places:
+                return tensor
+            return Tensor("logits", places[tensor.offset_bytes], tensor.shape, tensor.type)
+
+        steps = tuple(
+            Step(step.kernel, tuple(moved(tensor) for tensor in step.tensors))
+            for step in self.steps
+        )
+        return steps, tuple(outputs)
 
 
 def _round_up(count: int) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ...compress.network.architecture import Architecture
+from ...compress.network.named_outputs import OutputSpec
 from .attention import Attend
 from .emitter import Emitter, Epilogue
 from .key_packing import HeadColumns
@@ -26,7 +29,13 @@ from .row_kernels import first_columns
 from .sublayers import LOG2_E, ffn, norm_keys
 
 
-def head(emitter: Emitter, architecture: Architecture, state: State, stream: Stream) -> Value:
+def head(
+    emitter: Emitter,
+    architecture: Architecture,
+    state: State,
+    stream: Stream,
+    outputs: Sequence[OutputSpec] = (),
+) -> dict[str, Value]:
     """Emit what follows the last sub-layer.
 
     Args:
@@ -34,14 +43,25 @@ def head(emitter: Emitter, architecture: Architecture, state: State, stream: Str
         architecture: The network.
         state: The parameters of the network.
         stream: The residual stream.
+        outputs: The named outputs; empty for the logits alone.
 
     Returns:
-        Logits (batch, classes), or features without a classifier.
+        Logits (batch, classes), or features without a classifier, and the other outputs that
+        follow the final norm, by name.
     """
     kind, rows = architecture.pool.kind, architecture.pooled_prefix
-    if rows and stream.rows != rows:
+    kinds = {output.kind for output in outputs}
+    tokens = bool(kinds & {"tokens", "patches"})
+    if rows and stream.rows != rows and not tokens:
         stream = emitter.first_rows(stream, rows)
-    source = _normed(emitter, architecture, state, stream)
+    # An output is what a norm computes, weight and bias included.
+    whole = tokens or "features" in kinds
+    source = _normed(emitter, architecture, state, stream, whole=whole)
+    found = _token_outputs(emitter, source.stream, outputs)
+    if kinds and not kinds & {"logits", "features"}:
+        return found
+    if rows and source.stream.rows != rows:
+        source = ProductInput(emitter.first_rows(source.stream, rows), source.transform)
     if kind == "attention":
         pooled = _attention_pool(emitter, architecture, sub_state(state, "pool"), source)
         source = ProductInput(pooled)
@@ -51,8 +71,8 @@ def head(emitter: Emitter, architecture: Architecture, state: State, stream: Str
     if architecture.pool_norm is not None:
         parameters = affine(state, "pool_norm")
         # The first norm chooses the columns; before attention its product has chosen them.
-        chooses = architecture.norm is None and kind != "attention"
-        last = architecture.head is None
+        chooses = architecture.norm is None and kind != "attention" and not whole
+        last = architecture.head is None or whole
         normed = emitter.norm(
             source.stream,
             architecture.pool_norm,
@@ -61,18 +81,45 @@ def head(emitter: Emitter, architecture: Architecture, state: State, stream: Str
         )
         transform = InputTransform() if last else InputTransform(*parameters)
         source = ProductInput(normed, transform)
-    return _classify(emitter, architecture, state, source)
+    if "features" in kinds:
+        headless = architecture.model_copy(update={"head": None})
+        found["features"] = _classify(emitter, headless, state, source)
+    if not outputs or "logits" in kinds:
+        found["logits"] = _classify(emitter, architecture, state, source)
+    return found
+
+
+def _token_outputs(
+    emitter: Emitter, normed: Stream, outputs: Sequence[OutputSpec]
+) -> dict[str, Value]:
+    """The outputs that are normed tokens."""
+    return {
+        output.name: emitter.output_rows(
+            normed, normed.rows - output.shape[0], output.shape[1], output.writes
+        )
+        for output in outputs
+        if output.kind in ("tokens", "patches")
+    }
 
 
 def _normed(
-    emitter: Emitter, architecture: Architecture, state: State, stream: Stream
+    emitter: Emitter, architecture: Architecture, state: State, stream: Stream, *, whole: bool
 ) -> ProductInput:
     """The rows that pooling reads.
 
-    A product after a mean absorbs the norm's weight and bias; a second norm does not.
+    A product after a mean absorbs the norm's weight and bias; a second norm does not, nor does an
+    output.
+
+    Args:
+        emitter: Receives the calls.
+        architecture: The network.
+        state: The parameters of the network.
+        stream: The residual stream.
+        whole: Whether the rows are an output, so that nothing is absorbed.
     """
     attends = architecture.pool.kind == "attention"
     absorbed = attends or (architecture.pool_norm is None and architecture.head is not None)
+    absorbed = absorbed and not whole
     reads = architecture.head_reads
     if architecture.norm is not None:
         parameters = affine(state, "norm")
@@ -83,6 +130,10 @@ def _normed(
             affine=None if absorbed else parameters,
         )
         return ProductInput(rows, InputTransform(*parameters) if absorbed else InputTransform())
+    if whole and reads is not None:
+        selected = InputTransform.select(reads, architecture.embed)
+        columns = selected.fold_into(Matrix(np.eye(len(reads), dtype=np.float32), None))
+        return ProductInput(emitter.dense(stream, stream.rows, columns, force_fp32=True))
     if reads is None or (architecture.pool_norm is not None and not attends):
         return ProductInput(stream)
     return ProductInput(stream, InputTransform.select(reads, architecture.embed))

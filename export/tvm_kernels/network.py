@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from ...compress.network.architecture import (
     ConstantSpec,
 )
 from ...compress.network.modules.model import CompactModel
+from ...compress.network.named_outputs import OutputSpec, needs_all_tokens, steps_needed
 from .attention import Attend
 from .dense import Dense
 from .emitter import Emitter, Epilogue
@@ -48,6 +50,7 @@ def network_module(
     schedule: Schedule,
     batch: int,
     precision: Precision | None = None,
+    outputs: Sequence[OutputSpec] = (),
 ) -> IRModule:
     """The network as a module with one function `main`.
 
@@ -57,22 +60,34 @@ def network_module(
         schedule: Tiles and threads.
         batch: Batch size.
         precision: The format of the rows that products read, by default fp32.
+        outputs: The named outputs; empty for the logits alone.
 
     Returns:
-        `main`: images (batch, C, H, W) -> logits (batch, classes).
+        `main`: images (batch, C, H, W) -> logits (batch, classes), or a tuple of the outputs.
     """
-    return _NetworkWriter(compact, lanes, schedule, batch, precision or Float()).module()
+    settings = precision or Float()
+    return _NetworkWriter(compact, lanes, schedule, batch, settings, outputs).module()
 
 
 def observed_module(
-    compact: CompactModel, lanes: Lanes, schedule: Schedule
+    compact: CompactModel,
+    lanes: Lanes,
+    schedule: Schedule,
+    outputs: Sequence[OutputSpec] = (),
 ) -> tuple[IRModule, list[Stream]]:
     """The network for one image in fp32, and the rows that its products read.
 
-    `main` returns the logits and then those rows, each flat.
+    `main` returns the outputs and then those rows, each flat.
+
+    Args:
+        compact: A network that `coverage` accepts.
+        lanes: The target's vectors.
+        schedule: Tiles and threads.
+        outputs: The named outputs; empty for the logits alone.
     """
     observer = RangeObserver()
-    return _NetworkWriter(compact, lanes, schedule, 1, observer).module(observer), observer.rows
+    writer = _NetworkWriter(compact, lanes, schedule, 1, observer, outputs)
+    return writer.module(observer), observer.rows
 
 
 def kernel_specs(
@@ -81,6 +96,7 @@ def kernel_specs(
     schedule: Schedule,
     batch: int,
     precision: Precision | None = None,
+    outputs: Sequence[OutputSpec] = (),
 ) -> list[Dense | Attend]:
     """The products of the network's program, in order, one entry a call.
 
@@ -90,8 +106,9 @@ def kernel_specs(
         schedule: Tiles and threads.
         batch: Batch size.
         precision: The format of the rows that products read, by default fp32.
+        outputs: The named outputs; empty for the logits alone.
     """
-    writer = _NetworkWriter(compact, lanes, schedule, batch, precision or Float())
+    writer = _NetworkWriter(compact, lanes, schedule, batch, precision or Float(), outputs)
     writer.module()
     return [key for key in writer.program.keys if isinstance(key, Dense | Attend)]
 
@@ -104,7 +121,9 @@ class _NetworkWriter:
         schedule: Schedule,
         batch: int,
         precision: Precision,
+        outputs: Sequence[OutputSpec],
     ) -> None:
+        self.outputs = outputs
         self.architecture: Architecture = compact.architecture
         self.state: State = {
             name: tensor.detach().cpu().float().numpy()
@@ -118,11 +137,15 @@ class _NetworkWriter:
             return self.program.build(self.body)
         return self.program.build(self.body, lambda: [rows.value for rows in observer.rows])
 
-    def body(self) -> Value:
+    def body(self) -> list[Value]:
+        """The logits, or the named outputs in their order."""
         stream = self.stem()
+        found = self.block_outputs(stream, 0)
         pooled = self.architecture.pooled_prefix
-        last = self.last_attention() if pooled else None
-        for number, step in enumerate(self.architecture.steps):
+        shorter = pooled and not needs_all_tokens(self.architecture, self.outputs)
+        last = self.last_attention() if shorter else None
+        count = steps_needed(self.architecture, self.outputs)
+        for number, step in enumerate(self.architecture.steps[:count]):
             parts = [
                 sub_state(self.state, f"steps.{number}.{position}") for position in range(len(step))
             ]
@@ -131,7 +154,21 @@ class _NetworkWriter:
                 if number == last
                 else self.step(stream, step, parts)
             )
-        return head(self.emitter, self.architecture, self.state, stream)
+            found |= self.block_outputs(stream, number + 1)
+        if not self.outputs or len(found) < len(self.outputs):
+            found |= head(self.emitter, self.architecture, self.state, stream, self.outputs)
+        if not self.outputs:
+            return [found["logits"]]
+        return [found[output.name] for output in self.outputs]
+
+    def block_outputs(self, stream: Stream, count: int) -> dict[str, Value]:
+        """The outputs that are read from the stream after `count` steps."""
+        prefix = self.architecture.prefix
+        return {
+            output.name: self.emitter.output_rows(stream, prefix, output.shape[1], output.writes)
+            for output in self.outputs
+            if output.after == count
+        }
 
     def stem(self) -> Stream:
         """Patches times the convolution's weights, plus a table of prefix tokens and positions."""

@@ -99,15 +99,24 @@ def _tables(plan: ExecutionPlan) -> str:
     sizes, rows = _tensor_rows(list(tensors))
     planned = [f"    {{Place::{tensor.memory}, {tensor.offset_bytes}}}," for tensor in tensors]
     images = next(tensor for tensor in tensors if tensor.memory == "images")
-    logits = next(tensor for tensor in tensors if tensor.memory == "logits")
-    counts = f"kSteps = {len(steps)}, kOperands = {len(numbers)}, kTensors = {len(tensors)}"
+    outputs = [
+        (name, tensor.offset_bytes // 4, int(np.prod(tensor.shape)))
+        for name, tensor in plan.outputs
+    ]
+    listed = ", ".join(f'{{"{name}", {first}, {size}}}' for name, first, size in outputs)
+    _, start, last = outputs[-1]
+    counts = (
+        f"kSteps = {len(steps)}, kOperands = {len(numbers)}, kTensors = {len(tensors)}, "
+        f"kOutputs = {len(outputs)}"
+    )
     new_line = "\n"
     return f"""constexpr const char *kTarget = "{plan.target}";
 constexpr const char *kNeeds = "{" ".join(plan.needs)}";
 constexpr int {counts};
 alignas(64) static unsigned char arena[{max(plan.arena_bytes, ALIGNMENT_BYTES)}];
 alignas(64) static float aligned_images[{int(np.prod(images.shape))}];
-alignas(64) static float aligned_logits[{int(np.prod(logits.shape))}];
+alignas(64) static float aligned_logits[{start + last}];
+static const Output outputs[kOutputs] = {{{listed}}};
 static int64_t sizes[] = {{{", ".join(map(str, sizes))}}};
 static Tensor tensors[kTensors] = {{
 {new_line.join(rows)}

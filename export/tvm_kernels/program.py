@@ -28,20 +28,21 @@ class Program:
         self.keys: list[Hashable] = []
 
     def build(
-        self, body: Callable[[], Value], extra: Callable[[], list[Value]] | None = None
+        self, body: Callable[[], list[Value]], extra: Callable[[], list[Value]] | None = None
     ) -> tvm.IRModule:
         """The module with `main`.
 
         Args:
-            body: Calls the kernels and returns the result of `main`.
+            body: Calls the kernels and returns the results of `main`.
             extra: Further results, called after `body`.
         """
         with self.builder.function("main", [self.input]):
             with self.builder.dataflow():
                 found = body()
-                result = self.builder.emit_output(
-                    found if extra is None else relax.Tuple([found, *extra()])
-                )
+                if extra is not None:
+                    found = [*found, *extra()]
+                alone = extra is None and len(found) == 1
+                result = self.builder.emit_output(found[0] if alone else relax.Tuple(found))
             self.builder.emit_func_output(result)
         return self.builder.finalize()
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...compress.network.modules.model import CompactModel
+from ...compress.network.named_outputs import OutputSpec
 from ...core.errors import InputError, UnsupportedModel
 from ...targets.detect import detect_host, missing_features
 from ...targets.instruction_sets import machine_name
@@ -63,6 +64,7 @@ def tune(
     report: Callable[[str, float], None] | None = None,
     precision: Name = "fp32",
     ranges: Sequence[Range] | None = None,
+    outputs: Sequence[OutputSpec] = (),
 ) -> TuningResult:
     """Measure tiles for every shape of a network, the most expensive shapes first.
 
@@ -76,6 +78,7 @@ def tune(
         report: Called before each shape with (its name, the elapsed share of the time).
         precision: The number format of the products.
         ranges: The ranges of int8-static, from `calibration.find_ranges`.
+        outputs: The named outputs; empty for the logits alone.
 
     Raises:
         InputError: This machine does not have the target's instructions.
@@ -97,7 +100,7 @@ def tune(
     )
     specs: dict[Shape, list[Dense | Attend]] = defaultdict(list)
     settings = precision_named(precision, profile.vector, ranges)
-    for spec in kernel_specs(compact, lanes, schedule, batch, settings):
+    for spec in kernel_specs(compact, lanes, schedule, batch, settings, outputs):
         specs[spec.shape].append(spec)
     cost = {shape: len(found) * _macs(found[0]) for shape, found in specs.items()}
     shapes = sorted(specs, key=lambda shape: -cost[shape])

@@ -43,6 +43,11 @@ struct Planned {  // a tensor's memory: the region, and the offset in bytes
     uint64_t offset;
 };
 
+struct Output {  // its name, and its place among the numbers of all outputs
+    const char *name;
+    int64_t start, numbers;
+};
+
 using Kernel = int (*)(void *self, const Value *arguments, int32_t count, Value *result);
 
 struct Step {

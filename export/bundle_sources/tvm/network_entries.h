@@ -22,7 +22,7 @@ inline const char *refusal() {
 inline void *address(const Planned &planned, void *images, void *logits) {
     switch (planned.place) {
         case Place::images: return images;
-        case Place::logits: return logits;
+        case Place::logits: return logits == nullptr ? nullptr : static_cast<char *>(logits) + planned.offset;
         case Place::arena: return arena + planned.offset;
         default: return const_cast<unsigned char *>(constants()) + planned.offset;
     }
@@ -71,7 +71,7 @@ inline int run(const float *images, float *logits, double *seconds, Watcher watc
     if (reinterpret_cast<uintptr_t>(images) % 64 != 0) from = memcpy(aligned_images, images, sizeof aligned_images);
     for (int i = 0; i < kTensors; ++i) {
         if (plan[i].place == Place::images) tensors[i].data = from;
-        if (plan[i].place == Place::logits) tensors[i].data = aligned_logits;
+        if (plan[i].place == Place::logits) tensors[i].data = address(plan[i], nullptr, aligned_logits);
     }
     failure[0] = '\0';
     begin_inference();
@@ -100,8 +100,9 @@ inline void *data_of(const Value &value) {
 
 #define VITRIM_ENTRY extern "C" __attribute__((visibility("default")))
 
-// Images (batch, channels, height, width) -> logits (batch, classes), both float32. Returns 0 on
-// success; otherwise vitrim_network_failure() returns the reason.
+// Images (batch, channels, height, width) -> logits (batch, classes), both float32; or all outputs
+// one after the other, each from vitrim_network_output_start() on. Returns 0 on success; otherwise
+// vitrim_network_failure() returns the reason.
 VITRIM_ENTRY int vitrim_network_run(const float *images, float *logits) { return vitrim::run(images, logits, nullptr); }
 // The same; adds the seconds of each step to `seconds`, of length vitrim_network_steps().
 VITRIM_ENTRY int vitrim_network_profile(const float *images, float *logits, double *seconds) { return vitrim::run(images, logits, seconds); }
@@ -119,9 +120,14 @@ VITRIM_ENTRY const char *vitrim_network_step(int number) { return vitrim::steps[
 VITRIM_ENTRY const char *vitrim_network_failure() { return vitrim::failure; }
 // Why this processor cannot run the network, or null; it is refused by every run as well.
 VITRIM_ENTRY const char *vitrim_network_refusal() { return vitrim::refusal(); }
-// Number of values (not bytes) of all images of a batch, and of all its logits.
+// Number of values (not bytes) of all images of a batch, and of all its logits or other outputs.
 VITRIM_ENTRY int64_t vitrim_network_image_numbers() { return sizeof vitrim::aligned_images / sizeof(float); }
 VITRIM_ENTRY int64_t vitrim_network_logit_numbers() { return sizeof vitrim::aligned_logits / sizeof(float); }
+// The outputs: their number, and the name, the first value and the number of values of each.
+VITRIM_ENTRY int vitrim_network_outputs() { return vitrim::kOutputs; }
+VITRIM_ENTRY const char *vitrim_network_output_name(int number) { return vitrim::outputs[number].name; }
+VITRIM_ENTRY int64_t vitrim_network_output_start(int number) { return vitrim::outputs[number].start; }
+VITRIM_ENTRY int64_t vitrim_network_output_numbers(int number) { return vitrim::outputs[number].numbers; }
 VITRIM_ENTRY int64_t vitrim_network_arena_bytes() { return sizeof vitrim::arena; }
 // Whether vitrim_network_refusal() has a reason, as an integer in TVM's calling convention.
 VITRIM_ENTRY int __tvm_ffi_vitrim_refused(void *, const vitrim::Value *, int32_t, vitrim::Value *result) {

@@ -55,8 +55,8 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
     }
 }
 
-int vitrim_run(vitrim_model *model, const float *input, float *logits, char *error, size_t error_size) {
-    return model->run(input, logits) == 0 ? 0 : vitrim::fail(model->failure(), error, error_size);
+int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *error, size_t error_size) {
+    return model->run(input, outputs) == 0 ? 0 : vitrim::fail(model->failure(), error, error_size);
 }
 
 void vitrim_close(vitrim_model *model) { delete model; }
