@@ -18,7 +18,7 @@ from .allocation import Cost
 from .budgets import Precision
 from .error_curves import Curve, Statistics, rotated_curves
 from .saved_state import SavedState, copy_checked, damaged, fingerprint_of
-from .sensitivity import BATCH, stream_weights
+from .sensitivity import stream_weights, weighing_batch
 from .stream import Activations, Stream, check_images, has_output_projection
 from .stream_rotation import StreamMoment, stream_obstacle
 
@@ -160,7 +160,7 @@ def _weights(
     if patches is None:
         patches = 0.0 if source.architecture.head is not None else 0.5
     weighing = images[:WEIGHING_IMAGES]
-    total = -(-len(weighing) // BATCH)
+    total = -(-len(weighing) // weighing_batch(source))
     batches = iter(range(1, total + 1))
     weights = stream_weights(
         source,

@@ -18,7 +18,9 @@ from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
 from .stream import recorded_inputs
 
-BATCH = 8
+# Largest number of images in one backward pass, and of stream numbers at all depths, which bounds
+# the memory for activations.
+BATCH, STREAM_NUMBERS = 8, 2**23
 
 
 def features(model: CompactModel, x: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def stream_weights(
     model = model.eval()
     scales = _scales(model, images)
     totals = torch.zeros(len(model.steps) + 1, dtype=torch.float64)
-    for part in images.split(BATCH):
+    for part in images.split(weighing_batch(model)):
         with torch.enable_grad():
             locations, loss = _projection(model, part, scales, patches, generator)
         gradients = torch.autograd.grad(loss, locations)
@@ -81,6 +83,13 @@ def stream_weights(
         if progress is not None:
             progress()
     return [float(total) / len(images) for total in totals]
+
+
+def weighing_batch(model: CompactModel) -> int:
+    """Images in one backward pass of `stream_weights`."""
+    architecture = model.architecture
+    numbers = architecture.tokens * architecture.embed * (len(architecture.steps) + 1)
+    return max(1, min(BATCH, STREAM_NUMBERS // numbers))
 
 
 def _projection(

@@ -1,0 +1,113 @@
+"""Budgets of a cut: shares, bytes of a file, and tables of measured costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from random_networks import architectures, network
+from tiny_models import tiny_vit
+from torch import nn
+from vitrim import InputError, lift, trim
+from vitrim.bench.local.block_graph import BlockShape
+from vitrim.bench.local.cost_table import PARTS as MEASURED_PARTS
+from vitrim.bench.local.cost_table import CostTable, Point
+from vitrim.compress.network.architecture import Architecture
+from vitrim.compress.network.count import branch_tokens, count_macs, count_params
+from vitrim.compress.oneshot.budgets import PARTS, file_bytes, table_cost
+from vitrim.compress.oneshot.trim import TrimOptions
+
+OPTIONS = TrimOptions(round_to=4)
+COSTS = {part: 1e-9 * (number + 1) for number, part in enumerate(PARTS)}
+
+
+def _images(count: int = 40) -> torch.Tensor:
+    small = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(small, size=16, mode="bilinear")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_file_is_at_most_as_large_as_its_budget(precision: Any) -> None:
+    model = tiny_vit(depth=3)
+    dense = file_bytes(lift(model).architecture, precision)
+    options = TrimOptions(round_to=4, precision=precision)
+    found = trim(model, _images(), budget=0.7 * dense, kind="file", options=options)
+    size = file_bytes(found.model.architecture, precision)
+    assert 0.6 * dense < size <= 0.7 * dense
+    assert found.cost == pytest.approx(size / dense, rel=0.01)
+
+
+def test_the_size_of_a_file_is_its_parameters_and_a_fixed_part() -> None:
+    architecture = lift(tiny_vit(depth=3)).architecture
+    fixed = file_bytes(architecture, "fp32") - 4 * count_params(architecture)
+    assert file_bytes(architecture, "fp16") == 2 * count_params(architecture) + fixed
+    assert file_bytes(architecture, "int8") < 2 * count_params(architecture) + fixed
+
+
+def test_a_cost_table_prices_both_sub_layers_of_a_block_as_its_measured_latency() -> None:
+    assert PARTS == MEASURED_PARTS
+    shape = BlockShape(tokens_in=17, tokens_out=17, heads=3, qk=8, v=8, ffn=96, embed=24)
+    table = CostTable.model_construct(costs_s=COSTS, points=(Point(shape=shape, latency_s=1.0),))
+    branches = lift(tiny_vit()).architecture.steps
+    cost = table_cost(COSTS)
+    both = sum(cost(branch, 24, 17, 17) for step in branches[:2] for branch in step)
+    assert both == pytest.approx(1e3 * table.latency_s(shape), rel=1e-6)
+
+
+def _milliseconds(architecture: Architecture) -> float:
+    cost = table_cost(COSTS)
+    computed = architecture.model_copy(update={"last_queries": True})
+    return sum(cost(spec, architecture.embed, *tokens) for spec, *tokens in branch_tokens(computed))
+
+
+def test_a_budget_in_milliseconds_is_met() -> None:
+    model = tiny_vit(depth=3)
+    dense = _milliseconds(lift(model).architecture)
+    options = TrimOptions(round_to=4, cost=COSTS)
+    found = trim(model, _images(), budget=0.6 * dense, kind="cost", options=options)
+    assert 0.4 * dense < _milliseconds(found.model.architecture) <= 0.6 * dense
+    assert 0.4 < found.cost <= 0.6
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(architecture=architectures())
+def test_every_network_has_a_size(architecture: Architecture) -> None:
+    network(architecture)
+    sizes = [file_bytes(architecture, precision) for precision in ("fp32", "fp16")]
+    assert sizes[0] - sizes[1] == 2 * count_params(architecture)
+
+
+def test_the_options_of_macs_and_budget_give_the_same_cut() -> None:
+    model = tiny_vit()
+    named = trim(model, _images(), macs=0.7, options=OPTIONS)
+    general = trim(model, _images(), budget=0.7, kind="macs", options=OPTIONS)
+    assert named.widths == general.widths
+    assert count_macs(named.model.architecture) == count_macs(general.model.architecture)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ({"budget": 0.5}, {}, "give one budget, macs or params"),
+        ({"macs": 0.5, "kind": "macs"}, {}, "give one budget, macs or params"),
+        ({"budget": 0.5, "kind": "watts"}, {}, "kind = 'watts': choose macs, params, file, cost"),
+        ({"budget": 0.5, "kind": "file"}, {}, "file = 0.5: give the size of the file in bytes"),
+        ({"budget": 1e6, "kind": "file"}, {"precision": "int3"}, "precision = 'int3': choose fp32"),
+        ({"budget": 2, "kind": "params"}, {}, "params = 2: give the share to keep"),
+        ({"budget": 2, "kind": "cost"}, {}, "needs options.cost: a function or a cost table"),
+        ({"budget": -2, "kind": "cost"}, {"cost": COSTS}, "cost = -2: give a number above 0"),
+        (
+            {"budget": 2, "kind": "cost"},
+            {"cost": {"ffn": 1.0}},
+            "'block' needs a number of seconds",
+        ),
+        ({"budget": 2, "kind": "file"}, {}, "give a larger budget"),
+    ],
+)
+def test_a_budget_that_is_not_one_is_refused(
+    arguments: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        trim(tiny_vit(), _images(8), options=TrimOptions(round_to=4, **options), **arguments)
