@@ -19,7 +19,7 @@ from ..compress.lift import lift
 from ..compress.network.files import ARCHITECTURE, load, read_architecture
 from ..compress.network.modules.model import CompactModel
 from ..compress.network.modules.model import build as build_compact
-from ..compress.network.stem_and_head_specs import HeadSpec
+from ..compress.network.stem_and_head_specs import DataSpec, HeadSpec
 from ..compress.train.dense import init_position_embedding
 from ..core.errors import InputError
 from ..core.storage import sha256_file
@@ -157,6 +157,20 @@ def preprocessing_of(
         "interpolation": config.interpolation,
     }
     return usual.model_copy(update=published)
+
+
+def with_preprocessing(model: CompactModel, preprocessing: Preprocessing) -> CompactModel:
+    """The same network whose data config states how the images of a run are prepared."""
+    squash = preprocessing.resize == "squash"
+    data = DataSpec(
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        interpolation=preprocessing.interpolation,
+        crop_mode="squash" if squash else "center",
+        crop_pct=1.0 if squash else preprocessing.crop_ratio,
+    )
+    architecture = model.architecture.model_copy(update={"data": data})
+    return build_compact(architecture, model.state_dict()).train(model.training)
 
 
 def weights_digest(section: ModelSection) -> str:

@@ -13,15 +13,22 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data.config import resolve_model_data_config
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 from vitrim import lift, load, save
 from vitrim.cli import call
+from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.core.errors import InputError
 from vitrim.pipeline.recipe_sections import ModelSection
-from vitrim.pipeline.source_model import classes_in, require_trained_head, source_model
+from vitrim.pipeline.source_model import (
+    classes_in,
+    require_trained_head,
+    source_model,
+    with_preprocessing,
+)
 
 NAME = "vit_tiny_patch16_224"
 SIZES: dict[str, Any] = {
@@ -474,6 +481,32 @@ def test_a_new_head_needs_weights_and_training() -> None:
         require_trained_head(part, 0)
     require_trained_head(part, 3)
     require_trained_head(ModelSection(), 0)
+
+
+def test_the_data_config_is_the_preprocessing_of_the_run(tmp_path: Path, model: nn.Module) -> None:
+    preprocessing = Preprocessing(
+        channels=3,
+        height=16,
+        width=16,
+        interpolation="bilinear",
+        resize="center-crop",
+        crop_ratio=0.9,
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+    )
+    small = load(save(with_preprocessing(lift(model), preprocessing), tmp_path / "model"))
+    assert resolve_model_data_config(small) == {
+        "input_size": (3, 16, 16),
+        "interpolation": "bilinear",
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+    }
+    squashed = with_preprocessing(small, preprocessing.model_copy(update={"resize": "squash"}))
+    assert resolve_model_data_config(squashed)["crop_mode"] == "squash"
+    assert resolve_model_data_config(squashed)["crop_pct"] == 1.0
+    assert torch.equal(squashed.eval()(IMAGES), small(IMAGES))
 
 
 # ---- on the command line ----
