@@ -27,14 +27,44 @@ _ERF_Q = (
     -7.37332916720468e-03,
     -1.42647390514189e-02,
 )
+
+
+def _substituted(coefficients: tuple[float, ...], scale: float, factor: float) -> tuple[float, ...]:
+    """The coefficients of factor * polynomial(scale * x), from the highest power down."""
+    last = len(coefficients) - 1
+    return tuple(
+        factor * coefficient * scale ** (last - place)
+        for place, coefficient in enumerate(coefficients)
+    )
+
+
+# Φ(x) - 1/2 = erf(x / √2) / 2 as x P(x²) / Q(x²), where the highest coefficient of Q is 1.
+_CLAMPED = 4 * math.sqrt(2)
+_SCALE = 2 ** (len(_ERF_Q) - 1) / _ERF_Q[0]
+_PHI_P = _substituted(_ERF_P, 0.5, _SCALE * math.sqrt(1 / 8))
+_PHI_Q = _substituted(_ERF_Q, 0.5, _SCALE)[1:]
 # 2^f on [-1/2, 1/2]: the Taylor series up to f^7; the next term is below 6e-9.
 _EXP2 = tuple(math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1))
 
 
-def polynomial(lanes: Lanes, x: Expr, coefficients: tuple[float, ...]) -> Expr:
-    """Horner's scheme; coefficients from the highest power down."""
-    value = lanes.splat(coefficients[0])
-    for coefficient in coefficients[1:]:
+def polynomial(
+    lanes: Lanes, x: Expr, coefficients: tuple[float, ...], value: Expr | None = None
+) -> Expr:
+    """Horner's scheme.
+
+    Args:
+        lanes: The vectors.
+        x: The variable.
+        coefficients: From the highest power down.
+        value: What the powers above evaluate to; by default there are none.
+
+    Returns:
+        value * x^n + coefficients[0] * x^(n-1) + ... + coefficients[n-1].
+    """
+    rest = coefficients
+    if value is None:
+        value, rest = lanes.splat(coefficients[0]), coefficients[1:]
+    for coefficient in rest:
         value = lanes.fma(value, x, lanes.splat(coefficient))
     return value
 
@@ -53,17 +83,14 @@ def exp(lanes: Lanes, x: Expr) -> Expr:
     return exp2(lanes, x * lanes.splat(math.log2(math.e)))
 
 
-def erf(lanes: Lanes, x: Expr) -> Expr:
-    """Compute the error function, with an error below 1e-6."""
-    x = bind(T.max(T.min(x, lanes.splat(4.0)), lanes.splat(-4.0)))
-    square = bind(x * x)
-    return x * polynomial(lanes, square, _ERF_P) / polynomial(lanes, square, _ERF_Q)
-
-
 def gelu(lanes: Lanes, x: Expr) -> Expr:
     """Compute x Φ(x), Φ the normal distribution function."""
-    half = bind(x * lanes.splat(0.5))
-    return lanes.fma(half, erf(lanes, x * lanes.splat(math.sqrt(0.5))), half)
+    near = bind(_clamped(lanes, x, -_CLAMPED, _CLAMPED))
+    square = bind(near * near)
+    # The first step of Horner's scheme is an addition.
+    below = polynomial(lanes, square, _PHI_Q[1:], square + lanes.splat(_PHI_Q[0]))
+    share = near * polynomial(lanes, square, _PHI_P) / below
+    return x * (share + lanes.splat(0.5))
 
 
 def sigmoid(lanes: Lanes, x: Expr) -> Expr:

@@ -19,7 +19,6 @@ from .product import product
 from .quantization import Quantizer, store_function
 from .schedule import Schedule, Shape, Tile
 
-
 # Fewer row tiles than this do not repay the conversion of a panel of weights.
 _LEAST_TILES_TO_WIDEN = 4
 
