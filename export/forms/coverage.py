@@ -42,6 +42,8 @@ POOLS = (
     "distilled",
     "dense",
     "attention",
+    # With named outputs only: there are no logits.
+    "none",
 )
 ACTIVATIONS = (
     "gelu",

@@ -55,6 +55,8 @@ def head(
         dense.add_tokens(x)
         if architecture.pooled_prefix:
             x = first_tokens(graph, form, x, architecture.pooled_prefix, "pooled")
+    if architecture.pool.kind == "none":
+        return x
     return writer.logits(x, dense)
 
 

@@ -69,6 +69,8 @@ def write_network(
         UnsupportedModel: No form has a rule for a part of the model; the message names it.
     """
     _check(model.architecture, form, batch, opset)
+    if model.architecture.pool.kind == "none" and not outputs:
+        raise UnsupportedModel("the graph forms have no rule for tokens as logits; name outputs")
     form = form_for_outputs(form, model.architecture, outputs)
     if form.stream == "cheaper":
         model = choose_stream_form(model).model

@@ -37,9 +37,14 @@ def torch_outputs(model: nn.Module, images: Array) -> Array:
                 found.append(side_by_side([output.float().cpu().numpy() for output in logits]))
                 continue
             if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+                unpooled = getattr(model, "global_pool", None) == ""
                 raise InputError(
                     f"{type(model).__name__} does not return logits (batch, classes); "
-                    "wrap it so that it does"
+                    + (
+                        "name its outputs: outputs=['patches']"
+                        if unpooled
+                        else "wrap it so that it does"
+                    )
                 )
             found.append(logits.float().cpu().numpy())
     return np.concatenate(found)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -19,7 +20,7 @@ from tiny_models import add_noise, assert_equal_outputs, relative_error, tiny_vi
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models.vision_transformer import VisionTransformer
-from vitrim import InputError, StructuredMask, compact, lift, load, masked, resized, save
+from vitrim import InputError, StructuredMask, compact, export, lift, load, masked, resized, save
 from vitrim.compress.masks.masked import MaskedModel
 from vitrim.compress.masks.masked_parameters import masked_tensors
 from vitrim.compress.network.architecture import Architecture, PoolSpec
@@ -285,6 +286,29 @@ def test_a_backbone_is_lifted_cut_trimmed_and_saved(name: str, tmp_path: Path) -
             again = load(save(each, tmp_path / str(number)))
             assert again.architecture == each.architecture
             assert torch.equal(again(images), each.eval()(images))
+
+
+def test_tokens_are_exported_by_name(tmp_path: Path) -> None:
+    model = build("vit", num_classes=0, global_pool="")
+    small = compact(model, StructuredMask.random(model, 0.5, "residual"))
+    options: dict[str, Any] = {"runtime": "onnxruntime", "precision": "fp32"}
+    with pytest.raises(InputError, match=r"name its outputs: outputs=\['patches'\]"):
+        export(small, tmp_path / "without", **options)
+    artifact = export(small, tmp_path / "with", outputs=["patches", "blocks.0"], **options)
+    session = onnxruntime.InferenceSession(
+        str(artifact.folder / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    images = noise(small, 1)
+    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    # One of our graph forms, not torch's own graph.
+    assert "matrix" in artifact.manifest.form
+    with torch.no_grad():
+        wanted = [
+            small(images)[:, 1:],
+            *small.forward_intermediates(images, [0], output_fmt="NLC", intermediates_only=True),
+        ]
+    for value, tokens in zip(found, wanted, strict=True):
+        assert_equal_outputs(torch.from_numpy(value), tokens, 2e-5)
 
 
 def test_the_data_config_is_saved_and_resized(tmp_path: Path) -> None:
