@@ -27,6 +27,7 @@ from ..core.written_kinds import (
     json_object,
     within,
 )
+from ..runtimes import Engine, open_engine
 from ..targets.catalog import EARLIER_NAMES, load_target, present_name
 from ..targets.instruction_sets import EXACT_PRODUCTS
 from .manifest import MANIFEST, SCHEMA, CpuFeatures, FileEntry, Manifest, Role, seal_of
@@ -74,6 +75,48 @@ class Artifact:
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
         replace_file(folder / MANIFEST, text + "\n")
         return cls(folder, manifest.model_copy(update={"seal": data["seal"]}))
+
+    def engine(self, threads: int = 1) -> Engine:
+        """Open the model in its runtime.
+
+        Args:
+            threads: Threads of the runtime.
+
+        Returns:
+            The loaded engine: `infer_outputs(images)` returns a dict with every output by its name,
+            `infer(images)` the first one alone; images are an array of `input_shape` and
+            `input_type`.
+
+        Raises:
+            EngineError: The runtime is missing here, or cannot open the model.
+        """
+        manifest, given = self.manifest, self.manifest.inputs[0]
+        batch = 1 if manifest.batch == "dynamic" else manifest.batch
+        sizes = [[batch, *output.shape[1:]] for output in manifest.outputs]
+        outputs = [
+            {"name": output.name, "shape": shape}
+            for output, shape in zip(manifest.outputs, sizes, strict=True)
+        ]
+        cpu = None if manifest.cpu is None else manifest.cpu.model_dump(mode="json")
+        engine = open_engine(
+            {
+                "runtime": manifest.runtime,
+                "model": str(self.model_path.resolve()),
+                "threads": threads,
+                "batch": batch,
+                "session": dict(manifest.session),
+                "input": {
+                    "name": given.name,
+                    "shape": [batch, *given.shape[1:]],
+                    "type": given.type,
+                },
+                "output": manifest.outputs[0].name,
+                "cpu": cpu and {"target": manifest.target, **cpu},
+                **({} if manifest.outputs[0].kind is None else {"outputs": outputs}),
+            }
+        )
+        engine.load()
+        return engine
 
     @property
     def name(self) -> str:

@@ -20,12 +20,16 @@ from bench_samples import chain, images_with_labels
 from loopback_ssh import Server, needs_sshd, ssh_server
 from onnx_graphs import channels_last, classifier, value, written
 from onnxruntime_header import header_folder
+from tiny_models import tiny_vit
 from vitrim.bench.remote import native_build
 from vitrim.bench.remote.device_link import LinkLost
 from vitrim.bench.remote.measure import measure_on
 from vitrim.bench.remote.native_build import NativeRunner, native_runner
 from vitrim.bench.remote.native_run import dataset_files
+from vitrim.compress.lift import lift
+from vitrim.compress.network.named_outputs import output_specs
 from vitrim.core.errors import InputError
+from vitrim.export.forms import FORMS, write_network
 from vitrim.targets.emulation import ready
 
 pytestmark = pytest.mark.skipif(
@@ -440,3 +444,22 @@ def test_a_missing_compiler_and_an_android_device_are_reported(
         native_runner("aarch64")
     with pytest.raises(InputError, match="build bench/native with the NDK"):
         native_runner("aarch64", android=True)
+
+
+def test_it_runs_every_output_and_scores_the_first(runner: NativeRunner, tmp_path: Path) -> None:
+    model = lift(tiny_vit(in_chans=3))
+    names = ("logits", "patches", "blocks.0")
+    outputs = output_specs(model.architecture, names)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(write_network(model, FORMS[0], outputs=outputs).SerializeToString())
+    entries = [{"name": output.name, "shape": [1, *output.shape]} for output in outputs]
+    job = {"model": str(path), "threads": 1, "outputs": entries}
+    commands: list[dict[str, Any]] = [{"do": "run", "count": 3, "settle": 1}]
+    ready, samples = run_native(runner, job, *commands, {"do": "stop"})
+    assert ready["input_shape"] == [1, 3, 16, 16]
+    assert len(samples["latency_s"]) == 3
+    wrong = {**job, "outputs": [*entries, {"name": "tokens", "shape": [1, 17, 32]}]}
+    (error,) = run_native(runner, wrong, {"do": "stop"})
+    assert error["message"] == (
+        "the model has no output 'tokens'; it has logits, patches, blocks.0"
+    )
