@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,6 @@ from .row_kernels import (
     combine_pairs,
     first_rows,
     mean_rows,
-    output_rows,
 )
 from .schedule import Schedule
 
@@ -330,34 +329,6 @@ class Emitter:
             (self.batch * rows * x.width,),
         )
         return Stream(value, rows, x.width, x.used)
-
-    def output_rows(
-        self, x: Stream, skipped: int, width: int, places: Sequence[int] | None = None
-    ) -> Value:
-        """An output of the network: all rows but the first ones, without padding.
-
-        Args:
-            x: The input, in fp32.
-            skipped: The first rows of each image that are skipped.
-            width: Columns of the output.
-            places: The column of the output for each column of x; the others are zero. None: the
-                same columns.
-
-        Returns:
-            (batch, rows, width).
-        """
-        layout, rows = replace(x.layout, first=skipped), x.rows - skipped
-        count = None if places is None else len(places)
-        operands = [x.value]
-        if places is not None:
-            operands.append(self.constant(np.array(places, np.int32)))
-        return self.program.call(
-            "output_rows",
-            ("output-rows", layout, rows, width, count),
-            lambda: output_rows(self.batch, rows, layout, width, count),
-            operands,
-            (self.batch, rows, width),
-        )
 
     def add_constant(self, x: Stream, vector: Array) -> Stream:
         """The same vector added to every row."""

@@ -23,6 +23,7 @@ from .matrices import (
     linear,
     sub_state,
 )
+from .outputs import write_output
 from .packing import padded_heads
 from .program import Value
 from .row_kernels import first_columns
@@ -94,9 +95,7 @@ def _token_outputs(
 ) -> dict[str, Value]:
     """The outputs that are normed tokens."""
     return {
-        output.name: emitter.output_rows(
-            normed, normed.rows - output.shape[0], output.shape[1], output.writes
-        )
+        output.name: write_output(emitter, normed, output)
         for output in outputs
         if output.kind in ("tokens", "patches")
     }

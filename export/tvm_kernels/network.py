@@ -33,6 +33,7 @@ from .matrices import (
     scatter_columns,
     sub_state,
 )
+from .outputs import write_output
 from .packing import Array
 from .patches import Patches, cut_patches
 from .precision import Float, Precision, RangeObserver
@@ -163,9 +164,8 @@ class _NetworkWriter:
 
     def block_outputs(self, stream: Stream, count: int) -> dict[str, Value]:
         """The outputs that are read from the stream after `count` steps."""
-        prefix = self.architecture.prefix
         return {
-            output.name: self.emitter.output_rows(stream, prefix, output.shape[1], output.writes)
+            output.name: write_output(self.emitter, stream, output)
             for output in self.outputs
             if output.after == count
         }

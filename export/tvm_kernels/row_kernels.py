@@ -127,38 +127,6 @@ def first_rows(images: int, rows: int, source: RowLayout) -> Any:
     return builder.get()
 
 
-def output_rows(
-    images: int, rows: int, source: RowLayout, width: int, places: int | None = None
-) -> Any:
-    """The kernel: (x, [places]) -> rows without padding, (images, rows, width).
-
-    Args:
-        images: Batch size.
-        rows: How many rows of each image are written.
-        source: Where they are.
-        width: Columns of the result.
-        places: With index lists, how many columns x has; column i is written to places[i], and the
-            others are zero. None: the first columns are copied.
-    """
-    with IRBuilder() as builder, T.prim_func():
-        T.func_attr({"tirx.noalias": True})
-        x = T.arg("x", T.buffer((images * source.per_image * source.width,), "float32"))
-        index = None if places is None else T.arg("places", T.buffer((places,), "int32"))
-        out = T.arg("out", T.buffer((images, rows, width), "float32"))
-        with T.serial(0, images) as image, T.serial(0, rows) as row:
-            if index is None:
-                with T.serial(0, width) as column:
-                    value = x[source.start(image, row) + column]
-                    T.buffer_store(out, value, [image, row, column])
-            else:
-                with T.serial(0, width) as column:
-                    T.buffer_store(out, T.float32(0), [image, row, column])
-                with T.serial(0, places) as column:
-                    value = x[source.start(image, row) + column]
-                    T.buffer_store(out, value, [image, row, index[column]])
-    return builder.get()
-
-
 def first_columns(rows: int, width: int, kept: int) -> Any:
     """The kernel: rows of `width` columns, flat -> their first columns (rows, kept)."""
     with IRBuilder() as builder, T.prim_func():

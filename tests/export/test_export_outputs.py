@@ -190,7 +190,7 @@ def test_graphs_of_every_pooling_and_of_cut_models(pool: str) -> None:
     size = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
     model = timm.create_model(name, num_classes=4, **size, **options).eval()
     for sharing in ("residual", "unshared"):
-        mask = vitrim.StructuredMask.random(model, keep_ratio=0.6, sharing=sharing, seed=1)  # type: ignore[arg-type]
+        mask = vitrim.StructuredMask.random(model, keep_ratio=0.6, sharing=sharing, seed=1)
         compact = vitrim.compact(model, mask)
         outputs = output_specs(compact.architecture, NAMES)
         assert {output.shape[-1] for output in outputs[1:]} == {32}
@@ -407,7 +407,7 @@ def test_recipes_name_outputs_with_the_logits() -> None:
         return parse_recipe({"name": "r", **tables}, "r.toml").export.outputs
 
     assert parsed("patches", "logits") == ("logits", "patches")
-    with pytest.raises(InputError, match="there is no output .patch.; did you mean .patches"):
+    with pytest.raises(InputError, match=r"there is no output .patch.; did you mean .patches"):
         parsed("logits", "patch")
     with pytest.raises(InputError, match="measures the accuracy of its artifacts; add 'logits'"):
         parsed("patches")

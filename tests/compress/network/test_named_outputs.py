@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 import vitrim
 from torch import Tensor, nn
 from vitrim.compress.lift import lift
+from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.named_outputs import (
     NamedOutputs,
     needs_all_tokens,
@@ -27,9 +30,9 @@ MODELS = {
 }
 
 
-def tiny(name: str, **options: object) -> nn.Module:
+def tiny(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
-    size = {"img_size": MODELS[name], "depth": 3, "embed_dim": 32, "num_heads": 2}
+    size: dict[str, Any] = {"img_size": MODELS[name], "depth": 3, "embed_dim": 32, "num_heads": 2}
     made = timm.create_model(name, **{**size, **options}).eval()
     with torch.no_grad():
         for parameter in made.parameters():
@@ -69,7 +72,7 @@ def test_patches_of_a_shortened_network_are_those_of_the_whole_one() -> None:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def cut_backbone() -> tuple[nn.Module, nn.Module]:
+def cut_backbone() -> tuple[nn.Module, CompactModel]:
     model = tiny("vit_small_patch14_dinov2", num_classes=0)
     mask = vitrim.StructuredMask.random(lift(model), keep_ratio=0.5, sharing="residual", seed=0)
     return vitrim.masked(model, mask), vitrim.compact(model, mask)
@@ -84,12 +87,14 @@ def test_a_cut_classifier_has_dense_outputs_of_the_source_width() -> None:
     logits, features, patches, stream = NamedOutputs(compact, names)(images)
     assert [value.shape[-1] for value in (logits, features, patches, stream)] == [5, 32, 32, 32]
     torch.testing.assert_close(logits, vitrim.masked(model, mask)(images), rtol=1e-4, atol=1e-4)
-    kept = list(compact.architecture.stream_channels)
+    kept = list(compact.architecture.stream_channels or ())
     assert 0 < len(kept) < 32
     removed = [channel for channel in range(32) if channel not in kept]
     for value in (features, patches, stream):
         assert (value[..., kept] != 0).all()
         assert (value[..., removed] == 0).all()
+    assert compact.head is not None
+    assert compact.norm is not None
     torch.testing.assert_close(compact.head(features[:, kept]), logits)
     last = NamedOutputs(compact, ["blocks.2"])(images)[0]
     torch.testing.assert_close(compact.norm(last[..., kept]), patches[..., kept])
