@@ -45,6 +45,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     assert (tmp_path / "small-int8" / "manifest.json").is_file()
 
 
+def test_the_python_of_the_page_on_backbones_runs(tmp_path: Path) -> None:
+    (code,) = code_blocks(text_of("docs/backbones.md"), "python")
+    code = code.replace("vit_tiny_patch16_224", "test_vit")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "small-10-classes" / "architecture.json").is_file()
+
+
 def test_the_converter_in_contributing_can_be_registered() -> None:
     (code,) = code_blocks(text_of("CONTRIBUTING.md"), "python")
     scope: dict[str, Any] = {
