@@ -14,7 +14,8 @@ from torch import nn
 
 from ..compress.lift import in_float32, lift, read
 from ..compress.lift.checks import require_module
-from ..compress.network.modules.model import CompactModel
+from ..compress.network.architecture import PoolSpec
+from ..compress.network.modules.model import CompactModel, build
 from ..compress.network.named_outputs import (
     LOGITS,
     NamedOutputs,
@@ -172,8 +173,9 @@ def export(
             )
         model, manifest = resize_for_export(model, image_size, manifest)
     shape = image_shape(model, image)
-    _require_possible(model, batch, device, graph, numeric, names)
     source, specs = _with_outputs(model, names)
+    network = source.model if isinstance(source, NamedOutputs) else model
+    _require_possible(network, batch, device, graph, numeric, names)
     if labels is not None and names and LOGITS not in names:
         raise InputError("labels: are for logits, which are not among the outputs; leave them out")
     request = ExportRequest(
@@ -202,6 +204,10 @@ def _with_outputs(
             f"outputs: {names[-1]!r} is of models that vitrim can lift: {error}; leave outputs out"
         ) from None
     specs = output_specs(compact.architecture, names)
+    if compact.architecture.pool.kind == "none":
+        # No output depends on it; graphs and kernels have a rule for this one.
+        pooled = compact.architecture.model_copy(update={"pool": PoolSpec(kind="mean_all")})
+        compact = build(pooled, compact.state_dict()).eval()
     return NamedOutputs(compact, names).eval(), specs
 
 
@@ -247,18 +253,20 @@ def _export(model: nn.Module, source: nn.Module, folder: Path, request: ExportRe
     run = ExportRun(request, probe, first_batch(request, probe))
     run.notes.extend(request.manifest.notes)
     plain = trace(run, source)
+    network = source.model if isinstance(source, NamedOutputs) else model
     if request.device.runtime == ONNXRUNTIME:
-        _export_onnxruntime(run, model, plain, folder)
+        _export_onnxruntime(run, model, network, plain, folder)
     else:
-        _export_converted(run, model, plain, folder)
+        _export_converted(run, model, network, plain, folder)
     return Artifact.load(folder)
 
 
 def _export_onnxruntime(
-    run: ExportRun, model: nn.Module, plain: onnx.ModelProto, folder: Path
+    run: ExportRun, model: nn.Module, network: nn.Module, plain: onnx.ModelProto, folder: Path
 ) -> None:
+    """Write the artifact of `network`, which computes what was requested of `model`."""
     request = run.request
-    form, final = choose(run, model, plain)
+    form, final = choose(run, network, plain)
     with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
         files = save(run, final, aside)
         verify_on_target(
@@ -278,11 +286,12 @@ def _export_onnxruntime(
 
 
 def _export_converted(
-    run: ExportRun, model: nn.Module, plain: onnx.ModelProto, folder: Path
+    run: ExportRun, model: nn.Module, network: nn.Module, plain: onnx.ModelProto, folder: Path
 ) -> None:
+    """Write the artifact of `network`, which computes what was requested of `model`."""
     request = run.request
     runtime = runtime_named(request.device.runtime)
-    form, source = source_for(run, runtime, model, plain)
+    form, source = source_for(run, runtime, network, plain)
     with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
         written, files = write_and_verify(run, runtime, source, aside)
         manifest = run.manifest(

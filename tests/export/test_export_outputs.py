@@ -319,6 +319,23 @@ def test_top1_of_an_artifact_without_logits_is_refused(tmp_path: Path) -> None:
     assert measured["a"].summary().p50_s > 0
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tvm"])
+def test_a_backbone_without_pooling_has_tokens_and_blocks(tmp_path: Path, runtime: str) -> None:
+    if runtime == "tvm":
+        pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
+    model = tiny(0, global_pool="")
+    names = ("patches", "blocks.1")
+    artifact = export(model, tmp_path / "a", runtime=runtime, outputs=names)
+    found = artifact.engine().infer_outputs(noise(1))
+    for name, wanted in zip(names, expected(model, names, noise(1)), strict=True):
+        assert error_of(found[name], wanted) < 1e-5
+    with pytest.raises(InputError) as error:
+        export(model, tmp_path / "b", runtime=runtime, outputs=["features"])
+    assert str(error.value) == (
+        "outputs: the network pools no tokens and has no features; use tokens or patches"
+    )
+
+
 def test_a_module_traced_by_torch_has_the_same_outputs(tmp_path: Path) -> None:
     artifact = export(tiny(), tmp_path / "a", outputs=NAMES, form="plain", batch="dynamic")
     found = open_session(artifact).run(None, {"images": noise(3)})
