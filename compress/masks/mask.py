@@ -30,7 +30,7 @@ from .groups import (
 )
 from .mask_checks import check_entries, check_fit, entry_at
 from .ranking import Scope
-from .saliency import USUAL, Criterion, SaliencyOptions, Scores, kept_units
+from .saliency import USUAL, Criterion, SaliencyOptions, Scores, default_scope, kept_units
 
 SCHEMA = "vitrim.mask/1"
 
@@ -151,7 +151,7 @@ class StructuredMask:
         criterion: Criterion = "l2",
         *,
         keep_ratio: float | Mapping[str, float] = 0.5,
-        scope: Scope = "global",
+        scope: Scope | None = None,
         sharing: Sharing = "residual",
         data: Iterable[tuple[Tensor, Tensor]] | None = None,
         fixed: Sequence[str] = (),
@@ -167,9 +167,9 @@ class StructuredMask:
                 images; "head", the sensitivity of heads alone; "random".
             keep_ratio: The share of units to keep, each weighted by its parameters: one number
                 (default 0.5), or one per dimension.
-            scope: Which units are ranked against each other: all of the network ("global",
-                default), those of one group ("layer"), or those of all groups of the same
-                structure ("isomorphic").
+            scope: Which units are ranked against each other: all of the network ("global"), those
+                of one group ("layer"), or those of all groups of the same structure
+                ("isomorphic"). None: "global" for "taylor" and "fisher", else "layer".
             sharing: Which sites share a mask, as in `random`.
             data: Batches of (images, class numbers), shapes (batch, channels, height, width) and
                 (batch,). "taylor", "fisher" and "head" need them, the others ignore them.
@@ -305,7 +305,8 @@ def mask_and_scores(
     """
     source = lift(model)
     kept, scores = kept_units(source, criterion, options)
-    note = {"saliency": criterion, "scope": options.scope, "keep_ratio": str(options.keep_ratio)}
+    scope = default_scope(criterion) if options.scope is None else options.scope
+    note = {"saliency": criterion, "scope": scope, "keep_ratio": str(options.keep_ratio)}
     mask = StructuredMask(kept, scale=options.scale, note=note)
     mask.check(source.architecture)
     return mask, scores

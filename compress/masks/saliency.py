@@ -99,12 +99,21 @@ def require_criterion(name: str) -> None:
         raise InputError(f"saliency = {name!r}: choose {', '.join(map(repr, known))}{hint}")
 
 
+def default_scope(criterion: Criterion) -> Scope:
+    """The scope that loses least accuracy with a criterion.
+
+    Gradients of the loss compare across layers. Magnitudes do not, and neither do the scores of
+    "head", which are normalized in each layer.
+    """
+    return "global" if criterion in ("taylor", "fisher") else "layer"
+
+
 @dataclass(frozen=True)
 class SaliencyOptions:
     """The keyword arguments of `StructuredMask.from_saliency`, which documents them."""
 
     keep_ratio: float | Mapping[str, float] = 0.5
-    scope: Scope = "global"
+    scope: Scope | None = None
     sharing: Sharing = "residual"
     data: Data | None = None
     fixed: tuple[str, ...] = ()
@@ -117,7 +126,8 @@ def kept_units(
 ) -> tuple[dict[str, dict[str, Tensor]], Scores]:
     """Booleans of the most salient units of each group, and the scores behind the ranking."""
     require_criterion(criterion)
-    require_scope(options.scope)
+    scope = default_scope(criterion) if options.scope is None else options.scope
+    require_scope(scope)
     ratios = _ratios(options.keep_ratio, criterion, options.fixed)
     source: CompactModel = lift(model)
     scores = saliency(
@@ -135,7 +145,7 @@ def kept_units(
         for dimension, entries in scores.items():
             for site, values in entries.items():
                 values *= costs[dimension][site]
-    return rank(source.architecture, scores, costs, ratios, options.scope), scores
+    return rank(source.architecture, scores, costs, ratios, scope), scores
 
 
 def _ratios(

@@ -71,6 +71,7 @@ class Absorption:
         self.preceding = preceding
         self._number = 0
         self._rows = 0
+        self._shift: tuple[Tensor, Tensor] | None = None
         self._sums: list[Tensor] = []
         self._held_out: list[tuple[Tensor, Tensor]] = []
 
@@ -83,6 +84,10 @@ class Absorption:
         if number % HELD_OUT == HELD_OUT - 1:
             self._held_out.append((inner, update))
             return
+        if self._shift is None:
+            # Means far above the deviations would be lost in single precision.
+            self._shift = inner.mean(dim=0), update.mean(dim=0)
+        inner, update = inner - self._shift[0], update - self._shift[1]
         sums = [inner.sum(dim=0), update.sum(dim=0), inner.T @ update]
         self._rows += len(inner)
         doubles = [each.double() for each in sums]
@@ -94,12 +99,13 @@ class Absorption:
 
         Empty if the images are too few to measure them.
         """
-        if not self._rows or not self._held_out:
+        if self._shift is None or not self._held_out:
             return ()
         curve = self.preceding.curve
         assert curve is not None
         inner_mean, update_mean, products = (each / self._rows for each in self._sums)
         cross = products - inner_mean[:, None] * update_mean
+        inner_mean, update_mean = inner_mean + self._shift[0], update_mean + self._shift[1]
         units, found = curve.widths[0], []
         for share in SHARES:
             width = max((each for each in curve.widths if each <= share * units), default=0)

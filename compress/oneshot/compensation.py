@@ -240,10 +240,15 @@ def kept_channels(
 
 
 class _Gram:
-    """Sums for the least squares of R on H, centered when they are read."""
+    """Sums for the least squares of R on H, centered when they are read.
+
+    The means of the first batch are subtracted from H and R before they are multiplied: activations
+    may have means far above their deviations, which single precision would lose.
+    """
 
     def __init__(self, width: int, outputs: int) -> None:
         self.count = 0
+        self.shift: tuple[Tensor, Tensor] | None = None
         self.h, self.r = (torch.zeros(size, dtype=torch.float64) for size in (width, outputs))
         self.hh = torch.zeros(width, width, dtype=torch.float64)
         self.hr = torch.zeros(width, outputs, dtype=torch.float64)
@@ -251,6 +256,9 @@ class _Gram:
 
     def add(self, inner: Tensor, wanted: Tensor) -> None:
         inner, wanted = inner.flatten(0, 1), wanted.flatten(0, 1)
+        if self.shift is None:
+            self.shift = inner.mean(dim=0), wanted.mean(dim=0)
+        inner, wanted = inner - self.shift[0], wanted - self.shift[1]
         self.count += len(inner)
         self.h += inner.sum(dim=0, dtype=torch.float64)
         self.r += wanted.sum(dim=0, dtype=torch.float64)
@@ -258,9 +266,14 @@ class _Gram:
         self.hr += (inner.T @ wanted).double()
         self.rr += wanted.square().sum(dim=0, dtype=torch.float64)
 
+    def _moved(self, weight: Tensor) -> Tensor:
+        """What a bias changes by when H and R are shifted: (outputs,)."""
+        assert self.shift is not None
+        return weight @ self.shift[0].double() - self.shift[1].double()
+
     def __add__(self, other: _Gram) -> _Gram:
         total = _Gram(len(self.h), len(self.r))
-        total.count = self.count + other.count
+        total.count, total.shift = self.count + other.count, self.shift
         for name in ("h", "r", "hh", "hr", "rr"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
@@ -282,11 +295,11 @@ class _Gram:
 
     def bias(self, weight: Tensor) -> Tensor:
         """The best bias for a weight."""
-        return (self.r - weight @ self.h) / self.count
+        return (self.r - weight @ self.h) / self.count - self._moved(weight)
 
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Mean squared error per output channel: (outputs,)."""
-        n = self.count
+        n, bias = self.count, bias + self._moved(weight)
         square = (weight @ (self.hh / n) * weight).sum(dim=1)
         cross = (weight * (self.hr / n).T).sum(dim=1)
         means = bias.square() + 2 * bias * (weight @ self.h - self.r) / n
@@ -318,6 +331,7 @@ def _refit(
         if kept is not None and (number + 1) * inner.numel() * inner.element_size() <= KEPT_BYTES:
             kept.append(inner)
         (held_out if number % HELD_OUT == HELD_OUT - 1 else fit).add(inner, rest / scale)
+        held_out.shift = fit.shift
     weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
     everything = fit + held_out if held_out.count else fit
     ridge = _best_ridge(fit, held_out, weight) if held_out.count else RIDGES[-2]

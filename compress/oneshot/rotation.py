@@ -31,6 +31,7 @@ from ..network.modules.attention import Attention
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
 from .stream import Activations, Moments, Stream
+from .stream_rotation import rotate_stream
 
 # Share of the mean variance that is added to every direction, so that the basis can be inverted
 # where the images do not use one.
@@ -117,7 +118,11 @@ class HeadRotation:
 
 
 def rotate(
-    model: nn.Module, images: Tensor, *, progress: Callable[[], None] | None = None
+    model: nn.Module,
+    images: Tensor,
+    *,
+    stream: bool = False,
+    progress: Callable[[], None] | None = None,
 ) -> CompactModel:
     """Turn the columns of each head into the basis in which removing the last ones costs least.
 
@@ -125,28 +130,33 @@ def rotate(
         model: A supported Vision Transformer, or a `CompactModel`; it is not modified.
         images: Some hundred unlabeled images, (images, channels, height, width), normalized as the
             model expects.
+        stream: Whether to rotate the residual stream, too. LayerNorm then becomes RMSNorm, and the
+            channels are ordered by falling importance.
         progress: Called after every step of the network.
 
     Returns:
-        A network with the same function (fp32, relative 1e-5), shapes and architecture. Queries,
-        keys and values of each head are ordered by falling importance where the architecture
-        allows a rotation, and unchanged elsewhere.
+        A network with the same function (fp32, relative 1e-5) and shapes. Queries, keys and values
+        of each head are ordered by falling importance where the architecture allows a rotation,
+        and unchanged elsewhere.
 
     Raises:
-        InputError: The images do not fit the model.
+        InputError: The images do not fit the model, or something does not commute with a rotation
+            of the stream; the message names it.
         UnsupportedModel: A module has no rule; the message names its path.
     """
     result = copy.deepcopy(lift(model)).eval()
-    stream = Stream(result, images)
-    while not stream.finished:
-        attentions = [core for branch in stream.step if isinstance(core := branch.core, Attention)]
+    if stream:
+        result = rotate_stream(result, images, progress=progress)
+    dense = Stream(result, images)
+    while not dense.finished:
+        attentions = [core for branch in dense.step if isinstance(core := branch.core, Attention)]
         moments = {id(core): HeadMoments(core.spec) for core in attentions}
 
         def add(branch: Branch, seen: Activations, moments: Any = moments) -> None:
             if id(branch.core) in moments:
                 moments[id(branch.core)].add(seen)
 
-        stream.advance(add)
+        dense.advance(add)
         for core in attentions:
             head_rotation(core, moments[id(core)]).apply(core)
         if progress is not None:

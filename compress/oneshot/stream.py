@@ -198,16 +198,24 @@ def recorded_attention(core: Attention) -> Iterator[list[tuple[Tensor, Tensor, T
 
 
 class Moments:
-    """Mean and covariance of vectors that arrive in batches, summed in double precision."""
+    """Mean and covariance of vectors that arrive in batches, summed in double precision.
+
+    The mean of the first batch is subtracted from all vectors before they are multiplied:
+    activations may have means far above their deviations, which single precision would lose.
+    """
 
     def __init__(self, width: int, heads: int = 1) -> None:
         self.count = 0
+        self._shift = torch.zeros(heads, 1, width)
         self._sum = torch.zeros(heads, width, dtype=torch.float64)
         self._products = torch.zeros(heads, width, width, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add `rows`, (heads, vectors, width) or (vectors, width)."""
         rows = rows if rows.ndim == 3 else rows[None]
+        if not self.count:
+            self._shift = rows.mean(dim=1, keepdim=True)
+        rows = rows - self._shift
         self.count += rows.shape[1]
         self._sum += rows.sum(dim=1, dtype=torch.float64).cpu()
         self._products += (rows.transpose(1, 2) @ rows).double().cpu()
@@ -215,15 +223,16 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """(heads, width)."""
-        return self._sum / self.count
+        return self._shift[:, 0].double().cpu() + self._sum / self.count
 
     @property
     def second_moment(self) -> Tensor:
         """E[x xᵀ]: (heads, width, width)."""
-        return self._products / self.count
+        mean = self.mean
+        return self.covariance + mean[:, :, None] * mean[:, None, :]
 
     @property
     def covariance(self) -> Tensor:
         """E[x xᵀ] - E[x] E[x]ᵀ: (heads, width, width)."""
-        mean = self.mean
-        return self.second_moment - mean[:, :, None] * mean[:, None, :]
+        mean = self._sum / self.count
+        return self._products / self.count - mean[:, :, None] * mean[:, None, :]

@@ -8,7 +8,8 @@ from tiny_models import relative_error, tiny_vit
 from torch.nn import functional as F
 from vitrim import StructuredMask, compact, lift, masked
 from vitrim.compress.masks.magnitude import magnitude, unit_costs
-from vitrim.compress.masks.saliency import saliency
+from vitrim.compress.masks.ranking import Scope
+from vitrim.compress.masks.saliency import Criterion, saliency
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 
@@ -132,6 +133,18 @@ def test_layer_scope_keeps_the_ratio_in_every_group(model: CompactModel) -> None
         ("qk", 4),
         ("embed", 18),
     }
+
+
+@pytest.mark.parametrize(("criterion", "scope"), [("l2", "layer"), ("fisher", "global")])
+def test_the_default_scope_is_the_best_of_the_criterion(
+    model: CompactModel, criterion: Criterion, scope: Scope
+) -> None:
+    found = StructuredMask.from_saliency(model, criterion, data=DATA)
+    named = StructuredMask.from_saliency(model, criterion, data=DATA, scope=scope)
+    assert found.note == named.note
+    assert found.note["scope"] == scope
+    for dimension, site, keep in found:
+        assert torch.equal(keep, named.kept[dimension][site])
 
 
 @pytest.mark.parametrize("scope", ["global", "isomorphic"])

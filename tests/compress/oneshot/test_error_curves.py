@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vitrim.compress.oneshot.error_curves import DAMPING, remove_heads, remove_units
+from vitrim.compress.oneshot.stream import Moments
 
 
 def _layer(seed: int, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +56,17 @@ def test_the_error_of_removed_heads_is_that_of_the_best_refit(
     for count in range(1, heads + 1):
         wanted = _refitted_error(weight, covariance, columns[order[:count]].flatten())
         assert abs(float(errors[count - 1]) - wanted) <= 1e-6 * max(wanted, 1e-9)
+
+
+def test_moments_of_activations_far_from_zero_keep_their_small_deviations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = 500 + 0.05 * torch.randn(2000, 6, generator=generator)
+    moments = Moments(6)
+    for part in rows.split(300):
+        moments.add(part)
+    wanted = torch.cov(rows.double().T, correction=0)
+    torch.testing.assert_close(moments.covariance[0], wanted, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(moments.mean[0], rows.double().mean(dim=0), rtol=1e-6, atol=0.0)
 
 
 def test_of_two_equal_units_one_goes_first_and_the_other_stays_to_the_end() -> None:

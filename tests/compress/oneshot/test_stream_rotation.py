@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from random_networks import architectures, network
 from tiny_models import assert_equal_outputs, relative_error, tiny_vit
 from torch import nn
-from vitrim import InputError, StructuredMask, compact, lift, masked
+from vitrim import InputError, StructuredMask, compact, lift, masked, rotate
 from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.oneshot.stream_rotation import (
     rescaled_norms,
@@ -64,6 +64,14 @@ def test_a_timm_network_with_a_rotated_stream_equals_its_source(
         assert relative_error(rotate_stream(model, images)(images), model(images)) < 1e-5
 
 
+def test_heads_and_stream_are_rotated_in_one_call() -> None:
+    model, images = tiny_vit(), _images()
+    rotated = rotate(model, images, stream=True)
+    assert {branch.norm.kind for branch in rotated.architecture.branches if branch.norm} == {"rms"}
+    with torch.no_grad():
+        assert relative_error(rotated(images), model(images)) < 1e-5
+
+
 def test_trailing_channels_matter_less_than_leading_ones() -> None:
     model, images = tiny_vit(), _images()
     rotated = rotate_stream(model, images)
@@ -103,8 +111,6 @@ def test_directions_that_nothing_writes_are_removed_exactly() -> None:
         ({"global_pool": "max"}, r"the pooling \(max\) works on single channels"),
     ],
 )
-def test_what_does_not_commute_is_refused_by_name(
-    options: dict[str, object], message: str
-) -> None:
+def test_what_does_not_commute_is_refused_by_name(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         rotate_stream(tiny_vit(**options), _images(4))  # type: ignore[arg-type]
