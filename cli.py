@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from . import __version__
-from .commands import bench, compact, doctor, export, results, run, targets
+from .commands import bench, compact, doctor, export, launch, results, run, targets
 from .core.console import echo, spelled_out
 from .core.errors import InputError, ModelWarning
 
@@ -183,7 +183,9 @@ def _how_to_resume(given: list[str]) -> str:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"vitrim: {' '.join(line.split())}", file=sys.stderr)
+    line = " ".join(line.split())
+    if not launch.passed_to_launcher(line):
+        print(f"vitrim: {line}", file=sys.stderr)
     return code
 
 

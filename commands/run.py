@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from rich.markup import escape
 from ..core.console import show
 from ..pipeline.recipe import Recipe, load_recipe
 from ..pipeline.recipe_keys import key_reference
+from .launch import INTERRUPTED, launch
 from .option_groups import with_option_groups
 
 if TYPE_CHECKING:
@@ -79,6 +82,30 @@ Keys = Annotated[
         "--keys", help="Print every key of a recipe with its default and meaning, and stop."
     ),
 ]
+ProcessCount = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Train in this many processes of this machine, one for each GPU, which share each "
+        "batch (by accelerate). On several machines: accelerate launch -m vitrim run RECIPE.",
+    ),
+]
+JsonLines = Annotated[
+    bool,
+    typer.Option(
+        "--json-progress",
+        help="Write each epoch as one JSON line to standard output, in place of the final table.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Build the model, open the data, try the budget and time a few steps; print the "
+        "estimated steps, hours and memory, and stop. No file is written.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -92,23 +119,35 @@ class RunOptions:
     overwrite: Overwrite = False
     seed: Seed = None
     new_head: NewHead = False
+    processes: ProcessCount = 1
+    json_progress: JsonLines = False
     quiet: Quiet = False
 
 
 @with_option_groups
-def run(*, options: RunOptions, no_distill: NoDistill = False, keys: Keys = False) -> None:
+def run(
+    *,
+    options: RunOptions,
+    no_distill: NoDistill = False,
+    dry_run: DryRun = False,
+    keys: Keys = False,
+) -> None:
     """Run the whole chain: baseline, masks, cut, fine-tuning, export, measurement, report.
 
     [bold]Examples[/bold]
 
       vitrim run
       vitrim run fashion_mnist --set masks.params=0.1 --seed 13
+      vitrim run my.toml --dry-run
       vitrim run my.toml --out runs/trial --resume
+      vitrim run my.toml --processes 2 --set train.precision=bf16
     """
     if keys:
         _show_keys()
+    elif dry_run:
+        _estimate(options, no_distill=no_distill)
     else:
-        _run_chain(options, "report", no_distill=no_distill)
+        _run_chain("run", options, "report", no_distill=no_distill)
 
 
 @with_option_groups
@@ -119,7 +158,7 @@ def train(*, options: RunOptions) -> None:
 
       vitrim train fashion_mnist --set baseline.epochs=20 --out runs/fashion
     """
-    _run_chain(options, "baseline")
+    _run_chain("train", options, "baseline")
 
 
 @with_option_groups
@@ -132,10 +171,11 @@ def compress(*, options: RunOptions, no_distill: NoDistill = False) -> None:
 
       vitrim compress my.toml --set masks.macs=0.5
     """
-    _run_chain(options, "masks", no_distill=no_distill)
+    _run_chain("compress", options, "masks", no_distill=no_distill)
 
 
-def _run_chain(options: RunOptions, until: Step, *, no_distill: bool = False) -> None:
+def _recipe(options: RunOptions, *, no_distill: bool) -> tuple[Recipe, list[str]]:
+    """The recipe with the changes of the options, and these changes."""
     changes = list(options.sets or [])
     if options.seed is not None:
         changes.append(f"train.seed={options.seed}")
@@ -143,10 +183,16 @@ def _run_chain(options: RunOptions, until: Step, *, no_distill: bool = False) ->
         changes.append("model.new_head=true")
     if no_distill:
         changes.append("distill.enabled=false")
-    recipe = load_recipe(options.recipe, changes)
+    return load_recipe(options.recipe, changes), changes
 
+
+def _run_chain(command: str, options: RunOptions, until: Step, *, no_distill: bool = False) -> None:
+    recipe, changes = _recipe(options, no_distill=no_distill)
     # torch takes seconds to import, so errors in the recipe are reported before it.
     import_torch_with_sleeping_threads()
+    if options.processes > 1:
+        _launch(command, options, recipe, changes)
+        return
     from ..pipeline.run import run as run_chain
 
     run_chain(
@@ -157,7 +203,40 @@ def _run_chain(options: RunOptions, until: Step, *, no_distill: bool = False) ->
         overwrite=options.overwrite,
         quiet=options.quiet,
         recipe_file=None if options.recipe is None else Path(options.recipe),
+        json_progress=options.json_progress,
     )
+
+
+def _launch(command: str, options: RunOptions, recipe: Recipe, changes: list[str]) -> None:
+    """Run the command in several processes, and exit as they do."""
+    from ..compress.train.processes import require_shares
+    from ..pipeline.training_host import placement_of, require_devices
+
+    require_devices(placement_of(recipe.train)[0], options.processes)
+    require_shares(recipe.train.batch_size, recipe.train.batch_size, options.processes)
+    arguments = [command, *([] if options.recipe is None else [options.recipe])]
+    arguments += [word for change in changes for word in ("--set", change)]
+    arguments += [] if options.out is None else ["--out", str(options.out)]
+    for name in ("resume", "overwrite", "json_progress", "quiet"):
+        arguments += [f"--{name.replace('_', '-')}"] if getattr(options, name) else []
+    code = launch(options.processes, arguments)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        raise typer.Exit(code)
+
+
+def _estimate(options: RunOptions, *, no_distill: bool) -> None:
+    recipe, _ = _recipe(options, no_distill=no_distill)
+    import_torch_with_sleeping_threads()
+    from ..pipeline.dry_run import dry_run, lines
+
+    estimate = dry_run(recipe, processes=options.processes, quiet=options.quiet)
+    if options.json_progress:
+        show(json.dumps(dataclasses.asdict(estimate)))
+        return
+    for line in lines(estimate):
+        show(line)
 
 
 def import_torch_with_sleeping_threads() -> None:

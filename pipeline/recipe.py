@@ -30,8 +30,8 @@ from .recipe_sections import (
     ModelSection,
     ReportSection,
     Section,
-    TrainSection,
 )
+from .train_section import FREE_KEYS, TrainSection
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
@@ -98,6 +98,8 @@ class Recipe(Section):
         A step is repeated only when something that it depends on changed.
         """
         plain = self.plain()
+        for key in FREE_KEYS:
+            plain["train"].pop(key, None)
         parts = {"previous": previous, **{section: plain[section] for section in sections}}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

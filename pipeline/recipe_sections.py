@@ -22,7 +22,7 @@ _SWITCHES = {
     **dict.fromkeys(("true", "yes", "on"), "true"),
     **dict.fromkeys(("false", "no", "off"), "false"),
 }
-Augmentation = Literal["none", "erasing", "light", "thesis"]
+Augmentation = Literal["none", "erasing", "light", "thesis", "imagenet"]
 Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 
 
@@ -41,7 +41,8 @@ class DataSection(Section):
         "quickstart",
         min_length=1,
         description="quickstart (embedded), fashion-mnist, cifar10, another data set of the "
-        "Hugging Face hub, or imagefolder:PATH",
+        "Hugging Face hub, imagefolder:PATH, parquet:PATH, arrow:PATH, disk:PATH (save_to_disk) or "
+        "webdataset:PATH (tars)",
     )
     seed: int = Field(
         0,
@@ -56,7 +57,31 @@ class DataSection(Section):
         description="share of the training images that is held out for masks and early stopping",
     )
     limit: int | None = Field(
-        None, gt=0, description="maximum number of training images, for a quick trial"
+        None,
+        gt=0,
+        description="maximum number of training images, for a quick trial; with streaming: images "
+        "of an epoch",
+    )
+    resize: Literal["squash", "center-crop"] = Field(
+        "squash",
+        description="how an image becomes the model's input in evaluation: squash scales it "
+        "whatever its shape; center-crop scales the shorter side to size / crop_pct of timm's data "
+        "config (256 for 224) and crops the centre, as ImageNet's figures are measured",
+    )
+    cache_gb: float = Field(
+        16.0,
+        ge=0.0,
+        description="largest size of all decoded images in units of 2^30 bytes; larger data sets "
+        "are decoded while they are read (`train.workers`); 0: never decode in advance",
+    )
+    streaming: bool = Field(
+        False,
+        description="read the training images in the order of the shards, without a copy on disk: "
+        "hub names, parquet:PATH, webdataset:PATH",
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop",
+        description="an image that cannot be decoded ends the run, or is skipped and counted",
     )
 
 
@@ -134,8 +159,8 @@ class BaselineSection(Section):
     )
     augmentation: Augmentation = Field(
         "light",
-        description="none, erasing, light (shift, flip, erasing), or thesis (RandAugment, MixUp, "
-        "CutMix, erasing)",
+        description="none, erasing, light (shift, flip, erasing), thesis (RandAugment, MixUp, "
+        "CutMix, erasing), or imagenet (the same with random resized crops, as DeiT was trained)",
     )
 
 
@@ -150,8 +175,16 @@ class MasksSection(Section):
         description="learned: gates are trained for `epochs` epochs; closed-form: widths are "
         "chosen and output projections refitted from `images` unlabeled images, without training",
     )
+    start: Literal["dense", "one-shot"] = Field(
+        "dense",
+        description="learned: the network that mask learning starts from: the baseline, or its "
+        "closed-form cut to the square root of the budget, which needs fewer epochs",
+    )
     images: int = Field(
-        512, gt=1, description="closed-form: number of training images; their labels are not used"
+        512,
+        gt=1,
+        description="closed-form and one-shot: number of training images; their labels are not "
+        "used",
     )
     params: float | None = Field(
         None, gt=0.0, le=1.0, description="budget: share of the parameters that remains, e.g. 0.3"
@@ -232,6 +265,10 @@ class MasksSection(Section):
             raise ValueError(
                 'method = "closed-form" needs a budget; replace `lambda` by `params` or `macs`'
             )
+        if self.start == "one-shot" and (self.method, self.lambda_) != ("learned", None):
+            raise ValueError(
+                'start = "one-shot" needs method = "learned" and a budget, `params` or `macs`'
+            )
         return self
 
 
@@ -258,26 +295,6 @@ class DistillSection(Section):
         0.5, ge=0.0, le=1.0, description="share of the distillation loss in the total loss"
     )
     temperature: float = Field(2.0, gt=0.0, description="softmax temperature of both outputs")
-
-
-class TrainSection(Section):
-    """Settings of every training in this recipe."""
-
-    batch_size: int = Field(128, gt=0, description="images per step")
-    threads: int | None = Field(
-        None, gt=0, description="threads of torch; absent: the number of cores"
-    )
-    seed: int = Field(7, ge=0, description="seed of weights, batch order and augmentation")
-    label_smoothing: float = Field(
-        0.1, ge=0.0, lt=1.0, description="label smoothing of the task loss"
-    )
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="adamw, the usual choice, or muon for short trainings of small models",
-    )
-    matmul_precision: Literal["highest", "high", "medium"] = Field(
-        "highest", description="argument of torch.set_float32_matmul_precision"
-    )
 
 
 class ExportSection(Section):
@@ -309,7 +326,6 @@ class ExportSection(Section):
     calibration_images: int = Field(
         64, gt=0, description="validation images for parity figures and int8 calibration"
     )
-
     outputs: tuple[str, ...] = Field(
         ("logits",),
         strict=False,

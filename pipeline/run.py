@@ -23,7 +23,9 @@ from ..compress.network.modules.model import CompactModel, build
 from ..compress.network.named_outputs import output_specs
 from ..compress.network.patch_grid import format_image_size
 from ..compress.surgery.image_size import at_image_size
+from ..compress.train.processes import require_shares
 from ..core.console import status, unit_count
+from ..core.errors import InputError
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_processor, require_runtimes
@@ -46,12 +48,15 @@ from .source_model import (
     require_trained_head,
     source_model,
     weights_digest,
+    with_preprocessing,
 )
+from .training_host import tracked, training_host
 from .training_steps import (
     BASELINE,
     COMPACT,
     CUT,
     CUT_PARITY,
+    HISTORY,
     MASK,
     Cut,
     RunContext,
@@ -62,7 +67,7 @@ from .training_steps import (
     seed_weights,
     train_baseline,
 )
-from .trim_step import require_budget
+from .trim_step import require_budget, start_section
 
 Step = Literal["baseline", "masks", "finetune", "export", "bench", "report"]
 STEPS: tuple[Step, ...] = ("baseline", "masks", "finetune", "export", "bench", "report")
@@ -88,8 +93,9 @@ def run(
     overwrite: bool = False,
     quiet: bool = False,
     recipe_file: Path | None = None,
+    json_progress: bool = False,
 ) -> RunFolder:
-    """Run the chain.
+    """Run the chain. Of several processes of a launcher, all train and the main one does the rest.
 
     Args:
         recipe: All settings.
@@ -100,6 +106,7 @@ def run(
         quiet: Print the final table only.
         recipe_file: The file of the recipe, which the run must not overwrite. A resumed run may
             use the recipe in its own folder.
+        json_progress: Write one JSON line for each epoch to standard output, in place of the table.
 
     Returns:
         The run folder.
@@ -109,26 +116,58 @@ def run(
             something else. Nothing is written then.
     """
     inputs = {**recipe.inputs(), "the recipe": None if resume else recipe_file}
-    RunFolder.check(Path(out), resume=resume, overwrite=overwrite, inputs=inputs)
-    prepared = prepare(recipe, quiet=quiet)
-    folder = RunFolder.open(Path(out), resume=resume, overwrite=overwrite)
-    replace_file(folder / "recipe.toml", recipe.toml())
-    replace_file(folder / DATA, data_card(prepared.data, recipe))
-    _run_steps(prepared, RunContext(recipe, prepared.data, folder, quiet), until)
+    host = training_host(recipe, json_progress=json_progress, quiet=quiet)
+    processes, quiet = host.processes, quiet or not host.processes.is_main
+    # The main process reports what is wrong, and others read what it decoded.
+    with processes.main_first():
+        if processes.is_main:
+            RunFolder.check(Path(out), resume=resume, overwrite=overwrite, inputs=inputs)
+        prepared = prepare(recipe, quiet=quiet)
+        require_shares(recipe.train.batch_size, len(prepared.data.train), processes.count)
+        folder = RunFolder.open(Path(out), resume=resume, overwrite=overwrite, processes=processes)
+        if processes.is_main:
+            replace_file(folder / "recipe.toml", recipe.toml())
+            replace_file(folder / DATA, data_card(prepared.data, recipe))
+    host = tracked(host, recipe, folder.path, folder / HISTORY)
+    context = RunContext(recipe, prepared.data, folder, quiet, host)
+    marks = fingerprints(prepared)
+    try:
+        models = _train_steps(prepared, context, until, marks)
+        processes.close()
+    finally:
+        host.finish()
+    if models is not None and processes.is_main:
+        _ship_steps(models, context, until, marks, show_table=not json_progress)
     return folder
 
 
-def _run_steps(prepared: Prepared, context: RunContext, until: Step) -> None:
-    recipe, folder, marks = context.recipe, context.folder, fingerprints(prepared)
+def _train_steps(
+    prepared: Prepared, context: RunContext, until: Step, marks: dict[str, str]
+) -> TrainedModels | None:
+    """The three trainings; None if the run ends with one of them."""
     baseline = _baseline(prepared, context, marks["baseline"])
     if until == "baseline":
-        return
+        return None
     cut = _cut(baseline, prepared.round_to, context, marks["masks"])
     if until == "masks":
-        return
+        return None
     compact = _compact(cut, baseline, context, marks["finetune"])
     if until == "finetune":
-        return
+        return None
+    return TrainedModels(baseline, compact, cut.max_relative_error)
+
+
+def _ship_steps(
+    models: TrainedModels,
+    context: RunContext,
+    until: Step,
+    marks: dict[str, str],
+    *,
+    show_table: bool,
+) -> None:
+    """Artifacts, measurements and the report."""
+    recipe, folder = context.recipe, context.folder
+    baseline, compact = models.baseline, models.compact
     context = _at_export_size(context, baseline)
     artifacts, _ = folder.step(
         "export",
@@ -149,9 +188,9 @@ def _run_steps(prepared: Prepared, context: RunContext, until: Step) -> None:
     if until == "bench":
         return
     # Rendering is cheap and its code changes, so the report is always written again.
-    models = TrainedModels(baseline, compact, cut.max_relative_error)
     write_report(models, artifacts, measurements, context)
-    show_final_table(folder)
+    if show_table:
+        show_final_table(folder)
 
 
 def _baseline(prepared: Prepared, context: RunContext, fingerprint: str) -> CompactModel:
@@ -162,6 +201,7 @@ def _baseline(prepared: Prepared, context: RunContext, fingerprint: str) -> Comp
         [BASELINE],
         lambda resume: train_baseline(prepared.dense, context, resume=resume),
         lambda: load(folder / BASELINE),
+        by_all=True,
     )
     _report_model("baseline", baseline, made, context.quiet)
     _remove_checkpoints(folder, "baseline")
@@ -176,6 +216,7 @@ def _cut(baseline: CompactModel, round_to: int, context: RunContext, fingerprint
         [MASK, CUT, CUT_PARITY],
         lambda resume: learn_masks(baseline, round_to, context, resume=resume),
         lambda: load_cut(folder),
+        by_all=context.recipe.masks.method == "learned",
     )
     _report_model("cut", cut.model, made, context.quiet)
     _remove_checkpoints(folder, "masks")
@@ -192,6 +233,7 @@ def _compact(
         [COMPACT],
         lambda resume: finetune(cut.model, baseline, context, resume=resume),
         lambda: load(folder / COMPACT),
+        by_all=True,
     )
     _report_model("compact", compact, made, context.quiet)
     _remove_checkpoints(folder, "finetune")
@@ -208,10 +250,13 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     target = load_target(recipe.export.target)
     require_runtimes(recipe.export)
     require_processor(recipe.export)
-    preprocessing = preprocessing_of(recipe.model, recipe.data.name, image_of(recipe.model))
+    preprocessing = preprocessing_of(
+        recipe.model, recipe.data.name, image_of(recipe.model), recipe.data.resize
+    )
     data = _open_data(recipe, preprocessing, quiet=quiet)
     seed_weights(recipe)
     dense = with_last_queries(lift(source_model(recipe.model, data.classes)))
+    dense = with_preprocessing(dense, preprocessing)
     if recipe.export.image_size is not None:
         at_image_size(dense.architecture, recipe.export.image_size)
     output_specs(dense.architecture, recipe.export.outputs, "export.outputs")
@@ -221,17 +266,27 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     else:
         # Creating the task checks the budget; mask learning creates another one.
         mask_task(dense, data, recipe, round_to)
+        if recipe.masks.start == "one-shot":
+            require_budget(dense.architecture, start_section(recipe.masks))
     return Prepared(recipe, data, dense, round_to)
 
 
 def _open_data(recipe: Recipe, preprocessing: Preprocessing, *, quiet: bool) -> DataSplits:
-    section = recipe.data
+    section, masks = recipe.data, recipe.masks
+    if section.streaming and (masks.method == "closed-form" or masks.start == "one-shot"):
+        raise InputError(
+            "data.streaming: a closed-form cut reads single training images, which a stream does "
+            "not have; leave streaming out, or learn the masks from the dense network"
+        )
     return open_dataset(
         section.name,
         preprocessing=preprocessing,
         seed=section.seed,
         validation=section.validation,
         limit=section.limit,
+        cache_gb=section.cache_gb,
+        streaming=section.streaming,
+        on_error=section.on_error,
         quiet=quiet,
     )
 
@@ -310,6 +365,8 @@ def _report_model(name: str, model: CompactModel, made: bool, quiet: bool) -> No
 
 
 def _remove_checkpoints(folder: RunFolder, phase: str) -> None:
+    if not folder.processes.is_main:
+        return
     # The step's value is saved; its checkpoints are many times larger and no longer needed.
     shutil.rmtree(folder / f"training/{phase}", ignore_errors=True)
     with contextlib.suppress(OSError):

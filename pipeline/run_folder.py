@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ..bench.report.writing import PICTURE
 from ..bench.results.measurement import MEASUREMENT
 from ..compress.network.files import MODEL
+from ..compress.train.processes import ALONE, Processes
 from ..core.errors import InputError
 from ..core.storage import (
     Inputs,
@@ -44,7 +45,7 @@ SCHEMA = "vitrim.steps/1"
 UNLISTED = (
     *(LEDGER, "recipe.toml", "data.json", "kept.json", "trim.json", "cut-parity.json"),
     *("report.json", "report.md", "report.html", "history.jsonl", "mask.safetensors"),
-    *("training/*/checkpoint.pt", "training/*/best.pt"),
+    *("training/*/checkpoint.pt", "training/*/best.pt", "trackers/**"),
 )
 # Steps write files to this folder and replace none of the others in it.
 ADDED_TO = "measurements"
@@ -79,24 +80,38 @@ class RunFolder:
 
     `steps.json` contains, for each finished step, its fingerprint, its seconds and the SHA-256 of
     every file that it made. A step that was begun and not finished is listed too, so that only the
-    same recipe continues from its training checkpoint.
+    same recipe continues from its training checkpoint. Of several processes that share the folder,
+    the main one writes to it, and the others follow.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, processes: Processes = ALONE) -> None:
+        self.path, self.processes = path, processes
         self._ledger = _read(path / LEDGER)
 
     @classmethod
-    def open(cls, path: Path, *, resume: bool, overwrite: bool) -> RunFolder:
+    def open(
+        cls, path: Path, *, resume: bool, overwrite: bool, processes: Processes = ALONE
+    ) -> RunFolder:
         """Create the folder where it is missing, or empty it with `overwrite`.
+
+        Args:
+            path: The run folder.
+            resume: Continue the run in it.
+            overwrite: Delete the run in it.
+            processes: The processes that share it. Others than the main one change nothing.
+
+        Returns:
+            The folder.
 
         Raises:
             InputError: As for `check`.
         """
+        if not processes.is_main:
+            return cls(path, processes)
         cls.check(path, resume=resume, overwrite=overwrite)
         if overwrite and path.is_dir():
             clear_folder(path, LEDGER)
-        folder = cls(path)
+        folder = cls(path, processes)
         folder._write()
         return folder
 
@@ -138,6 +153,8 @@ class RunFolder:
         files: Sequence[str],
         make: Callable[[bool], Value],
         load: Callable[[], Value],
+        *,
+        by_all: bool = False,
     ) -> tuple[Value, bool]:
         """Load the value of a step where it is complete, or make it.
 
@@ -148,14 +165,26 @@ class RunFolder:
             make: Computes and saves the value. Its argument is True if an earlier attempt of the
                 same fingerprint may be continued.
             load: Loads the value from `files`.
+            by_all: All processes call `make`, and the main one writes the files; otherwise it
+                alone calls `make`. The others load the value.
 
         Returns:
             The value, and whether it was made now.
         """
-        if self.is_done(name, fingerprint):
+        is_main = self.processes.is_main
+        done, continued = self.processes.from_main(
+            (self.is_done(name, fingerprint), self._ledger["begun"].get(name) == fingerprint)
+            if is_main
+            else (False, False)
+        )
+        if done:
             return load(), False
+        if not is_main:
+            if by_all:
+                make(continued)
+            self.processes.wait()
+            return load(), True
         self._require_known(files)
-        continued = self._ledger["begun"].get(name) == fingerprint
         self._ledger["steps"].pop(name, None)
         self._ledger["begun"][name] = fingerprint
         self._write()
@@ -169,6 +198,7 @@ class RunFolder:
         }
         del self._ledger["begun"][name]
         self._write()
+        self.processes.wait()
         return value, True
 
     def is_done(self, name: str, fingerprint: str) -> bool:

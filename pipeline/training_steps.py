@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,26 +17,32 @@ from ..compress.masks.masked import masked
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import TRIM_FILE, load, save
 from ..compress.network.modules.model import CompactModel
+from ..compress.oneshot.allocation import network_cost
+from ..compress.oneshot.trim import Trimmed
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation, teacher_outputs
 from ..compress.train.loop import fit
 from ..compress.train.mask_settings import MaskSettings
 from ..compress.train.mask_task import MaskTask
 from ..compress.train.precision import arithmetic
+from ..compress.train.regularization import DenseOptions
 from ..compress.train.schedule import Schedule
 from ..compress.train.settings import TrainSettings
 from ..core.console import progress_bar
 from ..core.storage import replace_file
 from .recipe import Recipe
-from .recipe_sections import BaselineSection, FinetuneSection
+from .recipe_sections import BaselineSection, FinetuneSection, MasksSection
 from .run_folder import RunFolder
-from .trim_step import exact_cut_error, trim_baseline, trim_record
+from .training_host import TrainingHost
+from .trim_step import exact_cut_error, start_section, trim_baseline, trim_record
 
 # Files and folders of the run.
 BASELINE, COMPACT, CUT = "baseline", "compact", "cut"
 MASK, CUT_PARITY, HISTORY = "mask.safetensors", "cut-parity.json", "history.jsonl"
 # Of a closed-form cut: the dense network in the basis in which it was cut.
 ROTATED = "rotated"
+# Of `masks.start = "one-shot"`: the network that mask learning started from.
+START = "start"
 PARITY_IMAGES = 64
 TEACHER_BATCH = 128
 
@@ -49,6 +55,12 @@ class RunContext:
     data: DataSplits
     folder: RunFolder
     quiet: bool = False
+    host: TrainingHost = field(default_factory=TrainingHost)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.host.processes.is_main
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ class Cut:
 def train_baseline(dense: CompactModel, context: RunContext, *, resume: bool) -> CompactModel:
     """Train the dense model in place for the epochs of `[baseline]`, and save it in baseline/."""
     _train_dense(dense, "baseline", context, teacher=None, resume=resume)
-    save(dense, context.folder / BASELINE, overwrite=True)
+    if context.writes:
+        save(dense, context.folder / BASELINE, overwrite=True)
     return dense.eval()
 
 
@@ -86,11 +99,12 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
     Returns:
         The cut model and its mask.
     """
-    recipe, folder = context.recipe, context.folder
+    recipe = context.recipe
     if recipe.masks.method == "closed-form":
         return _trim(baseline, round_to, context)
+    start = _start(baseline, round_to, context, resume=resume)
     known = _teacher_outputs(baseline, context, recipe.masks.augmentation)
-    task = mask_task(baseline, context.data, recipe, round_to, known=known)
+    task = mask_task(baseline, context.data, recipe, round_to, known=known, start=start)
     # A budget has a schedule of its own, so the learning rate decays once. With a fixed lambda it
     # restarts, as in Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
     kind = "cosine" if recipe.masks.lambda_ is None else "restarts"
@@ -101,24 +115,45 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
     model, mask = task.result(), task.mask()
     error = cut_error(task, model, context.data.val.floats(slice(0, PARITY_IMAGES)))
     cut = Cut(model, mask, error)
-    _save_cut(cut, folder)
+    if context.writes:
+        _save_cut(cut, context.folder)
     return cut
 
 
 def _trim(baseline: CompactModel, round_to: int, context: RunContext) -> Cut:
     """The cut of `masks.method = "closed-form"`; also writes rotated/ and trim.json."""
-    section, folder, data = context.recipe.masks, context.folder, context.data
-    count = min(section.images, len(data.train))
-    drawn = stratified_indices(data.train.targets, count, context.recipe.train.seed)[0]
-    found = trim_baseline(
-        baseline, data.train.floats(drawn), section, round_to, quiet=context.quiet
-    )
-    images = data.val.floats(slice(0, PARITY_IMAGES))
+    folder = context.folder
+    found = _trimmed(baseline, context.recipe.masks, round_to, context)
+    images = context.data.val.floats(slice(0, PARITY_IMAGES))
     cut = Cut(found.model, found.mask, exact_cut_error(found.rotated, found.mask, images))
     save(found.rotated, folder / ROTATED, overwrite=True)
     replace_file(folder / TRIM_FILE, trim_record(found))
     _save_cut(cut, folder)
     return cut
+
+
+def _start(
+    baseline: CompactModel, round_to: int, context: RunContext, *, resume: bool
+) -> CompactModel:
+    """The network that mask learning starts from; a closed-form cut is saved in start/."""
+    section, folder = context.recipe.masks, context.folder
+    if section.start == "dense":
+        return baseline
+    with context.host.processes.main_first():
+        if context.writes and not (resume and (folder / START).is_dir()):
+            found = _trimmed(baseline, start_section(section), round_to, context)
+            save(found.model, folder / START, overwrite=True)
+            replace_file(folder / TRIM_FILE, trim_record(found))
+    return load(folder / START)
+
+
+def _trimmed(
+    baseline: CompactModel, section: MasksSection, round_to: int, context: RunContext
+) -> Trimmed:
+    train = context.data.train
+    count = min(section.images, len(train))
+    drawn = stratified_indices(train.targets, count, context.recipe.train.seed)[0]
+    return trim_baseline(baseline, train.floats(drawn), section, round_to, quiet=context.quiet)
 
 
 def _save_cut(cut: Cut, folder: RunFolder) -> None:
@@ -135,6 +170,7 @@ def mask_task(
     round_to: int,
     *,
     known: Mapping[bytes, Tensor] | None = None,
+    start: CompactModel | None = None,
 ) -> MaskTask:
     """Create the training task of `[masks]` on a copy of the baseline.
 
@@ -144,6 +180,8 @@ def mask_task(
         recipe: The sections `[masks]`, `[distill]` and `[train]`.
         round_to: Kept widths are multiples of this.
         known: Outputs of the teacher that need not be computed again.
+        start: The network whose masks are learned, a cut of the baseline (default: the baseline).
+            The budget is a share of the baseline.
 
     Returns:
         The task, not trained yet.
@@ -152,11 +190,12 @@ def mask_task(
         InputError: No mask meets the budget; the message gives the smallest feasible one.
     """
     section = recipe.masks
+    start = start or baseline
     budget = None
-    if section.params is not None:
-        budget = Budget("params", section.params)
-    elif section.macs is not None:
-        budget = Budget("macs", section.macs)
+    for kind, share in (("params", section.params), ("macs", section.macs)):
+        if share is not None:
+            sizes = [network_cost(model.architecture, kind) for model in (baseline, start)]
+            budget = Budget(kind, min(1.0, share * sizes[0] / sizes[1]))  # type: ignore[arg-type]
     settings = MaskSettings(
         budget=budget,
         lambda_=section.lambda_,
@@ -173,7 +212,7 @@ def mask_task(
         ffn_overhead_macs=section.ffn_overhead_macs,
     )
     steps = section.epochs * (len(data.train) // min(recipe.train.batch_size, len(data.train)))
-    model, teacher = copy.deepcopy(baseline), distillation(baseline, recipe, known)
+    model, teacher = copy.deepcopy(start), distillation(baseline, recipe, known)
     return MaskTask(model, settings, steps, distillation=teacher)
 
 
@@ -195,7 +234,8 @@ def finetune(
     known = _teacher_outputs(baseline, context, context.recipe.finetune.augmentation)
     teacher = distillation(baseline, context.recipe, known)
     _train_dense(model, "finetune", context, teacher=teacher, resume=resume)
-    save(model, context.folder / COMPACT, overwrite=True)
+    if context.writes:
+        save(model, context.folder / COMPACT, overwrite=True)
     return model.eval()
 
 
@@ -205,6 +245,12 @@ def _teacher_outputs(
     """The logits of all training images, if every epoch shows the same ones; else none."""
     train, distill = context.data.train, context.recipe.distill
     if augmentation != "none" or not distill.enabled or distill.alpha == 0.0:
+        return {}
+    if not train.decoded:
+        # As many outputs as a large data set has images would fill the memory.
+        return {}
+    if not context.host.placement.waits or context.host.processes.count > 1:
+        # A GPU computes them faster than images are compared; a process needs a share of them.
         return {}
     starts = range(0, len(train), TEACHER_BATCH)
     batches = (train.floats(slice(start, start + TEACHER_BATCH)) for start in starts)
@@ -268,6 +314,7 @@ def _train_dense(
         optimizer=recipe.train.optimizer,
         distillation=teacher,
         metrics=_size(model),
+        options=DenseOptions(recipe.train.ema, recipe.train.layer_decay, recipe.train.drop_path),
     )
     schedule = Schedule("cosine", section.warmup_epochs)
     settings = _settings(
@@ -292,18 +339,32 @@ def _settings(
         label_smoothing=train.label_smoothing,
         schedule=schedule,
         patience_epochs=patience_epochs,
+        grad_clip=train.grad_clip or None,
         matmul_precision=train.matmul_precision,
         threads=train.threads,
         quiet=context.quiet,
+        placement=context.host.placement,
+        accumulate=train.accumulate,
+        workers=train.workers,
+        checkpoint_s=60.0 * train.checkpoint_minutes,
     )
 
 
 def _fit(
     task: MaskTask | DenseTask, context: RunContext, settings: TrainSettings, resume: bool
 ) -> None:
-    folder = context.folder
+    folder, host = context.folder, context.host
     checkpoints = folder / f"training/{task.phase}"
-    fit(task, context.data, settings, checkpoints, history=folder / HISTORY, resume=resume)
+    fit(
+        task,
+        context.data,
+        settings,
+        checkpoints,
+        history=folder / HISTORY,
+        resume=resume,
+        progress=host.progress,
+        processes=host.processes,
+    )
 
 
 def _size(model: CompactModel) -> dict[str, float]:

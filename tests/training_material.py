@@ -36,6 +36,23 @@ def spots(images: int = 96, seed: int = 0) -> DataSplits:
     )
 
 
+def stripes(images: int = 128, seed: int = 0) -> DataSplits:
+    """Images of four classes: a bright band in one of four places, with noise."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    preprocessing = Preprocessing(channels=3, height=16, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+    def split(count: int) -> Split:
+        targets = np.arange(count) % 4
+        pixels = generator.integers(0, 120, (count, 3, 16, 16), dtype=np.uint8)
+        for pixel, target in zip(pixels, targets, strict=True):
+            pixel[:, 4 * target : 4 * target + 4] += 100
+        return Split(pixels, targets.astype(np.int64), preprocessing)
+
+    return DataSplits(
+        "stripes", split(images), split(32), split(32), ("a", "b", "c", "d"), preprocessing
+    )
+
+
 class Net(nn.Module):
     """Two layers with dropout, whose outputs depend on the random generator."""
 

@@ -79,7 +79,8 @@ def evaluate(
         if last > first:
             logits = predict(model, own, batch_size=batch_size, title=title, quiet=quiet)
             correct = int((logits.argmax(1) == torch.from_numpy(own.targets)).sum())
-        return 100.0 * processes.sum([correct])[0] / size
+        # Rounded as the mean of a single process is.
+        return 100.0 * float(torch.tensor(processes.sum([correct])[0] / size, dtype=torch.float32))
     return top1(
         predict(model, split, batch_size=batch_size, title=title, quiet=quiet),
         torch.from_numpy(split.targets),

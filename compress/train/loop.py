@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 from ...core.errors import InputError
 from ..data.batch_loader import BatchLoader
 from ..data.splits import DataSplits
-from .augment import Augmentation, seed_everything
+from .augment import MIXING, Augmentation, seed_everything
 from .devices import Placement, tensors_to_cpu
 from .evaluate import evaluate
 from .precision import arithmetic
-from .processes import ALONE, Processes
+from .processes import ALONE, Processes, require_shares
 from .progress import TrainingProgress
 from .schedule import LearningRate
 from .settings import TrainResult, TrainSettings
@@ -117,7 +117,11 @@ class _Run:
         self.task, self.data, self.settings, self.processes = task, data, settings, processes
         self.folder, self.history, self.place = folder, history, settings.placement
         self.augment = Augmentation(
-            settings.augmentation, data.preprocessing, data.classes, settings.label_smoothing
+            settings.augmentation,
+            data.preprocessing,
+            data.classes,
+            settings.label_smoothing,
+            decoded=data.train.decoded,
         )
         self.batch_size = _batch_size(len(data.train), settings, processes.count)
         self.loader = BatchLoader(
@@ -125,6 +129,7 @@ class _Run:
             self.batch_size,
             seed=settings.seed,
             workers=settings.workers,
+            transform=self.augment.image_transform,
             rank=processes.rank,
             ranks=processes.count,
         )
@@ -223,6 +228,12 @@ class _Run:
             "lr": rate,
             **end.metrics,
         }
+        skipped = round(self.processes.sum([self.loader.skipped])[0])
+        if skipped:
+            record["skipped_images"] = skipped
+            first = self.loader.first_skipped
+            example = "" if first is None else f", e.g. {first.partition('; repair')[0]}"
+            progress.message(f"epoch {epoch}: {skipped} unreadable images skipped{example}")
         seconds = sums.seconds + time.perf_counter() - started
         return {**record, "seconds": seconds}, end
 
@@ -356,26 +367,22 @@ def _epoch_seed(seed: int, epoch: int, rank: int, step: int = 0) -> int:
 def _batch_size(images: int, settings: TrainSettings, processes: int) -> int:
     """The number of images in a step, at most those that there are, over all processes."""
     given = settings.batch_size
-    if processes > 1 and (given % processes or images < processes):
-        raise InputError(
-            f"train.batch_size = {given} and {images} training images cannot be divided among "
-            f"{processes} processes; choose a batch_size that is a multiple of their number"
-        )
+    require_shares(given, images, processes)
     size = min(given, images)
     if processes > 1:
-        unit = 2 * processes if settings.augmentation == "thesis" else processes
+        unit = 2 * processes if settings.augmentation in MIXING else processes
         size -= size % unit
         if not size:
             raise InputError(
-                f'MixUp (augmentation = "thesis") pairs the images of each of {processes} '
-                f"processes; use a batch_size and a data set of at least {unit}"
+                f'MixUp (augmentation = "{settings.augmentation}") pairs the images of each of '
+                f"{processes} processes; use a batch_size and a data set of at least {unit}"
             )
         return size
-    if settings.augmentation == "thesis" and size % 2:
+    if settings.augmentation in MIXING and size % 2:
         # MixUp pairs the images of a batch.
         if size == 1:
             raise InputError(
-                'MixUp (augmentation = "thesis") pairs images; '
+                f'MixUp (augmentation = "{settings.augmentation}") pairs images; '
                 "use a batch_size and a data set of at least 2"
             )
         size -= 1

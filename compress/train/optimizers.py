@@ -122,7 +122,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _scaled_groups(
     model: nn.Module, groups: list[dict[str, Any]], lr: float, scales: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """The groups, divided by the factors on their parameters' rates, the largest first."""
+    """The groups, divided by the factors on their parameters' rates, the largest rate first."""
     factors = sorted(set(scales.values()), reverse=True)
     if len(factors) < 2:
         return groups
@@ -133,7 +133,7 @@ def _scaled_groups(
         for group in groups
         if (params := [parameter for parameter in group["params"] if of[id(parameter)] == factor])
     ]
-    return divided
+    return sorted(divided, key=lambda group: group["lr"], reverse=True)
 
 
 def _in_blocks(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -105,7 +106,10 @@ class AcceleratedProcesses(Processes):
         """The module in DistributedDataParallel."""
         # Of earlier modules only; without it their memory is kept.
         self.accelerator.free_memory()
-        wrapped: nn.Module = self.accelerator.prepare_model(module)
+        with warnings.catch_warnings():
+            # An option of DistributedDataParallel has a new name in newer versions of torch.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped: nn.Module = self.accelerator.prepare_model(module)
         return wrapped
 
     def without_sum(self, module: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -191,3 +195,21 @@ def require_accelerate(what: str) -> None:
         import accelerate  # noqa: F401
     except ImportError:
         raise InputError(f"{what} needs accelerate, which is not installed; {INSTALL}") from None
+
+
+def require_shares(batch_size: int, images: int, processes: int) -> None:
+    """Validate that every process gets the same share of each batch.
+
+    Args:
+        batch_size: The number of images in a step, of all processes.
+        images: The number of training images.
+        processes: The number of processes.
+
+    Raises:
+        InputError: A process would get no image, or another number than the others.
+    """
+    if batch_size % processes or min(batch_size, images) < processes:
+        raise InputError(
+            f"train.batch_size = {batch_size} and {images} training images cannot be divided "
+            f"among {processes} processes; choose a batch_size that is a multiple of their number"
+        )

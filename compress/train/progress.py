@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,36 @@ class TrainingProgress:
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+
+class JsonProgress(TrainingProgress):
+    """Writes each epoch as one JSON line to standard output, and messages as before.
+
+    A line has the fields of history.jsonl and `epochs`, the number of epochs of the phase.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        epochs: int,
+        steps_per_epoch: int,
+        first_epoch: int,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        super().__init__(phase, epochs, steps_per_epoch, first_epoch, quiet=True, console=console)
+        self.silent = quiet
+
+    def epoch(self, figures: Mapping[str, Any]) -> None:
+        """Write the line of a finished epoch."""
+        if not self.silent:
+            print(json.dumps({**figures, "epochs": self.epochs}), flush=True)
+
+    def message(self, text: str) -> None:
+        """Print a line on standard error."""
+        if not self.silent:
+            self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def format_figures(figures: Mapping[str, Any]) -> str:

@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import vitrim
 from tiny_models import relative_error, tiny_vit
-from vitrim.compress.data.preprocessing import Preprocessing
-from vitrim.compress.data.splits import DataSplits, Split
+from training_material import stripes
 from vitrim.compress.lift import lift
 from vitrim.compress.masks.budget import Budget
 from vitrim.compress.network.architecture import AttentionSpec
@@ -30,23 +28,6 @@ from vitrim.compress.train.settings import TrainSettings
 EPOCHS, STEPS = 4, 8
 # Large for these tiny networks, so that sub-layers are removed as a whole.
 WHOLE: dict[str, Any] = {"attention_overhead_macs": 1e5, "ffn_overhead_macs": 1e5}
-
-
-def stripes(images: int = 128, seed: int = 0) -> DataSplits:
-    """Images of four classes: a bright band in one of four places, with noise."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    preprocessing = Preprocessing(channels=3, height=16, width=16, mean=(0.5,) * 3, std=(0.25,) * 3)
-
-    def split(count: int) -> Split:
-        targets = np.arange(count) % 4
-        pixels = generator.integers(0, 120, (count, 3, 16, 16), dtype=np.uint8)
-        for pixel, target in zip(pixels, targets, strict=True):
-            pixel[:, 4 * target : 4 * target + 4] += 100
-        return Split(pixels, targets.astype(np.int64), preprocessing)
-
-    return DataSplits(
-        "stripes", split(images), split(32), split(32), ("a", "b", "c", "d"), preprocessing
-    )
 
 
 def learn(folder: Path, settings: MaskSettings, *, resume: bool = False, **model: Any) -> MaskTask:
