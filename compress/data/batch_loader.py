@@ -130,6 +130,8 @@ class BatchLoader:
                 collate_fn=_unchanged,
                 persistent_workers=True,
                 pin_memory=pin_memory,
+                # By default each start of an epoch would draw from the generator of the training.
+                generator=torch.Generator(),
             )
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

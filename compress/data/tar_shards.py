@@ -179,8 +179,9 @@ def _images_of(file: str) -> Iterator[tuple[int, int, int]]:
                 elif ending.endswith((".cls", ".json")):
                     found = _label(tar.extractfile(member), ending, file, member.name)
                     label = label if found is None else found
-            yield from _sample(file, key, image, label)
+            # First, since a sample may lack its label for that reason.
             _require_end(file, tar.offset)
+            yield from _sample(file, key, image, label)
     except InputError:
         raise
     except FileNotFoundError as error:

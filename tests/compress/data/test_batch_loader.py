@@ -133,11 +133,15 @@ def test_worker_processes_change_nothing() -> None:
         two.close()
 
 
-def test_transforms_leave_the_random_generators_of_the_training() -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_transforms_leave_the_random_generators_of_the_training(workers: int) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    next(BatchLoader(lazy(), 5, transform=noisy).epoch(1))
+    loader = BatchLoader(lazy(), 5, transform=noisy, workers=workers)
+    next(loader.epoch(1))
+    next(loader.epoch(2))
+    loader.close()
     assert torch.equal(torch.rand(3), expected)
 
 
