@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..core.console import show, unit_count
 from ..core.errors import InputError
-from ..core.storage import require_output_folder
+from ..core.storage import require_output_folder, require_separate
 from .compact_options import (
     DEFAULT_KEEP_RATIO,
     DEFAULT_SALIENCY,
@@ -18,9 +18,10 @@ from .compact_options import (
 )
 from .compact_output import kept_table, save_compact, show_sizes
 from .compact_source import Source, data_of, load_source
-from .compact_untrained import cut_without_training
+from .compact_untrained import cut_without_training, require_resume
 from .model_data import SaliencyImages
 from .option_groups import with_option_groups
+from .untrained_options import Untrained, check_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,12 +33,17 @@ if TYPE_CHECKING:
 
 
 @with_option_groups
-def compact(*, model: ModelOptions, selection: Selection, output: Output) -> None:
+def compact(
+    *, model: ModelOptions, selection: Selection, untrained: Untrained, output: Output
+) -> None:
     """Cut a model and verify on noise images that the result equals the masked model.
 
-    Without --mask, --keep-ratio and --saliency, only dead weight is removed: rows, columns, heads
-    and channels of zeros, left by unstructured pruning, whose removal provably changes nothing. The
-    zeros that remain are counted.
+    Without --mask, --keep-ratio, --saliency and --without-training, only dead weight is removed:
+    rows, columns, heads and channels of zeros, left by unstructured pruning, whose removal provably
+    changes nothing. The zeros that remain are counted.
+
+    With --without-training widths are chosen and weights refitted in closed form from unlabeled
+    images, for a budget or for a front of sizes; an interrupted cut continues with --resume.
 
     The output folder contains the model and mask.safetensors. The note of the mask records how it
     was chosen (saliency, scope, images, seed, rounding).
@@ -57,16 +63,22 @@ def compact(*, model: ModelOptions, selection: Selection, output: Output) -> Non
       vitrim compact deit.pth --model deit_small_patch16_224 --without-training --macs 0.7 \
         --data images:photos --out small
 
+      vitrim compact runs/quickstart/baseline --without-training --front 8 --out sizes
+
     Args:
         model: The model to cut.
         selection: What is kept of it.
+        untrained: A cut without training: its budget and its check.
         output: What is printed and saved.
     """
+    check_options(selection, untrained, output)
+    if untrained.without_training:
+        require_resume(untrained, output)
     if output.out is not None:
-        _require_output(model, selection, output)
+        _require_output(model, selection, untrained, output)
     source = load_source(model)
-    if selection.without_training:
-        cut_without_training(source, selection, output)
+    if untrained.without_training:
+        cut_without_training(source, selection, untrained, output)
         return
     if selection.only_dead:
         if selection.round_to is not None:
@@ -85,7 +97,9 @@ def compact(*, model: ModelOptions, selection: Selection, output: Output) -> Non
     _cut(source.model, mask, output)
 
 
-def _require_output(model: ModelOptions, selection: Selection, output: Output) -> None:
+def _require_output(
+    model: ModelOptions, selection: Selection, untrained: Untrained, output: Output
+) -> None:
     from ..compress.data.named_datasets import path_of
     from ..compress.network.files import MODEL
 
@@ -95,7 +109,15 @@ def _require_output(model: ModelOptions, selection: Selection, output: Output) -
         "the data set": path_of(selection.data or ""),
     }
     assert output.out is not None
-    require_output_folder(output.out, MODEL, overwrite=output.overwrite, inputs=inputs)
+    kind = MODEL
+    if untrained.front is not None:
+        from ..pipeline.front import FRONT, FRONT_FILE
+
+        kind = FRONT
+        if untrained.resume and (output.out / FRONT_FILE).is_file():
+            require_separate(output.out, inputs)
+            return
+    require_output_folder(output.out, kind, overwrite=output.overwrite, inputs=inputs)
 
 
 def _read_mask(path: Path, model: CompactModel) -> StructuredMask:

@@ -84,8 +84,13 @@ Samples = Annotated[
     ),
 ]
 Scope = Annotated[
-    str,
-    typer.Option("--scope", help="Where --keep-ratio compares units: layer, global or isomorphic."),
+    str | None,
+    typer.Option(
+        "--scope",
+        help="Where --keep-ratio compares units: layer, global or isomorphic. Absent: the best "
+        "measured for the criterion, global for taylor and fisher, layer for the others.",
+        show_default=False,
+    ),
 ]
 Sharing = Annotated[str, typer.Option("--sharing", help="residual, full or unshared.")]
 RoundTo = Annotated[
@@ -97,30 +102,6 @@ RoundTo = Annotated[
 Seed = Annotated[
     int,
     typer.Option("--seed", min=0, help="Seed of --saliency random, and of the choice of images."),
-]
-WithoutTraining = Annotated[
-    bool,
-    typer.Option(
-        "--without-training",
-        help="Choose widths and refit weights in closed form from unlabeled images of --data, "
-        "for a budget of --macs or --params. Takes minutes, and needs no labels.",
-    ),
-]
-Macs = Annotated[
-    float | None,
-    typer.Option(
-        "--macs",
-        help="With --without-training: share of the multiply-adds to keep, e.g. 0.7.",
-        show_default=False,
-    ),
-]
-Params = Annotated[
-    float | None,
-    typer.Option(
-        "--params",
-        help="With --without-training: share of the parameters to keep, instead of --macs.",
-        show_default=False,
-    ),
 ]
 Explain = Annotated[
     bool,
@@ -163,13 +144,10 @@ class Selection:
     saliency: SaliencyName = None
     data: Data = None
     samples: Samples = 256
-    scope: Scope = "layer"
+    scope: Scope = None
     sharing: Sharing = "residual"
     round_to: RoundTo = None
     seed: Seed = 0
-    without_training: WithoutTraining = False
-    macs: Macs = None
-    params: Params = None
 
     @property
     def only_dead(self) -> bool:
@@ -189,41 +167,6 @@ class Selection:
                 raise InputError(f"--mask and {option} both select what is kept; keep one")
         if self.saliency is not None:
             require_criterion(self.saliency)
-        if self.data is not None and not self.uses_images and not self.without_training:
-            raise InputError(
-                f"--data {self.data}: only --saliency taylor, fisher and head use images, and "
-                "--without-training; add one of them, or leave --data out"
-            )
-        self._check_budget()
-
-    def _check_budget(self) -> None:
-        budgets = {"--macs": self.macs, "--params": self.params}
-        given = [option for option, value in budgets.items() if value is not None]
-        if not self.without_training:
-            if given:
-                raise InputError(
-                    f"{given[0]} is a budget of --without-training; add that, "
-                    "or use --keep-ratio with --saliency"
-                )
-            return
-        choices = {
-            "--mask": self.mask,
-            "--keep-ratio": self.keep_ratio,
-            "--saliency": self.saliency,
-        }
-        for option, value in choices.items():
-            if value is not None:
-                raise InputError(
-                    f"--without-training and {option} both select what is kept; keep one"
-                )
-        if len(given) != 1:
-            raise InputError(
-                "--without-training needs one budget: --macs or --params, the share to keep, "
-                "e.g. --macs 0.7"
-            )
-        share = self.macs if self.macs is not None else self.params
-        if share is None or not 0 < share < 1:
-            raise InputError(f"{given[0]} {share}: give the share to keep, between 0 and 1")
 
 
 @dataclass(frozen=True)

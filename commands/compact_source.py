@@ -23,6 +23,7 @@ class Source:
     model: CompactModel
     card: dict[str, Any] | None = None
     section: ModelSection | None = None
+    name: str = "the model"
 
 
 def load_source(options: ModelOptions) -> Source:
@@ -41,7 +42,7 @@ def load_source(options: ModelOptions) -> Source:
         raise InputError("no model: name MODEL or --checkpoint, or --model with --pretrained")
     if checkpoint is not None and checkpoint.is_dir():
         require_saved(checkpoint)
-        return Source(load(checkpoint), read_card(checkpoint.parent / CARD))
+        return Source(load(checkpoint), read_card(checkpoint.parent / CARD), name=str(checkpoint))
     if checkpoint is not None:
         require_no_graph(checkpoint)
     if options.model is None:
@@ -53,7 +54,7 @@ def load_source(options: ModelOptions) -> Source:
     classes = section.overrides.get("num_classes")
     if classes is None:
         classes = 1000 if checkpoint is None else classes_in(section)
-    return Source(lift(source_model(section, classes)), section=section)
+    return Source(lift(source_model(section, classes)), section=section, name=options.model)
 
 
 def _section(options: ModelOptions, checkpoint: Path | None) -> ModelSection:

@@ -2,33 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..core.console import show
+from ..core.errors import InputError
+from ..core.storage import clear_folder, require_output_folder
 from .compact_options import Output, Selection
 from .compact_output import kept_table, save_compact, show_sizes
 from .compact_source import Source, data_of
+from .untrained_options import LARGEST_SHARE, Untrained
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..bench.report.front import Size
+    from ..compress.oneshot.trim import TrimOptions
+    from ..pipeline.quality import LabelledImages, Quality
+    from .model_data import ModelData
 
 # Runtimes are fastest at multiples of 16, and lose little at multiples of 8.
 DEFAULT_ROUND_TO = 8
 
 
-def cut_without_training(source: Source, selection: Selection, output: Output) -> None:
-    """Cut a model in closed form, show how near it comes to the dense one, and save it."""
-    from ..compress.data.loading import open_unlabeled
+def cut_without_training(
+    source: Source, selection: Selection, untrained: Untrained, output: Output
+) -> None:
+    """Cut a model in closed form, show how near it comes to the dense one, and save it.
+
+    Args:
+        source: The model, and the run or recipe section that it comes from.
+        selection: The data set, the number of images, the seed and the rounding.
+        untrained: The budget, and what is checked.
+        output: What is printed and saved.
+
+    Raises:
+        InputError: The budget is out of reach, the images do not fit, or the output folder has the
+            state of another cut.
+    """
+    options = _options(source, selection, untrained)
+    data = data_of(source, selection, "--without-training")
+    images = _images(data, selection)
+    labelled = _labelled(source, data, selection, untrained)
+    with _state(output, resume=untrained.resume) as state:
+        if untrained.front is None:
+            _one_size(source, (images, labelled), (selection, untrained, output), options, state)
+        else:
+            _front(source, (images, labelled), (selection, untrained, output), options, state)
+
+
+def _options(source: Source, selection: Selection, untrained: Untrained) -> TrimOptions:
+    """The options of the cut; a budget below what is never cut is an error."""
+    from ..bench.local.cost_table import CostTable
+    from ..compress.oneshot.trim import TrimOptions
     from ..pipeline.recipe_sections import MasksSection
-    from ..pipeline.trim_step import (
-        exact_cut_error,
-        require_budget,
-        show_fits,
-        trim_baseline,
-        trim_record,
+    from ..pipeline.trim_step import require_budget
+
+    _, kind, amount = untrained.budget
+    if kind in ("macs", "params"):
+        share: dict[str, Any] = {kind: amount}
+        section = MasksSection(method="closed-form", **share)
+        require_budget(source.model.architecture, section, options=("--macs", "--params"))
+    costs = None
+    if untrained.cost_table is not None:
+        costs = CostTable.load(untrained.cost_table).costs_s
+    return TrimOptions(
+        round_to=selection.round_to or DEFAULT_ROUND_TO,
+        cost=costs,
+        precision=untrained.file_precision,  # type: ignore[arg-type]
     )
 
-    architecture = source.model.architecture
-    section = MasksSection(method="closed-form", macs=selection.macs, params=selection.params)
-    require_budget(architecture, section, options=("--macs", "--params"))
-    data = data_of(source, selection, "--without-training")
+
+def _images(data: ModelData, selection: Selection) -> Tensor:
+    from ..compress.data.loading import open_unlabeled
+
     images = open_unlabeled(
         data.name,
         selection.samples,
@@ -38,10 +89,90 @@ def cut_without_training(source: Source, selection: Selection, output: Output) -
         **data.division,
     ).floats()
     show(f"{len(images)} images of {data.name}, without labels")
-    round_to = selection.round_to or DEFAULT_ROUND_TO
-    found = trim_baseline(source.model, images, section, round_to, quiet=False)
+    return images
+
+
+def _labelled(
+    source: Source, data: ModelData, selection: Selection, untrained: Untrained
+) -> LabelledImages | None:
+    from ..pipeline.quality import open_labelled
+
+    architecture = source.model.architecture
+    return open_labelled(
+        data.name,
+        untrained.check_images,
+        preprocessing=data.preprocessing,
+        head_classes=None if architecture.head is None else architecture.classes,
+        division=data.division,
+        seed=selection.seed,
+    )
+
+
+def require_resume(untrained: Untrained, output: Output) -> None:
+    """Check that no cut to `--out` was interrupted, unless it is continued or replaced.
+
+    Raises:
+        InputError: There is one.
+    """
+    if output.out is None or untrained.resume or output.overwrite:
+        return
+    folder = _state_folder(output.out)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"{folder}: an interrupted cut to {output.out}; --resume continues it, --overwrite "
+            "starts again"
+        )
+
+
+def _state_folder(out: Path) -> Path:
+    place = out if out.name else out.resolve()
+    return place.with_name(f"{place.name}.partial")
+
+
+@contextmanager
+def _state(output: Output, *, resume: bool) -> Iterator[Path | None]:
+    """A folder beside `--out` for finished parts of the cut; it is deleted at the end."""
+    from ..compress.oneshot.saved_state import STATE
+    from ..pipeline.trim_step import STATE_FOLDER
+
+    if output.out is None:
+        yield None
+        return
+    folder = _state_folder(output.out)
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        require_output_folder(folder, STATE_FOLDER, overwrite=True)
+        clear_folder(folder, STATE)
+    yield folder
+    if folder.is_dir():
+        clear_folder(folder, STATE)
+        folder.rmdir()
+
+
+def _one_size(
+    source: Source,
+    data: tuple[Tensor, LabelledImages | None],
+    given: tuple[Selection, Untrained, Output],
+    options: TrimOptions,
+    state: Path | None,
+) -> None:
+    from ..compress.oneshot.trim import trim
+    from ..pipeline.trim_step import StageBars, exact_cut_error, show_fits, trim_record
+
+    (images, labelled), (selection, untrained, output) = data, given
+    _, kind, amount = untrained.budget
+    with StageBars(quiet=False) as bars:
+        found = trim(
+            source.model,
+            images,
+            budget=amount,
+            kind=kind,
+            options=options,
+            resume=state,
+            progress=bars,
+        )
     error = exact_cut_error(found.rotated, found.mask, images[:2])
     show(f"masked against compact, before compensation: largest relative error {error:.1e}")
+    show(found.table())
     if output.explain:
         show(kept_table(source.model, found.model))
         show_fits(found)
@@ -52,6 +183,113 @@ def cut_without_training(source: Source, selection: Selection, output: Output) -
         f"{check.images} held-out images: cosine to the dense features {check.cosine:.4f}, of the "
         f"patches {check.patch_cosine:.4f}{agreement}"
     )
-    note = {"data": data.name, "images": str(len(images)), "seed": str(selection.seed)}
-    mask = replace(found.mask, note={**found.mask.note, **note})
-    save_compact(found.model, mask, output, record=trim_record(found))
+    more: dict[str, Any] = {"budget": {"kind": kind, "amount": amount}}
+    if labelled is not None:
+        more["quality"] = _qualities(source, found.model, labelled)
+    mask = replace(found.mask, note={**found.mask.note, **_note(selection, images)})
+    save_compact(found.model, mask, output, record=trim_record(found, **more))
+
+
+def _note(selection: Selection, images: Tensor) -> dict[str, str]:
+    """Entries for the note of a mask."""
+    found = {"images": str(len(images)), "seed": str(selection.seed)}
+    return found if selection.data is None else {"data": selection.data, **found}
+
+
+def _qualities(source: Source, small: Any, labelled: LabelledImages) -> dict[str, Any]:
+    """Show the accuracies before and after, and return them for trim.json."""
+    from ..pipeline.quality import measure_quality
+
+    before = measure_quality(source.model, labelled, title="checking the dense model")
+    after = measure_quality(small, labelled, title="checking the compact model", dense=source.model)
+    names = {"top1": "top-1", "knn": "nearest neighbours", "linear": "linear probe"}
+    parts = [
+        f"{title} {_percent(before, name)} -> {_percent(after, name)}"
+        for name, title in names.items()
+        if getattr(after, name) is not None
+    ]
+    if after.agreement is not None:
+        parts.append(f"same class on {_percent(after, 'agreement')}")
+    show(f"{after.images} validation images: {', '.join(parts)}")
+    return {"dense": asdict(before), "compact": asdict(after)}
+
+
+def _percent(quality: Quality, name: str) -> str:
+    return f"{100 * getattr(quality, name):.2f} %"
+
+
+def _front(
+    source: Source,
+    data: tuple[Tensor, LabelledImages | None],
+    given: tuple[Selection, Untrained, Output],
+    options: TrimOptions,
+    state: Path | None,
+) -> None:
+    from ..compress.oneshot.trim import predict
+    from ..pipeline.front import (
+        FRONT,
+        FRONT_FILE,
+        PICTURE_FILE,
+        FrontRequest,
+        front_amounts,
+        front_fingerprint,
+        make_front,
+    )
+    from ..pipeline.trim_step import StageBars
+
+    (images, labelled), (selection, untrained, output) = data, given
+    assert output.out is not None
+    assert untrained.front is not None
+    _, kind, smallest = untrained.budget
+    model = source.model
+    costs, precision = options.cost, options.precision
+    amounts, shares = front_amounts(
+        model, kind, smallest, untrained.front, LARGEST_SHARE, costs, precision
+    )
+    request = FrontRequest(
+        kind,
+        amounts,
+        shares,
+        source.name,
+        selection.data or "its run",
+        _note(selection, images),
+        costs,
+    )
+    parts = (options.round_to, options.precision, selection.seed, untrained.check_images)
+    if output.overwrite and (output.out / FRONT_FILE).is_file() and not untrained.resume:
+        require_output_folder(output.out, FRONT, overwrite=True)
+        clear_folder(output.out, FRONT_FILE)
+    with StageBars(quiet=False) as bars:
+        prediction = partial(predict, model, images, options=options, resume=state, progress=bars)
+        front = make_front(
+            prediction,
+            request,
+            output.out,
+            dense=model,
+            fingerprint=front_fingerprint(model, images, request, parts),
+            labelled=labelled,
+            progress=bars,
+            show=_show_size,
+        )
+    show(_front_table(front))
+    show(f"saved: {output.out}, picture: {output.out / PICTURE_FILE}")
+
+
+def _show_size(size: Size) -> None:
+    name = size.folder or "dense"
+    top1 = "" if size.top1 is None else f", top-1 {100 * size.top1:.2f} %"
+    show(f"{name}: cosine to the dense features {size.cosine:.4f}{top1}")
+
+
+def _front_table(front: Any) -> Any:
+    from rich.table import Table
+
+    from ..bench.report.front import columns
+
+    table = Table(show_edge=False, pad_edge=False)
+    shown = columns(front)
+    for number, title in enumerate(shown):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+    for size in front.sizes:
+        table.add_row(*(write(size) for write in shown.values()))
+    return table

@@ -6,6 +6,8 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +17,25 @@ from ..compress.masks.masked import masked
 from ..compress.network.architecture import Architecture
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost, smallest_cost
-from ..compress.oneshot.trim import Trimmed, TrimOptions, trim
+from ..compress.oneshot.saved_state import SCHEMA as STATE_SCHEMA
+from ..compress.oneshot.saved_state import STATE
+from ..compress.oneshot.trim import Row, Trimmed, TrimOptions, trim
 from ..compress.surgery.compactor import compact
 from ..core.console import progress_bar, show, status
 from ..core.errors import InputError
+from ..core.written_kinds import Contents, FolderKind, has_schema, json_object
 from .recipe_sections import MasksSection
 
 TRIM_SCHEMA = "vitrim.trim/1"
+
+
+def _state_contents(folder: Path) -> Contents | None:
+    if not has_schema(json_object(folder / STATE), STATE_SCHEMA):
+        return None
+    return {STATE: None, "*.safetensors": None}
+
+
+STATE_FOLDER = FolderKind("the state of a cut", STATE, _state_contents)
 STAGES = {
     "weigh": "weighing the depths",
     "predict": "predicting errors",
@@ -42,7 +56,7 @@ class StageBars(contextlib.ExitStack):
         """Show that `done` of `total` steps of a stage are complete."""
         if stage != self._stage:
             self.close()
-            bar = progress_bar(STAGES[stage], total, quiet=self._quiet)
+            bar = progress_bar(STAGES.get(stage, stage), total, quiet=self._quiet)
             self._stage, self._advance = stage, self.enter_context(bar)
         self._advance(done)
 
@@ -71,6 +85,16 @@ def require_budget(
             f"{option} = {share}: the stem and the head, which are not cut, are {least:.3f} of "
             "this model; give a larger budget"
         )
+
+
+def start_section(section: MasksSection) -> MasksSection:
+    """The closed-form cut that `start = "one-shot"` begins with: the square root of the budget.
+
+    The closed form loses little there, and the masks learn the other half of the way.
+    """
+    shares = {"params": section.params, "macs": section.macs}
+    larger = {kind: None if share is None else share**0.5 for kind, share in shares.items()}
+    return section.model_copy(update=larger)
 
 
 def trim_baseline(
@@ -118,17 +142,36 @@ def show_fits(found: Trimmed) -> None:
         )
 
 
-def trim_record(found: Trimmed) -> str:
-    """The contents of trim.json: what was predicted, chosen, refitted and measured."""
-    record = {
+def trim_record(found: Trimmed, **more: Any) -> str:
+    """The contents of trim.json: what was predicted, chosen, refitted and measured.
+
+    Args:
+        found: The cut.
+        more: Further entries, such as the accuracies of features.
+    """
+    record: dict[str, Any] = {
         "schema": TRIM_SCHEMA,
         "predicted_error": found.predicted_error,
         "cost_share": found.cost,
         "check": asdict(found.check),
         "widths": {name: dict(widths) for name, widths in found.widths.items()},
+        "rows": [_row(row) for row in found.rows],
         "fits": [asdict(fit) for fit in found.fits],
+        **more,
     }
     return json.dumps(record, indent=1) + "\n"
+
+
+def _row(row: Row) -> dict[str, Any]:
+    """One sub-layer of trim.json: widths, errors as shares of the features' variance, cost."""
+    return {
+        "name": row.name,
+        "before": dict(row.before),
+        "after": dict(row.after),
+        "predicted": row.predicted,
+        "measured": row.measured,
+        "cost_share": row.cost_share,
+    }
 
 
 def exact_cut_error(rotated: CompactModel, mask: StructuredMask, images: Tensor) -> float:

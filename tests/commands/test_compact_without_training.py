@@ -12,6 +12,7 @@ from tiny_models import tiny_vit
 from typer.testing import CliRunner
 from vitrim.cli import app, call
 from vitrim.compress.network.count import count_macs, count_params
+from vitrim.compress.oneshot.trim import trim_to
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_photos(folder / "photos")
     vitrim.save(tiny_vit(depth=3), folder / "model")
     vitrim.save(tiny_vit(depth=3, num_classes=0), folder / "backbone")
+    vitrim.save(tiny_vit(depth=3, num_classes=3), folder / "classifier")
     return folder
 
 
@@ -51,6 +53,109 @@ def test_a_budget_is_met_from_images_without_labels(
     assert ("same class" in result.output) == (model == "model")
 
 
+def _compact(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["compact", *arguments, "--round-to", "4"])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_labels_give_accuracies_of_answers_and_features(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    data = ["--data", "imagefolder:photos", "--without-training", "--macs", "0.8"]
+    shown = _compact("classifier", *data, "--out", "labelled")
+    for words in ("top-1", "nearest neighbours", "linear probe", "same class on"):
+        assert words in shown
+    quality = json.loads(Path("labelled", "trim.json").read_text())["quality"]
+    assert set(quality) == {"dense", "compact"}
+    assert quality["dense"]["agreement"] == 1.0
+    backbone = _compact("backbone", *data)
+    assert "nearest neighbours" in backbone
+    assert "top-1" not in backbone
+    assert "nearest neighbours" not in _compact("classifier", *data, "--check-images", "0")
+
+
+def test_a_file_size_is_a_budget(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    dense = 4 * count_params(vitrim.load("model").architecture)
+    wanted = 0.8 * dense + 15_000  # Names and shapes in the file count, too.
+    data = ["--data", "images:photos", "--without-training"]
+    _compact("model", *data, "--file-mb", str(wanted / 1e6), "--out", "small-file")
+    assert Path("small-file", "model.safetensors").stat().st_size <= wanted
+
+
+def test_a_front_has_a_folder_a_size_and_one_table(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    data = ["--data", "imagefolder:photos", "--without-training", "--params", "0.6"]
+    shown = _compact("classifier", *data, "--front", "3", "--out", "sizes")
+    record = json.loads(Path("sizes", "front.json").read_text())
+    assert [size["folder"] for size in record["sizes"]] == [
+        "",
+        "params-90",
+        "params-75",
+        "params-60",
+    ]
+    params = [size["params"] for size in record["sizes"]]
+    assert params == sorted(params, reverse=True)
+    for size in record["sizes"][1:]:
+        assert size["params"] <= size["share"] * params[0]
+        folder = Path("sizes", size["folder"])
+        assert count_params(vitrim.load(folder).architecture) == size["params"]
+        assert (folder / "mask.safetensors").is_file()
+    assert "nearest neighbours" in Path("sizes", "front.md").read_text()
+    assert "params-75" in shown
+    assert Path("sizes", "front.svg").read_text().startswith("<svg")
+    assert not Path("sizes.partial").exists()
+    # Replaced only where vitrim wrote everything.
+    arguments = ["compact", "classifier", *data, "--front", "2", "--out", "sizes"]
+    assert call(arguments) == 2
+    Path("sizes", "mine.txt").touch()
+    assert call([*arguments, "--overwrite"]) == 2
+    Path("sizes", "mine.txt").unlink()
+    assert call([*arguments, "--round-to", "4", "--overwrite"]) == 0
+    assert not Path("sizes", "params-75").exists()
+
+
+def test_an_interrupted_front_continues_without_a_second_pass(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    data = ["--data", "images:photos", "--without-training", "--macs", "0.7", "--round-to", "4"]
+    arguments = ["compact", "model", *data, "--front", "3", "--out", "front"]
+    assert call([*arguments[:-1], "whole"]) == 0
+
+    def killed(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    cuts: list[float] = []
+
+    def counted(*given: object, budget: float, **options: object) -> object:
+        cuts.append(budget)
+        if len(cuts) == 2:
+            raise KeyboardInterrupt
+        return trim_to(*given, budget=budget, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vitrim.pipeline.front.trim_to", counted)
+        assert call(arguments) == 130
+    assert Path("front", "macs-90").is_dir()
+    assert Path("front.partial", "state.json").is_file()
+    capsys.readouterr()
+    assert call(arguments) == 2
+    assert "--resume continues it" in capsys.readouterr().err.replace("\n", " ")
+    with monkeypatch.context() as patch:
+        patch.setattr("vitrim.compress.oneshot.prediction.stream_weights", killed)
+        assert call([*arguments, "--resume"]) == 0
+    assert not Path("front.partial").exists()
+    whole, resumed = (
+        json.loads(Path(name, "front.json").read_text())["sizes"] for name in ("whole", "front")
+    )
+    assert resumed == whole
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -58,7 +163,17 @@ def test_a_budget_is_met_from_images_without_labels(
         (["--without-training", "--macs", "0.5", "--params", "0.5"], "needs one budget"),
         (["--without-training", "--macs", "1.5"], "--macs 1.5: give the share to keep"),
         (["--without-training", "--macs", "0.5"], "--without-training needs images"),
-        (["--macs", "0.5"], "--macs is a budget of --without-training"),
+        (["--macs", "0.5"], "--macs belongs to --without-training"),
+        (["--front", "4"], "--front belongs to --without-training"),
+        (["--resume"], "--resume continues a cut of --without-training"),
+        (["--without-training", "--front", "1"], "--front 1: give 2 to 50 sizes"),
+        (["--without-training", "--front", "4", "--macs", "0.95"], "between 0 and 0.9"),
+        (["--without-training", "--file-mb", "0"], "--file-mb 0: give a number above 0"),
+        (["--without-training", "--latency-ms", "3"], "--latency-ms and --cost-table"),
+        (
+            ["--without-training", "--file-mb", "1", "--file-precision", "int4"],
+            "--file-precision int4: choose fp32, fp16 or int8",
+        ),
         (["--without-training", "--macs", "0.5", "--keep-ratio", "0.5"], "keep one"),
         (
             ["--without-training", "--macs", "0.01", "--data", "images:photos"],

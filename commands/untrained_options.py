@@ -1,0 +1,207 @@
+"""The options of `vitrim compact --without-training`: the budget, the front, and the check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.errors import InputError
+from .compact_options import Output, Selection
+
+if TYPE_CHECKING:
+    from ..compress.oneshot.budgets import Kind
+
+MOST_SIZES = 50
+LARGEST_SHARE, SMALLEST_SHARE = 0.9, 0.3
+
+WithoutTraining = Annotated[
+    bool,
+    typer.Option(
+        "--without-training",
+        help="Choose widths and refit weights in closed form from unlabeled images of --data, for "
+        "a budget of --macs, --params, --file-mb or --latency-ms. Takes minutes, and needs no "
+        "labels.",
+    ),
+]
+Macs = Annotated[
+    float | None,
+    typer.Option(
+        "--macs",
+        help="With --without-training: share of the multiply-adds to keep, e.g. 0.7.",
+        show_default=False,
+    ),
+]
+Params = Annotated[
+    float | None,
+    typer.Option(
+        "--params",
+        help="With --without-training: share of the parameters to keep, instead of --macs.",
+        show_default=False,
+    ),
+]
+FileMb = Annotated[
+    float | None,
+    typer.Option(
+        "--file-mb",
+        help="With --without-training: size of a file with the weights in MB (10^6 bytes), "
+        "computed for --file-precision.",
+        show_default=False,
+    ),
+]
+FilePrecision = Annotated[
+    str,
+    typer.Option("--file-precision", help="Weights in the file of --file-mb: fp32, fp16 or int8."),
+]
+LatencyMs = Annotated[
+    float | None,
+    typer.Option(
+        "--latency-ms",
+        help="With --without-training: latency in ms of all sub-layers for one image, as "
+        "--cost-table predicts it.",
+        show_default=False,
+    ),
+]
+CostTableFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--cost-table",
+        help="The device's cost table, measured by `vitrim bench --cost-table`.",
+        show_default=False,
+    ),
+]
+FrontSizes = Annotated[
+    int | None,
+    typer.Option(
+        "--front",
+        help="With --without-training: this many sizes from one pass over the images, from 90 % "
+        "down to the budget, 30 % of the multiply-adds by default. Each is saved in a folder of "
+        "--out, beside a table and a picture.",
+        show_default=False,
+    ),
+]
+CheckImages = Annotated[
+    int,
+    typer.Option(
+        "--check-images",
+        min=0,
+        help="With --without-training and labels: this many training and validation images "
+        "measure top-1, nearest neighbours and a linear probe of the features. 0 leaves it out.",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="With --without-training: continue an interrupted cut to the same --out.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A cut without training: its budget, and what is reported."""
+
+    without_training: WithoutTraining = False
+    macs: Macs = None
+    params: Params = None
+    file_mb: FileMb = None
+    file_precision: FilePrecision = "fp32"
+    latency_ms: LatencyMs = None
+    cost_table: CostTableFile = None
+    front: FrontSizes = None
+    check_images: CheckImages = 500
+    resume: Resume = False
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that were given, by option."""
+        found = {
+            "--macs": self.macs,
+            "--params": self.params,
+            "--file-mb": self.file_mb,
+            "--latency-ms": self.latency_ms,
+        }
+        return {option: value for option, value in found.items() if value is not None}
+
+    @property
+    def budget(self) -> tuple[str, Kind, float]:
+        """The option of the budget, its kind, and its amount in the unit of `trim`."""
+        if not self.budgets:
+            return "--macs", "macs", SMALLEST_SHARE
+        [(option, value)] = self.budgets.items()
+        kinds: dict[str, Kind] = {
+            "--macs": "macs",
+            "--params": "params",
+            "--file-mb": "file",
+            "--latency-ms": "cost",
+        }
+        return option, kinds[option], value * 1e6 if option == "--file-mb" else value
+
+    def __post_init__(self) -> None:
+        if not self.without_training:
+            alone = {**self.budgets, "--front": self.front, "--cost-table": self.cost_table}
+            given = [option for option, value in alone.items() if value is not None]
+            if given:
+                raise InputError(
+                    f"{given[0]} belongs to --without-training; add that, or use --keep-ratio "
+                    "with --saliency"
+                )
+            if self.resume:
+                raise InputError("--resume continues a cut of --without-training; add that")
+            return
+        if (self.front is None and len(self.budgets) != 1) or len(self.budgets) > 1:
+            raise InputError(
+                "--without-training needs one budget: --macs or --params, the share to keep, "
+                "e.g. --macs 0.7; or --file-mb, or --latency-ms"
+            )
+        self._check_amount()
+        if self.front is not None and not 2 <= self.front <= MOST_SIZES:
+            raise InputError(f"--front {self.front}: give 2 to {MOST_SIZES} sizes")
+        if (self.latency_ms is None) != (self.cost_table is None):
+            raise InputError(
+                "--latency-ms and --cost-table belong to each other: the table predicts the "
+                "latency; measure one with `vitrim bench --cost-table FILE`"
+            )
+
+    def _check_amount(self) -> None:
+        option, kind, amount = self.budget
+        given = self.budgets.get(option, amount)
+        if kind in ("macs", "params"):
+            most = 1.0 if self.front is None else LARGEST_SHARE
+            if not 0 < amount < most:
+                raise InputError(
+                    f"{option} {given:g}: give the share to keep, between 0 and {most:g}"
+                )
+        elif not amount > 0:
+            raise InputError(f"{option} {given:g}: give a number above 0")
+        if self.file_precision not in ("fp32", "fp16", "int8"):
+            raise InputError(f"--file-precision {self.file_precision}: choose fp32, fp16 or int8")
+
+
+def check_options(selection: Selection, untrained: Untrained, output: Output) -> None:
+    """Check options that exclude each other, before anything is read.
+
+    Raises:
+        InputError: Two options both select what is kept, or one needs another.
+    """
+    if selection.data is not None and not selection.uses_images and not untrained.without_training:
+        raise InputError(
+            f"--data {selection.data}: only --saliency taylor, fisher and head use images, and "
+            "--without-training; add one of them, or leave --data out"
+        )
+    if not untrained.without_training:
+        return
+    choices = {
+        "--mask": selection.mask,
+        "--keep-ratio": selection.keep_ratio,
+        "--saliency": selection.saliency,
+    }
+    for option, value in choices.items():
+        if value is not None:
+            raise InputError(f"--without-training and {option} both select what is kept; keep one")
+    if output.out is None and (untrained.front is not None or untrained.resume):
+        option = "--front" if untrained.front is not None else "--resume"
+        raise InputError(f"{option} needs --out, the folder that is written")
