@@ -44,8 +44,8 @@ class TrimOptions:
             `params` it is a share of the dense cost.
         seed: Seed of the random projections.
         precision: Of the weights in a file, for `kind="file"`: "fp32", "fp16" or "int8".
-        stream: Whether the residual stream may be rotated and narrowed where that is predicted to
-            cost less than other cuts.
+        stream: Whether the residual stream may be rotated and narrowed where that loses least. The
+            network's tokens are then in another basis; its outputs are not.
     """
 
     round_to: int = 16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -9,14 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from random_networks import architectures, network
 from tiny_models import assert_equal_outputs, relative_error, tiny_vit
 from torch import nn
-from vitrim import InputError, StructuredMask, compact, lift, masked, rotate
+from vitrim import InputError, StructuredMask, compact, lift, masked, rotate, trim
 from vitrim.compress.network.architecture import Architecture
+from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.oneshot.stream_rotation import (
     rescaled_norms,
     rotate_stream,
     stream_obstacle,
     turned_stream,
 )
+from vitrim.compress.oneshot.trim import TrimOptions
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
@@ -86,21 +90,45 @@ def test_trailing_channels_matter_less_than_leading_ones() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_directions_that_nothing_writes_are_removed_exactly() -> None:
-    model = lift(tiny_vit())
+def _network_of_low_rank() -> CompactModel:
+    """A third of the stream's directions is never written to, but for a mean over channels."""
+    model = lift(tiny_vit()).eval()
     with torch.no_grad():
-        # Nothing is written to a third of the channels but a constant that centering removes.
         for name, tensor in model.state_dict().items():
             if name in ("prefix", "position"):
                 tensor[:, 16:] = tensor[:, :16].mean(dim=1, keepdim=True)
             if name.startswith("stem.") or ".out." in name or ".fc2." in name:
                 tensor[16:] = tensor[:16].mean(dim=0)
-    images = _images()
+    return model
+
+
+def test_directions_that_nothing_writes_are_removed_exactly() -> None:
+    model, images = _network_of_low_rank(), _images()
     rotated = rotate_stream(model, images)
     mask = StructuredMask({"embed": {"*": torch.arange(24) < 16}}, scale="original")
     small = rescaled_norms(compact(rotated, mask), 24)
     with torch.no_grad():
         assert relative_error(small(images), model(images)) < 1e-4
+
+
+def test_a_cut_narrows_the_stream_where_that_costs_nothing(tmp_path: Path) -> None:
+    model, images = _network_of_low_rank(), _images(80)
+    options = TrimOptions(round_to=4)
+    found = trim(model, images, macs=0.7, options=options, resume=tmp_path)
+    assert found.model.architecture.embed == 16
+    assert found.stream_error < 1e-6
+    assert found.cost <= 0.7
+    assert found.check.cosine > 0.999
+    assert "residual stream: 16 of 24 channels" in found.table()
+    with torch.no_grad():
+        cut = compact(found.rotated, found.mask)(images)
+        assert_equal_outputs(cut, masked(found.rotated, found.mask)(images), 1e-5)
+    again = trim(model, images, macs=0.7, options=options, resume=tmp_path)
+    with torch.no_grad():
+        assert relative_error(again.model(images), found.model(images)) < 1e-4
+    kept = trim(model, images, macs=0.7, options=TrimOptions(round_to=4, stream=False))
+    assert kept.model.architecture.embed == 24
+    assert kept.predicted_error > found.predicted_error
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from random_networks import architectures, network
+from source_tree import ROOT
 from tiny_models import tiny_vit
 from torch import nn
 from vitrim import InputError, lift, trim
 from vitrim.bench.local.block_graph import BlockShape
 from vitrim.bench.local.cost_table import PARTS as MEASURED_PARTS
-from vitrim.bench.local.cost_table import CostTable, Point
+from vitrim.bench.local.cost_table import CostTable
 from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.network.count import branch_tokens, count_macs, count_params
 from vitrim.compress.oneshot.budgets import PARTS, file_bytes, table_cost
@@ -49,9 +50,9 @@ def test_the_size_of_a_file_is_its_parameters_and_a_fixed_part() -> None:
 def test_a_cost_table_prices_both_sub_layers_of_a_block_as_its_measured_latency() -> None:
     assert PARTS == MEASURED_PARTS
     shape = BlockShape(tokens_in=17, tokens_out=17, heads=3, qk=8, v=8, ffn=96, embed=24)
-    table = CostTable.model_construct(costs_s=COSTS, points=(Point(shape=shape, latency_s=1.0),))
+    table = CostTable.load(ROOT / "benchmarks/results/cost_table_demo_avx512.json")
     branches = lift(tiny_vit()).architecture.steps
-    cost = table_cost(COSTS)
+    cost = table_cost(table.costs_s)
     both = sum(cost(branch, 24, 17, 17) for step in branches[:2] for branch in step)
     assert both == pytest.approx(1e3 * table.latency_s(shape), rel=1e-6)
 
