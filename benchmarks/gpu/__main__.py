@@ -2,12 +2,13 @@
 
 ONNX Runtime with each of its GPU providers, and torch, in fp32 and fp16, over batch sizes; with and
 without copies, launched and as a recorded CUDA graph; synchronised after each call, with the device
-memory that each took. Before timing, the logits are compared with the processor's. Writes
-`results/gpu.json` and `gpu.md`, which name the device. Without a GPU it prints one line and returns
-2.
+memory that each took. Before timing, the logits are compared with the processor's. Then training:
+equal masks on the GPU and the CPU, runs that resume on the other one, two processes, and images per
+second and memory by precision. Writes `results/gpu.json` and `gpu.md`, which name the device and
+what was skipped. Without a GPU it prints what it skips as JSON and returns 2.
 
     python -m benchmarks.gpu [--model deit_tiny_patch16_224] [--batches 1,8,32,128]
-        [--time-limit 10] [--out FOLDER]
+        [--train-model deit_small_patch16_224] [--train-batch 128] [--time-limit 2] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 import statistics
 import sys
 import tempfile
@@ -37,6 +39,7 @@ from vitrim.runtimes import EngineError, open_engine
 
 from ..models import lifted, noise
 from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from . import training
 
 BATCHES = (1, 8, 32, 128)
 WARM_UP_CALLS, LEAST_CALLS = 20, 50
@@ -246,18 +249,27 @@ def markdown(rows: list[dict[str, Any]], device: str, model: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Measure, and write both files."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="deit_tiny_patch16_224", help="a timm name")
-    parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
-    parser.add_argument("--time-limit", type=float, default=2.0, help="seconds for each row")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if reason := why_no_gpu():
-        sys.stderr.write(reason + "\n")
-        return 2
-    machine, rows = read_machine(), []
+def training_markdown(found: dict[str, Any]) -> str:
+    """The checks and the table of training, and what was skipped."""
+    lines = ["", "## Training", ""]
+    for name, check in found["checks"].items():
+        figures = ", ".join(f"{key} {value}" for key, value in check.items() if key != "passed")
+        lines.append(f"- {name}: {'passed' if check['passed'] else 'FAILED'} ({figures})")
+    lines += [f"- {name}: skipped, {reason}" for name, reason in found["skipped"].items()]
+    if found["rows"]:
+        heads = ("task", "precision", "compiled", "batch", "images/s", "device memory")
+        lines += ["", *markdown_head(*heads)]
+    for row in found["rows"]:
+        memory = f"{row.get('device_memory_peak_bytes', 0) / 1e9:.2f} GB"
+        speed = row.get("error") or f"{row['images_per_s']:.0f}"
+        cells = (row["task"], row["precision"], "yes" if row["compiled"] else "no")
+        lines.append(markdown_row(*cells, row.get("batch", ""), speed, memory))
+    return "\n".join(lines) + "\n"
+
+
+def inference_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row of inference, batch by batch."""
+    rows = []
     for batch in map(int, options.batches.split(",")):
         with tempfile.TemporaryDirectory() as name:
             network, files = write_models(options.model, batch, Path(name))
@@ -269,12 +281,35 @@ def main() -> int:
                 rows += torch_rows(network, expected, images, options.time_limit)
             else:
                 print(f"torch {torch.__version__} finds no GPU; its rows are left out", flush=True)
+    return rows
+
+
+def main() -> int:
+    """Measure, and write both files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="deit_tiny_patch16_224", help="a timm name")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--train-model", default="deit_small_patch16_224", help="a timm name")
+    parser.add_argument("--train-batch", type=int, default=128)
+    parser.add_argument("--time-limit", type=float, default=2.0, help="seconds for each row")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    reason = why_no_gpu()
+    trained = training.measure(options.train_model, options.train_batch, options.time_limit)
+    if reason:
+        trained["skipped"]["inference"] = reason
+        sys.stderr.write(reason + "\n")
+    if not trained["checks"] and not trained["rows"] and reason:
+        print(json.dumps({"skipped": trained["skipped"]}, indent=1))
+        return 2
+    machine = read_machine()
+    rows = [] if reason else inference_rows(options)
     device = str(machine["accelerator"] or torch.cuda.get_device_name())
-    text = markdown(rows, device, options.model)
-    content = {"model": options.model, "machine": machine, "rows": rows}
+    text = markdown(rows, device, options.model) + training_markdown(trained)
+    content = {"model": options.model, "machine": machine, "rows": rows, "training": trained}
     save_result(options.out / "gpu", content, text)
     print(text)
-    return 0
+    return 0 if all(check["passed"] for check in trained["checks"].values()) else 1
 
 
 if __name__ == "__main__":

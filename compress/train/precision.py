@@ -33,6 +33,8 @@ def arithmetic(
         device: Where the model computes (default: the CPU).
     """
     precision_before, threads_before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    # Convolutions on a GPU follow a switch of their own, which is on by default.
+    short_before = torch.backends.cudnn.allow_tf32
     plain = matmul_precision != "highest" and (device is None or device.type == "cpu")
     switched = [
         module
@@ -44,6 +46,7 @@ def arithmetic(
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         try:
             torch.set_float32_matmul_precision(matmul_precision)
+            torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
             if threads is not None:
                 torch.set_num_threads(threads)
             for module in switched:
@@ -51,6 +54,7 @@ def arithmetic(
             yield
         finally:
             torch.set_float32_matmul_precision(precision_before)
+            torch.backends.cudnn.allow_tf32 = short_before
             torch.set_num_threads(threads_before)
             for module in switched:
                 module.fused_attn = True  # type: ignore[assignment]
