@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tvm.tirx.script import builder as T
 
-from .lanes import Expr, Lanes, bind
+from .lanes import ROUNDING, Expr, Lanes, bind
 
 # erf(x) = x P(x²) / Q(x²) on [-4, 4], error below 1e-6: the coefficients of Eigen's
 # generic_fast_erf_float.
@@ -72,9 +72,12 @@ def polynomial(
 def exp2(lanes: Lanes, x: Expr) -> Expr:
     """Compute 2^x for x <= 127; below -126 the result is 2^-126, practically zero."""
     x = bind(T.max(x, lanes.splat(-126.0)))
-    whole = bind(lanes.round(x))
+    # The exponent of 2^n is stored as n + 127.
+    bits = bind(lanes.bits(x + lanes.splat(ROUNDING + 127)))
+    # Read back from the bits: TVM would cancel the addition and the subtraction.
+    whole = lanes.bits_as_float(bits) - lanes.splat(ROUNDING + 127)
     fraction = bind(x - whole)
-    power = lanes.bits_as_float((lanes.to_int(whole) + lanes.splat_int(127)) << lanes.splat_int(23))
+    power = lanes.bits_as_float(bits << lanes.splat_int(23))
     return polynomial(lanes, fraction, _EXP2) * power
 
 

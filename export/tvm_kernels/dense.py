@@ -21,6 +21,10 @@ from .schedule import Schedule, Shape, Tile
 
 # Fewer row tiles than this do not repay the conversion of a panel of weights.
 _LEAST_TILES_TO_WIDEN = 4
+_LEAST_TILES_TO_FETCH = 8
+_LINE_BYTES = 64
+# LLVM's hints of the nearest cache, for panels that fit its usual size, and of the next cache.
+_NEAREST, _NEXT, _NEAREST_BYTES = 3, 2, 32 * 1024
 
 
 class Operand(NamedTuple):
@@ -164,7 +168,10 @@ class _Writer:
         largest = max(run.size for run in row_runs) * max(run.size for run in panel_runs)
         dtype = "float32" if self.spec.input_quantizer is None else "int32"
         self.accumulators = T.alloc_buffer((largest * self.lanes.count,), dtype, scope="local")
-        if self.widens(sum(run.count for run in row_runs)):
+        row_tiles = images * sum(run.count for run in row_runs)
+        # A single panel has none after it, and few rows do not last until the next one is there.
+        fetched = row_tiles >= _LEAST_TILES_TO_FETCH and sum(run.count for run in panel_runs) > 1
+        if self.widens(row_tiles):
             dot = self.spec.input_quantizer.dot  # type: ignore[union-attr]
             size = dot.groups(self.spec.depth) * max(run.size for run in panel_runs)
             size *= self.lanes.count * dot.group
@@ -181,13 +188,36 @@ class _Writer:
                         )
                         tile = Tile(rows.size, columns.size, self.steps)
                         self.tile(tile, image, rows.start + number * rows.size, vector)
+                        if fetched:
+                            place = images * rows.index + index
+                            self.prefetch(vector + columns.size, columns.size, place, row_tiles)
+
+    def prefetch(self, vector: Expr, vectors: int, place: Expr, places: int) -> None:
+        """Bring one of `places` equal parts of a panel into a near cache.
+
+        Weights come from memory or from the last cache in every inference: while all rows pass
+        one panel, the next one is fetched. The last panel fetches what follows the weights.
+        """
+        quantizer, weights = self.spec.input_quantizer, self.buffers["w"]
+        depth, size_bytes = self.spec.depth, 4
+        if quantizer is not None:
+            depth, size_bytes = quantizer.dot.groups(depth) * quantizer.dot.group, 1
+        panel = vectors * depth * self.lanes.count
+        line = _LINE_BYTES // size_bytes
+        lines = -(-panel // (line * places))
+        first = bind(vector * (depth * self.lanes.count) + place * (lines * line))
+        cache = _NEAREST if panel * size_bytes <= _NEAREST_BYTES else _NEXT
+        for number in range(lines):
+            address = T.address_of(weights[first + number * line])
+            # To read (0), as data (1).
+            hints = T.int32(0), T.int32(cache), T.int32(1)
+            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *hints))
 
     def widens(self, row_tiles: int) -> bool:
         """Whether a panel is converted once for all row tiles, instead of in every one."""
         quantizer = self.spec.input_quantizer
-        if quantizer is None or quantizer.dot.multiplied == "int8":
-            return False
-        return quantizer.dot.kind == "pairs" and row_tiles >= _LEAST_TILES_TO_WIDEN
+        pairs = quantizer is not None and quantizer.dot.kind == "pairs"
+        return pairs and row_tiles >= _LEAST_TILES_TO_WIDEN
 
     def widen(self, vector: Expr, vectors: int) -> None:
         """Convert the weights of the panel that begins at a vector of columns."""

@@ -12,6 +12,9 @@ from tvm.tirx.script import builder as T
 
 from ...targets.vector import VectorUnit
 
+# Added to a number below 2^22 in size, it leaves the nearest integer in the lowest bits: the last
+# bit of such a sum is worth 1. One addition instead of a rounding and a conversion.
+ROUNDING = 1.5 * 2**23
 # A TIR expression, or a Python number.
 Expr = Any
 Buffer = Any
@@ -84,6 +87,10 @@ class Lanes:
     def to_int(self, value: Expr) -> Expr:
         """Cast to int32."""
         return T.Cast("int32" if self.count == 1 else f"int32x{self.count}", value)
+
+    def bits(self, value: Expr) -> Expr:
+        """The bits of fp32 lanes as int32."""
+        return T.reinterpret("int32" if self.count == 1 else f"int32x{self.count}", value)
 
     def splat_int(self, value: int) -> Expr:
         """One int32 in all lanes."""

@@ -20,7 +20,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .integer_dot import IntegerDot
-from .lanes import Buffer, Expr, Lanes, RowLayout, bind
+from .lanes import ROUNDING, Buffer, Expr, Lanes, RowLayout, bind
 from .loops import accumulator_count, over_threads, share_bounds, sweep
 
 LEVELS = 255
@@ -116,7 +116,7 @@ class Quantizer:
             T.min(lanes.fma(value, *affine), lanes.splat(low + LEVELS)),
             lanes.splat(low),
         )
-        return self.dot.as_codes(lanes.to_int(lanes.round(code)))
+        return self.dot.as_codes(lanes.bits(code + lanes.splat(ROUNDING)))
 
 
 def store_function(
@@ -235,14 +235,14 @@ def _dynamic_codes(
         bind(lanes.splat(bind(T.float32(1) / step))),
         bind(lanes.splat(smallest)),
     )
-    low = lanes.splat(float(dot.low))
+    low = lanes.splat(ROUNDING + dot.low)
     base = bind(smallest - step * T.float32(dot.low))
     quantizer.write_range(out, target, quantizer.row_length(used), (step, base))
 
     def code_of(value: Expr, valid: int) -> Expr:
         # Within the range by construction; the difference is zero in a row of equal numbers.
         value = lanes.first(valid, value, least)
-        return dot.as_codes(lanes.to_int(lanes.round(lanes.fma(value - least, inverse, low))))
+        return dot.as_codes(lanes.bits(lanes.fma(value - least, inverse, low)))
 
     return code_of
 
