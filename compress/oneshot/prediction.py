@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..lift import lift
@@ -103,6 +104,7 @@ class Prediction:
     state: SavedState = field(default_factory=SavedState)
 
 
+@torch.inference_mode(False)
 def predict(
     model: nn.Module,
     images: Tensor,

@@ -49,6 +49,8 @@ def patch_features(model: CompactModel, x: Tensor) -> Tensor:
     return x[:, model.architecture.prefix :]
 
 
+# Tensors made in inference mode record no gradients.
+@torch.inference_mode(False)
 def stream_weights(
     model: CompactModel,
     images: Tensor,
@@ -75,9 +77,10 @@ def stream_weights(
     scales = _scales(model, images)
     totals = torch.zeros(len(model.steps) + 1, dtype=torch.float64)
     for part in images.split(weighing_batch(model)):
+        # Callers may have switched gradients off.
         with torch.enable_grad():
             locations, loss = _projection(model, part, scales, patches, generator)
-        gradients = torch.autograd.grad(loss, locations)
+            gradients = torch.autograd.grad(loss, locations)
         for number, gradient in enumerate(gradients):
             totals[number] += gradient.double().square().sum() / gradient.shape[-1]
         if progress is not None:
@@ -118,7 +121,9 @@ def _projection(
 
 
 def _forward(model: CompactModel, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    x = model.embed(images).detach().requires_grad_(True)
+    with torch.no_grad():
+        x = model.embed(images)
+    x = x.detach().requires_grad_(True)
     locations = [x]
     for step in cast("Iterable[Sequence[Branch]]", model.steps):
         updates = [branch(x) for branch in step]

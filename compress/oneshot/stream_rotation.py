@@ -42,6 +42,7 @@ State = dict[str, Tensor]
 Readback = Callable[[Tensor], Tensor]
 
 
+@torch.inference_mode(False)
 def rotate_stream(
     model: nn.Module, images: Tensor, *, progress: Callable[[], None] | None = None
 ) -> CompactModel:
@@ -186,6 +187,7 @@ def turned_stream(model: CompactModel, basis: Tensor) -> CompactModel:
         for number, step in enumerate(architecture.steps)
     )
     changed = {"steps": steps, **turning.stem(architecture), **turning.head(architecture)}
+    changed["stream_rotated"] = True
     new = Architecture.model_validate(
         architecture.model_copy(update=changed).model_dump(by_alias=True)
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, reject, settings
@@ -102,6 +105,15 @@ def test_compensation_brings_the_features_nearer() -> None:
     with_fit = trim(model, _images(200), macs=0.6, options=TrimOptions(4))
     assert with_fit.check.cosine > without.check.cosine
     assert with_fit.mask.kept.keys() == without.mask.kept.keys()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_cut_works_where_gradients_are_switched_off(mode: Callable[[], Any]) -> None:
+    model, images = tiny_vit(), _images()
+    wanted = trim(model, images, macs=0.8, options=TrimOptions(4))
+    with mode():
+        found = trim(model, images, macs=0.8, options=TrimOptions(4))
+    assert found.predicted_error == pytest.approx(wanted.predicted_error)
 
 
 def test_a_network_without_a_head_is_trimmed_by_its_features() -> None:
