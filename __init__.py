@@ -18,6 +18,7 @@ _MODULES = {
     "rotate": ".compress.oneshot.rotation",
     "compensate": ".compress.oneshot.compensation",
     "trim": ".compress.oneshot.trim",
+    "TrimOptions": ".compress.oneshot.prediction",
     "lift": ".compress.lift",
     "save": ".compress.lift",
     "load": ".compress.network.files",
@@ -29,6 +30,7 @@ _MODULES = {
 __all__ = [
     "InputError",
     "StructuredMask",
+    "TrimOptions",
     "UnsupportedModel",
     "compact",
     "compensate",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .compress.masks.masked import masked
     from .compress.network.files import load
     from .compress.oneshot.compensation import compensate
+    from .compress.oneshot.prediction import TrimOptions
     from .compress.oneshot.rotation import rotate
     from .compress.oneshot.trim import trim
     from .compress.surgery.compactor import compact
