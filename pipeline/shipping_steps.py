@@ -238,6 +238,10 @@ def _unreadable(context: RunContext) -> list[str]:
     found = []
     if context.data.left_out:
         found.append(f"{context.data.left_out} unreadable images are left out of the data set.")
+    for name, split in (("validation", context.data.val), ("test", context.data.test)):
+        count = 0 if isinstance(split.pixels, np.ndarray) else len(split.pixels.unreadable)
+        if count:
+            found.append(f"{count} unreadable {name} images are black.")
     epochs = [line.get("skipped_images", 0) for line in read_history(context.folder / HISTORY)]
     if any(epochs):
         found.append(f"up to {max(epochs)} unreadable images an epoch were skipped in training.")

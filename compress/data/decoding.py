@@ -111,12 +111,16 @@ class LazyPixels:
         images: The undecoded images.
         preprocessing: The input size, and how images are resized; mean and std are not applied.
         on_error: "skip" returns a black image for one that cannot be decoded.
+
+    Attributes:
+        unreadable: The numbers of the images that could not be decoded so far.
     """
 
     def __init__(
         self, images: RawSplit, preprocessing: Preprocessing, on_error: OnError = "stop"
     ) -> None:
         self.images, self.preprocessing, self.on_error = images, preprocessing, on_error
+        self.unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -140,6 +144,7 @@ class LazyPixels:
         except InputError:
             if self.on_error == "stop":
                 raise
+            self.unreadable.add(index)
             return np.zeros(self.preprocessing.image, dtype=np.uint8)
 
 

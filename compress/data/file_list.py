@@ -115,7 +115,7 @@ class _Scan:
         self.root = os.fspath(root)
         self.skip = 0 if self.root == "." else len(os.fsencode(self.root).rstrip(b"/")) + 1
         self.names, self.ends, self.folders = bytearray(), array("q"), array("i")
-        self.stamp = hashlib.sha256(os.fsencode(root.resolve()))
+        self.stamp = hashlib.sha256()
         # Each folder that was read, from before it was.
         self.seals: dict[str, Seal] = {}
         self.endings = set(Image.registered_extensions())

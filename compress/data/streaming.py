@@ -205,7 +205,8 @@ def _of_datasets(name: str, kind: str) -> _Source:
         else:
             builder = datasets.load_dataset_builder("parquet", data_files=files)
             counts = {split: sum(map(_rows_in, part)) for split, part in files.items()}
-            version = [(file, seal_of(file)) for part in files.values() for file in part]
+            names = [file for part in files.values() for file in part]
+            version = [(Path(file).name, seal_of(file)) for file in names]
         splits = builder.as_streaming_dataset()
         parts, labels = _parts(splits, counts, name)
     return _Source(parts, labels, hashlib.sha256(repr(version).encode()).hexdigest())

@@ -201,6 +201,8 @@ class StreamPixels:
 
     def __init__(self, stream: Stream, on_error: OnError = "stop") -> None:
         self.stream, self.on_error = stream, on_error
+        # As of `LazyPixels`; images of a stream are not numbered.
+        self.unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return self.stream.images

@@ -58,7 +58,8 @@ class TarImages:
 
     def fingerprint(self) -> str:
         """Changes with the names, the sizes and the times of the last change of the tars."""
-        return sha256(repr([(tar, seal_of(tar)) for tar in self.tars]).encode()).hexdigest()
+        seals = [(os.path.basename(tar), seal_of(tar)) for tar in self.tars]
+        return sha256(repr(seals).encode()).hexdigest()
 
     def targets(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """The position of each label in `values`, the sorted labels of the training split.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,30 @@ def test_unreadable_images_stop_or_are_left_out(
         assert loader.skipped == 0
     else:
         assert loader.skipped == 1
+
+
+def test_unreadable_images_of_evaluation_are_black_and_counted(tmp_path: Path) -> None:
+    root = write_folder(write_folder(tmp_path / "p", "train", 0, 30), "val", 100)
+    (root / "val" / "ant" / "0102.png").write_bytes(b"text")
+    data = open_dataset(f"imagefolder:{root}", image=INPUT, cache_gb=0, on_error="skip")
+    assert isinstance(data.test.pixels, LazyPixels)
+    images = data.test.batch(slice(None))[0]
+    (black,) = data.test.pixels.unreadable
+    assert not images[black].any()
+    assert len(images) == 12
+
+
+def test_a_copy_of_the_data_elsewhere_is_the_same_data(tmp_path: Path) -> None:
+    root = write_folder(write_folder(tmp_path / "p", "train", 0, 30), "val", 100)
+    name = shards(tmp_path / "s", "webdataset", "train", "val")
+    shutil.copytree(root, tmp_path / "q")
+    shutil.copytree(tmp_path / "s", tmp_path / "t")
+    for one, other in ((f"imagefolder:{root}", "imagefolder:q"), (name, "webdataset:t")):
+        kind, _, folder = other.partition(":")
+        before = BatchLoader(open_dataset(one, image=INPUT, cache_gb=0).train, 4)
+        next(before.epoch(1))
+        copy = open_dataset(f"{kind}:{tmp_path / folder}", image=INPUT, cache_gb=0)
+        BatchLoader(copy.train, 4).load_state_dict(before.state_dict())
 
 
 def test_skipped_images_are_known_to_the_next_start(
