@@ -134,6 +134,8 @@ class Architecture(Spec):
     """Number of channels of the residual stream of the source model. None: none was pruned."""
     stream_channels: Indices | None = None
     """Which of these channels the residual stream still has; the others are zero."""
+    stream_rotated: bool = False
+    """Whether the residual stream is in another basis than that of the source model."""
     head_reads: Indices | None = None
     """Stream channels that `norm` and pooling read. None: all."""
     last_queries: bool = False
@@ -201,6 +203,11 @@ class Architecture(Spec):
         return self.stream_width or self.embed
 
     @property
+    def has_source_features(self) -> bool:
+        """Whether the pooled features are those of the source model, in its basis."""
+        return not self.stream_rotated or self.pool.kind == "attention"
+
+    @property
     def read_places(self) -> Indices:
         """For each channel that the head reads, its channel in the source model."""
         places = self.stream_channels or tuple(range(self.embed))
@@ -250,6 +257,8 @@ class Architecture(Spec):
                     f"stream_channels names {len(self.stream_channels)} channels, "
                     f"the stream has {self.embed}"
                 )
+        if self.stream_rotated and self.head is None and not self.has_source_features:
+            raise ValueError("a network with stream_rotated needs a head or attention pooling")
         if self.data is not None and len(self.data.mean) != self.image[0]:
             raise ValueError(
                 f"data.mean has {len(self.data.mean)} numbers, images have {self.image[0]} channels"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...core.errors import InputError
 from .architecture import Architecture, AttentionSpec, Indices
+from .modules.backbone_facts import ROTATED
 from .modules.branch import Branch
 from .modules.model import CompactModel
 
@@ -147,8 +148,12 @@ def _spec(architecture: Architecture, name: str, where: str) -> OutputSpec:
             return OutputSpec(name, "logits", (architecture.classes,), _MEANINGS["logits"])
         width = architecture.feature_width or architecture.head_width
         places = architecture.feature_writes
+        if not architecture.has_source_features:
+            raise InputError(f"{where}: {name}: {ROTATED}")
         return OutputSpec(name, "features", (width,), _MEANINGS["features"], writes=places)
     width = architecture.source_width
+    if architecture.stream_rotated:
+        raise InputError(f"{where}: {name}: {ROTATED}")
     if name in (TOKENS, PATCHES):
         kind: Kind = "tokens" if name == TOKENS else "patches"
         rows = patches if kind == "patches" else prefix + patches

@@ -70,7 +70,7 @@ _READ: dict[type[BaseModel], set[str]] = {
     Architecture: _fields(
         "schema_ image embed stem prefix position position_resize patch_norm stem_norm "
         "stem_writes steps blocks norm pool pool_norm head feature_width feature_writes "
-        "stream_width stream_channels head_reads last_queries data"
+        "stream_width stream_channels stream_rotated head_reads last_queries data"
     ),
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
     ConvSpec: {"channels", "kernel", "stride", "padding", "bias", "act"},

@@ -25,6 +25,8 @@ from vitrim.compress.masks.masked import MaskedModel
 from vitrim.compress.masks.masked_parameters import masked_tensors
 from vitrim.compress.network.architecture import Architecture, PoolSpec
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.network.named_outputs import output_specs
+from vitrim.compress.oneshot.stream_rotation import rotate_stream
 from vitrim.compress.oneshot.trim import TrimOptions, trim
 
 # timm's name, and overrides of the settings of `build`.
@@ -432,6 +434,30 @@ def test_blocks_and_formats_that_do_not_exist_are_refused() -> None:
         lifted.set_input_size((32, 32))
     with pytest.raises(InputError, match=r"image size \(64, 64\): this network is for \(32, 48\)"):
         lifted.patch_embed.dynamic_feat_size((64, 64))
+
+
+def test_tokens_of_a_rotated_stream_are_refused() -> None:
+    model = build("vit")
+    images = noise(model, 24)
+    turned = rotate_stream(model, images)
+    with torch.no_grad():
+        assert relative_error(turned(images), model(images)) < 1e-4
+    calls: list[Callable[[], Any]] = [
+        lambda: turned.forward_features(images),
+        lambda: turned.forward_intermediates(images),
+        lambda: turned.forward_head(torch.zeros(1, 7, 48)),
+        lambda: output_specs(turned.architecture, ["blocks.0"]),
+        lambda: output_specs(turned.architecture, ["features"]),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=r"trim it with TrimOptions\(stream=False\)"):
+            call()
+    with pytest.raises(InputError, match="stream_rotated needs a head or attention pooling"):
+        turned.reset_classifier(0)
+    turned.reset_classifier(4)
+    assert turned(images).shape == (24, 4)
+    pooled = rotate_stream(build("map", num_classes=0), images)
+    assert output_specs(pooled.architecture, ["features"])[0].shape == (48,)
 
 
 @pytest.mark.parametrize("norm", [False, True])

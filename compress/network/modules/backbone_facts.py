@@ -16,6 +16,10 @@ from ....core.errors import InputError
 from ..architecture import Architecture, Indices
 
 Pair = tuple[int, int]
+ROTATED = (
+    "the residual stream of this network was rotated, so they are in another basis than those of "
+    "the source model; trim it with TrimOptions(stream=False)"
+)
 # timm's names of poolings, and ours.
 POOLS = {
     "": "none",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ....core.errors import InputError
-from .backbone_facts import BackboneFacts
+from .backbone_facts import ROTATED, BackboneFacts
 from .branch import Branch
 
 
@@ -48,7 +48,11 @@ class BackboneForward(BackboneFacts):
         Returns:
             (batch, tokens, num_features). With `last_queries` also the tokens that the head does
             not read are computed.
+
+        Raises:
+            InputError: The residual stream is in another basis than that of the source model.
         """
+        self._require_source_basis()
         return self._spread(self.normed(self._stream(self.embed(x))), self.read_places)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -61,7 +65,11 @@ class BackboneForward(BackboneFacts):
         Returns:
             (batch, classes); or (batch, head_hidden_size) with `pre_logits` or without a
             classifier; or (batch, tokens, num_features) without pooling.
+
+        Raises:
+            InputError: The residual stream is in another basis than that of the source model.
         """
+        self._require_source_basis()
         if self.read_places is not None:
             x = x.index_select(-1, self.read_places)
         return self.features_of(self.pooled(x)) if pre_logits else self.logits(x)
@@ -97,8 +105,10 @@ class BackboneForward(BackboneFacts):
             A pair: what `forward_features` returns (of the last block that ran), and the list.
 
         Raises:
-            InputError: A block does not exist, or `output_fmt` is unknown.
+            InputError: A block does not exist, `output_fmt` is unknown, or the residual stream is
+                in another basis than that of the source model.
         """
+        self._require_source_basis()
         if output_fmt not in ("NCHW", "NLC"):
             raise InputError(f"output_fmt = {output_fmt!r}: choose 'NCHW' or 'NLC'")
         ends = self.architecture.block_ends
@@ -165,6 +175,10 @@ class BackboneForward(BackboneFacts):
         return pooled.new_zeros(*pooled.shape[:-1], self.head_hidden_size).index_copy(
             -1, self.feature_writes, pooled
         )
+
+    def _require_source_basis(self) -> None:
+        if self.architecture.stream_rotated:
+            raise InputError(f"tokens and features: {ROTATED}")
 
     def _stream(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
         """Run some steps on all tokens: (batch, tokens, embed) -> the same shape."""
