@@ -72,12 +72,12 @@ def compact(
         output: What is printed and saved.
     """
     check_options(selection, untrained, output)
-    if untrained.without_training:
+    if untrained.selected:
         require_resume(untrained, output)
     if output.out is not None:
         _require_output(model, selection, untrained, output)
     source = load_source(model)
-    if untrained.without_training:
+    if untrained.selected:
         cut_without_training(source, selection, untrained, output)
         return
     if selection.only_dead:

@@ -22,15 +22,15 @@ WithoutTraining = Annotated[
     typer.Option(
         "--without-training",
         help="Choose widths and refit weights in closed form from unlabeled images of --data, for "
-        "a budget of --macs, --params, --file-mb or --latency-ms. Takes minutes, and needs no "
-        "labels.",
+        "a budget of --macs, --params, --file-mb or --latency-ms, which select it, too. Takes "
+        "minutes, and needs no labels.",
     ),
 ]
 Macs = Annotated[
     float | None,
     typer.Option(
         "--macs",
-        help="With --without-training: share of the multiply-adds to keep, e.g. 0.7.",
+        help="Without training: share of the multiply-adds to keep, e.g. 0.7.",
         show_default=False,
     ),
 ]
@@ -38,7 +38,7 @@ Params = Annotated[
     float | None,
     typer.Option(
         "--params",
-        help="With --without-training: share of the parameters to keep, instead of --macs.",
+        help="Without training: share of the parameters to keep, instead of --macs.",
         show_default=False,
     ),
 ]
@@ -46,7 +46,7 @@ FileMb = Annotated[
     float | None,
     typer.Option(
         "--file-mb",
-        help="With --without-training: size of a file with the weights in MB (10^6 bytes), "
+        help="Without training: size of a file with the weights in MB (10^6 bytes), "
         "computed for --file-precision.",
         show_default=False,
     ),
@@ -59,7 +59,7 @@ LatencyMs = Annotated[
     float | None,
     typer.Option(
         "--latency-ms",
-        help="With --without-training: latency in ms of all sub-layers for one image, as "
+        help="Without training: latency in ms of all sub-layers for one image, as "
         "--cost-table predicts it.",
         show_default=False,
     ),
@@ -76,7 +76,7 @@ FrontSizes = Annotated[
     int | None,
     typer.Option(
         "--front",
-        help="With --without-training: this many sizes from one pass over the images, from 90 % "
+        help="Without training: this many sizes from one pass over the images, from 90 % "
         "down to the budget, 30 % of the multiply-adds by default. Each is saved in a folder of "
         "--out, beside a table and a picture.",
         show_default=False,
@@ -87,15 +87,16 @@ CheckImages = Annotated[
     typer.Option(
         "--check-images",
         min=0,
-        help="With --without-training and labels: this many training and validation images "
-        "measure top-1, nearest neighbours and a linear probe of the features. 0 leaves it out.",
+        help="Without training, where the data have labels: this many training and validation "
+        "images measure top-1, nearest neighbours and a linear probe of the features. 0 leaves it "
+        "out.",
     ),
 ]
 Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="With --without-training: continue an interrupted cut to the same --out.",
+        help="Continue an interrupted cut without training to the same --out.",
     ),
 ]
 
@@ -114,6 +115,11 @@ class Untrained:
     front: FrontSizes = None
     check_images: CheckImages = 500
     resume: Resume = False
+
+    @property
+    def selected(self) -> bool:
+        """Whether the cut is one without training: the flag, a budget or a front selects it."""
+        return self.without_training or bool(self.budgets) or self.front is not None
 
     @property
     def budgets(self) -> dict[str, float]:
@@ -141,16 +147,13 @@ class Untrained:
         return option, kinds[option], value * 1e6 if option == "--file-mb" else value
 
     def __post_init__(self) -> None:
-        if not self.without_training:
-            alone = {**self.budgets, "--front": self.front, "--cost-table": self.cost_table}
-            given = [option for option, value in alone.items() if value is not None]
-            if given:
-                raise InputError(
-                    f"{given[0]} belongs to --without-training; add that, or use --keep-ratio "
-                    "with --saliency"
-                )
-            if self.resume:
-                raise InputError("--resume continues a cut of --without-training; add that")
+        if not self.selected:
+            for option, given in (("--cost-table", self.cost_table), ("--resume", self.resume)):
+                if given:
+                    raise InputError(
+                        f"{option} belongs to --without-training and its budget; add e.g. "
+                        "--macs 0.7"
+                    )
             return
         if (self.front is None and len(self.budgets) != 1) or len(self.budgets) > 1:
             raise InputError(
@@ -187,12 +190,12 @@ def check_options(selection: Selection, untrained: Untrained, output: Output) ->
     Raises:
         InputError: Two options both select what is kept, or one needs another.
     """
-    if selection.data is not None and not selection.uses_images and not untrained.without_training:
+    if selection.data is not None and not selection.uses_images and not untrained.selected:
         raise InputError(
             f"--data {selection.data}: only --saliency taylor, fisher and head use images, and "
             "--without-training; add one of them, or leave --data out"
         )
-    if not untrained.without_training:
+    if not untrained.selected:
         return
     choices = {
         "--mask": selection.mask,

@@ -80,7 +80,7 @@ def test_a_file_size_is_a_budget(place: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(place)
     dense = 4 * count_params(vitrim.load("model").architecture)
     wanted = 0.8 * dense + 15_000  # Names and shapes in the file count, too.
-    data = ["--data", "images:photos", "--without-training"]
+    data = ["--data", "images:photos"]
     _compact("model", *data, "--file-mb", str(wanted / 1e6), "--out", "small-file")
     assert Path("small-file", "model.safetensors").stat().st_size <= wanted
 
@@ -163,9 +163,10 @@ def test_an_interrupted_front_continues_without_a_second_pass(
         (["--without-training", "--macs", "0.5", "--params", "0.5"], "needs one budget"),
         (["--without-training", "--macs", "1.5"], "--macs 1.5: give the share to keep"),
         (["--without-training", "--macs", "0.5"], "--without-training needs images"),
-        (["--macs", "0.5"], "--macs belongs to --without-training"),
-        (["--front", "4"], "--front belongs to --without-training"),
-        (["--resume"], "--resume continues a cut of --without-training"),
+        (["--macs", "0.5"], "--without-training needs images"),
+        (["--macs", "0.5", "--mask", "m"], "both select what is kept"),
+        (["--resume"], "--resume belongs to --without-training"),
+        (["--cost-table", "t.json"], "--cost-table belongs to --without-training"),
         (["--without-training", "--front", "1"], "--front 1: give 2 to 50 sizes"),
         (["--without-training", "--front", "4", "--macs", "0.95"], "between 0 and 0.9"),
         (["--without-training", "--file-mb", "0"], "--file-mb 0: give a number above 0"),

@@ -73,3 +73,66 @@ def test_a_budget_below_stem_and_head_is_refused_before_any_training(finished: P
 def test_a_closed_form_needs_a_budget(finished: Path) -> None:
     with pytest.raises(InputError, match=r'"closed-form" needs a budget'):
         load_recipe(finished.parent / "tiny.toml", [*CLOSED_FORM, "masks.lambda=1e-7"])
+
+
+ONE_SHOT = ['masks.start="one-shot"', "masks.round_to=2", "masks.params=0.6"]
+
+
+@pytest.fixture(scope="module")
+def started(finished: Path) -> Path:
+    recipe = load_recipe(finished.parent / "tiny.toml", ONE_SHOT)
+    run(recipe, finished.parent / "started", until="masks", quiet=True)
+    return finished.parent / "started"
+
+
+def test_masks_are_learned_from_the_cut_to_the_square_root_of_the_budget(started: Path) -> None:
+    dense, start = vitrim.load(started / "baseline"), vitrim.load(started / "start")
+    whole = count_params(dense.architecture)
+    assert count_params(start.architecture) <= 0.6**0.5 * whole
+    assert count_params(vitrim.load(started / "cut").architecture) <= 0.6 * whole
+    mask = vitrim.StructuredMask.load(started / "mask.safetensors")
+    mask.check(start.architecture)
+    phases = [json.loads(line)["phase"] for line in (started / "history.jsonl").open()]
+    assert "masks" in phases
+    assert json.loads((started / "trim.json").read_text())["cost_share"] <= 0.6**0.5
+
+
+def test_a_resumed_run_learns_from_the_start_that_was_saved(
+    started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, other = load_recipe(started.parent / "tiny.toml", ONE_SHOT), started.parent / "other"
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    run(recipe, other, until="baseline", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("vitrim.pipeline.training_steps._fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, other, until="masks", quiet=True, resume=True)
+    with monkeypatch.context() as patch:
+        # The statistics are not taken again.
+        patch.setattr("vitrim.pipeline.training_steps.trim_baseline", interrupted)
+        run(recipe, other, until="masks", quiet=True, resume=True)
+    expected, found = vitrim.load(started / "cut"), vitrim.load(other / "cut")
+    assert found.architecture == expected.architecture
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [['masks.method="closed-form"'], ["masks.params=1.0", "masks.lambda=1e-7"]],
+)
+def test_a_one_shot_start_needs_learned_masks_and_a_budget(
+    finished: Path, settings: list[str]
+) -> None:
+    with pytest.raises(InputError, match=r"one-shot|both set the size"):
+        load_recipe(finished.parent / "tiny.toml", ['masks.start="one-shot"', *settings])
+
+
+def test_a_start_below_stem_and_head_is_refused_before_any_training(finished: Path) -> None:
+    recipe = load_recipe(finished.parent / "tiny.toml", [*ONE_SHOT, "masks.params=0.02"])
+    with pytest.raises(InputError, match=r"masks.params"):
+        run(recipe, finished.parent / "refused", quiet=True)
+    assert not (finished.parent / "refused").exists()
