@@ -98,7 +98,9 @@ def training_host(recipe: Recipe, *, json_progress: bool = False, quiet: bool) -
     processes = join_processes(placement.device.type)
     if note is not None:
         status(note, quiet=quiet or not processes.is_main)
-    return TrainingHost(placement, processes, JsonProgress if json_progress else TrainingProgress)
+    # One process writes the lines.
+    progress = JsonProgress if json_progress and processes.is_main else TrainingProgress
+    return TrainingHost(placement, processes, progress)
 
 
 def require_trackers(names: tuple[TrackerName, ...]) -> None:

@@ -73,7 +73,7 @@ class TrainingProgress:
 
 
 class JsonProgress(TrainingProgress):
-    """Writes each epoch as one JSON line to standard output, and messages as before.
+    """Writes each epoch as one JSON line to standard output, also with `quiet`; messages as before.
 
     A line has the fields of history.jsonl and `epochs`, the number of epochs of the phase.
     """
@@ -93,8 +93,7 @@ class JsonProgress(TrainingProgress):
 
     def epoch(self, figures: Mapping[str, Any]) -> None:
         """Write the line of a finished epoch."""
-        if not self.silent:
-            print(json.dumps({**figures, "epochs": self.epochs}), flush=True)
+        print(json.dumps({**figures, "epochs": self.epochs}), flush=True)
 
     def message(self, text: str) -> None:
         """Print a line on standard error."""
