@@ -169,7 +169,10 @@ def _phases(prepared: Prepared, processes: int, *, quiet: bool) -> Iterator[Phas
         timed = _time(prepared, phase, augmentation)
         batch = min(recipe.train.batch_size, len(data.train))
         own, steps = batch / processes, len(data.train) // batch
-        step_s = own * (share * timed.step_s + timed.loader_s)
+        compute_s, loader_s = own * share * timed.step_s, own * timed.loader_s
+        workers = 0 if data.train.decoded else recipe.train.workers
+        # Worker processes read the next batches during a step.
+        step_s = max(compute_s, loader_s / workers) if workers else compute_s + loader_s
         # A forward pass is a third of a step.
         validation_s = len(data.val) / processes * share * timed.step_s / 3.0
         part = max(1.0, own / recipe.train.accumulate)
