@@ -19,6 +19,7 @@ from PIL import Image
 
 from ...core.errors import InputError
 from .decoding import RawDataset, RawSplit
+from .sealed_index import seal_of
 from .splits import SPLIT_NAMES, PartName, split_of
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "category", "answer")
@@ -53,6 +54,7 @@ def read_parquet(path: Path) -> RawDataset:
         lambda: datasets.load_dataset("parquet", data_files=files),
         str(path),
         "not readable as parquet",
+        files,
     )
 
 
@@ -74,7 +76,7 @@ def read_arrow(path: Path) -> RawDataset:
             for split, part in files.items()
         }
 
-    return _load(load, str(path), "not readable as arrow")
+    return _load(load, str(path), "not readable as arrow", files)
 
 
 def read_disk(path: Path) -> RawDataset:
@@ -134,11 +136,30 @@ def _part_of(file: Path) -> PartName | None:
     return next((part for part in found if part), None)
 
 
-def _load(load: Callable[[], Any], where: str, problem: str) -> RawDataset:
-    """Call a loader of the library; its errors become an InputError that begins with `problem`."""
+def _load(
+    load: Callable[[], Any],
+    where: str,
+    problem: str,
+    files: Mapping[str, list[str]] | None = None,
+) -> RawDataset:
+    """Call a loader of the library, and find images and labels in what it returns.
+
+    Args:
+        load: Returns a data set or its splits.
+        where: The source, for messages.
+        problem: The text of errors of the library.
+        files: The files of each split, from which its fingerprint follows (default: that of the
+            library, which depends on where the files lie).
+
+    Returns:
+        The splits.
+
+    Raises:
+        InputError: The library raised an error, or a column is missing.
+    """
     with reading_errors(where, problem):
         loaded = load()
-    return _raw_dataset(loaded, where)
+    return _raw_dataset(loaded, where, files or {})
 
 
 @contextlib.contextmanager
@@ -168,7 +189,7 @@ def reading_errors(where: str, problem: str) -> Iterator[None]:
         (datasets.enable_progress_bars if bars else datasets.disable_progress_bars)()
 
 
-def _raw_dataset(loaded: Any, where: str) -> RawDataset:
+def _raw_dataset(loaded: Any, where: str, files: Mapping[str, list[str]]) -> RawDataset:
     splits: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     by_name = {name.lower(): name for name in reversed(list(splits))}
     parts = {
@@ -184,7 +205,10 @@ def _raw_dataset(loaded: Any, where: str) -> RawDataset:
 
     def read(name: str) -> RawSplit:
         targets = _targets(splits[name], label, number, where)
-        return _raw_split(splits[name], image, targets, f"{where}, split {name}")
+        seals = [(Path(file).name, seal_of(file)) for file in files.get(name, ())]
+        version = repr(seals) if seals else f"{splits[name]._fingerprint} {where}"
+        stamp = hashlib.sha256(f"{version} {name} {len(targets)}".encode()).hexdigest()
+        return _raw_split(splits[name], image, targets, f"{where}, split {name}", stamp)
 
     def read_labelled(name: str | None) -> RawSplit | None:
         if name is None or label not in splits[name].features:
@@ -250,13 +274,14 @@ def _targets(
     return np.array(values, dtype=np.int64)
 
 
-def _raw_split(dataset: Any, image: str, targets: NDArray[np.int64], where: str) -> RawSplit:
+def _raw_split(
+    dataset: Any, image: str, targets: NDArray[np.int64], where: str, stamp: str
+) -> RawSplit:
     import datasets
 
     # Undecoded, so that our error can name a corrupt image.
     raw = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     rows = _Rows(raw, image, where)
-    stamp = hashlib.sha256(f"{dataset._fingerprint}\0{where}\0{len(dataset)}".encode()).hexdigest()
     return RawSplit(targets, rows.open, rows.where, stamp)
 
 

@@ -306,6 +306,7 @@ class _Run:
             "schema": "vitrim.checkpoint/1",
             "settings": self.identity,
             "epoch": self.epoch,
+            "content": self._content(),
             # Within an epoch: the position of each process.
             "inside": inside,
             "best": [self.best_epoch, self.best_score, self.best_val_top1],
@@ -315,6 +316,10 @@ class _Run:
             "scaler": self.stepper.scaler.state_dict(),
             "random": random_states(),
         }
+
+    def _content(self) -> str | None:
+        """The fingerprint of data that is read anew in every epoch, and could change."""
+        return None if self.data.train.decoded else self.data.train.fingerprint
 
     def _load(self, path: Path) -> None:
         state = read_state(path)
@@ -330,6 +335,11 @@ class _Run:
                     f"{path}: it was trained with {key} = {before!r}, now {value!r}; "
                     "resume with the same settings, or start again without --resume"
                 )
+        if state.get("content") and self._content() not in (None, state["content"]):
+            raise InputError(
+                f"{path}: the data changed since it was written (a file was added, removed or "
+                "rewritten); restore what it was, or start again without --resume"
+            )
         # The task first, since it may rebuild a smaller model for the optimizer.
         self.task.load_state(state["task"])
         self._set_optimizer(self.task.optimizer())
