@@ -66,7 +66,7 @@ class DataSection(Section):
         "squash",
         description="how an image becomes the model's input in evaluation: squash scales it "
         "whatever its shape; center-crop scales the shorter side to size / crop_pct of timm's data "
-        "config (256 for 224) and crops the centre, as ImageNet's figures are measured",
+        "config (248 or 256 for 224) and crops the centre, as ImageNet's figures are measured",
     )
     cache_gb: float = Field(
         16.0,
