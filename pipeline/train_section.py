@@ -11,7 +11,7 @@ from .recipe_sections import Section
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
-# They say where and how fast training runs, so that a run continues with other ones.
+# They determine where and how fast training runs, so that a run continues with other ones.
 FREE_KEYS = (
     *("device", "precision", "compile", "channels_last", "threads", "workers"),
     *("checkpoint_minutes", "trackers"),

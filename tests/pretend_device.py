@@ -23,11 +23,11 @@ MIXED |= {aten.index_put.default, aten._index_put_impl_.default}
 class There(torch.Tensor):
     """A tensor on the pretend device, with its values on the CPU."""
 
-    inner: Tensor
+    held: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> There:
-        made: There = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: There = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),
@@ -35,17 +35,19 @@ class There(torch.Tensor):
             device=DEVICE,
             requires_grad=False,
         )
-        made.inner = inner
+        made.held = inner
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"There({self.inner})"
+        return f"There({self.held})"
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("a tensor on a device has no numpy array; copy it to the CPU")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return run(func, args, kwargs or {})
 
 
@@ -81,20 +83,23 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _values(leaf: Any) -> Any:
-    return leaf.inner if isinstance(leaf, There) else leaf
+    return leaf.held if isinstance(leaf, There) else leaf
 
 
 class PretendDevice(TorchDispatchMode):
     """In this context, `device="meta"` creates tensors on the pretend device."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __enter__(self) -> Any:
         # Tensors of a subclass cannot be inference tensors.
         self.inference_mode, torch.inference_mode = torch.inference_mode, torch.no_grad  # type: ignore[misc, assignment]
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         torch.inference_mode = self.inference_mode  # type: ignore[misc]
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})

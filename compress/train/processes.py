@@ -10,6 +10,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -177,12 +178,16 @@ def join_processes(device: str) -> Processes:
         return ALONE
     require_accelerate("a training in several processes")
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     # A sub-layer that mask learning removed has parameters without gradients. Buffers are indices,
     # which are equal everywhere.
     options = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    return AcceleratedProcesses(Accelerator(cpu=device == "cpu", kwargs_handlers=[options]))
+    # The others wait while the main process decodes images. A process that ends is noticed by the
+    # launcher.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[options, patience])
+    return AcceleratedProcesses(accelerator)
 
 
 def require_accelerate(what: str) -> None:

@@ -104,7 +104,7 @@ def test_two_processes_learn_the_masks_of_one(recipe: Path, alone: Path, tmp_pat
     assert two[0]["val_top1"] == one[0]["val_top1"]
     images = torch.rand(8, 1, 28, 28)
     outputs = [load(each / "cut")(images) for each in (alone, folder)]
-    assert torch.allclose(*outputs, atol=1e-2)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-2)
     # One process writes the lines of --json-progress.
     assert [json.loads(line)["epoch"] for line in output.splitlines()] == [
         line["epoch"] for line in two

@@ -12,7 +12,6 @@ import pytest
 import torch
 from vitrim.cli import call
 from vitrim.core.errors import InputError
-from vitrim.pipeline import training_host
 from vitrim.pipeline.dry_run import dry_run
 from vitrim.pipeline.recipe import load_recipe, recipe_names
 from vitrim.pipeline.run import run
@@ -87,8 +86,9 @@ def test_a_recipe_that_cannot_train_here_is_refused_in_one_line(
 
 
 def test_fp16_on_a_cpu_is_refused_when_the_recipe_is_read(recipe: Path) -> None:
+    recipe.write_text(RECIPE + 'device = "cpu"\nprecision = "fp16"\n')
     with pytest.raises(InputError, match='"fp16" needs a GPU; with device = "cpu" write "bf16"'):
-        load_recipe(recipe.write_text(RECIPE + 'device = "cpu"\nprecision = "fp16"\n') and recipe)
+        load_recipe(recipe)
 
 
 def test_training_on_the_cpu_for_want_of_a_gpu_is_reported(
@@ -139,7 +139,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("accelerate")
-    monkeypatch.setattr(training_host.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     changed = load_recipe(recipe, ['train.trackers=["mlflow"]'])
     with pytest.raises(InputError, match="mlflow is not installed; pip install mlflow, or leave"):
         run(changed, tmp_path / "run", quiet=True)

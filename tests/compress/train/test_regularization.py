@@ -179,7 +179,8 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_bits(tmp_path: Path) -
         fit(broken, spots(), settings, tmp_path / "broken")
     # Epochs have 6 steps; a checkpoint follows each of them.
     assert torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)["inside"]
-    again, steps = DenseTask(Net(), lr=3e-3), []
+    again = DenseTask(Net(), lr=3e-3)
+    steps: list[int] = []
     again.after_step = steps.append  # type: ignore[method-assign, assignment]
     found = fit(again, spots(), settings, tmp_path / "broken", resume=True)
     assert steps == list(range(9, 18))
