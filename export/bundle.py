@@ -125,6 +125,13 @@ def _supported_preprocessing(artifact: Artifact) -> PreprocessingSpec:
             f"{artifact.folder}: the bundle feeds one float32 input of images; "
             "export again without changing the input"
         )
+    for output in manifest.outputs:
+        sizes = output.shape[1:]
+        if not 1 <= len(sizes) <= 2 or not all(isinstance(size, int) for size in sizes):
+            raise InputError(
+                f"{artifact.folder}: the sizes of output {output.name!r} are not fixed; export the "
+                "model again"
+            )
     return manifest.preprocessing
 
 

@@ -161,7 +161,7 @@ def export(
     graph = GraphOptions(form, opset, tune, ort_format)
     names = () if outputs is None else require_output_names(outputs)
     names = () if names == (LOGITS,) else names
-    validate_options(batch, device, graph, numeric, names)
+    validate_options(batch, device, graph, numeric)
     if isinstance(form, str) and form != PLAIN:
         graph = replace(graph, form=form_named(form))
     model = in_float32(model)
@@ -175,7 +175,7 @@ def export(
     shape = image_shape(model, image)
     source, specs = _with_outputs(model, names)
     network = source.model if isinstance(source, NamedOutputs) else model
-    _require_possible(network, batch, device, graph, numeric, names)
+    _require_possible(network, batch, device, graph, numeric)
     if labels is not None and names and LOGITS not in names:
         raise InputError("labels: are for logits, which are not among the outputs; leave them out")
     request = ExportRequest(
@@ -224,7 +224,6 @@ def _require_possible(
     device: DeviceOptions,
     graph: GraphOptions,
     numeric: NumericOptions,
-    outputs: Sequence[str],
 ) -> None:
     """Raise InputError, before any work, for a part of a model that the runtime cannot do."""
     if device.runtime == ONNXRUNTIME:
@@ -235,9 +234,7 @@ def _require_possible(
         unread = reason_against(architecture)
     except UnsupportedModel as error:
         unread = str(error)
-    planned = Planned(
-        numeric.precision, batch, graph.form, architecture, unread, outputs=tuple(outputs)
-    )
+    planned = Planned(numeric.precision, batch, graph.form, architecture, unread)
     require_within_limits(device.runtime, limits_of(runtime_named(device.runtime)), planned)
 
 

@@ -265,6 +265,10 @@ class Manifest(Plain):
                 raise ValueError(f"{MANIFEST} cannot list itself")
         if sum(entry.role == "model" for entry in self.files) != 1:
             raise ValueError("exactly one file has the role 'model'")
+        names = [output.name for output in self.outputs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"output {name!r} is listed twice")
         if self.labels is not None and self.logits is not None:
             classes = self.logits.shape[-1]
             if isinstance(classes, int) and classes != len(self.labels):

@@ -145,7 +145,6 @@ def validate_options(
     device: DeviceOptions,
     graph: GraphOptions,
     numeric: NumericOptions,
-    outputs: tuple[str, ...] = (),
 ) -> None:
     """Check options against each other and against the runtime.
 
@@ -154,7 +153,6 @@ def validate_options(
         device: Where the artifact runs.
         graph: How the graph is written.
         numeric: What the artifact computes in.
-        outputs: The names of the outputs; empty for the logits alone.
 
     Raises:
         InputError: An option is unknown, or two do not fit; the message names them.
@@ -181,8 +179,7 @@ def validate_options(
         _validate_onnxruntime(device, graph, precision)
         return
     name = device.runtime
-    planned = Planned(precision, batch, graph.form, outputs=outputs)
-    require_within_limits(name, limits_of(runtime), planned)
+    require_within_limits(name, limits_of(runtime), Planned(precision, batch, graph.form))
     if (graph.tune and name != "tvm") or graph.ort_format:
         option = "ort_format" if graph.ort_format else "tune"
         raise InputError(f"{option} is for onnxruntime, and the runtime is {name!r}; leave it out")

@@ -21,7 +21,6 @@ class Planned:
         form: The requested graph form; "plain" for torch's graph, None for the runtime's own.
         architecture: The network; None where it is not known yet, or vitrim cannot read the model.
         unread: Why vitrim cannot read the model.
-        outputs: The names of the outputs; empty for the logits alone.
     """
 
     precision: str = "fp32"
@@ -29,7 +28,6 @@ class Planned:
     form: Form | str | None = None
     architecture: Architecture | None = None
     unread: str | None = None
-    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from bundle_sample import build, needs_compiler, runtime_library
 from onnx_graphs import classifier, written
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
+from pydantic import ValidationError
 from torch import nn
 from typer.testing import CliRunner
 from vitrim.bench.local.measure import measure_interleaved
@@ -28,6 +30,7 @@ from vitrim.core.errors import InputError, UnsupportedModel
 from vitrim.export import Artifact, export
 from vitrim.export.bundle import bundle
 from vitrim.export.forms import FORMS, form_named, write_network
+from vitrim.export.manifest import Manifest
 from vitrim.export.parity import side_by_side
 from vitrim.export.runtimes import runtime_named
 from vitrim.export.sessions import open_session
@@ -108,6 +111,20 @@ def test_outputs_have_names_shapes_and_meanings_in_the_manifest(made: Artifact) 
     )
     assert "before the final norm" in str(outputs["blocks.0"].meaning)
     assert Artifact.load(made.folder).manifest == made.manifest
+
+
+def test_a_manifest_that_lists_an_output_twice_or_of_an_unknown_kind_is_refused(
+    made: Artifact,
+) -> None:
+    data = made.manifest.to_dict()
+    first, second, *rest = data["outputs"]
+    for outputs, message in (
+        ([first, first, second, *rest], "output 'logits' is listed twice"),
+        ([{**first, "kind": "masks"}, second, *rest], "Input should be 'logits', 'features'"),
+        ([first, {**second, "grid": [4, 0]}, *rest], "greater than or equal to 1"),
+    ):
+        with pytest.raises(ValidationError, match=re.escape(message)):
+            Manifest.model_validate({**data, "outputs": outputs})
 
 
 def test_the_session_and_the_engine_return_them_by_name(made: Artifact) -> None:
