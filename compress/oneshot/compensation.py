@@ -17,8 +17,9 @@ References:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,7 @@ def refit(
     for number in range(len(found.model.steps)):
         while wanted.position < depths[number]:
             wanted.advance()
+        target = _Target(wanted, channels, following_constants(found.model, number))
         inner: list[Tensor] | None = None
         for branch in found.step:
             if not has_output_projection(branch) or branch.post_norm is not None:
@@ -163,7 +165,7 @@ def refit(
             fit = saved.load(branch)
             if fit is None:
                 inner = [] if len(found.step) == 1 else None
-                fit = _refit(branch, found, wanted, channels, inner)
+                fit = _refit(branch, found, target, inner)
                 saved.save(branch, fit)
             fits.append(fit)
             if progress is not None:
@@ -202,7 +204,8 @@ def reproduced_depths(source: CompactModel, result: CompactModel) -> list[int]:
     """For each compact step the number of dense steps whose output it should reproduce.
 
     A dense step that was removed is reproduced by the step before it: its best affine
-    approximation goes into that step's output projection.
+    approximation goes into that step's output projection. This holds also where the removed step
+    left a constant behind.
     """
     place = {
         branch.name: number
@@ -218,7 +221,24 @@ def reproduced_depths(source: CompactModel, result: CompactModel) -> list[int]:
                 "that the compact one was cut from"
             )
         starts.append(min(place[branch.name] for branch in step))
-    return [*starts[1:], len(source.steps)]
+    depths, end = [], len(source.steps)
+    for start, step in zip(reversed(starts), reversed(result.architecture.steps), strict=True):
+        depths.append(end)
+        if any(branch.core.kind != "constant" for branch in step):
+            end = start
+    return depths[::-1]
+
+
+def following_constants(model: CompactModel, number: int) -> Tensor:
+    """What the steps of constants directly behind step `number` add to the stream: (embed,)."""
+    total = next(model.parameters()).new_zeros(1, 1, model.architecture.embed)
+    with torch.no_grad():
+        for step in cast("Sequence[Sequence[Branch]]", model.steps)[number + 1 :]:
+            if any(branch.spec.core.kind != "constant" for branch in step):
+                break
+            for branch in step:
+                total = branch.add(total, branch(total))
+    return total[0, 0]
 
 
 def kept_channels(
@@ -310,11 +330,26 @@ class _Gram:
         return (self.rr / self.count - (self.r / self.count).square()).clamp(min=0)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """The dense stream that a step should reproduce, without the constants behind the step."""
+
+    stream: Stream
+    channels: Tensor | None
+    constants: Tensor
+
+    def batch(self, number: int) -> Tensor:
+        """(batch, tokens, channels of the compact stream)."""
+        found = self.stream.batches[number]
+        if self.channels is not None:
+            found = found.index_select(-1, self.channels)
+        return found - self.constants
+
+
 def _refit(
     branch: Branch,
     found: Stream,
-    wanted: Stream,
-    channels: Tensor | None,
+    wanted: _Target,
     kept: list[Tensor] | None,
 ) -> Fit:
     """Refit one projection; its inputs are appended to `kept` as far as memory is set aside."""
@@ -322,9 +357,7 @@ def _refit(
     fit, held_out = (_Gram(linear.in_features, linear.out_features) for _ in range(2))
     scale = _scale(branch)
     for number, (x, inner, update) in enumerate(found.inner(branch)):
-        target = wanted.batches[number]
-        target = target if channels is None else target.index_select(-1, channels)
-        rest = target - _with_siblings(branch, found, x)
+        rest = wanted.batch(number) - _with_siblings(branch, found, x)
         if branch.writes is not None:
             rest = rest.index_select(-1, branch.writes)
         assert rest.shape[:2] == update.shape[:2]

@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Statistics:
         if self.heads is not None:
             self.heads.add(seen)
             if self._images < MEASURED_IMAGES:
-                self._samples.append(seen)
+                self._samples.append(replace(seen, stream=seen.stream[:0], update=seen.update[:0]))
                 self._images += len(seen.inner)
 
     @property

@@ -166,7 +166,7 @@ def _regression(x: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Tens
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return weight.detach(), bias.detach()
 
 

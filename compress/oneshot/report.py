@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
+from .compensation import following_constants
 from .sensitivity import features, patch_features
 from .stream import Stream, has_output_projection
 from .stream_rotation import Readback
@@ -103,7 +104,10 @@ def measured_errors(compared: Comparison, images: Tensor) -> dict[str, float]:
     }
     found: dict[str, float] = {}
     steps = cast("Sequence[Sequence[Branch]]", compared.compact.steps)
-    for end, step in zip(compared.depths, steps, strict=False):
+    for number, (end, step) in enumerate(zip(compared.depths, steps, strict=True)):
+        if all(branch.spec.core.kind == "constant" for branch in step):
+            continue
+        constants = following_constants(compared.compact, number)
         while stream.position < place[step[0].spec.name]:
             stream.advance()
         before = [_selected(x, compared.channels) for x in stream.batches]
@@ -113,7 +117,7 @@ def measured_errors(compared: Comparison, images: Tensor) -> dict[str, float]:
             stream.advance()
         total, rows = 0.0, 0
         for x, wanted in zip(before, stream.batches, strict=True):
-            y = x
+            y = x + constants
             with torch.no_grad():
                 for branch in step:
                     y = branch.add(y, branch(x))

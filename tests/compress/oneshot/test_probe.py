@@ -75,7 +75,7 @@ def _split(model: vitrim.CompactModel, count: int, seed: int) -> Split:
     """Images whose brightness is their label, 0 or 1."""
     channels, height, width = model.architecture.image
     preprocessing = Preprocessing(
-        channels=channels,  # type: ignore[arg-type]
+        channels=channels,
         height=height,
         width=width,
         mean=(0.5,) * channels,
