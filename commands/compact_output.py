@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 def save_compact(
     small: CompactModel, mask: StructuredMask, output: Output, record: str | None = None
 ) -> None:
-    """Save the model, its mask and the record of a cut without training in `--out`."""
+    """Save a model in `--out`, if that is given.
+
+    Args:
+        small: The model.
+        mask: What it keeps.
+        output: The folder, and whether it may be replaced.
+        record: The contents of trim.json, of a cut without training.
+    """
     from ..compress.network.files import MASK_FILE, MODEL, TRIM_FILE, save
 
     if output.out is None:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..bench.report.front import Front, Size, front_csv, front_markdown, front_picture
 from ..bench.report.writing import PICTURE
 from ..compress.network.architecture import Architecture
@@ -177,11 +179,21 @@ def make_front(
 
 
 def front_fingerprint(
-    dense: CompactModel, prediction_images: object, request: FrontRequest, parts: Sequence[object]
+    dense: CompactModel, prediction_images: Tensor, request: FrontRequest, parts: Sequence[object]
 ) -> str:
-    """A hash of the network, the images and the request."""
+    """Identify everything that the sizes of a front depend on.
+
+    Args:
+        dense: The dense network.
+        prediction_images: The images of the cut.
+        request: The sizes.
+        parts: Options of the cut and of the check.
+
+    Returns:
+        A hash in hexadecimal.
+    """
     wanted = (request.kind, request.amounts, request.data_name, *parts)
-    return fingerprint_of(dense, prediction_images, wanted)  # type: ignore[arg-type]
+    return fingerprint_of(dense, prediction_images, wanted)
 
 
 def _dense_size(

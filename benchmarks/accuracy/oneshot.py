@@ -1,7 +1,7 @@
 """Points of top-1 lost by cuts without training: criteria, scopes and repairs, and Torch-Pruning.
 
     python -m benchmarks.accuracy.oneshot [--data quickstart|fashion-mnist|cifar10:FOLDER]
-        [--model embedded|FOLDER] [--images 64 256 1024] [--seeds 0 1 2] [--test-images 3000]
+        [--model embedded|FOLDER] [--images 64 256 1024] [--seeds 0 1 2] [--test-images 2000]
 
 Every row cuts the same trained model to a share of its multiply-adds and measures top-1 on the same
 test images; no row trains. The criteria rank units, in a scope; their ratio is bisected until the
@@ -9,7 +9,7 @@ share is met. A repair then changes what remains: `mean` adds the mean error of 
 its bias, `least squares` refits output projections (`vitrim.compensate`). With `rotation` the
 network is first turned by `vitrim.rotate`. `closed form` is `vitrim compact --without-training`.
 Torch-Pruning prunes the timm model of the embedded weights. Finished rows are kept, so that an
-interrupted benchmark continues.
+interrupted benchmark continues; the first seed of everything comes first.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ SHARES = (0.9, 0.8, 0.7, 0.5)
 IMAGES = (64, 256, 1024)
 # The number of images for rows that compare criteria.
 USUAL_IMAGES = 256
+# Criteria that need gradients.
+FROM_IMAGES = ("taylor", "fisher")
 SCOPES = ("layer", "global", "isomorphic")
 BISECTIONS = 16
 BATCH = 64
@@ -64,7 +66,7 @@ class Method:
     """How a row is cut and repaired.
 
     Attributes:
-        criterion: l1, l2, taylor, closed form; of Torch-Pruning l2 or Taylor.
+        criterion: l1, l2, taylor, fisher, closed form; of Torch-Pruning l2 or Taylor.
         scope: Which units are ranked against each other; "" for the closed form.
         repair: nothing, mean or least squares.
         rotated: Whether the network is rotated before units are ranked.
@@ -80,7 +82,8 @@ class Method:
     @property
     def uses_images(self) -> bool:
         """Whether the row depends on the images, and so on the seed."""
-        return self.criterion in ("taylor", "closed form") or self.repair != "nothing"
+        found = (*FROM_IMAGES, "closed form")
+        return self.criterion in found or self.repair != "nothing"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,13 @@ class Case:
     def key(self) -> str:
         """Identifies the row in the result file."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+# Methods that are measured with every number of images; others with the usual one.
+WITH_EVERY_COUNT = (
+    Method("closed form", repair="least squares"),
+    Method("taylor", "isomorphic", "least squares"),
+)
 
 
 class Bench:
@@ -130,7 +140,7 @@ class Bench:
         """The scores of all units, which serve all scopes and budgets."""
         source = self.rotated(count, seed) if rotated else self.model
         batches = None
-        if criterion == "taylor":
+        if criterion in FROM_IMAGES:
             images, targets = self.images(count, seed)
             batches = list(zip(images.split(BATCH), targets.split(BATCH), strict=True))
         return saliency(source, criterion, data=batches)  # type: ignore[arg-type]
@@ -268,30 +278,31 @@ def _all_tokens(model: CompactModel) -> CompactModel:
 
 
 def methods(*, torch_pruning: bool) -> list[Method]:
-    """All methods, the cheapest first."""
+    """All methods, those that are compared first in front."""
     found = [Method("closed form", repair=repair) for repair in ("least squares", "mean")]
     found.append(Method("closed form"))
-    for criterion, scope in itertools.product(("l1", "l2", "taylor"), SCOPES):
-        for repair in ("nothing", "mean", "least squares"):
-            found.append(Method(criterion, scope, repair))
+    tools = ("Torch-Pruning",) if torch_pruning else ()
+    for criterion, scope, tool in itertools.product(("l2", "taylor"), SCOPES, tools):
+        found.append(Method(criterion, scope, tool=tool))
+    ours = list(itertools.product((*FROM_IMAGES, "l2", "l1"), SCOPES))
+    for repair in ("nothing", "least squares", "mean"):
+        found += [Method(criterion, scope, repair) for criterion, scope in ours]
+    for criterion, scope in ours:
         if criterion != "l1":
             found.append(Method(criterion, scope, "least squares", rotated=True))
-    if torch_pruning:
-        for criterion, scope in itertools.product(("l2", "taylor"), SCOPES):
-            found.append(Method(criterion, scope, tool="Torch-Pruning"))
     return found
 
 
 def cases(images: Sequence[int], seeds: Sequence[int], *, torch_pruning: bool) -> list[Case]:
-    """All rows; those that depend on no image occur once, and the closed form with every count."""
-    found: list[Case] = []
+    """All rows, seed by seed; those that depend on no image occur once."""
     usual = USUAL_IMAGES if USUAL_IMAGES in images else images[0]
-    for method in methods(torch_pruning=torch_pruning):
-        counts = images if method.criterion == "closed form" else (usual,)
-        if method == Method("taylor", "isomorphic", "least squares"):
-            counts = images
-        for count in counts:
-            for seed in seeds if method.uses_images else seeds[:1]:
+    counts = (usual, *(count for count in images if count != usual))
+    found: list[Case] = []
+    for seed, count in itertools.product(seeds, counts):
+        for method in methods(torch_pruning=torch_pruning):
+            if count != usual and method not in WITH_EVERY_COUNT:
+                continue
+            if method.uses_images or seed == seeds[0]:
                 found += [Case(method, share, count, seed) for share in SHARES]
     return found
 
@@ -299,9 +310,9 @@ def cases(images: Sequence[int], seeds: Sequence[int], *, torch_pruning: bool) -
 def table(rows: Iterable[dict[str, Any]], images: Sequence[int]) -> str:
     """Mean points lost over the seeds, with the spread; one line a method and number of images."""
     lines = markdown_head(
-        *("tool", "criterion", "scope", "rotation", "repair", "images"),
+        *("tool", "criterion", "scope", "rotation", "repair", "images", "draws"),
         *(f"{share:g} of the MACs" for share in SHARES),
-        numbers=len(SHARES) + 1,
+        numbers=len(SHARES) + 2,
     )
     grouped: dict[str, dict[float, list[float]]] = {}
     for row in rows:
@@ -311,9 +322,12 @@ def table(rows: Iterable[dict[str, Any]], images: Sequence[int]) -> str:
     order = sorted(grouped, key=lambda key: _worst(grouped[key]))
     for key in order:
         criterion, scope, repair, rotated, tool, count = json.loads(key)
+        draws = max(map(len, grouped[key].values()))
         cells = [_spread(grouped[key].get(share, [])) for share in SHARES]
         turned = "yes" if rotated or criterion == "closed form" else ""
-        lines.append(markdown_row(tool, criterion, scope, turned, repair, count or "", *cells))
+        lines.append(
+            markdown_row(tool, criterion, scope, turned, repair, count or "", draws, *cells)
+        )
     return "\n".join(lines)
 
 
@@ -392,7 +406,7 @@ def main() -> None:
     parser.add_argument("--model", default="embedded", help="embedded, or a folder vitrim saved")
     parser.add_argument("--images", nargs="+", type=int, default=list(IMAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--test-images", type=int, default=3000)
+    parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/oneshot_DATA")
     options = parser.parse_args()
@@ -411,7 +425,7 @@ def main() -> None:
     title = (
         f"`python -m benchmarks.accuracy.oneshot --data {name}`: the {options.model} model, "
         f"{bench.dense_top1:.2f} % top-1 on {len(bench.data.test)} test images; points lost, mean "
-        f"and standard deviation over {len(options.seeds)} draws of the images."
+        "and standard deviation over the draws of the images."
     )
     rows = run(bench, wanted, out, head, lambda: title)
     print(table(rows, options.images))
