@@ -12,8 +12,12 @@ import numpy as np
 import onnxruntime
 import pytest
 from bench_samples import chain
+from tiny_models import tiny_vit
 from vitrim.bench.local.measure import make_plan, measure
+from vitrim.compress.lift import lift
+from vitrim.compress.network.named_outputs import output_specs
 from vitrim.core.errors import InputError
+from vitrim.export.forms import FORMS, write_network
 from vitrim.runtimes import EngineError, open_engine
 from vitrim.runtimes.onnxruntime_engine import arena_bytes, memory_for_second_process
 
@@ -52,7 +56,24 @@ def test_without_copies_the_timed_call_leaves_the_output_on_the_device(tmp_path:
     images = np.random.default_rng(1).standard_normal(engine.input_shape, dtype=np.float32)
     call = engine.timed_call(images)
     assert call() is None
-    assert np.array_equal(engine.device_logits.numpy(), engine.infer(images))  # type: ignore[attr-defined]
+    assert np.array_equal(engine.device_outputs[0].numpy(), engine.infer(images))  # type: ignore[attr-defined]
+
+
+def test_several_outputs_are_bound_by_name(tmp_path: Path) -> None:
+    model = lift(tiny_vit())
+    outputs = output_specs(model.architecture, ("logits", "patches"))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(write_network(model, FORMS[0], outputs=outputs).SerializeToString())
+    entries = [{"name": output.name, "shape": [1, *output.shape]} for output in outputs]
+    both = {"model": str(path), "threads": 1, "outputs": entries}
+    plain, bound = open_engine(both), open_engine({**both, "device": "cpu"})
+    plain.load()
+    bound.load()
+    images = np.random.default_rng(0).standard_normal(plain.input_shape, dtype=np.float32)
+    expected, found = plain.infer_outputs(images), bound.infer_outputs(images)
+    assert list(found) == list(expected) == ["logits", "patches"]
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_with_copies_the_timed_call_returns_the_output(tmp_path: Path) -> None:
