@@ -4,7 +4,8 @@
 
 The weights are random with a structure: every matrix has singular values that fall as a power of
 their rank, and images are smooth, so that curves, ridges and bases are as ill-conditioned as those
-of trained networks. Time and memory depend on the shapes alone. Writes `results/oneshot_cost`.
+of trained networks. Time and memory depend on the shapes alone. Rows of other models and numbers of
+images stay in the file. Writes `results/oneshot_cost`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ from ..results_file import RESULTS, markdown_head, markdown_row, save_result
 
 NAMES = ("vit_small_patch14_dinov2:224", "vit_small_patch16_224", "vit_base_patch16_224")
 DECAY = 0.5
+SCHEMA = "vitrim.oneshot-cost/1"
+TITLE = """# Time and memory of a cut without training
+
+`python -m benchmarks.compression.oneshot_cost NAME --images NUMBER`: random weights with a
+structure, processor seconds of one thread beside other work on the machine. Statistics and fits
+take time in proportion to the images, choices and solves do not, so n times the images take less
+than n times the seconds.
+
+"""
 
 
 def structured(model: nn.Module) -> None:
@@ -128,24 +138,29 @@ def main() -> None:
         row = measure(options.names[0], options.images, options.macs, options.threads)
         print(json.dumps(row))
         return
-    rows: list[dict[str, Any]] = []
+    rows = _kept_rows(options.out)
     for name in options.names:
         command = [sys.executable, "-m", "benchmarks.compression.oneshot_cost", name, "--one"]
         for option in ("images", "macs", "threads"):
             command += [f"--{option}", str(getattr(options, option))]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        text = f"# Time and memory of a cut without training\n\n`{_command(options)}`\n\n"
-        result = {"schema": "vitrim.oneshot-cost/1", "machine": read_machine(), "rows": rows}
-        save_result(options.out, result, text + table(rows))
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows = [each for each in rows if _key(each) != _key(row)] + [row]
+        rows.sort(key=lambda each: (each["params"], each["tokens"], each["images"]))
+        result = {"schema": SCHEMA, "machine": read_machine(), "rows": rows}
+        save_result(options.out, result, TITLE + table(rows))
     print(table(rows))
 
 
-def _command(options: argparse.Namespace) -> str:
-    return (
-        f"python -m benchmarks.compression.oneshot_cost --images {options.images} "
-        f"--macs {options.macs} --threads {options.threads}"
-    )
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["images"], row["threads"]
+
+
+def _kept_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 if __name__ == "__main__":
