@@ -77,7 +77,7 @@ class FrontRequest:
 
 
 def front_amounts(
-    prediction_model: CompactModel,
+    dense: CompactModel,
     kind: Kind,
     smallest: float,
     count: int,
@@ -88,7 +88,7 @@ def front_amounts(
     """The budgets of a front, evenly spaced, and their shares of the dense network.
 
     Args:
-        prediction_model: The dense network.
+        dense: The dense network.
         kind: The kind of the budget.
         smallest: The smallest budget, in the unit of `trim`.
         count: Number of sizes, at least 2.
@@ -104,15 +104,15 @@ def front_amounts(
     """
     given = {"macs": None, "params": None, "budget": smallest}
     budget = read_budget(given, kind, costs, precision)  # type: ignore[arg-type]
-    dense = budget.network(priced(prediction_model.architecture))
-    share = budget.limit(dense) / dense
+    whole = budget.network(priced(dense.architecture))
+    share = budget.limit(whole) / whole
     if share >= largest:
         raise InputError(
             f"the smallest size is {share:.2f} of the dense network; a front goes down from "
             f"{largest:g}: give a smaller budget"
         )
     shares = tuple(largest + (share - largest) * step / (count - 1) for step in range(count))
-    unit = 1.0 if kind in ("macs", "params") else dense
+    unit = 1.0 if kind in ("macs", "params") else whole
     return tuple(unit * each for each in shares), shares
 
 

@@ -10,8 +10,13 @@ import vitrim
 from photo_folder import write_photos
 from tiny_models import tiny_vit
 from typer.testing import CliRunner
+from vitrim.bench.local.block_graph import BlockShape
+from vitrim.bench.local.cost_table import PARTS, CostTable, Point
+from vitrim.bench.results.measurement import Environment
 from vitrim.cli import app, call
 from vitrim.compress.network.count import count_macs, count_params
+from vitrim.compress.oneshot.budgets import read_budget
+from vitrim.compress.oneshot.choice import priced
 from vitrim.compress.oneshot.trim import trim_to
 
 
@@ -83,6 +88,37 @@ def test_a_file_size_is_a_budget(place: Path, monkeypatch: pytest.MonkeyPatch) -
     data = ["--data", "images:photos"]
     _compact("model", *data, "--file-mb", str(wanted / 1e6), "--out", "small-file")
     assert Path("small-file", "model.safetensors").stat().st_size <= wanted
+
+
+def test_a_latency_by_a_cost_table_is_a_budget(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    table = CostTable(
+        target="x86-64",
+        threads=1,
+        runtime="onnxruntime 1.31",
+        points=(Point(shape=BlockShape(5, 5, 3, 8, 8, 96, 24), latency_s=1e-3),),
+        costs_s=dict.fromkeys(PARTS, 1e-9),
+        median_error=None,
+        largest_error=None,
+        environment=Environment(),
+    )
+    table.save("costs.json")
+    given = {"macs": None, "params": None, "budget": 1.0}
+    budget = read_budget(given, "cost", table.costs_s, "fp32")
+    dense = budget.network(priced(vitrim.load("model").architecture))
+    data = ["--data", "images:photos", "--cost-table", "costs.json"]
+    _compact("model", *data, "--latency-ms", str(0.7 * dense), "--out", "fast")
+    assert budget.network(vitrim.load("fast").architecture) <= 0.7 * dense
+    limit = ["--latency-ms", str(0.6 * dense), "--front", "2", "--out", "fronts"]
+    assert "latency (ms)" in _compact("model", *data, *limit)
+    sizes = json.loads(Path("fronts", "front.json").read_text())["sizes"]
+    assert [size["folder"] for size in sizes] == ["", "latency-90", "latency-60"]
+    assert sizes[2]["latency_ms"] <= 0.6 * dense
+    arguments = ["compact", "model", "--data", "images:photos", "--latency-ms", "1"]
+    assert call([*arguments, "--cost-table", "absent.json"]) == 2
+    assert "absent.json" in capsys.readouterr().err
 
 
 def test_a_front_has_a_folder_a_size_and_one_table(
