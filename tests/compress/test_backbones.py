@@ -23,7 +23,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 from vitrim import InputError, StructuredMask, compact, export, lift, load, masked, resized, save
 from vitrim.compress.masks.masked import MaskedModel
 from vitrim.compress.masks.masked_parameters import masked_tensors
-from vitrim.compress.network.architecture import Architecture, PoolSpec
+from vitrim.compress.network.architecture import Architecture, DataSpec, PoolSpec
+from vitrim.compress.network.files import read_architecture
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.named_outputs import output_specs
 from vitrim.compress.oneshot.stream_rotation import rotate_stream
@@ -311,6 +312,66 @@ def test_tokens_are_exported_by_name(tmp_path: Path) -> None:
         ]
     for value, tokens in zip(found, wanted, strict=True):
         assert_equal_outputs(torch.from_numpy(value), tokens, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (
+            {"blocks": ("blocks.1", "blocks.0", "blocks.2")},
+            "blocks has no block of blocks.1.attn, or in another order",
+        ),
+        ({"blocks": ("blocks.0",) * 2}, "two blocks have the same path"),
+        ({"stream_width": 60}, "stream_width and stream_channels need each other"),
+        (
+            {"stream_width": 60, "stream_channels": (1, 2)},
+            "stream_channels names 2 channels, the stream has 48",
+        ),
+        (
+            {"stream_width": 4, "stream_channels": tuple(range(48))},
+            "stream_channels must be increasing indices below 4",
+        ),
+        (
+            {"data": DataSpec(mean=(0.5,), std=(0.5,))},
+            "data.mean has 1 numbers, images have 3 channels",
+        ),
+        ({"pool": PoolSpec(kind="none")}, "a classifier needs a pooling, pool.kind is 'none'"),
+    ],
+)
+def test_an_architecture_that_contradicts_itself_is_refused(
+    update: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = save(lift(build("vit")), tmp_path / "model")
+    architecture = read_architecture(folder / "architecture.json")
+    changed = architecture.model_copy(update=update)
+    (folder / "architecture.json").write_text(changed.model_dump_json(by_alias=True))
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("blocks.0", "blocks.1", "blocks.2"),
+        ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1", "encoder.layers.x2"),
+        ("vit.layers.0", "vit.layers.1", "vit.layers.2"),
+    ],
+)
+def test_the_blocks_of_older_files_follow_from_the_names_of_branches(
+    names: tuple[str, ...],
+) -> None:
+    architecture = lift(build("vit")).architecture
+    steps = [
+        tuple(
+            branch.model_copy(update={"name": f"{names[number // 2]}.{branch.name[9:]}"})
+            for branch in step
+        )
+        for number, step in enumerate(architecture.steps)
+    ]
+    older = architecture.model_copy(update={"steps": tuple(steps), "blocks": None})
+    assert older.block_names == names
+    assert older.block_ends == (2, 4, 6)
 
 
 def test_the_data_config_is_saved_and_resized(tmp_path: Path) -> None:
