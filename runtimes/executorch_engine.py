@@ -50,12 +50,6 @@ class ExecuTorchEngine(Engine):
         sizes = self.method.metadata.input_tensor_meta(0).sizes()
         self.set_input([int(size) for size in sizes])
         names = [str(entry["name"]) for entry in self.outputs]
-        found_outputs = int(self.method.metadata.num_outputs())
-        if len(names) > found_outputs:
-            raise EngineError(
-                f"the program has {found_outputs} outputs, {len(names)} were requested; "
-                "export again"
-            )
         self.output_name = names[0] if names else self.output_name
 
     def infer(self, images: Any) -> Any:
@@ -67,6 +61,11 @@ class ExecuTorchEngine(Engine):
         if not self.outputs:
             return super().infer_outputs(images)
         found = self.method.execute([self.torch.from_numpy(images)])
+        if len(found) != len(self.outputs):
+            raise EngineError(
+                f"the program has {len(found)} outputs, {len(self.outputs)} were requested; "
+                "export again"
+            )
         return {str(entry["name"]): value.numpy() for entry, value in zip(self.outputs, found)}
 
 
