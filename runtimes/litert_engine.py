@@ -51,9 +51,7 @@ class LiteRtEngine(Engine):
         self.output_name = names[0] if names else self.output_name
         self.output_indices = [outputs[0]["index"]]
         if names:
-            # The converter's names give the order of the module's outputs.
-            numbers = {_number(entry["name"]): entry["index"] for entry in self._signature()}
-            self.output_indices = [numbers[number] for number in range(len(names))]
+            self.output_indices = self._numbered(len(names))
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
@@ -71,17 +69,16 @@ class LiteRtEngine(Engine):
         self.interpreter.invoke()
         return [self.interpreter.get_tensor(index) for index in self.output_indices]
 
-    def _signature(self) -> list[Json]:
-        """Name (`output_0`, ...) and index of each output of the first signature."""
-        runner = self.interpreter.get_signature_runner()
-        return [
-            {"name": name, "index": details["index"]}
-            for name, details in runner.get_output_details().items()
-        ]
-
-
-def _number(name: str) -> int:
-    return int(name.rpartition("_")[2])
+    def _numbered(self, count: int) -> list[int]:
+        """The indices of output_0, output_1, ..., as the converter names a module's outputs."""
+        details = self.interpreter.get_signature_runner().get_output_details()
+        names = [f"output_{number}" for number in range(count)]
+        for name in names:
+            if name not in details:
+                raise EngineError(
+                    f"the model has no {name}; it has {', '.join(details)}; export again"
+                )
+        return [int(details[name]["index"]) for name in names]
 
 
 ENGINE = LiteRtEngine
