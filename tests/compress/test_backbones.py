@@ -178,10 +178,23 @@ def test_the_head_reads_features_of_a_network_with_unshared_masks(
     images = noise(model)
     mask = StructuredMask.random(lift(model), 0.5, "unshared")
     small = load(save(compact(model, mask), tmp_path / "model"))
+    reference, kept = masked(model, mask), small.architecture.stream_channels
+    channels = list(range(48) if kept is None else kept)
+
+    def tokens(each: Any) -> Any:
+        return each.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
+
     with torch.no_grad():
         features = small.forward_features(images)
-        assert features.shape[-1] == 48
-        assert relative_error(small.forward_head(features), masked(model, mask)(images)) < 1e-5
+        wanted = with_mask(reference, lambda each: each.forward_features(images))
+        # Without a final norm, the masked model applies the mask of the head when it pools.
+        read = list(small.architecture.read_places)
+        assert_same(features[..., read], wanted[..., read])
+        assert int((features != 0).any(dim=0).any(dim=0).sum()) == len(read)
+        assert relative_error(small.forward_head(features), reference(images)) < 1e-5
+        # The stream keeps what something reads.
+        for found, wanted in zip(tokens(small), with_mask(reference, tokens), strict=True):
+            assert_same(found[..., channels], wanted[..., channels])
 
 
 def test_only_the_last_block_of_a_shortened_network_computes_fewer_tokens() -> None:
