@@ -414,7 +414,7 @@ def product_weights(x: Stream, matrix: Matrix) -> tuple[tuple[NDArray[Any], ...]
     """((weights, [scales], [sums]), bias) of a product with `x`, see `Dense.operands`."""
     if x.quantizer is None:
         return (matrix.weight,), matrix.bias
-    codes, scales = quantize_weights(matrix.weight)
+    codes, scales = quantize_weights(matrix.weight, limit_pairs=x.quantizer.dot.limits_pairs)
     sums = (scales * codes.sum(axis=0, dtype=np.int64)).astype(np.float32)
     if x.range is None:
         return (codes, scales, sums), matrix.bias

@@ -14,30 +14,23 @@ from ...targets.vector import VectorUnit
 from .lanes import Buffer, Expr, Lanes
 
 # unsigned: four uint8 times four int8 (x86 VNNI). signed: four int8 each (ARM dot products).
-# pairs: two int16 each (AVX2's pmaddwd, which is exact where pmaddubsw saturates). plain: one at a
-# time in int32, on any unit.
+# pairs: four uint8 times four int8, whose products AVX2's pmaddubsw adds in pairs in 16 bits; the
+# weights are scaled so that no pair saturates. plain: one at a time in int32, on any unit.
 Kind = Literal["unsigned", "signed", "pairs", "plain"]
-GROUPS: dict[Kind, int] = {"unsigned": 4, "signed": 4, "pairs": 2, "plain": 1}
+GROUPS: dict[Kind, int] = {"unsigned": 4, "signed": 4, "pairs": 4, "plain": 1}
 STORED: dict[Kind, str] = {
     "unsigned": "uint8",
     "signed": "int8",
-    "pairs": "int16",
+    "pairs": "uint8",
     "plain": "int8",
 }
-MULTIPLIED: dict[Kind, str] = {
-    "unsigned": "int8",
-    "signed": "int8",
-    "pairs": "int16",
-    "plain": "int32",
-}
-SIZES_BYTES: dict[Kind, int] = {"unsigned": 1, "signed": 1, "pairs": 2, "plain": 1}
 # Lines for the manifest.
 INSTRUCTIONS: dict[Kind, str] = {
     "unsigned": "products of eight bits by vpdpbusd, four multiply-adds a lane",
     "signed": "products of eight bits by sdot, four multiply-adds a lane",
     "pairs": (
-        "products of eight bits by vpmaddwd in 16 bits: this target's profile names no instruction "
-        "for eight, so int8 saves bytes and less time"
+        "products of eight bits by vpmaddubsw, which adds pairs in 16 bits; weights are scaled so "
+        "that no pair saturates"
     ),
     "plain": (
         "products of eight bits one by one in 32 bits: this target has no instruction for them, "
@@ -81,19 +74,14 @@ class IntegerDot:
         return STORED[self.kind]
 
     @property
-    def stored_bytes(self) -> int:
-        """Size of a code."""
-        return SIZES_BYTES[self.kind]
-
-    @property
     def low(self) -> int:
         """The smallest code; the largest is 255 more."""
         return -128 if self.stored == "int8" else 0
 
     @property
-    def multiplied(self) -> str:
-        """TIR's type of a weight as the instruction takes it; stored weights are int8."""
-        return MULTIPLIED[self.kind]
+    def limits_pairs(self) -> bool:
+        """Whether the weights of neighbouring rows must not add up to more than one can be."""
+        return self.kind == "pairs"
 
     def groups(self, depth: int) -> int:
         """Groups that `depth` codes form."""
@@ -121,19 +109,12 @@ class IntegerDot:
         return T.reinterpret(f"{self.stored}x{count * group}", T.Broadcast(word, count))
 
     def weights(self, buffer: Buffer, index: Expr) -> Expr:
-        """`group` weights of each of `count` columns, as the instruction takes them."""
+        """`group` weights of each of `count` columns."""
         size = self.count * self.group
         found = buffer[index if size == 1 else T.Ramp(index, 1, size)]
-        if buffer.dtype == self.multiplied:
-            return found
-        return T.Cast(self.multiplied if size == 1 else f"{self.multiplied}x{size}", found)
-
-    def widen(self, source: Buffer, first: Expr, count: int, target: Buffer) -> None:
-        """Copy `count` registers of weights into `target`, in the type that is multiplied."""
-        size = self.count * self.group
-        with T.serial(0, count) as vector:
-            found = self.weights(source, first + vector * size)
-            T.buffer_store(target, found, [T.Ramp(vector * size, 1, size)])
+        if self.kind == "plain":
+            return T.Cast("int32" if size == 1 else f"int32x{size}", found)
+        return found
 
     def fma(self, codes: Expr, weights: Expr, sums: Expr) -> Expr:
         """The expression sums + codes * weights."""
@@ -152,7 +133,11 @@ class IntegerDot:
                 kind, "llvm.aarch64.neon.sdot.v4i32.v16i8", sums, codes, weights
             )
         if self.kind == "pairs":
-            return sums + T.call_llvm_pure_intrin(kind, "llvm.x86.avx2.pmadd.wd", codes, weights)
+            pairs = T.call_llvm_pure_intrin(
+                f"int16x{2 * self.count}", "llvm.x86.avx2.pmadd.ub.sw", codes, weights
+            )
+            ones = T.Broadcast(T.int16(1), 2 * self.count)
+            return sums + T.call_llvm_pure_intrin(kind, "llvm.x86.avx2.pmadd.wd", pairs, ones)
         return sums + codes * weights
 
     def as_float(self, sums: Expr) -> Expr:

@@ -39,9 +39,21 @@ def panels(
     return np.concatenate(parts)
 
 
-def quantize_weights(weight: Array) -> tuple[NDArray[np.int8], Array]:
-    """Quantize a matrix (K, N) symmetrically: codes from -127 to 127, and a scale a column."""
+def quantize_weights(weight: Array, *, limit_pairs: bool = False) -> tuple[NDArray[np.int8], Array]:
+    """Quantize a matrix symmetrically: codes from -127 to 127, and a scale a column.
+
+    Args:
+        weight: Shape (K, N).
+        limit_pairs: Make the scales large enough that the codes of rows 2k and 2k + 1 add up to at
+            most 128 in size: 255 times each, added, then fit 16 bits.
+
+    Returns:
+        The codes (K, N) and the scales (N).
+    """
     largest = np.abs(weight).max(axis=0)
+    if limit_pairs:
+        even, odd = weight[: len(weight) // 2 * 2 : 2], weight[1::2]
+        largest = np.abs(even + odd).max(axis=0, initial=0).clip(min=largest)
     scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     return np.rint(weight / scales).astype(np.int8), scales
 

@@ -68,11 +68,11 @@ class Quantizer:
         lanes = self.dot.lanes
         if self.static:
             return lanes.up(width)
-        return lanes.up(lanes.up(width) + _RANGE_BYTES // self.dot.stored_bytes)
+        return lanes.up(lanes.up(width) + _RANGE_BYTES)
 
     def range_offset(self, row_length: int) -> int:
         """The index within a row of its step, which its base follows."""
-        return row_length - _RANGE_BYTES // self.dot.stored_bytes
+        return row_length - _RANGE_BYTES
 
     def read_range(self, buffer: Buffer, start: Expr, row_length: int) -> tuple[Expr, Expr]:
         """(step, base) of the row that begins at `start`."""
@@ -100,8 +100,7 @@ class Quantizer:
             T.buffer_store(buffer, stored, [T.Ramp(index, 1, size)])
 
     def _range_indices(self, start: Expr, row_length: int) -> list[tuple[Expr, int]]:
-        size = 4 // self.dot.stored_bytes
-        first = start + self.range_offset(row_length)
+        first, size = start + self.range_offset(row_length), _RANGE_BYTES // 2
         return [(first, size), (first + size, size)]
 
     def affine(self, static_range: Buffer) -> tuple[Expr, Expr]:
