@@ -308,7 +308,10 @@ def cases(images: Sequence[int], seeds: Sequence[int], *, torch_pruning: bool) -
 
 
 def table(rows: Iterable[dict[str, Any]], images: Sequence[int]) -> str:
-    """Mean points lost over the seeds, with the spread; one line a method and number of images."""
+    """Mean points lost over the seeds, with the spread; one line a method and number of images.
+
+    Methods that were not measured at every share yet are left out.
+    """
     lines = markdown_head(
         *("tool", "criterion", "scope", "rotation", "repair", "images", "draws"),
         *(f"{share:g} of the MACs" for share in SHARES),
@@ -319,7 +322,8 @@ def table(rows: Iterable[dict[str, Any]], images: Sequence[int]) -> str:
         method = row["method"]
         key = json.dumps([*method.values(), row["images"] if _sees_images(method) else 0])
         grouped.setdefault(key, {}).setdefault(row["share"], []).append(row["points_lost"])
-    order = sorted(grouped, key=lambda key: _worst(grouped[key]))
+    complete = [key for key in grouped if len(grouped[key]) == len(SHARES)]
+    order = sorted(complete, key=lambda key: _worst(grouped[key]))
     for key in order:
         criterion, scope, repair, rotated, tool, count = json.loads(key)
         draws = max(map(len, grouped[key].values()))
