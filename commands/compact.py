@@ -182,7 +182,7 @@ def _cut(source: CompactModel, mask: StructuredMask, output: Output) -> None:
     error, images = _relative_error(source, mask, form.model)
     if output.explain:
         _explain(source, form.model, mask)
-    show_sizes(source, form.model)
+    show_sizes(source.architecture, form.model.architecture)
     _show_stream_form(form)
     show(f"masked against compact: largest relative error {error:.1e} on {images} noise images")
     save_compact(form.model, mask, output)
@@ -240,7 +240,7 @@ def _cut_dead(source: CompactModel, output: Output) -> None:
             f"zeros that remain: {unit_count(round(zeros))} in {len(dead.sparsity)} matrices "
             "(--explain lists them)"
         )
-    show_sizes(source, dead.compact)
+    show_sizes(source.architecture, dead.compact.architecture)
     show(f"before against after: largest relative error {dead.error:.1e} on 2 noise images")
     save_compact(dead.compact, dead.mask, output)
 

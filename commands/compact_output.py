@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..compress.masks.mask import StructuredMask
+    from ..compress.network.architecture import Architecture
     from ..compress.network.modules.model import CompactModel
 
 
@@ -38,12 +39,12 @@ def save_compact(
     show(f"saved: {output.out}")
 
 
-def show_sizes(source: CompactModel, small: CompactModel) -> None:
+def show_sizes(source: Architecture, small: Architecture) -> None:
     """Show parameters and multiply-adds before and after."""
     from ..compress.network.count import count_macs, count_params
 
     for name, count in (("parameters", count_params), ("MACs", count_macs)):
-        old, new = count(source.architecture), count(small.architecture)
+        old, new = count(source), count(small)
         show(f"{name}: {unit_count(old)} -> {unit_count(new)} ({100 * new / old:.1f} %)")
 
 

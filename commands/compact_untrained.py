@@ -155,6 +155,7 @@ def _one_size(
     options: TrimOptions,
     state: Path | None,
 ) -> None:
+    from ..compress.oneshot.choice import priced
     from ..compress.oneshot.trim import trim
     from ..pipeline.trim_step import StageBars, exact_cut_error, show_fits, trim_record
 
@@ -176,7 +177,8 @@ def _one_size(
     if output.explain:
         show(kept_table(source.model, found.model))
         show_fits(found)
-    show_sizes(source.model, found.model)
+    # As exported: the last block of the dense model also computes only what the head reads.
+    show_sizes(priced(source.model.architecture), priced(found.model.architecture))
     check = found.check
     agreement = "" if check.agreement is None else f", same class on {100 * check.agreement:.1f} %"
     show(

@@ -176,7 +176,7 @@ def test_taylor_uses_the_images_and_records_them(place: Path, tmp_path: Path) ->
     mask = StructuredMask.load(tmp_path / "small" / "mask.safetensors")
     assert mask.note == {
         "saliency": "taylor",
-        "scope": "layer",
+        "scope": "global",
         "keep_ratio": "0.5",
         "data": data,
         "split": "train",
