@@ -193,7 +193,7 @@ def test_taylor_uses_the_images_and_records_them(place: Path, tmp_path: Path) ->
         draw_seed=3,
     )
     expected = StructuredMask.from_saliency(
-        source, "taylor", scope="layer", data=[(split.floats(), split.batch(slice(None))[1])]
+        source, "taylor", scope="global", data=[(split.floats(), split.batch(slice(None))[1])]
     )
     assert all(torch.equal(keep, expected.kept[dimension][site]) for dimension, site, keep in mask)
     small = load(tmp_path / "small").architecture
