@@ -197,7 +197,8 @@ def test_taylor_uses_the_images_and_records_them(place: Path, tmp_path: Path) ->
     )
     assert all(torch.equal(keep, expected.kept[dimension][site]) for dimension, site, keep in mask)
     small = load(tmp_path / "small").architecture
-    assert small.embed == 12
+    (channels,) = expected.kept["embed"].values()
+    assert small.embed == int(channels.sum())
     # The saved mask reproduces the model.
     compacted(
         place / "model",
