@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +37,53 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
     names = re.findall(r"python -m (benchmarks[\w.]+)", page.read_text(encoding="utf-8"))
     known = {*MODULES, *(name.removesuffix(".__main__") for name in MODULES)}
     assert [name for name in names if name.rstrip(".") not in known] == []
+
+
+CPUID_SOURCE = """
+#include <cpuid.h>
+unsigned leaf7(unsigned subleaf, int which) {
+    unsigned found[4];
+    __cpuid_count(7, subleaf, found[0], found[1], found[2], found[3]);
+    return found[which];
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="CPUID is an instruction of x86-64")
+def test_a_limited_package_sees_avx2_and_nothing_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (shutil.which("cc") and shutil.which("objdump")):
+        pytest.skip("no C compiler or no objdump here: apt-get install gcc binutils")
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.speed.limited_cpu import limited_environment
+
+    package = tmp_path / "reads_cpuid"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "leaf7.c").write_text(CPUID_SOURCE)
+    library = package / "leaf7.so"
+    build = ["cc", "-shared", "-fPIC", str(package / "leaf7.c"), "-o", str(library)]
+    subprocess.run(build, check=True)
+    before = library.read_bytes()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    script = (
+        "import reads_cpuid, ctypes, pathlib\n"
+        "path = pathlib.Path(reads_cpuid.__file__).with_name('leaf7.so')\n"
+        "leaf7 = ctypes.CDLL(str(path)).leaf7\n"
+        "leaf7.restype = ctypes.c_uint\n"
+        "print(leaf7(0, 1), leaf7(0, 2), leaf7(1, 0))"
+    )
+    with limited_environment(["reads_cpuid"]) as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            cwd=tmp_path / "reads_cpuid",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    basic, vnni, newer = map(int, done.stdout.split())
+    avx512 = 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31
+    assert (basic & avx512, vnni & 1 << 11, newer) == (0, 0, 0)
+    assert library.read_bytes() == before
