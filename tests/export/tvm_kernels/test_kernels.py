@@ -386,7 +386,23 @@ def test_the_default_tile_of_every_shape_fits_the_registers(name: str) -> None:
     unit = load_target(name).vector
     schedule = default_schedule(unit)
     for rows in range(1, 20):
-        assert schedule.tile(Shape("dense", (rows, 64, 64))).fits(unit)
+        for width in (8, 64, 264):
+            assert schedule.tile(Shape("dense", (rows, 64, width))).fits(unit)
+            assert schedule.tile(Shape("dense-int8", (rows, 64, width))).fits(unit)
+
+
+def test_avx2_takes_the_tile_that_leaves_fewer_narrow_panels() -> None:
+    schedule = default_schedule(load_target("x86-64-v3").vector)
+
+    def of(width: int) -> tuple[int, int]:
+        tile = schedule.tile(Shape("dense", (197, 192, width)))
+        return tile.rows, tile.vectors
+
+    # 33 vectors are eleven panels of three, but sixteen of two and one that waits for its sums.
+    assert of(264) == (4, 3)
+    assert of(128) == (6, 2)
+    # Equal: fewer loads.
+    assert of(192) == (4, 3)
 
 
 @given(tile=st.sampled_from(candidates(runnable()[0].vector)))
