@@ -117,7 +117,8 @@ def _weight_norm(base: str, magnitude: Tensor, direction: Tensor) -> Tensor:
     if over == ():
         return magnitude * direction.sign()
     norm = vector_norm(direction, dim=over, keepdim=not whole)
-    return direction * (magnitude / norm)
+    scale: Tensor = magnitude / norm
+    return direction * scale
 
 
 def _spectral_norm(base: str, weight: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
@@ -128,4 +129,5 @@ def _spectral_norm(base: str, weight: Tensor, left: Tensor, right: Tensor | None
             f"the parts of {base!r} (spectral norm) are incomplete or do not fit a weight of shape "
             f"{list(weight.shape)}; {_REMOVE}"
         )
-    return weight / (left @ (matrix @ right))
+    norm: Tensor = left @ (matrix @ right)
+    return weight / norm

@@ -251,7 +251,7 @@ def test_prune_masks_below_prefixes(tmp_path: Path) -> None:
 NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight norm": lambda layer: weight_norm(layer),
     "weight norm of columns": lambda layer: weight_norm(layer, dim=1),
-    "weight norm of the whole": lambda layer: weight_norm(layer, dim=None),
+    "weight norm of the whole": lambda layer: weight_norm(layer, dim=None),  # type: ignore[arg-type]
     "spectral norm": lambda layer: spectral_norm(layer),
     "parametrized weight norm": lambda layer: parametrizations.weight_norm(layer),
     "parametrized weight norm of columns": lambda layer: parametrizations.weight_norm(layer, dim=1),
