@@ -141,6 +141,12 @@ def run(
       vitrim run my.toml --dry-run
       vitrim run my.toml --out runs/trial --resume
       vitrim run my.toml --processes 2 --set train.precision=bf16
+
+    Args:
+        options: The recipe and its folder.
+        no_distill: Train on the labels alone.
+        dry_run: Print estimates in place of the run.
+        keys: Print the keys of a recipe in place of the run.
     """
     if keys:
         _show_keys()
