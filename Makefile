@@ -1,7 +1,7 @@
 # make demo   install, then trim the embedded Vision Transformer and show the report
 # make test   install with the test tools, then run every test, in up to four processes
 # make test-x86-64-v3   the tests of exports and kernels again, as on a processor with AVX2 alone
-# make lint   ruff and mypy
+# make lint   ruff, clang-format and mypy
 # make docs   build the documentation as a static site in build/site
 # make docs-reference   write the generated pages of docs/ again
 PYTHON ?= python3
@@ -31,6 +31,7 @@ test-x86-64-v3: .venv/installed-test
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
+	git ls-files '*.c' '*.h' '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 	@# The repository root is the package, whatever the folder is called; the type checker finds it
 	@# under its name.
 	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/vitrim

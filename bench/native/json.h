@@ -29,10 +29,14 @@ struct Json {
         return found == object.end() ? nothing : found->second;
     }
     bool is_null() const { return kind == Kind::null; }
-    int64_t whole(int64_t otherwise) const { return kind == Kind::number ? static_cast<int64_t>(number) : otherwise; }
+    int64_t whole(int64_t otherwise) const {
+        return kind == Kind::number ? static_cast<int64_t>(number) : otherwise;
+    }
     double real(double otherwise) const { return kind == Kind::number ? number : otherwise; }
     bool flag(bool otherwise) const { return kind == Kind::boolean ? truth : otherwise; }
-    std::string words(const std::string &otherwise) const { return kind == Kind::text ? text : otherwise; }
+    std::string words(const std::string &otherwise) const {
+        return kind == Kind::text ? text : otherwise;
+    }
 };
 
 class JsonReader {
@@ -50,9 +54,13 @@ class JsonReader {
     const std::string &source_;
     size_t at_ = 0;
 
-    [[noreturn]] void fail(const char *why) const { throw std::runtime_error("not JSON: " + std::string(why) + " at byte " + std::to_string(at_)); }
+    [[noreturn]] void fail(const char *why) const {
+        throw std::runtime_error("not JSON: " + std::string(why) + " at byte " +
+                                 std::to_string(at_));
+    }
     void space() {
-        while (at_ < source_.size() && std::isspace(static_cast<unsigned char>(source_[at_]))) ++at_;
+        while (at_ < source_.size() && std::isspace(static_cast<unsigned char>(source_[at_])))
+            ++at_;
     }
     char next() { return at_ < source_.size() ? source_[at_] : '\0'; }
     void expect(char wanted) {
@@ -157,11 +165,17 @@ class JsonReader {
     static std::string utf8(unsigned code) {
         std::string made;
         if (code < 0x80) return made += static_cast<char>(code);
-        if (code < 0x800) return made = {static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 0x3f))};
+        if (code < 0x800)
+            return made = {static_cast<char>(0xc0 | code >> 6),
+                           static_cast<char>(0x80 | (code & 0x3f))};
         if (code < 0x10000) {
-            return made = {static_cast<char>(0xe0 | code >> 12), static_cast<char>(0x80 | (code >> 6 & 0x3f)), static_cast<char>(0x80 | (code & 0x3f))};
+            return made = {static_cast<char>(0xe0 | code >> 12),
+                           static_cast<char>(0x80 | (code >> 6 & 0x3f)),
+                           static_cast<char>(0x80 | (code & 0x3f))};
         }
-        return made = {static_cast<char>(0xf0 | code >> 18), static_cast<char>(0x80 | (code >> 12 & 0x3f)), static_cast<char>(0x80 | (code >> 6 & 0x3f)),
+        return made = {static_cast<char>(0xf0 | code >> 18),
+                       static_cast<char>(0x80 | (code >> 12 & 0x3f)),
+                       static_cast<char>(0x80 | (code >> 6 & 0x3f)),
                        static_cast<char>(0x80 | (code & 0x3f))};
     }
 };
@@ -203,7 +217,9 @@ template <typename Item> std::string written(const std::vector<Item> &items) {
 // {"key": value, ...}, in the order of the calls.
 class Line {
   public:
-    template <typename Value> Line &add(const char *key, const Value &value) { return raw(key, written(value)); }
+    template <typename Value> Line &add(const char *key, const Value &value) {
+        return raw(key, written(value));
+    }
     Line &raw(const char *key, const std::string &json) {
         body_ += (body_.empty() ? "" : ", ") + quoted(key) + ": " + json;
         return *this;

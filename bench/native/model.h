@@ -22,12 +22,14 @@ inline uint16_t half_bits(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     const uint32_t sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-    if (rest >= 0x47800000u) return static_cast<uint16_t>(sign | (rest > 0x7f800000u ? 0x7e00u : 0x7c00u));
+    if (rest >= 0x47800000u)
+        return static_cast<uint16_t>(sign | (rest > 0x7f800000u ? 0x7e00u : 0x7c00u));
     if (rest < 0x38800000u) {
         // A subnormal half: scaled so that rounding to an integer rounds at the half's last bit.
         float magnitude;
         std::memcpy(&magnitude, &rest, sizeof magnitude);
-        return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 24))));
+        return static_cast<uint16_t>(
+            sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 24))));
     }
     const uint32_t odd = rest >> 13 & 1u;
     return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + odd) >> 13));
@@ -37,7 +39,9 @@ inline float half_value(uint16_t bits) {
     const int exponent = bits >> 10 & 0x1f, fraction = bits & 0x3ff;
     const float sign = bits & 0x8000 ? -1.0f : 1.0f;
     if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-    return sign * (exponent ? std::ldexp(1.0f + static_cast<float>(fraction) / 1024.0f, exponent - 15) : std::ldexp(static_cast<float>(fraction), -24));
+    return sign * (exponent
+                       ? std::ldexp(1.0f + static_cast<float>(fraction) / 1024.0f, exponent - 15)
+                       : std::ldexp(static_cast<float>(fraction), -24));
 }
 
 class Model {
@@ -47,9 +51,11 @@ class Model {
     std::vector<int64_t> shape;
 
     // `profile_prefix`: where the runtime writes its trace; no trace by default.
-    Model(const Ort &ort, void *env, const Json &job, const char *profile_prefix = nullptr) : ort_(ort) {
+    Model(const Ort &ort, void *env, const Json &job, const char *profile_prefix = nullptr)
+        : ort_(ort) {
         path = job["model"].words("");
-        if (!std::ifstream(path).good()) throw std::runtime_error(path + ": no such file; give the path of an .onnx model");
+        if (!std::ifstream(path).good())
+            throw std::runtime_error(path + ": no such file; give the path of an .onnx model");
         try {
             open(env, job, profile_prefix);
         } catch (...) {
@@ -61,7 +67,9 @@ class Model {
     Model &operator=(const Model &) = delete;
     ~Model() { close(); }
 
-    size_t element_bytes() const { return type == "float64" ? 8 : type == "float32" ? 4 : type == "float16" ? 2 : 1; }
+    size_t element_bytes() const {
+        return type == "float64" ? 8 : type == "float32" ? 4 : type == "float16" ? 2 : 1;
+    }
     size_t elements() const {
         size_t product = 1;
         for (const int64_t size : shape) product *= static_cast<size_t>(size);
@@ -75,7 +83,10 @@ class Model {
         std::vector<char> bytes(elements() * element_bytes());
         for (size_t i = 0; i < elements(); ++i) {
             const float value = normal(source);
-            store(bytes.data(), i, type == "uint8" ? std::floor(std::min(255.0f, std::max(0.0f, value * 64.0f + 128.0f))) : value);
+            store(bytes.data(), i,
+                  type == "uint8"
+                      ? std::floor(std::min(255.0f, std::max(0.0f, value * 64.0f + 128.0f)))
+                      : value);
         }
         return bytes;
     }
@@ -101,14 +112,17 @@ class Model {
         void *in = nullptr;
         std::vector<void *> out(outputs.size(), nullptr);
         try {
-            ort_.call(CreateTensorWithDataAsOrtValue, static_cast<const void *>(memory_), static_cast<void *>(images), elements() * element_bytes(),
-                      shape.data(), shape.size(), element_, &in);
+            ort_.call(CreateTensorWithDataAsOrtValue, static_cast<const void *>(memory_),
+                      static_cast<void *>(images), elements() * element_bytes(), shape.data(),
+                      shape.size(), element_, &in);
             const char *const inputs[1] = {input.c_str()};
             std::vector<const char *> names;
             for (const std::string &name : outputs) names.push_back(name.c_str());
             const void *const values[1] = {in};
-            ort_.call(Run, session_, static_cast<const void *>(nullptr), static_cast<const char *const *>(inputs), static_cast<const void *const *>(values),
-                      size_t{1}, static_cast<const char *const *>(names.data()), names.size(), out.data());
+            ort_.call(Run, session_, static_cast<const void *>(nullptr),
+                      static_cast<const char *const *>(inputs),
+                      static_cast<const void *const *>(values), size_t{1},
+                      static_cast<const char *const *>(names.data()), names.size(), out.data());
             if (logits != nullptr) copy(out[0], *logits);
         } catch (...) {
             ort_.release(ReleaseValue, in);
@@ -151,50 +165,71 @@ class Model {
         entry("session.intra_op.allow_spinning", spinning ? "1" : "0");
         // Threads may wait busily inside a call, but not after it, while another model is measured.
         if (spinning) entry("session.force_spinning_stop", "1");
-        for (const auto &pair : job["session"].object) entry(pair.first.c_str(), pair.second.text.c_str());
+        for (const auto &pair : job["session"].object)
+            entry(pair.first.c_str(), pair.second.text.c_str());
         if (profile_prefix != nullptr) ort_.call(EnableProfiling, options_, profile_prefix);
         try {
-            ort_.call(CreateSession, env, path.c_str(), static_cast<const void *>(options_), &session_);
+            ort_.call(CreateSession, env, path.c_str(), static_cast<const void *>(options_),
+                      &session_);
         } catch (const std::exception &error) {
-            throw std::runtime_error(path.substr(path.rfind('/') + 1) + ": onnxruntime " + ort_.version + " cannot load it: " + error.what());
+            throw std::runtime_error(path.substr(path.rfind('/') + 1) + ": onnxruntime " +
+                                     ort_.version + " cannot load it: " + error.what());
         }
         ort_.call(CreateCpuMemoryInfo, kArenaAllocator, kDefaultMemory, &memory_);
         describe_input(job);
         std::vector<std::string> requested;
         for (const Json &entry : job["outputs"].list) requested.push_back(entry["name"].words(""));
-        if (requested.empty() && !job["output"].words("").empty()) requested.push_back(job["output"].words(""));
+        if (requested.empty() && !job["output"].words("").empty())
+            requested.push_back(job["output"].words(""));
         choose_outputs(requested);
     }
 
-    void entry(const char *key, const char *value) { ort_.call(AddSessionConfigEntry, options_, key, value); }
+    void entry(const char *key, const char *value) {
+        ort_.call(AddSessionConfigEntry, options_, key, value);
+    }
 
     void describe_input(const Json &job) {
         size_t count = 0;
         ort_.call(SessionGetInputCount, static_cast<const void *>(session_), &count);
-        if (count != 1) throw std::runtime_error("the model has " + std::to_string(count) + " inputs; only image classifiers with one are measured");
+        if (count != 1)
+            throw std::runtime_error("the model has " + std::to_string(count) +
+                                     " inputs; only image classifiers with one are measured");
         input = name(SessionGetInputName, 0);
         void *about = nullptr;
         const void *tensor = nullptr;
         ort_.call(SessionGetInputTypeInfo, static_cast<const void *>(session_), size_t{0}, &about);
         ort_.call(CastTypeInfoToTensorInfo, static_cast<const void *>(about), &tensor);
-        if (tensor == nullptr) throw std::runtime_error("input '" + input + "' is not a tensor; only image classifiers are measured");
+        if (tensor == nullptr)
+            throw std::runtime_error("input '" + input +
+                                     "' is not a tensor; only image classifiers are measured");
         ort_.call(GetTensorElementType, tensor, &element_);
         ort_.call(GetDimensionsCount, tensor, &count);
         shape.resize(count);
         ort_.call(GetDimensions, tensor, shape.data(), count);
         ort_.release(ReleaseTypeInfo, about);
-        type = element_ == kFloat ? "float32" : element_ == kFloat16 ? "float16" : element_ == kDouble ? "float64" : element_ == kUint8 ? "uint8" : "";
-        if (type.empty()) throw std::runtime_error("input '" + input + "' has an unsupported type; it can be float32, float16, float64 or uint8");
+        type = element_ == kFloat     ? "float32"
+               : element_ == kFloat16 ? "float16"
+               : element_ == kDouble  ? "float64"
+               : element_ == kUint8   ? "uint8"
+                                      : "";
+        if (type.empty())
+            throw std::runtime_error(
+                "input '" + input +
+                "' has an unsupported type; it can be float32, float16, float64 or uint8");
         const int64_t batch = job["batch"].whole(0);
         for (size_t place = 0; place < shape.size(); ++place) {
             const bool open = shape[place] < 1;
             if (open && place > 0) {
-                throw std::runtime_error("input '" + input + "' leaves dimension " + std::to_string(place) + " open; export the model with fixed image sizes");
+                throw std::runtime_error("input '" + input + "' leaves dimension " +
+                                         std::to_string(place) +
+                                         " open; export the model with fixed image sizes");
             }
             if (open) shape[place] = batch > 0 ? batch : 1;
             if (place == 0 && batch > 0 && shape[0] != batch) {
-                throw std::runtime_error("input '" + input + "' has the fixed batch " + std::to_string(shape[0]) + ", and batch " + std::to_string(batch) +
-                                         " was requested; export it with that batch, or with a free one");
+                throw std::runtime_error(
+                    "input '" + input + "' has the fixed batch " + std::to_string(shape[0]) +
+                    ", and batch " + std::to_string(batch) +
+                    " was requested; export it with that batch, or with a free one");
             }
         }
     }
@@ -209,9 +244,12 @@ class Model {
             all += (all.empty() ? "" : ", ") + own.back();
         }
         outputs = requested;
-        if (outputs.empty()) outputs.push_back(std::find(own.begin(), own.end(), "logits") != own.end() ? "logits" : own.at(0));
+        if (outputs.empty())
+            outputs.push_back(std::find(own.begin(), own.end(), "logits") != own.end() ? "logits"
+                                                                                       : own.at(0));
         for (const std::string &wanted : outputs) {
-            if (std::find(own.begin(), own.end(), wanted) == own.end()) throw std::runtime_error("the model has no output '" + wanted + "'; it has " + all);
+            if (std::find(own.begin(), own.end(), wanted) == own.end())
+                throw std::runtime_error("the model has no output '" + wanted + "'; it has " + all);
         }
     }
 
@@ -236,10 +274,14 @@ class Model {
         ort_.call(GetTensorMutableData, value, &data);
         logits.resize(count);
         for (size_t i = 0; i < count; ++i) {
-            if (element == kFloat) logits[i] = static_cast<const float *>(data)[i];
-            else if (element == kFloat16) logits[i] = half_value(static_cast<const uint16_t *>(data)[i]);
-            else if (element == kDouble) logits[i] = static_cast<float>(static_cast<const double *>(data)[i]);
-            else throw std::runtime_error("the model's output is not of a floating-point type");
+            if (element == kFloat)
+                logits[i] = static_cast<const float *>(data)[i];
+            else if (element == kFloat16)
+                logits[i] = half_value(static_cast<const uint16_t *>(data)[i]);
+            else if (element == kDouble)
+                logits[i] = static_cast<float>(static_cast<const double *>(data)[i]);
+            else
+                throw std::runtime_error("the model's output is not of a floating-point type");
         }
     }
 };

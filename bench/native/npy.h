@@ -29,7 +29,8 @@ class Npy {
         std::string header(size, '\0');
         stream_.read(&header[0], size);
         const size_t type_at = header.find("'descr': '"), shape_at = header.find("'shape': (");
-        if (!stream_ || type_at == std::string::npos || shape_at == std::string::npos || header.find("'fortran_order': False") == std::string::npos) {
+        if (!stream_ || type_at == std::string::npos || shape_at == std::string::npos ||
+            header.find("'fortran_order': False") == std::string::npos) {
             fail("has a header that this runner does not read");
         }
         type = header.substr(type_at + 10, header.find('\'', type_at + 10) - type_at - 10);
@@ -46,12 +47,15 @@ class Npy {
         start_ = stream_.tellg();
     }
 
-    size_t item_bytes() const { return type.size() == 3 ? static_cast<size_t>(std::atoi(type.c_str() + 2)) : 0; }
+    size_t item_bytes() const {
+        return type.size() == 3 ? static_cast<size_t>(std::atoi(type.c_str() + 2)) : 0;
+    }
 
     // Returns rows first..last (exclusive) as they are stored.
     std::vector<char> rows(int64_t first, int64_t last) {
         size_t row = item_bytes();
-        if (row == 0 || (type[0] != '<' && type[0] != '|')) fail("contains numbers of a type that this runner does not read");
+        if (row == 0 || (type[0] != '<' && type[0] != '|'))
+            fail("contains numbers of a type that this runner does not read");
         for (size_t i = 1; i < shape.size(); ++i) row *= static_cast<size_t>(shape[i]);
         std::vector<char> bytes(row * static_cast<size_t>(last - first));
         stream_.clear();
@@ -63,21 +67,26 @@ class Npy {
 
     // Returns all integers of a one-dimensional array.
     std::vector<int64_t> whole_numbers() {
-        if (shape.size() != 1 || (type[1] != 'i' && type[1] != 'u')) fail("does not contain one integer for each image");
+        if (shape.size() != 1 || (type[1] != 'i' && type[1] != 'u'))
+            fail("does not contain one integer for each image");
         const std::vector<char> bytes = rows(0, shape[0]);
         const size_t width = item_bytes();
         std::vector<int64_t> values;
         for (size_t at = 0; at + width <= bytes.size(); at += width) {
             uint64_t value = 0;
-            for (size_t i = 0; i < width; ++i) value |= static_cast<uint64_t>(static_cast<unsigned char>(bytes[at + i])) << (8 * i);
-            if (type[1] == 'i' && width < 8 && (value >> (8 * width - 1)) != 0) value |= ~uint64_t{0} << (8 * width);
+            for (size_t i = 0; i < width; ++i)
+                value |= static_cast<uint64_t>(static_cast<unsigned char>(bytes[at + i]))
+                         << (8 * i);
+            if (type[1] == 'i' && width < 8 && (value >> (8 * width - 1)) != 0)
+                value |= ~uint64_t{0} << (8 * width);
             values.push_back(static_cast<int64_t>(value));
         }
         return values;
     }
 
     [[noreturn]] void fail(const std::string &why) const {
-        throw std::runtime_error(path_.substr(path_.rfind('/') + 1) + ": " + why + "; give a data set of `images` and `labels`");
+        throw std::runtime_error(path_.substr(path_.rfind('/') + 1) + ": " + why +
+                                 "; give a data set of `images` and `labels`");
     }
 
   private:

@@ -63,15 +63,19 @@ class Ort {
     explicit Ort(const std::string &library) {
         void *opened = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (opened == nullptr) {
-            throw std::runtime_error("the runtime is missing here: " + std::string(dlerror()) + "; put libonnxruntime.so for this device next to the runner");
+            throw std::runtime_error("the runtime is missing here: " + std::string(dlerror()) +
+                                     "; put libonnxruntime.so for this device next to the runner");
         }
         using GetBase = const Base *(*)();
         const auto get_base = reinterpret_cast<GetBase>(dlsym(opened, "OrtGetApiBase"));
-        if (get_base == nullptr) throw std::runtime_error(library + " is not ONNX Runtime; name its shared library");
+        if (get_base == nullptr)
+            throw std::runtime_error(library + " is not ONNX Runtime; name its shared library");
         const Base *base = get_base();
         version = base->get_version_string();
         table_ = static_cast<void *const *>(base->get_api(kOldestApi));
-        if (table_ == nullptr) throw std::runtime_error("ONNX Runtime " + version + " is older than 1.8; take a newer one");
+        if (table_ == nullptr)
+            throw std::runtime_error("ONNX Runtime " + version +
+                                     " is older than 1.8; take a newer one");
     }
 
     std::string version;

@@ -29,7 +29,8 @@ inline Memory read_memory() {
         if (line.rfind("VmHWM:", 0) == 0) found.peak_bytes = std::atoll(line.c_str() + 6) * 1024;
     }
     rusage usage{};
-    if (found.peak_bytes < 0 && getrusage(RUSAGE_SELF, &usage) == 0) found.peak_bytes = usage.ru_maxrss * 1024LL;
+    if (found.peak_bytes < 0 && getrusage(RUSAGE_SELF, &usage) == 0)
+        found.peak_bytes = usage.ru_maxrss * 1024LL;
     return found;
 }
 
@@ -45,12 +46,15 @@ inline void pin(const std::vector<int64_t> &cpus) {
     CPU_ZERO(&set);
     std::string named;
     for (const int64_t cpu : cpus) {
-        if (cpu < 0 || cpu >= CPU_SETSIZE) throw std::runtime_error("cannot pin to CPU " + std::to_string(cpu) + "; name CPUs that this machine has");
+        if (cpu < 0 || cpu >= CPU_SETSIZE)
+            throw std::runtime_error("cannot pin to CPU " + std::to_string(cpu) +
+                                     "; name CPUs that this machine has");
         CPU_SET(static_cast<size_t>(cpu), &set);
         named += (named.empty() ? "" : ", ") + std::to_string(cpu);
     }
     if (sched_setaffinity(0, sizeof set, &set) != 0) {
-        throw std::runtime_error("cannot pin to the CPUs [" + named + "]: " + std::strerror(errno) + "; name CPUs that this machine has");
+        throw std::runtime_error("cannot pin to the CPUs [" + named + "]: " + std::strerror(errno) +
+                                 "; name CPUs that this machine has");
     }
 }
 
@@ -60,7 +64,10 @@ inline int niceness(bool first) {
     return getpriority(PRIO_PROCESS, 0);
 }
 
-inline double wall_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double wall_s() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
 
 inline double cpu_s() {
     timespec spent{};

@@ -22,12 +22,17 @@ constexpr const char *kCpu = "CPUExecutionProvider";
 
 class Runner {
   public:
-    Runner(const std::string &library, const Json &job, std::FILE *events) : job_(job), events_(events) {
+    Runner(const std::string &library, const Json &job, std::FILE *events)
+        : job_(job), events_(events) {
         const std::string runtime = job["runtime"].words("onnxruntime");
-        if (runtime != "onnxruntime") throw std::runtime_error("the native runner measures onnxruntime models, not " + runtime + "; put Python and that runtime on the device");
+        if (runtime != "onnxruntime")
+            throw std::runtime_error("the native runner measures onnxruntime models, not " +
+                                     runtime + "; put Python and that runtime on the device");
         for (const Json &provider : job["providers"].list) {
             if (provider.text != kCpu) {
-                throw std::runtime_error("the native runner measures " + std::string(kCpu) + " only, not " + provider.text + "; put Python and onnxruntime on the device");
+                throw std::runtime_error("the native runner measures " + std::string(kCpu) +
+                                         " only, not " + provider.text +
+                                         "; put Python and onnxruntime on the device");
             }
         }
         std::vector<int64_t> cpus;
@@ -52,19 +57,36 @@ class Runner {
 
     void ready() {
         Line line;
-        line.add("event", std::string("ready")).add("runtime", std::string("onnxruntime")).add("runtime_version", ort_->version);
-        line.add("provider", std::string(kCpu)).raw("provider_nodes", "null").add("input_shape", model_->shape).add("input_type", model_->type);
-        line.add("load_s", load_s_).add("first_inference_s", first_s_).raw("floor_rss_bytes", bytes(floor_.now_bytes)).add("peak_rss_exact", exact_);
-        write(line.add("niceness", static_cast<int64_t>(niceness_)).add("runner", std::string("native")));
+        line.add("event", std::string("ready"))
+            .add("runtime", std::string("onnxruntime"))
+            .add("runtime_version", ort_->version);
+        line.add("provider", std::string(kCpu))
+            .raw("provider_nodes", "null")
+            .add("input_shape", model_->shape)
+            .add("input_type", model_->type);
+        line.add("load_s", load_s_)
+            .add("first_inference_s", first_s_)
+            .raw("floor_rss_bytes", bytes(floor_.now_bytes))
+            .add("peak_rss_exact", exact_);
+        write(line.add("niceness", static_cast<int64_t>(niceness_))
+                  .add("runner", std::string("native")));
     }
 
     void run(const std::string &action, const Json &command) {
-        if (action == "warm") warm(command["limit_s"].real(10.0), command["tolerance"].real(0.03), command["least_s"].real(0.2));
-        else if (action == "run") samples(command["count"].whole(1), command["settle"].whole(2));
-        else if (action == "memory") memory();
-        else if (action == "score") score(command["dataset"].words(""), command["limit"].whole(INT64_MAX));
-        else if (action == "profile") profile(command["count"].whole(10));
-        else throw std::runtime_error("unknown command '" + action + "'; it can be warm, run, memory, score, profile or stop");
+        if (action == "warm")
+            warm(command["limit_s"].real(10.0), command["tolerance"].real(0.03),
+                 command["least_s"].real(0.2));
+        else if (action == "run")
+            samples(command["count"].whole(1), command["settle"].whole(2));
+        else if (action == "memory")
+            memory();
+        else if (action == "score")
+            score(command["dataset"].words(""), command["limit"].whole(INT64_MAX));
+        else if (action == "profile")
+            profile(command["count"].whole(10));
+        else
+            throw std::runtime_error("unknown command '" + action +
+                                     "'; it can be warm, run, memory, score, profile or stop");
     }
 
   private:
@@ -92,7 +114,9 @@ class Runner {
 
     static void check_processor(const Json &cpu, const std::string &path) {
         char line[512];
-        if (refuses_processor(cpu["target"].words("its target").c_str(), words(cpu["needs"]).c_str(), words(cpu["assumes"]).c_str(), line, sizeof line)) {
+        if (refuses_processor(cpu["target"].words("its target").c_str(),
+                              words(cpu["needs"]).c_str(), words(cpu["assumes"]).c_str(), line,
+                              sizeof line)) {
             throw std::runtime_error(path.substr(path.rfind('/') + 1) + ": " + line);
         }
     }
@@ -122,10 +146,15 @@ class Runner {
             middle = found[static_cast<size_t>(window / 2)];
             count += window;
             const double elapsed = wall_s() - start;
-            stable = before >= 0.0 && elapsed >= least_s && std::fabs(middle - before) <= tolerance * before;
+            stable = before >= 0.0 && elapsed >= least_s &&
+                     std::fabs(middle - before) <= tolerance * before;
             if (stable || elapsed >= limit_s) break;
         }
-        write(Line().add("event", std::string("warm")).add("count", count).add("stable", stable).add("p50_s", middle));
+        write(Line()
+                  .add("event", std::string("warm"))
+                  .add("count", count)
+                  .add("stable", stable)
+                  .add("p50_s", middle));
     }
 
     void samples(int64_t count, int64_t settle) {
@@ -133,17 +162,25 @@ class Runner {
         const double cpu_start = cpu_s(), wall_start = wall_s();
         const std::vector<double> latency_s = timed(count);
         const double spent_cpu_s = cpu_s() - cpu_start, spent_wall_s = wall_s() - wall_start;
-        write(Line().add("event", std::string("samples")).add("latency_s", latency_s).add("cpu_s", spent_cpu_s).add("wall_s", spent_wall_s));
+        write(Line()
+                  .add("event", std::string("samples"))
+                  .add("latency_s", latency_s)
+                  .add("cpu_s", spent_cpu_s)
+                  .add("wall_s", spent_wall_s));
     }
 
     void memory() {
         const Memory found = read_memory();
-        write(Line().add("event", std::string("memory")).raw("peak_rss_bytes", bytes(found.peak_bytes)).raw("steady_rss_bytes", bytes(found.now_bytes)));
+        write(Line()
+                  .add("event", std::string("memory"))
+                  .raw("peak_rss_bytes", bytes(found.peak_bytes))
+                  .raw("steady_rss_bytes", bytes(found.now_bytes)));
     }
 
     void score(const std::string &folder, int64_t limit) {
         Dataset dataset(folder, *model_, job_["preprocessing"], job_["input"]["layout"].words(""));
-        const int64_t total = std::min<int64_t>(limit, static_cast<int64_t>(dataset.labels.size())), batch = model_->shape[0];
+        const int64_t total = std::min<int64_t>(limit, static_cast<int64_t>(dataset.labels.size())),
+                      batch = model_->shape[0];
         int64_t correct = 0;
         double last_report_s = wall_s();
         std::vector<float> outputs;
@@ -155,20 +192,29 @@ class Runner {
             for (int64_t image = first; image < last; ++image) {
                 const float *row = outputs.data() + static_cast<size_t>(image - first) * classes;
                 for (size_t k = 0; k < classes; ++k) {
-                    if (!std::isfinite(row[k])) throw std::runtime_error("the model returns NaN or infinite values for image " + std::to_string(image));
+                    if (!std::isfinite(row[k]))
+                        throw std::runtime_error(
+                            "the model returns NaN or infinite values for image " +
+                            std::to_string(image));
                 }
                 const int64_t label = dataset.labels[static_cast<size_t>(image)];
                 if (label < 0 || label >= static_cast<int64_t>(classes)) {
-                    throw std::runtime_error("the data set has labels outside of the model's " + std::to_string(classes) + " classes; give the set it was trained on");
+                    throw std::runtime_error("the data set has labels outside of the model's " +
+                                             std::to_string(classes) +
+                                             " classes; give the set it was trained on");
                 }
                 correct += std::max_element(row, row + classes) - row == label;
             }
             if (wall_s() - last_report_s > 1.0) {
                 last_report_s = wall_s();
-                write(Line().add("event", std::string("progress")).add("done", last).add("total", total));
+                write(Line()
+                          .add("event", std::string("progress"))
+                          .add("done", last)
+                          .add("total", total));
             }
         }
-        write(Line().add("event", std::string("score")).add("correct", correct).add("total", total));
+        write(
+            Line().add("event", std::string("score")).add("correct", correct).add("total", total));
     }
 
     // One row for each operator, from a second session with the runtime's own profiler.
@@ -178,14 +224,17 @@ class Runner {
         for (int64_t i = 0; i < count + 2; ++i) second.infer(images_.data());
         const std::string file = second.end_profiling();
         std::ifstream stream(file);
-        const std::string text((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
+        const std::string text((std::istreambuf_iterator<char>(stream)),
+                               std::istreambuf_iterator<char>());
         stream.close();
         std::remove(file.c_str());
         const std::string suffix = "_kernel_time";
         std::map<std::string, std::vector<Json>> found;
         for (const Json &event : parse(text).list) {
             const std::string name = event["name"].words("");
-            if (event["cat"].words("") != "Node" || name.size() < suffix.size() || name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) continue;
+            if (event["cat"].words("") != "Node" || name.size() < suffix.size() ||
+                name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0)
+                continue;
             found[name.substr(0, name.size() - suffix.size())].push_back(event);
         }
         std::vector<std::pair<double, std::string>> rows;
@@ -195,10 +244,12 @@ class Runner {
             const Json &args = node.second[node.second.size() - kept]["args"];
             // The median: an interruption may take longer than all calls of an operator.
             std::vector<double> spent;
-            for (size_t i = node.second.size() - kept; i < node.second.size(); ++i) spent.push_back(node.second[i]["dur"].real(0.0));
+            for (size_t i = node.second.size() - kept; i < node.second.size(); ++i)
+                spent.push_back(node.second[i]["dur"].real(0.0));
             std::sort(spent.begin(), spent.end());
             const double middle = kept == 0 ? 0.0 : (spent[(kept - 1) / 2] + spent[kept / 2]) / 2.0;
-            const double seconds = middle * static_cast<double>(kept) * 1e-6 / static_cast<double>(count);
+            const double seconds =
+                middle * static_cast<double>(kept) * 1e-6 / static_cast<double>(count);
             std::string shapes;
             for (const Json &entry : args["output_type_shape"].list) {
                 for (const auto &pair : entry.object) {
@@ -208,19 +259,29 @@ class Runner {
                 }
             }
             Line row;
-            row.add("node", node.first).add("operator", args["op_name"].words("?")).add("provider", args["provider"].words("?"));
-            rows.emplace_back(seconds, row.raw("output_shapes", "[" + shapes + "]").add("calls", static_cast<int64_t>(kept)).add("seconds", seconds).str());
+            row.add("node", node.first)
+                .add("operator", args["op_name"].words("?"))
+                .add("provider", args["provider"].words("?"));
+            rows.emplace_back(seconds, row.raw("output_shapes", "[" + shapes + "]")
+                                           .add("calls", static_cast<int64_t>(kept))
+                                           .add("seconds", seconds)
+                                           .str());
         }
-        std::stable_sort(rows.begin(), rows.end(), [](const auto &a, const auto &b) { return a.first > b.first; });
+        std::stable_sort(rows.begin(), rows.end(),
+                         [](const auto &a, const auto &b) { return a.first > b.first; });
         std::string all;
         for (const auto &row : rows) all += (all.empty() ? "" : ", ") + row.second;
-        write(Line().add("event", std::string("profile")).add("runs", count).raw("rows", "[" + all + "]"));
+        write(Line()
+                  .add("event", std::string("profile"))
+                  .add("runs", count)
+                  .raw("rows", "[" + all + "]"));
     }
 };
 
 static std::string one_line(const std::string &text) {
     std::string made;
-    for (const char letter : text) made += letter == '\n' || letter == '\r' || letter == '\t' ? ' ' : letter;
+    for (const char letter : text)
+        made += letter == '\n' || letter == '\r' || letter == '\t' ? ' ' : letter;
     return made.size() <= 300 ? made : made.substr(0, 297) + "...";
 }
 
@@ -231,12 +292,15 @@ int main(int count, char **arguments) {
     std::FILE *events = fdopen(dup(1), "w");
     dup2(2, 1);
     try {
-        if (count != 3) throw std::runtime_error("expected two arguments: the runtime's shared library, and the job as JSON, or - to read standard input");
+        if (count != 3)
+            throw std::runtime_error("expected two arguments: the runtime's shared library, and "
+                                     "the job as JSON, or - to read standard input");
         const std::string job_text = arguments[2];
         std::string line = job_text;
         if (job_text == "-") std::getline(std::cin, line);
         const vitrim::Json job = vitrim::parse(line);
-        if (job["model"].words("").empty()) throw std::runtime_error("the job is no JSON object with a model");
+        if (job["model"].words("").empty())
+            throw std::runtime_error("the job is no JSON object with a model");
         vitrim::Runner runner(arguments[1], job, events);
         runner.ready();
         if (!job["commands"].is_null()) {
@@ -253,11 +317,23 @@ int main(int count, char **arguments) {
             runner.run(command["do"].words(""), command);
         }
     } catch (const std::bad_alloc &) {
-        std::fprintf(events, "%s\n", vitrim::Line().add("event", std::string("error")).add("message", std::string("this device is out of memory; measure a smaller model or batch")).str().c_str());
+        std::fprintf(
+            events, "%s\n",
+            vitrim::Line()
+                .add("event", std::string("error"))
+                .add("message",
+                     std::string("this device is out of memory; measure a smaller model or batch"))
+                .str()
+                .c_str());
         std::fflush(events);
         return 3;
     } catch (const std::exception &error) {
-        std::fprintf(events, "%s\n", vitrim::Line().add("event", std::string("error")).add("message", vitrim::one_line(error.what())).str().c_str());
+        std::fprintf(events, "%s\n",
+                     vitrim::Line()
+                         .add("event", std::string("error"))
+                         .add("message", vitrim::one_line(error.what()))
+                         .str()
+                         .c_str());
         std::fflush(events);
         return 3;
     }

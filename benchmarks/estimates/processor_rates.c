@@ -19,9 +19,8 @@ static double now(void) {
 #define F(r, i) "vfmadd231ps %%" r "15,%%" r "14,%%" r #i "\n"
 #define FMA6(r) F(r, 0) F(r, 1) F(r, 2) F(r, 3) F(r, 4) F(r, 5)
 #define FMA12(r) FMA6(r) F(r, 6) F(r, 7) F(r, 8) F(r, 9) F(r, 10) F(r, 11)
-#define CLOBBERS                                                                \
-    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",     \
-        "xmm9", "xmm10", "xmm11"
+#define CLOBBERS                                                                                   \
+    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11"
 #elif defined(__aarch64__)
 #define ADD2 "add %0,%0,%0\nadd %0,%0,%0\n"
 #define ADD10 ADD2 ADD2 ADD2 ADD2 ADD2
@@ -37,11 +36,11 @@ static double clock_hz(void) {
     return 10.0 * TIMES / (now() - start);
 }
 
-#define RATE(name, code, lanes)                                                  \
-    static double name(void) {                                                   \
-        double start = now();                                                    \
-        for (long i = 0; i < TIMES; i++) __asm__ volatile(code ::: CLOBBERS);              \
-        return 12.0 * lanes * TIMES / (now() - start);                           \
+#define RATE(name, code, lanes)                                                                    \
+    static double name(void) {                                                                     \
+        double start = now();                                                                      \
+        for (long i = 0; i < TIMES; i++) __asm__ volatile(code::: CLOBBERS);                       \
+        return 12.0 * lanes * TIMES / (now() - start);                                             \
     }
 
 #if defined(__x86_64__)

@@ -61,8 +61,9 @@ int main(int count, char **arguments) {
         for (int i = 0; i < runs; i++) {
             OrtValue *result = NULL;
             double start = now();
-            check(api->Run(session, NULL, (const char *const *)&input, (const OrtValue *const *)&value,
-                           1, (const char *const *)&output, 1, &result));
+            check(api->Run(session, NULL, (const char *const *)&input,
+                           (const OrtValue *const *)&value, 1, (const char *const *)&output, 1,
+                           &result));
             printf("%.9f ", now() - start);
             api->ReleaseValue(result);
         }

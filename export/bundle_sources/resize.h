@@ -19,7 +19,9 @@ namespace vitrim {
 struct Picture {
     int width = 0, height = 0, channels = 0;
     std::vector<uint8_t> samples;  // rows from the top, channels interleaved
-    uint8_t at(int y, int x, int c) const { return samples[(static_cast<size_t>(y) * width + x) * channels + c]; }
+    uint8_t at(int y, int x, int c) const {
+        return samples[(static_cast<size_t>(y) * width + x) * channels + c];
+    }
 };
 
 struct Filter {
@@ -29,7 +31,10 @@ struct Filter {
 
 inline double pi() { return 3.14159265358979323846; }
 inline double box(double x) { return x > -0.5 && x <= 0.5 ? 1.0 : 0.0; }
-inline double bilinear(double x) { x = std::fabs(x); return x < 1.0 ? 1.0 - x : 0.0; }
+inline double bilinear(double x) {
+    x = std::fabs(x);
+    return x < 1.0 ? 1.0 - x : 0.0;
+}
 inline double hamming(double x) {
     x = std::fabs(x);
     if (x == 0.0) return 1.0;
@@ -69,7 +74,8 @@ struct Taps {
 constexpr int kBits = 32 - 8 - 2;
 
 inline Taps taps(int in, int out, const Filter &filter) {
-    const double scale = static_cast<double>(in) / out, stretch = std::max(scale, 1.0), support = filter.support * stretch;
+    const double scale = static_cast<double>(in) / out, stretch = std::max(scale, 1.0),
+                 support = filter.support * stretch;
     Taps found;
     for (int position = 0; position < out; ++position) {
         const double center = (position + 0.5) * scale;
@@ -92,27 +98,32 @@ inline Taps taps(int in, int out, const Filter &filter) {
     return found;
 }
 
-inline uint8_t clip(int sum) { return static_cast<uint8_t>(std::min(255, std::max(0, sum >> kBits))); }
+inline uint8_t clip(int sum) {
+    return static_cast<uint8_t>(std::min(255, std::max(0, sum >> kBits)));
+}
 
 // Nearest neighbours: Pillow accumulates the step.
 inline std::vector<int> nearest(int in, int out) {
     const double step = static_cast<double>(in) / out;
     double position = step * 0.5;
     std::vector<int> found;
-    for (int index = 0; index < out; ++index, position += step) found.push_back(std::min(in - 1, static_cast<int>(position)));
+    for (int index = 0; index < out; ++index, position += step)
+        found.push_back(std::min(in - 1, static_cast<int>(position)));
     return found;
 }
 
 inline Picture across(const Picture &picture, int width, const Filter &filter) {
     const int channels = picture.channels;
     const Taps found = taps(picture.width, width, filter);
-    Picture made{width, picture.height, channels, std::vector<uint8_t>(static_cast<size_t>(width) * picture.height * channels)};
+    Picture made{width, picture.height, channels,
+                 std::vector<uint8_t>(static_cast<size_t>(width) * picture.height * channels)};
     for (int y = 0; y < picture.height; ++y)
         for (int x = 0; x < width; ++x)
             for (int c = 0; c < channels; ++c) {
                 int sum = 1 << (kBits - 1);
                 const std::vector<int> &weights = found.weights[x];
-                for (size_t k = 0; k < weights.size(); ++k) sum += picture.at(y, found.first[x] + static_cast<int>(k), c) * weights[k];
+                for (size_t k = 0; k < weights.size(); ++k)
+                    sum += picture.at(y, found.first[x] + static_cast<int>(k), c) * weights[k];
                 made.samples[(static_cast<size_t>(y) * width + x) * channels + c] = clip(sum);
             }
     return made;
@@ -121,34 +132,41 @@ inline Picture across(const Picture &picture, int width, const Filter &filter) {
 inline Picture down(const Picture &picture, int height, const Filter &filter) {
     const int channels = picture.channels, width = picture.width;
     const Taps found = taps(picture.height, height, filter);
-    Picture made{width, height, channels, std::vector<uint8_t>(static_cast<size_t>(width) * height * channels)};
+    Picture made{width, height, channels,
+                 std::vector<uint8_t>(static_cast<size_t>(width) * height * channels)};
     for (int y = 0; y < height; ++y)
         for (int x = 0; x < width; ++x)
             for (int c = 0; c < channels; ++c) {
                 int sum = 1 << (kBits - 1);
                 const std::vector<int> &weights = found.weights[y];
-                for (size_t k = 0; k < weights.size(); ++k) sum += picture.at(found.first[y] + static_cast<int>(k), x, c) * weights[k];
+                for (size_t k = 0; k < weights.size(); ++k)
+                    sum += picture.at(found.first[y] + static_cast<int>(k), x, c) * weights[k];
                 made.samples[(static_cast<size_t>(y) * width + x) * channels + c] = clip(sum);
             }
     return made;
 }
 
 // `pillow` is the major version whose order of the two passes is used.
-inline Picture resize(const Picture &picture, int width, int height, const std::string &interpolation, int pillow = 13) {
+inline Picture resize(const Picture &picture, int width, int height,
+                      const std::string &interpolation, int pillow = 13) {
     if (picture.width == width && picture.height == height) return picture;
     if (interpolation == "nearest") {
-        const std::vector<int> columns = nearest(picture.width, width), rows = nearest(picture.height, height);
+        const std::vector<int> columns = nearest(picture.width, width),
+                               rows = nearest(picture.height, height);
         Picture made{width, height, picture.channels, {}};
         for (int y : rows)
             for (int x : columns)
-                for (int c = 0; c < picture.channels; ++c) made.samples.push_back(picture.at(y, x, c));
+                for (int c = 0; c < picture.channels; ++c)
+                    made.samples.push_back(picture.at(y, x, c));
         return made;
     }
     const Filter filter = filter_named(interpolation);
     if (picture.width == width) return down(picture, height, filter);
     if (picture.height == height) return across(picture, width, filter);
-    const long lost_rows = static_cast<long>(picture.height) - height, lost_columns = static_cast<long>(picture.width) - width;
-    if (pillow >= 13 && lost_rows > 0 && lost_rows > 2 * lost_columns) return across(down(picture, height, filter), width, filter);
+    const long lost_rows = static_cast<long>(picture.height) - height,
+               lost_columns = static_cast<long>(picture.width) - width;
+    if (pillow >= 13 && lost_rows > 0 && lost_rows > 2 * lost_columns)
+        return across(down(picture, height, filter), width, filter);
     return down(across(picture, width, filter), height, filter);
 }
 
@@ -157,7 +175,8 @@ inline Picture crop(const Picture &picture, int left, int top, int width, int he
     made.samples.reserve(static_cast<size_t>(width) * height * picture.channels);
     for (int y = 0; y < height; ++y)
         for (int x = 0; x < width; ++x)
-            for (int c = 0; c < picture.channels; ++c) made.samples.push_back(picture.at(top + y, left + x, c));
+            for (int c = 0; c < picture.channels; ++c)
+                made.samples.push_back(picture.at(top + y, left + x, c));
     return made;
 }
 
@@ -171,7 +190,8 @@ inline Picture with_channels(const Picture &picture, int channels) {
             made.samples.insert(made.samples.end(), 3, picture.samples[pixel]);
         } else {
             const uint8_t *rgb = &picture.samples[3 * pixel];
-            made.samples.push_back(static_cast<uint8_t>((rgb[0] * 19595 + rgb[1] * 38470 + rgb[2] * 7471 + 0x8000) >> 16));
+            made.samples.push_back(static_cast<uint8_t>(
+                (rgb[0] * 19595 + rgb[1] * 38470 + rgb[2] * 7471 + 0x8000) >> 16));
         }
     }
     return made;

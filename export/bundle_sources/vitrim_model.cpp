@@ -1,5 +1,6 @@
 // The C interface of vitrim_model.h on ONNX Runtime's C API. The runtime's library is opened by
-// path: its symbols are versioned, and a program that links one release does not start with another.
+// path: its symbols are versioned, and a program that links one release does not start with
+// another.
 #include "vitrim_model.h"
 
 #include <dlfcn.h>
@@ -36,18 +37,22 @@ struct vitrim_model {
     }
 };
 
-vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, int threads, char *error, size_t error_size) {
+vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, int threads,
+                          char *error, size_t error_size) {
     if (vitrim_refused(error, error_size) != 0) return nullptr;
     auto *model = new vitrim_model;
     try {
         model->library = dlopen(runtime_library, RTLD_NOW | RTLD_LOCAL);
-        if (model->library == nullptr) throw std::runtime_error(std::string("cannot open the runtime: ") + dlerror());
+        if (model->library == nullptr)
+            throw std::runtime_error(std::string("cannot open the runtime: ") + dlerror());
         using GetBase = const OrtApiBase *(*)();
         auto get_base = reinterpret_cast<GetBase>(dlsym(model->library, "OrtGetApiBase"));
-        if (get_base == nullptr) throw std::runtime_error(std::string(runtime_library) + " is not ONNX Runtime");
+        if (get_base == nullptr)
+            throw std::runtime_error(std::string(runtime_library) + " is not ONNX Runtime");
         model->api = get_base()->GetApi(ORT_API_VERSION);
         if (model->api == nullptr) {
-            throw std::runtime_error(std::string("ONNX Runtime ") + get_base()->GetVersionString() + " is older than the header this was built with");
+            throw std::runtime_error(std::string("ONNX Runtime ") + get_base()->GetVersionString() +
+                                     " is older than the header this was built with");
         }
         const OrtApi *api = model->api;
         model->check(api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "vitrim", &model->env));
@@ -55,12 +60,15 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
         model->check(api->SetSessionGraphOptimizationLevel(model->options, ORT_ENABLE_ALL));
         model->check(api->SetIntraOpNumThreads(model->options, threads));
         model->check(api->SetInterOpNumThreads(model->options, 1));
-        model->check(api->AddSessionConfigEntry(model->options, "session.intra_op.allow_spinning", "0"));
+        model->check(
+            api->AddSessionConfigEntry(model->options, "session.intra_op.allow_spinning", "0"));
         for (int entry = 0; entry < VITRIM_SESSION_COUNT; ++entry) {
-            model->check(api->AddSessionConfigEntry(model->options, VITRIM_SESSION[entry][0], VITRIM_SESSION[entry][1]));
+            model->check(api->AddSessionConfigEntry(model->options, VITRIM_SESSION[entry][0],
+                                                    VITRIM_SESSION[entry][1]));
         }
         model->check(api->CreateSession(model->env, model_path, model->options, &model->session));
-        model->check(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &model->memory));
+        model->check(
+            api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &model->memory));
         return model;
     } catch (const std::exception &caught) {
         vitrim::fail(caught.what(), error, error_size);
@@ -69,7 +77,8 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
     }
 }
 
-int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *error, size_t error_size) {
+int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *error,
+               size_t error_size) {
     OrtValue *in = nullptr;
     OrtValue *outs[VITRIM_OUTPUT_COUNT] = {};
     int result = 0;
@@ -80,18 +89,24 @@ int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *er
         const int64_t *in_shape = VITRIM_CHANNELS_LAST ? last : first;
         const size_t in_bytes = sizeof(float) * VITRIM_CHANNELS * VITRIM_HEIGHT * VITRIM_WIDTH;
         // All tensors are the caller's own memory; nothing is copied.
-        model->check(api->CreateTensorWithDataAsOrtValue(model->memory, const_cast<float *>(input), in_bytes, in_shape, 4, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &in));
+        model->check(api->CreateTensorWithDataAsOrtValue(model->memory, const_cast<float *>(input),
+                                                         in_bytes, in_shape, 4,
+                                                         ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &in));
         const char *const in_names[1] = {VITRIM_INPUT};
         const char *out_names[VITRIM_OUTPUT_COUNT];
         for (int number = 0; number < VITRIM_OUTPUT_COUNT; ++number) {
             const vitrim_output &output = VITRIM_OUTPUTS[number];
             const int64_t shape[3] = {1, output.sizes[0], output.sizes[1]};
-            const size_t numbers = static_cast<size_t>(output.sizes[0]) * (output.dimensions > 1 ? output.sizes[1] : 1);
-            model->check(api->CreateTensorWithDataAsOrtValue(model->memory, outputs + output.start, sizeof(float) * numbers, shape, 1 + output.dimensions, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &outs[number]));
+            const size_t numbers = static_cast<size_t>(output.sizes[0]) *
+                                   (output.dimensions > 1 ? output.sizes[1] : 1);
+            model->check(api->CreateTensorWithDataAsOrtValue(
+                model->memory, outputs + output.start, sizeof(float) * numbers, shape,
+                1 + output.dimensions, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &outs[number]));
             out_names[number] = output.name;
         }
         const OrtValue *const ins[1] = {in};
-        model->check(api->Run(model->session, nullptr, in_names, ins, 1, out_names, VITRIM_OUTPUT_COUNT, outs));
+        model->check(api->Run(model->session, nullptr, in_names, ins, 1, out_names,
+                              VITRIM_OUTPUT_COUNT, outs));
     } catch (const std::exception &caught) {
         result = vitrim::fail(caught.what(), error, error_size);
     }

@@ -32,9 +32,11 @@ struct Value {  // TVMFFIAny
         void *pointer;
     };
 };
-static_assert(sizeof(Tensor) == 48 && sizeof(Value) == 16, "the calling convention of 64-bit machines");
+static_assert(sizeof(Tensor) == 48 && sizeof(Value) == 16,
+              "the calling convention of 64-bit machines");
 
-constexpr int32_t kInteger = 1, kPointer = 4, kTensorPointer = 7, kTensorObject = 70, kObjectHeaderBytes = 24, kCpu = 1;
+constexpr int32_t kInteger = 1, kPointer = 4, kTensorPointer = 7, kTensorObject = 70,
+                  kObjectHeaderBytes = 24, kCpu = 1;
 
 enum class Place : uint8_t { images, logits, arena, constant };
 
@@ -73,8 +75,8 @@ struct alignas(kCacheLine) Counter {
 struct Pool {
     pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-    int workers = 0;      // started, besides the caller's own thread
-    int threads = 1;      // used by a launch
+    int workers = 0;       // started, besides the caller's own thread
+    int threads = 1;       // used by a launch
     bool running = false;  // an inference runs
     Task task = nullptr;
     void *data = nullptr;
@@ -95,8 +97,8 @@ inline void pause() {
 #endif
 }
 
-// Waits first by spinning, since the other threads are about to arrive; then by sleeping, since they
-// may not have a processor.
+// Waits first by spinning, since the other threads are about to arrive; then by sleeping, since
+// they may not have a processor.
 struct SpinWait {
     int spins = 0;
     void wait() {
@@ -117,14 +119,16 @@ inline void *work(void *argument) {
             }
             waiting = SpinWait();
             pthread_mutex_lock(&pool.lock);
-            while (!__atomic_load_n(&pool.running, __ATOMIC_ACQUIRE) && __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen) {
+            while (!__atomic_load_n(&pool.running, __ATOMIC_ACQUIRE) &&
+                   __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE) == seen) {
                 pthread_cond_wait(&pool.wake, &pool.lock);
             }
             pthread_mutex_unlock(&pool.lock);
         }
         seen = __atomic_load_n(&pool.launch, __ATOMIC_ACQUIRE);
         // Every worker acknowledges every launch, so that none can miss one and join the next.
-        if (number < pool.group.tasks && pool.task(number, &pool.group, pool.data) != 0) __atomic_store_n(&pool.failed, 1, __ATOMIC_RELAXED);
+        if (number < pool.group.tasks && pool.task(number, &pool.group, pool.data) != 0)
+            __atomic_store_n(&pool.failed, 1, __ATOMIC_RELAXED);
         __atomic_fetch_sub(&pool.pending, 1, __ATOMIC_RELEASE);
     }
     return nullptr;
@@ -135,7 +139,9 @@ inline int set_threads(int threads) {
     if (threads > kMostThreads) threads = kMostThreads;
     while (pool.workers < threads - 1) {
         pthread_t thread;
-        if (pthread_create(&thread, nullptr, work, reinterpret_cast<void *>(static_cast<intptr_t>(pool.workers + 1))) != 0) break;
+        if (pthread_create(&thread, nullptr, work,
+                           reinterpret_cast<void *>(static_cast<intptr_t>(pool.workers + 1))) != 0)
+            break;
         pthread_detach(thread);
         ++pool.workers;
     }
@@ -162,7 +168,8 @@ inline int barrier_wait(int number, Group *group) {
     Counter *counters = static_cast<Counter *>(group->barrier);
     const int round = __atomic_add_fetch(&counters[number].value, 1, __ATOMIC_ACQ_REL);
     for (int other = 0; other < group->tasks; ++other) {
-        for (SpinWait waiting; __atomic_load_n(&counters[other].value, __ATOMIC_ACQUIRE) < round;) waiting.wait();
+        for (SpinWait waiting; __atomic_load_n(&counters[other].value, __ATOMIC_ACQUIRE) < round;)
+            waiting.wait();
     }
     return 0;
 }
@@ -184,7 +191,8 @@ inline char failure[256];
 inline void set_failure(const char *kind, const char *const *parts, int count) {
     size_t used = 0;
     auto add = [&](const char *text) {
-        for (; text != nullptr && *text != '\0' && used + 1 < sizeof failure; ++text) failure[used++] = *text == '\n' ? ' ' : *text;
+        for (; text != nullptr && *text != '\0' && used + 1 < sizeof failure; ++text)
+            failure[used++] = *text == '\n' ? ' ' : *text;
     };
     add(kind);
     add(": ");
@@ -192,7 +200,9 @@ inline void set_failure(const char *kind, const char *const *parts, int count) {
     failure[used] = '\0';
 }
 
-inline void *workspace(int, int, uint64_t bytes, int, int) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+inline void *workspace(int, int, uint64_t bytes, int, int) {
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
 inline int free_workspace(int, int, void *memory) {
     free(memory);
     return 0;
@@ -215,7 +225,11 @@ VITRIM_CONTEXT(__TVMBackendParallelBarrier)
 VITRIM_CONTEXT(__TVMFFIErrorSetRaisedFromCStr)
 
 // Hidden, so that a process that has loaded TVM keeps its own.
-extern "C" __attribute__((visibility("hidden"))) void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
+extern "C" __attribute__((visibility("hidden"))) void
+TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
     vitrim::set_failure(kind, parts, count);
 }
-extern "C" __attribute__((visibility("hidden"))) void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) { vitrim::raise(kind, message); }
+extern "C" __attribute__((visibility("hidden"))) void
+TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) {
+    vitrim::raise(kind, message);
+}

@@ -12,7 +12,8 @@ inline bool ready = false, chosen = false;
 // Why this processor cannot run the kernels, or null.
 inline const char *refusal() {
     static char text[256];
-    // Not a static of a computed value: its guard needs the C++ library, which a network does without.
+    // Not a static of a computed value: its guard needs the C++ library, which a network does
+    // without.
     static bool known = false, refused = false;
     if (!known) refused = refuses_processor(kTarget, kNeeds, "", text, sizeof text);
     known = true;
@@ -21,10 +22,11 @@ inline const char *refusal() {
 
 inline void *address(const Planned &planned, void *images, void *logits) {
     switch (planned.place) {
-        case Place::images: return images;
-        case Place::logits: return logits == nullptr ? nullptr : static_cast<char *>(logits) + planned.offset;
-        case Place::arena: return arena + planned.offset;
-        default: return const_cast<unsigned char *>(constants()) + planned.offset;
+    case Place::images: return images;
+    case Place::logits:
+        return logits == nullptr ? nullptr : static_cast<char *>(logits) + planned.offset;
+    case Place::arena: return arena + planned.offset;
+    default: return const_cast<unsigned char *>(constants()) + planned.offset;
     }
 }
 
@@ -32,12 +34,18 @@ inline void prepare() {
     if (ready) return;
     // Without a call of vitrim_network_threads (TVM's RPC server makes none), TVM's own environment
     // variable decides.
-    if (const char *threads = getenv("TVM_NUM_THREADS"); threads != nullptr && !chosen) set_threads(atoi(threads));
-    if (&__TVMBackendAllocWorkspace != nullptr) __TVMBackendAllocWorkspace = reinterpret_cast<void *>(workspace);
-    if (&__TVMBackendFreeWorkspace != nullptr) __TVMBackendFreeWorkspace = reinterpret_cast<void *>(free_workspace);
-    if (&__TVMBackendParallelLaunch != nullptr) __TVMBackendParallelLaunch = reinterpret_cast<void *>(launch);
-    if (&__TVMBackendParallelBarrier != nullptr) __TVMBackendParallelBarrier = reinterpret_cast<void *>(barrier_wait);
-    if (&__TVMFFIErrorSetRaisedFromCStr != nullptr) __TVMFFIErrorSetRaisedFromCStr = reinterpret_cast<void *>(TVMFFIErrorSetRaisedFromCStr);
+    if (const char *threads = getenv("TVM_NUM_THREADS"); threads != nullptr && !chosen)
+        set_threads(atoi(threads));
+    if (&__TVMBackendAllocWorkspace != nullptr)
+        __TVMBackendAllocWorkspace = reinterpret_cast<void *>(workspace);
+    if (&__TVMBackendFreeWorkspace != nullptr)
+        __TVMBackendFreeWorkspace = reinterpret_cast<void *>(free_workspace);
+    if (&__TVMBackendParallelLaunch != nullptr)
+        __TVMBackendParallelLaunch = reinterpret_cast<void *>(launch);
+    if (&__TVMBackendParallelBarrier != nullptr)
+        __TVMBackendParallelBarrier = reinterpret_cast<void *>(barrier_wait);
+    if (&__TVMFFIErrorSetRaisedFromCStr != nullptr)
+        __TVMFFIErrorSetRaisedFromCStr = reinterpret_cast<void *>(TVMFFIErrorSetRaisedFromCStr);
     for (int i = 0; i < kOperands; ++i) {
         operands[i].kind = kTensorPointer;
         operands[i].padding = 0;
@@ -58,8 +66,8 @@ inline void report_step(Watcher watcher, int number) {
     watcher(number, written.data, bytes);
 }
 
-// seconds: the time of each step is added to its entry; watcher: called after each step. Both may be
-// null.
+// seconds: the time of each step is added to its entry; watcher: called after each step. Both may
+// be null.
 inline int run(const float *images, float *logits, double *seconds, Watcher watcher = nullptr) {
     if (const char *reason = refusal()) {
         snprintf(failure, sizeof failure, "%s", reason);
@@ -68,10 +76,12 @@ inline int run(const float *images, float *logits, double *seconds, Watcher watc
     prepare();
     // Kernels read whole vectors, from aligned addresses.
     void *from = const_cast<float *>(images);
-    if (reinterpret_cast<uintptr_t>(images) % 64 != 0) from = memcpy(aligned_images, images, sizeof aligned_images);
+    if (reinterpret_cast<uintptr_t>(images) % 64 != 0)
+        from = memcpy(aligned_images, images, sizeof aligned_images);
     for (int i = 0; i < kTensors; ++i) {
         if (plan[i].place == Place::images) tensors[i].data = from;
-        if (plan[i].place == Place::logits) tensors[i].data = address(plan[i], nullptr, aligned_logits);
+        if (plan[i].place == Place::logits)
+            tensors[i].data = address(plan[i], nullptr, aligned_logits);
     }
     failure[0] = '\0';
     begin_inference();
@@ -91,9 +101,13 @@ inline int run(const float *images, float *logits, double *seconds, Watcher watc
 inline void *data_of(const Value &value) {
     if (value.kind == kInteger || value.kind == kPointer) return value.pointer;
     const auto *tensor = static_cast<const Tensor *>(value.pointer);
-    if (value.kind == kTensorObject) tensor = reinterpret_cast<const Tensor *>(static_cast<const char *>(value.pointer) + kObjectHeaderBytes);
-    else if (value.kind != kTensorPointer) return nullptr;
-    return tensor->device_kind == kCpu ? static_cast<char *>(tensor->data) + tensor->byte_offset : nullptr;
+    if (value.kind == kTensorObject)
+        tensor = reinterpret_cast<const Tensor *>(static_cast<const char *>(value.pointer) +
+                                                  kObjectHeaderBytes);
+    else if (value.kind != kTensorPointer)
+        return nullptr;
+    return tensor->device_kind == kCpu ? static_cast<char *>(tensor->data) + tensor->byte_offset
+                                       : nullptr;
 }
 
 }  // namespace vitrim
@@ -103,9 +117,13 @@ inline void *data_of(const Value &value) {
 // Images (batch, channels, height, width) -> logits (batch, classes), both float32; or all outputs
 // one after the other, each from vitrim_network_output_start() on. Returns 0 on success; otherwise
 // vitrim_network_failure() returns the reason.
-VITRIM_ENTRY int vitrim_network_run(const float *images, float *logits) { return vitrim::run(images, logits, nullptr); }
+VITRIM_ENTRY int vitrim_network_run(const float *images, float *logits) {
+    return vitrim::run(images, logits, nullptr);
+}
 // The same; adds the seconds of each step to `seconds`, of length vitrim_network_steps().
-VITRIM_ENTRY int vitrim_network_profile(const float *images, float *logits, double *seconds) { return vitrim::run(images, logits, seconds); }
+VITRIM_ENTRY int vitrim_network_profile(const float *images, float *logits, double *seconds) {
+    return vitrim::run(images, logits, seconds);
+}
 // The same; `watcher` is called with the output of each step.
 VITRIM_ENTRY int vitrim_network_watch(const float *images, float *logits, vitrim::Watcher watcher) {
     return vitrim::run(images, logits, nullptr, watcher);
@@ -121,23 +139,36 @@ VITRIM_ENTRY const char *vitrim_network_failure() { return vitrim::failure; }
 // Why this processor cannot run the network, or null; it is refused by every run as well.
 VITRIM_ENTRY const char *vitrim_network_refusal() { return vitrim::refusal(); }
 // Number of values (not bytes) of all images of a batch, and of all its logits or other outputs.
-VITRIM_ENTRY int64_t vitrim_network_image_numbers() { return sizeof vitrim::aligned_images / sizeof(float); }
-VITRIM_ENTRY int64_t vitrim_network_logit_numbers() { return sizeof vitrim::aligned_logits / sizeof(float); }
+VITRIM_ENTRY int64_t vitrim_network_image_numbers() {
+    return sizeof vitrim::aligned_images / sizeof(float);
+}
+VITRIM_ENTRY int64_t vitrim_network_logit_numbers() {
+    return sizeof vitrim::aligned_logits / sizeof(float);
+}
 // The outputs: their number, and the name, the first value and the number of values of each.
 VITRIM_ENTRY int vitrim_network_outputs() { return vitrim::kOutputs; }
-VITRIM_ENTRY const char *vitrim_network_output_name(int number) { return vitrim::outputs[number].name; }
-VITRIM_ENTRY int64_t vitrim_network_output_start(int number) { return vitrim::outputs[number].start; }
-VITRIM_ENTRY int64_t vitrim_network_output_numbers(int number) { return vitrim::outputs[number].numbers; }
+VITRIM_ENTRY const char *vitrim_network_output_name(int number) {
+    return vitrim::outputs[number].name;
+}
+VITRIM_ENTRY int64_t vitrim_network_output_start(int number) {
+    return vitrim::outputs[number].start;
+}
+VITRIM_ENTRY int64_t vitrim_network_output_numbers(int number) {
+    return vitrim::outputs[number].numbers;
+}
 VITRIM_ENTRY int64_t vitrim_network_arena_bytes() { return sizeof vitrim::arena; }
 // Whether vitrim_network_refusal() has a reason, as an integer in TVM's calling convention.
-VITRIM_ENTRY int __tvm_ffi_vitrim_refused(void *, const vitrim::Value *, int32_t, vitrim::Value *result) {
+VITRIM_ENTRY int __tvm_ffi_vitrim_refused(void *, const vitrim::Value *, int32_t,
+                                          vitrim::Value *result) {
     *result = {vitrim::kInteger, 0, {vitrim::refusal() != nullptr}};
     return 0;
 }
 // The run in TVM's calling convention, for its loaders and its RPC server: (images, logits) as
 // tensors.
-VITRIM_ENTRY int __tvm_ffi_vitrim_run(void *, const vitrim::Value *arguments, int32_t count, vitrim::Value *result) {
-    void *images = count == 2 ? vitrim::data_of(arguments[0]) : nullptr, *logits = count == 2 ? vitrim::data_of(arguments[1]) : nullptr;
+VITRIM_ENTRY int __tvm_ffi_vitrim_run(void *, const vitrim::Value *arguments, int32_t count,
+                                      vitrim::Value *result) {
+    void *images = count == 2 ? vitrim::data_of(arguments[0]) : nullptr,
+         *logits = count == 2 ? vitrim::data_of(arguments[1]) : nullptr;
     *result = {0, 0, {0}};
     if (images == nullptr || logits == nullptr) return -1;
     return vitrim::run(static_cast<const float *>(images), static_cast<float *>(logits), nullptr);

@@ -21,14 +21,15 @@ struct vitrim_model {
 };
 
 #ifndef VITRIM_LINKED
-template <typename Function>
-static void find(void *library, const char *name, Function &function) {
+template <typename Function> static void find(void *library, const char *name, Function &function) {
     function = reinterpret_cast<Function>(dlsym(library, name));
-    if (function == nullptr) throw std::runtime_error(std::string("this is no compiled network: it has no ") + name);
+    if (function == nullptr)
+        throw std::runtime_error(std::string("this is no compiled network: it has no ") + name);
 }
 #endif
 
-vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, int threads, char *error, size_t error_size) {
+vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, int threads,
+                          char *error, size_t error_size) {
     (void)runtime_library;
     if (vitrim_refused(error, error_size) != 0) return nullptr;
     auto *model = new vitrim_model;
@@ -41,7 +42,8 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
 #else
         // The library stays open after vitrim_close: its threads live as long as the process.
         void *library = dlopen(model_path, RTLD_NOW | RTLD_LOCAL);
-        if (library == nullptr) throw std::runtime_error(std::string("cannot open the model: ") + dlerror());
+        if (library == nullptr)
+            throw std::runtime_error(std::string("cannot open the model: ") + dlerror());
         find(library, "vitrim_network_run", model->run);
         find(library, "vitrim_network_threads", model->threads);
         find(library, "vitrim_network_failure", model->failure);
@@ -55,7 +57,8 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
     }
 }
 
-int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *error, size_t error_size) {
+int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *error,
+               size_t error_size) {
     return model->run(input, outputs) == 0 ? 0 : vitrim::fail(model->failure(), error, error_size);
 }
 
