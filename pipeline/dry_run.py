@@ -113,9 +113,9 @@ def dry_run(recipe: Recipe, *, processes: int = 1, quiet: bool = False) -> DryRu
     if processes > 1:
         require_accelerate("--processes")
         require_devices(placement, processes)
+    prepared = prepare(recipe, quiet=quiet)
     if note is not None:
         status(note, quiet=quiet)
-    prepared = prepare(recipe, quiet=quiet)
     images = {part: len(getattr(prepared.data, part)) for part in ("train", "val", "test")}
     require_shares(recipe.train.batch_size, images["train"], processes)
     architecture = prepared.dense.architecture

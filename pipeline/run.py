@@ -116,7 +116,7 @@ def run(
             something else. Nothing is written then.
     """
     inputs = {**recipe.inputs(), "the recipe": None if resume else recipe_file}
-    host = training_host(recipe, json_progress=json_progress, quiet=quiet)
+    host = training_host(recipe, json_progress=json_progress)
     processes, quiet = host.processes, quiet or not host.processes.is_main
     # The main process reports what is wrong, and others read what it decoded.
     with processes.main_first():
@@ -128,6 +128,8 @@ def run(
         if processes.is_main:
             replace_file(folder / "recipe.toml", recipe.toml())
             replace_file(folder / DATA, data_card(prepared.data, recipe))
+    if host.note is not None:
+        status(host.note, quiet=quiet)
     host = tracked(host, recipe, folder.path, folder / HISTORY)
     context = RunContext(recipe, prepared.data, folder, quiet, host)
     marks = fingerprints(prepared)

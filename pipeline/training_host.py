@@ -17,7 +17,6 @@ from ..compress.train.devices import Placement, choose_placement
 from ..compress.train.processes import ALONE, Processes, join_processes, require_accelerate
 from ..compress.train.progress import JsonProgress, TrainingProgress
 from ..compress.train.training_files import read_history
-from ..core.console import status
 from ..core.errors import InputError
 from .recipe import Recipe
 from .train_section import TrackerName, TrainSection
@@ -41,12 +40,14 @@ class TrainingHost:
         processes: The processes that share each batch.
         progress: Creates the progress display of a phase.
         finish: Called after the trainings, also after an error; ends the trackers.
+        note: A line for the user about the device, printed before the trainings; or None.
     """
 
     placement: Placement = field(default_factory=Placement)
     processes: Processes = ALONE
     progress: Callable[..., TrainingProgress] = TrainingProgress
     finish: Callable[[], None] = lambda: None
+    note: str | None = None
 
 
 def placement_of(section: TrainSection) -> tuple[Placement, str | None]:
@@ -79,13 +80,12 @@ def require_devices(placement: Placement, processes: int) -> None:
         )
 
 
-def training_host(recipe: Recipe, *, json_progress: bool = False, quiet: bool) -> TrainingHost:
+def training_host(recipe: Recipe, *, json_progress: bool = False) -> TrainingHost:
     """Choose the device of a run, and connect to the other processes of a launcher.
 
     Args:
         recipe: Its section `[train]`.
         json_progress: Write one JSON line for each epoch to standard output.
-        quiet: Print nothing else.
 
     Returns:
         The host, without trackers.
@@ -96,11 +96,9 @@ def training_host(recipe: Recipe, *, json_progress: bool = False, quiet: bool) -
     placement, note = placement_of(recipe.train)
     require_trackers(recipe.train.trackers)
     processes = join_processes(placement.device.type)
-    if note is not None:
-        status(note, quiet=quiet or not processes.is_main)
     # One process writes the lines.
     progress = JsonProgress if json_progress and processes.is_main else TrainingProgress
-    return TrainingHost(placement, processes, progress)
+    return TrainingHost(placement, processes, progress, note=note)
 
 
 def require_trackers(names: tuple[TrackerName, ...]) -> None:
