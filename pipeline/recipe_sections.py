@@ -178,7 +178,7 @@ class MasksSection(Section):
     start: Literal["dense", "one-shot"] = Field(
         "dense",
         description="learned: the network that mask learning starts from: the baseline, or its "
-        "closed-form cut to the square root of the budget, which needs fewer epochs",
+        "closed-form cut to the square root of the budget, for short trainings",
     )
     images: int = Field(
         512,
