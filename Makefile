@@ -35,11 +35,11 @@ lint: .venv/installed-test
 	@# The repository root is the package, whatever the folder is called; the type checker finds it
 	@# under its name.
 	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/vitrim
+	@ln -sfn ../../benchmarks .venv/typing/benchmarks
 	cd .venv/typing && $(MYPY) --exclude '/(tests|benchmarks|build|dist|runs)/' vitrim
 	@# The tests are no package: their helpers are found beside them, as pytest finds them.
 	cd .venv/typing && MYPYPATH=.:../../tests $(MYPY) --explicit-package-bases \
 		--cache-dir .mypy_cache_tests ../../tests
-	@ln -sfn ../../benchmarks .venv/typing/benchmarks
 	cd .venv/typing && $(MYPY) --package benchmarks
 
 docs: .venv/installed-docs

@@ -263,7 +263,7 @@ def compensate_means(
                 rows += x.shape[0] * x.shape[1]
             scale = branch.layer_scale if branch.layer_scale is not None else torch.ones(())
             with torch.no_grad():
-                output_projection(branch).bias += error / rows / scale
+                output_projection(branch).bias.add_(error / rows / scale)
         found.advance()
     return result
 

@@ -18,7 +18,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
+from timm.optim._param_groups import param_groups_weight_decay
 from torch import Tensor, nn
 from vitrim.compress.lift import lift
 from vitrim.compress.masks.budget import Budget

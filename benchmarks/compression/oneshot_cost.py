@@ -66,7 +66,8 @@ def measure(name: str, images: int, macs: float, threads: int) -> dict[str, Any]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     timm_name, _, size = name.partition(":")
-    model = timm.create_model(timm_name, **({"img_size": int(size)} if size else {})).eval()
+    overrides: dict[str, Any] = {"img_size": int(size)} if size else {}
+    model = timm.create_model(timm_name, **overrides).eval()
     structured(model)
     source = lift(model)
     del model

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,8 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        call = {"listing": listing, "epoch": epoch}[options.measure]
-        print(json.dumps(call(options.root, **options.options)))
+        calls: dict[str, Callable[..., dict[str, Any]]] = {"listing": listing, "epoch": epoch}
+        print(json.dumps(calls[options.measure](options.root, **options.options)))
         return
     result: dict[str, Any] = {"cpu": read_machine()["cpu_model"], "cores": os.cpu_count()}
     result["busy_cores"] = read_state(1.0).get("busy_cores")
