@@ -93,7 +93,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         choose_placement("auto", local_rank=1)
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "lr": 5e-3}, WHOLE])
+# At ten times this rate the last digits of sums, which differ by processor, change a unit's rank.
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "lr": 5e-4}, WHOLE])
 def test_masks_learned_on_another_device_are_those_of_the_cpu(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -108,7 +109,7 @@ def test_masks_learned_on_another_device_are_those_of_the_cpu(
         assert torch.equal(keep, there.mask().kept[dimension][site])
     # The model is on the CPU again, and equal.
     images = stripes().test.floats()
-    tolerance = 1e-4 if options.get("optimizer") != "muon" else 1e-2
+    tolerance = 1e-4 if options.get("optimizer") != "muon" else 2e-3
     assert torch.allclose(here.result()(images), there.result()(images), atol=tolerance)
 
 
