@@ -30,6 +30,7 @@ from .timm_block import Steps, attention_branch, ffn_branch
 from .timm_mlp import ffn_piece
 from .timm_rope import rope_piece
 from .torchvision_vit import multihead_projections
+from .transformers_vit import dinov2_layer, mlp, projections, swiglu
 
 _CLIP, _DINO, _SIGLIP, _SIGLIP2 = (
     f"transformers.models.{name}.modeling_{name}"
@@ -196,16 +197,6 @@ def encoder_layer(module: Any, path: str, layout: TokenLayout) -> Steps:
     return [[branch], [ffn_branch(module.mlp, f"{path}.mlp", before=second)]]
 
 
-@converts("block", f"{_DINO}.DINOv3ViTLayer")
-def dinov3_layer(module: Any, path: str, layout: TokenLayout) -> Steps:
-    """Convert a pre-norm block with layer scale."""
-    one, two = module.layer_scale1.lambda1, module.layer_scale2.lambda1
-    norm1, norm2 = (module.norm1, f"{path}.norm1"), (module.norm2, f"{path}.norm2")
-    name = f"{path}.attention"
-    branch = attention_branch(module.attention, name, layout, before=norm1, gamma=one)
-    return [[branch], [ffn_branch(module.mlp, f"{path}.mlp", before=norm2, gamma=two)]]
-
-
 @converts("attention", f"{_CLIP}.CLIPAttention", f"{_SIGLIP}.SiglipAttention")
 def attention(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpec]:
     """Convert an attention with separate projections."""
@@ -222,44 +213,19 @@ def dinov3_attention(module: Any, path: str, layout: TokenLayout) -> Piece[Atten
     return attention_piece(tensors, module.num_heads, float(module.scaling), path, rope=rope)
 
 
-def projections(module: Any, path: str, *, out: str) -> dict[str, Tensor]:
-    """Return the tensors of q, k, v and out of a bidirectional attention.
-
-    Raises:
-        UnsupportedModel: The attention is causal, or a projection is no Linear.
-    """
-    if module.is_causal:
-        raise UnsupportedModel(f"{path}.is_causal: causal attention has no rule")
-    tensors: dict[str, Tensor] = {}
-    for name, source in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", out)):
-        tensors |= prefixed(name, linear(getattr(module, source), f"{path}.{source}"))
-    return tensors
-
-
-@converts("ffn", f"{_CLIP}.CLIPMLP", f"{_SIGLIP}.SiglipMLP")
-def mlp(module: Any, path: str) -> Piece[FfnSpec]:
-    """Convert fc1, activation, fc2."""
-    return _ffn(module, path, {"fc1": "fc1", "fc2": "fc2"}, "activation_fn")
-
-
 @converts("ffn", f"{_DINO}.DINOv3ViTMLP")
 def dinov3_mlp(module: Any, path: str) -> Piece[FfnSpec]:
     """Convert up, activation, down."""
-    return _ffn(module, path, {"fc1": "up_proj", "fc2": "down_proj"}, "act_fn")
+    tensors = prefixed("fc1", linear(module.up_proj, f"{path}.up_proj")) | prefixed(
+        "fc2", linear(module.down_proj, f"{path}.down_proj")
+    )
+    return ffn_piece(tensors, activation(module.act_fn, f"{path}.act_fn"))
 
 
-@converts("ffn", f"{_DINO}.DINOv3ViTGatedMLP")
-def dinov3_gated_mlp(module: Any, path: str) -> Piece[FfnSpec]:
-    """Convert gate, value and output projections."""
-    names = {"gate": "gate_proj", "fc1": "up_proj", "fc2": "down_proj"}
-    return _ffn(module, path, names, "act_fn")
-
-
-def _ffn(module: Any, path: str, names: dict[str, str], act: str) -> Piece[FfnSpec]:
-    tensors: dict[str, Tensor] = {}
-    for name, source in names.items():
-        tensors |= prefixed(name, linear(getattr(module, source), f"{path}.{source}"))
-    return ffn_piece(tensors, activation(getattr(module, act), f"{path}.{act}"))
+# These modules are those of ViT and DINOv2 under other names.
+converts("block", f"{_DINO}.DINOv3ViTLayer")(dinov2_layer)
+converts("ffn", f"{_CLIP}.CLIPMLP", f"{_SIGLIP}.SiglipMLP")(mlp)
+converts("ffn", f"{_DINO}.DINOv3ViTGatedMLP")(swiglu)
 
 
 @converts("pool", f"{_SIGLIP}.SiglipMultiheadAttentionPoolingHead")

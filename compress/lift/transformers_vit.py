@@ -155,12 +155,22 @@ def attention(module: Any, path: str, layout: TokenLayout) -> Piece[AttentionSpe
     no_rope(layout, path)
     if not hasattr(module, "o_proj"):
         raise _other_version(module, path)
+    tensors = projections(module, path, out="o_proj")
+    return attention_piece(tensors, module.num_attention_heads, float(module.scaling), path)
+
+
+def projections(module: Any, path: str, *, out: str) -> dict[str, Tensor]:
+    """Return the tensors of q, k, v and out of a bidirectional attention.
+
+    Raises:
+        UnsupportedModel: The attention is causal, or a projection is no Linear.
+    """
     if module.is_causal:
         raise UnsupportedModel(f"{path}.is_causal: causal attention has no rule")
     tensors: dict[str, Tensor] = {}
-    for name, source in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")):
+    for name, source in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", out)):
         tensors |= prefixed(name, linear(getattr(module, source), f"{path}.{source}"))
-    return attention_piece(tensors, module.num_attention_heads, float(module.scaling), path)
+    return tensors
 
 
 @converts(
