@@ -27,6 +27,7 @@ from ...core.errors import InputError
 from .architecture import Architecture, AttentionSpec, Indices
 from .modules.backbone_facts import ROTATED
 from .modules.branch import Branch
+from .modules.layers import spread
 from .modules.model import CompactModel
 
 LOGITS, FEATURES, TOKENS, PATCHES = "logits", "features", "tokens", "patches"
@@ -239,10 +240,11 @@ class NamedOutputs(nn.Module):
                 found.append(model.features_of(model.pooled(read)))
             elif output.kind == "block":
                 assert output.after is not None
-                found.append(_spread(after[output.after][:, prefix:], model.stream_places, output))
+                x = after[output.after][:, prefix:]
+                found.append(spread(x, model.stream_places, output.shape[-1]))
             else:
                 first = prefix if output.kind == "patches" else 0
-                found.append(_spread(tokens[:, first:], model.read_places, output))
+                found.append(spread(tokens[:, first:], model.read_places, output.shape[-1]))
         return tuple(found)
 
     def _stream(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
@@ -260,9 +262,3 @@ class NamedOutputs(nn.Module):
             if number + 1 in wanted:
                 after[number + 1] = x
         return x, after
-
-
-def _spread(x: Tensor, places: Tensor | None, output: OutputSpec) -> Tensor:
-    if places is None:
-        return x
-    return x.new_zeros(*x.shape[:-1], output.shape[-1]).index_copy(-1, places, x)

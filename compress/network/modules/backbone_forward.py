@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ....core.errors import InputError
 from .backbone_facts import ROTATED, BackboneFacts
 from .branch import Branch
+from .layers import spread
 
 
 class BackboneForward(BackboneFacts):
@@ -170,11 +171,7 @@ class BackboneForward(BackboneFacts):
 
     def features_of(self, pooled: Tensor) -> Tensor:
         """Pooled features at the width of the source model: (..., width) -> (..., features)."""
-        if self.feature_writes is None:
-            return pooled
-        return pooled.new_zeros(*pooled.shape[:-1], self.head_hidden_size).index_copy(
-            -1, self.feature_writes, pooled
-        )
+        return spread(pooled, self.feature_writes, self.head_hidden_size)
 
     def _require_source_basis(self) -> None:
         if self.architecture.stream_rotated:
@@ -194,9 +191,7 @@ class BackboneForward(BackboneFacts):
         return _run(step, x, queries)
 
     def _spread(self, x: Tensor, places: Tensor | None) -> Tensor:
-        if places is None:
-            return x
-        return x.new_zeros(*x.shape[:-1], self.num_features).index_copy(-1, places, x)
+        return spread(x, places, self.num_features)
 
     def _formatted(self, patches: Tensor, output_fmt: str) -> Tensor:
         if output_fmt == "NLC":

@@ -122,3 +122,13 @@ class ConvAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, spec.channels, height', width')."""
         return ACTIVATIONS[self.spec.act](self.conv(x))
+
+
+def spread(x: Tensor, places: Tensor | None, width: int) -> Tensor:
+    """Place channels among others, which are zero: (..., channels) -> (..., width).
+
+    `places`: the position of each channel; None returns `x`.
+    """
+    if places is None:
+        return x
+    return x.new_zeros(*x.shape[:-1], width).index_copy(-1, places, x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..architecture import Architecture, AttentionSpec
 from .backbone import Backbone
 from .branch import Branch
-from .layers import ACTIVATIONS, ConvAct, Norm
+from .layers import ACTIVATIONS, ConvAct, Norm, spread
 from .pool import AttentionPool, Refine
 from .relative_bias import RelativeBias
 
@@ -112,11 +112,7 @@ class CompactModel(Backbone):
             x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
         if self.stem_norm is not None:
             x = self.stem_norm(x)
-        if self.stem_writes is not None:
-            x = x.new_zeros(*x.shape[:-1], self.architecture.embed).index_copy(
-                -1, self.stem_writes, x
-            )
-        return x
+        return spread(x, self.stem_writes, self.architecture.embed)
 
     def classify(self, x: Tensor) -> Tensor:
         """(batch, tokens, embed) -> (batch, classes), or features where there is no head."""
