@@ -19,12 +19,10 @@ from .allocation import Cost
 from .budgets import Precision
 from .error_curves import Curve, Statistics, rotated_curves
 from .saved_state import SavedState, copy_checked, damaged, fingerprint_of
-from .sensitivity import stream_weights, weighing_batch
+from .sensitivity import WEIGHING_IMAGES, stream_weights, weighing_batch
 from .stream import Activations, Stream, check_images, has_output_projection
 from .stream_rotation import StreamMoment, stream_obstacle
 
-# Images for the backward pass of `stream_weights`.
-WEIGHING_IMAGES = 48
 # Share of the images that is kept for the check at the end.
 CHECKED = 0.125
 Stage = Callable[[str, int, int], None]

@@ -22,8 +22,8 @@ from torch import Tensor
 from ...core.errors import InputError
 from ..data.splits import Split
 from ..network.modules.model import CompactModel
+from .report import last_stream
 from .sensitivity import features
-from .trim import last_stream
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07

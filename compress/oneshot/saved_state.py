@@ -34,18 +34,16 @@ class SavedState:
         self.folder, self.fingerprint = folder, fingerprint
 
     @classmethod
-    def open(cls, folder: Path | str | None, fingerprint: str) -> SavedState:
+    def open(cls, folder: Path | str, fingerprint: str) -> SavedState:
         """Begin a state in an empty folder, or continue the one in it.
 
         Args:
-            folder: The folder; it is created. None: nothing is saved.
+            folder: The folder; it is created.
             fingerprint: Identifies what the parts depend on; see `fingerprint_of`.
 
         Raises:
             InputError: The folder has other files, or the state of another cut.
         """
-        if folder is None:
-            return cls()
         folder = Path(folder)
         marker = folder / STATE
         if not marker.is_file():

@@ -18,6 +18,8 @@ from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
 from .stream import recorded_inputs
 
+# Images for the weights of a whole cut.
+WEIGHING_IMAGES = 48
 # Largest number of images in one backward pass, and of stream numbers at all depths, which bounds
 # the memory for activations.
 BATCH, STREAM_NUMBERS = 8, 2**23
@@ -43,10 +45,7 @@ def features(model: CompactModel, x: Tensor) -> Tensor:
 
 def patch_features(model: CompactModel, x: Tensor) -> Tensor:
     """Return the normalized patch tokens: (batch, tokens, embed) -> (batch, patches, channels)."""
-    if model.head_reads is not None:
-        x = x.index_select(-1, model.head_reads)
-    x = x if model.norm is None else model.norm(x)
-    return x[:, model.architecture.prefix :]
+    return model.normed(x)[:, model.architecture.prefix :]
 
 
 # Tensors made in inference mode record no gradients.

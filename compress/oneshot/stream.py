@@ -76,9 +76,12 @@ class Stream:
         step = self.step
         with torch.no_grad():
             for number, x in enumerate(self.batches):
+                if observe is None:
+                    self.batches[number] = self.model.run_step(step, x)
+                    continue
                 updates = []
                 for branch in step:
-                    if observe is None or not has_output_projection(branch):
+                    if not has_output_projection(branch):
                         updates.append(branch(x))
                         continue
                     found = activations(branch, x)
@@ -96,20 +99,16 @@ class Stream:
             inner: These inputs for the first batches; for the others all of the step runs.
         """
         step = self.step
-        for number, given in enumerate(inner):
-            branch, x = step[0], self.batches[number]
-            with torch.no_grad():
-                update = output_projection(branch)(given)
+        branch = step[0]
+        with torch.no_grad():
+            for number, x in enumerate(self.batches):
+                if number >= len(inner):
+                    self.batches[number] = self.model.run_step(step, x)
+                    continue
+                update = output_projection(branch)(inner[number])
                 if branch.layer_scale is not None:
                     update = update * branch.layer_scale
                 self.batches[number] = branch.add(x, update)
-        with torch.no_grad():
-            for number in range(len(inner), len(self.batches)):
-                x = self.batches[number]
-                updates = [branch(x) for branch in step]
-                for branch, y in zip(step, updates, strict=True):
-                    x = branch.add(x, y)
-                self.batches[number] = x
         self.position += 1
 
     def inner(self, branch: Branch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

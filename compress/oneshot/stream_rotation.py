@@ -28,10 +28,9 @@ from ..network.architecture import Architecture, BranchSpec, NormSpec
 from ..network.modules.branch import Branch
 from ..network.modules.layers import Norm
 from ..network.modules.model import CompactModel, build
-from .sensitivity import stream_weights
+from .sensitivity import WEIGHING_IMAGES, stream_weights
 from .stream import Activations, Stream
 
-WEIGHING_IMAGES = 48
 LINEAR_POOLS = ("token", "mean", "mean_all", "token_mean", "distilled", "dense", "attention")
 READERS = {
     "attention": {"q": "q_bias", "k": "k_bias", "v": "v_bias", "gate": "gate_bias"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ...core.errors import InputError
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture, BranchSpec
 from ..network.modules.model import CompactModel
@@ -25,7 +26,7 @@ from .compensation import (
     with_output_biases,
 )
 from .prediction import DEFAULTS, Prediction, Stage, TrimOptions, predict
-from .report import Check, Comparison, Row, compare_features, last_stream, measured_errors, table
+from .report import Check, Comparison, Row, compare_features, measured_errors, table
 from .stream_rotation import readbacks, rescaled_norms
 
 __all__ = [
@@ -36,8 +37,6 @@ __all__ = [
     "Stage",
     "TrimOptions",
     "Trimmed",
-    "compare_features",
-    "last_stream",
     "predict",
     "trim",
     "trim_to",
@@ -177,7 +176,7 @@ def trim_to(
     # The prediction of a narrower stream is rough, so it has to win when it is measured, too.
     try:
         other = choose(prediction, wanted, stream=False)
-    except ValueError:
+    except InputError:
         return found
     rival = _carried_out(prediction, other, wanted, report)
     return rival if _distance(rival.check) <= _distance(found.check) else found
