@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,6 +22,7 @@ from ..bench.report.model import Report
 from ..bench.report.overview import Row, overview
 from ..bench.report.run import load_run
 from ..bench.results.measurement import Measurement
+from ..compress.data.decoding import write_pixels
 from ..compress.data.splits import DataSplits, Split, stratified_indices
 from ..compress.network.architecture import Architecture
 from ..compress.network.count import count_macs, count_params
@@ -147,12 +149,7 @@ def write_dataset(data: DataSplits, path: Path, limit: int | None) -> Path:
     folder.mkdir()
     shape = (len(split), *split.preprocessing.image)
     with disk_errors(folder), (folder / "images.npy").open("wb") as stream:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(stream, header)
-        with progress_bar("decoding test images", len(split)) as advance:
-            for start in range(0, len(split), _PART):
-                stream.write(split.batch(slice(start, start + _PART))[0].numpy().tobytes())
-                advance(min(len(split), start + _PART))
+        write_pixels(stream, shape, _decoded_parts(split))
     np.save(folder / "labels.npy", np.asarray(split.targets))
     return folder
 
@@ -231,6 +228,13 @@ def write_report(
     replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
     render(folder.path)
     return report
+
+
+def _decoded_parts(split: Split) -> Iterator[NDArray[np.uint8]]:
+    with progress_bar("decoding test images", len(split)) as advance:
+        for start in range(0, len(split), _PART):
+            yield split.batch(slice(start, start + _PART))[0].numpy()
+            advance(min(len(split), start + _PART))
 
 
 def _unreadable(context: RunContext) -> list[str]:

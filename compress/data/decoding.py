@@ -6,14 +6,12 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +19,7 @@ from PIL import Image
 
 from ...core.console import progress_bar
 from ...core.errors import InputError
+from ...core.staging import staged_file
 from ...core.storage import disk_errors, replace_file
 from .preprocessing import Preprocessing
 
@@ -139,13 +138,21 @@ class LazyPixels:
             return np.stack(list(pool.map(self._read, map(int, indices))))
 
     def _read(self, index: int) -> NDArray[np.uint8]:
-        try:
-            return self.images.read(index, self.preprocessing.pixels)
-        except InputError:
-            if self.on_error == "stop":
-                raise
-            self.unreadable.add(index)
-            return np.zeros(self.preprocessing.image, dtype=np.uint8)
+        unreadable_rows = self.unreadable if self.on_error == "skip" else None
+        return _pixels(self.images, self.preprocessing, index, unreadable_rows)
+
+
+def _pixels(
+    images: RawSplit, preprocessing: Preprocessing, index: int, unreadable_rows: set[int] | None
+) -> NDArray[np.uint8]:
+    """Decode one image; `unreadable_rows` receives one that cannot be decoded, which is black."""
+    try:
+        return images.read(index, preprocessing.pixels)
+    except InputError:
+        if unreadable_rows is None:
+            raise
+        unreadable_rows.add(index)
+        return np.zeros(preprocessing.image, dtype=np.uint8)
 
 
 def unreadable(where: str, error: BaseException) -> InputError:
@@ -218,13 +225,7 @@ def _decoded(
     unreadable_rows: set[int] | None,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     def one(index: int) -> NDArray[np.uint8]:
-        try:
-            return images.read(index, preprocessing.pixels)
-        except InputError:
-            if unreadable_rows is None:
-                raise
-            unreadable_rows.add(index)
-            return np.zeros(preprocessing.image, dtype=np.uint8)
+        return _pixels(images, preprocessing, index, unreadable_rows)
 
     started = time.perf_counter()
     # Pillow releases the interpreter lock while it decodes and resizes.
@@ -245,25 +246,33 @@ def _write(
     chunks: Iterator[tuple[int, NDArray[np.uint8]]],
     unreadable_rows: set[int] | None,
 ) -> None:
-    # Not through a writable map, where a full disk would crash the process.
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for _, rows in chunks:
-                stream.write(rows.tobytes())
+    with staged_file(path.resolve()) as descriptor:
+        with os.fdopen(os.dup(descriptor), "wb") as stream:
+            write_pixels(stream, shape, (rows for _, rows in chunks))
         marks = path.with_suffix(".unreadable.json")
         if unreadable_rows:
             # First, so that no complete file lacks its marks after a kill.
             replace_file(marks, json.dumps(sorted(unreadable_rows)))
         else:
             marks.unlink(missing_ok=True)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+
+
+def write_pixels(
+    stream: BinaryIO, shape: tuple[int, ...], chunks: Iterable[NDArray[np.uint8]]
+) -> None:
+    """Write uint8 images as an .npy file, part by part.
+
+    Not through a writable map, where a full disk would crash the process.
+
+    Args:
+        stream: The open file.
+        shape: (N, C, H, W), of all parts.
+        chunks: The parts.
+    """
+    header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    for rows in chunks:
+        stream.write(rows.tobytes())
 
 
 def _is_complete(path: Path, shape: tuple[int, ...]) -> bool:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 import time
 from array import array
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...core.console import progress_bar
+from ...core.staging import staged_file
 from ...core.storage import disk_errors, replace_file
 from .decoding import RawSplit, cache_folder
 from .streams import Record, open_bytes
@@ -104,23 +103,17 @@ def _write(
 ) -> dict[str, NDArray[np.int64]]:
     ends, targets, names, end = array("q"), array("q"), [], 0
     started = time.perf_counter()
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with (
-            os.fdopen(descriptor, "wb") as file,
-            progress_bar(title, count, quiet=quiet) as advance,
-        ):
-            for record in records:
-                end += file.write(record.data or b"")
-                ends.append(end)
-                targets.append(record.target)
-                names.append(os.fsencode(record.where.replace("\n", " ")))
-                if len(ends) % 64 == 0 and time.perf_counter() - started > 2.0:
-                    advance(len(ends))
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with (
+        staged_file(path.resolve()) as descriptor,
+        os.fdopen(os.dup(descriptor), "wb") as file,
+        progress_bar(title, count, quiet=quiet) as advance,
+    ):
+        for record in records:
+            end += file.write(record.data or b"")
+            ends.append(end)
+            targets.append(record.target)
+            names.append(os.fsencode(record.where.replace("\n", " ")))
+            if len(ends) % 64 == 0 and time.perf_counter() - started > 2.0:
+                advance(len(ends))
     texts = np.frombuffer(b"\n".join(names), dtype=np.uint8)
     return {"ends": np.array(ends), "targets": np.array(targets), "names": texts}
