@@ -195,13 +195,11 @@ def _relative_error(
     import torch
 
     from ..compress.masks.masked import masked
+    from ..compress.surgery.compactor import output_error
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *source.architecture.image, generator=generator)
-    with torch.inference_mode():
-        expected, found = masked(source, mask).eval()(images), small.eval()(images)
-    error = (expected - found).abs().max() / expected.abs().max().clamp_min(1e-12)
-    return float(error), len(images)
+    return output_error(masked(source, mask), small, images), len(images)
 
 
 def _show_stream_form(form: StreamForm) -> None:

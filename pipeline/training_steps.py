@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..compress.data.splits import DataSplits, stratified_indices
@@ -19,6 +18,7 @@ from ..compress.network.files import TRIM_FILE, load, save
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
 from ..compress.oneshot.trim import Trimmed
+from ..compress.surgery.compactor import output_error
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation, teacher_outputs
 from ..compress.train.loop import fit
@@ -275,9 +275,7 @@ def distillation(
 def cut_error(task: MaskTask, model: CompactModel, images: Tensor) -> float:
     """Largest difference between masked and cut network, relative to the largest logit."""
     network, mask = task.reference()
-    with torch.inference_mode():
-        expected, found = masked(network, mask).eval()(images), model(images)
-    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return output_error(masked(network, mask), model, images)
 
 
 def load_cut(folder: RunFolder) -> Cut:

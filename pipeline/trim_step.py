@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..compress.masks.mask import StructuredMask
@@ -20,7 +19,7 @@ from ..compress.oneshot.allocation import network_cost, smallest_cost
 from ..compress.oneshot.saved_state import SCHEMA as STATE_SCHEMA
 from ..compress.oneshot.saved_state import STATE
 from ..compress.oneshot.trim import Row, Trimmed, TrimOptions, trim
-from ..compress.surgery.compactor import compact
+from ..compress.surgery.compactor import compact, output_error
 from ..core.console import progress_bar, show, status
 from ..core.errors import InputError
 from ..core.written_kinds import Contents, FolderKind, has_schema, json_object
@@ -179,7 +178,4 @@ def exact_cut_error(rotated: CompactModel, mask: StructuredMask, images: Tensor)
 
     It is relative to the largest logit.
     """
-    with torch.inference_mode():
-        expected = masked(rotated, mask).eval()(images)
-        found = compact(rotated, mask).eval()(images)
-    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return output_error(masked(rotated, mask), compact(rotated, mask), images)

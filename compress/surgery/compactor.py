@@ -56,6 +56,16 @@ def compact(
     return fold_constants(result)
 
 
+def output_error(reference: nn.Module, model: nn.Module, images: Tensor) -> float:
+    """Largest difference of two networks' outputs, relative to the largest output of the first.
+
+    Both are left in evaluation mode.
+    """
+    with torch.inference_mode():
+        wanted, found = reference.eval()(images), model.eval()(images)
+    return float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-12))
+
+
 def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Slice every tensor of `state` as planned.
 

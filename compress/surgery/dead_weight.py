@@ -19,7 +19,7 @@ from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
 from ..network.architecture import AttentionSpec, BranchSpec, FfnSpec
 from ..network.modules.model import CompactModel, build
-from .compactor import compact
+from .compactor import compact, output_error
 from .dead_attention import dead_attention
 from .dead_channels import dead_channels, rescale_norms
 from .dead_ffn import DeadUnits, dead_ffn
@@ -208,11 +208,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _difference(one: CompactModel, other: CompactModel) -> float:
     images = torch.randn(2, *one.architecture.image, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        wanted, found = (
-            model.eval()(images.to(next(model.parameters()))) for model in (one, other)
-        )
-    return float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-12))
+    return output_error(one, other, images.to(next(one.parameters())))
 
 
 def _sparsity(model: CompactModel) -> list[Sparsity]:
