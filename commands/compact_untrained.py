@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.console import show
 from ..core.errors import InputError
@@ -27,6 +27,20 @@ if TYPE_CHECKING:
 
 # Runtimes are fastest at multiples of 16, and lose little at multiples of 8.
 DEFAULT_ROUND_TO = 8
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is cut, from which images, how, and where finished parts are saved."""
+
+    source: Source
+    images: Tensor
+    labelled: LabelledImages | None
+    selection: Selection
+    untrained: Untrained
+    output: Output
+    options: TrimOptions
+    state: Path | None
 
 
 def cut_without_training(
@@ -49,10 +63,11 @@ def cut_without_training(
     images = _images(data, selection)
     labelled = _labelled(source, data, selection, untrained)
     with _state(output, resume=untrained.resume) as state:
+        job = _Job(source, images, labelled, selection, untrained, output, options, state)
         if untrained.front is None:
-            _one_size(source, (images, labelled), (selection, untrained, output), options, state)
+            _one_size(job)
         else:
-            _front(source, (images, labelled), (selection, untrained, output), options, state)
+            _front(job)
 
 
 def _options(source: Source, selection: Selection, untrained: Untrained) -> TrimOptions:
@@ -148,33 +163,27 @@ def _state(output: Output, *, resume: bool) -> Iterator[Path | None]:
         folder.rmdir()
 
 
-def _one_size(
-    source: Source,
-    data: tuple[Tensor, LabelledImages | None],
-    given: tuple[Selection, Untrained, Output],
-    options: TrimOptions,
-    state: Path | None,
-) -> None:
+def _one_size(job: _Job) -> None:
     from ..compress.oneshot.choice import priced
     from ..compress.oneshot.trim import trim
     from ..pipeline.trim_step import StageBars, exact_cut_error, show_fits, trim_record
 
-    (images, labelled), (selection, untrained, output) = data, given
-    _, kind, amount = untrained.budget
+    source = job.source
+    _, kind, amount = job.untrained.budget
     with StageBars(quiet=False) as bars:
         found = trim(
             source.model,
-            images,
+            job.images,
             budget=amount,
             kind=kind,
-            options=options,
-            resume=state,
+            options=job.options,
+            resume=job.state,
             progress=bars,
         )
-    error = exact_cut_error(found.rotated, found.mask, images[:2])
+    error = exact_cut_error(found.rotated, found.mask, job.images[:2])
     show(f"masked against compact, before compensation: largest relative error {error:.1e}")
     show(found.table())
-    if output.explain:
+    if job.output.explain:
         show(kept_table(source.model, found.model))
         show_fits(found)
     # As exported: the last block of the dense model also computes only what the head reads.
@@ -186,24 +195,28 @@ def _one_size(
         f"patches {check.patch_cosine:.4f}{agreement}"
     )
     more: dict[str, Any] = {"budget": {"kind": kind, "amount": amount}}
-    if labelled is not None:
-        more["quality"] = _qualities(source, found.model, labelled)
-    mask = replace(found.mask, note={**found.mask.note, **_note(selection, images)})
-    save_compact(found.model, mask, output, record=trim_record(found, **more))
+    if job.labelled is not None:
+        more["quality"] = _qualities(source, found.model, job.labelled)
+    mask = replace(found.mask, note={**found.mask.note, **_note(job)})
+    save_compact(found.model, mask, job.output, record=trim_record(found, **more))
 
 
-def _note(selection: Selection, images: Tensor) -> dict[str, str]:
+def _note(job: _Job) -> dict[str, str]:
     """Entries for the note of a mask."""
-    found = {"images": str(len(images)), "seed": str(selection.seed)}
-    return found if selection.data is None else {"data": selection.data, **found}
+    found = {"images": str(len(job.images)), "seed": str(job.selection.seed)}
+    return found if job.selection.data is None else {"data": job.selection.data, **found}
 
 
 def _qualities(source: Source, small: Any, labelled: LabelledImages) -> dict[str, Any]:
     """Show the accuracies before and after, and return them for trim.json."""
-    from ..pipeline.quality import measure_quality
+    from ..pipeline.quality import measure_quality, predicted_classes
 
-    before = measure_quality(source.model, labelled, title="checking the dense model")
-    after = measure_quality(small, labelled, title="checking the compact model", dense=source.model)
+    dense = source.model
+    classes = None if dense.architecture.head is None else predicted_classes(dense, labelled)
+    before = measure_quality(dense, labelled, title="checking the dense model")
+    after = measure_quality(
+        small, labelled, title="checking the compact model", dense_classes=classes
+    )
     names = {"top1": "top-1", "knn": "nearest neighbours", "linear": "linear probe"}
     parts = [
         f"{title} {_percent(before, name)} -> {_percent(after, name)}"
@@ -220,13 +233,7 @@ def _percent(quality: Quality, name: str) -> str:
     return f"{100 * getattr(quality, name):.2f} %"
 
 
-def _front(
-    source: Source,
-    data: tuple[Tensor, LabelledImages | None],
-    given: tuple[Selection, Untrained, Output],
-    options: TrimOptions,
-    state: Path | None,
-) -> None:
+def _front(job: _Job) -> None:
     from ..compress.oneshot.trim import predict
     from ..pipeline.front import (
         FRONT,
@@ -239,37 +246,32 @@ def _front(
     )
     from ..pipeline.trim_step import StageBars
 
-    (images, labelled), (selection, untrained, output) = data, given
+    model, images, options = job.source.model, job.images, job.options
+    selection, untrained, output = job.selection, job.untrained, job.output
     assert output.out is not None
     assert untrained.front is not None
     _, kind, smallest = untrained.budget
-    model = source.model
-    costs, precision = options.cost, options.precision
+    costs = cast("dict[str, float]", options.cost or {})
     amounts, shares = front_amounts(
-        model, kind, smallest, untrained.front, LARGEST_SHARE, costs, precision
+        model, kind, smallest, untrained.front, LARGEST_SHARE, costs or None, options.precision
     )
-    request = FrontRequest(
-        kind,
-        amounts,
-        shares,
-        source.name,
-        selection.data or "its run",
-        _note(selection, images),
-        costs,
-    )
+    data = selection.data or "its run"
+    request = FrontRequest(kind, amounts, shares, job.source.name, data, _note(job), costs)
     parts = (options.round_to, options.precision, selection.seed, untrained.check_images)
     if output.overwrite and (output.out / FRONT_FILE).is_file() and not untrained.resume:
         require_output_folder(output.out, FRONT, overwrite=True)
         clear_folder(output.out, FRONT_FILE)
     with StageBars(quiet=False) as bars:
-        prediction = partial(predict, model, images, options=options, resume=state, progress=bars)
+        prediction = partial(
+            predict, model, images, options=options, resume=job.state, progress=bars
+        )
         front = make_front(
             prediction,
             request,
             output.out,
             dense=model,
             fingerprint=front_fingerprint(model, images, request, parts),
-            labelled=labelled,
+            labelled=job.labelled,
             progress=bars,
             show=_show_size,
         )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,14 +15,14 @@ from ..compress.network.architecture import Architecture
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import MASK_FILE, MODEL, TRIM_FILE, WEIGHTS, save
 from ..compress.network.modules.model import CompactModel
-from ..compress.oneshot.budgets import Kind, read_budget
+from ..compress.oneshot.budgets import Budget, Kind, Precision, read_budget, table_cost
 from ..compress.oneshot.choice import priced
 from ..compress.oneshot.saved_state import fingerprint_of
 from ..compress.oneshot.trim import Prediction, Stage, Trimmed, trim_to
 from ..core.errors import InputError
 from ..core.storage import replace_file, replace_folder
 from ..core.written_kinds import Contents, FolderKind, has_schema, json_object, within
-from .quality import LabelledImages, Quality, measure_quality
+from .quality import LabelledImages, Quality, measure_quality, predicted_classes
 from .trim_step import trim_record
 
 FRONT_FILE, SCHEMA = "front.json", "vitrim.front/1"
@@ -55,7 +54,7 @@ class FrontRequest:
         model_name: Title of the table and the picture.
         data_name: The data set of the images.
         note: Entries for the notes of the masks.
-        costs: The costs of a cost table, by which latency is predicted.
+        costs: The costs of a cost table, by which latency is predicted for the kind "cost".
     """
 
     kind: Kind
@@ -64,7 +63,7 @@ class FrontRequest:
     model_name: str
     data_name: str
     note: dict[str, str]
-    costs: Any = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     def folders(self) -> list[str]:
         """The folder of each size, e.g. macs-70."""
@@ -82,8 +81,8 @@ def front_amounts(
     smallest: float,
     count: int,
     largest: float,
-    costs: Any = None,
-    precision: str = "fp32",
+    costs: Mapping[str, float] | None = None,
+    precision: Precision = "fp32",
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The budgets of a front, evenly spaced, and their shares of the dense network.
 
@@ -103,7 +102,7 @@ def front_amounts(
         InputError: The smallest budget is not below the largest size.
     """
     given = {"macs": None, "params": None, "budget": smallest}
-    budget = read_budget(given, kind, costs, precision)  # type: ignore[arg-type]
+    budget = read_budget(given, kind, costs, precision)
     whole = budget.network(priced(dense.architecture))
     share = budget.limit(whole) / whole
     if share >= largest:
@@ -156,16 +155,19 @@ def make_front(
         show(size)
     known = {size.folder for size in sizes}
     found: Prediction | None = None
+    classes: Tensor | None = None
     names = request.folders()
     for name, amount, share in zip(names, request.amounts, request.shares, strict=True):
         if name in known:
             continue
         found = prediction() if found is None else found
+        if classes is None and labelled is not None and dense.head is not None:
+            classes = predicted_classes(dense, labelled)
         trimmed = trim_to(found, budget=amount, kind=request.kind, progress=progress)
         quality = None
         if labelled is not None:
             quality = measure_quality(
-                trimmed.model, labelled, title=f"checking {name}", dense=dense
+                trimmed.model, labelled, title=f"checking {name}", dense_classes=classes
             )
         size = _save_size(trimmed, request, out / name, share, quality)
         sizes.append(size)
@@ -245,8 +247,7 @@ def _save_size(
 def _latency_ms(architecture: Architecture, request: FrontRequest) -> float | None:
     if request.kind != "cost":
         return None
-    given = {"macs": None, "params": None, "budget": 1.0}
-    return read_budget(given, "cost", request.costs, "fp32").network(architecture)
+    return Budget("cost", 1.0, table_cost(request.costs)).network(architecture)
 
 
 def _accuracies(quality: Quality | None) -> dict[str, float | None]:

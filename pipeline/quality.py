@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..compress.data.loading import UNLABELED, labels_of, open_sample
 from ..compress.data.preprocessing import Preprocessing
@@ -94,12 +95,17 @@ def open_labelled(
     return LabelledImages(train, val, classes == head_classes)
 
 
+def predicted_classes(model: CompactModel, images: LabelledImages) -> Tensor:
+    """The class of each validation image by a network's own classifier, (images,)."""
+    return predict(model, images.val).argmax(dim=1)
+
+
 def measure_quality(
     model: CompactModel,
     images: LabelledImages,
     *,
     title: str,
-    dense: CompactModel | None = None,
+    dense_classes: Tensor | None = None,
     quiet: bool = False,
 ) -> Quality:
     """Classify the validation images in three ways, and compare with the dense network.
@@ -108,7 +114,8 @@ def measure_quality(
         model: The network.
         images: The images and their labels.
         title: Title of the progress bar.
-        dense: The network to agree with (default: itself).
+        dense_classes: The classes that it should agree with: `predicted_classes` of the dense
+            network (default: its own).
         quiet: Show no progress bar.
 
     Returns:
@@ -119,8 +126,8 @@ def measure_quality(
         found = probe(model, images.train, images.val, progress=advance)
     if model.architecture.head is None:
         return Quality(found.test_images, found.knn, found.linear)
-    classes = predict(model, images.val).argmax(dim=1)
-    wanted = classes if dense is None else predict(dense, images.val).argmax(dim=1)
+    classes = predicted_classes(model, images)
+    wanted = classes if dense_classes is None else dense_classes
     right = torch.from_numpy(images.val.targets) == classes
     return Quality(
         images=found.test_images,
