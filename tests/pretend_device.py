@@ -94,7 +94,8 @@ class PretendDevice(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         # Tensors of a subclass cannot be inference tensors.
-        self.inference_mode, torch.inference_mode = torch.inference_mode, torch.no_grad  # type: ignore[misc, assignment]
+        self.inference_mode = torch.inference_mode
+        torch.inference_mode = torch.no_grad  # type: ignore[misc, assignment]
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:

@@ -146,5 +146,6 @@ _NAME = re.compile(
     "(?P<rows>matrix|batch)/(?P<attention>split|fused-qkv|runtime|opset23)"
     "/(?P<residual>add|skip-norm)/(?P<norm>layer|centred-rms)/(?P<activation>gelu|bias-gelu)"
     "/(?P<stem>conv|matrix|int8)-stem(?P<queries>/last-queries)?(?P<keys>/last-keys)?"
-    "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?(?P<pnnx>/pnnx)?(?P<qdq>/qdq)?"
+    "(/(?P<stream>dense|index)-stream)?(/tile-(?P<tile>[1-9][0-9]{0,3}))?"
+    "(?P<pnnx>/pnnx)?(?P<qdq>/qdq)?"
 )

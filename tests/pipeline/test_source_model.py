@@ -248,10 +248,12 @@ def test_prune_masks_below_prefixes(tmp_path: Path) -> None:
     assert_same(loaded(tmp_path / "w.pth", prefixed("module.net.", model.state_dict())), model)
 
 
+# torch's stub of `weight_norm` does not have None, which its documentation has.
+WHOLE: Any = None
 NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight norm": lambda layer: weight_norm(layer),
     "weight norm of columns": lambda layer: weight_norm(layer, dim=1),
-    "weight norm of the whole": lambda layer: weight_norm(layer, dim=None),  # type: ignore[arg-type]
+    "weight norm of the whole": lambda layer: weight_norm(layer, dim=WHOLE),
     "spectral norm": lambda layer: spectral_norm(layer),
     "parametrized weight norm": lambda layer: parametrizations.weight_norm(layer),
     "parametrized weight norm of columns": lambda layer: parametrizations.weight_norm(layer, dim=1),

@@ -56,7 +56,8 @@ def test_without_copies_the_timed_call_leaves_the_output_on_the_device(tmp_path:
     images = np.random.default_rng(1).standard_normal(engine.input_shape, dtype=np.float32)
     call = engine.timed_call(images)
     assert call() is None
-    assert np.array_equal(engine.device_outputs[0].numpy(), engine.infer(images))  # type: ignore[attr-defined]
+    on_device = engine.device_outputs[0].numpy()  # type: ignore[attr-defined]
+    assert np.array_equal(on_device, engine.infer(images))
 
 
 def test_several_outputs_are_bound_by_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -56,11 +57,12 @@ def test_a_rotated_stream_computes_the_same_or_is_refused(architecture: Architec
     ],
 )
 def test_a_timm_network_with_a_rotated_stream_equals_its_source(
-    name: str, options: dict[str, object]
+    name: str, options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    model = timm.create_model(name, num_classes=5, **sizes, **options).eval()  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 24}
+    sizes |= {"depth": 2, "num_heads": 3}
+    model = timm.create_model(name, num_classes=5, **sizes, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
