@@ -24,7 +24,7 @@ test: .venv/installed-test
 # Exports choose weights and code by these instruction sets, and torch its kernels by its variable.
 test-x86-64-v3: .venv/installed-test
 	VITRIM_CPU_FEATURES="$$($(BIN)/python -c 'from vitrim.targets.catalog import load_target; print(*load_target("x86-64-v3").features)')" \
-	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 	  tests/export/quantization tests/export/runtimes tests/export/tvm_kernels \
 	  tests/export/test_export_exporter.py tests/export/test_parity.py

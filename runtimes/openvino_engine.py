@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from .engine import Engine, EngineError, Json, Requirement, missing
 
 REQUIREMENT = Requirement("openvino", "openvino")
 DEVICE = "CPU"
+# Limits of oneDNN, which others in the process obey. OpenVINO contains a oneDNN of its own and
+# chooses nodes by the processor's instructions, without these limits: with one of them it finds no
+# implementation (DNNL_MAX_CPU_ISA=AVX2 on a processor with AVX-512), or crashes.
+ONEDNN_LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA")
+
+
+@contextlib.contextmanager
+def without_onednn_limits() -> Iterator[None]:
+    """Hide `ONEDNN_LIMITS` from OpenVINO, which reads them when it compiles a model."""
+    hidden = {name: os.environ.pop(name) for name in ONEDNN_LIMITS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 class OpenVinoEngine(Engine):
@@ -30,19 +47,10 @@ class OpenVinoEngine(Engine):
     def load(self) -> None:
         """Open the model; see `Engine.load`."""
         path = self.require_file()
-        core = self.module.Core()
         wanted = self._properties()
         try:
-            model = core.read_model(path)
-            if model.is_dynamic():
-                only = model.inputs[0]
-                shape = [
-                    size.get_length() if size.is_static else None
-                    for size in only.get_partial_shape()
-                ]
-                self.set_input(shape, name=only.get_any_name())
-                model.reshape(self.input_shape)
-            self.compiled = core.compile_model(model, DEVICE, wanted)
+            with without_onednn_limits():
+                self.compiled = self._compiled(path, wanted)
         except EngineError:
             raise
         except Exception as error:
@@ -62,6 +70,18 @@ class OpenVinoEngine(Engine):
         self.request = self.compiled.create_infer_request()
         self.bound: Any = None
         self.positions = [outputs.index(name) for name in self.output_names]
+
+    def _compiled(self, path: str, wanted: Json) -> Any:
+        core = self.module.Core()
+        model = core.read_model(path)
+        if model.is_dynamic():
+            only = model.inputs[0]
+            shape = [
+                size.get_length() if size.is_static else None for size in only.get_partial_shape()
+            ]
+            self.set_input(shape, name=only.get_any_name())
+            model.reshape(self.input_shape)
+        return core.compile_model(model, DEVICE, wanted)
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
@@ -89,9 +109,10 @@ class OpenVinoEngine(Engine):
     def profile(self, images: Any, count: int) -> list[Json]:
         """Time each operator; see `Engine.profile`."""
         # Counters slow every call, so the profile uses a second compiled model.
-        compiled = self.module.Core().compile_model(
-            str(self.job["model"]), DEVICE, {**self._properties(), "PERF_COUNT": True}
-        )
+        with without_onednn_limits():
+            compiled = self.module.Core().compile_model(
+                str(self.job["model"]), DEVICE, {**self._properties(), "PERF_COUNT": True}
+            )
         request = compiled.create_infer_request()
         shapes = {}
         for node in compiled.get_runtime_model().get_ordered_ops():

@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ...core.errors import InputError
+from ...runtimes.openvino_engine import without_onednn_limits
 from ..capabilities import int8_assumptions, int8_exact
 from ..forms import Form
 from ..manifest import Precision, tool_versions
@@ -80,7 +81,8 @@ class OpenVino:
                 group_size = source.options.get("group_size", GROUP_SIZE)
                 session["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group_size
             elif source.precision == "int8-static":
-                model = _quantize_all(model, source)
+                with without_onednn_limits():
+                    model = _quantize_all(model, source)
                 assumes = int8_assumptions(source.target)
             elif source.precision == "bf16":
                 session["INFERENCE_PRECISION_HINT"] = "bf16"
@@ -116,6 +118,7 @@ def first_difference(source: Source, model: Path, tolerance: float) -> str | Non
     return first_mismatch(source.graph, names, expected, found, tolerance)
 
 
+@without_onednn_limits()
 def _model_values(path: Path, wanted: set[str], images: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """The inner values of OpenVINO's model, by the graph's names."""
     import openvino

@@ -108,6 +108,19 @@ def test_an_artifact_computes_the_models_outputs_and_is_measured(
     assert found.provider == "CPU"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int8-static"])
+def test_openvino_ignores_a_limit_that_is_set_for_another_onednn(
+    model: nn.Module,
+    images: np.ndarray,
+    tmp_path: Path,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    written(model, images, tmp_path / "artifact", "openvino", precision)
+    assert os.environ["DNNL_MAX_CPU_ISA"] == "AVX2"
+
+
 @pytest.mark.parametrize(("runtime", "precision"), SLOW)
 def test_an_artifact_of_a_subprocess_converter_computes_the_models_outputs(
     model: nn.Module, images: np.ndarray, tmp_path: Path, runtime: str, precision: str
