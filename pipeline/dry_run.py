@@ -18,14 +18,13 @@ from ..compress.train.dense import DenseTask
 from ..compress.train.mask_task import MaskTask
 from ..compress.train.precision import arithmetic
 from ..compress.train.processes import ALONE, require_accelerate, require_shares
-from ..compress.train.regularization import DenseOptions
 from ..compress.train.settings import TrainSettings
 from ..compress.train.steps import Stepper
 from ..core.console import status, unit_count
 from .recipe import Recipe
 from .run import Prepared, prepare
 from .training_host import placement_of, require_devices, require_trackers
-from .training_steps import distillation, mask_task
+from .training_steps import dense_options, distillation, mask_task
 
 # At least one step is timed, and at most this many, for about as many seconds.
 STEPS, SECONDS = 5, 10.0
@@ -202,7 +201,7 @@ def _task(prepared: Prepared, phase: str, augmentation: str) -> MaskTask | Dense
         phase=phase,
         optimizer=train.optimizer,
         distillation=distillation(prepared.dense, recipe) if phase == "finetune" else None,
-        options=DenseOptions(train.ema, train.layer_decay, train.drop_path),
+        options=dense_options(train),
     )
 
 
@@ -220,8 +219,13 @@ def _time(prepared: Prepared, phase: str, augmentation: str) -> _Timed:
     settings = TrainSettings(1, count, recipe.train.seed, placement=place)
     seed_everything(recipe.train.seed)
     task = _task(prepared, phase, augmentation)
+    train = recipe.train
     with arithmetic(
-        recipe.train.matmul_precision, recipe.train.threads, task.model_for_eval(), place.device
+        train.matmul_precision,
+        train.threads,
+        task.model_for_eval(),
+        place.device,
+        short=place.precision != "fp32",
     ):
         task.place(place)
         try:

@@ -22,6 +22,13 @@ _SWITCHES = {
     **dict.fromkeys(("true", "yes", "on"), "true"),
     **dict.fromkeys(("false", "no", "off"), "false"),
 }
+_LEAVE_OUT = "leave it out"
+_WITHOUT_EFFECT = {
+    "drop_path_rate": "set train.drop_path",
+    "patch_drop_rate": "set train.patch_drop",
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), _LEAVE_OUT),
+    "attn_drop_rate": _LEAVE_OUT,
+}
 Augmentation = Literal["none", "erasing", "light", "thesis", "imagenet"]
 Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 
@@ -124,6 +131,11 @@ class ModelSection(Section):
                 listed = word.strip("()[]")
                 raise ValueError(
                     f"{key} is the text {value!r}; write {key} = [{listed}], without quotes"
+                )
+            if key in _WITHOUT_EFFECT and value:
+                raise ValueError(
+                    f"{key} has no effect, because the network is read before it is trained; "
+                    f"{_WITHOUT_EFFECT[key]}"
                 )
         classes = overrides.get("num_classes", 0)
         if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:

@@ -82,6 +82,13 @@ class TrainSection(Section):
         description="in [baseline] and [finetune]: probability with which the last block is "
         "skipped, rising from 0 at the first one",
     )
+    patch_drop: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="in [baseline] and [finetune]: share of the patches of an image, drawn anew "
+        "each time, that training leaves out",
+    )
     workers: int = Field(
         0,
         ge=0,

@@ -33,6 +33,7 @@ from ..core.storage import replace_file
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection, MasksSection
 from .run_folder import RunFolder
+from .train_section import TrainSection
 from .training_host import TrainingHost
 from .trim_step import exact_cut_error, start_section, trim_baseline, trim_record
 
@@ -312,13 +313,23 @@ def _train_dense(
         optimizer=recipe.train.optimizer,
         distillation=teacher,
         metrics=_size(model),
-        options=DenseOptions(recipe.train.ema, recipe.train.layer_decay, recipe.train.drop_path),
+        options=dense_options(recipe.train),
     )
     schedule = Schedule("cosine", section.warmup_epochs)
     settings = _settings(
         context, section.epochs, section.augmentation, schedule, section.patience_epochs
     )
     _fit(task, context, settings, resume)
+
+
+def dense_options(section: TrainSection) -> DenseOptions:
+    """The options of a dense training that `[train]` describes."""
+    return DenseOptions(
+        ema=section.ema,
+        layer_decay=section.layer_decay,
+        drop_path=section.drop_path,
+        patch_drop=section.patch_drop,
+    )
 
 
 def _settings(

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...core.errors import InputError
+from ..network.modules.model import CompactModel
 from .devices import Placement, tensors_to_cpu
 from .optimizers import OptimizerName, make_optimizer
-from .regularization import DenseOptions, add_drop_path
+from .regularization import DenseOptions, add_drop_path, add_patch_drop
 from .task import EpochEnd
 
 # Of the sine-cosine position table.
@@ -93,6 +94,7 @@ class DenseTask:
         if self.options.ema is not None:
             self.average = ModelEmaV3(model, decay=self.options.ema, use_warmup=True)
         self._dropping = add_drop_path(model, self.options.drop_path)
+        add_patch_drop(model, self.options.patch_drop)
 
     def place(self, placement: Placement) -> None:
         """Move the model, its average and the teacher to a device."""
@@ -153,11 +155,13 @@ class DenseTask:
             self.average.module.load_state_dict(state["average"])
 
     def finish(self) -> None:
-        """Give the model the averaged weights, and end stochastic depth."""
+        """Give the model the averaged weights, and end stochastic depth and patch dropout."""
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
         for handle in self._dropping:
             handle.remove()
+        if isinstance(self.model, CompactModel):
+            self.model.patch_drop = None
 
 
 def task_loss(

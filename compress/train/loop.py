@@ -90,7 +90,11 @@ def fit(
     with (
         _restored_generators(),
         arithmetic(
-            settings.matmul_precision, settings.threads, task.model_for_eval(), place.device
+            settings.matmul_precision,
+            settings.threads,
+            task.model_for_eval(),
+            place.device,
+            short=place.precision != "fp32",
         ),
     ):
         task.place(place)

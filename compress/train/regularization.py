@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm.layers.drop import calculate_drop_path_rates, drop_path
+from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...core.errors import InputError
+from ..network.architecture import AttentionSpec
 from ..network.modules.branch import Branch, Constant
 from ..network.modules.model import CompactModel
 
@@ -34,6 +36,8 @@ class DenseOptions:
         layer_decay: The learning rate of each block relative to the next one; the head has 1.
         drop_path: The probability with which the last block's sub-layers are skipped for an image
             in training; it rises linearly from 0 at the first block.
+        patch_drop: The share of patches of an image, drawn anew each time, that training leaves
+            out behind the stem.
 
     Raises:
         InputError: A number is out of range.
@@ -42,6 +46,7 @@ class DenseOptions:
     ema: float | None = None
     layer_decay: float = 1.0
     drop_path: float = 0.0
+    patch_drop: float = 0.0
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0.0 < self.ema < 1.0:
@@ -50,6 +55,8 @@ class DenseOptions:
             raise InputError(f"layer_decay = {self.layer_decay}: give a factor above 0, at most 1")
         if not 0.0 <= self.drop_path < 1.0:
             raise InputError(f"drop_path = {self.drop_path}: give a probability below 1")
+        if not 0.0 <= self.patch_drop < 1.0:
+            raise InputError(f"patch_drop = {self.patch_drop}: give a share below 1")
 
 
 def add_drop_path(model: nn.Module, rate: float) -> list[RemovableHandle]:
@@ -73,6 +80,42 @@ def add_drop_path(model: nn.Module, rate: float) -> list[RemovableHandle]:
         if probability and not isinstance(branch.core, Constant):
             handles.append(branch.register_forward_hook(_dropping(probability)))
     return handles
+
+
+def add_patch_drop(model: nn.Module, rate: float) -> None:
+    """Leave out random patches behind the stem while a model is in training mode.
+
+    Args:
+        model: A `CompactModel`; other models are not changed. Set `model.patch_drop` to None to end
+            it.
+        rate: The share of the patches of an image that is left out, drawn anew for each image.
+
+    Raises:
+        InputError: The positions of patches enter the attention scores (rotary or relative
+            positions), or patches leave the network by a mask.
+
+    References:
+        Li et al. 2023, "Scaling Language-Image Pre-training via Masking".
+    """
+    if not rate or not isinstance(model, CompactModel):
+        return
+    architecture = model.architecture
+    positioned = [
+        branch.name
+        for branch in architecture.branches
+        if isinstance(branch.core, AttentionSpec) and (branch.core.rope or branch.core.bias)
+    ]
+    if positioned:
+        raise InputError(
+            f"patch_drop = {rate}: {positioned[0]} has rotary or relative positions, which need all "
+            "patches in their places; leave patch_drop out"
+        )
+    if architecture.drops_tokens or architecture.pool.kind == "none":
+        raise InputError(
+            f"patch_drop = {rate}: the network has a token mask or returns every token; "
+            "leave patch_drop out"
+        )
+    model.patch_drop = PatchDropout(rate, num_prefix_tokens=architecture.prefix)
 
 
 def _dropping(probability: float) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from tiny_models import tiny_vit
 from training_material import Net, equal_weights, spots, stripes
@@ -17,7 +18,12 @@ from vitrim.compress.train.loop import fit
 from vitrim.compress.train.mask_settings import MaskSettings
 from vitrim.compress.train.mask_task import MaskTask
 from vitrim.compress.train.optimizers import OptimizerName, make_optimizer
-from vitrim.compress.train.regularization import DenseOptions, add_drop_path, rate_scales
+from vitrim.compress.train.regularization import (
+    DenseOptions,
+    add_drop_path,
+    add_patch_drop,
+    rate_scales,
+)
 from vitrim.compress.train.settings import TrainSettings
 from vitrim.core.errors import InputError
 
@@ -187,3 +193,25 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_bits(tmp_path: Path) -
     assert equal_weights(whole.model, again.model)
     for key in ("epoch", "loss", "train_top1", "val_top1", "lr"):
         assert [line[key] for line in found.history] == [line[key] for line in wanted.history]
+
+
+def test_patch_drop_leaves_out_random_patches_in_training_only() -> None:
+    model = vit()
+    seen: list[int] = []
+    model.steps[0][0].register_forward_hook(lambda module, inputs, y: seen.append(y.shape[1]))
+    images = torch.randn(2, 3, 16, 16)
+    whole = model.architecture.tokens
+    task = DenseTask(model, options=DenseOptions(patch_drop=0.5))
+    model.train()(images)
+    model.eval()(images)
+    task.finish()
+    model.train()(images)
+    assert seen == [model.architecture.prefix + (whole - model.architecture.prefix) // 2, whole, whole]
+
+
+def test_patch_drop_is_refused_where_scores_depend_on_positions() -> None:
+    rotary = timm.create_model(
+        "eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=32, num_heads=2, num_classes=3
+    )
+    with pytest.raises(InputError, match=r"patch_drop = 0.5: blocks.0.attn has rotary or relative"):
+        add_patch_drop(lift(rotary), 0.5)
