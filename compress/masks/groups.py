@@ -24,13 +24,17 @@ from ..network.modules.rope import pairs
 
 Sharing = Literal["unshared", "residual", "full"]
 ScaleRule = Literal["kept", "original"]
-DIMENSIONS = ("embed", "head", "qk", "v", "ffn", "block")
+# Units of these dimensions are parameters, or own some.
+WIDTHS = ("embed", "head", "qk", "v", "ffn", "block")
+DIMENSIONS = (*WIDTHS, "token")
 SHARED = "*"
 
 
 def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
     """The sites of a network at which a dimension occurs: site -> size."""
     found: dict[str, int] = {}
+    if dimension == "token":
+        return token_sites(architecture)
     if dimension == "embed":
         found[STEM_OUT] = architecture.embed
     for branch in architecture.branches:
@@ -56,6 +60,19 @@ def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
         }[dimension]
     elif pool.ffn is not None and dimension == "ffn":
         found[POOL_FFN] = pool.ffn.hidden
+    return found
+
+
+def token_sites(architecture: Architecture) -> dict[str, int]:
+    """The sites of the token masks: the stem, and each step, named by its first branch.
+
+    Returns:
+        Site -> number of tokens that the stream carries there, prefix tokens included.
+    """
+    found = {STEM_OUT: architecture.tokens}
+    # Which tokens the last attention skips for the head is no part of a mask.
+    for step, count in zip(architecture.steps, architecture.step_tokens(False), strict=True):
+        found[step[0].name] = count
     return found
 
 
@@ -104,7 +121,8 @@ def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, 
     if sharing not in ("unshared", "residual", "full"):
         raise InputError(f"sharing = {sharing!r}: choose 'unshared', 'residual' or 'full'")
     wanted: dict[str, dict[str, int]] = {}
-    for dimension in DIMENSIONS:
+    # Nested token sets are drawn, ranked or learned by rules of their own.
+    for dimension in WIDTHS:
         found = sites(architecture, dimension)
         shared = (dimension == "embed" and sharing != "unshared") or (
             dimension in ("head", "qk", "v", "ffn") and sharing == "full"

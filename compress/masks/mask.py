@@ -31,6 +31,7 @@ from .groups import (
 from .mask_checks import check_entries, check_fit, entry_at
 from .ranking import Scope
 from .saliency import USUAL, Criterion, SaliencyOptions, Scores, default_scope, kept_units
+from .token_sets import random_token_sets
 
 SCHEMA = "vitrim.mask/1"
 
@@ -42,8 +43,10 @@ class StructuredMask:
     Attributes:
         kept: `kept[dimension][site]`, a boolean tensor of shape (size,), or (heads, size) for `qk`
             and `v` where heads keep different columns, equal in number. Dimensions are `embed`,
-            `head`, `qk`, `v`, `ffn` and `block`; the site `*` applies to all sites that have no
-            entry of their own. A missing entry keeps everything.
+            `head`, `qk`, `v`, `ffn`, `block` and `token`; the site `*` applies to all sites that
+            have no entry of their own. A missing entry keeps everything. `token` entries name, at
+            the stem (`stem.out`) or a sub-layer, the tokens that the stream carries after it; the
+            sets are nested, and a site without an entry has that of the site before it.
         scale: The softmax scale after the cut: "kept", 1/sqrt(number of kept qk columns), as in
             movement pruning (default), or "original", that of the source model, for post-hoc masks.
         note: How the mask was made, as text by key; saved with it, and otherwise unused.
@@ -107,7 +110,8 @@ class StructuredMask:
         Args:
             model: A supported Vision Transformer, a `CompactModel`, or its architecture.
             keep_ratio: The share of units to keep, above 0 and at most 1: one number for embed,
-                head, qk, v and ffn, or one per dimension (also `block`); others are kept whole.
+                head, qk, v and ffn, or one per dimension (also `block`, and `token`: the share of
+                the patches that the last attention reads); others are kept whole.
             sharing: "unshared", every site has its own mask; "residual" (default), one embed mask
                 for the whole residual stream; "full", also one head, qk, v and ffn mask.
             seed: Equal seeds give equal masks.
@@ -142,6 +146,8 @@ class StructuredMask:
                     units = tied_units(architecture, dimension, site)
                     keep = _random_units(units, ratio, rows, generator)
                 kept[dimension][site] = keep
+        if ratios.get("token", 1.0) < 1.0:
+            kept["token"] = random_token_sets(architecture, ratios["token"], generator)
         return cls(kept, scale=scale)
 
     @classmethod

@@ -12,6 +12,7 @@ from ..network.architecture import Architecture, ConstantSpec, Indices
 from ..network.axes import HEAD_IN, POOL_ATTENTION, POOL_SITES, STEM_OUT, site_in
 from ..network.modules.rope import pairs
 from .groups import DIMENSIONS, SHARED, attentions_at, sites
+from .token_sets import check_tokens
 
 Entries = Mapping[str, Mapping[str, Tensor]]
 
@@ -64,6 +65,8 @@ def check_fit(kept: Entries, architecture: Architecture) -> None:
         places = sites(architecture, dimension)
         for site, keep in entries.items():
             _check_entry(architecture, dimension, site, keep, places)
+    if "token" in kept:
+        check_tokens(architecture, kept["token"])
     for site, reads in _readers(architecture):
         seen = entry_at(kept, "embed", site)
         if seen is not None and reads is not None and not bool(seen[list(reads)].any()):
@@ -77,6 +80,8 @@ def _check_entry(
     architecture: Architecture, dimension: str, site: str, keep: Tensor, places: Mapping[str, int]
 ) -> None:
     where = f"mask {dimension}/{site}"
+    if site == SHARED and dimension == "token":
+        raise InputError(f"{where}: token masks are not shared; name the stem or a sub-layer")
     if site == SHARED:
         sizes = {size for name, size in places.items() if name not in POOL_SITES}
     else:

@@ -9,7 +9,8 @@ Each unit is masked exactly once:
 - a query column in q, which makes its product with k zero;
 - a value column, and a head, where the output projection reads it;
 - an FFN unit behind its activation, since act(0) is not always 0;
-- a channel where it is written, and in the norm that reads it.
+- a channel where it is written, and in the norm that reads it;
+- a token where it is a key, and where tokens are pooled. Its own row is computed and never read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from ..network.axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, site_in, site_out
-from .groups import ScaleRule
+from .groups import ScaleRule, token_sites
 
 Values = Callable[[str, str], Tensor | None]
 
@@ -48,6 +49,7 @@ def masked_tensors(
     for number, step in enumerate(architecture.steps):
         for position, branch in enumerate(step):
             masking.branch(f"steps.{number}.{position}.", branch)
+    masking.tokens()
     return masking.changed
 
 
@@ -147,6 +149,32 @@ class _Masking:
                     self.changed[f"{prefix}core.norm.mask"] = hidden
                 self._multiply(f"{prefix}core.fc2.weight", hidden, -1)
         self._output(prefix, branch)
+
+    def tokens(self) -> None:
+        """Mask the keys of each attention and the tokens that the head pools."""
+        architecture = self._architecture
+        sets: list[Tensor | None] = []
+        for site, count in token_sites(architecture).items():
+            entry, before = self._values("token", site), sets[-1] if sets else None
+            before = None if before is None else before[:count]
+            # Nested by construction, for gates too.
+            sets.append(entry if before is None or entry is None else before * entry)
+            if entry is None:
+                sets[-1] = before
+        for number, step in enumerate(architecture.steps):
+            keys = sets[number]
+            for position, branch in enumerate(step):
+                if keys is not None and isinstance(branch.core, AttentionSpec):
+                    self.changed[f"steps.{number}.{position}.core.key_keep"] = keys
+        final, pool = sets[-1], architecture.pool
+        if final is None:
+            return
+        if architecture.pooled_prefix == 0:
+            self.changed["token_keep"] = final
+        if pool.attention is not None:
+            self.changed["pool.key_keep"] = final if pool.prefix else final[architecture.prefix :]
+        if pool.refine is not None:
+            self.changed["refine.key_keep"] = final
 
     def _output(self, prefix: str, branch: BranchSpec) -> None:
         writing = _embed(self._values, site_out(branch), branch.writes)

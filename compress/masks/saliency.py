@@ -14,7 +14,7 @@ from ...core.errors import InputError
 from ..lift import lift
 from ..network.modules.model import CompactModel
 from .gate_saliency import fisher, sensitivity, taylor
-from .groups import DIMENSIONS, ScaleRule, Sharing, groups
+from .groups import WIDTHS, ScaleRule, Sharing, groups
 from .magnitude import magnitude, unit_costs
 from .ranking import Scope, rank, require_scope
 
@@ -59,9 +59,9 @@ def saliency(
     """
     require_criterion(criterion)
     for name in dimensions:
-        if name not in DIMENSIONS:
+        if name not in WIDTHS:
             raise InputError(
-                f"saliency: unknown dimension {name!r}; known: {', '.join(DIMENSIONS)}"
+                f"saliency: unknown dimension {name!r}; known: {', '.join(WIDTHS)}"
             )
     source = lift(model)
     architecture = source.architecture
@@ -158,9 +158,9 @@ def _ratios(
         else dict.fromkeys(usual, float(keep_ratio))
     )
     for name in (*ratios, *fixed):
-        if name not in DIMENSIONS:
+        if name not in WIDTHS:
             raise InputError(
-                f"keep_ratio or fixed names {name!r}; known dimensions: {', '.join(DIMENSIONS)}"
+                f"keep_ratio or fixed names {name!r}; known dimensions: {', '.join(WIDTHS)}"
             )
     for name, ratio in ratios.items():
         if not 0 < ratio <= 1:

@@ -10,6 +10,10 @@ adds to some channels:
 
 `reads` and `writes` are None for the whole stream; index lists occur when masks are not shared.
 
+Tokens leave the stream in *prefix form*: `order` sorts the patches once so that those that stay
+longest come first, and a branch with `tokens` computes only that many leading tokens, which are all
+that the stream carries afterwards. Its attention still reads the keys of all incoming tokens.
+
 The JSON schema in `architecture.schema.json` is for readers and writers without this package.
 `python -m vitrim.compress.network.architecture` regenerates it after a change of the specs; a test
 checks that file and code agree.
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +41,7 @@ from .branch_specs import (
     FfnSpec,
     Indices,
     NormSpec,
+    Order,
     RelativeBiasSpec,
     RopeGridSpec,
     RopeSpec,
@@ -44,7 +50,15 @@ from .branch_specs import (
     check_indices,
     check_norm,
 )
-from .stem_and_head_specs import ConvSpec, DataSpec, HeadSpec, PoolSpec, RefineSpec, StemSpec
+from .stem_and_head_specs import (
+    ConvSpec,
+    DataSpec,
+    HeadSpec,
+    PoolSpec,
+    RefineSpec,
+    SoftSplitSpec,
+    StemSpec,
+)
 
 __all__ = [
     "SCHEMA",
@@ -63,13 +77,16 @@ __all__ = [
     "HeadSpec",
     "Indices",
     "NormSpec",
+    "Order",
     "PoolSpec",
     "RefineSpec",
     "RelativeBiasSpec",
     "RopeGridSpec",
     "RopeSpec",
+    "SoftSplitSpec",
     "StemSpec",
     "Width",
+    "least_tokens",
     "schema_text",
 ]
 
@@ -111,6 +128,10 @@ class Architecture(Spec):
     stem_writes: Indices | None = None
     """Stream channels that the stem (projection, prefix tokens, positions) fills; the others start
     at zero. None: all."""
+    order: Order | None = None
+    """Places in the grid (row by row from the top left) of the patches that the stem embeds, in the
+    order in which they follow the prefix tokens. Other patches are never embedded. None: all
+    patches, row by row."""
     steps: tuple[tuple[BranchSpec, ...], ...]
     """Groups of parallel branches, in order."""
     blocks: tuple[str, ...] | None = None
@@ -139,8 +160,9 @@ class Architecture(Spec):
     head_reads: Indices | None = None
     """Stream channels that `norm` and pooling read. None: all."""
     last_queries: bool = False
-    """Whether the last block computes only the tokens that the head reads. Exact when the head
-    pools by prefix tokens."""
+    """Whether the step with the last attention, and what follows, computes only the tokens that the
+    head reads. Exact; without effect unless the head pools by prefix tokens. The same as `tokens` of
+    these branches."""
     data: DataSpec | None = None
     """How the source model expects images to be prepared. None: unknown."""
 
@@ -152,9 +174,55 @@ class Architecture(Spec):
         return self.stem.sizes(*self.image[1:])[-1]
 
     @property
+    def patches(self) -> int:
+        """Number of patches that the stem embeds."""
+        return self.grid[0] * self.grid[1] if self.order is None else len(self.order)
+
+    @property
     def tokens(self) -> int:
-        """Number of prefix tokens and patches."""
-        return self.prefix + self.grid[0] * self.grid[1]
+        """Number of prefix tokens and patches that the stem returns."""
+        return self.prefix + self.patches
+
+    def step_tokens(
+        self, last_queries: bool | None = None, removed: Collection[str] = ()
+    ) -> tuple[int, ...]:
+        """Number of tokens that the stream carries after each step.
+
+        Args:
+            last_queries: Replaces the field of that name. None: the field.
+            removed: Names of branches that do not count as the last attention.
+
+        Returns:
+            One number for each step, non-increasing.
+        """
+        counts: list[int] = []
+        current = self.tokens
+        for step in self.steps:
+            current = min([current, *(branch.tokens for branch in step if branch.tokens)])
+            counts.append(current)
+        shorter = self.last_queries if last_queries is None else last_queries
+        if shorter and self.pooled_prefix:
+            with_attention = [
+                number
+                for number, step in enumerate(self.steps)
+                if any(
+                    isinstance(branch.core, AttentionSpec) and branch.name not in removed
+                    for branch in step
+                )
+            ]
+            last = with_attention[-1] if with_attention else 0
+            counts[last:] = [self.pooled_prefix] * len(counts[last:])
+        return tuple(counts)
+
+    @property
+    def final_tokens(self) -> int:
+        """Number of tokens that the stream carries after the last step."""
+        return (self.tokens, *self.step_tokens())[-1]
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether patches are reordered or leave the stream before its end."""
+        return self.order is not None or any(branch.tokens for branch in self.branches)
 
     @property
     def classes(self) -> int:
@@ -243,6 +311,7 @@ class Architecture(Spec):
                     f"the image {side[0]} x {side[1]} is too small for convolution {number} "
                     "of the stem"
                 )
+        self.stem.check_widths(self.image[0])
         needed = _PREFIX_TOKENS.get(self.pool.kind, 0)
         if needed > self.prefix:
             raise ValueError(
@@ -263,11 +332,36 @@ class Architecture(Spec):
             raise ValueError(
                 f"data.mean has {len(self.data.mean)} numbers, images have {self.image[0]} channels"
             )
+        self._check_order()
         check_indices("stem_writes", self.stem_writes, self.embed)
         check_norm("stem_norm", self.stem_norm, self.read_width(self.stem_writes))
         check_norm("patch_norm", self.patch_norm, self.read_width(self.stem_writes))
 
+    def _check_order(self) -> None:
+        if self.order is None:
+            return
+        patches = self.grid[0] * self.grid[1]
+        if not self.order or len(set(self.order)) != len(self.order):
+            raise ValueError("order must name at least one patch, and each at most once")
+        if max(self.order) >= patches:
+            raise ValueError(f"order names patch {max(self.order)}, the grid has {patches}")
+
+    def _check_tokens(self) -> None:
+        before = self.tokens
+        for step in self.steps:
+            counts = {branch.tokens for branch in step}
+            if len(counts) > 1:
+                raise ValueError(f"{step[0].name}: parallel branches must have equal tokens")
+            count = counts.pop() if counts else None
+            if count is not None and count > before:
+                raise ValueError(f"{step[0].name}: {count} tokens, the stream has {before} there")
+            before = before if count is None else count
+        least = least_tokens(self)
+        if before < least:
+            raise ValueError(f"the stream ends with {before} tokens, the head reads {least}")
+
     def _check_branches(self) -> None:
+        self._check_tokens()
         names = [branch.name for branch in self.branches]
         if len(set(names)) != len(names):
             raise ValueError("two branches have the same name")
@@ -279,7 +373,7 @@ class Architecture(Spec):
             check_norm(f"{branch.name}.post_norm", branch.post_norm, self.read_width(branch.writes))
             core = branch.core
             if isinstance(core, AttentionSpec):
-                _check_positions(branch.name, core, self.grid, self.prefix)
+                _check_positions(branch.name, core, self)
             elif isinstance(core, FfnSpec):
                 check_norm(f"{branch.name}.core.norm", core.norm, core.hidden)
 
@@ -330,18 +424,32 @@ def _block_of(branch: str) -> str:
     return branch.rpartition(".")[0] if found is None else found[0]
 
 
-def _check_positions(name: str, core: AttentionSpec, grid: tuple[int, int], prefix: int) -> None:
-    rope, bias, patches = core.rope, core.bias, grid[0] * grid[1]
-    if rope is not None and (rope.tokens, rope.prefix) != (patches, prefix):
+def _check_positions(name: str, core: AttentionSpec, architecture: Architecture) -> None:
+    rope, bias, prefix = core.rope, core.bias, architecture.prefix
+    if rope is not None and (rope.tokens, rope.prefix) != (architecture.patches, prefix):
         raise ValueError(
             f"{name}.rope is for {rope.prefix} + {rope.tokens} tokens, "
-            f"the stem gives {prefix} + {patches}"
+            f"the stem gives {prefix} + {architecture.patches}"
         )
-    if bias is not None and (bias.grid, bias.prefix) != (grid, prefix):
+    if bias is not None and (bias.grid, bias.prefix) != (architecture.grid, prefix):
         raise ValueError(
             f"{name}.bias is for {bias.prefix} + {bias.grid} tokens, "
-            f"the stem gives {prefix} + {grid}"
+            f"the stem gives {prefix} + {architecture.grid}"
         )
+    if bias is not None and bias.order != architecture.order:
+        raise ValueError(f"{name}.bias.order differs from the order of the patches")
+
+
+def least_tokens(architecture: Architecture) -> int:
+    """Number of leading tokens that the stream must carry at its end, for the head to read."""
+    kind, prefix = architecture.pool.kind, architecture.prefix
+    if architecture.pool.kind == "none":
+        return architecture.tokens
+    if architecture.pooled_prefix:
+        return architecture.pooled_prefix
+    if kind.endswith("_all") or (kind == "attention" and architecture.pool.prefix):
+        return 1
+    return prefix + 1
 
 
 def schema_text() -> str:

@@ -7,7 +7,8 @@ of the others are branch names, `pool.attn` and `pool.ffn`.
 Compound axes: `head*qk` and `head*v` are the flattened (head, column) axes of the projections;
 `head*2*qk` is that of differential attention; `kv*qk` and `kv*v` are those of grouped keys and
 values. `embed*2` is the concatenated features of a class token and a mean. With `head*` the indices
-of the next axis may differ from head to head.
+of the next axis may differ from head to head. `patch` is the axis of the embedded patches, which a
+token mask sorts and cuts.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Axis:
 
 
 FIXED = Axis("fixed")
+PATCHES = Axis("patch")
 STEM_OUT = "stem.out"
 HEAD_IN = "head.in"
 # Attention pooling writes to channels of its own, which masks shared by the blocks do not cover.
@@ -71,7 +73,8 @@ def outer_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
     stem, reading = Axis("embed", STEM_OUT), Axis("embed", HEAD_IN)
     table["stem.weight"] = (stem, FIXED, FIXED, FIXED)
     table["stem.bias"] = (stem,)
-    table["prefix"] = table["position"] = (FIXED, stem)
+    table["prefix"] = (FIXED, stem)
+    table["position"] = (PATCHES, stem)
     pooled = reading
     if architecture.pool.kind == "attention":
         pooled = Axis("embed", POOL_OUT)
@@ -165,7 +168,7 @@ def _attention_axes(
         Axis("head*", name),
         Axis("v", name),
     )
-    table["core.rope.table"] = (Axis("head*", name), FIXED, FIXED, Axis("pair", name))
+    table["core.rope.table"] = (Axis("head*", name), FIXED, PATCHES, Axis("pair", name))
     table["core.rope.frequencies"] = (Axis("head*", name), FIXED, Axis("pair", name))
     table["core.bias.table"] = (FIXED, Axis("head", name))
     table["core.differential.vectors"] = (FIXED, FIXED)

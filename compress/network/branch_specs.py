@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Indices = tuple[Count, ...]
+# A permutation of some patches of the grid; not increasing, unlike `Indices`.
+Order = tuple[Count, ...]
 
 Activation = Literal[
     "gelu",
@@ -105,6 +107,8 @@ class RelativeBiasSpec(Spec):
     resize: Literal["resample", "crop"] | None = "resample"
     """How the table follows another image size: `resample` for learned tables, `crop` for a
     function of the offset alone. None: neither is exact."""
+    order: Order | None = None
+    """Places in the grid of the patches of the stream, in its order. None: all, row by row."""
 
     @property
     def rows(self) -> int:
@@ -258,6 +262,9 @@ class BranchSpec(Spec):
     """Stream channels that the branch reads, increasing. None: all."""
     writes: Indices | None = None
     """Stream channels that the branch adds to, increasing. None: all."""
+    tokens: Width | None = None
+    """Number of leading tokens that the branch computes and that the stream carries after it;
+    attention still reads the keys of all that came in. None: all that came in."""
 
 
 def check_norm(where: str, norm: NormSpec | None, width: int) -> None:

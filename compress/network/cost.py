@@ -36,16 +36,13 @@ def live_cost(architecture: Architecture, live: Live, kind: CostKind) -> Any:
 def live_params(architecture: Architecture, live: Live) -> Any:
     """Number of parameters of the live network; equals `count_params` of the pruned one."""
     stem, read = _stem_and_head_widths(architecture, live)
-    spec, channels = architecture.stem, _conv_inputs(architecture)
-    total: Any = sum(
-        conv.channels * (inputs * conv.kernel[0] * conv.kernel[1] + conv.bias)
-        for conv, inputs in zip(spec.before, channels, strict=False)
-    )
+    spec, channels = architecture.stem, architecture.stem.inputs(architecture.image[0])[-1]
+    total: Any = spec.before_params(architecture.image[0])
     per_channel = (
-        channels[-1] * spec.patch[0] * spec.patch[1]
+        channels * spec.patch[0] * spec.patch[1]
         + spec.bias
         + architecture.prefix
-        + (architecture.tokens - architecture.prefix) * architecture.position
+        + architecture.patches * architecture.position
     )
     total = total + stem * per_channel
     total = total + _norm(architecture.patch_norm, stem) + _norm(architecture.stem_norm, stem)
@@ -71,17 +68,13 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
     Equals `count_macs` of the pruned network.
     """
     stem, read = _stem_and_head_widths(architecture, live)
-    spec, channels = architecture.stem, _conv_inputs(architecture)
-    patches = architecture.tokens - architecture.prefix
-    sizes = spec.sizes(*architecture.image[1:])
-    total: Any = sum(
-        down * across * conv.channels * inputs * conv.kernel[0] * conv.kernel[1]
-        for conv, inputs, (down, across) in zip(spec.before, channels, sizes, strict=False)
-    )
-    total = total + stem * (patches * channels[-1] * spec.patch[0] * spec.patch[1])
+    spec, channels = architecture.stem, architecture.stem.inputs(architecture.image[0])[-1]
+    final = architecture.final_tokens
+    total: Any = spec.before_macs(*architecture.image)
+    total = total + stem * (architecture.patches * channels * spec.patch[0] * spec.patch[1])
     pooled, pool = _pooled_width(architecture, live, read), architecture.pool
     if pool.attention is not None:
-        seen = architecture.tokens if pool.prefix else patches
+        seen = final if pool.prefix else final - architecture.prefix
         heads, qk, v = _attention_counts(POOL_ATTENTION, live)
         total = total + (read + 1) * (heads * qk + heads * v) * seen + heads * v * pooled
         if pool.ffn is not None:
@@ -91,7 +84,7 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
         each = pooled * head.classes
         if head.hidden:
             each = pooled * head.hidden + head.hidden * head.classes
-        total = total + each * {"distilled": 2, "dense": 1 + patches}.get(pool.kind, 1)
+        total = total + each * {"distilled": 2, "dense": 1 + final - architecture.prefix}.get(pool.kind, 1)
     for branch, tokens, queries in branch_tokens(architecture, _removed(architecture, live)):
         total = total + _branch_macs(branch, live, tokens, queries)
     return total
@@ -161,11 +154,6 @@ def _branch_widths(branch: BranchSpec, live: Live) -> tuple[Any, Any]:
 def _attention_counts(site: str, live: Live) -> tuple[Any, Any, Any]:
     """Live heads, and live query/key and value columns per head."""
     return live("head", site, None), live("qk", site, None), live("v", site, None)
-
-
-def _conv_inputs(architecture: Architecture) -> list[int]:
-    """Input channels of each convolution of the stem, the patch projection last."""
-    return [architecture.image[0], *(conv.channels for conv in architecture.stem.before)]
 
 
 def _pooled_width(architecture: Architecture, live: Live, read: Any) -> Any:

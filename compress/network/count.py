@@ -3,7 +3,7 @@
 Conventions: a parameter is a learnable number. One multiply-add counts once, for one image of the
 architecture's size. Matrix products and convolutions count, attention products included; norms,
 activations, softmax and additions do not (as in fvcore for matmul, linear, conv and bmm). With
-`last_queries` only the tokens that are computed count.
+`last_queries` or after tokens were dropped only the tokens that are computed count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def count_params(architecture: Architecture) -> int:
 
 def count_macs(architecture: Architecture) -> int:
     """Number of multiply-adds for one image."""
-    total = _stem_macs(architecture)
+    total = stem_macs(architecture)
     total += sum(
         branch_macs(branch, architecture.embed, tokens, queries)
         for branch, tokens, queries in branch_tokens(architecture)
@@ -32,19 +32,16 @@ def count_macs(architecture: Architecture) -> int:
     return total + _pool_macs(architecture) + _head_macs(architecture)
 
 
-def _stem_macs(architecture: Architecture) -> int:
+def stem_macs(architecture: Architecture) -> int:
+    """Number of multiply-adds of the stem for one image."""
     stem = architecture.stem
-    total, channels = 0, architecture.image[0]
-    sizes = stem.sizes(*architecture.image[1:])
-    for conv, (height, width) in zip(stem.before, sizes, strict=False):
-        total += height * width * conv.channels * channels * conv.kernel[0] * conv.kernel[1]
-        channels = conv.channels
-    filled, (height, width) = architecture.read_width(architecture.stem_writes), sizes[-1]
-    return total + height * width * filled * channels * stem.patch[0] * stem.patch[1]
+    total, channels = stem.before_macs(*architecture.image), stem.inputs(architecture.image[0])[-1]
+    filled = architecture.read_width(architecture.stem_writes)
+    return total + architecture.patches * filled * channels * stem.patch[0] * stem.patch[1]
 
 
 def _pool_macs(architecture: Architecture) -> int:
-    pool, tokens = architecture.pool, architecture.tokens
+    pool, tokens = architecture.pool, architecture.final_tokens
     width_in = architecture.read_width(architecture.head_reads)
     total = 0
     if pool.refine is not None:
@@ -65,7 +62,7 @@ def _head_macs(architecture: Architecture) -> int:
         return 0
     each = width * head.hidden + head.hidden * head.classes if head.hidden else width * head.classes
     # The second classifier of a dense head reads every patch.
-    patches = architecture.tokens - architecture.prefix
+    patches = architecture.final_tokens - architecture.prefix
     return each * {"distilled": 2, "dense": 1 + patches}.get(architecture.pool.kind, 1)
 
 
@@ -76,22 +73,14 @@ def branch_tokens(
 
     Branches named in `removed` are left out, and are not counted as the last attention.
     """
-    tokens, pooled = architecture.tokens, architecture.pooled_prefix
-    remaining = [
-        [branch for branch in step if branch.name not in removed] for step in architecture.steps
-    ]
-    last = len(remaining)
-    if architecture.last_queries and pooled:
-        with_attention = [
-            number
-            for number, step in enumerate(remaining)
-            if any(isinstance(branch.core, AttentionSpec) for branch in step)
-        ]
-        last = with_attention[-1] if with_attention else 0
+    after = architecture.step_tokens(removed=removed)
     return [
-        (branch, tokens if number <= last else pooled, pooled if number >= last else tokens)
-        for number, step in enumerate(remaining)
+        (branch, tokens, queries)
+        for step, tokens, queries in zip(
+            architecture.steps, (architecture.tokens, *after), after, strict=False
+        )
         for branch in step
+        if branch.name not in removed
     ]
 
 

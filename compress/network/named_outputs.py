@@ -155,6 +155,11 @@ def _spec(architecture: Architecture, name: str, where: str) -> OutputSpec:
     width = architecture.source_width
     if architecture.stream_rotated:
         raise InputError(f"{where}: {name}: {ROTATED}")
+    if architecture.drops_tokens:
+        raise InputError(
+            f"{where}: {name}: patches leave this network on the way, so it has no output for each "
+            f"of them; use {LOGITS} or {FEATURES}, or a mask without tokens"
+        )
     if name in (TOKENS, PATCHES):
         kind: Kind = "tokens" if name == TOKENS else "patches"
         rows = patches if kind == "patches" else prefix + patches
@@ -252,13 +257,12 @@ class NamedOutputs(nn.Module):
         model, architecture = self.model, self.model.architecture
         wanted = {output.after for output in self.outputs}
         shorter = architecture.last_queries and not needs_all_tokens(architecture, self.outputs)
-        last = model._last_attention() if shorter else None
+        counts = architecture.step_tokens(last_queries=shorter)
         x = model.embed(images)
         after = {0: x}
         steps = list(cast("Iterable[Sequence[Branch]]", model.steps))
         for number, step in enumerate(steps[: steps_needed(architecture, self.outputs)]):
-            reduced = last is not None and number >= last
-            x = model.run_step(step, x, architecture.pooled_prefix if reduced else None)
+            x = model.run_step(step, x, counts[number] if counts[number] < x.shape[1] else None)
             if number + 1 in wanted:
                 after[number + 1] = x
         return x, after

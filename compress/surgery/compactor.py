@@ -13,7 +13,8 @@ from ..network.architecture import AttentionSpec, BranchSpec
 from ..network.modules.layers import affine, normalize
 from ..network.modules.model import CompactModel, build
 from .folding import fold_constants
-from .plan import BranchPlan, Plan, plan
+from .plan import Plan, plan
+from .plan_tokens import BranchPlan
 
 
 def compact(
@@ -120,7 +121,7 @@ def index_select_axes(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Ten
     source = tensor
     each = indices[-1] if indices and indices[-1] is not None and indices[-1].ndim == 2 else None
     for axis, index in enumerate(indices[:-1] if each is not None else indices):
-        if index is not None and len(index) != tensor.shape[axis]:
+        if index is not None and not _selects_all(index, tensor.shape[axis]):
             tensor = tensor.index_select(axis, index.to(tensor.device))
     if each is not None:
         each = each.to(tensor.device)
@@ -129,6 +130,10 @@ def index_select_axes(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Ten
         shape = (len(each), *([1] * (tensor.ndim - 2)), each.shape[1])
         return rows.gather(-1, each.view(shape).expand(*rows.shape[:-1], -1))
     return tensor.clone(memory_format=torch.contiguous_format) if tensor is source else tensor
+
+
+def _selects_all(index: Tensor, size: int) -> bool:
+    return len(index) == size and torch.equal(index, torch.arange(size, device=index.device))
 
 
 def constant_of(spec: BranchSpec, branch: BranchPlan, inner: Mapping[str, Tensor]) -> Tensor:

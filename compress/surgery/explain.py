@@ -15,7 +15,7 @@ from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture
 from ..network.axes import POOL_SITES, Axis, parameter_axes
-from ..network.count import branch_macs, branch_tokens, count_macs, count_params
+from ..network.count import branch_macs, branch_tokens, count_macs, count_params, stem_macs
 from ..network.modules.model import CompactModel
 from .plan import Plan, plan
 
@@ -183,17 +183,7 @@ def _macs(architecture: Architecture) -> dict[str, int]:
         branch.name: branch_macs(branch, architecture.embed, tokens, queries)
         for branch, tokens, queries in branch_tokens(architecture)
     }
-    sizes, stem = architecture.stem.sizes(*architecture.image[1:]), architecture.stem
-    widths = [
-        architecture.image[0],
-        *(conv.channels for conv in stem.before),
-        architecture.read_width(architecture.stem_writes),
-    ]
-    kernels = [*(conv.kernel for conv in stem.before), stem.patch]
-    found["stem"] = sum(
-        math.prod(size) * width * wider * math.prod(kernel)
-        for size, width, wider, kernel in zip(sizes, widths[:-1], widths[1:], kernels, strict=True)
-    )
+    found["stem"] = stem_macs(architecture)
     # The rest is pooling and classifiers.
     return found | {"head": count_macs(architecture) - sum(found.values())}
 

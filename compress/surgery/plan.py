@@ -8,6 +8,8 @@ Rules:
 3. A head is removed only by the head mask: with zero queries its softmax is uniform, not dead.
 4. The softmax scale is stated in the new architecture.
 5. A channel of the residual stream is kept if something reads it.
+6. Token sets are nested, so patches are sorted once by where they leave the stream, and each set is
+   a number of leading tokens. A token is computed only as long as an attention or the head reads it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from ..network.architecture import (
 )
 from ..network.axes import (
     HEAD_IN,
+    PATCHES,
     POOL_ATTENTION,
     POOL_FFN,
     POOL_OUT,
@@ -42,25 +45,7 @@ from ..network.axes import (
     site_out,
 )
 from .plan_attention import Index, cut_attention, resize
-
-
-@dataclass(frozen=True)
-class BranchPlan:
-    """One sub-layer that stays.
-
-    Attributes:
-        step: Its step in the source network.
-        position: Its position in that step.
-        spec: Its new specification.
-        slices: The indices to keep on each axis of each parameter, by leaf name; None = all.
-        constant: Only its bias stays, to be computed from the source parameters.
-    """
-
-    step: int
-    position: int
-    spec: BranchSpec
-    slices: Mapping[str, tuple[Tensor | None, ...]]
-    constant: bool = False
+from .plan_tokens import BranchPlan, plan_tokens
 
 
 @dataclass(frozen=True)
@@ -108,6 +93,8 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
                 row.append(built)
         if row:
             plans.append(tuple(row))
+    tokens = plan_tokens(architecture, mask, {row[0].step: row for row in plans})
+    plans = tokens.applied(plans)
     indices: dict[tuple[str, str], Tensor] = {
         ("embed", STEM_OUT): embed.stem_rows,
         ("embed", HEAD_IN): embed.head_columns,
@@ -118,6 +105,8 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
             ]
         ),
     }
+    if tokens.patches is not None:
+        indices[PATCHES.dimension, ""] = tokens.patches
     leaves: dict[str, tuple[Index, ...]] = {}
     pool = _plan_pool(architecture, mask, embed, indices, leaves)
     outer = {
@@ -131,6 +120,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
             "stem_writes": embed.stem_writes,
             "patch_norm": resize(architecture.patch_norm, len(embed.stem_rows)),
             "stem_norm": resize(architecture.stem_norm, len(embed.stem_rows)),
+            "order": tokens.order,
             "steps": tuple(tuple(item.spec for item in row) for row in plans),
             "norm": resize(architecture.norm, reading),
             "pool": pool,

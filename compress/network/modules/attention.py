@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,8 @@ class Attention(nn.Module):
     """
 
     kv_index: Tensor | None
+    # Factors of the keys, 0 or 1, in a network that computes with a token mask.
+    key_keep: Tensor | None
 
     def __init__(self, spec: AttentionSpec, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -33,6 +37,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(spec.k_norm, kv_heads if per_head else 0) if spec.k_norm else None
         kv_index = None if spec.kv_of is None else torch.tensor(spec.kv_of, device="cpu")
         self.register_buffer("kv_index", kv_index, persistent=False)
+        self.register_buffer("key_keep", None, persistent=False)
         self.rope = Rope(spec.rope, spec.heads, spec.qk) if spec.rope else None
         self.bias = RelativeBias(spec.bias, spec.heads) if spec.bias else None
         self.differential = Differential(spec.differential) if spec.differential else None
@@ -74,9 +79,13 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(scale * q kᵀ + bias) v over (batch, heads, tokens, width)."""
-        bias = None if self.bias is None else self.bias()[:, : q.shape[-2]]
+        # Rows by the computed queries, columns by the incoming keys: both are leading tokens.
+        bias = None if self.bias is None else self.bias()[:, : q.shape[-2], : k.shape[-2]]
         if self.differential is not None:
-            return self.differential.attend(q, k, v, self.spec.scale, bias)
+            return self.differential.attend(q, k, v, self.spec.scale, bias, self.key_keep)
+        if self.key_keep is not None:
+            scores = q @ k.transpose(-2, -1) * self.spec.scale
+            return kept_softmax(scores if bias is None else scores + bias, self.key_keep) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
 
 
@@ -105,7 +114,13 @@ class Differential(nn.Module):
         return 1.0 - self.spec.start
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        bias: Tensor | None = None,
+        key_keep: Tensor | None = None,
     ) -> Tensor:
         """(softmax(scale * q1 k1ᵀ + bias) - λ softmax(scale * q2 k2ᵀ + bias)) v.
 
@@ -115,6 +130,7 @@ class Differential(nn.Module):
             v: (batch, heads, tokens, v).
             scale: Multiplies the scores before the softmax.
             bias: (heads, queries, tokens), added to both scores of a head. None: no bias.
+            key_keep: (tokens,) factors of the keys, 0 or 1. None: all keys are kept.
 
         Returns:
             (batch, heads, queries, v).
@@ -122,9 +138,30 @@ class Differential(nn.Module):
         scores = q @ k.transpose(-2, -1) * scale
         if bias is not None:
             scores = scores + bias.repeat_interleave(2, dim=0)
-        maps = torch.unflatten(scores.softmax(dim=-1), 1, (-1, 2))
+        weights = scores.softmax(dim=-1) if key_keep is None else kept_softmax(scores, key_keep)
+        maps = torch.unflatten(weights, 1, (-1, 2))
         out: Tensor = (maps[:, :, 0] - self() * maps[:, :, 1]) @ v
         return out
+
+
+def kept_softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """Softmax over the kept keys, with exact zeros for the others.
+
+    The maximum that is subtracted is that of the kept keys: that of all keys can be so much larger
+    that every kept weight underflows. The result has gradients with respect to `keep`.
+
+    Args:
+        scores: (..., queries, keys).
+        keep: (keys,), 0 or 1, at least one key kept.
+
+    Returns:
+        (..., queries, keys), each row with the sum 1.
+    """
+    dropped = keep.detach() == 0
+    top = scores.detach().masked_fill(dropped, -math.inf).amax(dim=-1, keepdim=True)
+    # A dropped key may have a larger score; bounded, so that its gradient is finite.
+    weights = (scores - top).clamp(max=15.0).exp() * keep
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

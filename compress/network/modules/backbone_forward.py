@@ -47,14 +47,15 @@ class BackboneForward(BackboneFacts):
             x: Images, (batch, channels, height, width).
 
         Returns:
-            (batch, tokens, num_features). With `last_queries` also the tokens that the head does
-            not read are computed.
+            (batch, tokens, num_features), patches row by row. With `last_queries` also the tokens
+            that the head does not read are computed; patches that left the stream are zero.
 
         Raises:
             InputError: The residual stream is in another basis than that of the source model.
         """
         self._require_source_basis()
-        return self._spread(self.normed(self._stream(self.embed(x))), self.read_places)
+        x = self._spread(self.normed(self._stream(self.embed(x))), self.read_places)
+        return self._to_grid(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify what `forward_features` returns.
@@ -71,6 +72,9 @@ class BackboneForward(BackboneFacts):
             InputError: The residual stream is in another basis than that of the source model.
         """
         self._require_source_basis()
+        if self.architecture.drops_tokens:
+            count = self.architecture.step_tokens(last_queries=False)[-1]
+            x = x.index_select(1, self._token_places(count, x.device))
         if self.read_places is not None:
             x = x.index_select(-1, self.read_places)
         return self.features_of(self.pooled(x)) if pre_logits else self.logits(x)
@@ -120,11 +124,10 @@ class BackboneForward(BackboneFacts):
             x = self._stream(x, done, ends[number])
             done = ends[number]
             if number in wanted:
-                found.append(
-                    self._spread(self.normed(x), self.read_places)
-                    if norm
-                    else self._spread(x, self.stream_places)
+                y, places = (
+                    (self.normed(x), self.read_places) if norm else (x, self.stream_places)
                 )
+                found.append(self._to_grid(self._spread(y, places)))
         prefix = self.num_prefix_tokens
         prefixes = [tokens[:, :prefix] for tokens in found]
         maps = [self._formatted(tokens[:, prefix:], output_fmt) for tokens in found]
@@ -137,7 +140,7 @@ class BackboneForward(BackboneFacts):
             result["image_intermediates_prefix"] = prefixes
         if intermediates_only:
             return result
-        features = self._spread(self.normed(x), self.read_places)
+        features = self._to_grid(self._spread(self.normed(x), self.read_places))
         return result | {"image_features": features} if output_dict else (features, paired)
 
     def get_intermediate_layers(
@@ -178,10 +181,29 @@ class BackboneForward(BackboneFacts):
             raise InputError(f"tokens and features: {ROTATED}")
 
     def _stream(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
-        """Run some steps on all tokens: (batch, tokens, embed) -> the same shape."""
-        for step in list(self.steps)[start:end]:
-            x = self.run_step(cast("Sequence[Branch]", step), x)
+        """Run some steps on all tokens that they carry: (batch, tokens, embed) -> (…, embed)."""
+        counts = self.architecture.step_tokens(last_queries=False)
+        for step, count in zip(list(self.steps)[start:end], counts[start:end], strict=True):
+            queries = count if count < x.shape[1] else None
+            x = self.run_step(cast("Sequence[Branch]", step), x, queries)
         return x
+
+    def _token_places(self, count: int, device: torch.device) -> Tensor:
+        """The places of the first tokens of the stream among the prefix tokens and the grid."""
+        architecture = self.architecture
+        order = architecture.order or tuple(range(architecture.patches))
+        prefix = architecture.prefix
+        places = [*range(prefix), *(prefix + place for place in order)]
+        return torch.tensor(places[:count], device=device)
+
+    def _to_grid(self, x: Tensor) -> Tensor:
+        """Put tokens in their places, with zeros for patches that left the stream."""
+        architecture = self.architecture
+        if not architecture.drops_tokens:
+            return x
+        rows, columns = architecture.grid
+        whole = x.new_zeros(len(x), architecture.prefix + rows * columns, x.shape[-1])
+        return whole.index_copy(1, self._token_places(x.shape[1], x.device), x)
 
     def run_step(self, step: Sequence[Branch], x: Tensor, queries: int | None = None) -> Tensor:
         """Run a step; with `queries`, compute that many leading tokens only."""

@@ -7,13 +7,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..architecture import Architecture, AttentionSpec
+from ..architecture import Architecture
 from .backbone import Backbone
 from .branch import Branch
-from .layers import ACTIVATIONS, ConvAct, Norm, spread
+from .layers import ACTIVATIONS, Norm, spread
 from .pool import AttentionPool, Refine
 from .relative_bias import RelativeBias
+from .soft_split import stem_layers
 
 
 class CompactModel(Backbone):
@@ -25,18 +27,23 @@ class CompactModel(Backbone):
     """
 
     stem_writes: Tensor | None
+    order: Tensor | None
+    # Factors of the tokens that are pooled, 0 or 1, in a network that computes with a token mask.
+    token_keep: Tensor | None
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
         embed, channels, stem = architecture.embed, architecture.image[0], architecture.stem
         filled = architecture.read_width(architecture.stem_writes)
+        # Set during training only.
+        self.patch_drop: nn.Module | None = None
         self.register_index("stem_writes", architecture.stem_writes)
-        inputs = [channels, *(conv.channels for conv in stem.before)]
-        convs = [ConvAct(conv, width) for conv, width in zip(stem.before, inputs, strict=False)]
-        self.before = nn.Sequential(*convs) if convs else None
+        self.register_index("order", architecture.order)
+        self.register_buffer("token_keep", None, persistent=False)
+        self.before = stem_layers(stem, channels)
         self.stem = nn.Conv2d(
-            inputs[-1],
+            stem.inputs(channels)[-1],
             filled,
             stem.patch,
             stride=stem.stride or stem.patch,
@@ -46,9 +53,8 @@ class CompactModel(Backbone):
         self.prefix = (
             nn.Parameter(torch.zeros(architecture.prefix, filled)) if architecture.prefix else None
         )
-        patches = architecture.tokens - architecture.prefix
         self.position = (
-            nn.Parameter(torch.zeros(patches, filled)) if architecture.position else None
+            nn.Parameter(torch.zeros(architecture.patches, filled)) if architecture.position else None
         )
         self.patch_norm = Norm(architecture.patch_norm) if architecture.patch_norm else None
         self.stem_norm = Norm(architecture.stem_norm) if architecture.stem_norm else None
@@ -83,15 +89,12 @@ class CompactModel(Backbone):
     def features(self, images: Tensor) -> Tensor:
         """Return the residual stream after the last step, (batch, tokens, embed).
 
-        With `last_queries`, only the tokens that the head reads.
+        These are the tokens that `Architecture.step_tokens` counts last.
         """
         x = self.embed(images)
-        last = self._last_attention() if self.architecture.last_queries else None
-        for number, step in enumerate(cast("Iterable[Sequence[Branch]]", self.steps)):
-            queries = None
-            if last is not None and number >= last:
-                queries = self.architecture.pooled_prefix
-            x = self.run_step(step, x, queries)
+        counts = self.architecture.step_tokens()
+        for step, count in zip(cast("Iterable[Sequence[Branch]]", self.steps), counts, strict=True):
+            x = self.run_step(step, x, count if count < x.shape[1] else None)
         return x
 
     def embed(self, images: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ class CompactModel(Backbone):
             images = images.to(self.stem.weight.dtype)
         if self.before is not None:
             images = self.before(images)
-        x: Tensor = self.stem(images).flatten(2).transpose(1, 2)
+        x = self._patches(images)
         if self.patch_norm is not None:
             x = self.patch_norm(x)
         if self.position is not None:
@@ -112,7 +115,32 @@ class CompactModel(Backbone):
             x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
         if self.stem_norm is not None:
             x = self.stem_norm(x)
-        return spread(x, self.stem_writes, self.architecture.embed)
+        x = spread(x, self.stem_writes, self.architecture.embed)
+        return x if self.patch_drop is None else self.patch_drop(x)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """The patch projection: (batch, channels, height, width) -> (batch, patches, channels)."""
+        stem, order = self.stem, self.order
+        if order is None:
+            x: Tensor = stem(images).flatten(2).transpose(1, 2)
+            return x
+        if len(order) == self.architecture.grid[0] * self.architecture.grid[1]:
+            x = stem(images).flatten(2).transpose(1, 2)
+            return x.index_select(1, order)
+        # Patches that leave before the first sub-layer are not computed.
+        pixels = self._patch_pixels(images).index_select(1, order)
+        return F.linear(pixels, stem.weight.flatten(1), stem.bias)
+
+    def _patch_pixels(self, images: Tensor) -> Tensor:
+        """The pixels that each patch reads, (batch, patches of the grid, channels * patch area)."""
+        spec, (down, across) = self.architecture.stem, self.architecture.grid
+        height, width = spec.patch
+        if spec.tiles(images.shape[-2], images.shape[-1]):
+            # Reshapes instead of im2col, which some converters of other runtimes do not have.
+            cells = images.unflatten(3, (across, width)).unflatten(2, (down, height))
+            return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        stride = spec.stride or spec.patch
+        return F.unfold(images, spec.patch, padding=spec.padding, stride=stride).transpose(1, 2)
 
     def classify(self, x: Tensor) -> Tensor:
         """(batch, tokens, embed) -> (batch, classes), or features where there is no head."""
@@ -131,7 +159,7 @@ class CompactModel(Backbone):
             return (self._logits(x[:, 0]) + self._logits(x[:, 1], self.head_dist)) / 2
         if kind == "dense":
             patches = self._logits(x[:, self.architecture.prefix :], self.head_dist)
-            return self._logits(x[:, 0]) + 0.5 * patches.amax(dim=1)
+            return self._logits(x[:, 0]) + 0.5 * _maximum(patches, self._patch_keep)
         return self._logits(self.pooled(x))
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -156,13 +184,21 @@ class CompactModel(Backbone):
             return x[:, 0]
         if kind == "distilled":
             return (x[:, 0] + x[:, 1]) / 2
+        keep = self._patch_keep
         if kind == "token_mean":
-            return torch.cat([x[:, 0], x[:, prefix:].mean(dim=1)], dim=-1)
-        if not kind.endswith("_all"):
+            return torch.cat([x[:, 0], _mean(x[:, prefix:], keep)], dim=-1)
+        if kind.endswith("_all"):
+            keep = self.token_keep
+        else:
             x = x[:, prefix:]
         if kind.startswith("mean"):
-            return x.mean(dim=1)
-        return x.amax(dim=1) if kind.startswith("max") else 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+            return _mean(x, keep)
+        largest = _maximum(x, keep)
+        return largest if kind.startswith("max") else 0.5 * (largest + _mean(x, keep))
+
+    @property
+    def _patch_keep(self) -> Tensor | None:
+        return None if self.token_keep is None else self.token_keep[self.architecture.prefix :]
 
     def _logits(self, x: Tensor, classifier: nn.Linear | None = None) -> Tensor:
         head, classifier = self.architecture.head, classifier or self.head
@@ -172,16 +208,15 @@ class CompactModel(Backbone):
             x = ACTIVATIONS[head.hidden_act](self.pre_head(x))
         return ACTIVATIONS[head.act](classifier(x))
 
-    def _last_attention(self) -> int | None:
-        """The last step with attention if the head reads prefix tokens only, else None."""
-        if not self.architecture.pooled_prefix:
-            return None
-        with_attention = [
-            number
-            for number, step in enumerate(self.architecture.steps)
-            if any(isinstance(branch.core, AttentionSpec) for branch in step)
-        ]
-        return with_attention[-1] if with_attention else 0
+
+def _mean(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean over the kept tokens: (batch, tokens, width) -> (batch, width)."""
+    return x.mean(dim=1) if keep is None else (x * keep[:, None]).sum(dim=1) / keep.sum()
+
+
+def _maximum(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Maximum over the kept tokens: (batch, tokens, width) -> (batch, width)."""
+    return (x if keep is None else x.masked_fill(keep[:, None] == 0, -torch.inf)).amax(dim=1)
 
 
 def build(architecture: Architecture, state: Mapping[str, Tensor]) -> CompactModel:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..architecture import PoolSpec, RefineSpec
+from .attention import kept_softmax
 from .layers import Ffn, Norm
 
 
@@ -17,12 +18,16 @@ class AttentionPool(nn.Module):
     image. Lee et al. 2019, "Set Transformer"; Zhai et al. 2022, "Scaling Vision Transformers".
     """
 
+    # Factors of the keys, 0 or 1, in a network that computes with a token mask.
+    key_keep: Tensor | None
+
     def __init__(self, spec: PoolSpec, width_in: int) -> None:
         super().__init__()
         assert spec.attention is not None
         assert spec.width is not None
         attention = spec.attention
         self.spec, self.attention = spec, attention
+        self.register_buffer("key_keep", None, persistent=False)
         self.query = nn.Parameter(torch.zeros(attention.heads * attention.qk))
         self.k = nn.Linear(width_in, attention.heads * attention.qk, bias=attention.k_bias)
         self.v = nn.Linear(width_in, attention.heads * attention.v, bias=attention.v_bias)
@@ -43,7 +48,7 @@ class AttentionPool(nn.Module):
         v = torch.unflatten(self.v(x), -1, (heads, -1)).transpose(1, 2)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        y = F.scaled_dot_product_attention(q, k, v, scale=self.attention.scale)
+        y = _attend(q, k, v, self.attention.scale, self.key_keep)
         pooled: Tensor = self.out(y.flatten(1))
         if self.ffn is not None:
             inner = pooled if self.norm is None else self.norm(pooled)
@@ -60,6 +65,7 @@ class Refine(nn.Module):
 
     spread: Tensor | None
     gather: Tensor | None
+    key_keep: Tensor | None
 
     def __init__(self, spec: RefineSpec) -> None:
         super().__init__()
@@ -73,6 +79,7 @@ class Refine(nn.Module):
             spread += [start + i if i < channels else total for i in range(width)]
             gather += [head * width + i for i in range(channels)]
             start += channels
+        self.register_buffer("key_keep", None, persistent=False)
         even = len(set(spec.channels)) == 1
         self.register_buffer(
             "spread", None if even else torch.tensor(spread, device="cpu"), persistent=False
@@ -86,9 +93,11 @@ class Refine(nn.Module):
         if self.spread is not None:
             x = F.pad(x, (0, 1)).index_select(-1, self.spread)
         x = torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
-        y = (
-            F.scaled_dot_product_attention(x, x, x, scale=self.spec.scale)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        y = _attend(x, x, x, self.spec.scale, self.key_keep).transpose(1, 2).flatten(2)
         return y if self.gather is None else y.index_select(-1, self.gather)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None) -> Tensor:
+    if keep is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return kept_softmax(q @ k.transpose(-2, -1) * scale, keep) @ v

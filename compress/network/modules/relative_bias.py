@@ -40,7 +40,8 @@ class RelativeBias(nn.Module):
 def offsets(spec: RelativeBiasSpec, device: torch.device | None = None) -> Tensor:
     """Return the row of the table for query i and key j, (tokens, tokens).
 
-    Tokens are the patches, after one class token if the table has rows for it.
+    Tokens are the patches in the order of the stream, after one class token if the table has rows
+    for it.
     """
     down, across = spec.grid
     rows, columns = torch.arange(down, device=device), torch.arange(across, device=device)
@@ -49,6 +50,9 @@ def offsets(spec: RelativeBiasSpec, device: torch.device | None = None) -> Tenso
     # (down, across, down, across): query row, query column, key row, key column.
     index = row[:, None, :, None] * (2 * across - 1) + column[None, :, None, :]
     index = index.reshape(down * across, down * across)
+    if spec.order is not None:
+        places = torch.tensor(spec.order, device=device)
+        index = index[places[:, None], places[None, :]]
     if spec.prefix_rows:
         index = F.pad(index, (1, 0, 1, 0))
         index[0, :] = spec.rows - 3
