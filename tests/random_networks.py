@@ -24,6 +24,7 @@ from vitrim.compress.network.architecture import (
     RelativeBiasSpec,
     RopeGridSpec,
     RopeSpec,
+    SoftSplitSpec,
     StemSpec,
 )
 from vitrim.compress.network.modules.model import CompactModel
@@ -74,16 +75,12 @@ def architectures(draw: Any, countable: bool = False, resizable_rope: bool = Fal
         if draw(st.booleans())
         else None
     )
-    before = (
-        (ConvSpec(channels=3, kernel=(3, 3), padding=(1, 1), act="relu", bias=draw(st.booleans())),)
-        if draw(st.booleans())
-        else ()
-    )
+    before = draw(st.lists(_layer_before_patches(), max_size=1))
     written = embed if filled is None else len(filled)
     return Architecture(
         image=(2, 4, 6),
         embed=embed,
-        stem=StemSpec(patch=(2, 2), bias=draw(st.booleans()), before=before),
+        stem=StemSpec(patch=(2, 2), bias=draw(st.booleans()), before=tuple(before)),
         prefix=prefix,
         position=draw(st.booleans()),
         patch_norm=draw(_norm(written)),
@@ -95,6 +92,32 @@ def architectures(draw: Any, countable: bool = False, resizable_rope: bool = Fal
         pool_norm=draw(_norm(after)) if pool not in ("distilled", "dense") else None,
         head=head,
         head_reads=reads,
+    )
+
+
+@st.composite
+def _layer_before_patches(draw: Any) -> ConvSpec | SoftSplitSpec:
+    """A layer of images (2, 4, 6) that keeps their height and width."""
+    same: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1)}
+    if draw(st.booleans()):
+        return ConvSpec(channels=3, act="relu", bias=draw(st.booleans()), **same)
+    linear = draw(st.booleans())
+    ffn = FfnSpec(
+        hidden=draw(st.integers(1, 5)),
+        gated=draw(st.booleans()),
+        out_bias=draw(st.booleans()),
+        norm=None,
+    )
+    return SoftSplitSpec(
+        channels=4,
+        norm=NormSpec(width=18, kind=draw(st.sampled_from(["layer", "rms"]))),
+        qkv_bias=draw(st.booleans()),
+        scale=None if linear else 0.3,
+        features=2 if linear else None,
+        out_bias=draw(st.booleans()),
+        ffn_norm=NormSpec(width=4),
+        ffn=ffn,
+        **same,
     )
 
 

@@ -1,14 +1,16 @@
 """T2T-ViT (Yuan et al. 2021, "Tokens-to-Token ViT"), written from its published shapes.
 
-It has two soft splits followed by a small transformer each, a third soft split with a projection,
-and a deep and narrow backbone of plain blocks. T2T-ViT-14: 14 blocks, 384 channels, 6 heads, MLP
-ratio 3, 64 channels in tokens-to-token; 21.5 M parameters. The backbone here includes the last soft
-split, which with its projection is a convolution: 3 x 3, stride 2, padding 1.
+Two soft splits are each followed by a small transformer layer, with softmax attention (T2T-ViT_t)
+or with a performer's linear attention; a third soft split is projected. The backbone is deep and
+narrow. T2T-ViT-14: 14 blocks, 384 channels, 6 heads, MLP ratio 3, 64 channels in tokens-to-token;
+21.5 M parameters. `T2TBackbone` begins at the last soft split, which with its projection is a
+convolution: 3 x 3, stride 2, padding 1.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,35 +64,88 @@ class Block(nn.Module):
         return out
 
 
-class TokenTransformer(nn.Module):
-    """One head with a residual connection of the values instead of the inputs."""
+class TokenAttention(nn.Module):
+    """One head whose width is not that of its input; the values are the shortcut."""
 
     def __init__(self, dim: int, in_dim: int) -> None:
         super().__init__()
-        self.in_dim = in_dim
-        self.norm1, self.qkv = nn.LayerNorm(dim), nn.Linear(dim, 3 * in_dim, bias=False)
-        self.proj = nn.Linear(in_dim, in_dim)
+        self.num_heads, self.in_dim, self.scale = 1, in_dim, dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * in_dim, bias=False)
+        self.attn_drop = nn.Dropout(0.0)
+        self.proj, self.proj_drop = nn.Linear(in_dim, in_dim), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.in_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attn = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1))
+        y = self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(batch, tokens, -1)))
+        out: Tensor = v.squeeze(1) + y
+        return out
+
+
+class TokenTransformer(nn.Module):
+    def __init__(self, dim: int, in_dim: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), TokenAttention(dim, in_dim)
+        self.drop_path = nn.Identity()
         self.norm2, self.mlp = nn.LayerNorm(in_dim), Mlp(in_dim, in_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        x = v + self.proj((q @ k.transpose(-2, -1) * self.in_dim**-0.5).softmax(dim=-1) @ v)
+        x = self.attn(self.norm1(x))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out
+
+
+class TokenPerformer(nn.Module):
+    """Linear attention with positive random features; keys come first in `kqv`."""
+
+    def __init__(self, dim: int, in_dim: int) -> None:
+        super().__init__()
+        self.emb, self.m, self.epsilon = in_dim, in_dim // 2, 1e-8
+        self.kqv, self.dp = nn.Linear(dim, 3 * in_dim), nn.Dropout(0.1)
+        self.proj = nn.Linear(in_dim, in_dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(in_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, in_dim), nn.GELU(), nn.Linear(in_dim, in_dim), nn.Dropout(0.1)
+        )
+        directions = nn.init.orthogonal_(torch.randn(self.m, in_dim)) * math.sqrt(self.m)
+        self.w = nn.Parameter(directions, requires_grad=False)
+
+    def prm_exp(self, x: Tensor) -> Tensor:
+        half_norm = (x * x).sum(dim=-1, keepdim=True) / 2
+        projected = torch.einsum("bti,mi->btm", x.float(), self.w)
+        return (projected - half_norm).exp() / math.sqrt(self.m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, q, v = self.kqv(self.norm1(x)).split(self.emb, dim=-1)
+        k, q = self.prm_exp(k), self.prm_exp(q)
+        divisor = torch.einsum("bti,bi->bt", q, k.sum(dim=1))[..., None]
+        summary = torch.einsum("bin,bim->bnm", v.float(), k)
+        y = torch.einsum("bti,bni->btn", q, summary) / (divisor + self.epsilon)
+        x = v + self.dp(self.proj(y))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
 
-class SoftSplits(nn.Module):
-    """The tokens-to-token module without its last soft split.
+class T2TModule(nn.Module):
+    """Images (batch, 3, height, width) -> tokens (batch, height / 16 * width / 16, embed_dim)."""
 
-    (batch, 3, height, width) -> (batch, 64, height / 8, width / 8).
-    """
-
-    def __init__(self, token_dim: int = 64) -> None:
+    def __init__(
+        self,
+        kind: Literal["performer", "transformer"] = "performer",
+        token_dim: int = 64,
+        embed_dim: int = 384,
+        channels: int = 3,
+    ) -> None:
         super().__init__()
-        self.soft_split0 = nn.Unfold(7, stride=4, padding=2)
-        self.soft_split1 = nn.Unfold(3, stride=2, padding=1)
-        self.attention1 = TokenTransformer(3 * 49, token_dim)
-        self.attention2 = TokenTransformer(token_dim * 9, token_dim)
+        layer = TokenPerformer if kind == "performer" else TokenTransformer
+        self.soft_split0 = nn.Unfold(kernel_size=(7, 7), stride=(4, 4), padding=(2, 2))
+        self.soft_split1 = nn.Unfold(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))
+        self.soft_split2 = nn.Unfold(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))
+        self.attention1 = layer(channels * 7 * 7, token_dim)
+        self.attention2 = layer(token_dim * 3 * 3, token_dim)
+        self.project = nn.Linear(token_dim * 3 * 3, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         for split, attention in (
@@ -100,7 +155,42 @@ class SoftSplits(nn.Module):
             tokens = attention(split(x).transpose(1, 2))
             side = math.isqrt(tokens.shape[1])
             x = tokens.transpose(1, 2).reshape(len(x), -1, side, side)
-        return x
+        out: Tensor = self.project(self.soft_split2(x).transpose(1, 2))
+        return out
+
+
+class T2TViT(nn.Module):
+    """Images (batch, 3, size, size) -> logits (batch, classes). Defaults are T2T-ViT-14."""
+
+    def __init__(
+        self,
+        kind: Literal["performer", "transformer"] = "performer",
+        img_size: int = 224,
+        token_dim: int = 64,
+        embed_dim: int = 384,
+        depth: int = 14,
+        num_heads: int = 6,
+        mlp_ratio: float = 3.0,
+        classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.tokens_to_token = T2TModule(kind, token_dim, embed_dim)
+        patches = (img_size // 16) ** 2
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sinusoids(patches + 1, embed_dim), requires_grad=False)
+        self.pos_drop = nn.Dropout(0.0)
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(embed_dim), nn.Linear(embed_dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens_to_token(x)
+        x = self.pos_drop(
+            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        )
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(self.norm(x)[:, 0])
+        return out
 
 
 class LastSplit(nn.Module):
@@ -117,10 +207,7 @@ class LastSplit(nn.Module):
 
 
 class T2TBackbone(nn.Module):
-    """Feature maps (batch, 64, side, side) -> logits (batch, classes).
-
-    Defaults are those of T2T-ViT-14 on 224 x 224 images.
-    """
+    """Feature maps (batch, 64, side, side) -> logits (batch, classes)."""
 
     def __init__(
         self,
@@ -146,29 +233,6 @@ class T2TBackbone(nn.Module):
         x = self.pos_drop(
             torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         )
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.head(self.norm(x)[:, 0])
-        return out
-
-
-class T2TViT(nn.Module):
-    """The whole network with the published module names: `tokens_to_token` has no converter."""
-
-    def __init__(self, backbone: T2TBackbone) -> None:
-        super().__init__()
-        self.tokens_to_token = nn.Sequential(SoftSplits(), backbone.patch_embed)
-        self.cls_token, self.pos_embed, self.blocks, self.norm, self.head = (
-            backbone.cls_token,
-            backbone.pos_embed,
-            backbone.blocks,
-            backbone.norm,
-            backbone.head,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.tokens_to_token(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.head(self.norm(x)[:, 0])

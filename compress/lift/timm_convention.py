@@ -15,16 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UnsupportedModel
-from ..network.architecture import Architecture, AttentionSpec, FfnSpec, PoolSpec, StemSpec
+from ..network.architecture import (
+    Architecture,
+    AttentionSpec,
+    FfnSpec,
+    PoolSpec,
+    SoftSplitSpec,
+    StemSpec,
+)
 from ..network.modules.attention import Attention
 from ..network.modules.branch import Branch
-from ..network.modules.layers import ConvAct, Ffn
+from ..network.modules.layers import Ffn
 from ..network.modules.model import build
+from ..network.modules.soft_split import stem_layers
 from .assembly import assemble, classifier, lift_blocks
 from .equivalence import describe, is_close, output_difference, with_tensors
 from .hooks import nearest_change
 from .parts import absent, activation, layer_scale, linear, norm, prefixed, softmax_scale
 from .registry import Piece, TokenLayout, converts_unknown, forget, no_rule_message, type_name
+from .soft_split import has_soft_splits, soft_split_stem
 from .stem import sequence_stem
 from .timm_attention import attention_piece, no_rope, split_qkv
 from .timm_block import Steps, attention_branch, ffn_branch
@@ -108,7 +117,7 @@ def block(module: Any, path: str, layout: TokenLayout) -> Steps:
 def model(module: Any, path: str) -> Piece[Architecture]:
     """Convert patch_embed, cls_token, pos_embed, blocks, norm and head.
 
-    A Linear `aux_head` reads the patches, as in LV-ViT.
+    A Linear `aux_head` reads the patches, as in LV-ViT. T2T-ViT's stem is named `tokens_to_token`.
     """
     if not isinstance(getattr(module, "blocks", None), nn.Sequential | nn.ModuleList):
         raise UnsupportedModel(no_rule_message("model", module, path))
@@ -146,7 +155,7 @@ def _network(
         prefix=prefix,
         position=position,
         norms={
-            "patch_norm": (getattr(module.patch_embed, "norm", None), "patch_embed.norm"),
+            "patch_norm": _patch_norm(module),
             "stem_norm": (getattr(module, "norm_pre", None), "norm_pre"),
             "norm": (getattr(module, "norm", None), "norm"),
             "pool_norm": (pool_norm, "fc_norm"),
@@ -176,9 +185,7 @@ def _pools_and_heads(module: Any) -> Iterator[tuple[PoolSpec, Any]]:
 
 
 def _stem(module: Any) -> tuple[Piece[StemSpec], tuple[Tensor | None, Tensor | None], Image]:
-    embed = getattr(module, "patch_embed", None)
-    if not isinstance(embed, nn.Module):
-        raise UnsupportedModel(_no_patch_embed_message(module))
+    embed, path = _patch_embed(module)
     names = ("cls_token", "dist_token", "reg_token")
     tokens = [getattr(module, name, None) for name in names]
     found = [token[0] for token in tokens if isinstance(token, Tensor)]
@@ -186,7 +193,8 @@ def _stem(module: Any) -> tuple[Piece[StemSpec], tuple[Tensor | None, Tensor | N
     pos_embed = getattr(module, "pos_embed", None)
     table = pos_embed[0] if isinstance(pos_embed, Tensor) else None
     reasons = []
-    for stem in sequence_stem(embed, "patch_embed"):
+    soft = has_soft_splits(embed)
+    for stem in [soft_split_stem(embed, path)] if soft else sequence_stem(embed, path):
         positions = None if table is None else len(table)
         image = _image(module, stem, positions, 0 if prefix is None else len(prefix))
         with torch.device("meta"):
@@ -198,9 +206,24 @@ def _stem(module: Any) -> tuple[Piece[StemSpec], tuple[Tensor | None, Tensor | N
             return stem, _add_prefix_positions(prefix, table, grid), image
         reasons.append(describe(outcome))
     raise UnsupportedModel(
-        f"patch_embed: {type_name(embed)} computes something else than convolutions "
+        f"{path}: {type_name(embed)} computes something else than "
+        f"{'soft splits and attention' if soft else 'convolutions'} "
         f"in the order of its parts ({'; '.join(reasons)})"
     )
+
+
+def _patch_embed(module: Any) -> tuple[nn.Module, str]:
+    """The patch embedding and its path."""
+    for name in ("patch_embed", "tokens_to_token"):
+        embed = getattr(module, name, None)
+        if isinstance(embed, nn.Module) and (name == "patch_embed" or has_soft_splits(embed)):
+            return embed, name
+    raise UnsupportedModel(_no_patch_embed_message(module))
+
+
+def _patch_norm(module: Any) -> tuple[nn.Module | None, str]:
+    embed, path = _patch_embed(module)
+    return getattr(embed, "norm", None), f"{path}.norm"
 
 
 def _no_patch_embed_message(module: Any) -> str:
@@ -211,7 +234,8 @@ def _no_patch_embed_message(module: Any) -> str:
             other, module = name, child
             break
     return (
-        f"{other}: {type_name(module)} where a convolutional patch_embed was expected; "
+        f"{other}: {type_name(module)} where a convolutional patch_embed, or soft splits as in "
+        "T2T-ViT, were expected; "
         "lift what comes after it: a module with patch_embed, blocks, norm and head"
     )
 
@@ -233,7 +257,7 @@ def _add_prefix_positions(
 def _image(module: Any, stem: Piece[StemSpec], positions: int | None, prefix: int) -> Image:
     """Channels, height and width: from an attribute, or from the number of positions."""
     channels = _input_channels(stem)
-    for owner in (module, module.patch_embed):
+    for owner in (module, _patch_embed(module)[0]):
         for name in ("img_size", "image_size", "input_size"):
             size = getattr(owner, name, None)
             if isinstance(size, int):
@@ -255,7 +279,10 @@ def _image(module: Any, stem: Piece[StemSpec], positions: int | None, prefix: in
 
 
 def _input_channels(stem: Piece[StemSpec]) -> int:
-    first = "before.0.conv.weight" if stem.spec.before else "stem.weight"
+    before = stem.spec.before
+    if before and isinstance(before[0], SoftSplitSpec):
+        return before[0].norm.width // math.prod(before[0].kernel)
+    first = "before.0.conv.weight" if before else "stem.weight"
     return stem.tensors[first].shape[1]
 
 
@@ -265,17 +292,16 @@ class _Patches(nn.Module):
     def __init__(self, stem: Piece[StemSpec]) -> None:
         super().__init__()
         spec, weight = stem.spec, stem.tensors["stem.weight"]
-        inputs = [_input_channels(stem), *(conv.channels for conv in spec.before)]
-        convs = [ConvAct(conv, width) for conv, width in zip(spec.before, inputs, strict=False)]
+        channels = _input_channels(stem)
         last = nn.Conv2d(
-            inputs[-1],
+            spec.inputs(channels)[-1],
             weight.shape[0],
             spec.patch,
             stride=spec.stride or spec.patch,
             padding=spec.padding,
             bias=spec.bias,
         )
-        self.before, self.stem = nn.Sequential(*convs), last
+        self.before, self.stem = stem_layers(spec, channels) or nn.Sequential(), last
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.stem(self.before(x)).flatten(2).transpose(1, 2)

@@ -167,7 +167,7 @@ class StemSpec(Spec):
     pruned."""
 
     def inputs(self, channels: int) -> list[int]:
-        """Input channels of each layer of an image of `channels`; the last entry is the patches'."""
+        """Input channels of each layer for an image of `channels`, the patch projection last."""
         return [channels, *(layer.channels for layer in self.before)]
 
     def before_macs(self, channels: int, height: int, width: int) -> int:

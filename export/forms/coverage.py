@@ -27,6 +27,7 @@ from ...compress.network.architecture import (
     RelativeBiasSpec,
     RopeGridSpec,
     RopeSpec,
+    SoftSplitSpec,
     StemSpec,
 )
 
@@ -73,7 +74,11 @@ _READ: dict[type[BaseModel], set[str]] = {
         "stream_width stream_channels stream_rotated head_reads last_queries data"
     ),
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
-    ConvSpec: {"channels", "kernel", "stride", "padding", "bias", "act"},
+    ConvSpec: {"kind", "channels", "kernel", "stride", "padding", "bias", "act"},
+    SoftSplitSpec: _fields(
+        "kind channels kernel stride padding norm qkv_bias scale features features_eps "
+        "out_bias ffn_norm ffn"
+    ),
     PoolSpec: {"kind", "attention", "norm", "ffn", "width", "prefix", "refine"},
     RefineSpec: {"channels", "scale"},
     DataSpec: {"mean", "std", "interpolation", "crop_pct", "crop_mode"},

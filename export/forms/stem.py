@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...compress.network.architecture import Architecture
+from ...compress.network.architecture import Architecture, SoftSplitSpec
 from .ffn import activation
 from .form import Form
-from .graph import Array, Graph, State
+from .graph import Array, Graph, State, entries_below
 from .rows import Linear, Norm, int8_linear, linear, norm, scatter_array, scatter_channels
+from .soft_split import soft_split
 
 
 def stem(
@@ -103,8 +104,13 @@ def _patches(
         return _patches_by_product(graph, form, architecture, weights)
     spec, width, matrix = architecture.stem, weights.patch.shape[0], form.rows == "matrix"
     images = "images"
-    for number, conv in enumerate(spec.before):
+    sizes = spec.sizes(*architecture.image[1:])
+    for number, (conv, size) in enumerate(zip(spec.before, sizes, strict=False)):
         name = f"before.{number}"
+        if isinstance(conv, SoftSplitSpec):
+            part = entries_below(state, name)
+            images = soft_split(graph, form, conv, part, images, size=size, name=name)
+            continue
         inputs = [images, graph.constant(f"{name}.weight", state[f"{name}.conv.weight"])]
         if conv.bias:
             inputs.append(graph.constant(f"{name}.bias", state[f"{name}.conv.bias"]))

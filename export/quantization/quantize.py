@@ -26,6 +26,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ...core.errors import InputError
+from ..graphs.model_proto import LINEAR_ATTENTION, in_stem
 
 Calibration = Literal["min-max", "percentile", "entropy"]
 CALIBRATIONS: tuple[Calibration, ...] = ("min-max", "percentile", "entropy")
@@ -173,7 +174,7 @@ class _Selection:
         products = tuple(
             node.name
             for node in nodes
-            if _is_product(node) and node.input[1] in matrices and node.name != "stem"
+            if _is_product(node) and node.input[1] in matrices and not in_stem(node.name)
         )
         parts = {
             # The patch embedding reads pixels, as a convolution or as a product.
@@ -248,8 +249,17 @@ def weights_only(
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    # Of the layers before the patches only the time would change, and a linear attention is exact
+    # only with exact features.
+    kept = [node.name for node in copy.graph.node if in_stem(node.name) and node.name != "stem"]
     with _silent():
-        quantizer = MatMulNBitsQuantizer(copy, bits=bits, block_size=block_size, is_symmetric=True)
+        quantizer = MatMulNBitsQuantizer(
+            copy,
+            bits=bits,
+            block_size=block_size,
+            is_symmetric=True,
+            nodes_to_exclude=kept,
+        )
         quantizer.process()
     quantized: onnx.ModelProto = quantizer.model.model
     del quantized.graph.value_info[:]
@@ -257,18 +267,65 @@ def weights_only(
 
 
 def half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the same graph in float16, with float32 input and output."""
+    """Return the same graph in float16, with float32 input and output.
+
+    A linear attention stays in float32: its features leave the range of float16.
+    """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    spared = _with_casts(copy)
     with warnings.catch_warnings():
         # Weights below the smallest half are set to it, with a warning for each.
         warnings.simplefilter("ignore")
         converted: onnx.ModelProto = convert_float_to_float16(
-            copy, keep_io_types=True, disable_shape_infer=True
+            copy,
+            keep_io_types=True,
+            disable_shape_infer=True,
+            node_block_list=spared,
         )
     return converted
+
+
+def _with_casts(model: onnx.ModelProto) -> list[str]:
+    """Insert casts around each linear attention; return the names of nodes that stay in float32.
+
+    The converter inserts them only where it has the types of all values, and then once a use.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    spared = [node for node in model.graph.node if LINEAR_ATTENTION in node.name]
+    inside = {value for node in spared for value in node.output}
+    others = [node for node in model.graph.node if LINEAR_ATTENTION not in node.name]
+    leaving = inside & {value for node in others for value in node.input}
+    nodes: list[onnx.NodeProto] = []
+    entered: set[str] = set()
+    for node in model.graph.node:
+        if LINEAR_ATTENTION not in node.name:
+            nodes.append(node)
+            continue
+        for number, value in enumerate(node.input):
+            if not value or value in constants:
+                continue
+            if value not in inside:
+                node.input[number] = f"{value}.{LINEAR_ATTENTION}"
+                if value not in entered:
+                    nodes.append(_cast(value, node.input[number], onnx.TensorProto.FLOAT))
+                entered.add(value)
+            elif value in leaving:
+                node.input[number] = f"{value}.single"
+        nodes.append(node)
+        for number, value in enumerate(node.output):
+            if value in leaving:
+                node.output[number] = f"{value}.single"
+                nodes.append(_cast(node.output[number], value, onnx.TensorProto.FLOAT16))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return [node.name for node in model.graph.node if LINEAR_ATTENTION in node.name]
+
+
+def _cast(value: str, name: str, to: int) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [value], [name], name=f"{name}.cast", to=to)
 
 
 class _files:

@@ -50,8 +50,8 @@ class SoftSplit(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one head: three (batch, tokens, width) -> (batch, tokens, width)."""
         if self.features is None:
-            heads = (each.unsqueeze(1) for each in (q, k, v))
-            return F.scaled_dot_product_attention(*heads, scale=self.spec.scale).squeeze(1)
+            q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+            return F.scaled_dot_product_attention(q, k, v, scale=self.spec.scale).squeeze(1)
         # The features span many orders of magnitude, which half precision does not hold.
         kind = torch.promote_types(v.dtype, torch.float32)
         q, k = (random_features(each.to(kind), self.features.to(kind)) for each in (q, k))
@@ -65,7 +65,8 @@ def random_features(x: Tensor, directions: Tensor) -> Tensor:
     The product of such features of q and k estimates exp(q k) without bias.
     """
     exponents = F.linear(x, directions) - x.square().sum(dim=-1, keepdim=True) / 2
-    return exponents.exp() * len(directions) ** -0.5
+    found: Tensor = exponents.exp() * len(directions) ** -0.5
+    return found
 
 
 def stem_layers(stem: StemSpec, channels: int) -> nn.Sequential | None:

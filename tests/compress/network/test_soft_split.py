@@ -1,0 +1,308 @@
+"""Soft splits of T2T-ViT: attention, counts, files, image sizes and masks of whole networks."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from t2t_vit import T2TViT, TokenPerformer
+from tiny_models import add_noise, relative_error
+from torch.nn import functional as F
+from vitrim import InputError, StructuredMask, compact, lift, load, masked, resized, save
+from vitrim.compress.network.architecture import (
+    Architecture,
+    ConvSpec,
+    FfnSpec,
+    NormSpec,
+    SoftSplitSpec,
+    StemSpec,
+)
+from vitrim.compress.network.cost import live_cost
+from vitrim.compress.network.count import count_macs, count_params, stem_macs
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.network.modules.soft_split import SoftSplit, random_features
+
+KINDS = ("performer", "transformer")
+
+
+def soft_split(channels: int, width: int, **options: Any) -> SoftSplitSpec:
+    """A soft split with windows of 3 x 3 pixels, every second one."""
+    settings: dict[str, Any] = {
+        "kernel": (3, 3),
+        "stride": (2, 2),
+        "padding": (1, 1),
+        "norm": NormSpec(width=9 * channels),
+        "ffn_norm": NormSpec(width=width),
+        "ffn": FfnSpec(hidden=width),
+        "scale": None if "features" in options else 0.5,
+    }
+    return SoftSplitSpec(channels=width, **settings | options)
+
+
+def network(kind: Any = "performer", img_size: int = 32) -> CompactModel:
+    torch.manual_seed(0)
+    shape: Any = {"token_dim": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "classes": 5}
+    return lift(add_noise(T2TViT(kind, img_size=img_size, **shape)))
+
+
+def randomized(layer: SoftSplit) -> SoftSplit:
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)) / 2)
+    return layer.eval()
+
+
+def test_a_soft_split_cuts_overlapping_windows() -> None:
+    layer = randomized(SoftSplit(soft_split(2, 4)))
+    with torch.no_grad():
+        before, after = torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8)
+        # Pixel (1, 1) is in the windows that start at rows and columns -1 and 1 only.
+        after[0, :, 1, 1] = 1.0
+        windows = [
+            layer.norm(F.unfold(x, 3, padding=1, stride=2).transpose(1, 2)) for x in (before, after)
+        ]
+        changed = (windows[0] != windows[1]).any(dim=-1).view(4, 4)
+        assert changed.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+        assert layer(after).shape == (1, 4, 4, 4)
+
+
+def test_random_features_estimate_the_softmax_kernel() -> None:
+    """E[φ(q) φ(k)] = exp(q k), the lemma that the linear attention rests on."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (0.3 * torch.randn(1, 5, 4, generator=generator) for _ in range(2))
+    directions = torch.randn(200_000, 4, generator=generator)
+    estimate = random_features(q, directions) @ random_features(k, directions).transpose(1, 2)
+    torch.testing.assert_close(estimate, (q @ k.transpose(1, 2)).exp(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_linear_attention_keeps_its_type_and_computes_in_single_precision(
+    dtype: torch.dtype,
+) -> None:
+    layer = randomized(SoftSplit(soft_split(2, 4, features=2)))
+    q, k, v = (torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    # Large keys underflow in half precision, and the divisor with them.
+    k = 4 * k
+    with torch.no_grad():
+        wanted = layer.double().attend(q.double(), k.double(), v.double())
+        found = layer.to(dtype).attend(q.to(dtype), k.to(dtype), v.to(dtype))
+    assert found.dtype == dtype
+    assert bool(torch.isfinite(found).all())
+    if dtype != torch.bfloat16:
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_linear_attention_equals_the_published_formula() -> None:
+    torch.manual_seed(0)
+    source: Any = add_noise(TokenPerformer(18, 4))
+    layer = SoftSplit(soft_split(2, 4, features=2)).eval()
+    k, q, v = source.kqv(torch.randn(2, 6, 18)).split(4, dim=-1)
+    with torch.no_grad():
+        assert layer.features is not None
+        layer.features.copy_(source.w)
+        found = layer.attend(q, k, v)
+        one, two = source.prm_exp(k), source.prm_exp(q)
+        weights = two @ one.transpose(1, 2)
+        wanted = (weights @ v) / (weights.sum(dim=-1, keepdim=True) + source.epsilon)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def fvcore_macs(model: CompactModel) -> int:
+    def products(inputs: list[Any], outputs: list[Any]) -> int:
+        q, k, v = (value.type().sizes() for value in inputs[:3])
+        del outputs
+        count: int = math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+        return count
+
+    analysis = FlopCountAnalysis(model, torch.randn(1, *model.architecture.image))
+    analysis.set_op_handle("aten::scaled_dot_product_attention", products)
+    for name in ("aten::layer_norm", "aten::rms_norm"):
+        analysis.set_op_handle(name, lambda inputs, outputs: 0)
+    analysis.unsupported_ops_warnings(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return int(analysis.total())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_agree_with_fvcore_before_and_after_a_cut(kind: str) -> None:
+    model = network(kind)
+    for each in (model, compact(model, StructuredMask.random(model, 0.5, seed=1))):
+        assert count_macs(each.architecture) == fvcore_macs(each)
+        assert count_params(each.architecture) == sum(p.numel() for p in each.parameters())
+
+
+def all_live(architecture: Architecture) -> Any:
+    mask = StructuredMask.everything(architecture)
+
+    def live(dimension: str, site: str, indices: tuple[int, ...] | None) -> int:
+        if indices is not None:
+            return len(indices)
+        if dimension == "embed":
+            return architecture.embed
+        if dimension == "block":
+            return 1
+        entry = mask.kept[dimension][site]
+        return entry.shape[-1]
+
+    return live
+
+
+PUBLISHED = [
+    # Yuan et al., README of the published code; LV-ViT-M: see the test below.
+    ("performer", 384, 14, 6, 3.0, 4.8, 21.5),
+    ("performer", 256, 7, 4, 2.0, 1.1, 4.3),
+    ("performer", 448, 19, 7, 3.0, 8.5, 39.2),
+    ("transformer", 384, 14, 6, 3.0, 6.1, 21.5),
+    ("transformer", 448, 19, 7, 3.0, 9.8, 39.2),
+]
+
+
+@pytest.mark.parametrize(("kind", "embed", "depth", "heads", "ratio", "giga", "mega"), PUBLISHED)
+def test_published_sizes_of_t2t_vit_are_counted(
+    kind: Any, embed: int, depth: int, heads: int, ratio: float, giga: float, mega: float
+) -> None:
+    small = network(kind).architecture
+    architecture = whole_t2t(small, embed, depth, heads, ratio)
+    assert round(count_macs(architecture) / 1e9, 1) == pytest.approx(giga, abs=0.051)
+    assert round(count_params(architecture) / 1e6, 1) == mega
+
+
+def whole_t2t(
+    small: Architecture, embed: int, depth: int, heads: int, ratio: float
+) -> Architecture:
+    """The plain data of a full-size network, from that of a small one of the same kind."""
+    data = small.model_dump(by_alias=True)
+    data |= {"image": (3, 224, 224), "embed": embed, "blocks": None}
+    for layer, window in zip(data["stem"]["before"], (147, 576), strict=True):
+        layer |= {"channels": 64, "features": layer["features"] and 32}
+        layer["norm"]["width"], layer["ffn_norm"]["width"] = window, 64
+        layer["ffn"]["hidden"] = 64
+    attention, ffn = (step[0] for step in data["steps"][:2])
+    steps = []
+    for number in range(depth):
+        core = attention["core"] | {"heads": heads, "qk": embed // heads, "v": embed // heads}
+        wide = {"norm": attention["norm"] | {"width": embed}}
+        steps.append([attention | wide | {"name": f"blocks.{number}.attn", "core": core}])
+        core = ffn["core"] | {"hidden": int(embed * ratio)}
+        steps.append([ffn | wide | {"name": f"blocks.{number}.ffn", "core": core}])
+    data["steps"], data["norm"]["width"], data["head"]["classes"] = steps, embed, 1000
+    return Architecture.model_validate(data)
+
+
+def test_the_stem_of_t2t_vit_14_costs_what_its_products_sum_to() -> None:
+    architecture = whole_t2t(network().architecture, 384, 14, 6, 3.0)
+    tokens, windows = (56 * 56, 28 * 28), (147, 576)
+    expected = sum(
+        count * (3 * 64 * window + 2 * 32 * 64 + 32 + 2 * 32 * 64 + 3 * 64 * 64)
+        for count, window in zip(tokens, windows, strict=True)
+    )
+    assert stem_macs(architecture) == expected + 14 * 14 * 576 * 384
+    for kind, count in (("macs", count_macs), ("params", count_params)):
+        assert live_cost(architecture, all_live(architecture), kind) == count(architecture)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_and_loading_keeps_outputs_and_features(kind: str, tmp_path: Path) -> None:
+    model = network(kind)
+    small = compact(model, StructuredMask.random(model, 0.5, "unshared", seed=2))
+    found = load(save(small, tmp_path / "model"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found(images), small(images))
+    assert found.architecture == small.architecture
+    assert set(found.state_dict()) == set(small.state_dict())
+
+
+def test_files_of_older_versions_state_no_kind_of_layer() -> None:
+    spec = StemSpec.model_validate({"patch": (2, 2), "before": [{"channels": 3, "kernel": (3, 3)}]})
+    assert spec.before == (ConvSpec(channels=3, kernel=(3, 3)),)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": None}, "needs either `scale` or `features`"),
+        ({"scale": 0.5}, "needs either `scale` or `features`"),
+        ({"ffn_norm": {"width": 5}}, "ffn_norm"),
+        ({"norm": {"width": 146}}, r"stem\.before\.0\.norm"),
+        ({"kind": "hard_split"}, "hard_split"),
+        ({"channels": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_a_malformed_soft_split_is_refused(change: dict[str, Any], message: str) -> None:
+    data = json.loads(network().architecture.model_dump_json(by_alias=True))
+    data["stem"]["before"][0] |= change
+    with pytest.raises(ValidationError, match=message):
+        Architecture.model_validate(data)
+
+
+def test_a_file_with_a_malformed_soft_split_is_refused_by_its_key(tmp_path: Path) -> None:
+    folder = save(network(), tmp_path / "model")
+    path = folder / "architecture.json"
+    data = json.loads(path.read_text())
+    data["stem"]["before"][1]["norm"]["width"] = 9
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"architecture\.json: .*stem\.before\.1\.norm"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_image_size_equals_the_source_of_that_size(kind: str) -> None:
+    model = network(kind)
+    larger = resized(model, 48)
+    assert larger.architecture.grid == (3, 3)
+    wide = resized(model, "32x48")
+    assert wide(torch.randn(1, 3, 32, 48)).shape == (1, 5)
+    state = dict(larger.state_dict())
+    # Only the positions changed, so the stem of the source computes the larger image, too.
+    for name, tensor in model.state_dict().items():
+        assert name == "position" or torch.equal(state[name], tensor)
+    with pytest.raises(InputError, match="whole patches, which start every 16 pixels"):
+        resized(model, 40)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    sharing=st.sampled_from(["unshared", "residual", "full"]),
+    keep=st.sampled_from([0.3, 0.7]),
+    seed=st.integers(0, 99),
+)
+def test_masked_equals_compact_with_every_kind_of_soft_split(
+    kind: str, sharing: Any, keep: float, seed: int
+) -> None:
+    model = network(kind)
+    mask = StructuredMask.random(model, keep, sharing, seed=seed)
+    small, images = compact(model, mask), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert relative_error(small(images), masked(model, mask)(images)) < 1e-5
+    inside = [name for name in small.state_dict() if name.startswith("before.")]
+    assert all(torch.equal(small.state_dict()[name], model.state_dict()[name]) for name in inside)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_masked_and_compact_networks_agree(kind: str) -> None:
+    model, images = network(kind), torch.randn(2, 3, 32, 32)
+    mask = StructuredMask.random(model, 0.5, seed=3)
+    reference, small = masked(model, mask), compact(model, mask)
+    gradients = []
+    for each in (reference, small):
+        each(images).square().sum().backward()
+        found = {name: p.grad for name, p in each.named_parameters() if "before.0" in name}
+        gradients.append({name.split("before.0.")[1]: grad for name, grad in found.items()})
+    assert set(gradients[0]) == set(gradients[1])
+    for name, grad in gradients[1].items():
+        assert grad is not None
+        other = gradients[0][name]
+        assert other is not None
+        assert relative_error(grad, other) < 1e-4
