@@ -107,22 +107,27 @@ def peak_activation_bytes(architecture: Architecture, precision: str = "fp32") -
     channels, height, width = architecture.image
     stream = architecture.tokens * architecture.embed
     moments = [channels * height * width + stream]
-    moments += [stream + _branch_peak(branch, architecture) for branch in architecture.branches]
+    moments += [
+        tokens * architecture.embed + _branch_peak(branch, architecture, tokens, queries)
+        for branch, tokens, queries in branch_tokens(architecture)
+    ]
     return max(moments) * WIDTH_BYTES[precision]
 
 
-def _branch_peak(branch: BranchSpec, architecture: Architecture) -> int:
-    tokens, core = architecture.tokens, branch.core
+def _branch_peak(branch: BranchSpec, architecture: Architecture, tokens: int, queries: int) -> int:
+    core = branch.core
     read = tokens * architecture.read_width(branch.reads)
-    written = tokens * architecture.read_width(branch.writes)
+    written = queries * architecture.read_width(branch.writes)
     if isinstance(core, AttentionSpec):
-        qk, v = tokens * core.heads * core.qk, tokens * core.heads * core.v
-        scores = core.heads * tokens * tokens
+        each, v = core.heads * core.qk, core.heads * core.v
+        inputs = (queries + tokens) * each + tokens * v
+        scores = core.heads * queries * tokens
         # In order: projections; scores of queries and keys; softmax in place and the weighted
         # values; the output projection.
-        return max(read + 2 * qk + v, 2 * qk + v + scores, scores + 2 * v, v + written)
+        mixed = scores + (tokens + queries) * v
+        return max(read + inputs, inputs + scores, mixed, queries * v + written)
     if isinstance(core, FfnSpec):
-        hidden = tokens * core.hidden * (2 if core.gated else 1)
+        hidden = queries * core.hidden * (2 if core.gated else 1)
         return max(read + hidden, hidden + written)
     return 0
 
@@ -140,7 +145,7 @@ def _operators(architecture: Architecture) -> Iterator[Operator]:
     yield from _stem_operators(architecture)
     for branch, tokens_in, tokens_out in branch_tokens(architecture):
         yield from _branch_operators(architecture, branch, tokens_in, tokens_out)
-    pooled = architecture.pooled_prefix or architecture.tokens
+    pooled = architecture.pooled_prefix or architecture.final_tokens
     yield pointwise("norm", "norm", pooled * architecture.embed)
     if architecture.head is not None:
         yield projection("head", 1, architecture.head_width, architecture.classes)
@@ -153,10 +158,9 @@ def _stem_operators(architecture: Architecture) -> Iterator[Operator]:
         window = channels * conv.kernel[0] * conv.kernel[1]
         yield projection(f"stem.{number}", height * width, window, conv.channels)
         channels = conv.channels
-    height, width = sizes[-1]
     window = channels * stem.patch[0] * stem.patch[1]
     written = architecture.read_width(architecture.stem_writes)
-    yield projection("stem", height * width, window, written)
+    yield projection("stem", architecture.patches, window, written)
 
 
 def _branch_operators(

@@ -5,11 +5,14 @@ Every parameter is random, so that no norm, bias or scale is hidden by its initi
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 import torch
+from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from vitrim import StructuredMask, compact, lift, masked
 from vitrim.compress.masks.groups import Sharing
@@ -46,6 +49,24 @@ def add_noise(model: nn.Module) -> nn.Module:
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Largest difference, relative to the largest wanted magnitude."""
     return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+
+def fvcore_macs(model: nn.Module, images: Tensor) -> int:
+    """Multiply-adds of one forward pass by fvcore, with attention products and without norms."""
+
+    def products(inputs: list[Any], outputs: list[Any]) -> int:
+        q, k, v = (value.type().sizes() for value in inputs[:3])
+        del outputs
+        return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+    analysis = FlopCountAnalysis(model, images)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", products)
+    for name in ("aten::layer_norm", "aten::rms_norm"):
+        analysis.set_op_handle(name, lambda inputs, outputs: 0)
+    analysis.unsupported_ops_warnings(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return int(analysis.total())
 
 
 def assert_exact(

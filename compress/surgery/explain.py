@@ -49,6 +49,7 @@ class ModuleCut:
         tensors: The cut of each of its parameters.
         params: The number of its parameters, (before, after).
         macs: The multiply-adds of one image, (before, after).
+        tokens: The number of tokens that the stream carries after it, (before, after).
     """
 
     module: str
@@ -56,6 +57,7 @@ class ModuleCut:
     tensors: tuple[TensorCut, ...]
     params: tuple[int, int]
     macs: tuple[int, int]
+    tokens: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Explanation:
             table.add_column(column, justify="right", no_wrap=True)
         for module in self.modules:
             counts = _change(module.params), _change(module.macs)
-            table.add_row(module.module, "", module.status, "", *counts)
+            fewer = module.tokens[0] != module.tokens[1]
+            before, after = (f"{count} tokens" if fewer else "" for count in module.tokens)
+            table.add_row(module.module, before, module.status or after, "", *counts)
             for cut in module.tensors if tensors else ():
                 if cut.after != cut.before:
                     before, after = _shape(cut.before), _shape(cut.after)
@@ -102,6 +106,7 @@ def explain(model: nn.Module | Architecture, mask: StructuredMask) -> Explanatio
     kinds = {branch.name: branch.core.kind for branch in after.branches}
     macs, new_macs = _macs(source), _macs(after)
     params, new_params = _params(source, shapes), _params(after, new_shapes)
+    tokens, new_tokens = _tokens(source), _tokens(after)
 
     def module_cut(name: str, status: str) -> ModuleCut:
         return ModuleCut(
@@ -110,6 +115,7 @@ def explain(model: nn.Module | Architecture, mask: StructuredMask) -> Explanatio
             tuple(cuts.get(name, ())),
             (params.get(name, 0), new_params.get(name, 0)),
             (macs.get(name, 0), new_macs.get(name, 0)),
+            (tokens[name], new_tokens.get(name, tokens[name])),
         )
 
     modules = [module_cut("stem", "")]
@@ -169,6 +175,9 @@ def _entries(axes: tuple[Axis, ...], mask: StructuredMask) -> tuple[str, ...]:
     """The mask entries that remove something from these axes."""
     found: dict[str, None] = {}
     for axis in axes:
+        if axis.dimension == "patch":
+            found |= {f"token/{site}": None for site in mask.kept.get("token", {})}
+            continue
         dimensions = axis.dimension.replace("kv", "head").replace("pair", "qk").split("*")
         for dimension in dimensions:
             entries = mask.kept.get(dimension, {})
@@ -186,6 +195,14 @@ def _macs(architecture: Architecture) -> dict[str, int]:
     found["stem"] = stem_macs(architecture)
     # The rest is pooling and classifiers.
     return found | {"head": count_macs(architecture) - sum(found.values())}
+
+
+def _tokens(architecture: Architecture) -> dict[str, int]:
+    """The number of tokens that the stream carries after each module."""
+    found = {"stem": architecture.tokens, "head": architecture.final_tokens}
+    for step, count in zip(architecture.steps, architecture.step_tokens(), strict=True):
+        found |= {branch.name: count for branch in step}
+    return found
 
 
 def _params(architecture: Architecture, shapes: dict[str, Shape]) -> dict[str, int]:

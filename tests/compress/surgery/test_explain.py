@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import io
-import warnings
 from typing import Any
 
 import pytest
 import torch
-from fvcore.nn import FlopCountAnalysis
 from rich.console import Console
-from tiny_models import tiny_vit
-from torch import nn
+from tiny_models import fvcore_macs, tiny_vit
 from vitrim import StructuredMask, compact, lift
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.surgery.explain import explain
@@ -28,31 +25,6 @@ MASK = StructuredMask(
         "block": {"blocks.1.attn": torch.tensor([False])},
     }
 )
-
-
-def attention_products(inputs: list[Any], outputs: list[Any]) -> int:
-    """Multiply-adds of scaled_dot_product_attention: (batch, heads, tokens, width) each."""
-    q, k, v = (value.type().sizes() for value in inputs[:3])
-    del outputs
-    return int(q[0] * q[1] * q[2] * k[2] * (q[3] + v[3]))
-
-
-def nothing(inputs: list[Any], outputs: list[Any]) -> int:
-    """No multiply-adds."""
-    del inputs, outputs
-    return 0
-
-
-def counted_by_fvcore(model: nn.Module, images: torch.Tensor) -> int:
-    analysis = FlopCountAnalysis(model.eval(), images)
-    analysis.set_op_handle("aten::scaled_dot_product_attention", attention_products)
-    # fvcore counts norms, vitrim does not.
-    for name in ("aten::layer_norm", "aten::rms_norm"):
-        analysis.set_op_handle(name, nothing)
-    analysis.unsupported_ops_warnings(False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return int(analysis.total())
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +92,8 @@ def test_counts_agree_with_fvcore_on_the_real_module(
         for model in (lift(source), small)
     )
     assert explained.macs == (
-        counted_by_fvcore(lift(source), images),
-        counted_by_fvcore(small, images),
+        fvcore_macs(lift(source), images),
+        fvcore_macs(small, images),
     )
 
 
@@ -132,3 +104,16 @@ def test_the_table_prints_every_cut(model: CompactModel) -> None:
     assert "core.q.weight" in text
     assert "10 x 16" in text
     assert "block/blocks.1.attn" in text
+
+
+def test_dropped_tokens_are_listed_where_they_leave() -> None:
+    source = tiny_vit()
+    keep = torch.tensor([True, True, False, True, False])
+    explained = explain(source, StructuredMask({"token": {"blocks.0.ffn": keep}}))
+    tokens = {module.module: module.tokens for module in explained.modules}
+    assert tokens["stem"] == (5, 5)
+    # The attention before computes no queries that only the FFN would read.
+    assert tokens["blocks.0.attn"] == tokens["blocks.1.ffn"] == (5, 3)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(explained.table(tensors=False))
+    assert "5 tokens" in console.export_text()

@@ -22,8 +22,10 @@ def masks(draw: Any, architecture: Architecture) -> StructuredMask:
     """A random mask, in some draws without any head, value or hidden unit of a sub-layer."""
     ratio = draw(st.sampled_from([0.15, 0.4, 0.7, 0.9]))
     dimensions = draw(
-        st.sets(st.sampled_from(["embed", "head", "qk", "v", "ffn", "block"]), min_size=1)
+        st.sets(st.sampled_from(["embed", "head", "qk", "v", "ffn", "block", "token"]), min_size=1)
     )
+    if architecture.pool.kind == "none":
+        dimensions.discard("token")
     sharing = draw(st.sampled_from(["unshared", "residual", "full"]))
     settled = {
         "per_head": draw(st.booleans()),
