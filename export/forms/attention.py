@@ -38,7 +38,7 @@ def attention(
     spec, state = ungroup(spec, state, always=copied)
     weights = fold(spec, state)
     writer = AttentionWriter(graph, form, spec, weights, rows, name)
-    if form.last_keys and rows.query_count is not None and _bilinear(writer):
+    if form.last_keys and _bilinear(writer) and _cheaper_without_keys(writer):
         output = _without_keys(writer)
     elif (
         form.attention == "runtime"
@@ -177,6 +177,17 @@ def _bilinear(writer: AttentionWriter) -> bool:
         and writer.spec.rope is None
         and writer.weights.lambda_ is None
     )
+
+
+def _cheaper_without_keys(writer: AttentionWriter) -> bool:
+    """Whether few queries are multiplied with the rows of x in fewer multiply-adds."""
+    rows, spec = writer.rows, writer.spec
+    if rows.query_count is None:
+        return False
+    width, pair = writer.weights.k.weight.shape[0], spec.qk + spec.v
+    without = rows.query_count * spec.heads * width * (pair + 2 * rows.tokens)
+    projections = rows.tokens * width * spec.kv_heads * pair
+    return without < projections + rows.query_count * rows.tokens * spec.heads * pair
 
 
 def _without_keys(writer: AttentionWriter) -> str:

@@ -26,10 +26,10 @@ class AttentionRows:
     Attributes:
         x: All rows: `tokens` of them, then `padding` rows that no query attends to.
         queries: The rows that are queries.
-        tokens: Number of tokens.
+        tokens: Number of tokens that came in, all of them keys.
         padding: Number of padding rows.
-        query_count: Number of query rows where they are the first ones only, None where all of x
-            are queries.
+        query_count: Number of query rows where they are the first rows of x only, None where all of
+            x are queries.
     """
 
     x: str
@@ -37,6 +37,17 @@ class AttentionRows:
     tokens: int
     padding: int
     query_count: int | None
+
+    @property
+    def token_queries(self) -> int:
+        """Number of queries that are tokens; they come first."""
+        return self.tokens if self.query_count is None else min(self.query_count, self.tokens)
+
+    @property
+    def padding_queries(self) -> int:
+        """Number of queries behind them that are padding."""
+        count = self.tokens + self.padding if self.query_count is None else self.query_count
+        return count - self.token_queries
 
 
 @dataclass(frozen=True)
@@ -156,11 +167,10 @@ class AttentionWriter:
         spec, weights, rows = self.spec, self.weights, self.rows
         if spec.rope is None or weights.cosine is None or weights.sine is None:
             return x
-        count = rows.tokens if label == "k" or rows.query_count is None else rows.query_count
+        count = rows.tokens if label == "k" else rows.token_queries
         if count <= spec.rope.prefix:
             return x
-        extra = rows.padding if label == "q" and rows.query_count is None else 0
-        padding = ((0, extra), (0, 0), (0, 0))
+        padding = ((0, 0 if label == "k" else rows.padding_queries), (0, 0), (0, 0))
         cosine, sine = (
             np.pad(weights.cosine[:count], padding),
             np.pad(weights.sine[:count], padding),
@@ -188,10 +198,9 @@ class AttentionWriter:
         prefix = 0 if spec.prefix_rows else spec.prefix
         # Pairs with a prefix token read the zero that was appended to the table.
         index = np.pad(index, ((prefix, 0), (prefix, 0)), constant_values=spec.rows)
-        if rows.query_count is not None:
-            index = index[: rows.query_count]
-        elif rows.padding:
-            index = np.pad(index, ((0, rows.padding), (0, 0)))
+        # Queries and keys are leading tokens, in the order of the stream.
+        index = index[: rows.token_queries, : rows.tokens]
+        index = np.pad(index, ((0, rows.padding_queries), (0, 0)))
         if self.graph.operators == "pnnx":
             return self.graph.constant(f"{self.name}.bias", np.ascontiguousarray(table[:, index]))
         positions = self.graph.constant("bias.offsets", index.astype(np.int64), shared=True)

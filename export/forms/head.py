@@ -74,7 +74,7 @@ class _HeadWriter:
     @property
     def tokens(self) -> int:
         """Rows of the stream that the head reads."""
-        return self.architecture.pooled_prefix or self.architecture.tokens
+        return self.architecture.pooled_prefix or self.architecture.final_tokens
 
     def final_norm(self, stream: Stream) -> str:
         spec, reads = self.architecture.norm, self.architecture.head_reads
@@ -182,7 +182,7 @@ class _HeadWriter:
         """Logits of the class token plus half of the largest logits of the patches."""
         graph = self.graph
         first = self._class_row(x)
-        patches = self._patches(x, self.architecture.tokens)
+        patches = self._patches(x, self.tokens)
         patches = self._classified(patches, "head_dist", one_row=False)
         best = self._maximum(patches, "head_dist.best")
         best = graph.node("Mul", [best, graph.scalar("half", 0.5)], "head_dist.half")

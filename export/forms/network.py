@@ -11,7 +11,13 @@ from typing import Literal
 
 import onnx
 
-from ...compress.network.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec
+from ...compress.network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    FfnSpec,
+)
 from ...compress.network.modules.model import CompactModel
 from ...compress.network.named_outputs import OutputSpec, needs_all_tokens
 from ...compress.surgery.stream_form import choose_stream_form
@@ -88,19 +94,16 @@ def write_network(
     stream = Stream(graph, form, rows)
     dense = DenseOutputs(graph, form, architecture, outputs)
     dense.after_steps(stream, 0)
-    pooled = architecture.pooled_prefix
-    last = None
     shorter = form.last_queries or architecture.last_queries
-    if pooled and shorter and not needs_all_tokens(architecture, outputs):
-        last = _last_attention(architecture)
-    for number, step in enumerate(architecture.steps):
-        parts = entries_below(state, f"steps.{number}")
-        writer.step(stream, step, parts, number, pooled if number == last else None)
+    shorter = shorter and not needs_all_tokens(architecture, outputs)
+    counts = architecture.step_tokens(last_queries=shorter)
+    for number, (step, count) in enumerate(zip(architecture.steps, counts, strict=True)):
+        writer.step(stream, step, entries_below(state, f"steps.{number}"), count)
         dense.after_steps(stream, number + 1)
-    if last is None and pooled and not dense.all_tokens:
-        stream.keep_first(pooled, "pooled")
-    elif last is None and writer.padding:
-        stream.keep_first(architecture.tokens, "real")
+    if architecture.pooled_prefix and not dense.all_tokens:
+        writer.keep_first(stream, architecture.pooled_prefix, "pooled")
+    else:
+        writer.keep_first(stream, writer.tokens, "real")
     logits = head(graph, form, architecture, state, stream, dense)
     return graph.model([batch, *architecture.image], dense.values(logits), opset or form.opset)
 
@@ -121,33 +124,28 @@ def _check(architecture: Architecture, form: Form, batch: int | str, opset: int 
         )
 
 
-def _last_attention(architecture: Architecture) -> int | None:
-    """Return the step after which tokens are independent of each other."""
-    found = [
-        number
-        for number, step in enumerate(architecture.steps)
-        if any(isinstance(branch.core, AttentionSpec) for branch in step)
-    ]
-    return found[-1] if found else None
-
-
 class _StepWriter:
     """Writes the sub-layers, one step after the other."""
 
     def __init__(self, graph: Graph, form: Form, architecture: Architecture) -> None:
         self.graph, self.form, self.embed = graph, form, architecture.embed
+        # The tokens that the stream carries; further rows pad them to a multiple of the tile.
         self.tokens = architecture.tokens
-        self.padding = -architecture.tokens % form.tile
-        # Token rows of the stream; after the last attention only the pooled ones, without padding.
-        self.rows = self.tokens + self.padding
+        self.rows = self.tokens + -self.tokens % form.tile
+
+    @property
+    def padding(self) -> int:
+        """Number of rows of the stream that are no tokens."""
+        return self.rows - self.tokens
+
+    def keep_first(self, stream: Stream, count: int, name: str) -> None:
+        """Drop all rows of the stream but the first `count` tokens."""
+        if count < self.rows:
+            stream.keep_first(count, name)
+        self.tokens = self.rows = count
 
     def step(
-        self,
-        stream: Stream,
-        step: tuple[BranchSpec, ...],
-        state: State,
-        number: int,
-        query_count: int | None,
+        self, stream: Stream, step: tuple[BranchSpec, ...], state: State, count: int
     ) -> None:
         """Write parallel branches, which all read the stream as it was before the step.
 
@@ -155,33 +153,45 @@ class _StepWriter:
             stream: The residual stream.
             step: The branches.
             state: Weights of the step.
-            number: Position of the step.
-            query_count: Number of first tokens computed from this step on; None for all.
+            count: Number of tokens that are computed, and that the stream carries afterwards.
         """
         parts = [entries_below(state, str(position)) for position in range(len(step))]
+        # Keys are all tokens that came in; everything else reads those that stay.
         inputs = [
-            "" if isinstance(branch.core, ConstantSpec) else self._read(stream, branch, part)
+            self._read(stream, branch, part) if isinstance(branch.core, AttentionSpec) else ""
             for branch, part in zip(step, parts, strict=True)
         ]
-        padding = max(self.rows - self.tokens, 0)
-        if query_count is not None:
-            name = step[0].name if step else f"steps.{number}"
-            stream.keep_first(query_count, f"{name}.kept")
-            self.rows = query_count
+        tokens, padding, before = self.tokens, self.padding, self.rows
+        if count < tokens:
+            self._drop(stream, count, f"{step[0].name if step else 'step'}.kept")
+        inputs = [
+            self._read(stream, branch, part) if isinstance(branch.core, FfnSpec) else x
+            for branch, part, x in zip(step, parts, inputs, strict=True)
+        ]
         for branch, part, x in zip(step, parts, inputs, strict=True):
-            core = entries_below(part, "core")
+            name, core = branch.name, entries_below(part, "core")
             if isinstance(branch.core, ConstantSpec):
                 self._write_constant(stream, branch, part, core["value"])
                 continue
-            name, queries = branch.name, x
-            if query_count is not None:
-                queries = first_tokens(self.graph, self.form, x, query_count, f"{name}.queries")
             if isinstance(branch.core, AttentionSpec):
-                rows = AttentionRows(x, queries, self.tokens, padding, query_count)
+                queries, query_count = x, None
+                if self.rows < before:
+                    query_count = self.rows
+                    queries = first_tokens(self.graph, self.form, x, self.rows, f"{name}.queries")
+                rows = AttentionRows(x, queries, tokens, padding, query_count)
                 y, out = attention(self.graph, self.form, branch.core, core, rows, name)
             else:
-                y, out = ffn(self.graph, self.form, branch.core, core, queries, name)
+                y, out = ffn(self.graph, self.form, branch.core, core, x, name)
             self._write(stream, branch, part, y, out)
+
+    def _drop(self, stream: Stream, count: int, name: str) -> None:
+        """Let the stream carry `count` tokens; some that it dropped may fill up the last tile."""
+        # Fewer tokens than a tile are cheaper unpadded, as the class token alone.
+        rows = count + -count % self.form.tile if count >= self.form.tile else count
+        rows = min(rows, self.rows)
+        if rows < self.rows:
+            stream.keep_first(rows, name)
+        self.tokens, self.rows = count, rows
 
     def _read(self, stream: Stream, branch: BranchSpec, part: State) -> str:
         name = f"{branch.name}.norm"
