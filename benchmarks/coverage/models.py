@@ -2,7 +2,8 @@
 
 `python -m benchmarks.coverage.models` reports a name as *exact* if the lifted network computes what
 the source computes, and the compact one what the masked one computes, to a relative 1e-5 in fp32,
-for random masks of every dimension, three sharings and keep ratios from 0.15 to 0.9; as *refused*
+for random masks of every dimension (tokens alone and with all widths, too), three sharings and keep
+ratios from 0.15 to 0.9; as *refused*
 if the error names the module without a rule; as *wrong* otherwise. Torch-Pruning, in the same run,
 gets its own Vision Transformer recipe (heads, FFN and embedding at half), and passes if the pruned
 network still runs a forward pass. Models are built small (`small_models`), or at their published
@@ -32,6 +33,7 @@ from .small_models import names, perturb, small, source_images
 TOLERANCE = 1e-5
 PEER_LIMIT_S = 60
 RATIOS = (0.15, 0.5, 0.9)
+TOKENS = 0.4
 SINGLE = {"embed": 0.3, "head": 0.6, "qk": 0.25, "v": 0.4, "ffn": 0.15, "block": 0.5}
 WRONG = (
     *(InputError, RuntimeError, ValueError, TypeError, AttributeError),
@@ -161,8 +163,9 @@ def _masks(full: bool) -> list[dict[str, Any]]:
     """Arguments of `StructuredMask.random`."""
     found: list[dict[str, Any]] = []
     for sharing in ("unshared", "residual", "full"):
+        widths = dict.fromkeys(("embed", "head", "qk", "v", "ffn"), 0.5)
+        found.append({"keep_ratio": {**widths, "token": TOKENS}, "sharing": sharing})
         if full:
-            found.append({"keep_ratio": 0.5, "sharing": sharing})
             continue
         found += [
             {
@@ -181,6 +184,8 @@ def _masks(full: bool) -> list[dict[str, Any]]:
             }
             for dimension, ratio in SINGLE.items()
         ]
+    if not full:
+        found += [{"keep_ratio": {"token": ratio, "block": 0.8}} for ratio in (0.1, TOKENS)]
     return found
 
 

@@ -157,10 +157,11 @@ class _Masking:
         for site, count in token_sites(architecture).items():
             entry, before = self._values("token", site), sets[-1] if sets else None
             before = None if before is None else before[:count]
-            # Nested by construction, for gates too.
-            sets.append(entry if before is None or entry is None else before * entry)
-            if entry is None:
-                sets[-1] = before
+            if entry is not None and before is not None:
+                # Nested in any case. The gradient of an entry is that of its own tokens alone, and
+                # of a token that an earlier site dropped, too.
+                entry = entry + (before * entry - entry).detach()
+            sets.append(before if entry is None else entry)
         for number, step in enumerate(architecture.steps):
             keys = sets[number]
             for position, branch in enumerate(step):

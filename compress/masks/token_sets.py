@@ -126,7 +126,9 @@ def random_token_sets(
         InputError: The network returns every token.
     """
     if architecture.pool.kind == "none":
-        raise InputError("keep_ratio token: the network returns every token, so none can be dropped")
+        raise InputError(
+            "keep_ratio token: the network returns every token, so none can be dropped"
+        )
     sizes = list(token_sites(architecture).items())[: last_reader(architecture)]
     prefix = architecture.prefix
     patches = sizes[-1][1] - prefix
@@ -151,4 +153,3 @@ def describe_sets(architecture: Architecture, entries: Mapping[str, Tensor]) -> 
     names = list(token_sites(architecture))
     sets = token_sets(architecture, entries)
     return {site: int(keep.sum()) for site, keep in zip(names, sets, strict=True)}
-

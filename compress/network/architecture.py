@@ -132,6 +132,9 @@ class Architecture(Spec):
     """Places in the grid (row by row from the top left) of the patches that the stem embeds, in the
     order in which they follow the prefix tokens. Other patches are never embedded. None: all
     patches, row by row."""
+    tokens_resampled: bool = False
+    """Whether `order` and the numbers of tokens were resampled from those of another image size,
+    which is approximate."""
     steps: tuple[tuple[BranchSpec, ...], ...]
     """Groups of parallel branches, in order."""
     blocks: tuple[str, ...] | None = None

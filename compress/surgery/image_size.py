@@ -3,6 +3,9 @@
 Positions are resampled, rotary tables are recomputed, and nothing else changes. The results equal
 those of timm's `set_input_size`: bicubic with antialiasing for positions, geometrically spaced
 offsets for relative biases (Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers").
+
+Where patches leave the stream by a mask, the map of where each leaves is resampled like a picture
+and the counts are scaled, which is approximate: `Architecture.tokens_resampled` records it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,13 @@ from torch.nn import functional as F
 
 from ...core.errors import InputError
 from ..lift import lift, read
-from ..network.architecture import Architecture, AttentionSpec, BranchSpec, RelativeBiasSpec
+from ..network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    Order,
+    RelativeBiasSpec,
+)
 from ..network.modules.model import CompactModel, build
 from ..network.modules.relative_bias import bias_table
 from ..network.modules.rope import rope_table
@@ -32,7 +41,7 @@ from ..network.patch_grid import (
 def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
     """The network for images of another height and width.
 
-    The accuracy differs from that at the trained size.
+    The accuracy differs from that at the trained size. A token mask is resampled, approximately.
 
     Args:
         model: A supported Vision Transformer, or a `CompactModel`. It is not changed.
@@ -60,11 +69,12 @@ def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
             for name, tensor in source.tensors.items()
         }
         if "position" in state:
-            state["position"] = _positions(state["position"], old, new)
+            table = _positions(whole_grid(state["position"], old), old, new)
+            state["position"] = table if new.order is None else table[list(new.order)]
         for number, step in enumerate(new.steps):
             for position, branch in enumerate(step):
                 prefix, before = f"steps.{number}.{position}.core.", old.steps[number][position]
-                _resize(state, prefix, branch, before, new.grid)
+                _resize(state, prefix, branch, before, new)
     return build(new, state).train(model.training)
 
 
@@ -85,18 +95,69 @@ def at_image_size(architecture: Architecture, image_size: int | str | Size) -> A
             "the positions were resampled when the model was read, from a table that is not kept"
         )
         raise _not_resizable(size, "position", reason)
+    order = _resampled_order(architecture, grid)
     steps = tuple(
-        tuple(_at_grid(branch, grid, architecture, size) for branch in step)
+        tuple(_at_grid(branch, grid, order, architecture, size) for branch in step)
         for step in architecture.steps
     )
-    update = {"image": (architecture.image[0], *size), "steps": steps}
+    update = {"image": (architecture.image[0], *size), "steps": steps, "order": order}
+    if architecture.drops_tokens and grid != architecture.grid:
+        update["tokens_resampled"] = True
     data = architecture.model_copy(update=update).model_dump(by_alias=True)
     return Architecture.model_validate(data)
 
 
-def _at_grid(branch: BranchSpec, grid: Size, architecture: Architecture, size: Size) -> BranchSpec:
+def exit_depths(architecture: Architecture) -> Tensor:
+    """The number of sites at which the stream carries each patch, (rows, columns).
+
+    Sites are the stem and each step; 0 for a patch that is never embedded.
+    """
+    prefix, depths = architecture.prefix, torch.zeros(math.prod(architecture.grid))
+    order = architecture.order or tuple(range(architecture.patches))
+    for count in (architecture.tokens, *architecture.step_tokens(last_queries=False)):
+        depths[list(order[: max(0, count - prefix)])] += 1
+    return depths.view(architecture.grid)
+
+
+def _resampled_order(architecture: Architecture, grid: Size) -> Order | None:
+    """The order of the patches at another grid, by the resampled depths."""
+    if grid == architecture.grid or not architecture.drops_tokens:
+        return architecture.order
+    depths = F.interpolate(
+        exit_depths(architecture)[None, None], size=grid, mode="bilinear", align_corners=False
+    )
+    count = _scaled(architecture.tokens, grid, architecture) - architecture.prefix
+    ranked = torch.argsort(depths.flatten(), descending=True, stable=True)[:count]
+    return tuple(ranked.tolist())
+
+
+def _scaled(tokens: int, grid: Size, architecture: Architecture) -> int:
+    """The number of tokens at another grid, of which the same share are patches."""
+    prefix, share = architecture.prefix, math.prod(grid) / math.prod(architecture.grid)
+    return tokens if tokens <= prefix else prefix + max(1, round((tokens - prefix) * share))
+
+
+def whole_grid(table: Tensor, architecture: Architecture) -> Tensor:
+    """Positions of all patches, (patches of the grid, width), row by row.
+
+    A patch that is not embedded gets that of the nearest one that is.
+    """
+    if architecture.order is None:
+        return table
+    rows, columns = architecture.grid
+    places = torch.tensor(architecture.order)
+    points = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    nearest = torch.cdist(points, points[places]).argmin(dim=1)
+    return table[nearest.to(table.device)]
+
+
+def _at_grid(
+    branch: BranchSpec, grid: Size, order: Order | None, architecture: Architecture, size: Size
+) -> BranchSpec:
     """The spec of a sub-layer at another grid."""
     core = branch.core
+    if grid != architecture.grid and branch.tokens is not None:
+        branch = branch.model_copy(update={"tokens": _scaled(branch.tokens, grid, architecture)})
     if not isinstance(core, AttentionSpec) or grid == architecture.grid:
         return branch
     rope, bias = core.rope, core.bias
@@ -104,12 +165,13 @@ def _at_grid(branch: BranchSpec, grid: Size, architecture: Architecture, size: S
         if rope.at is None:
             reason = "its rotary table is saved without the frequencies that it came from"
             raise _not_resizable(size, branch.name, reason)
-        rope = rope.model_copy(update={"tokens": math.prod(grid)})
+        patches = math.prod(grid) if order is None else len(order)
+        rope = rope.model_copy(update={"tokens": patches})
     if bias is not None:
         problem = _bias_problem(bias, grid)
         if problem:
             raise _not_resizable(size, branch.name, problem)
-        bias = bias.model_copy(update={"grid": grid})
+        bias = bias.model_copy(update={"grid": grid, "order": order})
     return branch.model_copy(update={"core": core.model_copy(update={"rope": rope, "bias": bias})})
 
 
@@ -158,7 +220,7 @@ def _positions(table: Tensor, old: Architecture, new: Architecture) -> Tensor:
 
 
 def _resize(
-    state: dict[str, Tensor], prefix: str, branch: BranchSpec, before: BranchSpec, grid: Size
+    state: dict[str, Tensor], prefix: str, branch: BranchSpec, before: BranchSpec, new: Architecture
 ) -> None:
     """Recompute the rotary and relative bias tables of one attention."""
     core = branch.core
@@ -173,7 +235,8 @@ def _resize(
                 f"{branch.name}: rotary frequencies in {kind} are too coarse for another image "
                 "size; use the model in float32"
             )
-        state[f"{prefix}rope.table"] = rope_table(core.rope.at, frequencies, grid)
+        table = rope_table(core.rope.at, frequencies, new.grid)
+        state[f"{prefix}rope.table"] = table if new.order is None else table[:, :, list(new.order)]
     if core.bias is not None and before.core.bias is not None:
         state[f"{prefix}bias.table"] = bias_table(
             state[f"{prefix}bias.table"], before.core.bias, core.bias

@@ -53,7 +53,7 @@ class TokenPlan:
     counts: Mapping[int, int]
 
     def applied(self, plans: Sequence[tuple[BranchPlan, ...]]) -> list[tuple[BranchPlan, ...]]:
-        """The plans of the branches with the numbers of tokens, and with tables in the new order."""
+        """The plans of the branches with numbers of tokens, and tables in the new order."""
         found: list[tuple[BranchPlan, ...]] = []
         before = self.counts[-1]
         for row in plans:
@@ -115,4 +115,3 @@ def plan_tokens(
 def _grid(architecture: Architecture) -> int:
     rows, columns = architecture.grid
     return rows * columns
-

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from random_networks import architectures, network
 from tiny_models import relative_error, tiny_vit
 from torch import nn
-from vitrim import InputError, StructuredMask
+from vitrim import InputError, StructuredMask, compact, lift, resized
 from vitrim.compress.network.architecture import Architecture, AttentionSpec
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.model import build as rebuilt
 from vitrim.compress.network.patch_grid import parse_image_size
-from vitrim.compress.surgery.image_size import at_image_size
+from vitrim.compress.surgery.image_size import at_image_size, exit_depths, whole_grid
 
 # Name, what it covers, overrides beside the size, and the size in patches to resize to from 3 x 3.
 KINDS: list[tuple[str, str, dict[str, Any], tuple[int, int]]] = [
@@ -332,3 +332,42 @@ def test_a_bias_table_of_one_patch_cannot_be_resized() -> None:
 )
 def test_a_size_is_parsed_from_text_and_numbers(text: Any, size: tuple[int, int]) -> None:
     assert parse_image_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {"img_size": 32, "patch_size": 8}),
+        ("beit_base_patch16_224", {"patch_size": 8}),
+    ],
+)
+def test_a_token_mask_is_resampled_with_the_image_size(name: str, settings: dict[str, Any]) -> None:
+    model = lift(tiny_vit(name, **({"img_size": 32} | settings)))
+    prefix = model.architecture.prefix
+    # Patches on the left half stay to the end, the others leave after the first block.
+    left = torch.arange(16) % 4 < 2
+    keep = torch.cat([torch.ones(prefix, dtype=torch.bool), left])
+    cut = compact(model, StructuredMask({"token": {"blocks.0.ffn": keep}}))
+    larger = resized(cut, 64)
+    architecture = larger.architecture
+    assert architecture.tokens_resampled
+    assert not cut.architecture.tokens_resampled
+    assert architecture.step_tokens(False)[-1] == prefix + 32
+    depths = exit_depths(architecture)
+    assert float(depths[:, :4].min()) > float(depths[:, 4:].max())
+    with torch.no_grad():
+        assert larger(torch.randn(1, 3, 64, 64)).isfinite().all()
+    # The same size is the same network.
+    assert resized(cut, 32).architecture == cut.architecture
+
+
+def test_positions_of_patches_that_are_never_embedded_come_from_the_nearest() -> None:
+    model = lift(tiny_vit(img_size=32))
+    keep = torch.cat([torch.ones(1, dtype=torch.bool), torch.arange(16) % 4 < 2])
+    cut = compact(model, StructuredMask({"token": {"stem.out": keep}}))
+    assert cut.position is not None
+    table = whole_grid(cut.position, cut.architecture).view(4, 4, -1)
+    assert torch.equal(table[:, 2], table[:, 1])
+    assert torch.equal(table[:, 3], table[:, 1])
+    assert resized(cut, 64).architecture.patches == 32

@@ -1,0 +1,132 @@
+"""Learned token sets: what each attention, and a pooling head, reads of the patches.
+
+A set is learned where something reads it. Dropping patch i from site a on removes it from every
+later reader too, so with D_b = dLoss/dM_b, the gradient of the gate of the patch at reader b, the
+loss of leaving at a is estimated as
+
+    F_a = mean (sum over b >= a of D_b)²,        F = 0 for a patch that never leaves,
+
+the empirical Fisher information of the gates that close together. For each patch the depth is
+wanted that minimises F_a + price * (cost of the sites before a). Its solutions for all prices are
+the concave envelope of -F over the costs: the slopes of that envelope fall along the depth, so
+that "slope >= price" is a nested set at every price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.errors import InputError
+from ..network.architecture import Architecture, AttentionSpec
+from .groups import token_sites
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """A set of patches that one reader reads.
+
+    Attributes:
+        site: The site of the mask entry: the stem or the step before the reader.
+        reader: The number of the step whose attention reads the tokens; for a head that pools
+            patches, the number of steps.
+        attentions: The names of these attentions; none for the head.
+        patches: The number of patches that the stream carries there; they are its first ones.
+    """
+
+    site: str
+    reader: int
+    attentions: frozenset[str]
+    patches: int
+
+
+def token_places(architecture: Architecture) -> tuple[TokenPlace, ...]:
+    """The sets of patches of a network that can be learned, in order.
+
+    Raises:
+        InputError: The network returns every token.
+    """
+    if architecture.pool.kind == "none":
+        raise InputError(
+            "tokens: the network returns every token, so none can be dropped; add a pooling first "
+            "(reset_classifier)"
+        )
+    # Site number n is the stem or the step before step n.
+    places = list(token_sites(architecture).items())
+    readers = {
+        number: frozenset(
+            branch.name for branch in step if isinstance(branch.core, AttentionSpec)
+        )
+        for number, step in enumerate(architecture.steps)
+    }
+    if not architecture.pooled_prefix:
+        readers[len(architecture.steps)] = frozenset()
+    return tuple(
+        TokenPlace(places[number][0], number, names, places[number][1] - architecture.prefix)
+        for number, names in readers.items()
+        if (names or number == len(architecture.steps))
+        and places[number][1] > architecture.prefix
+    )
+
+
+class _Hard(torch.autograd.Function):
+    """A mask in the forward pass, the identity of the scores in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, mask: Tensor) -> Tensor:
+        return mask.to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def nested_gates(scores: Sequence[Tensor], threshold: float) -> list[Tensor]:
+    """Gates of 0 and 1 that pass gradients: 1 where this and all earlier scores reach a threshold.
+
+    Args:
+        scores: One tensor (patches,) for each place, the shorter ones later.
+        threshold: The least score of a patch that is kept.
+
+    Returns:
+        Gates in the shapes of the scores. The patch of the largest last score is always kept.
+    """
+    if not scores:
+        return []
+    with torch.no_grad():
+        always, masks = scores[-1].argmax(), []
+        for values in scores:
+            keep = (values >= threshold).index_fill(0, always, True)
+            masks.append(keep if not masks else keep & masks[-1][: len(keep)])
+    return [_Hard.apply(values, mask) for values, mask in zip(scores, masks, strict=True)]
+
+
+def close_upwards(kept: Sequence[Tensor]) -> list[Tensor]:
+    """The smallest nested sets that contain `kept`: what a later set keeps, earlier ones keep."""
+    nested = [keep.clone() for keep in kept]
+    for before, after in zip(reversed(nested[:-1]), reversed(nested[1:]), strict=True):
+        before[: len(after)] |= after
+    return nested
+
+
+def exit_gradients(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums over this and all later places, the gradient of leaving here; None if all are None."""
+    if all(gradient is None for gradient in gradients):
+        return list(gradients)
+    result: list[Tensor | None] = []
+    after: Tensor | None = None
+    for gradient in reversed(gradients):
+        if gradient is None:
+            found = after
+        elif after is None:
+            found = gradient
+        else:
+            found = gradient.clone()
+            found[: len(after)] += after
+        result.append(found)
+        after = found
+    return result[::-1]
