@@ -9,6 +9,7 @@ from torch import nn
 from ..compress.masks.groups import architecture_of
 from ..compress.masks.mask import StructuredMask
 from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
+from ..compress.surgery.image_size import exit_depths
 from ..compress.surgery.plan import plan
 
 
@@ -24,7 +25,8 @@ def kept_branches(
     Returns:
         One entry per sub-layer of `dense`: {"branch", "kind", "dims": {dimension: [kept, total]}}.
         `kind` is attention, ffn, constant (only the bias remains) or removed; `embed` is the part
-        of the residual stream that the sub-layer reads.
+        of the residual stream that the sub-layer reads. `token` occurs where patches leave the
+        stream: the tokens after the sub-layer, without those that only the head skips.
     """
     before = architecture_of(dense)
     if isinstance(compact, StructuredMask):
@@ -32,7 +34,39 @@ def kept_branches(
     else:
         after = architecture_of(compact)
     branches = {branch.name: branch for branch in after.branches}
-    return [_entry(branch, branches.get(branch.name), before, after) for branch in before.branches]
+    entries = [
+        _entry(branch, branches.get(branch.name), before, after) for branch in before.branches
+    ]
+    if after.drops_tokens:
+        totals, kept = _tokens(before), _tokens(after)
+        count = after.tokens
+        for entry in entries:
+            count = kept.get(entry["branch"], count)
+            if entry["kind"] not in ("removed", "constant"):
+                entry["dims"]["token"] = [count, totals[entry["branch"]]]
+    return entries
+
+
+def _tokens(architecture: Architecture) -> dict[str, int]:
+    counts = architecture.step_tokens(last_queries=False)
+    return {
+        branch.name: count
+        for step, count in zip(architecture.steps, counts, strict=True)
+        for branch in step
+    }
+
+
+def token_map(compact: Architecture) -> dict[str, Any] | None:
+    """The entry `tokens` of report.json: where each patch leaves; None if none does."""
+    if not compact.drops_tokens:
+        return None
+    counts = [compact.tokens, *compact.step_tokens(last_queries=False)]
+    return {
+        "grid": list(compact.grid),
+        "sites": ["stem", *(step[0].name for step in compact.steps)],
+        "counts": counts,
+        "exits": [int(depth) for depth in exit_depths(compact).flatten().tolist()],
+    }
 
 
 def _entry(

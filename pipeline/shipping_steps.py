@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import importlib.metadata
+import io
 import json
 import platform
 import tempfile
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
@@ -36,7 +39,7 @@ from ..export.artifact import Artifact
 from ..export.manifest import PARITY
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
-from .kept_units import kept_branches
+from .kept_units import kept_branches, token_map
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .training_steps import HISTORY, RunContext
@@ -45,6 +48,8 @@ ARTIFACTS, MEASUREMENTS = "artifacts", "measurements"
 SAMPLE_SEED = 0
 # Images that are decoded at a time.
 _PART = 256
+# Test images in the picture of where patches leave, and their largest side.
+_SHOWN, _SHOWN_PX = 4, 112
 VERSIONED = ("torch", "timm", "numpy", "onnx", "onnxruntime", "onnxsim")
 
 
@@ -223,11 +228,31 @@ def write_report(
             "warnings": _unreadable(context),
             "versions": versions(),
             "seconds": folder.seconds(),
+            "tokens": _token_map(compact, context),
         }
     )
     replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
     render(folder.path)
     return report
+
+
+def _token_map(compact: Architecture, context: RunContext) -> dict[str, Any] | None:
+    """The entry `tokens` of report.json, with some test images."""
+    found = token_map(compact)
+    if found is None:
+        return None
+    images = context.data.test.batch(slice(0, _SHOWN))[0].numpy()
+    return {**found, "images": [_png(image) for image in images]}
+
+
+def _png(image: NDArray[np.uint8]) -> str:
+    """(channels, height, width) -> a PNG of at most `_SHOWN_PX` pixels a side, in base64."""
+    pixels = image.transpose(1, 2, 0)
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    picture.thumbnail((_SHOWN_PX, _SHOWN_PX))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _decoded_parts(split: Split) -> Iterator[NDArray[np.uint8]]:

@@ -15,9 +15,13 @@ from .markup import Markup, element, joined, keep_units, section
 from .overview import Change, Overview, baseline_name, overview
 from .run import Run
 from .style import page_style
+from .token_map import token_section
 
 # Nothing is loaded and no script runs, whatever a label contains.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 FOOTER = (
     "Written by vitrim. Every statistic on this page is derived from the raw samples in the run's "
     "measurement files."
@@ -36,6 +40,7 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         operators_section(view),
         estimates_section(run),
         kept_section(run),
+        token_section(run),
         curves_section(run),
         parity_section(run),
         _environment(view),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from .model import KeptBranch
 
 # In the order of a block's columns; unknown dimensions follow under their own names.
-NAMES = {"head": "heads", "qk": "q·k width", "v": "v width", "ffn": "FFN units", "embed": "embed"}
+NAMES = {"head": "heads", "qk": "q·k width", "v": "v width", "ffn": "FFN units"}
+NAMES |= {"token": "tokens", "embed": "embed"}
 # A bar of heads shows each of them as a cell, up to this number.
 MOST_CELLS = 16
 
@@ -119,8 +120,9 @@ def _add_bars(bars: dict[str, Bar], branch: KeptBranch, *, without_embed: bool) 
         if dimension == "embed" and without_embed:
             continue
         known = bars.get(dimension)
-        # Branches of a block may read different channels: the bar shows the wider one.
-        if known is None or part > known.kept:
+        # Branches of a block may read different channels: the bar shows the wider one; of tokens
+        # those that the block ends with.
+        if known is None or part > known.kept or dimension == "token":
             bars[dimension] = Bar(dimension, NAMES.get(dimension, dimension), part, total)
 
 

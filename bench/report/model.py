@@ -7,7 +7,7 @@ measurement is a share from 0 to 1. In history.jsonl, written during training, `
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -128,6 +128,34 @@ class KeptBranch(_Part):
         return dims
 
 
+class TokenMap(_Part):
+    """Where the patches of a network leave it.
+
+    Attributes:
+        grid: Rows and columns of patches.
+        sites: Names of the places, the stem first, then each sub-layer.
+        counts: Number of tokens, prefix tokens included, that are carried after each place.
+        exits: For each patch, row by row, at how many places it is carried; 0: never embedded.
+        images: Some test images as PNG in base64.
+    """
+
+    grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    sites: tuple[str, ...] = Field(min_length=1)
+    counts: tuple[Annotated[int, Field(ge=1)], ...]
+    exits: tuple[Count, ...]
+    images: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")], ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.counts) != len(self.sites):
+            raise ValueError(f"{len(self.counts)} counts for {len(self.sites)} sites")
+        if len(self.exits) != self.grid[0] * self.grid[1]:
+            raise ValueError(f"{len(self.exits)} exits for {self.grid[0]} x {self.grid[1]} patches")
+        if max(self.exits) > len(self.sites):
+            raise ValueError(f"a patch is carried at {max(self.exits)} of {len(self.sites)} sites")
+        return self
+
+
 class Epoch(_Part):
     """One line of history.jsonl: top-1 in percent, `params` and `macs` as counts that remain."""
 
@@ -167,6 +195,7 @@ class Report(_Part):
     versions: dict[str, str] = {}
     warnings: tuple[str, ...] = ()
     kept: tuple[KeptBranch, ...] = ()
+    tokens: TokenMap | None = None
     curves: tuple[Epoch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 import vitrim
 from tiny_models import tiny_vit
 from vitrim.compress.masks.mask import StructuredMask
-from vitrim.pipeline.kept_units import kept_branches
+from vitrim.pipeline.kept_units import kept_branches, token_map
 
 
 def test_a_mask_and_its_compact_model_give_the_same_entries() -> None:
@@ -48,3 +48,18 @@ def test_a_removed_sub_layer_is_listed_as_removed() -> None:
     assert kept["blocks.0.attn"]["dims"]["head"] == [0, 3]
     assert kept["blocks.1.ffn"]["kind"] in ("constant", "removed")
     assert kept["blocks.1.attn"]["dims"]["head"] == [3, 3]
+
+
+def test_dropped_tokens_are_part_of_the_entries_and_of_the_map() -> None:
+    model = vitrim.lift(tiny_vit(img_size=32))
+    keep = torch.zeros(17, dtype=torch.bool)
+    keep[[0, 1, 16]] = True
+    mask = StructuredMask({"token": {"blocks.0.ffn": keep}})
+    small = vitrim.compact(model, mask).architecture
+    tokens = {entry["branch"]: entry["dims"]["token"] for entry in kept_branches(model, mask)}
+    assert tokens == dict.fromkeys(tokens, [3, 17])
+    found = token_map(small)
+    assert found is not None
+    assert found["counts"] == [17, 3, 3, 3, 3]
+    assert found["exits"] == [5, *[1] * 14, 5]
+    assert token_map(model.architecture) is None

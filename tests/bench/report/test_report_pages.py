@@ -278,3 +278,50 @@ def test_the_report_imports_neither_torch_nor_matplotlib(tmp_path: Path) -> None
         [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_page_shows_where_patches_leave(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    pixel = (
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
+        "gg=="
+    )
+    report["tokens"] = {
+        "grid": [2, 2],
+        "sites": ["stem", "blocks.0.attn", "blocks.0.ffn"],
+        "counts": [4, 2, 2],
+        "exits": [0, 1, 3, 3],
+        "images": [pixel],
+    }
+    path.write_text(json.dumps(report))
+    page = render_html(load_run(folder))
+    tree = Tree(page)
+    assert "tokens" in [attributes.get("id") for _, attributes in tree.tags]
+    words = " ".join(tree.words)
+    assert "Of 4 patches, 1 are never embedded and 2 are carried to the end." in words
+    pictures = [attributes for tag, attributes in tree.tags if tag == "image"]
+    assert [one["href"] for one in pictures] == [f"data:image/png;base64,{pixel}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exits": [0, 1]}, "2 exits for 2 x 2 patches"),
+        ({"counts": [4]}, "1 counts for 2 sites"),
+        ({"exits": [0, 1, 2, 3]}, "a patch is carried at 3 of 2 sites"),
+        ({"images": ["<svg onload=x>"]}, "images"),
+    ],
+)
+def test_a_malformed_map_of_tokens_is_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    tokens = {"grid": [2, 2], "sites": ["stem", "a"], "counts": [4, 2], "exits": [0, 1, 2, 2]}
+    report["tokens"] = tokens | change
+    path.write_text(json.dumps(report))
+    with pytest.raises(InputError, match=message):
+        load_run(folder)
