@@ -30,22 +30,23 @@ def token_section(run: Run) -> Markup | None:
         f"Of {wording.plural(len(tokens.exits), 'patch', 'patches')}, {never} are never embedded "
         f"and {to_the_end} are carried to the end. Darker patches leave earlier."
     )
+    shown = [_picture(tokens, IMAGE_PX, image=image) for image in tokens.images]
+    over_images = None
+    if shown:
+        over_images = element(
+            "div",
+            element("h3", "Over test images"),
+            element("div", *shown, style="display:flex;flex-wrap:wrap;gap:8px"),
+        )
     grid = element(
         "figure",
-        element("h3", "Last sub-layer that carries a patch"),
+        element("h3", "Last place that carries a patch"),
         _picture(tokens, MAP_PX, numbers=max(tokens.grid) <= NUMBERED),
         element("p", _legend(tokens.sites), class_="soft"),
+        over_images,
         class_="card",
     )
-    shown = [
-        element("span", _picture(tokens, IMAGE_PX, image=image), style="margin:0 8px 8px 0")
-        for image in tokens.images
-    ]
-    images = None
-    if shown:
-        row = element("div", *shown, style="display:flex;flex-wrap:wrap")
-        images = element("figure", element("h3", "Over test images"), row, class_="card")
-    content = element("div", grid, images, _pyramid(tokens), class_="grid2")
+    content = element("div", grid, _pyramid(tokens), class_="grid2")
     return section("Tokens", remark, content, id_="tokens")
 
 
@@ -113,30 +114,15 @@ def _picture(
 def _pyramid(tokens: TokenMap) -> Markup:
     """The number of tokens after each place, as bars."""
     most = max(tokens.counts)
-    rows = [
-        element(
-            "li",
-            element("div", site, class_="name"),
-            element(
-                "div",
-                element(
-                    "div",
-                    element("span", "tokens"),
-                    element("b", str(count)),
-                    class_="caption",
-                ),
-                element(
-                    "div",
-                    element("i", style=f"width:{100 * count / most:.2f}%"),
-                    class_="track",
-                    role="img",
-                    aria_label=f"{site}: {count} of {most} tokens",
-                ),
-                class_="kept",
-            ),
-            class_="block",
-        )
-        for site, count in zip(tokens.sites, tokens.counts, strict=True)
-    ]
-    bars = element("ul", *rows, class_="blocks", style="--n:1")
+    cells: list[Markup] = []
+    for site, count in zip(tokens.sites, tokens.counts, strict=True):
+        fill = element("i", style=f"width:{100 * count / most:.2f}%")
+        label = f"{site}: {count} of {most} tokens"
+        cells += [
+            element("span", site, class_="soft"),
+            element("div", fill, class_="track", role="img", aria_label=label, style="margin:0"),
+            element("b", str(count), style="text-align:right"),
+        ]
+    layout = "display:grid;grid-template-columns:auto 1fr auto;gap:6px 12px;align-items:center"
+    bars = element("div", *cells, style=layout)
     return element("figure", element("h3", "Tokens after each sub-layer"), bars, class_="card")

@@ -223,6 +223,12 @@ class Architecture(Spec):
         return (self.tokens, *self.step_tokens())[-1]
 
     @property
+    def token_places(self) -> tuple[int, ...]:
+        """For each token behind the stem its place among the prefix tokens and the whole grid."""
+        order = tuple(range(self.patches)) if self.order is None else self.order
+        return (*range(self.prefix), *(self.prefix + place for place in order))
+
+    @property
     def drops_tokens(self) -> bool:
         """Whether patches are reordered or leave the stream before its end."""
         return self.order is not None or any(branch.tokens for branch in self.branches)

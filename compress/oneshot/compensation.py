@@ -154,10 +154,13 @@ def refit(
     wanted, found = Stream(source, images), Stream(_all_tokens(result), images)
     depths = reproduced_depths(source, found.model)
     fits: list[Fit] = []
+    places = _shared_places(source, found.model)
     for number in range(len(found.model.steps)):
         while wanted.position < depths[number]:
             wanted.advance()
-        target = _Target(wanted, channels, following_constants(found.model, number))
+        count = found.queries or found.batches[0].shape[1]
+        tokens = None if places is None else places[:count]
+        target = _Target(wanted, channels, following_constants(found.model, number), tokens)
         inner: list[Tensor] | None = None
         for branch in found.step:
             if not has_output_projection(branch) or branch.post_norm is not None:
@@ -191,6 +194,25 @@ def with_output_biases(model: CompactModel) -> CompactModel:
             row.append(spec)
         steps.append(tuple(row))
     return build(model.architecture.model_copy(update={"steps": tuple(steps)}), state)
+
+
+def _shared_places(source: CompactModel, result: CompactModel) -> Tensor | None:
+    """For each token behind the stem of `result` its place in the stream of `source`.
+
+    None: they are the same.
+    """
+    if result.architecture.token_places == source.architecture.token_places and (
+        source.architecture.drops_tokens or not result.architecture.drops_tokens
+    ):
+        return None
+    known = {place: number for number, place in enumerate(source.architecture.token_places)}
+    places = result.architecture.token_places
+    if source.architecture.drops_tokens or any(place not in known for place in places):
+        raise InputError(
+            "compensate: tokens leave the dense network itself; give the network before the token "
+            "mask"
+        )
+    return torch.tensor([known[place] for place in places])
 
 
 def _all_tokens(model: CompactModel) -> CompactModel:
@@ -337,10 +359,14 @@ class _Target:
     stream: Stream
     channels: Tensor | None
     constants: Tensor
+    # The places in the dense stream of the tokens that the step computes; None: all.
+    tokens: Tensor | None = None
 
     def batch(self, number: int) -> Tensor:
         """(batch, tokens, channels of the compact stream)."""
         found = self.stream.batches[number]
+        if self.tokens is not None:
+            found = found.index_select(1, self.tokens)
         if self.channels is not None:
             found = found.index_select(-1, self.channels)
         return found - self.constants
@@ -357,7 +383,7 @@ def _refit(
     fit, held_out = (_Gram(linear.in_features, linear.out_features) for _ in range(2))
     scale = _scale(branch)
     for number, (x, inner, update) in enumerate(found.inner(branch)):
-        rest = wanted.batch(number) - _with_siblings(branch, found, x)
+        rest = wanted.batch(number) - _with_siblings(branch, found, x, number)
         if branch.writes is not None:
             rest = rest.index_select(-1, branch.writes)
         assert rest.shape[:2] == update.shape[:2]
@@ -402,10 +428,12 @@ def _best_ridge(fit: _Gram, held_out: _Gram, weight: Tensor) -> float:
     return RIDGES[place]
 
 
-def _with_siblings(branch: Branch, stream: Stream, x: Tensor) -> Tensor:
+def _with_siblings(branch: Branch, stream: Stream, x: Tensor, number: int) -> Tensor:
     """The stream with the updates of the other branches of the same step."""
     with torch.no_grad():
-        updates = [(other, other(x)) for other in stream.step if other is not branch]
+        whole = stream.batches[number]
+        queries = stream.queries
+        updates = [(other, other(whole, queries)) for other in stream.step if other is not branch]
         total = x
         for other, y in updates:
             total = other.add(total, y)

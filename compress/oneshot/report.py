@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..network.architecture import Architecture
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
 from .compensation import following_constants
@@ -117,10 +118,11 @@ def measured_errors(compared: Comparison, images: Tensor) -> dict[str, float]:
             stream.advance()
         total, rows = 0.0, 0
         for x, wanted in zip(before, stream.batches, strict=True):
-            y = x + constants
+            count = wanted.shape[1]
+            y = x[:, :count] + constants
             with torch.no_grad():
                 for branch in step:
-                    y = branch.add(y, branch(x))
+                    y = branch.add(y, branch(x, count if count < x.shape[1] else None))
             change = _selected(wanted, compared.channels) - y
             total += float(change.double().square().sum())
             rows += change.shape[0] * change.shape[1]
@@ -181,20 +183,31 @@ def compare_features(
     """
     cosines, patches, same = 0.0, 0.0, 0
     pairs: list[tuple[Tensor, Tensor]] = []
+    kept = kept_patches(dense.architecture, compact.architecture)
     with torch.no_grad():
         for part in images.split(16):
             wanted, found = last_stream(dense, part), last_stream(compact, part)
             pairs.append((features(dense, wanted), readback(features(compact, found))))
             cosines += _cosines(*pairs[-1])
-            patches += _cosines(
-                patch_features(dense, wanted), readback_patches(patch_features(compact, found))
-            )
+            rows = patch_features(dense, wanted)
+            if kept is not None:
+                rows = rows.index_select(1, kept)
+            patches += _cosines(rows, readback_patches(patch_features(compact, found)))
             if dense.head is not None:
                 classes = dense.classify(wanted).argmax(dim=-1)
                 same += int((classes == compact.classify(found).argmax(dim=-1)).sum())
     total = len(images)
     agreement = None if dense.head is None else same / total
     return Check(total, cosines / total, patches / total, agreement, _feature_error(pairs))
+
+
+def kept_patches(dense: Architecture, compact: Architecture) -> Tensor | None:
+    """The places among the dense patches of those that a network carries to its end; None: all."""
+    if not compact.drops_tokens or dense.drops_tokens:
+        return None
+    count = compact.step_tokens(last_queries=False)[-1] if compact.steps else compact.tokens
+    places = compact.token_places[compact.prefix : max(count, compact.prefix)]
+    return torch.tensor([place - compact.prefix for place in places], dtype=torch.long)
 
 
 def _feature_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:

@@ -53,6 +53,7 @@ class Stream:
         check_images(model, images)
         self.model = model
         self.position = 0
+        self._counts = model.architecture.step_tokens(last_queries=False)
         with torch.no_grad():
             self.batches = [model.embed(part) for part in images.split(batch)]
 
@@ -66,6 +67,12 @@ class Stream:
         """Whether all steps have run."""
         return self.position == len(self.model.steps)
 
+    @property
+    def queries(self) -> int | None:
+        """The number of leading tokens that the next step computes; None for all."""
+        count = self._counts[self.position]
+        return count if count < self.batches[0].shape[1] else None
+
     def advance(self, observe: Observer | None = None) -> None:
         """Run the next step on every batch.
 
@@ -73,20 +80,21 @@ class Stream:
             observe: Called for every batch with each attention and feed-forward sub-layer and its
                 activations, so that statistics need no pass of their own.
         """
-        step = self.step
+        step, queries = self.step, self.queries
         with torch.no_grad():
             for number, x in enumerate(self.batches):
                 if observe is None:
-                    self.batches[number] = self.model.run_step(step, x)
+                    self.batches[number] = self.model.run_step(step, x, queries)
                     continue
                 updates = []
                 for branch in step:
                     if not has_output_projection(branch):
-                        updates.append(branch(x))
+                        updates.append(branch(x, queries))
                         continue
-                    found = activations(branch, x)
+                    found = activations(branch, x, queries)
                     observe(branch, found)
                     updates.append(found.update)
+                x = x[:, :queries]
                 for branch, y in zip(step, updates, strict=True):
                     x = branch.add(x, y)
                 self.batches[number] = x
@@ -98,38 +106,42 @@ class Stream:
         Args:
             inner: These inputs for the first batches; for the others all of the step runs.
         """
-        step = self.step
+        step, queries = self.step, self.queries
         branch = step[0]
         with torch.no_grad():
             for number, x in enumerate(self.batches):
                 if number >= len(inner):
-                    self.batches[number] = self.model.run_step(step, x)
+                    self.batches[number] = self.model.run_step(step, x, queries)
                     continue
                 update = output_projection(branch)(inner[number])
                 if branch.layer_scale is not None:
                     update = update * branch.layer_scale
-                self.batches[number] = branch.add(x, update)
+                self.batches[number] = branch.add(x[:, :queries], update)
         self.position += 1
 
     def inner(self, branch: Branch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Per batch: the stream, the input of the branch's output projection, and its update."""
+        """Per batch: the stream, the input of the branch's output projection, and its update.
+
+        All of the tokens that the branch computes.
+        """
+        queries = self.queries
         for x in self.batches:
-            found = activations(branch, x)
-            yield x, found.inner, found.update
+            found = activations(branch, x, queries)
+            yield x[:, :queries], found.inner, found.update
 
 
-def activations(branch: Branch, x: Tensor) -> Activations:
+def activations(branch: Branch, x: Tensor, queries: int | None = None) -> Activations:
     """Run an attention or feed-forward sub-layer and record what it computes.
 
-    Shapes: x (batch, tokens, embed).
+    Shapes: x (batch, tokens, embed). With `queries`, that many leading tokens are computed.
     """
     core = branch.core
     with torch.no_grad(), recorded_inputs(output_projection(branch)) as inputs:
         if not isinstance(core, Attention):
-            update = branch(x)
+            update = branch(x, queries)
             return Activations(x, inputs[-1], update)
         with recorded_attention(core) as found, recorded_inputs(core.q) as read:
-            update = branch(x)
+            update = branch(x, queries)
         gate = None if core.gate is None else core.gate(read[-1]).sigmoid()
     return Activations(x, inputs[-1], update, found[-1], gate)
 

@@ -8,8 +8,8 @@ Rules:
 3. A head is removed only by the head mask: with zero queries its softmax is uniform, not dead.
 4. The softmax scale is stated in the new architecture.
 5. A channel of the residual stream is kept if something reads it.
-6. Token sets are nested, so patches are sorted once by where they leave the stream, and each set is
-   a number of leading tokens. A token is computed only as long as an attention or the head reads it.
+6. Token sets are nested, so patches are sorted once by where they leave the stream, and each set
+   is a number of leading tokens. A token is computed as long as an attention or the head reads it.
 """
 
 from __future__ import annotations

@@ -190,11 +190,7 @@ class BackboneForward(BackboneFacts):
 
     def _token_places(self, count: int, device: torch.device) -> Tensor:
         """The places of the first tokens of the stream among the prefix tokens and the grid."""
-        architecture = self.architecture
-        order = architecture.order or tuple(range(architecture.patches))
-        prefix = architecture.prefix
-        places = [*range(prefix), *(prefix + place for place in order)]
-        return torch.tensor(places[:count], device=device)
+        return torch.tensor(self.architecture.token_places[:count], device=device)
 
     def _to_grid(self, x: Tensor) -> Tensor:
         """Put tokens in their places, with zeros for patches that left the stream."""

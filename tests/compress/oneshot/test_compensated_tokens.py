@@ -1,0 +1,66 @@
+"""Compensation and trimming of networks from which tokens leave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import relative_error, tiny_vit
+from torch import Tensor
+from vitrim import InputError, StructuredMask, compact, compensate, lift, masked
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.oneshot.report import compare_features
+from vitrim.compress.oneshot.stream import Stream
+
+
+def dense() -> CompactModel:
+    return lift(tiny_vit(img_size=32, depth=3)).eval()
+
+
+def images(count: int = 24) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+def token_mask(model: CompactModel) -> StructuredMask:
+    return StructuredMask.random(model, {"token": 0.4}, seed=3)
+
+
+def test_the_stream_of_a_network_with_dropped_tokens_is_that_of_its_forward_pass() -> None:
+    model = dense()
+    small = compact(model, token_mask(model)).eval()
+    stream = Stream(small, images(4))
+    while not stream.finished:
+        stream.advance()
+    with torch.no_grad():
+        assert torch.equal(stream.batches[0], small.features(images(4)))
+
+
+def test_the_kept_tokens_follow_the_dense_stream_after_compensation() -> None:
+    model = dense()
+    cut = compact(model, token_mask(model)).eval()
+    fitted, fits = compensate(cut, model, images())
+    assert fitted.architecture.step_tokens() == cut.architecture.step_tokens()
+    assert all(fit.after <= fit.before for fit in fits)
+    before = compare_features(model, cut, images())
+    after = compare_features(model, fitted.eval(), images())
+    assert after.cosine > before.cosine
+    assert after.patch_cosine > before.patch_cosine > 0.0
+
+
+def test_widths_are_compensated_in_a_network_whose_tokens_leave() -> None:
+    model = dense()
+    shorter = compact(model, token_mask(model)).eval()
+    mask = StructuredMask.random(shorter, {"ffn": 0.6, "head": 0.7}, seed=1, scale="original")
+    cut = compact(shorter, mask).eval()
+    with torch.no_grad():
+        assert relative_error(cut(images(2)), masked(shorter, mask)(images(2))) < 1e-5
+    fitted, fits = compensate(cut, shorter, images())
+    assert sum(fit.after for fit in fits) < sum(fit.before for fit in fits)
+    assert fitted.architecture.order == shorter.architecture.order
+
+
+def test_a_dense_network_that_drops_other_tokens_is_refused() -> None:
+    model = dense()
+    shorter = compact(model, token_mask(model)).eval()
+    again = compact(shorter, StructuredMask.random(shorter, {"token": 0.5}, seed=9)).eval()
+    with pytest.raises(InputError, match="give the network before the token mask"):
+        compensate(again, shorter, images(4))
