@@ -69,6 +69,6 @@ def _observed_rows(
         tensor = tvm.runtime.tensor(np.ascontiguousarray(image[None], np.float32))
         found = list(machine["main"](tensor))[len(outputs) or 1 :]
         yield [
-            value.numpy().reshape(stream.rows, stream.width)[:, : stream.used]
+            value.numpy().reshape(-1, stream.width)[: stream.rows, : stream.used]
             for value, stream in zip(found, rows, strict=True)
         ]

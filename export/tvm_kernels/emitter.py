@@ -14,7 +14,7 @@ from .attention import Attend, attend
 from .dense import Dense, dense
 from .head_norm import HeadNorm, norm_heads
 from .key_packing import pack_keys
-from .lanes import Lanes, RowLayout
+from .lanes import Lanes
 from .matrices import Affine, Matrix, State, Stream
 from .norm import Normalize, normalize
 from .packing import Array, padded, panels, quantize_weights
@@ -146,8 +146,8 @@ class Emitter:
         if x.quantizer is not None:
             return x
         for known, found in self._quantized:
-            if known.value.same_as(x.value):
-                return found
+            if known.value.same_as(x.value) and known.rows >= x.rows:
+                return found.first_rows(x.rows)
         into = self.precision.input(x)
         if into.quantizer is None:
             return x
@@ -319,39 +319,39 @@ class Emitter:
         )
         return Stream(value, spec.query_rows, width, width, *out)
 
-    def first_rows(self, x: Stream, rows: int) -> Stream:
-        """The first rows of each image."""
+    def contiguous(self, x: Stream) -> Stream:
+        """The rows without others between those of two images or after them, copied if need be."""
+        if x.layout.per_image == x.rows:
+            return x
         value = self.program.call(
             "first_rows",
-            (x.layout, rows),
-            lambda: first_rows(self.batch, rows, x.layout),
+            ("first-rows", x.layout, x.rows),
+            lambda: first_rows(self.batch, x.rows, x.layout),
             [x.value],
-            (self.batch * rows * x.width,),
+            (self.batch * x.rows * x.width,),
         )
-        return Stream(value, rows, x.width, x.used)
+        return Stream(value, x.rows, x.width, x.used)
 
     def add_constant(self, x: Stream, vector: Array) -> Stream:
         """The same vector added to every row."""
-        rows = self.batch * x.rows
         operands = [x.value, self.constant(padded(vector, x.width))]
         return self._same_shape(
             x,
             "add_constant",
-            ("add-constant", rows, x.width),
-            lambda: add_constant(rows, x.width, self.lanes),
+            ("add-constant", x.rows, x.layout),
+            lambda: add_constant(self.batch, x.rows, x.layout, self.lanes),
             operands,
         )
 
     def add(self, x: Stream, y: Stream) -> Stream:
         """The sum of two streams."""
-        rows = self.batch * x.rows
-        operands = [x.value, y.value]
+        layouts = (x.layout, y.layout)
         return self._same_shape(
             x,
             "add_rows",
-            ("add-rows", rows, x.width),
-            lambda: add_rows(rows, x.width, self.lanes),
-            operands,
+            ("add-rows", x.rows, layouts),
+            lambda: add_rows(self.batch, x.rows, layouts, self.lanes),
+            [x.value, y.value],
         )
 
     def combine_pairs(self, x: Stream, pairs: int, factors: tuple[float, float]) -> Stream:
@@ -386,10 +386,10 @@ class Emitter:
 
     def mean(self, x: Stream, skipped: int) -> Stream:
         """One row an image: the mean of all rows but the first `skipped`."""
-        layout, rows = RowLayout(x.rows, x.width, skipped), x.rows - skipped
+        layout, rows = replace(x.layout, first=skipped), x.rows - skipped
         value = self.program.call(
             "mean",
-            layout,
+            ("mean", layout, rows),
             lambda: mean_rows(self.batch, rows, layout, self.lanes),
             [x.value],
             (self.batch * x.width,),
@@ -404,7 +404,7 @@ class Emitter:
         kernel: Callable[[], Any],
         operands: list[Value],
     ) -> Stream:
-        """Call a kernel whose result has the shape of `x`."""
+        """Call a kernel whose result has the rows of `x`, one after the other."""
         shape = (self.batch * x.rows * x.width,)
         value = self.program.call(name, key, kernel, operands, shape)
         return Stream(value, x.rows, x.width, x.used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def head(
     kinds = {output.kind for output in outputs}
     tokens = bool(kinds & {"tokens", "patches"})
     if rows and stream.rows != rows and not tokens:
-        stream = emitter.first_rows(stream, rows)
+        stream = stream.first_rows(rows)
     # An output is what a norm computes, weight and bias included.
     whole = tokens or "features" in kinds
     source = _normed(emitter, architecture, state, stream, whole=whole)
@@ -62,7 +63,7 @@ def head(
     if kinds and not kinds & {"logits", "features"}:
         return found
     if rows and source.stream.rows != rows:
-        source = ProductInput(emitter.first_rows(source.stream, rows), source.transform)
+        source = replace(source, stream=source.stream.first_rows(rows))
     if kind == "attention":
         pooled = _attention_pool(emitter, architecture, sub_state(state, "pool"), source)
         source = ProductInput(pooled)
@@ -201,7 +202,8 @@ def _classify(
             other = transform.fold_into(linear(state, "head_dist"))
     if distilled:
         matrix = _mean_of_classifiers(matrix, other, stream.width)
-        stream = Stream(stream.value, 1, 2 * stream.width, 2 * stream.width)
+        width = 2 * stream.width
+        stream = Stream(emitter.contiguous(stream).value, 1, width, width)
     epilogue = Epilogue("identity" if spec is None else spec.act)
     logits = emitter.dense(stream, 1, matrix, epilogue, force_fp32=spec is None)
     return _first_columns(emitter, logits, classes)
@@ -232,6 +234,7 @@ def _mean_of_classifiers(first: Matrix, second: Matrix, width: int) -> Matrix:
 
 
 def _first_columns(emitter: Emitter, stream: Stream, kept: int) -> Value:
+    stream = emitter.contiguous(stream)
     return emitter.program.call(
         "logits",
         ("columns", stream.width, kept),

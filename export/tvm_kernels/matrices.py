@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,11 +55,12 @@ class Stream:
 
     Attributes:
         value: The value in the program.
-        rows: Rows of each image.
+        rows: Rows of each image, the first ones of those in memory.
         width: Elements of a row.
         used: Columns of a row that have a meaning, the first ones.
         quantizer: How the rows are quantized; None: fp32.
         range: The range of all rows, if it is static.
+        stored_rows: Rows of each image in memory; None: as many as `rows`.
     """
 
     value: Value
@@ -68,11 +69,18 @@ class Stream:
     used: int
     quantizer: Quantizer | None = None
     range: Range | None = None
+    stored_rows: int | None = None
 
     @property
     def layout(self) -> RowLayout:
         """Where its rows are."""
-        return RowLayout(self.rows, self.width)
+        return RowLayout(self.stored_rows or self.rows, self.width)
+
+    def first_rows(self, rows: int) -> Stream:
+        """The first rows of each image: the same value, so that nothing is copied."""
+        if rows == self.rows:
+            return self
+        return replace(self, rows=rows, stored_rows=self.layout.per_image)
 
 
 @dataclass(frozen=True)

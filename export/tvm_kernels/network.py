@@ -35,7 +35,7 @@ from .matrices import (
 )
 from .outputs import write_output
 from .packing import Array
-from .patches import Patches, cut_patches
+from .patches import Patches, corners, cut_patches
 from .precision import Float, Precision, RangeObserver
 from .program import Program, Value
 from .schedule import Schedule
@@ -142,19 +142,15 @@ class _NetworkWriter:
         """The logits, or the named outputs in their order."""
         stream = self.stem()
         found = self.block_outputs(stream, 0)
-        pooled = self.architecture.pooled_prefix
-        shorter = pooled and not needs_all_tokens(self.architecture, self.outputs)
-        last = self.last_attention() if shorter else None
-        count = steps_needed(self.architecture, self.outputs)
-        for number, step in enumerate(self.architecture.steps[:count]):
+        architecture = self.architecture
+        shorter = not needs_all_tokens(architecture, self.outputs)
+        counts = architecture.step_tokens(last_queries=shorter)
+        last = steps_needed(architecture, self.outputs)
+        for number, step in enumerate(architecture.steps[:last]):
             parts = [
                 sub_state(self.state, f"steps.{number}.{position}") for position in range(len(step))
             ]
-            stream = (
-                self.last_step(stream, step, parts, pooled)
-                if number == last
-                else self.step(stream, step, parts)
-            )
+            stream = self.step(stream, step, parts, counts[number])
             found |= self.block_outputs(stream, number + 1)
         if not self.outputs or len(found) < len(self.outputs):
             found |= head(self.emitter, self.architecture, self.state, stream, self.outputs)
@@ -183,8 +179,8 @@ class _NetworkWriter:
         table = np.pad(table, ((0, 0), (0, emitter.lanes.up(table.shape[1]) - table.shape[1])))
         # Pixels stay in fp32: eight bits cost most accuracy here, and this is one product of many.
         if patch_norm is not None:
-            rows = architecture.tokens - architecture.prefix
-            patches = emitter.dense(self.patches(0), rows, matrix, force_fp32=True)
+            pixels = self.patches(0)
+            patches = emitter.dense(pixels, architecture.patches, matrix, force_fp32=True)
             normed = emitter.norm(patches, patch_norm, affine=affine(state, "patch_norm"))
             stream = emitter.add_table(normed, table)
         else:
@@ -221,7 +217,6 @@ class _NetworkWriter:
         """The pixels of each patch as a row, after `prefix` rows of zeros."""
         architecture, emitter = self.architecture, self.emitter
         spec = architecture.stem
-        rows = prefix + architecture.tokens - architecture.prefix
         depth = int(np.prod(self.state["stem.weight"].shape[1:]))
         cut = Patches(
             images=emitter.batch,
@@ -232,32 +227,33 @@ class _NetworkWriter:
             padding=spec.padding,
             prefix=prefix,
             width_out=depth,
+            listed=None if architecture.order is None else len(architecture.order),
         )
+        operands = [self.program.input]
+        if architecture.order is not None:
+            operands.append(emitter.constant(corners(cut, architecture.order)))
         value = self.program.call(
             "patches",
             cut,
             lambda: cut_patches(cut, emitter.schedule.threads),
-            [self.program.input],
-            (emitter.batch * rows * depth,),
+            operands,
+            (emitter.batch * cut.tokens * depth,),
         )
-        return Stream(value, rows, depth, depth)
+        return Stream(value, cut.tokens, depth, depth)
 
-    def step(self, stream: Stream, step: tuple[BranchSpec, ...], parts: list[State]) -> Stream:
-        """A step: all branches read the stream before it."""
-        written = stream
-        for branch, part in zip(step, parts, strict=True):
-            written = self.branch(stream, written, branch, part, stream.rows)
-        return written
-
-    def last_step(
-        self,
-        stream: Stream,
-        step: tuple[BranchSpec, ...],
-        parts: list[State],
-        rows: int,
+    def step(
+        self, stream: Stream, step: tuple[BranchSpec, ...], parts: list[State], rows: int
     ) -> Stream:
-        """The step with the last attention: afterwards only the first rows are read."""
-        first = written = self.emitter.first_rows(stream, rows)
+        """A step: all branches read the stream before it.
+
+        Args:
+            stream: The stream before the step.
+            step: The branches.
+            parts: Their parameters.
+            rows: Rows of each image that the stream has afterwards, the first ones; attention reads
+                keys and values of all rows, and nothing else reads the others.
+        """
+        first = written = stream.first_rows(rows)
         for branch, part in zip(step, parts, strict=True):
             reads = stream if isinstance(branch.core, AttentionSpec) else first
             written = self.branch(reads, written, branch, part, rows)
@@ -309,15 +305,6 @@ class _NetworkWriter:
         if branch.reads is None:
             return ProductInput(stream)
         return ProductInput(stream, InputTransform.select(branch.reads, self.architecture.embed))
-
-    def last_attention(self) -> int | None:
-        """The number of the last step with an attention."""
-        found = [
-            number
-            for number, step in enumerate(self.architecture.steps)
-            if any(isinstance(branch.core, AttentionSpec) for branch in step)
-        ]
-        return found[-1] if found else None
 
 
 def _scaled(parameters: Affine, scale: Array | None) -> Affine:

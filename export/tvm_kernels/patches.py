@@ -5,13 +5,16 @@ Pixels are in the order of the convolution's weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .lanes import Buffer, Expr
+from .lanes import Buffer, Expr, bind
 from .loops import over_threads, share_bounds
 
 
@@ -28,6 +31,8 @@ class Patches:
         padding: Rows and columns of zeros around the image.
         prefix: Rows of zeros before the patches.
         width_out: Columns of a row, at least channels * patch area; the rest is zero.
+        listed: How many patches a table lists, which alone are cut out, in its order; None: all
+            patches of the grid, row by row.
     """
 
     images: int
@@ -38,26 +43,52 @@ class Patches:
     padding: tuple[int, int]
     prefix: int
     width_out: int
+    listed: int | None = None
 
     @property
     def tokens(self) -> int:
         """Rows of each image."""
-        return self.prefix + self.grid[0] * self.grid[1]
+        return self.prefix + (self.listed or self.grid[0] * self.grid[1])
+
+
+def corners(spec: Patches, order: Sequence[int]) -> NDArray[np.int32]:
+    """The table of a kernel with `listed` patches: top and left pixel of each, flat.
+
+    Args:
+        spec: The kernel.
+        order: The patches, counted row by row in the grid.
+    """
+    places = np.stack(np.divmod(order, spec.grid[1]), axis=1)
+    return (places * spec.stride - spec.padding).astype(np.int32).ravel()
 
 
 def cut_patches(spec: Patches, threads: int) -> Any:
-    """The kernel: images -> rows (images * tokens, width_out), flat."""
+    """The kernel: (images, [corners]) -> rows (images * tokens, width_out), flat."""
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
         images = T.arg("images", T.buffer((spec.images, *spec.image), "float32"))
+        table = None
+        if spec.listed is not None:
+            table = T.arg("corners", T.buffer((2 * spec.listed,), "int32"))
         out = T.arg("out", T.buffer((spec.images * spec.tokens * spec.width_out,), "float32"))
 
         def share(part: Expr, parts: int) -> None:
+            if table is not None:
+                count = spec.tokens - spec.prefix
+                with T.serial(*share_bounds(spec.images * count, part, parts)) as index:
+                    number = bind(index % count)
+                    corner = bind(table[2 * number]), bind(table[2 * number + 1])
+                    _cut_patch(spec, images, out, (index // count, number), corner)
+                return
+            (down, across), stride, padding = spec.grid, spec.stride, spec.padding
             with (
-                T.serial(*share_bounds(spec.images * spec.grid[0], part, parts)) as band,
-                T.serial(0, spec.grid[1]) as column,
+                T.serial(*share_bounds(spec.images * down, part, parts)) as band,
+                T.serial(0, across) as column,
             ):
-                _cut_patch(spec, images, out, band // spec.grid[0], band % spec.grid[0], column)
+                row = band % down
+                corner = row * stride[0] - padding[0], column * stride[1] - padding[1]
+                place = band // down, row * across + column
+                _cut_patch(spec, images, out, place, corner)
 
         prefix_size = spec.prefix * spec.width_out
         with T.serial(0, spec.images) as image, T.serial(0, prefix_size) as index:
@@ -67,16 +98,27 @@ def cut_patches(spec: Patches, threads: int) -> Any:
 
 
 def _cut_patch(
-    spec: Patches, images: Buffer, out: Buffer, image: Expr, row: Expr, column: Expr
+    spec: Patches,
+    images: Buffer,
+    out: Buffer,
+    place: tuple[Expr, Expr],
+    corner: tuple[Expr, Expr],
 ) -> None:
-    """The row of the patch at (row, column) of an image's grid."""
+    """The row of one patch.
+
+    Args:
+        spec: The kernel.
+        images: The pixels.
+        out: The rows.
+        place: The image, and the number of the patch among its rows.
+        corner: Its top and left pixel.
+    """
     channels, height, width = spec.image
     down, across = spec.patch
     used = channels * down * across
-    token = image * spec.tokens + spec.prefix + row * spec.grid[1] + column
-    target = token * spec.width_out
-    top = row * spec.stride[0] - spec.padding[0]
-    left = column * spec.stride[1] - spec.padding[1]
+    image, number = place
+    top, left = corner
+    target = (image * spec.tokens + spec.prefix + number) * spec.width_out
     with T.serial(0, channels) as c, T.serial(0, down) as i, T.serial(0, across) as j:
         index, y, x = target + (c * down + i) * across + j, top + i, left + j
         pixel = images[image, c, y, x]

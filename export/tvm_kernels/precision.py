@@ -68,7 +68,9 @@ class RangeObserver(Float):
 
     def input(self, rows: Stream) -> RowFormat:
         """See `Precision.input`."""
-        if not any(rows.value.same_as(known.value) for known in self.rows):
+        if not any(
+            known.value.same_as(rows.value) and known.rows >= rows.rows for known in self.rows
+        ):
             self.rows.append(rows)
         return FP32
 

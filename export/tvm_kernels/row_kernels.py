@@ -35,20 +35,29 @@ def mean_rows(images: int, rows: int, source: RowLayout, lanes: Lanes) -> Any:
     return builder.get()
 
 
-def add_constant(rows: int, width: int, lanes: Lanes) -> Any:
-    """The kernel: (x, vector) -> x + vector in each of `rows` rows, flat."""
+def add_constant(images: int, rows: int, source: RowLayout, lanes: Lanes) -> Any:
+    """The kernel: (x, vector) -> x + vector in each row, (images, rows, width), flat.
+
+    Args:
+        images: Batch size.
+        rows: Rows of each image that are computed.
+        source: Where they are.
+        lanes: The vectors; the width is a multiple of them.
+    """
+    width, count = source.width, lanes.count
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
-        x = T.arg("x", T.buffer((rows * width,), "float32"))
+        x = T.arg("x", T.buffer((source.size(images, rows),), "float32"))
         vector = T.arg("vector", T.buffer((width,), "float32"))
-        out = T.arg("out", T.buffer((rows * width,), "float32"))
-        with T.serial(0, rows) as row, T.serial(0, width // lanes.count) as part:
-            index = row * width + part * lanes.count
-            lanes.store(
-                out,
-                index,
-                lanes.load(x, index) + lanes.load(vector, part * lanes.count),
-            )
+        out = T.arg("out", T.buffer((images * rows * width,), "float32"))
+        with (
+            T.serial(0, images) as image,
+            T.serial(0, rows) as row,
+            T.serial(0, width // count) as part,
+        ):
+            value = lanes.load(x, source.start(image, row) + part * count)
+            value = value + lanes.load(vector, part * count)
+            lanes.store(out, (image * rows + row) * width + part * count, value)
     return builder.get()
 
 
@@ -75,15 +84,29 @@ def combine_pairs(rows: int, pairs: int, width: int, lanes: Lanes) -> Any:
     return builder.get()
 
 
-def add_rows(rows: int, width: int, lanes: Lanes) -> Any:
-    """The kernel: (x, y) -> x + y, flat."""
+def add_rows(images: int, rows: int, sources: tuple[RowLayout, RowLayout], lanes: Lanes) -> Any:
+    """The kernel: (x, y) -> x + y, (images, rows, width), flat.
+
+    Args:
+        images: Batch size.
+        rows: Rows of each image that are computed.
+        sources: Where those of x and of y are; both have the same width.
+        lanes: The vectors; the width is a multiple of them.
+    """
+    size, count = rows * sources[0].width, lanes.count
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
-        x, y = (T.arg(name, T.buffer((rows * width,), "float32")) for name in "xy")
-        out = T.arg("out", T.buffer((rows * width,), "float32"))
-        with T.serial(0, rows * width // lanes.count) as part:
-            index = part * lanes.count
-            lanes.store(out, index, lanes.load(x, index) + lanes.load(y, index))
+        x, y = (
+            T.arg(name, T.buffer((source.size(images, rows),), "float32"))
+            for name, source in zip("xy", sources, strict=True)
+        )
+        out = T.arg("out", T.buffer((images * size,), "float32"))
+        with T.serial(0, images) as image, T.serial(0, size // count) as part:
+            first, second = (
+                lanes.load(buffer, source.start(image, 0) + part * count)
+                for buffer, source in zip((x, y), sources, strict=True)
+            )
+            lanes.store(out, image * size + part * count, first + second)
     return builder.get()
 
 

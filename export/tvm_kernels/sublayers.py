@@ -207,7 +207,9 @@ def _attend(
         values=HeadColumns(keys_values.width, at_values, emitter.lanes.up(core.v)),
         biased=core.bias is not None,
     )
-    bias = None if core.bias is None else _relative_bias(core, state, rows, emitter.lanes)
+    bias = None
+    if core.bias is not None:
+        bias = _relative_bias(core, state, (rows, keys_values.rows), emitter.lanes)
     only_products = (
         not core.gated
         and core.out_norm is None
@@ -259,14 +261,23 @@ def _project_output(
     return emitter.dense(found, output.rows, projection, Epilogue(residual=output.residual))
 
 
-def _relative_bias(core: AttentionSpec, state: State, rows: int, lanes: Lanes) -> Array:
-    """(heads, rows, tokens rounded up to whole vectors), times log2 e as the scores."""
+def _relative_bias(
+    core: AttentionSpec, state: State, shape: tuple[int, int], lanes: Lanes
+) -> Array:
+    """(heads, queries, keys rounded up to whole vectors), times log2 e as the scores.
+
+    Args:
+        core: The attention.
+        state: Its parameters.
+        shape: (queries, keys), the first ones of the stream.
+        lanes: The vectors.
+    """
     spec = core.bias
     assert spec is not None
     table = state["bias.table"][offsets(spec).numpy()].transpose(2, 0, 1)
     bias = table * np.float32(LOG2_E)
     before = 0 if spec.prefix_rows else spec.prefix
-    bias = np.pad(bias, ((0, 0), (before, 0), (before, 0)))[:, :rows]
+    bias = np.pad(bias, ((0, 0), (before, 0), (before, 0)))[:, : shape[0], : shape[1]]
     bias = np.repeat(bias, core.parts, axis=0)
     return np.pad(bias, ((0, 0), (0, 0), (0, lanes.up(bias.shape[2]) - bias.shape[2])))
 
