@@ -55,7 +55,10 @@ class SoftSplit(nn.Module):
         # The features span many orders of magnitude, which half precision does not hold.
         kind = torch.promote_types(v.dtype, torch.float32)
         q, k = (random_features(each.to(kind), self.features.to(kind)) for each in (q, k))
-        divisor = q @ k.sum(dim=1).unsqueeze(-1) + self.spec.features_eps
+        eps = self.spec.features_eps
+        # Scaled so that 1 is added to the divisor: torch's ONNX exporter drops sums with 1e-8.
+        k = k / eps if eps else k
+        divisor = q @ k.sum(dim=1).unsqueeze(-1) + (1.0 if eps else 0.0)
         return (q @ (k.transpose(1, 2) @ v.to(kind)) / divisor).to(v.dtype)
 
 
