@@ -184,7 +184,7 @@ def _cheaper_without_keys(writer: AttentionWriter) -> bool:
     rows, spec = writer.rows, writer.spec
     if rows.query_count is None:
         return False
-    width, pair = writer.weights.k.weight.shape[0], spec.qk + spec.v
+    width, pair = len(writer.weights.k.weight), spec.qk + spec.v
     without = rows.query_count * spec.heads * width * (pair + 2 * rows.tokens)
     projections = rows.tokens * width * spec.kv_heads * pair
     return without < projections + rows.query_count * rows.tokens * spec.heads * pair

@@ -70,8 +70,8 @@ def _fields(names: str) -> set[str]:
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: _fields(
         "schema_ image embed stem prefix position position_resize patch_norm stem_norm "
-        "stem_writes steps blocks norm pool pool_norm head feature_width feature_writes "
-        "stream_width stream_channels stream_rotated head_reads last_queries data"
+        "stem_writes order tokens_resampled steps blocks norm pool pool_norm head feature_width "
+        "feature_writes stream_width stream_channels stream_rotated head_reads last_queries data"
     ),
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
     ConvSpec: {"kind", "channels", "kernel", "stride", "padding", "bias", "act"},
@@ -83,7 +83,7 @@ _READ: dict[type[BaseModel], set[str]] = {
     RefineSpec: {"channels", "scale"},
     DataSpec: {"mean", "std", "interpolation", "crop_pct", "crop_mode"},
     HeadSpec: {"classes", "bias", "hidden", "hidden_act", "act"},
-    BranchSpec: {"name", "core", "norm", "post_norm", "layer_scale", "reads", "writes"},
+    BranchSpec: {"name", "core", "norm", "post_norm", "layer_scale", "reads", "writes", "tokens"},
     AttentionSpec: _fields(
         "kind heads qk v scale q_bias k_bias v_bias out_bias q_norm k_norm "
         "qk_norm_per_head out_norm kv_of gated gate_bias rope bias differential "
@@ -91,7 +91,7 @@ _READ: dict[type[BaseModel], set[str]] = {
     ),
     RopeSpec: {"layout", "tokens", "prefix", "per_head", "at"},
     RopeGridSpec: {"kind", "offset", "over", "reference"},
-    RelativeBiasSpec: {"grid", "prefix", "prefix_rows", "resize"},
+    RelativeBiasSpec: {"grid", "prefix", "prefix_rows", "resize", "order"},
     DifferentialSpec: {"start", "width", "dual"},
     FfnSpec: {"kind", "hidden", "act", "gated", "in_bias", "gate_bias", "out_bias", "norm"},
     ConstantSpec: {"kind"},

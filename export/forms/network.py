@@ -144,9 +144,7 @@ class _StepWriter:
             stream.keep_first(count, name)
         self.tokens = self.rows = count
 
-    def step(
-        self, stream: Stream, step: tuple[BranchSpec, ...], state: State, count: int
-    ) -> None:
+    def step(self, stream: Stream, step: tuple[BranchSpec, ...], state: State, count: int) -> None:
         """Write parallel branches, which all read the stream as it was before the step.
 
         Args:

@@ -7,6 +7,7 @@ folded, and both are written after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,7 @@ def _stem_weights(architecture: Architecture, state: State) -> _StemWeights:
 def _patches(
     graph: Graph, form: Form, architecture: Architecture, state: State, weights: _StemWeights
 ) -> str:
-    if form.stem != "conv" and _reshapable(architecture):
+    if _by_product(graph, form, architecture):
         return _patches_by_product(graph, form, architecture, weights)
     spec, width, matrix = architecture.stem, weights.patch.shape[0], form.rows == "matrix"
     images = "images"
@@ -121,8 +122,34 @@ def _patches(
         graph, inputs, "stem", spec.patch, spec.stride or spec.patch, spec.padding
     )
     flat = graph.reshape(pixels, [width, -1] if matrix else [0, width, -1], "stem.flat")
+    if architecture.order is not None and graph.operators == "pnnx":
+        # pnnx has no Gather of rows; a product with a selection matrix is exact.
+        selection = np.eye(math.prod(architecture.grid), dtype=np.float32)[:, architecture.order]
+        flat = graph.product(flat, selection, "stem.selection", "stem.selected")
     rows = graph.node("Transpose", [flat], "stem.rows", perm=[1, 0] if matrix else [0, 2, 1])
+    if graph.operators != "pnnx":
+        rows = _ordered(graph, form, architecture, rows)
     return _with_offset(graph, rows, weights.offset)
+
+
+def _by_product(graph: Graph, form: Form, architecture: Architecture) -> bool:
+    """Whether patches are cut out by a Reshape and multiplied.
+
+    A convolution would also compute the patches that are never embedded.
+    """
+    if not _reshapable(architecture):
+        return False
+    skips = architecture.patches < math.prod(architecture.grid)
+    return form.stem != "conv" or (skips and graph.operators != "pnnx")
+
+
+def _ordered(graph: Graph, form: Form, architecture: Architecture, rows: str) -> str:
+    """Select the rows of the patches that are embedded, in the order of the stream."""
+    if architecture.order is None:
+        return rows
+    places = graph.constant("stem.order", np.array(architecture.order, np.int64))
+    axis = 0 if form.rows == "matrix" else 1
+    return graph.node("Gather", [rows, places], "stem.selected", axis=axis)
 
 
 def _convolution(
@@ -159,7 +186,8 @@ def _reshapable(architecture: Architecture) -> bool:
 def _patches_by_product(
     graph: Graph, form: Form, architecture: Architecture, weights: _StemWeights
 ) -> str:
-    rows = _pixel_rows(graph, form, architecture)
+    # Before the product, so that only patches that are embedded are multiplied.
+    rows = _ordered(graph, form, architecture, _pixel_rows(graph, form, architecture))
     matrix = np.ascontiguousarray(weights.patch.reshape(weights.patch.shape[0], -1).T)
     if form.stem != "int8" or graph.linears != "int8":
         return linear(graph, form, rows, Linear(matrix, weights.offset), "stem")

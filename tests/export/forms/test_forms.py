@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import timm
 import torch
 import vitrim
+from graph_forms import NCNN, error_of, well_conditioned
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_networks import architectures, network
@@ -24,7 +23,7 @@ from vitrim.export.forms import FORMS, STREAM_FORMS, Form, form_named, write_net
 from vitrim.export.forms.centring import applicable
 from vitrim.export.forms.coverage import reason_against
 from vitrim.export.graphs.known_forms import best_form
-from vitrim.export.parity import first_difference, model_outputs, relative_error
+from vitrim.export.parity import first_difference
 
 TINY: dict[str, Any] = {
     "img_size": 16,
@@ -37,8 +36,6 @@ TINY: dict[str, Any] = {
 }
 
 
-# What pnnx converts to ncnn.
-NCNN = Form(rows="batch", norm="layer", stream="dense", operators="pnnx")
 # Operators that pnnx converts wrongly, or to layers that ncnn does not have.
 UNCONVERTED = {"Gather", "Pad", "ReduceMean", "ReduceMax", "ReduceSum", "ScatterElements"}
 
@@ -57,25 +54,6 @@ def vit(seed: int = 0, model: str = "vit_tiny_patch16_224", **overrides: Any) ->
 
 def lifted(seed: int = 0, **overrides: Any) -> CompactModel:
     return vitrim.lift(vit(seed, **overrides))
-
-
-def error_of(
-    model: CompactModel, graph: onnx.ModelProto, *, batch: int | str = 1, count: int = 3
-) -> float:
-    images = torch.randn(
-        count, *model.architecture.image, generator=torch.Generator().manual_seed(1)
-    )
-    with torch.no_grad():
-        expected = model(images.to(next(model.parameters()).dtype)).numpy()
-    return float(relative_error(expected, model_outputs(graph, images.numpy(), batch=batch)).max())  # type: ignore[arg-type]
-
-
-def well_conditioned(model: CompactModel) -> bool:
-    """Whether single precision suffices: norms over two channels in a row amplify rounding."""
-    images = torch.randn(3, *model.architecture.image, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        exact, single = model(images.double()), copy.deepcopy(model).float()(images)
-    return float(relative_error(exact.numpy(), single.numpy()).max()) < 1e-5
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
