@@ -54,6 +54,8 @@ from vitrim.export.tvm_kernels.tuning_log import Trial, fastest_tiles, read_tria
 
 HOST = detect_host()
 X86 = ("x86-64-v4-vnni", "x86-64-v3", "x86-64")
+# The grid of patches, the number of prefix tokens, and the order of the patches.
+StreamTokens = tuple[tuple[int, int], int, Indices | None]
 
 
 @cache
@@ -108,13 +110,16 @@ def architectures(draw: Any) -> Architecture:
     sizes = spec.sizes(grid[0] * patch, grid[1] * patch)[-1]
     prefix = draw(st.integers({"token": 1, "distilled": 2}.get(pool, 0), 3))
     widths = [draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 2)))]
-    steps = tuple(
-        tuple(
-            draw(branches(embed, sizes, prefix, f"blocks.{number}.{position}"))
-            for position in range(width)
-        )
-        for number, width in enumerate(widths)
-    )
+    patches = draw(st.permutations(range(sizes[0] * sizes[1])))
+    order = tuple(patches[: draw(st.integers(1, len(patches)))]) if draw(st.booleans()) else None
+    stream = (sizes, prefix, order)
+    steps: tuple[tuple[BranchSpec, ...], ...] = ()
+    tokens = prefix + len(order or patches)
+    for number, width in enumerate(widths):
+        # At least one patch stays for the head.
+        tokens = draw(st.integers(prefix + 1, tokens))
+        names = [f"blocks.{number}.{position}" for position in range(width)]
+        steps += (tuple(draw(branches(embed, stream, name, tokens)) for name in names),)
     reads = draw(subset(embed))
     width = len(reads or range(embed))
     spec_pool = draw(attention_pools()) if pool == "attention" else PoolSpec(kind=pool)
@@ -130,6 +135,7 @@ def architectures(draw: Any) -> Architecture:
         embed=embed,
         stem=spec,
         prefix=prefix,
+        order=order,
         position=draw(st.booleans()),
         patch_norm=draw(norms(embed)),
         stem_norm=draw(norms(embed)),
@@ -181,9 +187,9 @@ def attention_pools(draw: Any) -> PoolSpec:
 
 
 @st.composite
-def branches(draw: Any, embed: int, grid: tuple[int, int], prefix: int, name: str) -> BranchSpec:
+def branches(draw: Any, embed: int, stream: StreamTokens, name: str, tokens: int) -> BranchSpec:
     reads, writes = draw(subset(embed)), draw(subset(embed))
-    core: Core = draw(st.one_of(attentions(grid, prefix), ffns(), st.just(ConstantSpec())))
+    core: Core = draw(st.one_of(attentions(*stream), ffns(), st.just(ConstantSpec())))
     constant = isinstance(core, ConstantSpec)
     return BranchSpec(
         name=name,
@@ -193,22 +199,29 @@ def branches(draw: Any, embed: int, grid: tuple[int, int], prefix: int, name: st
         layer_scale=not constant and draw(st.booleans()),
         reads=None if constant else reads,
         writes=writes,
+        tokens=tokens,
     )
 
 
 @st.composite
-def attentions(draw: Any, grid: tuple[int, int], prefix: int) -> AttentionSpec:
+def attentions(
+    draw: Any, grid: tuple[int, int], prefix: int, order: Indices | None
+) -> AttentionSpec:
     heads, qk, v = draw(st.integers(1, 4)), draw(st.integers(1, 20)), draw(st.integers(1, 20))
     options: dict[str, Any] = {}
     if draw(st.booleans()):
         qk += qk % 2
         layout = draw(st.sampled_from(["half", "interleaved"]))
+        tokens = len(order or range(grid[0] * grid[1]))
         options["rope"] = RopeSpec(
-            layout=layout, tokens=grid[0] * grid[1], prefix=prefix, per_head=draw(st.booleans())
+            layout=layout, tokens=tokens, prefix=prefix, per_head=draw(st.booleans())
         )
     if draw(st.booleans()):
         options["bias"] = RelativeBiasSpec(
-            grid=grid, prefix=prefix, prefix_rows=prefix == 1 and draw(st.booleans())
+            grid=grid,
+            prefix=prefix,
+            prefix_rows=prefix == 1 and draw(st.booleans()),
+            order=order,
         )
     if "rope" not in options and draw(st.booleans()):
         options["differential"] = DifferentialSpec(start=0.3, width=3, dual=draw(st.booleans()))
