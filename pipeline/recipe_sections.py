@@ -30,6 +30,8 @@ _WITHOUT_EFFECT = {
     "attn_drop_rate": _LEAVE_OUT,
 }
 Augmentation = Literal["none", "erasing", "light", "thesis", "imagenet"]
+# How patches are chosen that leave the network on the way.
+TokenMethod = Literal["learned"]
 Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 
 
@@ -218,8 +220,13 @@ class MasksSection(Section):
         description="residual: one mask for the residual stream; full: one mask per dimension for "
         "all blocks; unshared: every mask is independent",
     )
-    fixed: tuple[Literal["head", "embed", "ffn", "qk", "v"], ...] = Field(
+    fixed: tuple[Literal["head", "embed", "ffn", "qk", "v", "token"], ...] = Field(
         (), strict=False, description="dimensions that are not pruned"
+    )
+    tokens: TokenMethod | None = Field(
+        None,
+        description="learned: patches leave the network at depths that are learned with the "
+        "widths, under the same budget `macs`; absent: every patch stays to the end",
     )
     epochs: int = Field(20, gt=0, description="maximum number of epochs of mask learning")
     lr: float = Field(1e-4, gt=0.0, description="learning rate of the weights during mask learning")
@@ -276,6 +283,11 @@ class MasksSection(Section):
         if self.method == "closed-form" and self.lambda_ is not None:
             raise ValueError(
                 'method = "closed-form" needs a budget; replace `lambda` by `params` or `macs`'
+            )
+        if self.tokens == "learned" and (self.method, self.macs is None) != ("learned", False):
+            raise ValueError(
+                'tokens = "learned" needs method = "learned" and the budget `macs`: tokens have no '
+                "parameters, so `params` and `lambda` set no price for them"
             )
         if self.start == "one-shot" and (self.method, self.lambda_) != ("learned", None):
             raise ValueError(

@@ -202,6 +202,7 @@ def mask_task(
         lambda_=section.lambda_,
         sharing=section.sharing,
         fixed=section.fixed,
+        tokens=section.tokens == "learned" and "token" not in section.fixed,
         lr=section.lr,
         score_lr=section.score_lr,
         weight_decay=section.weight_decay,

@@ -6,7 +6,8 @@ dual problem has one variable and is solved by bisection at every update, on liv
 gradient ascent on lambda it needs no tuning, and it meets the budget to the unit during the ramp.
 
 The saliency is the moving average of (dLoss/dgate)², the empirical Fisher information of a gate.
-The first-order term is not used: in a trained network it is noise around zero.
+The first-order term is not used: in a trained network it is noise around zero. Tokens are chosen by
+the same price, in nested sets (`token_gates.py`).
 
 References:
     Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", eq. 8.
@@ -27,6 +28,7 @@ from ..network.architecture import Architecture
 from ..network.cost import CostKind, live_cost
 from .gates import Gates
 from .groups import sites
+from .token_gates import exit_gradients, nested_values
 
 # A budget counts as met when at most this share of it is left over.
 SLACK = 0.01
@@ -122,8 +124,9 @@ class DualSolver:
             gradients: The gradients of the gates in one step; None leaves a group unchanged.
             kept: The units that were kept in this step (default: all).
         """
+        found = self._with_exits(_on_cpu(gradients))
         for number, (average, gradient, group) in enumerate(
-            zip(self.saliency, _on_cpu(gradients), self.gates.groups, strict=True)
+            zip(self.saliency, found, self.gates.groups, strict=True)
         ):
             if gradient is None:
                 continue
@@ -137,6 +140,36 @@ class DualSolver:
                 self.branch_saliency[group.site] = (
                     self.decay * self.branch_saliency[group.site] + (1.0 - self.decay) * total**2
                 )
+
+    def _with_exits(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients, with those of leaving the stream for the tokens."""
+        widths, tokens = self.gates.split(gradients)
+        if all(gradient is None for gradient in tokens):
+            return [*widths, *tokens]
+        _, groups = self.gates.split(self.gates.groups)
+        whole = [
+            torch.zeros(group.size) if gradient is None else gradient
+            for gradient, group in zip(tokens, groups, strict=True)
+        ]
+        return [*widths, *exit_gradients(whole)]
+
+    def values(self, costs: Sequence[float]) -> list[Tensor]:
+        """The saliency per cost of every unit; 0 where a sub-layer is removed.
+
+        Args:
+            costs: The cost of one unit of each group.
+
+        Returns:
+            One tensor per group. Those of tokens fall along the depth, so that a price selects
+            nested sets.
+        """
+        widths, tokens = self.gates.split(self.saliency)
+        own, shared = self.gates.split(costs)
+        found = [
+            torch.zeros_like(saliency) if self.gates.is_removed(number) else saliency / cost
+            for number, (saliency, cost) in enumerate(zip(widths, own, strict=True))
+        ]
+        return [*found, *nested_values(tokens, shared)]
 
     def cost(self, kept: Sequence[Tensor]) -> int:
         """The exact cost of keeping `kept`."""
@@ -152,11 +185,7 @@ class DualSolver:
         Returns:
             Booleans, one tensor per group.
         """
-        costs = self.marginal_costs(kept)
-        values = [
-            saliency / cost if group.site not in self.gates.removed else torch.zeros_like(saliency)
-            for saliency, cost, group in zip(self.saliency, costs, self.gates.groups, strict=True)
-        ]
+        values = self.values(self.marginal_costs(kept))
         everything = torch.cat(values)
         positive = everything[everything > 0]
         if not len(positive):
@@ -175,17 +204,16 @@ class DualSolver:
         """Spend the rest of the budget: best units first, group by group from the cheapest."""
         spent, costs = self.cost(kept), self.marginal_costs(kept)
         for number in sorted(range(len(kept)), key=lambda index: costs[index]):
-            if self.gates.groups[number].site in self.gates.removed:
+            if self.gates.is_removed(number):
                 continue
             count = int((target - spent) // costs[number])
             if count < 1:
                 break
-            members = self.gates.groups[number].members
-            candidates = members[~kept[number][members[:, 0]]]
+            candidates = self._candidates(kept, number)
             best = candidates[values[number][candidates[:, 0]].argsort(descending=True)[:count]]
             trial = kept[number].clone()
             trial[best.flatten()] = True
-            changed = [*kept[:number], trial, *kept[number + 1 :]]
+            changed = self.gates.nested([*kept[:number], trial, *kept[number + 1 :]])
             if self.cost(changed) <= target:
                 kept, spent = changed, self.cost(changed)
         return kept if target - spent <= SLACK * target else self._exchange(kept, values, target)
@@ -193,20 +221,20 @@ class DualSolver:
     def _exchange(self, kept: list[Tensor], values: Sequence[Tensor], target: int) -> list[Tensor]:
         """Add one unit of an expensive group in exchange for units of the cheapest group."""
         costs = self.marginal_costs(kept)
-        alive = [
-            number
-            for number, group in enumerate(self.gates.groups)
-            if group.site not in self.gates.removed
-        ]
-        cheap = min(alive, key=lambda index: costs[index])
+        numbers = range(len(self.gates.groups))
+        alive = [number for number in numbers if not self.gates.is_removed(number)]
+        widths = [number for number in alive if self.gates.groups[number].dimension != "token"]
+        if not widths:
+            return kept
+        cheap = min(widths, key=lambda index: costs[index])
         best, spent = kept, self.cost(kept)
         for number in alive:
-            members = self.gates.groups[number].members
-            candidates = members[~kept[number][members[:, 0]]]
+            candidates = self._candidates(kept, number)
             if number == cheap or not len(candidates):
                 continue
             trial = [keep.clone() for keep in kept]
             trial[number][candidates[values[number][candidates[:, 0]].argmax()]] = True
+            trial = self.gates.nested(trial)
             excess = self.cost(trial) - target
             own = self.gates.groups[cheap].members
             live = own[trial[cheap][own[:, 0]]]
@@ -216,6 +244,18 @@ class DualSolver:
             if spent < self.cost(trial) <= target:
                 best, spent = trial, self.cost(trial)
         return best
+
+    def _candidates(self, kept: Sequence[Tensor], number: int) -> Tensor:
+        """(units, members), the units of a group that may be added: tokens only while nested."""
+        members = self.gates.groups[number].members
+        absent = ~kept[number][members[:, 0]]
+        before = number - 1
+        if self.gates.groups[number].dimension == "token":
+            while before >= 0 and self.gates.is_removed(before):
+                before -= 1
+            if before >= 0 and self.gates.groups[before].dimension == "token":
+                absent = absent & kept[before][: len(absent)]
+        return members[absent]
 
     def branch_to_remove(
         self, kept: Sequence[Tensor], overhead: Mapping[str, float], target: int
@@ -269,10 +309,9 @@ class DualSolver:
 
         These are not kept, and their saliency per cost is below `margin` times the price.
         """
-        costs = self.marginal_costs(kept)
+        values = self.values(self.marginal_costs(kept))
         return [
-            ~keep & (saliency < margin * self.price * cost)
-            for keep, saliency, cost in zip(kept, self.saliency, costs, strict=True)
+            ~keep & (value < margin * self.price) for keep, value in zip(kept, values, strict=True)
         ]
 
     def marginal_costs(self, kept: Sequence[Tensor]) -> list[float]:
@@ -292,10 +331,6 @@ class DualSolver:
             result.append(max(1.0, abs(base - changed)))
         return result
 
-    def select(self, keep: Sequence[Tensor]) -> list[Tensor]:
-        """The saliencies of the units `keep`, which stay in the training graph."""
-        return [saliency[index] for saliency, index in zip(self.saliency, keep, strict=True)]
-
     def _keep(self, values: Sequence[Tensor], price: float) -> list[Tensor]:
         result = []
         for value, group in zip(values, self.gates.groups, strict=True):
@@ -303,7 +338,7 @@ class DualSolver:
             keep = units >= price
             keep[units.argmax()] = True
             result.append(group.spread(keep))
-        return result
+        return self.gates.nested(result)
 
 
 def _on_cpu(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

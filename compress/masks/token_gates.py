@@ -58,9 +58,7 @@ def token_places(architecture: Architecture) -> tuple[TokenPlace, ...]:
     # Site number n is the stem or the step before step n.
     places = list(token_sites(architecture).items())
     readers = {
-        number: frozenset(
-            branch.name for branch in step if isinstance(branch.core, AttentionSpec)
-        )
+        number: frozenset(branch.name for branch in step if isinstance(branch.core, AttentionSpec))
         for number, step in enumerate(architecture.steps)
     }
     if not architecture.pooled_prefix:
@@ -68,8 +66,7 @@ def token_places(architecture: Architecture) -> tuple[TokenPlace, ...]:
     return tuple(
         TokenPlace(places[number][0], number, names, places[number][1] - architecture.prefix)
         for number, names in readers.items()
-        if (names or number == len(architecture.steps))
-        and places[number][1] > architecture.prefix
+        if (names or number == len(architecture.steps)) and places[number][1] > architecture.prefix
     )
 
 
@@ -98,7 +95,8 @@ def nested_gates(scores: Sequence[Tensor], threshold: float) -> list[Tensor]:
     if not scores:
         return []
     with torch.no_grad():
-        always, masks = scores[-1].argmax(), []
+        always = scores[-1].argmax()
+        masks: list[Tensor] = []
         for values in scores:
             keep = (values >= threshold).index_fill(0, always, True)
             masks.append(keep if not masks else keep & masks[-1][: len(keep)])
@@ -113,20 +111,52 @@ def close_upwards(kept: Sequence[Tensor]) -> list[Tensor]:
     return nested
 
 
-def exit_gradients(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Sums over this and all later places, the gradient of leaving here; None if all are None."""
-    if all(gradient is None for gradient in gradients):
-        return list(gradients)
-    result: list[Tensor | None] = []
-    after: Tensor | None = None
+def exit_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Sums of gradients over this and all later places: that of leaving here.
+
+    Args:
+        gradients: One tensor (patches,) for each place, the shorter ones later.
+
+    Returns:
+        The sums, in the same shapes.
+    """
+    sums: list[Tensor] = []
     for gradient in reversed(gradients):
-        if gradient is None:
-            found = after
-        elif after is None:
-            found = gradient
-        else:
-            found = gradient.clone()
-            found[: len(after)] += after
-        result.append(found)
-        after = found
-    return result[::-1]
+        found = gradient.clone()
+        if sums:
+            found[: len(sums[-1])] += sums[-1]
+        sums.append(found)
+    return sums[::-1]
+
+
+def nested_values(losses: Sequence[Tensor], costs: Sequence[float]) -> list[Tensor]:
+    """Saliency per cost of each patch at each place, falling along the depth.
+
+    Args:
+        losses: One tensor (patches,) for each place, the shorter ones later: the loss of leaving
+            there. 0 for leaving behind the last place that a patch reaches.
+        costs: The cost of one patch at each place, above 0.
+
+    Returns:
+        The slopes of the concave envelope of -loss over the cost, in the shapes of `losses`. Those
+        of at least any price are nested sets.
+
+    References:
+        Barlow and Brunk 1972, "The Isotonic Regression Problem and Its Dual" (the min-max form).
+    """
+    if not losses:
+        return []
+    places, patches = len(losses), max(map(len, losses))
+    loss = torch.zeros(places + 1, patches, dtype=torch.float64)
+    reached = torch.zeros(places, patches, dtype=torch.bool)
+    for number, values in enumerate(losses):
+        loss[number, : len(values)] = values
+        reached[number, : len(values)] = True
+    spent = torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
+    # Axes: the first and the last place of a segment, patches.
+    slopes = (loss[:-1, None] - loss[None, 1:]) / (spent[1:] - spent[:-1, None])[..., None]
+    segments = torch.ones(places, places, dtype=torch.bool).triu()[..., None] & reached
+    slopes = slopes.masked_fill(~segments, -torch.inf)
+    best_end = slopes.flip(1).cummax(dim=1).values.flip(1)
+    found = torch.stack([best_end[: number + 1, number].amin(dim=0) for number in range(places)])
+    return [found[number, : len(values)] for number, values in enumerate(losses)]

@@ -3,13 +3,14 @@
 The functions are polynomials of the live counts. They accept plain numbers (for a budget) and sums
 of gates (for gradients). `live(dimension, site, indices)` returns how many units are live at a
 site; with `indices`, how many of those channels or heads. `live("block", branch, None)` is 0 for a
-sub-layer that is removed as a whole. Input widths are live widths: a later layer does not pay for
-what an earlier mask removed.
+sub-layer that is removed as a whole. `live("token", site, None)` is the number of tokens that the
+stream carries after the stem (site `stem.out`) or after a step (site: its first branch). Input
+widths are live widths: a later layer does not pay for what an earlier mask removed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from .architecture import (
@@ -22,7 +23,6 @@ from .architecture import (
     PoolSpec,
 )
 from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, site_in, site_out
-from .count import branch_tokens
 
 Live = Callable[[str, str, Indices | None], Any]
 CostKind = Literal["params", "macs"]
@@ -36,14 +36,13 @@ def live_cost(architecture: Architecture, live: Live, kind: CostKind) -> Any:
 def live_params(architecture: Architecture, live: Live) -> Any:
     """Number of parameters of the live network; equals `count_params` of the pruned one."""
     stem, read = _stem_and_head_widths(architecture, live)
+    removed = _removed(architecture, live)
     spec, channels = architecture.stem, architecture.stem.inputs(architecture.image[0])[-1]
     total: Any = spec.before_params(architecture.image[0])
-    per_channel = (
-        channels * spec.patch[0] * spec.patch[1]
-        + spec.bias
-        + architecture.prefix
-        + architecture.patches * architecture.position
-    )
+    per_channel = channels * spec.patch[0] * spec.patch[1] + spec.bias + architecture.prefix
+    if architecture.position:
+        embedded = live_tokens(architecture, live, removed)[0]
+        per_channel = per_channel + embedded - architecture.prefix
     total = total + stem * per_channel
     total = total + _norm(architecture.patch_norm, stem) + _norm(architecture.stem_norm, stem)
     total = total + _norm(architecture.norm, read)
@@ -55,7 +54,6 @@ def live_params(architecture: Architecture, live: Live) -> Any:
         if head.hidden:
             total, pooled = total + (pooled + 1) * head.hidden, head.hidden
         total = total + architecture.classifiers * (pooled + head.bias) * head.classes
-    removed = _removed(architecture, live)
     for branch in architecture.branches:
         if branch.name not in removed:
             total = total + _branch_params(branch, live)
@@ -69,9 +67,12 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
     """
     stem, read = _stem_and_head_widths(architecture, live)
     spec, channels = architecture.stem, architecture.stem.inputs(architecture.image[0])[-1]
-    final = architecture.final_tokens
+    removed = _removed(architecture, live)
+    tokens = live_tokens(architecture, live, removed)
+    final = tokens[-1]
     total: Any = spec.before_macs(*architecture.image)
-    total = total + stem * (architecture.patches * channels * spec.patch[0] * spec.patch[1])
+    patches = tokens[0] - architecture.prefix
+    total = total + stem * patches * (channels * spec.patch[0] * spec.patch[1])
     pooled, pool = _pooled_width(architecture, live, read), architecture.pool
     if pool.attention is not None:
         seen = final if pool.prefix else final - architecture.prefix
@@ -84,10 +85,55 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
         each = pooled * head.classes
         if head.hidden:
             each = pooled * head.hidden + head.hidden * head.classes
-        total = total + each * {"distilled": 2, "dense": 1 + final - architecture.prefix}.get(pool.kind, 1)
-    for branch, tokens, queries in branch_tokens(architecture, _removed(architecture, live)):
-        total = total + _branch_macs(branch, live, tokens, queries)
+        patches = final - architecture.prefix
+        total = total + each * {"distilled": 2, "dense": 1 + patches}.get(pool.kind, 1)
+    for number, step in enumerate(architecture.steps):
+        for branch in step:
+            if branch.name not in removed:
+                total = total + _branch_macs(branch, live, tokens[number], tokens[number + 1])
     return total
+
+
+def live_tokens(
+    architecture: Architecture, live: Live, removed: Collection[str] | None = None
+) -> list[Any]:
+    """Number of tokens that the live network carries after the stem and after each step.
+
+    A token that only sub-layers without attention would compute leaves before them, and
+    `last_queries` leaves to the last attention what the head reads, as in the cut network.
+
+    Args:
+        architecture: The network.
+        live: Returns the number of live units, as described at the top of this module.
+        removed: The names of the sub-layers that are removed as a whole. None: those that `live`
+            has none of.
+
+    Returns:
+        One number (or scalar tensor) for the stem and one for each step, non-increasing.
+    """
+    removed = _removed(architecture, live) if removed is None else removed
+    steps, prefix = architecture.steps, architecture.prefix
+    counts = [live("token", site, None) for site in (STEM_OUT, *(step[0].name for step in steps))]
+    mixing = [any(_mixes(branch, live, removed) for branch in step) for step in steps]
+    for number in reversed(range(len(steps))):
+        if not mixing[number]:
+            counts[number] = counts[number + 1]
+    # A convolution needs an output, even if nothing reads a patch.
+    if counts[0] <= prefix:
+        counts[0] = prefix + 1
+    read = architecture.pooled_prefix
+    if architecture.last_queries and read:
+        last = max((number for number, mixes in enumerate(mixing) if mixes), default=0)
+        counts[last + 1 :] = [read] * (len(steps) - last)
+    return counts
+
+
+def _mixes(branch: BranchSpec, live: Live, removed: Collection[str]) -> bool:
+    """Whether a sub-layer reads other tokens: an attention with a head and a value column."""
+    if not isinstance(branch.core, AttentionSpec) or branch.name in removed:
+        return False
+    heads, _, v = _attention_counts(branch.name, live)
+    return bool(heads) and bool(v)
 
 
 def movement_cost(architecture: Architecture, live: Live) -> Any:
@@ -214,7 +260,7 @@ def _attention_params(
     return total + (heads * v + core.out_bias) * width_out
 
 
-def _branch_macs(branch: BranchSpec, live: Live, tokens: int, queries: int) -> Any:
+def _branch_macs(branch: BranchSpec, live: Live, tokens: Any, queries: Any) -> Any:
     width_in, width_out = _branch_widths(branch, live)
     core = branch.core
     if isinstance(core, AttentionSpec):

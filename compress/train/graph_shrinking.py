@@ -30,7 +30,7 @@ class SmallerGraph:
         model: The smaller model.
         gates: Its gates, with the scores of the units that stay.
         groups: For each group of `gates`, the number of its group before the cut.
-        keep: For each group of `gates`, the units that stay.
+        keep: For each group of `gates`, the indices that stay, in their new order.
         moments: The optimizer state of each parameter that was cut, by name.
         score_moments: The optimizer state of each group's scores.
     """
@@ -69,22 +69,53 @@ def shrink_graph(
     surgery = plan(model.architecture, gates.mask(keep))
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     smaller = build(surgery.architecture, cut(surgery, state))
-    new_gates = Gates(smaller.architecture, gates.sharing, gates.fixed)
-    # Groups of sub-layers that were removed as a whole are not in the new graph.
-    numbers = {(group.dimension, group.site): number for number, group in enumerate(gates.groups)}
-    groups = [numbers[group.dimension, group.site] for group in new_gates.groups]
+    new_gates = Gates(smaller.architecture, gates.sharing, gates.fixed, gates.tokens)
+    groups = _old_groups(surgery, gates, new_gates)
+    indices = _indices(surgery, new_gates, [keep[number] for number in groups])
     with torch.no_grad():
-        for new, number in zip(new_gates.scores, groups, strict=True):
-            new.copy_(gates.scores[number].cpu()[keep[number]])
-    score_moments = _score_moments(gates, optimizer, keep)
+        for new, number, index in zip(new_gates.scores, groups, indices, strict=True):
+            new.copy_(gates.scores[number].cpu()[index])
+    scores = [gates.scores[number] for number in groups]
     return SmallerGraph(
         smaller,
         new_gates,
         groups,
-        [keep[number] for number in groups],
+        indices,
         _cut_moments(surgery, _moments(model, optimizer)),
-        [score_moments[number] for number in groups],
+        _score_moments(scores, optimizer, indices),
     )
+
+
+def _old_groups(surgery: Plan, gates: Gates, new: Gates) -> list[int]:
+    """For each group of the new gates, the number of its group in the old ones.
+
+    Groups of sub-layers that were removed as a whole are not in the new graph. Where such a
+    sub-layer stood, tokens are named by another site, so their groups are found by the reader.
+    """
+    widths, tokens = gates.split(range(len(gates.groups)))
+    numbers = {
+        (gates.groups[number].dimension, gates.groups[number].site): number for number in widths
+    }
+    readers = dict(zip((place.reader for place in gates.token_places), tokens, strict=True))
+    old_steps = [*(row[0].step for row in surgery.branches), len(surgery.source.steps)]
+    return [
+        *(numbers[group.dimension, group.site] for group in new.split(new.groups)[0]),
+        *(readers[old_steps[place.reader]] for place in new.token_places),
+    ]
+
+
+def _indices(surgery: Plan, gates: Gates, keep: Sequence[Tensor]) -> list[Tensor]:
+    """For each new group, the indices in its old group: patches may have another order now."""
+    old, new = surgery.source.order, surgery.architecture.order
+    patches = torch.arange(surgery.architecture.patches)
+    if new is not None and new != old:
+        places = {place: number for number, place in enumerate(old or range(max(new) + 1))}
+        patches = torch.tensor([places[place] for place in new])
+    widths, tokens = gates.split(gates.groups)
+    return [
+        *(torch.nonzero(kept).flatten() for kept, _ in zip(keep, widths, strict=False)),
+        *(patches[: group.size] for group in tokens),
+    ]
 
 
 def _moments(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Moments]:
@@ -127,16 +158,16 @@ def _cut_moments(surgery: Plan, moments: dict[str, Moments]) -> dict[str, Moment
 
 
 def _score_moments(
-    gates: Gates, optimizer: Optimizer | None, keep: Sequence[Tensor]
+    scores: Sequence[Tensor], optimizer: Optimizer | None, indices: Sequence[Tensor]
 ) -> list[Moments]:
     if optimizer is None:
-        return [{} for _ in keep]
+        return [{} for _ in scores]
     return [
         {
             name: value.cpu()[index].clone() if _is_moment(value) else value
-            for name, value in optimizer.state.get(scores, {}).items()
+            for name, value in optimizer.state.get(old, {}).items()
         }
-        for scores, index in zip(gates.scores, keep, strict=True)
+        for old, index in zip(scores, indices, strict=True)
     ]
 
 

@@ -19,6 +19,7 @@ class MaskSettings:
         lambda_: The price of a unit of cost in the loss, task_loss + lambda * cost.
         sharing: Which sites share a mask.
         fixed: Dimensions that are kept whole.
+        tokens: Whether nested sets of tokens are learned, too, under a budget of multiply-adds.
         optimizer: The optimizer of the weights.
         lr: The peak learning rate of the weights.
         score_lr: The peak learning rate of the scores, with `lambda_`.
@@ -47,6 +48,7 @@ class MaskSettings:
     lambda_: float | None = None
     sharing: Sharing = "residual"
     fixed: tuple[str, ...] = ()
+    tokens: bool = False
     optimizer: OptimizerName = "adamw"
     lr: float = 5e-4
     score_lr: float = 5e-3
@@ -65,6 +67,12 @@ class MaskSettings:
             raise InputError(
                 "masks: give either a budget (params = 0.3 or macs = 0.5) or lambda = 1e-7, "
                 "but not both"
+            )
+        if self.tokens and (self.budget is None or self.budget.kind != "macs"):
+            size = "lambda" if self.budget is None else f"params = {self.budget.ratio}"
+            raise InputError(
+                f"masks: tokens have no parameters, so {size} sets no price for them; "
+                "learn them under a budget of multiply-adds, macs = 0.5"
             )
         if self.lambda_ is not None and self.lambda_ < 0:
             raise InputError(f"masks: lambda = {self.lambda_} must not be negative")

@@ -79,12 +79,13 @@ class MaskTask:
         self.settings, self.distillation = settings, distillation
         self.total_steps = max(1, total_steps)
         self.dense = model.architecture
-        gates = Gates(self.dense, settings.sharing, settings.fixed)
+        gates = self._gates(self.dense)
         if settings.budget is not None:
-            require_feasible(self.dense, gates, settings.budget)
-            self.dense_cost = dense_cost(self.dense, settings.budget.kind)
+            counted = self._counted(self.dense)
+            require_feasible(counted, gates, settings.budget)
+            self.dense_cost = dense_cost(counted, settings.budget.kind)
             # In a budget of parameters, overheads are converted at the rate of the dense network.
-            rate = self.dense_cost / count_macs(self.dense)
+            rate = self.dense_cost / count_macs(counted)
             self.overhead = {
                 "attention": settings.attention_overhead_macs * rate,
                 "ffn": settings.ffn_overhead_macs * rate,
@@ -187,7 +188,7 @@ class MaskTask:
         model = build(
             architecture, {name: tensor.clone() for name, tensor in state["model"].items()}
         )
-        gates = Gates(architecture, self.settings.sharing, self.settings.fixed)
+        gates = self._gates(architecture)
         with torch.no_grad():
             for scores, saved in zip(gates.scores, state["scores"], strict=True):
                 scores.copy_(saved)
@@ -217,6 +218,8 @@ class MaskTask:
         for group, keep, origin in zip(
             self.gates.groups, self.gates.kept(), self.origin, strict=True
         ):
+            if group.dimension == "token":
+                continue
             if group.site in self.gates.removed:
                 continue
             sizes = sites(self.dense, group.dimension)
@@ -224,15 +227,34 @@ class MaskTask:
             whole = torch.zeros(size, dtype=torch.bool)
             whole[origin[keep]] = True
             entries.setdefault(group.dimension, {})[group.site] = whole
+        if self.gates.tokens:
+            entries["token"] = self._token_entries()
         alive = {branch.name for branch in self.masked.architecture.branches} - self.gates.removed
         for branch in self.dense.branches:
             if branch.name not in alive:
                 entries.setdefault("block", {})[branch.name] = torch.zeros(1, dtype=torch.bool)
         return StructuredMask(entries, scale="kept")
 
+    def _token_entries(self) -> dict[str, Tensor]:
+        """The token sets of the dense model with which the phase began."""
+        prefix, sizes = self.dense.prefix, sites(self.dense, "token")
+        # Where sub-layers were removed, a step may have the name of another branch now.
+        names = {branch.name: step[0].name for step in self.dense.steps for branch in step}
+        _, groups = self.gates.split(self.gates.groups)
+        _, kept = self.gates.split(self.gates.kept())
+        _, origins = self.gates.split(self.origin)
+        entries: dict[str, Tensor] = {}
+        for group, keep, origin in zip(groups, kept, origins, strict=True):
+            site = names.get(group.site, group.site)
+            entries[site] = torch.zeros(sizes[site], dtype=torch.bool)
+            entries[site][:prefix] = True
+            entries[site][prefix + origin[keep]] = True
+        return entries
+
     def size(self) -> tuple[int, int]:
         """The parameters and multiply-adds of the cut model."""
-        live, architecture = self.gates.counter(self.gates.kept()), self.masked.architecture
+        live = self.gates.counter(self.gates.kept())
+        architecture = self._counted(self.masked.architecture)
         return int(live_params(architecture, live)), int(live_macs(architecture, live))
 
     @property
@@ -240,10 +262,24 @@ class MaskTask:
         """The price of a unit of cost: lambda, or the price at which the budget is met."""
         return self.solver.price if self.settings.lambda_ is None else self.settings.lambda_
 
+    def _gates(self, architecture: Architecture) -> Gates:
+        settings = self.settings
+        return Gates(architecture, settings.sharing, settings.fixed, settings.tokens)
+
+    def _counted(self, architecture: Architecture) -> Architecture:
+        """The architecture whose cost is counted.
+
+        With tokens it leaves to the last attention what the head reads, as `result` does: a price
+        of tokens that are dropped there anyway would misguide the choice.
+        """
+        if not self.settings.tokens:
+            return architecture
+        return architecture.model_copy(update={"last_queries": True})
+
     def _install(self, model: CompactModel, gates: Gates) -> None:
         self.gates = gates
         kind = self.settings.budget.kind if self.settings.budget else "params"
-        self.solver = DualSolver(model.architecture, gates, kind)
+        self.solver = DualSolver(self._counted(model.architecture), gates, kind)
         self.masked = MaskedNetwork(model)
         self._install_on_device()
 
@@ -286,18 +322,15 @@ class MaskTask:
         for group, values in zip(self.gates.groups, self.solver.saliency, strict=True):
             saliency.setdefault(group.dimension, {})[group.site] = values
 
-        def units(mask: StructuredMask) -> list[Tensor]:
-            return [mask.kept[group.dimension][group.site] for group in self.gates.groups]
-
         mask = snap(
             self.gates.mask(kept),
             self.masked.architecture,
             self.settings.round_to,
             saliency=saliency,
-            cost=lambda mask: self.solver.cost(units(mask)),
+            cost=lambda mask: self.solver.cost(self.gates.units(mask)),
             budget=target,
         )
-        return units(mask)
+        return self.gates.units(mask)
 
     def _shrink(self) -> Optimizer | None:
         """Remove units that will not return from the training graph, if that pays."""
@@ -305,22 +338,24 @@ class MaskTask:
             # Index lists would make every step of the smaller graph slower.
             return None
         keep = self._staying()
-        macs = count_macs(self.masked.architecture)
-        left = live_macs(self.masked.architecture, self.gates.counter(keep))
+        counted = self._counted(self.masked.architecture)
+        macs, left = count_macs(counted), live_macs(counted, self.gates.counter(keep))
         if left > (1.0 - self.settings.shrink_gain) * macs:
             return None
         smaller = shrink_graph(self.masked.network, self.gates, keep, self._optimizer)
-        price, branch_saliency = self.solver.price, self.solver.branch_saliency
-        saliency = self.solver.select(keep)
+        before = self.solver
         self.origin = [
             self.origin[number][index]
             for number, index in zip(smaller.groups, smaller.keep, strict=True)
         ]
         self._install(smaller.model, smaller.gates)
-        self.solver.saliency = [saliency[number] for number in smaller.groups]
-        self.solver.price = price
+        self.solver.saliency = [
+            before.saliency[number][index]
+            for number, index in zip(smaller.groups, smaller.keep, strict=True)
+        ]
+        self.solver.price = before.price
         for name in self.solver.branch_saliency:
-            self.solver.branch_saliency[name] = branch_saliency[name]
+            self.solver.branch_saliency[name] = before.branch_saliency[name]
         self.progress.shrunk.append(left / macs)
         optimizer = self.optimizer()
         smaller.restore_moments(optimizer, self.masked.network)

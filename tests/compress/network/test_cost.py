@@ -15,6 +15,7 @@ from vitrim.compress.lift import lift
 from vitrim.compress.masks.gates import Gates
 from vitrim.compress.masks.groups import sites
 from vitrim.compress.masks.mask import StructuredMask
+from vitrim.compress.masks.token_sets import describe_sets
 from vitrim.compress.network.architecture import Architecture, AttentionSpec, BranchSpec, Indices
 from vitrim.compress.network.cost import Live, live_cost, live_macs, live_params, movement_cost
 from vitrim.compress.network.count import count_macs, count_params
@@ -156,3 +157,58 @@ def test_live_cost_is_exact_for_every_kind_of_network(data: st.DataObject) -> No
     built = plan(architecture, mask).architecture
     assert live_cost(architecture, live, "params") == count_params(built)
     assert live_cost(architecture, live, "macs") == count_macs(built)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_live_cost_is_exact_for_tokens_and_widths(data: st.DataObject) -> None:
+    """Nested sets with widths and removed sub-layers, with and without last queries."""
+    architecture = data.draw(architectures(countable=True))
+    ratio = st.sampled_from([0.3, 0.6, 1.0])
+    ratios = {name: data.draw(ratio) for name in ("token", "embed", "head", "qk", "v", "ffn")}
+    if data.draw(st.booleans()):
+        ratios["block"] = 0.5
+    mask = StructuredMask.random(architecture, ratios, "residual", data.draw(st.integers(0, 99)))
+    last_queries = data.draw(st.booleans())
+    tokens = describe_sets(architecture, mask.kept.get("token", {}))
+
+    def live(dimension: str, site: str, indices: Indices | None) -> int:
+        if dimension == "token":
+            return tokens[site]
+        keep = mask.get(dimension, site)
+        return sites(architecture, dimension)[site] if keep is None else int(keep.sum())
+
+    built = plan(architecture, mask).architecture.model_copy(update={"last_queries": last_queries})
+    source = architecture.model_copy(update={"last_queries": last_queries})
+    assert live_cost(source, live, "macs") == count_macs(built)
+    if "block" not in ratios:
+        # A removed sub-layer may leave channels that nothing reads.
+        assert live_cost(source, live, "params") == count_params(built)
+
+
+def test_the_price_of_a_token_is_its_queries_and_its_keys_at_the_live_widths() -> None:
+    source = lift(tiny_vit(patch_size=4)).architecture
+    # The class token alone is computed by the last block.
+    source = source.model_copy(update={"last_queries": True})
+    gates = Gates(source, "residual", tokens=True)
+    numbers = [number for number, group in enumerate(gates.groups) if group.dimension == "token"]
+    with torch.no_grad():
+        for number in numbers:
+            gates.scores[number][9:] = 0.0
+        gates.scores[0][12:] = 0.0
+    gates.begin()
+    live_macs(source, gates.live).backward()
+    kept = gates.kept()
+    for number in numbers:
+        found = gates.scores[number].grad
+        assert found is not None
+        without = [keep.clone() for keep in kept]
+        without[number][0] = False
+        saved = live_macs(source, gates.counter(kept)) - live_macs(source, gates.counter(without))
+        assert float(found[0]) == saved
+    # By hand: 12 live channels, 3 heads of 8, FFN 96; 10 tokens remain at both attentions.
+    queries = 12 * 24 + 24 * 12 + 2 * 24 * 10 + 2 * 96 * 12
+    keys = 2 * 12 * 24 + 2 * 24
+    found = gates.scores[numbers[1]].grad
+    assert found is not None
+    assert float(found[0]) == queries + keys
