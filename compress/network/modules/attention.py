@@ -24,6 +24,8 @@ class Attention(nn.Module):
     kv_index: Tensor | None
     # Factors of the keys, 0 or 1, in a network that computes with a token mask.
     key_keep: Tensor | None
+    # Off where plain products are faster, as in timm's attention.
+    fused_attn = True
 
     def __init__(self, spec: AttentionSpec, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -83,9 +85,11 @@ class Attention(nn.Module):
         bias = None if self.bias is None else self.bias()[:, : q.shape[-2], : k.shape[-2]]
         if self.differential is not None:
             return self.differential.attend(q, k, v, self.spec.scale, bias, self.key_keep)
-        if self.key_keep is not None:
-            scores = q @ k.transpose(-2, -1) * self.spec.scale
-            return kept_softmax(scores if bias is None else scores + bias, self.key_keep) @ v
+        if self.key_keep is not None or not self.fused_attn:
+            scores = (q * self.spec.scale) @ k.transpose(-2, -1)
+            scores = scores if bias is None else scores + bias
+            keep = self.key_keep
+            return (scores.softmax(dim=-1) if keep is None else kept_softmax(scores, keep)) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
 
 
