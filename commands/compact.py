@@ -18,9 +18,11 @@ from .compact_options import (
 )
 from .compact_output import kept_table, save_compact, show_sizes
 from .compact_source import Source, data_of, load_source
+from .compact_tokens import TokenCut, choose_tokens_of
 from .compact_untrained import cut_without_training, require_resume
 from .model_data import SaliencyImages
 from .option_groups import with_option_groups
+from .token_options import TokenOptions
 from .untrained_options import Untrained, check_options
 
 if TYPE_CHECKING:
@@ -34,16 +36,25 @@ if TYPE_CHECKING:
 
 @with_option_groups
 def compact(
-    *, model: ModelOptions, selection: Selection, untrained: Untrained, output: Output
+    *,
+    model: ModelOptions,
+    selection: Selection,
+    untrained: Untrained,
+    tokens: TokenOptions,
+    output: Output,
 ) -> None:
     """Cut a model and verify on noise images that the result equals the masked model.
 
-    Without --mask, --keep-ratio, --saliency and --without-training, only dead weight is removed:
-    rows, columns, heads and channels of zeros, left by unstructured pruning, whose removal provably
-    changes nothing. The zeros that remain are counted.
+    Without --mask, --keep-ratio, --saliency, --without-training and --tokens, only dead weight is
+    removed: rows, columns, heads and channels of zeros, left by unstructured pruning, whose removal
+    provably changes nothing. The zeros that remain are counted.
 
     With --without-training widths are chosen and weights refitted in closed form from unlabeled
     images, for a budget or for a front of sizes; an interrupted cut continues with --resume.
+
+    With --tokens patches leave the network at fixed places, the same for every image: chosen from
+    unlabeled images, for a share of the multiply-adds (--macs) or with given counts. It takes no
+    training. With --saliency or --keep-ratio, too, widths are cut after the tokens.
 
     The output folder contains the model and mask.safetensors. The note of the mask records how it
     was chosen (saliency, scope, images, seed, rounding).
@@ -65,18 +76,32 @@ def compact(
 
       vitrim compact runs/quickstart/baseline --without-training --front 8 --out sizes
 
+      vitrim compact deit.pth --model deit_small_patch16_224 --tokens patch-slimming --macs 0.6 \
+        --data images:photos --out small
+
+      vitrim compact runs/quickstart/baseline --tokens radial --token-counts 50,40,30,1
+
     Args:
         model: The model to cut.
         selection: What is kept of it.
         untrained: A cut without training: its budget and its check.
+        tokens: Which tokens are dropped, and how many.
         output: What is printed and saved.
     """
-    check_options(selection, untrained, output)
+    tokens.check(selection, untrained)
+    budget = untrained.macs
+    if tokens.selected:
+        # The budget is that of the tokens.
+        untrained = replace(untrained, macs=None)
+    check_options(selection, untrained, output, uses_images=tokens.uses_images)
     if untrained.selected:
         require_resume(untrained, output)
     if output.out is not None:
         _require_output(model, selection, untrained, output)
     source = load_source(model)
+    if tokens.selected:
+        _cut_tokens(selection, choose_tokens_of(source, selection, tokens, budget), output)
+        return
     if untrained.selected:
         cut_without_training(source, selection, untrained, output)
         return
@@ -88,13 +113,26 @@ def compact(
             )
         _cut_dead(source.model, output)
         return
+    _cut(source.model, _widths(source, selection), output)
+
+
+def _cut_tokens(selection: Selection, cut: TokenCut, output: Output) -> None:
+    """Cut the tokens, and widths of what is left if these were selected."""
+    mask = cut.choice.mask
+    if not selection.only_dead:
+        mask = cut.with_widths(_widths(cut.cut_source, selection))
+    _cut(cut.source.model, mask, output, cut.record())
+
+
+def _widths(source: Source, selection: Selection) -> StructuredMask:
+    """The mask of the options, rounded."""
     if selection.mask is not None:
         mask, scores = _read_mask(selection.mask, source.model), None
     else:
         mask, scores = _choose(source, selection)
-    if selection.round_to is not None:
-        mask = _rounded(source.model, mask, scores, selection.round_to)
-    _cut(source.model, mask, output)
+    if selection.round_to is None:
+        return mask
+    return _rounded(source.model, mask, scores, selection.round_to)
 
 
 def _require_output(
@@ -174,7 +212,10 @@ def _rounded(
     return snap(mask, model.architecture, round_to, saliency={**magnitudes, **(scores or {})})
 
 
-def _cut(source: CompactModel, mask: StructuredMask, output: Output) -> None:
+def _cut(
+    source: CompactModel, mask: StructuredMask, output: Output, tokens: str | None = None
+) -> None:
+    from ..compress.oneshot.choice import priced
     from ..compress.surgery.compactor import compact as cut
     from ..compress.surgery.stream_form import choose_stream_form
 
@@ -182,10 +223,12 @@ def _cut(source: CompactModel, mask: StructuredMask, output: Output) -> None:
     error, images = _relative_error(source, mask, form.model)
     if output.explain:
         _explain(source, form.model, mask)
-    show_sizes(source.architecture, form.model.architecture)
+    # A choice of tokens is counted as it is exported.
+    counted = priced if tokens is not None else (lambda architecture: architecture)
+    show_sizes(counted(source.architecture), counted(form.model.architecture))
     _show_stream_form(form)
     show(f"masked against compact: largest relative error {error:.1e} on {images} noise images")
-    save_compact(form.model, mask, output)
+    save_compact(form.model, mask, output, tokens=tokens)
 
 
 def _relative_error(

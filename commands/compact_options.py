@@ -69,9 +69,9 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Images for taylor, fisher, head and --without-training: fashion-mnist, cifar10, "
-        "imagefolder:PATH, parquet:PATH, ... Without labels: images:FOLDER. Absent: those of the "
-        "run that contains MODEL.",
+        help="Images for taylor, fisher, head, --tokens and --without-training: fashion-mnist, "
+        "cifar10, imagefolder:PATH, parquet:PATH, ... Without labels: images:FOLDER. Absent: those "
+        "of the run that contains MODEL.",
         show_default=False,
     ),
 ]

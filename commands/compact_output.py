@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def save_compact(
-    small: CompactModel, mask: StructuredMask, output: Output, record: str | None = None
+    small: CompactModel,
+    mask: StructuredMask,
+    output: Output,
+    record: str | None = None,
+    tokens: str | None = None,
 ) -> None:
     """Save a model in `--out`, if that is given.
 
@@ -26,16 +30,18 @@ def save_compact(
         mask: What it keeps.
         output: The folder, and whether it may be replaced.
         record: The contents of trim.json, of a cut without training.
+        tokens: The contents of tokens.json, of a choice of tokens.
     """
-    from ..compress.network.files import MASK_FILE, MODEL, TRIM_FILE, save
+    from ..compress.network.files import MASK_FILE, MODEL, TOKENS_FILE, TRIM_FILE, save
 
     if output.out is None:
         return
     with replace_folder(output.out, MODEL, overwrite=output.overwrite) as temporary:
         save(small, temporary)
         mask.save(temporary / MASK_FILE)
-        if record is not None:
-            replace_file(temporary / TRIM_FILE, record)
+        for name, text in ((TRIM_FILE, record), (TOKENS_FILE, tokens)):
+            if text is not None:
+                replace_file(temporary / name, text)
     show(f"saved: {output.out}")
 
 

@@ -184,16 +184,25 @@ class Untrained:
             raise InputError(f"--file-precision {self.file_precision}: choose fp32, fp16 or int8")
 
 
-def check_options(selection: Selection, untrained: Untrained, output: Output) -> None:
+def check_options(
+    selection: Selection, untrained: Untrained, output: Output, *, uses_images: bool = False
+) -> None:
     """Check options that exclude each other, before anything is read.
+
+    Args:
+        selection: What is kept.
+        untrained: A cut without training.
+        output: What is saved.
+        uses_images: Whether another option uses the images of --data.
 
     Raises:
         InputError: Two options both select what is kept, or one needs another.
     """
-    if selection.data is not None and not selection.uses_images and not untrained.selected:
+    uses_images = uses_images or selection.uses_images or untrained.selected
+    if selection.data is not None and not uses_images:
         raise InputError(
-            f"--data {selection.data}: only --saliency taylor, fisher and head use images, and "
-            "--without-training; add one of them, or leave --data out"
+            f"--data {selection.data}: only --saliency taylor, fisher and head use images, "
+            "--without-training, and --tokens; add one of them, or leave --data out"
         )
     if not untrained.selected:
         return

@@ -31,8 +31,9 @@ from .patch_grid import max_tokens
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "architecture.json"
-# `vitrim compact` saves the mask beside the model, and a record of a cut without training.
-MASK_FILE, TRIM_FILE = "mask.safetensors", "trim.json"
+# `vitrim compact` saves the mask beside the model, and records of a cut without training and of a
+# choice of tokens.
+MASK_FILE, TRIM_FILE, TOKENS_FILE = "mask.safetensors", "trim.json", "tokens.json"
 # Far above any Vision Transformer. A larger claim is refused before memory is allocated.
 MAX_PARAMETERS = 20_000_000_000
 MAX_ARCHITECTURE_BYTES = 16 * 1024 * 1024
@@ -51,11 +52,13 @@ def _is_mask(path: Path) -> bool:
 def _model_contents(folder: Path) -> Contents | None:
     if not has_schema(json_object(folder / ARCHITECTURE), SCHEMA):
         return None
-    return {ARCHITECTURE: None, WEIGHTS: None, MASK_FILE: MASK, TRIM_FILE: TRIM}
+    records = {MASK_FILE: MASK, TRIM_FILE: TRIM, TOKENS_FILE: TOKENS}
+    return {ARCHITECTURE: None, WEIGHTS: None, **records}
 
 
 MASK = FileKind("a mask", _is_mask)
 TRIM = json_kind("a record of a cut", "vitrim.trim/1")
+TOKENS = json_kind("a record of a choice of tokens", "vitrim.tokens/1")
 MODEL = FolderKind("a saved model", ARCHITECTURE, _model_contents)
 
 

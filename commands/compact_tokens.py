@@ -1,0 +1,125 @@
+"""`vitrim compact --tokens`: which patches a network drops, and where."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..core.console import show
+from .compact_options import Selection
+from .compact_source import Source, data_of
+from .token_options import TokenOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..compress.masks.mask import StructuredMask
+    from ..compress.network.architecture import Architecture
+    from ..compress.tokens.choose import TokenChoice
+
+
+@dataclass(frozen=True)
+class TokenCut:
+    """A choice of tokens for a model.
+
+    Attributes:
+        source: The model of full size, perhaps with refitted blocks.
+        choice: The tokens that it keeps.
+    """
+
+    source: Source
+    choice: TokenChoice
+
+    @property
+    def cut_source(self) -> Source:
+        """The model without the dropped tokens, whose widths may be cut next."""
+        from ..compress.surgery.compactor import compact
+
+        return replace(self.source, model=compact(self.source.model, self.choice.mask))
+
+    def with_widths(self, widths: StructuredMask) -> StructuredMask:
+        """One mask with the dropped tokens and the cut widths; the two commute."""
+        return replace(
+            widths,
+            kept={**widths.kept, **self.choice.mask.kept},
+            note={**widths.note, **self.choice.mask.note},
+        )
+
+    def record(self) -> str:
+        """The contents of tokens.json."""
+        return json.dumps(self.choice.record()) + "\n"
+
+
+def choose_tokens_of(
+    source: Source, selection: Selection, tokens: TokenOptions, macs: float | None
+) -> TokenCut:
+    """Choose the tokens of the options, and show how many each block keeps.
+
+    Args:
+        source: The model, and the run or recipe section that it comes from.
+        selection: The data set, the number of images and the seed.
+        tokens: The method and the counts.
+        macs: The share of the multiply-adds to keep.
+
+    Returns:
+        The choice. With a tolerance the model has refitted blocks.
+
+    Raises:
+        InputError: The method needs images and there are none, the counts do not fit the model, or
+            the budget is out of reach.
+    """
+    from ..compress.tokens.choose import token_choice
+    from ..compress.tokens.patch_slimming import slim_patches
+    from ..pipeline.trim_step import StageBars
+
+    request = None
+    if tokens.token_tolerance is None:
+        request = tokens.request(macs, selection.seed)
+        # Before images are decoded.
+        request.check(source.model.architecture)
+    images = _images(source, selection, tokens) if tokens.uses_images else None
+    with StageBars(quiet=False) as bars:
+        if request is None:
+            assert images is not None
+            slimmed = slim_patches(
+                source.model, images, tokens.slimming(selection.seed), progress=bars
+            )
+            source, choice = replace(source, model=slimmed.model), slimmed.choice
+            _show_errors(slimmed.errors)
+        else:
+            choice = token_choice(source.model, request, images, bars)
+    note = {} if images is None or selection.data is None else {"data": selection.data}
+    mask = replace(choice.mask, note={**choice.mask.note, **note})
+    _show_counts(source.model.architecture, choice)
+    return TokenCut(source, replace(choice, mask=mask))
+
+
+def _images(source: Source, selection: Selection, tokens: TokenOptions) -> Tensor:
+    from ..compress.data.loading import open_unlabeled
+
+    data = data_of(source, selection, f"--tokens {tokens.tokens}")
+    images = open_unlabeled(
+        data.name,
+        selection.samples,
+        preprocessing=data.preprocessing,
+        draw_seed=selection.seed,
+        quiet=False,
+        **data.division,
+    ).floats()
+    show(f"{tokens.tokens} on {len(images)} images of {data.name}, without labels")
+    return images
+
+
+def _show_errors(errors: dict[str, float]) -> None:
+    for site, error in errors.items():
+        show(f"{site}: relative error {error:.4f} of the next block")
+
+
+def _show_counts(architecture: Architecture, choice: TokenChoice) -> None:
+    counts = list(choice.counts.values())
+    after = [counts[end] for end in architecture.block_ends]
+    show(
+        f"tokens: {architecture.tokens} of the grid, {counts[0]} after the stem, after each block "
+        f"{', '.join(map(str, after))}; {100 * choice.macs:.1f} % of the multiply-adds"
+    )

@@ -1,0 +1,195 @@
+"""The impact of a patch on the output of a network: eq. (6) of Patch Slimming, without its paths.
+
+Eq. (6) sums over the heads h_t .. h_L of a path: s_ti = sum || A[:, i] U[i, :] ||_F^2, where
+A = D_L P_L ... D_{t+1} P_{t+1} has one attention map P of each later block, D_l selects the tokens
+that block l keeps, and U = P_t |Z_{t-1}|. The product is an outer product, so its norm is
+||A[:, i]||^2 ||U[i, :]||^2, and the sums separate. With G = I at the end and, from the last block
+down, G <- sum_h P_h^T D G D P_h, the sum of ||A[:, i]||^2 over all paths is G_ii.
+
+Shortcuts and weights do not occur in eq. (6). The maps are those of the network as pruned so far:
+the softmax runs over the keys that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..masks.groups import token_sites
+from ..network.modules.model import CompactModel
+from .attention_scores import top_tokens
+from .counts import attention_steps
+from .streaming import Attended, DenseStreams, Progress, observed_step, run_step
+
+
+def received(attended: Sequence[Attended]) -> Tensor:
+    """The sum over heads of ||P_t |Z_{t-1}| [i, :]||^2 for each token: (batch, queries)."""
+    total = torch.zeros(())
+    for each in attended:
+        # One head at a time, so that memory does not grow with their number.
+        stream = each.read.abs()
+        for head in each.maps.unbind(dim=1):
+            total = total + (head @ stream).square().sum(dim=-1)
+    return total
+
+
+def passed_down(gram: Tensor, maps: Tensor) -> Tensor:
+    """One step of the recursion.
+
+    Args:
+        gram: G over the tokens that a block keeps, (batch, queries, queries).
+        maps: Attention weights of these queries, (batch, heads, queries, keys).
+
+    Returns:
+        G over the keys, (batch, keys, keys).
+    """
+    total = maps.new_zeros(())
+    for head in maps.unbind(dim=1):
+        total = total + head.transpose(1, 2) @ gram @ head
+    return total
+
+
+def impacts(
+    model: CompactModel,
+    streams: DenseStreams,
+    sets: Sequence[Tensor],
+    steps: Sequence[int],
+    start: int = 0,
+) -> dict[int, Tensor]:
+    """The impact of each token after some steps with attention, averaged over images.
+
+    Args:
+        model: A working copy.
+        streams: The images, and their streams in the whole network.
+        sets: The kept tokens by site, (tokens at the site,); before step `start` all are kept.
+        steps: The steps with attention after which impacts are computed, all at or after `start`.
+        start: The first step that runs with these sets.
+
+    Returns:
+        By step, the impact of each token that the network carries after it, (tokens,), float64.
+    """
+    sizes = list(token_sites(model.architecture).values())
+    mixing = [number for number in attention_steps(model.architecture) if number >= start]
+    totals = {step: torch.zeros(sizes[step + 1], dtype=torch.float64) for step in steps}
+    images = 0
+    with torch.no_grad():
+        for batch in range(len(streams)):
+            x = streams.before(start, batch)
+            images += len(x)
+            maps: dict[int, Tensor] = {}
+            sums: dict[int, Tensor] = {}
+            for number in range(start, len(model.steps)):
+                if number not in mixing:
+                    x = run_step(model, number, x, sets[number])
+                    continue
+                x, attended = observed_step(model, number, x, sets[number])
+                maps[number] = torch.cat([each.maps for each in attended], dim=1)
+                if number in totals:
+                    sums[number] = received(attended)
+            for step, gram in _grams(maps, sets, sizes, min(totals)):
+                if step in totals:
+                    totals[step] += (gram * sums[step]).double().sum(dim=0)
+    return {step: total / images for step, total in totals.items()}
+
+
+def _grams(
+    maps: dict[int, Tensor], sets: Sequence[Tensor], sizes: Sequence[int], end: int
+) -> list[tuple[int, Tensor]]:
+    """The diagonal of G after each step with attention, (batch, tokens), from the last one down."""
+    found = []
+    batch = next(iter(maps.values())).shape[0]
+    last = torch.nonzero(sets[-1]).flatten()
+    gram = torch.eye(len(last)).to(next(iter(maps.values()))).expand(batch, -1, -1)
+    kept = last
+    for number in sorted(maps, reverse=True):
+        whole = gram.new_zeros(batch, sizes[number + 1])
+        whole[:, kept] = gram.diagonal(dim1=1, dim2=2)
+        found.append((number, whole))
+        if number == end:
+            break
+        queries, keys = (torch.nonzero(sets[place]).flatten() for place in (number + 1, number))
+        # Between attentions tokens only leave, and what no attention reads has no impact.
+        inside = torch.isin(queries, kept)
+        queries = queries[inside]
+        gram = passed_down(gram, maps[number][:, :, queries][:, :, :, keys])
+        kept = keys
+    return found
+
+
+def top_down(
+    model: CompactModel, images: Tensor, counts: Sequence[int], progress: Progress
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Choose tokens from the last block down, so that each set contains that of the next block.
+
+    Args:
+        model: A working copy.
+        images: (images, channels, height, width).
+        counts: Tokens to keep by site.
+        progress: Called after each step with attention.
+
+    Returns:
+        The kept tokens by site, and the impact of each token by step with attention where it was
+        needed; -1 is the stem.
+
+    References:
+        Tang et al. 2022, "Patch Slimming for Efficient Vision Transformers", eq. 6, Algorithm 1.
+    """
+    architecture = model.architecture
+    sizes, mixing = list(token_sites(architecture).values()), attention_steps(architecture)
+    streams = DenseStreams(model, images, mixing)
+    sets = [torch.ones(size, dtype=torch.bool) for size in sizes]
+    scores: dict[int, Tensor] = {}
+    ends = [*mixing[1:], len(architecture.steps)]
+    for done, (number, end) in enumerate(zip(reversed(mixing), reversed(ends), strict=True)):
+        after = sets[end + 1] if end < len(architecture.steps) else sets[end][:0]
+        count = counts[number + 1]
+        chosen = top_tokens(
+            architecture, torch.zeros(sizes[number + 1]), sets[number + 1], count, after
+        )
+        if architecture.prefix < count < sizes[number + 1] and count > int(after.sum()):
+            scores[number] = impacts(model, streams, sets, [number], number)[number]
+            chosen = top_tokens(architecture, scores[number], sets[number + 1], count, after)
+        for site in range(number + 1, end + 1):
+            sets[site] = chosen[: sizes[site]]
+        progress("score", done + 1, len(mixing))
+    first = mixing[0]
+    if counts[first] < sizes[first]:
+        scores[-1] = stem_impact(model, streams, sets)
+        chosen = top_tokens(architecture, scores[-1], sets[0], counts[0], sets[first + 1])
+        for site in range(first + 1):
+            sets[site] = chosen[: sizes[site]]
+    return sets, scores
+
+
+def stem_impact(model: CompactModel, streams: DenseStreams, sets: Sequence[Tensor]) -> Tensor:
+    """The impact of each token that the first attention reads: ||A[:, i]||^2 ||Z_0[i, :]||^2.
+
+    Args:
+        model: A working copy.
+        streams: The images.
+        sets: The kept tokens by site.
+
+    Returns:
+        (tokens,), float64, averaged over images.
+    """
+    first = attention_steps(model.architecture)[0]
+    sizes = list(token_sites(model.architecture).values())
+    total = torch.zeros(sizes[0], dtype=torch.float64)
+    images = 0
+    with torch.no_grad():
+        for batch in range(len(streams)):
+            x = streams.before(first, batch)
+            size, maps = x.square().sum(dim=-1), dict[int, Tensor]()
+            tokens = x.shape[1]
+            for number in range(first, len(model.steps)):
+                x, attended = observed_step(model, number, x, sets[number])
+                if attended:
+                    maps[number] = torch.cat([each.maps for each in attended], dim=1)
+            # One step further down than the maps reach.
+            maps[-1] = next(iter(maps.values()))
+            gram = dict(_grams(maps, sets, sizes, -1))[-1][:, :tokens]
+            total[:tokens] += (gram * size).double().sum(dim=0)
+            images += len(x)
+    return total / images
