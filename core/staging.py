@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .errors import InputError
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, so nothing is deleted after a kill.
@@ -242,3 +244,28 @@ def _lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keep other vitrim processes from writing to a folder as long as the context is open.
+
+    The lock is one of the operating system, so that it ends with the process, however that ends.
+    Without such locks (Windows) nothing is checked.
+
+    Raises:
+        InputError: Another process has the lock.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not _lock(descriptor):
+            raise InputError(
+                f"{folder}: another vitrim process writes to this folder; wait until it has ended, "
+                "or name another folder with --out"
+            )
+        yield
+    finally:
+        os.close(descriptor)

@@ -26,6 +26,7 @@ from ..compress.surgery.image_size import at_image_size
 from ..compress.train.processes import require_shares
 from ..core.console import status, unit_count
 from ..core.errors import InputError
+from ..core.staging import only_writer
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_processor, require_runtimes
@@ -112,35 +113,42 @@ def run(
         The run folder.
 
     Raises:
-        InputError: The recipe, the data and the model do not fit together, or the folder contains
-            something else. Nothing is written then.
+        InputError: The recipe, the data and the model do not fit together, the folder contains
+            something else, or another process runs in it. Nothing is written then.
     """
-    inputs = {**recipe.inputs(), "the recipe": None if resume else recipe_file}
-    host = training_host(recipe, json_progress=json_progress)
-    processes, quiet = host.processes, quiet or not host.processes.is_main
-    # The main process reports what is wrong, and others read what it decoded.
-    with processes.main_first():
-        if processes.is_main:
-            RunFolder.check(Path(out), resume=resume, overwrite=overwrite, inputs=inputs)
-        prepared = prepare(recipe, quiet=quiet)
-        require_shares(recipe.train.batch_size, len(prepared.data.train), processes.count)
-        folder = RunFolder.open(Path(out), resume=resume, overwrite=overwrite, processes=processes)
-        if processes.is_main:
-            replace_file(folder / "recipe.toml", recipe.toml())
-            replace_file(folder / DATA, data_card(prepared.data, recipe))
-    if host.note is not None:
-        status(host.note, quiet=quiet)
-    host = tracked(host, recipe, folder.path, folder / HISTORY)
-    context = RunContext(recipe, prepared.data, folder, quiet, host)
-    marks = fingerprints(prepared)
-    try:
-        models = _train_steps(prepared, context, until, marks)
-        processes.close()
-    finally:
-        host.finish()
-    if models is not None and processes.is_main:
-        _ship_steps(models, context, until, marks, show_table=not json_progress)
-    return folder
+    out = Path(out)
+    with contextlib.ExitStack() as locks:
+        inputs = {**recipe.inputs(), "the recipe": None if resume else recipe_file}
+        host = training_host(recipe, json_progress=json_progress)
+        processes, quiet = host.processes, quiet or not host.processes.is_main
+        # The main process reports what is wrong, and others read what it decoded.
+        with processes.main_first():
+            there = processes.is_main and out.is_dir()
+            if there:
+                locks.enter_context(only_writer(out))
+            if processes.is_main:
+                RunFolder.check(out, resume=resume, overwrite=overwrite, inputs=inputs)
+            prepared = prepare(recipe, quiet=quiet)
+            require_shares(recipe.train.batch_size, len(prepared.data.train), processes.count)
+            folder = RunFolder.open(out, resume=resume, overwrite=overwrite, processes=processes)
+            if processes.is_main and not there:
+                locks.enter_context(only_writer(out))
+            if processes.is_main:
+                replace_file(folder / "recipe.toml", recipe.toml())
+                replace_file(folder / DATA, data_card(prepared.data, recipe))
+        if host.note is not None:
+            status(host.note, quiet=quiet)
+        host = tracked(host, recipe, folder.path, folder / HISTORY)
+        context = RunContext(recipe, prepared.data, folder, quiet, host)
+        marks = fingerprints(prepared)
+        try:
+            models = _train_steps(prepared, context, until, marks)
+            processes.close()
+        finally:
+            host.finish()
+        if models is not None and processes.is_main:
+            _ship_steps(models, context, until, marks, show_table=not json_progress)
+        return folder
 
 
 def _train_steps(

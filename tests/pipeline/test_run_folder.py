@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from vitrim.core.errors import InputError
+from vitrim.core.staging import only_writer
+from vitrim.pipeline.recipe import load_recipe
+from vitrim.pipeline.run import run
 from vitrim.pipeline.run_folder import RunFolder
 
 
@@ -81,3 +86,30 @@ def test_overwrite_deletes_the_earlier_run(tmp_path: Path) -> None:
     folder = opened(tmp_path / "run")
     folder.step("one", "a", ["value.txt"], lambda _: write_value(folder), lambda: "loaded")
     assert not (opened(tmp_path / "run", overwrite=True) / "value.txt").exists()
+
+
+def test_a_second_process_does_not_run_in_the_same_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    code = (
+        "import pathlib, sys\n"
+        "from vitrim.core.staging import only_writer\n"
+        "with only_writer(pathlib.Path(sys.argv[1])):\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(InputError, match="another vitrim process writes to this folder"):
+        run(load_recipe("quickstart"), out, quiet=True)
+    assert list(out.iterdir()) == []
+    other.kill()
+    other.wait()
+    with only_writer(out):
+        pass
