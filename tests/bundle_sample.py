@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import vitrim
 from tiny_models import tiny_vit
+from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export.artifact import Artifact
 from vitrim.export.forms import FORMS, write_network
 from vitrim.export.graphs.model_proto import save_model
@@ -18,12 +19,15 @@ from vitrim.export.manifest import Manifest, PreprocessingSpec, TensorSpec
 LABELS = ("ankle boot", 'a "quoted" label', "naïve", "back\\slash", "??=")
 
 
-def artifact_in(folder: Path, **preprocessing: object) -> Artifact:
+def artifact_in(
+    folder: Path, model: CompactModel | None = None, **preprocessing: object
+) -> Artifact:
     """Write an artifact without torch's exporter, which takes seconds."""
     settings = PreprocessingSpec.model_validate(
         {"channels": 1, "height": 16, "width": 16, "mean": [0.3], "std": [0.4], **preprocessing}
     )
-    model = vitrim.lift(tiny_vit(in_chans=settings.channels))
+    if model is None:
+        model = vitrim.lift(tiny_vit(in_chans=settings.channels))
     folder.mkdir()
     manifest = Manifest(
         name="tiny",

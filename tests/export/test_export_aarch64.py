@@ -15,6 +15,7 @@ from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
 from tiny_models import tiny_vit
 from vitrim.compress.data.preprocessing import Preprocessing
+from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
@@ -24,9 +25,11 @@ from vitrim.export.sessions import open_session
 IMAGES = np.random.default_rng(1).standard_normal((6, 3, 16, 16), dtype=np.float32)
 
 
-def exported(folder: Path, target: str, precision: str) -> Artifact:
+def exported(
+    folder: Path, target: str, precision: str, model: CompactModel | None = None
+) -> Artifact:
     return export(
-        vitrim.lift(tiny_vit()),
+        vitrim.lift(tiny_vit()) if model is None else model,
         folder,
         target=target,
         precision=precision,  # type: ignore[arg-type]
@@ -65,6 +68,21 @@ def test_outputs_on_the_targets_processor_are_torchs(
         if note.startswith(f"{target}: verified under qemu-aarch64")
     )
     assert float(note.split("its outputs differ by ")[1].split()[0]) < 1e-4
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", 1e-5), ("int8-static", 0.1)])
+def test_tokens_leave_the_stream_on_the_targets_processor(
+    tmp_path: Path, precision: str, allowed: float
+) -> None:
+    emulator("onnxruntime")
+    dense = vitrim.lift(tiny_vit(patch_size=4, depth=3))
+    mask = vitrim.StructuredMask.random(dense, {"token": 0.4, "ffn": 0.5}, seed=0)
+    model = vitrim.compact(dense, mask).eval()
+    assert model.architecture.tokens > model.architecture.step_tokens()[-1]
+    artifact = exported(tmp_path / "artifact", "rpi5", precision, model)
+    stage = artifact.manifest.parity[-1]
+    assert stage.stage.startswith("rpi5 under qemu-aarch64 ")
+    assert stage.max_relative_error < allowed
 
 
 def test_without_emulation_the_manifest_records_that_parity_was_not_run(

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import vitrim
 from bundle_sample import LABELS, artifact_in, build, needs_compiler, runtime_library
 from onnx_graphs import channels_last, classifier, written
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
+from tiny_models import tiny_vit
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
@@ -116,6 +118,27 @@ def test_the_outputs_of_the_program_are_the_artifacts(
         assert library is not None
         files = {"program": program, "runtime": library, "model": artifact.model_path}
         assert sizes == {f"{name}_bytes": file.stat().st_size for name, file in files.items()}
+
+
+def test_the_program_drops_the_tokens_that_the_model_drops(header: Path, tmp_path: Path) -> None:
+    dense = vitrim.lift(tiny_vit(in_chans=1, patch_size=4, depth=3))
+    mask = vitrim.StructuredMask.random(dense, {"token": 0.4, "ffn": 0.5}, seed=0)
+    model = vitrim.compact(dense, mask).eval()
+    counts = model.architecture.step_tokens()
+    assert 17 > model.architecture.tokens > counts[0] > counts[-1]
+    artifact = artifact_in(tmp_path / "artifact", model)
+    program = build(bundle(artifact, tmp_path / "bundle"), header)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8))
+    picture.save(tmp_path / "picture.pgm", format="PPM")
+    ran = run(program, tmp_path / "bundle", tmp_path / "picture.pgm", "--logits")
+    assert ran.returncode == 0, ran.stderr
+    line = next(line for line in ran.stdout.splitlines() if line.startswith("logits"))
+    assert artifact.manifest.preprocessing is not None
+    preprocessing = Preprocessing.model_validate(artifact.manifest.preprocessing.model_dump())
+    with torch.no_grad():
+        expected = model(torch.from_numpy(preprocessing.apply(picture)[None]))[0].numpy()
+    found = [float(value) for value in line.split()[1:]]
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_model_with_channels_last_gets_its_pictures_in_that_order(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import vitrim
 from torch import nn
 from vitrim.bench.local.measure import measure_interleaved
+from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.export import Artifact, export
 from vitrim.export.exporter import export_all_runtimes
@@ -64,13 +66,19 @@ def images() -> np.ndarray:
 
 
 def written(
-    model: nn.Module, images: np.ndarray, folder: Path, runtime: str, precision: str
+    model: nn.Module,
+    images: np.ndarray,
+    folder: Path,
+    runtime: str,
+    precision: str,
+    cut: CompactModel | None = None,
 ) -> Artifact:
     if reason := runtime_named(runtime).missing():
         pytest.skip(reason)
     if precision == "bf16" and "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no bfloat16")
-    cut = vitrim.compact(model, vitrim.StructuredMask.random(model, keep_ratio=0.5)).eval()
+    if cut is None:
+        cut = vitrim.compact(model, vitrim.StructuredMask.random(model, keep_ratio=0.5)).eval()
     try:
         made = export(cut, folder, runtime=runtime, precision=precision, images=images)  # type: ignore[arg-type]
     except InputError as error:
@@ -126,6 +134,46 @@ def test_an_artifact_of_a_subprocess_converter_computes_the_models_outputs(
     model: nn.Module, images: np.ndarray, tmp_path: Path, runtime: str, precision: str
 ) -> None:
     written(model, images, tmp_path / "artifact", runtime, precision)
+
+
+def dropping(model: nn.Module, first: str) -> CompactModel:
+    """The network with fewer tokens from `first` on: with fewer patches, or all in an order."""
+    ratios = {"token": 0.5, "ffn": 0.5} if first == "the stem" else {"ffn": 0.5}
+    mask = vitrim.StructuredMask.random(model, ratios, seed=0)
+    if first != "the stem":
+        kept = torch.ones(17, dtype=torch.bool)
+        kept[[3, 9]] = False
+        mask = replace(mask, kept={**mask.kept, "token": {first: kept}})
+    compact: CompactModel = vitrim.compact(model, mask).eval()
+    assert (compact.architecture.patches < 16) == (first == "the stem")
+    assert compact.architecture.order != tuple(range(compact.architecture.patches))
+    return compact
+
+
+@pytest.mark.parametrize("first", ["the stem", "blocks.0.attn"])
+@pytest.mark.parametrize(
+    ("runtime", "precision"), [(name, "fp32") for name in ("torch", "openvino", "ncnn")]
+)
+def test_an_artifact_drops_the_tokens_that_the_model_drops(
+    model: nn.Module, images: np.ndarray, tmp_path: Path, first: str, runtime: str, precision: str
+) -> None:
+    written(model, images, tmp_path / "artifact", runtime, precision, dropping(model, first))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-static"])
+def test_openvino_drops_tokens_in_eight_bits(
+    model: nn.Module, images: np.ndarray, tmp_path: Path, precision: str
+) -> None:
+    cut = dropping(model, "the stem")
+    written(model, images, tmp_path / "artifact", "openvino", precision, cut)
+
+
+@pytest.mark.parametrize("runtime", ["executorch", "litert"])
+@pytest.mark.parametrize("first", ["the stem", "blocks.0.attn"])
+def test_an_artifact_of_a_subprocess_converter_drops_the_tokens_that_the_model_drops(
+    model: nn.Module, images: np.ndarray, tmp_path: Path, first: str, runtime: str
+) -> None:
+    written(model, images, tmp_path / "artifact", runtime, "fp32", dropping(model, first))
 
 
 def test_every_runtime_has_an_engine_with_its_requirement() -> None:
