@@ -208,7 +208,7 @@ def _stem(module: Any) -> tuple[Piece[StemSpec], tuple[Tensor | None, Tensor | N
     raise UnsupportedModel(
         f"{path}: {type_name(embed)} computes something else than "
         f"{'soft splits and attention' if soft else 'convolutions'} "
-        f"in the order of its parts ({'; '.join(reasons)})"
+        f"in the order of its parts ({'; '.join(reasons)}){nearest_change(module, path)}"
     )
 
 

@@ -176,20 +176,21 @@ class _Selection:
             for node in nodes
             if _is_product(node) and node.input[1] in matrices and not in_stem(node.name)
         )
+        outside = [node for node in nodes if not _in_soft_split(node.name)]
         parts = {
             # The patch embedding reads pixels, as a convolution or as a product.
             "patch": [
                 node
-                for node in nodes
+                for node in outside
                 if node.op_type == "Conv" or (_is_product(node) and node.name == "stem")
             ],
             "attention": [
                 node
-                for node in nodes
+                for node in outside
                 if node.op_type == "Softmax"
                 or (node.op_type == "MatMul" and node.input[1] not in constants)
             ],
-            "norm": [node for node in nodes if node.op_type == "LayerNormalization"],
+            "norm": [node for node in outside if node.op_type == "LayerNormalization"],
         }
         operators = {"patch": "Conv", "attention": "Softmax", "norm": "LayerNormalization"}
         others = tuple(node.name for part in parts if part in also for node in parts[part])
@@ -206,6 +207,11 @@ class _Selection:
                 if node.name in {*products, *others} and not integers & set(node.input)
             ),
         )
+
+
+def _in_soft_split(name: str) -> bool:
+    """Whether a node is a part of a layer before the patches, and not a whole convolution."""
+    return in_stem(name) and "." in name.removeprefix("before.")
 
 
 def _is_product(node: onnx.NodeProto) -> bool:

@@ -103,7 +103,11 @@ def test_a_hook_in_a_soft_split_is_refused() -> None:
     model = tiny_t2t()
     layer = model.tokens_to_token.attention2.norm2
     layer.register_forward_hook(lambda module, args, output: output * 0.5)
-    with pytest.raises(UnsupportedModel, match=r"tokens_to_token: .*outputs differ"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=r"^tokens_to_token: .*outputs differ by .*: "
+        r"tokens_to_token\.attention2\.norm2 has a forward hook$",
+    ):
         lift(model)
 
 

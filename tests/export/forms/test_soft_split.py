@@ -24,11 +24,15 @@ KINDS = ("performer", "transformer")
 NCNN = Form(rows="batch", norm="layer", stream="dense", operators="pnnx")
 
 
-@cache
-def pruned(kind: Any) -> CompactModel:
+def dense(kind: Any, img_size: int) -> CompactModel:
     torch.manual_seed(0)
     shape: Any = {"token_dim": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "classes": 5}
-    model = vitrim.lift(add_noise(T2TViT(kind, img_size=32, **shape)))
+    return vitrim.lift(add_noise(T2TViT(kind, img_size=img_size, **shape)))
+
+
+@cache
+def pruned(kind: str) -> CompactModel:
+    model = dense(kind, img_size=32)
     return vitrim.compact(model, vitrim.StructuredMask.random(model, 0.6, "unshared", seed=1))
 
 
@@ -46,6 +50,17 @@ def error_of(
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_form_matches_the_network(kind: str, form: Form) -> None:
     assert error_of(pruned(kind), write_network(pruned(kind), form)) < 1e-5
+
+
+@pytest.mark.parametrize("form", [FORMS[0], Form(rows="batch"), NCNN], ids=lambda form: form.name)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forms_select_the_tokens_that_a_mask_keeps(kind: str, form: Form) -> None:
+    model = dense(kind, img_size=64)
+    kept: Any = {"token": 0.4, "ffn": 0.5, "embed": 0.7}
+    small = vitrim.compact(model, vitrim.StructuredMask.random(model, kept, seed=5)).eval()
+    assert small.architecture.order is not None
+    images = torch.randn(2, 3, 64, 64).numpy()
+    assert error_of(small, write_network(small, form), images) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +81,7 @@ def test_eight_bits_leave_the_stem_in_float(kind: str) -> None:
     images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
     graphs = [
         dynamic,
-        quantize.int8_static(float_graph, images),
+        quantize.int8_static(float_graph, images, also=("attention", "norm")),
         quantize.weights_only(float_graph, 8),
         quantize.weights_only(float_graph, 4),
     ]
