@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_a_processor_on_which_the_outputs_would_be_wrong_is_refused(
     ids=["grey, squashed", "colour, cropped"],
 )
 def test_the_outputs_of_the_program_are_the_artifacts(
-    header: Path, tmp_path: Path, settings: dict[str, object], mode: str
+    header: Path, tmp_path: Path, settings: dict[str, Any], mode: str
 ) -> None:
     artifact = artifact_in(tmp_path / "artifact", **settings)
     program = build(bundle(artifact, tmp_path / "bundle"), header)
