@@ -128,7 +128,7 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(
         (
             f'{SMALLEST}fixed = ["hed"]\n',
             '`masks.fixed` = "hed" has the wrong type or value: expected a list, each one of head, '
-            "embed, ffn, qk, v",
+            "embed, ffn, qk, v, token",
         ),
     ],
 )
@@ -155,6 +155,19 @@ def test_a_wrong_type_is_named_with_key_value_and_expected_type(
             "[model]: `pretrained` and `checkpoint` both name the weights",
         ),
         (f'{SMALLEST}fixed = ["head", "head"]\n', "a dimension is listed twice"),
+        (
+            '[masks]\nmacs = 0.5\ntokens = "lerned"\n',
+            '`masks.tokens` = "lerned" has the wrong type or value: expected one of learned, ',
+        ),
+        (f'{SMALLEST}tokens = "learned"\n', 'tokens = "learned" needs method = "learned" and'),
+        (
+            '[masks]\nlambda = 1e-7\ntokens = "learned"\n',
+            "the budget `macs`: tokens have no parameters, so `params` and `lambda` set no price",
+        ),
+        (
+            '[masks]\nmacs = 0.5\nmethod = "closed-form"\ntokens = "learned"\n',
+            'tokens = "learned" needs method = "learned"',
+        ),
         (
             f"{SMALLEST}[export]\nimage_size = [160]\n",
             "`export.image_size` = [160]: image size [160]: write 160, "
