@@ -26,7 +26,8 @@ class Form:
             so that each LayerNorm becomes the cheaper RMSNorm.
         activation: `gelu` (opset 20), or `bias-gelu` for ONNX Runtime's BiasGelu.
         stem: `conv`, or `matrix` (patches cut out by a Reshape, then one Gemm); `int8` is `matrix`,
-            in eight bits where the other products are.
+            in eight bits where the other products are. `conv` becomes `matrix` where many patches
+            are never embedded, see `stem.FEW_PATCHES`.
         last_queries: The last block computes only the tokens that the head reads.
         last_keys: The last block computes no keys and values either, where a few queries are
             cheaper to multiply with the tokens themselves.

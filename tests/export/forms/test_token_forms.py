@@ -29,6 +29,7 @@ from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.named_outputs import output_specs
 from vitrim.core.errors import InputError
 from vitrim.export.forms import FORMS, INT8_FORMS, STREAM_FORMS, Form, write_network
+from vitrim.export.forms.stem import FEW_PATCHES
 from vitrim.export.parity import model_outputs, relative_error
 from vitrim.export.quantization.quantize import int8_static
 
@@ -80,13 +81,14 @@ def cut(
     return compact
 
 
-def with_every_patch(model: CompactModel) -> CompactModel:
-    """The same network with a mask that drops a patch after its first sub-layer only."""
+def dropping(model: CompactModel, site: str) -> CompactModel:
+    """The same network with a mask that drops one patch at a site."""
     kept = torch.ones(model.architecture.tokens, dtype=torch.bool)
     kept[model.architecture.prefix + 2] = False
-    site = model.architecture.steps[0][0].name
     mask = vitrim.StructuredMask.random(model, 1.0)
-    return vitrim.compact(model, replace(mask, kept={**mask.kept, "token": {site: kept}})).eval()
+    mask = replace(mask, kept={**mask.kept, "token": {site: kept}})
+    compact: CompactModel = vitrim.compact(model, mask).eval()
+    return compact
 
 
 def computed(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -141,7 +143,7 @@ def test_batches_drop_the_same_tokens(kind: str, batch: int | str) -> None:
 def test_patches_that_are_never_embedded_are_not_multiplied() -> None:
     model = cut()
     patches = model.architecture.patches
-    assert patches < 16
+    assert patches <= FEW_PATCHES * 16
     for form in ALL_FORMS:
         graph = onnx.shape_inference.infer_shapes(write_network(model, form))
         shapes = {
@@ -157,8 +159,18 @@ def test_patches_that_are_never_embedded_are_not_multiplied() -> None:
             assert shapes[stem.output[0]][-2:] == [patches, model.architecture.embed]
 
 
+def test_a_convolution_stays_where_nearly_all_patches_are_embedded() -> None:
+    model = dropping(vitrim.lift(timm.create_model("vit_tiny_patch16_224", **TINY)), "stem.out")
+    assert model.architecture.patches == 15
+    for form, kind in ((Form(), "Conv"), (Form(stem="matrix"), "Gemm")):
+        graph = write_network(model, form)
+        assert [node.op_type for node in graph.graph.node if node.name == "stem"] == [kind]
+        assert error_of(model, graph) < 2e-5
+
+
 def test_an_order_of_all_patches_leaves_a_convolution_unchanged() -> None:
-    model = with_every_patch(vitrim.lift(timm.create_model("vit_tiny_patch16_224", **TINY)))
+    dense = vitrim.lift(timm.create_model("vit_tiny_patch16_224", **TINY))
+    model = dropping(dense, dense.architecture.steps[0][0].name)
     assert sorted(model.architecture.order or ()) == list(range(16))
     assert model.architecture.step_tokens()[0] == 16
     for form in (Form(), Form(rows="batch", attention="fused-qkv"), NCNN, FORMS[0]):
