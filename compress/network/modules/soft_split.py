@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,12 +56,20 @@ class SoftSplit(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, scale=self.spec.scale).squeeze(1)
         # The features span many orders of magnitude, which half precision does not hold.
         kind = torch.promote_types(v.dtype, torch.float32)
-        q, k = (random_features(each.to(kind), self.features.to(kind)) for each in (q, k))
+        device = v.device.type
+        mixed = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if mixed else nullcontext():
+            y = self._linear_attention(q.to(kind), k.to(kind), v.to(kind), self.features.to(kind))
+        return y.to(v.dtype)
+
+    def _linear_attention(self, q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> Tensor:
+        q, k = random_features(q, directions), random_features(k, directions)
         eps = self.spec.features_eps
         # Scaled so that 1 is added to the divisor: torch's ONNX exporter drops sums with 1e-8.
         k = k / eps if eps else k
         divisor = q @ k.sum(dim=1).unsqueeze(-1) + (1.0 if eps else 0.0)
-        return (q @ (k.transpose(1, 2) @ v.to(kind)) / divisor).to(v.dtype)
+        found: Tensor = q @ (k.transpose(1, 2) @ v) / divisor
+        return found
 
 
 def random_features(x: Tensor, directions: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from lv_vit import LVViT
 from pydantic import ValidationError
 from t2t_vit import T2TViT, TokenPerformer
+from timm.layers.pos_embed import resample_abs_pos_embed
 from tiny_models import add_noise, fvcore_macs, relative_error
+from torch import nn
 from torch.nn import functional as F
 from vitrim import InputError, StructuredMask, compact, lift, load, masked, resized, save
 from vitrim.compress.network.architecture import (
@@ -46,10 +48,14 @@ def soft_split(channels: int, width: int, **options: Any) -> SoftSplitSpec:
     return SoftSplitSpec(channels=width, **settings | options)
 
 
-def network(kind: Any = "performer", img_size: int = 32) -> CompactModel:
+def t2t_vit(kind: Any = "performer", img_size: int = 32) -> nn.Module:
     torch.manual_seed(0)
     shape: Any = {"token_dim": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "classes": 5}
-    return lift(add_noise(T2TViT(kind, img_size=img_size, **shape)))
+    return add_noise(T2TViT(kind, img_size=img_size, **shape))
+
+
+def network(kind: Any = "performer", img_size: int = 32) -> CompactModel:
+    return lift(t2t_vit(kind, img_size))
 
 
 def randomized(layer: SoftSplit) -> SoftSplit:
@@ -97,6 +103,19 @@ def test_a_linear_attention_keeps_its_type_and_computes_in_single_precision(
     assert bool(torch.isfinite(found).all())
     if dtype != torch.bfloat16:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_attention_ignores_autocast_and_compiles() -> None:
+    layer = randomized(SoftSplit(soft_split(2, 4, features=2)))
+    q, k, v = (torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    k = 4 * k
+    with torch.no_grad():
+        wanted = layer.attend(q, k, v)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer.attend(q, k, v), wanted)
+        images = torch.randn(1, 2, 8, 8)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), layer(images))
 
 
 def test_the_linear_attention_equals_the_published_formula() -> None:
@@ -262,15 +281,17 @@ def test_a_file_with_a_malformed_soft_split_is_refused_by_its_key(tmp_path: Path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_image_size_equals_the_source_of_that_size(kind: str) -> None:
-    model = network(kind)
-    larger = resized(model, 48)
-    assert larger.architecture.grid == (3, 3)
+    small, large = t2t_vit(kind, 32), t2t_vit(kind, 48)
+    state = small.state_dict()
+    table = resample_abs_pos_embed(state["pos_embed"], [3, 3], [2, 2], num_prefix_tokens=1)
+    large.load_state_dict(state | {"pos_embed": table})
+    model = lift(small)
+    found, images = resized(model, 48), torch.randn(2, 3, 48, 48)
+    assert found.architecture.grid == (3, 3)
+    with torch.no_grad():
+        assert relative_error(found(images), large(images)) < 1e-5
     wide = resized(model, "32x48")
     assert wide(torch.randn(1, 3, 32, 48)).shape == (1, 5)
-    state = dict(larger.state_dict())
-    # Only the positions changed, so the stem of the source computes the larger image, too.
-    for name, tensor in model.state_dict().items():
-        assert name == "position" or torch.equal(state[name], tensor)
     with pytest.raises(InputError, match="whole patches, which start every 16 pixels"):
         resized(model, 40)
 
