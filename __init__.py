@@ -19,6 +19,9 @@ _MODULES = {
     "compensate": ".compress.oneshot.compensation",
     "trim": ".compress.oneshot.trim",
     "TrimOptions": ".compress.oneshot.prediction",
+    "choose_tokens": ".compress.tokens.choose",
+    "slim_patches": ".compress.tokens.patch_slimming",
+    "SlimmingOptions": ".compress.tokens.patch_slimming",
     "lift": ".compress.lift",
     "save": ".compress.lift",
     "load": ".compress.network.files",
@@ -29,9 +32,11 @@ _MODULES = {
 }
 __all__ = [
     "InputError",
+    "SlimmingOptions",
     "StructuredMask",
     "TrimOptions",
     "UnsupportedModel",
+    "choose_tokens",
     "compact",
     "compensate",
     "export",
@@ -42,6 +47,7 @@ __all__ = [
     "resized",
     "rotate",
     "save",
+    "slim_patches",
     "trim",
 ]
 
@@ -57,6 +63,8 @@ if TYPE_CHECKING:
     from .compress.oneshot.trim import trim
     from .compress.surgery.compactor import compact
     from .compress.surgery.image_size import resized
+    from .compress.tokens.choose import choose_tokens
+    from .compress.tokens.patch_slimming import SlimmingOptions, slim_patches
     from .core.errors import InputError, UnsupportedModel
     from .export.exporter import export
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..core.console import show
@@ -26,10 +27,12 @@ class TokenCut:
     Attributes:
         source: The model of full size, perhaps with refitted blocks.
         choice: The tokens that it keeps.
+        errors: The relative error of each refitted block, by the site of its attention.
     """
 
     source: Source
     choice: TokenChoice
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def cut_source(self) -> Source:
@@ -48,7 +51,7 @@ class TokenCut:
 
     def record(self) -> str:
         """The contents of tokens.json."""
-        return json.dumps(self.choice.record()) + "\n"
+        return json.dumps({**self.choice.record(), "errors": dict(self.errors)}) + "\n"
 
 
 def choose_tokens_of(
@@ -73,7 +76,7 @@ def choose_tokens_of(
     from ..compress.tokens.patch_slimming import slim_patches
     from ..pipeline.trim_step import StageBars
 
-    request = None
+    request, errors = None, dict[str, float]()
     if tokens.token_tolerance is None:
         request = tokens.request(macs, selection.seed)
         # Before images are decoded.
@@ -86,13 +89,14 @@ def choose_tokens_of(
                 source.model, images, tokens.slimming(selection.seed), progress=bars
             )
             source, choice = replace(source, model=slimmed.model), slimmed.choice
-            _show_errors(slimmed.errors)
+            errors = slimmed.errors
         else:
             choice = token_choice(source.model, request, images, bars)
     note = {} if images is None or selection.data is None else {"data": selection.data}
     mask = replace(choice.mask, note={**choice.mask.note, **note})
+    _show_errors(errors)
     _show_counts(source.model.architecture, choice)
-    return TokenCut(source, replace(choice, mask=mask))
+    return TokenCut(source, replace(choice, mask=mask), errors)
 
 
 def _images(source: Source, selection: Selection, tokens: TokenOptions) -> Tensor:

@@ -200,7 +200,7 @@ def counts_for_macs(
         The counts by site.
 
     Raises:
-        InputError: The share is out of range, or below that of a single patch.
+        InputError: The share is out of range, or below that of the fewest tokens.
     """
     require_share(share, name)
     low, high = 1, _STEPS
@@ -228,6 +228,6 @@ def require_share(share: float, name: str) -> None:
 def out_of_reach(share: float, least: float, name: str) -> InputError:
     """The error for a budget that tokens alone cannot meet."""
     return InputError(
-        f"{name} = {share:g}: with a single patch the multiply-adds are still {least:.3f} of this "
-        "model's; give a larger budget, or cut widths, too"
+        f"{name} = {share:g}: with the fewest tokens {least:.3f} of the multiply-adds are left; "
+        "give a larger budget, or cut widths, too"
     )

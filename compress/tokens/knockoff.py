@@ -16,6 +16,7 @@ from ...core.errors import InputError
 from ..masks.groups import token_sites
 from ..network.modules.model import CompactModel
 from ..oneshot.sensitivity import features
+from ..oneshot.stream import check_images
 from .counts import attention_steps
 from .streaming import Progress, batch_size, run_step
 
@@ -46,11 +47,12 @@ def knockoff_scores(
         (tokens,), between -1 and 1; 1 for prefix tokens.
 
     Raises:
-        InputError: There is only one image.
+        InputError: The images do not fit, or there is only one.
 
     References:
         Tang et al. 2020, "SCOP: Scientific Control for Reliable Neural Network Pruning", eq. 6-9.
     """
+    check_images(model, images)
     if len(images) < 2:
         raise InputError("tokens = 'scop' needs at least two images: each is another's knockoff")
     architecture = model.architecture
