@@ -201,7 +201,7 @@ def _task(prepared: Prepared, phase: str, augmentation: str) -> MaskTask | Dense
         phase=phase,
         optimizer=train.optimizer,
         distillation=distillation(prepared.dense, recipe) if phase == "finetune" else None,
-        options=dense_options(train),
+        options=dense_options(train, prepared.dense),
     )
 
 

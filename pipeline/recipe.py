@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import math
@@ -137,9 +138,7 @@ def load_recipe(source: str | Path | None = None, sets: Sequence[str] = ()) -> R
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     _keep_target(tables, path)
     # The file is validated before any --set, so that an error names where it is.
-    recipe = parse_recipe(tables, where=str(path))
-    for item in sets:
-        recipe = _with_set(recipe, item)
+    recipe = _with_sets(parse_recipe(tables, where=str(path)), sets)
     name = os.fsencode(path.stem).decode("utf-8", "replace")
     return recipe if recipe.name else recipe.model_copy(update={"name": name})
 
@@ -225,9 +224,32 @@ def _find(source: str | Path | None) -> Path:
     )
 
 
-def _with_set(recipe: Recipe, item: str) -> Recipe:
-    key, value = parse_value(item, "--set", "section.key=value, e.g. --set masks.params=0.3")
+def _with_sets(recipe: Recipe, sets: Sequence[str]) -> Recipe:
+    """The recipe with changed keys, which are validated together: some need each other."""
+    tables = _set_tables(recipe, sets)
+    where = " ".join(f"--set {item}" for item in sets)
+    try:
+        Recipe.model_validate(tables)
+    except ValidationError:
+        for item in sets:
+            # Name the key without which the others are valid.
+            others = [other for other in sets if other is not item]
+            with contextlib.suppress(ValidationError):
+                Recipe.model_validate(_set_tables(recipe, others))
+                where = f"--set {item}"
+                break
+    return parse_recipe(tables, where=where)
+
+
+def _set_tables(recipe: Recipe, sets: Sequence[str]) -> dict[str, Any]:
     tables = recipe.plain()
+    for item in sets:
+        _set_key(tables, item)
+    return tables
+
+
+def _set_key(tables: dict[str, Any], item: str) -> None:
+    key, value = parse_value(item, "--set", "section.key=value, e.g. --set masks.params=0.3")
     *sections, last = key.split(".")
     if sections == ["masks"] and last in SIZE_KEYS:
         # Exactly one key sets the size, so this one replaces the one in the file.
@@ -242,7 +264,6 @@ def _with_set(recipe: Recipe, item: str) -> Recipe:
             )
         table = inner
     table[last] = value
-    return parse_recipe(tables, where=f"--set {item}")
 
 
 def _toml(tables: Mapping[str, Any], prefix: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -31,7 +31,16 @@ _WITHOUT_EFFECT = {
 }
 Augmentation = Literal["none", "erasing", "light", "thesis", "imagenet"]
 # How patches are chosen that leave the network on the way.
-TokenMethod = Literal["learned"]
+TokenMethod = Literal[
+    "learned",
+    "patch-slimming",
+    "class-attention",
+    "column-attention",
+    "power-bert",
+    "scop",
+    "radial",
+    "random",
+]
 Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 
 
@@ -226,7 +235,20 @@ class MasksSection(Section):
     tokens: TokenMethod | None = Field(
         None,
         description="learned: patches leave the network at depths that are learned with the "
-        "widths, under the same budget `macs`; absent: every patch stays to the end",
+        "widths, under the same budget `macs`; another method: they are chosen from `images`, "
+        "before widths, for `token_macs` or `token_counts`; absent: every patch stays to the end",
+    )
+    token_macs: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="with a method of `tokens` other than learned: share of the multiply-adds of "
+        "the baseline that dropping tokens leaves, e.g. 0.6; `params = 1.0` then keeps all widths",
+    )
+    token_counts: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
+        None,
+        strict=False,
+        description="instead of `token_macs`: the tokens after each block, prefix tokens included",
     )
     epochs: int = Field(20, gt=0, description="maximum number of epochs of mask learning")
     lr: float = Field(1e-4, gt=0.0, description="learning rate of the weights during mask learning")
@@ -289,11 +311,24 @@ class MasksSection(Section):
                 'tokens = "learned" needs method = "learned" and the budget `macs`: tokens have no '
                 "parameters, so `params` and `lambda` set no price for them"
             )
+        self._check_tokens()
         if self.start == "one-shot" and (self.method, self.lambda_) != ("learned", None):
             raise ValueError(
                 'start = "one-shot" needs method = "learned" and a budget, `params` or `macs`'
             )
         return self
+
+    def _check_tokens(self) -> None:
+        given = [key for key in ("token_macs", "token_counts") if getattr(self, key) is not None]
+        if self.tokens in (None, "learned"):
+            if given:
+                needed = "patch-slimming"
+                raise ValueError(f'{given[0]} needs a method, e.g. tokens = "{needed}"')
+        elif len(given) != 1:
+            raise ValueError(
+                f'tokens = "{self.tokens}" needs one of `token_macs = 0.6` and `token_counts`, the '
+                "tokens after each block"
+            )
 
 
 class FinetuneSection(Section):

@@ -51,6 +51,7 @@ from .source_model import (
     weights_digest,
     with_preprocessing,
 )
+from .token_step import require_tokens, token_request
 from .training_host import tracked, training_host
 from .training_steps import (
     BASELINE,
@@ -271,6 +272,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
         at_image_size(dense.architecture, recipe.export.image_size)
     output_specs(dense.architecture, recipe.export.outputs, "export.outputs")
     round_to = recipe.masks.round_to or target.round_to
+    require_tokens(dense.architecture, recipe.masks)
     if recipe.masks.method == "closed-form":
         require_budget(dense.architecture, recipe.masks)
     else:
@@ -283,10 +285,12 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
 
 def _open_data(recipe: Recipe, preprocessing: Preprocessing, *, quiet: bool) -> DataSplits:
     section, masks = recipe.data, recipe.masks
-    if section.streaming and (masks.method == "closed-form" or masks.start == "one-shot"):
+    chosen = token_request(masks, 0) is not None
+    if section.streaming and (chosen or masks.method == "closed-form" or masks.start == "one-shot"):
         raise InputError(
-            "data.streaming: a closed-form cut reads single training images, which a stream does "
-            "not have; leave streaming out, or learn the masks from the dense network"
+            "data.streaming: a closed-form cut and a choice of tokens read single training images, "
+            "which a stream does not have; leave streaming out, or learn the masks from the dense "
+            "network"
         )
     return open_dataset(
         section.name,

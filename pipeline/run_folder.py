@@ -43,7 +43,8 @@ LEDGER = "steps.json"
 SCHEMA = "vitrim.steps/1"
 # The files of a run that the ledger does not list.
 UNLISTED = (
-    *(LEDGER, "recipe.toml", "data.json", "kept.json", "trim.json", "cut-parity.json"),
+    *(LEDGER, "recipe.toml", "data.json", "kept.json", "cut-parity.json"),
+    *("trim.json", "tokens.json"),
     *("report.json", "report.md", "report.html", "history.jsonl", "mask.safetensors"),
     *("training/*/checkpoint.pt", "training/*/best.pt", "trackers/**"),
 )

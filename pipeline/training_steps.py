@@ -14,7 +14,7 @@ from ..compress.masks.budget import Budget
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
 from ..compress.network.count import count_macs, count_params
-from ..compress.network.files import TRIM_FILE, load, save
+from ..compress.network.files import TOKENS_FILE, TRIM_FILE, load, save
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
 from ..compress.oneshot.trim import Trimmed
@@ -33,6 +33,7 @@ from ..core.storage import replace_file
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection, MasksSection
 from .run_folder import RunFolder
+from .token_step import cut_tokens, token_error, token_record, token_request, width_section
 from .train_section import TrainSection
 from .training_host import TrainingHost
 from .trim_step import exact_cut_error, start_section, trim_baseline, trim_record
@@ -122,10 +123,23 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
 
 
 def _trim(baseline: CompactModel, round_to: int, context: RunContext) -> Cut:
-    """The cut of `masks.method = "closed-form"`; also writes rotated/ and trim.json."""
-    folder = context.folder
-    found = _trimmed(baseline, context.recipe.masks, round_to, context)
+    """The cut of `masks.method = "closed-form"`; also writes rotated/ and trim.json.
+
+    With tokens chosen before, start/ is the network without the dropped ones.
+    """
+    folder, section = context.folder, context.recipe.masks
     images = context.data.val.floats(slice(0, PARITY_IMAGES))
+    tokens = _without_tokens(baseline, context)
+    if tokens is not None:
+        start, mask = tokens
+        section = width_section(section, baseline, start)
+        if 1.0 in (section.params, section.macs):
+            # The tokens alone meet the budget.
+            cut = Cut(start, mask, token_error(baseline, mask, images))
+            _save_cut(cut, folder)
+            return cut
+        baseline = start
+    found = _trimmed(baseline, section, round_to, context)
     cut = Cut(found.model, found.mask, exact_cut_error(found.rotated, found.mask, images))
     save(found.rotated, folder / ROTATED, overwrite=True)
     replace_file(folder / TRIM_FILE, trim_record(found))
@@ -138,23 +152,50 @@ def _start(
 ) -> CompactModel:
     """The network that mask learning starts from; a closed-form cut is saved in start/."""
     section, folder = context.recipe.masks, context.folder
-    if section.start == "dense":
+    if section.start == "dense" and token_request(section, 0) is None:
         return baseline
     with context.host.processes.main_first():
         if context.writes and not (resume and (folder / START).is_dir()):
-            found = _trimmed(baseline, start_section(section), round_to, context)
-            save(found.model, folder / START, overwrite=True)
-            replace_file(folder / TRIM_FILE, trim_record(found))
+            tokens = _without_tokens(baseline, context)
+            if section.start == "one-shot":
+                model = baseline if tokens is None else tokens[0]
+                widths = start_section(width_section(section, baseline, model))
+                found = _trimmed(model, widths, round_to, context)
+                save(found.model, folder / START, overwrite=True)
+                replace_file(folder / TRIM_FILE, trim_record(found))
     return load(folder / START)
+
+
+def _without_tokens(
+    baseline: CompactModel, context: RunContext
+) -> tuple[CompactModel, StructuredMask] | None:
+    """The baseline without the tokens that `masks.tokens` drops before widths, and their mask.
+
+    Writes start/ and tokens.json. None if none are.
+    """
+    section, seed = context.recipe.masks, context.recipe.train.seed
+    if token_request(section, seed) is None:
+        return None
+    found = cut_tokens(baseline, _drawn(section, context), section, seed, quiet=context.quiet)
+    assert found is not None
+    model, choice = found
+    save(model, context.folder / START, overwrite=True)
+    replace_file(context.folder / TOKENS_FILE, token_record(choice))
+    return model, choice.mask
 
 
 def _trimmed(
     baseline: CompactModel, section: MasksSection, round_to: int, context: RunContext
 ) -> Trimmed:
+    images = _drawn(section, context)
+    return trim_baseline(baseline, images, section, round_to, quiet=context.quiet)
+
+
+def _drawn(section: MasksSection, context: RunContext) -> Tensor:
+    """The unlabeled training images of `[masks]`, normalized."""
     train = context.data.train
     count = min(section.images, len(train))
-    drawn = stratified_indices(train.targets, count, context.recipe.train.seed)[0]
-    return trim_baseline(baseline, train.floats(drawn), section, round_to, quiet=context.quiet)
+    return train.floats(stratified_indices(train.targets, count, context.recipe.train.seed)[0])
 
 
 def _save_cut(cut: Cut, folder: RunFolder) -> None:
@@ -314,7 +355,7 @@ def _train_dense(
         optimizer=recipe.train.optimizer,
         distillation=teacher,
         metrics=_size(model),
-        options=dense_options(recipe.train),
+        options=dense_options(recipe.train, model),
     )
     schedule = Schedule("cosine", section.warmup_epochs)
     settings = _settings(
@@ -323,13 +364,16 @@ def _train_dense(
     _fit(task, context, settings, resume)
 
 
-def dense_options(section: TrainSection) -> DenseOptions:
-    """The options of a dense training that `[train]` describes."""
+def dense_options(section: TrainSection, model: CompactModel) -> DenseOptions:
+    """The options of a dense training that `[train]` describes.
+
+    Patches are not dropped at random from a network from which some leave by a mask.
+    """
     return DenseOptions(
         ema=section.ema,
         layer_decay=section.layer_decay,
         drop_path=section.drop_path,
-        patch_drop=section.patch_drop,
+        patch_drop=0.0 if model.architecture.drops_tokens else section.patch_drop,
     )
 
 

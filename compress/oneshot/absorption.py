@@ -81,6 +81,9 @@ class Absorption:
         if number >= len(self.preceding.inner):
             return
         inner, update = self.preceding.inner[number], seen.update.flatten(0, 1)
+        if len(inner) != len(update):
+            # Tokens leave here, which is not predicted: `errors` stays empty.
+            return
         if number % HELD_OUT == HELD_OUT - 1:
             self._held_out.append((inner, update))
             return

@@ -301,9 +301,12 @@ def _truncated(
     q, k, v = qkv
     columns = order[:, order.shape[1] - width :]
     each = columns.repeat_interleave(q.shape[1] // len(columns), dim=0)
-    index = each[None, :, None, :].expand(q.shape[0], -1, q.shape[2], -1)
+    # Queries may be fewer than keys, where tokens leave the stream.
+    narrow = [
+        x.gather(-1, each[None, :, None, :].expand(x.shape[0], -1, x.shape[2], -1)) for x in (q, k)
+    ]
     with torch.no_grad():
-        y = core.attend(q.gather(-1, index), k.gather(-1, index), v)
+        y = core.attend(*narrow, v)
         if core.head_norm is not None:
             y = core.head_norm(y)
         if core.differential is not None:

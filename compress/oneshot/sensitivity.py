@@ -124,8 +124,11 @@ def _forward(model: CompactModel, images: Tensor) -> tuple[list[Tensor], Tensor]
         x = model.embed(images)
     x = x.detach().requires_grad_(True)
     locations = [x]
-    for step in cast("Iterable[Sequence[Branch]]", model.steps):
-        updates = [branch(x) for branch in step]
+    counts = model.architecture.step_tokens(last_queries=False)
+    for step, count in zip(cast("Iterable[Sequence[Branch]]", model.steps), counts, strict=True):
+        queries = count if count < x.shape[1] else None
+        updates = [branch(x, queries) for branch in step]
+        x = x[:, :queries]
         for branch, y in zip(step, updates, strict=True):
             x = branch.add(x, y)
         locations.append(x)

@@ -28,7 +28,7 @@ class Activations:
     """What one sub-layer computes on one batch.
 
     Attributes:
-        stream: The stream that it reads, (batch, tokens, embed).
+        stream: The stream that it reads, (batch, tokens, embed), of the tokens that it computes.
         inner: The input of its output projection, (batch, tokens, width).
         update: What it adds to the stream, (batch, tokens, written channels).
         qkv: Of an attention, queries, keys and values as they are multiplied; see
@@ -139,11 +139,11 @@ def activations(branch: Branch, x: Tensor, queries: int | None = None) -> Activa
     with torch.no_grad(), recorded_inputs(output_projection(branch)) as inputs:
         if not isinstance(core, Attention):
             update = branch(x, queries)
-            return Activations(x, inputs[-1], update)
+            return Activations(x[:, :queries], inputs[-1], update)
         with recorded_attention(core) as found, recorded_inputs(core.q) as read:
             update = branch(x, queries)
         gate = None if core.gate is None else core.gate(read[-1]).sigmoid()
-    return Activations(x, inputs[-1], update, found[-1], gate)
+    return Activations(x[:, :queries], inputs[-1], update, found[-1], gate)
 
 
 def check_images(model: CompactModel, images: Tensor) -> None:

@@ -7,9 +7,12 @@ import torch
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor
 from vitrim import InputError, StructuredMask, compact, compensate, lift, masked
+from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.oneshot.choice import priced
 from vitrim.compress.oneshot.report import compare_features
 from vitrim.compress.oneshot.stream import Stream
+from vitrim.compress.oneshot.trim import TrimOptions, trim
 
 
 def dense() -> CompactModel:
@@ -64,3 +67,15 @@ def test_a_dense_network_that_drops_other_tokens_is_refused() -> None:
     again = compact(shorter, StructuredMask.random(shorter, {"token": 0.5}, seed=9)).eval()
     with pytest.raises(InputError, match="give the network before the token mask"):
         compensate(again, shorter, images(4))
+
+
+def test_a_network_whose_tokens_leave_is_trimmed_to_a_budget() -> None:
+    model = dense()
+    shorter = compact(model, token_mask(model)).eval()
+    found = trim(shorter, images(), macs=0.6, options=TrimOptions(round_to=2))
+    assert count_macs(found.model.architecture) <= 0.6 * count_macs(priced(shorter.architecture))
+    assert found.model.architecture.order == shorter.architecture.order
+    exact = compact(found.rotated, found.mask)
+    reference = masked(found.rotated, found.mask)
+    with torch.no_grad():
+        assert relative_error(exact.eval()(images(2)), reference.eval()(images(2))) < 1e-5
