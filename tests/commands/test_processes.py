@@ -16,6 +16,7 @@ import pytest
 import torch
 from vitrim.cli import call
 from vitrim.compress.data.splits import Split
+from vitrim.compress.masks.mask import StructuredMask
 from vitrim.compress.network.files import load
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.compress.train.processes import Processes, join_processes
@@ -109,6 +110,24 @@ def test_two_processes_learn_the_masks_of_one(recipe: Path, alone: Path, tmp_pat
     assert [json.loads(line)["epoch"] for line in output.splitlines()] == [
         line["epoch"] for line in two
     ]
+
+
+def test_two_processes_learn_the_token_sets_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    sizes = (
+        'macs = 0.4\ntokens = "learned"\nepochs = 8\n'
+        'fixed = ["embed", "qk", "v", "ffn"]\n'
+        "attention_overhead_macs = 0.0\nffn_overhead_macs = 0.0"
+    )
+    path.write_text(RECIPE.replace("params = 0.4\nepochs = 30", sizes))
+    assert call(["compress", str(path), "--out", str(tmp_path / "one"), "--quiet"]) == 0
+    process = start(path, tmp_path / "two")
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    one, two = ((tmp_path / name / "mask.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    mask = StructuredMask.load(tmp_path / "one" / "mask.safetensors")
+    assert int(mask.kept["token"]["blocks.0.ffn"].sum()) < 17
 
 
 def test_a_killed_process_ends_the_others_with_one_line_and_the_run_resumes(

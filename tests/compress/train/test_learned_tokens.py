@@ -113,7 +113,9 @@ def test_shrinking_by_tokens_changes_neither_the_function_nor_the_optimizer() ->
         optimizer.step()
         task.after_step(step)
     before, kept, size = task.result()(images), task.mask(), task.size()
-    moments = optimizer.state[task.masked.network.position]["exp_avg"]
+    position = task.masked.network.position
+    assert position is not None
+    moments = optimizer.state[position]["exp_avg"]
     rebuilt = task._shrink()
     assert rebuilt is not None
     network = task.masked.network
