@@ -37,7 +37,7 @@ from .train_section import FREE_KEYS, TrainSection
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
 # Exactly one of these keys of [masks] is given.
-SIZE_KEYS = ("params", "macs", "lambda")
+SIZE_KEYS = ("params", "macs", "lambda", "file_mb", "latency_ms")
 
 
 class Recipe(Section):
@@ -90,6 +90,9 @@ class Recipe(Section):
         return {
             "the data set": path_of(self.data.name),
             "the checkpoint": None if checkpoint is None else Path(checkpoint),
+            "the cost table": None
+            if self.masks.cost_table is None
+            else Path(self.masks.cost_table),
             **{f"the target {name}": Path(name) for name in files},
         }
 

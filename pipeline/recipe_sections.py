@@ -190,7 +190,7 @@ class BaselineSection(Section):
 class MasksSection(Section):
     """The size of the compact model and how its masks are learned.
 
-    Exactly one of `params`, `macs` and `lambda` sets the size.
+    Exactly one of `params`, `macs`, `lambda`, `file_mb` and `latency_ms` sets the size.
     """
 
     method: Literal["learned", "closed-form"] = Field(
@@ -223,6 +223,23 @@ class MasksSection(Section):
         alias="lambda",
         ge=0.0,
         description="without a budget: fixed weight of the size penalty, e.g. 1e-7",
+    )
+    file_mb: float | None = Field(
+        None,
+        gt=0.0,
+        description="closed-form: budget: computed size of the file in megabytes, with weights of "
+        "`file_precision`",
+    )
+    file_precision: Literal["fp32", "fp16", "int8"] = Field(
+        "fp32", description="precision of the weights in `file_mb`"
+    )
+    latency_ms: float | None = Field(
+        None,
+        gt=0.0,
+        description="closed-form: budget: milliseconds of all sub-layers by `cost_table`",
+    )
+    cost_table: str | None = Field(
+        None, min_length=1, description="file of `vitrim bench --cost-table`, for `latency_ms`"
     )
     sharing: Literal["residual", "unshared", "full"] = Field(
         "residual",
@@ -295,6 +312,7 @@ class MasksSection(Section):
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         sizes = {"params": self.params, "macs": self.macs, "lambda": self.lambda_}
+        sizes |= {"file_mb": self.file_mb, "latency_ms": self.latency_ms}
         given = [f"`{key}`" for key, value in sizes.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both set the size; keep one")
@@ -302,6 +320,7 @@ class MasksSection(Section):
             raise ValueError(
                 "nothing sets the size; add one of `params = 0.3`, `macs = 0.5` or `lambda = 1e-7`"
             )
+        self._check_measured()
         if self.method == "closed-form" and self.lambda_ is not None:
             raise ValueError(
                 'method = "closed-form" needs a budget; replace `lambda` by `params` or `macs`'
@@ -317,6 +336,18 @@ class MasksSection(Section):
                 'start = "one-shot" needs method = "learned" and a budget, `params` or `macs`'
             )
         return self
+
+    def _check_measured(self) -> None:
+        for key in ("file_mb", "latency_ms"):
+            if getattr(self, key) is not None and self.method != "closed-form":
+                raise ValueError(
+                    f'{key} needs method = "closed-form"; masks are learned for `params` or `macs`'
+                )
+        if (self.latency_ms is None) != (self.cost_table is None):
+            raise ValueError(
+                "latency_ms and cost_table need each other; `vitrim bench --cost-table` measures "
+                "one"
+            )
 
     def _check_tokens(self) -> None:
         given = [key for key in ("token_macs", "token_counts") if getattr(self, key) is not None]

@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..bench.local.cost_table import CostTable
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
 from ..compress.network.architecture import Architecture
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost, smallest_cost
+from ..compress.oneshot.budgets import Kind, file_bytes
 from ..compress.oneshot.saved_state import SCHEMA as STATE_SCHEMA
 from ..compress.oneshot.saved_state import STATE
 from ..compress.oneshot.trim import Row, Trimmed, TrimOptions, trim
@@ -76,6 +78,18 @@ def require_budget(
     Raises:
         InputError: It is below the size of what is never cut; the message gives that size.
     """
+    if section.file_mb is not None:
+        empty = architecture.model_copy(update={"steps": ()})
+        least_mb = file_bytes(empty, section.file_precision) / 1e6
+        if section.file_mb <= least_mb:
+            raise InputError(
+                f"masks.file_mb = {section.file_mb}: the stem and the head, which are not cut, "
+                f"are {least_mb:.3f} MB; give a larger budget"
+            )
+        return
+    if section.cost_table is not None:
+        CostTable.load(section.cost_table)
+        return
     kind, share = ("params", section.params) if section.params else ("macs", section.macs)
     option = options[kind == "params"]
     least = smallest_cost(architecture, kind) / network_cost(architecture, kind)
@@ -84,6 +98,18 @@ def require_budget(
             f"{option} = {share}: the stem and the head, which are not cut, are {least:.3f} of "
             "this model; give a larger budget"
         )
+
+
+def _budget(section: MasksSection) -> tuple[Kind, float]:
+    """The kind and the amount of the budget, as `trim` takes them."""
+    if section.file_mb is not None:
+        return "file", section.file_mb * 1e6
+    if section.latency_ms is not None:
+        return "cost", section.latency_ms
+    if section.params is not None:
+        return "params", section.params
+    assert section.macs is not None
+    return "macs", section.macs
 
 
 def start_section(section: MasksSection) -> MasksSection:
@@ -114,13 +140,15 @@ def trim_baseline(
     Raises:
         InputError: The budget is out of reach.
     """
-    options = TrimOptions(round_to=round_to)
+    costs = None if section.cost_table is None else CostTable.load(section.cost_table).costs_s
+    options = TrimOptions(round_to=round_to, cost=costs, precision=section.file_precision)
+    kind, amount = _budget(section)
     with StageBars(quiet=quiet) as bars:
         found = trim(
             baseline,
             images,
-            macs=section.macs,
-            params=section.params,
+            budget=amount,
+            kind=kind,
             options=options,
             progress=bars,
         )

@@ -10,7 +10,11 @@ import torch
 import vitrim
 from photo_folder import write_photos, write_recipe
 from tiny_models import relative_error
+from vitrim.bench.local.block_graph import BlockShape
+from vitrim.bench.local.cost_table import PARTS, CostTable, Point
+from vitrim.bench.results.measurement import Environment
 from vitrim.compress.network.count import count_params
+from vitrim.compress.oneshot.budgets import Budget, file_bytes, table_cost
 from vitrim.core.errors import InputError
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import run
@@ -136,3 +140,59 @@ def test_a_start_below_stem_and_head_is_refused_before_any_training(finished: Pa
     with pytest.raises(InputError, match=r"masks.params"):
         run(recipe, finished.parent / "refused", quiet=True)
     assert not (finished.parent / "refused").exists()
+
+
+def test_a_file_size_is_a_budget(finished: Path) -> None:
+    dense = vitrim.load(finished / "baseline").architecture
+    wanted_mb = 0.8 * file_bytes(dense, "fp16") / 1e6
+    sets = [*CLOSED_FORM, f"masks.file_mb={wanted_mb}", 'masks.file_precision="fp16"']
+    recipe = load_recipe(finished.parent / "tiny.toml", sets)
+    run(recipe, finished.parent / "file", until="masks", quiet=True)
+    cut = vitrim.load(finished.parent / "file" / "cut").architecture
+    assert file_bytes(cut, "fp16") <= wanted_mb * 1e6
+
+
+def test_milliseconds_of_a_cost_table_are_a_budget(finished: Path) -> None:
+    dense = vitrim.load(finished / "baseline").architecture
+    table = finished.parent / "costs.json"
+    CostTable(
+        target="host",
+        threads=1,
+        runtime="onnxruntime 1.0",
+        points=(Point(shape=BlockShape(5, 5, 3, 8, 8, 96, 24), latency_s=1e-3),),
+        costs_s=dict.fromkeys(PARTS, 1e-9),
+        median_error=None,
+        largest_error=None,
+        environment=Environment(),
+    ).save(table)
+    cost = table_cost(dict.fromkeys(PARTS, 1e-9))
+    whole = Budget("cost", 1.0, cost).network(dense)
+    sets = [*CLOSED_FORM, f"masks.latency_ms={whole / 2}", f'masks.cost_table="{table}"']
+    run(
+        load_recipe(finished.parent / "tiny.toml", sets),
+        finished.parent / "latency",
+        until="masks",
+        quiet=True,
+    )
+    cut = vitrim.load(finished.parent / "latency" / "cut").architecture
+    assert Budget("cost", 1.0, cost).network(cut) <= whole / 2
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["masks.file_mb=1.0"], 'file_mb needs method = "closed-form"'),
+        ([*CLOSED_FORM, "masks.latency_ms=1.0"], "latency_ms and cost_table need each other"),
+        ([*CLOSED_FORM, "masks.file_mb=0.001"], "masks.file_mb = 0.001: the stem and the head"),
+        (
+            [*CLOSED_FORM, "masks.latency_ms=1.0", 'masks.cost_table="missing.json"'],
+            "missing.json",
+        ),
+    ],
+)
+def test_impossible_file_and_latency_budgets_are_refused(
+    finished: Path, sets: list[str], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        run(load_recipe(finished.parent / "tiny.toml", sets), finished.parent / "no", quiet=True)
+    assert message in str(caught.value)
