@@ -154,6 +154,8 @@ class Gates(nn.Module):
             number = self._place.get(("token", site), number)
             self._token_numbers[site] = number
         self._current: list[Tensor] = []
+        # Whether every token stays for good, so that attention needs no mask.
+        self.settled = False
         # Names of the sub-layers that were removed as a whole.
         self.removed: frozenset[str] = frozenset()
 
@@ -169,7 +171,7 @@ class Gates(nn.Module):
         if dimension == "block":
             return self.scores[0].detach().new_zeros(1) if site in self.removed else None
         number = self._number(dimension, site)
-        if number is None:
+        if number is None or (dimension == "token" and self.settled):
             return None
         gates = self._current[number]
         return torch.cat([gates.new_ones(self._prefix), gates]) if dimension == "token" else gates

@@ -200,6 +200,7 @@ class MaskTask:
         self.solver.branch_saliency.update(state["worth"])
         self.origin = [index.clone() for index in state["origin"]]
         self.progress = _Progress(**state["progress"])
+        self._settle()
 
     def finish(self) -> None:
         """Do nothing: `result` cuts the model."""
@@ -276,6 +277,12 @@ class MaskTask:
             return architecture
         return architecture.model_copy(update={"last_queries": True})
 
+    def _settle(self) -> None:
+        """Leave out the masks of tokens if every token of the graph stays to the end."""
+        if self.progress.frozen:
+            tokens = self.gates.split(self.gates.kept())[1]
+            self.gates.settled = all(bool(keep.all()) for keep in tokens)
+
     def _install(self, model: CompactModel, gates: Gates) -> None:
         self.gates = gates
         kind = self.settings.budget.kind if self.settings.budget else "params"
@@ -340,7 +347,9 @@ class MaskTask:
         keep = self._staying()
         counted = self._counted(self.masked.architecture)
         macs, left = count_macs(counted), live_macs(counted, self.gates.counter(keep))
-        if left > (1.0 - self.settings.shrink_gain) * macs:
+        # Once tokens are frozen, one cut makes every later attention one without a mask.
+        settles = self.progress.frozen and self.gates.tokens and not self.gates.settled
+        if left > (1.0 - self.settings.shrink_gain) * macs and not settles:
             return None
         smaller = shrink_graph(self.masked.network, self.gates, keep, self._optimizer)
         before = self.solver
@@ -356,6 +365,7 @@ class MaskTask:
         self.solver.price = before.price
         for name in self.solver.branch_saliency:
             self.solver.branch_saliency[name] = before.branch_saliency[name]
+        self._settle()
         self.progress.shrunk.append(left / macs)
         optimizer = self.optimizer()
         smaller.restore_moments(optimizer, self.masked.network)

@@ -89,6 +89,7 @@ def test_learned_tokens_meet_the_budget_and_equal_their_cut(
         assert len(cut.architecture.branches) < len(task.dense.branches)
     if options.get("sharing") != "unshared":
         assert task.progress.shrunk
+        assert task.gates.settled, "the frozen tokens should have left the training graph"
     # The mask of the dense network has the same sets, although the graph shrank and was reordered.
     mask = task.mask()
     mask.check(task.dense)
