@@ -31,7 +31,7 @@ from vitrim.core.errors import InputError
 from vitrim.export.forms import FORMS, INT8_FORMS, STREAM_FORMS, Form, write_network
 from vitrim.export.forms.stem import FEW_PATCHES
 from vitrim.export.parity import model_outputs, relative_error
-from vitrim.export.quantization.quantize import int8_static
+from vitrim.export.quantization.quantize import half, int8_static, weights_only
 
 TINY: dict[str, Any] = {
     "img_size": 16,
@@ -269,6 +269,16 @@ def test_eight_bits_at_run_time_drop_the_same_tokens(kind: str) -> None:
     for form in (FORMS[0], *INT8_FORMS):
         graph = write_network(model, form, linears="int8", weight_bits=HOST_BITS)
         assert 1e-6 < error_of(model, graph) < 0.1, form.name
+
+
+def test_other_precisions_drop_the_same_tokens() -> None:
+    model = cut()
+    whole = write_network(model, Form(rows="batch", norm="layer", stem="matrix"), linears="product")
+    images = np.random.default_rng(0).standard_normal((8, 3, 16, 16), dtype=np.float32)
+    assert error_of(model, half(whole)) < 1e-2
+    assert error_of(model, weights_only(whole, 8)) < 0.1
+    pairs = int8_static(whole, images, weight_bits=HOST_BITS, symmetric=True)
+    assert error_of(model, pairs) < 0.2
 
 
 def test_static_ranges_are_those_after_the_drop() -> None:
