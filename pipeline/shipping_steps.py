@@ -29,6 +29,7 @@ from ..compress.data.decoding import write_pixels
 from ..compress.data.splits import DataSplits, Split, stratified_indices
 from ..compress.network.architecture import Architecture
 from ..compress.network.count import count_macs, count_params
+from ..compress.network.files import TRIM_FILE
 from ..compress.network.modules.model import CompactModel
 from ..compress.network.patch_grid import format_image_size
 from ..compress.surgery.image_size import at_image_size
@@ -229,6 +230,7 @@ def write_report(
             "versions": versions(),
             "seconds": folder.seconds(),
             "tokens": _token_map(compact, context),
+            "cut": _cut_errors(folder),
         }
     )
     replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
@@ -243,6 +245,21 @@ def _token_map(compact: Architecture, context: RunContext) -> dict[str, Any] | N
         return None
     images = context.data.test.batch(slice(0, _SHOWN))[0].numpy()
     return {**found, "images": [_png(image) for image in images]}
+
+
+def _cut_errors(folder: RunFolder) -> dict[str, Any] | None:
+    """The entry `cut` of report.json, from trim.json of a cut without training."""
+    path = folder / TRIM_FILE
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    names = ("name", "predicted", "measured", "cost_share")
+    return {
+        "predicted": record["predicted_error"],
+        "measured": record["check"].get("error"),
+        "images": record["check"]["images"],
+        "rows": [{name: row[name] for name in names} for row in record.get("rows", ())],
+    }
 
 
 def _png(image: NDArray[np.uint8]) -> str:

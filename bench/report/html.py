@@ -10,7 +10,7 @@ from .html_figures import (
     latency_section,
     operators_section,
 )
-from .html_tables import estimates_section, figures_section, parity_section
+from .html_tables import cut_section, estimates_section, figures_section, parity_section
 from .markup import Markup, element, joined, keep_units, section
 from .overview import Change, Overview, baseline_name, overview
 from .run import Run
@@ -41,6 +41,7 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         estimates_section(run),
         kept_section(run),
         token_section(run),
+        cut_section(run),
         curves_section(run),
         parity_section(run),
         _environment(view),

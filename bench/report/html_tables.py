@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import estimates, wording
+from . import cut, estimates, wording
 from .markup import Markup, element, joined, keep_units, section
 from .overview import Device, Overview
 from .plot import series_class
@@ -89,6 +89,16 @@ def parity_section(run: Run) -> Markup | None:
     )
     card = element("div", element("div", inside, class_="scroll"), class_="card")
     return section("Parity", remark, card, id_="parity")
+
+
+def cut_section(run: Run) -> Markup | None:
+    """The predicted and measured error of every sub-layer of a cut without training."""
+    errors = run.report.cut
+    if errors is None:
+        return None
+    heads = [_head(name) for name in cut.COLUMNS]
+    grid = element("div", _grid("sub-layer", heads, cut.lines(errors)), class_="scroll")
+    return section(cut.HEADING, cut.REMARK, element("div", grid, class_="card"), id_="cut")
 
 
 def _log_bar(error: float | None) -> Markup:

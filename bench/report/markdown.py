@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ..results.operator_table import OperatorTable
-from . import estimates, wording
+from . import cut, estimates, wording
 from .facts import environment_facts, run_facts
 from .kept import Bar, kept_blocks
 from .operators import by_kind
@@ -29,6 +29,9 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
     parts += _estimates(run)
     if run.kept:
         parts += ["## Kept units per block", *_kept(run)]
+    if run.report.cut is not None:
+        grid = _grid(["sub-layer", *cut.COLUMNS], cut.lines(run.report.cut))
+        parts += [f"## {cut.HEADING}", cut.REMARK, grid]
     parts += _parity(run)
     for device in view.devices:
         parts += _environment(device)

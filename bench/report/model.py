@@ -128,6 +128,34 @@ class KeptBranch(_Part):
         return dims
 
 
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class CutRow(_Part):
+    """One sub-layer of a cut without training.
+
+    Attributes:
+        name: Its path.
+        predicted: The predicted error of the features, as a share of their variance.
+        measured: The measured one; None where the sub-layer was absorbed by the one before.
+        cost_share: The share of its cost that is left.
+    """
+
+    name: str = Field(min_length=1)
+    predicted: Error
+    measured: Error | None = None
+    cost_share: Error
+
+
+class CutErrors(_Part):
+    """The predicted and the measured errors of a cut without training."""
+
+    predicted: Error
+    measured: Error | None = None
+    images: Count
+    rows: tuple[CutRow, ...] = ()
+
+
 class TokenMap(_Part):
     """Where the patches of a network leave it.
 
@@ -196,6 +224,7 @@ class Report(_Part):
     warnings: tuple[str, ...] = ()
     kept: tuple[KeptBranch, ...] = ()
     tokens: TokenMap | None = None
+    cut: CutErrors | None = None
     curves: tuple[Epoch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -99,6 +99,12 @@ def relative_error(value: float | None) -> str:
     return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
+def share_error(share: float) -> str:
+    """An error as a share of a variance: `0.31 %`, or `2e-05 %` where it is tiny."""
+    percents = 100 * share
+    return f"{percents:.2g} %" if percents < 0.1 else f"{percents:.2f} %"
+
+
 def times(ratio: float) -> str:
     """A ratio: 2.9×, 12×."""
     return f"{ratio:.{2 if ratio < 2 else 1 if ratio < 10 else 0}f}×"

@@ -325,3 +325,27 @@ def test_a_malformed_map_of_tokens_is_refused(
     path.write_text(json.dumps(report))
     with pytest.raises(InputError, match=message):
         load_run(folder)
+
+
+def test_predicted_and_measured_errors_of_a_cut_are_listed(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    report["cut"] = {
+        "predicted": 0.05,
+        "measured": 0.08,
+        "images": 64,
+        "rows": [
+            {"name": "blocks.0.attn", "predicted": 0.01, "measured": 0.02, "cost_share": 0.4},
+            {"name": "blocks.1.attn", "predicted": 0.0002, "measured": None, "cost_share": 0.0},
+        ],
+    }
+    path.write_text(json.dumps(report))
+    run = load_run(folder)
+    words = " ".join(Tree(render_html(run)).words)
+    assert "Errors of the cut" in words
+    assert "64 held-out images" in words
+    text = render_markdown(run)
+    assert "| blocks.0.attn | 1.00 % | 2.00 % | 40 % |" in text
+    assert "| blocks.1.attn | 0.02 % | absorbed | 0 % |" in text
+    assert "| features (64 held-out images) | 5.00 % | 8.00 % | – |" in text
