@@ -41,9 +41,10 @@ TokenSchedule = Annotated[
     str | None,
     typer.Option(
         "--token-schedule",
-        help="With --tokens and --macs: uniform (each block keeps the same share of the patches "
-        "that reach it), linear, or constant (all leave in the first block). Absent: the counts "
-        "that drop the least importance, or uniform for radial and random.",
+        help="With --tokens and --macs: error (the least measured error of the features; the "
+        "default with images), importance (the least dropped share of the scores), uniform (each "
+        "block keeps the same share of the patches that reach it; the default of radial and "
+        "random), linear, or constant (all leave in the first block).",
         show_default=False,
     ),
 ]
@@ -75,10 +76,12 @@ class TokenOptions:
 
     @property
     def uses_images(self) -> bool:
-        """Whether the method looks at images."""
+        """Whether the method or the counts depend on images."""
         from ..compress.tokens.choose import WITHOUT_IMAGES
 
-        return self.selected and self.tokens not in WITHOUT_IMAGES
+        return self.selected and (
+            self.tokens not in WITHOUT_IMAGES or self.token_schedule == "error"
+        )
 
     def counts(self) -> list[int] | None:
         """The numbers of --token-counts.

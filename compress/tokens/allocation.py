@@ -1,8 +1,10 @@
 """Token counts for a budget of multiply-adds, by dynamic programming over the attentions.
 
-The loss of a count is the share of the importance of the tokens that are dropped there. The cost of
-a sub-layer depends on the tokens that it reads and on those that it computes, so the counts form a
-chain: V_s(m, t) = min over n >= m of V_{s-1}(n, t - macs_s(n, m)) + loss_s(m).
+The loss of a count is either the share of the importance of the tokens that are missing there, or
+a measured error, paid where a token leaves. The cost of a sub-layer depends on the tokens that it
+reads and on those that it computes, so the counts form a chain:
+
+    V_s(m, t) = min over n >= m of V_{s-1}(n, t - macs_s(n, m)) + loss_s(n, m).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class _Stage:
     Attributes:
         step: The number of the step with attention.
         counts: The counts to choose from, increasing.
-        losses: The loss of each.
+        losses: The loss of each number of tokens, from 0.
         prices: Multiply-adds for each token read, for each token computed, and for each pair.
     """
 
@@ -59,12 +61,16 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Problem:
-    """The stages, what is paid beside them by the last count, and the unit of the costs."""
+    """The stages, what is paid beside them by the last count, and the unit of the costs.
+
+    With `once` the loss of a stage is paid only for the tokens that leave there.
+    """
 
     stages: Sequence[_Stage]
     rest: Mapping[int, int]
     tokens: int
     unit: int
+    once: bool
 
     def units(self, place: int, before: int, after: int) -> int:
         """The cost of a stage in units, rounded up."""
@@ -81,9 +87,9 @@ class _Problem:
         for place, stage in enumerate(self.stages):
             after: dict[int, _Array] = {}
             chosen.append({})
-            for count, loss in zip(stage.counts, stage.losses, strict=True):
+            for count in stage.counts:
                 best, origin = self._reach(place, count, before, bins)
-                after[count], chosen[place][count] = best + loss, origin
+                after[count], chosen[place][count] = best + stage.losses[count], origin
             before = after
         last = min(before, key=lambda count: (before[count][bins], -count))
         if not math.isfinite(before[last][bins]):
@@ -100,11 +106,15 @@ class _Problem:
     ) -> tuple[_Array, npt.NDArray[np.int64]]:
         """The least loss of the stages before `place`, and the count that it comes from."""
         best, origin = np.full(bins + 1, np.inf), np.zeros(bins + 1, dtype=np.int64)
+        losses = self.stages[place].losses
         for earlier, values in before.items():
             cost = self.units(place, earlier, count)
             if earlier < count or cost > bins:
                 continue
             reached = values[: bins + 1 - cost]
+            if self.once:
+                # A network that drops tokens already has fewer here than before.
+                reached = reached - losses[min(earlier, len(losses) - 1)]
             better = reached < best[cost:]
             best[cost:][better] = reached[better]
             origin[cost:][better] = earlier
@@ -113,30 +123,34 @@ class _Problem:
 
 def allocate_tokens(
     architecture: Architecture,
-    scores: Mapping[int, Tensor],
+    losses: Mapping[int, Sequence[float]],
     macs: float,
     name: str = "macs",
+    *,
+    once: bool = False,
 ) -> list[int]:
     """Choose the counts of least loss within a budget; the stem keeps all patches.
 
     Args:
         architecture: The network.
-        scores: For each step with attention, the importance of each token after it, (tokens,).
+        losses: For each step with attention, the loss of each number of tokens after it, from 0.
         macs: The share of the multiply-adds to keep, as `macs_share` computes it.
         name: What an error calls it.
+        once: Whether a loss is paid only for the tokens that leave at a step, instead of for all
+            that are missing after it.
 
     Returns:
         The counts by site.
 
     Raises:
-        InputError: The share is out of range, or even a single patch costs more.
+        InputError: The share is out of range, or even the fewest tokens cost more.
     """
     require_share(macs, name)
-    stages = _stages(architecture, scores)
+    stages = _stages(architecture, losses)
     whole = count_macs(with_counts(architecture, whole_counts(architecture)))
     limit = math.floor(macs * whole)
     unit = max(1, math.ceil(limit / BINS))
-    problem = _Problem(stages, _rest(architecture, stages), architecture.tokens, unit)
+    problem = _Problem(stages, _rest(architecture, stages), architecture.tokens, unit, once)
     found = problem.solve(limit // unit)
     if found is None:
         least = _sites(architecture, stages, [stage.counts[0] for stage in stages])
@@ -162,16 +176,15 @@ def dropped_shares(score: Tensor, prefix: int, counts: Sequence[int]) -> list[fl
     return [max(0.0, 1.0 - kept[max(0, count - prefix)] / total) for count in counts]
 
 
-def _stages(architecture: Architecture, scores: Mapping[int, Tensor]) -> list[_Stage]:
+def _stages(architecture: Architecture, losses: Mapping[int, Sequence[float]]) -> list[_Stage]:
     mixing = attention_steps(architecture)
     sizes = list(token_sites(architecture).values())
     found = []
     for number, end in zip(mixing, [*mixing[1:], len(architecture.steps)], strict=True):
-        counts, losses = _choices(architecture, sizes[number + 1], scores[number])
+        counts, loss = _choices(architecture, sizes[number + 1]), tuple(losses[number])
         if number == mixing[-1] and architecture.pooled_prefix:
-            counts, losses = [architecture.pooled_prefix], [0.0]
-        prices = _prices(architecture, number, end)
-        found.append(_Stage(number, tuple(counts), tuple(losses), prices))
+            counts, loss = (architecture.pooled_prefix,), (0.0,) * len(loss)
+        found.append(_Stage(number, counts, loss, _prices(architecture, number, end)))
     return found
 
 
@@ -187,11 +200,10 @@ def _prices(architecture: Architecture, start: int, end: int) -> tuple[int, int,
     return found[0], found[1], found[2] - found[0] - found[1]
 
 
-def _choices(architecture: Architecture, size: int, score: Tensor) -> tuple[list[int], list[float]]:
+def _choices(architecture: Architecture, size: int) -> tuple[int, ...]:
     prefix = architecture.prefix
     stride = max(1, math.ceil((size - prefix) / _CHOICES))
-    counts = sorted({*range(prefix + 1, size + 1, stride), size})
-    return counts, dropped_shares(score, prefix, counts)
+    return tuple(sorted({*range(prefix + 1, size + 1, stride), size}))
 
 
 def _rest(architecture: Architecture, stages: Sequence[_Stage]) -> dict[int, int]:

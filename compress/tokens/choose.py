@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ from ..masks.groups import token_sites
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture
 from ..network.modules.model import CompactModel
-from .allocation import allocate_tokens
+from .allocation import allocate_tokens, dropped_shares
 from .attention_scores import SCORES, bottom_up, by_fixed_scores
+from .counts import Schedule as Curve
 from .counts import (
-    Schedule,
     attention_steps,
     counts_for_macs,
     macs_share,
@@ -30,6 +30,7 @@ from .counts import (
 )
 from .impact import impacts, top_down
 from .knockoff import knockoff_scores
+from .leaving_errors import leaving_errors
 from .streaming import DenseStreams, Progress, require_images, silent, working_copy
 
 Method = Literal[
@@ -42,6 +43,8 @@ Method = Literal[
     "random",
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
+Schedule = Literal["error", "importance", "uniform", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 # Methods that look at no image; they have no scores from which counts could follow.
 WITHOUT_IMAGES = ("radial", "random")
 SCHEMA = "vitrim.tokens/1"
@@ -107,12 +110,14 @@ def choose_tokens(
         images: Unlabeled images, (images, channels, height, width), normalized as the model
             expects; some hundred. "radial" and "random" need none.
         macs: The share of the multiply-adds to keep, between 0 and 1; instead of `counts`.
-        schedule: How `macs` distributes the counts: "uniform", each block keeps the same share of
-            the patches that reach it; "linear", equal steps; "constant", all in the first block.
-            None: the least importance dropped, by dynamic programming; "uniform" for "radial" and
-            "random", which have no importance.
+        schedule: How `macs` distributes the counts: "error" (default with images), the least
+            measured error of the features, by dynamic programming; "importance", the least dropped
+            share of the scores; "uniform" (default without images), each block keeps the same
+            share of the patches that reach it; "linear", equal steps; "constant", all in the first
+            block.
         seed: For "random", and for the pairs of "scop".
-        progress: Called with a stage ("score", "gates"), the steps done, and the steps in all.
+        progress: Called with a stage ("score", "gates", "errors"), the steps done, and the steps in
+            all.
 
     Returns:
         A mask with entries of the dimension `token`, nested along the depth. Its note has the
@@ -164,6 +169,17 @@ class TokenRequest:
             )
         if self.counts is not None and self.schedule is not None:
             raise InputError("tokens: counts are a schedule; give counts or schedule, not both")
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            raise InputError(f"schedule = {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if self.schedule == "importance" and self.method in WITHOUT_IMAGES:
+            raise InputError(
+                f"schedule = 'importance': {self.method} has no importance; choose another schedule"
+            )
+
+    @property
+    def uses_images(self) -> bool:
+        """Whether the scores or the counts come from images."""
+        return self.method not in WITHOUT_IMAGES or self.schedule == "error"
 
     def check(self, architecture: Architecture) -> list[int] | None:
         """Validate the request for a network, before any image is read.
@@ -180,11 +196,12 @@ class TokenRequest:
         if self.counts is not None:
             return read_counts(architecture, self.counts, self.names[0])
         assert self.macs is not None
-        schedule = self.schedule
-        if schedule is None and self.method in WITHOUT_IMAGES:
-            schedule = "uniform"
-        found = counts_for_macs(architecture, schedule or "constant", self.macs, self.names[1])
-        return None if schedule is None else found
+        searched = self.schedule in ("error", "importance") or (
+            self.schedule is None and self.method not in WITHOUT_IMAGES
+        )
+        curve = cast("Curve", "constant" if searched else self.schedule or "uniform")
+        found = counts_for_macs(architecture, curve, self.macs, self.names[1])
+        return None if searched else found
 
 
 def token_choice(
@@ -211,22 +228,42 @@ def token_choice(
     method = request.method
     network = working_copy(model)
     architecture = network.architecture
-    if method not in WITHOUT_IMAGES:
+    if request.uses_images:
         images = require_images(images, method)
     counts = request.check(architecture)
     fixed = _fixed_scores(network, request, images, progress)
     if counts is None:
-        assert request.macs is not None
         whole = fixed or whole_scores(network, method, images, progress)
-        counts = allocate_tokens(architecture, whole, request.macs, request.names[1])
+        counts = _searched_counts(network, request, whole, images, progress)
     scores: Mapping[int, Tensor]
     if fixed is not None:
         sets, scores = by_fixed_scores(architecture, fixed, counts), fixed
     else:
         assert images is not None
         sets, scores = _chosen(network, method, images, counts, progress)
-    used = 0 if images is None or method in WITHOUT_IMAGES else len(images)
+    used = 0 if images is None or not request.uses_images else len(images)
     return as_choice(architecture, sets, scores, method, used, {"seed": str(request.seed)})
+
+
+def _searched_counts(
+    model: CompactModel,
+    request: TokenRequest,
+    scores: Mapping[int, Tensor],
+    images: Tensor | None,
+    progress: Progress,
+) -> list[int]:
+    """The counts of least loss for the budget of a request."""
+    assert request.macs is not None
+    architecture = model.architecture
+    if request.schedule == "importance":
+        losses = {
+            step: dropped_shares(score, architecture.prefix, range(len(score) + 1))
+            for step, score in scores.items()
+        }
+        return allocate_tokens(architecture, losses, request.macs, request.names[1])
+    images = require_images(images, request.method)
+    errors = leaving_errors(model, scores, images, progress)
+    return allocate_tokens(architecture, errors, request.macs, request.names[1], once=True)
 
 
 def as_choice(

@@ -21,6 +21,8 @@ from ..masks.groups import token_sites
 from ..network.modules.attention import Attention, kept_softmax
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
+from ..network.modules.relative_bias import RelativeBias
+from ..network.modules.rope import Rope
 from ..oneshot.stream import check_images, recorded_attention
 
 # Largest number of attention weights of all steps, and of images, in one batch.
@@ -82,7 +84,7 @@ def require_images(images: Tensor | None, method: str) -> Tensor:
     if images is None:
         raise InputError(
             f"tokens = {method!r} needs images: give some hundred, without labels; only radial and "
-            "random need none"
+            "random with a simple schedule need none"
         )
     return images
 
@@ -181,6 +183,35 @@ def _key_keep(core: Attention, x: Tensor, keep: Tensor | None) -> Iterator[None]
         yield
     finally:
         core.key_keep = before
+
+
+@contextmanager
+def position_tables(model: CompactModel, tokens: Tensor) -> Iterator[None]:
+    """Let the attentions of a network read a stream that has some tokens only.
+
+    Args:
+        model: A working copy.
+        tokens: The places of these tokens in the stream of the network, with all prefix tokens.
+
+    Yields:
+        Nothing; the tables of rope and relative bias are those of `tokens` in the context.
+    """
+    prefix = model.architecture.prefix
+    patches = tokens[prefix:] - prefix
+    restored: list[tuple[nn.Module, str, Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, Rope):
+            restored.append((module, "table", module.table))
+            module.table = module.table.index_select(2, patches)
+        elif isinstance(module, RelativeBias):
+            rows = tokens if module.spec.prefix_rows else patches
+            restored.append((module, "index", module.index))
+            module.index = module.index[rows[:, None], rows[None, :]]
+    try:
+        yield
+    finally:
+        for module, name, table in restored:
+            setattr(module, name, table)
 
 
 class DenseStreams:

@@ -100,7 +100,7 @@ NEEDED = ["--tokens", "radial"]
         ([*NEEDED, "--token-counts", "9,x,1"], "--token-counts 9,x,1: give whole numbers"),
         ([*NEEDED, "--macs", "0.05"], "--macs = 0.05: with the fewest tokens"),
         ([*NEEDED, "--macs", "1.5"], "--macs 1.5: give the share to keep"),
-        ([*NEEDED, "--macs", "0.6", "--token-schedule", "cosine"], "choose one of uniform"),
+        ([*NEEDED, "--macs", "0.6", "--token-schedule", "cosine"], "choose one of error"),
         ([*NEEDED, "--token-counts", "9,9,1", "--token-schedule", "linear"], "keep one"),
         ([*NEEDED, "--token-tolerance", "0.1"], "belongs to --tokens patch-slimming, not to rad"),
         (["--token-counts", "9,9,1"], "--token-counts belongs to --tokens"),

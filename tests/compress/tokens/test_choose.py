@@ -18,16 +18,21 @@ from vitrim.compress.masks.groups import token_sites
 from vitrim.compress.masks.token_sets import token_sets
 from vitrim.compress.network.architecture import Architecture, least_tokens
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.oneshot.sensitivity import features
+from vitrim.compress.tokens.attention_scores import top_tokens
 from vitrim.compress.tokens.choose import (
     METHODS,
+    SCHEDULES,
     WITHOUT_IMAGES,
     Method,
+    Schedule,
     TokenRequest,
     radial_scores,
     token_choice,
     whole_scores,
 )
 from vitrim.compress.tokens.counts import attention_steps, read_counts, settled, whole_counts
+from vitrim.compress.tokens.leaving_errors import leaving_errors
 from vitrim.compress.tokens.streaming import working_copy
 from vitrim.core.errors import InputError
 
@@ -132,6 +137,42 @@ def test_a_budget_is_met_and_the_model_is_not_changed(method: Method) -> None:
     }
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_errors_when_patches_leave_are_those_of_the_compact_network(name: str) -> None:
+    model = working_copy(model_named(name))
+    architecture = model.architecture
+    step = attention_steps(architecture)[0]
+    scores = whole_scores(model, "column-attention", images_of())
+    errors = leaving_errors(model, scores, images_of())[step]
+    assert len(errors) == architecture.tokens + 1
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == pytest.approx(0.0, abs=1e-10)
+    keep = top_tokens(
+        architecture,
+        scores[step],
+        torch.ones(architecture.tokens, dtype=torch.bool),
+        architecture.prefix + 1,
+    )
+    site = list(token_sites(architecture))[step + 1]
+    small = vitrim.compact(model, vitrim.StructuredMask({"token": {site: keep}}))
+    with torch.no_grad():
+        wanted = features(model, model.features(images_of()))
+        found = features(small, small.features(images_of()))
+    error = float((found - wanted).square().sum() / wanted.square().sum())
+    # Fewer patches may have a smaller error; the curve does not rise.
+    assert errors[architecture.prefix + 1] >= error * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_schedule_meets_the_budget(schedule: Schedule) -> None:
+    found = token_choice(
+        model_named("mean"), TokenRequest("power-bert", macs=0.6, schedule=schedule), images_of()
+    )
+    assert 0.45 < found.macs <= 0.6
+    by_error = TokenRequest("random", macs=0.6, schedule="error")
+    assert token_choice(model_named("mean"), by_error, images_of()).images == 4
+
+
 def test_methods_choose_differently() -> None:
     model = vitrim.lift(tiny_vit(img_size=48, depth=3)).eval()
     torch.manual_seed(0)
@@ -215,6 +256,9 @@ def test_scop_prefers_patches_that_decide_the_output() -> None:
         ({"method": "radial", "macs": 0.7, "counts": [10, 1]}, "one of them"),
         ({"method": "radial", "counts": [10, 1], "schedule": "linear"}, "not both"),
         ({"method": "radial", "counts": [10, 11]}, "counts: 11 tokens at blocks.1, after 10"),
+        ({"method": "radial", "macs": 0.7, "schedule": "cosine"}, "choose one of error, imp"),
+        ({"method": "radial", "macs": 0.7, "schedule": "importance"}, "radial has no importance"),
+        ({"method": "radial", "macs": 0.7, "schedule": "error"}, "'radial' needs images"),
         ({"method": "scop", "counts": [5, 1], "images": "one"}, "at least two images"),
         ({"method": "scop", "counts": [5, 1], "images": "wrong"}, "give float images of shape"),
     ],

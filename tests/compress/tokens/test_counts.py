@@ -110,36 +110,40 @@ def test_a_share_out_of_range_is_refused(share: float) -> None:
 
 
 def test_a_budget_out_of_reach_names_the_least() -> None:
-    scores = {step: torch.ones(17) for step in attention_steps(CLASS_TOKEN)}
+    losses = {step: [0.0] * 18 for step in attention_steps(CLASS_TOKEN)}
     with pytest.raises(InputError, match=r"macs = 0.1: with the fewest tokens 0\.527 of"):
         counts_for_macs(CLASS_TOKEN, "linear", 0.1)
     with pytest.raises(InputError, match=r"--macs = 0.1: with the fewest tokens 0\.355 of"):
-        allocate_tokens(CLASS_TOKEN, scores, 0.1, "--macs")
+        allocate_tokens(CLASS_TOKEN, losses, 0.1, "--macs")
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     share=st.floats(0.45, 0.98),
     pooled=st.booleans(),
+    once=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_dynamic_programming_finds_the_best_counts(share: float, pooled: bool, seed: int) -> None:
+def test_dynamic_programming_finds_the_best_counts(
+    share: float, pooled: bool, once: bool, seed: int
+) -> None:
     overrides = {"class_token": False, "global_pool": "avg"} if pooled else {}
     key = ("mean" if pooled else "class",)
     spec = SMALL.setdefault(key, architecture(img_size=24, **overrides))
     torch.manual_seed(seed)
     mixing, prefix = attention_steps(spec), spec.prefix
     scores = {step: torch.rand(spec.tokens) ** 3 for step in mixing}
+    losses = {step: dropped_shares(scores[step], prefix, range(spec.tokens + 1)) for step in mixing}
     try:
-        found = allocate_tokens(spec, scores, share)
+        found = allocate_tokens(spec, losses, share, once=once)
     except InputError:
         found = None
-    losses = {step: dropped_shares(scores[step], prefix, range(spec.tokens + 1)) for step in mixing}
     if not pooled:
         losses[mixing[-1]] = [0.0] * (spec.tokens + 1)
 
     def loss(counts: list[int]) -> float:
-        return sum(losses[step][counts[step + 1]] for step in mixing)
+        total = sum(losses[step][counts[step + 1]] for step in mixing)
+        return total - once * sum(losses[step][counts[step]] for step in mixing)
 
     choices = [range(prefix + 1, spec.tokens + 1)] * (3 if pooled else 2)
     best = None
@@ -155,7 +159,7 @@ def test_dynamic_programming_finds_the_best_counts(share: float, pooled: bool, s
         return
     assert best is not None
     assert macs_share(spec, found) <= share
-    rounded = allocate_tokens(spec, scores, min(0.999, share * 1.005))
+    rounded = allocate_tokens(spec, losses, min(0.999, share * 1.005), once=once)
     assert loss(rounded) <= loss(best) + 1e-9 <= loss(found) + 2e-9
 
 
