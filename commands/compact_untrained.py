@@ -74,7 +74,7 @@ def _options(source: Source, selection: Selection, untrained: Untrained) -> Trim
     """The options of the cut; a budget below what is never cut is an error."""
     from ..bench.local.cost_table import CostTable
     from ..compress.oneshot.trim import TrimOptions
-    from ..pipeline.recipe_sections import MasksSection
+    from ..pipeline.masks_section import MasksSection
     from ..pipeline.trim_step import require_budget
 
     _, kind, amount = untrained.budget

@@ -19,6 +19,7 @@ from rich.markup import escape
 from ..core.console import status
 from ..core.errors import InputError
 from ..targets.catalog import EARLIER_NAMES
+from .masks_section import MasksSection
 from .recipe_keys import first_error
 from .recipe_sections import (
     BaselineSection,
@@ -27,7 +28,6 @@ from .recipe_sections import (
     DistillSection,
     ExportSection,
     FinetuneSection,
-    MasksSection,
     ModelSection,
     ReportSection,
     Section,

@@ -14,7 +14,7 @@ from ..compress.oneshot.allocation import network_cost
 from ..compress.surgery.compactor import compact, output_error
 from ..compress.tokens.choose import TokenChoice, TokenRequest, token_choice
 from ..core.console import status
-from .recipe_sections import MasksSection
+from .masks_section import MasksSection
 from .trim_step import StageBars
 
 

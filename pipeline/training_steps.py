@@ -30,8 +30,9 @@ from ..compress.train.schedule import Schedule
 from ..compress.train.settings import TrainSettings
 from ..core.console import progress_bar
 from ..core.storage import replace_file
+from .masks_section import MasksSection
 from .recipe import Recipe
-from .recipe_sections import BaselineSection, FinetuneSection, MasksSection
+from .recipe_sections import BaselineSection, FinetuneSection
 from .run_folder import RunFolder
 from .token_step import cut_tokens, token_error, token_record, token_request, width_section
 from .train_section import TrainSection

@@ -25,7 +25,7 @@ from ..compress.surgery.compactor import compact, output_error
 from ..core.console import progress_bar, show, status
 from ..core.errors import InputError
 from ..core.written_kinds import Contents, FolderKind, has_schema, json_object
-from .recipe_sections import MasksSection
+from .masks_section import MasksSection
 
 TRIM_SCHEMA = "vitrim.trim/1"
 

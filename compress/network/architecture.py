@@ -59,6 +59,7 @@ from .stem_and_head_specs import (
     SoftSplitSpec,
     StemSpec,
 )
+from .token_checks import check_order, check_positions, check_tokens, least_tokens
 
 __all__ = [
     "SCHEMA",
@@ -164,8 +165,8 @@ class Architecture(Spec):
     """Stream channels that `norm` and pooling read. None: all."""
     last_queries: bool = False
     """Whether the step with the last attention, and what follows, computes only the tokens that the
-    head reads. Exact; without effect unless the head pools by prefix tokens. The same as `tokens` of
-    these branches."""
+    head reads. Exact; without effect unless the head pools by prefix tokens. The same as `tokens`
+    of these branches."""
     data: DataSpec | None = None
     """How the source model expects images to be prepared. None: unknown."""
 
@@ -341,36 +342,13 @@ class Architecture(Spec):
             raise ValueError(
                 f"data.mean has {len(self.data.mean)} numbers, images have {self.image[0]} channels"
             )
-        self._check_order()
+        check_order(self)
         check_indices("stem_writes", self.stem_writes, self.embed)
         check_norm("stem_norm", self.stem_norm, self.read_width(self.stem_writes))
         check_norm("patch_norm", self.patch_norm, self.read_width(self.stem_writes))
 
-    def _check_order(self) -> None:
-        if self.order is None:
-            return
-        patches = self.grid[0] * self.grid[1]
-        if not self.order or len(set(self.order)) != len(self.order):
-            raise ValueError("order must name at least one patch, and each at most once")
-        if max(self.order) >= patches:
-            raise ValueError(f"order names patch {max(self.order)}, the grid has {patches}")
-
-    def _check_tokens(self) -> None:
-        before = self.tokens
-        for step in self.steps:
-            counts = {branch.tokens for branch in step}
-            if len(counts) > 1:
-                raise ValueError(f"{step[0].name}: parallel branches must have equal tokens")
-            count = counts.pop() if counts else None
-            if count is not None and count > before:
-                raise ValueError(f"{step[0].name}: {count} tokens, the stream has {before} there")
-            before = before if count is None else count
-        least = least_tokens(self)
-        if before < least:
-            raise ValueError(f"the stream ends with {before} tokens, the head reads {least}")
-
     def _check_branches(self) -> None:
-        self._check_tokens()
+        check_tokens(self)
         names = [branch.name for branch in self.branches]
         if len(set(names)) != len(names):
             raise ValueError("two branches have the same name")
@@ -382,7 +360,7 @@ class Architecture(Spec):
             check_norm(f"{branch.name}.post_norm", branch.post_norm, self.read_width(branch.writes))
             core = branch.core
             if isinstance(core, AttentionSpec):
-                _check_positions(branch.name, core, self)
+                check_positions(branch.name, core, self)
             elif isinstance(core, FfnSpec):
                 check_norm(f"{branch.name}.core.norm", core.norm, core.hidden)
 
@@ -431,34 +409,6 @@ def _block_of(branch: str) -> str:
     """The path of the block of a branch: up to its first part that ends in a number."""
     found = re.match(r"(?:[^.]+\.)*?[^.]*\d(?=\.)", branch)
     return branch.rpartition(".")[0] if found is None else found[0]
-
-
-def _check_positions(name: str, core: AttentionSpec, architecture: Architecture) -> None:
-    rope, bias, prefix = core.rope, core.bias, architecture.prefix
-    if rope is not None and (rope.tokens, rope.prefix) != (architecture.patches, prefix):
-        raise ValueError(
-            f"{name}.rope is for {rope.prefix} + {rope.tokens} tokens, "
-            f"the stem gives {prefix} + {architecture.patches}"
-        )
-    if bias is not None and (bias.grid, bias.prefix) != (architecture.grid, prefix):
-        raise ValueError(
-            f"{name}.bias is for {bias.prefix} + {bias.grid} tokens, "
-            f"the stem gives {prefix} + {architecture.grid}"
-        )
-    if bias is not None and bias.order != architecture.order:
-        raise ValueError(f"{name}.bias.order differs from the order of the patches")
-
-
-def least_tokens(architecture: Architecture) -> int:
-    """Number of leading tokens that the stream must carry at its end, for the head to read."""
-    kind, prefix = architecture.pool.kind, architecture.prefix
-    if architecture.pool.kind == "none":
-        return architecture.tokens
-    if architecture.pooled_prefix:
-        return architecture.pooled_prefix
-    if kind.endswith("_all") or (kind == "attention" and architecture.pool.prefix):
-        return 1
-    return prefix + 1
 
 
 def schema_text() -> str:

@@ -302,11 +302,11 @@ def _truncated(
     columns = order[:, order.shape[1] - width :]
     each = columns.repeat_interleave(q.shape[1] // len(columns), dim=0)
     # Queries may be fewer than keys, where tokens leave the stream.
-    narrow = [
+    q, k = (
         x.gather(-1, each[None, :, None, :].expand(x.shape[0], -1, x.shape[2], -1)) for x in (q, k)
-    ]
+    )
     with torch.no_grad():
-        y = core.attend(*narrow, v)
+        y = core.attend(q, k, v)
         if core.head_norm is not None:
             y = core.head_norm(y)
         if core.differential is not None:

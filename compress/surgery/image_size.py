@@ -100,9 +100,13 @@ def at_image_size(architecture: Architecture, image_size: int | str | Size) -> A
         tuple(_at_grid(branch, grid, order, architecture, size) for branch in step)
         for step in architecture.steps
     )
-    update = {"image": (architecture.image[0], *size), "steps": steps, "order": order}
-    if architecture.drops_tokens and grid != architecture.grid:
-        update["tokens_resampled"] = True
+    resampled = architecture.drops_tokens and grid != architecture.grid
+    update = {
+        "image": (architecture.image[0], *size),
+        "steps": steps,
+        "order": order,
+        "tokens_resampled": architecture.tokens_resampled or resampled,
+    }
     data = architecture.model_copy(update=update).model_dump(by_alias=True)
     return Architecture.model_validate(data)
 

@@ -124,9 +124,7 @@ class BackboneForward(BackboneFacts):
             x = self._stream(x, done, ends[number])
             done = ends[number]
             if number in wanted:
-                y, places = (
-                    (self.normed(x), self.read_places) if norm else (x, self.stream_places)
-                )
+                y, places = (self.normed(x), self.read_places) if norm else (x, self.stream_places)
                 found.append(self._to_grid(self._spread(y, places)))
         prefix = self.num_prefix_tokens
         prefixes = [tokens[:, :prefix] for tokens in found]

@@ -54,7 +54,9 @@ class CompactModel(Backbone):
             nn.Parameter(torch.zeros(architecture.prefix, filled)) if architecture.prefix else None
         )
         self.position = (
-            nn.Parameter(torch.zeros(architecture.patches, filled)) if architecture.position else None
+            nn.Parameter(torch.zeros(architecture.patches, filled))
+            if architecture.position
+            else None
         )
         self.patch_norm = Norm(architecture.patch_norm) if architecture.patch_norm else None
         self.stem_norm = Norm(architecture.stem_norm) if architecture.stem_norm else None
@@ -137,7 +139,7 @@ class CompactModel(Backbone):
         height, width = spec.patch
         if spec.tiles(images.shape[-2], images.shape[-1]):
             # Reshapes instead of im2col, which some converters of other runtimes do not have.
-            cells = images.unflatten(3, (across, width)).unflatten(2, (down, height))
+            cells: Tensor = images.unflatten(3, (across, width)).unflatten(2, (down, height))
             return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         stride = spec.stride or spec.patch
         return F.unfold(images, spec.patch, padding=spec.padding, stride=stride).transpose(1, 2)

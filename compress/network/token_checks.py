@@ -1,0 +1,66 @@
+"""Validation of the tokens of an architecture: order, numbers, and positions of attentions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .branch_specs import AttentionSpec
+
+if TYPE_CHECKING:
+    from .architecture import Architecture
+
+
+def check_order(architecture: Architecture) -> None:
+    """Raise ValueError unless the order names patches of the grid, each at most once."""
+    if architecture.order is None:
+        return
+    patches = architecture.grid[0] * architecture.grid[1]
+    if not architecture.order or len(set(architecture.order)) != len(architecture.order):
+        raise ValueError("order must name at least one patch, and each at most once")
+    if max(architecture.order) >= patches:
+        raise ValueError(f"order names patch {max(architecture.order)}, the grid has {patches}")
+
+
+def check_tokens(architecture: Architecture) -> None:
+    """Raise ValueError unless the numbers of tokens fall, down to what the head reads."""
+    before = architecture.tokens
+    for step in architecture.steps:
+        counts = {branch.tokens for branch in step}
+        if len(counts) > 1:
+            raise ValueError(f"{step[0].name}: parallel branches must have equal tokens")
+        count = counts.pop() if counts else None
+        if count is not None and count > before:
+            raise ValueError(f"{step[0].name}: {count} tokens, the stream has {before} there")
+        before = before if count is None else count
+    least = least_tokens(architecture)
+    if before < least:
+        raise ValueError(f"the stream ends with {before} tokens, the head reads {least}")
+
+
+def check_positions(name: str, core: AttentionSpec, architecture: Architecture) -> None:
+    """Raise ValueError unless the positions of an attention are those of the patches."""
+    rope, bias, prefix = core.rope, core.bias, architecture.prefix
+    if rope is not None and (rope.tokens, rope.prefix) != (architecture.patches, prefix):
+        raise ValueError(
+            f"{name}.rope is for {rope.prefix} + {rope.tokens} tokens, "
+            f"the stem gives {prefix} + {architecture.patches}"
+        )
+    if bias is not None and (bias.grid, bias.prefix) != (architecture.grid, prefix):
+        raise ValueError(
+            f"{name}.bias is for {bias.prefix} + {bias.grid} tokens, "
+            f"the stem gives {prefix} + {architecture.grid}"
+        )
+    if bias is not None and bias.order != architecture.order:
+        raise ValueError(f"{name}.bias.order differs from the order of the patches")
+
+
+def least_tokens(architecture: Architecture) -> int:
+    """Number of leading tokens that the stream must carry at its end, for the head to read."""
+    kind, prefix = architecture.pool.kind, architecture.prefix
+    if architecture.pool.kind == "none":
+        return architecture.tokens
+    if architecture.pooled_prefix:
+        return architecture.pooled_prefix
+    if kind.endswith("_all") or (kind == "attention" and architecture.pool.prefix):
+        return 1
+    return prefix + 1
