@@ -197,10 +197,7 @@ def with_output_biases(model: CompactModel) -> CompactModel:
 
 
 def _shared_places(source: CompactModel, result: CompactModel) -> Tensor | None:
-    """For each token behind the stem of `result` its place in the stream of `source`.
-
-    None: they are the same.
-    """
+    """For each token behind the stem of `result` its place in `source`; None if all are equal."""
     if result.architecture.token_places == source.architecture.token_places and (
         source.architecture.drops_tokens or not result.architecture.drops_tokens
     ):
