@@ -2,21 +2,19 @@
 
 Not covered are
 
-1. convolutions and soft splits before the patch embedding;
-2. a norm of the patches or of the stem's output, if the stem writes only a part of the stream;
-3. pooling of other kinds than POOLS, and pooling that refines tokens;
-4. the mean of two classifiers with an activation;
-5. a norm after a sub-layer that writes only a part of the stream, or after a constant.
+1. a norm of the patches or of the stem's output, if the stem writes only a part of the stream;
+2. pooling of other kinds than POOLS, and pooling that refines tokens;
+3. the mean of two classifiers with an activation;
+4. a norm after a sub-layer that writes only a part of the stream, or after a constant.
 """
 
 from __future__ import annotations
 
-from ...compress.network.architecture import Architecture, BranchSpec, ConstantSpec, SoftSplitSpec
+from ...compress.network.architecture import Architecture, BranchSpec, ConstantSpec
 
 POOLS = ("token", "distilled", "mean", "mean_all", "attention")
 # In the order of `uncovered_part`, for the documentation.
 UNCOVERED_PARTS = (
-    "convolutions or soft splits before the patches",
     "norms over a part of the stream before or after a sub-layer",
     f"pooling other than {', '.join(POOLS)}",
     "the mean of two classifiers with an activation",
@@ -32,9 +30,6 @@ def uncovered_part(architecture: Architecture) -> str | None:
     Returns:
         A description of the first such part, with its place; None for a network that is covered.
     """
-    if architecture.stem.before:
-        soft = any(isinstance(layer, SoftSplitSpec) for layer in architecture.stem.before)
-        return f"{'soft splits' if soft else 'convolutions'} before the patches (stem.before)"
     if architecture.patch_norm is not None and architecture.stem_writes is not None:
         return "a norm over each patch of a part of the stream (patch_norm with stem_writes)"
     if architecture.stem_norm is not None and architecture.stem_writes is not None:

@@ -39,6 +39,7 @@ from .patches import Patches, corners, cut_patches
 from .precision import Float, Precision, RangeObserver
 from .program import Program, Value
 from .schedule import Schedule
+from .stem_layers import StemLayers
 from .sublayers import attention, ffn
 
 if TYPE_CHECKING:
@@ -170,6 +171,9 @@ class _NetworkWriter:
         """Patches times the convolution's weights, plus a table of prefix tokens and positions."""
         architecture, state, emitter = self.architecture, self.state, self.emitter
         weight = state["stem.weight"]
+        if architecture.stem.before:
+            # Rows of layers before the patches have a pixel's channels side by side.
+            weight = weight.transpose(0, 2, 3, 1)
         matrix = Matrix(weight.reshape(len(weight), -1).T, state.get("stem.bias"))
         patch_norm, writes = architecture.patch_norm, architecture.stem_writes
         table = self.token_table(None if patch_norm is not None else matrix.bias)
@@ -217,6 +221,8 @@ class _NetworkWriter:
         """The pixels of each patch as a row, after `prefix` rows of zeros."""
         architecture, emitter = self.architecture, self.emitter
         spec = architecture.stem
+        if spec.before:
+            return StemLayers(emitter, architecture, self.state).patches(prefix)
         depth = int(np.prod(self.state["stem.weight"].shape[1:]))
         cut = Patches(
             images=emitter.batch,

@@ -17,7 +17,6 @@ from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export.forms import FORMS, Form, write_network
 from vitrim.export.parity import model_outputs, relative_error
 from vitrim.export.quantization import quantize
-from vitrim.export.tvm_kernels.coverage import uncovered_part
 
 KINDS = ("performer", "transformer")
 # What pnnx converts to ncnn.
@@ -144,9 +143,3 @@ def test_an_artifact_of_a_whole_t2t_vit_returns_the_outputs_of_the_model(tmp_pat
     with torch.no_grad():
         wanted = model(images).numpy()
     assert float(relative_error(wanted, artifact.engine().infer(images.numpy())).max()) < 1e-5
-
-
-def test_tvm_kernels_name_the_soft_splits_that_they_do_not_cover() -> None:
-    assert uncovered_part(pruned("performer").architecture) == (
-        "soft splits before the patches (stem.before)"
-    )

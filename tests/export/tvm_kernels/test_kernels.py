@@ -6,17 +6,15 @@ For odd widths, several images, every vector unit and several threads.
 from __future__ import annotations
 
 import json
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import network
+from tvm_networks import error_of, runnable
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -35,10 +33,7 @@ from vitrim.compress.network.architecture import (
 )
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
-from vitrim.export.parity import relative_error
 from vitrim.targets.catalog import load_target
-from vitrim.targets.detect import detect_host
-from vitrim.targets.profile import TargetProfile
 
 pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
 
@@ -47,53 +42,14 @@ from vitrim.export.tvm_kernels.coverage import uncovered_part
 from vitrim.export.tvm_kernels.lanes import Lanes
 from vitrim.export.tvm_kernels.loops import pieces, share_bounds, split_evenly, thread_grid
 from vitrim.export.tvm_kernels.network import network_module
+from vitrim.export.tvm_kernels.prefetch import plan_prefetch
 from vitrim.export.tvm_kernels.program import lowering
 from vitrim.export.tvm_kernels.schedule import Schedule, Shape, Tile, candidates, default_schedule
 from vitrim.export.tvm_kernels.tuner import tune
 from vitrim.export.tvm_kernels.tuning_log import Trial, fastest_tiles, read_trials
 
-HOST = detect_host()
-X86 = ("x86-64-v4-vnni", "x86-64-v3", "x86-64")
 # The grid of patches, the number of prefix tokens, and the order of the patches.
 StreamTokens = tuple[tuple[int, int], int, Indices | None]
-
-
-@cache
-def runnable() -> tuple[TargetProfile, ...]:
-    """Profiles whose vector instructions this machine has, and one without any."""
-    shipped = [load_target(name) for name in X86]
-    able = [
-        profile
-        for profile in shipped
-        if HOST.architecture == "x86_64" and set(profile.features) <= set(HOST.features)
-    ]
-    plain = (
-        {"kind": "llvm"} if HOST.architecture != "x86_64" else {"kind": "llvm", "mcpu": "x86-64"}
-    )
-    return (*able, HOST.model_copy(update={"features": (), "tvm_target": plain}))
-
-
-def outputs(built: TvmNetwork, images: torch.Tensor) -> np.ndarray[Any, Any]:
-    import tvm
-    from tvm import relax
-
-    machine = relax.VirtualMachine(built.compile(), tvm.cpu())
-    found: np.ndarray[Any, Any] = machine["main"](
-        tvm.runtime.tensor(images.float().numpy())
-    ).numpy()
-    return found
-
-
-def error_of(model: CompactModel, built: TvmNetwork, batch: int) -> float:
-    images = torch.randn(
-        batch,
-        *model.architecture.image,
-        generator=torch.Generator().manual_seed(1),
-        dtype=torch.float64,
-    )
-    with torch.no_grad():
-        expected = model(images).numpy()
-    return float(relative_error(expected, outputs(built, images)).max())
 
 
 @st.composite
@@ -350,6 +306,29 @@ def test_of_equally_balanced_grids_the_one_that_splits_panels_is_chosen(
 ) -> None:
     grid = thread_grid(2, split_evenly(panels, 1), split_evenly(rows, 1))
     assert (grid.panels, grid.rows) == expected
+
+
+@given(
+    lines=st.integers(1, 5000),
+    depth=st.integers(1, 2000),
+    tiles=st.integers(1, 300),
+    rows=st.integers(1, 14),
+    vectors=st.integers(1, 8),
+    steps=st.sampled_from([1, 2, 4]),
+)
+def test_the_first_tiles_fetch_the_next_panel_once(
+    lines: int, depth: int, tiles: int, rows: int, vectors: int, steps: int
+) -> None:
+    plan = plan_prefetch(lines, depth, tiles, Tile(rows, vectors, steps))
+    if plan is None:
+        assert tiles == 1 or depth < steps
+        return
+    assert plan.tiles <= tiles
+    assert plan.steps % steps == 0
+    assert plan.steps * plan.groups <= depth
+    # The last tile that fetches is needed, and completes the panel.
+    each = plan.lines * plan.groups
+    assert each * (plan.tiles - 1) < lines <= each * plan.tiles
 
 
 def test_the_uncovered_part_is_reported_with_its_place() -> None:

@@ -1,0 +1,60 @@
+"""Networks compiled by our kernels, on the processors that this machine can run."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.export.parity import relative_error
+from vitrim.targets.catalog import load_target
+from vitrim.targets.detect import detect_host
+from vitrim.targets.profile import TargetProfile
+
+pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
+
+from vitrim.export.tvm_kernels.build import TvmNetwork
+
+HOST = detect_host()
+X86 = ("x86-64-v4-vnni", "x86-64-v3", "x86-64")
+
+
+@cache
+def runnable() -> tuple[TargetProfile, ...]:
+    """Profiles whose vector instructions this machine has, and one without any."""
+    shipped = [load_target(name) for name in X86]
+    able = [
+        profile
+        for profile in shipped
+        if HOST.architecture == "x86_64" and set(profile.features) <= set(HOST.features)
+    ]
+    plain = (
+        {"kind": "llvm"} if HOST.architecture != "x86_64" else {"kind": "llvm", "mcpu": "x86-64"}
+    )
+    return (*able, HOST.model_copy(update={"features": (), "tvm_target": plain}))
+
+
+def outputs(built: TvmNetwork, images: torch.Tensor) -> np.ndarray[Any, Any]:
+    import tvm
+    from tvm import relax
+
+    machine = relax.VirtualMachine(built.compile(), tvm.cpu())
+    found: np.ndarray[Any, Any] = machine["main"](
+        tvm.runtime.tensor(images.float().numpy())
+    ).numpy()
+    return found
+
+
+def error_of(model: CompactModel, built: TvmNetwork, batch: int) -> float:
+    images = torch.randn(
+        batch,
+        *model.architecture.image,
+        generator=torch.Generator().manual_seed(1),
+        dtype=torch.float64,
+    )
+    with torch.no_grad():
+        expected = model(images).numpy()
+    return float(relative_error(expected, outputs(built, images)).max())
