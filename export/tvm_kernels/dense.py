@@ -6,7 +6,9 @@ fp32 by column and row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from tvm.script.ir_builder import IRBuilder
@@ -15,18 +17,14 @@ from tvm.tirx.script import builder as T
 from .activations import ACTIVATIONS
 from .lanes import Buffer, Expr, Lanes, RowLayout, bind
 from .loops import Run, share_bounds, split_evenly, thread_grid
+from .prefetch import LINE_BYTES, Prefetch, fetch_lines, plan_prefetch
 from .product import product
 from .quantization import Quantizer, store_function
 from .schedule import Schedule, Shape, Tile
 
-# Fewer row tiles pass before a panel could be fetched.
-_LEAST_TILES_TO_FETCH = 8
-_LINE_BYTES = 64
-# LLVM's hints of the nearest cache, for panels that fit its usual size, and of the next cache.
-_NEAREST, _NEXT, _NEAREST_BYTES = 3, 2, 32 * 1024
-# Larger panels are read from the next cache in every tile. That leaves room to fetch others where a
-# tile reads at most half of what that cache usually delivers: with 6 x 4 of AVX-512, which reads
-# 21 bytes a cycle, fetching cost 3 % of DeiT-T's time; with the tiles of AVX2 it saves 1 %.
+# Bytes of weights that an eight-bit tile reads in a cycle from a near cache, at most half of what
+# that usually delivers, where others are fetched at the same time: with 6 x 4 of AVX-512, which
+# reads 21, fetching cost 7 % of DeiT-T's time; with the tiles of AVX2 it saves 2 %.
 _MOST_BYTES_A_CYCLE = 16
 
 
@@ -150,6 +148,14 @@ def dense(spec: Dense, lanes: Lanes, schedule: Schedule) -> Any:
     return builder.get()
 
 
+def _minimum(a: Expr, b: Expr) -> Expr:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else T.min(a, b)
+
+
+def _maximum(a: Expr, b: Expr) -> Expr:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else T.max(a, b)
+
+
 class _Writer:
     """Emits the loops of a dense kernel."""
 
@@ -169,60 +175,101 @@ class _Writer:
         largest = max(run.size for run in row_runs) * max(run.size for run in panel_runs)
         dtype = "float32" if self.spec.input_quantizer is None else "int32"
         self.accumulators = T.alloc_buffer((largest * self.lanes.count,), dtype, scope="local")
-        row_tiles = images * sum(run.count for run in row_runs)
-        fetched = row_tiles >= _LEAST_TILES_TO_FETCH and sum(run.count for run in panel_runs) > 1
-        if self.bytes_a_vector * panel_runs[0].size > _NEAREST_BYTES:
-            # Each cycle multiplies two registers of 4 bytes a lane.
-            fetched = fetched and 2 * 4 * self.lanes.count / row_runs[0].size <= _MOST_BYTES_A_CYCLE
+        # Each thread fetches for its own caches.
+        row_tiles = images * sum(run.count for run in row_runs) // down[1]
         for columns in panel_runs:
+            plan = self.prefetch_plan(Tile(row_runs[0].size, columns.size, self.steps), row_tiles)
             with T.serial(*share_bounds(columns.count, *across)) as panel:
                 vector = columns.start + panel * columns.size
+                passed: Expr = 0
                 for rows in row_runs:
-                    with T.serial(*share_bounds(images * rows.count, *down)) as index:
-                        image, number = (
-                            (0, index) if images == 1 else (index // rows.count, index % rows.count)
-                        )
-                        tile = Tile(rows.size, columns.size, self.steps)
-                        self.tile(tile, image, rows.start + number * rows.size, vector)
-                        if fetched:
-                            place = images * rows.index + index
-                            self.prefetch(vector + columns.size, columns.size, place, row_tiles)
+                    start, end = share_bounds(images * rows.count, *down)
+                    middle = start
+                    if plan is not None:
+                        middle = _minimum(end, start + _maximum(plan.tiles - passed, 0))
+                    tile = Tile(rows.size, columns.size, self.steps)
+                    self.tiles(tile, rows, (start, middle), vector, plan, passed)
+                    self.tiles(tile, rows, (middle, end), vector)
+                    passed = passed + end - start
 
-    def prefetch(self, vector: Expr, vectors: int, place: Expr, places: int) -> None:
-        """Bring one of `places` equal parts of a panel into a near cache.
+    def tiles(
+        self,
+        tile: Tile,
+        rows: Run,
+        bounds: tuple[Expr, Expr],
+        vector: Expr,
+        plan: Prefetch | None = None,
+        passed: Expr = 0,
+    ) -> None:
+        """Some tiles of a panel.
 
-        Weights come from memory or from the last cache in every inference: while all rows pass
-        one panel, the next one is fetched. The last panel fetches what follows the weights.
+        Args:
+            tile: Their size.
+            rows: The rows of each image that such tiles cover.
+            bounds: The first tile and the end, counted over all images.
+            vector: The panel's first vector.
+            plan: How they fetch the next panel; None: not at all.
+            passed: How many tiles fetched before.
         """
-        weights, per_vector = self.buffers["w"], self.bytes_a_vector // self.bytes_a_weight
-        line = _LINE_BYTES // self.bytes_a_weight
-        lines = -(-vectors * per_vector // (line * places))
-        first = bind(vector * per_vector + place * (lines * line))
-        cache = _NEAREST if vectors * self.bytes_a_vector <= _NEAREST_BYTES else _NEXT
-        # To read (0), as data (1).
-        hints = T.int32(0), T.int32(cache), T.int32(1)
-        for number in range(lines):
-            address = T.address_of(weights[first + number * line])
-            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *hints))
+        start, end = bounds
+        if isinstance(start, int) and isinstance(end, int) and start >= end:
+            return
+        per_vector = self.depth * self.group * self.lanes.count
+        with T.serial(start, end) as index:
+            image, number = (
+                (0, index) if self.spec.images == 1 else (index // rows.count, index % rows.count)
+            )
+            row = rows.start + number * rows.size
+            if plan is None:
+                self.tile(tile, image, row, vector)
+                return
+            following, place = bind((vector + tile.vectors) * per_vector), passed + index - start
+            unrolled = replace(tile, steps=plan.steps)
+            fetch = partial(fetch_lines, plan, self.buffers["w"], following, place)
+            self.tile(unrolled, image, row, vector, fetch)
+
+    def prefetch_plan(self, tile: Tile, tiles: int) -> Prefetch | None:
+        """How the panels of a width are fetched, with so many tiles to a panel."""
+        weight_bytes = 4
+        if self.spec.input_quantizer is not None:
+            weight_bytes = 1
+            # Each cycle multiplies two registers of 4 bytes a lane.
+            if 2 * 4 * self.lanes.count / tile.rows > _MOST_BYTES_A_CYCLE:
+                return None
+        panel_bytes = self.depth * self.group * self.lanes.count * tile.vectors * weight_bytes
+        return plan_prefetch(-(-panel_bytes // LINE_BYTES), self.depth, tiles, tile)
 
     @property
-    def bytes_a_weight(self) -> int:
-        """Size of a weight."""
-        return 4 if self.spec.input_quantizer is None else 1
+    def group(self) -> int:
+        """Weights of a column that are multiplied at once."""
+        quantizer = self.spec.input_quantizer
+        return 1 if quantizer is None else quantizer.dot.group
 
     @property
-    def bytes_a_vector(self) -> int:
-        """Size of the weights of one vector of columns."""
-        depth, quantizer = self.spec.depth, self.spec.input_quantizer
-        if quantizer is not None:
-            depth = quantizer.dot.groups(depth) * quantizer.dot.group
-        return depth * self.lanes.count * self.bytes_a_weight
+    def depth(self) -> int:
+        """Steps of a tile's loop."""
+        return -(-self.spec.depth // self.group)
 
-    def tile(self, tile: Tile, image: Expr, row: Expr, vector: Expr) -> None:
-        """One register tile, from a row and a vector of columns on."""
+    def tile(
+        self,
+        tile: Tile,
+        image: Expr,
+        row: Expr,
+        vector: Expr,
+        fetch: Callable[[Expr], None] | None = None,
+    ) -> None:
+        """One register tile.
+
+        Args:
+            tile: Its size.
+            image: The image.
+            row: Its first row.
+            vector: Its first vector of columns.
+            fetch: See `product`.
+        """
         spec, lanes, buffers = self.spec, self.lanes, self.buffers
         starts = [bind(spec.source.start(image, row + r)) for r in range(tile.rows)]
-        self.product(tile, starts, vector)
+        self.product(tile, starts, vector, fetch)
         out = RowLayout(spec.rows, spec.width)
         store = store_function(lanes, spec.output_quantizer, buffers.get("range"))
         for r in range(tile.rows):
@@ -240,7 +287,13 @@ class _Writer:
                     value = value + lanes.load(buffers["residual"], index)
                 store(buffers["out"], out.start(image, row + r) + column, value)
 
-    def product(self, tile: Tile, starts: list[Expr], vector: Expr) -> None:
+    def product(
+        self,
+        tile: Tile,
+        starts: list[Expr],
+        vector: Expr,
+        fetch: Callable[[Expr], None] | None,
+    ) -> None:
         """The sums of one register tile; starts: where its rows begin."""
         spec, lanes, count = self.spec, self.lanes, self.lanes.count
         x, w = self.buffers["x"], self.buffers["w"]
@@ -253,20 +306,21 @@ class _Writer:
                 spec.depth,
                 lambda r, k: lanes.splat(x[starts[r] + k]),
                 lambda v, k: lanes.load(w, first + k * (tile.vectors * count) + v * count),
+                fetch,
             )
             return
         dot = spec.input_quantizer.dot
-        depth = dot.groups(spec.depth)
-        first = bind(vector * (depth * dot.group * count))
+        first = bind(vector * (self.depth * dot.group * count))
         product(
             dot,
             self.accumulators,
             tile,
-            depth,
+            self.depth,
             lambda r, k: dot.codes(x, starts[r] + k * dot.group),
             lambda v, k: dot.weights(
                 w, first + (k * (tile.vectors * count) + v * count) * dot.group
             ),
+            fetch,
         )
 
     def own_range(self, start: Expr) -> tuple[Expr, Expr] | None:

@@ -241,7 +241,7 @@ class _NetworkWriter:
         value = self.program.call(
             "patches",
             cut,
-            lambda: cut_patches(cut, emitter.schedule.threads),
+            lambda: cut_patches(cut, emitter.lanes, emitter.schedule.threads),
             operands,
             (emitter.batch * cut.tokens * depth,),
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .lanes import Buffer, Expr, bind
+from .lanes import Buffer, Expr, Lanes, bind
 from .loops import over_threads, share_bounds
 
 
@@ -62,7 +62,7 @@ def corners(spec: Patches, order: Sequence[int]) -> NDArray[np.int32]:
     return (places * spec.stride - spec.padding).astype(np.int32).ravel()
 
 
-def cut_patches(spec: Patches, threads: int) -> Any:
+def cut_patches(spec: Patches, lanes: Lanes, threads: int) -> Any:
     """The kernel: (images, [corners]) -> rows (images * tokens, width_out), flat."""
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
@@ -78,7 +78,7 @@ def cut_patches(spec: Patches, threads: int) -> Any:
                 with T.serial(*share_bounds(spec.images * count, part, parts)) as index:
                     number = bind(index % count)
                     corner = bind(table[2 * number]), bind(table[2 * number + 1])
-                    _cut_patch(spec, images, out, (index // count, number), corner)
+                    _cut_patch(spec, lanes, (images, out), (index // count, number), corner)
                 return
             (down, across), stride, padding = spec.grid, spec.stride, spec.padding
             with (
@@ -88,7 +88,7 @@ def cut_patches(spec: Patches, threads: int) -> Any:
                 row = band % down
                 corner = row * stride[0] - padding[0], column * stride[1] - padding[1]
                 place = band // down, row * across + column
-                _cut_patch(spec, images, out, place, corner)
+                _cut_patch(spec, lanes, (images, out), place, corner)
 
         prefix_size = spec.prefix * spec.width_out
         with T.serial(0, spec.images) as image, T.serial(0, prefix_size) as index:
@@ -99,8 +99,8 @@ def cut_patches(spec: Patches, threads: int) -> Any:
 
 def _cut_patch(
     spec: Patches,
-    images: Buffer,
-    out: Buffer,
+    lanes: Lanes,
+    buffers: tuple[Buffer, Buffer],
     place: tuple[Expr, Expr],
     corner: tuple[Expr, Expr],
 ) -> None:
@@ -108,24 +108,25 @@ def _cut_patch(
 
     Args:
         spec: The kernel.
-        images: The pixels.
-        out: The rows.
+        lanes: The vectors, which are used where they fill the patch's rows.
+        buffers: The pixels, and the rows.
         place: The image, and the number of the patch among its rows.
         corner: Its top and left pixel.
     """
     channels, height, width = spec.image
     down, across = spec.patch
     used = channels * down * across
-    image, number = place
-    top, left = corner
+    (images, out), (image, number), (top, left) = buffers, place, corner
     target = (image * spec.tokens + spec.prefix + number) * spec.width_out
-    with T.serial(0, channels) as c, T.serial(0, down) as i, T.serial(0, across) as j:
-        index, y, x = target + (c * down + i) * across + j, top + i, left + j
-        pixel = images[image, c, y, x]
+    whole = spec.padding == (0, 0) and across % lanes.count == 0
+    count = lanes.count if whole else 1
+    with T.serial(0, channels) as c, T.serial(0, down) as i, T.serial(0, across // count) as j:
+        index, y, x = target + (c * down + i) * across + j * count, top + i, left + j * count
+        pixel = images[image, c, y, lanes.at(x) if whole else x]
         if spec.padding != (0, 0):
             inside = T.And(T.And(y >= 0, y < height), T.And(x >= 0, x < width))
             pixel = T.if_then_else(inside, pixel, T.float32(0))
-        T.buffer_store(out, pixel, [index])
+        T.buffer_store(out, pixel, [lanes.at(index) if whole else index])
     if spec.width_out > used:
         with T.serial(0, spec.width_out - used) as rest:
             T.buffer_store(out, T.float32(0), [target + used + rest])

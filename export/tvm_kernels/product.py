@@ -46,6 +46,7 @@ def product(
     depth: int,
     left: Callable[[int, Expr], Expr],
     right: Callable[[int, Expr], Expr],
+    fetch: Callable[[Expr], None] | None = None,
 ) -> None:
     """Emit accumulators[r, v] = sum over k < depth of left(r, k) * right(v, k).
 
@@ -56,6 +57,7 @@ def product(
         depth: The number of summands.
         left: The number (r, k) of the rows, in all lanes.
         right: The vector (v, k) of the columns.
+        fetch: Called before each `tile.steps` of k, with the number of these steps.
     """
     count = arithmetic.count
     for index in range(tile.rows * tile.vectors):
@@ -73,6 +75,8 @@ def product(
     whole = depth // tile.steps
     if whole:
         with T.serial(0, whole) as k:
+            if fetch is not None:
+                fetch(k)
             for offset in range(tile.steps):
                 step(k * tile.steps + offset)
     for k in range(whole * tile.steps, depth):
