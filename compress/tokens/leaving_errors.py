@@ -25,6 +25,8 @@ from .streaming import DenseStreams, Progress, position_tables, run_step, silent
 # So many images are enough for a curve; the shares of the patches at which errors are measured.
 ERROR_IMAGES = 32
 SHARES = (0.0, 0.1, 0.25, 0.4, 0.6, 0.8)
+# Share of the largest error that is added for the first patch, falling to 0 for all.
+TILT = 1e-3
 
 
 def leaving_errors(
@@ -65,9 +67,11 @@ def leaving_errors(
             score = scores[step][:size]
             sets = [top_tokens(architecture, score, among, count) for count in counts[:-1]]
             measured = [*_errors(model, streams, step, sets), 0.0]
-            # Noise may make an error rise with the number of patches.
+            # Noise may make an error rise with the number of patches. Where that leaves a plateau,
+            # a slight slope prefers more patches.
             falling = np.maximum.accumulate(measured[::-1])[::-1]
-            found[step] = np.interp(range(size + 1), counts, falling).tolist()
+            slope = TILT * falling[0] * (size - np.array(counts)) / size
+            found[step] = np.interp(range(size + 1), counts, falling + slope).tolist()
         progress("errors", done + 1, len(mixing))
     return found
 
