@@ -93,7 +93,7 @@ def choose_tokens(
     macs: float | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> StructuredMask:
     """Choose which tokens a network keeps how deep, without training it.
 
@@ -117,7 +117,7 @@ def choose_tokens(
             block.
         seed: For "random", and for the pairs of "scop".
         progress: Called with a stage ("score", "gates", "errors"), the steps done, and the steps in
-            all.
+            all. None: it is not.
 
     Returns:
         A mask with entries of the dimension `token`, nested along the depth. Its note has the
@@ -136,7 +136,7 @@ def choose_tokens(
         Haurum et al. 2023, "Which Tokens to Use?" (radial).
     """
     request = TokenRequest(method, counts, macs, schedule, seed)
-    return token_choice(model, request, images, progress).mask
+    return token_choice(model, request, images, progress or silent).mask
 
 
 @dataclass(frozen=True)

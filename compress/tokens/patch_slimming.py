@@ -87,7 +87,7 @@ def slim_patches(
     images: Tensor,
     options: SlimmingOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Slimmed:
     """Choose patches and their numbers by a tolerance, and refit each block from its inputs.
 
@@ -96,7 +96,7 @@ def slim_patches(
         images: Unlabeled images, (images, channels, height, width), normalized as the model
             expects; some hundred.
         options: See `SlimmingOptions`. None: tolerance 0.02, 10 patches a step, 3 epochs each.
-        progress: Called with "slim", the blocks done, and the blocks in all.
+        progress: Called with "slim", the blocks done, and the blocks in all. None: it is not.
 
     Returns:
         The refitted network, the tokens that it keeps, and the errors. All weights should be
@@ -116,7 +116,7 @@ def slim_patches(
     mixing = attention_steps(source.architecture)
     for done, place in enumerate(reversed(range(len(mixing)))):
         search.block(place)
-        progress("slim", done + 1, len(mixing))
+        (progress or silent)("slim", done + 1, len(mixing))
     note = {"tolerance": f"{options.tolerance:g}", "seed": str(options.seed)}
     choice = as_choice(
         source.architecture, search.sets, search.scores, "patch-slimming", len(images), note
