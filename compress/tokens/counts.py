@@ -60,8 +60,9 @@ def settled(architecture: Architecture, counts: Sequence[int]) -> list[int]:
     for number in reversed(range(len(architecture.steps))):
         if number not in mixing:
             found[number] = found[number + 1]
-    # A convolution needs an output.
-    found[0] = max(found[0], architecture.prefix + 1)
+    # A convolution needs an output, which the first attention then reads.
+    before = mixing[0] + 1
+    found[:before] = [max(count, architecture.prefix + 1) for count in found[:before]]
     return found
 
 

@@ -21,7 +21,7 @@ from ..masks.groups import token_sites
 from ..network.modules.model import CompactModel
 from .attention_scores import top_tokens
 from .counts import attention_steps
-from .streaming import Attended, DenseStreams, Progress, observed_step, run_step
+from .streaming import Attended, DenseStreams, Progress, observed_step, position_tables
 
 
 def received(attended: Sequence[Attended]) -> Tensor:
@@ -71,51 +71,67 @@ def impacts(
         By step, the impact of each token that the network carries after it, (tokens,), float64.
     """
     sizes = list(token_sites(model.architecture).values())
-    mixing = [number for number in attention_steps(model.architecture) if number >= start]
     totals = {step: torch.zeros(sizes[step + 1], dtype=torch.float64) for step in steps}
-    images = 0
+    images, order = 0, exit_order(sets)
     with torch.no_grad():
         for batch in range(len(streams)):
             x = streams.before(start, batch)
             images += len(x)
-            maps: dict[int, Tensor] = {}
-            sums: dict[int, Tensor] = {}
-            for number in range(start, len(model.steps)):
-                if number not in mixing:
-                    x = run_step(model, number, x, sets[number])
-                    continue
-                x, attended = observed_step(model, number, x, sets[number])
-                maps[number] = torch.cat([each.maps for each in attended], dim=1)
-                if number in totals:
-                    sums[number] = received(attended)
-            for step, gram in _grams(maps, sets, sizes, min(totals)):
+            observed = _observed(model, x, sets, order, start)
+            maps = {number: _maps(attended) for number, attended in observed.items()}
+            for step, gram in _grams(maps, sets, min(totals)).items():
                 if step in totals:
-                    totals[step] += (gram * sums[step]).double().sum(dim=0)
+                    places, sums = order[: gram.shape[1]], received(observed[step])
+                    found = (gram.diagonal(dim1=1, dim2=2) * sums[:, : len(places)]).double()
+                    totals[step].index_add_(0, places, found.sum(dim=0))
     return {step: total / images for step, total in totals.items()}
 
 
-def _grams(
-    maps: dict[int, Tensor], sets: Sequence[Tensor], sizes: Sequence[int], end: int
-) -> list[tuple[int, Tensor]]:
-    """The diagonal of G after each step with attention, (batch, tokens), from the last one down."""
-    found = []
-    batch = next(iter(maps.values())).shape[0]
-    last = torch.nonzero(sets[-1]).flatten()
-    gram = torch.eye(len(last)).to(next(iter(maps.values()))).expand(batch, -1, -1)
-    kept = last
-    for number in sorted(maps, reverse=True):
-        whole = gram.new_zeros(batch, sizes[number + 1])
-        whole[:, kept] = gram.diagonal(dim1=1, dim2=2)
-        found.append((number, whole))
-        if number == end:
-            break
-        queries, keys = (torch.nonzero(sets[place]).flatten() for place in (number + 1, number))
-        # Between attentions tokens only leave, and what no attention reads has no impact.
-        inside = torch.isin(queries, kept)
-        queries = queries[inside]
-        gram = passed_down(gram, maps[number][:, :, queries][:, :, :, keys])
-        kept = keys
+def exit_order(sets: Sequence[Tensor]) -> Tensor:
+    """The tokens of the stem sorted by the number of sites that keep them, deepest first.
+
+    In this order every set consists of leading tokens. Prefix tokens, which leave last, come first.
+    """
+    depth = torch.zeros(len(sets[0]), dtype=torch.long)
+    for keep in sets:
+        depth[: len(keep)] += keep
+    return depth.argsort(descending=True, stable=True)
+
+
+def _observed(
+    model: CompactModel, x: Tensor, sets: Sequence[Tensor], order: Tensor, start: int
+) -> dict[int, list[Attended]]:
+    """What each attention from step `start` on computes, with its tokens in `order`."""
+    x = x[:, order[: x.shape[1]]]
+    found = {}
+    with position_tables(model, order):
+        for number in range(start, len(model.steps)):
+            count = int(sets[number + 1].sum())
+            x, attended = observed_step(model, number, x, count=count)
+            if attended:
+                found[number] = attended
     return found
+
+
+def _maps(attended: Sequence[Attended]) -> Tensor:
+    return torch.cat([each.maps for each in attended], dim=1)
+
+
+def _grams(maps: dict[int, Tensor], sets: Sequence[Tensor], end: int) -> dict[int, Tensor]:
+    """G after each step with attention, from the last one down to `end`; -1 is the stem.
+
+    Each is (batch, tokens, tokens), over the leading tokens that the next attention reads.
+    """
+    last = next(iter(maps.values()))
+    gram = torch.eye(int(sets[-1].sum())).to(last).expand(len(last), -1, -1)
+    found = {}
+    for number in sorted(maps, reverse=True):
+        found[number] = gram
+        if number == end:
+            return found
+        # What no later attention reads has no impact.
+        gram = passed_down(gram, maps[number][:, :, : gram.shape[1]])
+    return {**found, -1: gram}
 
 
 def top_down(
@@ -177,19 +193,16 @@ def stem_impact(model: CompactModel, streams: DenseStreams, sets: Sequence[Tenso
     first = attention_steps(model.architecture)[0]
     sizes = list(token_sites(model.architecture).values())
     total = torch.zeros(sizes[0], dtype=torch.float64)
-    images = 0
+    images, order = 0, exit_order(sets)
     with torch.no_grad():
         for batch in range(len(streams)):
             x = streams.before(first, batch)
-            size, maps = x.square().sum(dim=-1), dict[int, Tensor]()
-            tokens = x.shape[1]
-            for number in range(first, len(model.steps)):
-                x, attended = observed_step(model, number, x, sets[number])
-                if attended:
-                    maps[number] = torch.cat([each.maps for each in attended], dim=1)
-            # One step further down than the maps reach.
-            maps[-1] = next(iter(maps.values()))
-            gram = dict(_grams(maps, sets, sizes, -1))[-1][:, :tokens]
-            total[:tokens] += (gram * size).double().sum(dim=0)
             images += len(x)
+            observed = _observed(model, x, sets, order, first)
+            maps = {number: _maps(attended) for number, attended in observed.items()}
+            gram = _grams(maps, sets, -1)[-1]
+            places = order[: gram.shape[1]]
+            size = x[:, places].square().sum(dim=-1)
+            found = (gram.diagonal(dim1=1, dim2=2) * size).double()
+            total.index_add_(0, places, found.sum(dim=0))
     return total / images

@@ -95,7 +95,13 @@ def attentions(model: CompactModel, number: int) -> list[tuple[Branch, Attention
     return [(branch, branch.core) for branch in step if isinstance(branch.core, Attention)]
 
 
-def run_step(model: CompactModel, number: int, x: Tensor, keep: Tensor | None = None) -> Tensor:
+def run_step(
+    model: CompactModel,
+    number: int,
+    x: Tensor,
+    keep: Tensor | None = None,
+    count: int | None = None,
+) -> Tensor:
     """Run a step: (batch, tokens, embed) -> (batch, tokens after it, embed).
 
     Args:
@@ -103,18 +109,24 @@ def run_step(model: CompactModel, number: int, x: Tensor, keep: Tensor | None = 
         number: The step.
         x: The stream.
         keep: Which of its tokens are keys, (tokens,) booleans; None: all.
+        count: How many leading tokens are computed; None: as many as the network carries there.
 
     Returns:
-        The stream after the step, with as many tokens as the network carries there.
+        The stream after the step.
     """
-    count = list(token_sites(model.architecture).values())[number + 1]
+    if count is None:
+        count = list(token_sites(model.architecture).values())[number + 1]
     step = cast("Sequence[Branch]", model.steps[number])
     with _keys(model, number, x, keep):
         return model.run_step(step, x, count if count < x.shape[1] else None)
 
 
 def observed_step(
-    model: CompactModel, number: int, x: Tensor, keep: Tensor | None = None
+    model: CompactModel,
+    number: int,
+    x: Tensor,
+    keep: Tensor | None = None,
+    count: int | None = None,
 ) -> tuple[Tensor, list[Attended]]:
     """Run a step as `run_step`, and return what its attentions compute.
 
@@ -123,6 +135,7 @@ def observed_step(
         number: The step.
         x: The stream.
         keep: As for `run_step`.
+        count: As for `run_step`.
 
     Returns:
         The stream after the step, and an entry for each attention of the step.
@@ -132,13 +145,12 @@ def observed_step(
             (branch, core, stack.enter_context(recorded_attention(core)))
             for branch, core in attentions(model, number)
         ]
-        y = run_step(model, number, x, keep)
+        y = run_step(model, number, x, keep, count)
         found = []
         for branch, core, recorded in cores:
             q, k, v = recorded[-1]
             read = x if branch.reads is None else x.index_select(-1, branch.reads)
-            with _key_keep(core, x, keep):
-                found.append(Attended(read, attention_map(core, q, k), v))
+            found.append(Attended(read, attention_map(core, q, k), v))
     return y, found
 
 

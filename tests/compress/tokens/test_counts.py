@@ -47,6 +47,10 @@ def test_tokens_that_nothing_reads_leave() -> None:
     assert read_counts(CLASS_TOKEN, [15, 8, 7])[-2:] == [1, 1]
     assert read_counts(CLASS_TOKEN, [12, 10, 9, 8, 7, 6, 6]) == [12, 9, 9, 7, 7, 1, 1]
     assert read_counts(MEAN, [12, 10, 9, 8, 7, 6, 5]) == [12, 9, 9, 7, 7, 5, 5]
+    # An FFN before the first attention: what it drops, the stem need not embed, but for one patch.
+    ffn_first = CLASS_TOKEN.model_copy(update={"steps": CLASS_TOKEN.steps[1:]})
+    assert read_counts(ffn_first, [9, 5, 1]) == [9, 9, 5, 5, 1, 1]
+    assert read_counts(ffn_first, [1, 1, 1]) == [2, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
