@@ -41,6 +41,10 @@ STAGES = {
     "weigh": "weighing the depths",
     "predict": "predicting errors",
     "compensate": "compensating",
+    "score": "scoring tokens",
+    "gates": "training gates",
+    "errors": "measuring errors",
+    "slim": "slimming blocks",
 }
 
 

@@ -345,7 +345,8 @@ def whole_scores(
         for size, count in zip(sizes, whole_counts(architecture), strict=True)
     ]
     mixing = attention_steps(architecture)
-    return impacts(model, DenseStreams(model, images, ()), sets, mixing)
+    streams = DenseStreams(model, images, ())
+    return impacts(model, streams, sets, mixing, progress=progress)
 
 
 def _fixed_scores(

@@ -21,7 +21,7 @@ from ..masks.groups import token_sites
 from ..network.modules.model import CompactModel
 from .attention_scores import top_tokens
 from .counts import attention_steps
-from .streaming import Attended, DenseStreams, Progress, observed_step, position_tables
+from .streaming import Attended, DenseStreams, Progress, observed_step, position_tables, silent
 
 
 def received(attended: Sequence[Attended]) -> Tensor:
@@ -57,6 +57,7 @@ def impacts(
     sets: Sequence[Tensor],
     steps: Sequence[int],
     start: int = 0,
+    progress: Progress = silent,
 ) -> dict[int, Tensor]:
     """The impact of each token after some steps with attention, averaged over images.
 
@@ -66,6 +67,7 @@ def impacts(
         sets: The kept tokens by site, (tokens at the site,); before step `start` all are kept.
         steps: The steps with attention after which impacts are computed, all at or after `start`.
         start: The first step that runs with these sets.
+        progress: Called with "score", the batches done, and the batches in all.
 
     Returns:
         By step, the impact of each token that the network carries after it, (tokens,), float64.
@@ -84,6 +86,7 @@ def impacts(
                     places, sums = order[: gram.shape[1]], received(observed[step])
                     found = (gram.diagonal(dim1=1, dim2=2) * sums[:, : len(places)]).double()
                     totals[step].index_add_(0, places, found.sum(dim=0))
+            progress("score", batch + 1, len(streams))
     return {step: total / images for step, total in totals.items()}
 
 
