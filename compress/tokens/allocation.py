@@ -33,7 +33,7 @@ from .counts import (
 # The budget is divided into at most this many units; costs are rounded up to whole ones.
 BINS = 4000
 # Larger grids are divided into about this many counts.
-_CHOICES = 200
+_CHOICES = 100
 _Array = npt.NDArray[np.float64]
 
 
