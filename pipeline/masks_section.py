@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -96,7 +96,7 @@ class MasksSection(Section):
         description="with a method of `tokens` other than learned: share of the multiply-adds of "
         "the baseline that dropping tokens leaves, e.g. 0.6; `params = 1.0` then keeps all widths",
     )
-    token_counts: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(
+    token_counts: tuple[int, ...] | None = Field(
         None,
         strict=False,
         description="instead of `token_macs`: the tokens after each block, prefix tokens included",
