@@ -57,7 +57,7 @@ def fvcore_macs(model: nn.Module, images: Tensor) -> int:
     def products(inputs: list[Any], outputs: list[Any]) -> int:
         q, k, v = (value.type().sizes() for value in inputs[:3])
         del outputs
-        return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+        return int(math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1]))
 
     analysis = FlopCountAnalysis(model, images)
     analysis.set_op_handle("aten::scaled_dot_product_attention", products)

@@ -160,8 +160,8 @@ def table(rows: Iterable[dict[str, Any]], stages: Sequence[str]) -> str:
     """Mean points lost over the seeds, with the spread: a line a method, a column a budget."""
     grouped: dict[tuple[str, bool], dict[float, list[list[float]]]] = {}
     for row in rows:
-        method = grouped.setdefault((row["method"], row["own_counts"]), {})
-        method.setdefault(row["share"], []).append(row["points_lost"])
+        found = grouped.setdefault((row["method"], row["own_counts"]), {})
+        found.setdefault(row["share"], []).append(row["points_lost"])
     shares = sorted({share for group in grouped.values() for share in group}, reverse=True)
     columns = [f"{share:g} of the MACs, {stage}" for share in shares for stage in stages]
     lines = markdown_head("chooser", "counts", "seeds", *columns, numbers=len(columns) + 1)
@@ -221,7 +221,8 @@ def main() -> None:
         "dense_macs": bench.dense_macs,
     }
     stages = STAGES if options.epochs else STAGES[:2]
-    path, rows = out.with_suffix(".json"), []
+    rows: list[dict[str, Any]] = []
+    path = out.with_suffix(".json")
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
         rows = old["rows"] if old["head"] == head else []

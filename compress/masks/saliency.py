@@ -60,9 +60,7 @@ def saliency(
     require_criterion(criterion)
     for name in dimensions:
         if name not in WIDTHS:
-            raise InputError(
-                f"saliency: unknown dimension {name!r}; known: {', '.join(WIDTHS)}"
-            )
+            raise InputError(f"saliency: unknown dimension {name!r}; known: {', '.join(WIDTHS)}")
     source = lift(model)
     architecture = source.architecture
     if criterion in ("l1", "l2"):

@@ -107,8 +107,8 @@ def add_patch_drop(model: nn.Module, rate: float) -> None:
     ]
     if positioned:
         raise InputError(
-            f"patch_drop = {rate}: {positioned[0]} has rotary or relative positions, which need all "
-            "patches in their places; leave patch_drop out"
+            f"patch_drop = {rate}: {positioned[0]} has rotary or relative positions, which need "
+            "all patches in their places; leave patch_drop out"
         )
     if architecture.drops_tokens or architecture.pool.kind == "none":
         raise InputError(

@@ -206,7 +206,8 @@ def test_patch_drop_leaves_out_random_patches_in_training_only() -> None:
     model.eval()(images)
     task.finish()
     model.train()(images)
-    assert seen == [model.architecture.prefix + (whole - model.architecture.prefix) // 2, whole, whole]
+    prefix = model.architecture.prefix
+    assert seen == [prefix + (whole - prefix) // 2, whole, whole]
 
 
 def test_patch_drop_is_refused_where_scores_depend_on_positions() -> None:
