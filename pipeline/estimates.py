@@ -154,10 +154,10 @@ def _operators(architecture: Architecture) -> Iterator[Operator]:
 def _stem_operators(architecture: Architecture) -> Iterator[Operator]:
     stem, channels = architecture.stem, architecture.image[0]
     sizes = stem.sizes(*architecture.image[1:])
-    for number, (conv, (height, width)) in enumerate(zip(stem.before, sizes, strict=False)):
-        window = channels * conv.kernel[0] * conv.kernel[1]
-        yield projection(f"stem.{number}", height * width, window, conv.channels)
-        channels = conv.channels
+    for number, (layer, (height, width)) in enumerate(zip(stem.before, sizes, strict=False)):
+        for name, rows, inner, columns in layer.products(channels, height * width):
+            yield projection(f"stem.{number}.{name}", rows, inner, columns)
+        channels = layer.channels
     window = channels * stem.patch[0] * stem.patch[1]
     written = architecture.read_width(architecture.stem_writes)
     yield projection("stem", architecture.patches, window, written)

@@ -30,6 +30,7 @@ from vitrim.compress.network.cost import live_cost
 from vitrim.compress.network.count import count_macs, count_params, stem_macs
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.soft_split import SoftSplit, random_features
+from vitrim.pipeline.estimates import network_workload
 
 KINDS = ("performer", "transformer")
 
@@ -342,3 +343,10 @@ def test_gradients_of_masked_and_compact_networks_agree(kind: str) -> None:
         other = gradients[0][name]
         assert other is not None
         assert relative_error(grad, other) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_product_is_an_operator_of_an_estimate(kind: str) -> None:
+    architecture = network(kind).architecture
+    counted = count_macs(architecture.model_copy(update={"last_queries": True}))
+    assert network_workload(architecture).macs == counted
