@@ -12,6 +12,8 @@ from .model_data import CARD, ModelData, model_data, read_card
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from ..compress.network.modules.model import CompactModel
     from ..pipeline.recipe_sections import ModelSection
 
@@ -100,3 +102,17 @@ def data_of(source: Source, selection: Selection, option: str) -> ModelData:
     if source.section is None:
         return data
     return replace(data, preprocessing=preprocessing_of(source.section, data.name, image))
+
+
+def unlabeled_images(data: ModelData, selection: Selection) -> Tensor:
+    """The images of `--data` and `--samples`, (images, channels, height, width), normalized."""
+    from ..compress.data.loading import open_unlabeled
+
+    return open_unlabeled(
+        data.name,
+        selection.samples,
+        preprocessing=data.preprocessing,
+        draw_seed=selection.seed,
+        quiet=False,
+        **data.division,
+    ).floats()

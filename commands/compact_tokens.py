@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..core.console import show
 from .compact_options import Selection
-from .compact_source import Source, data_of
+from .compact_source import Source, data_of, unlabeled_images
 from .token_options import TokenOptions
 
 if TYPE_CHECKING:
@@ -100,17 +100,8 @@ def choose_tokens_of(
 
 
 def _images(source: Source, selection: Selection, tokens: TokenOptions) -> Tensor:
-    from ..compress.data.loading import open_unlabeled
-
     data = data_of(source, selection, f"--tokens {tokens.tokens}")
-    images = open_unlabeled(
-        data.name,
-        selection.samples,
-        preprocessing=data.preprocessing,
-        draw_seed=selection.seed,
-        quiet=False,
-        **data.division,
-    ).floats()
+    images = unlabeled_images(data, selection)
     show(f"{tokens.tokens} on {len(images)} images of {data.name}, without labels")
     return images
 

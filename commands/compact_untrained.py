@@ -14,7 +14,7 @@ from ..core.errors import InputError
 from ..core.storage import clear_folder, require_output_folder
 from .compact_options import Output, Selection
 from .compact_output import kept_table, save_compact, show_sizes
-from .compact_source import Source, data_of
+from .compact_source import Source, data_of, unlabeled_images
 from .untrained_options import LARGEST_SHARE, Untrained
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def cut_without_training(
     """
     options = _options(source, selection, untrained)
     data = data_of(source, selection, "--without-training")
-    images = _images(data, selection)
+    images = unlabeled_images(data, selection)
+    show(f"{len(images)} images of {data.name}, without labels")
     labelled = _labelled(source, data, selection, untrained)
     with _state(output, resume=untrained.resume) as state:
         job = _Job(source, images, labelled, selection, untrained, output, options, state)
@@ -90,21 +91,6 @@ def _options(source: Source, selection: Selection, untrained: Untrained) -> Trim
         cost=costs,
         precision=untrained.file_precision,  # type: ignore[arg-type]
     )
-
-
-def _images(data: ModelData, selection: Selection) -> Tensor:
-    from ..compress.data.loading import open_unlabeled
-
-    images = open_unlabeled(
-        data.name,
-        selection.samples,
-        preprocessing=data.preprocessing,
-        draw_seed=selection.seed,
-        quiet=False,
-        **data.division,
-    ).floats()
-    show(f"{len(images)} images of {data.name}, without labels")
-    return images
 
 
 def _labelled(
