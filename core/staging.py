@@ -260,6 +260,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    _HELD.add(descriptor)
     try:
         if not _lock(descriptor):
             raise InputError(
@@ -268,4 +269,19 @@ def only_writer(folder: Path) -> Iterator[None]:
             )
         yield
     finally:
+        _HELD.discard(descriptor)
         os.close(descriptor)
+
+
+# Descriptors of `only_writer`. A forked child, such as one that reads images, has copies of them,
+# with which the lock would outlive a killed parent.
+_HELD: set[int] = set()
+
+
+def _close_held() -> None:
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held)

@@ -99,7 +99,7 @@ def test_a_stream_cannot_be_cut_in_closed_form(tmp_path: Path, refused: Refused)
     recipe = recipe_for(tmp_path, f"webdataset:{tars(tmp_path / 'tars')}")
     options = ("--set", "data.streaming=true", "--set", 'masks.method="closed-form"')
     line = refused(recipe, *options)
-    assert line.startswith("data.streaming: a closed-form cut reads single training images")
+    assert line.startswith("data.streaming: a closed-form cut and a choice of tokens read single")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +116,18 @@ def test_a_second_process_does_not_run_in_the_same_folder(tmp_path: Path) -> Non
     other.wait()
     with only_writer(out):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_child_does_not_keep_the_folder_of_a_parent_that_has_ended(tmp_path: Path) -> None:
+    with only_writer(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with only_writer(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
