@@ -120,14 +120,20 @@ def test_a_second_process_does_not_run_in_the_same_folder(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_a_child_does_not_keep_the_folder_of_a_parent_that_has_ended(tmp_path: Path) -> None:
+    started, starting = os.pipe()
     with only_writer(tmp_path):
         child = os.fork()
         if child == 0:
+            os.write(starting, b"1")
             time.sleep(60)
             os._exit(0)
+        # The child gives up its copy of the lock as soon as it runs.
+        assert os.read(started, 1) == b"1"
     try:
         with only_writer(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        for end in (started, starting):
+            os.close(end)
