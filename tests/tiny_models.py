@@ -15,7 +15,9 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from vitrim import StructuredMask, compact, lift, masked
-from vitrim.compress.masks.groups import Sharing
+from vitrim.compress.masks.groups import Sharing, token_sites
+from vitrim.compress.masks.token_sets import token_sets
+from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.network.modules.model import CompactModel
 
 SHARINGS: tuple[Sharing, ...] = ("unshared", "residual", "full")
@@ -49,6 +51,13 @@ def add_noise(model: nn.Module) -> nn.Module:
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Largest difference, relative to the largest wanted magnitude."""
     return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+
+def token_counts(architecture: Architecture, mask: StructuredMask) -> dict[str, int]:
+    """Site -> number of tokens that the stream carries after it, by a mask."""
+    sets = token_sets(architecture, mask.kept.get("token", {}))
+    names = token_sites(architecture)
+    return {site: int(keep.sum()) for site, keep in zip(names, sets, strict=True)}
 
 
 def fvcore_macs(model: nn.Module, images: Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InputError
-from ..network.architecture import Architecture, AttentionSpec, least_tokens
+from ..network.architecture import Architecture, least_tokens
 from ..network.axes import STEM_OUT
 from .groups import token_sites
 
@@ -36,16 +36,6 @@ def token_sets(architecture: Architecture, entries: Mapping[str, Tensor]) -> lis
             current[:count] &= entries[site].cpu()
         sets.append(current)
     return sets
-
-
-def last_reader(architecture: Architecture) -> int:
-    """The number of sites before the last attention, after which tokens do not mix any more."""
-    with_attention = [
-        number
-        for number, step in enumerate(architecture.steps)
-        if any(isinstance(branch.core, AttentionSpec) for branch in step)
-    ]
-    return with_attention[-1] + 1 if with_attention else len(architecture.steps) + 1
 
 
 def check_tokens(architecture: Architecture, entries: Mapping[str, Tensor]) -> None:
@@ -129,7 +119,9 @@ def random_token_sets(
         raise InputError(
             "keep_ratio token: the network returns every token, so none can be dropped"
         )
-    sizes = list(token_sites(architecture).items())[: last_reader(architecture)]
+    # Behind the last attention tokens do not mix any more.
+    last = max(architecture.attention_steps(), default=len(architecture.steps))
+    sizes = list(token_sites(architecture).items())[: last + 1]
     prefix = architecture.prefix
     patches = sizes[-1][1] - prefix
     if patches < 1:
@@ -146,10 +138,3 @@ def random_token_sets(
         keep[prefix : prefix + patches] = depth > number
         entries[site] = keep
     return entries
-
-
-def describe_sets(architecture: Architecture, entries: Mapping[str, Tensor]) -> dict[str, int]:
-    """Site -> number of tokens that the stream carries after it."""
-    names = list(token_sites(architecture))
-    sets = token_sets(architecture, entries)
-    return {site: int(keep.sum()) for site, keep in zip(names, sets, strict=True)}

@@ -206,17 +206,20 @@ class Architecture(Spec):
             counts.append(current)
         shorter = self.last_queries if last_queries is None else last_queries
         if shorter and self.pooled_prefix:
-            with_attention = [
-                number
-                for number, step in enumerate(self.steps)
-                if any(
-                    isinstance(branch.core, AttentionSpec) and branch.name not in removed
-                    for branch in step
-                )
-            ]
-            last = with_attention[-1] if with_attention else 0
+            last = max(self.attention_steps(removed), default=0)
             counts[last:] = [self.pooled_prefix] * len(counts[last:])
         return tuple(counts)
+
+    def attention_steps(self, removed: Collection[str] = ()) -> tuple[int, ...]:
+        """Numbers of the steps with an attention that is not in `removed`."""
+        return tuple(
+            number
+            for number, step in enumerate(self.steps)
+            if any(
+                isinstance(branch.core, AttentionSpec) and branch.name not in removed
+                for branch in step
+            )
+        )
 
     @property
     def final_tokens(self) -> int:
@@ -228,6 +231,15 @@ class Architecture(Spec):
         """For each token behind the stem its place among the prefix tokens and the whole grid."""
         order = tuple(range(self.patches)) if self.order is None else self.order
         return (*range(self.prefix), *(self.prefix + place for place in order))
+
+    def places_in(self, source: Architecture) -> tuple[int, ...] | None:
+        """For each token behind the stem its place in the stream of `source`.
+
+        None: a token is not there.
+        """
+        known = {place: number for number, place in enumerate(source.token_places)}
+        found = tuple(known.get(place, -1) for place in self.token_places)
+        return None if -1 in found else found
 
     @property
     def drops_tokens(self) -> bool:

@@ -24,7 +24,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from ...core.errors import InputError
-from .architecture import Architecture, AttentionSpec, Indices
+from .architecture import Architecture, Indices
 from .modules.backbone_facts import ROTATED
 from .modules.branch import Branch
 from .modules.layers import spread
@@ -186,12 +186,7 @@ def _spec(architecture: Architecture, name: str, where: str) -> OutputSpec:
 
 def needs_all_tokens(architecture: Architecture, outputs: Iterable[OutputSpec]) -> bool:
     """Whether outputs need tokens after the last attention that the head does not read."""
-    last = [
-        number
-        for number, step in enumerate(architecture.steps)
-        if any(isinstance(branch.core, AttentionSpec) for branch in step)
-    ]
-    reduced = last[-1] if last else 0
+    reduced = max(architecture.attention_steps(), default=0)
     return any(
         output.kind in ("tokens", "patches")
         or (output.after is not None and output.after > reduced)
@@ -262,7 +257,7 @@ class NamedOutputs(nn.Module):
         after = {0: x}
         steps = list(cast("Iterable[Sequence[Branch]]", model.steps))
         for number, step in enumerate(steps[: steps_needed(architecture, self.outputs)]):
-            x = model.run_step(step, x, counts[number] if counts[number] < x.shape[1] else None)
+            x = model.run_step(step, x, counts[number])
             if number + 1 in wanted:
                 after[number + 1] = x
         return x, after

@@ -202,14 +202,13 @@ def _shared_places(source: CompactModel, result: CompactModel) -> Tensor | None:
         source.architecture.drops_tokens or not result.architecture.drops_tokens
     ):
         return None
-    known = {place: number for number, place in enumerate(source.architecture.token_places)}
-    places = result.architecture.token_places
-    if source.architecture.drops_tokens or any(place not in known for place in places):
+    places = result.architecture.places_in(source.architecture)
+    if source.architecture.drops_tokens or places is None:
         raise InputError(
             "compensate: tokens leave the dense network itself; give the network before the token "
             "mask"
         )
-    return torch.tensor([known[place] for place in places])
+    return torch.tensor(places)
 
 
 def _all_tokens(model: CompactModel) -> CompactModel:

@@ -7,6 +7,7 @@ tokens: dropping is a slice, at any batch size, and costs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -109,9 +110,5 @@ def plan_tokens(
     if torch.equal(patches, torch.arange(architecture.patches)):
         return TokenPlan(architecture.order, None, counts)
     order = tuple(old[place] for place in patches.tolist())
-    return TokenPlan(None if order == tuple(range(_grid(architecture))) else order, patches, counts)
-
-
-def _grid(architecture: Architecture) -> int:
-    rows, columns = architecture.grid
-    return rows * columns
+    whole = tuple(range(math.prod(architecture.grid)))
+    return TokenPlan(None if order == whole else order, patches, counts)

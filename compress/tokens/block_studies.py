@@ -16,7 +16,7 @@ from ...core.errors import InputError
 from ..masks.groups import token_sites
 from ..network.modules.model import CompactModel
 from .attention_scores import top_tokens
-from .choose import METHODS, WITHOUT_IMAGES, Method, radial_scores, whole_scores
+from .choose import METHODS, WITHOUT_IMAGES, Method, scores_without_images, whole_scores
 from .counts import attention_steps
 from .streaming import Progress, batches, run_step, silent, working_copy
 
@@ -163,13 +163,9 @@ def _first_attentions(model: CompactModel) -> dict[str, int]:
 
 
 def _scores(model: CompactModel, method: Method, images: Tensor, seed: int) -> dict[int, Tensor]:
-    if method not in WITHOUT_IMAGES:
-        return whole_scores(model, method, images)
-    generator = torch.Generator().manual_seed(seed)
-    score = radial_scores(model.architecture)
-    if method == "random":
-        score = torch.rand(score.shape, generator=generator)
-    return dict.fromkeys(attention_steps(model.architecture), score)
+    if method in WITHOUT_IMAGES:
+        return scores_without_images(model.architecture, method, seed)
+    return whole_scores(model, method, images)
 
 
 def _classes(model: CompactModel, images: Tensor, block: str, keep: Tensor) -> Tensor:

@@ -353,17 +353,22 @@ def _fixed_scores(
     model: CompactModel, request: TokenRequest, images: Tensor | None, progress: Progress
 ) -> dict[int, Tensor] | None:
     """Scores that do not depend on what is kept elsewhere; None for the other methods."""
-    architecture = model.architecture
-    if request.method == "radial":
-        score = radial_scores(architecture)
-    elif request.method == "random":
-        generator = torch.Generator().manual_seed(request.seed)
-        score = torch.rand(architecture.tokens, generator=generator)
-    elif request.method == "scop":
+    if request.method in WITHOUT_IMAGES:
+        return scores_without_images(model.architecture, request.method, request.seed)
+    if request.method == "scop":
         assert images is not None
         return knockoff_scores(model, images, progress, seed=request.seed)
+    return None
+
+
+def scores_without_images(
+    architecture: Architecture, method: Method, seed: int
+) -> dict[int, Tensor]:
+    """The scores of "radial" or "random", (tokens,), the same after each step with attention."""
+    if method == "radial":
+        score = radial_scores(architecture)
     else:
-        return None
+        score = torch.rand(architecture.tokens, generator=torch.Generator().manual_seed(seed))
     return dict.fromkeys(attention_steps(architecture), score)
 
 

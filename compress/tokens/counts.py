@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from ...core.errors import InputError
 from ..masks.groups import token_sites
-from ..network.architecture import Architecture, AttentionSpec, least_tokens
+from ..network.architecture import Architecture, least_tokens
 from ..network.count import count_macs
 
 Schedule = Literal["uniform", "linear", "constant"]
@@ -27,11 +27,7 @@ def attention_steps(architecture: Architecture) -> list[int]:
     Raises:
         InputError: No token can leave: the network returns all, or has no attention.
     """
-    found = [
-        number
-        for number, step in enumerate(architecture.steps)
-        if any(isinstance(branch.core, AttentionSpec) for branch in step)
-    ]
+    found = list(architecture.attention_steps())
     if architecture.pool.kind == "none":
         raise InputError(
             "tokens: the network returns every token, so none can be dropped; "

@@ -104,5 +104,5 @@ def _features(model: CompactModel, step: int, x: Tensor, keep: Tensor) -> Tensor
             if number >= last and architecture.pooled_prefix:
                 count = architecture.pooled_prefix
             branches = cast("Sequence[Branch]", model.steps[number])
-            x = model.run_step(branches, x, count if count < x.shape[1] else None)
+            x = model.run_step(branches, x, count)
     return features(model, x)

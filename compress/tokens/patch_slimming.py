@@ -244,14 +244,15 @@ class _Task:
         """The function of the inputs that is compared with the targets."""
         search, steps = self.search, self._steps(network)
         counts = network.architecture.step_tokens()[self.start : self.end]
-        order = _stream_order(search.source, network)
+        # For each token of the network's stream, its place in that of the source.
+        order = torch.tensor(network.architecture.places_in(search.source.architecture))
         # The tokens that the network keeps, back in the places of the source.
         keep = order[: counts[-1]].argsort()
 
         def run(x: Tensor) -> Tensor:
             x = x[:, order[: x.shape[1]]]
             for step, count in zip(steps, counts, strict=True):
-                x = network.run_step(step, x, count if count < x.shape[1] else None)
+                x = network.run_step(step, x, count)
             return features(network, x) if self.headed else x[:, keep]
 
         return run
@@ -264,12 +265,3 @@ class _Task:
                 with torch.no_grad():
                     for name, parameter in target.named_parameters():
                         parameter.copy_(found[name])
-
-
-def _stream_order(source: CompactModel, network: CompactModel) -> Tensor:
-    """For each token of the network's stream, its place in that of the source."""
-    before, after = source.architecture, network.architecture
-    places = before.order or tuple(range(before.patches))
-    index = {place: number for number, place in enumerate(places)}
-    patches = [index[place] for place in after.order or tuple(range(after.patches))]
-    return torch.tensor([*range(before.prefix), *(before.prefix + each for each in patches)])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...core.errors import InputError
 from ..lift import lift
 from ..masks.groups import token_sites
-from ..network.modules.attention import Attention, kept_softmax
+from ..network.modules.attention import Attention
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
 from ..network.modules.relative_bias import RelativeBias
@@ -118,7 +118,7 @@ def run_step(
         count = list(token_sites(model.architecture).values())[number + 1]
     step = cast("Sequence[Branch]", model.steps[number])
     with _keys(model, number, x, keep):
-        return model.run_step(step, x, count if count < x.shape[1] else None)
+        return model.run_step(step, x, count)
 
 
 def observed_step(
@@ -145,37 +145,13 @@ def observed_step(
             (branch, core, stack.enter_context(recorded_attention(core)))
             for branch, core in attentions(model, number)
         ]
-        y = run_step(model, number, x, keep, count)
+        y = run_step(model, number, x, count=count)
         found = []
         for branch, core, recorded in cores:
             q, k, v = recorded[-1]
             read = x if branch.reads is None else x.index_select(-1, branch.reads)
-            found.append(Attended(read, attention_map(core, q, k), v))
+            found.append(Attended(read, core.weights(q, k), v))
     return y, found
-
-
-def attention_map(core: Attention, q: Tensor, k: Tensor) -> Tensor:
-    """The weights by which values are multiplied.
-
-    Args:
-        core: The attention. With differential attention the result is the difference of its maps.
-        q: Queries after norms and rope, (batch, heads * parts, queries, qk).
-        k: Keys, (batch, heads * parts, keys, qk).
-
-    Returns:
-        (batch, heads, queries, keys); zero for keys that are not kept.
-    """
-    scores = q @ k.transpose(-2, -1) * core.spec.scale
-    if core.bias is not None:
-        bias = core.bias()[:, : q.shape[-2], : k.shape[-2]]
-        scores = scores + bias.repeat_interleave(core.spec.parts, dim=0)
-    keep = core.key_keep
-    weights = scores.softmax(dim=-1) if keep is None else kept_softmax(scores, keep)
-    if core.differential is None:
-        return weights
-    maps = torch.unflatten(weights, 1, (-1, 2))
-    difference: Tensor = maps[:, :, 0] - core.differential() * maps[:, :, 1]
-    return difference
 
 
 @contextmanager

@@ -106,11 +106,10 @@ def _old_groups(surgery: Plan, gates: Gates, new: Gates) -> list[int]:
 
 def _indices(surgery: Plan, gates: Gates, keep: Sequence[Tensor]) -> list[Tensor]:
     """For each new group, the indices in its old group: patches may have another order now."""
-    old, new = surgery.source.order, surgery.architecture.order
-    patches = torch.arange(surgery.architecture.patches)
-    if new is not None and new != old:
-        places = {place: number for number, place in enumerate(old or range(max(new) + 1))}
-        patches = torch.tensor([places[place] for place in new])
+    places = surgery.architecture.places_in(surgery.source)
+    assert places is not None, "a cut embeds no other patches than before"
+    prefix = surgery.source.prefix
+    patches = torch.tensor(places[prefix:]) - prefix
     widths, tokens = gates.split(gates.groups)
     return [
         *(torch.nonzero(kept).flatten() for kept, _ in zip(keep, widths, strict=False)),

@@ -80,17 +80,36 @@ class Attention(nn.Module):
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(scale * q kᵀ + bias) v over (batch, heads, tokens, width)."""
-        # Rows by the computed queries, columns by the incoming keys: both are leading tokens.
-        bias = None if self.bias is None else self.bias()[:, : q.shape[-2], : k.shape[-2]]
-        if self.differential is not None:
-            return self.differential.attend(q, k, v, self.spec.scale, bias, self.key_keep)
-        if self.key_keep is not None or not self.fused_attn:
-            scores = (q * self.spec.scale) @ k.transpose(-2, -1)
-            scores = scores if bias is None else scores + bias
-            keep = self.key_keep
-            return (scores.softmax(dim=-1) if keep is None else kept_softmax(scores, keep)) @ v
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.spec.scale)
+        """Weighted values: q and k as for `weights`, v (batch, heads, keys, v)."""
+        if self.differential is None and self.key_keep is None and self.fused_attn:
+            bias, scale = self._bias(q, k), self.spec.scale
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return self.weights(q, k) @ v
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """What values are multiplied by: softmax(scale * q kᵀ + bias).
+
+        In differential attention, the difference of two such maps, softmax(q1 k1ᵀ) - λ softmax(q2
+        k2ᵀ).
+
+        Args:
+            q: (batch, heads * parts, queries, qk); the parts of a head are neighbors.
+            k: (batch, heads * parts, keys, qk).
+
+        Returns:
+            (batch, heads, queries, keys); zero for keys that are not kept.
+        """
+        scores = (q * self.spec.scale) @ k.transpose(-2, -1)
+        bias = self._bias(q, k)
+        if bias is not None:
+            scores = scores + bias.repeat_interleave(self.spec.parts, dim=0)
+        keep = self.key_keep
+        maps = scores.softmax(dim=-1) if keep is None else kept_softmax(scores, keep)
+        return maps if self.differential is None else self.differential.subtract(maps)
+
+    def _bias(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """Rows by the computed queries, columns by the incoming keys: both are leading tokens."""
+        return None if self.bias is None else self.bias()[:, : q.shape[-2], : k.shape[-2]]
 
 
 class Differential(nn.Module):
@@ -117,35 +136,11 @@ class Differential(nn.Module):
         """Factor of the heads' outputs after their norm, 1 - λ_init."""
         return 1.0 - self.spec.start
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        bias: Tensor | None = None,
-        key_keep: Tensor | None = None,
-    ) -> Tensor:
-        """(softmax(scale * q1 k1ᵀ + bias) - λ softmax(scale * q2 k2ᵀ + bias)) v.
-
-        Args:
-            q: (batch, 2 * heads, queries, qk); the two queries of a head are neighbors.
-            k: (batch, 2 * heads, tokens, qk).
-            v: (batch, heads, tokens, v).
-            scale: Multiplies the scores before the softmax.
-            bias: (heads, queries, tokens), added to both scores of a head. None: no bias.
-            key_keep: (tokens,) factors of the keys, 0 or 1. None: all keys are kept.
-
-        Returns:
-            (batch, heads, queries, v).
-        """
-        scores = q @ k.transpose(-2, -1) * scale
-        if bias is not None:
-            scores = scores + bias.repeat_interleave(2, dim=0)
-        weights = scores.softmax(dim=-1) if key_keep is None else kept_softmax(scores, key_keep)
-        maps = torch.unflatten(weights, 1, (-1, 2))
-        out: Tensor = (maps[:, :, 0] - self() * maps[:, :, 1]) @ v
-        return out
+    def subtract(self, maps: Tensor) -> Tensor:
+        """First - λ second: (batch, 2 * heads, queries, keys) -> (batch, heads, queries, keys)."""
+        pairs = torch.unflatten(maps, 1, (-1, 2))
+        found: Tensor = pairs[:, :, 0] - self() * pairs[:, :, 1]
+        return found
 
 
 def kept_softmax(scores: Tensor, keep: Tensor) -> Tensor:

@@ -182,8 +182,7 @@ class BackboneForward(BackboneFacts):
         """Run some steps on all tokens that they carry: (batch, tokens, embed) -> (…, embed)."""
         counts = self.architecture.step_tokens(last_queries=False)
         for step, count in zip(list(self.steps)[start:end], counts[start:end], strict=True):
-            queries = count if count < x.shape[1] else None
-            x = self.run_step(cast("Sequence[Branch]", step), x, queries)
+            x = self.run_step(cast("Sequence[Branch]", step), x, count)
         return x
 
     def _token_places(self, count: int, device: torch.device) -> Tensor:
@@ -200,7 +199,10 @@ class BackboneForward(BackboneFacts):
         return whole.index_copy(1, self._token_places(x.shape[1], x.device), x)
 
     def run_step(self, step: Sequence[Branch], x: Tensor, queries: int | None = None) -> Tensor:
-        """Run a step; with `queries`, compute that many leading tokens only."""
+        """Run a step; with `queries`, compute at most that many leading tokens."""
+        if queries is not None and queries >= x.shape[1]:
+            # No slices without effect in exported graphs.
+            queries = None
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             result: Tensor = checkpoint(_run, step, x, queries, use_reentrant=False)
             return result

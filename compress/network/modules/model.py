@@ -96,7 +96,7 @@ class CompactModel(Backbone):
         x = self.embed(images)
         counts = self.architecture.step_tokens()
         for step, count in zip(cast("Iterable[Sequence[Branch]]", self.steps), counts, strict=True):
-            x = self.run_step(step, x, count if count < x.shape[1] else None)
+            x = self.run_step(step, x, count)
         return x
 
     def embed(self, images: Tensor) -> Tensor:

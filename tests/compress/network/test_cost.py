@@ -10,12 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import architectures
-from tiny_models import tiny_vit
+from tiny_models import tiny_vit, token_counts
 from vitrim.compress.lift import lift
 from vitrim.compress.masks.gates import Gates
 from vitrim.compress.masks.groups import sites
 from vitrim.compress.masks.mask import StructuredMask
-from vitrim.compress.masks.token_sets import describe_sets
 from vitrim.compress.network.architecture import Architecture, AttentionSpec, BranchSpec, Indices
 from vitrim.compress.network.cost import Live, live_cost, live_macs, live_params, movement_cost
 from vitrim.compress.network.count import count_macs, count_params
@@ -170,7 +169,7 @@ def test_live_cost_is_exact_for_tokens_and_widths(data: st.DataObject) -> None:
         ratios["block"] = 0.5
     mask = StructuredMask.random(architecture, ratios, "residual", data.draw(st.integers(0, 99)))
     last_queries = data.draw(st.booleans())
-    tokens = describe_sets(architecture, mask.kept.get("token", {}))
+    tokens = token_counts(architecture, mask)
 
     def live(dimension: str, site: str, indices: Indices | None) -> int:
         if dimension == "token":
