@@ -136,6 +136,11 @@ class MasksSection(Section):
         "multiple",
     )
 
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether tokens are chosen before widths, by a method that trains no gates."""
+        return self.tokens not in (None, "learned")
+
     @field_validator("fixed")
     @classmethod
     def _no_duplicates(cls, fixed: tuple[str, ...]) -> tuple[str, ...]:
@@ -185,10 +190,9 @@ class MasksSection(Section):
 
     def _check_tokens(self) -> None:
         given = [key for key in ("token_macs", "token_counts") if getattr(self, key) is not None]
-        if self.tokens in (None, "learned"):
+        if not self.chooses_tokens:
             if given:
-                needed = "patch-slimming"
-                raise ValueError(f'{given[0]} needs a method, e.g. tokens = "{needed}"')
+                raise ValueError(f'{given[0]} needs a method, e.g. tokens = "patch-slimming"')
         elif len(given) != 1:
             raise ValueError(
                 f'tokens = "{self.tokens}" needs one of `token_macs = 0.6` and `token_counts`, the '

@@ -51,7 +51,7 @@ from .source_model import (
     weights_digest,
     with_preprocessing,
 )
-from .token_step import require_tokens, token_request
+from .token_step import require_tokens
 from .training_host import tracked, training_host
 from .training_steps import (
     BASELINE,
@@ -285,7 +285,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
 
 def _open_data(recipe: Recipe, preprocessing: Preprocessing, *, quiet: bool) -> DataSplits:
     section, masks = recipe.data, recipe.masks
-    chosen = token_request(masks, 0) is not None
+    chosen = masks.chooses_tokens
     if section.streaming and (chosen or masks.method == "closed-form" or masks.start == "one-shot"):
         raise InputError(
             "data.streaming: a closed-form cut and a choice of tokens read single training images, "

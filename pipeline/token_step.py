@@ -6,22 +6,20 @@ import json
 
 from torch import Tensor
 
-from ..compress.masks.mask import StructuredMask
-from ..compress.masks.masked import masked
 from ..compress.network.architecture import Architecture
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
-from ..compress.surgery.compactor import compact, output_error
+from ..compress.surgery.compactor import compact
 from ..compress.tokens.choose import TokenChoice, TokenRequest, token_choice
 from ..core.console import status
 from .masks_section import MasksSection
 from .trim_step import StageBars
 
 
-def token_request(section: MasksSection, seed: int) -> TokenRequest | None:
-    """What `[masks]` chooses before widths; None without tokens, or where they are learned."""
-    if section.tokens is None or section.tokens == "learned":
-        return None
+def token_request(section: MasksSection, seed: int) -> TokenRequest:
+    """What `[masks]` chooses before widths."""
+    assert section.tokens is not None
+    assert section.tokens != "learned"
     return TokenRequest(
         section.tokens,
         section.token_counts,
@@ -37,14 +35,13 @@ def require_tokens(architecture: Architecture, section: MasksSection) -> None:
     Raises:
         InputError: The counts do not fit the network, or the share is out of reach.
     """
-    request = token_request(section, 0)
-    if request is not None:
-        request.check(architecture)
+    if section.chooses_tokens:
+        token_request(section, 0).check(architecture)
 
 
 def cut_tokens(
     baseline: CompactModel, images: Tensor, section: MasksSection, seed: int, *, quiet: bool
-) -> tuple[CompactModel, TokenChoice] | None:
+) -> tuple[CompactModel, TokenChoice]:
     """Choose tokens and cut the baseline by them.
 
     Args:
@@ -55,14 +52,10 @@ def cut_tokens(
         quiet: Print nothing.
 
     Returns:
-        The network without the dropped tokens, and the choice; None if no tokens are dropped
-        before widths are.
+        The network without the dropped tokens, and the choice.
     """
-    request = token_request(section, seed)
-    if request is None:
-        return None
     with StageBars(quiet=quiet) as bars:
-        choice = token_choice(baseline, request, images, bars)
+        choice = token_choice(baseline, token_request(section, seed), images, bars)
     cut = compact(baseline, choice.mask, last_queries=baseline.architecture.last_queries)
     counts = list(choice.counts.values())
     after = ", ".join(str(counts[end]) for end in baseline.architecture.block_ends)
@@ -85,12 +78,6 @@ def width_section(section: MasksSection, baseline: CompactModel, cut: CompactMod
             sizes = [network_cost(model.architecture, kind) for model in (baseline, cut)]
             update[kind] = min(1.0, share * sizes[0] / sizes[1])
     return section.model_copy(update=update)
-
-
-def token_error(baseline: CompactModel, mask: StructuredMask, images: Tensor) -> float:
-    """The largest relative difference between masked and compact network."""
-    reference = masked(baseline, mask, proof=False)
-    return output_error(reference, compact(baseline, mask, proof=False), images)
 
 
 def token_record(choice: TokenChoice) -> str:

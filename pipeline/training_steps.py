@@ -34,7 +34,7 @@ from .masks_section import MasksSection
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection
 from .run_folder import RunFolder
-from .token_step import cut_tokens, token_error, token_record, token_request, width_section
+from .token_step import cut_tokens, token_record, width_section
 from .train_section import TrainSection
 from .training_host import TrainingHost
 from .trim_step import exact_cut_error, start_section, trim_baseline, trim_record
@@ -136,7 +136,7 @@ def _trim(baseline: CompactModel, round_to: int, context: RunContext) -> Cut:
         section = width_section(section, baseline, start)
         if 1.0 in (section.params, section.macs):
             # The tokens alone meet the budget.
-            cut = Cut(start, mask, token_error(baseline, mask, images))
+            cut = Cut(start, mask, exact_cut_error(baseline, mask, images))
             _save_cut(cut, folder)
             return cut
         baseline = start
@@ -153,7 +153,7 @@ def _start(
 ) -> CompactModel:
     """The network that mask learning starts from; a closed-form cut is saved in start/."""
     section, folder = context.recipe.masks, context.folder
-    if section.start == "dense" and token_request(section, 0) is None:
+    if section.start == "dense" and not section.chooses_tokens:
         return baseline
     with context.host.processes.main_first():
         if context.writes and not (resume and (folder / START).is_dir()):
@@ -175,11 +175,10 @@ def _without_tokens(
     Writes start/ and tokens.json. None if none are.
     """
     section, seed = context.recipe.masks, context.recipe.train.seed
-    if token_request(section, seed) is None:
+    if not section.chooses_tokens:
         return None
-    found = cut_tokens(baseline, _drawn(section, context), section, seed, quiet=context.quiet)
-    assert found is not None
-    model, choice = found
+    images = _drawn(section, context)
+    model, choice = cut_tokens(baseline, images, section, seed, quiet=context.quiet)
     save(model, context.folder / START, overwrite=True)
     replace_file(context.folder / TOKENS_FILE, token_record(choice))
     return model, choice.mask

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import vitrim
 from photo_folder import write_photos, write_recipe
 from vitrim.compress.network.count import count_macs, count_params
+from vitrim.compress.tokens.choose import METHODS
 from vitrim.core.errors import InputError
+from vitrim.pipeline.masks_section import TokenMethod
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import run, with_last_queries
 
@@ -91,3 +94,7 @@ def test_impossible_tokens_are_refused_before_any_work(
         run(load_recipe(recipe_file, sets), recipe_file.parent / "refused", quiet=True)
     assert message in str(caught.value)
     assert not (recipe_file.parent / "refused").exists()
+
+
+def test_recipes_name_every_method() -> None:
+    assert get_args(TokenMethod) == ("learned", *METHODS)
