@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import onnx
 import torch
@@ -15,14 +16,20 @@ NCNN = Form(rows="batch", norm="layer", stream="dense", operators="pnnx")
 
 
 def error_of(
-    model: CompactModel, graph: onnx.ModelProto, *, batch: int | str = 1, count: int = 3
+    model: CompactModel,
+    graph: onnx.ModelProto,
+    images: Any = None,
+    *,
+    batch: Any = 1,
+    count: int = 3,
 ) -> float:
-    images = torch.randn(
-        count, *model.architecture.image, generator=torch.Generator().manual_seed(1)
-    )
+    """The largest relative error of a graph, on `images` or on `count` random ones."""
+    if images is None:
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(count, *model.architecture.image, generator=generator).numpy()
     with torch.no_grad():
-        expected = model(images.to(next(model.parameters()).dtype)).numpy()
-    return float(relative_error(expected, model_outputs(graph, images.numpy(), batch=batch)).max())  # type: ignore[arg-type]
+        expected = model(torch.from_numpy(images).to(next(model.parameters()).dtype)).numpy()
+    return float(relative_error(expected, model_outputs(graph, images, batch=batch)).max())
 
 
 def well_conditioned(model: CompactModel) -> bool:

@@ -34,7 +34,7 @@ from vitrim.compress.data.splits import DataSplits, stratified_indices
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.tokens.choose import METHODS, WITHOUT_IMAGES, TokenRequest, token_choice
-from vitrim.compress.tokens.counts import counts_for_macs
+from vitrim.compress.tokens.counts import Schedule, counts_for_macs
 from vitrim.compress.train.dense import DenseTask, Distillation
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.compress.train.loop import fit
@@ -88,7 +88,7 @@ class Training:
 class TokenBench:
     """The dense model, the images, and what several rows share."""
 
-    def __init__(self, bench: Bench, images: int, schedule: str, training: Training) -> None:
+    def __init__(self, bench: Bench, images: int, schedule: Schedule, training: Training) -> None:
         self.bench, self.count, self.schedule = bench, images, schedule
         self.training = training
         data = bench.data
@@ -104,7 +104,7 @@ class TokenBench:
         architecture = bench.model.architecture
         counts = None
         if not case.own_counts:
-            counts = counts_for_macs(architecture, self.schedule, case.share)  # type: ignore[arg-type]
+            counts = counts_for_macs(architecture, self.schedule, case.share)
         macs = case.share if case.own_counts else None
         request = TokenRequest(case.method, counts, macs, seed=case.seed)  # type: ignore[arg-type]
         choice = token_choice(bench.model, request, images)

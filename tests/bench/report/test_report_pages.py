@@ -285,8 +285,8 @@ def test_a_page_shows_where_patches_leave(tmp_path: Path) -> None:
     path = folder / "report.json"
     report = json.loads(path.read_text())
     pixel = (
-        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
-        "gg=="
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9aw"
+        "AAAABJRU5ErkJggg=="
     )
     report["tokens"] = {
         "grid": [2, 2],

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 import vitrim
+from graph_forms import error_of
 from t2t_vit import T2TViT
 from tiny_models import add_noise
 from vitrim.compress.network.modules.model import CompactModel
@@ -33,16 +34,6 @@ def dense(kind: Any, img_size: int) -> CompactModel:
 def pruned(kind: str) -> CompactModel:
     model = dense(kind, img_size=32)
     return vitrim.compact(model, vitrim.StructuredMask.random(model, 0.6, "unshared", seed=1))
-
-
-def error_of(
-    model: CompactModel, graph: onnx.ModelProto, images: Any = None, *, batch: int | str = 1
-) -> float:
-    if images is None:
-        images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).numpy()
-    with torch.no_grad():
-        expected = model(torch.from_numpy(images)).numpy()
-    return float(relative_error(expected, model_outputs(graph, images, batch=batch)).max())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", [*FORMS, NCNN], ids=lambda form: form.name)
