@@ -97,7 +97,7 @@ def cut_section(run: Run) -> Markup | None:
     if errors is None:
         return None
     heads = [_head(name) for name in cut.COLUMNS]
-    grid = element("div", _grid("sub-layer", heads, cut.lines(errors)), class_="scroll")
+    grid = element("div", _grid(CORNER, heads, cut.lines(errors)), class_="scroll")
     return section(cut.HEADING, cut.REMARK, element("div", grid, class_="card"), id_="cut")
 
 
