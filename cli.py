@@ -18,11 +18,13 @@ from typing import Any
 import typer
 
 from . import __version__
-from .commands import bench, compact, doctor, export, launch, results, run, targets
+from .commands import bench, compact, doctor, export, launch, results, run, study, targets
 from .core.console import echo, spelled_out
 from .core.errors import InputError, ModelWarning
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
+# Subcommands of `vitrim study` that do not run anything.
+NOT_RESUMED = (["show"], ["report"])
 FAULTS_OF_A_PATH = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY),
     *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
@@ -43,6 +45,11 @@ HELP = """Compress a trained Vision Transformer for a small device, and measure 
   vitrim export small --out small-int8 --precision int8
   vitrim bench small-int8 --threads 1
   vitrim compare before.json after.json
+
+[bold]Many runs[/bold]
+
+  vitrim study STUDY.toml --out studies/mine
+  vitrim study show studies/mine --sort top1
 """
 
 app = typer.Typer(
@@ -61,6 +68,7 @@ app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("report")(results.report)
 app.command("compare")(results.compare)
+app.add_typer(study.app, name="study")
 app.add_typer(targets.app, name="targets")
 app.command("doctor")(doctor.doctor)
 
@@ -176,7 +184,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _how_to_resume(given: list[str]) -> str:
-    if not given or given[0] not in run.RESUMABLE:
+    if not given or given[0] not in (*run.RESUMABLE, "study") or given[1:2] in NOT_RESUMED:
         return "interrupted"
     words = [word for word in given if word not in ("--resume", "--overwrite")]
     return f"interrupted; resume with: vitrim {shlex.join(words)} --resume"

@@ -253,6 +253,10 @@ def _set_tables(recipe: Recipe, sets: Sequence[str]) -> dict[str, Any]:
 
 def _set_key(tables: dict[str, Any], item: str) -> None:
     key, value = parse_value(item, "--set", "section.key=value, e.g. --set masks.params=0.3")
+    _set_value(tables, key, value, f"--set {item}")
+
+
+def _set_value(tables: dict[str, Any], key: str, value: Any, where: str) -> None:
     *sections, last = key.split(".")
     if sections == ["masks"] and last in SIZE_KEYS:
         # Exactly one key sets the size, so this one replaces the one in the file.
@@ -263,10 +267,31 @@ def _set_key(tables: dict[str, Any], item: str) -> None:
         inner = table.setdefault(section, {})
         if not isinstance(inner, dict):
             raise InputError(
-                f"--set {item}: `{section}` is a value, not a table; write section.key=value"
+                f"{where}: `{section}` is a value, not a table; write section.key=value"
             )
         table = inner
     table[last] = value
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe with other values, which are validated together.
+
+    Args:
+        recipe: The recipe to change.
+        values: New values by dotted key, e.g. `{"masks.params": 0.3}`. A key that sets the size of
+            the compact model replaces the one in the recipe.
+        where: Begins the error line.
+
+    Returns:
+        The changed recipe.
+
+    Raises:
+        InputError: A key or a value is invalid; the message names the key and what to write.
+    """
+    tables = recipe.plain()
+    for key, value in values.items():
+        _set_value(tables, key, value, where)
+    return parse_recipe(tables, where=where)
 
 
 def _toml(tables: Mapping[str, Any], prefix: str = "") -> str:

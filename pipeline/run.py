@@ -332,7 +332,25 @@ def fingerprints(prepared: Prepared) -> dict[str, str]:
 
     That is its sections of the recipe, the files named there, and the step before.
     """
-    recipe = prepared.recipe
+    return recipe_fingerprints(prepared.recipe, prepared.round_to)
+
+
+def recipe_fingerprints(
+    recipe: Recipe, round_to: int | None = None, weights: str | None = None
+) -> dict[str, str]:
+    """The hashes of `fingerprints` without opening the data.
+
+    Args:
+        recipe: All settings.
+        round_to: Kept widths are multiples of this (default: as in the recipe, or the target's).
+        weights: `weights_digest` of the model (default: computed).
+
+    Returns:
+        Step -> hash. Runs with equal hashes of a step have the same result of it.
+
+    Raises:
+        InputError: The checkpoint or the target cannot be read.
+    """
     sections: dict[Step, tuple[str, ...]] = {
         "baseline": ("data", "model", "baseline", "train"),
         "masks": ("masks", "distill"),
@@ -340,12 +358,14 @@ def fingerprints(prepared: Prepared) -> dict[str, str]:
         "export": ("export",),
         "bench": ("bench",),
     }
+    target = load_target(recipe.export.target)
+    round_to = round_to or recipe.masks.round_to or target.round_to
     # The target's preferred multiple may determine the widths, so it counts even where the recipe
     # does not set it; `host` is another target on every machine.
     other = {
-        "baseline": weights_digest(recipe.model),
-        "masks": f"round_to {prepared.round_to}",
-        "export": " ".join(load_target(recipe.export.target).features),
+        "baseline": weights_digest(recipe.model) if weights is None else weights,
+        "masks": f"round_to {round_to}",
+        "export": " ".join(target.features),
     }
     marks: dict[str, str] = {}
     previous = ""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import glob
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -202,6 +204,35 @@ class RunFolder:
         self.processes.wait()
         return value, True
 
+    def adopt(
+        self, other: RunFolder, name: str, fingerprint: str, beside: Sequence[str] = ()
+    ) -> bool:
+        """Take a finished step over from another run folder, so that it is not computed again.
+
+        Files are linked where the file system allows it; nothing changes a file in place.
+
+        Args:
+            other: The folder that has the step.
+            name: Name of the step in the ledger.
+            fingerprint: Hash of everything that its value depends on.
+            beside: Files and folders that the step also writes and the ledger does not list.
+
+        Returns:
+            Whether this folder has the step now; False if `other` does not.
+        """
+        if self.is_done(name, fingerprint):
+            return True
+        if not other.is_done(name, fingerprint):
+            return False
+        entry = other._ledger["steps"][name]
+        for path in [*sorted(entry["files"]), *other._expand(beside)]:
+            if (other.path / path).is_file():
+                _link(other.path / path, self.path / path)
+        self._ledger["begun"].pop(name, None)
+        self._ledger["steps"][name] = entry
+        self._write()
+        return True
+
     def is_done(self, name: str, fingerprint: str) -> bool:
         """Whether all files of the step are present, unchanged and made from the same recipe."""
         entry = self._ledger["steps"].get(name)
@@ -243,6 +274,15 @@ class RunFolder:
 
     def _write(self) -> None:
         replace_file(self.path / LEDGER, json.dumps(self._ledger, indent=1) + "\n")
+
+
+def _link(source: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    try:
+        os.link(source, place)
+    except OSError:  # Another disk, or one without links.
+        shutil.copyfile(source, place)
 
 
 def _read(path: Path) -> dict[str, Any]:

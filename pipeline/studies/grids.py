@@ -1,0 +1,171 @@
+"""The tables of a study's report, the same in HTML, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...bench.report import wording
+from .expansion import Cell
+from .summary import Group, Summary, number, on_fronts, short_names
+from .table import Row
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table.
+
+    Attributes:
+        text: What it shows.
+        value: What it is sorted by; None: last.
+        links: Texts with the runs that they link to, in place of `text`.
+        run: The run that `text` links to.
+    """
+
+    text: str
+    value: str | float | None = None
+    links: tuple[tuple[str, str], ...] = ()
+    run: str | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One table.
+
+    Attributes:
+        id: Its anchor and label.
+        title: Its heading.
+        remark: Its caption.
+        heads: The titles of the columns.
+        texts: Number of columns on the left that hold texts; the others hold numbers.
+        lines: Its rows.
+    """
+
+    id: str
+    title: str
+    remark: str
+    heads: tuple[str, ...]
+    texts: int
+    lines: tuple[tuple[Entry, ...], ...]
+
+
+def grids(summary: Summary) -> list[Grid]:
+    """The tables that have rows: means, fronts, all runs, failures."""
+    found = [_means(summary), _fronts(summary), _runs(summary), _failures(summary)]
+    return [grid for grid in found if grid.lines]
+
+
+def figure_names(summary: Summary) -> dict[str, str]:
+    """The main figures that some run has, with their titles."""
+    names = {"top1": "top-1", "params": "parameters", "macs": "MACs"}
+    for column in summary.latencies:
+        kind = column.removeprefix("compact_").removesuffix("_ms").replace("_", " ")
+        names[column] = f"{kind}, ms"
+    known = {name for row in summary.done for name in names if row.get(name) is not None}
+    return {name: title for name, title in names.items() if name in known}
+
+
+def figure_text(name: str, value: Cell, deviation: float | None = None) -> str:
+    """A figure in its unit, with its deviation over seeds."""
+    if value is None:
+        return ""
+    mean, spread = number(value), None if deviation is None else abs(deviation)
+    if "top1" in name:
+        return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    if name.endswith("_ms"):
+        text = wording.three_digits(mean)
+        decimals = len(text.partition(".")[2])
+        return text if spread is None else f"{text} ± {spread:.{decimals}f}"
+    return wording.count(mean) + ("" if not spread else f" ± {wording.count(spread)}")
+
+
+def _settings(cells: dict[str, Cell], keys: Sequence[str]) -> list[Entry]:
+    return [Entry("" if cells[key] is None else str(cells[key]), cells[key]) for key in keys]
+
+
+def _title(name: str, title: str) -> str:
+    return f"{title}, %" if name == "top1" else title
+
+
+def _means(summary: Summary) -> Grid:
+    axes, figures = summary.axes, figure_names(summary)
+    titles = short_names(axes)
+    heads = (*(titles[axis] for axis in axes), "seeds", *(_title(*f) for f in figures.items()))
+    lines = tuple(_mean_line(group, axes, list(figures)) for group in summary.groups)
+    remark = (
+        "Mean and sample standard deviation over the seeds of each setting. Accuracies are those "
+        "of the test images, latencies are medians of one inference."
+    )
+    return Grid("means", "Means over seeds", remark, heads, len(axes), lines)
+
+
+def _mean_line(group: Group, axes: Sequence[str], figures: Sequence[str]) -> tuple[Entry, ...]:
+    seeds = tuple((str(row["seed"]), str(row["id"])) for row in group.rows)
+    entries = _settings(group.cells, axes)
+    entries.append(Entry(" ".join(text for text, _ in seeds), float(len(seeds)), links=seeds))
+    for name in figures:
+        mean = group.mean(name)
+        entries.append(Entry(figure_text(name, mean, group.deviation(name)), mean))
+    return tuple(entries)
+
+
+def _fronts(summary: Summary) -> Grid:
+    keys = summary.configurations
+    costs = list(summary.fronts)
+    found: dict[tuple[Cell, ...], dict[str, int]] = {}
+    groups: dict[tuple[Cell, ...], Group] = {}
+    for cost in costs:
+        for group, count in on_fronts(summary, cost):
+            place = tuple(group.cells.values())
+            groups.setdefault(place, group)
+            found.setdefault(place, {})[cost] = count
+    titles, figures = short_names(keys), figure_names(summary)
+    lines = []
+    for place, counts in found.items():
+        entries = _settings(groups[place].cells, keys)
+        entries.append(Entry(str(len(groups[place].rows)), len(groups[place].rows)))
+        entries += [Entry(str(counts.get(cost, 0)), counts.get(cost, 0)) for cost in costs]
+        lines.append(tuple(entries))
+    heads = (*(titles[key] for key in keys), "runs", *(f"by {figures[cost]}" for cost in costs))
+    remark = (
+        "How many runs of each configuration are on the Pareto front of their seed: no other run "
+        "of the seed is both at most as large, or as slow, and more accurate."
+    )
+    # A study that varies the size alone has one configuration.
+    return Grid(
+        "fronts", "On the Pareto fronts", remark, heads, len(keys), tuple(lines if keys else [])
+    )
+
+
+def _runs(summary: Summary) -> Grid:
+    axes, figures = summary.axes, figure_names(summary)
+    titles = short_names(axes)
+    heads = ("run", *(titles[axis] for axis in axes), "seed", "state")
+    heads = (*heads, *(_title(*f) for f in figures.items()))
+    lines = tuple(_run_line(row, axes, list(figures)) for row in summary.rows)
+    remark = "Every run; its figures link to its own report."
+    return Grid("runs", "All runs", remark, heads, len(axes) + 1, lines)
+
+
+def _run_line(row: Row, axes: Sequence[str], figures: Sequence[str]) -> tuple[Entry, ...]:
+    run = str(row["id"]) if row["state"] == "done" else None
+    entries = [Entry(str(row["id"]), row["number"], run=run)]
+    entries += _settings({axis: row[axis] for axis in axes}, axes)
+    entries += [Entry(str(row["seed"]), row["seed"]), Entry(str(row["state"]), row["state"])]
+    entries += [Entry(figure_text(name, row[name]), row[name], run=run) for name in figures]
+    return tuple(entries)
+
+
+def _failures(summary: Summary) -> Grid:
+    axes = summary.axes
+    titles = short_names(axes)
+    heads = ("run", *(titles[axis] for axis in axes), "seed", "reason")
+    lines = []
+    for row in summary.failed:
+        entries = [Entry(str(row["id"]), row["number"])]
+        entries += _settings({axis: row[axis] for axis in axes}, axes)
+        entries += [Entry(str(row["seed"]), row["seed"])]
+        entries += [Entry(str(row["reason"] or ""), row["reason"])]
+        lines.append(tuple(entries))
+    remark = "Runs that failed, with the reason; their output is in logs/."
+    return Grid("failures", "Failed runs", remark, heads, len(heads), tuple(lines))

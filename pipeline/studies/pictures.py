@@ -1,0 +1,205 @@
+"""The figures of a study: accuracy against a cost, every run a point that links to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...bench.report import wording
+from ...bench.report.markup import Markup, element
+from ...bench.report.plot import (
+    Frame,
+    Scale,
+    marker,
+    padded,
+    path,
+    shortened,
+    text_at,
+    text_width,
+    x_axis,
+    y_axis,
+)
+from ...bench.report.style import packed, picture_style
+from .expansion import settings_text
+from .summary import Summary, number, pareto
+from .table import Row
+
+WIDTH_PX, HEIGHT_PX, LEGEND_PX = 760.0, 460.0, 22.0
+# An axis with more values has too many colours to be told apart.
+MOST_COLOURS = 6
+LONGEST_NAME = 24
+_STYLE = packed(
+    ".plot .sheet{fill:var(--card);stroke:var(--hair)}"
+    ".plot .title{font-size:16px;font-weight:650}"
+    ".plot .under{font-size:12.5px;fill:var(--soft)}"
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What accuracy is compared with.
+
+    Attributes:
+        column: Its column.
+        title: Title of the axis, with the unit.
+        unit: How many of the column's units are one of the axis.
+    """
+
+    column: str
+    title: str
+    unit: float
+
+    @property
+    def file(self) -> str:
+        """Name of its figures, without the suffix."""
+        return f"study-{self.column.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """The points of one value of the axis that the colours show."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+
+def costs(summary: Summary) -> list[Cost]:
+    """The costs that the finished runs have."""
+    found = []
+    for column in summary.fronts:
+        largest = max(number(row.get(column)) for row in summary.done)
+        if column in summary.latencies:
+            name = column.removeprefix("compact_").removesuffix("_ms").replace("_", " ")
+            found.append(Cost(column, f"median latency of {name}, ms", 1.0))
+            continue
+        word, unit = ("millions", 1e6) if largest >= 1e6 else ("thousands", 1e3)
+        what = {"params": "parameters", "macs": "multiply-adds"}[column]
+        found.append(Cost(column, f"{what}, {word}", unit))
+    return found
+
+
+def coloured_axis(summary: Summary) -> str | None:
+    """The axis whose values have colours: the first with two to six of them."""
+    for axis in [*summary.configurations, *summary.axes]:
+        if 2 <= len({row[axis] for row in summary.done}) <= MOST_COLOURS:
+            return axis
+    return None
+
+
+def series(summary: Summary) -> list[Series]:
+    """The finished runs by the value of the coloured axis."""
+    axis = coloured_axis(summary)
+    if axis is None:
+        return [Series("", tuple(summary.done))]
+    values = dict.fromkeys(row[axis] for row in summary.done)
+    return [
+        Series(
+            "not set" if value is None else str(value),
+            tuple(row for row in summary.done if row[axis] == value),
+        )
+        for value in values
+    ]
+
+
+def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
+    """A stand-alone SVG: accuracy against a cost, with the Pareto front of each seed.
+
+    Args:
+        summary: A study with finished runs.
+        cost: The cost axis.
+        linked: Whether each point links to the report of its run, relative to the study folder.
+
+    Returns:
+        The SVG.
+    """
+    rows = [row for row in summary.done if row.get(cost.column) is not None]
+    rows = [row for row in rows if row["top1"] is not None]
+    frame = Frame(WIDTH_PX, HEIGHT_PX, left=58, right=26, top=92, bottom=58)
+    shares = [100 * number(row["top1"]) for row in rows]
+    low, high = padded(min(shares), max(shares), share=0.1, min_span=2.0)
+    x = frame.x(0.0, max(number(row[cost.column]) for row in rows) / cost.unit * 1.06 or 1.0)
+    y = frame.y(max(0.0, low), min(100.5, high))
+    title = shortened(summary.name, 60)
+    return str(
+        element(
+            "svg",
+            element("title", f"{title}: top-1 by {cost.title}"),
+            element("style", Markup(picture_style() + _STYLE)),
+            element(
+                "rect",
+                x=0.5,
+                y=0.5,
+                width=WIDTH_PX - 1,
+                height=HEIGHT_PX - 1,
+                rx=12,
+                class_="sheet",
+            ),
+            text_at(26, 34, f"{title}: top-1, %", class_="title"),
+            text_at(
+                26, 54, "a point is a run; a dashed line is the front of a seed", class_="under"
+            ),
+            *_legend(summary),
+            x_axis(frame, x, cost.title, 7),
+            y_axis(frame, y, 6),
+            *(_front(summary, cost, seed, frame, x, y) for seed in summary.fronts[cost.column]),
+            *_points(summary, cost, rows, x, y, linked=linked),
+            xmlns="http://www.w3.org/2000/svg",
+            viewBox=f"0 0 {WIDTH_PX:g} {HEIGHT_PX:g}",
+            width=WIDTH_PX,
+            height=HEIGHT_PX,
+            class_="plot",
+            role="img",
+        )
+    )
+
+
+def hint(summary: Summary, row: Row) -> str:
+    """A run in one line: its settings, accuracy and size."""
+    settings = settings_text({axis: row[axis] for axis in summary.axes})
+    top1 = wording.percent(number(row["top1"]), 2)
+    params = wording.count(number(row["params"]))
+    return f"{settings}, seed {row['seed']}: {top1}, {params} parameters"
+
+
+def _legend(summary: Summary) -> list[Markup]:
+    axis = coloured_axis(summary)
+    if axis is None:
+        return []
+    parts, x = [text_at(26, 76, f"{axis}:", class_="tick")], 40.0 + text_width(f"{axis}:", 11.5)
+    for place, each in enumerate(series(summary), 1):
+        name = shortened(each.name, LONGEST_NAME)
+        parts += [marker(x, 72, place, radius=4.5), text_at(x + 11, 76, name, class_="tick")]
+        x += text_width(name, 11.5) + LEGEND_PX + 11
+    return parts
+
+
+def _points(
+    summary: Summary, cost: Cost, rows: Sequence[Row], x: Scale, y: Scale, *, linked: bool
+) -> list[Markup]:
+    shown = {row["id"] for row in rows}
+    marks = []
+    for place, each in enumerate(series(summary), 1):
+        for row in each.rows:
+            if row["id"] not in shown:
+                continue
+            at = (x(number(row[cost.column]) / cost.unit), y(100 * number(row["top1"])))
+            mark = marker(*at, place, radius=4.5, title=hint(summary, row))
+            marks.append(
+                element("a", mark, href=f"runs/{row['id']}/report.html") if linked else mark
+            )
+    return marks
+
+
+def _front(
+    summary: Summary, cost: Cost, seed: int, frame: Frame, x: Scale, y: Scale
+) -> Markup | None:
+    rows = [row for row in summary.done if row["seed"] == seed]
+    front = pareto(rows, cost.column, "top1")
+    if len(front) < 2:
+        return None
+    places = [(x(number(r[cost.column]) / cost.unit), y(100 * number(r["top1"]))) for r in front]
+    steps = [(places[0][0], frame.inner_bottom)]
+    for place in places:
+        # Between two runs of the front, the left one is still the best.
+        steps += [(place[0], steps[-1][1]), place]
+    return path([*steps, (frame.inner_right, steps[-1][1])], "front")

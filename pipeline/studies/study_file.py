@@ -1,0 +1,305 @@
+"""The study file: a base recipe, the axes over its keys, and the seeds."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from ...core.errors import InputError
+from ..recipe import RECIPES, SIZE_KEYS, Recipe, load_recipe
+from ..recipe_keys import first_error
+from ..recipe_sections import Section
+
+STUDIES = RECIPES / "studies"
+Values = dict[str, Any]
+
+
+class GridSection(Section):
+    """Runs that vary some keys of the recipe: `[axes]` x `[[zip]]` x `[[points]]`."""
+
+    set_: dict[str, Any] = Field(
+        default_factory=dict, alias="set", description="values of all runs, by recipe key"
+    )
+    axes: dict[str, Any] = Field(
+        default_factory=dict,
+        description="a list of values for each key; every combination is a run",
+    )
+    zip_: list[dict[str, Any]] = Field(
+        default_factory=list,
+        alias="zip",
+        description="lists of equal length, whose values go together: the first with the first",
+    )
+    points: list[dict[str, Any]] = Field(
+        default_factory=list, description="single combinations of values, beside or without axes"
+    )
+    exclude: list[dict[str, Any]] = Field(
+        default_factory=list, description="values; a run that has all values of one entry is none"
+    )
+
+
+class StudySection(GridSection):
+    """A study: a base recipe, what varies, and the seeds.
+
+    `[set]`, `[axes]`, `[[zip]]`, `[[points]]` and `[[exclude]]` describe its runs; each `[[grid]]`
+    describes further ones.
+    """
+
+    schema_: Literal["vitrim.study/1"] = Field(
+        "vitrim.study/1", alias="schema", description="version of the format"
+    )
+    name: str = Field("", description="title of the report; absent: the file's name")
+    about: str = Field("", description="what the study is about, one or two sentences")
+    source: str = Field("", description="the publication whose protocol it follows")
+    bibtex: str = Field("", description="BibTeX entries of that publication, for the LaTeX report")
+    recipe: str = Field(
+        min_length=1,
+        description="a recipe file, relative to the study file, or the name of one in the package",
+    )
+    seeds: tuple[int, ...] | None = Field(
+        None, strict=False, min_length=1, description="values of train.seed; absent: the recipe's"
+    )
+    repetitions: int = Field(
+        1, gt=0, description="runs with equal settings: they share trainings and are measured anew"
+    )
+    grid: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="further grids, with the keys set, axes, zip, points, "
+        "exclude; `[set]` of the file applies to them too",
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _valid_seeds(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if seeds is not None and (len(set(seeds)) != len(seeds) or min(seeds) < 0):
+            raise ValueError("seeds are different whole numbers from 0")
+        return seeds
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One grid with flat keys.
+
+    Attributes:
+        where: The file and the table, for error lines.
+        fixed: Values of all its runs.
+        factors: What is combined; each factor is a list of alternatives.
+        exclude: Combinations that are left out.
+    """
+
+    where: str
+    fixed: Values
+    factors: tuple[tuple[Values, ...], ...]
+    exclude: tuple[Values, ...]
+
+    def varied(self) -> Iterator[str]:
+        """The keys that the factors set."""
+        for factor in self.factors:
+            for alternative in factor:
+                yield from alternative
+
+
+@dataclass(frozen=True)
+class Study:
+    """A validated study file.
+
+    Attributes:
+        path: The file.
+        text: Its contents.
+        section: Its tables.
+        base: The base recipe.
+        grids: What varies.
+    """
+
+    path: Path
+    text: str
+    section: StudySection
+    base: Recipe
+    grids: tuple[Grid, ...]
+
+    @property
+    def name(self) -> str:
+        """The title."""
+        return self.section.name or self.path.stem
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the trainings."""
+        return self.section.seeds or (self.base.train.seed,)
+
+
+def study_names() -> list[str]:
+    """Names of the studies in the package."""
+    return sorted(path.stem for path in STUDIES.glob("*.toml"))
+
+
+def load_study(source: str | Path) -> Study:
+    """Read a study file.
+
+    Args:
+        source: A TOML file, or the name of a study in the package.
+
+    Returns:
+        The study; its runs are not validated yet (`expansion.expand`).
+
+    Raises:
+        InputError: The file or its recipe cannot be read, or a key or value is invalid. The
+            message names the file, the key and what to write instead.
+    """
+    path = _find(source)
+    text, tables = _read(path)
+    try:
+        section = StudySection.model_validate(tables)
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_error(error, StudySection)}") from None
+    local = path.parent / section.recipe
+    try:
+        base = load_recipe(local if local.is_file() else section.recipe)
+    except InputError as error:
+        raise InputError(f"{path}: recipe: {error}") from None
+    grids = tuple(_grids(path, section))
+    return Study(path, text, section, base, grids)
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    packaged = STUDIES / f"{source}.toml"
+    if path.name == str(source) and packaged.is_file():
+        return packaged
+    what = "this is a folder; a study is a TOML file" if path.is_dir() else "no such study"
+    raise InputError(f"{path}: {what}; name a TOML file, or one of {', '.join(study_names())}")
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file; a study is TOML in UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _grids(path: Path, section: StudySection) -> Iterator[Grid]:
+    shared = flat_values(section.set_)
+    own = (section.axes, section.zip_, section.points)
+    if any(own) or not section.grid:
+        yield _grid(str(path), section, shared)
+    for number, tables in enumerate(section.grid, 1):
+        where = f"{path}: [[grid]] {number}"
+        try:
+            inner = GridSection.model_validate(tables)
+        except ValidationError as error:
+            raise InputError(f"{where}: {first_error(error, GridSection)}") from None
+        yield _grid(where, inner, shared)
+
+
+def _grid(where: str, section: GridSection, shared: Values) -> Grid:
+    factors = [
+        tuple({key: value} for value in values)
+        for key, values in _lists(section.axes, f"{where}: [axes]").items()
+    ]
+    factors += [_zipped(table, f"{where}: [[zip]]") for table in section.zip_]
+    if section.points:
+        factors.append(tuple(map(flat_values, section.points)))
+    grid = Grid(
+        where,
+        _merged(shared, flat_values(section.set_)),
+        tuple(factors),
+        tuple(map(flat_values, section.exclude)),
+    )
+    _require_consistent(grid)
+    return grid
+
+
+def _require_consistent(grid: Grid) -> None:
+    keys = [key for factor in grid.factors for key in {key for each in factor for key in each}]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise InputError(f"{grid.where}: `{twice[0]}` varies in two places; keep one of them")
+    for key in ("name", "schema", "train.seed"):
+        if key in keys or key in grid.fixed:
+            instead = "write `seeds`" if key == "train.seed" else "leave it out"
+            raise InputError(f"{grid.where}: `{key}` is set by the study; {instead}")
+    known = {*keys, *grid.fixed}
+    for entry in grid.exclude:
+        unknown = sorted(set(entry) - known)
+        if unknown or not entry:
+            name = f"`{unknown[0]}`, which no axis has" if unknown else "nothing"
+            keys_text = ", ".join(sorted(known))
+            raise InputError(f"{grid.where}: [[exclude]] names {name}; write values of {keys_text}")
+
+
+def _lists(tables: Mapping[str, Any], where: str) -> dict[str, list[Any]]:
+    """The lists of `[axes]` by dotted key."""
+    found: dict[str, list[Any]] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            inner = _lists(value, where).items()
+            found |= {f"{key}.{name}": values for name, values in inner}
+        elif not isinstance(value, list) or not value:
+            raise InputError(
+                f"{where} {key} = {value!r}: write a list of values, e.g. {key} = [0.3, 0.5]; "
+                "a single value belongs in [set]"
+            )
+        elif any(value.count(each) > 1 for each in value):
+            raise InputError(f"{where} {key}: a value is listed twice")
+        else:
+            found[key] = value
+    return found
+
+
+def _zipped(table: Mapping[str, Any], where: str) -> tuple[Values, ...]:
+    lists = _lists(table, where)
+    lengths = {key: len(values) for key, values in lists.items()}
+    if len(set(lengths.values())) != 1:
+        counts = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise InputError(f"{where}: its lists need one length, but {counts or 'there are none'}")
+    (length,) = set(lengths.values())
+    return tuple({key: values[place] for key, values in lists.items()} for place in range(length))
+
+
+def flat_values(tables: Mapping[str, Any], prefix: str = "") -> Values:
+    """Values by dotted key; `"a.b" = 1` and `[a]` with `b = 1` are the same."""
+    found: Values = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            found |= flat_values(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _merged(first: Values, second: Values) -> Values:
+    """Both; a key that sets the size in the second replaces the one in the first."""
+    sizes = {f"masks.{key}" for key in SIZE_KEYS}
+    kept = {
+        key: value for key, value in first.items() if not (sizes & set(second) and key in sizes)
+    }
+    return {**kept, **second}
+
+
+def combined(fixed: Values, alternatives: tuple[Values, ...], where: str) -> Values:
+    """The values of one run: those of the grid, and one alternative of each factor.
+
+    Raises:
+        InputError: Two factors set the size.
+    """
+    own: Values = {}
+    for alternative in alternatives:
+        own |= alternative
+    sizes = sorted(key for key in own if key.removeprefix("masks.") in SIZE_KEYS)
+    if len(sizes) > 1:
+        raise InputError(
+            f"{where}: {' and '.join(f'`{key}`' for key in sizes)} both set the size of one run; "
+            "write them in separate grids or points"
+        )
+    return _merged(fixed, own)
