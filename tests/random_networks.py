@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from hypothesis import assume, reject
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -20,10 +22,12 @@ from vitrim.compress.network.architecture import (
     Indices,
     NormSpec,
     PoolSpec,
+    PredictorSpec,
     RefineSpec,
     RelativeBiasSpec,
     RopeGridSpec,
     RopeSpec,
+    SelectSpec,
     SoftSplitSpec,
     StemSpec,
 )
@@ -93,6 +97,65 @@ def architectures(draw: Any, countable: bool = False, resizable_rope: bool = Fal
         head=head,
         head_reads=reads,
     )
+
+
+@st.composite
+def selecting_architectures(draw: Any, countable: bool = False) -> Architecture:
+    """A network that selects patches by content at one place or at two."""
+    spec = draw(architectures(countable=countable))
+    assume(spec.pool.kind != "dense" and spec.pool.refine is None)
+    first = draw(st.integers(0, len(spec.steps)))
+    selects: list[SelectSpec] = []
+    patches = spec.patches
+    for number in range(draw(st.integers(1, 2))):
+        at = first if not number else draw(st.integers(first, len(spec.steps)))
+        scorer = draw(
+            st.sampled_from(["predictor", "class-attention", "column-attention", "random"])
+        )
+        predictor, norm, reads = None, None, None
+        if scorer == "predictor":
+            predictor = PredictorSpec(
+                local=draw(st.integers(1, 3)),
+                pooled=draw(st.integers(0, 3)),
+                hidden=tuple(draw(st.lists(st.integers(1, 3), max_size=2))),
+            )
+            reads = draw(_subset(spec.embed, countable))
+            norm = draw(_norm(spec.embed if reads is None else len(reads)))
+        assume(at > 0 or "attention" not in scorer)
+        fused = scorer == "class-attention" and draw(st.booleans())
+        assume(patches - fused > 1)
+        kept = draw(st.integers(1, patches - 1 - fused))
+        patches = kept + fused
+        selects.append(
+            SelectSpec(
+                name=f"select.{number}",
+                at=at,
+                patches=kept,
+                scorer=scorer,
+                predictor=predictor,
+                norm=norm,
+                reads=reads,
+                fused=fused,
+                seed=number if scorer == "random" else 0,
+            )
+        )
+    steps = tuple(
+        tuple(_without_positions(branch) if number >= first else branch for branch in step)
+        for number, step in enumerate(spec.steps)
+    )
+    changed = spec.model_copy(update={"selects": tuple(selects), "steps": steps})
+    try:
+        return Architecture.model_validate(changed.model_dump(by_alias=True))
+    except ValidationError:
+        # Such as a scorer without an attention in the step before.
+        reject()
+
+
+def _without_positions(branch: BranchSpec) -> BranchSpec:
+    if not isinstance(branch.core, AttentionSpec):
+        return branch
+    core = branch.core.model_copy(update={"rope": None, "bias": None})
+    return branch.model_copy(update={"core": core})
 
 
 @st.composite

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.errors import InputError
-from ..network.axes import POOL_SITES
+from ..network.axes import has_own_mask
 from ..network.modules.model import CompactModel
 from .groups import SHARED, ScaleRule, Sharing, groups
 from .masked_network import MaskedNetwork
@@ -181,7 +181,7 @@ class _Gates:
 
     def _value(self, dimension: str, site: str) -> Tensor | None:
         gate = self._gates.get((dimension, site))
-        if gate is not None or site in POOL_SITES:
+        if gate is not None or has_own_mask(site):
             return gate
         return self._gates.get((dimension, SHARED))
 

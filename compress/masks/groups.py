@@ -15,8 +15,8 @@ from ..network.axes import (
     POOL_ATTENTION,
     POOL_FFN,
     POOL_OUT,
-    POOL_SITES,
     STEM_OUT,
+    has_own_mask,
     site_in,
     site_out,
 )
@@ -47,6 +47,11 @@ def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
             found[branch.name] = {"head": core.heads, "qk": core.qk, "v": core.v}[dimension]
         elif isinstance(core, FfnSpec) and dimension == "ffn":
             found[branch.name] = core.hidden
+    for select in architecture.selects:
+        if dimension == "ffn":
+            found |= select.hidden_sites
+        elif dimension == "embed" and select.predictor is not None:
+            found[select.site_in] = architecture.embed
     pool = architecture.pool
     if dimension == "embed":
         found[HEAD_IN] = architecture.embed
@@ -66,14 +71,22 @@ def sites(architecture: Architecture, dimension: str) -> dict[str, int]:
 def token_sites(architecture: Architecture) -> dict[str, int]:
     """The sites of the token masks: the stem, and each step, named by its first branch.
 
+    Behind a selection by content there are none.
+
     Returns:
         Site -> number of tokens that the stream carries there, prefix tokens included.
     """
     found = {STEM_OUT: architecture.tokens}
     # Which tokens the last attention skips for the head is no part of a mask.
-    for step, count in zip(architecture.steps, architecture.step_tokens(False), strict=True):
+    counts = architecture.step_tokens(False)[: static_steps(architecture)]
+    for step, count in zip(architecture.steps, counts, strict=False):
         found[step[0].name] = count
     return found
+
+
+def static_steps(architecture: Architecture) -> int:
+    """Number of steps before the first selection, which carry the same tokens for all images."""
+    return architecture.selects[0].at if architecture.selects else len(architecture.steps)
 
 
 def tied_units(architecture: Architecture, dimension: str, site: str) -> Tensor:
@@ -90,7 +103,7 @@ def tied_units(architecture: Architecture, dimension: str, site: str) -> Tensor:
     size = (
         found[site]
         if site != SHARED
-        else next(size for name, size in found.items() if name not in POOL_SITES)
+        else next(size for name, size in found.items() if not has_own_mask(name))
     )
     return torch.arange(size)[:, None]
 
@@ -110,7 +123,7 @@ def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, 
 
     `unshared`: every site has its own masks. `residual`: one embed mask for the residual stream.
     `full`: one mask per dimension. Whole sub-layers are never shared, nor are the units of an
-    attention-pooling head.
+    attention-pooling head and of predictors.
 
     Raises:
         InputError: The sharing is unknown, or needs equal sizes where the model has several.
@@ -127,7 +140,7 @@ def groups(architecture: Architecture, sharing: Sharing) -> dict[str, dict[str, 
         shared = (dimension == "embed" and sharing != "unshared") or (
             dimension in ("head", "qk", "v", "ffn") and sharing == "full"
         )
-        own = {site: size for site, size in found.items() if site in POOL_SITES}
+        own = {site: size for site, size in found.items() if has_own_mask(site)}
         sizes = {found[site] for site in found if site not in own}
         if shared and sizes:
             if len(sizes) > 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..network.architecture import Architecture, AttentionSpec, Indices
-from ..network.axes import POOL_ATTENTION, POOL_SITES, Axis, parameter_axes, stream_channels
+from ..network.axes import POOL_ATTENTION, Axis, has_own_mask, parameter_axes, stream_channels
 from .groups import SHARED, Sharing, groups, sites
 
 Scores = dict[str, dict[str, Tensor]]
@@ -166,7 +166,7 @@ def _add(
 
 
 def _shared(found: Mapping[str, Tensor], wanted: Mapping[str, int]) -> dict[str, Tensor]:
-    blocks = [scores for name, scores in found.items() if name not in POOL_SITES]
+    blocks = [scores for name, scores in found.items() if not has_own_mask(name)]
     return {
         site: torch.stack(blocks).sum(dim=0) if site == SHARED else found[site] for site in wanted
     }

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...core.errors import InputError
 from ..network.architecture import Architecture, ConstantSpec, Indices
-from ..network.axes import HEAD_IN, POOL_ATTENTION, POOL_SITES, STEM_OUT, site_in
+from ..network.axes import HEAD_IN, POOL_ATTENTION, STEM_OUT, has_own_mask, site_in
 from ..network.modules.rope import pairs
+from ..network.select_specs import is_hidden_site
 from .groups import DIMENSIONS, SHARED, attentions_at, sites
 from .token_sets import check_tokens
 
@@ -26,7 +27,7 @@ _WHY_ONE = {
 def entry_at(kept: Entries, dimension: str, site: str) -> Tensor | None:
     """The mask entry that applies at a site, or None where everything is kept."""
     entries = kept.get(dimension, {})
-    return entries.get(site, None if site in POOL_SITES else entries.get(SHARED))
+    return entries.get(site, None if has_own_mask(site) else entries.get(SHARED))
 
 
 def check_entries(kept: Entries) -> None:
@@ -83,7 +84,7 @@ def _check_entry(
     if site == SHARED and dimension == "token":
         raise InputError(f"{where}: token masks are not shared; name the stem or a sub-layer")
     if site == SHARED:
-        sizes = {size for name, size in places.items() if name not in POOL_SITES}
+        sizes = {size for name, size in places.items() if not has_own_mask(name)}
     else:
         sizes = {places[site]} if site in places else set()
     if len(sizes) != 1:
@@ -92,11 +93,21 @@ def _check_entry(
     (size,) = sizes
     if keep.shape[-1] != size:
         raise InputError(f"{where} has {keep.shape[-1]} entries, the model has {size}")
-    if (dimension in _WHY_ONE or site in POOL_SITES) and not bool(keep.any()):
-        reason = _WHY_ONE.get(dimension, "the pooling head needs one unit at least")
+    owner = "predictor" if is_hidden_site(site) else "pooling head"
+    if (dimension in _WHY_ONE or has_own_mask(site)) and not bool(keep.any()):
+        reason = _WHY_ONE.get(dimension, f"the {owner} needs one unit at least")
         raise InputError(f"{where} keeps nothing; {reason}")
     if dimension in ("qk", "v"):
         _check_columns(architecture, dimension, site, keep)
+    for select in architecture.selects:
+        first = next(iter(select.hidden_sites), None)
+        if select.predictor is not None and (dimension, site) == ("ffn", first):
+            _check_local(where, keep[: select.predictor.local])
+
+
+def _check_local(where: str, keep: Tensor) -> None:
+    if not bool(keep.any()):
+        raise InputError(f"{where} keeps no local unit; all patches would get the same score")
 
 
 def _check_columns(architecture: Architecture, dimension: str, site: str, keep: Tensor) -> None:
@@ -133,5 +144,8 @@ def _readers(architecture: Architecture) -> Iterator[tuple[str, Indices | None]]
     for branch in architecture.branches:
         if not isinstance(branch.core, ConstantSpec):
             yield site_in(branch), branch.reads
+    for select in architecture.selects:
+        if select.predictor is not None:
+            yield select.site_in, select.reads
     yield HEAD_IN, architecture.head_reads
     yield STEM_OUT, architecture.stem_writes

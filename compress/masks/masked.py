@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..lift import lift
 from ..network.modules.model import CompactModel
+from ..network.modules.select import Choices
 from .mask import StructuredMask, require_mask
 from .masked_network import MaskedNetwork
 
@@ -26,9 +27,12 @@ class MaskedModel(nn.Module):
         """The full-size network that owns the parameters."""
         return self.masked.network
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> (batch, classes)."""
-        out: Tensor = self.masked(images, self._value, self.mask.scale)
+    def forward(self, images: Tensor, choices: Choices | None = None) -> Tensor:
+        """(batch, channels, height, width) -> (batch, classes).
+
+        `choices` records which patches the selections choose, or prescribes them.
+        """
+        out: Tensor = self.masked(images, self._value, self.mask.scale, choices)
         return out
 
     def _value(self, dimension: str, site: str) -> Tensor | None:

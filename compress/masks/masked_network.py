@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from ..network.modules.layers import Norm
 from ..network.modules.model import CompactModel
+from ..network.modules.select import Choices
 from .groups import ScaleRule
 from .masked_parameters import Values, masked_features, masked_tensors
 
@@ -67,10 +68,26 @@ class MaskedNetwork(nn.Module):
                 owner, _, leaf = path.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, MaskedNorm(module))
 
-    def forward(self, images: Tensor, values: Values, scale: ScaleRule = "kept") -> Tensor:
-        """(batch, channels, height, width) -> (batch, classes), with the mask of `values`."""
+    def forward(
+        self,
+        images: Tensor,
+        values: Values,
+        scale: ScaleRule = "kept",
+        choices: Choices | None = None,
+    ) -> Tensor:
+        """Classify images with a mask.
+
+        Args:
+            images: (batch, channels, height, width).
+            values: The factors of units, as for `masked_tensors`.
+            scale: The softmax scale: "kept" or "original".
+            choices: Records which patches the selections choose, or prescribes them.
+
+        Returns:
+            (batch, classes).
+        """
         parameters = dict(self.network.named_parameters())
         changed = masked_tensors(self.architecture, parameters, values, scale)
-        logits: Tensor = functional_call(self.network, changed, (images,))
+        logits: Tensor = functional_call(self.network, changed, (images, choices))
         features = masked_features(self.architecture, values)
         return logits if features is None else logits * features

@@ -21,8 +21,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
+from ..network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    FfnSpec,
+    PredictorSpec,
+    SelectSpec,
+)
 from ..network.axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, site_in, site_out
+from ..network.select_specs import ATTENTION_SCORERS, scoring_attention
 from .groups import ScaleRule, token_sites
 
 Values = Callable[[str, str], Tensor | None]
@@ -50,6 +58,7 @@ def masked_tensors(
         for position, branch in enumerate(step):
             masking.branch(f"steps.{number}.{position}.", branch)
     masking.tokens()
+    masking.selects()
     return masking.changed
 
 
@@ -91,6 +100,8 @@ class _Masking:
         self._architecture, self._parameters = architecture, parameters
         self._values, self._scale = values, scale
         self.changed: dict[str, Tensor] = {}
+        # The tokens that are kept after the stem and after each step before the first selection.
+        self.token_sets: list[Tensor | None] = []
 
     def stem(self) -> None:
         """Mask what the patch embedding writes."""
@@ -162,13 +173,14 @@ class _Masking:
                 # of a token that an earlier site dropped, too.
                 entry = entry + (before * entry - entry).detach()
             sets.append(before if entry is None else entry)
-        for number, step in enumerate(architecture.steps):
+        self.token_sets = sets
+        for number, step in enumerate(architecture.steps[: len(sets) - 1]):
             keys = sets[number]
             for position, branch in enumerate(step):
                 if keys is not None and isinstance(branch.core, AttentionSpec):
                     self.changed[f"steps.{number}.{position}.core.key_keep"] = keys
         final, pool = sets[-1], architecture.pool
-        if final is None:
+        if final is None or architecture.selects:
             return
         if architecture.pooled_prefix == 0:
             self.changed["token_keep"] = final
@@ -176,6 +188,39 @@ class _Masking:
             self.changed["pool.key_keep"] = final if pool.prefix else final[architecture.prefix :]
         if pool.refine is not None:
             self.changed["refine.key_keep"] = final
+
+    def selects(self) -> None:
+        """Mask predictors, and what attentions contribute to the scores of selections."""
+        architecture = self._architecture
+        for number, select in enumerate(architecture.selects):
+            prefix = f"selects.{number}."
+            if number == 0 and self.token_sets[-1] is not None:
+                self.changed[f"{prefix}token_keep"] = self.token_sets[-1]
+            if select.predictor is not None:
+                self._predictor(prefix, select, select.predictor)
+            elif select.scorer in ATTENTION_SCORERS:
+                branch = scoring_attention(architecture, select)
+                heads = self._values("head", branch.name)
+                if heads is not None:
+                    self.changed[f"{prefix}head_keep"] = heads
+                assert isinstance(branch.core, AttentionSpec)
+                columns = _value_columns(branch.core, self._values, branch.name)
+                if columns is not None:
+                    self.changed[f"{prefix}value_keep"] = columns
+
+    def _predictor(self, prefix: str, select: SelectSpec, spec: PredictorSpec) -> None:
+        reading = _embed(self._values, select.site_in, select.reads)
+        if reading is not None and select.norm is not None:
+            self.changed[f"{prefix}norm.mask"] = reading
+        elif reading is not None:
+            self._multiply(f"{prefix}predictor.fc.weight", reading, -1)
+        masks = [self._values("ffn", site) for site in select.hidden_sites]
+        if masks[0] is not None:
+            self._multiply(f"{prefix}predictor.local.weight", masks[0][: spec.local], -1)
+            self._multiply(f"{prefix}predictor.pooled.weight", masks[0][spec.local :], -1)
+        for layer, mask in enumerate(masks[1:]):
+            if mask is not None:
+                self._multiply(f"{prefix}predictor.rest.{layer}.weight", mask, -1)
 
     def _output(self, prefix: str, branch: BranchSpec) -> None:
         writing = _embed(self._values, site_out(branch), branch.writes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.errors import InputError
 from ..network.architecture import Architecture, least_tokens
 from ..network.axes import STEM_OUT
-from .groups import token_sites
+from .groups import static_steps, token_sites
 
 
 def token_sets(architecture: Architecture, entries: Mapping[str, Tensor]) -> list[Tensor]:
@@ -55,6 +55,18 @@ def check_tokens(architecture: Architecture, entries: Mapping[str, Tensor]) -> N
         _check_nested(site, keep, before)
         _check_pinned(architecture, site, keep)
         before = keep
+    _check_selectable(architecture, before)
+
+
+def _check_selectable(architecture: Architecture, keep: Tensor) -> None:
+    """Validate that the first selection has more patches than it keeps."""
+    for select in architecture.selects[:1]:
+        patches = int(keep[architecture.prefix :].sum())
+        if patches <= select.left:
+            raise InputError(
+                f"mask token leaves {patches} patches before {select.name}, which keeps "
+                f"{select.left}; keep more of them, or choose fewer there"
+            )
 
 
 def _check_nested(site: str, keep: Tensor, before: Tensor) -> None:
@@ -121,12 +133,15 @@ def random_token_sets(
         )
     # Behind the last attention tokens do not mix any more.
     last = max(architecture.attention_steps(), default=len(architecture.steps))
+    last = min(last, static_steps(architecture))
     sizes = list(token_sites(architecture).items())[: last + 1]
     prefix = architecture.prefix
     patches = sizes[-1][1] - prefix
     if patches < 1:
         return {}
-    leaving = torch.randperm(patches, generator=generator)[max(1, round(ratio * patches)) :]
+    least = architecture.selects[0].left + 1 if architecture.selects else 1
+    kept = max(least, round(ratio * patches))
+    leaving = torch.randperm(patches, generator=generator)[kept:]
     depth = torch.full((patches,), len(sizes))
     depth[leaving] = torch.randint(len(sizes), (len(leaving),), generator=generator)
     entries: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ adds to some channels:
 Tokens leave the stream in *prefix form*: `order` sorts the patches once so that those that stay
 longest come first, and a branch with `tokens` computes only that many leading tokens, which are all
 that the stream carries afterwards. Its attention still reads the keys of all incoming tokens.
+*Selections* between steps drop patches that they choose for each image.
 
 The JSON schema in `architecture.schema.json` is for readers and writers without this package.
 `python -m vitrim.compress.network.architecture` regenerates it after a change of the specs; a test
@@ -29,7 +30,15 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from ...core.errors import InputError
 from ...core.storage import replace_file
+from .architecture_checks import (
+    check_blocks,
+    check_order,
+    check_positions,
+    check_tokens,
+    least_tokens,
+)
 from .branch_specs import (
     Activation,
     AttentionSpec,
@@ -50,6 +59,7 @@ from .branch_specs import (
     check_indices,
     check_norm,
 )
+from .select_specs import PredictorSpec, SelectSpec, check_selects, selected_tokens
 from .stem_and_head_specs import (
     ConvSpec,
     DataSpec,
@@ -59,7 +69,6 @@ from .stem_and_head_specs import (
     SoftSplitSpec,
     StemSpec,
 )
-from .token_checks import check_order, check_positions, check_tokens, least_tokens
 
 __all__ = [
     "SCHEMA",
@@ -80,10 +89,12 @@ __all__ = [
     "NormSpec",
     "Order",
     "PoolSpec",
+    "PredictorSpec",
     "RefineSpec",
     "RelativeBiasSpec",
     "RopeGridSpec",
     "RopeSpec",
+    "SelectSpec",
     "SoftSplitSpec",
     "StemSpec",
     "Width",
@@ -138,6 +149,8 @@ class Architecture(Spec):
     which is approximate."""
     steps: tuple[tuple[BranchSpec, ...], ...]
     """Groups of parallel branches, in order."""
+    selects: tuple[SelectSpec, ...] = ()
+    """Selections of patches by content, in order, between the steps."""
     blocks: tuple[str, ...] | None = None
     """Paths of the blocks of the source model, in order; those that pruning emptied stay in the
     list. The names of a block's branches begin with its path and a dot. None: the path of a branch
@@ -190,7 +203,7 @@ class Architecture(Spec):
     def step_tokens(
         self, last_queries: bool | None = None, removed: Collection[str] = ()
     ) -> tuple[int, ...]:
-        """Number of tokens that the stream carries after each step.
+        """Number of tokens that each step computes, before a selection behind it.
 
         Args:
             last_queries: Replaces the field of that name. None: the field.
@@ -201,7 +214,8 @@ class Architecture(Spec):
         """
         counts: list[int] = []
         current = self.tokens
-        for step in self.steps:
+        for number, step in enumerate(self.steps):
+            current = selected_tokens(self, number, current)
             current = min([current, *(branch.tokens for branch in step if branch.tokens)])
             counts.append(current)
         shorter = self.last_queries if last_queries is None else last_queries
@@ -209,6 +223,15 @@ class Architecture(Spec):
             last = max(self.attention_steps(removed), default=0)
             counts[last:] = [self.pooled_prefix] * len(counts[last:])
         return tuple(counts)
+
+    def step_inputs(
+        self, last_queries: bool | None = None, removed: Collection[str] = ()
+    ) -> tuple[int, ...]:
+        """Number of tokens that each step reads; the arguments are those of `step_tokens`."""
+        before = (self.tokens, *self.step_tokens(last_queries, removed))
+        return tuple(
+            selected_tokens(self, number, before[number]) for number in range(len(self.steps))
+        )
 
     def attention_steps(self, removed: Collection[str] = ()) -> tuple[int, ...]:
         """Numbers of the steps with an attention that is not in `removed`."""
@@ -223,8 +246,8 @@ class Architecture(Spec):
 
     @property
     def final_tokens(self) -> int:
-        """Number of tokens that the stream carries after the last step."""
-        return (self.tokens, *self.step_tokens())[-1]
+        """Number of tokens that the head gets."""
+        return selected_tokens(self, len(self.steps), (self.tokens, *self.step_tokens())[-1])
 
     @property
     def token_places(self) -> tuple[int, ...]:
@@ -240,6 +263,14 @@ class Architecture(Spec):
         known = {place: number for number, place in enumerate(source.token_places)}
         found = tuple(known.get(place, -1) for place in self.token_places)
         return None if -1 in found else found
+
+    def require_no_selects(self, purpose: str) -> None:
+        """Raise InputError if patches are selected by content, which `purpose` cannot do."""
+        if self.selects:
+            raise InputError(
+                f"{purpose}: this network selects patches for each image ({self.selects[0].name}); "
+                "do it before the selection is added"
+            )
 
     @property
     def drops_tokens(self) -> bool:
@@ -364,7 +395,8 @@ class Architecture(Spec):
         names = [branch.name for branch in self.branches]
         if len(set(names)) != len(names):
             raise ValueError("two branches have the same name")
-        self._check_blocks()
+        check_blocks(self)
+        check_selects(self)
         for branch in self.branches:
             for label, indices in (("reads", branch.reads), ("writes", branch.writes)):
                 check_indices(f"{branch.name}.{label}", indices, self.embed)
@@ -375,20 +407,6 @@ class Architecture(Spec):
                 check_positions(branch.name, core, self)
             elif isinstance(core, FfnSpec):
                 check_norm(f"{branch.name}.core.norm", core.norm, core.hidden)
-
-    def _check_blocks(self) -> None:
-        if self.blocks is None:
-            return
-        if len(set(self.blocks)) != len(self.blocks):
-            raise ValueError("two blocks have the same path")
-        number = 0
-        for branch in self.branches:
-            while number < len(self.blocks) and not branch.name.startswith(
-                f"{self.blocks[number]}."
-            ):
-                number += 1
-            if number == len(self.blocks):
-                raise ValueError(f"blocks has no block of {branch.name}, or in another order")
 
     def _check_output(self) -> None:
         read = self.read_width(self.head_reads)

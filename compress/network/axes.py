@@ -8,14 +8,23 @@ Compound axes: `head*qk` and `head*v` are the flattened (head, column) axes of t
 `head*2*qk` is that of differential attention; `kv*qk` and `kv*v` are those of grouped keys and
 values. `embed*2` is the concatenated features of a class token and a mean. With `head*` the indices
 of the next axis may differ from head to head. `patch` is the axis of the embedded patches, which a
-token mask sorts and cuts.
+token mask sorts and cuts. `local` and `pooled` are the two parts of the first layer of a predictor,
+whose mask is `ffn` at the site of that layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec, Indices
+from .architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    FfnSpec,
+    Indices,
+    SelectSpec,
+)
+from .select_specs import is_hidden_site
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,11 @@ POOL_FFN = "pool.ffn"
 POOL_SITES = (POOL_OUT, POOL_ATTENTION, POOL_FFN)
 
 
+def has_own_mask(site: str) -> bool:
+    """Whether a site is never covered by a shared mask: in a pooling head, or in a predictor."""
+    return site in POOL_SITES or is_hidden_site(site)
+
+
 def site_in(branch: BranchSpec) -> str:
     """The site at which a branch reads the residual stream."""
     return f"{branch.name}.in"
@@ -53,6 +67,9 @@ def stream_channels(architecture: Architecture) -> dict[str, Indices | None]:
     channels = {STEM_OUT: architecture.stem_writes, HEAD_IN: architecture.head_reads}
     for branch in architecture.branches:
         channels |= {site_in(branch): branch.reads, site_out(branch): branch.writes}
+    for select in architecture.selects:
+        if select.predictor is not None:
+            channels[select.site_in] = select.reads
     return channels
 
 
@@ -64,6 +81,27 @@ def parameter_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
             prefix = f"steps.{number}.{position}"
             for name, axes in branch_axes(branch).items():
                 table[f"{prefix}.{name}"] = axes
+    for number, select in enumerate(architecture.selects):
+        for name, axes in select_axes(select).items():
+            table[f"selects.{number}.{name}"] = axes
+    return table
+
+
+def select_axes(select: SelectSpec) -> dict[str, tuple[Axis, ...]]:
+    """Map the parameter names inside a selection to their axes."""
+    read, sites = Axis("embed", select.site_in), tuple(select.hidden_sites)
+    if not sites:
+        return {}
+    widths = [Axis("ffn", site) for site in sites]
+    following = [*widths[1:], FIXED]
+    table = dict.fromkeys(("norm.weight", "norm.bias"), (read,))
+    table |= {"predictor.fc.weight": (widths[0], read), "predictor.fc.bias": (widths[0],)}
+    for part in ("local", "pooled"):
+        table[f"predictor.{part}.weight"] = (following[0], Axis(part, sites[0]))
+    table["predictor.local.bias"] = (following[0],)
+    for number, (before, after) in enumerate(zip(widths[1:], following[1:], strict=True)):
+        table[f"predictor.rest.{number}.weight"] = (after, before)
+        table[f"predictor.rest.{number}.bias"] = (after,)
     return table
 
 

@@ -11,6 +11,7 @@ widths are live widths: a later layer does not pay for what an earlier mask remo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import Any, Literal
 
 from .architecture import (
@@ -21,8 +22,10 @@ from .architecture import (
     Indices,
     NormSpec,
     PoolSpec,
+    SelectSpec,
 )
 from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, site_in, site_out
+from .select_specs import folds_keys, scoring_attention, select_inputs, selected_tokens
 
 Live = Callable[[str, str, Indices | None], Any]
 CostKind = Literal["params", "macs"]
@@ -57,6 +60,8 @@ def live_params(architecture: Architecture, live: Live) -> Any:
     for branch in architecture.branches:
         if branch.name not in removed:
             total = total + _branch_params(branch, live)
+    for select in architecture.selects:
+        total = total + _select_params(select, live)
     return total
 
 
@@ -69,7 +74,8 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
     spec, channels = architecture.stem, architecture.stem.inputs(architecture.image[0])[-1]
     removed = _removed(architecture, live)
     tokens = live_tokens(architecture, live, removed)
-    final = tokens[-1]
+    inputs = _after_selects(architecture, tokens)
+    final = inputs[-1]
     total: Any = spec.before_macs(*architecture.image)
     patches = tokens[0] - architecture.prefix
     total = total + stem * patches * (channels * spec.patch[0] * spec.patch[1])
@@ -90,8 +96,18 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
     for number, step in enumerate(architecture.steps):
         for branch in step:
             if branch.name not in removed:
-                total = total + _branch_macs(branch, live, tokens[number], tokens[number + 1])
+                total = total + _branch_macs(branch, live, inputs[number], tokens[number + 1])
+    for select, before, count in select_inputs(architecture, tokens):
+        total = total + _select_macs(architecture, select, live, before, count)
     return total
+
+
+def _after_selects(architecture: Architecture, tokens: list[Any]) -> list[Any]:
+    """The numbers of tokens after the stem and each step, and the selections behind them."""
+    return [
+        selected_tokens(architecture, number, count) if architecture.selects else count
+        for number, count in enumerate(tokens)
+    ]
 
 
 def live_tokens(
@@ -109,13 +125,18 @@ def live_tokens(
             has none of.
 
     Returns:
-        One number (or scalar tensor) for the stem and one for each step, non-increasing.
+        One number (or scalar tensor) for the stem and one for each step, non-increasing, before a
+        selection behind it.
     """
     removed = _removed(architecture, live) if removed is None else removed
     steps, prefix = architecture.steps, architecture.prefix
-    counts = [live("token", site, None) for site in (STEM_OUT, *(step[0].name for step in steps))]
+    static = architecture.selects[0].at if architecture.selects else len(steps)
+    sites = (STEM_OUT, *(step[0].name for step in steps[:static]))
+    counts = [live("token", site, None) for site in sites]
+    counts += architecture.step_tokens(last_queries=False)[static:]
     mixing = [any(_mixes(branch, live, removed) for branch in step) for step in steps]
-    for number in reversed(range(len(steps))):
+    for number in reversed(range(static)):
+        # A selection reads every token before it.
         if not mixing[number]:
             counts[number] = counts[number + 1]
     # A convolution needs an output, even if nothing reads a patch.
@@ -236,6 +257,60 @@ def _branch_params(branch: BranchSpec, live: Live) -> Any:
     if isinstance(core, FfnSpec):
         return total + _ffn_params(core, width_in, live("ffn", branch.name, None), width_out)
     return total + width_out
+
+
+def _predictor_widths(select: SelectSpec, live: Live) -> tuple[Any, Any, list[Any]]:
+    """Live local and pooled units of the first layer, and the widths of the layers behind it."""
+    spec, (first, *others) = select.predictor, select.hidden_sites
+    assert spec is not None
+    units = spec.local + spec.pooled
+    local = live("ffn", first, tuple(range(spec.local)))
+    pooled = live("ffn", first, tuple(range(spec.local, units))) if spec.pooled else 0
+    return local, pooled, [*(live("ffn", site, None) for site in others), 1]
+
+
+def _select_params(select: SelectSpec, live: Live) -> Any:
+    if select.predictor is None:
+        return 0
+    width_in = live("embed", select.site_in, select.reads)
+    local, pooled, widths = _predictor_widths(select, live)
+    total = _norm(select.norm, width_in) + (local + pooled) * (width_in + 1)
+    total = total + (local + pooled + 1) * widths[0]
+    for before, after in pairwise(widths):
+        total = total + (before + 1) * after
+    return total
+
+
+def _select_macs(
+    architecture: Architecture, select: SelectSpec, live: Live, tokens_before: Any, tokens: Any
+) -> Any:
+    """Multiply-adds of a selection; equals `select_macs` of the cut network."""
+    patches = tokens - architecture.prefix
+    if select.predictor is not None:
+        width_in = live("embed", select.site_in, select.reads)
+        local, pooled, widths = _predictor_widths(select, live)
+        total = patches * width_in * (local + pooled) + (patches * local + pooled) * widths[0]
+        for before, after in pairwise(widths):
+            total = total + patches * before * after
+        return total
+    if select.scorer == "random":
+        return 0
+    branch = scoring_attention(architecture, select)
+    core = branch.core
+    assert isinstance(core, AttentionSpec)
+    heads, qk, v = _attention_counts(branch.name, live)
+    reads, stream = _branch_widths(branch, live)
+    kv_heads = _live_kv_heads(branch.name, core, live)
+    heads, keys = heads * core.parts, kv_heads * core.parts
+    if select.scorer == "class-attention":
+        total = heads * qk * reads
+        if folds_keys(core):
+            total = total + heads * qk * reads + tokens_before * reads * heads
+        else:
+            total = total + keys * qk * reads * tokens_before + heads * qk * tokens_before
+        return total + select.fused * (patches + select.patches) * stream
+    total = tokens_before * reads * (heads + keys) * qk + tokens_before * reads * kv_heads * v
+    return total + tokens_before * tokens_before * heads * qk
 
 
 def _attention_params(

@@ -14,6 +14,7 @@ import torch
 
 from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from .modules.model import CompactModel
+from .select_specs import select_inputs, select_macs
 
 
 def count_params(architecture: Architecture) -> int:
@@ -29,7 +30,17 @@ def count_macs(architecture: Architecture) -> int:
         branch_macs(branch, architecture.embed, tokens, queries)
         for branch, tokens, queries in branch_tokens(architecture)
     )
+    total += sum(all_select_macs(architecture).values())
     return total + _pool_macs(architecture) + _head_macs(architecture)
+
+
+def all_select_macs(architecture: Architecture) -> dict[str, int]:
+    """Number of multiply-adds of each selection for one image, by name."""
+    counts = (architecture.tokens, *architecture.step_tokens())
+    return {
+        select.name: select_macs(architecture, select, before, tokens)
+        for select, before, tokens in select_inputs(architecture, counts)
+    }
 
 
 def stem_macs(architecture: Architecture) -> int:
@@ -77,7 +88,7 @@ def branch_tokens(
     return [
         (branch, tokens, queries)
         for step, tokens, queries in zip(
-            architecture.steps, (architecture.tokens, *after), after, strict=False
+            architecture.steps, architecture.step_inputs(removed=removed), after, strict=True
         )
         for branch in step
         if branch.name not in removed

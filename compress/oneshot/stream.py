@@ -195,11 +195,11 @@ def recorded_attention(core: Attention) -> Iterator[list[tuple[Tensor, Tensor, T
     Shapes: q (batch, heads * parts, tokens, qk), k likewise, v (batch, heads, tokens, v).
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = core.attend
+    attend: Callable[..., Tensor] = core.attend
 
-    def recording(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def recording(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
         found.append((q, k, v))
-        return attend(q, k, v)
+        return attend(q, k, v, keep)
 
     core.attend = recording  # type: ignore[method-assign]
     try:

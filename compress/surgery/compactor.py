@@ -74,7 +74,7 @@ def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if not name.startswith("steps."):
+        if not name.startswith(("steps.", "selects.")):
             result[name] = index_select_axes(tensor, surgery.outer.get(name, ()))
     for number, row in enumerate(surgery.branches):
         for position, branch in enumerate(row):
@@ -90,6 +90,13 @@ def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 continue
             for name, tensor in inner.items():
                 result[new + name] = index_select_axes(tensor, branch.slices.get(name, ()))
+    for number, select in enumerate(surgery.selects):
+        old, new = f"selects.{select.number}.", f"selects.{number}."
+        for name, tensor in state.items():
+            slices = select.slices.get(name.removeprefix(old), ())
+            empty = any(index is not None and not len(index) for index in slices)
+            if name.startswith(old) and not empty:
+                result[new + name.removeprefix(old)] = index_select_axes(tensor, slices)
     return result
 
 
@@ -101,12 +108,17 @@ def cut_names(surgery: Plan, names: Iterable[str]) -> dict[str, str]:
         for position, branch in enumerate(row)
         if not branch.constant
     }
+    moved |= {
+        f"selects.{select.number}.": f"selects.{number}."
+        for number, select in enumerate(surgery.selects)
+    }
     found: dict[str, str] = {}
     for name in names:
-        if not name.startswith("steps."):
+        parts = {"steps": 3, "selects": 2}.get(name.split(".")[0], 0)
+        if not parts:
             found[name] = name
             continue
-        old = ".".join(name.split(".")[:3]) + "."
+        old = ".".join(name.split(".")[:parts]) + "."
         if old in moved:
             found[moved[old] + name.removeprefix(old)] = name
     return found

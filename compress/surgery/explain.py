@@ -14,8 +14,15 @@ from ..lift import read
 from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture
-from ..network.axes import POOL_SITES, Axis, parameter_axes
-from ..network.count import branch_macs, branch_tokens, count_macs, count_params, stem_macs
+from ..network.axes import Axis, has_own_mask, parameter_axes
+from ..network.count import (
+    all_select_macs,
+    branch_macs,
+    branch_tokens,
+    count_macs,
+    count_params,
+    stem_macs,
+)
 from ..network.modules.model import CompactModel
 from .plan import Plan, plan
 
@@ -119,9 +126,15 @@ def explain(model: nn.Module | Architecture, mask: StructuredMask) -> Explanatio
         )
 
     modules = [module_cut("stem", "")]
-    for branch in source.branches:
-        kind = kinds.get(branch.name, "removed")
-        modules.append(module_cut(branch.name, kind if kind in ("removed", "constant") else ""))
+    stays = {select.name for select in after.selects}
+    for number, step in enumerate((*source.steps, ())):
+        for select in source.selects:
+            if select.at == number:
+                status = "" if select.name in stays else "removed"
+                modules.append(module_cut(select.name, status))
+        for branch in step:
+            kind = kinds.get(branch.name, "removed")
+            modules.append(module_cut(branch.name, kind if kind in ("removed", "constant") else ""))
     modules.append(module_cut("head", ""))
     all_params = count_params(source), count_params(after)
     return Explanation(tuple(modules), all_params, (count_macs(source), count_macs(after)))
@@ -136,6 +149,9 @@ def _tensor_cuts(
         f"steps.{number}.{position}.": branch.name
         for number, step in enumerate(surgery.source.steps)
         for position, branch in enumerate(step)
+    }
+    modules |= {
+        f"selects.{number}.": select.name for number, select in enumerate(surgery.source.selects)
     }
     found: dict[str, list[TensorCut]] = {}
     for name, shape in shapes.items():
@@ -164,6 +180,8 @@ def _renamed(surgery: Plan) -> Iterator[tuple[str, str]]:
     for number, row in enumerate(surgery.branches):
         for position, branch in enumerate(row):
             yield f"steps.{branch.step}.{branch.position}.", f"steps.{number}.{position}."
+    for number, select in enumerate(surgery.selects):
+        yield f"selects.{select.number}.", f"selects.{number}."
 
 
 def _outside(name: str) -> str:
@@ -179,9 +197,11 @@ def _entries(axes: tuple[Axis, ...], mask: StructuredMask) -> tuple[str, ...]:
             found |= {f"token/{site}": None for site in mask.kept.get("token", {})}
             continue
         dimensions = axis.dimension.replace("kv", "head").replace("pair", "qk").split("*")
+        # The parts of the first layer of a predictor are two names of one mask.
+        dimensions = ["ffn" if name in ("local", "pooled") else name for name in dimensions]
         for dimension in dimensions:
             entries = mask.kept.get(dimension, {})
-            site = axis.site if axis.site in entries or axis.site in POOL_SITES else SHARED
+            site = axis.site if axis.site in entries or has_own_mask(axis.site) else SHARED
             if site in entries and not bool(entries[site].all()):
                 found[f"{dimension}/{site}"] = None
     return tuple(found)
@@ -192,6 +212,7 @@ def _macs(architecture: Architecture) -> dict[str, int]:
         branch.name: branch_macs(branch, architecture.embed, tokens, queries)
         for branch, tokens, queries in branch_tokens(architecture)
     }
+    found |= all_select_macs(architecture)
     found["stem"] = stem_macs(architecture)
     # The rest is pooling and classifiers.
     return found | {"head": count_macs(architecture) - sum(found.values())}
@@ -202,18 +223,20 @@ def _tokens(architecture: Architecture) -> dict[str, int]:
     found = {"stem": architecture.tokens, "head": architecture.final_tokens}
     for step, count in zip(architecture.steps, architecture.step_tokens(), strict=True):
         found |= {branch.name: count for branch in step}
-    return found
+    prefix = architecture.prefix
+    return found | {select.name: prefix + select.left for select in architecture.selects}
 
 
 def _params(architecture: Architecture, shapes: dict[str, Shape]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, shape in shapes.items():
         words = name.split(".")
-        module = (
-            architecture.steps[int(words[1])][int(words[2])].name
-            if words[0] == "steps"
-            else _outside(name)
-        )
+        if words[0] == "steps":
+            module = architecture.steps[int(words[1])][int(words[2])].name
+        elif words[0] == "selects":
+            module = architecture.selects[int(words[1])].name
+        else:
+            module = _outside(name)
         found[module] = found.get(module, 0) + math.prod(shape)
     return found
 

@@ -45,6 +45,7 @@ from ..network.axes import (
     site_out,
 )
 from .plan_attention import Index, cut_attention, resize
+from .plan_selects import SelectPlan, plan_selects
 from .plan_tokens import BranchPlan, plan_tokens
 
 
@@ -57,6 +58,7 @@ class Plan:
         architecture: The architecture after.
         outer: The indices to keep on each axis of each parameter outside the sub-layers.
         branches: The sub-layers that stay, by step.
+        selects: The selections that stay.
         channels: The channels of the residual stream that stay.
         removed: The names of the sub-layers that are removed.
     """
@@ -67,6 +69,7 @@ class Plan:
     branches: tuple[tuple[BranchPlan, ...], ...]
     channels: Tensor
     removed: tuple[str, ...] = field(default=())
+    selects: tuple[SelectPlan, ...] = field(default=())
 
 
 def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
@@ -95,6 +98,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
             plans.append(tuple(row))
     tokens = plan_tokens(architecture, mask, {row[0].step: row for row in plans})
     plans = tokens.applied(plans)
+    selects = plan_selects(architecture, mask, plans, embed.locate)
     indices: dict[tuple[str, str], Tensor] = {
         ("embed", STEM_OUT): embed.stem_rows,
         ("embed", HEAD_IN): embed.head_columns,
@@ -122,6 +126,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
             "stem_norm": resize(architecture.stem_norm, len(embed.stem_rows)),
             "order": tokens.order,
             "steps": tuple(tuple(item.spec for item in row) for row in plans),
+            "selects": tuple(item.spec for item in selects),
             "norm": resize(architecture.norm, reading),
             "pool": pool,
             "head_reads": embed.head_reads,
@@ -136,7 +141,8 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
     )
     # model_copy skips validation; an invalid plan must fail here, not in the first forward pass.
     new = Architecture.model_validate(new.model_dump(by_alias=True))
-    return Plan(architecture, new, outer, tuple(plans), embed.channels, tuple(removed))
+    removals = tuple(removed)
+    return Plan(architecture, new, outer, tuple(plans), embed.channels, removals, selects)
 
 
 def _plan_pool(
@@ -230,6 +236,9 @@ class _Embed:
                 self._live |= self._seen(branch.reads, site_in(branch))
             if branch.post_norm is not None:
                 self._live |= self._seen(branch.writes, site_out(branch))
+        for select in architecture.selects:
+            if select.predictor is not None:
+                self._live |= self._seen(select.reads, select.site_in)
         stem = self._seen(architecture.stem_writes, STEM_OUT)
         if architecture.stem_norm is not None or architecture.patch_norm is not None:
             self._live |= stem

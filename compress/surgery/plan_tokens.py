@@ -46,7 +46,7 @@ class TokenPlan:
         order: `Architecture.order` after the cut.
         patches: The indices of the patches that stay, in their new order; None: all, as before.
         counts: Number of tokens that the stream carries after the stem, and after each step that
-            stays, by its number in the source.
+            stays, by its number in the source; none behind the first selection by content.
     """
 
     order: Order | None
@@ -58,6 +58,10 @@ class TokenPlan:
         found: list[tuple[BranchPlan, ...]] = []
         before = self.counts[-1]
         for row in plans:
+            if row[0].step not in self.counts:
+                # Behind a selection by content tokens do not leave by place.
+                found.append(row)
+                continue
             after = self.counts[row[0].step]
             count = None if after == before else after
             found.append(tuple(self._branch(item, count) for item in row))
@@ -95,7 +99,8 @@ def plan_tokens(
         where the last attention before them ends: nothing reads it.
     """
     sets = token_sets(architecture, mask.kept.get("token", {}))
-    for number in reversed(range(len(architecture.steps))):
+    # A selection by content reads every token before it.
+    for number in reversed(range(len(sets) - 1)):
         mixes = any(isinstance(item.spec.core, AttentionSpec) for item in steps.get(number, ()))
         if not mixes:
             sets[number] = sets[number + 1]

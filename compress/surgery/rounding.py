@@ -25,7 +25,7 @@ from ...core.errors import InputError
 from ..masks.groups import SHARED, sites, tied_units
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture
-from ..network.axes import POOL_SITES
+from ..network.axes import has_own_mask
 from ..network.count import count_macs, count_params
 from .plan import plan
 
@@ -276,7 +276,7 @@ def _kept_heads(mask: StructuredMask, architecture: Architecture, site: str) -> 
     """The heads that a site keeps; for a shared entry, the common divisor over its sites."""
     found = sites(architecture, "head")
     kept = 0
-    for name in [name for name in found if name not in POOL_SITES] if site == SHARED else [site]:
+    for name in [name for name in found if not has_own_mask(name)] if site == SHARED else [site]:
         heads = mask.get("head", name)
         kept = math.gcd(kept, found[name] if heads is None else int(heads.sum()))
     return kept
@@ -289,10 +289,10 @@ def _scores(entries: Mapping[str, Tensor], site: str, rows: Tensor) -> Tensor:
     """
     if site in entries:
         found = entries[site]
-    elif SHARED in entries and site not in POOL_SITES:
+    elif SHARED in entries and not has_own_mask(site):
         found = entries[SHARED]
-    elif site == SHARED and any(name not in POOL_SITES for name in entries):
-        shared = [entry for name, entry in entries.items() if name not in POOL_SITES]
+    elif site == SHARED and any(not has_own_mask(name) for name in entries):
+        shared = [entry for name, entry in entries.items() if not has_own_mask(name)]
         found = torch.stack(
             [entry.reshape(-1, entry.shape[-1]).sum(dim=0) for entry in shared]
         ).sum(dim=0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..architecture import AttentionSpec, DifferentialSpec
+from ..select_specs import folds_keys
 from .layers import Norm
 from .relative_bias import RelativeBias
 from .rope import Rope
@@ -51,22 +52,21 @@ class Attention(nn.Module):
         )
         self.out = nn.Linear(spec.heads * spec.v, width_out, bias=spec.out_bias)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """With `queries`, compute that many leading tokens only; they still attend to all."""
-        spec = self.spec
+    def forward(self, x: Tensor, queries: int | None = None, keep: Tensor | None = None) -> Tensor:
+        """Attend to all tokens.
+
+        Args:
+            x: (batch, tokens, width_in).
+            queries: Compute that many leading tokens only; they still attend to all.
+            keep: Factors (batch, tokens) of the keys, instead of the buffer `key_keep`.
+
+        Returns:
+            (batch, queries, width_out).
+        """
         computed = x if queries is None else x[:, :queries]
-        q = _split(self.q(computed), spec.heads * spec.parts)
-        k = _split(self.k(x), spec.kv_heads * spec.parts)
-        v = _split(self.v(x), spec.kv_heads)
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        if self.k_norm is not None:
-            k = self.k_norm(k)
-        if self.kv_index is not None:
-            k, v = k.index_select(1, self.kv_index), v.index_select(1, self.kv_index)
-        if self.rope is not None:
-            q, k = self.rope(q), self.rope(k)
-        y = self.attend(q, k, v)
+        q, k = self.queries_and_keys(computed, x)
+        v = self.values(x)
+        y = self.attend(q, k, v, keep)
         if self.head_norm is not None:
             y = self.head_norm(y)
         if self.differential is not None:
@@ -79,14 +79,76 @@ class Attention(nn.Module):
         out: Tensor = self.out(y)
         return out
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Weighted values: q and k as for `weights`, v (batch, heads, keys, v)."""
-        if self.differential is None and self.key_keep is None and self.fused_attn:
+    def queries_and_keys(self, computed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of some tokens and keys of all: (batch, heads * parts, tokens, qk) each."""
+        spec = self.spec
+        q = _split(self.q(computed), spec.heads * spec.parts)
+        k = _split(self.k(x), spec.kv_heads * spec.parts)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        if self.kv_index is not None:
+            k = k.index_select(1, self.kv_index)
+        if self.rope is not None:
+            q, k = self.rope(q), self.rope(k)
+        return q, k
+
+    def values(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width_in) -> (batch, heads, tokens, v)."""
+        v = _split(self.v(x), self.spec.kv_heads)
+        return v if self.kv_index is None else v.index_select(1, self.kv_index)
+
+    def class_weights(self, x: Tensor) -> Tensor:
+        """How much the first token attends to each: (batch, tokens, in) -> (batch, heads, tokens).
+
+        Where keys are a plain product of the tokens, they are not computed: q·(x Wk) = (Wk q)·x.
+        """
+        spec = self.spec
+        if not folds_keys(spec):
+            q, k = self.queries_and_keys(x[:, :1], x)
+            return self.weights(q, k).squeeze(2)
+        q = _split(self.q(x[:, :1]), spec.heads * spec.parts)
+        q = q if self.q_norm is None else self.q_norm(q)
+        weight = self.k.weight.unflatten(0, (-1, spec.qk))
+        if self.kv_index is not None:
+            weight = weight.index_select(0, self.kv_index)
+        # The bias of the keys adds the same to every score of a head.
+        folded = (q * spec.scale) @ weight
+        scores = folded.squeeze(2) @ x.transpose(1, 2)
+        return self._softmax(scores.unsqueeze(2)).squeeze(2)
+
+    def column_weights(
+        self, x: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
+        """How much all tokens attend to each, times the length of its value.
+
+        Args:
+            x: (batch, tokens, width_in).
+            rows: Factors of the tokens that attend, (tokens,) or (batch, tokens). None: 1.
+            columns: Factors (heads, v) of the value columns. None: 1.
+
+        Returns:
+            (batch, heads, tokens).
+        """
+        q, k = self.queries_and_keys(x, x)
+        maps = self.weights(q, k)
+        if rows is not None:
+            maps = maps * (rows[:, None, :, None] if rows.ndim == 2 else rows[:, None])
+        v = self.values(x)
+        v = v if columns is None else v * columns[:, None]
+        length = v.square().sum(dim=(1, 3)).sqrt()
+        return maps.sum(dim=2) * length[:, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Weighted values: q, k and keep as for `weights`, v (batch, heads, keys, v)."""
+        masked = self.key_keep is not None or keep is not None
+        if self.differential is None and not masked and self.fused_attn:
             bias, scale = self._bias(q, k), self.spec.scale
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        return self.weights(q, k) @ v
+        return self.weights(q, k, keep) @ v
 
-    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, keep: Tensor | None = None) -> Tensor:
         """What values are multiplied by: softmax(scale * q kᵀ + bias).
 
         In differential attention, the difference of two such maps, softmax(q1 k1ᵀ) - λ softmax(q2
@@ -95,6 +157,7 @@ class Attention(nn.Module):
         Args:
             q: (batch, heads * parts, queries, qk); the parts of a head are neighbors.
             k: (batch, heads * parts, keys, qk).
+            keep: Factors of the keys, (batch, keys), 0 or 1. None: the buffer `key_keep`.
 
         Returns:
             (batch, heads, queries, keys); zero for keys that are not kept.
@@ -103,7 +166,10 @@ class Attention(nn.Module):
         bias = self._bias(q, k)
         if bias is not None:
             scores = scores + bias.repeat_interleave(self.spec.parts, dim=0)
-        keep = self.key_keep
+        return self._softmax(scores, keep)
+
+    def _softmax(self, scores: Tensor, keep: Tensor | None = None) -> Tensor:
+        keep = self.key_keep if keep is None else keep[:, None, None]
         maps = scores.softmax(dim=-1) if keep is None else kept_softmax(scores, keep)
         return maps if self.differential is None else self.differential.subtract(maps)
 
@@ -151,7 +217,7 @@ def kept_softmax(scores: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         scores: (..., queries, keys).
-        keep: (keys,), 0 or 1, at least one key kept.
+        keep: (keys,) or (batch, 1, 1, keys), 0 or 1, at least one key kept.
 
     Returns:
         (..., queries, keys), each row with the sum 1.

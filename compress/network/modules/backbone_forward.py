@@ -177,6 +177,7 @@ class BackboneForward(BackboneFacts):
     def _require_source_basis(self) -> None:
         if self.architecture.stream_rotated:
             raise InputError(f"tokens and features: {ROTATED}")
+        self.architecture.require_no_selects("tokens and features by place")
 
     def _stream(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
         """Run some steps on all tokens that they carry: (batch, tokens, embed) -> (…, embed)."""
@@ -198,15 +199,31 @@ class BackboneForward(BackboneFacts):
         whole = x.new_zeros(len(x), architecture.prefix + rows * columns, x.shape[-1])
         return whole.index_copy(1, self._token_places(x.shape[1], x.device), x)
 
-    def run_step(self, step: Sequence[Branch], x: Tensor, queries: int | None = None) -> Tensor:
-        """Run a step; with `queries`, compute at most that many leading tokens."""
+    def run_step(
+        self,
+        step: Sequence[Branch],
+        x: Tensor,
+        queries: int | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Run a step.
+
+        Args:
+            step: Its branches.
+            x: The stream, (batch, tokens, embed).
+            queries: Compute at most that many leading tokens.
+            keep: Factors (batch, tokens), 0 for keys that no attention reads.
+
+        Returns:
+            (batch, queries, embed).
+        """
         if queries is not None and queries >= x.shape[1]:
             # No slices without effect in exported graphs.
             queries = None
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(_run, step, x, queries, use_reentrant=False)
+            result: Tensor = checkpoint(_run, step, x, queries, keep, use_reentrant=False)
             return result
-        return _run(step, x, queries)
+        return _run(step, x, queries, keep)
 
     def _spread(self, x: Tensor, places: Tensor | None) -> Tensor:
         return spread(x, places, self.num_features)
@@ -218,8 +235,10 @@ class BackboneForward(BackboneFacts):
         return patches.reshape(len(patches), rows, columns, -1).permute(0, 3, 1, 2).contiguous()
 
 
-def _run(step: Sequence[Branch], x: Tensor, queries: int | None) -> Tensor:
-    updates = [branch(x, queries) for branch in step]
+def _run(
+    step: Sequence[Branch], x: Tensor, queries: int | None, keep: Tensor | None = None
+) -> Tensor:
+    updates = [branch(x, queries, keep) for branch in step]
     if queries is not None:
         x = x[:, :queries]
     for branch, y in zip(step, updates, strict=True):

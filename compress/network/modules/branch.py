@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture import AttentionSpec, BranchSpec, FfnSpec
+from ..select_specs import Scorer
 from .attention import Attention
 from .layers import Ffn, Norm
 
@@ -42,19 +43,55 @@ class Branch(nn.Module):
         self.post_norm = Norm(spec.post_norm) if spec.post_norm else None
         self.layer_scale = nn.Parameter(torch.ones(width_out)) if spec.layer_scale else None
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """With `queries`, compute that many leading tokens only; attention still reads all."""
+    def forward(self, x: Tensor, queries: int | None = None, keep: Tensor | None = None) -> Tensor:
+        """Compute the update.
+
+        Args:
+            x: The stream, (batch, tokens, embed).
+            queries: Compute that many leading tokens only; attention still reads all.
+            keep: Factors (batch, tokens) of the keys of an attention. None: all are read.
+
+        Returns:
+            (batch, queries, written channels).
+        """
         attention = isinstance(self.core, Attention)
         if queries is not None and not attention:
             x = x[:, :queries]
-        if self.reads is not None:
-            x = x.index_select(-1, self.reads)
-        if self.norm is not None:
-            x = self.norm(x)
-        y: Tensor = self.core(x, queries) if attention else self.core(x)
+        x = self.read(x)
+        y: Tensor = self.core(x, queries, keep) if attention else self.core(x)
         if self.post_norm is not None:
             y = self.post_norm(y)
         return y if self.layer_scale is None else y * self.layer_scale
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the core reads: (batch, tokens, embed) -> (batch, tokens, read channels)."""
+        if self.reads is not None:
+            x = x.index_select(-1, self.reads)
+        return x if self.norm is None else self.norm(x)
+
+    def attention_scores(
+        self,
+        x: Tensor,
+        scorer: Scorer,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        """The scores of the tokens by this attention, for each head.
+
+        Args:
+            x: The stream before the sub-layer, (batch, tokens, embed).
+            scorer: "class-attention" or "column-attention".
+            rows: Factors of the tokens that attend, for "column-attention".
+            columns: Factors (heads, v) of the value columns, for "column-attention".
+
+        Returns:
+            (batch, heads, tokens).
+        """
+        attention = self.core
+        assert isinstance(attention, Attention)
+        if scorer == "class-attention":
+            return attention.class_weights(self.read(x))
+        return attention.column_weights(self.read(x), rows, columns)
 
     def add(self, stream: Tensor, y: Tensor) -> Tensor:
         """Return stream[..., writes] + y; `stream` itself is not modified."""

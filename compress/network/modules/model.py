@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..architecture import Architecture
+from ..select_specs import ATTENTION_SCORERS, scoring_attention, select_inputs
 from .backbone import Backbone
 from .branch import Branch
 from .layers import ACTIVATIONS, Norm, spread
 from .pool import AttentionPool, Refine
 from .relative_bias import RelativeBias
+from .select import Choices, Select
 from .soft_split import stem_layers
+
+# In training: which tokens are kept from a selection on, all of which stay in the stream. Gets the
+# selection, the stream, what scores it, and the factors (batch, tokens) so far; returns new ones.
+Policy = Callable[["Select", Tensor, "tuple[Branch, Tensor] | None", "Tensor | None"], Tensor]
 
 
 class CompactModel(Backbone):
@@ -38,6 +44,7 @@ class CompactModel(Backbone):
         filled = architecture.read_width(architecture.stem_writes)
         # Set during training only.
         self.patch_drop: nn.Module | None = None
+        self.policy: Policy | None = None
         self.register_index("stem_writes", architecture.stem_writes)
         self.register_index("order", architecture.order)
         self.register_buffer("token_keep", None, persistent=False)
@@ -63,6 +70,11 @@ class CompactModel(Backbone):
         self.steps = nn.ModuleList(
             nn.ModuleList(Branch(branch, embed) for branch in step) for step in architecture.steps
         )
+        tokens = (architecture.tokens, *architecture.step_tokens(last_queries=False))
+        self.selects = nn.ModuleList(
+            Select(spec, embed, architecture.prefix, count - architecture.prefix)
+            for spec, _, count in select_inputs(architecture, tokens)
+        )
         self.register_index("head_reads", architecture.head_reads)
         self.norm = Norm(architecture.norm) if architecture.norm else None
         pool = architecture.pool
@@ -84,20 +96,51 @@ class CompactModel(Backbone):
             else None
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> (batch, classes)."""
-        return self.classify(self.features(images))
+    def forward(self, images: Tensor, choices: Choices | None = None) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: (batch, channels, height, width).
+            choices: Records which patches the selections choose, or prescribes them.
+
+        Returns:
+            (batch, classes).
+        """
+        x, keep = self._run_steps(self.embed(images), choices)
+        return self.classify(x, keep)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the residual stream after the last step, (batch, tokens, embed).
 
-        These are the tokens that `Architecture.step_tokens` counts last.
+        These are the tokens that `Architecture.final_tokens` counts.
         """
-        x = self.embed(images)
-        counts = self.architecture.step_tokens()
-        for step, count in zip(cast("Iterable[Sequence[Branch]]", self.steps), counts, strict=True):
-            x = self.run_step(step, x, count)
-        return x
+        return self._run_steps(self.embed(images))[0]
+
+    def _run_steps(self, x: Tensor, choices: Choices | None = None) -> tuple[Tensor, Tensor | None]:
+        """Run all steps and selections: the stream, and factors of tokens that stay in training."""
+        architecture = self.architecture
+        if self.policy is not None:
+            architecture = architecture.model_copy(update={"selects": ()})
+        counts = architecture.step_tokens()
+        selects = cast("Sequence[Select]", self.selects)
+        steps = cast("Sequence[Sequence[Branch]]", self.steps)
+        before, keep = x, None
+        for number, count in enumerate((*counts, 0)):
+            for select in selects:
+                if select.spec.at != number:
+                    continue
+                scored = None
+                if select.spec.scorer in ATTENTION_SCORERS:
+                    name = scoring_attention(self.architecture, select.spec).name
+                    found = [each for each in steps[number - 1] if each.spec.name == name]
+                    scored = (found[0], before)
+                if self.policy is None:
+                    x = select(x, scored, choices)
+                else:
+                    keep = self.policy(select, x, scored, keep)
+            if number < len(steps):
+                before, x = x, self.run_step(steps[number], x, count, keep)
+        return x, keep
 
     def embed(self, images: Tensor) -> Tensor:
         """Run the stem: (batch, channels, height, width) -> (batch, tokens, embed).
@@ -144,15 +187,18 @@ class CompactModel(Backbone):
         stride = spec.stride or spec.patch
         return F.unfold(images, spec.patch, padding=spec.padding, stride=stride).transpose(1, 2)
 
-    def classify(self, x: Tensor) -> Tensor:
-        """(batch, tokens, embed) -> (batch, classes), or features where there is no head."""
+    def classify(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(batch, tokens, embed) -> (batch, classes), or features where there is no head.
+
+        `keep`: factors (batch, tokens), 0 for tokens that are not pooled. None: all are.
+        """
         pooled_prefix = self.architecture.pooled_prefix
         if pooled_prefix:
             # A norm works token by token, so the other tokens need none.
             x = x[:, :pooled_prefix]
-        return self.logits(self.normed(x))
+        return self.logits(self.normed(x), keep)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Normalized tokens (batch, tokens, width) -> (batch, classes), or features."""
         kind = self.architecture.pool.kind
         if kind in ("distilled", "dense") and self.refine is not None:
@@ -162,9 +208,9 @@ class CompactModel(Backbone):
         if kind == "dense":
             patches = self._logits(x[:, self.architecture.prefix :], self.head_dist)
             return self._logits(x[:, 0]) + 0.5 * _maximum(patches, self._patch_keep)
-        return self._logits(self.pooled(x))
+        return self._logits(self.pooled(x, keep))
 
-    def pooled(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Normalized tokens (batch, tokens, width) -> pooled features (batch, width).
 
         With two classifiers, the mean of their tokens (`distilled`), or the class token (`dense`).
@@ -172,13 +218,17 @@ class CompactModel(Backbone):
         """
         if self.refine is not None:
             x = self.refine(x)
-        x = self._pool(x)
+        x = self._pool(x, keep)
         return x if self.pool_norm is None else self.pool_norm(x)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor, token_keep: Tensor | None = None) -> Tensor:
         kind, prefix = self.architecture.pool.kind, self.architecture.prefix
+        token_keep = self.token_keep if token_keep is None else token_keep
         if self.pool is not None:
-            pooled: Tensor = self.pool(x if self.architecture.pool.prefix else x[:, prefix:])
+            seen = token_keep
+            if not self.architecture.pool.prefix:
+                x, seen = x[:, prefix:], None if seen is None else seen[..., prefix:]
+            pooled: Tensor = self.pool(x, None if self.policy is None else seen)
             return pooled
         if kind == "none":
             return x
@@ -186,11 +236,11 @@ class CompactModel(Backbone):
             return x[:, 0]
         if kind == "distilled":
             return (x[:, 0] + x[:, 1]) / 2
-        keep = self._patch_keep
+        keep = None if token_keep is None else token_keep[..., prefix:]
         if kind == "token_mean":
             return torch.cat([x[:, 0], _mean(x[:, prefix:], keep)], dim=-1)
         if kind.endswith("_all"):
-            keep = self.token_keep
+            keep = token_keep
         else:
             x = x[:, prefix:]
         if kind.startswith("mean"):
@@ -212,13 +262,18 @@ class CompactModel(Backbone):
 
 
 def _mean(x: Tensor, keep: Tensor | None) -> Tensor:
-    """Mean over the kept tokens: (batch, tokens, width) -> (batch, width)."""
-    return x.mean(dim=1) if keep is None else (x * keep[:, None]).sum(dim=1) / keep.sum()
+    """Mean over the kept tokens: (batch, tokens, width) -> (batch, width).
+
+    `keep`: (tokens,) or (batch, tokens).
+    """
+    if keep is None:
+        return x.mean(dim=1)
+    return (x * keep.unsqueeze(-1)).sum(dim=1) / keep.sum(dim=-1, keepdim=True)
 
 
 def _maximum(x: Tensor, keep: Tensor | None) -> Tensor:
     """Maximum over the kept tokens: (batch, tokens, width) -> (batch, width)."""
-    return (x if keep is None else x.masked_fill(keep[:, None] == 0, -torch.inf)).amax(dim=1)
+    return (x if keep is None else x.masked_fill(keep.unsqueeze(-1) == 0, -torch.inf)).amax(dim=1)
 
 
 def build(architecture: Architecture, state: Mapping[str, Tensor]) -> CompactModel:

@@ -40,15 +40,16 @@ class AttentionPool(nn.Module):
         self.norm = Norm(spec.norm) if spec.norm else None
         self.ffn = Ffn(spec.ffn, spec.width, spec.width) if spec.ffn else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width_in) -> (batch, width)."""
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(batch, tokens, width_in) -> (batch, width); `keep`: factors (batch, tokens)."""
         heads = self.attention.heads
         q = self.query.view(1, heads, 1, -1).expand(x.shape[0], -1, -1, -1)
         k = torch.unflatten(self.k(x), -1, (heads, -1)).transpose(1, 2)
         v = torch.unflatten(self.v(x), -1, (heads, -1)).transpose(1, 2)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        y = _attend(q, k, v, self.attention.scale, self.key_keep)
+        keep = self.key_keep if keep is None else keep[:, None, None]
+        y = _attend(q, k, v, self.attention.scale, keep)
         pooled: Tensor = self.out(y.flatten(1))
         if self.ffn is not None:
             inner = pooled if self.norm is None else self.norm(pooled)

@@ -1,13 +1,29 @@
-"""Validation of the tokens of an architecture: order, numbers, and positions of attentions."""
+"""Validation of an architecture: paths of blocks, order and numbers of tokens, positions."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from .branch_specs import AttentionSpec
+from .select_specs import selected_tokens
 
 if TYPE_CHECKING:
     from .architecture import Architecture
+
+
+def check_blocks(architecture: Architecture) -> None:
+    """Raise ValueError unless the branches belong to the named blocks, in order."""
+    blocks = architecture.blocks
+    if blocks is None:
+        return
+    if len(set(blocks)) != len(blocks):
+        raise ValueError("two blocks have the same path")
+    number = 0
+    for branch in architecture.branches:
+        while number < len(blocks) and not branch.name.startswith(f"{blocks[number]}."):
+            number += 1
+        if number == len(blocks):
+            raise ValueError(f"blocks has no block of {branch.name}, or in another order")
 
 
 def check_order(architecture: Architecture) -> None:
@@ -24,7 +40,8 @@ def check_order(architecture: Architecture) -> None:
 def check_tokens(architecture: Architecture) -> None:
     """Raise ValueError unless the numbers of tokens fall, down to what the head reads."""
     before = architecture.tokens
-    for step in architecture.steps:
+    for number, step in enumerate(architecture.steps):
+        before = selected_tokens(architecture, number, before)
         counts = {branch.tokens for branch in step}
         if len(counts) > 1:
             raise ValueError(f"{step[0].name}: parallel branches must have equal tokens")
@@ -32,6 +49,7 @@ def check_tokens(architecture: Architecture) -> None:
         if count is not None and count > before:
             raise ValueError(f"{step[0].name}: {count} tokens, the stream has {before} there")
         before = before if count is None else count
+    before = selected_tokens(architecture, len(architecture.steps), before)
     least = least_tokens(architecture)
     if before < least:
         raise ValueError(f"the stream ends with {before} tokens, the head reads {least}")
