@@ -42,9 +42,11 @@ class CompactModel(Backbone):
         self.architecture = architecture
         embed, channels, stem = architecture.embed, architecture.image[0], architecture.stem
         filled = architecture.read_width(architecture.stem_writes)
-        # Set during training only.
+        # Set by trainings, and without effect in evaluation mode. `observer` gets the tokens that
+        # the head reads, (batch, tokens, channels), and their factors.
         self.patch_drop: nn.Module | None = None
         self.policy: Policy | None = None
+        self.observer: Callable[[Tensor, Tensor | None], None] | None = None
         self.register_index("stem_writes", architecture.stem_writes)
         self.register_index("order", architecture.order)
         self.register_buffer("token_keep", None, persistent=False)
@@ -107,6 +109,8 @@ class CompactModel(Backbone):
             (batch, classes).
         """
         x, keep = self._run_steps(self.embed(images), choices)
+        if self.observer is not None and self.training:
+            self.observer(self.normed(x), keep)
         return self.classify(x, keep)
 
     def features(self, images: Tensor) -> Tensor:
@@ -119,7 +123,8 @@ class CompactModel(Backbone):
     def _run_steps(self, x: Tensor, choices: Choices | None = None) -> tuple[Tensor, Tensor | None]:
         """Run all steps and selections: the stream, and factors of tokens that stay in training."""
         architecture = self.architecture
-        if self.policy is not None:
+        policy = self.policy if self.training else None
+        if policy is not None:
             architecture = architecture.model_copy(update={"selects": ()})
         counts = architecture.step_tokens()
         selects = cast("Sequence[Select]", self.selects)
@@ -134,10 +139,10 @@ class CompactModel(Backbone):
                     name = scoring_attention(self.architecture, select.spec).name
                     found = [each for each in steps[number - 1] if each.spec.name == name]
                     scored = (found[0], before)
-                if self.policy is None:
+                if policy is None:
                     x = select(x, scored, choices)
                 else:
-                    keep = self.policy(select, x, scored, keep)
+                    keep = policy(select, x, scored, keep)
             if number < len(steps):
                 before, x = x, self.run_step(steps[number], x, count, keep)
         return x, keep
@@ -228,7 +233,7 @@ class CompactModel(Backbone):
             seen = token_keep
             if not self.architecture.pool.prefix:
                 x, seen = x[:, prefix:], None if seen is None else seen[..., prefix:]
-            pooled: Tensor = self.pool(x, None if self.policy is None else seen)
+            pooled: Tensor = self.pool(x, seen if self.training and self.policy else None)
             return pooled
         if kind == "none":
             return x
