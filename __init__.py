@@ -20,6 +20,13 @@ _MODULES = {
     "trim": ".compress.oneshot.trim",
     "TrimOptions": ".compress.oneshot.prediction",
     "choose_tokens": ".compress.tokens.choose",
+    "chosen_tokens": ".compress.tokens.select",
+    "select_tokens": ".compress.tokens.select",
+    "merged_tokens": ".compress.tokens.merging.merged",
+    "MergingOptions": ".compress.tokens.merging.merged",
+    "solve": ".compress.latency.solve",
+    "SolveOptions": ".compress.latency.solve",
+    "CostTable": ".targets.cost_table",
     "slim_patches": ".compress.tokens.patch_slimming",
     "SlimmingOptions": ".compress.tokens.patch_slimming",
     "lift": ".compress.lift",
@@ -31,12 +38,16 @@ _MODULES = {
     "UnsupportedModel": ".core.errors",
 }
 __all__ = [
+    "CostTable",
     "InputError",
+    "MergingOptions",
     "SlimmingOptions",
+    "SolveOptions",
     "StructuredMask",
     "TrimOptions",
     "UnsupportedModel",
     "choose_tokens",
+    "chosen_tokens",
     "compact",
     "compensate",
     "export",
@@ -44,15 +55,19 @@ __all__ = [
     "load",
     "masked",
     "measure",
+    "merged_tokens",
     "resized",
     "rotate",
     "save",
+    "select_tokens",
     "slim_patches",
+    "solve",
     "trim",
 ]
 
 if TYPE_CHECKING:
     from .bench.local.measure import measure
+    from .compress.latency.solve import SolveOptions, solve
     from .compress.lift import lift, save
     from .compress.masks.mask import StructuredMask
     from .compress.masks.masked import masked
@@ -64,9 +79,12 @@ if TYPE_CHECKING:
     from .compress.surgery.compactor import compact
     from .compress.surgery.image_size import resized
     from .compress.tokens.choose import choose_tokens
+    from .compress.tokens.merging.merged import MergingOptions, merged_tokens
     from .compress.tokens.patch_slimming import SlimmingOptions, slim_patches
+    from .compress.tokens.select import chosen_tokens, select_tokens
     from .core.errors import InputError, UnsupportedModel
     from .export.exporter import export
+    from .targets.cost_table import CostTable
 
 
 def __getattr__(name: str) -> Any:

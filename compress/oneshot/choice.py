@@ -79,7 +79,7 @@ def choose(prediction: Prediction, budget: Budget, *, stream: bool = True) -> Ch
         best = _at_width(prediction.curves, architecture, budget, limit)
     except InputError as error:
         problem = error
-    for embed, lost in _stream_widths(prediction) if stream else ():
+    for embed, lost in stream_widths(prediction) if stream else ():
         if best is not None and lost >= best.error:
             break
         if turned is None:
@@ -111,7 +111,7 @@ def priced(architecture: Architecture) -> Architecture:
     return architecture.model_copy(update={"last_queries": True})
 
 
-def _stream_widths(prediction: Prediction) -> list[tuple[int, float]]:
+def stream_widths(prediction: Prediction) -> list[tuple[int, float]]:
     """Narrower widths of the stream and their predicted errors, the widest first."""
     if prediction.stream is None or not prediction.options.stream:
         return []
@@ -139,7 +139,9 @@ def _at_width(
     for _ in range(PRICINGS):
         prices |= branch_costs(architecture, budget.cost, gone)
         fronts = {
-            name: _front(specs[name], each, prices[name], _absorbed(each, chosen), name in gone)
+            name: _front(
+                specs[name], each, prices[name], absorbed_share(each, chosen), name in gone
+            )
             for name, each in predicted.items()
         }
         chosen = allocate(fronts, limit - fixed)
@@ -166,7 +168,7 @@ def _front(
     return removing if gone and removing else front
 
 
-def _absorbed(predicted: PredictedSubLayer, chosen: Mapping[str, Option]) -> float | None:
+def absorbed_share(predicted: PredictedSubLayer, chosen: Mapping[str, Option]) -> float | None:
     """The squared error of the removed sub-layer beside the widths chosen for its absorber."""
     if predicted.absorber is None:
         return None
@@ -189,7 +191,7 @@ def true_errors(
             for curve in each.curves
         )
         if option.removes:
-            absorbed = _absorbed(each, chosen)
+            absorbed = absorbed_share(each, chosen)
             if absorbed is not None:
                 error = min(error, each.weight * absorbed)
         found[name] = error

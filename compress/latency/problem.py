@@ -1,0 +1,317 @@
+"""The chain of sub-layers of a network at one width of the stream, for `programme`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...targets.cost_table import CostTable
+from ..network.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec
+from ..oneshot.allocation import Option
+from ..oneshot.budgets import SUB_LAYER_BYTES, Precision
+from ..oneshot.choice import absorbed_share
+from .losses import Losses
+from .programme import Numbers, Stage
+from .shapes import hidden_width, sublayer_shape
+
+# Numbers of tokens to choose from; widths of one dimension of a sub-layer to choose from.
+TOKEN_LEVELS, ATTENTION_WIDTHS, FFN_WIDTHS = 12, 10, 200
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The numbers of tokens of a chain.
+
+    Attributes:
+        counts: The tokens at each level, falling; 0 is all.
+        prefix: The level at which only the tokens that the head reads are computed; None if it
+            reads patches. Every attention but the last one needs more.
+        free: Whether tokens may leave at any attention; else where the network drops them already.
+    """
+
+    counts: tuple[int, ...]
+    prefix: int | None
+    free: bool
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The widths of a sub-layer to choose from.
+
+    Attributes:
+        branch: The sub-layer.
+        step: The number of its step.
+        widths: The widths of each option by dimension.
+        losses: The loss of each option, (options,).
+        sizes: Heads, qk and v of each option of an attention, or the hidden width alone,
+            (3 or 1, options); 0 where the sub-layer is gone.
+    """
+
+    branch: BranchSpec
+    step: int
+    widths: tuple[Mapping[str, int], ...]
+    losses: Numbers
+    sizes: tuple[np.ndarray, ...]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it is an attention, at which tokens may leave."""
+        return isinstance(self.branch.core, AttentionSpec)
+
+    @property
+    def gone(self) -> np.ndarray:
+        """Which options remove the sub-layer, (options,)."""
+        return np.asarray(self.sizes[0] == 0)
+
+
+def token_levels(architecture: Architecture, *, free: bool) -> Levels:
+    """The numbers of tokens to choose from.
+
+    Args:
+        architecture: The network.
+        free: Whether tokens may leave; without effect where a step has several attentions, or an
+            operator of its own selects tokens.
+    """
+    kinds = (AttentionSpec, FfnSpec, ConstantSpec)
+    simple = all(
+        sum(isinstance(branch.core, AttentionSpec) for branch in step) <= 1
+        and all(isinstance(branch.core, kinds) for branch in step)
+        for step in architecture.steps
+    )
+    counts = {architecture.tokens, *architecture.step_tokens(last_queries=False)}
+    free = free and simple and architecture.pool.kind != "none"
+    if free:
+        patches = architecture.patches
+        counts |= {
+            architecture.prefix + max(1, round(patches * share / TOKEN_LEVELS))
+            for share in range(1, TOKEN_LEVELS)
+        }
+    falling = tuple(sorted(counts, reverse=True))
+    read = architecture.pooled_prefix
+    if simple and read and read < falling[-1] and architecture.attention_steps():
+        return Levels((*falling, read), len(falling), free)
+    return Levels(falling, None, free)
+
+
+def sublayer_choices(
+    architecture: Architecture, losses: Losses, chosen: Mapping[str, Option] | None = None
+) -> list[Choices]:
+    """The options of every sub-layer; one that has no losses stays whole.
+
+    Args:
+        architecture: The network.
+        losses: What each choice loses.
+        chosen: Options of an earlier solution, from which follows what the sub-layer before a
+            removed one can take over. None: all of it.
+    """
+    found = []
+    for number, step in enumerate(architecture.steps):
+        # The attention of a step decides which tokens its other sub-layers compute.
+        for branch in sorted(step, key=lambda each: not isinstance(each.core, AttentionSpec)):
+            if not isinstance(branch.core, ConstantSpec):
+                found.append(_choices(architecture, branch, number, losses, chosen or {}))
+    return found
+
+
+def _choices(
+    architecture: Architecture,
+    branch: BranchSpec,
+    step: int,
+    losses: Losses,
+    chosen: Mapping[str, Option],
+) -> Choices:
+    predicted, core = losses.sublayers.get(branch.name), branch.core
+    if not isinstance(core, AttentionSpec | FfnSpec):
+        before = (architecture.tokens, *architecture.step_tokens(last_queries=False))
+        shape = sublayer_shape(branch, architecture.embed, before[step], before[step + 1])
+        hidden = 0 if shape is None else getattr(shape, "hidden", 1)
+        return Choices(branch, step, ({},), np.zeros(1), (np.array([hidden]),))
+    most = FFN_WIDTHS if isinstance(core, FfnSpec) else ATTENTION_WIDTHS
+    curves = () if predicted is None else predicted.curves
+    places = [_thinned(len(curve.widths), most) for curve in curves]
+    absorbed = None if predicted is None else absorbed_share(predicted, chosen)
+    widths: list[dict[str, int]] = []
+    values: list[float] = []
+    for picked in itertools.product(*places):
+        option = {
+            curve.dimension: curve.widths[place]
+            for curve, place in zip(curves, picked, strict=True)
+        }
+        loss = sum(curve.errors[place] for curve, place in zip(curves, picked, strict=True))
+        if option.get("head") == 0 and any(picked[1:]):
+            # Removed once: the widths of heads that are gone make no difference.
+            continue
+        if absorbed is not None and 0 in (option.get("head"), option.get("ffn")):
+            loss = min(loss, absorbed)
+        widths.append(option)
+        values.append(loss * (1.0 if predicted is None else predicted.weight))
+    return Choices(branch, step, tuple(widths), np.array(values), _sizes(core, widths))
+
+
+def _thinned(count: int, most: int) -> list[int]:
+    """Places of at most `most` of `count` widths, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(place) for place in np.linspace(0, count - 1, most)})
+
+
+def _sizes(
+    core: AttentionSpec | FfnSpec, widths: Sequence[Mapping[str, int]]
+) -> tuple[np.ndarray, ...]:
+    if isinstance(core, FfnSpec):
+        hidden = [width.get("ffn", core.hidden) for width in widths]
+        whole = [hidden_width(core.model_copy(update={"hidden": each})) for each in hidden]
+        return (np.array(whole, dtype=np.int64),)
+    rows = [
+        [width.get(name, size) for width in widths]
+        for name, size in (("head", core.heads), ("qk", core.qk), ("v", core.v))
+    ]
+    heads, qk, v = (np.array(row, dtype=np.int64) for row in rows)
+    return heads, core.parts * qk, v
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The token numbers of each pair of levels of a sub-layer, and which options are possible.
+
+    Attributes:
+        pairs: Levels before and after.
+        read: Tokens that the sub-layer reads, (pairs, 1).
+        computed: Tokens that it computes, (pairs, 1).
+        possible: (pairs, options).
+        leaving: The loss of the tokens that leave, (pairs, 1).
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    read: np.ndarray
+    computed: np.ndarray
+    possible: np.ndarray
+    leaving: Numbers
+
+
+def token_grid(
+    architecture: Architecture, choices: Choices, levels: Levels, losses: Losses
+) -> Grid:
+    """The pairs of token levels of a sub-layer.
+
+    Args:
+        architecture: The network.
+        choices: The sub-layer.
+        levels: The numbers of tokens.
+        losses: What is lost with tokens that leave.
+    """
+    carried = (architecture.tokens, *architecture.step_tokens(last_queries=False))
+    before, after = carried[choices.step], carried[choices.step + 1]
+    counts, prefix, row = levels.counts, levels.prefix, losses.tokens.get(choices.step)
+    pairs: list[tuple[int, int]] = []
+    leaving: list[float] = []
+    drops: list[bool] = []
+    for i, read in enumerate(counts):
+        if i == prefix:
+            pairs.append((i, i))
+            leaving.append(0.0)
+            drops.append(False)
+            continue
+        if read > before:
+            continue
+        # The network itself keeps so many of them.
+        kept = counts.index(min(read, after))
+        for j in range(kept, len(counts)):
+            loss = 0.0
+            if j == prefix:
+                if not choices.mixes:
+                    continue
+            elif j > kept:
+                if not (choices.mixes and levels.free and row is not None):
+                    continue
+                loss = row[counts[j]] - row[min(read, len(row) - 1)]
+            pairs.append((i, j))
+            leaving.append(max(0.0, loss))
+            drops.append(j > kept)
+    possible = np.ones((len(pairs), len(choices.losses)), dtype=bool)
+    if choices.mixes:
+        for place, (i, _) in enumerate(pairs):
+            if i == prefix:
+                possible[place] = choices.gone
+            elif drops[place]:
+                # Tokens leave at an attention, so it has to be there.
+                possible[place] = ~choices.gone
+    reads = np.array([[counts[i]] for i, _ in pairs], dtype=np.int64)
+    computed = np.array([[counts[j]] for _, j in pairs], dtype=np.int64)
+    return Grid(tuple(pairs), reads, computed, possible, np.array(leaving)[:, None])
+
+
+def stage_of(choices: Choices, grid: Grid, amounts: Numbers) -> Stage:
+    """A stage of the programme whose options take these amounts, (pairs, options)."""
+    times = np.where(grid.possible, amounts, np.inf)
+    return Stage(choices.branch.name, grid.pairs, times, choices.losses[None] + grid.leaving)
+
+
+def milliseconds(choices: Choices, grid: Grid, table: CostTable, embed: int) -> Numbers:
+    """The latency of each option at each pair, (pairs, options).
+
+    Args:
+        choices: The sub-layer.
+        grid: Its token numbers.
+        table: The cost table.
+        embed: Channels of the stream.
+    """
+    if choices.mixes:
+        return table.attention_ms(embed, grid.read, grid.computed, *choices.sizes)
+    found = table.ffn_ms(embed, grid.computed, *choices.sizes)
+    return np.broadcast_to(found, grid.possible.shape)
+
+
+def weight_bytes(choices: Choices, grid: Grid, embed: int, precision: Precision) -> Numbers:
+    """The bytes of the weights of each option in a file, estimated, (pairs, options).
+
+    Args:
+        choices: The sub-layer.
+        grid: Its token numbers, which make no difference.
+        embed: Channels of the stream.
+        precision: Of the weights.
+    """
+    if choices.mixes:
+        heads, qk, v = choices.sizes
+        outputs = heads * (2 * qk + v) + embed
+        numbers = embed * heads * (2 * qk + 2 * v)
+    else:
+        outputs = choices.sizes[0] + embed
+        numbers = 2 * embed * choices.sizes[0]
+    each = WEIGHT_BYTES[precision]
+    # Biases and norms beside the matrices; in int8 a scale and a zero point for each output.
+    beside = (2 if precision == "fp16" else 4) * (outputs + 2 * embed)
+    beside = beside + (5 * outputs if precision == "int8" else 0)
+    total = np.where(choices.gone, 0.0, each * numbers + beside + SUB_LAYER_BYTES)
+    return np.broadcast_to(total, grid.possible.shape).astype(np.float64)
+
+
+def peak_numbers(choices: Choices, grid: Grid, embed: int) -> Numbers:
+    """The numbers that each option has in memory at most, (pairs, options).
+
+    The residual stream, and the inputs and outputs of one operator at a time.
+
+    Args:
+        choices: The sub-layer.
+        grid: Its token numbers.
+        embed: Channels of the stream.
+    """
+    n, m = grid.read, grid.computed
+    if choices.mixes:
+        heads, qk, v = choices.sizes
+        inputs = (n + m) * heads * qk + n * heads * v
+        scores = heads * m * n
+        rows = (
+            n * embed + inputs,
+            inputs + scores,
+            scores + (n + m) * heads * v,
+            m * heads * v + m * embed,
+        )
+        peak = np.maximum.reduce(rows)
+    else:
+        peak = m * embed + m * choices.sizes[0]
+    return np.where(choices.gone, 0.0, n * embed + peak).astype(np.float64)

@@ -1,0 +1,92 @@
+"""The sizes of networks and sub-layers as cost tables have them, and their other budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+
+from ...targets.cost_table import AttentionShape, CostTable, FfnShape, NetworkShape, SubLayerShape
+from ..network.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec
+from ..network.count import branch_macs, branch_tokens, stem_macs
+from ..oneshot.choice import priced
+
+Cost = Callable[[BranchSpec, int, int, int], float]
+
+
+def sublayer_shape(
+    branch: BranchSpec, embed: int, tokens: int, queries: int
+) -> SubLayerShape | None:
+    """The sizes of a sub-layer; None for a constant, which costs nothing.
+
+    Args:
+        branch: The sub-layer. A gated FFN and every unknown kind count as an FFN of equal
+            multiply-adds.
+        embed: Channels of the residual stream.
+        tokens: Tokens that it reads.
+        queries: Tokens that it computes.
+    """
+    core = branch.core
+    if isinstance(core, ConstantSpec):
+        return None
+    if isinstance(core, AttentionSpec):
+        return AttentionShape(
+            tokens_in=tokens,
+            tokens_out=queries,
+            heads=core.heads,
+            qk=core.parts * core.qk,
+            v=core.v,
+        )
+    if isinstance(core, FfnSpec):
+        return FfnShape(tokens=queries, hidden=hidden_width(core))
+    macs = branch_macs(branch, embed, tokens, queries)
+    return FfnShape(tokens=queries, hidden=max(1, math.ceil(macs / (2 * embed * queries))))
+
+
+def hidden_width(core: FfnSpec) -> int:
+    """The hidden width of an FFN of two matrices with as many multiply-adds."""
+    return math.ceil(1.5 * core.hidden) if core.gated else core.hidden
+
+
+def network_shape(architecture: Architecture, removed: Collection[str] = ()) -> NetworkShape:
+    """The sizes of a network as it is exported: the last block computes what the head reads.
+
+    Args:
+        architecture: The network.
+        removed: Sub-layers that are gone.
+    """
+    found = priced(architecture)
+    shapes = [
+        sublayer_shape(branch, found.embed, tokens, queries)
+        for branch, tokens, queries in branch_tokens(found, removed)
+    ]
+    filled = found.read_width(found.stem_writes)
+    return NetworkShape(
+        embed=found.embed,
+        tokens=found.tokens,
+        pixels=max(1, math.ceil(stem_macs(found) / (found.patches * filled))),
+        classes=found.classes if found.head is not None else 1,
+        sublayers=tuple(shape for shape in shapes if shape is not None),
+    )
+
+
+def latency_cost(table: CostTable) -> Cost:
+    """The cost of a sub-layer in milliseconds, for budgets of a cut without training."""
+
+    def cost(branch: BranchSpec, embed: int, tokens: int, queries: int) -> float:
+        shape = sublayer_shape(branch, embed, tokens, queries)
+        return 0.0 if shape is None else shape_ms(table, embed, shape)
+
+    return cost
+
+
+def shape_ms(table: CostTable, embed: int, shape: SubLayerShape) -> float:
+    """The milliseconds of one sub-layer."""
+    if isinstance(shape, FfnShape):
+        return float(table.ffn_ms(embed, shape.tokens, shape.hidden))
+    sizes = (shape.tokens_in, shape.tokens_out, shape.heads, shape.qk, shape.v)
+    return float(table.attention_ms(embed, *sizes))
+
+
+def ends_ms(table: CostTable, shape: NetworkShape, embed: int) -> float:
+    """The milliseconds of the stem and the head at a width of the stream."""
+    return float(table.ends_ms(embed, shape.tokens, shape.pixels, shape.classes))

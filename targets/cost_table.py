@@ -1,0 +1,425 @@
+"""The latency of networks on a device by sub-layer: measured points, and costs fitted to them.
+
+A network costs the sum over its sub-layers and its ends (the call, the stem, the head). Inside a
+sub-layer the sizes multiply: each part counts the work of one kind of operator. Products count the
+columns that the kernels compute, which are whole tiles: `ceil(width / tile) * tile`. A sub-layer
+that is gone costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..core import strict_json
+from ..core.errors import InputError
+from ..core.storage import replace_file
+from ..core.written_kinds import json_kind
+from .catalog import present_name
+
+SCHEMA: Literal["vitrim.cost-table/2"] = "vitrim.cost-table/2"
+EARLIER_SCHEMA = "vitrim.cost-table/1"
+COST_TABLE = json_kind("a cost table", SCHEMA)
+ATTENTION_PARTS = (
+    *("attention", "heads", "projections", "attention products", "output", "softmax"),
+    *("attention norms", "attention residual", "head copies", "dropping", "attention weights"),
+)
+FFN_PARTS = ("ffn", "ffn products", "ffn norms", "activation", "ffn weights")
+END_PARTS = ("call", "stem", "stem tokens", "classes")
+PARTS = (*ATTENTION_PARTS, *FFN_PARTS, *END_PARTS)
+# Parts of a table of the earlier schema, in seconds, and the parts that they became.
+_EARLIER_PARTS = {
+    "block": (("attention", 0.5), ("ffn", 0.5)),
+    "projections": (("projections", 1.0),),
+    "attention products": (("attention products", 1.0),),
+    "output": (("output", 1.0),),
+    "ffn": (("ffn products", 1.0),),
+    "norms": (("attention norms", 1.0), ("ffn norms", 1.0)),
+    "softmax": (("softmax", 1.0),),
+    "activation": (("activation", 1.0),),
+    "weights": (("attention weights", 1.0), ("ffn weights", 1.0)),
+}
+Numbers = npt.NDArray[np.float64]
+# One size, or an array of sizes; arrays are broadcast.
+Sizes = int | npt.NDArray[np.int64]
+Size = Annotated[int, Field(ge=1, le=10_000_000)]
+Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Role = Literal["fit", "held-out", "check"]
+
+
+class _Plain(BaseModel):
+    """Frozen data; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class AttentionShape(_Plain):
+    """The sizes of an attention: it reads `tokens_in` tokens and computes `tokens_out` of them."""
+
+    kind: Literal["attention"] = "attention"
+    tokens_in: Size
+    tokens_out: Size
+    heads: Size
+    qk: Size
+    v: Size
+
+
+class FfnShape(_Plain):
+    """The sizes of a feed-forward sub-layer."""
+
+    kind: Literal["ffn"] = "ffn"
+    tokens: Size
+    hidden: Size
+
+
+SubLayerShape = Annotated[AttentionShape | FfnShape, Field(discriminator="kind")]
+
+
+class NetworkShape(_Plain):
+    """The sizes of a network that its latency depends on.
+
+    Attributes:
+        embed: Channels of the residual stream.
+        tokens: Tokens behind the stem, prefix tokens included.
+        pixels: Multiply-adds of the stem for each token and channel: the numbers in a patch.
+        classes: Outputs of the head; 1 without one.
+        sublayers: What it computes, in order; sub-layers that are gone are not listed.
+    """
+
+    embed: Size
+    tokens: Size
+    pixels: Size
+    classes: Size
+    sublayers: tuple[SubLayerShape, ...] = ()
+
+
+class MeasuredNetwork(_Plain):
+    """A measured network: its latency, and what the point is for.
+
+    `fit`: the costs are fitted to it; `held-out`: it gives the error of the fit; `check`: a compact
+    network of mixed widths, which gives the error of a sum of sub-layers, and the correction.
+    """
+
+    network: NetworkShape
+    latency_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    role: Role = "fit"
+
+
+class Errors(_Plain):
+    """Relative errors of predictions: how many, their median, 95th percentile and largest."""
+
+    count: int = Field(ge=1)
+    median: Cost
+    p95: Cost
+    largest: Cost
+
+    @classmethod
+    def of(cls, predicted: npt.ArrayLike, measured: npt.ArrayLike) -> Errors:
+        """The errors of predictions of measured latencies, both (count,)."""
+        errors = np.abs(np.asarray(predicted) / np.asarray(measured) - 1)
+        return cls(
+            count=len(errors),
+            median=float(np.median(errors)),
+            p95=float(np.quantile(errors, 0.95)),
+            largest=float(errors.max()),
+        )
+
+    def text(self) -> str:
+        """The errors in percent, as words."""
+        return (
+            f"median {100 * self.median:.1f} %, 95th percentile {100 * self.p95:.1f} %, "
+            f"largest {100 * self.largest:.1f} %"
+        )
+
+
+class Correction(_Plain):
+    """What whole networks take beside the sum of their parts: scale * sum + offset_ms."""
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    offset_ms: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+
+
+class CostTable(_Plain):
+    """Measured networks of one target, runtime and precision, and the costs fitted to them.
+
+    Attributes:
+        target: Name of the device profile.
+        target_features: Its instruction sets, where it is a shipped one.
+        runtime: Name of the runtime.
+        runtime_version: Its version.
+        precision: Of the artifacts.
+        threads: Threads of the runtime.
+        batch: Images in an inference; latencies are those of the batch.
+        tile: Columns that the kernels compute at once, found by the fit.
+        costs_ms: Milliseconds per unit of each of `PARTS`; parts that are missing cost nothing.
+        points: The measured networks.
+        held_out: Errors of the networks held out of the fit; None without any.
+        whole: Errors of whole compact networks, corrected, each by the others; None without any.
+        uncorrected: The same without the correction.
+        correction: What whole networks take beside the sum of their parts.
+        environment: The machine while it was measured.
+    """
+
+    schema_: Literal["vitrim.cost-table/2"] = Field(SCHEMA, alias="schema")
+    target: str
+    target_features: tuple[str, ...] | None = None
+    runtime: str
+    runtime_version: str = ""
+    precision: str = "fp32"
+    threads: int = Field(1, ge=1)
+    batch: int = Field(1, ge=1)
+    tile: int = Field(1, ge=1)
+    costs_ms: dict[str, Cost]
+    points: tuple[MeasuredNetwork, ...] = ()
+    held_out: Errors | None = None
+    whole: Errors | None = None
+    uncorrected: Errors | None = None
+    correction: Correction = Correction()
+    environment: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _known_parts(self) -> CostTable:
+        for part in self.costs_ms:
+            if part not in PARTS:
+                raise ValueError(f"costs_ms: {part!r} is no part; known are {', '.join(PARTS)}")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What was measured, as a message names it."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        batch = "" if self.batch == 1 else f", batch {self.batch}"
+        return f"{self.runtime} {self.precision} on {self.target}, {threads}{batch}"
+
+    @cached_property
+    def _costs(self) -> Numbers:
+        return np.array([self.costs_ms.get(part, 0.0) for part in PARTS])
+
+    def attention_ms(
+        self,
+        embed: Sizes,
+        tokens_in: Sizes,
+        tokens_out: Sizes,
+        heads: Sizes,
+        qk: Sizes,
+        v: Sizes,
+    ) -> Numbers:
+        """Return the milliseconds of an attention; arrays of sizes are broadcast.
+
+        Args:
+            embed: Channels of the residual stream.
+            tokens_in: Tokens that it reads.
+            tokens_out: Tokens that it computes.
+            heads: Heads; 0: the attention is gone, and costs nothing.
+            qk: Width of each head's queries and keys.
+            v: Width of each head's values.
+
+        Returns:
+            Milliseconds, in the shape of the arrays.
+        """
+        sizes = (embed, tokens_in, tokens_out, heads, qk, v)
+        costs = self._costs[: len(ATTENTION_PARTS)]
+        return _priced(attention_parts(*sizes, tile=self.tile), costs, present=heads)
+
+    def ffn_ms(self, embed: Sizes, tokens: Sizes, hidden: Sizes) -> Numbers:
+        """Return the milliseconds of an FFN; arrays are broadcast, and 0 hidden units cost 0."""
+        start = len(ATTENTION_PARTS)
+        costs = self._costs[start : start + len(FFN_PARTS)]
+        return _priced(ffn_parts(embed, tokens, hidden, tile=self.tile), costs, present=hidden)
+
+    def ends_ms(self, embed: Sizes, tokens: Sizes, pixels: Sizes, classes: Sizes) -> Numbers:
+        """Return the milliseconds outside the sub-layers: the call, the stem and the head.
+
+        Args:
+            embed: Channels of the residual stream.
+            tokens: Tokens behind the stem.
+            pixels: Multiply-adds of the stem for each token and channel.
+            classes: Outputs of the head.
+        """
+        costs = self._costs[len(ATTENTION_PARTS) + len(FFN_PARTS) :]
+        parts = end_parts(embed, tokens, pixels, classes, tile=self.tile)
+        return _priced(parts, costs, present=1)
+
+    def sum_ms(self, network: NetworkShape) -> float:
+        """Return the sum over the parts of a network, in milliseconds, without the correction."""
+        return float(network_parts(network, self.tile) @ self._costs)
+
+    def latency_ms(self, network: NetworkShape) -> float:
+        """Return the predicted latency of a network in milliseconds, corrected."""
+        return self.corrected_ms(self.sum_ms(network))
+
+    def corrected_ms(self, sum_ms: float) -> float:
+        """Return the latency of a network whose parts take `sum_ms`, in milliseconds."""
+        return self.correction.scale * sum_ms + self.correction.offset_ms
+
+    def parts_ms(self, latency_ms: float) -> float:
+        """Return what the parts of a network may take for a latency; inverts `corrected_ms`."""
+        return (latency_ms - self.correction.offset_ms) / self.correction.scale
+
+    def save(self, path: Path | str) -> None:
+        """Write the table as JSON, atomically."""
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
+        replace_file(path, text + "\n", COST_TABLE)
+
+    @classmethod
+    def load(cls, path: Path | str) -> CostTable:
+        """Read a saved table, also one of the earlier schema.
+
+        Raises:
+            InputError: It cannot be read, or a key is wrong; the message has the file and the key.
+        """
+        try:
+            data = strict_json.parse(Path(path).read_bytes())
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be read ({error.strerror}); "
+                "measure a table with `vitrim bench --cost-table`"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error}); measure the table again") from None
+        try:
+            if isinstance(data, dict) and data.get("schema") == EARLIER_SCHEMA:
+                data = _upgraded(_EarlierTable.model_validate(data))
+            return cls.model_validate_json(json.dumps(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "the table"
+            raise InputError(f"{path}: {key}: {first['msg']}; measure the table again") from None
+
+
+def attention_parts(
+    embed: Sizes,
+    tokens_in: Sizes,
+    tokens_out: Sizes,
+    heads: Sizes,
+    qk: Sizes,
+    v: Sizes,
+    *,
+    tile: int,
+) -> list[Any]:
+    """Return the amount of each of `ATTENTION_PARTS` in an attention.
+
+    Args:
+        embed: Channels of the residual stream.
+        tokens_in: Tokens that it reads.
+        tokens_out: Tokens that it computes.
+        heads: Heads.
+        qk: Width of each head's queries and keys.
+        v: Width of each head's values.
+        tile: Columns that the kernels compute at once.
+
+    Returns:
+        One number or array for each part.
+    """
+    e, n, m, h = embed, tokens_in, tokens_out, heads
+    # Queries of fewer tokens than are read are selected by an operator of its own.
+    drops = np.not_equal(m, n)
+    return [
+        1,
+        h,
+        e * (m * whole_tiles(h * qk, tile) + n * whole_tiles(h * qk, tile))
+        + e * n * whole_tiles(h * v, tile),
+        h * m * (whole_tiles(n, tile) * qk + n * whole_tiles(v, tile)),
+        m * h * v * whole_tiles(e, tile),
+        n * m * h,
+        n * e,
+        m * e,
+        h * ((n + m) * qk + (n + m) * v),
+        drops * 1,
+        e * h * (2 * qk + 2 * v),
+    ]
+
+
+def ffn_parts(embed: Sizes, tokens: Sizes, hidden: Sizes, *, tile: int) -> list[Any]:
+    """Return the amount of each of `FFN_PARTS` in an FFN.
+
+    Args:
+        embed: Channels of the residual stream.
+        tokens: Tokens that it computes.
+        hidden: Hidden units.
+        tile: Columns that the kernels compute at once.
+    """
+    products = tokens * (embed * whole_tiles(hidden, tile) + hidden * whole_tiles(embed, tile))
+    return [1, products, tokens * embed, tokens * hidden, 2 * embed * hidden]
+
+
+def end_parts(
+    embed: Sizes, tokens: Sizes, pixels: Sizes, classes: Sizes, *, tile: int
+) -> list[Any]:
+    """Return the amount of each of `END_PARTS` outside the sub-layers.
+
+    Args:
+        embed: Channels of the residual stream.
+        tokens: Tokens behind the stem.
+        pixels: Multiply-adds of the stem for each token and channel.
+        classes: Outputs of the head.
+        tile: Columns that the kernels compute at once.
+    """
+    wide = whole_tiles(embed, tile)
+    return [1, tokens * pixels * wide, tokens * embed, embed * classes]
+
+
+def network_parts(network: NetworkShape, tile: int) -> Numbers:
+    """Return the amount of each of `PARTS` in a network, (parts,)."""
+    e = network.embed
+    attention = np.zeros(len(ATTENTION_PARTS))
+    ffn = np.zeros(len(FFN_PARTS))
+    for each in network.sublayers:
+        if isinstance(each, AttentionShape):
+            sizes = (e, each.tokens_in, each.tokens_out, each.heads, each.qk, each.v)
+            attention += np.array(attention_parts(*sizes, tile=tile), dtype=np.float64)
+        else:
+            ffn += np.array(ffn_parts(e, each.tokens, each.hidden, tile=tile), dtype=np.float64)
+    ends = end_parts(e, network.tokens, network.pixels, network.classes, tile=tile)
+    return np.concatenate([attention, ffn, np.array(ends, dtype=np.float64)])
+
+
+def whole_tiles(width: Sizes, tile: int) -> Any:
+    """Return widths rounded up to whole tiles."""
+    return -(-width // tile) * tile
+
+
+def _priced(parts: list[Any], costs: Numbers, *, present: Sizes) -> Numbers:
+    total = sum(
+        cost * np.asarray(part, np.float64) for part, cost in zip(parts, costs, strict=True)
+    )
+    return np.asarray(np.where(np.greater(present, 0), total, 0.0), dtype=np.float64)
+
+
+class _EarlierTable(BaseModel):
+    """What is used of a table of the earlier schema: seconds by part of a block, in fp32."""
+
+    model_config = ConfigDict(frozen=True)
+    target: str
+    target_features: tuple[str, ...] | None = None
+    threads: int = Field(ge=1)
+    runtime: str
+    costs_s: dict[str, Cost]
+    environment: dict[str, Any] = {}
+
+
+def _upgraded(earlier: _EarlierTable) -> Mapping[str, Any]:
+    """A table of the earlier schema in the present one; the ends cost nothing there."""
+    costs: dict[str, float] = {}
+    for part, seconds in earlier.costs_s.items():
+        for name, share in _EARLIER_PARTS.get(part, ()):
+            costs[name] = 1e3 * share * seconds
+    known = "target_features" in earlier.model_fields_set
+    name, _, version = earlier.runtime.partition(" ")
+    return {
+        "schema": SCHEMA,
+        "target": earlier.target if known else present_name(earlier.target),
+        "target_features": earlier.target_features,
+        "runtime": name,
+        "runtime_version": version,
+        "threads": earlier.threads,
+        "costs_ms": costs,
+        "environment": earlier.environment,
+    }

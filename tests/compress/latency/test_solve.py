@@ -1,0 +1,182 @@
+"""Solutions for a network: the compact network has the table's latency, within every budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_networks import architectures, network
+from tiny_models import tiny_vit
+from vitrim import CostTable, InputError, SolveOptions, compact, lift, solve
+from vitrim.compress.latency.losses import Losses, predicted_losses, scored_losses, uniform_losses
+from vitrim.compress.latency.shapes import network_shape
+from vitrim.compress.latency.solve import smallest_latency_ms
+from vitrim.compress.masks.saliency import saliency
+from vitrim.compress.network.architecture import Architecture
+from vitrim.compress.oneshot.budgets import file_bytes
+from vitrim.compress.oneshot.prediction import TrimOptions, predict
+from vitrim.targets.cost_table import PARTS, Correction
+
+COSTS = dict.fromkeys(PARTS, 1e-6) | {"attention": 0.004, "ffn": 0.003, "call": 0.01}
+
+
+def cost_table(**fields: Any) -> CostTable:
+    return CostTable(
+        **{"target": "host", "runtime": "onnxruntime", "tile": 4, "costs_ms": COSTS} | fields
+    )
+
+
+TABLE = cost_table(correction=Correction(scale=1.1, offset_ms=0.002))
+NARROW = SolveOptions(round_to=4)
+
+
+def token_losses(architecture: Architecture) -> dict[int, list[float]]:
+    """Losses that fall with the number of tokens, and more in early blocks."""
+    size = architecture.tokens
+    return {
+        step: [0.01 * (1 + 1 / (step + 1)) * (size - count) / size for count in range(size + 1)]
+        for step in architecture.attention_steps()
+    }
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+def test_the_compact_network_has_the_latency_of_the_solution(share: float) -> None:
+    model = lift(tiny_vit(depth=3, img_size=32))
+    dense = TABLE.latency_ms(network_shape(model.architecture))
+    found = solve(model, share * dense, TABLE, options=NARROW)
+    small = compact(model, found.mask())
+    assert found.latency_ms == pytest.approx(TABLE.latency_ms(network_shape(small.architecture)))
+    assert found.latency_ms is not None
+    assert 0.8 * share * dense < found.latency_ms <= share * dense
+    assert small.architecture.embed == found.embed
+
+
+def test_tokens_leave_where_the_losses_allow_it() -> None:
+    architecture = lift(tiny_vit(depth=3, img_size=64)).architecture
+    dense = TABLE.latency_ms(network_shape(architecture))
+    losses = uniform_losses(architecture, 4)
+    with_tokens = Losses(losses.sublayers, token_losses(architecture))
+    stays = solve(architecture, 0.5 * dense, TABLE, losses=losses)
+    leaves = solve(architecture, 0.5 * dense, TABLE, losses=with_tokens)
+    fixed = solve(
+        architecture, 0.5 * dense, TABLE, losses=with_tokens, options=SolveOptions(tokens=False)
+    )
+    assert set(stays.counts) == {architecture.tokens, 1}
+    assert fixed.counts == stays.counts
+    assert leaves.loss < stays.loss
+    assert leaves.counts[0] < architecture.tokens
+    assert list(leaves.counts) == sorted(leaves.counts, reverse=True)
+    assert leaves.latency_ms is not None
+    assert leaves.latency_ms <= 0.5 * dense
+
+
+def test_a_removed_last_attention_leaves_its_tokens_to_the_one_before() -> None:
+    architecture = lift(tiny_vit(depth=2, img_size=32)).architecture
+    losses = uniform_losses(architecture, 4)
+    last = architecture.branches[2].name
+    free = losses.scaled({last: 0.0})
+    dense = TABLE.latency_ms(network_shape(architecture))
+    found = solve(architecture, 0.7 * dense, TABLE, losses=free)
+    assert found.widths[last]["head"] == 0
+    assert found.counts == (1, 1, 1, 1)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(architecture=architectures(), share=st.floats(0.3, 1.0))
+def test_every_network_is_solved_within_its_budget(
+    architecture: Architecture, share: float
+) -> None:
+    table = cost_table(tile=1)
+    losses = uniform_losses(architecture)
+    least = smallest_latency_ms(architecture, losses, table)
+    dense = table.latency_ms(network_shape(architecture))
+    budget = max(share * dense, 1.001 * least)
+    found = solve(architecture, budget, table, losses=losses)
+    assert found.latency_ms is not None
+    assert found.latency_ms <= budget * (1 + 1e-8)
+    small = compact(network(architecture), found.mask())
+    assert table.latency_ms(network_shape(small.architecture)) <= budget * (1 + 1e-8)
+
+
+def test_a_larger_budget_never_loses_more() -> None:
+    architecture = lift(tiny_vit(depth=3)).architecture
+    dense = TABLE.latency_ms(network_shape(architecture))
+    found = [solve(architecture, share * dense, TABLE, options=NARROW) for share in (0.4, 0.6, 0.8)]
+    losses = [solution.loss for solution in found]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_scores_of_the_stream_narrow_it() -> None:
+    model = lift(tiny_vit(depth=2, embed_dim=48))
+    scores = saliency(model, "l2")
+    losses = scored_losses(model.architecture, scores, 8)
+    assert set(losses.embed) == {40, 32, 24, 16, 8}
+    cheap = losses.scaled({}, embed=1e-6)
+    dense = TABLE.latency_ms(network_shape(model.architecture))
+    found = solve(model, 0.6 * dense, TABLE, losses=cheap)
+    assert found.embed < 48
+    small = compact(model, found.mask())
+    assert found.latency_ms == pytest.approx(TABLE.latency_ms(network_shape(small.architecture)))
+
+
+def test_statistics_of_images_are_losses() -> None:
+    model = lift(tiny_vit(depth=2, img_size=32))
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prediction = predict(model, images, options=TrimOptions(round_to=4))
+    losses = predicted_losses(prediction)
+    dense = TABLE.latency_ms(network_shape(model.architecture))
+    found = solve(model, 0.7 * dense, TABLE, losses=losses)
+    assert found.loss == pytest.approx(
+        sum(option.error for option in found.options.values()) + found.stream_loss
+    )
+
+
+def test_a_file_and_a_peak_of_memory_are_budgets() -> None:
+    architecture = lift(tiny_vit(depth=3)).architecture
+    dense = TABLE.latency_ms(network_shape(architecture))
+    whole = file_bytes(architecture, "fp32") / 1e6
+    found = solve(architecture, None, file_mb=0.7 * whole, options=NARROW)
+    assert found.latency_ms is None
+    assert 0.5 * whole < found.file_bytes / 1e6 <= 0.7 * whole
+    both = solve(architecture, 0.9 * dense, TABLE, file_mb=0.6 * whole, options=NARROW)
+    assert both.file_bytes / 1e6 <= 0.6 * whole
+    assert both.latency_ms is not None
+    assert both.latency_ms <= 0.9 * dense
+    alone = solve(architecture, 0.9 * dense, TABLE, options=NARROW)
+    assert alone.loss <= both.loss
+    memory = solve(architecture, None, peak_memory_mb=0.7 * whole, options=NARROW)
+    assert memory.file_bytes / 1e6 < 0.7 * whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"latency_ms": None}, "no budget: give latency_ms, file_mb, peak_memory_mb"),
+        ({"latency_ms": 0.0, "table": TABLE}, "latency_ms = 0.0: give a number above 0"),
+        ({"latency_ms": 1.0}, "latency_ms needs a cost table; measure one with `vitrim bench"),
+        (
+            {"latency_ms": 0.001, "table": TABLE},
+            r"latency_ms = 0\.001: the smallest latency that can be reached is 0\.\d+ ms "
+            r"\(onnxruntime fp32 on host, 1 thread\); give a larger budget",
+        ),
+        (
+            {"latency_ms": None, "file_mb": 1e-4},
+            r"file_mb = 0\.0001: the smallest weights that can be reached are 0\.\d+ MB",
+        ),
+    ],
+)
+def test_a_budget_that_cannot_be_met_names_the_smallest(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        solve(lift(tiny_vit()).architecture, **arguments)
+
+
+def test_scores_of_another_size_are_refused() -> None:
+    architecture = lift(tiny_vit()).architecture
+    name = architecture.branches[0].name
+    with pytest.raises(InputError, match=rf"scores: head/{name} has shape \(2,\), the network 3"):
+        scored_losses(architecture, {"head": {name: torch.ones(2)}})
