@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import timm
 from source_tree import ROOT
+from vitrim.core.errors import InputError
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -37,6 +40,42 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
     names = re.findall(r"python -m (benchmarks[\w.]+)", page.read_text(encoding="utf-8"))
     known = {*MODULES, *(name.removesuffix(".__main__") for name in MODULES)}
     assert [name for name in names if name.rstrip(".") not in known] == []
+
+
+def test_published_figures_are_of_known_models_at_their_image_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    pytest.importorskip("fvcore", reason="pip install 'vitrim[benchmarks]'")
+    from benchmarks.speed import other_models
+
+    table = tomllib.loads(other_models.PUBLISHED.read_text(encoding="utf-8"))
+    for name, figure in table["models"].items():
+        source = other_models._parsed(name)[1]
+        config = timm.get_pretrained_cfg(source)
+        assert config is not None
+        assert config.input_size[-1] == figure["image"]
+        assert figure["weights"].startswith(source) == (name == source)
+        assert 50 < figure["top1_percent"] < 90
+        found = other_models.published(name, config.input_size, table)
+        assert found is not None
+        assert found["source"] == table["sources"][figure["source"]]
+    small = "mobilevitv2_050"
+    assert other_models.published(f"{small}.cvnets_in1k", (3, 256, 256), table) is not None
+    assert other_models.published(small, (3, 224, 224), table) is None
+
+
+def test_a_row_of_other_models_is_read_from_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    pytest.importorskip("fvcore", reason="pip install 'vitrim[benchmarks]'")
+    from benchmarks.speed.other_models import _parsed
+
+    assert _parsed("mobilevitv2_050.cvnets_in1k") == (None, "mobilevitv2_050.cvnets_in1k", None)
+    assert _parsed("tome:deit_tiny_patch16_224:8") == ("tome", "deit_tiny_patch16_224", 8)
+    assert _parsed("hvt:deit_tiny_patch16_224") == ("hvt", "deit_tiny_patch16_224", None)
+    for wrong in ("evit:deit_tiny_patch16_224:8", "deit_tiny_patch16_224:8", "a b"):
+        with pytest.raises(InputError, match="no row; give a timm name"):
+            _parsed(wrong)
 
 
 CPUID_SOURCE = """
