@@ -26,6 +26,7 @@ from torch import Tensor
 from ...core.errors import InputError
 from ..network.architecture import Architecture
 from ..network.cost import CostKind, live_cost
+from ..network.select_specs import scoring_branches
 from .gates import Gates
 from .groups import sites
 from .token_gates import exit_gradients, nested_values
@@ -275,10 +276,11 @@ class DualSolver:
         Returns:
             The name of the branch, or None.
         """
+        pinned = self.gates.removed | scoring_branches(self.architecture)
         alive = {
             branch.name: branch.core.kind
             for branch in self.architecture.branches
-            if branch.name not in self.gates.removed
+            if branch.name not in pinned
         }
         spent, everything = self.cost(kept), [torch.ones_like(keep) for keep in kept]
         found = {
@@ -290,7 +292,7 @@ class DualSolver:
             and self._cost_without(name, everything) >= target
         }
         # One always stays: a network without any sub-layer mixes no tokens.
-        if len(alive) < 2 or not found:
+        if len(self.architecture.branches) - len(self.gates.removed) < 2 or not found:
             return None
         least = min(found, key=lambda name: found[name])
         return least if found[least] < self.price else None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...core.errors import InputError
 from ..network.architecture import Architecture, Indices
+from ..network.select_specs import is_hidden_site
 from .groups import DIMENSIONS, SHARED, Sharing, groups, sites, tied_units
 from .mask import StructuredMask
 from .token_gates import close_upwards, nested_gates, token_places
@@ -129,6 +130,8 @@ class Gates(nn.Module):
             for dimension in GATED
             if dimension in wanted and dimension not in self.fixed
             for site, size in wanted[dimension].items()
+            # Units of a predictor matter little before it has learned, so they would go first.
+            if not is_hidden_site(site)
         ]
         self.token_places = token_places(architecture) if self.tokens else ()
         self._widths, self._prefix = len(self.groups), architecture.prefix

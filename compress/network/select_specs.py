@@ -135,6 +135,15 @@ def scoring_attention(architecture: Architecture, select: SelectSpec) -> BranchS
     return found[0]
 
 
+def scoring_branches(architecture: Architecture) -> frozenset[str]:
+    """Names of the sub-layers whose attention scores patches, which cannot be removed."""
+    return frozenset(
+        scoring_attention(architecture, select).name
+        for select in architecture.selects
+        if select.scorer in ATTENTION_SCORERS
+    )
+
+
 def selected_tokens(architecture: Architecture, step: int, tokens: Any) -> Any:
     """Number of the tokens that are left after the selections before a step."""
     for select in architecture.selects:

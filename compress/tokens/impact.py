@@ -20,8 +20,16 @@ from torch import Tensor
 from ..masks.groups import token_sites
 from ..network.modules.model import CompactModel
 from .attention_scores import top_tokens
-from .counts import attention_steps
-from .streaming import Attended, DenseStreams, Progress, observed_step, position_tables, silent
+from .counts import attention_steps, whole_counts
+from .streaming import (
+    Attended,
+    DenseStreams,
+    Progress,
+    observed_step,
+    position_tables,
+    run_step,
+    silent,
+)
 
 
 def received(attended: Sequence[Attended]) -> Tensor:
@@ -180,6 +188,46 @@ def top_down(
         for site in range(first + 1):
             sets[site] = chosen[: sizes[site]]
     return sets, scores
+
+
+def image_impacts(model: CompactModel, images: Tensor, steps: Sequence[int]) -> dict[int, Tensor]:
+    """The impact of each token on the output for each image; every patch stays to the end.
+
+    Args:
+        model: A network whose tokens are not selected by content, in evaluation mode.
+        images: (images, channels, height, width), on the device of the model.
+        steps: The steps with attention after which impacts are computed; -1 is the stem.
+
+    Returns:
+        By step, (images, tokens). What no later attention reads has the impact 0.
+    """
+    sizes = list(token_sites(model.architecture).values())
+    sets = [
+        torch.arange(size) < count
+        for size, count in zip(sizes, whole_counts(model.architecture), strict=True)
+    ]
+    mixing = attention_steps(model.architecture)
+    start = max(min(steps), mixing[0])
+    found: dict[int, Tensor] = {}
+    with torch.no_grad():
+        x = model.embed(images)
+        for number in range(start):
+            x = run_step(model, number, x)
+        observed = {}
+        y = x
+        for number in range(start, len(model.steps)):
+            y, attended = observed_step(model, number, y, count=int(sets[number + 1].sum()))
+            if attended:
+                observed[number] = attended
+        maps = {number: _maps(attended) for number, attended in observed.items()}
+        for step, gram in _grams(maps, sets, min(steps)).items():
+            if step in steps:
+                sums = x.square().sum(dim=-1) if step < 0 else received(observed[step])
+                kept = gram.diagonal(dim1=1, dim2=2)
+                whole = kept.new_zeros(len(images), sizes[step + 1])
+                whole[:, : kept.shape[1]] = kept * sums[:, : kept.shape[1]]
+                found[step] = whole
+    return found
 
 
 def stem_impact(model: CompactModel, streams: DenseStreams, sets: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from ..lift import lift
 from ..network.architecture import Architecture, AttentionSpec, NormSpec, PredictorSpec, SelectSpec
 from ..network.modules.model import CompactModel
 from ..network.modules.select import Choices
-from ..network.select_specs import ATTENTION_SCORERS, Scorer
+from ..network.select_specs import ATTENTION_SCORERS, NAME_PREFIX, Scorer
 
 SelectMethod = Literal["dynamicvit", "dps", "evit", "class-attention", "column-attention", "random"]
 # How each method scores patches.
@@ -170,6 +170,11 @@ def kept_patches(
         found.append(kept)
         present = kept + fused
     return tuple(found)
+
+
+def stage_of(select: SelectSpec) -> int:
+    """The block of the source model at which `select_tokens` placed a selection."""
+    return int(select.name.removeprefix(NAME_PREFIX))
 
 
 def chosen_tokens(model: CompactModel, images: Tensor) -> list[Tensor]:

@@ -32,7 +32,8 @@ from .dense import Distillation, task_loss
 from .devices import Placement, tensors_to_cpu
 from .graph_shrinking import shrink_graph
 from .mask_settings import MaskSettings
-from .optimizers import OptimizerName, make_optimizer
+from .objectives import Objective
+from .optimizers import OptimizerName, make_optimizer, split_rates
 from .task import EpochEnd
 
 # Scores are vectors, which Muon leaves to AdamW.
@@ -61,6 +62,8 @@ class MaskTask:
         settings: How masks are learned.
         total_steps: The number of optimizer steps of the phase.
         distillation: The teacher (default: none).
+        objective: Of a network that chooses patches for each image; its loss replaces the task loss
+            (default: none).
 
     Raises:
         InputError: No mask meets the budget, or everything is fixed.
@@ -75,8 +78,10 @@ class MaskTask:
         total_steps: int,
         *,
         distillation: Distillation | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.settings, self.distillation = settings, distillation
+        self.objective = objective
         self.total_steps = max(1, total_steps)
         self.dense = model.architecture
         gates = self._gates(self.dense)
@@ -103,6 +108,8 @@ class MaskTask:
         self._install_on_device()
         if self.distillation is not None:
             self.distillation.teacher.to(placement.device)
+        if self.objective is not None:
+            self.objective.place(placement.device)
 
     def trained(self) -> nn.Module:
         """The network and the scores."""
@@ -115,7 +122,11 @@ class MaskTask:
     def optimizer(self) -> Optimizer:
         """A new optimizer over the weights and, with lambda, the scores."""
         name, lr = self.settings.optimizer, self.settings.lr
-        self._optimizer = make_optimizer(name, self.masked.network, lr, self.settings.weight_decay)
+        network = self.masked.network
+        self._optimizer = make_optimizer(name, network, lr, self.settings.weight_decay)
+        if self.objective is not None:
+            predictors, rate = network.selects.parameters(), self.objective.settings.lr
+            self._optimizer = split_rates(self._optimizer, predictors, rate)
         if self.settings.lambda_ is not None:
             for group in self.gates.parameter_groups(self.settings.score_lr):
                 self._optimizer.add_param_group({**group, **_FALLBACK[name]})
@@ -124,12 +135,20 @@ class MaskTask:
     def train_mode(self) -> None:
         """Set the network to training mode."""
         self.masked.train()
+        if self.objective is not None:
+            self.objective.attach(self.masked.network)
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of a batch, with lambda including the cost, and its logits (B, classes)."""
         self.gates.begin()
+        if self.objective is not None:
+            self.objective.begin(self.progress.step)
         logits: Tensor = self._forward(images, self.gates.value, "kept")
-        loss = task_loss(logits, targets, images, self.settings.label_smoothing, self.distillation)
+        if self.objective is None:
+            smoothing = self.settings.label_smoothing
+            loss = task_loss(logits, targets, images, smoothing, self.distillation)
+        else:
+            loss = self.objective.loss(logits, targets, images)
         if self.settings.lambda_:
             loss = loss + self.settings.lambda_ * movement_cost(
                 self.masked.architecture, self.gates.live
@@ -155,6 +174,10 @@ class MaskTask:
         """Report sizes, stop if nothing improves, and shrink the training graph if it pays."""
         params, macs = self.size()
         metrics = {"params": float(params), "macs": float(macs), "lambda": self.price}
+        if self.objective is not None:
+            metrics |= self.objective.metrics()
+            # A cut reads the network of inference.
+            self.objective.detach()
         stop = None
         if self.settings.budget is not None:
             # Before the budget is reached no epoch may be the best.
@@ -203,7 +226,9 @@ class MaskTask:
         self._settle()
 
     def finish(self) -> None:
-        """Do nothing: `result` cuts the model."""
+        """End the decisions of training; `result` cuts the model."""
+        if self.objective is not None:
+            self.objective.release(self.masked.network)
 
     def result(self, last_queries: bool = True) -> CompactModel:
         """The cut model on the CPU with the current masks and weights, in evaluation mode."""
@@ -284,6 +309,8 @@ class MaskTask:
             self.gates.settled = all(bool(keep.all()) for keep in tokens)
 
     def _install(self, model: CompactModel, gates: Gates) -> None:
+        if self.objective is not None:
+            self.objective.detach()
         self.gates = gates
         kind = self.settings.budget.kind if self.settings.budget else "params"
         self.solver = DualSolver(self._counted(model.architecture), gates, kind)
@@ -294,7 +321,7 @@ class MaskTask:
         self.masked.to(self._placement.device)
         self.gates.to(self._placement.device)
         self._forward: Callable[..., Tensor] = self.masked
-        if self._placement.compile:
+        if self._placement.compile and self.objective is None:
             self._forward = torch.compile(self.masked)
 
     def _plain(self) -> CompactModel:

@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -65,6 +66,35 @@ def make_optimizer(
             rate = lr * ADAMW_RATE_BESIDE_MUON
             groups.append({**group, "params": others, "use_fallback": True, "lr": rate})
     return MuonForProcessor(_scaled_groups(model, groups, lr, scales), lr=lr)
+
+
+def split_rates(
+    optimizer: Optimizer, own: Iterable[nn.Parameter], lr: float, frozen_steps: int = 0
+) -> Optimizer:
+    """Give some parameters of a new optimizer a learning rate of their own.
+
+    Args:
+        optimizer: One that has taken no step; its groups are divided.
+        own: The parameters. Those that are not in the optimizer are ignored.
+        lr: Their peak learning rate.
+        frozen_steps: The steps before the other parameters are trained (default: none).
+
+    Returns:
+        The same optimizer. The first group is that of the largest rate.
+    """
+    inside = {id(parameter) for parameter in own}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for parameter in group["params"]:
+            parts[id(parameter) in inside].append(parameter)
+        if parts[0]:
+            groups.append({**group, "params": parts[0], "frozen_steps": frozen_steps})
+        if parts[1]:
+            groups.append({**group, "params": parts[1], "lr": lr, "frozen_steps": 0})
+    groups.sort(key=lambda group: group["lr"], reverse=True)
+    optimizer.param_groups[:] = groups
+    return optimizer
 
 
 class MuonForProcessor(muon.Muon):

@@ -77,7 +77,10 @@ class LearningRate:
         )
 
     def set(self, step: int) -> float:
-        """Set the rates for a step, counted from 0; return that of the first group."""
+        """Set the rates for a step, counted from 0; return that of the first group.
+
+        A group rests, at the rate 0, in the first `frozen_steps` that its optimizer states for it.
+        """
         if not self.constant:
             self.cosine.step_update(step)
         else:
@@ -86,4 +89,7 @@ class LearningRate:
                 if step < self.warmup:
                     peak = self.min_lr + (peak - self.min_lr) * step / self.warmup
                 group["lr"] = peak
+        for group in self.optimizer.param_groups:
+            if step < group.get("frozen_steps", 0):
+                group["lr"] = 0.0
         return float(self.optimizer.param_groups[0]["lr"])
