@@ -17,6 +17,7 @@ from ...compress.network.architecture import (
     ConstantSpec,
     FfnSpec,
     NormSpec,
+    SelectSpec,
 )
 from .graph import Array, State
 from .rows import scatter_array
@@ -33,7 +34,11 @@ def applicable(architecture: Architecture) -> bool:
         return False
     if architecture.patch_norm is not None:
         return False
-    return all(_whole(branch) for branch in architecture.branches)
+    return all(_whole(branch) for branch in architecture.branches) and all(
+        select.predictor is None
+        or (select.norm is not None and select.norm.kind == "layer" and select.reads is None)
+        for select in architecture.selects
+    )
 
 
 def _whole(branch: BranchSpec) -> bool:
@@ -74,13 +79,17 @@ def centre(
         )
         for number, step in enumerate(architecture.steps)
     ]
+    selects = tuple(
+        _centred_select(select, wide, f"selects.{number}.")
+        for number, select in enumerate(architecture.selects)
+    )
     assert architecture.norm is not None
     if logits_only and _linear_head(architecture):
         second = ["head_dist"] if architecture.pool.kind == "distilled" else []
         _fold_norm_bias(wide, "norm", ["head", *second])
     norm = _rms(architecture.norm, wide, "norm")
     changed = architecture.model_copy(
-        update={"steps": tuple(steps), "norm": norm, "stem_writes": None}
+        update={"steps": tuple(steps), "selects": selects, "norm": norm, "stem_writes": None}
     )
     return changed, {
         name: np.ascontiguousarray(value.astype(np.float32)) for name, value in wide.items()
@@ -128,6 +137,14 @@ def _centred(branch: BranchSpec, wide: State, at: str, embed: int) -> BranchSpec
     return branch.model_copy(
         update={"norm": _rms(branch.norm, wide, f"{at}norm"), "layer_scale": False, "writes": None}
     )
+
+
+def _centred_select(select: SelectSpec, wide: State, at: str) -> SelectSpec:
+    """A selection moves tokens, and fuses them by a sum, so centred ones stay centred."""
+    if select.norm is None:
+        return select
+    _fold_norm_bias(wide, f"{at}norm", [f"{at}predictor.fc"])
+    return select.model_copy(update={"norm": _rms(select.norm, wide, f"{at}norm")})
 
 
 def _fold_norm_bias(wide: State, norm: str, readers: list[str]) -> None:

@@ -23,10 +23,12 @@ from ...compress.network.architecture import (
     HeadSpec,
     NormSpec,
     PoolSpec,
+    PredictorSpec,
     RefineSpec,
     RelativeBiasSpec,
     RopeGridSpec,
     RopeSpec,
+    SelectSpec,
     SoftSplitSpec,
     StemSpec,
 )
@@ -70,7 +72,7 @@ def _fields(names: str) -> set[str]:
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: _fields(
         "schema_ image embed stem prefix position position_resize patch_norm stem_norm "
-        "stem_writes order tokens_resampled steps blocks norm pool pool_norm head feature_width "
+        "stem_writes order tokens_resampled steps selects blocks norm pool pool_norm head feature_width "
         "feature_writes stream_width stream_channels stream_rotated head_reads last_queries data"
     ),
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
@@ -95,6 +97,8 @@ _READ: dict[type[BaseModel], set[str]] = {
     DifferentialSpec: {"start", "width", "dual"},
     FfnSpec: {"kind", "hidden", "act", "gated", "in_bias", "gate_bias", "out_bias", "norm"},
     ConstantSpec: {"kind"},
+    SelectSpec: _fields("name at patches scorer predictor norm reads fused seed"),
+    PredictorSpec: {"local", "pooled", "hidden", "act"},
     NormSpec: {"kind", "width", "eps", "weight", "bias"},
 }
 

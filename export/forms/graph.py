@@ -185,7 +185,7 @@ class Graph:
             if value in renamed.values():
                 self._copy(value, name, shape)
                 continue
-            self._rename(value, name)
+            self.rename(value, name)
             renamed[value] = name
         self._drop_unused({name for name, _, _ in outputs})
         graph = helper.make_graph(
@@ -225,7 +225,8 @@ class Graph:
             return
         self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
 
-    def _rename(self, old: str, new: str) -> None:
+    def rename(self, old: str, new: str) -> None:
+        """Give a value another name."""
         for node in self.nodes:
             for values in (node.output, node.input):
                 for number, value in enumerate(values):

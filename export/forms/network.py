@@ -41,6 +41,7 @@ from .rows import (
     scatter_array,
     scatter_channels,
 )
+from .select import ScoringAttention, SelectionWriter, random_places
 from .stem import stem
 from .stream import Stream
 
@@ -89,7 +90,10 @@ def write_network(
     if form.norm == "centred-rms" and centring.applicable(architecture):
         architecture, state = centring.centre(architecture, state, logits_only=not outputs)
         graph.runtime_norm = True
-    writer = _StepWriter(graph, form, architecture)
+    selections = SelectionWriter(
+        graph, form, architecture, state, random_places(model), one_image=batch == 1
+    )
+    writer = _StepWriter(graph, form, architecture, selections)
     rows = stem(graph, form, architecture, state, batch=batch, padding=writer.padding)
     stream = Stream(graph, form, rows)
     dense = DenseOutputs(graph, form, architecture, outputs)
@@ -98,8 +102,10 @@ def write_network(
     shorter = shorter and not needs_all_tokens(architecture, outputs)
     counts = architecture.step_tokens(last_queries=shorter)
     for number, (step, count) in enumerate(zip(architecture.steps, counts, strict=True)):
+        writer.select(stream, number)
         writer.step(stream, step, entries_below(state, f"steps.{number}"), count)
         dense.after_steps(stream, number + 1)
+    writer.select(stream, len(architecture.steps))
     if architecture.pooled_prefix and not dense.all_tokens:
         writer.keep_first(stream, architecture.pooled_prefix, "pooled")
     else:
@@ -125,10 +131,15 @@ def _check(architecture: Architecture, form: Form, batch: int | str, opset: int 
 
 
 class _StepWriter:
-    """Writes the sub-layers, one step after the other."""
+    """Writes the sub-layers and the selections between them, one step after the other."""
 
-    def __init__(self, graph: Graph, form: Form, architecture: Architecture) -> None:
+    def __init__(
+        self, graph: Graph, form: Form, architecture: Architecture, selections: SelectionWriter
+    ) -> None:
         self.graph, self.form, self.embed = graph, form, architecture.embed
+        self.selections = selections
+        # The attention of the last step that was written, which may score patches.
+        self.scored: ScoringAttention | None = None
         # The tokens that the stream carries; further rows pad them to a multiple of the tile.
         self.tokens = architecture.tokens
         self.rows = self.tokens + -self.tokens % form.tile
@@ -160,6 +171,11 @@ class _StepWriter:
             for branch, part in zip(step, parts, strict=True)
         ]
         tokens, padding, before = self.tokens, self.padding, self.rows
+        self.scored = None
+        for branch, part, x in zip(step, parts, inputs, strict=True):
+            if isinstance(branch.core, AttentionSpec):
+                core = entries_below(part, "core")
+                self.scored = ScoringAttention(branch.core, core, x, tokens, padding)
         if count < tokens:
             self._drop(stream, count, f"{step[0].name if step else 'step'}.kept")
         inputs = [
@@ -182,11 +198,25 @@ class _StepWriter:
                 y, out = ffn(self.graph, self.form, branch.core, core, x, name)
             self._write(stream, branch, part, y, out)
 
+    def select(self, stream: Stream, at: int) -> None:
+        """Write the selections after `at` steps."""
+        architecture = self.selections.architecture
+        for number, spec in enumerate(architecture.selects):
+            if spec.at != at:
+                continue
+            count = architecture.prefix + spec.left
+            rows = self._rows_of(count)
+            self.selections.write(stream, number, self.tokens, rows - count, self.scored)
+            self.tokens, self.rows = count, rows
+
+    def _rows_of(self, count: int) -> int:
+        """The rows of `count` tokens in whole tiles."""
+        # Fewer tokens than a tile are cheaper unpadded, as the class token alone.
+        return count + -count % self.form.tile if count >= self.form.tile else count
+
     def _drop(self, stream: Stream, count: int, name: str) -> None:
         """Let the stream carry `count` tokens; some that it dropped may fill up the last tile."""
-        # Fewer tokens than a tile are cheaper unpadded, as the class token alone.
-        rows = count + -count % self.form.tile if count >= self.form.tile else count
-        rows = min(rows, self.rows)
+        rows = min(self._rows_of(count), self.rows)
         if rows < self.rows:
             stream.keep_first(rows, name)
         self.tokens, self.rows = count, rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...compress.network.architecture import NormSpec
-from ..graphs.model_proto import in_stem
+from ..graphs.model_proto import in_selection, in_stem
 from .form import Form
 from .graph import RUNTIME, Array, Graph
 
@@ -57,7 +57,7 @@ def linear(graph: Graph, form: Form, x: str, layer: Linear, name: str) -> str:
     Returns:
         Rows (…, out).
     """
-    if graph.linears == "int8" and not in_stem(name):
+    if graph.linears == "int8" and not in_stem(name) and not in_selection(name):
         return int8_linear(graph, x, layer, name)
     weight, label = layer.weight, f"{name}.weight"
     if layer.bias is None:

@@ -23,6 +23,11 @@ WEIGHTS = "model.onnx.data"
 STANDARD_DOMAINS = ("", "ai.onnx")
 # Part of the names of the nodes in which rounding is amplified, which reduced precisions spare.
 LINEAR_ATTENTION = "linear_attention"
+# Part of the names of the nodes that score tokens, where rounding would change the choice.
+SCORES = "token_scores"
+# The names of selections of tokens begin with the one, those of their chosen places end with the
+# other.
+SELECT, INDICES = "select.", "/indices"
 # Protobuf refuses messages of 2 GiB; the graph itself needs some space.
 EXTERNAL_ABOVE_BYTES = 2_000_000_000
 
@@ -30,6 +35,16 @@ EXTERNAL_ABOVE_BYTES = 2_000_000_000
 def in_stem(name: str) -> bool:
     """Whether a node of vitrim's graph forms belongs to the patch embedding, by its name."""
     return name == "stem" or name.startswith("before.")
+
+
+def in_selection(name: str) -> bool:
+    """Whether a node of vitrim's graph forms selects tokens, by its name."""
+    return name.startswith(SELECT)
+
+
+def keeps_single_precision(name: str) -> bool:
+    """Whether reduced precisions spare a node of vitrim's graph forms, by its name."""
+    return LINEAR_ATTENTION in name or (in_selection(name) and SCORES in name)
 
 
 def save_model(

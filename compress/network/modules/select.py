@@ -117,7 +117,7 @@ class Select(nn.Module):
             choices.found.append(kept)
         rows = kept + self.prefix
         if self.prefix:
-            pinned = torch.arange(self.prefix, device=x.device).expand(len(x), -1)
+            pinned = torch.arange(self.prefix, device=x.device).expand(x.shape[0], -1)
             rows = torch.cat([pinned, rows], dim=1)
         y = rows_of(x, rows)
         if not self.spec.fused:
@@ -146,7 +146,7 @@ class Select(nn.Module):
             found: Tensor = self.predictor(x, None if keep is None else keep[..., self.prefix :])
             return found
         if self.places is not None:
-            return self.places.to(x).expand(len(x), -1)
+            return self.places.to(x).expand(x.shape[0], -1)
         assert scored is not None, "the walker passes the scoring attention"
         branch, before = scored
         each = branch.attention_scores(before, self.spec.scorer, rows=keep, columns=self.value_keep)
@@ -176,7 +176,10 @@ def first_places(scores: Tensor, count: int) -> Tensor:
 
     (batch, patches) -> (batch, count).
     """
-    # Not topk, which orders equal scores arbitrarily; ONNX's TopK takes the first of them.
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        # ONNX's TopK takes the first of equal scores, and sorts no more than it returns.
+        return scores.topk(count, dim=-1).indices.topk(count, dim=-1, largest=False).values
+    # Not topk, which orders equal scores arbitrarily.
     best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     return best.sort(dim=-1).values
 
