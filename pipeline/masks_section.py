@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from .recipe_sections import Augmentation, Section
 
-# How patches are chosen that leave the network on the way.
+# How patches are chosen that leave the network on the way. The first ones after "learned" choose
+# for each image, and so does class-attention with `token_ratio`.
 TokenMethod = Literal[
     "learned",
+    "dynamicvit",
+    "evit",
+    "dps",
     "patch-slimming",
     "class-attention",
     "column-attention",
@@ -21,10 +25,18 @@ TokenMethod = Literal[
 ]
 
 
+TokenOrder = Literal["together", "tokens-first", "widths-first"]
+SELECTING: tuple[str, ...] = get_args(TokenMethod)[1:4]
+# Keys of the methods that choose for each image; those of a static choice beside them.
+SELECTION_KEYS = (
+    *("token_ratio", "token_stages", "token_rule", "token_order", "token_epochs", "token_lr"),
+)
+
+
 class MasksSection(Section):
     """The size of the compact model and how its masks are learned.
 
-    Exactly one of `params`, `macs`, `lambda`, `file_mb` and `latency_ms` sets the size.
+    Exactly one of `params`, `macs`, `lambda`, `file_mb`, `latency_ms` and `latency` sets the size.
     """
 
     method: Literal["learned", "closed-form"] = Field(
@@ -70,10 +82,38 @@ class MasksSection(Section):
     latency_ms: float | None = Field(
         None,
         gt=0.0,
-        description="closed-form: budget: milliseconds of all sub-layers by `cost_table`",
+        description="closed-form: budget: milliseconds of an inference by `cost_table`; tokens, "
+        "widths and depth are chosen at once",
+    )
+    latency: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="closed-form: budget: share of the dense model's latency by `cost_table`, "
+        "e.g. 0.4",
     )
     cost_table: str | None = Field(
-        None, min_length=1, description="file of `vitrim bench --cost-table`, for `latency_ms`"
+        None,
+        min_length=1,
+        description="file of `vitrim bench --cost-table`, for `latency_ms` and `latency`",
+    )
+    target_runtime: str | None = Field(
+        None,
+        min_length=1,
+        description="runtime that the latency is of; absent: that of `cost_table`",
+    )
+    latency_rounds: int = Field(
+        3,
+        ge=0,
+        le=10,
+        description="with a latency: so often the cut is exported and measured here, and the "
+        "budget corrected; 0: the table's prediction is not checked",
+    )
+    candidates: int = Field(
+        0,
+        ge=0,
+        description="with a latency: number of varied solutions that are cut and compared on "
+        "held-out images, e.g. 24; 0: the one of least predicted loss is cut",
     )
     sharing: Literal["residual", "unshared", "full"] = Field(
         "residual",
@@ -86,20 +126,57 @@ class MasksSection(Section):
     tokens: TokenMethod | None = Field(
         None,
         description="learned: patches leave the network at depths that are learned with the "
-        "widths, under the same budget `macs`; another method: they are chosen from `images`, "
-        "before widths, for `token_macs` or `token_counts`; absent: every patch stays to the end",
+        "widths, under the same budget `macs`; dynamicvit, evit, dps, and class-attention with "
+        "`token_ratio`: a constant number is chosen for each image; another method: one set for "
+        "all images is chosen from `images`, before widths, for `token_macs` or `token_counts`; "
+        "absent: every patch stays to the end",
     )
     token_macs: float | None = Field(
         None,
         gt=0.0,
         lt=1.0,
-        description="with a method of `tokens` other than learned: share of the multiply-adds of "
-        "the baseline that dropping tokens leaves, e.g. 0.6; `params = 1.0` then keeps all widths",
+        description="with a method that chooses one set for all images: share of the multiply-adds "
+        "of the baseline that dropping tokens leaves, e.g. 0.6; `params = 1.0` then keeps all "
+        "widths",
     )
     token_counts: tuple[int, ...] | None = Field(
         None,
         strict=False,
-        description="instead of `token_macs`: the tokens after each block, prefix tokens included",
+        description="instead of `token_macs`: the tokens after each block, prefix tokens included; "
+        "instead of `token_ratio`: the patches that each stage keeps",
+    )
+    token_ratio: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="with a method that chooses for each image: share of the patches that the "
+        "first stage keeps; absent: 0.7, and class-attention chooses one set for all images",
+    )
+    token_stages: tuple[int, ...] | None = Field(
+        None,
+        strict=False,
+        description="blocks, counted from 0, before which predictors choose, or within which "
+        "attention does, e.g. [3, 6, 9]; absent: after each quarter of the depth",
+    )
+    token_rule: Literal["geometric", "subtractive"] | None = Field(
+        None,
+        description="shares of the later stages: ratio², ratio³ ... (geometric; absent), or "
+        "ratio - 0.2, ratio - 0.4 ... (subtractive)",
+    )
+    token_order: TokenOrder | None = Field(
+        None,
+        description="together (absent): predictors and widths are learned at once; tokens-first: "
+        "predictors learn, then widths around them; widths-first: the reverse, and what "
+        "closed-form does. `params = 1.0` or `macs = 1.0` keeps all widths",
+    )
+    token_epochs: int | None = Field(
+        None,
+        ge=0,
+        description="epochs in which tokens are learned alone, where `token_order` has such a "
+        "phase; absent: `epochs`, and 0 for class-attention",
+    )
+    token_lr: float | None = Field(
+        None, gt=0.0, description="learning rate of predictors; absent: 1e-3"
     )
     epochs: int = Field(20, gt=0, description="maximum number of epochs of mask learning")
     lr: float = Field(1e-4, gt=0.0, description="learning rate of the weights during mask learning")
@@ -137,9 +214,48 @@ class MasksSection(Section):
     )
 
     @property
+    def selects_tokens(self) -> bool:
+        """Whether patches are chosen for each image."""
+        return self.tokens in SELECTING or (
+            self.tokens == "class-attention" and self.token_ratio is not None
+        )
+
+    @property
     def chooses_tokens(self) -> bool:
-        """Whether tokens are chosen before widths, by a method that trains no gates."""
-        return self.tokens not in (None, "learned")
+        """Whether one set of tokens is chosen before widths, by a method that trains no gates."""
+        return self.tokens not in (None, "learned") and not self.selects_tokens
+
+    @property
+    def keeps_widths(self) -> bool:
+        """Whether the budget leaves all widths, so that patches alone are dropped."""
+        return self.selects_tokens and 1.0 in (self.params, self.macs)
+
+    @property
+    def order(self) -> TokenOrder:
+        """In which order patches and widths are learned."""
+        if self.method == "closed-form":
+            return "widths-first"
+        return self.token_order or "together"
+
+    @property
+    def alone_epochs(self) -> int:
+        """Epochs in which the choice of patches for each image is trained at fixed widths."""
+        if not self.selects_tokens or self.method == "closed-form":
+            return 0
+        if self.order == "together" and not self.keeps_widths:
+            return 0
+        default = 0 if self.tokens == "class-attention" else self.epochs
+        return default if self.token_epochs is None else self.token_epochs
+
+    @property
+    def width_epochs(self) -> int:
+        """Epochs of mask learning."""
+        return 0 if self.keeps_widths or self.method == "closed-form" else self.epochs
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether the budget is a latency by a cost table."""
+        return self.latency_ms is not None or self.latency is not None
 
     @field_validator("fixed")
     @classmethod
@@ -151,7 +267,7 @@ class MasksSection(Section):
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         sizes = {"params": self.params, "macs": self.macs, "lambda": self.lambda_}
-        sizes |= {"file_mb": self.file_mb, "latency_ms": self.latency_ms}
+        sizes |= {"file_mb": self.file_mb, "latency_ms": self.latency_ms, "latency": self.latency}
         given = [f"`{key}`" for key, value in sizes.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both set the size; keep one")
@@ -177,19 +293,33 @@ class MasksSection(Section):
         return self
 
     def _check_measured(self) -> None:
-        for key in ("file_mb", "latency_ms"):
+        for key in ("file_mb", "latency_ms", "latency"):
             if getattr(self, key) is not None and self.method != "closed-form":
                 raise ValueError(
                     f'{key} needs method = "closed-form"; masks are learned for `params` or `macs`'
                 )
-        if (self.latency_ms is None) != (self.cost_table is None):
+        if self.has_latency != (self.cost_table is not None):
             raise ValueError(
                 "latency_ms and cost_table need each other; `vitrim bench --cost-table` measures "
                 "one"
             )
+        for key, given in (
+            ("target_runtime", self.target_runtime is not None),
+            ("candidates", self.candidates > 0),
+        ):
+            if given and not self.has_latency:
+                raise ValueError(f"{key} needs a budget of milliseconds, e.g. `latency = 0.4`")
 
     def _check_tokens(self) -> None:
         given = [key for key in ("token_macs", "token_counts") if getattr(self, key) is not None]
+        if self.selects_tokens:
+            self._check_selection(given)
+            return
+        for key in SELECTION_KEYS:
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f'{key} needs a method that chooses for each image, e.g. tokens = "dynamicvit"'
+                )
         if not self.chooses_tokens:
             if given:
                 raise ValueError(f'{given[0]} needs a method, e.g. tokens = "patch-slimming"')
@@ -197,4 +327,24 @@ class MasksSection(Section):
             raise ValueError(
                 f'tokens = "{self.tokens}" needs one of `token_macs = 0.6` and `token_counts`, the '
                 "tokens after each block"
+            )
+
+    def _check_selection(self, given: list[str]) -> None:
+        """Check the keys of a choice for each image; `given` are those of a static one."""
+        if "token_macs" in given:
+            raise ValueError(
+                f'token_macs is that of one set for all images; tokens = "{self.tokens}" takes '
+                "`token_ratio = 0.7` or `token_counts`, the patches of each stage"
+            )
+        if given and self.token_ratio is not None:
+            raise ValueError("`token_counts` and `token_ratio` both set the patches; keep one")
+        if self.method == "closed-form" and self.token_order not in (None, "widths-first"):
+            raise ValueError(
+                f'token_order = "{self.token_order}" needs method = "learned"; a closed-form cut '
+                'of widths comes first, token_order = "widths-first"'
+            )
+        if self.token_epochs == 0 and self.tokens in ("dynamicvit", "dps"):
+            raise ValueError(
+                f'token_epochs = 0 leaves tokens = "{self.tokens}" untrained; leave it out, or '
+                'use tokens = "class-attention", which needs no training'
             )

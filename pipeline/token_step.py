@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import cast
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from ..compress.network.architecture import Architecture
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
 from ..compress.surgery.compactor import compact
-from ..compress.tokens.choose import TokenChoice, TokenRequest, token_choice
+from ..compress.tokens.choose import Method, TokenChoice, TokenRequest, token_choice
 from ..core.console import status
 from .masks_section import MasksSection
 from .trim_step import StageBars
@@ -18,10 +19,9 @@ from .trim_step import StageBars
 
 def token_request(section: MasksSection, seed: int) -> TokenRequest:
     """What `[masks]` chooses before widths."""
-    assert section.tokens is not None
-    assert section.tokens != "learned"
+    assert section.chooses_tokens
     return TokenRequest(
-        section.tokens,
+        cast("Method", section.tokens),
         section.token_counts,
         section.token_macs,
         seed=seed,

@@ -12,7 +12,7 @@ from photo_folder import write_photos, write_recipe
 from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.tokens.choose import METHODS
 from vitrim.core.errors import InputError
-from vitrim.pipeline.masks_section import TokenMethod
+from vitrim.pipeline.masks_section import SELECTING, TokenMethod
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import run, with_last_queries
 
@@ -97,4 +97,4 @@ def test_impossible_tokens_are_refused_before_any_work(
 
 
 def test_recipes_name_every_method() -> None:
-    assert get_args(TokenMethod) == ("learned", *METHODS)
+    assert get_args(TokenMethod) == ("learned", *SELECTING, *METHODS)
