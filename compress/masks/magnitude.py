@@ -148,6 +148,10 @@ def _add(
         total.index_add_(0, places, each.to(total))
     elif dimension in ("ffn", "head"):
         totals[dimension][site] += values
+    elif dimension in ("local", "pooled"):
+        # The two parts of the first layer of a predictor, one behind the other.
+        part = slice(len(values)) if dimension == "local" else slice(-len(values), None)
+        totals["ffn"][site][part] += values
     elif "*" in dimension and dimension.split("*")[-1] in ("qk", "v"):
         core = attentions[site]
         owners, column = dimension.split("*")[0], dimension.split("*")[-1]

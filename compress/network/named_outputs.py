@@ -155,7 +155,7 @@ def _spec(architecture: Architecture, name: str, where: str) -> OutputSpec:
     width = architecture.source_width
     if architecture.stream_rotated:
         raise InputError(f"{where}: {name}: {ROTATED}")
-    if architecture.drops_tokens:
+    if architecture.drops_tokens or architecture.selects:
         raise InputError(
             f"{where}: {name}: patches leave this network on the way, so it has no output for each "
             f"of them; use {LOGITS} or {FEATURES}, or a mask without tokens"
@@ -250,6 +250,9 @@ class NamedOutputs(nn.Module):
     def _stream(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """The stream after the last step, and after each number of steps that an output needs."""
         model, architecture = self.model, self.model.architecture
+        if architecture.selects:
+            # No output by place is left, so only the last step counts.
+            return model.features(images), {}
         wanted = {output.after for output in self.outputs}
         shorter = architecture.last_queries and not needs_all_tokens(architecture, self.outputs)
         counts = architecture.step_tokens(last_queries=shorter)

@@ -89,6 +89,8 @@ def compensate(
         UnsupportedModel: A module has no rule; the message names its path.
     """
     source, result = lift(dense).eval(), with_output_biases(lift(compact)).eval()
+    for network in (source, result):
+        network.architecture.require_no_selects("compensate")
     channels = kept_channels(source, result, mask)
     fits = refit(result, source, images, channels, SavedFits(), progress)
     return result, fits

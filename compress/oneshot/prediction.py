@@ -128,6 +128,7 @@ def predict(
         UnsupportedModel: A module has no rule; the message names its path.
     """
     source = lift(model).eval()
+    source.architecture.require_no_selects("a cut without training")
     check_images(source, images)
     held_out = max(1, round(CHECKED * len(images))) if len(images) > 1 else 0
     fitting, checking = images[held_out:], images[:held_out] if held_out else images

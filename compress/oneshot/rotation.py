@@ -145,6 +145,7 @@ def rotate(
         UnsupportedModel: A module has no rule; the message names its path.
     """
     result = copy.deepcopy(lift(model)).eval()
+    result.architecture.require_no_selects("rotate")
     if stream:
         result = rotate_stream(result, images, progress=progress)
     dense = Stream(result, images)

@@ -66,6 +66,7 @@ def rotate_stream(
         Ashkboos et al. 2024, "SliceGPT", section 3.
     """
     source = lift(model).eval()
+    source.architecture.require_no_selects("rotate_stream")
     obstacle = stream_obstacle(source.architecture)
     if obstacle is not None:
         raise InputError(f"the residual stream cannot be rotated: {obstacle}")

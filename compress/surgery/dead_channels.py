@@ -101,7 +101,11 @@ def rescale_norms(
             found = specs.get(f"steps.{number}.{position}.norm")
             row.append(branch if found is None else branch.model_copy(update={"norm": found}))
         steps.append(tuple(row))
-    update: dict[str, object] = {"steps": tuple(steps)}
+    selects = [
+        select.model_copy(update={"norm": specs.get(f"selects.{number}.norm", select.norm)})
+        for number, select in enumerate(architecture.selects)
+    ]
+    update: dict[str, object] = {"steps": tuple(steps), "selects": tuple(selects)}
     update |= {name: specs[name] for name in ("norm", "pool_norm") if name in specs}
     return architecture.model_copy(update=update), changed
 
@@ -118,6 +122,14 @@ def _readers(architecture: Architecture, state: Mapping[str, Tensor]) -> Iterato
                 _channels(branch.reads, architecture.embed),
                 norms,
                 tuple(name for name in leaves if name in state),
+            )
+    for number, select in enumerate(architecture.selects):
+        if select.predictor is not None:
+            prefix = f"selects.{number}."
+            yield _Reader(
+                _channels(select.reads, architecture.embed),
+                ((f"{prefix}norm", select.norm),) if select.norm is not None else (),
+                (f"{prefix}predictor.fc.weight",),
             )
     pool = architecture.pool
     # Attention pooling writes channels of its own, which are not those of the stream.

@@ -19,6 +19,7 @@ from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
 from ..network.architecture import AttentionSpec, BranchSpec, FfnSpec
 from ..network.modules.model import CompactModel, build
+from ..network.select_specs import ATTENTION_SCORERS, scoring_attention
 from .compactor import compact, output_error
 from .dead_attention import dead_attention
 from .dead_channels import dead_channels, rescale_norms
@@ -152,11 +153,22 @@ def _examine(model: CompactModel) -> _Found:
     folded: set[tuple[str, str]] = set()
     remaining: list[Remaining] = []
     steps = []
+    scoring = {
+        scoring_attention(architecture, select).name
+        for select in architecture.selects
+        if select.scorer in ATTENTION_SCORERS
+    }
     for number, step in enumerate(architecture.steps):
         row = []
         for position, branch in enumerate(step):
             prefix = f"steps.{number}.{position}."
             units = _dead_units(branch, _below(state, prefix))
+            if branch.name in scoring and units.keep:
+                # A head that adds nothing to the stream still has a voice in the scores.
+                count = sum(int((~entry).sum()) for entry in units.keep.values())
+                remaining.append(Remaining(branch.name, count, "its attention chooses tokens"))
+                row.append(branch)
+                continue
             for dimension, entry in units.keep.items():
                 keep.setdefault(dimension, {})[branch.name] = entry
             remaining += [Remaining(branch.name, count, why) for count, why in units.remaining]

@@ -13,6 +13,7 @@ from ..network.modules.attention import Attention
 from ..network.modules.branch import Branch, Constant
 from ..network.modules.layers import Ffn
 from ..network.modules.model import CompactModel
+from ..network.modules.select import Select
 
 
 def fold_constants(model: CompactModel) -> CompactModel:
@@ -24,21 +25,32 @@ def fold_constants(model: CompactModel) -> CompactModel:
     if not any(isinstance(branch.core, ConstantSpec) for branch in architecture.branches):
         return model
     steps: list[list[Branch]] = []
+    # The number of steps that stay before each old one.
+    starts: list[int] = []
+    reading = {select.at for select in architecture.selects}
     with torch.no_grad():
-        for branches in cast("Iterable[Sequence[Branch]]", model.steps):
+        for number, branches in enumerate(cast("Iterable[Sequence[Branch]]", model.steps)):
+            starts.append(len(steps))
             kept = [branch for branch in branches if not isinstance(branch.core, Constant)]
             # Nothing may read the stream between the bias and the constant: it must belong to a
             # branch of the same step, else to the step before, or to the stem.
             siblings = list(kept)
             for branch in branches:
-                if isinstance(branch.core, Constant) and not _fold(model, branch, siblings, steps):
+                if not isinstance(branch.core, Constant):
+                    continue
+                # A selection reads the stream between the step before and this one.
+                alone = number in reading and not siblings
+                if alone or not _fold(model, branch, siblings, steps):
                     kept.append(branch)
             if kept:
                 steps.append(kept)
     model.steps = nn.ModuleList(nn.ModuleList(row) for row in steps)
-    model.architecture = architecture.model_copy(
-        update={"steps": tuple(tuple(branch.spec for branch in row) for row in steps)}
-    )
+    starts.append(len(steps))
+    selects = [s.model_copy(update={"at": starts[s.at]}) for s in architecture.selects]
+    for module, spec in zip(cast("Iterable[Select]", model.selects), selects, strict=True):
+        module.spec = spec
+    specs = tuple(tuple(branch.spec for branch in row) for row in steps)
+    model.architecture = architecture.model_copy(update={"steps": specs, "selects": tuple(selects)})
     return model
 
 

@@ -63,6 +63,7 @@ def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
     old, new = source.spec, at_image_size(source.spec, image_size)
     if new.image == old.image:
         return lift(model)
+    old.require_no_selects("resized")
     with torch.no_grad():
         state = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)

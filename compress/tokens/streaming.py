@@ -55,7 +55,9 @@ class Attended:
 
 def working_copy(model: nn.Module) -> CompactModel:
     """A `CompactModel` in evaluation mode that may be changed, without gradients."""
-    return copy.deepcopy(lift(model)).eval().requires_grad_(False)
+    frozen = copy.deepcopy(lift(model)).eval().requires_grad_(False)
+    frozen.architecture.require_no_selects("a choice of tokens by place")
+    return frozen
 
 
 def batches(model: CompactModel, images: Tensor) -> list[Tensor]:

@@ -82,6 +82,7 @@ class Backbone(BackboneForward):
             InputError: A block does not exist.
         """
         old = self.architecture
+        old.require_no_selects("prune_intermediate_layers")
         wanted, last = take_indices(len(old.block_names), indices)
         end = old.block_ends[last]
         update: dict[str, Any] = {
@@ -135,6 +136,9 @@ class Backbone(BackboneForward):
             if end > start:
                 steps = "|".join(str(step) for step in range(start, end))
                 matches.append((rf"^steps\.(?:{steps})\.", (number,)))
+                for place, select in enumerate(self.architecture.selects):
+                    if start <= select.at < end:
+                        matches.append((rf"^selects\.{place}\.", (number,)))
             start = max(start, end)
         stem = r"^(?:prefix|position|stem|before|patch_norm|stem_norm)\b"
         return {"stem": stem, "blocks": [*matches, (r"^norm\b", _WITH_LAST_BLOCK)]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,43 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_networks import network, selecting_architectures
-from tiny_models import fvcore_macs, relative_error, tiny_vit
+from tiny_models import fvcore_macs, relative_error, tiny_vit, token_counts
 from torch import Tensor
-from vitrim import InputError, StructuredMask, compact, load, masked, save
+from vitrim import (
+    InputError,
+    StructuredMask,
+    choose_tokens,
+    compact,
+    load,
+    masked,
+    resized,
+    save,
+    trim,
+)
 from vitrim.compress.masks.groups import sites
-from vitrim.compress.network.architecture import Architecture
+from vitrim.compress.masks.saliency import Criterion
+from vitrim.compress.network.architecture import (
+    Architecture,
+    BranchSpec,
+    FfnSpec,
+    HeadSpec,
+    Indices,
+    PoolSpec,
+    PredictorSpec,
+    SelectSpec,
+    StemSpec,
+)
+from vitrim.compress.network.cost import live_cost
 from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Choices, Select, first_places
+from vitrim.compress.network.named_outputs import output_specs
+from vitrim.compress.surgery.dead_weight import find_dead
 from vitrim.compress.surgery.explain import explain
+from vitrim.compress.surgery.plan import plan
 from vitrim.compress.tokens.select import SCORERS, SelectMethod, chosen_tokens, select_tokens
 
-SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=60)
+SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=80)
 WIDTHS = {"embed": 0.6, "head": 0.6, "qk": 0.5, "v": 0.5, "ffn": 0.5}
 
 
@@ -105,14 +131,30 @@ def test_masked_equals_compact_for_the_same_choices(data: Any) -> None:
 
 @SLOW
 @given(st.data())
-def test_a_cut_network_is_counted_from_its_architecture(data: Any) -> None:
-    model = network(data.draw(selecting_architectures(countable=True)))
-    mask = random_mask(data, model.architecture)
+def test_live_cost_is_exact_for_selections(data: Any) -> None:
+    source = data.draw(selecting_architectures(countable=True))
+    ratio = st.sampled_from([0.3, 0.6, 1.0])
+    ratios = {name: data.draw(ratio) for name in ("token", "embed", "head", "qk", "v", "ffn")}
+    mask = StructuredMask.random(source, ratios, "residual", data.draw(st.integers(0, 99)))
+    tokens = token_counts(source, mask)
+
+    def live(dimension: str, site: str, indices: Indices | None) -> int:
+        if dimension == "token":
+            return tokens[site]
+        keep = mask.get(dimension, site)
+        if indices is not None and dimension == "ffn":
+            return len(indices) if keep is None else int(keep[list(indices)].sum())
+        return sites(source, dimension)[site] if keep is None else int(keep.sum())
+
     try:
-        cut = compact(model, mask)
+        mask.check(source)
+        built = plan(source, mask).architecture
     except InputError:
         assume(False)
-    assert count_params(cut.architecture) == sum(p.numel() for p in cut.parameters())
+    # Selections that nothing reads are removed; a budget counts them until then.
+    assume(len(built.selects) == len(source.selects))
+    assert live_cost(source, live, "macs") == count_macs(built)
+    assert live_cost(source, live, "params") == count_params(built)
 
 
 @pytest.mark.parametrize("method", sorted(SCORERS))
@@ -256,8 +298,90 @@ def test_what_needs_tokens_by_place_refuses_a_selecting_network() -> None:
     model = selecting()
     with pytest.raises(InputError, match="selects patches for each image"):
         model.forward_features(images(model))
+    with pytest.raises(InputError, match="resized: this network selects patches"):
+        resized(model, 64)
+    with pytest.raises(InputError, match="a cut without training: this network selects patches"):
+        trim(model, images(model), macs=0.5)
+    with pytest.raises(InputError, match="a choice of tokens by place: this network selects"):
+        choose_tokens(model, images=images(model), macs=0.5)
+    with pytest.raises(InputError, match="has no output for each"):
+        output_specs(model.architecture, ["tokens"])
     with pytest.raises(InputError, match="selects patches for each image"):
         select_tokens(model, "random")
+
+
+def test_dead_weight_is_found_around_a_selection_and_its_scores_stay() -> None:
+    model = selecting("class-attention", stages=[0]).eval()
+    steps: Any = model.steps
+    with torch.no_grad():
+        # The first head of the scoring attention, and of one that scores nothing.
+        for number in (0, 2):
+            steps[number][0].core.out.weight[:, :8] = 0
+    dead = find_dead(model)
+    assert set(dead.mask.kept.get("head", {})) == {"blocks.1.attn"}
+    assert [rest.why for rest in dead.remaining if rest.site == "blocks.0.attn"] == [
+        "its attention chooses tokens"
+    ]
+    one, other = Choices(), Choices()
+    with torch.no_grad():
+        model(images(model), choices=one)
+        dead.compact.eval()(images(model), choices=other)
+    assert torch.equal(one.found[0], other.found[0])
+
+
+def test_a_channel_that_only_a_predictor_reads_is_not_dead() -> None:
+    spec = network_with_a_lone_reader()
+    model = network(spec)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith(("core.fc1.weight", "head.weight")):
+                tensor[:, 0] = 0
+    assert "embed" not in find_dead(model).mask.kept
+
+
+def network_with_a_lone_reader() -> Architecture:
+    """Without norms, so that a channel is read only where a matrix has a column for it."""
+    ffn = BranchSpec(name="blocks.0.ffn", core=FfnSpec(hidden=3))
+    select = SelectSpec(
+        name="select.0",
+        at=0,
+        patches=2,
+        scorer="predictor",
+        predictor=PredictorSpec(local=2, pooled=1),
+    )
+    return Architecture(
+        image=(2, 4, 6),
+        embed=4,
+        stem=StemSpec(patch=(2, 2)),
+        prefix=0,
+        steps=((ffn,),),
+        selects=(select,),
+        pool=PoolSpec(kind="mean"),
+        head=HeadSpec(classes=3),
+    )
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2"])
+def test_magnitudes_rank_the_units_of_predictors(criterion: Criterion) -> None:
+    model = selecting()
+    spec = model.architecture.selects[0]
+    site = next(iter(spec.hidden_sites))
+    predictor: Any = model.selects[0].predictor
+    with torch.no_grad():
+        # The second pooled unit owns nothing but zeros.
+        unit = spec.predictor.local + 1 if spec.predictor else 0
+        predictor.fc.weight[unit] = predictor.fc.bias[unit] = 0
+        predictor.pooled.weight[:, 1] = 0
+    mask = StructuredMask.from_saliency(model, criterion, keep_ratio={"ffn": 0.9}, scope="layer")
+    assert not bool(mask.kept["ffn"][site][unit])
+    assert "select.1.hidden.0" in StructuredMask.everything(model, "full").kept["ffn"]
+
+
+def test_layer_decay_counts_a_selection_with_its_block() -> None:
+    model = selecting()
+    patterns = model.group_matcher()["blocks"]
+    found = [depth for pattern, depth in patterns if re.match(pattern, "selects.0.norm.weight")]
+    assert found == [(1,)]
 
 
 def test_ratios_are_those_of_the_official_code() -> None:
