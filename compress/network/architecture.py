@@ -35,6 +35,7 @@ from ...core.storage import replace_file
 from .architecture_checks import (
     check_blocks,
     check_order,
+    check_output,
     check_positions,
     check_tokens,
     least_tokens,
@@ -247,7 +248,8 @@ class Architecture(Spec):
     @property
     def final_tokens(self) -> int:
         """Number of tokens that the head gets."""
-        return selected_tokens(self, len(self.steps), (self.tokens, *self.step_tokens())[-1])
+        last = (self.tokens, *self.step_tokens())[-1]
+        return int(selected_tokens(self, len(self.steps), last))
 
     @property
     def token_places(self) -> tuple[int, ...]:
@@ -353,7 +355,7 @@ class Architecture(Spec):
     def _consistent(self) -> Architecture:
         self._check_input()
         self._check_branches()
-        self._check_output()
+        check_output(self)
         return self
 
     def _check_input(self) -> None:
@@ -407,32 +409,6 @@ class Architecture(Spec):
                 check_positions(branch.name, core, self)
             elif isinstance(core, FfnSpec):
                 check_norm(f"{branch.name}.core.norm", core.norm, core.hidden)
-
-    def _check_output(self) -> None:
-        read = self.read_width(self.head_reads)
-        check_indices("head_reads", self.head_reads, self.embed)
-        check_norm("norm", self.norm, read)
-        check_norm("pool_norm", self.pool_norm, self.head_width)
-        refine = self.pool.refine
-        if refine is not None and self.norm is None:
-            raise ValueError("pool.refine needs the norm before it")
-        if refine is not None and sum(refine.channels) != read:
-            raise ValueError(
-                f"pool.refine has {sum(refine.channels)} channels, the head reads {read}"
-            )
-        if self.pool_norm is not None and self.pool.kind in ("distilled", "dense"):
-            raise ValueError(f"pool '{self.pool.kind}' has no norm after pooling")
-        if self.pool.kind == "none" and self.head is not None:
-            raise ValueError("a classifier needs a pooling, pool.kind is 'none'")
-        if (self.feature_width is None) != (self.feature_writes is None):
-            raise ValueError("feature_width and feature_writes need each other")
-        if self.feature_writes is not None and self.feature_width is not None:
-            check_indices("feature_writes", self.feature_writes, self.feature_width)
-            if len(self.feature_writes) != self.head_width:
-                raise ValueError(
-                    f"feature_writes names {len(self.feature_writes)} features, "
-                    f"the network has {self.head_width}"
-                )
 
 
 def _block_of(branch: str) -> str:

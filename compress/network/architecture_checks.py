@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .branch_specs import AttentionSpec
+from .branch_specs import AttentionSpec, check_indices, check_norm
 from .select_specs import selected_tokens
 
 if TYPE_CHECKING:
@@ -70,6 +70,32 @@ def check_positions(name: str, core: AttentionSpec, architecture: Architecture) 
         )
     if bias is not None and bias.order != architecture.order:
         raise ValueError(f"{name}.bias.order differs from the order of the patches")
+
+
+def check_output(architecture: Architecture) -> None:
+    """Raise ValueError unless norms, pooling and classifier fit what the head reads."""
+    read = architecture.read_width(architecture.head_reads)
+    check_indices("head_reads", architecture.head_reads, architecture.embed)
+    check_norm("norm", architecture.norm, read)
+    check_norm("pool_norm", architecture.pool_norm, architecture.head_width)
+    refine = architecture.pool.refine
+    if refine is not None and architecture.norm is None:
+        raise ValueError("pool.refine needs the norm before it")
+    if refine is not None and sum(refine.channels) != read:
+        raise ValueError(f"pool.refine has {sum(refine.channels)} channels, the head reads {read}")
+    if architecture.pool_norm is not None and architecture.pool.kind in ("distilled", "dense"):
+        raise ValueError(f"pool '{architecture.pool.kind}' has no norm after pooling")
+    if architecture.pool.kind == "none" and architecture.head is not None:
+        raise ValueError("a classifier needs a pooling, pool.kind is 'none'")
+    if (architecture.feature_width is None) != (architecture.feature_writes is None):
+        raise ValueError("feature_width and feature_writes need each other")
+    if architecture.feature_writes is not None and architecture.feature_width is not None:
+        check_indices("feature_writes", architecture.feature_writes, architecture.feature_width)
+        if len(architecture.feature_writes) != architecture.head_width:
+            raise ValueError(
+                f"feature_writes names {len(architecture.feature_writes)} features, "
+                f"the network has {architecture.head_width}"
+            )
 
 
 def least_tokens(architecture: Architecture) -> int:

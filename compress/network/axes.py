@@ -94,7 +94,8 @@ def select_axes(select: SelectSpec) -> dict[str, tuple[Axis, ...]]:
         return {}
     widths = [Axis("ffn", site) for site in sites]
     following = [*widths[1:], FIXED]
-    table = dict.fromkeys(("norm.weight", "norm.bias"), (read,))
+    table: dict[str, tuple[Axis, ...]] = {}
+    table["norm.weight"] = table["norm.bias"] = (read,)
     table |= {"predictor.fc.weight": (widths[0], read), "predictor.fc.bias": (widths[0],)}
     for part in ("local", "pooled"):
         table[f"predictor.{part}.weight"] = (following[0], Axis(part, sites[0]))

@@ -191,7 +191,8 @@ def rows_of(x: Tensor, rows: Tensor) -> Tensor:
     batch, tokens = x.shape[:2]
     if batch > 1:
         rows = rows + torch.arange(batch, device=x.device).unsqueeze(1) * tokens
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (batch, -1))
+    kept = x.flatten(0, 1).index_select(0, rows.flatten())
+    return kept.view(batch, -1, x.shape[-1])
 
 
 def _mean_of(x: Tensor, keep: Tensor | None) -> Tensor:
