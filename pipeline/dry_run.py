@@ -18,13 +18,16 @@ from ..compress.train.dense import DenseTask
 from ..compress.train.mask_task import MaskTask
 from ..compress.train.precision import arithmetic
 from ..compress.train.processes import ALONE, require_accelerate, require_shares
+from ..compress.train.selection_task import SelectionTask
 from ..compress.train.settings import TrainSettings
 from ..compress.train.steps import Stepper
 from ..core.console import status, unit_count
+from .phases import dense_options, distillation, epoch_steps
 from .recipe import Recipe
 from .run import Prepared, prepare
+from .selection_step import selection_objective, with_selections
 from .training_host import placement_of, require_devices, require_trackers
-from .training_steps import dense_options, distillation, mask_task
+from .training_steps import mask_task
 
 # At least one step is timed, and at most this many, for about as many seconds.
 STEPS, SECONDS = 5, 10.0
@@ -39,7 +42,7 @@ class PhaseEstimate:
     """The estimate of one training.
 
     Attributes:
-        phase: `baseline`, `masks` or `finetune`.
+        phase: `baseline`, `tokens`, `masks` or `finetune`.
         epochs: The largest number of epochs; patience may end it earlier.
         steps: The optimizer steps of all epochs.
         step_s: Seconds of a step of the whole batch, images included.
@@ -154,11 +157,11 @@ def _duration(hours: float) -> str:
 def _phases(prepared: Prepared, processes: int, *, quiet: bool) -> Iterator[PhaseEstimate]:
     recipe, data = prepared.recipe, prepared.data
     budget = recipe.masks.params or recipe.masks.macs or 1.0
-    learned = recipe.masks.method == "learned"
     # The size of the compact model is not known yet; its steps are at most in proportion to it.
     plan = (
         ("baseline", recipe.baseline.epochs, recipe.baseline.augmentation, 1.0),
-        ("masks", recipe.masks.epochs if learned else 0, recipe.masks.augmentation, 1.0),
+        ("tokens", recipe.masks.alone_epochs, recipe.masks.augmentation, 1.0),
+        ("masks", recipe.masks.width_epochs, recipe.masks.augmentation, 1.0),
         ("finetune", recipe.finetune.epochs, recipe.finetune.augmentation, budget),
     )
     for phase, epochs, augmentation, share in plan:
@@ -193,9 +196,21 @@ def _task(prepared: Prepared, phase: str, augmentation: str) -> MaskTask | Dense
     if known:
         disabled = recipe.distill.model_copy(update={"enabled": False})
         recipe = recipe.model_copy(update={"distill": disabled})
+    section, train, dense = recipe.masks, recipe.train, prepared.dense
+    selecting = dense
+    if section.selects_tokens and phase != "baseline":
+        selecting = with_selections(dense, section, train.seed)
     if phase == "masks":
-        return mask_task(prepared.dense, prepared.data, recipe, prepared.round_to)
-    train = recipe.train
+        start = dense if section.order == "widths-first" else selecting
+        return mask_task(dense, prepared.data, recipe, prepared.round_to, start=start)
+    if selecting is not dense:
+        teacher, steps = distillation(dense, recipe), epoch_steps(recipe, prepared.data)
+        alone = phase == "tokens"
+        objective = selection_objective(recipe, dense, teacher, steps, alone=alone)
+        options = dense_options(train, selecting)
+        return SelectionTask(
+            selecting, objective, phase=phase, optimizer=train.optimizer, options=options
+        )
     return DenseTask(
         copy.deepcopy(prepared.dense),
         phase=phase,

@@ -30,8 +30,11 @@ from ..core.staging import only_writer
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_processor, require_runtimes
+from .phases import HISTORY, RunContext
 from .recipe import Recipe
 from .run_folder import RunFolder
+from .selection_step import require_selections
+from .selection_training import learn_selections
 from .shipping_steps import (
     ARTIFACTS,
     MEASUREMENTS,
@@ -58,10 +61,8 @@ from .training_steps import (
     COMPACT,
     CUT,
     CUT_PARITY,
-    HISTORY,
     MASK,
     Cut,
-    RunContext,
     finetune,
     learn_masks,
     load_cut,
@@ -220,17 +221,19 @@ def _baseline(prepared: Prepared, context: RunContext, fingerprint: str) -> Comp
 
 
 def _cut(baseline: CompactModel, round_to: int, context: RunContext, fingerprint: str) -> Cut:
-    folder = context.folder
+    folder, section = context.folder, context.recipe.masks
+    learn = learn_selections if section.selects_tokens else learn_masks
     cut, made = folder.step(
         "masks",
         fingerprint,
         [MASK, CUT, CUT_PARITY],
-        lambda resume: learn_masks(baseline, round_to, context, resume=resume),
+        lambda resume: learn(baseline, round_to, context, resume=resume),
         lambda: load_cut(folder),
-        by_all=context.recipe.masks.method == "learned",
+        by_all=section.method == "learned",
     )
     _report_model("cut", cut.model, made, context.quiet)
-    _remove_checkpoints(folder, "masks")
+    for phase in ("tokens", "masks"):
+        _remove_checkpoints(folder, phase)
     return cut
 
 
@@ -273,11 +276,12 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     output_specs(dense.architecture, recipe.export.outputs, "export.outputs")
     round_to = recipe.masks.round_to or target.round_to
     require_tokens(dense.architecture, recipe.masks)
+    start = require_selections(dense, recipe)
     if recipe.masks.method == "closed-form":
         require_budget(dense.architecture, recipe.masks)
-    else:
+    elif recipe.masks.width_epochs:
         # Creating the task checks the budget; mask learning creates another one.
-        mask_task(dense, data, recipe, round_to)
+        mask_task(dense, data, recipe, round_to, start=start)
         if recipe.masks.start == "one-shot":
             require_budget(dense.architecture, start_section(recipe.masks))
     return Prepared(recipe, data, dense, round_to)

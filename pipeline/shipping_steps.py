@@ -41,9 +41,9 @@ from ..export.manifest import PARITY
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
 from .kept_units import kept_branches, token_map
+from .phases import HISTORY, RunContext
 from .recipe import Recipe
 from .run_folder import RunFolder
-from .training_steps import HISTORY, RunContext
 
 ARTIFACTS, MEASUREMENTS = "artifacts", "measurements"
 SAMPLE_SEED = 0
@@ -304,6 +304,8 @@ def _parity(cut_error: float, artifacts: Mapping[str, Artifact]) -> dict[str, fl
     for name, artifact in artifacts.items():
         for stage in artifact.manifest.parity:
             key = f"{name}: {stage.title} against {stage.reference}"
+            if stage.choices:
+                key = f"{key}, {stage.choices_text}"
             parity[key] = stage.max_relative_error
     return parity
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,57 +14,47 @@ from ..compress.data.splits import DataSplits, stratified_indices
 from ..compress.masks.budget import Budget
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
-from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import TOKENS_FILE, TRIM_FILE, load, save
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
 from ..compress.oneshot.trim import Trimmed
 from ..compress.surgery.compactor import output_error
 from ..compress.train.augment import seed_everything
-from ..compress.train.dense import DenseTask, Distillation, teacher_outputs
-from ..compress.train.loop import fit
+from ..compress.train.dense import DenseTask, Distillation
 from ..compress.train.mask_settings import MaskSettings
 from ..compress.train.mask_task import MaskTask
-from ..compress.train.precision import arithmetic
-from ..compress.train.regularization import DenseOptions
+from ..compress.train.objectives import Objective
 from ..compress.train.schedule import Schedule
-from ..compress.train.settings import TrainSettings
-from ..core.console import progress_bar
+from ..compress.train.selection_task import SelectionTask
 from ..core.storage import replace_file
+from .latency_loop import trim_to_latency
 from .masks_section import MasksSection
+from .phases import HISTORY as HISTORY
+from .phases import RunContext as RunContext
+from .phases import (
+    dense_options,
+    distillation,
+    epoch_steps,
+    known_outputs,
+    phase_settings,
+    run_phase,
+    size_metrics,
+)
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection
 from .run_folder import RunFolder
+from .selection_step import same_choices_error, selection_objective
 from .token_step import cut_tokens, token_record, width_section
-from .train_section import TrainSection
-from .training_host import TrainingHost
 from .trim_step import exact_cut_error, start_section, trim_baseline, trim_record
 
 # Files and folders of the run.
 BASELINE, COMPACT, CUT = "baseline", "compact", "cut"
-MASK, CUT_PARITY, HISTORY = "mask.safetensors", "cut-parity.json", "history.jsonl"
+MASK, CUT_PARITY = "mask.safetensors", "cut-parity.json"
 # Of a closed-form cut: the dense network in the basis in which it was cut.
 ROTATED = "rotated"
 # Of `masks.start = "one-shot"`: the network that mask learning started from.
 START = "start"
 PARITY_IMAGES = 64
-TEACHER_BATCH = 128
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What every step of a run reads: its recipe, its data and its folder."""
-
-    recipe: Recipe
-    data: DataSplits
-    folder: RunFolder
-    quiet: bool = False
-    host: TrainingHost = field(default_factory=TrainingHost)
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes the files of the run."""
-        return self.host.processes.is_main
 
 
 @dataclass(frozen=True)
@@ -104,31 +95,70 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
     """
     recipe = context.recipe
     if recipe.masks.method == "closed-form":
-        return _trim(baseline, round_to, context)
-    start = _start(baseline, round_to, context, resume=resume)
-    known = _teacher_outputs(baseline, context, recipe.masks.augmentation)
-    task = mask_task(baseline, context.data, recipe, round_to, known=known, start=start)
+        cut = closed_form_cut(baseline, recipe.masks, round_to, context)
+    else:
+        start = start_network(baseline, round_to, context, resume=resume)
+        cut = learned_cut(baseline, start, round_to, context, resume=resume)
+    if context.writes:
+        save_cut(cut, context.folder)
+    return cut
+
+
+def learned_cut(
+    baseline: CompactModel,
+    start: CompactModel,
+    round_to: int,
+    context: RunContext,
+    *,
+    resume: bool,
+    share: float = 1.0,
+) -> Cut:
+    """Learn the masks of a network and cut it by them.
+
+    Args:
+        baseline: The teacher; the budget is a share of it.
+        start: The network to cut.
+        round_to: Kept widths are multiples of this.
+        context: The run.
+        resume: Continue from the training checkpoint of an earlier attempt.
+        share: As for `mask_task`.
+
+    Returns:
+        The cut model and its mask of `start`.
+    """
+    recipe = context.recipe
+    known = known_outputs(baseline, context, recipe.masks.augmentation)
+    data = context.data
+    task = mask_task(baseline, data, recipe, round_to, known=known, start=start, share=share)
     # A budget has a schedule of its own, so the learning rate decays once. With a fixed lambda it
     # restarts, as in Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
     kind = "cosine" if recipe.masks.lambda_ is None else "restarts"
     schedule = Schedule(kind, restart_epochs=recipe.masks.restart_epochs, min_lr=1e-8)  # type: ignore[arg-type]
     # The task itself decides which epoch may be the best one and when to stop.
-    settings = _settings(context, recipe.masks.epochs, recipe.masks.augmentation, schedule, None)
-    _fit(task, context, settings, resume)
+    augmentation = recipe.masks.augmentation
+    settings = phase_settings(context, recipe.masks.epochs, augmentation, schedule, None)
+    run_phase(task, context, settings, resume)
     model, mask = task.result(), task.mask()
-    error = cut_error(task, model, context.data.val.floats(slice(0, PARITY_IMAGES)))
-    cut = Cut(model, mask, error)
-    if context.writes:
-        _save_cut(cut, context.folder)
-    return cut
+    return Cut(model, mask, cut_error(task, model, data.val.floats(slice(0, PARITY_IMAGES))))
 
 
-def _trim(baseline: CompactModel, round_to: int, context: RunContext) -> Cut:
+def closed_form_cut(
+    baseline: CompactModel, section: MasksSection, round_to: int, context: RunContext
+) -> Cut:
     """The cut of `masks.method = "closed-form"`; also writes rotated/ and trim.json.
 
     With tokens chosen before, start/ is the network without the dropped ones.
+
+    Args:
+        baseline: The dense model.
+        section: The budget.
+        round_to: Kept widths are multiples of this.
+        context: The run.
+
+    Returns:
+        The cut model and its mask of rotated/.
     """
-    folder, section = context.folder, context.recipe.masks
+    folder = context.folder
     images = context.data.val.floats(slice(0, PARITY_IMAGES))
     tokens = _without_tokens(baseline, context)
     if tokens is not None:
@@ -136,22 +166,35 @@ def _trim(baseline: CompactModel, round_to: int, context: RunContext) -> Cut:
         section = width_section(section, baseline, start)
         if 1.0 in (section.params, section.macs):
             # The tokens alone meet the budget.
-            cut = Cut(start, mask, exact_cut_error(baseline, mask, images))
-            _save_cut(cut, folder)
-            return cut
+            return Cut(start, mask, exact_cut_error(baseline, mask, images))
         baseline = start
-    found = _trimmed(baseline, section, round_to, context)
+    if section.has_latency:
+        unlabeled = _drawn(section, context)
+        found = trim_to_latency(
+            baseline, unlabeled, section, round_to, folder.path, quiet=context.quiet
+        )
+    else:
+        found = _trimmed(baseline, section, round_to, context)
     cut = Cut(found.model, found.mask, exact_cut_error(found.rotated, found.mask, images))
     save(found.rotated, folder / ROTATED, overwrite=True)
     replace_file(folder / TRIM_FILE, trim_record(found))
-    _save_cut(cut, folder)
     return cut
 
 
-def _start(
+def start_network(
     baseline: CompactModel, round_to: int, context: RunContext, *, resume: bool
 ) -> CompactModel:
-    """The network that mask learning starts from; a closed-form cut is saved in start/."""
+    """The network that mask learning starts from; a closed-form cut is saved in start/.
+
+    Args:
+        baseline: The dense model.
+        round_to: Kept widths are multiples of this.
+        context: The run.
+        resume: Load start/ if it is there.
+
+    Returns:
+        The baseline, or what is in start/.
+    """
     section, folder = context.recipe.masks, context.folder
     if section.start == "dense" and not section.chooses_tokens:
         return baseline
@@ -198,7 +241,8 @@ def _drawn(section: MasksSection, context: RunContext) -> Tensor:
     return train.floats(stratified_indices(train.targets, count, context.recipe.train.seed)[0])
 
 
-def _save_cut(cut: Cut, folder: RunFolder) -> None:
+def save_cut(cut: Cut, folder: RunFolder) -> None:
+    """Save a cut as `load_cut` reads it."""
     save(cut.model, folder / CUT, overwrite=True)
     cut.mask.save(folder / MASK)
     record = json.dumps({"max_relative_error": cut.max_relative_error})
@@ -213,6 +257,7 @@ def mask_task(
     *,
     known: Mapping[bytes, Tensor] | None = None,
     start: CompactModel | None = None,
+    share: float = 1.0,
 ) -> MaskTask:
     """Create the training task of `[masks]` on a copy of the baseline.
 
@@ -223,7 +268,10 @@ def mask_task(
         round_to: Kept widths are multiples of this.
         known: Outputs of the teacher that need not be computed again.
         start: The network whose masks are learned, a cut of the baseline (default: the baseline).
-            The budget is a share of the baseline.
+            The budget is a share of the baseline. Where it chooses patches for each image, it
+            is trained by the objective of that method.
+        share: The share of the budget that patches leave to the widths, where they are dropped
+            afterwards.
 
     Returns:
         The task, not trained yet.
@@ -234,10 +282,11 @@ def mask_task(
     section = recipe.masks
     start = start or baseline
     budget = None
-    for kind, share in (("params", section.params), ("macs", section.macs)):
-        if share is not None:
+    for kind, size in (("params", section.params), ("macs", section.macs)):
+        if size is not None:
             sizes = [network_cost(model.architecture, kind) for model in (baseline, start)]
-            budget = Budget(kind, min(1.0, share * sizes[0] / sizes[1]))  # type: ignore[arg-type]
+            ratio = min(1.0, share * size * sizes[0] / sizes[1])
+            budget = Budget(kind, ratio)  # type: ignore[arg-type]
     settings = MaskSettings(
         budget=budget,
         lambda_=section.lambda_,
@@ -254,9 +303,12 @@ def mask_task(
         attention_overhead_macs=section.attention_overhead_macs,
         ffn_overhead_macs=section.ffn_overhead_macs,
     )
-    steps = section.epochs * (len(data.train) // min(recipe.train.batch_size, len(data.train)))
+    steps = section.epochs * epoch_steps(recipe, data)
     model, teacher = copy.deepcopy(start), distillation(baseline, recipe, known)
-    return MaskTask(model, settings, steps, distillation=teacher)
+    objective = None
+    if start.architecture.selects:
+        objective = selection_objective(recipe, baseline, teacher, steps)
+    return MaskTask(model, settings, steps, distillation=teacher, objective=objective)
 
 
 def finetune(
@@ -274,50 +326,25 @@ def finetune(
         The compact model in eval mode.
     """
     model = copy.deepcopy(cut)
-    known = _teacher_outputs(baseline, context, context.recipe.finetune.augmentation)
+    known = known_outputs(baseline, context, context.recipe.finetune.augmentation)
     teacher = distillation(baseline, context.recipe, known)
-    _train_dense(model, "finetune", context, teacher=teacher, resume=resume)
+    objective = None
+    if model.architecture.selects:
+        # Predictors have the rate of all weights in this phase.
+        recipe, section = context.recipe, context.recipe.finetune
+        steps = section.epochs * epoch_steps(recipe, context.data)
+        objective = selection_objective(recipe, baseline, teacher, steps, lr=section.lr)
+    _train_dense(model, "finetune", context, teacher=teacher, objective=objective, resume=resume)
     if context.writes:
         save(model, context.folder / COMPACT, overwrite=True)
     return model.eval()
 
 
-def _teacher_outputs(
-    teacher: CompactModel, context: RunContext, augmentation: str
-) -> dict[bytes, Tensor]:
-    """The logits of all training images, if every epoch shows the same ones; else none."""
-    train, distill = context.data.train, context.recipe.distill
-    if augmentation != "none" or not distill.enabled or distill.alpha == 0.0:
-        return {}
-    if not train.decoded:
-        # As many outputs as a large data set has images would fill the memory.
-        return {}
-    if not context.host.placement.waits or context.host.processes.count > 1:
-        # A GPU computes them faster than images are compared; a process needs a share of them.
-        return {}
-    starts = range(0, len(train), TEACHER_BATCH)
-    batches = (train.floats(slice(start, start + TEACHER_BATCH)) for start in starts)
-    threads = context.recipe.train.threads
-    with (
-        arithmetic(context.recipe.train.matmul_precision, threads, teacher),
-        progress_bar("outputs of the teacher", len(train), quiet=context.quiet) as report,
-    ):
-        return teacher_outputs(teacher, batches, report)
-
-
-def distillation(
-    teacher: CompactModel, recipe: Recipe, known: Mapping[bytes, Tensor] | None = None
-) -> Distillation | None:
-    """Distillation from the dense model, or None where `[distill]` is disabled."""
-    section = recipe.distill
-    if not section.enabled:
-        return None
-    return Distillation(teacher, section.alpha, section.temperature, known or {})
-
-
 def cut_error(task: MaskTask, model: CompactModel, images: Tensor) -> float:
     """Largest difference between masked and cut network, relative to the largest logit."""
     network, mask = task.reference()
+    if model.architecture.selects:
+        return same_choices_error(masked(network, mask), model, images)
     return output_error(masked(network, mask), model, images)
 
 
@@ -339,6 +366,7 @@ def _train_dense(
     context: RunContext,
     *,
     teacher: Distillation | None,
+    objective: Objective | None = None,
     resume: bool,
 ) -> None:
     """Train `model` in place as its section of the recipe describes, if it has any epochs."""
@@ -346,81 +374,21 @@ def _train_dense(
     section: BaselineSection | FinetuneSection = getattr(recipe, phase)
     if not section.epochs:
         return
-    task = DenseTask(
-        model,
-        phase=phase,
-        lr=section.lr,
-        weight_decay=section.weight_decay,
-        label_smoothing=recipe.train.label_smoothing,
-        optimizer=recipe.train.optimizer,
-        distillation=teacher,
-        metrics=_size(model),
-        options=dense_options(recipe.train, model),
-    )
+    options: dict[str, Any] = {
+        "phase": phase,
+        "lr": section.lr,
+        "weight_decay": section.weight_decay,
+        "optimizer": recipe.train.optimizer,
+        "metrics": size_metrics(model),
+        "options": dense_options(recipe.train, model),
+    }
+    if objective is None:
+        smoothing = recipe.train.label_smoothing
+        task = DenseTask(model, label_smoothing=smoothing, distillation=teacher, **options)
+    else:
+        task = SelectionTask(model, objective, **options)
     schedule = Schedule("cosine", section.warmup_epochs)
-    settings = _settings(
+    settings = phase_settings(
         context, section.epochs, section.augmentation, schedule, section.patience_epochs
     )
-    _fit(task, context, settings, resume)
-
-
-def dense_options(section: TrainSection, model: CompactModel) -> DenseOptions:
-    """The options of a dense training that `[train]` describes.
-
-    Patches are not dropped at random from a network from which some leave by a mask.
-    """
-    return DenseOptions(
-        ema=section.ema,
-        layer_decay=section.layer_decay,
-        drop_path=section.drop_path,
-        patch_drop=0.0 if model.architecture.drops_tokens else section.patch_drop,
-    )
-
-
-def _settings(
-    context: RunContext,
-    epochs: int,
-    augmentation: str,
-    schedule: Schedule,
-    patience_epochs: int | None,
-) -> TrainSettings:
-    train = context.recipe.train
-    return TrainSettings(
-        epochs=epochs,
-        batch_size=train.batch_size,
-        seed=train.seed,
-        augmentation=augmentation,  # type: ignore[arg-type]
-        label_smoothing=train.label_smoothing,
-        schedule=schedule,
-        patience_epochs=patience_epochs,
-        grad_clip=train.grad_clip or None,
-        matmul_precision=train.matmul_precision,
-        threads=train.threads,
-        quiet=context.quiet,
-        placement=context.host.placement,
-        accumulate=train.accumulate,
-        workers=train.workers,
-        checkpoint_s=60.0 * train.checkpoint_minutes,
-    )
-
-
-def _fit(
-    task: MaskTask | DenseTask, context: RunContext, settings: TrainSettings, resume: bool
-) -> None:
-    folder, host = context.folder, context.host
-    checkpoints = folder / f"training/{task.phase}"
-    fit(
-        task,
-        context.data,
-        settings,
-        checkpoints,
-        history=folder / HISTORY,
-        resume=resume,
-        progress=host.progress,
-        processes=host.processes,
-    )
-
-
-def _size(model: CompactModel) -> dict[str, float]:
-    architecture = model.architecture
-    return {"params": float(count_params(architecture)), "macs": float(count_macs(architecture))}
+    run_phase(task, context, settings, resume)

@@ -26,7 +26,7 @@ from .plot import (
     y_axis,
 )
 
-PHASES = {"baseline": "baseline", "masks": "masks", "finetune": "fine-tune"}
+PHASES = {"baseline": "baseline", "tokens": "tokens", "masks": "masks", "finetune": "fine-tune"}
 Y_TICKS = 4
 
 

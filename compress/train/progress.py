@@ -11,14 +11,19 @@ from rich.progress import TextColumn
 
 from ...core.console import make_bar
 
-_TITLES = {"baseline": "training", "masks": "learning masks", "finetune": "fine-tuning"}
+_TITLES = {
+    "baseline": "training",
+    "tokens": "learning tokens",
+    "masks": "learning masks",
+    "finetune": "fine-tuning",
+}
 
 
 class TrainingProgress:
     """Shows the progress of a phase on standard error, so that a command's output can be piped.
 
     Args:
-        phase: `baseline`, `masks`, `finetune`, or any other title.
+        phase: `baseline`, `tokens`, `masks`, `finetune`, or any other title.
         epochs: How many epochs the whole phase has.
         steps_per_epoch: Optimizer steps of one epoch.
         first_epoch: The first epoch that is trained, counted from 1; above 1 in a resumed run.

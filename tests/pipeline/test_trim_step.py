@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import vitrim
+from latency_tables import latency_table
 from photo_folder import write_photos, write_recipe
 from tiny_models import relative_error
-from vitrim.bench.local.block_graph import BlockShape
-from vitrim.bench.local.cost_table import PARTS, CostTable, Point
-from vitrim.bench.results.measurement import Environment
+from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.count import count_params
-from vitrim.compress.oneshot.budgets import Budget, file_bytes, table_cost
+from vitrim.compress.oneshot.budgets import file_bytes
 from vitrim.core.errors import InputError
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import run
@@ -111,7 +110,7 @@ def test_a_resumed_run_learns_from_the_start_that_was_saved(
 
     run(recipe, other, until="baseline", quiet=True)
     with monkeypatch.context() as patch:
-        patch.setattr("vitrim.pipeline.training_steps._fit", interrupted)
+        patch.setattr("vitrim.pipeline.training_steps.run_phase", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, other, until="masks", quiet=True, resume=True)
     with monkeypatch.context() as patch:
@@ -154,28 +153,19 @@ def test_a_file_size_is_a_budget(finished: Path) -> None:
 
 def test_milliseconds_of_a_cost_table_are_a_budget(finished: Path) -> None:
     dense = vitrim.load(finished / "baseline").architecture
-    table = finished.parent / "costs.json"
-    CostTable(
-        target="host",
-        threads=1,
-        runtime="onnxruntime 1.0",
-        points=(Point(shape=BlockShape(5, 5, 3, 8, 8, 96, 24), latency_s=1e-3),),
-        costs_s=dict.fromkeys(PARTS, 1e-9),
-        median_error=None,
-        largest_error=None,
-        environment=Environment(),
-    ).save(table)
-    cost = table_cost(dict.fromkeys(PARTS, 1e-9))
-    whole = Budget("cost", 1.0, cost).network(dense)
-    sets = [*CLOSED_FORM, f"masks.latency_ms={whole / 2}", f'masks.cost_table="{table}"']
-    run(
-        load_recipe(finished.parent / "tiny.toml", sets),
-        finished.parent / "latency",
-        until="masks",
-        quiet=True,
-    )
-    cut = vitrim.load(finished.parent / "latency" / "cut").architecture
-    assert Budget("cost", 1.0, cost).network(cut) <= whole / 2
+    table, path = latency_table(), finished.parent / "costs.json"
+    table.save(path)
+    whole = table.latency_ms(network_shape(dense))
+    sets = [*CLOSED_FORM, "masks.latency=0.6", f'masks.cost_table="{path}"']
+    sets += ["masks.latency_rounds=1", "masks.target_runtime=onnxruntime"]
+    folder = finished.parent / "latency"
+    run(load_recipe(finished.parent / "tiny.toml", sets), folder, until="masks", quiet=True)
+    cut = vitrim.load(folder / "cut").architecture
+    assert table.latency_ms(network_shape(cut)) <= 0.6 * whole
+    record = json.loads((folder / "latency.json").read_text())
+    assert record["latency_ms"] == pytest.approx(0.6 * whole)
+    assert record["predicted_ms"] == pytest.approx(table.latency_ms(network_shape(cut)))
+    assert record["measured_ms"] == record["rounds"][0]["measured_ms"] > 0
 
 
 @pytest.mark.parametrize(
@@ -183,6 +173,21 @@ def test_milliseconds_of_a_cost_table_are_a_budget(finished: Path) -> None:
     [
         (["masks.file_mb=1.0"], 'file_mb needs method = "closed-form"'),
         ([*CLOSED_FORM, "masks.latency_ms=1.0"], "latency_ms and cost_table need each other"),
+        ([*CLOSED_FORM, "masks.latency=0.5"], "latency_ms and cost_table need each other"),
+        (["masks.latency=0.5"], 'latency needs method = "closed-form"'),
+        ([*CLOSED_FORM, "masks.target_runtime=tvm"], "target_runtime needs a budget of millisec"),
+        (
+            [*CLOSED_FORM, "masks.latency_ms=0.001", 'masks.cost_table="costs.json"'],
+            "masks.latency: 0.001 ms: the smallest latency that can be reached is 0.01",
+        ),
+        (
+            [
+                *CLOSED_FORM,
+                *("masks.latency_ms=1.0", "masks.target_runtime=tvm"),
+                'masks.cost_table="costs.json"',
+            ],
+            "masks.target_runtime = 'tvm': costs.json is of onnxruntime fp32 on host, 1 thread",
+        ),
         ([*CLOSED_FORM, "masks.file_mb=0.001"], "masks.file_mb = 0.001: the stem and the head"),
         (
             [*CLOSED_FORM, "masks.latency_ms=1.0", 'masks.cost_table="missing.json"'],
@@ -191,8 +196,10 @@ def test_milliseconds_of_a_cost_table_are_a_budget(finished: Path) -> None:
     ],
 )
 def test_impossible_file_and_latency_budgets_are_refused(
-    finished: Path, sets: list[str], message: str
+    finished: Path, sets: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(finished.parent)
+    latency_table().save("costs.json")
     with pytest.raises(InputError) as caught:
         run(load_recipe(finished.parent / "tiny.toml", sets), finished.parent / "no", quiet=True)
     assert message in str(caught.value)

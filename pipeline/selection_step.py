@@ -1,0 +1,146 @@
+"""The choice of patches for each image: `masks.tokens` with predictors or class attention."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..compress.masks.masked import MaskedModel
+from ..compress.network.modules.model import CompactModel
+from ..compress.network.modules.select import Choices
+from ..compress.tokens.select import SelectMethod, select_tokens
+from ..compress.train.dense import Distillation
+from ..compress.train.objectives import PREDICTING, Objective, SelectionSettings, make_objective
+from ..core.console import status
+from ..core.errors import InputError
+from .masks_section import MasksSection
+from .recipe import Recipe
+
+DEFAULT_RATIO, DEFAULT_LR = 0.7, 1e-3
+
+
+def with_selections(model: CompactModel, section: MasksSection, seed: int) -> CompactModel:
+    """Add the selections of `[masks]` to a network; predictors have random weights.
+
+    Args:
+        model: The network, with any widths.
+        section: The method, the stages and the ratio or the counts.
+        seed: Of the weights.
+
+    Returns:
+        A new network.
+
+    Raises:
+        InputError: A stage does not exist, or leaves no patch; the message has the reason.
+    """
+    if section.tokens == "dps" and model.architecture.drops_tokens:
+        raise InputError("masks.tokens: dps needs a dense network, this one drops tokens by place")
+    try:
+        return select_tokens(
+            model,
+            cast("SelectMethod", section.tokens),
+            ratio=section.token_ratio or DEFAULT_RATIO,
+            stages=section.token_stages,
+            rule=section.token_rule or "geometric",
+            counts=section.token_counts,
+            seed=seed,
+        )
+    except InputError as error:
+        raise InputError(f'masks.tokens = "{section.tokens}": {error}') from error
+
+
+def require_selections(model: CompactModel, recipe: Recipe) -> CompactModel:
+    """Check the stages and counts of `[masks]`, and that predictors are trained.
+
+    Args:
+        model: The dense network.
+        recipe: All settings.
+
+    Returns:
+        The network whose widths are learned: with selections, unless they come later.
+
+    Raises:
+        InputError: They do not fit the network, or no phase trains the predictors.
+    """
+    section = recipe.masks
+    if not section.selects_tokens:
+        return model
+    selecting = with_selections(model, section, recipe.train.seed)
+    first = section.order == "widths-first"
+    trained = section.alone_epochs or recipe.finetune.epochs
+    trained = trained or (section.width_epochs and not first)
+    if section.tokens in PREDICTING and not trained:
+        raise InputError(
+            f'masks.tokens = "{section.tokens}": nothing trains its predictors; set '
+            'finetune.epochs, method = "learned", or tokens = "class-attention" with token_ratio'
+        )
+    return model if first else selecting
+
+
+def selection_objective(
+    recipe: Recipe,
+    teacher: CompactModel,
+    distillation: Distillation | None,
+    total_steps: int,
+    *,
+    alone: bool = False,
+    lr: float | None = None,
+) -> Objective:
+    """The objective of the method of `[masks]`.
+
+    Args:
+        recipe: The sections `[masks]` and `[train]`.
+        teacher: The baseline.
+        distillation: How its outputs are learned; None: they are not.
+        total_steps: The number of optimizer steps of the phase.
+        alone: Whether only the choice of patches is trained.
+        lr: The rate of predictors (default: that of the recipe).
+
+    Returns:
+        A new objective.
+    """
+    section = recipe.masks
+    rate = lr or section.token_lr or DEFAULT_LR
+    settings = SelectionSettings(cast("SelectMethod", section.tokens), lr=rate, alone=alone)
+    return make_objective(
+        settings,
+        total_steps,
+        teacher,
+        label_smoothing=recipe.train.label_smoothing,
+        distillation=distillation,
+    )
+
+
+def show_selections(model: CompactModel, section: MasksSection, *, quiet: bool) -> None:
+    """Print what each selection keeps."""
+    architecture = model.architecture
+    counts = ", ".join(f"{each.name} {each.patches}" for each in architecture.selects)
+    status(
+        f"patches by {section.tokens}: {counts} of {architecture.patches}, for each image",
+        quiet=quiet,
+    )
+
+
+def same_choices_error(reference: MaskedModel, model: CompactModel, images: Tensor) -> float:
+    """Largest difference of a masked network and its cut where both keep the same patches.
+
+    Equal scores to the last digit decide differently in two orders of summation, so the cut is
+    given the choices of the masked network.
+
+    Args:
+        reference: The network that computes with the mask.
+        model: The network after the cut.
+        images: (images, channels, height, width).
+
+    Returns:
+        It is relative to the largest output of the reference.
+    """
+    recorded = Choices()
+    with torch.inference_mode():
+        wanted = reference.eval()(images, recorded)
+        # Selections behind which nothing reads patches are not in the cut network.
+        given = recorded.found[: len(model.architecture.selects)]
+        found = model.eval()(images, Choices(given=given))
+    return float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-12))
