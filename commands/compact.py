@@ -22,6 +22,7 @@ from .compact_tokens import TokenCut, choose_tokens_of
 from .compact_untrained import cut_without_training, require_resume
 from .model_data import SaliencyImages
 from .option_groups import with_option_groups
+from .select_options import SelectOptions
 from .token_options import TokenOptions
 from .untrained_options import Untrained, check_options
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..compress.masks.mask import StructuredMask
     from ..compress.masks.saliency import Scores
+    from ..compress.network.architecture import Architecture
     from ..compress.network.modules.model import CompactModel
     from ..compress.surgery.stream_form import StreamForm
 
@@ -41,6 +43,7 @@ def compact(
     selection: Selection,
     untrained: Untrained,
     tokens: TokenOptions,
+    select: SelectOptions,
     output: Output,
 ) -> None:
     """Cut a model and verify on noise images that the result equals the masked model.
@@ -55,6 +58,9 @@ def compact(
     With --tokens patches leave the network at fixed places, the same for every image: chosen from
     unlabeled images, for a share of the multiply-adds (--macs) or with given counts. It takes no
     training. With --saliency or --keep-ratio, too, widths are cut after the tokens.
+
+    With --select patches are chosen for each image while the network runs, a constant number in
+    each stage, by the attention of the network itself.
 
     The output folder contains the model and mask.safetensors. The note of the mask records how it
     was chosen (saliency, scope, images, seed, rounding).
@@ -81,14 +87,19 @@ def compact(
 
       vitrim compact runs/quickstart/baseline --tokens radial --token-counts 50,40,30,1
 
+      vitrim compact deit.pth --model deit_small_patch16_224 --select class-attention \
+        --select-ratio 0.7 --select-stages 3,6,9 --out small
+
     Args:
         model: The model to cut.
         selection: What is kept of it.
         untrained: A cut without training: its budget and its check.
         tokens: Which tokens are dropped, and how many.
+        select: Which patches are chosen for each image, and how many.
         output: What is printed and saved.
     """
     tokens.check(selection, untrained)
+    select.check(tokens, untrained)
     budget = untrained.macs
     if tokens.selected:
         # The budget is that of the tokens.
@@ -99,6 +110,9 @@ def compact(
     if output.out is not None:
         _require_output(model, selection, untrained, output)
     source = load_source(model)
+    before = source.model.architecture
+    if select.selected:
+        source = replace(source, model=select.applied(source.model))
     if tokens.selected:
         _cut_tokens(selection, choose_tokens_of(source, selection, tokens, budget), output)
         return
@@ -111,9 +125,9 @@ def compact(
                 "--round-to rounds a mask; add --mask or --keep-ratio "
                 "(the removal of dead weight is not rounded)"
             )
-        _cut_dead(source.model, output)
+        _cut_dead(source.model, output, before)
         return
-    _cut(source.model, _widths(source, selection), output)
+    _cut(source.model, _widths(source, selection), output, before=before)
 
 
 def _cut_tokens(selection: Selection, cut: TokenCut, output: Output) -> None:
@@ -213,8 +227,13 @@ def _rounded(
 
 
 def _cut(
-    source: CompactModel, mask: StructuredMask, output: Output, tokens: str | None = None
+    source: CompactModel,
+    mask: StructuredMask,
+    output: Output,
+    tokens: str | None = None,
+    before: Architecture | None = None,
 ) -> None:
+    """Cut a model, verify and save it; `before`: the model whose sizes are compared."""
     from ..compress.oneshot.choice import priced
     from ..compress.surgery.compactor import compact as cut
     from ..compress.surgery.stream_form import choose_stream_form
@@ -225,7 +244,7 @@ def _cut(
         _explain(source, form.model, mask)
     # A choice of tokens is counted as it is exported.
     counted = priced if tokens is not None else (lambda architecture: architecture)
-    show_sizes(counted(source.architecture), counted(form.model.architecture))
+    show_sizes(counted(before or source.architecture), counted(form.model.architecture))
     _show_stream_form(form)
     show(f"masked against compact: largest relative error {error:.1e} on {images} noise images")
     save_compact(form.model, mask, output, tokens=tokens)
@@ -260,7 +279,7 @@ def _show_stream_form(form: StreamForm) -> None:
         )
 
 
-def _cut_dead(source: CompactModel, output: Output) -> None:
+def _cut_dead(source: CompactModel, output: Output, before: Architecture) -> None:
     from ..compress.surgery.dead_weight import find_dead
 
     dead = find_dead(source)
@@ -281,7 +300,7 @@ def _cut_dead(source: CompactModel, output: Output) -> None:
             f"zeros that remain: {unit_count(round(zeros))} in {len(dead.sparsity)} matrices "
             "(--explain lists them)"
         )
-    show_sizes(source.architecture, dead.compact.architecture)
+    show_sizes(before, dead.compact.architecture)
     show(f"before against after: largest relative error {dead.error:.1e} on 2 noise images")
     save_compact(dead.compact, dead.mask, output)
 

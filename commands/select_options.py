@@ -1,0 +1,151 @@
+"""The options of `vitrim compact --select`: patches that are chosen for each image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.console import show
+from ..core.errors import InputError
+from .token_options import TokenOptions
+from .untrained_options import Untrained
+
+if TYPE_CHECKING:
+    from ..compress.network.modules.model import CompactModel
+
+# Methods whose scores need no training.
+UNTRAINED = ("class-attention", "evit", "column-attention", "random")
+DEFAULT_RATIO = 0.7
+
+Select = Annotated[
+    str | None,
+    typer.Option(
+        "--select",
+        help="Keep a constant number of patches, chosen for each image while the network runs, "
+        "without training: class-attention (those that the class token attends to), evit (the "
+        "same, with a token that sums the dropped ones), column-attention (those that all tokens "
+        "attend to), or random (for comparison). Widths are cut in the same call by --mask, "
+        "--keep-ratio or --saliency.",
+        show_default=False,
+    ),
+]
+SelectRatio = Annotated[
+    float | None,
+    typer.Option(
+        "--select-ratio",
+        help="With --select: the share of the patches that the first stage keeps; the second keeps "
+        "its square, the third its cube.  [default: 0.7]",
+        show_default=False,
+    ),
+]
+SelectStages = Annotated[
+    str | None,
+    typer.Option(
+        "--select-stages",
+        metavar="N,N,...",
+        help="With --select: the blocks, counted from 0, in which patches are chosen.  "
+        "[default: after each quarter of the depth]",
+        show_default=False,
+    ),
+]
+SelectCounts = Annotated[
+    str | None,
+    typer.Option(
+        "--select-counts",
+        metavar="N,N,...",
+        help="With --select: the number of patches that each stage keeps, instead of "
+        "--select-ratio.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """Which patches are chosen for each image, and how many."""
+
+    select: Select = None
+    select_ratio: SelectRatio = None
+    select_stages: SelectStages = None
+    select_counts: SelectCounts = None
+
+    @property
+    def selected(self) -> bool:
+        """Whether patches are chosen for each image."""
+        return self.select is not None
+
+    def __post_init__(self) -> None:
+        given = {
+            "--select-ratio": self.select_ratio,
+            "--select-stages": self.select_stages,
+            "--select-counts": self.select_counts,
+        }
+        named = [option for option, value in given.items() if value is not None]
+        if not self.selected:
+            if named:
+                raise InputError(f"{named[0]} belongs to --select; add --select class-attention")
+            return
+        if self.select in ("dynamicvit", "dps"):
+            raise InputError(
+                f"--select {self.select}: its predictors need training; set masks.tokens = "
+                f'"{self.select}" in a recipe of `vitrim run`'
+            )
+        if self.select not in UNTRAINED:
+            raise InputError(f"--select {self.select}: choose one of {', '.join(UNTRAINED)}")
+        if self.select_ratio is not None and self.select_counts is not None:
+            raise InputError(
+                "--select-ratio and --select-counts both state how many patches stay; keep one"
+            )
+        for option in ("--select-stages", "--select-counts"):
+            _numbers(option, given[option])  # type: ignore[arg-type]
+
+    def check(self, tokens: TokenOptions, untrained: Untrained) -> None:
+        """Check options of other groups that exclude a selection.
+
+        Raises:
+            InputError: Tokens are dropped by place, or widths are cut without training.
+        """
+        others = {
+            "--tokens": tokens.selected,
+            "--front": untrained.front is not None,
+            "--without-training": untrained.selected,
+        }
+        for option, given in others.items():
+            if self.selected and given:
+                raise InputError(
+                    f"--select and {option}: cut the model first, then add the selection to the "
+                    "result in a second call"
+                )
+
+    def applied(self, model: CompactModel) -> CompactModel:
+        """The model with selections, which are shown.
+
+        Raises:
+            InputError: A stage or count does not fit the model.
+        """
+        from ..compress.tokens.select import select_tokens
+
+        result = select_tokens(
+            model,
+            self.select,  # type: ignore[arg-type]
+            ratio=DEFAULT_RATIO if self.select_ratio is None else self.select_ratio,
+            stages=_numbers("--select-stages", self.select_stages),
+            counts=_numbers("--select-counts", self.select_counts),
+        )
+        architecture = result.architecture
+        each = (f"{spec.left} ({spec.name})" for spec in architecture.selects)
+        show(f"patches: {architecture.patches}, for each image {', '.join(each)}")
+        return result
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"{option} {text}: give whole numbers with commas between them, e.g. 3,6,9"
+        ) from None

@@ -1,0 +1,97 @@
+"""`vitrim compact --select`: selections for each image, with cuts of widths, and errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import vitrim
+from tiny_models import tiny_vit
+from typer.testing import CliRunner
+from vitrim.cli import app, call
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("select")
+    vitrim.save(tiny_vit(depth=3, img_size=32), folder / "model")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+def compact(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["compact", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_selection_needs_no_data_and_no_training() -> None:
+    shown = compact("model", "--select", "class-attention", "--select-ratio", "0.5", "--out", "few")
+    assert "patches: 16, for each image 8 (select.1)" in shown
+    small = vitrim.load("few")
+    assert [select.patches for select in small.architecture.selects] == [8]
+    chosen = vitrim.chosen_tokens(small, torch.randn(4, *small.architecture.image))
+    assert chosen[0].shape == (4, 8)
+    assert len({tuple(row.tolist()) for row in chosen[0]}) > 1
+
+
+def test_widths_are_cut_in_the_same_call_and_in_a_second_one() -> None:
+    stages = ["--select-stages", "0,1", "--select-counts", "12,6"]
+    shown = compact("model", "--select", "evit", *stages, "--keep-ratio", "0.6", "--out", "both")
+    assert "patches: 16, for each image 13 (select.0), 7 (select.1)" in shown
+    assert "masked against compact" in shown
+    shown = compact("both", "--saliency", "l2", "--keep-ratio", "0.8", "--explain", "--out", "less")
+    assert "select.1" in shown
+    selects = vitrim.load("less").architecture.selects
+    assert [(s.name, s.patches, s.fused) for s in selects] == [
+        ("select.0", 12, True),
+        ("select.1", 6, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--select", "magic"], "--select magic: choose one of class-attention, evit"),
+        (["--select", "dynamicvit"], "--select dynamicvit: its predictors need training"),
+        (["--select-ratio", "0.5"], "--select-ratio belongs to --select"),
+        (["--select", "evit", "--select-ratio", "2"], "token ratio = 2.0: give a number above 0"),
+        (["--select", "random", "--select-ratio", "0.01"], "no patch is left at block 1"),
+        (["--select", "evit", "--select-stages", "1,x"], "--select-stages 1,x: give whole numbers"),
+        (
+            ["--select", "evit", "--select-stages", "7"],
+            "token stage 7: the model has blocks 0 to 2",
+        ),
+        (["--select", "evit", "--select-stages", "2"], "nothing behind it reads patches"),
+        (
+            ["--select", "evit", "--select-ratio", "0.5", "--select-counts", "4"],
+            "--select-ratio and --select-counts both state",
+        ),
+        (
+            ["--select", "evit", "--tokens", "radial", "--macs", "0.6"],
+            "--select and --tokens: cut the model first",
+        ),
+        (
+            ["--select", "evit", "--without-training", "--macs", "0.7"],
+            "--select and --without-training: cut",
+        ),
+    ],
+)
+def test_invalid_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert call(["compact", "model", *arguments]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert words in shown
+    assert len([line for line in shown.splitlines() if line.startswith("vitrim: ")]) == 1
+
+
+def test_a_second_selection_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    compact("model", "--select", "random", "--out", "random")
+    assert call(["compact", "random", "--select", "random"]) == 2
+    assert "select_tokens: this network selects patches" in capsys.readouterr().err
