@@ -117,10 +117,10 @@ def show_selections(model: CompactModel, section: MasksSection, *, quiet: bool) 
     """Print what each selection keeps."""
     architecture = model.architecture
     counts = ", ".join(f"{each.name} {each.patches}" for each in architecture.selects)
-    status(
-        f"patches by {section.tokens}: {counts} of {architecture.patches}, for each image",
-        quiet=quiet,
-    )
+    text = f"{counts} of {architecture.patches}, for each image"
+    if not counts:
+        text = "no selection is left, since every attention behind them is removed"
+    status(f"patches by {section.tokens}: {text}", quiet=quiet)
 
 
 def same_choices_error(reference: MaskedModel, model: CompactModel, images: Tensor) -> float:

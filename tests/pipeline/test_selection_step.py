@@ -19,6 +19,8 @@ from vitrim.pipeline.run import recipe_fingerprints, run
 
 DEPTH = ("model.overrides={img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3}",)
 ALONE = ("masks.params=1.0",)
+# Of so small a network the start of an attention costs more than its products.
+EVERY_ATTENTION = "masks.attention_overhead_macs=0"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_patches_alone_keep_every_width(recipe_file: Path, method: str) -> None:
 @pytest.mark.parametrize("method", ["dynamicvit", "evit"])
 @pytest.mark.parametrize("order", ["together", "tokens-first", "widths-first"])
 def test_patches_and_widths_share_a_budget(recipe_file: Path, method: str, order: str) -> None:
-    sets = (*tokens(method), f'masks.token_order="{order}"', "masks.macs=0.5")
+    sets = (*tokens(method), f'masks.token_order="{order}"', "masks.macs=0.5", EVERY_ATTENTION)
     folder = trained(recipe_file, f"{method}-{order}", *sets)
     dense, compact = vitrim.load(folder / "baseline"), vitrim.load(folder / "compact")
     assert compact.architecture.selects
@@ -98,7 +100,7 @@ def test_a_closed_form_cut_of_widths_comes_before_selections(recipe_file: Path) 
 
 
 def test_one_shot_widths_start_a_training_of_both(recipe_file: Path) -> None:
-    sets = (*tokens("dynamicvit"), 'masks.start="one-shot"', "masks.macs=0.5")
+    sets = (*tokens("dynamicvit"), 'masks.start="one-shot"', "masks.macs=0.5", EVERY_ATTENTION)
     folder = trained(recipe_file, "one-shot", *sets)
     assert vitrim.load(folder / "start").architecture.selects
     assert vitrim.load(folder / "compact").architecture.selects
@@ -108,7 +110,8 @@ def test_one_shot_widths_start_a_training_of_both(recipe_file: Path) -> None:
 def test_a_run_that_was_killed_continues_to_the_same_weights(
     recipe_file: Path, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets = (*tokens("dynamicvit"), f'masks.token_order="{order}"', "masks.macs=0.6")
+    order_key = f'masks.token_order="{order}"'
+    sets = (*tokens("dynamicvit"), order_key, "masks.macs=0.6", EVERY_ATTENTION)
     whole = trained(recipe_file, f"whole-{order}", *sets)
     steps = 0
     loss: Any = SelectionTask.loss
@@ -128,6 +131,14 @@ def test_a_run_that_was_killed_continues_to_the_same_weights(
     for name in ("cut", "compact"):
         one, other = (vitrim.load(folder / name).state_dict() for folder in (whole, killed))
         assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_a_selection_goes_with_every_attention_behind_it(recipe_file: Path) -> None:
+    sets = (*tokens("evit"), 'masks.token_order="tokens-first"', "masks.macs=0.5")
+    folder = trained(recipe_file, "gone", *sets)
+    compact = vitrim.load(folder / "compact").architecture
+    assert not compact.selects
+    assert len(compact.attention_steps()) == 2
 
 
 def test_a_trial_of_a_recipe_times_every_phase(recipe_file: Path) -> None:
