@@ -12,6 +12,7 @@ The path of a network, from `build.build_network` on:
    - `dense` (linear layers), `attention`, `key_packing` (keys and values for attention),
    - `norm`, `head_norm` (qk_norm), `rope`, `activations`,
    - `patches` (patch embedding), `row_kernels` (means, sums, slices),
+   - `token_scores`, `token_choice` (selections by content, which `selection` emits),
    - `quantization` (rows to int8), `integer_dot` (products of int8).
 
    They are written in terms of `lanes` (vectors, rows in buffers), `loops` (tiles, threads,
@@ -21,7 +22,8 @@ The path of a network, from `build.build_network` on:
 6. `execution_plan` turns the lowered program into a static sequence of kernels, `network_source`
    writes it as C++, `objects` and `link` make the shared library. `weights` stores large weights
    of networks that need TVM's virtual machine.
-7. `first_difference` locates where a compiled network differs from torch.
+7. `first_difference` locates where a compiled network differs from torch, `choices` reads which
+   patches it selects.
 
 The options, and the choice between our kernels and TVM's pipeline, are in
 `export.runtimes.tvm_runtime`.

@@ -66,7 +66,7 @@ class Attend:
         return KeyPacking(self.images, self.heads, self.tokens, self.keys, self.values, vectors)
 
 
-class _Buffers(NamedTuple):
+class AttendBuffers(NamedTuple):
     """The operands of the kernel, and the local buffers of one thread."""
 
     x: Buffer
@@ -98,7 +98,7 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
             accumulators = T.alloc_buffer((rows * tile.vectors * count,), "float32", scope="local")
             inverses = T.alloc_buffer((rows,), "float32", scope="local")
             buffers = operands._replace(scores=scores, accumulators=accumulators, inverses=inverses)
-            writer = _Writer(spec, lanes, tile, buffers)
+            writer = TileWriter(spec, lanes, tile, buffers)
             for run in row_runs:
                 # One loop over the tiles of all heads: equal shares although heads are few.
                 with T.serial(*share_bounds(pairs * run.count, part, parts)) as index:
@@ -110,7 +110,7 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
     return builder.get()
 
 
-def _operands(spec: Attend, lanes: Lanes, tile: Tile) -> _Buffers:
+def _operands(spec: Attend, lanes: Lanes, tile: Tile) -> AttendBuffers:
     x_size = spec.source.size(spec.images, spec.query_rows)
     x = T.arg("x", T.buffer((x_size,), "float32"))
     packed_size = spec.packing(tile.vectors).size(lanes)
@@ -124,32 +124,42 @@ def _operands(spec: Attend, lanes: Lanes, tile: Tile) -> _Buffers:
         stored = spec.output_quantizer.dot.stored
     out_size = spec.images * spec.query_rows * spec.heads * spec.values.each
     out = T.arg("out", T.buffer((out_size,), stored))
-    return _Buffers(x, packed, bias, static_range, out)
+    return AttendBuffers(x, packed, bias, static_range, out)
 
 
-class _Writer:
+class TileWriter:
     """Emits tiles of attention: one head and a few queries each."""
 
-    def __init__(self, spec: Attend, lanes: Lanes, tile: Tile, buffers: _Buffers) -> None:
+    def __init__(self, spec: Attend, lanes: Lanes, tile: Tile, buffers: AttendBuffers) -> None:
         self.spec, self.lanes, self.sizes, self.buffers = spec, lanes, tile, buffers
         # From the scores of one query to the next.
         self.stride = lanes.up(spec.tokens)
 
     def tile(self, pair: Expr, row: Expr, rows: int) -> None:
         """The queries from `row` on, for a pair (image, head), counted over both."""
-        spec, lanes = self.spec, self.lanes
+        spec = self.spec
+        values = bind(self.weights(pair, row, rows) + self.stride * spec.keys.each)
         image, head = bind(pair // spec.heads), bind(pair % spec.heads)
-        start = bind(pair * spec.packing(self.sizes.vectors).head_size(lanes))
-        self.scores(start, image, head, row, rows)
-        with T.serial(0, rows) as r:
-            self.softmax(bind(r * self.stride), r)
-        values = bind(start + self.stride * spec.keys.each)
         width = spec.values.each
         targets = [
             bind((image * spec.query_rows + row + r) * (spec.heads * width) + head * width)
             for r in range(rows)
         ]
         self.mix(values, targets)
+
+    def weights(self, pair: Expr, row: Expr, rows: int) -> Expr:
+        """The weights of the values, before they are multiplied with the inverses.
+
+        Returns:
+            The index of the pair's packed keys.
+        """
+        spec, lanes = self.spec, self.lanes
+        image, head = bind(pair // spec.heads), bind(pair % spec.heads)
+        start = bind(pair * spec.packing(self.sizes.vectors).head_size(lanes))
+        self.scores(start, image, head, row, rows)
+        with T.serial(0, rows) as r:
+            self.softmax(bind(r * self.stride), r)
+        return start
 
     def scores(self, start: Expr, image: Expr, head: Expr, row: Expr, rows: int) -> None:
         """The products of queries with all keys, plus the bias."""
@@ -185,39 +195,8 @@ class _Writer:
 
     def softmax(self, start: Expr, r: Expr) -> None:
         """The scores from `start` become 2^(score - largest); inverses[r] is 1 over their sum."""
-        lanes, scores, count = self.lanes, self.buffers.scores, self.lanes.count
-        full, tail = divmod(self.spec.tokens, count)
-        if tail:
-            last = start + full * count
-            valid = lanes.first(tail, lanes.load(scores, last), _LOWEST_SCORE)
-            lanes.store(scores, last, valid)
-        vectors = full + bool(tail)
-        top = self.largest(start, vectors)
-
-        def power(column: Expr) -> Expr:
-            value = bind(exp2(lanes, lanes.load(scores, start + column) - top))
-            lanes.store(scores, start + column, value)
-            return value
-
-        # Lanes after the last token hold 2^-126, which does not change the sum.
-        total = sum_over(lanes, vectors * count, power)
+        total = powers(self.lanes, self.buffers.scores, start, self.spec.tokens)
         T.buffer_store(self.buffers.inverses, T.float32(1) / total, [r])
-
-    def largest(self, start: Expr, vectors: int) -> Expr:
-        """The largest of a row's scores, in all lanes."""
-        lanes, scores, count = self.lanes, self.buffers.scores, self.lanes.count
-        ways = min(4, vectors)
-        tops = T.alloc_buffer((ways * count,), "float32", scope="local")
-        for way in range(ways):
-            lanes.store(tops, way * count, lanes.load(scores, start + way * count))
-        for vector in range(ways, vectors):
-            index = vector % ways * count
-            top = T.max(lanes.load(tops, index), lanes.load(scores, start + vector * count))
-            lanes.store(tops, index, top)
-        top = lanes.load(tops, 0)
-        for way in range(1, ways):
-            top = T.max(top, lanes.load(tops, way * count))
-        return bind(lanes.splat(bind(lanes.largest(bind(top)))))
 
     def mix(self, values: Expr, targets: list[Expr]) -> None:
         """The sums of values, weighted by the scores, stored from `targets` on."""
@@ -244,3 +223,49 @@ class _Writer:
         for run in split_evenly(each // count, self.sizes.vectors):
             with T.serial(0, run.count) as panel:
                 panel_sums(run, panel)
+
+
+def powers(lanes: Lanes, scores: Buffer, start: Expr, tokens: int) -> Expr:
+    """Emit 2^(score - largest) for the scores of a row, in place.
+
+    Args:
+        lanes: The vectors.
+        scores: The scores, padded to whole vectors.
+        start: Index of the row's first score.
+        tokens: Number of scores.
+
+    Returns:
+        Their sum.
+    """
+    full, tail = divmod(tokens, lanes.count)
+    if tail:
+        last = start + full * lanes.count
+        valid = lanes.first(tail, lanes.load(scores, last), _LOWEST_SCORE)
+        lanes.store(scores, last, valid)
+    vectors = full + bool(tail)
+    top = _largest(lanes, scores, start, vectors)
+
+    def power(column: Expr) -> Expr:
+        value = bind(exp2(lanes, lanes.load(scores, start + column) - top))
+        lanes.store(scores, start + column, value)
+        return value
+
+    # Lanes after the last token hold 2^-126, which does not change the sum.
+    return sum_over(lanes, vectors * lanes.count, power)
+
+
+def _largest(lanes: Lanes, scores: Buffer, start: Expr, vectors: int) -> Expr:
+    """The largest of a row's scores, in all lanes."""
+    count = lanes.count
+    ways = min(4, vectors)
+    tops = T.alloc_buffer((ways * count,), "float32", scope="local")
+    for way in range(ways):
+        lanes.store(tops, way * count, lanes.load(scores, start + way * count))
+    for vector in range(ways, vectors):
+        index = vector % ways * count
+        top = T.max(lanes.load(tops, index), lanes.load(scores, start + vector * count))
+        lanes.store(tops, index, top)
+    top = lanes.load(tops, 0)
+    for way in range(1, ways):
+        top = T.max(top, lanes.load(tops, way * count))
+    return bind(lanes.splat(bind(lanes.largest(bind(top)))))

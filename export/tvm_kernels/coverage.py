@@ -5,8 +5,7 @@ Not covered are
 1. a norm of the patches or of the stem's output, if the stem writes only a part of the stream;
 2. pooling of other kinds than POOLS, and pooling that refines tokens;
 3. the mean of two classifiers with an activation;
-4. a norm after a sub-layer that writes only a part of the stream, or after a constant;
-5. selections of tokens by content.
+4. a norm after a sub-layer that writes only a part of the stream, or after a constant.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ UNCOVERED_PARTS = (
     "norms over a part of the stream before or after a sub-layer",
     f"pooling other than {', '.join(POOLS)}",
     "the mean of two classifiers with an activation",
-    "selections of tokens by content",
 )
 
 
@@ -36,8 +34,6 @@ def uncovered_part(architecture: Architecture) -> str | None:
         return "a norm over each patch of a part of the stream (patch_norm with stem_writes)"
     if architecture.stem_norm is not None and architecture.stem_writes is not None:
         return "a norm of a part of the stream (stem_norm with stem_writes)"
-    if architecture.selects:
-        return f"a selection of tokens by content ({architecture.selects[0].name})"
     pool, head = architecture.pool, architecture.head
     if pool.kind not in POOLS or pool.refine is not None:
         return f"pooling '{pool.kind}'" + (" with refine" if pool.refine else "")

@@ -43,7 +43,8 @@ class KeyPacking:
         heads: Number of heads.
         tokens: Rows of each image.
         keys: The columns of the keys.
-        values: The columns of the values; `each` is a multiple of the vector width.
+        values: The columns of the values; `each` is a multiple of the vector width, 0 where only
+            the keys are packed.
         vectors: The most vectors of tokens in a panel.
     """
 
@@ -111,6 +112,8 @@ class _Writer:
                 with T.serial(0, run.size - 1) as vector:
                     self.transpose(column, start, run, last, vector, count)
                 self.transpose(column, start, run, last, run.size - 1, valid)
+        if not values.each:
+            return
         value = bind(rows + values.first + pair % spec.heads * values.each)
         with T.serial(0, tokens) as token, T.serial(0, values.each // count) as vector:
             target = start + lanes.up(tokens) * keys.each + token * values.each + vector * count

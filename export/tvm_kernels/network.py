@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -14,7 +14,9 @@ from ...compress.network.architecture import (
     ConstantSpec,
 )
 from ...compress.network.modules.model import CompactModel
+from ...compress.network.modules.select import Select
 from ...compress.network.named_outputs import OutputSpec, needs_all_tokens, steps_needed
+from ...compress.network.select_specs import ATTENTION_SCORERS, scoring_attention
 from .attention import Attend
 from .dense import Dense
 from .emitter import Emitter, Epilogue
@@ -22,9 +24,7 @@ from .head import head
 from .lanes import Lanes
 from .matrices import (
     Affine,
-    InputTransform,
     Matrix,
-    ProductInput,
     State,
     Stream,
     SublayerOutput,
@@ -39,8 +39,9 @@ from .patches import Patches, corners, cut_patches
 from .precision import Float, Precision, RangeObserver
 from .program import Program, Value
 from .schedule import Schedule
+from .selection import ScoringAttention, select_rows
 from .stem_layers import StemLayers
-from .sublayers import attention, ffn
+from .sublayers import attention, ffn, read_stream
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -89,7 +90,31 @@ def observed_module(
     """
     observer = RangeObserver()
     writer = _NetworkWriter(compact, lanes, schedule, 1, observer, outputs)
-    return writer.module(observer), observer.rows
+    return writer.module(lambda: [rows.value for rows in observer.rows]), observer.rows
+
+
+def choosing_module(
+    compact: CompactModel,
+    lanes: Lanes,
+    schedule: Schedule,
+    batch: int,
+    precision: Precision | None = None,
+) -> IRModule:
+    """The network as `network_module` writes it, which also returns the choices of its selections.
+
+    Args:
+        compact: A network that `coverage` accepts.
+        lanes: The target's vectors.
+        schedule: Tiles and threads.
+        batch: Batch size.
+        precision: The format of the rows that products read, by default fp32.
+
+    Returns:
+        `main`: images (batch, C, H, W) -> (logits, places (batch * kept) int32 of each selection),
+        a tuple. Places are increasing numbers of patches that the stream carries there.
+    """
+    writer = _NetworkWriter(compact, lanes, schedule, batch, precision or Float(), ())
+    return writer.module(lambda: writer.chosen)
 
 
 def kernel_specs(
@@ -127,6 +152,9 @@ class _NetworkWriter:
     ) -> None:
         self.outputs = outputs
         self.architecture: Architecture = compact.architecture
+        self.selects = cast("Sequence[Select]", compact.selects)
+        # The choices of the selections, in order.
+        self.chosen: list[Value] = []
         self.state: State = {
             name: tensor.detach().cpu().float().numpy()
             for name, tensor in compact.state_dict().items()
@@ -134,10 +162,8 @@ class _NetworkWriter:
         self.program = Program((batch, *self.architecture.image))
         self.emitter = Emitter(self.program, lanes, schedule, batch, precision)
 
-    def module(self, observer: RangeObserver | None = None) -> IRModule:
-        if observer is None:
-            return self.program.build(self.body)
-        return self.program.build(self.body, lambda: [rows.value for rows in observer.rows])
+    def module(self, extra: Callable[[], list[Value]] | None = None) -> IRModule:
+        return self.program.build(self.body, extra)
 
     def body(self) -> list[Value]:
         """The logits, or the named outputs in their order."""
@@ -147,17 +173,44 @@ class _NetworkWriter:
         shorter = not needs_all_tokens(architecture, self.outputs)
         counts = architecture.step_tokens(last_queries=shorter)
         last = steps_needed(architecture, self.outputs)
+        before = stream
         for number, step in enumerate(architecture.steps[:last]):
-            parts = [
-                sub_state(self.state, f"steps.{number}.{position}") for position in range(len(step))
-            ]
-            stream = self.step(stream, step, parts, counts[number])
+            stream = self.select(stream, before, number)
+            before, stream = stream, self.step(stream, step, self.parts(number), counts[number])
             found |= self.block_outputs(stream, number + 1)
         if not self.outputs or len(found) < len(self.outputs):
+            stream = self.select(stream, before, last)
             found |= head(self.emitter, self.architecture, self.state, stream, self.outputs)
         if not self.outputs:
             return [found["logits"]]
         return [found[output.name] for output in self.outputs]
+
+    def parts(self, number: int) -> list[State]:
+        """The parameters of a step's branches."""
+        branches = range(len(self.architecture.steps[number]))
+        return [sub_state(self.state, f"steps.{number}.{position}") for position in branches]
+
+    def select(self, stream: Stream, before: Stream, count: int) -> Stream:
+        """The stream after the selections that follow `count` steps.
+
+        Args:
+            stream: The stream after these steps.
+            before: The stream before the last of them.
+            count: Number of steps.
+        """
+        for number, select in enumerate(self.selects):
+            spec = select.spec
+            if spec.at != count:
+                continue
+            scored = None
+            if spec.scorer in ATTENTION_SCORERS:
+                branch = scoring_attention(self.architecture, spec)
+                place = self.architecture.steps[count - 1].index(branch)
+                scored = ScoringAttention(branch, self.parts(count - 1)[place], before)
+            state = sub_state(self.state, f"selects.{number}")
+            stream, chosen = select_rows(self.emitter, stream, select, state, scored)
+            self.chosen.append(chosen)
+        return stream
 
     def block_outputs(self, stream: Stream, count: int) -> dict[str, Value]:
         """The outputs that are read from the stream after `count` steps."""
@@ -280,7 +333,7 @@ class _NetworkWriter:
                 matrix = matrix.scaled(scale)
             if branch.writes is not None:
                 matrix = matrix.scatter_columns(branch.writes, self.architecture.embed)
-        source = self.branch_input(reads, branch, part)
+        source = read_stream(self.emitter, reads, branch, part, only_products=True)
         output = SublayerOutput(matrix, rows, None if normed else written)
         if isinstance(core, AttentionSpec):
             found = attention(self.emitter, source, core, inner, output)
@@ -302,15 +355,6 @@ class _NetworkWriter:
         if branch.writes is not None:
             vector = scatter_columns(vector[None], branch.writes, self.architecture.embed)[0]
         return self.emitter.add_constant(written, vector)
-
-    def branch_input(self, stream: Stream, branch: BranchSpec, part: State) -> ProductInput:
-        """What the branch's first products read; they absorb the norm's weight and bias."""
-        if branch.norm is not None:
-            x = self.emitter.norm(stream, branch.norm, columns=branch.reads, only_products=True)
-            return ProductInput(x, InputTransform(*affine(part, "norm")))
-        if branch.reads is None:
-            return ProductInput(stream)
-        return ProductInput(stream, InputTransform.select(branch.reads, self.architecture.embed))
 
 
 def _scaled(parameters: Affine, scale: Array | None) -> Affine:

@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...compress.network.architecture import AttentionSpec, DifferentialSpec, FfnSpec
+from ...compress.network.architecture import (
+    AttentionSpec,
+    BranchSpec,
+    DifferentialSpec,
+    FfnSpec,
+    SelectSpec,
+)
 from ...compress.network.modules.relative_bias import offsets
 from .attention import Attend
 from .emitter import Emitter, Epilogue
@@ -33,7 +39,7 @@ LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
-class _Projected:
+class Projected:
     """Rows of projected queries, and rows of keys and values; often the same rows.
 
     Attributes:
@@ -46,13 +52,13 @@ class _Projected:
     keys_values: Stream
     first: tuple[int, int, int]
 
-    def with_queries(self, stream: Stream) -> _Projected:
+    def with_queries(self, stream: Stream) -> Projected:
         """The same with other queries."""
         if self.keys_values is self.queries:
             return replace(self, queries=stream, keys_values=stream)
         return replace(self, queries=stream)
 
-    def with_keys(self, stream: Stream) -> _Projected:
+    def with_keys(self, stream: Stream) -> Projected:
         """The same with other keys."""
         if self.keys_values is self.queries:
             return replace(self, queries=stream, keys_values=stream)
@@ -76,13 +82,13 @@ def attention(
         output: The output projection, for how many rows, and the residual stream.
     """
     projected = _project(emitter, source, core, state, output.rows)
-    projected = _prepare_scores(emitter, projected, core, state)
+    projected = prepare_scores(emitter, projected, core, state)
     found = _attend(emitter, projected, core, state, output.rows)
     gain = 1.0
     if core.differential is not None:
         gain = 1.0 - core.differential.start
         before = gain if core.head_norm is None else 1.0
-        subtracted = before * _differential_lambda(core.differential, state)
+        subtracted = before * differential_lambda(core.differential, state)
         found = emitter.combine_pairs(found, core.heads, (before, -subtracted))
     if core.head_norm is not None:
         spec = HeadNorm(
@@ -100,7 +106,7 @@ def attention(
 
 def _project(
     emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State, rows: int
-) -> _Projected:
+) -> Projected:
     """Queries, keys and values: one product, or two if there are fewer queries than tokens."""
     x, transform, heads = source.stream, source.transform, core.heads
     # Differential attention has two maps a head, each with its own queries and keys, over the same
@@ -117,16 +123,16 @@ def _project(
         v = v.select_heads(tuple(number // core.parts for number in range(maps)), width)
     if rows == x.rows:
         joined = emitter.dense(x, rows, transform.fold_into(concatenate([q, k, v])))
-        return _Projected(joined, joined, (0, maps * core.qk, 2 * maps * core.qk))
+        return Projected(joined, joined, (0, maps * core.qk, 2 * maps * core.qk))
     queries = emitter.dense(x, rows, transform.fold_into(q))
     keys_values = emitter.dense(x, x.rows, transform.fold_into(concatenate([k, v])))
-    return _Projected(queries, keys_values, (0, 0, maps * core.qk))
+    return Projected(queries, keys_values, (0, 0, maps * core.qk))
 
 
-def _prepare_scores(
-    emitter: Emitter, projected: _Projected, core: AttentionSpec, state: State
-) -> _Projected:
-    """Norms and rotary positions of queries and keys."""
+def prepare_scores(
+    emitter: Emitter, projected: Projected, core: AttentionSpec, state: State
+) -> Projected:
+    """Emit the norms and rotary positions of queries and keys."""
     at_queries, at_keys, _ = projected.first
     maps = core.heads * core.parts
     if core.q_norm is not None:
@@ -188,7 +194,7 @@ def norm_keys(
 
 def _attend(
     emitter: Emitter,
-    projected: _Projected,
+    projected: Projected,
     core: AttentionSpec,
     state: State,
     rows: int,
@@ -209,7 +215,7 @@ def _attend(
     )
     bias = None
     if core.bias is not None:
-        bias = _relative_bias(core, state, (rows, keys_values.rows), emitter.lanes)
+        bias = relative_bias(core, state, (rows, keys_values.rows), emitter.lanes)
     only_products = (
         not core.gated
         and core.out_norm is None
@@ -261,9 +267,7 @@ def _project_output(
     return emitter.dense(found, output.rows, projection, Epilogue(residual=output.residual))
 
 
-def _relative_bias(
-    core: AttentionSpec, state: State, shape: tuple[int, int], lanes: Lanes
-) -> Array:
+def relative_bias(core: AttentionSpec, state: State, shape: tuple[int, int], lanes: Lanes) -> Array:
     """(heads, queries, keys rounded up to whole vectors), times log2 e as the scores.
 
     Args:
@@ -282,7 +286,7 @@ def _relative_bias(
     return np.pad(bias, ((0, 0), (0, 0), (0, lanes.up(bias.shape[2]) - bias.shape[2])))
 
 
-def _differential_lambda(spec: DifferentialSpec, state: State) -> float:
+def differential_lambda(spec: DifferentialSpec, state: State) -> float:
     """λ, the factor of the second attention map, which is subtracted from the first.
 
     References:
@@ -291,6 +295,34 @@ def _differential_lambda(spec: DifferentialSpec, state: State) -> float:
     vectors = state["differential.vectors"].astype(np.float64)
     first, second = np.exp(vectors if spec.dual else (vectors[0::2] * vectors[1::2]).sum(axis=-1))
     return float(first - second + spec.start)
+
+
+def read_stream(
+    emitter: Emitter,
+    stream: Stream,
+    spec: BranchSpec | SelectSpec,
+    state: State,
+    *,
+    only_products: bool,
+) -> ProductInput:
+    """Emit the norm of what a sub-layer or a predictor reads.
+
+    Args:
+        emitter: Receives the call.
+        stream: The residual stream.
+        spec: The norm, and the channels that are read.
+        state: The parameters of the sub-layer, with those of the norm.
+        only_products: Only products read the result, so that it may be quantized.
+
+    Returns:
+        What the products read; they absorb the norm's weight and bias.
+    """
+    if spec.norm is not None:
+        x = emitter.norm(stream, spec.norm, columns=spec.reads, only_products=only_products)
+        return ProductInput(x, InputTransform(*affine(state, "norm")))
+    if spec.reads is None:
+        return ProductInput(stream)
+    return ProductInput(stream, InputTransform.select(spec.reads, stream.used))
 
 
 def ffn(

@@ -1,0 +1,304 @@
+"""Selections of tokens by content as calls of kernels: scores, the choice, and the rows that stay.
+
+Scores are computed in fp32 in any precision, so that eight bits change a choice only through the
+stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...compress.network.architecture import AttentionSpec, BranchSpec, SelectSpec
+from ...compress.network.modules.select import Select, first_places
+from ...compress.network.select_specs import folds_keys
+from .attention import Attend
+from .choices import CHOICE_KERNEL
+from .emitter import Emitter, Epilogue
+from .head_norm import HeadNorm
+from .key_packing import HeadColumns, pack_keys
+from .matrices import Matrix, ProductInput, State, Stream, affine, linear, sub_state
+from .program import Value
+from .sublayers import (
+    LOG2_E,
+    Projected,
+    differential_lambda,
+    prepare_scores,
+    read_stream,
+    relative_bias,
+)
+from .token_choice import Choose, Gather, choose_patches, gather_rows
+from .token_scores import (
+    FoldedQueries,
+    JoinMaps,
+    RowWeights,
+    add_shared,
+    column_sums,
+    fold_queries,
+    join_maps,
+    row_lengths,
+    row_weights,
+)
+
+
+@dataclass(frozen=True)
+class ScoringAttention:
+    """The sub-layer whose attention scores patches.
+
+    Attributes:
+        branch: The sub-layer.
+        state: Its parameters.
+        stream: The residual stream before it.
+    """
+
+    branch: BranchSpec
+    state: State
+    stream: Stream
+
+
+def select_rows(
+    emitter: Emitter,
+    x: Stream,
+    select: Select,
+    state: State,
+    scored: ScoringAttention | None,
+) -> tuple[Stream, Value]:
+    """Emit a selection.
+
+    Args:
+        emitter: Receives the calls.
+        x: The residual stream.
+        select: The selection.
+        state: Its parameters.
+        scored: The attention that scores patches, for the scorers that need one.
+
+    Returns:
+        The stream behind it, and the chosen places among the patches, (batch, kept) int32, flat.
+    """
+    spec, prefix, batch = select.spec, select.prefix, emitter.batch
+    patches = x.rows - prefix
+    scores: Stream | None = None
+    if select.places is not None:
+        kept = first_places(select.places[None], spec.patches).numpy().astype(np.int32)
+        chosen = emitter.constant(np.repeat(kept, batch, axis=0).ravel())
+    else:
+        if spec.predictor is not None:
+            scores = _predict(emitter, x, select, state)
+        else:
+            assert scored is not None
+            scores = _attention_scores(emitter, spec, scored, prefix, patches)
+        choice = Choose(batch, patches, spec.patches, scores.layout)
+        chosen = emitter.program.call(
+            CHOICE_KERNEL,
+            choice,
+            lambda: choose_patches(choice, emitter.lanes, emitter.schedule.threads),
+            [scores.value],
+            (batch * spec.patches,),
+            "int32",
+        )
+    gather = Gather(batch, prefix, patches, spec.patches, x.layout, spec.fused)
+    operands = [x.value, chosen]
+    if spec.fused:
+        assert scores is not None
+        operands.append(scores.value)
+    value = emitter.program.call(
+        "gather_rows",
+        gather,
+        lambda: gather_rows(gather, emitter.lanes, emitter.schedule.threads),
+        operands,
+        (batch * gather.rows * x.width,),
+    )
+    return Stream(value, gather.rows, x.width, x.used), chosen
+
+
+def _predict(emitter: Emitter, x: Stream, select: Select, state: State) -> Stream:
+    """The scores of a predictor: rows of which the first number is the score."""
+    spec, prefix = select.spec.predictor, select.prefix
+    assert spec is not None
+    source = read_stream(emitter, x, select.spec, state, only_products=False)
+    state, patches = sub_state(state, "predictor"), x.rows - prefix
+    count, act = len(spec.hidden), spec.act
+    units = emitter.dense(
+        source.stream,
+        patches,
+        source.transform.fold_into(linear(state, "fc")),
+        Epilogue(act),
+        skipped=prefix,
+        force_fp32=True,
+    )
+    after = act if count else "identity"
+    local = linear(state, "local")
+    if not spec.pooled:
+        y = emitter.dense(units, patches, local, Epilogue(after), force_fp32=True)
+    else:
+        pooled = linear(state, "pooled").weight
+        zeros = np.zeros((spec.local, pooled.shape[1]), np.float32)
+        # The units of both kinds side by side: a product with one of them skips the other.
+        shared = emitter.dense(
+            emitter.mean(units, 0),
+            1,
+            Matrix(np.concatenate([zeros, pooled]), None),
+            force_fp32=True,
+        )
+        y = emitter.dense(units, patches, local, force_fp32=True)
+        y = _add_shared(emitter, y, shared, after)
+    for number in range(count):
+        last = number == count - 1
+        layer = linear(state, f"rest.{number}")
+        epilogue = Epilogue("identity" if last else act)
+        y = emitter.dense(y, patches, layer, epilogue, force_fp32=True)
+    return y
+
+
+def _add_shared(emitter: Emitter, x: Stream, shared: Stream, act: str) -> Stream:
+    """The activation of the rows plus one row that those of an image share."""
+    value = emitter.program.call(
+        "add_shared",
+        ("add-shared", x.rows, x.layout, act),
+        lambda: add_shared(emitter.batch, x.rows, x.layout, act, emitter.lanes),
+        [x.value, shared.value],
+        (emitter.batch * x.rows * x.width,),
+    )
+    return Stream(value, x.rows, x.width, x.used)
+
+
+def _attention_scores(
+    emitter: Emitter, spec: SelectSpec, scored: ScoringAttention, prefix: int, patches: int
+) -> Stream:
+    """The scores by an attention: the mean over its heads, one number a row."""
+    core, tokens = scored.branch.core, scored.stream.rows
+    assert isinstance(core, AttentionSpec)
+    source = read_stream(emitter, scored.stream, scored.branch, scored.state, only_products=False)
+    state = sub_state(scored.state, "core")
+    lengths: Value | None = None
+    if spec.scorer == "column-attention":
+        maps = _attention_columns(emitter, source, core, state, tokens)
+        lengths = _value_lengths(emitter, source, core, state)
+    elif folds_keys(core):
+        maps = _folded_class_weights(emitter, source, core, state)
+    else:
+        maps = _attention_columns(emitter, source, core, state, 1)
+    factors = np.full(core.heads * core.parts, 1 / core.heads, np.float32)
+    if core.differential is not None:
+        factors[1::2] *= -np.float32(differential_lambda(core.differential, state))
+    join = JoinMaps(
+        emitter.batch, len(factors), tokens, prefix, patches, lengths=lengths is not None
+    )
+    value = emitter.program.call(
+        "join_maps",
+        join,
+        lambda: join_maps(join, emitter.lanes),
+        [maps, emitter.constant(factors), *([] if lengths is None else [lengths])],
+        (emitter.batch * patches,),
+    )
+    return Stream(value, patches, 1, 1)
+
+
+def _query_matrix(core: AttentionSpec, state: State) -> Matrix:
+    """The projection of the queries, scaled where no norm follows."""
+    matrix = linear(state, "q")
+    return matrix if core.q_norm is not None else matrix.scaled(np.float32(core.scale * LOG2_E))
+
+
+def _key_matrix(core: AttentionSpec, state: State) -> Matrix:
+    """The projection of the keys, of each head its own."""
+    matrix = linear(state, "k")
+    return matrix if core.kv_of is None else matrix.select_heads(core.kv_of, core.qk)
+
+
+def _folded_class_weights(
+    emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State
+) -> Value:
+    """How much the first token attends to each, by head, without computing keys."""
+    x, heads, batch = source.stream, core.heads * core.parts, emitter.batch
+    threads = emitter.schedule.threads
+    matrix = source.transform.fold_into(_query_matrix(core, state))
+    queries = emitter.dense(x, 1, matrix, force_fp32=True)
+    if core.q_norm is not None:
+        spec = HeadNorm(batch, queries.width, 0, heads, core.q_norm, core.qk_norm_per_head)
+        scale = core.scale * LOG2_E
+        queries = emitter.head_norm(queries, spec, affine(state, "q_norm"), scale)
+    # What a bias adds to the keys adds the same to every score of a head.
+    transform = replace(source.transform, bias=None)
+    weight = transform.fold_into(Matrix(_key_matrix(core, state).weight, None)).weight
+    weight = np.pad(weight, ((0, x.width - len(weight)), (0, 0)))
+    folded = FoldedQueries(batch, heads, core.qk, x.width, queries.width)
+    by_head = emitter.program.call(
+        "fold_queries",
+        folded,
+        lambda: fold_queries(folded, emitter.lanes, threads),
+        [queries.value, emitter.constant(np.ascontiguousarray(weight.T).ravel())],
+        (batch * heads * x.width,),
+    )
+    weights = RowWeights(batch, heads, x.rows, x.layout)
+    return emitter.program.call(
+        "row_weights",
+        weights,
+        lambda: row_weights(weights, emitter.lanes, threads),
+        [x.value, by_head],
+        (batch * heads * emitter.lanes.up(x.rows),),
+    )
+
+
+def _attention_columns(
+    emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State, rows: int
+) -> Value:
+    """How much the first `rows` tokens together attend to each, by head."""
+    x, transform, lanes = source.stream, source.transform, emitter.lanes
+    queries, keys = (
+        emitter.dense(x, count, transform.fold_into(matrix), force_fp32=True)
+        for count, matrix in (
+            (rows, _query_matrix(core, state)),
+            (x.rows, _key_matrix(core, state)),
+        )
+    )
+    projected = prepare_scores(emitter, Projected(queries, keys, (0, 0, 0)), core, state)
+    queries, keys = projected.queries, projected.keys_values
+    spec = Attend(
+        images=emitter.batch,
+        heads=core.heads * core.parts,
+        tokens=x.rows,
+        query_rows=rows,
+        source=queries.layout,
+        queries=HeadColumns(queries.width, 0, core.qk),
+        keys=HeadColumns(keys.width, 0, core.qk),
+        values=HeadColumns(keys.width, 0, 0),
+        biased=core.bias is not None,
+    )
+    packing = spec.packing(emitter.schedule.tile(spec.shape).vectors)
+    packed = emitter.program.call(
+        "pack_keys",
+        packing,
+        lambda: pack_keys(packing, lanes, emitter.schedule.threads),
+        [keys.value],
+        (packing.size(lanes),),
+    )
+    operands = [queries.value, packed]
+    if core.bias is not None:
+        bias = relative_bias(core, state, (rows, x.rows), lanes)
+        operands.append(emitter.constant(bias.ravel()))
+    return emitter.program.call(
+        "column_sums",
+        ("column-sums", spec),
+        lambda: column_sums(spec, lanes, emitter.schedule),
+        operands,
+        (spec.images * spec.heads * lanes.up(x.rows),),
+    )
+
+
+def _value_lengths(
+    emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State
+) -> Value:
+    """The length of each token's values, over all heads."""
+    x, matrix = source.stream, linear(state, "v")
+    if core.kv_of is not None:
+        matrix = matrix.select_heads(core.kv_of, core.v)
+    values = emitter.dense(x, x.rows, source.transform.fold_into(matrix), force_fp32=True)
+    return emitter.program.call(
+        "row_lengths",
+        ("row-lengths", values.layout, values.used),
+        lambda: row_lengths(emitter.batch, values.rows, values.layout, values.used, emitter.lanes),
+        [values.value],
+        (emitter.batch * values.rows,),
+    )
