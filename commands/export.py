@@ -270,6 +270,8 @@ def _show_artifact(artifact: Artifact, request: _Request) -> None:
         else:
             share = 100 * stage.top1_agreement
             echo(f"{line}, same top-1 class on {share:.1f} % of {images}")
+        if stage.choices:
+            echo(f"{stage.title} against {stage.reference}: {stage.choices_text} of {images}")
     for output in artifact.manifest.outputs:
         if output.meaning is not None:
             shape = " x ".join(map(str, output.shape))

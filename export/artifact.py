@@ -344,6 +344,9 @@ def verify(folder: Path | str) -> str:
         if worst is None
         else f"parity {worst:.1e} over {len(manifest.parity)} stages"
     )
+    if manifest.parity and manifest.parity[-1].choices:
+        last = manifest.parity[-1]
+        parity += f", {last.choices_text} of {last.images} {last.input_kind}"
     count = len(manifest.files)
     return (
         f"{manifest.name}: {manifest.precision} for {manifest.target} on {manifest.runtime}, "

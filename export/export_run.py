@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from ..targets.catalog import load_target
+from .choices import Chosen, SelectionReference, outputs_and_choices
 from .manifest import Array, CpuFeatures, FileEntry, Manifest, Parity, Provenance, TensorSpec
 from .parity import Probe, require_agreement, require_parity
 from .request import ExportRequest
@@ -28,6 +30,7 @@ class ExportRun:
         probe: The inputs on which every stage is compared, and the reference's outputs.
         first_batch: One batch of the probe's images, for the values inside a graph.
         reference: Name of what produced the probe's logits.
+        selections: What the reference's selections of tokens choose, if it has any.
         stages: Parity of each stage so far.
         notes: Lines for the manifest so far.
     """
@@ -36,8 +39,14 @@ class ExportRun:
     probe: Probe
     first_batch: Array
     reference: str = "torch"
+    selections: SelectionReference | None = None
     stages: list[Parity] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def outputs_of(self, graph: onnx.ModelProto) -> tuple[Array, Chosen | None]:
+        """Run a graph on the probe's images: its outputs, and the choices of its selections."""
+        names = () if self.selections is None else self.selections.values
+        return outputs_and_choices(graph, names, self.probe.images, batch=self.request.batch)
 
     def compare(
         self,
@@ -46,6 +55,7 @@ class ExportRun:
         locate: Callable[[float], str | None],
         *,
         precision: str = "fp32",
+        chosen: Chosen | None = None,
     ) -> list[Parity]:
         """Compare the outputs of a stage with the reference's, without recording it.
 
@@ -54,6 +64,8 @@ class ExportRun:
             logits: Its outputs; fewer rows than the probe has are compared with its first images.
             locate: Tolerance -> the first difference, or None; called only on failure.
             precision: Selects the tolerance.
+            chosen: The tokens that the stage's selections chose. Errors are then those of the
+                reference with the same choices. None: the network has none, or they are unknown.
 
         Returns:
             The figures, of each output if there are several.
@@ -62,14 +74,24 @@ class ExportRun:
             ParityError: The error exceeds the tolerance, or the classes agree less than by chance.
         """
         figures = []
-        for output, probe, part in self.probe.first(len(logits)).parts(logits):
-            parity = probe.compare(
+        own = self.probe.first(len(logits))
+        same, choices = own, None
+        if self.selections is not None and chosen is not None:
+            chosen = tuple(rows[: len(logits)] for rows in chosen)
+            choices = self.selections.compare(chosen)
+            same = replace(own, logits=self.selections.outputs_for(chosen, own.logits))
+        parts = zip(same.parts(logits), own.parts(logits), strict=True)
+        for (output, given, part), (_, probe, _) in parts:
+            parity = given.compare(
                 name,
                 part,
                 tolerance=self.request.numeric.tolerances[precision],
                 reference=self.reference,
                 precision=precision,
             )
+            agreement = float((part.argmax(-1) == probe.logits.argmax(-1)).mean())
+            update: dict[str, Any] = {"top1_agreement": agreement, "choices": choices}
+            parity = parity.model_copy(update=update)
             if output is not None:
                 classes = parity.top1_agreement if output.kind == "logits" else None
                 update = {"output": output.name, "top1_agreement": classes}
@@ -87,6 +109,7 @@ class ExportRun:
         locate: Callable[[float], str | None],
         *,
         precision: str = "fp32",
+        chosen: Chosen | None = None,
     ) -> None:
         """Compare the outputs of a stage and record it; the arguments are those of `compare`.
 
@@ -95,11 +118,12 @@ class ExportRun:
             logits: Its outputs.
             locate: Tolerance -> the first difference, or None; called only on failure.
             precision: Selects the tolerance.
+            chosen: The tokens that its selections chose.
 
         Raises:
             ParityError: See `compare`.
         """
-        self.stages.extend(self.compare(name, logits, locate, precision=precision))
+        self.stages.extend(self.compare(name, logits, locate, precision=precision, chosen=chosen))
 
     def job(self, file: Path, session: Mapping[str, str], *, emulated: bool) -> dict[str, Any]:
         """Return the engine's job that runs a written file in a subprocess."""

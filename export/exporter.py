@@ -26,6 +26,7 @@ from ..compress.network.named_outputs import (
 from ..core.errors import InputError, UnsupportedModel
 from ..core.storage import replace_folder, require_output_folder
 from .artifact import ARTIFACT, ARTIFACTS, Artifact
+from .choices import SelectionReference
 from .cross_target import verify_on_target
 from .description import description_of, require_description
 from .export_run import ExportRun, first_batch
@@ -37,7 +38,7 @@ from .graphs.model_proto import MODEL, opset_of
 from .graphs.torch_graph import trace
 from .manifest import Array, Batch, CpuFeatures, Precision, tool_versions
 from .onnxruntime_files import choose, cpu_features, save
-from .parity import TOLERANCES, Probe, model_outputs
+from .parity import TOLERANCES, Probe
 from .quantization.quantize import Calibration
 from .request import (
     ONNXRUNTIME,
@@ -247,7 +248,10 @@ def _export(model: nn.Module, source: nn.Module, folder: Path, request: ExportRe
         request.numeric.images,
         request.outputs,
     )
-    run = ExportRun(request, probe, first_batch(request, probe))
+    selections = SelectionReference.of(
+        source, lambda images: torch_outputs(source, images), probe.images
+    )
+    run = ExportRun(request, probe, first_batch(request, probe), selections=selections)
     run.notes.extend(request.manifest.notes)
     plain = trace(run, source)
     network = source.model if isinstance(source, NamedOutputs) else model
@@ -266,9 +270,7 @@ def _export_onnxruntime(
     form, final = choose(run, network, plain)
     with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
         files = save(run, final, aside)
-        verify_on_target(
-            run, aside / MODEL, lambda images: model_outputs(final, images, batch=request.batch)
-        )
+        verify_on_target(run, aside / MODEL, final)
         manifest = run.manifest(
             name=name_of(model),
             form=form,

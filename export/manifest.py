@@ -43,6 +43,9 @@ SCHEMA = "vitrim.manifest/1"
 MANIFEST = "manifest.json"
 # The smallest share of equal top-1 classes, and the fewest images, that need no warning.
 LEAST_AGREEMENT, FEWEST_IMAGES = 0.9, 8
+# The smallest share of images with equal choices of tokens in fp32, and of equal tokens in other
+# precisions, that need no warning.
+LEAST_EQUAL_CHOICES, LEAST_OVERLAP = 0.99, 0.9
 PARITY = "parity: "
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -156,11 +159,29 @@ class FileEntry(Plain):
         return self
 
 
+class ChoiceParity(Plain):
+    """How often a selection of tokens chose as in the reference.
+
+    Attributes:
+        selection: Name of the selection.
+        kept: How many patches it keeps of each image.
+        equal: Share of the images for which it kept exactly the same patches.
+        overlap: Share of the kept patches that are the same, the mean over all images.
+    """
+
+    selection: Name
+    kept: Size
+    equal: Annotated[float, Field(ge=0, le=1)]
+    overlap: Annotated[float, Field(ge=0, le=1)]
+
+
 class Parity(PlainWithExtras):
     """How far one stage changed an output: the only one, or the one that `output` names.
 
     Errors are relative to the largest absolute value of the reference's output; agreement is a
-    share of images, and absent for outputs that are not logits.
+    share of images, and absent for outputs that are not logits. Where a network selects tokens by
+    content, errors are those for the same choices, `choices` states how often these are the
+    reference's own, and agreement is that with the reference's own choices.
     """
 
     stage: Name
@@ -174,11 +195,22 @@ class Parity(PlainWithExtras):
     seed: int | None = None
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     output: Name | None = None
+    choices: tuple[ChoiceParity, ...] | None = None
 
     @property
     def extras(self) -> frozenset[str]:
-        """The field that only artifacts with other outputs than the logits have."""
-        return frozenset({"output"})
+        """The fields of artifacts with other outputs than the logits, or that select tokens."""
+        return frozenset({"output", "choices"})
+
+    @property
+    def choices_text(self) -> str:
+        """How often tokens were chosen as in the reference, in words; empty without selections."""
+        if not self.choices:
+            return ""
+        shares = ", ".join(
+            f"{100 * choice.equal:.1f} % ({choice.selection})" for choice in self.choices
+        )
+        return f"same tokens on {shares}"
 
     @property
     def title(self) -> str:
@@ -313,6 +345,7 @@ class Manifest(Plain):
                 f"{100 * share:.0f} % of {worst.images} {worst.input_kind}; "
                 "measure its accuracy (vitrim bench --dataset), or export in another precision"
             )
+        found += self._choice_warnings()
         count = self.parity[-1].images
         if self.precision not in ("fp32", "fp16", "bf16") and count < FEWEST_IMAGES:
             static = self.precision == "int8-static"
@@ -322,6 +355,24 @@ class Manifest(Plain):
                 f"{self.parity[-1].input_kind}; export with {FEWEST_IMAGES} or more images"
             )
         return tuple(found)
+
+    def _choice_warnings(self) -> list[str]:
+        stage = self.parity[-1]
+        exact = self.precision == "fp32"
+        doubtful = [
+            choice
+            for choice in stage.choices or ()
+            if (choice.equal < LEAST_EQUAL_CHOICES if exact else choice.overlap < LEAST_OVERLAP)
+        ]
+        if not doubtful:
+            return []
+        worst = min(doubtful, key=lambda choice: choice.overlap)
+        return [
+            f"{PARITY}{stage.title} keeps other tokens than {stage.reference} at "
+            f"{worst.selection} on {100 * (1 - worst.equal):.0f} % of {stage.images} "
+            f"{stage.input_kind}, {100 * worst.overlap:.1f} % of the tokens are the same; "
+            "measure its accuracy (vitrim bench --dataset), or export in another precision"
+        ]
 
     @property
     def macs(self) -> int | None:

@@ -19,7 +19,7 @@ from .graphs.model_proto import save_model
 from .graphs.stored_precision import stored_precision
 from .graphs.tuning import fastest
 from .manifest import Array, CpuFeatures, FileEntry, Parity, Precision
-from .parity import first_difference, model_outputs, session_outputs
+from .parity import first_difference, session_outputs
 from .sessions import open_session
 from .stage_line import stage
 
@@ -66,12 +66,12 @@ def check_candidate(run: ExportRun, model: nn.Module, candidate: Candidate) -> l
         ParityError: The outputs differ; the message names the first node.
     """
     stage(f"parity of form {candidate.name}")
-    logits = model_outputs(candidate.model, run.probe.images, batch=run.request.batch)
+    logits, chosen = run.outputs_of(candidate.model)
 
     def locate(tolerance: float) -> str | None:
         return where_in_form(model, candidate, run.first_batch, run.request, tolerance)
 
-    return run.compare(f"form {candidate.name}", logits, locate)
+    return run.compare(f"form {candidate.name}", logits, locate, chosen=chosen)
 
 
 def check_precision(run: ExportRun, float_graph: onnx.ModelProto, final: onnx.ModelProto) -> None:
@@ -93,12 +93,12 @@ def check_precision(run: ExportRun, float_graph: onnx.ModelProto, final: onnx.Mo
         run.notes.append(f"parity of {precision} was not run: {reason}")
         return
     stage(f"parity of {precision}")
-    logits = model_outputs(final, run.probe.images, batch=run.request.batch)
+    logits, chosen = run.outputs_of(final)
 
     def locate(tolerance: float) -> str | None:
         return first_difference(float_graph, final, run.first_batch, tolerance)
 
-    run.check(precision, logits, locate, precision=precision)
+    run.check(precision, logits, locate, precision=precision, chosen=chosen)
 
 
 def require_narrow_weights(graph: onnx.ModelProto, precision: Precision) -> None:
@@ -148,7 +148,8 @@ def save(run: ExportRun, final: onnx.ModelProto, folder: Path) -> list[FileEntry
         target = run.request.device.target
         if precision not in EIGHT_BITS or not capabilities.int8_saturates_here(target):
             logits = ort_outputs(run, folder / ORT_FILE)
-            run.check("ort file", logits, lambda _: None, precision=precision)
+            _, chosen = run.outputs_of(final)
+            run.check("ort file", logits, lambda _: None, precision=precision, chosen=chosen)
         files.extend(entries)
     return files
 

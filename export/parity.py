@@ -234,6 +234,11 @@ def model_outputs(
 
 def session_outputs(session: Any, images: Array, *, batch: Batch = 1) -> Array:
     """Run an open session on all images, and return the logits, or all outputs side by side."""
+    return side_by_side(session_values(session, images, batch=batch))
+
+
+def session_values(session: Any, images: Array, *, batch: Batch = 1) -> list[Array]:
+    """Run an open session on all images, and return each output."""
     name = session.get_inputs()[0].name
     size = min(len(images), DYNAMIC_BATCH_IMAGES) if batch == "dynamic" else batch
     found = []
@@ -243,8 +248,8 @@ def session_outputs(session: Any, images: Array, *, batch: Batch = 1) -> Array:
         if missing:
             chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
         outputs = session.run(None, {name: chunk})
-        found.append(side_by_side(outputs)[: size - missing])
-    return np.concatenate(found)
+        found.append([output[: size - missing] for output in outputs])
+    return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
 
 def side_by_side(outputs: Sequence[Array]) -> Array:

@@ -137,8 +137,16 @@ def write_and_verify(
         return _first_difference(runtime, source, written, main, tolerance)
 
     name = runtime.name if precision == "fp32" else f"{runtime.name} {precision}"
+    chosen = None
+    if run.selections is not None and written.choices is not None and written.command is None:
+        chosen = written.choices(main, run.selections.values, source.probe.images)
+    if run.selections is not None and chosen is None:
+        run.notes.append(
+            f"{runtime.name} does not show which tokens it selects; its outputs are compared with "
+            "those for the model's own choices"
+        )
     try:
-        run.check(name, logits, locate, precision=precision)
+        run.check(name, logits, locate, precision=precision, chosen=chosen)
     except ParityError as error:
         if source.compact is not None or runtime.form is None:
             raise

@@ -137,7 +137,7 @@ class SelectionWriter:
         return indices
 
     def _rows(self, indices: str, spec: SelectSpec, padding: int) -> str:
-        """The rows to gather, prefix tokens first: (batch, kept) -> (batch, prefix + kept + ...)."""
+        """The rows to gather, prefix tokens first: (batch, kept) -> (batch, rows)."""
         graph, name, prefix = self.graph, spec.name, self.architecture.prefix
         offsets = np.array([*range(prefix), *[prefix] * spec.patches, *[0] * padding], np.int64)
         if prefix or padding:

@@ -211,9 +211,7 @@ def _export(run: ExportRun, source: _Source, folder: Path, form: str) -> None:
         run.notes.extend(int8_notes(run))
     with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
         files = save(run, final, aside)
-        verify_on_target(
-            run, aside / MODEL, lambda inputs: model_outputs(final, inputs, batch=request.batch)
-        )
+        verify_on_target(run, aside / MODEL, final)
         manifest = run.manifest(
             name=path.stem,
             form=form,

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ...core.errors import InputError
+from ..choices import named_choices
 from ..export_run import ExportRun
 from ..manifest import Batch
-from ..parity import first_difference, first_unmatched_module, model_outputs
+from ..parity import first_difference, first_unmatched_module
 from ..stage_line import stage
 
 MIN_OPSET = 20  # the first with a Gelu operator; below, Gelu is several operators and slower
@@ -30,7 +31,7 @@ def trace(run: ExportRun, model: nn.Module) -> onnx.ModelProto:
         InputError: torch cannot export the module.
         ParityError: A graph's outputs differ from the module's.
     """
-    request, images, image = run.request, run.probe.images, run.first_batch
+    request, image = run.request, run.first_batch
     stage("tracing")
     opset = MIN_OPSET if request.graph.opset is None else request.graph.opset
     traced = torch_to_onnx(
@@ -40,11 +41,15 @@ def trace(run: ExportRun, model: nn.Module) -> onnx.ModelProto:
         opset=opset,
         output_names=request.output_names,
     )
+    if run.selections is not None:
+        traced = named_choices(traced, run.selections.values)
     stage("parity of the traced graph")
+    logits, chosen = run.outputs_of(traced)
     run.check(
         "onnx",
-        model_outputs(traced, images, batch=request.batch),
+        logits,
         lambda tolerance: first_unmatched_module(model, traced, image, tolerance),
+        chosen=chosen,
     )
     return simplify_and_check(run, traced)
 
@@ -61,10 +66,12 @@ def simplify_and_check(run: ExportRun, graph: onnx.ModelProto) -> onnx.ModelProt
         run.notes.append(reason)
         return simplified
     stage("parity of the simplified graph")
+    logits, chosen = run.outputs_of(simplified)
     run.check(
         "simplified",
-        model_outputs(simplified, run.probe.images, batch=run.request.batch),
+        logits,
         lambda tolerance: first_difference(graph, simplified, run.first_batch, tolerance),
+        chosen=chosen,
     )
     return simplified
 

@@ -7,6 +7,9 @@
 - `int8-weights`, `int4-weights`: only the stored weights are small; the arithmetic stays float. For
   devices with little storage.
 - `fp16`: weights and inner values in 16 bits, for targets that compute in it.
+
+In every precision the scores of selections of tokens are computed in single precision, since
+rounding would change which tokens are chosen.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ...core.errors import InputError
-from ..graphs.model_proto import LINEAR_ATTENTION, in_stem
+from ..graphs.model_proto import in_selection, in_stem, keeps_single_precision
 
 Calibration = Literal["min-max", "percentile", "entropy"]
 CALIBRATIONS: tuple[Calibration, ...] = ("min-max", "percentile", "entropy")
@@ -139,7 +142,7 @@ def int8_static(
                 "QuantizeBias": not symmetric,
             },
         )
-        quantized = _read(target)
+        quantized = _with_float_selections(_read(target))
     done, expected = _quantized_products(quantized), len(selection.products)
     if done < expected:
         raise InputError(
@@ -174,9 +177,14 @@ class _Selection:
         products = tuple(
             node.name
             for node in nodes
-            if _is_product(node) and node.input[1] in matrices and not in_stem(node.name)
+            if _is_product(node)
+            and node.input[1] in matrices
+            and not in_stem(node.name)
+            and not in_selection(node.name)
         )
-        outside = [node for node in nodes if not _in_soft_split(node.name)]
+        outside = [
+            node for node in nodes if not _in_soft_split(node.name) and not in_selection(node.name)
+        ]
         parts = {
             # The patch embedding reads pixels, as a convolution or as a product.
             "patch": [
@@ -207,6 +215,25 @@ class _Selection:
                 if node.name in {*products, *others} and not integers & set(node.input)
             ),
         )
+
+
+def _with_float_selections(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Let selections of tokens read values from before their quantization.
+
+    The quantizer makes every reader read the dequantized value.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if not in_selection(node.name):
+            continue
+        for number, value in enumerate(node.input):
+            pair = makers.get(value)
+            if pair is None or pair.op_type != "DequantizeLinear":
+                continue
+            source = makers.get(pair.input[0])
+            if source is not None and source.op_type == "QuantizeLinear":
+                node.input[number] = source.input[0]
+    return model
 
 
 def _in_soft_split(name: str) -> bool:
@@ -257,7 +284,11 @@ def weights_only(
     copy.CopyFrom(model)
     # Of the layers before the patches only the time would change, and a linear attention is exact
     # only with exact features.
-    kept = [node.name for node in copy.graph.node if in_stem(node.name) and node.name != "stem"]
+    kept = [
+        node.name
+        for node in copy.graph.node
+        if (in_stem(node.name) and node.name != "stem") or in_selection(node.name)
+    ]
     with _silent():
         quantizer = MatMulNBitsQuantizer(
             copy,
@@ -275,7 +306,8 @@ def weights_only(
 def half(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the same graph in float16, with float32 input and output.
 
-    A linear attention stays in float32: its features leave the range of float16.
+    A linear attention stays in float32, since its features leave the range of float16; so do the
+    scores of selections of tokens.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -295,26 +327,28 @@ def half(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _with_casts(model: onnx.ModelProto) -> list[str]:
-    """Insert casts around each linear attention; return the names of nodes that stay in float32.
+    """Insert casts around the nodes that stay in float32; return the names of all of these.
 
     The converter inserts them only where it has the types of all values, and then once a use.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
-    spared = [node for node in model.graph.node if LINEAR_ATTENTION in node.name]
+    spared = [node for node in model.graph.node if keeps_single_precision(node.name)]
     inside = {value for node in spared for value in node.output}
-    others = [node for node in model.graph.node if LINEAR_ATTENTION not in node.name]
-    leaving = inside & {value for node in others for value in node.input}
+    # The places of a TopK are integers, which no cast may turn into floats.
+    integers = {node.output[1] for node in spared if node.op_type == "TopK"}
+    others = [node for node in model.graph.node if not keeps_single_precision(node.name)]
+    leaving = inside & {value for node in others for value in node.input} - integers
     nodes: list[onnx.NodeProto] = []
     entered: set[str] = set()
     for node in model.graph.node:
-        if LINEAR_ATTENTION not in node.name:
+        if not keeps_single_precision(node.name):
             nodes.append(node)
             continue
         for number, value in enumerate(node.input):
             if not value or value in constants:
                 continue
             if value not in inside:
-                node.input[number] = f"{value}.{LINEAR_ATTENTION}"
+                node.input[number] = f"{value}.single"
                 if value not in entered:
                     nodes.append(_cast(value, node.input[number], onnx.TensorProto.FLOAT))
                 entered.add(value)
@@ -325,9 +359,12 @@ def _with_casts(model: onnx.ModelProto) -> list[str]:
             if value in leaving:
                 node.output[number] = f"{value}.single"
                 nodes.append(_cast(node.output[number], value, onnx.TensorProto.FLOAT16))
+    given = {node.name for node in model.graph.node}
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return [node.name for node in model.graph.node if LINEAR_ATTENTION in node.name]
+    return [
+        node.name for node in nodes if keeps_single_precision(node.name) or node.name not in given
+    ]
 
 
 def _cast(value: str, name: str, to: int) -> onnx.NodeProto:

@@ -24,7 +24,7 @@ from ...core.errors import InputError
 from ...runtimes import EngineError
 from ...runtimes.subprocess_inference import interpreter, interpreter_variable
 from ..forms import Form
-from .limits import UNREAD_MODELS, Limit
+from .limits import SELECTIONS, UNREAD_MODELS, Limit
 from .runtime import RuntimeFiles, Source, missing_module
 
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -52,7 +52,8 @@ class SubprocessRuntime:
     options: tuple[str, ...] = ()
     dynamic_batch: bool = False
     form: Form | None = None
-    limits: tuple[Limit, ...] = (UNREAD_MODELS,)
+    # Their kernels for TopK have not been verified.
+    limits: tuple[Limit, ...] = (UNREAD_MODELS, SELECTIONS)
 
     def missing(self) -> str | None:
         """Why the runtime cannot be used, in the interpreter that the environment names or here."""

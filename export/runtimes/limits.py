@@ -85,6 +85,19 @@ ONE_IMAGE = Limit(
         else f"runs one image at a time, and batch {planned.batch} was requested"
     ),
 )
+def _selections(planned: Planned) -> str | None:
+    selects = () if planned.architecture is None else planned.architecture.selects
+    dynamic = [select.name for select in selects if select.scorer != "random"]
+    if not dynamic:
+        return None
+    return f"selects no tokens by content, as {dynamic[0]} of this network does"
+
+
+SELECTIONS = Limit(
+    "tokens that are selected by content",
+    "export for onnxruntime or openvino, or use a token mask, which all runtimes run",
+    _selections,
+)
 UNREAD_MODELS = Limit(
     "modules that vitrim cannot read as a Vision Transformer",
     "export for onnxruntime or openvino",

@@ -16,7 +16,7 @@ import onnx
 from ...core.errors import InputError, UnsupportedModel
 from ..forms import Form, form_named
 from ..manifest import Precision, tool_versions
-from .limits import ONE_IMAGE, Limit, Planned
+from .limits import ONE_IMAGE, SELECTIONS, Limit, Planned
 from .runtime import RuntimeFiles, Source, missing_module
 
 PARAM, BIN = "model.ncnn.param", "model.ncnn.bin"
@@ -48,6 +48,8 @@ class Ncnn:
     form: Form | None = Form(rows="batch", norm="layer", stream="dense", operators="pnnx")
     limits: tuple[Limit, ...] = (
         ONE_IMAGE,
+        # pnnx leaves TopK as it is (Tencent/ncnn issue 5520).
+        SELECTIONS,
         Limit(
             "graph forms with other operators than pnnx converts",
             "leave the form out",

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ...core.errors import InputError
 from ...runtimes.openvino_engine import without_onednn_limits
 from ..capabilities import int8_assumptions, int8_exact
 from ..forms import Form
+from ..graphs.model_proto import SELECT
 from ..manifest import Precision, tool_versions
 from ..parity import first_mismatch, inner_values
 from ..quantization.quantize import CALIBRATION_IMAGES
@@ -33,6 +36,8 @@ from .runtime import RuntimeFiles, Source, missing_module
 # as whole rows (0), which OpenVINO 2026.4 leaves in fp32, at nearly the same error (DeiT-Tiny,
 # AVX-512 VNNI, one thread).
 GROUP_SIZE = "64"
+# The operators that select tokens, which stay in floats.
+SELECTIONS = re.escape(SELECT) + ".*"
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "int8-static")
 
 
@@ -94,6 +99,7 @@ class OpenVino:
             session=session,
             assumes=assumes,
             versions=tool_versions(*(("openvino", "nncf") if quantized else ("openvino",))),
+            choices=partial(chosen_tokens, session=session),
             first_difference=first_difference,
         )
 
@@ -118,8 +124,45 @@ def first_difference(source: Source, model: Path, tolerance: float) -> str | Non
     return first_mismatch(source.graph, names, expected, found, tolerance)
 
 
+def chosen_tokens(
+    path: Path, names: Sequence[str], images: NDArray[Any], session: Mapping[str, str]
+) -> tuple[NDArray[Any], ...] | None:
+    """Which tokens the selections of a written model choose.
+
+    Args:
+        path: The model.
+        names: The names of the choices in the graph that it was made from.
+        images: float32 (count, channels, height, width).
+        session: Settings that the runtime opens the model with.
+
+    Returns:
+        One array (count, kept) for each name; None where the model has lost a name.
+    """
+    size = _fixed_batch(path) or len(images)
+    found: list[dict[str, NDArray[Any]]] = []
+    for first in range(0, len(images), size):
+        batch = np.resize(images[first : first + size], (size, *images.shape[1:]))
+        values = _model_values(path, set(names), np.ascontiguousarray(batch), session)
+        if not set(names) <= set(values):
+            return None
+        found.append({name: values[name][: len(images) - first] for name in names})
+    return tuple(np.concatenate([values[name] for values in found]) for name in names)
+
+
+def _fixed_batch(path: Path) -> int | None:
+    import openvino
+
+    batch = openvino.Core().read_model(str(path)).inputs[0].get_partial_shape()[0]
+    return int(batch.get_length()) if batch.is_static else None
+
+
 @without_onednn_limits()
-def _model_values(path: Path, wanted: set[str], images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+def _model_values(
+    path: Path,
+    wanted: set[str],
+    images: NDArray[Any],
+    session: Mapping[str, str] | None = None,
+) -> dict[str, NDArray[Any]]:
     """The inner values of OpenVINO's model, by the graph's names."""
     import openvino
 
@@ -133,7 +176,8 @@ def _model_values(path: Path, wanted: set[str], images: NDArray[Any]) -> dict[st
     }
     outputs = {name for value in model.outputs for name in value.get_names()}
     model.add_outputs(sorted(names - outputs))
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    properties = {"INFERENCE_PRECISION_HINT": "f32", **(session or {})}
+    compiled = core.compile_model(model, "CPU", properties)
     results = compiled([images])
     return {
         name: np.asarray(results[value])
@@ -146,7 +190,11 @@ def _quantize_weights(model: Any) -> Any:
     with _quiet():
         import nncf
 
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        return nncf.compress_weights(
+            model,
+            mode=nncf.CompressWeightsMode.INT8_SYM,
+            ignored_scope=nncf.IgnoredScope(patterns=[SELECTIONS], validate=False),
+        )
 
 
 def _quantize_all(model: Any, source: Source) -> Any:
@@ -168,6 +216,7 @@ def _quantize_all(model: Any, source: Source) -> Any:
             model,
             nncf.Dataset(batches),
             model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(patterns=[SELECTIONS], validate=False),
             subset_size=len(batches),
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
         )

@@ -95,6 +95,9 @@ class RuntimeFiles:
         command: What runs a Python file where the running interpreter cannot open the files (an
             emulator, another interpreter).
         parity_skipped: Why this machine cannot run the files; None if it can.
+        choices: Reads which tokens the files' selections choose: (main file, names of the choices,
+            images) -> one array (images, kept) for each, or None. Absent for runtimes that do not
+            show inner values; they are assumed to choose as the model does.
         first_difference: Locates the first inner value that differs from the source's by more than
             a tolerance: (source, main file, tolerance) -> a description, or None. Absent for
             runtimes that do not show inner values.
@@ -110,6 +113,7 @@ class RuntimeFiles:
     stages: tuple[Parity, ...] = ()
     command: tuple[str, ...] | None = None
     parity_skipped: str | None = None
+    choices: Callable[[Path, Sequence[str], Array], tuple[Array, ...] | None] | None = None
     first_difference: Callable[[Source, Path, float], str | None] | None = None
 
 
