@@ -40,7 +40,7 @@ from ..export.artifact import Artifact
 from ..export.manifest import PARITY
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
-from .kept_units import kept_branches, token_map
+from .kept_units import kept_branches, selection_map, token_map
 from .phases import HISTORY, RunContext
 from .recipe import Recipe
 from .run_folder import RunFolder
@@ -51,6 +51,8 @@ SAMPLE_SEED = 0
 _PART = 256
 # Test images in the picture of where patches leave, and their largest side.
 _SHOWN, _SHOWN_PX = 4, 112
+# Test images over which it is averaged where patches are chosen for each image.
+_AVERAGED = 128
 VERSIONED = ("torch", "timm", "numpy", "onnx", "onnxruntime", "onnxsim")
 
 
@@ -229,7 +231,7 @@ def write_report(
             "warnings": _unreadable(context),
             "versions": versions(),
             "seconds": folder.seconds(),
-            "tokens": _token_map(compact, context),
+            "tokens": _token_map(models.compact, context),
             "cut": _cut_errors(folder),
         }
     )
@@ -238,9 +240,12 @@ def write_report(
     return report
 
 
-def _token_map(compact: Architecture, context: RunContext) -> dict[str, Any] | None:
+def _token_map(compact: CompactModel, context: RunContext) -> dict[str, Any] | None:
     """The entry `tokens` of report.json, with some test images."""
-    found = token_map(compact)
+    found = token_map(compact.architecture)
+    if compact.architecture.selects:
+        images = context.data.test.floats(slice(0, _AVERAGED))
+        found = selection_map(compact.eval(), images, _SHOWN)
     if found is None:
         return None
     images = context.data.test.batch(slice(0, _SHOWN))[0].numpy()
