@@ -8,13 +8,16 @@ Every row keeps the same number of tokens after each sub-layer (the schedule tha
 the multiply-adds), chosen by another method, and measures top-1 on the same test images: after the
 cut; after `vitrim.compensate` has refitted the output projections to the dense stream, without
 labels; and after `--epochs` of fine-tuning of the compensated network with distillation. In rows
-`own counts` the counts follow from the importance by dynamic programming. Finished rows are kept,
-so that an interrupted benchmark continues.
+`own counts` the counts follow from the importance by dynamic programming. `tome` and `ppt` merge or
+drop as many tokens, chosen for each image, between attention and FFN; they are not compensated, and
+their multiply-adds (`macs_share`) are those of their own graph. Finished rows are kept, so that an
+interrupted benchmark continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -28,13 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 import vitrim
-from torch import Tensor
+from torch import Tensor, nn
 from vitrim.bench.local.environment import read_machine
 from vitrim.compress.data.splits import DataSplits, stratified_indices
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.tokens.choose import METHODS, WITHOUT_IMAGES, TokenRequest, token_choice
 from vitrim.compress.tokens.counts import Schedule, counts_for_macs
+from vitrim.compress.tokens.merging.merged import MERGING_METHODS, MergedModel, merged_tokens
 from vitrim.compress.train.dense import DenseTask, Distillation
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.compress.train.loop import fit
@@ -53,7 +57,7 @@ class Case:
     """One row.
 
     Attributes:
-        method: A method of `vitrim.choose_tokens`.
+        method: A method of `vitrim.choose_tokens` or of `vitrim.merged_tokens`.
         share: The share of the multiply-adds.
         own_counts: Whether the counts follow from the importance, instead of the schedule.
         seed: Of the images and of the method.
@@ -99,6 +103,8 @@ class TokenBench:
 
     def row(self, case: Case) -> dict[str, Any]:
         """Choose, cut, compensate, fine-tune, and measure after each."""
+        if case.method in MERGING_METHODS:
+            return self._merged_row(case)
         bench, started = self.bench, time.process_time()
         images = bench.images(self.count, case.seed)[0]
         architecture = bench.model.architecture
@@ -123,11 +129,31 @@ class TokenBench:
             "cpu_s": time.process_time() - started,
         }
 
+    def _merged_row(self, case: Case) -> dict[str, Any]:
+        """Merge tokens per image, fine-tune, and measure after each."""
+        bench, started = self.bench, time.process_time()
+        counts = counts_for_macs(bench.model.architecture, self.schedule, case.share)
+        merged = merged_to_counts(bench.model, case.method, counts)
+        lost: list[float | None] = [bench.dense_top1 - evaluate(merged, bench.data.test), None]
+        choice_cpu_s = time.process_time() - started
+        if self.training.epochs:
+            copied = merged_to_counts(copy.deepcopy(bench.model), case.method, counts)
+            tuned = self._fine_tuned(copied, case.seed)
+            lost.append(bench.dense_top1 - evaluate(tuned, bench.data.test))
+        return {
+            **asdict(case),
+            "counts": [bench.model.architecture.tokens, *merged.token_counts],
+            "macs_share": merged.macs / bench.dense_macs,
+            "points_lost": lost,
+            "choice_cpu_s": choice_cpu_s,
+            "cpu_s": time.process_time() - started,
+        }
+
     def _compensated(self, cut: CompactModel, images: Tensor) -> CompactModel:
         fitted = vitrim.compensate(cut, self.bench.model, images)[0]
         return with_last_queries(fitted).eval()
 
-    def _fine_tuned(self, model: CompactModel, seed: int) -> CompactModel:
+    def _fine_tuned(self, model: nn.Module, seed: int) -> nn.Module:
         training = self.training
         task = DenseTask(
             model,
@@ -144,21 +170,44 @@ class TokenBench:
         return model.eval()
 
 
+def merged_to_counts(model: CompactModel, method: str, counts: Sequence[int]) -> MergedModel:
+    """A network whose stream carries as many tokens after each sub-layer as a static mask leaves.
+
+    Args:
+        model: The dense network.
+        method: Of `vitrim.merged_tokens`.
+        counts: Of the mask, after the stem and each sub-layer. What it drops before the first
+            attention merges behind that.
+    """
+    architecture = model.architecture
+    steps = architecture.attention_steps()
+    before = [architecture.tokens, *(counts[step] for step in steps[1:])]
+    removed = [first - counts[step + 1] for first, step in zip(before, steps, strict=True)]
+    merged = merged_tokens(model, method, removed, blocks=range(len(steps)))  # type: ignore[arg-type]
+    if list(merged.token_counts)[steps[0] :] != list(counts)[steps[0] + 1 :]:
+        raise vitrim.InputError(
+            f"{method} cannot leave {list(counts)} tokens, only {list(merged.token_counts)}; "
+            "take a larger share or another schedule"
+        )
+    return merged
+
+
 def cases(shares: Sequence[float], seeds: Sequence[int]) -> list[Case]:
     """All rows, seed by seed; of methods that see no image and draw nothing only one."""
     found = []
-    for seed, share, method in itertools.product(seeds, shares, METHODS):
-        if method == "radial" and seed != seeds[0]:
+    methods = (*METHODS, *MERGING_METHODS)
+    for seed, share, method in itertools.product(seeds, shares, methods):
+        if method in ("radial", *MERGING_METHODS) and seed != seeds[0]:
             continue
         found.append(Case(method, share, False, seed))
-        if method not in WITHOUT_IMAGES:
+        if method not in (*WITHOUT_IMAGES, *MERGING_METHODS):
             found.append(Case(method, share, True, seed))
     return found
 
 
 def table(rows: Iterable[dict[str, Any]], stages: Sequence[str]) -> str:
     """Mean points lost over the seeds, with the spread: a line a method, a column a budget."""
-    grouped: dict[tuple[str, bool], dict[float, list[list[float]]]] = {}
+    grouped: dict[tuple[str, bool], dict[float, list[list[float | None]]]] = {}
     for row in rows:
         found = grouped.setdefault((row["method"], row["own_counts"]), {})
         found.setdefault(row["share"], []).append(row["points_lost"])
@@ -177,15 +226,29 @@ def table(rows: Iterable[dict[str, Any]], stages: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _last(group: dict[float, list[list[float]]]) -> float:
+def _merged_shares(rows: Iterable[dict[str, Any]]) -> str:
+    """The multiply-adds of merged networks at the counts of the masks, as a sentence."""
+    found = {row["share"]: row["macs_share"] for row in rows if row["method"] in MERGING_METHODS}
+    if not found:
+        return ""
+    shares = ", ".join(f"{found[share]:.2f}" for share in sorted(found, reverse=True))
+    return (
+        f" {' and '.join(MERGING_METHODS)} choose for each image and are not compensated; with as "
+        f"many tokens they compute {shares} of the multiply-adds."
+    )
+
+
+def _last(group: dict[float, list[list[float | None]]]) -> float:
     """The mean of the points lost at the end, over all budgets, for the order of the table."""
-    return statistics.mean(points[-1] for found in group.values() for points in found)
+    rows = [points for found in group.values() for points in found]
+    return statistics.mean([each for each in row if each is not None][-1] for row in rows)
 
 
-def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return "".join(f"{value:.2f}" for value in known)
+    return f"{statistics.mean(known):.2f} ± {statistics.stdev(known):.2f}"
 
 
 def main() -> None:
@@ -228,20 +291,25 @@ def main() -> None:
         rows = old["rows"] if old["head"] == head else []
     fields = Case.__dataclass_fields__
     done = {Case(**{name: row[name] for name in fields}).key for row in rows}
-    for case in cases(options.shares, options.seeds):
-        if case.key in done:
-            continue
-        rows.append(tokens.row(case))
-        print(json.dumps(rows[-1]), flush=True)
+
+    def save() -> None:
         text = (
             f"`python -m benchmarks.accuracy.tokens --data {name}`: the {options.model} model, "
             f"{bench.dense_top1:.2f} % top-1 on {len(bench.data.test)} test images; points lost, "
             f"mean and standard deviation over the seeds; {options.images} images without labels, "
             f"{options.schedule} schedule where counts are equal, fine-tuning of {options.epochs} "
-            f"epochs on {len(tokens.data.train)} images."
+            f"epochs on {len(tokens.data.train)} images.{_merged_shares(rows)}"
         )
         result = {"head": head, "machine": read_machine(), "rows": rows}
         save_result(out, result, f"{text}\n\n{table(rows, stages)}\n")
+
+    for case in cases(options.shares, options.seeds):
+        if case.key in done:
+            continue
+        rows.append(tokens.row(case))
+        print(json.dumps(rows[-1]), flush=True)
+        save()
+    save()
     print(table(rows, stages))
 
 

@@ -37,7 +37,7 @@ from typing import Any
 import timm
 import torch
 import vitrim
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from torch import nn
 from vitrim.bench.local.environment import read_machine
 from vitrim.compress.tokens.merging.hierarchical import hierarchical

@@ -58,11 +58,12 @@ class MergingOptions:
         proportional: Whether log(size) is added to the attention scores of a merged token, which a
             network that was trained without merging needs.
         threshold: Of "ppt": an image whose scores have a smaller variance merges tokens, another
-            one drops them.
+            one drops them. None: the paper's 7e-5 at its 196 patches, times (196 / patches)² for
+            other numbers, since the scores of an image have the sum 1.
     """
 
     proportional: bool = True
-    threshold: float = 7e-5
+    threshold: float | None = None
 
 
 class _Attended(NamedTuple):
@@ -243,6 +244,11 @@ class MergedModel(nn.Module):
                     sizes = merged_sizes(places, sizes, kept)
             yield x, sizes, places
 
+    @property
+    def _threshold(self) -> float:
+        given = self.options.threshold
+        return 7e-5 * (196 / self.model.architecture.patches) ** 2 if given is None else given
+
     def _places(self, core: Attention, attended: _Attended, sizes: Tensor, removed: int) -> Tensor:
         """The place of each token in the shorter stream, (batch, tokens)."""
         prefix = self.model.architecture.prefix
@@ -253,7 +259,7 @@ class MergedModel(nn.Module):
             scores = _class_scores(core, attended, sizes if self.options.proportional else None)
         # The class token stays, whatever its attention.
         whole = F.pad(scores, (1, 0), value=2.0)
-        merges = scores.var(dim=-1, keepdim=True) < self.options.threshold
+        merges = scores.var(dim=-1, keepdim=True) < self._threshold
         return torch.where(merges, merging, prune_places(whole))
 
     def classify(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
