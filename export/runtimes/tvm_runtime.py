@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -23,6 +24,7 @@ from ..forms import Form
 from ..manifest import tool_versions
 from ..quantization.quantize import CALIBRATION_IMAGES
 from ..tvm_kernels.build import build_network, default_network, missing_tvm
+from ..tvm_kernels.choices import program_choices
 from ..tvm_kernels.coverage import UNCOVERED_PARTS, uncovered_part
 from ..tvm_kernels.execution_plan import NoExecutionPlan, execution_plan
 from ..tvm_kernels.first_difference import first_difference
@@ -115,6 +117,9 @@ class TvmRuntime:
             notes.append(
                 f"{source.target} is not this machine: its outputs are those of {emulator.name}"
             )
+        watched, choices = code.entry == "program", None
+        if watched and network.route == "kernels":
+            choices = partial(program_choices, batch=int(source.batch), threads=network.threads)
         return RuntimeFiles(
             main=MODEL,
             files=code.files,
@@ -130,7 +135,8 @@ class TvmRuntime:
             needs=needs,
             command=None if emulator is None else tuple(emulator.command(["python3"])),
             parity_skipped=parity_skipped,
-            first_difference=first_difference if code.entry == "program" else None,
+            choices=choices,
+            first_difference=first_difference if watched else None,
         )
 
 

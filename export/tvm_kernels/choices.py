@@ -2,65 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...compress.network.modules.model import CompactModel
-from ...compress.network.modules.select import first_places
 from ...runtimes.compiled_program import CompiledProgram
 
-# The first part of the name of the kernel that writes places.
+# The first part of the name of the kernels that write places.
 CHOICE_KERNEL = "choose_patches"
 
 
 def program_choices(
-    compact: CompactModel,
     library: Path,
+    names: Sequence[str],
     images: NDArray[Any],
     *,
     batch: int = 1,
     threads: int = 1,
-) -> list[NDArray[np.int64]]:
-    """Read the choices of a compiled network from the very file that ships.
-
-    They compare with those of torch: `vitrim.chosen_tokens(compact, images)`.
+) -> tuple[NDArray[np.int64], ...] | None:
+    """Read from a compiled network itself which patches its selections choose.
 
     Args:
-        compact: The network that was compiled.
         library: `model.so`, for a processor like this one.
+        names: One name for each selection whose choice depends on the image, in their order.
         images: Shape (count, channels, height, width).
         batch: The batch size that it was compiled for.
         threads: How many threads are requested.
 
     Returns:
-        For each selection the chosen places among the patches that the stream carries there,
-        increasing: shape (count, kept).
+        For each name the chosen places among the patches that the stream carries there, increasing:
+        shape (count, kept). None: the program has another number of selections.
 
     Raises:
         EngineError: The library cannot be loaded or is of another size.
         RuntimeError: A kernel failed.
     """
-    selects = compact.architecture.selects
-    found: list[list[NDArray[np.int64]]] = [[] for _ in selects]
-    program = CompiledProgram(str(library), [batch, *images.shape[1:]], threads)
+    shape = (batch, *images.shape[1:])
+    program = CompiledProgram(str(library), list(shape), threads)
+    found: list[list[NDArray[np.int64]]] = []
     for start in range(0, len(images), batch):
-        part = images[start : start + batch]
-        filled = np.resize(part, (batch, *images.shape[1:])).astype(np.float32)
-        written = iter(
-            np.frombuffer(content, np.int32)
+        filled = np.resize(images[start : start + batch], shape).astype(np.float32)
+        chosen = [
+            np.frombuffer(content, np.int32).reshape(batch, -1).astype(np.int64)
             for name, content in program.watch(np.ascontiguousarray(filled))
             if CHOICE_KERNEL in name
-        )
-        for number, select in enumerate(selects):
-            if select.scorer == "random":
-                # Equal for all images, and a constant of the program.
-                places = compact.selects[number].places
-                constant = first_places(places[None], select.patches).numpy()  # type: ignore[index]
-                chosen = np.repeat(constant, batch, axis=0)
-            else:
-                chosen = next(written).reshape(batch, select.patches)
-            found[number].append(chosen[: len(part)].astype(np.int64))
-    return [np.concatenate(parts) for parts in found]
+        ]
+        if len(chosen) != len(names):
+            return None
+        found.append([places[: len(images) - start] for places in chosen])
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from aarch64 import emulator
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_networks import network, selecting_architectures
 from tvm_networks import HOST, runnable
+from tvm_sample import source
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -30,6 +36,8 @@ from vitrim.compress.network.architecture import (
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Choices, Select, first_places
 from vitrim.export.parity import relative_error
+from vitrim.export.runtimes import RuntimeFiles, runtime_named
+from vitrim.runtimes.subprocess_inference import infer_in_subprocess
 from vitrim.targets.profile import TargetProfile
 
 pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
@@ -276,3 +284,58 @@ def test_products_behind_a_selection_have_the_rows_that_stay() -> None:
     # The places of a fixed order are constants.
     assert len([name for name in names if "choose_patches" in name]) == 4
     assert not [name for name in names if "first_rows" in name]
+
+
+def written(folder: Path, target: str, batch: int) -> tuple[CompactModel, RuntimeFiles]:
+    """A network with every scorer, compiled as the exporter does; all weights in fp32."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here: apt-get install g++")
+    model = copy.deepcopy(sample("plain")).float()
+    shape = model.architecture.image
+    folder.mkdir()
+    request = replace(
+        source(target, batch=batch),
+        model=model,
+        compact=model,
+        shape=shape,
+        images=noise(model, 4),
+    )
+    return model, runtime_named("tvm").write(request, folder)
+
+
+def test_the_choices_are_read_from_the_written_file(tmp_path: Path) -> None:
+    model, files = written(tmp_path / "a", "host", 2)
+    images = noise(model, 5)
+    assert files.choices is not None
+    dependent = [select for select in model.architecture.selects if select.scorer != "random"]
+    chosen = files.choices(tmp_path / "a" / files.main, [each.name for each in dependent], images)
+    assert chosen is not None
+    recorded = Choices()
+    with torch.no_grad():
+        model(torch.from_numpy(images), recorded)
+    wanted = [
+        places.numpy()
+        for select, places in zip(model.architecture.selects, recorded.found, strict=True)
+        if select in dependent
+    ]
+    for one, other in zip(chosen, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert files.choices(tmp_path / "a" / files.main, ["select.0"], images) is None
+
+
+def test_a_processor_of_another_kind_selects_the_same_patches(tmp_path: Path) -> None:
+    emulator("apache-tvm-ffi")
+    model, files = written(tmp_path / "a", "rpi4", 2)
+    images = noise(model, 4)
+    job = {
+        "runtime": "tvm",
+        "model": str(tmp_path / "a" / files.main),
+        "threads": 1,
+        "session": dict(files.session),
+        "input": {"name": "images", "shape": [2, *model.architecture.image]},
+    }
+    logits, _ = infer_in_subprocess(job, images, command=files.command)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images)).numpy()
+    # Another choice changes logits by more.
+    assert float(relative_error(expected, logits).max()) < 1e-4
