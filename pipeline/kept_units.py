@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..compress.masks.groups import architecture_of
 from ..compress.masks.mask import StructuredMask
 from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
+from ..compress.network.modules.model import CompactModel
 from ..compress.surgery.image_size import exit_depths
 from ..compress.surgery.plan import plan
+from ..compress.tokens.select import chosen_tokens
 
 
 def kept_branches(
@@ -37,7 +40,7 @@ def kept_branches(
     entries = [
         _entry(branch, branches.get(branch.name), before, after) for branch in before.branches
     ]
-    if after.drops_tokens:
+    if after.drops_tokens or after.selects:
         totals, kept = _tokens(before), _tokens(after)
         count = after.tokens
         for entry in entries:
@@ -66,6 +69,40 @@ def token_map(compact: Architecture) -> dict[str, Any] | None:
         "sites": ["stem", *(step[0].name for step in compact.steps)],
         "counts": counts,
         "exits": [int(depth) for depth in exit_depths(compact).flatten().tolist()],
+    }
+
+
+def selection_map(compact: CompactModel, images: Tensor, shown: int) -> dict[str, Any]:
+    """The entry `tokens` of report.json for a network that chooses patches for each image.
+
+    Args:
+        compact: The network.
+        images: (images, channels, height, width), normalized.
+        shown: How many of them have exits of their own, the first ones.
+
+    Returns:
+        As `token_map`, with the mean exits over the images; `chosen` has those of each shown image.
+    """
+    architecture, prefix = compact.architecture, compact.architecture.prefix
+    counts = [architecture.tokens, *architecture.step_tokens(last_queries=False)]
+    area = architecture.grid[0] * architecture.grid[1]
+    depths = torch.zeros(len(images), area, dtype=torch.long)
+    places = torch.tensor(architecture.token_places[prefix:]) - prefix
+    depths[:, places] = len(counts)
+    found = chosen_tokens(compact, images)
+    for select, kept in reversed(list(zip(architecture.selects, found, strict=True))):
+        # A fused token, -1, is no patch of the grid.
+        stays = torch.zeros(len(images), area + 1, dtype=torch.bool)
+        stays.scatter_(1, kept % (area + 1), True)
+        leaves = ~stays[:, :area] & (depths > 0)
+        depths[leaves] = 1 + select.at
+    return {
+        "grid": list(architecture.grid),
+        "sites": ["stem", *(step[0].name for step in architecture.steps)],
+        "counts": counts,
+        "exits": depths.float().mean(dim=0).round().long().tolist(),
+        "chosen": depths[:shown].tolist(),
+        "averaged": len(images),
     }
 
 

@@ -165,6 +165,8 @@ class TokenMap(_Part):
         counts: Number of tokens, prefix tokens included, that are carried after each place.
         exits: For each patch, row by row, at how many places it is carried; 0: never embedded.
         images: Some test images as PNG in base64.
+        chosen: Where patches are chosen for each image: for each of `images`, its own exits.
+        averaged: Number of test images whose mean exits `exits` has then; 0: all have the same.
     """
 
     grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -172,15 +174,20 @@ class TokenMap(_Part):
     counts: tuple[Annotated[int, Field(ge=1)], ...]
     exits: tuple[Count, ...]
     images: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+=*$")], ...] = ()
+    chosen: tuple[tuple[Count, ...], ...] = ()
+    averaged: Count = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(self.counts) != len(self.sites):
             raise ValueError(f"{len(self.counts)} counts for {len(self.sites)} sites")
-        if len(self.exits) != self.grid[0] * self.grid[1]:
-            raise ValueError(f"{len(self.exits)} exits for {self.grid[0]} x {self.grid[1]} patches")
-        if max(self.exits) > len(self.sites):
-            raise ValueError(f"a patch is carried at {max(self.exits)} of {len(self.sites)} sites")
+        for exits in (self.exits, *self.chosen):
+            if len(exits) != self.grid[0] * self.grid[1]:
+                raise ValueError(f"{len(exits)} exits for {self.grid[0]} x {self.grid[1]} patches")
+            if max(exits) > len(self.sites):
+                raise ValueError(f"a patch is carried at {max(exits)} of {len(self.sites)} sites")
+        if self.chosen and len(self.chosen) != len(self.images):
+            raise ValueError(f"{len(self.chosen)} choices for {len(self.images)} images")
         return self
 
 

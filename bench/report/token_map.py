@@ -24,13 +24,11 @@ def token_section(run: Run) -> Markup | None:
     tokens = run.report.tokens
     if tokens is None:
         return None
-    never = sum(depth == 0 for depth in tokens.exits)
-    to_the_end = sum(depth == len(tokens.sites) for depth in tokens.exits)
-    remark = (
-        f"Of {wording.plural(len(tokens.exits), 'patch', 'patches')}, {never} are never embedded "
-        f"and {to_the_end} are carried to the end. Darker patches leave earlier."
-    )
-    shown = [_picture(tokens, IMAGE_PX, image=image) for image in tokens.images]
+    own = tokens.chosen or (tokens.exits,) * len(tokens.images)
+    shown = [
+        _picture(tokens, exits, IMAGE_PX, image=image)
+        for image, exits in zip(tokens.images, own, strict=True)
+    ]
     over_images = None
     if shown:
         over_images = element(
@@ -40,14 +38,35 @@ def token_section(run: Run) -> Markup | None:
         )
     grid = element(
         "figure",
-        element("h3", "Last place that carries a patch"),
-        _picture(tokens, MAP_PX, numbers=max(tokens.grid) <= NUMBERED),
+        element("h3", _title(tokens)),
+        _picture(tokens, tokens.exits, MAP_PX, numbers=max(tokens.grid) <= NUMBERED),
         element("p", _legend(tokens.sites), class_="soft"),
         over_images,
         class_="card",
     )
     content = element("div", grid, _pyramid(tokens), class_="grid2")
-    return section("Tokens", remark, content, id_="tokens")
+    return section("Tokens", _remark(tokens), content, id_="tokens")
+
+
+def _title(tokens: TokenMap) -> str:
+    if tokens.averaged:
+        return f"Last place that carries a patch, mean over {tokens.averaged} test images"
+    return "Last place that carries a patch"
+
+
+def _remark(tokens: TokenMap) -> str:
+    patches = wording.plural(len(tokens.exits), "patch", "patches")
+    if tokens.averaged:
+        return (
+            f"Of {patches}, a constant number is chosen for each image. Darker patches leave "
+            "earlier."
+        )
+    never = sum(depth == 0 for depth in tokens.exits)
+    to_the_end = sum(depth == len(tokens.sites) for depth in tokens.exits)
+    return (
+        f"Of {patches}, {never} are never embedded and {to_the_end} are carried to the end. "
+        "Darker patches leave earlier."
+    )
 
 
 def _legend(sites: Sequence[str]) -> str:
@@ -56,7 +75,12 @@ def _legend(sites: Sequence[str]) -> str:
 
 
 def _picture(
-    tokens: TokenMap, side: int, *, image: str | None = None, numbers: bool = False
+    tokens: TokenMap,
+    exits: Sequence[int],
+    side: int,
+    *,
+    image: str | None = None,
+    numbers: bool = False,
 ) -> Markup:
     """The grid as SVG, over an image if there is one."""
     rows, columns = tokens.grid
@@ -74,7 +98,7 @@ def _picture(
                 style="image-rendering:auto",
             )
         )
-    for place, depth in enumerate(tokens.exits):
+    for place, depth in enumerate(exits):
         x, y = place % columns * cell_x, place // columns * cell_y
         gone = 1 - depth / len(tokens.sites)
         parts.append(

@@ -7,7 +7,7 @@ import torch
 import vitrim
 from tiny_models import tiny_vit
 from vitrim.compress.masks.mask import StructuredMask
-from vitrim.pipeline.kept_units import kept_branches, token_map
+from vitrim.pipeline.kept_units import kept_branches, selection_map, token_map
 
 
 def test_a_mask_and_its_compact_model_give_the_same_entries() -> None:
@@ -63,3 +63,19 @@ def test_dropped_tokens_are_part_of_the_entries_and_of_the_map() -> None:
     assert found["counts"] == [17, 3, 3, 3, 3]
     assert found["exits"] == [5, *[1] * 14, 5]
     assert token_map(model.architecture) is None
+
+
+def test_patches_that_are_chosen_for_each_image_have_exits_of_their_own() -> None:
+    model = vitrim.select_tokens(tiny_vit(img_size=32, depth=3), "evit", stages=[0, 1], ratio=0.5)
+    images = torch.randn(6, 3, 32, 32)
+    found = selection_map(model, images, 2)
+    assert found["counts"] == [17, 17, 10, 10, 7, 7, 7]
+    assert len(found["chosen"]) == 2
+    for exits in found["chosen"]:
+        # 8 of 16 leave behind the first attention; of 8 and the fused token 5 stay.
+        assert exits.count(2) == 8
+        assert exits.count(7) in (4, 5)
+        assert exits.count(2) + exits.count(4) + exits.count(7) == 16
+    assert found["averaged"] == 6
+    tokens = {entry["branch"]: entry["dims"]["token"] for entry in kept_branches(model, model)}
+    assert tokens["blocks.2.ffn"] == [7, 7]

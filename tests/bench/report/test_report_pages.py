@@ -305,9 +305,32 @@ def test_a_page_shows_where_patches_leave(tmp_path: Path) -> None:
     assert [one["href"] for one in pictures] == [f"data:image/png;base64,{pixel}"]
 
 
+def test_a_page_shows_which_patches_each_image_keeps(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    tokens = {"grid": [2, 2], "sites": ["stem", "a"], "counts": [4, 2], "exits": [2, 2, 1, 1]}
+    own = {"images": ["QUJD", "REVG"], "chosen": [[2, 2, 1, 1], [1, 2, 1, 2]], "averaged": 16}
+    report["tokens"] = tokens | own
+    path.write_text(json.dumps(report))
+    tree = Tree(render_html(load_run(folder)))
+    words = " ".join(tree.words)
+    assert "Of 4 patches, a constant number is chosen for each image." in words
+    assert "mean over 16 test images" in words
+    styles = [each.get("style") or "" for tag, each in tree.tags if tag == "rect"]
+    opacities = [each.split("fill-opacity:")[1] for each in styles if "fill-opacity:" in each]
+    dark = [float(each.split(";")[0]) > 0 for each in opacities]
+    # The mean of all images, then each image.
+    assert [dark[start : start + 4] for start in (0, 4, 8)] in (
+        [[False, False, True, True], [False, False, True, True], [True, False, True, False]],
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"images": ["QUJD"], "chosen": [[0, 1]]}, "2 exits for 2 x 2 patches"),
+        ({"chosen": [[0, 1, 2, 2]]}, "1 choices for 0 images"),
         ({"exits": [0, 1]}, "2 exits for 2 x 2 patches"),
         ({"counts": [4]}, "1 counts for 2 sites"),
         ({"exits": [0, 1, 2, 3]}, "a patch is carried at 3 of 2 sites"),
