@@ -12,13 +12,13 @@ import typer
 from ..core.console import show
 from ..core.errors import InputError
 from ..core.storage import replace_file, require_output_file, require_separate
-from .bench_options import COST_TABLE_TIME_LIMIT_S, How, What, Where, measure_options
+from .bench_options import How, Table, What, Where, measure_options
+from .cost_tables import show_cost_table
 from .option_groups import Quiet, with_option_groups
 
 if TYPE_CHECKING:
     from ..bench.local.options import MeasureOptions
     from ..bench.results.measurement import Measurement
-    from ..core.progress import Progress
 
 Artifacts = Annotated[
     list[Path] | None,
@@ -51,7 +51,13 @@ class Output:
 
 @with_option_groups
 def bench(
-    *, artifacts: Artifacts = None, where: Where, how: How, what: What, output: Output
+    *,
+    artifacts: Artifacts = None,
+    where: Where,
+    how: How,
+    what: What,
+    table: Table,
+    output: Output,
 ) -> None:
     """Measure latency, memory and top-1, each artifact in a fresh process.
 
@@ -85,24 +91,28 @@ def bench(
 
     [bold]Costs for latency budgets[/bold]
 
-      vitrim bench --cost-table costs.json --block tokens=197,embed=192,heads=6,ffn=768
+      vitrim bench --cost-table costs.json --like runs/quickstart/baseline --time-limit 300
+
+      vitrim bench --cost-table costs.json --runtime tvm --precision int8 \
+        --block tokens=197,embed=192,heads=3,head_width=64,ffn=768,depth=12,patch=16,channels=3
 
     Args:
         artifacts: What to measure.
         where: The machine that runs the artifacts.
         how: How they are timed.
         what: What else is measured.
+        table: The cost table that is measured in place of artifacts.
         output: Where the measurements are saved.
     """
     options = measure_options(how, what)
-    if what.cost_table is not None:
+    if table.cost_table is not None:
         if artifacts:
             raise InputError(
-                f"{artifacts[0]}: a cost table measures generated blocks; "
+                f"{artifacts[0]}: a cost table measures generated networks; "
                 "remove the artifacts or --cost-table"
             )
-        limit_s = COST_TABLE_TIME_LIMIT_S if how.time_limit_s is None else how.time_limit_s
-        _measure_cost_table(what, where, replace(options, time_limit_s=limit_s), output)
+        inputs = _inputs(where, what)
+        show_cost_table(table, where, how, options, output, inputs)
         return
     if not artifacts:
         raise InputError(
@@ -220,47 +230,3 @@ def _show_profile(name: str, measurement: Measurement, file: Path | None) -> Non
         picture = _picture(file)
         replace_file(picture, operator_picture(table, name), PICTURE)
         show(f"picture: {picture}")
-
-
-def _measure_cost_table(what: What, where: Where, options: MeasureOptions, output: Output) -> None:
-    from ..bench.local.cost_table import COST_TABLE, chosen_shapes, measure_cost_table
-    from ..bench.remote.measure import measure_at
-
-    path = what.cost_table
-    assert path is not None
-    inputs = _inputs(where, what)
-    require_output_file(path, COST_TABLE, overwrite=output.overwrite, inputs=inputs)
-    device = where.device()
-
-    def measure(
-        models: dict[str, Path], chosen: MeasureOptions, progress: Progress
-    ) -> dict[str, Measurement]:
-        used = replace(
-            options,
-            time_limit_s=chosen.time_limit_s,
-            seed=chosen.seed,
-            profile_runs=0,
-            dataset=None,
-        )
-        return measure_at(where.on, models, used, device, target=where.target, progress=progress)
-
-    table = measure_cost_table(
-        chosen_shapes(**what.block_sizes()),
-        target=where.target,
-        threads=options.threads,
-        time_limit_s=options.time_limit_s,
-        measure=measure,
-        quiet=output.quiet,
-    )
-    table.save(path)
-    held_out = sum(point.held_out for point in table.points)
-    show(
-        f"{len(table.points)} blocks measured with {table.runtime}, "
-        f"{held_out} of them held out of the fit"
-    )
-    if table.median_error is not None and table.largest_error is not None:
-        show(
-            f"error on the held-out blocks: median {100 * table.median_error:.1f} %, "
-            f"largest {100 * table.largest_error:.1f} %"
-        )
-    show(f"saved: {path}")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..core.console import show
 from ..core.errors import InputError
@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..bench.report.front import Size
-    from ..compress.oneshot.trim import TrimOptions
+    from ..compress.latency.cut import LatencyCut, LatencyCuts
+    from ..compress.oneshot.trim import Trimmed, TrimOptions
+    from ..pipeline.front import Cutter
+    from ..pipeline.latency_loop import LatencyRecord, Measure
     from ..pipeline.quality import LabelledImages, Quality
+    from ..pipeline.trim_step import StageBars
+    from ..targets.cost_table import CostTable
     from .model_data import ModelData
 
 # Runtimes are fastest at multiples of 16, and lose little at multiples of 8.
@@ -41,6 +46,7 @@ class _Job:
     output: Output
     options: TrimOptions
     state: Path | None
+    table: CostTable | None = None
 
 
 def cut_without_training(
@@ -59,12 +65,17 @@ def cut_without_training(
             state of another cut.
     """
     options = _options(source, selection, untrained)
+    table = None
+    if untrained.cost_table is not None:
+        from ..targets.cost_table import CostTable
+
+        table = CostTable.load(untrained.cost_table)
     data = data_of(source, selection, "--without-training")
     images = unlabeled_images(data, selection)
     show(f"{len(images)} images of {data.name}, without labels")
     labelled = _labelled(source, data, selection, untrained)
     with _state(output, resume=untrained.resume) as state:
-        job = _Job(source, images, labelled, selection, untrained, output, options, state)
+        job = _Job(source, images, labelled, selection, untrained, output, options, state, table)
         if untrained.front is None:
             _one_size(job)
         else:
@@ -73,7 +84,6 @@ def cut_without_training(
 
 def _options(source: Source, selection: Selection, untrained: Untrained) -> TrimOptions:
     """The options of the cut; a budget below what is never cut is an error."""
-    from ..bench.local.cost_table import CostTable
     from ..compress.oneshot.trim import TrimOptions
     from ..pipeline.masks_section import MasksSection
     from ..pipeline.trim_step import require_budget
@@ -83,12 +93,8 @@ def _options(source: Source, selection: Selection, untrained: Untrained) -> Trim
         share: dict[str, Any] = {kind: amount}
         section = MasksSection(method="closed-form", **share)
         require_budget(source.model.architecture, section, options=("--macs", "--params"))
-    costs = None
-    if untrained.cost_table is not None:
-        costs = CostTable.load(untrained.cost_table).costs_s
     return TrimOptions(
         round_to=selection.round_to or DEFAULT_ROUND_TO,
-        cost=costs,
         precision=untrained.file_precision,  # type: ignore[arg-type]
     )
 
@@ -149,16 +155,14 @@ def _state(output: Output, *, resume: bool) -> Iterator[Path | None]:
         folder.rmdir()
 
 
-def _one_size(job: _Job) -> None:
-    from ..compress.oneshot.choice import priced
+def _trimmed(job: _Job) -> Trimmed:
     from ..compress.oneshot.trim import trim
-    from ..pipeline.trim_step import StageBars, exact_cut_error, show_fits, trim_record
+    from ..pipeline.trim_step import StageBars
 
-    source = job.source
     _, kind, amount = job.untrained.budget
     with StageBars(quiet=False) as bars:
-        found = trim(
-            source.model,
+        return trim(
+            job.source.model,
             job.images,
             budget=amount,
             kind=kind,
@@ -166,6 +170,69 @@ def _one_size(job: _Job) -> None:
             resume=job.state,
             progress=bars,
         )
+
+
+def _latency_cut(job: _Job) -> tuple[LatencyCut, LatencyRecord]:
+    """The cut to --latency-ms; with --verify measured and corrected."""
+    from ..pipeline.latency_loop import cut_to_latency
+    from ..pipeline.trim_step import StageBars, show_latency
+
+    _, _, latency_ms = job.untrained.budget
+    with StageBars(quiet=False) as bars:
+        cuts = _latency_cuts(job, bars)
+        found, record = cut_to_latency(cuts, latency_ms, _measure(job))
+    show_latency(found, cuts.table)
+    show(record.text())
+    return found, record
+
+
+def _latency_cuts(job: _Job, bars: StageBars) -> LatencyCuts:
+    from ..compress.latency.cut import LatencyCuts, LatencyOptions
+
+    untrained = job.untrained
+    assert job.table is not None
+    latency = LatencyOptions(
+        tokens=not untrained.keep_tokens,
+        candidates=untrained.candidates,
+        seed=job.selection.seed,
+        file_mb=untrained.file_mb,
+        peak_memory_mb=untrained.peak_memory_mb,
+    )
+    return LatencyCuts(
+        job.source.model,
+        job.images,
+        job.table,
+        options=job.options,
+        latency=latency,
+        resume=job.state,
+        progress=bars,
+    )
+
+
+def _measure(job: _Job) -> Measure | None:
+    """Measures a network as an exported file, with --verify."""
+    from ..pipeline.latency_loop import PARITY_IMAGES, file_measure
+
+    if not job.untrained.verify:
+        return None
+    assert job.table is not None
+    return file_measure(job.table, job.images[:PARITY_IMAGES])
+
+
+def _one_size(job: _Job) -> None:
+    from ..compress.oneshot.choice import priced
+    from ..pipeline.trim_step import exact_cut_error, show_fits, trim_record
+
+    source = job.source
+    _, kind, amount = job.untrained.budget
+    more: dict[str, Any] = {"budget": {"kind": kind, "amount": amount}}
+    if job.table is None:
+        found = _trimmed(job)
+        mask = found.mask
+    else:
+        cut, record = _latency_cut(job)
+        found, mask = cut.trimmed, cut.mask
+        more["latency"] = record.record()
     error = exact_cut_error(found.rotated, found.mask, job.images[:2])
     show(f"masked against compact, before compensation: largest relative error {error:.1e}")
     show(found.table())
@@ -180,10 +247,9 @@ def _one_size(job: _Job) -> None:
         f"{check.images} held-out images: cosine to the dense features {check.cosine:.4f}, of the "
         f"patches {check.patch_cosine:.4f}{agreement}"
     )
-    more: dict[str, Any] = {"budget": {"kind": kind, "amount": amount}}
     if job.labelled is not None:
         more["quality"] = _qualities(source, found.model, job.labelled)
-    mask = replace(found.mask, note={**found.mask.note, **_note(job)})
+    mask = replace(mask, note={**mask.note, **_note(job)})
     save_compact(found.model, mask, job.output, record=trim_record(found, **more))
 
 
@@ -220,7 +286,6 @@ def _percent(quality: Quality, name: str) -> str:
 
 
 def _front(job: _Job) -> None:
-    from ..compress.oneshot.trim import predict
     from ..pipeline.front import (
         FRONT,
         FRONT_FILE,
@@ -237,32 +302,61 @@ def _front(job: _Job) -> None:
     assert output.out is not None
     assert untrained.front is not None
     _, kind, smallest = untrained.budget
-    costs = cast("dict[str, float]", options.cost or {})
     amounts, shares = front_amounts(
-        model, kind, smallest, untrained.front, LARGEST_SHARE, costs or None, options.precision
+        model, kind, smallest, untrained.front, LARGEST_SHARE, job.table, options.precision
     )
     data = selection.data or "its run"
-    request = FrontRequest(kind, amounts, shares, job.source.name, data, _note(job), costs)
-    parts = (options.round_to, options.precision, selection.seed, untrained.check_images)
+    request = FrontRequest(kind, amounts, shares, job.source.name, data, _note(job), job.table)
+    parts: tuple[object, ...] = (
+        *(options.round_to, options.precision, selection.seed, untrained.check_images),
+        *(untrained.keep_tokens, untrained.candidates, untrained.verify, untrained.peak_memory_mb),
+    )
+    if job.table is not None:
+        parts = (*parts, job.table.costs_ms, job.table.correction.model_dump())
     if output.overwrite and (output.out / FRONT_FILE).is_file() and not untrained.resume:
         require_output_folder(output.out, FRONT, overwrite=True)
         clear_folder(output.out, FRONT_FILE)
     with StageBars(quiet=False) as bars:
-        prediction = partial(
-            predict, model, images, options=options, resume=job.state, progress=bars
-        )
+        measure = _measure(job)
+        known = (output.out / FRONT_FILE).is_file()
         front = make_front(
-            prediction,
+            partial(_cutter, job, bars, measure),
             request,
             output.out,
             dense=model,
             fingerprint=front_fingerprint(model, images, request, parts),
             labelled=job.labelled,
-            progress=bars,
+            dense_ms=None if measure is None or known else measure(model),
             show=_show_size,
         )
     show(_front_table(front))
     show(f"saved: {output.out}, picture: {output.out / PICTURE_FILE}")
+
+
+def _cutter(job: _Job, bars: StageBars, measure: Measure | None) -> Cutter:
+    """What cuts to each budget of a front."""
+    from ..compress.oneshot.trim import predict, trim_to
+    from ..pipeline.front import FrontCut
+    from ..pipeline.latency_loop import cut_to_latency
+
+    if job.table is not None:
+        cuts = _latency_cuts(job, bars)
+
+        def to_latency(amount: float) -> FrontCut:
+            found, record = cut_to_latency(cuts, amount, measure)
+            return FrontCut(found.trimmed, found.mask, record.measured_ms)
+
+        return to_latency
+    _, kind, _ = job.untrained.budget
+    prediction = predict(
+        job.source.model, job.images, options=job.options, resume=job.state, progress=bars
+    )
+
+    def to_budget(amount: float) -> FrontCut:
+        found = trim_to(prediction, budget=amount, kind=kind, progress=bars)
+        return FrontCut(found, found.mask)
+
+    return to_budget
 
 
 def _show_size(size: Size) -> None:

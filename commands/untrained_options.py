@@ -59,8 +59,8 @@ LatencyMs = Annotated[
     float | None,
     typer.Option(
         "--latency-ms",
-        help="Without training: latency in ms of all sub-layers for one image, as "
-        "--cost-table predicts it.",
+        help="Without training: latency in ms of an inference, as --cost-table predicts it. "
+        "Tokens, widths and depth are chosen at once.",
         show_default=False,
     ),
 ]
@@ -69,6 +69,37 @@ CostTableFile = Annotated[
     typer.Option(
         "--cost-table",
         help="The device's cost table, measured by `vitrim bench --cost-table`.",
+        show_default=False,
+    ),
+]
+KeepTokens = Annotated[
+    bool,
+    typer.Option(
+        "--keep-tokens", help="With --latency-ms: no patch leaves the network; cut widths only."
+    ),
+]
+Candidates = Annotated[
+    int,
+    typer.Option(
+        "--candidates",
+        min=0,
+        help="With --latency-ms: cut this many varied solutions, and keep the one that is nearest "
+        "to the dense network on held-out images, e.g. 24. Takes that much longer.",
+    ),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="With --latency-ms: export the cut, measure the file here, and correct the budget, at "
+        "most three times, until the measured latency is within it.",
+    ),
+]
+PeakMemoryMb = Annotated[
+    float | None,
+    typer.Option(
+        "--peak-memory-mb",
+        help="With --latency-ms, too: largest memory of weights and activations in MB.",
         show_default=False,
     ),
 ]
@@ -112,6 +143,10 @@ class Untrained:
     file_precision: FilePrecision = "fp32"
     latency_ms: LatencyMs = None
     cost_table: CostTableFile = None
+    keep_tokens: KeepTokens = False
+    candidates: Candidates = 0
+    verify: Verify = False
+    peak_memory_mb: PeakMemoryMb = None
     front: FrontSizes = None
     check_images: CheckImages = 500
     resume: Resume = False
@@ -137,7 +172,9 @@ class Untrained:
         """The option of the budget, its kind, and its amount in the unit of `trim`."""
         if not self.budgets:
             return "--macs", "macs", SMALLEST_SHARE
-        [(option, value)] = self.budgets.items()
+        budgets = self.budgets
+        option = "--latency-ms" if "--latency-ms" in budgets else next(iter(budgets))
+        value = budgets[option]
         kinds: dict[str, Kind] = {
             "--macs": "macs",
             "--params": "params",
@@ -147,6 +184,7 @@ class Untrained:
         return option, kinds[option], value * 1e6 if option == "--file-mb" else value
 
     def __post_init__(self) -> None:
+        self._check_latency()
         if not self.selected:
             for option, given in (("--cost-table", self.cost_table), ("--resume", self.resume)):
                 if given:
@@ -155,7 +193,9 @@ class Untrained:
                         "--macs 0.7"
                     )
             return
-        if (self.front is None and len(self.budgets) != 1) or len(self.budgets) > 1:
+        alone = [option for option in self.budgets if option != "--file-mb"]
+        both = len(self.budgets) > 1 and alone != ["--latency-ms"]
+        if (self.front is None and not self.budgets) or both:
             raise InputError(
                 "--without-training needs one budget: --macs or --params, the share to keep, "
                 "e.g. --macs 0.7; or --file-mb, or --latency-ms"
@@ -168,6 +208,21 @@ class Untrained:
                 "--latency-ms and --cost-table belong to each other: the table predicts the "
                 "latency; measure one with `vitrim bench --cost-table FILE`"
             )
+
+    def _check_latency(self) -> None:
+        """Check the options that only a latency has."""
+        if self.latency_ms is not None:
+            if self.peak_memory_mb is not None and not self.peak_memory_mb > 0:
+                raise InputError(f"--peak-memory-mb {self.peak_memory_mb:g}: give a number above 0")
+            return
+        for option, given in (
+            ("--keep-tokens", self.keep_tokens),
+            ("--candidates", self.candidates),
+            ("--verify", self.verify),
+            ("--peak-memory-mb", self.peak_memory_mb is not None),
+        ):
+            if given:
+                raise InputError(f"{option} belongs to --latency-ms; add e.g. --latency-ms 2.0")
 
     def _check_amount(self) -> None:
         option, kind, amount = self.budget

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ..bench.report.front import Front, Size, front_csv, front_markdown, front_picture
 from ..bench.report.writing import PICTURE
+from ..compress.latency.shapes import network_shape
+from ..compress.masks.mask import StructuredMask
 from ..compress.network.architecture import Architecture
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import MASK_FILE, MODEL, TRIM_FILE, WEIGHTS, save
 from ..compress.network.modules.model import CompactModel
-from ..compress.oneshot.budgets import Budget, Kind, Precision, read_budget, table_cost
+from ..compress.oneshot.budgets import Kind, Precision, read_budget
 from ..compress.oneshot.choice import priced
 from ..compress.oneshot.saved_state import fingerprint_of
-from ..compress.oneshot.trim import Prediction, Stage, Trimmed, trim_to
+from ..compress.oneshot.trim import Trimmed
 from ..core.errors import InputError
 from ..core.storage import replace_file, replace_folder
 from ..core.written_kinds import Contents, FolderKind, has_schema, json_object, within
+from ..targets.cost_table import CostTable
 from .quality import LabelledImages, Quality, measure_quality, predicted_classes
 from .trim_step import trim_record
 
@@ -54,7 +57,7 @@ class FrontRequest:
         model_name: Title of the table and the picture.
         data_name: The data set of the images.
         note: Entries for the notes of the masks.
-        costs: The costs of a cost table, by which latency is predicted for the kind "cost".
+        table: The cost table by which latency is predicted, for the kind "cost".
     """
 
     kind: Kind
@@ -63,7 +66,7 @@ class FrontRequest:
     model_name: str
     data_name: str
     note: dict[str, str]
-    costs: Mapping[str, float] = field(default_factory=dict)
+    table: CostTable | None = None
 
     def folders(self) -> list[str]:
         """The folder of each size, e.g. macs-70."""
@@ -75,13 +78,32 @@ class FrontRequest:
             digits += 1
 
 
+@dataclass(frozen=True)
+class FrontCut:
+    """A cut of a front.
+
+    Attributes:
+        trimmed: The cut of the widths.
+        mask: What was kept, with the dropped tokens.
+        measured_ms: The p50 of its exported file; None if it was not measured.
+    """
+
+    trimmed: Trimmed
+    mask: StructuredMask
+    measured_ms: float | None = None
+
+
+# From a budget in the unit of `trim` to a cut.
+Cutter = Callable[[float], FrontCut]
+
+
 def front_amounts(
     dense: CompactModel,
     kind: Kind,
     smallest: float,
     count: int,
     largest: float,
-    costs: Mapping[str, float] | None = None,
+    table: CostTable | None = None,
     precision: Precision = "fp32",
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The budgets of a front, evenly spaced, and their shares of the dense network.
@@ -92,7 +114,7 @@ def front_amounts(
         smallest: The smallest budget, in the unit of `trim`.
         count: Number of sizes, at least 2.
         largest: The largest size, as a share of the dense network.
-        costs: The costs of a cost table, for the kind "cost".
+        table: The cost table, for the kind "cost".
         precision: Of the weights in a file, for the kind "file".
 
     Returns:
@@ -101,10 +123,14 @@ def front_amounts(
     Raises:
         InputError: The smallest budget is not below the largest size.
     """
-    given = {"macs": None, "params": None, "budget": smallest}
-    budget = read_budget(given, kind, costs, precision)
-    whole = budget.network(priced(dense.architecture))
-    share = budget.limit(whole) / whole
+    if table is not None:
+        whole = table.latency_ms(network_shape(dense.architecture))
+        share = smallest / whole
+    else:
+        given = {"macs": None, "params": None, "budget": smallest}
+        budget = read_budget(given, kind, None, precision)
+        whole = budget.network(priced(dense.architecture))
+        share = budget.limit(whole) / whole
     if share >= largest:
         raise InputError(
             f"the smallest size is {share:.2f} of the dense network; a front goes down from "
@@ -116,14 +142,14 @@ def front_amounts(
 
 
 def make_front(
-    prediction: Callable[[], Prediction],
+    cutter: Callable[[], Cutter],
     request: FrontRequest,
     out: Path,
     *,
     dense: CompactModel,
     fingerprint: str,
     labelled: LabelledImages | None,
-    progress: Stage,
+    dense_ms: float | None = None,
     show: Callable[[Size], None],
 ) -> Front:
     """Cut all sizes that the folder does not have yet, and write the table and the picture.
@@ -132,13 +158,14 @@ def make_front(
     that an interrupted front continues.
 
     Args:
-        prediction: Takes or loads the statistics; called only if a size is missing.
+        cutter: Takes or loads the statistics, and returns what cuts to a budget; called only if a
+            size is missing.
         request: The sizes.
         out: The folder.
         dense: The dense network.
         fingerprint: Identifies everything that a size depends on.
         labelled: Images for accuracies.
-        progress: As for `trim`.
+        dense_ms: The measured latency of the dense network; None if it was not measured.
         show: Called with each size, the dense network first.
 
     Returns:
@@ -149,27 +176,27 @@ def make_front(
     """
     sizes = _read(out, fingerprint)
     if not sizes:
-        sizes = [_dense_size(dense, request, labelled)]
+        sizes = [replace(_dense_size(dense, request, labelled), measured_ms=dense_ms)]
         _write(out, request, sizes, fingerprint)
     for size in sizes:
         show(size)
     known = {size.folder for size in sizes}
-    found: Prediction | None = None
+    cut_to: Cutter | None = None
     classes: Tensor | None = None
     names = request.folders()
     for name, amount, share in zip(names, request.amounts, request.shares, strict=True):
         if name in known:
             continue
-        found = prediction() if found is None else found
+        cut_to = cutter() if cut_to is None else cut_to
         if classes is None and labelled is not None and dense.head is not None:
             classes = predicted_classes(dense, labelled)
-        trimmed = trim_to(found, budget=amount, kind=request.kind, progress=progress)
+        found = cut_to(amount)
         quality = None
         if labelled is not None:
             quality = measure_quality(
-                trimmed.model, labelled, title=f"checking {name}", dense_classes=classes
+                found.trimmed.model, labelled, title=f"checking {name}", dense_classes=classes
             )
-        size = _save_size(trimmed, request, out / name, share, quality)
+        size = _save_size(found, request, out / name, share, quality)
         sizes.append(size)
         _write(out, request, sizes, fingerprint)
         show(size)
@@ -221,12 +248,13 @@ def _dense_size(
 
 
 def _save_size(
-    found: Trimmed, request: FrontRequest, folder: Path, share: float, quality: Quality | None
+    cut: FrontCut, request: FrontRequest, folder: Path, share: float, quality: Quality | None
 ) -> Size:
+    found = cut.trimmed
     measured = {} if quality is None else {"quality": asdict(quality)}
     with replace_folder(folder, MODEL, overwrite=True) as temporary:
         save(found.model, temporary)
-        mask = replace(found.mask, note={**found.mask.note, **request.note})
+        mask = replace(cut.mask, note={**cut.mask.note, **request.note})
         mask.save(temporary / MASK_FILE)
         replace_file(temporary / TRIM_FILE, trim_record(found, **measured))
     architecture = priced(found.model.architecture)
@@ -240,14 +268,13 @@ def _save_size(
         cosine=found.check.cosine,
         patch_cosine=found.check.patch_cosine,
         latency_ms=_latency_ms(architecture, request),
+        measured_ms=cut.measured_ms,
         **{"agreement": found.check.agreement, **_accuracies(quality)},
     )
 
 
 def _latency_ms(architecture: Architecture, request: FrontRequest) -> float | None:
-    if request.kind != "cost":
-        return None
-    return Budget("cost", 1.0, table_cost(request.costs)).network(architecture)
+    return None if request.table is None else request.table.latency_ms(network_shape(architecture))
 
 
 def _accuracies(quality: Quality | None) -> dict[str, float | None]:

@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..bench.local.cost_table import CostTable
+from ..compress.latency.cut import LatencyCut, LatencyCuts, LatencyOptions
+from ..compress.latency.losses import uniform_losses
+from ..compress.latency.shapes import network_shape
+from ..compress.latency.solve import smallest_latency_ms
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
 from ..compress.network.architecture import Architecture
@@ -25,6 +28,7 @@ from ..compress.surgery.compactor import compact, output_error
 from ..core.console import progress_bar, show, status
 from ..core.errors import InputError
 from ..core.written_kinds import Contents, FolderKind, has_schema, json_object
+from ..targets.cost_table import CostTable
 from .masks_section import MasksSection
 
 TRIM_SCHEMA = "vitrim.trim/1"
@@ -45,6 +49,7 @@ STAGES = {
     "gates": "training gates",
     "errors": "measuring errors",
     "slim": "slimming blocks",
+    "compare": "comparing candidates",
 }
 
 
@@ -92,7 +97,7 @@ def require_budget(
             )
         return
     if section.cost_table is not None:
-        CostTable.load(section.cost_table)
+        _require_latency(architecture, section)
         return
     kind, share = ("params", section.params) if section.params else ("macs", section.macs)
     option = options[kind == "params"]
@@ -104,12 +109,47 @@ def require_budget(
         )
 
 
+def _require_latency(architecture: Architecture, section: MasksSection) -> None:
+    """Check that the latency can be reached, and that the table is of the requested runtime."""
+    table, losses = section_table(section), uniform_losses(architecture, section.round_to or 8)
+    budget_ms = latency_budget_ms(architecture, section, table)
+    least_ms = smallest_latency_ms(architecture, losses, table)
+    if budget_ms < least_ms:
+        raise InputError(
+            f"masks.latency: {budget_ms:.4g} ms: the smallest latency that can be reached is "
+            f"{least_ms:.4g} ms ({table.title}); give a larger budget"
+        )
+
+
+def section_table(section: MasksSection) -> CostTable:
+    """The cost table of `[masks]`.
+
+    Raises:
+        InputError: It cannot be read, or it is of another runtime than `target_runtime`.
+    """
+    assert section.cost_table is not None
+    table = CostTable.load(section.cost_table)
+    if section.target_runtime not in (None, table.runtime):
+        raise InputError(
+            f"masks.target_runtime = {section.target_runtime!r}: {section.cost_table} is of "
+            f"{table.title}; measure one with `vitrim bench --cost-table FILE --runtime "
+            f"{section.target_runtime}`"
+        )
+    return table
+
+
+def latency_budget_ms(architecture: Architecture, section: MasksSection, table: CostTable) -> float:
+    """The latency of `[masks]` in milliseconds; a share is that of the dense model by the table."""
+    if section.latency_ms is not None:
+        return section.latency_ms
+    assert section.latency is not None
+    return section.latency * table.latency_ms(network_shape(architecture))
+
+
 def _budget(section: MasksSection) -> tuple[Kind, float]:
     """The kind and the amount of the budget, as `trim` takes them."""
     if section.file_mb is not None:
         return "file", section.file_mb * 1e6
-    if section.latency_ms is not None:
-        return "cost", section.latency_ms
     if section.params is not None:
         return "params", section.params
     assert section.macs is not None
@@ -144,8 +184,7 @@ def trim_baseline(
     Raises:
         InputError: The budget is out of reach.
     """
-    costs = None if section.cost_table is None else CostTable.load(section.cost_table).costs_s
-    options = TrimOptions(round_to=round_to, cost=costs, precision=section.file_precision)
+    options = TrimOptions(round_to=round_to, precision=section.file_precision)
     kind, amount = _budget(section)
     with StageBars(quiet=quiet) as bars:
         found = trim(
@@ -162,6 +201,40 @@ def trim_baseline(
         quiet=quiet,
     )
     return found
+
+
+def latency_cuts(
+    baseline: CompactModel, images: Tensor, section: MasksSection, round_to: int, bars: StageBars
+) -> LatencyCuts:
+    """The cuts of the baseline to latencies, after one pass over the images.
+
+    Args:
+        baseline: The dense model.
+        images: Unlabeled images, (images, channels, height, width), normalized.
+        section: The cost table, and whether tokens stay.
+        round_to: Kept widths are multiples of this.
+        bars: Shows the stages.
+    """
+    tokens = "token" not in section.fixed and section.tokens is None
+    return LatencyCuts(
+        baseline,
+        images,
+        section_table(section),
+        options=TrimOptions(round_to=round_to, precision=section.file_precision),
+        latency=LatencyOptions(tokens=tokens, candidates=section.candidates),
+        progress=bars,
+    )
+
+
+def show_latency(found: LatencyCut, table: CostTable, *, quiet: bool = False) -> None:
+    """Print the latency by the table beside the budget, and how many tokens each block keeps."""
+    status(
+        f"{found.latency_ms:.4g} ms of {found.budget_ms:.4g} ms by the table of {table.title}",
+        quiet=quiet,
+    )
+    if found.tokens is not None:
+        counts = ", ".join(map(str, dict.fromkeys(found.tokens.counts.values())))
+        status(f"tokens: {counts}", quiet=quiet)
 
 
 def show_fits(found: Trimmed) -> None:

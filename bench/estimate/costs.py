@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...core.storage import replace_file
-from ..local.cost_table import nonnegative_least_squares
+from ...targets.cost_fit import nonnegative_least_squares
 from .machine import Machine
 from .workload import Operator, OperatorKind, Workload
 

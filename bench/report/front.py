@@ -60,6 +60,7 @@ class Size:
         knn: Accuracy of nearest neighbours of the features.
         linear: Accuracy of a linear probe of the features.
         latency_ms: Predicted by a cost table.
+        measured_ms: The p50 of the exported file.
     """
 
     folder: str
@@ -75,6 +76,7 @@ class Size:
     knn: float | None = None
     linear: float | None = None
     latency_ms: float | None = None
+    measured_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def columns(front: Front) -> dict[str, Callable[[Size], str]]:
     }
     if any(size.latency_ms is not None for size in front.sizes):
         found["latency (ms)"] = lambda size: _number(size.latency_ms, 2)
+    if any(size.measured_ms is not None for size in front.sizes):
+        found["measured (ms)"] = lambda size: _number(size.measured_ms, 3)
     found["predicted error"] = lambda size: f"{size.predicted_error:.3g}"
     for name, title in QUALITIES.items():
         if any(getattr(size, name) is not None for size in front.sizes):
@@ -209,6 +213,8 @@ def _cost_axis(front: Front) -> tuple[Callable[[Size], float], str]:
         return (lambda size: size.params / 1e6), "parameters, millions"
     if front.kind == "file":
         return (lambda size: size.file_bytes / 1e6), "weights, MB"
+    if front.kind == "cost" and all(size.measured_ms is not None for size in front.sizes):
+        return (lambda size: size.measured_ms or 0.0), "measured latency, ms"
     if front.kind == "cost" and all(size.latency_ms is not None for size in front.sizes):
         return (lambda size: size.latency_ms or 0.0), "predicted latency, ms"
     return (lambda size: size.macs / 1e6), "multiply-adds, millions"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.bench.local import runner
-from vitrim.bench.local.block_graph import BlockShape, block_model
+from benchmarks.measurement.block_graph import BlockShape, block_model
 from vitrim.bench.local.measure import make_plan
 
 from ..results_file import RESULTS, save_result

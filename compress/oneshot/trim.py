@@ -170,7 +170,7 @@ def trim_to(
     wanted = read_budget(given, kind, options.cost, options.precision)
     report = progress or (lambda name, done, total: None)
     choice = choose(prediction, wanted)
-    found = _carried_out(prediction, choice, wanted, report)
+    found = carry_out(prediction, choice, wanted, report)
     if choice.embed is None:
         return found
     # The prediction of a narrower stream is rough, so it has to win when it is measured, too.
@@ -178,15 +178,27 @@ def trim_to(
         other = choose(prediction, wanted, stream=False)
     except InputError:
         return found
-    rival = _carried_out(prediction, other, wanted, report)
-    return rival if _distance(rival.check) <= _distance(found.check) else found
+    rival = carry_out(prediction, other, wanted, report)
+    return rival if distance(rival.check) <= distance(found.check) else found
 
 
-def _distance(check: Check) -> float:
+def distance(check: Check) -> float:
+    """How far a cut is from the dense network on held-out images: lower is better."""
     return (1.0 - check.cosine) if check.error is None else check.error
 
 
-def _carried_out(prediction: Prediction, choice: Choice, budget: Budget, report: Stage) -> Trimmed:
+def carry_out(prediction: Prediction, choice: Choice, budget: Budget, report: Stage) -> Trimmed:
+    """Cut the widths of a choice, refit the output projections, and check the result.
+
+    Args:
+        prediction: What `predict` returned; it is not modified.
+        choice: The widths.
+        budget: Measures the cost of the result.
+        report: As `progress` of `trim`.
+
+    Returns:
+        The compact network, how it was cut, and how near it comes to the dense one.
+    """
     source, options = prediction.source, prediction.options
     rotated = prediction.rotated if choice.turned is None else choice.turned
     mask = mask_of(prediction.curves, choice, rotated.architecture.embed)

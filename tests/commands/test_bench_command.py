@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import vitrim
 from bench_samples import chain, measurement
-from vitrim.bench.local.cost_table import CostTable
+from latency_tables import latency_table
+from tiny_models import tiny_vit
 from vitrim.bench.results.measurement import Environment, Measurement
 from vitrim.cli import call
+from vitrim.compress.latency.shapes import network_shape
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.targets.cost_table import CostTable, NetworkShape
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
@@ -62,25 +69,46 @@ def test_a_batch_sweep_with_a_profile_is_saved_and_reported(
 
 
 def test_a_cost_table_is_measured_and_its_error_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    truth = latency_table(tile=1)
+
+    def export(model: CompactModel, folder: Path, **options: Any) -> None:
+        folder.write_text(network_shape(model.architecture).model_dump_json())
+
+    def measure_at(address: str, files: dict[str, Path], *rest: Any, **options: Any) -> Any:
+        found = {}
+        for name, file in files.items():
+            shape = NetworkShape.model_validate_json(file.read_text())
+            found[name] = SimpleNamespace(
+                summary=lambda ms=truth.latency_ms(shape): SimpleNamespace(p50_s=ms / 1e3),
+                runtime_version="1.0",
+                environment=Environment(),
+            )
+        return found
+
+    monkeypatch.setattr("vitrim.pipeline.cost_measuring.export", export)
+    monkeypatch.setattr("vitrim.bench.remote.measure.measure_at", measure_at)
     path = tmp_path / "costs.json"
-    command = [
-        "bench",
-        "--cost-table",
-        str(path),
-        "--block",
-        "tokens=8,embed=32,heads=2,head_width=8,ffn=32",
-        "--time-limit",
-        "4",
-        "-q",
-    ]
-    assert call(command) == 0
+    sizes = ["--block", "tokens=9,embed=32,heads=2,head_width=8,ffn=32,depth=2,patch=4,classes=3"]
+    command = ["bench", "--cost-table", str(path), "--checks", "3", "-q"]
+    assert call([*command, *sizes, "--runtime", "tvm", "--precision", "int8"]) == 0
     shown = capsys.readouterr().out
-    assert "24 blocks measured with onnxruntime" in shown
-    assert "error on the held-out blocks: median" in shown
-    assert CostTable.load(path).median_error is not None
+    assert "networks in the fit (tvm int8 on host, 1 thread); tiles of 1 columns" in shown
+    assert "networks held out of the fit: median 0.0 %, 95th percentile" in shown
+    assert "3 compact networks: median" in shown
+    assert "before the correction" in shown
+    table = CostTable.load(path)
+    assert (table.runtime, table.precision, table.runtime_version) == ("tvm", "int8", "1.0")
     assert "exists already" in error_line(capsys, *command)
+    vitrim.save(tiny_vit(), tmp_path / "model")
+    like = ["--like", str(tmp_path / "model")]
+    assert call([*command, *like, "--overwrite"]) == 0
+    assert CostTable.load(path).points[0].network.embed == 24
+    both = error_line(capsys, *command, *like, *sizes, "--overwrite")
+    assert "--like and --block both give the sizes" in both
+    absent = error_line(capsys, *command, "--like", str(tmp_path / "no"), "--overwrite")
+    assert "no: no such folder; name a model that vitrim saved" in absent
 
 
 @pytest.mark.parametrize(
@@ -96,7 +124,7 @@ def test_a_cost_table_is_measured_and_its_error_reported(
         (["--batch", "0"], "--batch '0': expected whole numbers above 0"),
         (["--pin", "3-1"], "--pin '3-1': '3-1' is no CPU or range of CPUs"),
         (["--provider", "cuda"], "has no CUDAExecutionProvider (it has"),
-        (["--cost-table", "x.json"], "a cost table measures generated blocks"),
+        (["--cost-table", "x.json"], "a cost table measures generated networks"),
     ],
 )
 def test_an_invalid_option_is_one_line(

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import vitrim
+from latency_tables import latency_table
 from photo_folder import write_photos
 from tiny_models import tiny_vit
 from typer.testing import CliRunner
-from vitrim.bench.local.block_graph import BlockShape
-from vitrim.bench.local.cost_table import PARTS, CostTable, Point
-from vitrim.bench.results.measurement import Environment
 from vitrim.cli import app, call
+from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.count import count_macs, count_params
-from vitrim.compress.oneshot.budgets import read_budget
-from vitrim.compress.oneshot.choice import priced
 from vitrim.compress.oneshot.trim import trim_to
 
 
@@ -94,24 +91,18 @@ def test_a_latency_by_a_cost_table_is_a_budget(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    table = CostTable(
-        target="x86-64",
-        threads=1,
-        runtime="onnxruntime 1.31",
-        points=(Point(shape=BlockShape(5, 5, 3, 8, 8, 96, 24), latency_s=1e-3),),
-        costs_s=dict.fromkeys(PARTS, 1e-9),
-        median_error=None,
-        largest_error=None,
-        environment=Environment(),
-    )
+    table = latency_table()
     table.save("costs.json")
-    given = {"macs": None, "params": None, "budget": 1.0}
-    budget = read_budget(given, "cost", table.costs_s, "fp32")
-    dense = budget.network(priced(vitrim.load("model").architecture))
+    dense = table.latency_ms(network_shape(vitrim.load("model").architecture))
     data = ["--data", "images:photos", "--cost-table", "costs.json"]
-    _compact("model", *data, "--latency-ms", str(0.7 * dense), "--out", "fast")
-    assert budget.network(vitrim.load("fast").architecture) <= 0.7 * dense
-    limit = ["--latency-ms", str(0.6 * dense), "--front", "2", "--out", "fronts"]
+    shown = _compact("model", *data, "--latency-ms", str(0.7 * dense), "--out", "fast")
+    assert "by the table of onnxruntime fp32 on host, 1 thread" in shown
+    assert "not measured" in shown
+    assert table.latency_ms(network_shape(vitrim.load("fast").architecture)) <= 0.7 * dense
+    record = json.loads(Path("fast", "trim.json").read_text())["latency"]
+    assert record["schema"] == "vitrim.latency/1"
+    assert record["met"] is None
+    limit = ["--latency-ms", str(0.6 * dense), "--front", "2", "--out", "fronts", "--keep-tokens"]
     assert "latency (ms)" in _compact("model", *data, *limit)
     sizes = json.loads(Path("fronts", "front.json").read_text())["sizes"]
     assert [size["folder"] for size in sizes] == ["", "latency-90", "latency-60"]
@@ -119,6 +110,24 @@ def test_a_latency_by_a_cost_table_is_a_budget(
     arguments = ["compact", "model", "--data", "images:photos", "--latency-ms", "1"]
     assert call([*arguments, "--cost-table", "absent.json"]) == 2
     assert "absent.json" in capsys.readouterr().err
+    arguments = ["compact", "model", *data, "--latency-ms", "1e-5"]
+    assert call(arguments) == 2
+    assert "the smallest latency that can be reached is" in capsys.readouterr().err
+
+
+def test_a_measured_latency_is_recorded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    latency_table().save("costs.json")
+    dense = latency_table().latency_ms(network_shape(vitrim.load("model").architecture))
+    shown = _compact(
+        *("model", "--data", "images:photos", "--cost-table", "costs.json", "--verify"),
+        *("--latency-ms", str(0.8 * dense), "--candidates", "1", "--file-mb", "1"),
+        *("--out", "measured"),
+    )
+    assert "ms by the table, measured" in shown
+    record = json.loads(Path("measured", "trim.json").read_text())["latency"]
+    assert 1 <= len(record["rounds"]) <= 3
+    assert record["met"] == (record["measured_ms"] <= 0.8 * dense)
 
 
 def test_a_front_has_a_folder_a_size_and_one_table(
@@ -175,7 +184,7 @@ def test_an_interrupted_front_continues_without_a_second_pass(
         return trim_to(*given, budget=budget, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr("vitrim.pipeline.front.trim_to", counted)
+        patch.setattr("vitrim.compress.oneshot.trim.trim_to", counted)
         assert call(arguments) == 130
     assert Path("front", "macs-90").is_dir()
     assert Path("front.partial", "state.json").is_file()

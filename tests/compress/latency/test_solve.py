@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from latency_tables import latency_table
 from random_networks import architectures, network
 from tiny_models import tiny_vit
-from vitrim import CostTable, InputError, SolveOptions, compact, lift, solve
+from vitrim import InputError, SolveOptions, compact, lift, solve
 from vitrim.compress.latency.losses import Losses, predicted_losses, scored_losses, uniform_losses
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.latency.solve import smallest_latency_ms
@@ -18,18 +19,9 @@ from vitrim.compress.masks.saliency import saliency
 from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.oneshot.budgets import file_bytes
 from vitrim.compress.oneshot.prediction import TrimOptions, predict
-from vitrim.targets.cost_table import PARTS, Correction
+from vitrim.targets.cost_table import Correction
 
-COSTS = dict.fromkeys(PARTS, 1e-6) | {"attention": 0.004, "ffn": 0.003, "call": 0.01}
-
-
-def cost_table(**fields: Any) -> CostTable:
-    return CostTable(
-        **{"target": "host", "runtime": "onnxruntime", "tile": 4, "costs_ms": COSTS} | fields
-    )
-
-
-TABLE = cost_table(correction=Correction(scale=1.1, offset_ms=0.002))
+TABLE = latency_table(correction=Correction(scale=1.1, offset_ms=0.002))
 NARROW = SolveOptions(round_to=4)
 
 
@@ -89,7 +81,7 @@ def test_a_removed_last_attention_leaves_its_tokens_to_the_one_before() -> None:
 def test_every_network_is_solved_within_its_budget(
     architecture: Architecture, share: float
 ) -> None:
-    table = cost_table(tile=1)
+    table = latency_table(tile=1)
     losses = uniform_losses(architecture)
     least = smallest_latency_ms(architecture, losses, table)
     dense = table.latency_ms(network_shape(architecture))

@@ -1,4 +1,4 @@
-"""A transformer block of given widths as an ONNX graph with random weights, for cost tables.
+"""A transformer block of given widths as an ONNX graph with random weights.
 
 Needs the package `onnx`, not torch.
 """

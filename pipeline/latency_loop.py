@@ -1,0 +1,242 @@
+"""Cut to a latency that is measured: export, measure the very file, correct the budget, repeat."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..bench.local.measure import measure_here
+from ..bench.local.options import MeasureOptions
+from ..bench.results.measurement import Measurement
+from ..compress.latency.cut import LatencyCut, LatencyCuts
+from ..compress.network.files import TOKENS_FILE
+from ..compress.network.modules.model import CompactModel
+from ..compress.oneshot.trim import Trimmed
+from ..core.console import status
+from ..core.errors import InputError
+from ..core.progress import Progress
+from ..core.storage import replace_file
+from ..export.exporter import export
+from ..targets.cost_table import CostTable
+from .masks_section import MasksSection
+from .token_step import token_record
+from .trim_step import StageBars, latency_budget_ms, latency_cuts, show_latency
+
+SCHEMA = "vitrim.latency/1"
+LATENCY_FILE = "latency.json"
+ROUNDS = 3
+# A corrected budget aims this far below the latency; one that used less than this is enlarged.
+MARGIN, USED = 0.99, 0.92
+# Seconds of a measurement.
+TIME_LIMIT_S = 20.0
+PARITY_IMAGES = 64
+Measure = Callable[[CompactModel], float]
+MeasureFiles = Callable[[dict[str, Path], MeasureOptions, Progress], dict[str, Measurement]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One cut: the latency that the table had to predict at most, what it predicted, and measured.
+
+    Attributes:
+        budget_ms: The largest latency by the table.
+        predicted_ms: That of the cut by the table.
+        measured_ms: The p50 of the exported file.
+    """
+
+    budget_ms: float
+    predicted_ms: float
+    measured_ms: float
+
+
+@dataclass(frozen=True)
+class LatencyRecord:
+    """How a cut came to its latency.
+
+    Attributes:
+        latency_ms: The budget.
+        table: What the cost table is of.
+        table_error: Median error of the table on whole networks; None if it was not checked.
+        predicted_ms: The latency of the cut by the table.
+        measured_ms: The p50 of its exported file; None if it was not measured.
+        rounds: All cuts that were measured.
+    """
+
+    latency_ms: float
+    table: str
+    table_error: float | None
+    predicted_ms: float
+    measured_ms: float | None = None
+    rounds: tuple[Round, ...] = ()
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the measured latency is at or under the budget; None without a measurement."""
+        return None if self.measured_ms is None else self.measured_ms <= self.latency_ms
+
+    def text(self) -> str:
+        """The outcome in one line."""
+        start = f"latency: budget {self.latency_ms:.4g} ms, {self.predicted_ms:.4g} ms by the table"
+        if self.measured_ms is None:
+            return f"{start}, not measured"
+        outcome = "met" if self.met else "NOT met"
+        count = len(self.rounds)
+        rounds = "the first cut" if count == 1 else f"{count} cuts"
+        return f"{start}, measured {self.measured_ms:.4g} ms after {rounds}: {outcome}"
+
+    def record(self) -> dict[str, Any]:
+        """The contents of latency.json."""
+        return {"schema": SCHEMA, **asdict(self), "met": self.met}
+
+
+def cut_to_latency(
+    cuts: LatencyCuts,
+    latency_ms: float,
+    measure: Measure | None = None,
+    rounds: int = ROUNDS,
+) -> tuple[LatencyCut, LatencyRecord]:
+    """Cut a network to a latency, and correct the table's budget by what is measured.
+
+    Args:
+        cuts: The network.
+        latency_ms: The largest latency in milliseconds.
+        measure: Returns the latency of a network in milliseconds. None: the table's prediction is
+            not checked.
+        rounds: Largest number of cuts that are measured, at least 1.
+
+    Returns:
+        The cut of the largest measured latency within the budget; without one, the fastest. And
+        how it was found.
+
+    Raises:
+        InputError: The budget cannot be met by the table.
+    """
+    table = cuts.table
+    error = None if table.whole is None else table.whole.median
+    cut = cuts.cut(latency_ms)
+    if measure is None:
+        return cut, LatencyRecord(latency_ms, table.title, error, cut.latency_ms)
+    found: list[tuple[LatencyCut, Round]] = []
+    budget_ms = latency_ms
+    for number in range(rounds):
+        measured_ms = measure(cut.model)
+        found.append((cut, Round(budget_ms, cut.latency_ms, measured_ms)))
+        if USED * latency_ms <= measured_ms <= latency_ms or number + 1 == rounds:
+            break
+        budget_ms = MARGIN * cut.latency_ms * latency_ms / measured_ms
+        try:
+            cut = cuts.cut(budget_ms)
+        except InputError:
+            # The table has no smaller network; the record shows that the budget is not met.
+            break
+    cut, last = min(found, key=lambda each: _rank(each[1].measured_ms, latency_ms))
+    steps = tuple(each for _, each in found)
+    return cut, LatencyRecord(
+        latency_ms, table.title, error, last.predicted_ms, last.measured_ms, steps
+    )
+
+
+def _rank(measured_ms: float, latency_ms: float) -> tuple[bool, float]:
+    """Within the budget the slowest comes first, and outside the fastest."""
+    if measured_ms <= latency_ms:
+        return False, -measured_ms
+    return True, measured_ms
+
+
+def trim_to_latency(
+    baseline: CompactModel,
+    images: Tensor,
+    section: MasksSection,
+    round_to: int,
+    folder: Path,
+    *,
+    quiet: bool,
+) -> Trimmed:
+    """Cut the baseline to the latency of `[masks]`; writes latency.json, and tokens.json.
+
+    Args:
+        baseline: The dense model.
+        images: Unlabeled images, (images, channels, height, width), normalized.
+        section: The latency, the cost table, and how often the cut is measured.
+        round_to: Kept widths are multiples of this.
+        folder: The run folder.
+        quiet: Print nothing.
+
+    Returns:
+        The cut and compensated model, and how it was cut.
+
+    Raises:
+        InputError: The budget is out of reach.
+    """
+    with StageBars(quiet=quiet) as bars:
+        cuts = latency_cuts(baseline, images, section, round_to, bars)
+        measure = None
+        if section.latency_rounds:
+            measure = file_measure(cuts.table, images[:PARITY_IMAGES])
+        budget_ms = latency_budget_ms(baseline.architecture, section, cuts.table)
+        found, record = cut_to_latency(cuts, budget_ms, measure, section.latency_rounds)
+    show_latency(found, cuts.table, quiet=quiet)
+    status(record.text(), quiet=quiet)
+    replace_file(folder / LATENCY_FILE, latency_record(record))
+    if found.tokens is not None:
+        replace_file(folder / TOKENS_FILE, token_record(found.tokens))
+    return found.trimmed
+
+
+def latency_record(record: LatencyRecord) -> str:
+    """The contents of latency.json."""
+    return json.dumps(record.record(), indent=1) + "\n"
+
+
+def file_measure(
+    table: CostTable,
+    images: Tensor,
+    measure: MeasureFiles | None = None,
+    *,
+    target: str = "host",
+    progress: Progress | None = None,
+) -> Measure:
+    """Measure networks as exported files of the table's runtime and precision.
+
+    Args:
+        table: The cost table.
+        images: Normalized images for parity and calibration.
+        measure: Measures {name: artifact folder}; by default this machine.
+        target: Name of the profile to export for.
+        progress: Called with the share done (0 to 1) and a text. None: it is not.
+
+    Returns:
+        A function from a network to the p50 of its file in milliseconds.
+    """
+    report: Progress = progress or (lambda share, text: None)
+    options = MeasureOptions(threads=table.threads, time_limit_s=TIME_LIMIT_S)
+
+    def here(
+        files: dict[str, Path], chosen: MeasureOptions, report_share: Progress
+    ) -> dict[str, Measurement]:
+        return measure_here(files, chosen, target=target, progress=report_share)
+
+    def latency_ms(model: CompactModel) -> float:
+        with tempfile.TemporaryDirectory(prefix="vitrim-latency-") as folder:
+            file = Path(folder) / "compact"
+            report(0.0, "exporting")
+            export(
+                model,
+                file,
+                target=target,
+                runtime=table.runtime,
+                precision=table.precision,  # type: ignore[arg-type]
+                batch=table.batch,
+                threads=table.threads,
+                images=images,
+            )
+            found = (measure or here)({"compact": file}, options, report)["compact"]
+        return 1e3 * found.summary().p50_s
+
+    return latency_ms

@@ -1,0 +1,153 @@
+"""Measuring a cost table: when it stops, how it continues after a kill, and what it learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from latency_tables import latency_table
+from vitrim.compress.latency.shapes import network_shape
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.core.errors import InputError
+from vitrim.pipeline import cost_measuring
+from vitrim.pipeline.cost_measuring import CostRequest, measure_cost_table, points_file
+from vitrim.pipeline.cost_networks import (
+    CostSizes,
+    compact_networks,
+    dense_model,
+    first_shapes,
+    network_of,
+    random_shapes,
+    sizes_of,
+)
+from vitrim.targets.cost_table import CostTable, NetworkShape
+
+SIZES = CostSizes(
+    tokens=13, embed=32, heads=2, head_width=8, ffn=64, depth=2, patch=4, channels=1, classes=3
+)
+TRUTH = latency_table(tile=1)
+
+
+class Machine:
+    """Exports shapes as files, and measures them by a table with noise; it may be killed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, noise: float = 0.0) -> None:
+        self.noise, self.measured, self.dies_at = noise, 0, 10**9
+        monkeypatch.setattr(cost_measuring, "export", self.export)
+
+    def export(self, model: CompactModel, folder: Path, **options: Any) -> None:
+        folder.write_text(network_shape(model.architecture).model_dump_json())
+
+    def measure(self, files: dict[str, Path], options: Any, progress: Any) -> dict[str, Any]:
+        found = {}
+        for name, file in files.items():
+            self.measured += 1
+            if self.measured > self.dies_at:
+                raise KeyboardInterrupt
+            shape = NetworkShape.model_validate_json(file.read_text())
+            rng = np.random.default_rng(self.measured)
+            found[name] = self._measurement(TRUTH.latency_ms(shape), rng)
+        return found
+
+    def _measurement(self, latency_ms: float, rng: np.random.Generator) -> Any:
+        p50_s = latency_ms * rng.lognormal(0, self.noise) / 1e3
+        return SimpleNamespace(
+            summary=lambda: SimpleNamespace(p50_s=p50_s),
+            runtime_version="1.0",
+            environment=SimpleNamespace(model_dump=lambda mode: {"cores": 2}),
+        )
+
+
+def measured(path: Path, machine: Machine, **fields: Any) -> CostTable:
+    request = CostRequest(sizes=SIZES, **{"checks": 3, "most_points": 60} | fields)
+    return measure_cost_table(request, path, machine.measure, quiet=True)
+
+
+def test_it_stops_when_the_held_out_networks_are_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, path = Machine(monkeypatch), tmp_path / "table.json"
+    table = measured(path, machine)
+    assert CostTable.load(path) == table
+    assert table.held_out is not None
+    assert 10 <= table.held_out.count < 20
+    assert table.held_out.median < 0.02
+    assert table.held_out.p95 < 0.06
+    assert machine.measured == len(table.points) < 60
+    assert table.whole is not None
+    assert table.whole.count == 3
+    assert table.environment == {"cores": 2}
+    assert not points_file(path).exists()
+
+
+def test_a_noisy_machine_is_measured_up_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = measured(tmp_path / "t.json", Machine(monkeypatch, noise=0.3), most_points=30, checks=0)
+    assert len(table.points) == 30
+    assert table.held_out is not None
+    assert table.held_out.p95 > 0.06
+    assert table.whole is None
+
+
+def test_an_interrupted_measurement_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, machine = tmp_path / "table.json", Machine(monkeypatch)
+    machine.dies_at = 15
+    with pytest.raises(KeyboardInterrupt):
+        measured(path, machine)
+    assert not path.exists()
+    with points_file(path).open("a") as stream:
+        # The batch that a kill cut off.
+        stream.write('{"network": {"embed": 3')
+    machine.dies_at = 10**9
+    table = measured(path, machine)
+    whole = measured(tmp_path / "whole.json", Machine(monkeypatch))
+    assert [point.network for point in table.points] == [point.network for point in whole.points]
+    assert machine.measured == 16 + len(table.points) - 12
+
+
+def test_points_of_another_request_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, machine = tmp_path / "table.json", Machine(monkeypatch)
+    machine.dies_at = 8
+    with pytest.raises(KeyboardInterrupt):
+        measured(path, machine)
+    with pytest.raises(InputError, match=r"table\.json\.points: the points of another cost table"):
+        measured(path, machine, precision="int8")
+    points_file(path).write_text("text\n")
+    with pytest.raises(InputError, match="not the points of a cost table"):
+        measured(path, machine)
+    with pytest.raises(InputError, match="6 networks: a fit and its error need at least 18"):
+        CostRequest(most_points=6)
+
+
+def test_every_network_of_a_shape_has_it_and_runs() -> None:
+    shapes = [*first_shapes(SIZES, 12, 0), *random_shapes(SIZES, 12, 1)]
+    for shape in shapes:
+        model = network_of(SIZES, shape)
+        assert network_shape(model.architecture) == shape
+        with torch.no_grad():
+            assert model(torch.zeros(1, *model.architecture.image)).shape == (1, 3)
+    assert random_shapes(SIZES, 12, 1) == shapes[12:]
+
+
+def test_compact_networks_of_a_model_check_its_sums() -> None:
+    dense = dense_model(SIZES)
+    assert sizes_of(dense.architecture) == SIZES
+    found = compact_networks(dense, 4, 0)
+    assert found[0][1] is dense
+    for shape, model in found:
+        assert network_shape(model.architecture) == shape
+    assert len({shape.embed for shape, _ in found}) > 1
+    assert json.loads(found[1][0].model_dump_json())["classes"] == 3
+    for sizes in ({"tokens": 1}, {"embed": 4}):
+        with pytest.raises(InputError, match="give at least"):
+            CostSizes(**sizes)

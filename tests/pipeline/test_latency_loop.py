@@ -1,0 +1,79 @@
+"""The closed loop: what is measured corrects the budget, and the best measured cut is kept."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from latency_tables import latency_table
+from vitrim.core.errors import InputError
+from vitrim.pipeline.latency_loop import cut_to_latency
+
+
+class Cuts:
+    """Cuts whose table latency is the budget, down to a least one."""
+
+    def __init__(self, least_ms: float = 0.0) -> None:
+        self.table, self.least_ms, self.budgets = latency_table(), least_ms, list[float]()
+
+    def cut(self, latency_ms: float) -> Any:
+        if latency_ms < self.least_ms:
+            raise InputError("too small")
+        self.budgets.append(latency_ms)
+        return SimpleNamespace(model=latency_ms, latency_ms=latency_ms)
+
+
+def loop(cuts: Cuts, factor: float, rounds: int = 3) -> Any:
+    """Measured latencies are a factor of the table's."""
+
+    def measure(model: Any) -> float:
+        return float(factor * model)
+
+    return cut_to_latency(cuts, 2.0, measure, rounds)  # type: ignore[arg-type]
+
+
+def test_a_cut_within_the_budget_is_kept_at_once() -> None:
+    cuts = Cuts()
+    cut, record = loop(cuts, 0.97)
+    assert cuts.budgets == [2.0]
+    assert cut.latency_ms == 2.0
+    assert record.met
+    assert record.measured_ms == pytest.approx(1.94)
+    assert record.text() == (
+        "latency: budget 2 ms, 2 ms by the table, measured 1.94 ms after the first cut: met"
+    )
+
+
+@pytest.mark.parametrize("factor", [1.3, 0.5])
+def test_a_slower_and_a_faster_file_correct_the_budget(factor: float) -> None:
+    cuts = Cuts()
+    _, record = loop(cuts, factor)
+    assert len(cuts.budgets) == 2
+    assert record.met
+    assert 0.92 * 2.0 <= record.measured_ms <= 2.0
+    assert [each.budget_ms for each in record.rounds] == cuts.budgets
+    assert "after 2 cuts: met" in record.text()
+
+
+def test_a_budget_that_is_not_met_is_reported_with_the_fastest_cut() -> None:
+    _, record = loop(Cuts(least_ms=1.9), 1.3)
+    assert record.met is False
+    assert record.measured_ms == pytest.approx(2.6)
+    assert record.text().endswith("measured 2.6 ms after the first cut: NOT met")
+    assert record.record()["met"] is False
+    _, record = loop(Cuts(), 1.3, rounds=1)
+    assert record.met is False
+
+
+def test_without_a_measurement_the_record_has_none() -> None:
+    _, record = cut_to_latency(Cuts(), 2.0)  # type: ignore[arg-type]
+    assert record.met is None
+    assert record.text() == "latency: budget 2 ms, 2 ms by the table, not measured"
+
+
+def test_the_slowest_cut_within_the_budget_is_kept() -> None:
+    measured = iter([1.0, 2.5, 1.9])
+    _, record = cut_to_latency(Cuts(), 2.0, lambda model: next(measured))  # type: ignore[arg-type]
+    assert record.measured_ms == 1.9
+    assert len(record.rounds) == 3
