@@ -17,7 +17,7 @@ from .run import import_torch_with_sleeping_threads
 
 Format = Literal["table", "csv", "json", "parquet"]
 # Columns of the text table beside the axes; others are in the other formats, or by --columns.
-SHOWN = ("top1", "params", "macs")
+SHOWN = ("top1", "val_top1", "params", "macs")
 
 
 class _RunByDefault(typer.core.TyperGroup):
@@ -313,6 +313,8 @@ def _text_table(rows: list[dict[str, Any]], columns: list[str], axes: list[str])
 
 
 def _cell(name: str, value: Any) -> str:
+    from ..pipeline.studies.expansion import cell_text
+
     if value is None:
         return ""
     if "top1" in name:
@@ -321,6 +323,4 @@ def _cell(name: str, value: Any) -> str:
         return unit_count(value)
     if name.removesuffix("_std").endswith(("_ms", "_s")):
         return f"{value:.3f}"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
+    return cell_text(value)

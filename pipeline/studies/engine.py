@@ -15,7 +15,7 @@ from ...core.errors import InputError
 from ...core.staging import only_writer
 from ...core.storage import disk_errors, replace_file, require_output_folder, require_separate
 from ..recipe import Recipe
-from ..run import prepare
+from ..run import Step, prepare
 from .expansion import StudyRun, expand
 from .figures import read_figures
 from .jobs import RUNS, Outcome
@@ -103,11 +103,12 @@ def run_study(study: Study, folder: Path, options: StudyOptions | None = None) -
         todo = {run.id for run in runs if states[run.id] not in kept}
         for run_id in todo:
             table.change(run_id, "waiting")
-        jobs = plan_jobs(runs, split=options.jobs > 1 or options.ray is not None)
+        until = study.section.until
+        jobs = plan_jobs(runs, split=options.jobs > 1 or options.ray is not None, until=until)
         jobs = [job for job in jobs if job.run.id in todo]
         status(_beginning(runs, todo, folder), quiet=options.quiet)
         with contextlib.closing(_events(jobs, folder, options)) as events:
-            _follow(events, table, folder, len(runs), quiet=options.quiet)
+            _follow(events, table, folder, until, quiet=options.quiet)
     return table
 
 
@@ -137,7 +138,8 @@ def _open_table(study: Study, folder: Path, runs: Sequence[StudyRun]) -> StudyTa
         "source": section.source,
         "bibtex": section.bibtex,
         "recipe": section.recipe,
-        "base": study.base.toml(),
+        # With the values of [set], which alone may be invalid.
+        "base": runs[0].recipe.toml(),
         "toml": study.text,
         "repetitions": str(section.repetitions),
     }
@@ -173,10 +175,11 @@ def _events(
 
 
 def _follow(
-    events: Iterable[Event], table: StudyTable, folder: Path, count: int, *, quiet: bool
+    events: Iterable[Event], table: StudyTable, folder: Path, until: Step, *, quiet: bool
 ) -> None:
     """Write each event to the table, and print one line for each run that ends."""
-    ended = sum(state in ("done", "failed") for state in table.states().values())
+    states = table.states()
+    count, ended = len(states), sum(state in ("done", "failed") for state in states.values())
     trained: dict[str, StudyRun] = {}
     for event in events:
         if isinstance(event, Started):
@@ -184,16 +187,16 @@ def _follow(
             table.change(event.job.run.id, "running")
             continue
         run = trained[event.run]
-        line = _record(event, table, folder)
+        line = _record(event, table, folder, until)
         if line is not None:
             ended += 1
             status(f"{ended}/{count}  {escape(f'{run.id}  {run.title}')}: {line}", quiet=quiet)
 
 
-def _record(event: Outcome, table: StudyTable, folder: Path) -> str | None:
+def _record(event: Outcome, table: StudyTable, folder: Path, until: Step) -> str | None:
     """Write the end of a job to the table; the line about its run, if that has ended."""
     reason = event.reason
-    if reason is None and not event.job.endswith("/report"):
+    if reason is None and not event.job.endswith(f"/{until}"):
         table.change(event.run, "trained")
         return None
     if reason is None:
@@ -203,15 +206,15 @@ def _record(event: Outcome, table: StudyTable, folder: Path) -> str | None:
             reason = str(error)
         else:
             table.change(event.run, "done", figures=figures, columns=columns)
-            top1, params = figures.get("top1"), figures.get("params")
-            accuracy = f"{100 * float(top1):.2f} %" if top1 is not None else "no top-1"
+            top1, params = figures.get("top1", figures["val_top1"]), figures.get("params")
+            accuracy = f"{100 * float(top1):.2f} %" if top1 is not None else "no accuracy"
             return f"{accuracy}, {unit_count(float(params or 0))} parameters"
     table.change(event.run, "failed", reason)
     return f"[red]failed[/red]: {escape(reason)}"
 
 
 def base_recipe_of(table: StudyTable) -> Recipe | None:
-    """The base recipe of the study in a table; None if it is damaged."""
+    """The recipe of the first run of a study; None if it is damaged."""
     import tomllib
 
     with contextlib.suppress(ValueError):

@@ -70,7 +70,14 @@ def cell(value: Any) -> Cell:
 def settings_text(cells: Mapping[str, Cell]) -> str:
     """Cells in one line: `masks.lambda=1e-07, masks.sharing=full`."""
     known = ((key, value) for key, value in cells.items() if value is not None)
-    return ", ".join(f"{key}={value}" for key, value in known)
+    return ", ".join(f"{key}={cell_text(value)}" for key, value in known)
+
+
+def cell_text(value: Cell) -> str:
+    """A cell for readers: numbers with at most six digits, nothing for a missing value."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else str(value)
 
 
 def expand(study: Study) -> list[StudyRun]:

@@ -8,47 +8,74 @@ from pathlib import Path
 from typing import Any
 
 from ...bench.report.model import ArtifactEntry, Report
+from ...compress.network.count import count_macs, count_params
+from ...compress.network.files import ARCHITECTURE, read_architecture
+from ...compress.train.training_files import read_history
 from ...core.errors import InputError
+from ...core.written_kinds import json_object
 from ..artifacts import Planned
+from ..run_folder import LEDGER
+from ..training_steps import BASELINE, COMPACT, HISTORY
 from .expansion import Cell
 from .table import Column
 
 TRAININGS = ("baseline", "masks", "finetune")
+# Models of a run with the endings of their columns.
+MODELS = ((COMPACT, ""), (BASELINE, "_dense"))
 
 
 def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
     """The figures of a run, and the columns of its artifacts.
 
     Args:
-        run_folder: A finished run.
+        run_folder: A finished run, measured or not.
 
     Returns:
         Values by column, and the columns that depend on the recipe: for each artifact, e.g.
         `compact_int8`, the median latency `_ms`, the accuracy `_top1` and the size `_bytes`.
 
     Raises:
-        InputError: The run has no valid report.
+        InputError: A file of the run is damaged.
     """
-    path = run_folder / "report.json"
+    steps = json_object(run_folder / LEDGER) or {}
+    found: dict[str, Cell] = {
+        "train_s": _seconds(steps.get("steps", {})),
+        "val_top1": _validation(run_folder / HISTORY),
+    }
+    for name, suffix in MODELS:
+        architecture = read_architecture(run_folder / name / ARCHITECTURE)
+        found[f"params{suffix}"] = count_params(architecture)
+        found[f"macs{suffix}"] = count_macs(architecture)
+    columns: list[Column] = []
+    if (run_folder / "report.json").is_file():
+        report = _report(run_folder / "report.json")
+        for name, suffix in MODELS:
+            entry = report.models[name]
+            for figure in ("top1", "params", "macs"):
+                found[f"{figure}{suffix}"] = getattr(entry, figure)
+            for artifact in entry.artifacts:
+                values = _artifact_figures(artifact)
+                prefix = artifact_prefix(name, artifact.runtime, artifact.precision)
+                found |= {f"{prefix}_{key}": value for key, value in values.items()}
+                columns += _artifact_columns(prefix, name, artifact)
+    return found, columns
+
+
+def _report(path: Path) -> Report:
     try:
-        tables = json.loads(path.read_text(encoding="utf-8"))
-        report = Report.model_validate(tables)
+        report = Report.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable report ({type(error).__name__})") from error
-    found: dict[str, Cell] = {"train_s": _seconds(tables.get("seconds", {}))}
-    columns: list[Column] = []
-    for name, suffix in (("compact", ""), ("baseline", "_dense")):
-        entry = report.models.get(name)
-        if entry is None:
-            continue
-        for figure in ("top1", "params", "macs"):
-            found[f"{figure}{suffix}"] = getattr(entry, figure)
-        for artifact in entry.artifacts:
-            values = _artifact_figures(artifact)
-            prefix = artifact_prefix(name, artifact.runtime, artifact.precision)
-            found |= {f"{prefix}_{key}": value for key, value in values.items()}
-            columns += _artifact_columns(prefix, name, artifact)
-    return found, columns
+    if not {name for name, _ in MODELS} <= set(report.models):
+        raise InputError(f"{path}: not the report of a run; it lacks a model")
+    return report
+
+
+def _validation(history: Path) -> float | None:
+    """The best validation accuracy of the fine-tuning; None without epochs."""
+    epochs = [line for line in read_history(history) if line.get("phase") == TRAININGS[-1]]
+    known = [float(line["val_top1"]) for line in epochs if line.get("val_top1") is not None]
+    return round(max(known) / 100, 6) if known else None
 
 
 def artifact_prefix(model: str, runtime: str, precision: str) -> str:
@@ -75,4 +102,5 @@ def _artifact_columns(prefix: str, model: str, artifact: ArtifactEntry) -> list[
 
 
 def _seconds(steps: Mapping[str, Any]) -> float:
-    return round(sum(float(steps.get(step, 0.0)) for step in TRAININGS), 3)
+    times = (steps[step].get("seconds", 0.0) for step in TRAININGS if step in steps)
+    return round(sum(map(float, times)), 3)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...bench.report import wording
-from .expansion import Cell
+from .expansion import Cell, cell_text
 from .summary import Group, Summary, number, on_fronts, short_names
 from .table import Row
 
@@ -57,7 +57,12 @@ def grids(summary: Summary) -> list[Grid]:
 
 def figure_names(summary: Summary) -> dict[str, str]:
     """The main figures that some run has, with their titles."""
-    names = {"top1": "top-1", "params": "parameters", "macs": "MACs"}
+    names = {
+        "top1": "top-1",
+        "val_top1": "validation top-1",
+        "params": "parameters",
+        "macs": "MACs",
+    }
     for column in summary.latencies:
         kind = column.removeprefix("compact_").removesuffix("_ms").replace("_", " ")
         names[column] = f"{kind}, ms"
@@ -80,11 +85,11 @@ def figure_text(name: str, value: Cell, deviation: float | None = None) -> str:
 
 
 def _settings(cells: dict[str, Cell], keys: Sequence[str]) -> list[Entry]:
-    return [Entry("" if cells[key] is None else str(cells[key]), cells[key]) for key in keys]
+    return [Entry(cell_text(cells[key]), cells[key]) for key in keys]
 
 
 def _title(name: str, title: str) -> str:
-    return f"{title}, %" if name == "top1" else title
+    return f"{title}, %" if "top1" in name else title
 
 
 def _means(summary: Summary) -> Grid:

@@ -10,7 +10,6 @@ from ...bench.report import wording
 from ...bench.report.markup import Markup, element, joined, section
 from ...bench.report.style import packed, page_style
 from .grids import Entry, Grid, grids
-from .pictures import costs, picture
 from .summary import Summary, number
 
 # Sorts a table by the column whose head is clicked: numbers by value, empty cells last.
@@ -48,12 +47,13 @@ FOOTER = (
 )
 
 
-def render_page(summary: Summary, machine: str | None = None) -> str:
+def render_page(summary: Summary, machine: str | None, pictures: Sequence[str]) -> str:
     """The whole page.
 
     Args:
         summary: The study.
         machine: Where latencies were measured.
+        pictures: The figures, as SVG.
 
     Returns:
         HTML.
@@ -61,7 +61,7 @@ def render_page(summary: Summary, machine: str | None = None) -> str:
     body = element(
         "main",
         _header(summary, machine),
-        _figures(summary),
+        _figures(pictures),
         *map(_section, grids(summary)),
         _protocol(summary),
         element("footer", FOOTER),
@@ -118,11 +118,10 @@ def _header(summary: Summary, machine: str | None) -> Markup:
     )
 
 
-def _figures(summary: Summary) -> Markup | None:
-    shown = costs(summary)
-    if not shown:
+def _figures(pictures: Sequence[str]) -> Markup | None:
+    if not pictures:
         return None
-    cards = [element("figure", Markup(picture(summary, cost)), class_="card") for cost in shown]
+    cards = [element("figure", Markup(each.strip()), class_="card") for each in pictures]
     remark = "Every point is a run and links to its report. Each seed has a front of its own."
     stack = element("div", *cards, class_="stack")
     return section("Accuracy and cost", remark, stack, id_="figures")
@@ -179,7 +178,7 @@ def _protocol(summary: Summary) -> Markup:
     parts: list[Markup] = [element("pre", summary.facts.get("toml", ""))]
     base = summary.facts.get("base", "")
     if base:
-        title = element("summary", "The base recipe with all values")
+        title = element("summary", "The recipe of the first run with all values")
         parts.append(element("details", title, element("pre", base)))
     card = element("div", *parts, class_="card")
     return section("The study file", None, card, id_="protocol")

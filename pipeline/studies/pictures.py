@@ -113,9 +113,9 @@ def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
         The SVG.
     """
     rows = [row for row in summary.done if row.get(cost.column) is not None]
-    rows = [row for row in rows if row["top1"] is not None]
+    rows = [row for row in rows if row[summary.quality] is not None]
     frame = Frame(WIDTH_PX, HEIGHT_PX, left=58, right=26, top=92, bottom=58)
-    shares = [100 * number(row["top1"]) for row in rows]
+    shares = [100 * number(row[summary.quality]) for row in rows]
     low, high = padded(min(shares), max(shares), share=0.1, min_span=2.0)
     x = frame.x(0.0, max(number(row[cost.column]) for row in rows) / cost.unit * 1.06 or 1.0)
     y = frame.y(max(0.0, low), min(100.5, high))
@@ -123,7 +123,7 @@ def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
     return str(
         element(
             "svg",
-            element("title", f"{title}: top-1 by {cost.title}"),
+            element("title", f"{title}: {quality_title(summary)} by {cost.title}"),
             element("style", Markup(picture_style() + _STYLE)),
             element(
                 "rect",
@@ -134,7 +134,7 @@ def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
                 rx=12,
                 class_="sheet",
             ),
-            text_at(26, 34, f"{title}: top-1, %", class_="title"),
+            text_at(26, 34, f"{title}: {quality_title(summary)}, %", class_="title"),
             text_at(
                 26, 54, "a point is a run; a dashed line is the front of a seed", class_="under"
             ),
@@ -153,10 +153,15 @@ def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
     )
 
 
+def quality_title(summary: Summary) -> str:
+    """The accuracy that is compared."""
+    return {"top1": "top-1", "val_top1": "validation top-1"}[summary.quality]
+
+
 def hint(summary: Summary, row: Row) -> str:
     """A run in one line: its settings, accuracy and size."""
     settings = settings_text({axis: row[axis] for axis in summary.axes})
-    top1 = wording.percent(number(row["top1"]), 2)
+    top1 = wording.percent(number(row[summary.quality]), 2)
     params = wording.count(number(row["params"]))
     return f"{settings}, seed {row['seed']}: {top1}, {params} parameters"
 
@@ -182,7 +187,7 @@ def _points(
         for row in each.rows:
             if row["id"] not in shown:
                 continue
-            at = (x(number(row[cost.column]) / cost.unit), y(100 * number(row["top1"])))
+            at = (x(number(row[cost.column]) / cost.unit), y(100 * number(row[summary.quality])))
             mark = marker(*at, place, radius=4.5, title=hint(summary, row))
             marks.append(
                 element("a", mark, href=f"runs/{row['id']}/report.html") if linked else mark
@@ -194,10 +199,12 @@ def _front(
     summary: Summary, cost: Cost, seed: int, frame: Frame, x: Scale, y: Scale
 ) -> Markup | None:
     rows = [row for row in summary.done if row["seed"] == seed]
-    front = pareto(rows, cost.column, "top1")
+    front = pareto(rows, cost.column, summary.quality)
     if len(front) < 2:
         return None
-    places = [(x(number(r[cost.column]) / cost.unit), y(100 * number(r["top1"]))) for r in front]
+    places = [
+        (x(number(r[cost.column]) / cost.unit), y(100 * number(r[summary.quality]))) for r in front
+    ]
     steps = [(places[0][0], frame.inner_bottom)]
     for place in places:
         # Between two runs of the front, the left one is still the best.

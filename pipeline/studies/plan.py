@@ -13,6 +13,7 @@ from .expansion import StudyRun
 
 # The steps that runs share. Artifacts and measurements are made for each run.
 SHARED: tuple[Step, ...] = ("baseline", "masks", "finetune")
+MEASURED: Step = "report"
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class Job:
     @property
     def measures(self) -> bool:
         """Whether it measures latencies, which needs a machine without other work."""
-        return self.until == "report"
+        return self.until == MEASURED
 
 
-def plan_jobs(runs: Sequence[StudyRun], *, split: bool) -> list[Job]:
+def plan_jobs(runs: Sequence[StudyRun], *, split: bool, until: Step = MEASURED) -> list[Job]:
     """The jobs of all runs, each after those that it needs.
 
     The first run with some settings of a step computes it (its *owner*), and the others take it
@@ -65,6 +66,7 @@ def plan_jobs(runs: Sequence[StudyRun], *, split: bool) -> list[Job]:
         runs: All runs of the study, in order.
         split: End a job after each step that other runs wait for, so that they run at the same
             time, and measure in jobs of their own. Otherwise each run is one job.
+        until: The last step of each run: `finetune` or `report`.
 
     Returns:
         The jobs in an order in which they can be done one after the other.
@@ -84,7 +86,7 @@ def plan_jobs(runs: Sequence[StudyRun], *, split: bool) -> list[Job]:
             users.setdefault(marks[run.id][step], set()).add(marks[run.id][following])
     jobs: list[Job] = []
     for run in runs:
-        jobs += _jobs_of(run, marks[run.id], owners, users if split else None)
+        jobs += _jobs_of(run, marks[run.id], owners, users if split else None, until)
     return jobs
 
 
@@ -100,6 +102,7 @@ def _jobs_of(
     marks: dict[str, str],
     owners: dict[str, str],
     users: dict[str, set[str]] | None,
+    until: Step,
 ) -> Iterator[Job]:
     """The jobs of one run; `users` are the hashes of the following steps, by the hash of one."""
     own = [step for step in SHARED if owners[marks[step]] == run.id]
@@ -108,13 +111,14 @@ def _jobs_of(
     source, needs = None, tuple[str, ...]()
     if taken:
         source = Source(owners[marks[taken[-1]]], {step: marks[step] for step in taken})
-        needs = (f"{source.run}/{'report' if users is None else taken[-1]}",)
+        needs = (f"{source.run}/{until if users is None else taken[-1]}",)
     if users is None:
-        yield Job(run, "report", source, needs)
+        yield Job(run, until, source, needs)
         return
     for step in own:
         waiting = len(users.get(marks[step], ())) > 1
         if waiting or step == SHARED[-1]:
             yield Job(run, step, source, needs)
             source, needs = None, (f"{run.id}/{step}",)
-    yield Job(run, "report", source, needs)
+    if until != SHARED[-1] or not own:
+        yield Job(run, until, source, needs)

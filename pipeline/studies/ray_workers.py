@@ -7,7 +7,9 @@ process that runs the study writes to its table.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
+import socket
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from .plan import Job
 
 # How often Ray repeats a job whose worker or machine was lost.
 RETRIES = 3
+CONNECT_LIMIT_S = 10.0
 
 
 def require_ray() -> None:
@@ -70,20 +73,36 @@ def run_on_ray(
 
 
 def _connect(ray: Any, address: str) -> None:
-    options = {"log_to_driver": False, "logging_level": "ERROR"}
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
+        _require_listener(address)
         try:
             ray.init(address=address, **options)
         except ConnectionError:
             if address != "auto":
                 raise
             ray.init(include_dashboard=False, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SystemExit) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"--ray {address}: the cluster cannot be reached ({first}); start one with "
             "`ray start --head`, or write --ray auto"
         ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Validate that somebody listens at an address: Ray itself waits for minutes, then exits.
+
+    Raises:
+        OSError: Nobody does.
+        ValueError: It has no port.
+    """
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        raise ValueError("an address is HOST:PORT, ray://HOST:PORT or auto")
+    socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT_S).close()
 
 
 def _task(job: Job, folder: Path, threads: int, *needed: Outcome) -> Outcome:

@@ -39,7 +39,7 @@ def write_report(folder: Path | str, *, latex: bool = False) -> list[str]:
     machine = machine_of(summary, folder)
     pictures = {f"{cost.file}.svg": picture(summary, cost) + "\n" for cost in costs(summary)}
     pages = {
-        PAGE_FILE: render_page(summary, machine),
+        PAGE_FILE: render_page(summary, machine, list(pictures.values())),
         TEXT_FILE: render_markdown(summary, machine, list(pictures)),
     }
     for name in pages:

@@ -63,6 +63,11 @@ class StudySection(GridSection):
     seeds: tuple[int, ...] | None = Field(
         None, strict=False, min_length=1, description="values of train.seed; absent: the recipe's"
     )
+    until: Literal["finetune", "report"] = Field(
+        "report",
+        description="the last step of each run; finetune: no artifacts and no measurements, so "
+        "that validation accuracies are compared",
+    )
     repetitions: int = Field(
         1, gt=0, description="runs with equal settings: they share trainings and are measured anew"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..recipe import SIZE_KEYS
 from .expansion import Cell
@@ -52,33 +53,38 @@ class Summary:
     groups: tuple[Group, ...]
     fronts: dict[str, dict[int, tuple[str, ...]]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The title of the study."""
         return self.facts.get("name", "study")
 
-    @property
+    @cached_property
     def axes(self) -> list[str]:
         """The names of the columns that vary."""
         return [column.name for column in self.columns if column.kind == "axis"]
 
-    @property
+    @cached_property
     def latencies(self) -> list[str]:
         """The columns of median latencies of compact artifacts."""
         names = [column.name for column in self.columns if column.kind == "figure"]
         return [name for name in names if name.startswith("compact_") and name.endswith("_ms")]
 
-    @property
+    @cached_property
+    def quality(self) -> str:
+        """The accuracy that is compared: of the test images where they were used."""
+        return "top1" if numbers(self.done, "top1") else "val_top1"
+
+    @cached_property
     def done(self) -> list[Row]:
         """The rows of finished runs."""
         return [row for row in self.rows if row["state"] == "done"]
 
-    @property
+    @cached_property
     def failed(self) -> list[Row]:
         """The rows of failed runs."""
         return [row for row in self.rows if row["state"] == "failed"]
 
-    @property
+    @cached_property
     def configurations(self) -> list[str]:
         """The axes other than the one that sets the size."""
         return [axis for axis in self.axes if axis not in size_axes()]
@@ -96,14 +102,14 @@ def summarise(table: StudyTable) -> Summary:
         table: The table of a study.
 
     Returns:
-        The summary, with fronts of top-1 by parameters, multiply-adds and each latency.
+        The summary, with fronts of accuracy by parameters, multiply-adds and each latency.
     """
     columns, rows = tuple(table.columns()), tuple(table.rows())
     axes = [column.name for column in columns if column.kind == "axis"]
     done = [row for row in rows if row["state"] == "done"]
     found = Summary(table.facts(), columns, rows, tuple(grouped(done, axes)))
     fronts = {
-        cost: fronts_by_seed(done, cost)
+        cost: fronts_by_seed(done, cost, found.quality)
         for cost in ("params", "macs", *found.latencies)
         if numbers(done, cost)
     }
@@ -121,9 +127,7 @@ def grouped(rows: Sequence[Row], keys: Sequence[str]) -> list[Group]:
     ]
 
 
-def fronts_by_seed(
-    rows: Sequence[Row], cost: str, quality: str = "top1"
-) -> dict[int, tuple[str, ...]]:
+def fronts_by_seed(rows: Sequence[Row], cost: str, quality: str) -> dict[int, tuple[str, ...]]:
     """The Pareto front of each seed: ids of the runs that none beats in both, by rising cost."""
     seeds = sorted({int(row["seed"] or 0) for row in rows})
     return {
@@ -168,6 +172,8 @@ def number(value: Cell) -> float:
 def short_names(axes: Sequence[str]) -> dict[str, str]:
     """Axes by their last part where that is unique: `masks.lambda` -> `lambda`."""
     last = [axis.rpartition(".")[2] for axis in axes]
+    taken = {column.name for column in (*RUN_COLUMNS, *FIGURE_COLUMNS)}
     return {
-        axis: name if last.count(name) == 1 else axis for axis, name in zip(axes, last, strict=True)
+        axis: name if last.count(name) == 1 and name not in taken else axis
+        for axis, name in zip(axes, last, strict=True)
     }

@@ -56,6 +56,9 @@ RUN_COLUMNS = (
 )
 FIGURE_COLUMNS = (
     Column("top1", "figure", "REAL", "test accuracy of the compact model, 0 to 1", True),
+    Column(
+        "val_top1", "figure", "REAL", "best validation accuracy of the fine-tuning, 0 to 1", True
+    ),
     Column("top1_dense", "figure", "REAL", "test accuracy of the baseline, 0 to 1", True),
     Column("params", "figure", "INTEGER", "parameters of the compact model"),
     Column("params_dense", "figure", "INTEGER", "parameters of the baseline"),

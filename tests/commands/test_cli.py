@@ -22,6 +22,7 @@ COMMANDS = [
     "bench",
     "report",
     "compare",
+    "study",
     "targets",
     "doctor",
 ]

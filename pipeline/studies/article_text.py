@@ -1,0 +1,342 @@
+"""The text of a study's article: numbers as macros, tables, figures, references, and a skeleton.
+
+The skeleton main.tex is the author's: it is written once. The files in generated/ are replaced with
+every report, and main.tex takes its numbers from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ...bench.report import wording
+from ..recipe import Recipe
+from .expansion import settings_text
+from .grids import Entry, Grid, figure_text
+from .pictures import Cost, costs, quality_title
+from .summary import Group, Summary, number
+
+# Rows of one table; longer tables continue in the next one.
+MOST_ROWS = 42
+_SPECIAL = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "λ": r"$\lambda$", "µ": r"$\mu$"},
+    **{"<": r"$<$", ">": r"$>$", "|": r"$|$", '"': "''", "–": "--", "→": r"$\to$"},
+}
+MAIN = r"""\documentclass[10pt,twocolumn,letterpaper]{article}
+% Written once by `vitrim study report --latex`; this file is yours to edit. The numbers, tables and
+% figures are in generated/, which every report replaces.
+\usepackage[letterpaper,margin=0.75in,columnsep=0.3125in]{geometry}
+\usepackage{graphicx}
+\usepackage{amsmath}
+\usepackage{booktabs}
+\usepackage[hidelinks]{hyperref}
+\input{generated/numbers}
+% What is left to the authors.
+\newcommand{\judgement}[1]{\emph{[#1]}}
+
+\title{\Large\bfseries \studyname}
+\author{\judgement{authors and affiliations}}
+\date{}
+
+\begin{document}
+\maketitle
+
+\begin{abstract}
+\studyabout{} We compare \studyruns{} runs over the seeds \studyseeds{}. \studybaseline{}
+\studybest{} \studysmallest{} \judgement{what follows from this}
+\end{abstract}
+
+\section{Introduction}
+\judgement{the question, and why it is open}
+We follow the protocol of \studysources{}. Networks are Vision Transformers~\cite{dosovitskiy2021}.
+
+\section{Method}
+Let $f_W$ be a network with weights $W$ and $M \in \{0, 1\}$ its structured masks over embedding
+channels, heads, head widths and FFN units. \studyobjective{}
+The masked network and the one from which the masked units are removed give equal outputs, so that
+all sizes and times are those of the removed one.
+\judgement{what else is needed to understand the compared settings}
+
+\section{Experimental setup}
+\studysetup{} \studymachine{} For each setting we report the mean and the sample standard deviation
+over $n$ seeds,
+\begin{equation}
+  \bar{x} = \frac{1}{n} \sum_{i=1}^{n} x_i, \qquad
+  s = \sqrt{\frac{1}{n - 1} \sum_{i=1}^{n} (x_i - \bar{x})^2} .
+  \label{eq:deviation}
+\end{equation}
+A run is on the Pareto front of its seed if no other run of that seed is at most as large and more
+accurate.
+
+\section{Results}
+\input{generated/figures}
+\input{generated/means}
+\input{generated/fronts}
+\studyfigurelist{} \judgement{which settings are better, and whether by more than the deviation of
+Eq.~\ref{eq:deviation}}
+
+\section{Discussion}
+\studyfailures{} \judgement{limits of the protocol, and where the findings agree with the sources}
+
+\section{Conclusion}
+\judgement{one paragraph}
+
+{\small
+\bibliographystyle{plain}
+\bibliography{generated/references}
+}
+\end{document}
+"""
+_OBJECTIVE_LAMBDA = r"""Weights and mask scores $S$ are trained together to minimise
+\begin{equation}
+  \min_{W, S}\; \mathcal{L}(W; M(S)) + \lambda\, c(M(S)), \qquad M(S) = \mathbf{1}[S \ge \tau],
+  \label{eq:objective}
+\end{equation}
+where $c$ counts parameters; gradients pass the threshold by the straight-through
+estimator~\cite{bengio2013}."""
+_OBJECTIVE_BUDGET = r"""Masks meet a budget $B$,
+\begin{equation}
+  \min_{W, M}\; \mathcal{L}(W; M) \quad \text{subject to} \quad c(M) \le B ,
+  \label{eq:objective}
+\end{equation}
+where $c$ counts what the budget is a share of."""
+DISTILLATION = (
+    r" The dense network teaches the pruned one~\cite{hinton2015}: a share $\alpha$ of the loss "
+    "is the divergence of both outputs."
+)
+BIBTEX = {
+    "dosovitskiy2021": r"""@inproceedings{dosovitskiy2021,
+  author = {Dosovitskiy, Alexey and Beyer, Lucas and Kolesnikov, Alexander and Weissenborn, Dirk
+    and Zhai, Xiaohua and Unterthiner, Thomas and Dehghani, Mostafa and Minderer, Matthias and
+    Heigold, Georg and Gelly, Sylvain and Uszkoreit, Jakob and Houlsby, Neil},
+  title = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
+  booktitle = {ICLR},
+  year = {2021},
+}""",
+    "bengio2013": r"""@article{bengio2013,
+  author = {Bengio, Yoshua and L{\'e}onard, Nicholas and Courville, Aaron},
+  title = {Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
+    Computation},
+  journal = {arXiv:1308.3432},
+  year = {2013},
+}""",
+    "hinton2015": r"""@article{hinton2015,
+  author = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
+  title = {Distilling the Knowledge in a Neural Network},
+  journal = {arXiv:1503.02531},
+  year = {2015},
+}""",
+    "paszke2019": r"""@inproceedings{paszke2019,
+  author = {Paszke, Adam and Gross, Sam and Massa, Francisco and Lerer, Adam and others},
+  title = {{PyTorch}: An Imperative Style, High-Performance Deep Learning Library},
+  booktitle = {NeurIPS},
+  year = {2019},
+}""",
+    "wightman2019": r"""@misc{wightman2019,
+  author = {Wightman, Ross},
+  title = {{PyTorch} Image Models},
+  year = {2019},
+  howpublished = {\url{https://github.com/huggingface/pytorch-image-models}},
+}""",
+    "onnxruntime": r"""@misc{onnxruntime,
+  author = {{ONNX Runtime developers}},
+  title = {{ONNX Runtime}},
+  year = {2021},
+  howpublished = {\url{https://onnxruntime.ai}},
+}""",
+}
+
+
+def escaped(text: str) -> str:
+    """A text in LaTeX; what is not ASCII and has no command there becomes `?`."""
+    spelled = "".join(_SPECIAL.get(sign, sign) for sign in " ".join(text.split()))
+    return spelled.encode("ascii", "replace").decode("ascii")
+
+
+def numbers(summary: Summary, base: Recipe | None, machine: str | None) -> str:
+    """generated/numbers.tex: the macros that main.tex uses.
+
+    Args:
+        summary: The study.
+        base: The recipe of its first run.
+        machine: Where latencies were measured.
+
+    Returns:
+        LaTeX.
+    """
+    seeds = sorted({int(number(row["seed"])) for row in summary.rows})
+    macros = {
+        "studyname": escaped(summary.name),
+        "studyabout": escaped(summary.facts.get("about", "")),
+        "studyruns": str(len(summary.rows)),
+        "studyseeds": escaped(wording.listed([str(seed) for seed in seeds])),
+        "studysources": _sources(summary),
+        "studybaseline": escaped(_baseline(summary)),
+        "studybest": escaped(_best(summary)),
+        "studysmallest": escaped(_smallest(summary)),
+        "studyobjective": _objective(summary, base),
+        "studysetup": _setup(summary, base),
+        "studymachine": escaped(
+            f"Latencies are medians on one machine: {machine}." if machine else ""
+        ),
+        "studyfailures": escaped(_failures(summary)),
+        "studyfigurelist": _figure_list(summary),
+    }
+    lines = [f"\\newcommand{{\\{name}}}{{{text}}}" for name, text in macros.items()]
+    return "% Written by vitrim.\n" + "\n".join(lines) + "\n"
+
+
+def table(grid: Grid, label: str) -> str:
+    """A table over both columns, in parts where it is long."""
+    parts = [grid.lines[at : at + MOST_ROWS] for at in range(0, len(grid.lines), MOST_ROWS)]
+    return "% Written by vitrim.\n" + "\n".join(
+        _part(grid, lines, label, place, len(parts)) for place, lines in enumerate(parts, 1)
+    )
+
+
+def figures(summary: Summary, shown: Sequence[Cost]) -> str:
+    """generated/figures.tex: one figure for each cost."""
+    parts = ["% Written by vitrim."]
+    for cost in shown:
+        caption = (
+            f"{quality_title(summary)} by {cost.title}. A point is a run, a line the Pareto front "
+            "of a seed."
+        )
+        parts.append(
+            "\\begin{figure}[t]\n  \\centering\n"
+            f"  \\includegraphics[width=\\linewidth]{{generated/{cost.file}.pdf}}\n"
+            f"  \\caption{{{escaped(caption[0].upper() + caption[1:])}}}\n"
+            f"  \\label{{fig:{cost.file}}}\n\\end{{figure}}"
+        )
+    return "\n".join(parts) + "\n"
+
+
+def references(summary: Summary, base: Recipe | None) -> str:
+    """generated/references.bib: the study's sources, and the software and methods it used."""
+    used = ["dosovitskiy2021", "paszke2019", "wightman2019"]
+    used += ["bengio2013"] if _by_lambda(summary, base) else []
+    used += ["hinton2015"] if base is not None and base.distill.enabled else []
+    used += ["onnxruntime"] if summary.latencies else []
+    own = summary.facts.get("bibtex", "").strip()
+    return "\n\n".join([*([own] if own else []), *(BIBTEX[name] for name in used)]) + "\n"
+
+
+def _part(grid: Grid, lines: Sequence[Sequence[Entry]], label: str, place: int, count: int) -> str:
+    alignment = "l" * grid.texts + "r" * (len(grid.heads) - grid.texts)
+    rows = [" & ".join(map(_cell, line)) + r" \\" for line in lines]
+    continued = f" (part {place} of {count})" if count > 1 else ""
+    return "\n".join(
+        [
+            "\\begin{table*}[t]\n  \\centering\\small",
+            f"  \\caption{{{escaped(grid.title)}{continued}. {escaped(grid.remark)}}}",
+            f"  \\label{{tab:{label}{'' if place == 1 else place}}}",
+            f"  \\begin{{tabular}}{{{alignment}}}",
+            "    \\toprule",
+            "    " + " & ".join(map(escaped, grid.heads)) + r" \\",
+            "    \\midrule",
+            *(f"    {row}" for row in rows),
+            "    \\bottomrule\n  \\end{tabular}\n\\end{table*}",
+        ]
+    )
+
+
+def _cell(entry: Entry) -> str:
+    if entry.links:
+        return " ".join(
+            rf"\href{{../runs/{run}/report.html}}{{{text}}}" for text, run in entry.links
+        )
+    return escaped(entry.text)
+
+
+def _sources(summary: Summary) -> str:
+    keys = re.findall(r"@\w+\s*\{\s*([^,\s]+)", summary.facts.get("bibtex", ""))
+    named = escaped(summary.facts.get("source", "").rstrip(". "))
+    cited = f"~\\cite{{{','.join(keys)}}}" if keys else ""
+    return f"{named or 'this study'}{cited}"
+
+
+def _baseline(summary: Summary) -> str:
+    done = [row for row in summary.done if row["top1_dense"] is not None]
+    if not done:
+        return ""
+    mean = sum(number(row["top1_dense"]) for row in done) / len(done)
+    params = wording.count(number(done[0]["params_dense"]))
+    return f"The dense baseline has {params} parameters and {wording.percent(mean, 2)} top-1."
+
+
+def _described(summary: Summary, group: Group) -> str:
+    accuracy = figure_text(
+        summary.quality, group.mean(summary.quality), group.deviation(summary.quality)
+    )
+    settings = settings_text(group.cells) or "the only setting"
+    params = wording.count(group.mean("params") or 0.0)
+    return f"{settings}, with {accuracy} % {quality_title(summary)} and {params} parameters"
+
+
+def _known(summary: Summary) -> list[Group]:
+    return [group for group in summary.groups if group.mean(summary.quality) is not None]
+
+
+def _best(summary: Summary) -> str:
+    groups = _known(summary)
+    if not groups:
+        return ""
+    best = max(groups, key=lambda group: group.mean(summary.quality) or 0.0)
+    return f"The most accurate setting is {_described(summary, best)}."
+
+
+def _smallest(summary: Summary) -> str:
+    """The smallest setting within a point of the baseline."""
+    found = []
+    for group in _known(summary):
+        dense = group.mean("top1_dense")
+        if dense is not None and (group.mean(summary.quality) or 0.0) >= dense - 0.01:
+            found.append(group)
+    if not found:
+        return ""
+    smallest = min(found, key=lambda group: group.mean("params") or 0.0)
+    return f"The smallest within one point of the baseline is {_described(summary, smallest)}."
+
+
+def _by_lambda(summary: Summary, base: Recipe | None) -> bool:
+    fixed = base is not None and base.masks.lambda_ is not None
+    return fixed or "masks.lambda" in summary.axes
+
+
+def _objective(summary: Summary, base: Recipe | None) -> str:
+    text = _OBJECTIVE_LAMBDA if _by_lambda(summary, base) else _OBJECTIVE_BUDGET
+    return text + (DISTILLATION if base is not None and base.distill.enabled else "")
+
+
+def _setup(summary: Summary, base: Recipe | None) -> str:
+    parts = []
+    if base is not None:
+        parts.append(
+            f"The base recipe trains {escaped(base.model.name)} on {escaped(base.data.name)} with "
+            r"PyTorch~\cite{paszke2019} and timm~\cite{wightman2019}."
+        )
+    values = []
+    for axis in summary.axes:
+        cells = dict.fromkeys(row[axis] for row in summary.rows)
+        shown = [settings_text({"": cell}).removeprefix("=") for cell in cells if cell is not None]
+        values.append(escaped(f"{axis} in {{{', '.join(shown)}}}"))
+    if values:
+        parts.append(f"Varied are {'; '.join(values)}.")
+    if summary.latencies:
+        parts.append(r"Artifacts run in ONNX Runtime~\cite{onnxruntime}.")
+    return " ".join(parts)
+
+
+def _failures(summary: Summary) -> str:
+    if not summary.failed:
+        return "No run failed."
+    reasons = list(dict.fromkeys(str(row["reason"]) for row in summary.failed))
+    return f"{wording.plural(len(summary.failed), 'run')} failed; the first reason: {reasons[0]}."
+
+
+def _figure_list(summary: Summary) -> str:
+    shown = [f"\\ref{{fig:{cost.file}}}" for cost in costs(summary)]
+    figures_text = f"Accuracy and cost are in Fig.~{', '.join(shown)}. " if shown else ""
+    return f"{figures_text}Tab.~\\ref{{tab:means}} has the means of all settings."

@@ -1,0 +1,147 @@
+"""The report of a study: page, Markdown, pictures, sorting in a browser, and the article."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from chromium_browser import chromium, find_chromium
+from study_sample import large_table
+from vitrim.core.errors import InputError
+from vitrim.pipeline.studies.article_text import escaped
+from vitrim.pipeline.studies.report import write_report
+from vitrim.pipeline.studies.table import StudyTable
+
+REASON = "budget <b>params</b> = 0.0001: not feasible"
+SOURCE = {
+    "name": "Shared & fixed masks",
+    "about": "Which masks to share, at 5 % steps.",
+    "source": "Tredese 2023",
+    "bibtex": "@mastersthesis{tredese2023,\n  author = {Tredese, Leonardo},\n  title = {A},\n"
+    "  school = {B},\n  year = {2023},\n}",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of 29 finished runs and one that failed, with its report."""
+    place = tmp_path_factory.mktemp("report")
+    table = large_table(place, 30)
+    missing = {"top1": None, "params": None, "macs": None, "compact_fp32_ms": None}
+    table.change(list(table.states())[4], "failed", REASON, missing)
+    StudyTable.create(place, SOURCE)
+    write_report(place)
+    return place
+
+
+def test_the_page_is_self_contained(folder: Path) -> None:
+    page = (folder / "study.html").read_text(encoding="utf-8")
+    assert "29 of 30 runs done, 1 failed" in page
+    assert "Shared &amp; fixed masks" in page
+    assert "Which masks to share" in page
+    assert "&lt;b&gt;params&lt;/b&gt; = 0.0001" in page
+    assert page.count("<svg") == 3
+    assert "src=" not in page
+    assert not re.search(r'href="(?!runs/[0-9a-f]{10}/report.html")', page)
+
+
+def test_every_figure_links_to_its_run(folder: Path) -> None:
+    page = (folder / "study.html").read_text(encoding="utf-8")
+    for row in StudyTable(folder).rows():
+        links = page.count(f'href="runs/{row["id"]}/report.html"')
+        # A point in each picture, a seed among the means, and the cells of its own row.
+        assert links == (0 if row["state"] == "failed" else 3 + 1 + 5)
+
+
+def test_the_markdown_has_the_same_tables(folder: Path) -> None:
+    text = (folder / "study.md").read_text(encoding="utf-8")
+    assert "# Shared & fixed masks" in text.replace("&amp;", "&")
+    titles = re.findall(r"^## (.*)", text, re.MULTILINE)
+    assert titles == ["Means over seeds", "On the Pareto fronts", "All runs", "Failed runs"]
+    assert "![accuracy and cost](study-params.svg)" in text
+    assert (folder / "study-params.svg").read_text().startswith("<svg")
+    first = StudyTable(folder).rows()[0]["id"]
+    assert f"[{first}](runs/{first}/report.html)" in text
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed")
+def test_tables_sort_in_the_browser(folder: Path) -> None:
+    column = "[...document.querySelectorAll('#runs ~ * tbody tr')].map(r => r.children[%d].%s)"
+    click = "document.querySelectorAll('#runs ~ * th')[%d].querySelector('button').click()"
+    with chromium() as browser:
+        page = browser.new_page()
+        page.open(folder / "study.html", width=1100)
+        heads = page.value("[...document.querySelectorAll('#runs ~ * th')].map(h => h.innerText)")
+        place = heads.index("parameters")
+        page.value(click % place)
+        rising = [float(value or "inf") for value in page.value(column % (place, "dataset.v"))]
+        assert rising == sorted(rising)
+        assert len(rising) == 30
+        page.value(click % place)
+        falling = [float(value or "-inf") for value in page.value(column % (place, "dataset.v"))]
+        assert falling == sorted(falling, reverse=True)
+        texts = heads.index("sharing")
+        page.value(click % texts)
+        values = page.value(column % (texts, "innerText"))
+        assert values == sorted(values)
+        assert page.errors == []
+        assert all(url.startswith("file:") for url in page.requests)
+
+
+def test_a_page_of_others_is_not_replaced(tmp_path: Path) -> None:
+    large_table(tmp_path, 3)
+    (tmp_path / "study.html").write_text("<p>mine</p>")
+    with pytest.raises(InputError, match=r"study.html: vitrim did not write this file"):
+        write_report(tmp_path)
+    assert (tmp_path / "study.html").read_text() == "<p>mine</p>"
+
+
+def test_a_study_without_a_finished_run_has_a_report(tmp_path: Path) -> None:
+    table = large_table(tmp_path, 3)
+    for run in table.states():
+        table.change(run, "waiting")
+    write_report(tmp_path)
+    assert "0 of 3 runs done" in (tmp_path / "study.html").read_text()
+    with pytest.raises(InputError, match="no run is finished"):
+        write_report(tmp_path, latex=True)
+
+
+def test_the_article_keeps_the_text_of_its_author(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    *_, main, line = write_report(folder, latex=True)
+    assert main == str(folder / "latex/main.tex")
+    assert "no PDF, since pdflatex and bibtex are not installed" in line
+    generated = folder / "latex/generated"
+    numbers = (generated / "numbers.tex").read_text()
+    assert r"\newcommand{\studyname}{Shared \& fixed masks}" in numbers
+    assert r"\cite{tredese2023}" in numbers
+    assert "@mastersthesis{tredese2023," in (generated / "references.bib").read_text()
+    assert r"\toprule" in (generated / "means.tex").read_text()
+    assert "|" not in re.findall(r"begin{tabular}{(.*?)}", (generated / "means.tex").read_text())[0]
+    assert (generated / "study-params.pdf").read_bytes().startswith(b"%PDF")
+    before = (generated / "study-params.pdf").read_bytes()
+    Path(main).write_text("edited by the author")
+    write_report(folder, latex=True)
+    assert Path(main).read_text() == "edited by the author"
+    assert (generated / "study-params.pdf").read_bytes() == before
+    Path(main).unlink()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_the_article_compiles(folder: Path) -> None:
+    *_, line = write_report(folder, latex=True)
+    assert line == str(folder / "latex/main.pdf")
+    log = (folder / "latex/main.log").read_text(errors="replace")
+    assert "undefined" not in log
+    assert "Citation" not in (folder / "latex/main.blg").read_text()
+
+
+def test_texts_are_escaped_for_latex() -> None:
+    assert escaped("5 % of a_b & {c} ± 1\n\\input") == (
+        r"5 \% of a\_b \& \{c\} $\pm$ 1 \textbackslash{}input"
+    )
+    assert escaped("naïve 漢") == "na?ve ?"
