@@ -41,6 +41,7 @@ from ..export.manifest import PARITY
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
 from .kept_units import kept_branches, selection_map, token_map
+from .latency_loop import LATENCY_FILE
 from .phases import HISTORY, RunContext
 from .recipe import Recipe
 from .run_folder import RunFolder
@@ -233,6 +234,7 @@ def write_report(
             "seconds": folder.seconds(),
             "tokens": _token_map(models.compact, context),
             "cut": _cut_errors(folder),
+            "latency": _latency_budget(folder),
         }
     )
     replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
@@ -244,8 +246,8 @@ def _token_map(compact: CompactModel, context: RunContext) -> dict[str, Any] | N
     """The entry `tokens` of report.json, with some test images."""
     found = token_map(compact.architecture)
     if compact.architecture.selects:
-        images = context.data.test.floats(slice(0, _AVERAGED))
-        found = selection_map(compact.eval(), images, _SHOWN)
+        averaged = context.data.test.floats(slice(0, _AVERAGED))
+        found = selection_map(compact.eval(), averaged, _SHOWN)
     if found is None:
         return None
     images = context.data.test.batch(slice(0, _SHOWN))[0].numpy()
@@ -265,6 +267,15 @@ def _cut_errors(folder: RunFolder) -> dict[str, Any] | None:
         "images": record["check"]["images"],
         "rows": [{name: row[name] for name in names} for row in record.get("rows", ())],
     }
+
+
+def _latency_budget(folder: RunFolder) -> dict[str, Any] | None:
+    """The entry `latency` of report.json, from latency.json of a cut to milliseconds."""
+    path = folder / LATENCY_FILE
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in record.items() if key != "schema"}
 
 
 def _png(image: NDArray[np.uint8]) -> str:

@@ -343,7 +343,8 @@ def test_widths_are_learned_around_selections(tmp_path: Path, method: Any) -> No
     settings = MaskSettings(
         budget=Budget("macs", 0.5),
         update_steps=2,
-        **{"attention_overhead_macs": 1e5, "ffn_overhead_macs": 1e5},
+        attention_overhead_macs=1e5,
+        ffn_overhead_macs=1e5,
     )
     task = MaskTask(model, settings, EPOCHS * STEPS, objective=objective(method, teacher))
     predictors = start(model)
