@@ -20,12 +20,16 @@ _MODULES = {
     "trim": ".compress.oneshot.trim",
     "TrimOptions": ".compress.oneshot.prediction",
     "choose_tokens": ".compress.tokens.choose",
+    "bucketed": ".compress.tokens.buckets",
+    "Buckets": ".compress.tokens.buckets",
+    "BucketedModel": ".compress.tokens.buckets",
+    "load_bucketed": ".compress.tokens.buckets",
     "chosen_tokens": ".compress.tokens.select",
     "select_tokens": ".compress.tokens.select",
     "merged_tokens": ".compress.tokens.merging.merged",
     "MergingOptions": ".compress.tokens.merging.merged",
     "solve": ".compress.latency.solve",
-    "SolveOptions": ".compress.latency.solve",
+    "SolveOptions": ".compress.latency.solution",
     "CostTable": ".targets.cost_table",
     "slim_patches": ".compress.tokens.patch_slimming",
     "SlimmingOptions": ".compress.tokens.patch_slimming",
@@ -38,6 +42,8 @@ _MODULES = {
     "UnsupportedModel": ".core.errors",
 }
 __all__ = [
+    "BucketedModel",
+    "Buckets",
     "CostTable",
     "InputError",
     "MergingOptions",
@@ -46,6 +52,7 @@ __all__ = [
     "StructuredMask",
     "TrimOptions",
     "UnsupportedModel",
+    "bucketed",
     "choose_tokens",
     "chosen_tokens",
     "compact",
@@ -53,6 +60,7 @@ __all__ = [
     "export",
     "lift",
     "load",
+    "load_bucketed",
     "masked",
     "measure",
     "merged_tokens",
@@ -67,7 +75,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .bench.local.measure import measure
-    from .compress.latency.solve import SolveOptions, solve
+    from .compress.latency.solution import SolveOptions
+    from .compress.latency.solve import solve
     from .compress.lift import lift, save
     from .compress.masks.mask import StructuredMask
     from .compress.masks.masked import masked
@@ -78,6 +87,7 @@ if TYPE_CHECKING:
     from .compress.oneshot.trim import trim
     from .compress.surgery.compactor import compact
     from .compress.surgery.image_size import resized
+    from .compress.tokens.buckets import BucketedModel, Buckets, bucketed, load_bucketed
     from .compress.tokens.choose import choose_tokens
     from .compress.tokens.merging.merged import MergingOptions, merged_tokens
     from .compress.tokens.patch_slimming import SlimmingOptions, slim_patches

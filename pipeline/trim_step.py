@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..compress.latency.cut import LatencyCut, LatencyCuts, LatencyOptions
 from ..compress.latency.losses import uniform_losses
+from ..compress.latency.search import smallest_latency_ms
 from ..compress.latency.shapes import network_shape
-from ..compress.latency.solve import smallest_latency_ms
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
 from ..compress.network.architecture import Architecture

@@ -1,9 +1,9 @@
-"""The predicted beside the measured errors of a cut without training, for both kinds of report."""
+"""Errors of a cut without training, and its latency budget, for both kinds of report."""
 
 from __future__ import annotations
 
 from . import wording
-from .model import CutErrors
+from .model import CutErrors, LatencyBudget
 from .table import Cell, Line
 
 HEADING = "Errors of the cut"
@@ -30,3 +30,36 @@ def lines(cut: CutErrors) -> list[Line]:
     measured = "–" if cut.measured is None else wording.share_error(cut.measured)
     whole = (Cell(wording.share_error(cut.predicted)), Cell(measured), Cell("–"))
     return [*found, Line("features", whole, remark=f"{cut.images} held-out images")]
+
+
+LATENCY_HEADING = "Latency budget"
+LATENCY_COLUMNS = ("budget of the table", "by the table", "measured")
+
+
+def latency_remark(budget: LatencyBudget) -> str:
+    """The budget, what predicts it, and whether it is met."""
+    outcome = {True: "It is met.", False: "It is NOT met.", None: "It was not measured."}
+    error = ""
+    if budget.table_error is not None:
+        error = f", median error {wording.percent(budget.table_error, 1)} on whole networks"
+    return (
+        f"The budget is {budget.latency_ms:.4g} ms. {outcome[budget.met]} Cost table: "
+        f"{budget.table}{error}. Each cut was exported and its file measured; the table's budget "
+        "was corrected by the measurement."
+    )
+
+
+def latency_lines(budget: LatencyBudget) -> list[Line]:
+    """One line for each measured cut; one without a measurement where none was measured."""
+    rows = [
+        (f"cut {number}", row.budget_ms, row.predicted_ms, row.measured_ms)
+        for number, row in enumerate(budget.rounds, start=1)
+    ]
+    if rows:
+        return [Line(name, tuple(Cell(_ms(value)) for value in row)) for name, *row in rows]
+    cells = (Cell(_ms(budget.latency_ms)), Cell(_ms(budget.predicted_ms)), Cell("–"))
+    return [Line("cut", cells)]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.4g} ms"

@@ -10,7 +10,13 @@ from .html_figures import (
     latency_section,
     operators_section,
 )
-from .html_tables import cut_section, estimates_section, figures_section, parity_section
+from .html_tables import (
+    cut_section,
+    estimates_section,
+    figures_section,
+    latency_budget_section,
+    parity_section,
+)
 from .markup import Markup, element, joined, keep_units, section
 from .overview import Change, Overview, baseline_name, overview
 from .run import Run
@@ -42,6 +48,7 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         kept_section(run),
         token_section(run),
         cut_section(run),
+        latency_budget_section(run),
         curves_section(run),
         parity_section(run),
         _environment(view),

@@ -101,6 +101,17 @@ def cut_section(run: Run) -> Markup | None:
     return section(cut.HEADING, cut.REMARK, element("div", grid, class_="card"), id_="cut")
 
 
+def latency_budget_section(run: Run) -> Markup | None:
+    """The latency budget of a cut: table, prediction and measurement of every round."""
+    budget = run.report.latency
+    if budget is None:
+        return None
+    heads = [_head(name) for name in cut.LATENCY_COLUMNS]
+    grid = element("div", _grid(CORNER, heads, cut.latency_lines(budget)), class_="scroll")
+    card = element("div", grid, class_="card")
+    return section(cut.LATENCY_HEADING, cut.latency_remark(budget), card, id_="latency-budget")
+
+
 def _log_bar(error: float | None) -> Markup:
     share = 0.0
     if error and math.isfinite(error):

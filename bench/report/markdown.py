@@ -32,6 +32,10 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
     if run.report.cut is not None:
         grid = _grid(["sub-layer", *cut.COLUMNS], cut.lines(run.report.cut))
         parts += [f"## {cut.HEADING}", cut.REMARK, grid]
+    if run.report.latency is not None:
+        budget = run.report.latency
+        grid = _grid(["", *cut.LATENCY_COLUMNS], cut.latency_lines(budget))
+        parts += [f"## {cut.LATENCY_HEADING}", safe(cut.latency_remark(budget)), grid]
     parts += _parity(run)
     for device in view.devices:
         parts += _environment(device)

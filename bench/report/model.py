@@ -129,6 +129,7 @@ class KeptBranch(_Part):
 
 
 Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class CutRow(_Part):
@@ -154,6 +155,36 @@ class CutErrors(_Part):
     measured: Error | None = None
     images: Count
     rows: tuple[CutRow, ...] = ()
+
+
+class LatencyRound(_Part):
+    """One cut to a latency: the table's budget, its prediction, and the measurement, in ms."""
+
+    budget_ms: Milliseconds
+    predicted_ms: Milliseconds
+    measured_ms: Milliseconds
+
+
+class LatencyBudget(_Part):
+    """How a cut came to its latency.
+
+    Attributes:
+        latency_ms: The budget in milliseconds.
+        table: What the cost table is of.
+        table_error: Median error of the table on whole networks.
+        predicted_ms: The latency of the cut by the table.
+        measured_ms: The p50 of its exported file; None if it was not measured.
+        met: Whether the measured latency is at or under the budget.
+        rounds: All cuts that were measured.
+    """
+
+    latency_ms: Milliseconds
+    table: str
+    table_error: Error | None = None
+    predicted_ms: Milliseconds
+    measured_ms: Milliseconds | None = None
+    met: bool | None = None
+    rounds: tuple[LatencyRound, ...] = ()
 
 
 class TokenMap(_Part):
@@ -232,6 +263,7 @@ class Report(_Part):
     kept: tuple[KeptBranch, ...] = ()
     tokens: TokenMap | None = None
     cut: CutErrors | None = None
+    latency: LatencyBudget | None = None
     curves: tuple[Epoch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

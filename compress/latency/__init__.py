@@ -1,6 +1,6 @@
 """Budgets of a device: tokens, widths and depth chosen together for measured milliseconds.
 
 `programme` solves the abstract problem, `problem` builds it from a network and a cost table,
-`losses` collects what each choice loses, `solve` is the public face, and `cut` carries a solution
-out on unlabeled images.
+`losses` collects what each choice loses, `search` runs over the widths of the stream, `solve` is
+the public face, and `cut` carries a solution out on unlabeled images.
 """

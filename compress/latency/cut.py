@@ -31,8 +31,9 @@ from ..tokens.choose import TokenChoice, TokenRequest, token_choice, whole_score
 from ..tokens.leaving_errors import ERROR_IMAGES, leaving_errors
 from ..tokens.streaming import working_copy
 from .losses import Losses, predicted_losses
+from .search import solve_architecture
 from .shapes import latency_cost, network_shape
-from .solve import Limits, Solution, SolveOptions, solve_architecture
+from .solution import Limits, Solution, SolveOptions
 
 # Images on which a candidate is compensated, and on which it is compared with the dense network.
 CANDIDATE_IMAGES = 64

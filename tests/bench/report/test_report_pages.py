@@ -372,3 +372,34 @@ def test_predicted_and_measured_errors_of_a_cut_are_listed(tmp_path: Path) -> No
     assert "| blocks.0.attn | 1.00 % | 2.00 % | 40 % |" in text
     assert "| blocks.1.attn | 0.02 % | absorbed | 0 % |" in text
     assert "| features (64 held-out images) | 5.00 % | 8.00 % | – |" in text
+
+
+def test_the_latency_budget_has_table_prediction_and_measurement(tmp_path: Path) -> None:
+    folder = report_sample.write_run(tmp_path / "run")
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    rounds = [
+        {"budget_ms": 2.0, "predicted_ms": 1.99, "measured_ms": 2.2},
+        {"budget_ms": 1.79, "predicted_ms": 1.78, "measured_ms": 1.96},
+    ]
+    report["latency"] = {
+        "latency_ms": 2.0,
+        "table": "onnxruntime fp32 on host, 1 thread",
+        "table_error": 0.012,
+        "predicted_ms": 1.78,
+        "measured_ms": 1.96,
+        "met": True,
+        "rounds": rounds,
+    }
+    path.write_text(json.dumps(report))
+    run = load_run(folder)
+    assert "The budget is 2 ms. It is met." in " ".join(Tree(render_html(run)).words)
+    text = render_markdown(run)
+    assert "1 thread, median error 1.2 % on whole networks" in text
+    assert "| cut 1 | 2 ms | 1.99 ms | 2.2 ms |" in text
+    assert "| cut 2 | 1.79 ms | 1.78 ms | 1.96 ms |" in text
+    unmeasured = {**report["latency"], "rounds": [], "measured_ms": None, "met": None}
+    path.write_text(json.dumps({**report, "latency": unmeasured}))
+    text = render_markdown(load_run(folder))
+    assert "It was not measured." in text
+    assert "| cut | 2 ms | 1.78 ms | – |" in text

@@ -13,8 +13,8 @@ from random_networks import architectures, network
 from tiny_models import tiny_vit
 from vitrim import InputError, SolveOptions, compact, lift, solve
 from vitrim.compress.latency.losses import Losses, predicted_losses, scored_losses, uniform_losses
+from vitrim.compress.latency.search import smallest_latency_ms
 from vitrim.compress.latency.shapes import network_shape
-from vitrim.compress.latency.solve import smallest_latency_ms
 from vitrim.compress.masks.saliency import saliency
 from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.oneshot.budgets import file_bytes

@@ -1,0 +1,342 @@
+"""The search over the widths of the stream, with budgets of bytes and memory beside the latency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...core.errors import InputError
+from ...targets.cost_table import CostTable
+from ..network.architecture import Architecture
+from ..oneshot.allocation import Option
+from ..oneshot.budgets import file_bytes
+from ..oneshot.choice import true_errors
+from .losses import Losses
+from .problem import (
+    WEIGHT_BYTES,
+    Choices,
+    Grid,
+    Levels,
+    milliseconds,
+    peak_numbers,
+    stage_of,
+    sublayer_choices,
+    token_grid,
+    token_levels,
+    weight_bytes,
+)
+from .programme import (
+    Numbers,
+    Plan,
+    Stage,
+    least_time,
+    lower_bound,
+    plan_of,
+    solve_quickly,
+    solve_stages,
+)
+from .shapes import ends_ms, network_shape
+from .solution import DEFAULTS, Limits, Solution, SolveOptions
+
+# How often the losses of removed sub-layers are taken again beside the widths just chosen; steps
+# of the price of bytes; caps of the memory of activations that are tried.
+PRICINGS, BYTE_PRICES, MEMORY_CAPS = 2, 12, 6
+MB = 1e6
+
+
+def solve_architecture(
+    architecture: Architecture,
+    losses: Losses,
+    limits: Limits,
+    table: CostTable | None,
+    options: SolveOptions = DEFAULTS,
+) -> Solution:
+    """Do what `solve` does, for an architecture and validated budgets.
+
+    Args:
+        architecture: The network.
+        losses: What each choice loses.
+        limits: The budgets.
+        table: The cost table; needed by a limit of the latency.
+        options: See `SolveOptions`.
+
+    Returns:
+        The choice.
+
+    Raises:
+        InputError: A budget cannot be met.
+    """
+    architecture.require_no_selects("a latency budget")
+    search = _Search(architecture, losses, limits, table, options)
+    best: Solution | None = None
+    chosen: Mapping[str, Option] | None = None
+    for _ in range(PRICINGS):
+        found = search.run(chosen)
+        if found is None:
+            break
+        errors = true_errors(losses.sublayers, found.options)
+        # What the leaving tokens lose is the rest.
+        priced = sum(option.error for option in found.options.values())
+        found = replace(found, loss=found.loss - priced + sum(errors.values()))
+        if best is None or found.loss < best.loss:
+            best = found
+        if not any(option.removes for option in found.options.values()):
+            break
+        chosen = found.options
+    if best is None:
+        raise search.out_of_reach()
+    return best
+
+
+def smallest_latency_ms(architecture: Architecture, losses: Losses, table: CostTable) -> float:
+    """The smallest latency that any choice has by the table, in milliseconds.
+
+    Args:
+        architecture: The network.
+        losses: The widths to choose from.
+        table: The cost table.
+    """
+    return _Search(architecture, losses, Limits(1.0), table, DEFAULTS).least_ms()
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The sub-layers at one width of the stream."""
+
+    embed: int
+    stream_loss: float
+    choices: Sequence[Choices]
+    grids: Sequence[Grid]
+    times: Sequence[Numbers]
+    bytes: Sequence[Numbers]
+    peaks: Sequence[Numbers]
+    ends_ms: float
+    ends_bytes: float
+
+    def stages(self, amounts: Sequence[Numbers], most_peak: float = math.inf) -> list[Stage]:
+        """The stages whose options take `amounts` and have at most so many numbers in memory."""
+        found = []
+        rows = zip(self.choices, self.grids, amounts, self.peaks, strict=True)
+        for choices, grid, amount, peak in rows:
+            found.append(stage_of(choices, grid, np.where(peak <= most_peak, amount, np.inf)))
+        return found
+
+
+class _Search:
+    """The search over the widths of the stream, for one network and its budgets."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        losses: Losses,
+        limits: Limits,
+        table: CostTable | None,
+        options: SolveOptions,
+    ) -> None:
+        self.architecture, self.losses, self.limits = architecture, losses, limits
+        self.table, self.options = table, options
+        self.levels: Levels = token_levels(
+            architecture, free=options.tokens and bool(losses.tokens)
+        )
+
+    def widths(self) -> list[tuple[int, float]]:
+        """The widths of the stream and what each loses, the widest first."""
+        found = {self.architecture.embed: 0.0, **self.losses.embed}
+        return sorted(found.items(), reverse=True)
+
+    def chain(self, embed: int, lost: float, choices: Sequence[Choices]) -> _Chain:
+        """The sub-layers at a width of the stream."""
+        architecture, table, precision = self.architecture, self.table, self.options.precision
+        grids = [token_grid(architecture, each, self.levels, self.losses) for each in choices]
+        pairs = list(zip(choices, grids, strict=True))
+        if table is None:
+            times = [np.zeros(grid.possible.shape) for grid in grids]
+        else:
+            times = [milliseconds(each, grid, table, embed) for each, grid in pairs]
+        empty = architecture.model_copy(update={"steps": ()})
+        share = embed / architecture.embed
+        return _Chain(
+            embed=embed,
+            stream_loss=lost,
+            choices=choices,
+            grids=grids,
+            times=times,
+            bytes=[weight_bytes(each, grid, embed, precision) for each, grid in pairs],
+            peaks=[peak_numbers(each, grid, embed) for each, grid in pairs],
+            ends_ms=0.0 if table is None else ends_ms(table, network_shape(architecture), embed),
+            ends_bytes=share * file_bytes(empty, precision),
+        )
+
+    def run(self, chosen: Mapping[str, Option] | None) -> Solution | None:
+        """The best solution over all widths of the stream; None if none is within the budgets."""
+        choices = sublayer_choices(self.architecture, self.losses, chosen)
+        chains = [self.chain(embed, lost, choices) for embed, lost in self.widths()]
+        bounds = [self._bound(chain) for chain in chains]
+        best: Solution | None = None
+        for number in np.argsort(bounds, kind="stable"):
+            if not math.isfinite(bounds[number]) or (
+                best is not None and bounds[number] >= best.loss
+            ):
+                break
+            loss = math.inf if best is None else best.loss
+            best = self._solved(chains[number], loss) or best
+        return best
+
+    def _bound(self, chain: _Chain) -> float:
+        """A loss that no solution at this width falls below."""
+        budget, most = self._budget_ms(chain), self._most_bytes(chain, 0.0)
+        bounds = [0.0]
+        if budget is not None:
+            bounds.append(lower_bound(chain.stages(chain.times), budget))
+        if math.isfinite(most):
+            bounds.append(lower_bound(chain.stages(chain.bytes), most))
+        return chain.stream_loss + max(bounds)
+
+    def _budget_ms(self, chain: _Chain) -> float | None:
+        if self.limits.latency_ms is None or self.table is None:
+            return None
+        return self.table.parts_ms(self.limits.latency_ms) - chain.ends_ms
+
+    def _most_bytes(self, chain: _Chain, activations: float) -> float:
+        """What the weights of the sub-layers may take beside so many bytes of activations."""
+        limits, most = self.limits, math.inf
+        if limits.file_mb is not None:
+            most = limits.file_mb * MB
+        if limits.peak_memory_mb is not None:
+            most = min(most, limits.peak_memory_mb * MB - activations)
+        return most - chain.ends_bytes
+
+    def _solved(self, chain: _Chain, best: float) -> Solution | None:
+        """The solution at a width of the stream; None if none is better than the loss `best`."""
+        each = WEIGHT_BYTES[self.options.precision]
+        caps: list[float] = [math.inf]
+        if self.limits.peak_memory_mb is not None:
+            largest = max((float(peak.max()) for peak in chain.peaks), default=0.0)
+            caps = np.linspace(largest, 0.05 * largest, MEMORY_CAPS).tolist()
+        found: tuple[Plan, float] | None = None
+        for cap in caps:
+            most = self._most_bytes(chain, each * cap if math.isfinite(cap) else 0.0)
+            plan = self._within(chain, most, cap, quickly=len(caps) > 1)
+            if plan is not None and (found is None or plan.loss < found[0].loss):
+                found = plan, cap
+        if found is None or found[0].loss + chain.stream_loss >= best:
+            return None
+        if len(caps) > 1:
+            most = self._most_bytes(chain, each * found[1])
+            plan = self._within(chain, most, found[1], quickly=False)
+            if plan is not None and plan.loss < found[0].loss:
+                found = plan, found[1]
+        return self._solution(chain, found[0])
+
+    def _within(
+        self, chain: _Chain, most_bytes: float, most_peak: float, *, quickly: bool
+    ) -> Plan | None:
+        """The least loss within the latency, so many bytes, and so many numbers in memory."""
+        budget, bins = self._budget_ms(chain), self.options.bins
+        if budget is None:
+            stages = chain.stages(chain.bytes, most_peak)
+            if quickly:
+                return solve_quickly(stages, most_bytes)
+            return solve_stages(stages, most_bytes, bins)
+        stages = chain.stages(chain.times, most_peak)
+        plan = solve_quickly(stages, budget) if quickly else solve_stages(stages, budget, bins)
+        if plan is None or _total(chain.bytes, plan) <= most_bytes:
+            return plan
+        return self._priced_bytes(chain, stages, budget, most_bytes, quickly=quickly)
+
+    def _priced_bytes(
+        self,
+        chain: _Chain,
+        stages: Sequence[Stage],
+        budget: float,
+        most_bytes: float,
+        *,
+        quickly: bool,
+    ) -> Plan | None:
+        """The least loss within the latency at the lowest price per byte that meets the limit."""
+        finite = [stage.losses[np.isfinite(stage.losses)].max(initial=0.0) for stage in stages]
+        low, high = 0.0, max([1e-30, *map(float, finite)]) / max(most_bytes, 1.0)
+        best: Plan | None = None
+        for _ in range(BYTE_PRICES):
+            price = high if best is None else 0.5 * (low + high)
+            plan = solve_quickly(_taxed(stages, chain.bytes, price), budget)
+            if plan is not None and _total(chain.bytes, plan) <= most_bytes:
+                best, high = plan_of(stages, plan.choices), price
+            elif best is None:
+                low, high = high, 8.0 * high
+            else:
+                low = price
+        if best is None or quickly:
+            return best
+        plan = solve_stages(_taxed(stages, chain.bytes, high), budget, self.options.bins)
+        if plan is None or _total(chain.bytes, plan) > most_bytes:
+            return best
+        return min(best, plan_of(stages, plan.choices), key=lambda each: each.loss)
+
+    def _solution(self, chain: _Chain, plan: Plan) -> Solution:
+        options, counts = {}, list(self.architecture.step_tokens(last_queries=False))
+        loss, latency = 0.0, 0.0
+        rows = zip(chain.choices, chain.grids, chain.times, plan.choices, strict=True)
+        for choices, grid, times, (pair, option) in rows:
+            error = float(choices.losses[option])
+            time = float(times[pair, option])
+            loss += error + float(grid.leaving[pair, 0])
+            latency += time
+            counts[choices.step] = int(grid.computed[pair, 0])
+            if choices.branch.name in self.losses.sublayers:
+                options[choices.branch.name] = Option(choices.widths[option], error, time)
+        size = _total(chain.bytes, plan) + chain.ends_bytes
+        table = self.table
+        return Solution(
+            options=options,
+            counts=tuple(np.minimum.accumulate(counts).tolist()),
+            embed=chain.embed,
+            latency_ms=None if table is None else table.corrected_ms(latency + chain.ends_ms),
+            loss=loss + chain.stream_loss,
+            stream_loss=chain.stream_loss,
+            file_bytes=size,
+            losses=self.losses,
+        )
+
+    def least_ms(self) -> float:
+        """The least latency of any choice, by the table."""
+        assert self.table is not None
+        choices = sublayer_choices(self.architecture, self.losses)
+        chains = [self.chain(embed, lost, choices) for embed, lost in self.widths()]
+        least = min(least_time(chain.stages(chain.times)) + chain.ends_ms for chain in chains)
+        return self.table.corrected_ms(least)
+
+    def out_of_reach(self) -> InputError:
+        """The error of budgets that no choice meets."""
+        limits = self.limits
+        if limits.latency_ms is not None and self.table is not None:
+            least = self.least_ms()
+            if least > limits.latency_ms:
+                return InputError(
+                    f"latency_ms = {limits.latency_ms:g}: the smallest latency that can be reached "
+                    f"is {least:.4g} ms ({self.table.title}); give a larger budget"
+                )
+        chains = [
+            self.chain(embed, lost, sublayer_choices(self.architecture, self.losses))
+            for embed, lost in self.widths()
+        ]
+        smallest = min(least_time(chain.stages(chain.bytes)) + chain.ends_bytes for chain in chains)
+        name = "file_mb" if limits.peak_memory_mb is None else "peak_memory_mb"
+        value = limits.file_mb if limits.peak_memory_mb is None else limits.peak_memory_mb
+        return InputError(
+            f"{name} = {value:g}: the smallest weights that can be reached are "
+            f"{smallest / MB:.3f} MB; give a larger budget"
+        )
+
+
+def _taxed(stages: Sequence[Stage], amounts: Sequence[Numbers], price: float) -> list[Stage]:
+    """The stages with a price for another amount in their losses."""
+    rows = zip(stages, amounts, strict=True)
+    return [replace(stage, losses=stage.losses + price * amount) for stage, amount in rows]
+
+
+def _total(amounts: Sequence[Numbers], plan: Plan) -> float:
+    return sum(float(each[choice]) for each, choice in zip(amounts, plan.choices, strict=True))
