@@ -8,10 +8,11 @@ Every row keeps the same number of tokens after each sub-layer (the schedule tha
 the multiply-adds), chosen by another method, and measures top-1 on the same test images: after the
 cut; after `vitrim.compensate` has refitted the output projections to the dense stream, without
 labels; and after `--epochs` of fine-tuning of the compensated network with distillation. In rows
-`own counts` the counts follow from the importance by dynamic programming. `tome` and `ppt` merge or
-drop as many tokens, chosen for each image, between attention and FFN; they are not compensated, and
-their multiply-adds (`macs_share`) are those of their own graph. Finished rows are kept, so that an
-interrupted benchmark continues.
+`own counts` the counts follow from the importance by dynamic programming. Rows `each image` choose
+as many tokens for each image: `tome` and `ppt` merge or drop them, others are selections
+(`vitrim.select_tokens`), all between attention and FFN. They are not compensated, and their
+multiply-adds (`macs_share`) are larger at equal counts, since the attention still computes the
+tokens that leave. Finished rows are kept, so that an interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ from ..results_file import RESULTS, markdown_head, markdown_row, save_result
 from .oneshot import Bench, open_bench
 
 SHARES = (0.8, 0.65, 0.5)
+# Methods of `vitrim.select_tokens` that need no training, and what distinguishes their names from
+# those of masks.
+SELECTIONS, PER_IMAGE = ("class-attention", "column-attention", "evit"), "each image: "
+DYNAMIC = (*MERGING_METHODS, *(f"{PER_IMAGE}{name}" for name in SELECTIONS))
 STAGES = ("cut", "compensated", "fine-tuned")
 
 
@@ -57,7 +62,7 @@ class Case:
     """One row.
 
     Attributes:
-        method: A method of `vitrim.choose_tokens` or of `vitrim.merged_tokens`.
+        method: A method of `vitrim.choose_tokens`, or one of `DYNAMIC`.
         share: The share of the multiply-adds.
         own_counts: Whether the counts follow from the importance, instead of the schedule.
         seed: Of the images and of the method.
@@ -103,8 +108,8 @@ class TokenBench:
 
     def row(self, case: Case) -> dict[str, Any]:
         """Choose, cut, compensate, fine-tune, and measure after each."""
-        if case.method in MERGING_METHODS:
-            return self._merged_row(case)
+        if case.method in DYNAMIC:
+            return self._dynamic_row(case)
         bench, started = self.bench, time.process_time()
         images = bench.images(self.count, case.seed)[0]
         architecture = bench.model.architecture
@@ -129,21 +134,20 @@ class TokenBench:
             "cpu_s": time.process_time() - started,
         }
 
-    def _merged_row(self, case: Case) -> dict[str, Any]:
-        """Merge tokens per image, fine-tune, and measure after each."""
+    def _dynamic_row(self, case: Case) -> dict[str, Any]:
+        """Choose tokens for each image, fine-tune, and measure after each."""
         bench, started = self.bench, time.process_time()
         counts = counts_for_macs(bench.model.architecture, self.schedule, case.share)
-        merged = merged_to_counts(bench.model, case.method, counts)
-        lost: list[float | None] = [bench.dense_top1 - evaluate(merged, bench.data.test), None]
+        dynamic, macs = per_image(copy.deepcopy(bench.model), case.method, counts)
+        lost: list[float | None] = [bench.dense_top1 - evaluate(dynamic, bench.data.test), None]
         choice_cpu_s = time.process_time() - started
         if self.training.epochs:
-            copied = merged_to_counts(copy.deepcopy(bench.model), case.method, counts)
-            tuned = self._fine_tuned(copied, case.seed)
+            tuned = self._fine_tuned(dynamic, case.seed)
             lost.append(bench.dense_top1 - evaluate(tuned, bench.data.test))
         return {
             **asdict(case),
-            "counts": [bench.model.architecture.tokens, *merged.token_counts],
-            "macs_share": merged.macs / bench.dense_macs,
+            "counts": list(counts),
+            "macs_share": macs / bench.dense_macs,
             "points_lost": lost,
             "choice_cpu_s": choice_cpu_s,
             "cpu_s": time.process_time() - started,
@@ -170,37 +174,51 @@ class TokenBench:
         return model.eval()
 
 
-def merged_to_counts(model: CompactModel, method: str, counts: Sequence[int]) -> MergedModel:
-    """A network whose stream carries as many tokens after each sub-layer as a static mask leaves.
+def per_image(
+    model: CompactModel, method: str, counts: Sequence[int]
+) -> tuple[MergedModel | CompactModel, int]:
+    """A network that chooses for each image as many tokens as a static mask leaves.
 
     Args:
-        model: The dense network.
-        method: Of `vitrim.merged_tokens`.
+        model: The dense network; the result shares weights with it.
+        method: One of `DYNAMIC`.
         counts: Of the mask, after the stem and each sub-layer. What it drops before the first
-            attention merges behind that.
+            attention leaves behind that.
+
+    Returns:
+        The network, and its multiply-adds.
     """
     architecture = model.architecture
     steps = architecture.attention_steps()
     before = [architecture.tokens, *(counts[step] for step in steps[1:])]
     removed = [first - counts[step + 1] for first, step in zip(before, steps, strict=True)]
-    merged = merged_tokens(model, method, removed, blocks=range(len(steps)))  # type: ignore[arg-type]
-    if list(merged.token_counts)[steps[0] :] != list(counts)[steps[0] + 1 :]:
-        raise vitrim.InputError(
-            f"{method} cannot leave {list(counts)} tokens, only {list(merged.token_counts)}; "
-            "take a larger share or another schedule"
-        )
-    return merged
+    if method in MERGING_METHODS:
+        blocks = range(len(steps))
+        merged = merged_tokens(model, method, removed, blocks=blocks)
+        if list(merged.token_counts)[steps[0] :] != list(counts)[steps[0] + 1 :]:
+            raise vitrim.InputError(
+                f"{method} cannot leave {list(counts)} tokens, only {list(merged.token_counts)}; "
+                "take a larger share or another schedule"
+            )
+        return merged, merged.macs
+    # The last attention computes the class token only.
+    stages = [block for block in range(len(steps) - 1) if removed[block]]
+    name = method.removeprefix(PER_IMAGE)
+    fused = name == "evit"
+    kept = [counts[steps[block] + 1] - architecture.prefix - fused for block in stages]
+    selecting = vitrim.select_tokens(model, name, stages=stages, counts=kept)  # type: ignore[arg-type]
+    return selecting.eval(), count_macs(selecting.architecture)
 
 
 def cases(shares: Sequence[float], seeds: Sequence[int]) -> list[Case]:
     """All rows, seed by seed; of methods that see no image and draw nothing only one."""
     found = []
-    methods = (*METHODS, *MERGING_METHODS)
+    methods = (*METHODS, *DYNAMIC)
     for seed, share, method in itertools.product(seeds, shares, methods):
-        if method in ("radial", *MERGING_METHODS) and seed != seeds[0]:
+        if method in ("radial", *DYNAMIC) and seed != seeds[0]:
             continue
         found.append(Case(method, share, False, seed))
-        if method not in (*WITHOUT_IMAGES, *MERGING_METHODS):
+        if method not in (*WITHOUT_IMAGES, *DYNAMIC):
             found.append(Case(method, share, True, seed))
     return found
 
@@ -226,15 +244,21 @@ def table(rows: Iterable[dict[str, Any]], stages: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _merged_shares(rows: Iterable[dict[str, Any]]) -> str:
-    """The multiply-adds of merged networks at the counts of the masks, as a sentence."""
-    found = {row["share"]: row["macs_share"] for row in rows if row["method"] in MERGING_METHODS}
+def _dynamic_shares(rows: Iterable[dict[str, Any]]) -> str:
+    """The multiply-adds of networks that choose for each image, as a sentence."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row["method"] in DYNAMIC:
+            found.setdefault(row["share"], []).append(row["macs_share"])
     if not found:
         return ""
-    shares = ", ".join(f"{found[share]:.2f}" for share in sorted(found, reverse=True))
+    ranges = [
+        f"{min(found[share]):.2f} to {max(found[share]):.2f}"
+        for share in sorted(found, reverse=True)
+    ]
     return (
-        f" {' and '.join(MERGING_METHODS)} choose for each image and are not compensated; with as "
-        f"many tokens they compute {shares} of the multiply-adds."
+        " tome, ppt and rows `each image` choose for each image and are not compensated; with as "
+        f"many tokens they compute {', '.join(ranges)} of the multiply-adds."
     )
 
 
@@ -298,7 +322,7 @@ def main() -> None:
             f"{bench.dense_top1:.2f} % top-1 on {len(bench.data.test)} test images; points lost, "
             f"mean and standard deviation over the seeds; {options.images} images without labels, "
             f"{options.schedule} schedule where counts are equal, fine-tuning of {options.epochs} "
-            f"epochs on {len(tokens.data.train)} images.{_merged_shares(rows)}"
+            f"epochs on {len(tokens.data.train)} images.{_dynamic_shares(rows)}"
         )
         result = {"head": head, "machine": read_machine(), "rows": rows}
         save_result(out, result, f"{text}\n\n{table(rows, stages)}\n")
