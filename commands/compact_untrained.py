@@ -20,9 +20,12 @@ from .untrained_options import LARGEST_SHARE, Untrained
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..bench.local.options import MeasureOptions
     from ..bench.report.front import Size
+    from ..bench.results.measurement import Measurement
     from ..compress.latency.cut import LatencyCut, LatencyCuts
     from ..compress.oneshot.trim import Trimmed, TrimOptions
+    from ..core.progress import Progress
     from ..pipeline.front import Cutter
     from ..pipeline.latency_loop import LatencyRecord, Measure
     from ..pipeline.quality import LabelledImages, Quality
@@ -216,7 +219,19 @@ def _measure(job: _Job) -> Measure | None:
     if not job.untrained.verify:
         return None
     assert job.table is not None
-    return file_measure(job.table, job.images[:PARITY_IMAGES])
+    images, address = job.images[:PARITY_IMAGES], job.untrained.verify_on
+    if address == "host":
+        return file_measure(job.table, images)
+    from ..bench.remote.measure import measure_at
+
+    target = job.table.target
+
+    def on_device(
+        files: dict[str, Path], chosen: MeasureOptions, progress: Progress
+    ) -> dict[str, Measurement]:
+        return measure_at(address, files, chosen, target=target, progress=progress)
+
+    return file_measure(job.table, images, on_device)
 
 
 def _one_size(job: _Job) -> None:

@@ -95,6 +95,15 @@ Verify = Annotated[
         "most three times, until the measured latency is within it.",
     ),
 ]
+VerifyOn = Annotated[
+    str,
+    typer.Option(
+        "--verify-on",
+        metavar="ADDRESS",
+        help="With --verify: measure on a device, as `vitrim bench --on`: ssh://user@host, "
+        "adb://SERIAL or tvm-rpc://tracker:port/key.",
+    ),
+]
 PeakMemoryMb = Annotated[
     float | None,
     typer.Option(
@@ -146,6 +155,7 @@ class Untrained:
     keep_tokens: KeepTokens = False
     candidates: Candidates = 0
     verify: Verify = False
+    verify_on: VerifyOn = "host"
     peak_memory_mb: PeakMemoryMb = None
     front: FrontSizes = None
     check_images: CheckImages = 500
@@ -211,6 +221,8 @@ class Untrained:
 
     def _check_latency(self) -> None:
         """Check the options that only a latency has."""
+        if self.verify_on != "host" and not self.verify:
+            raise InputError(f"--verify-on {self.verify_on} belongs to --verify; add it")
         if self.latency_ms is not None:
             if self.peak_memory_mb is not None and not self.peak_memory_mb > 0:
                 raise InputError(f"--peak-memory-mb {self.peak_memory_mb:g}: give a number above 0")

@@ -23,6 +23,7 @@ from ..core.errors import InputError
 from ..core.progress import Progress
 from ..core.storage import replace_file
 from ..export.exporter import export
+from ..targets.catalog import list_targets
 from ..targets.cost_table import CostTable
 from .masks_section import MasksSection
 from .token_step import token_record
@@ -199,7 +200,6 @@ def file_measure(
     images: Tensor,
     measure: MeasureFiles | None = None,
     *,
-    target: str = "host",
     progress: Progress | None = None,
 ) -> Measure:
     """Measure networks as exported files of the table's runtime and precision.
@@ -208,13 +208,13 @@ def file_measure(
         table: The cost table.
         images: Normalized images for parity and calibration.
         measure: Measures {name: artifact folder}; by default this machine.
-        target: Name of the profile to export for.
         progress: Called with the share done (0 to 1) and a text. None: it is not.
 
     Returns:
         A function from a network to the p50 of its file in milliseconds.
     """
     report: Progress = progress or (lambda share, text: None)
+    target = table.target if table.target in list_targets() else "host"
     options = MeasureOptions(threads=table.threads, time_limit_s=TIME_LIMIT_S)
 
     def here(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from ..compress.network.architecture import Architecture
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost, smallest_cost
 from ..compress.oneshot.budgets import Kind, file_bytes
+from ..compress.oneshot.choice import STREAM_SHARES
 from ..compress.oneshot.saved_state import SCHEMA as STATE_SCHEMA
 from ..compress.oneshot.saved_state import STATE
+from ..compress.oneshot.stream_rotation import stream_obstacle
 from ..compress.oneshot.trim import Row, Trimmed, TrimOptions, trim
 from ..compress.surgery.compactor import compact, output_error
 from ..core.console import progress_bar, show, status
@@ -111,7 +113,12 @@ def require_budget(
 
 def _require_latency(architecture: Architecture, section: MasksSection) -> None:
     """Check that the latency can be reached, and that the table is of the requested runtime."""
-    table, losses = section_table(section), uniform_losses(architecture, section.round_to or 8)
+    table, round_to = section_table(section), section.round_to or 8
+    losses = uniform_losses(architecture, round_to)
+    if not stream_obstacle(architecture):
+        widths = (int(share * architecture.embed) for share in STREAM_SHARES)
+        narrow = {max(1, width // round_to * round_to): 0.0 for width in widths}
+        losses = replace(losses, embed=narrow)
     budget_ms = latency_budget_ms(architecture, section, table)
     least_ms = smallest_latency_ms(architecture, losses, table)
     if budget_ms < least_ms:

@@ -27,7 +27,9 @@ from ..oneshot.sensitivity import features
 from ..oneshot.stream_rotation import turned_stream
 from ..oneshot.trim import Trimmed, carry_out, distance
 from ..surgery.compactor import compact
-from ..tokens.choose import TokenChoice, TokenRequest, token_choice, whole_scores
+from ..tokens.choose import TokenChoice, as_choice, whole_scores
+from ..tokens.counts import settled
+from ..tokens.impact import top_down
 from ..tokens.leaving_errors import ERROR_IMAGES, leaving_errors
 from ..tokens.streaming import working_copy
 from .losses import Losses, predicted_losses
@@ -153,9 +155,7 @@ class LatencyCuts:
         first = self._solve(self.prediction, self.token_losses(), latency_ms)
         choice, prediction = None, self.prediction
         if self._drops(first):
-            counts = [self.source.architecture.tokens, *first.counts]
-            request = TokenRequest("patch-slimming", counts, seed=self.options.seed)
-            choice = token_choice(self.source, request, self.images, self.report)
+            choice = self._chosen_tokens(first.counts)
             cut = compact(self.source, choice.mask).eval()
             prediction = self._without_tokens(cut)
         trimmed = self._trimmed(prediction, latency_ms)
@@ -197,6 +197,14 @@ class LatencyCuts:
             count < size and count != read
             for count, size in zip(solution.counts, whole, strict=True)
         )
+
+    def _chosen_tokens(self, counts: Sequence[int]) -> TokenChoice:
+        """The tokens that stay, by Patch Slimming, for the numbers after each step."""
+        network, method = working_copy(self.source), "patch-slimming"
+        architecture = network.architecture
+        by_site = settled(architecture, [architecture.tokens, *counts])
+        sets, scores = top_down(network, self.images, by_site, self.report)
+        return as_choice(architecture, sets, scores, method, len(self.images), {})
 
     def _without_tokens(self, cut: CompactModel) -> Prediction:
         images = torch.cat([self.prediction.checking, self.prediction.fitting])
