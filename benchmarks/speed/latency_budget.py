@@ -1,4 +1,4 @@
-"""Do files that were cut to a budget in milliseconds take as long as the budget says?
+"""Do files that were cut to a budget in milliseconds meet it?
 
 For each precision a cost table is measured (or read), one network is cut to many budgets, and every
 file is exported and measured; its budget is corrected at most twice. Reported are the share of the

@@ -288,12 +288,12 @@ def _filled(stages: Sequence[Stage], plan: Plan, budget: float) -> Plan:
     """Spend the time that is left on the options that gain most for it, on the same tokens."""
     choices = list(plan.choices)
     while True:
-        room = budget * (1 + TOLERANCE) - plan_of(stages, choices).time
+        left = budget * (1 + TOLERANCE) - plan_of(stages, choices).time
         best: tuple[float, int, Choice] | None = None
         for number, (stage, (pair, option)) in enumerate(zip(stages, choices, strict=True)):
             extra = stage.times[pair] - stage.times[pair, option]
             gain = stage.losses[pair, option] - stage.losses[pair]
-            fits = (gain > 0) & (extra <= room)
+            fits = (gain > 0) & (extra <= left)
             if not fits.any():
                 continue
             rate = np.where(fits, gain / np.maximum(extra, 1e-12 * max(budget, 1e-12)), -np.inf)
