@@ -44,10 +44,23 @@ class RunContext:
 
 
 def known_outputs(
-    teacher: CompactModel, context: RunContext, augmentation: str
+    teacher: CompactModel, context: RunContext, augmentation: str, student: CompactModel
 ) -> dict[bytes, Tensor]:
-    """The logits of all training images, if every epoch shows the same ones; else none."""
+    """The logits of all training images, if every epoch shows the same ones.
+
+    Args:
+        teacher: The dense network.
+        context: The run.
+        augmentation: Of the phase.
+        student: The network that learns from them.
+
+    Returns:
+        Logits (classes,) by `image_key`; none if they are not the same or not read.
+    """
     train, distill = context.data.train, context.recipe.distill
+    if student.architecture.selects and context.recipe.masks.tokens == "dynamicvit":
+        # Its loss has the tokens of the teacher, too, which are computed with the logits.
+        return {}
     if augmentation != "none" or not distill.enabled or distill.alpha == 0.0:
         return {}
     if not train.decoded:

@@ -61,7 +61,8 @@ def learn_selections(
         cut = _widths_first(baseline, round_to, context, resume=resume)
     else:
         start = start_network(baseline, round_to, context, resume=resume)
-        model = with_selections(start, section, seed)
+        # A run that was killed behind this has them in start/ already.
+        model = start if start.architecture.selects else with_selections(start, section, seed)
         if section.order == "tokens-first":
             model = _trained(model, baseline, context, resume=resume)
         if context.writes:
@@ -148,7 +149,7 @@ def selection_task(
         The task, not trained yet.
     """
     recipe, section = context.recipe, context.recipe.masks
-    known = known_outputs(baseline, context, section.augmentation)
+    known = known_outputs(baseline, context, section.augmentation, model)
     teacher, steps = (
         distillation(baseline, recipe, known),
         epochs * epoch_steps(recipe, context.data),

@@ -127,7 +127,7 @@ def learned_cut(
         The cut model and its mask of `start`.
     """
     recipe = context.recipe
-    known = known_outputs(baseline, context, recipe.masks.augmentation)
+    known = known_outputs(baseline, context, recipe.masks.augmentation, start)
     data = context.data
     task = mask_task(baseline, data, recipe, round_to, known=known, start=start, share=share)
     # A budget has a schedule of its own, so the learning rate decays once. With a fixed lambda it
@@ -326,7 +326,7 @@ def finetune(
         The compact model in eval mode.
     """
     model = copy.deepcopy(cut)
-    known = known_outputs(baseline, context, context.recipe.finetune.augmentation)
+    known = known_outputs(baseline, context, context.recipe.finetune.augmentation, model)
     teacher = distillation(baseline, context.recipe, known)
     objective = None
     if model.architecture.selects:

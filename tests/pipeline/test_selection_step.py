@@ -11,11 +11,15 @@ import torch
 import vitrim
 from photo_folder import write_photos, write_recipe
 from vitrim.compress.network.count import count_macs, count_params
+from vitrim.compress.network.modules.model import build as network
+from vitrim.compress.train.mask_task import MaskTask
 from vitrim.compress.train.selection_task import SelectionTask
 from vitrim.core.errors import InputError
 from vitrim.pipeline.dry_run import dry_run
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import recipe_fingerprints, run
+from vitrim.pipeline.selection_step import with_selections
+from vitrim.pipeline.source_model import build
 
 DEPTH = ("model.overrides={img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3}",)
 ALONE = ("masks.params=1.0",)
@@ -133,6 +137,22 @@ def test_a_run_that_was_killed_continues_to_the_same_weights(
         assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
+def test_a_run_that_was_killed_behind_start_reads_its_selections(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = (*tokens("evit"), 'masks.start="one-shot"', "masks.macs=0.6", EVERY_ATTENTION)
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskTask, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(recipe_file, "behind", *sets)
+    folder = trained(recipe_file, "behind", *sets, resume=True)
+    assert len(vitrim.load(folder / "compact").architecture.selects) == 1
+
+
 def test_a_selection_goes_with_every_attention_behind_it(recipe_file: Path) -> None:
     sets = (*tokens("evit"), 'masks.token_order="tokens-first"', "masks.macs=0.5")
     folder = trained(recipe_file, "gone", *sets)
@@ -193,6 +213,20 @@ def test_impossible_selections_are_refused_before_any_work(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (recipe_file.parent / "no").exists()
+
+
+def test_the_recipe_of_dynamicvit_has_the_counts_of_its_code() -> None:
+    recipe = load_recipe("imagenet_deit_dynamicvit")
+    with torch.device("meta"):
+        dense = vitrim.lift(build(recipe.model.name.partition(".")[0], {}))
+    state = {name: torch.zeros(tensor.shape) for name, tensor in dense.state_dict().items()}
+    model = with_selections(network(dense.architecture, state), recipe.masks, 0)
+    assert [each.patches for each in model.architecture.selects] == [137, 96, 67]
+    assert count_macs(model.architecture) / count_macs(dense.architecture) == pytest.approx(
+        2.9 / 4.6, abs=0.03
+    )
+    assert recipe.masks.keeps_widths
+    assert recipe.masks.alone_epochs == 30
 
 
 def test_counts_replace_the_ratio(recipe_file: Path) -> None:
