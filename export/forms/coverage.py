@@ -73,7 +73,8 @@ _READ: dict[type[BaseModel], set[str]] = {
     Architecture: _fields(
         "schema_ image embed stem prefix position position_resize patch_norm stem_norm "
         "stem_writes order tokens_resampled steps selects blocks norm pool pool_norm head "
-        "feature_width feature_writes stream_width stream_channels stream_rotated head_reads last_queries data"
+        "feature_width feature_writes stream_width stream_channels stream_rotated head_reads "
+        "last_queries data"
     ),
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
     ConvSpec: {"kind", "channels", "kernel", "stride", "padding", "bias", "act"},

@@ -100,7 +100,7 @@ class SelectionWriter:
         name = spec.name
         if graph.operators == "pnnx":
             raise UnsupportedModel(
-                f"{name}: pnnx converts no TopK; use another form, for onnxruntime or openvino"
+                f"{name}: pnnx converts no TopK; use another form, or export for onnxruntime"
             )
         # Padding is appended behind a fused token.
         behind = 0 if spec.fused else padding

@@ -85,6 +85,8 @@ ONE_IMAGE = Limit(
         else f"runs one image at a time, and batch {planned.batch} was requested"
     ),
 )
+
+
 def _selections(planned: Planned) -> str | None:
     selects = () if planned.architecture is None else planned.architecture.selects
     dynamic = [select.name for select in selects if select.scorer != "random"]
@@ -95,7 +97,7 @@ def _selections(planned: Planned) -> str | None:
 
 SELECTIONS = Limit(
     "tokens that are selected by content",
-    "export for onnxruntime or openvino, or use a token mask, which all runtimes run",
+    "export for onnxruntime, openvino or tvm, or use a token mask, which all runtimes run",
     _selections,
 )
 UNREAD_MODELS = Limit(
