@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from random_networks import network, selecting_architectures
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor
 from torch.nn import functional as F
@@ -97,6 +100,21 @@ def test_dropped_factors_compute_what_gathered_patches_compute(pool: str, batch:
         found = model.train()(x)
     assert relative_error(found, wanted) < 1e-5
     assert [int((each > 0).sum(1)[0]) for each in model.policy.present] == [16, 9]
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=40)
+@given(st.data())
+def test_dropped_factors_compute_what_gathered_patches_compute_in_any_network(data: Any) -> None:
+    model = network(data.draw(selecting_architectures()))
+    assume(all(each.scorer == "predictor" for each in model.architecture.selects))
+    shape = (data.draw(st.sampled_from([1, 3])), *model.architecture.image)
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(shape, generator=generator, dtype=dtype)
+    model.policy = BestPolicy()
+    with torch.no_grad():
+        wanted, found = model.eval()(x), model.train()(x)
+    assert float((found - wanted).abs().max()) < 1e-9 * (1 + float(wanted.abs().max()))
 
 
 def test_a_sample_is_that_of_a_hard_gumbel_softmax_times_the_decision_before() -> None:
@@ -340,13 +358,13 @@ def test_patches_really_leave_in_training_and_validation_keeps_the_target(
 def test_widths_are_learned_around_selections(tmp_path: Path, method: Any) -> None:
     teacher = dense()
     model = select_tokens(teacher, method, stages=[1], ratio=0.6)
-    settings = MaskSettings(
+    options = MaskSettings(
         budget=Budget("macs", 0.5),
         update_steps=2,
         attention_overhead_macs=1e5,
         ffn_overhead_macs=1e5,
     )
-    task = MaskTask(model, settings, EPOCHS * STEPS, objective=objective(method, teacher))
+    task = MaskTask(model, options, EPOCHS * STEPS, objective=objective(method, teacher))
     predictors = start(model)
     fit(task, stripes(), training(), tmp_path)
     cut = task.result()
@@ -375,10 +393,10 @@ def test_a_resumed_training_gives_equal_weights(tmp_path: Path, method: Any, kin
         found = objective(method, teacher, alone=kind == "alone")
         if kind == "alone":
             return SelectionTask(model, found)
-        settings = MaskSettings(budget=Budget("params", 0.5), update_steps=2)
-        return MaskTask(model, settings, EPOCHS * STEPS, objective=found)
+        options = MaskSettings(budget=Budget("params", 0.5), update_steps=2)
+        return MaskTask(model, options, EPOCHS * STEPS, objective=found)
 
-    def network(task: SelectionTask | MaskTask) -> CompactModel:
+    def result(task: SelectionTask | MaskTask) -> CompactModel:
         return task.model if isinstance(task, SelectionTask) else task.result()
 
     whole, first, second = task(), task(), task()
@@ -396,7 +414,7 @@ def test_a_resumed_training_gives_equal_weights(tmp_path: Path, method: Any, kin
     with pytest.raises(KeyboardInterrupt):
         fit(first, stripes(), training(), tmp_path / "killed")
     fit(second, stripes(), training(), tmp_path / "killed", resume=True)
-    assert equal_weights(network(whole), network(second))
+    assert equal_weights(result(whole), result(second))
 
 
 def test_an_average_of_the_weights_is_validated_without_a_policy(tmp_path: Path) -> None:
