@@ -32,8 +32,9 @@ from .patch_grid import max_tokens
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "architecture.json"
 # `vitrim compact` saves the mask beside the model, and records of a cut without training and of a
-# choice of tokens.
+# choice of tokens; a `BucketedModel` saves its counts.
 MASK_FILE, TRIM_FILE, TOKENS_FILE = "mask.safetensors", "trim.json", "tokens.json"
+BUCKETS_FILE = "buckets.json"
 # Far above any Vision Transformer. A larger claim is refused before memory is allocated.
 MAX_PARAMETERS = 20_000_000_000
 MAX_ARCHITECTURE_BYTES = 16 * 1024 * 1024
@@ -52,13 +53,14 @@ def _is_mask(path: Path) -> bool:
 def _model_contents(folder: Path) -> Contents | None:
     if not has_schema(json_object(folder / ARCHITECTURE), SCHEMA):
         return None
-    records = {MASK_FILE: MASK, TRIM_FILE: TRIM, TOKENS_FILE: TOKENS}
+    records = {MASK_FILE: MASK, TRIM_FILE: TRIM, TOKENS_FILE: TOKENS, BUCKETS_FILE: BUCKETS}
     return {ARCHITECTURE: None, WEIGHTS: None, **records}
 
 
 MASK = FileKind("a mask", _is_mask)
 TRIM = json_kind("a record of a cut", "vitrim.trim/1")
 TOKENS = json_kind("a record of a choice of tokens", "vitrim.tokens/1")
+BUCKETS = json_kind("buckets of a model", "vitrim.buckets/1")
 MODEL = FolderKind("a saved model", ARCHITECTURE, _model_contents)
 
 

@@ -134,11 +134,7 @@ class CompactModel(Backbone):
             for select in selects:
                 if select.spec.at != number:
                     continue
-                scored = None
-                if select.spec.scorer in ATTENTION_SCORERS:
-                    name = scoring_attention(self.architecture, select.spec).name
-                    found = [each for each in steps[number - 1] if each.spec.name == name]
-                    scored = (found[0], before)
+                scored = self.scored_by(select, before)
                 if policy is None:
                     x = select(x, scored, choices)
                 else:
@@ -146,6 +142,17 @@ class CompactModel(Backbone):
             if number < len(steps):
                 before, x = x, self.run_step(steps[number], x, count, keep)
         return x, keep
+
+    def scored_by(self, select: Select, before: Tensor) -> tuple[Branch, Tensor] | None:
+        """The sub-layer whose attention scores the patches of a selection, and what it read.
+
+        `before`: the stream before the last step, (batch, tokens, embed).
+        """
+        if select.spec.scorer not in ATTENTION_SCORERS:
+            return None
+        name = scoring_attention(self.architecture, select.spec).name
+        step = cast("Sequence[Branch]", self.steps[select.spec.at - 1])
+        return next(branch for branch in step if branch.spec.name == name), before
 
     def embed(self, images: Tensor) -> Tensor:
         """Run the stem: (batch, channels, height, width) -> (batch, tokens, embed).

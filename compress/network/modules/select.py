@@ -115,11 +115,7 @@ class Select(nn.Module):
             kept = first_places(self.masked(scores), self.spec.patches)
         if choices is not None:
             choices.found.append(kept)
-        rows = kept + self.prefix
-        if self.prefix:
-            pinned = torch.arange(self.prefix, device=x.device).expand(x.shape[0], -1)
-            rows = torch.cat([pinned, rows], dim=1)
-        y = rows_of(x, rows)
+        y = self.gathered(x, kept)
         if not self.spec.fused:
             return y
         assert scores is not None
@@ -127,6 +123,14 @@ class Select(nn.Module):
             # A token mask that drops a token in the scoring step leaves it as a key there.
             scores = scores * self.token_keep[self.prefix :]
         return torch.cat([y, self._fused(x, y, scores, kept)], dim=1)
+
+    def gathered(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The prefix tokens and the patches at the places `kept` (batch, kept) of each image."""
+        rows = kept + self.prefix
+        if self.prefix:
+            pinned = torch.arange(self.prefix, device=x.device).expand(x.shape[0], -1)
+            rows = torch.cat([pinned, rows], dim=1)
+        return rows_of(x, rows)
 
     def scores(
         self, x: Tensor, scored: tuple[Branch, Tensor] | None, keep: Tensor | None = None
