@@ -73,7 +73,8 @@ def test_a_row_of_other_models_is_read_from_its_name(monkeypatch: pytest.MonkeyP
     assert _parsed("mobilevitv2_050.cvnets_in1k") == (None, "mobilevitv2_050.cvnets_in1k", None)
     assert _parsed("tome:deit_tiny_patch16_224:8") == ("tome", "deit_tiny_patch16_224", 8)
     assert _parsed("hvt:deit_tiny_patch16_224") == ("hvt", "deit_tiny_patch16_224", None)
-    for wrong in ("evit:deit_tiny_patch16_224:8", "deit_tiny_patch16_224:8", "a b"):
+    assert _parsed("evit:deit_tiny_patch16_224:0.7") == ("evit", "deit_tiny_patch16_224", 0.7)
+    for wrong in ("sort:deit_tiny_patch16_224:8", "deit_tiny_patch16_224:8", "a b"):
         with pytest.raises(InputError, match="no row; give a timm name"):
             _parsed(wrong)
 

@@ -1,9 +1,10 @@
 """Models to pick instead of a pruned DeiT: `python -m benchmarks.speed.other_models`.
 
 Any timm name can be a row. A model is exported unchanged to ONNX Runtime fp32 and is never pruned.
-Rows of merging tokens are `tome:NAME:R`, `ppt:NAME:R` and `hvt:NAME[:EVERY]`; a folder that vitrim
-saved is a row by its path. Vision Transformers that vitrim lifts have its graph form, others have
-torch's own graph; the table names which.
+Rows of fewer tokens are `tome:NAME:R`, `ppt:NAME:R`, `hvt:NAME[:EVERY]`, and `METHOD:NAME:RATIO`
+for the methods of `vitrim.select_tokens`; a folder that vitrim saved is a row by its path. Vision
+Transformers that vitrim lifts have its graph form, others have torch's own graph; the table names
+which.
 
 The rows take turns with the baseline in one process, one thread, batch 1; the processor time of the
 computing thread is measured, which other programs do not lengthen. Each row is measured several
@@ -13,7 +14,7 @@ Parameters and multiply-adds are those of the torch module, by fvcore. Top-1 is 
 published (`other_models.toml`), never measured here.
 
     python -m benchmarks.speed.other_models [--model efficientformer_l1 mobilevitv2_100 ...]
-        [--baseline deit_small_patch16_224] [--passes 3] [--limit-s 10] [--note TEXT]
+        [--baseline deit_small_patch16_224] [--passes 3] [--limit-s 8] [--note TEXT]
         [--work FOLDER] [--out FILE]
 
 Artifacts stay in the work folder, and a later run uses them again. Writes
@@ -41,6 +42,8 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 from vitrim.bench.local.environment import read_machine
 from vitrim.compress.tokens.merging.hierarchical import hierarchical
+from vitrim.compress.tokens.merging.merged import MERGING_METHODS
+from vitrim.compress.tokens.select import SCORERS
 from vitrim.core.errors import InputError
 from vitrim.core.storage import replace_file
 from vitrim.export.artifact import Artifact
@@ -57,6 +60,8 @@ MODELS = (
     "tome:deit_small_patch16_224:13",
     "ppt:deit_small_patch16_224:50",
     "hvt:deit_small_patch16_224",
+    "dynamicvit:deit_small_patch16_224:0.7",
+    "evit:deit_small_patch16_224:0.7",
     "efficientformer_l1",
     "efficientformer_l3",
     "efficientformer_l7",
@@ -110,20 +115,24 @@ def built(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
         ) from error
     image = resolve_model_data_config(model)["input_size"]
     if method == "hvt":
-        model = hierarchical(model, number)
+        model = hierarchical(model, None if number is None else int(number))
+    elif method in MERGING_METHODS:
+        model = vitrim.merged_tokens(model, method, None if number is None else int(number))
     elif method is not None:
-        model = vitrim.merged_tokens(model, method, number)  # type: ignore[arg-type]
-    return model, image
+        model = vitrim.select_tokens(model, method, ratio=0.7 if number is None else number)
+    return model.eval(), image
 
 
-def _parsed(name: str) -> tuple[str | None, str, int | None]:
+def _parsed(name: str) -> tuple[Any, str, float | None]:
     """Method, timm name and number of a row."""
-    found = re.fullmatch(r"(?:(tome|ppt|hvt):)?([\w.\-]+)(?::(\d+))?", name)
+    methods = "|".join(("hvt", *MERGING_METHODS, *SCORERS))
+    found = re.fullmatch(rf"(?:({methods}):)?([\w.\-]+)(?::(\d+|0?\.\d+))?", name)
     if found is None or (found[3] and not found[1]):
         raise InputError(
-            f"{name}: no row; give a timm name, tome:NAME:R, ppt:NAME:R, hvt:NAME or a folder"
+            f"{name}: no row; give a timm name, METHOD:NAME:NUMBER with one of the methods "
+            f"{methods.replace('|', ', ')}, or a folder"
         )
-    return found[1], found[2], int(found[3]) if found[3] else None
+    return found[1], found[2], float(found[3]) if found[3] else None
 
 
 def written(name: str, work: Path, *, again: bool) -> tuple[Path, Facts]:
@@ -305,11 +314,11 @@ def main() -> int:
         "--model",
         nargs="+",
         default=list(MODELS),
-        help="timm names, tome:NAME:R, ppt:NAME:R, hvt:NAME[:EVERY], or folders that vitrim saved",
+        help="timm names, METHOD:NAME:NUMBER as described above, or folders that vitrim saved",
     )
     parser.add_argument("--baseline", default=BASELINE, help="the row to compare with")
     parser.add_argument("--passes", type=int, default=3, help="how often each row is measured")
-    parser.add_argument("--limit-s", type=float, default=10.0, help="seconds of a row in a pass")
+    parser.add_argument("--limit-s", type=float, default=8.0, help="seconds of a row in a pass")
     parser.add_argument("--again", action="store_true", help="export again what is in the folder")
     parser.add_argument("--note", default="", help="what else the machine did, for the file")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-other-models"))

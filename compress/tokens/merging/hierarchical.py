@@ -184,4 +184,7 @@ def _require_plain(architecture: Architecture) -> None:
         reasons.append(("pool", f"{kind} reads other features than the mean of the tokens"))
     if reasons:
         path, reason = reasons[0]
-        raise UnsupportedModel(f"{path}: {reason}, so HVT cannot be built from it")
+        raise UnsupportedModel(
+            f"{path}: {reason}, so HVT cannot be built from it; give a network with learned "
+            "positions and a class token or a mean"
+        )
