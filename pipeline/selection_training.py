@@ -7,6 +7,7 @@ from ..compress.masks.masked import masked
 from ..compress.network.files import save
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
+from ..compress.train.objectives import PREDICTING
 from ..compress.train.schedule import Schedule
 from ..compress.train.selection_task import SelectionTask
 from .masks_section import MasksSection
@@ -128,7 +129,9 @@ def _trained(
     if not epochs:
         return model.eval()
     task = selection_task(model, baseline, context, epochs)
-    schedule = Schedule("cosine", min_lr=1e-8)
+    # As in DynamicViT's code, 5 of 30 epochs: random predictors would saturate at the full rate.
+    warmup = epochs / 6 if section.tokens in PREDICTING else 0.0
+    schedule = Schedule("cosine", warmup_epochs=warmup, min_lr=1e-8)
     settings = phase_settings(context, epochs, section.augmentation, schedule, None)
     run_phase(task, context, settings, resume)
     return task.model.eval()

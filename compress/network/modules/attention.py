@@ -141,7 +141,17 @@ class Attention(nn.Module):
         return maps.sum(dim=2) * length[:, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Weighted values: q, k and keep as for `weights`, v (batch, heads, keys, v)."""
+        """Weighted values.
+
+        Args:
+            q: As for `weights`.
+            k: As for `weights`.
+            v: (batch, heads, keys, v).
+            keep: As for `weights`.
+
+        Returns:
+            (batch, heads, queries, v).
+        """
         masked = self.key_keep is not None or keep is not None
         if self.differential is None and not masked and self.fused_attn:
             bias, scale = self._bias(q, k), self.spec.scale
@@ -169,8 +179,12 @@ class Attention(nn.Module):
         return self._softmax(scores, keep)
 
     def _softmax(self, scores: Tensor, keep: Tensor | None = None) -> Tensor:
-        keep = self.key_keep if keep is None else keep[:, None, None]
-        maps = scores.softmax(dim=-1) if keep is None else kept_softmax(scores, keep)
+        if keep is not None:
+            maps = sampled_softmax(scores, keep[:, None, None])
+        elif self.key_keep is not None:
+            maps = kept_softmax(scores, self.key_keep)
+        else:
+            maps = scores.softmax(dim=-1)
         return maps if self.differential is None else self.differential.subtract(maps)
 
     def _bias(self, q: Tensor, k: Tensor) -> Tensor | None:
@@ -226,6 +240,34 @@ def kept_softmax(scores: Tensor, keep: Tensor) -> Tensor:
     top = scores.detach().masked_fill(dropped, -math.inf).amax(dim=-1, keepdim=True)
     # A dropped key may have a larger score; bounded, so that its gradient is finite.
     weights = (scores - top).clamp(max=15.0).exp() * keep
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def sampled_softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """`kept_softmax` for decisions that are sampled in training, with bounded gradients.
+
+    With the weight w of a dropped key, relative to the sum of those that are kept, the derivative
+    with respect to its factor is w (value - output), and w has no bound: a dropped key can have a
+    far larger score than all others. Its gradient here is w / (1 + w) (value - output), which is
+    what the output would change by if the key were kept.
+
+    Args:
+        scores: (batch, heads, queries, keys).
+        keep: (batch, 1, 1, keys), 0 or 1, at least one key kept.
+
+    Returns:
+        (batch, heads, queries, keys), equal to `kept_softmax`.
+    """
+    if not keep.requires_grad:
+        return kept_softmax(scores, keep)
+    dropped = keep.detach() == 0
+    top = scores.detach().masked_fill(dropped, -math.inf).amax(dim=-1, keepdim=True)
+    weights = (scores - top).clamp(max=15.0).exp()
+    with torch.no_grad():
+        total = (weights * keep).sum(dim=-1, keepdim=True)
+        slope = torch.where(dropped, total / (total + weights), torch.ones_like(weights))
+    # The second term is exactly 0.
+    weights = weights * (keep.detach() + (keep - keep.detach()) * slope)
     return weights / weights.sum(dim=-1, keepdim=True)
 
 

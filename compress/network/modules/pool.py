@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..architecture import PoolSpec, RefineSpec
-from .attention import kept_softmax
+from .attention import kept_softmax, sampled_softmax
 from .layers import Ffn, Norm
 
 
@@ -48,8 +48,11 @@ class AttentionPool(nn.Module):
         v = torch.unflatten(self.v(x), -1, (heads, -1)).transpose(1, 2)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        keep = self.key_keep if keep is None else keep[:, None, None]
-        y = _attend(q, k, v, self.attention.scale, keep)
+        if keep is None:
+            y = _attend(q, k, v, self.attention.scale, self.key_keep)
+        else:
+            scores = q @ k.transpose(-2, -1) * self.attention.scale
+            y = sampled_softmax(scores, keep[:, None, None]) @ v
         pooled: Tensor = self.out(y.flatten(1))
         if self.ffn is not None:
             inner = pooled if self.norm is None else self.norm(pooled)

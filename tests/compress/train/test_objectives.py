@@ -20,6 +20,7 @@ from vitrim.compress.lift import lift
 from vitrim.compress.masks.budget import Budget
 from vitrim.compress.masks.mask import StructuredMask
 from vitrim.compress.network.count import count_macs
+from vitrim.compress.network.modules.attention import kept_softmax, sampled_softmax
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Select
 from vitrim.compress.surgery.compactor import compact
@@ -147,6 +148,24 @@ def test_a_sample_keeps_one_patch_at_least_and_its_gradient_reaches_the_predicto
     policy(select, torch.randn(4, 17, 32), None, None)
     policy.shares[0].sum().backward()
     assert float(select.predictor.fc.weight.grad.abs().sum()) > 0
+
+
+def test_the_gradient_of_a_dropped_key_is_what_it_would_change() -> None:
+    scores = torch.tensor([[[[0.0, 1.0, 9.0]]]])
+    values = torch.tensor([[1.0], [3.0], [-2.0]])
+    keep = torch.tensor([[[[1.0, 1.0, 0.0]]]], requires_grad=True)
+    maps = sampled_softmax(scores, keep)
+    assert torch.equal(maps, kept_softmax(scores, keep))
+    out = (maps @ values).squeeze()
+    out.backward()
+    whole = (scores.softmax(-1) @ values).squeeze()
+    assert keep.grad is not None
+    assert float(keep.grad[0, 0, 0, 2]) == pytest.approx(float(whole - out.detach()), rel=1e-5)
+    exact = torch.tensor([[[[1.0, 1.0, 0.0]]]], requires_grad=True)
+    (kept_softmax(scores, exact) @ values).sum().backward()
+    assert exact.grad is not None
+    assert torch.equal(keep.grad[..., :2], exact.grad[..., :2])
+    assert float(exact.grad[0, 0, 0, 2]) < 100 * float(keep.grad[0, 0, 0, 2])
 
 
 # Losses
