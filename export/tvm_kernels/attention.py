@@ -162,7 +162,15 @@ class TileWriter:
         return start
 
     def scores(self, start: Expr, image: Expr, head: Expr, row: Expr, rows: int) -> None:
-        """The products of queries with all keys, plus the bias."""
+        """The products of queries with all keys, plus the bias.
+
+        Args:
+            start: Index of the head's packed keys.
+            image: The image.
+            head: The head.
+            row: The first query.
+            rows: Number of queries.
+        """
         spec, lanes, buffers = self.spec, self.lanes, self.buffers
         count, each = lanes.count, spec.keys.each
         queries = [

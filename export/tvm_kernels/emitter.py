@@ -18,7 +18,7 @@ from .lanes import Lanes
 from .matrices import Affine, Matrix, State, Stream
 from .norm import Normalize, normalize
 from .packing import Array, padded, panels, quantize_weights
-from .precision import FP32, Precision, RowFormat
+from .precision import FP32, Float, Precision, RowFormat
 from .program import Program, Value
 from .quantization import Quantize, quantize_rows
 from .rope import Rotate, rotate_heads
@@ -79,6 +79,11 @@ class Emitter:
         self.precision = precision
         # Rows that other kernels read in fp32 are quantized once, for all products that read them.
         self._quantized: list[tuple[Stream, Stream]] = []
+
+    @property
+    def computes_fp32(self) -> bool:
+        """Whether products read fp32 in any case."""
+        return isinstance(self.precision, Float)
 
     def constant(self, value: NDArray[Any]) -> Value:
         """Numbers that are part of the program."""
@@ -294,14 +299,7 @@ class Emitter:
             only_products: Only products read the result, so that it may be quantized.
         """
         lanes, schedule = self.lanes, self.schedule
-        packing = spec.packing(schedule.tile(spec.shape).vectors)
-        packed = self.program.call(
-            "pack_keys",
-            packing,
-            lambda: pack_keys(packing, lanes, schedule.threads),
-            [keys_values.value],
-            (packing.size(lanes),),
-        )
+        packed = self.packed_keys(spec, keys_values)
         out = self.output_format(only_products, whole_rows=False)
         spec = replace(spec, output_quantizer=out.quantizer)
         operands = [queries.value, packed]
@@ -318,6 +316,17 @@ class Emitter:
             stored(out),
         )
         return Stream(value, spec.query_rows, width, width, *out)
+
+    def packed_keys(self, spec: Attend, keys_values: Stream) -> Value:
+        """Keys and values in the order in which a kernel with this specification reads them."""
+        packing = spec.packing(self.schedule.tile(spec.shape).vectors)
+        return self.program.call(
+            "pack_keys",
+            packing,
+            lambda: pack_keys(packing, self.lanes, self.schedule.threads),
+            [keys_values.value],
+            (packing.size(self.lanes),),
+        )
 
     def contiguous(self, x: Stream) -> Stream:
         """The rows without others between those of two images or after them, copied if need be."""

@@ -1,8 +1,13 @@
-"""A Relax function that calls our kernels one after the other; equal kernels are emitted once."""
+"""A Relax function that calls our kernels one after the other.
+
+Equal kernels are emitted once, and equal calls between them are made once.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -25,6 +30,9 @@ class Program:
         self.input = relax.Var("images", relax.TensorType(shape, "float32"))
         self._kernels: dict[Hashable, Any] = {}
         self._names: set[str] = set()
+        # What each kernel returned for its operands, and constants by their content.
+        self._results: dict[Hashable, list[tuple[list[Value], Value]]] = defaultdict(list)
+        self._constants: dict[Hashable, Value] = {}
         self.keys: list[Hashable] = []
 
     def build(
@@ -55,32 +63,43 @@ class Program:
         shape: tuple[int, ...],
         dtype: str = "float32",
     ) -> Value:
-        """Call a kernel.
+        """Call a kernel, unless its result for these operands is known.
 
         Args:
             name: The kernel's name; a second kernel of the name gets a number.
             key: Equal keys denote the same kernel.
             kernel: Emits the kernel; called for a new key only.
             operands: The inputs.
-            shape: The shape of the result.
+            shape: The shape of the result. Flat values are those between kernels; others are
+                outputs of the network, which do not share memory.
             dtype: The type of the result.
 
         Returns:
             The result.
         """
+        flat = len(shape) == 1
+        for known, result in self._results[key] if flat else ():
+            if all(one.same_as(other) for one, other in zip(known, operands, strict=True)):
+                return result
         if key not in self._kernels:
             unique = name if name not in self._names else f"{name}_{len(self._kernels)}"
             self._names.add(unique)
             function = kernel().with_attr("tirx.noalias", True)
             self._kernels[key] = self.builder.add_func(function, unique)
         self.keys.append(key)
-        return self.builder.emit(
+        result = self.builder.emit(
             relax.call_tir(self._kernels[key], operands, relax.TensorType(shape, dtype))
         )
+        self._results[key].append((operands, result))
+        return result
 
     def constant(self, value: NDArray[np.generic]) -> Value:
-        """Numbers that are part of the program."""
-        return relax.const(value)
+        """Numbers that are part of the program; equal ones are the same constant."""
+        value = np.asarray(value, order="C")
+        content = (value.dtype.str, value.shape, sha256(value.data).digest())
+        if content not in self._constants:
+            self._constants[content] = relax.const(value)
+        return self._constants[content]
 
 
 def lowering() -> tvm.transform.Pass:

@@ -1,11 +1,13 @@
 """Selections of tokens by content as calls of kernels: scores, the choice, and the rows that stay.
 
 Scores are computed in fp32 in any precision, so that eight bits change a choice only through the
-stream.
+stream. In fp32 the scores of an attention use the queries and keys of the sub-layer itself; in
+eight bits that of the class token needs no keys.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,18 +15,17 @@ import numpy as np
 from ...compress.network.architecture import AttentionSpec, BranchSpec, SelectSpec
 from ...compress.network.modules.select import Select, first_places
 from ...compress.network.select_specs import folds_keys
-from .attention import Attend
 from .choices import CHOICE_KERNEL
 from .emitter import Emitter, Epilogue
 from .head_norm import HeadNorm
-from .key_packing import HeadColumns, pack_keys
+from .key_packing import HeadColumns
 from .matrices import Matrix, ProductInput, State, Stream, affine, linear, sub_state
 from .program import Value
 from .sublayers import (
     LOG2_E,
     Projected,
     differential_lambda,
-    prepare_scores,
+    project,
     read_stream,
     relative_bias,
 )
@@ -172,14 +173,21 @@ def _attention_scores(
     source = read_stream(emitter, scored.stream, scored.branch, scored.state, only_products=False)
     state = sub_state(scored.state, "core")
     lengths: Value | None = None
+    factors = np.full(core.heads * core.parts, 1 / core.heads, np.float32)
     if spec.scorer == "column-attention":
-        maps = _attention_columns(emitter, source, core, state, tokens)
-        lengths = _value_lengths(emitter, source, core, state)
-    elif folds_keys(core):
+        projected = project(emitter, source, core, state, tokens, force_fp32=True)
+        maps = _attention_columns(emitter, projected, core, state, tokens)
+        lengths = _value_lengths(emitter, projected, core)
+        # Values are repeated for each part of a head.
+        factors /= np.float32(math.sqrt(core.parts))
+    elif folds_keys(core) and not emitter.computes_fp32:
         maps = _folded_class_weights(emitter, source, core, state)
     else:
-        maps = _attention_columns(emitter, source, core, state, 1)
-    factors = np.full(core.heads * core.parts, 1 / core.heads, np.float32)
+        # In fp32 these are the queries, keys and values of the sub-layer itself.
+        fp32 = emitter.computes_fp32
+        queries = prefix + patches if fp32 else 1
+        projected = project(emitter, source, core, state, queries, values=fp32, force_fp32=True)
+        maps = _attention_columns(emitter, projected, core, state, 1)
     if core.differential is not None:
         factors[1::2] *= -np.float32(differential_lambda(core.differential, state))
     join = JoinMaps(
@@ -195,33 +203,25 @@ def _attention_scores(
     return Stream(value, patches, 1, 1)
 
 
-def _query_matrix(core: AttentionSpec, state: State) -> Matrix:
-    """The projection of the queries, scaled where no norm follows."""
-    matrix = linear(state, "q")
-    return matrix if core.q_norm is not None else matrix.scaled(np.float32(core.scale * LOG2_E))
-
-
-def _key_matrix(core: AttentionSpec, state: State) -> Matrix:
-    """The projection of the keys, of each head its own."""
-    matrix = linear(state, "k")
-    return matrix if core.kv_of is None else matrix.select_heads(core.kv_of, core.qk)
-
-
 def _folded_class_weights(
     emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State
 ) -> Value:
     """How much the first token attends to each, by head, without computing keys."""
     x, heads, batch = source.stream, core.heads * core.parts, emitter.batch
     threads = emitter.schedule.threads
-    matrix = source.transform.fold_into(_query_matrix(core, state))
-    queries = emitter.dense(x, 1, matrix, force_fp32=True)
+    q, k = linear(state, "q"), linear(state, "k")
+    if core.kv_of is not None:
+        k = k.select_heads(core.kv_of, core.qk)
+    if core.q_norm is None:
+        q = q.scaled(np.float32(core.scale * LOG2_E))
+    queries = emitter.dense(x, 1, source.transform.fold_into(q), force_fp32=True)
     if core.q_norm is not None:
         spec = HeadNorm(batch, queries.width, 0, heads, core.q_norm, core.qk_norm_per_head)
         scale = core.scale * LOG2_E
         queries = emitter.head_norm(queries, spec, affine(state, "q_norm"), scale)
     # What a bias adds to the keys adds the same to every score of a head.
     transform = replace(source.transform, bias=None)
-    weight = transform.fold_into(Matrix(_key_matrix(core, state).weight, None)).weight
+    weight = transform.fold_into(Matrix(k.weight, None)).weight
     weight = np.pad(weight, ((0, x.width - len(weight)), (0, 0)))
     folded = FoldedQueries(batch, heads, core.qk, x.width, queries.width)
     by_head = emitter.program.call(
@@ -242,63 +242,33 @@ def _folded_class_weights(
 
 
 def _attention_columns(
-    emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State, rows: int
+    emitter: Emitter, projected: Projected, core: AttentionSpec, state: State, rows: int
 ) -> Value:
     """How much the first `rows` tokens together attend to each, by head."""
-    x, transform, lanes = source.stream, source.transform, emitter.lanes
-    queries, keys = (
-        emitter.dense(x, count, transform.fold_into(matrix), force_fp32=True)
-        for count, matrix in (
-            (rows, _query_matrix(core, state)),
-            (x.rows, _key_matrix(core, state)),
-        )
-    )
-    projected = prepare_scores(emitter, Projected(queries, keys, (0, 0, 0)), core, state)
-    queries, keys = projected.queries, projected.keys_values
-    spec = Attend(
-        images=emitter.batch,
-        heads=core.heads * core.parts,
-        tokens=x.rows,
-        query_rows=rows,
-        source=queries.layout,
-        queries=HeadColumns(queries.width, 0, core.qk),
-        keys=HeadColumns(keys.width, 0, core.qk),
-        values=HeadColumns(keys.width, 0, 0),
-        biased=core.bias is not None,
-    )
-    packing = spec.packing(emitter.schedule.tile(spec.shape).vectors)
-    packed = emitter.program.call(
-        "pack_keys",
-        packing,
-        lambda: pack_keys(packing, lanes, emitter.schedule.threads),
-        [keys.value],
-        (packing.size(lanes),),
-    )
-    operands = [queries.value, packed]
+    lanes, keys = emitter.lanes, projected.keys_values
+    spec = projected.attend(emitter, core, rows)
+    operands = [projected.queries.value, emitter.packed_keys(spec, keys)]
     if core.bias is not None:
-        bias = relative_bias(core, state, (rows, x.rows), lanes)
+        bias = relative_bias(core, state, (rows, keys.rows), lanes)
         operands.append(emitter.constant(bias.ravel()))
     return emitter.program.call(
         "column_sums",
         ("column-sums", spec),
         lambda: column_sums(spec, lanes, emitter.schedule),
         operands,
-        (spec.images * spec.heads * lanes.up(x.rows),),
+        (spec.images * spec.heads * lanes.up(keys.rows),),
     )
 
 
-def _value_lengths(
-    emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State
-) -> Value:
+def _value_lengths(emitter: Emitter, projected: Projected, core: AttentionSpec) -> Value:
     """The length of each token's values, over all heads."""
-    x, matrix = source.stream, linear(state, "v")
-    if core.kv_of is not None:
-        matrix = matrix.select_heads(core.kv_of, core.v)
-    values = emitter.dense(x, x.rows, source.transform.fold_into(matrix), force_fp32=True)
+    x, batch, lanes = projected.keys_values, emitter.batch, emitter.lanes
+    width = core.heads * core.parts * lanes.up(core.v)
+    columns = HeadColumns(x.width, projected.first[2], width)
     return emitter.program.call(
         "row_lengths",
-        ("row-lengths", values.layout, values.used),
-        lambda: row_lengths(emitter.batch, values.rows, values.layout, values.used, emitter.lanes),
-        [values.value],
-        (emitter.batch * values.rows,),
+        ("row-lengths", x.layout, columns),
+        lambda: row_lengths(batch, x.rows, x.layout, columns, lanes),
+        [x.value],
+        (batch * x.rows,),
     )

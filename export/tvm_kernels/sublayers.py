@@ -64,6 +64,22 @@ class Projected:
             return replace(self, queries=stream, keys_values=stream)
         return replace(self, keys_values=stream)
 
+    def attend(self, emitter: Emitter, core: AttentionSpec, rows: int) -> Attend:
+        """The attention of the first `rows` queries of each image."""
+        at_queries, at_keys, at_values = self.first
+        values = emitter.lanes.up(core.v) if at_values < self.keys_values.used else 0
+        return Attend(
+            images=emitter.batch,
+            heads=core.heads * core.parts,
+            tokens=self.keys_values.rows,
+            query_rows=rows,
+            source=self.queries.layout,
+            queries=HeadColumns(self.queries.width, at_queries, core.qk),
+            keys=HeadColumns(self.keys_values.width, at_keys, core.qk),
+            values=HeadColumns(self.keys_values.width, at_values, values),
+            biased=core.bias is not None,
+        )
+
 
 def attention(
     emitter: Emitter,
@@ -81,8 +97,7 @@ def attention(
         state: Its parameters.
         output: The output projection, for how many rows, and the residual stream.
     """
-    projected = _project(emitter, source, core, state, output.rows)
-    projected = prepare_scores(emitter, projected, core, state)
+    projected = project(emitter, source, core, state, output.rows)
     found = _attend(emitter, projected, core, state, output.rows)
     gain = 1.0
     if core.differential is not None:
@@ -104,10 +119,27 @@ def attention(
     return _project_output(emitter, source, core, state, found, output)
 
 
-def _project(
-    emitter: Emitter, source: ProductInput, core: AttentionSpec, state: State, rows: int
+def project(
+    emitter: Emitter,
+    source: ProductInput,
+    core: AttentionSpec,
+    state: State,
+    rows: int,
+    *,
+    values: bool = True,
+    force_fp32: bool = False,
 ) -> Projected:
-    """Queries, keys and values: one product, or two if there are fewer queries than tokens."""
+    """Emit queries, keys and values: one product, or two if there are fewer queries than tokens.
+
+    Args:
+        emitter: Receives the calls.
+        source: What the projections read.
+        core: The attention.
+        state: Its parameters.
+        rows: Queries of each image, those of the first rows.
+        values: Whether values are computed; otherwise there are only queries and keys.
+        force_fp32: Compute in fp32 in any precision.
+    """
     x, transform, heads = source.stream, source.transform, core.heads
     # Differential attention has two maps a head, each with its own queries and keys, over the same
     # values.
@@ -121,18 +153,23 @@ def _project(
     v = v.with_padded_heads(heads, width)
     if maps > heads:
         v = v.select_heads(tuple(number // core.parts for number in range(maps)), width)
+    others = [k, v] if values else [k]
     if rows == x.rows:
-        joined = emitter.dense(x, rows, transform.fold_into(concatenate([q, k, v])))
-        return Projected(joined, joined, (0, maps * core.qk, 2 * maps * core.qk))
-    queries = emitter.dense(x, rows, transform.fold_into(q))
-    keys_values = emitter.dense(x, x.rows, transform.fold_into(concatenate([k, v])))
-    return Projected(queries, keys_values, (0, 0, maps * core.qk))
+        matrix = transform.fold_into(concatenate([q, *others]))
+        joined = emitter.dense(x, rows, matrix, force_fp32=force_fp32)
+        projected = Projected(joined, joined, (0, maps * core.qk, 2 * maps * core.qk))
+    else:
+        queries = emitter.dense(x, rows, transform.fold_into(q), force_fp32=force_fp32)
+        matrix = transform.fold_into(concatenate(others))
+        keys_values = emitter.dense(x, x.rows, matrix, force_fp32=force_fp32)
+        projected = Projected(queries, keys_values, (0, 0, maps * core.qk))
+    return _prepare_scores(emitter, projected, core, state)
 
 
-def prepare_scores(
+def _prepare_scores(
     emitter: Emitter, projected: Projected, core: AttentionSpec, state: State
 ) -> Projected:
-    """Emit the norms and rotary positions of queries and keys."""
+    """Norms and rotary positions of queries and keys."""
     at_queries, at_keys, _ = projected.first
     maps = core.heads * core.parts
     if core.q_norm is not None:
@@ -201,18 +238,7 @@ def _attend(
 ) -> Stream:
     """The heads' sums of values, side by side."""
     queries, keys_values = projected.queries, projected.keys_values
-    at_queries, at_keys, at_values = projected.first
-    spec = Attend(
-        images=emitter.batch,
-        heads=core.heads * core.parts,
-        tokens=keys_values.rows,
-        query_rows=rows,
-        source=queries.layout,
-        queries=HeadColumns(queries.width, at_queries, core.qk),
-        keys=HeadColumns(keys_values.width, at_keys, core.qk),
-        values=HeadColumns(keys_values.width, at_values, emitter.lanes.up(core.v)),
-        biased=core.bias is not None,
-    )
+    spec = projected.attend(emitter, core, rows)
     bias = None
     if core.bias is not None:
         bias = relative_bias(core, state, (rows, keys_values.rows), emitter.lanes)

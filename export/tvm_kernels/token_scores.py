@@ -10,6 +10,7 @@ from tvm.tirx.script import builder as T
 
 from .activations import ACTIVATIONS
 from .attention import Attend, AttendBuffers, TileWriter, powers
+from .key_packing import HeadColumns
 from .lanes import Buffer, Expr, Lanes, RowLayout, bind
 from .loops import over_threads, share_bounds, split_evenly, sum_over
 from .schedule import Schedule
@@ -165,7 +166,7 @@ def column_sums(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
     """The kernel: (rows of queries, packed keys, [biases]) -> sums over the queries, all flat.
 
     The result has the shape (images, heads, tokens in whole vectors): how much all queries of a
-    head attend to each token. `spec` has no columns of values.
+    head attend to each token. Values are not read.
     """
     tile = schedule.tile(spec.shape)
     runs, stride = split_evenly(spec.query_rows, tile.rows), lanes.up(spec.tokens)
@@ -209,14 +210,16 @@ def column_sums(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
     return builder.get()
 
 
-def row_lengths(images: int, rows: int, source: RowLayout, used: int, lanes: Lanes) -> Any:
-    """The kernel: rows -> their Euclidean lengths (images, rows), flat.
+def row_lengths(
+    images: int, rows: int, source: RowLayout, columns: HeadColumns, lanes: Lanes
+) -> Any:
+    """The kernel: rows -> the Euclidean lengths of some columns (images, rows), flat.
 
     Args:
         images: Batch size.
         rows: Rows of each image.
         source: Where they are.
-        used: Columns of a row that have a meaning.
+        columns: The columns; their number is a multiple of the vector width.
         lanes: The vectors.
     """
     with IRBuilder() as builder, T.prim_func():
@@ -224,13 +227,13 @@ def row_lengths(images: int, rows: int, source: RowLayout, used: int, lanes: Lan
         x = T.arg("x", T.buffer((source.size(images, rows),), "float32"))
         out = T.arg("out", T.buffer((images * rows,), "float32"))
         with T.serial(0, images) as image, T.serial(0, rows) as row:
-            start = bind(source.start(image, row))
+            start = bind(source.start(image, row) + columns.first)
 
             def square(column: Expr) -> Expr:
                 value = bind(lanes.load(x, start + column))
                 return value * value
 
-            T.buffer_store(out, T.sqrt(sum_over(lanes, used, square)), [image * rows + row])
+            T.buffer_store(out, T.sqrt(sum_over(lanes, columns.each, square)), [image * rows + row])
     return builder.get()
 
 

@@ -48,6 +48,7 @@ from vitrim.export.tvm_kernels.attention import Attend
 from vitrim.export.tvm_kernels.build import TvmNetwork, build_network, tvm_target
 from vitrim.export.tvm_kernels.calibration import find_ranges
 from vitrim.export.tvm_kernels.coverage import uncovered_part
+from vitrim.export.tvm_kernels.emitter import Emitter
 from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
 from vitrim.export.tvm_kernels.network import choosing_module, kernel_specs
 from vitrim.export.tvm_kernels.precision import Name, precision_named
@@ -107,10 +108,19 @@ def torchs(
 
 
 def assert_equal_to_torch(
-    model: CompactModel, profile: TargetProfile, batch: int, tolerance: float, threads: int = 1
+    model: CompactModel,
+    profile: TargetProfile,
+    batch: int,
+    tolerance: float,
+    threads: int = 1,
+    *,
+    shared: bool = True,
 ) -> None:
+    """Compare outputs, and choices; `shared`: with the queries and keys of the sub-layer itself."""
     images = noise(model, batch)
-    logits, chosen = compiled(model, profile, images, threads=threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Emitter, "computes_fp32", shared)
+        logits, chosen = compiled(model, profile, images, threads=threads)
     wanted, scores = torchs(model, images, chosen)
     assert len(chosen) == len(model.architecture.selects)
     for select, places in zip(model.architecture.selects, chosen, strict=True):
@@ -195,9 +205,9 @@ def with_relative_bias() -> CompactModel:
 
 
 @pytest.mark.parametrize("kind", ["plain", "direct", "differential"])
-@pytest.mark.parametrize("batch", [1, 7])
-def test_every_scorer_computes_torchs_outputs(kind: str, batch: int) -> None:
-    assert_equal_to_torch(sample(kind), runnable()[0], batch, 1e-5)
+@pytest.mark.parametrize(("batch", "shared"), [(1, False), (7, True)])
+def test_every_scorer_computes_torchs_outputs(kind: str, batch: int, shared: bool) -> None:
+    assert_equal_to_torch(sample(kind), runnable()[0], batch, 1e-5, shared=shared)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -210,7 +220,7 @@ def test_threads_share_scores_rows_and_the_columns_of_fused_tokens() -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-static"])
-@pytest.mark.parametrize(("kind", "batch"), [("plain", 1), ("direct", 3)])
+@pytest.mark.parametrize(("kind", "batch"), [("plain", 1), ("direct", 3), ("differential", 3)])
 def test_scores_stay_in_fp32_in_eight_bits(kind: str, precision: Name, batch: int) -> None:
     model = sample(kind)
     images = noise(model, batch)
@@ -232,13 +242,14 @@ def test_scores_stay_in_fp32_in_eight_bits(kind: str, precision: Name, batch: in
     batch=st.integers(1, 3),
     threads=st.integers(1, 2),
     unit=st.integers(0, 2),
+    shared=st.booleans(),
 )
 def test_any_covered_network_with_selections_computes_torchs_outputs(
-    architecture: Architecture, batch: int, threads: int, unit: int
+    architecture: Architecture, batch: int, threads: int, unit: int, shared: bool
 ) -> None:
     assume(uncovered_part(architecture) is None)
     profile = runnable()[unit % len(runnable())]
-    assert_equal_to_torch(network(architecture), profile, batch, 1e-4, threads)
+    assert_equal_to_torch(network(architecture), profile, batch, 1e-4, threads, shared=shared)
 
 
 @pytest.mark.parametrize(("patches", "kept"), [(1, 1), (5, 4), (196, 137), (197, 8)])
@@ -284,6 +295,15 @@ def test_products_behind_a_selection_have_the_rows_that_stay() -> None:
     # The places of a fixed order are constants.
     assert len([name for name in names if "choose_patches" in name]) == 4
     assert not [name for name in names if "first_rows" in name]
+
+
+def test_in_fp32_the_class_attention_of_a_selection_adds_no_product() -> None:
+    lanes, schedule = Lanes.of(HOST.vector), default_schedule(HOST.vector)
+    model = with_relative_bias()
+    (select,) = model.architecture.selects
+    constant = select.model_copy(update={"scorer": "random"})
+    other = network(model.architecture.model_copy(update={"selects": (constant,)}))
+    assert kernel_specs(model, lanes, schedule, 2) == kernel_specs(other, lanes, schedule, 2)
 
 
 def written(folder: Path, target: str, batch: int) -> tuple[CompactModel, RuntimeFiles]:
