@@ -101,8 +101,7 @@ def run_study(study: Study, folder: Path, options: StudyOptions | None = None) -
         states = table.states()
         kept = {"done"} if options.retry_failed else {"done", "failed"}
         todo = {run.id for run in runs if states[run.id] not in kept}
-        for run_id in todo:
-            table.change(run_id, "waiting")
+        table.restart(todo)
         until = study.section.until
         jobs = plan_jobs(runs, split=options.jobs > 1 or options.ray is not None, until=until)
         jobs = [job for job in jobs if job.run.id in todo]

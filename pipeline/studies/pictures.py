@@ -25,7 +25,7 @@ from .summary import Summary, number, pareto
 from .table import Row
 
 WIDTH_PX, HEIGHT_PX, LEGEND_PX = 760.0, 460.0, 22.0
-# An axis with more values has too many colours to be told apart.
+# An axis with more values has too many colours to distinguish.
 MOST_COLOURS = 6
 LONGEST_NAME = 24
 _STYLE = packed(

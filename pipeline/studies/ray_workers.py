@@ -47,7 +47,7 @@ def run_on_ray(
         jobs: Each after those that it needs.
         folder: The absolute path of the study folder.
         address: `auto`, or the address of a cluster. `auto` starts one on this machine where none
-            runs.
+            runs. A process that is connected to a cluster uses that one.
         jobs_per_machine: Trainings at a time on one machine.
 
     Yields:
@@ -59,7 +59,9 @@ def run_on_ray(
     require_ray()
     import ray
 
-    _connect(ray, address)
+    connected = ray.is_initialized()
+    if not connected:
+        _connect(ray, address)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         task = ray.remote(_task).options(max_retries=RETRIES, name="vitrim")
@@ -69,7 +71,8 @@ def run_on_ray(
         measured = [job for job in jobs if job.measures and job.run.id not in failed]
         yield from _all(ray, task, measured, folder, [_whole_machine(nodes)] * len(measured))
     finally:
-        ray.shutdown()
+        if not connected:
+            ray.shutdown()
 
 
 def _connect(ray: Any, address: str) -> None:

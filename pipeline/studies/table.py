@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -181,6 +181,12 @@ class StudyTable:
         with self._link() as link, _change(link):
             _add_columns(link, columns)
             link.execute(f"UPDATE runs SET {sets} WHERE id = ?", (*values.values(), run_id))
+
+    def restart(self, run_ids: Collection[str]) -> None:
+        """Set runs to `waiting`, in one transaction."""
+        sql = "UPDATE runs SET state = 'waiting', reason = NULL, changed_at = ? WHERE id = ?"
+        with self._link() as link, _change(link):
+            link.executemany(sql, [(_now(), run_id) for run_id in run_ids])
 
     def states(self) -> dict[str, State]:
         """The state of every run."""
