@@ -288,10 +288,12 @@ def _folded_scores(writer: AttentionWriter) -> str:
     if spec.kv_of is not None:
         keys = keys[list(spec.kv_of)]
     keys = np.ascontiguousarray(keys)
-    q = writer.reshape(
-        writer.linear(writer.rows.queries, weights.q, "q"), [-1, heads, spec.qk], "q.split"
-    )
-    q = writer.transpose_heads(writer.head_norm(weights.q_norm, q, "q_norm"), "q.heads")
+    q = writer.linear(writer.rows.queries, weights.q, "q")
+    if weights.q_norm is not None:
+        q = writer.reshape(q, [1, heads, spec.qk], "q.split")
+        q = writer.head_norm(weights.q_norm, q, "q_norm")
+    # Of one row, heads come first without a Transpose.
+    q = writer.reshape(q, [heads, 1, spec.qk], "q.heads")
     folded = graph.product(q, keys, f"{writer.name}.k.weight", f"{writer.name}.q.folded")
     folded = writer.reshape(folded, [heads, -1], "q.rows")
     if writer.matrix:
