@@ -30,6 +30,7 @@ SELECTING: tuple[str, ...] = get_args(TokenMethod)[1:4]
 # Keys of the methods that choose for each image; those of a static choice beside them.
 SELECTION_KEYS = (
     *("token_ratio", "token_stages", "token_rule", "token_order", "token_epochs", "token_lr"),
+    "token_ratio_weight",
 )
 
 
@@ -177,6 +178,12 @@ class MasksSection(Section):
     )
     token_lr: float | None = Field(
         None, gt=0.0, description="learning rate of predictors; absent: 1e-3"
+    )
+    token_ratio_weight: float | None = Field(
+        None,
+        ge=0.0,
+        description="weight of DynamicViT's loss on kept shares; absent: 2. More where the share "
+        "that is kept in training (`kept_percent_0`... in history.jsonl) stays above the target",
     )
     epochs: int = Field(20, gt=0, description="maximum number of epochs of mask learning")
     lr: float = Field(1e-4, gt=0.0, description="learning rate of the weights during mask learning")
@@ -343,6 +350,8 @@ class MasksSection(Section):
                 f'token_order = "{self.token_order}" needs method = "learned"; a closed-form cut '
                 'of widths comes first, token_order = "widths-first"'
             )
+        if self.token_ratio_weight is not None and self.tokens != "dynamicvit":
+            raise ValueError(f'token_ratio_weight is of "dynamicvit"; "{self.tokens}" has none')
         if self.token_epochs == 0 and self.tokens in ("dynamicvit", "dps"):
             raise ValueError(
                 f'token_epochs = 0 leaves tokens = "{self.tokens}" untrained; leave it out, or '

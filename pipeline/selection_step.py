@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from .masks_section import MasksSection
 from .recipe import Recipe
 
-DEFAULT_RATIO, DEFAULT_LR = 0.7, 1e-3
+DEFAULT_RATIO, DEFAULT_LR, DEFAULT_WEIGHT = 0.7, 1e-3, 2.0
 
 
 def with_selections(model: CompactModel, section: MasksSection, seed: int) -> CompactModel:
@@ -103,7 +103,9 @@ def selection_objective(
     """
     section = recipe.masks
     rate = lr or section.token_lr or DEFAULT_LR
-    settings = SelectionSettings(cast("SelectMethod", section.tokens), lr=rate, alone=alone)
+    weight = DEFAULT_WEIGHT if section.token_ratio_weight is None else section.token_ratio_weight
+    method = cast("SelectMethod", section.tokens)
+    settings = SelectionSettings(method, lr=rate, alone=alone, ratio_weight=weight)
     return make_objective(
         settings,
         total_steps,

@@ -193,6 +193,7 @@ def test_the_keys_are_part_of_the_identity_of_the_step(recipe_file: Path) -> Non
         (('masks.token_order="tokens-first"',), "token_order needs a method that chooses for"),
         ((*tokens("evit"), "masks.token_macs=0.6"), "token_macs is that of one set for all images"),
         ((*tokens("evit"), "masks.token_counts=[4]"), "`token_counts` and `token_ratio` both set"),
+        ((*tokens("dps"), "masks.token_ratio_weight=4"), 'token_ratio_weight is of "dynamicvit"'),
         ((*tokens("dps"), "masks.token_epochs=0"), 'token_epochs = 0 leaves tokens = "dps"'),
         (
             (*tokens("dps"), 'masks.method="closed-form"', 'masks.token_order="together"'),
