@@ -178,7 +178,7 @@ def test_milliseconds_of_a_cost_table_are_a_budget(finished: Path) -> None:
         ([*CLOSED_FORM, "masks.target_runtime=tvm"], "target_runtime needs a budget of millisec"),
         (
             [*CLOSED_FORM, "masks.latency_ms=0.001", 'masks.cost_table="costs.json"'],
-            "masks.latency: 0.001 ms: the smallest latency that can be reached is 0.03",
+            "masks.latency: 0.001 ms: the smallest latency that can be reached is 0.02",
         ),
         (
             [
