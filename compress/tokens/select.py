@@ -138,6 +138,17 @@ def kept_patches(
     Of the patches of the stem, rounded down, as in DynamicViT; "evit" keeps a share of the tokens
     that are there, rounded up, a fused one among them.
 
+    Args:
+        architecture: The network.
+        method: The method, as in `select_tokens`.
+        ratio: The share that the first stage keeps, above 0 and below 1.
+        rule: How the share goes on, as in `select_tokens`.
+        stages: The blocks of the stages.
+        counts: The numbers themselves, instead of `ratio` and `rule`.
+
+    Returns:
+        One number for each stage, decreasing.
+
     Raises:
         InputError: A count leaves no patch, or drops none.
     """
