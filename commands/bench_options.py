@@ -107,6 +107,17 @@ Batch = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+Bucket = Annotated[
+    int | None,
+    typer.Option(
+        "--bucket",
+        metavar="N",
+        help="Patches that every image keeps, of an artifact with buckets; the largest one bounds "
+        "the latency. Absent: each image has its own.",
+        show_default=False,
+        rich_help_panel=HOW,
+    ),
+]
 Pin = Annotated[
     str | None,
     typer.Option(
@@ -291,6 +302,7 @@ class How:
 
     threads: Threads = 1
     batch: Batch = None
+    bucket: Bucket = None
     pin: Pin = None
     spinning: Spinning = False
     provider: Provider = None
@@ -366,6 +378,7 @@ def measure_options(how: How, what: What) -> MeasureOptions:
         dataset=what.dataset,
         dataset_limit=what.dataset_limit,
         time_limit_s=TIME_LIMIT_S if how.time_limit_s is None else how.time_limit_s,
+        bucket=how.bucket,
         pinning=_cpus(how.pin),
         spinning=how.spinning,
         providers=tuple(map(_provider, how.provider)) if how.provider else (CPU,),

@@ -26,6 +26,7 @@ from .option_groups import with_option_groups
 if TYPE_CHECKING:
     from ..bench.results.measurement import Measurement
     from ..compress.network.modules.model import CompactModel
+    from ..compress.tokens.buckets import BucketedModel
     from ..export.artifact import Artifact
 
 Image = tuple[int, int, int]
@@ -236,19 +237,23 @@ def _export_graph_file(request: _Request) -> Artifact:
     return export_graph(path, request.out, **request.arguments(entry.image, classes))
 
 
-def _labelled(network: CompactModel, outputs: list[str] | None) -> int:
+def _labelled(network: CompactModel | BucketedModel, outputs: list[str] | None) -> int:
     """The number of classes that labels are for; 0 without a classifier or without its logits."""
     if network.architecture.head is None or (outputs and "logits" not in outputs):
         return 0
     return network.architecture.classes
 
 
-def _network(request: _Request) -> tuple[CompactModel, Image]:
+def _network(request: _Request) -> tuple[CompactModel | BucketedModel, Image]:
     """The model as it was saved, and the (channels, height, width) of the artifact's input."""
-    from ..compress.network.files import load
+    from ..compress.network.files import BUCKETS_FILE, load
     from ..compress.surgery.image_size import at_image_size
+    from ..compress.tokens.buckets import load_bucketed
     from ..export.resized_model import require_memory
 
+    if (request.model / BUCKETS_FILE).exists():
+        model = load_bucketed(request.model)
+        return model, model.architecture.image
     network = load(request.model)
     if request.variant.image_size is None:
         return network, network.architecture.image

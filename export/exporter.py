@@ -23,9 +23,11 @@ from ..compress.network.named_outputs import (
     output_specs,
     require_output_names,
 )
+from ..compress.tokens.buckets import BucketedModel
 from ..core.errors import InputError, UnsupportedModel
 from ..core.storage import replace_folder, require_output_folder
 from .artifact import ARTIFACT, ARTIFACTS, Artifact
+from .buckets import export_bucketed, require_bucket_options
 from .choices import SelectionReference
 from .cross_target import verify_on_target
 from .description import description_of, require_description
@@ -105,7 +107,7 @@ def export(
     Args:
         model: Any module (batch, channels, height, width) -> (batch, classes). A `CompactModel`,
             or a model that `lift` reads, gets the graph forms; others are shipped as torch exports
-            them.
+            them. A `BucketedModel` is for "onnxruntime", batch 1, in "fp32" or "int8".
         folder: Where to write. On failure nothing is left there.
         target: Name of a device profile, or of its TOML file. It decides the form, and whether
             eight-bit products pay off.
@@ -162,6 +164,11 @@ def export(
     graph = GraphOptions(form, opset, tune, ort_format)
     names = () if outputs is None else require_output_names(outputs)
     names = () if names == (LOGITS,) else names
+    if isinstance(model, BucketedModel):
+        request = ExportRequest(
+            model.architecture.image, batch, overwrite, device, graph, numeric, manifest
+        )
+        require_bucket_options(request, resized=image_size is not None, outputs=names)
     validate_options(batch, device, graph, numeric)
     if isinstance(form, str) and form != PLAIN:
         graph = replace(graph, form=form_named(form))
@@ -241,6 +248,8 @@ def _require_possible(
 
 def _export(model: nn.Module, source: nn.Module, folder: Path, request: ExportRequest) -> Artifact:
     """Export `source`, which is `model` or computes named outputs of it."""
+    if isinstance(model, BucketedModel):
+        return export_bucketed(model, folder, request)
     stage("reference outputs")
     probe = Probe.of(
         lambda images: torch_outputs(source, images),

@@ -14,6 +14,7 @@ The folder's format (schema `vitrim.manifest/1`; `manifest_schema()` returns it 
   patches; an output without these keys, the only one of its artifact, returns logits.
 - `preprocessing` and `labels` how pictures become inputs and logits become class names; `parity`
   how far each stage of the export changed the outputs.
+- `buckets` states, where images keep different numbers of patches, which ones, and who gets which.
 - A folder with a file that the manifest does not list, or with a symbolic link, is refused: only
   files that were verified are shipped.
 
@@ -240,7 +241,25 @@ class CpuFeatures(Plain):
     assumes: tuple[Name, ...] = ()
 
 
-class Manifest(Plain):
+class BucketsSpec(Plain):
+    """Numbers of patches of which each image gets one; the largest bounds the latency.
+
+    Attributes:
+        selection: Name of the selection that keeps them.
+        counts: The numbers, increasing. The optional input `bucket` forces one of them.
+        coverage: An image gets the smallest one whose best patches hold this share of its scores.
+        shares: Share of the calibration images in each, where there were any.
+        equal: Share of the parity images that got the bucket of the reference.
+    """
+
+    selection: Name
+    counts: tuple[Size, ...] = Field(min_length=2)
+    coverage: Annotated[float, Field(gt=0, le=1)]
+    shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    equal: Annotated[float, Field(ge=0, le=1)]
+
+
+class Manifest(PlainWithExtras):
     """What an artifact is; the module's docstring states the format.
 
     Attributes:
@@ -262,6 +281,7 @@ class Manifest(Plain):
         parity: How far each stage of the export changed the outputs.
         provenance: Where the model came from.
         notes: Lines for the user.
+        buckets: The numbers of patches that images may keep, where they differ between images.
         seal: SHA-256 of the manifest without this field.
     """
 
@@ -285,7 +305,13 @@ class Manifest(Plain):
     parity: tuple[Parity, ...] = ()
     provenance: Provenance = Provenance()
     notes: tuple[str, ...] = ()
+    buckets: BucketsSpec | None = None
     seal: Sha256 = "0" * 64
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """The fields of artifacts with buckets."""
+        return frozenset({"buckets"})
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

@@ -54,7 +54,8 @@ class OnnxRuntimeEngine(Engine):
     """An inference session.
 
     It also reads these keys of the job: providers, provider_options ({provider: {key: text}}),
-    arena, spinning, session (config entries); on a GPU device ("cuda", by default from the
+    arena, spinning, session (config entries), inputs (int64 values of optional inputs, by name; not
+    on a GPU); on a GPU device ("cuda", by default from the
     provider), copies (whether they are timed) and cuda_graph (replay a recorded graph).
     """
 
@@ -91,6 +92,7 @@ class OnnxRuntimeEngine(Engine):
                 f"input {only.name!r} is a {only.type}; it can be one of {', '.join(NUMPY_TYPES)}"
             )
         self.set_input(only.shape, NUMPY_TYPES[only.type], only.name)
+        self.optional = self._optional_inputs()
         outputs = [output.name for output in self.session.get_outputs()]
         self.output_names = self.set_outputs(outputs)
         self.provider_nodes = nodes = nodes_by_provider(self.session) if assigns else None
@@ -101,6 +103,12 @@ class OnnxRuntimeEngine(Engine):
         self.bound: Any = None
         if self.device:
             self.copies_timed = bool(self.job.get("copies", True))
+
+    def _optional_inputs(self) -> Json:
+        import numpy
+
+        given = self.job.get("inputs") or {}
+        return {name: numpy.array(value, numpy.int64) for name, value in given.items()}
 
     def infer(self, images: Any) -> Any:
         """Run the model; see `Engine.infer`."""
@@ -114,7 +122,8 @@ class OnnxRuntimeEngine(Engine):
         """All outputs, in the order of `output_names`."""
         if not self.device:
             try:
-                found: list[Any] = self.session.run(self.output_names, {self.input_name: images})
+                feeds = {self.input_name: images, **self.optional}
+                found: list[Any] = self.session.run(self.output_names, feeds)
                 return found
             except Exception as error:
                 name = os.path.basename(str(self.job["model"]))
@@ -209,7 +218,7 @@ class OnnxRuntimeEngine(Engine):
             options.profile_file_prefix = os.path.join(folder, "trace")
             session = self._open(options)
             for _ in range(count + 2):
-                session.run(self.output_names, {self.input_name: images})
+                session.run(self.output_names, {self.input_name: images, **self.optional})
             with open(session.end_profiling()) as stream:
                 return operator_rows(json.load(stream), count)
         finally:

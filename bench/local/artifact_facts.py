@@ -35,6 +35,7 @@ class ArtifactFacts:
         input: Name, shape, type and layout, which files of some runtimes do not contain.
         cpu: The instruction sets that it needs and assumes, and its target; see runtimes.
         warnings: What makes its outputs doubtful.
+        buckets: The numbers of patches of which each image keeps one; empty without buckets.
     """
 
     model: Path
@@ -53,6 +54,7 @@ class ArtifactFacts:
     input: dict[str, Any] | None = None
     cpu: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    buckets: tuple[int, ...] = ()
 
 
 def artifact_facts(artifact: Artifact | Path | str) -> ArtifactFacts:
@@ -110,6 +112,7 @@ def _of_artifact(artifact: Artifact) -> ArtifactFacts:
         input=given.model_dump(mode="json"),
         cpu=_cpu(manifest),
         warnings=manifest.warnings,
+        buckets=() if manifest.buckets is None else manifest.buckets.counts,
     )
 
 

@@ -222,6 +222,12 @@ def _job(name: str, facts: ArtifactFacts, options: MeasureOptions) -> Json:
         python = interpreter(facts.runtime)
     except EngineError as error:
         raise InputError(f"{name}: {error}") from None
+    if options.bucket is not None and options.bucket not in facts.buckets:
+        known = ", ".join(map(str, facts.buckets))
+        raise InputError(
+            f"{name}: has no bucket of {options.bucket} patches; "
+            + (f"choose {known}" if known else "its images all keep the same number; leave it out")
+        )
     on_cuda = facts.runtime == "torch" and options.providers[0].startswith("CUDA")
     session = {
         key: value
@@ -245,6 +251,7 @@ def _job(name: str, facts: ArtifactFacts, options: MeasureOptions) -> Json:
         "copies": options.copies,
         "cuda_graph": options.cuda_graph,
         "batch": options.batch,
+        **({} if options.bucket is None else {"inputs": {"bucket": options.bucket}}),
         "session": session,
         "input": facts.input,
         "cpu": facts.cpu,

@@ -31,6 +31,8 @@ class MeasureOptions:
         least_rounds: Smallest number of rounds.
         most_rounds: Largest number of rounds.
         batch: Batch size of models whose batch dimension is free.
+        bucket: Number of patches that every image keeps, for artifacts with buckets: one of their
+            counts. None: the scores of an image choose its bucket.
         pinning: CPU numbers that the runners are pinned to; no pinning by default.
         priority: "high" lets the runners run before other processes where that is permitted. The
             niceness that they got is recorded.
@@ -54,6 +56,7 @@ class MeasureOptions:
     least_rounds: int = 20
     most_rounds: int = 1000
     batch: int | None = None
+    bucket: int | None = None
     pinning: tuple[int, ...] | None = None
     priority: Literal["high", "normal"] = "high"
     spinning: bool = False

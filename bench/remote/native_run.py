@@ -45,8 +45,10 @@ class LinkExecutor:
         return None
 
 
-def require_native(name: str, facts: ArtifactFacts, providers: tuple[str, ...]) -> None:
-    """Raise InputError for an artifact or a provider that the native runner does not support."""
+def require_native(
+    name: str, facts: ArtifactFacts, providers: tuple[str, ...], bucket: int | None = None
+) -> None:
+    """Raise InputError for what the native runner does not support."""
     if facts.runtime != "onnxruntime":
         raise InputError(
             f"{name}: the native runner measures onnxruntime artifacts, not {facts.runtime}; "
@@ -56,6 +58,11 @@ def require_native(name: str, facts: ArtifactFacts, providers: tuple[str, ...]) 
         raise InputError(
             f"{name}: the native runner measures {CPU} only, not {providers[0]}; "
             "put Python and onnxruntime on the device"
+        )
+    if bucket is not None:
+        raise InputError(
+            f"{name}: the native runner cannot force bucket {bucket}; leave it out, or put Python "
+            "and onnxruntime on the device"
         )
 
 

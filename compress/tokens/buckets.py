@@ -122,6 +122,11 @@ class BucketedModel(nn.Module):
         self.network = _sharing(model, self.architectures[-1])
 
     @property
+    def architecture(self) -> Architecture:
+        """The architecture with the largest bucket."""
+        return self.architectures[-1]
+
+    @property
     def selection(self) -> Select:
         """The last selection."""
         return cast(Select, self.network.selects[-1])

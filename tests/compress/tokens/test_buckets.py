@@ -95,7 +95,8 @@ def test_calibration_meets_the_mean_and_leaves_little(mean: float) -> None:
     model = bucketed(MODEL, COUNTS, images=pictures, mean_patches=mean)
     found = model.shares(pictures)
     assert found.mean_patches <= mean + 1e-9
-    assert model.buckets.shares == found.shares and model.buckets.images == 24
+    assert model.buckets.shares == found.shares
+    assert model.buckets.images == 24
     # One image more in the next bucket is the finest step.
     assert found.mean_patches > mean - 5 / 24 - 1e-9 or model.buckets.coverage == 1.0
     assert float(model.bucket_of(pictures).double().mean()) == pytest.approx(found.mean_patches)
@@ -159,7 +160,8 @@ def test_a_malformed_file_is_refused(tmp_path: Path, change: Any, reason: str) -
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError) as error:
         load_bucketed(folder)
-    assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
+    assert str(error.value).startswith(f"{path}: ")
+    assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -169,16 +171,16 @@ def test_a_model_without_buckets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"buckets\.json: not JSON"):
         load_bucketed(folder)
     (folder / "buckets.json").unlink()
-    with pytest.raises(InputError, match="vitrim.load reads a model without buckets"):
+    with pytest.raises(InputError, match=r"vitrim.load reads a model without buckets"):
         load_bucketed(folder)
 
 
 def test_selections_without_scores_of_the_image_are_refused() -> None:
-    with pytest.raises(InputError, match="select.1: scorer 'random' has no scores of an image"):
+    with pytest.raises(InputError, match=r"select.1: scorer 'random' has no scores of an image"):
         bucketed(selecting("random"), COUNTS, coverage=0.5)
-    with pytest.raises(InputError, match="select.1: a fused token stands for the dropped patches"):
+    with pytest.raises(InputError, match=r"select.1: a fused token stands for the dropped patches"):
         bucketed(selecting("evit"), COUNTS, coverage=0.5)
-    with pytest.raises(InputError, match="selects no patches; call vitrim.select_tokens first"):
+    with pytest.raises(InputError, match=r"selects no patches; call vitrim.select_tokens first"):
         bucketed(tiny_vit(img_size=32), COUNTS, coverage=0.5)
 
 
@@ -201,7 +203,7 @@ def test_wrong_arguments_are_refused(options: Any, reason: str) -> None:
 def test_wrong_counts_are_refused() -> None:
     with pytest.raises(InputError, match=r"buckets: counts: counts \[6, 3\] must be increasing"):
         bucketed(MODEL, (6, 3), coverage=0.5)
-    with pytest.raises(InputError, match="buckets: counts: select.1 leaves 16 tokens"):
+    with pytest.raises(InputError, match=r"buckets: counts: select.1 leaves 16 tokens"):
         bucketed(MODEL, (6, 16), coverage=0.5)
     model = BucketedModel(MODEL, Buckets(counts=(3, 6), coverage=0.5))
     with pytest.raises(InputError, match="bucket 4: there is none of 4 patches; choose 3, 6"):

@@ -1,0 +1,271 @@
+"""The artifact of a network with buckets: one ONNX file that chooses the bucket of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from ..compress.network.modules.select import Choices
+from ..compress.tokens.buckets import BucketedModel
+from ..core.errors import InputError
+from ..core.storage import replace_folder
+from . import capabilities
+from .artifact import ARTIFACT, Artifact
+from .cross_target import cross_target
+from .export_run import ExportRun, first_batch
+from .forms import Form, form_named, write_network
+from .forms.buckets import CHOSEN, join_buckets
+from .forms.select import random_places
+from .graphs.candidates import int8_weight_bits, readable
+from .graphs.known_forms import best_form
+from .graphs.model_facts import name_of, provenance_of, torch_outputs
+from .graphs.model_proto import INDICES, open_graph, opset_of, save_model
+from .manifest import Array, BucketsSpec, ChoiceParity, tool_versions
+from .onnxruntime_files import EIGHT_BITS, cpu_features, int8_notes
+from .parity import Probe, require_agreement, require_parity
+from .request import ONNXRUNTIME, ExportRequest
+from .sessions import config_for
+from .stage_line import stage
+
+TOOLS = ("vitrim", "torch", "timm", "onnx", "onnxruntime", "numpy")
+PRECISIONS = ("fp32", "int8")
+
+
+def require_bucket_options(
+    request: ExportRequest, *, resized: bool, outputs: Sequence[str]
+) -> None:
+    """Validate the options of an export of a network with buckets.
+
+    Args:
+        request: The options.
+        resized: Whether another image size is requested.
+        outputs: The names of requested outputs.
+
+    Raises:
+        InputError: An option is not for such networks; the message names it.
+    """
+    device, numeric, graph = request.device, request.numeric, request.graph
+    if device.runtime != ONNXRUNTIME:
+        raise InputError(
+            f"runtime {device.runtime!r} runs no buckets, which are for onnxruntime; export it, or "
+            "one count: BucketedModel.fixed(count)"
+        )
+    if numeric.precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise InputError(f"precision {numeric.precision!r}: a network with buckets has {known}")
+    if request.batch != 1:
+        raise InputError(
+            f"batch {request.batch!r}: every image has a bucket of its own; use batch 1"
+        )
+    found = {
+        "image_size": resized,
+        "outputs": bool(outputs),
+        "opset": graph.opset is not None,
+        "tune": graph.tune,
+        "ort_format": graph.ort_format,
+        "form 'plain'": graph.form == "plain",
+    }
+    for name, requested in found.items():
+        if requested:
+            raise InputError(f"{name} is not for networks with buckets; leave it out")
+
+
+def export_bucketed(model: BucketedModel, folder: Path, request: ExportRequest) -> Artifact:
+    """Write the artifact of a network with buckets, verified against it.
+
+    Args:
+        model: The network.
+        folder: Where to write. On failure nothing is left there.
+        request: The options; see `require_bucket_options`.
+
+    Returns:
+        The artifact, loaded and verified byte for byte.
+
+    Raises:
+        UnsupportedModel: The graph forms do not cover the network.
+        ParityError: The outputs differ for the same buckets and patches.
+    """
+    stage("reference outputs")
+    shape, images = request.shape, request.numeric.images
+    probe = Probe.of(lambda rows: torch_outputs(model, rows), shape, images)
+    run = ExportRun(request, probe, first_batch(request, probe))
+    run.notes.extend(request.manifest.notes)
+    form, measured = _form(model, request)
+    run.notes.append(f"form: {measured}")
+    precision = request.numeric.precision
+    stage(f"writing {len(model.buckets.counts)} buckets")
+    final = bucketed_graph(model, form, request, precision)
+    buckets = _verify(run, model, form, final)
+    with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
+        stage("writing model.onnx")
+        manifest = run.manifest(
+            name=name_of(model),
+            form=form.name,
+            files=save_model(final, aside),
+            provenance=provenance_of(model.network, request.manifest.provenance),
+            versions=tool_versions(*TOOLS),
+            opset=opset_of(final),
+            session=config_for(request.device.threads),
+            cpu=cpu_features(run),
+        )
+        Artifact.write(aside, manifest.model_copy(update={"buckets": buckets}))
+    return Artifact.load(folder)
+
+
+def bucketed_graph(
+    model: BucketedModel, form: Form, request: ExportRequest, precision: str
+) -> onnx.ModelProto:
+    """Write the graph of all buckets in one form.
+
+    Args:
+        model: The network.
+        form: The form.
+        request: The options.
+        precision: "fp32" or "int8".
+    """
+    eight: Any = {"linears": "int8", "weight_bits": int8_weight_bits(request)}
+    graphs = [
+        write_network(model.fixed(count), form, batch=1, **(eight if precision == "int8" else {}))
+        for count in model.buckets.counts
+    ]
+    spec = model.selection.spec
+    return join_buckets(
+        graphs,
+        model.buckets.counts,
+        selection=spec.name,
+        predicted=spec.scorer == "predictor",
+        coverage=model.buckets.coverage,
+    )
+
+
+def _form(model: BucketedModel, request: ExportRequest) -> tuple[Form, str]:
+    compact, form = readable(model.network), request.graph.form
+    if form is not None:
+        return (form_named(form) if isinstance(form, str) else form), "requested"
+    return best_form(
+        request.device.target,
+        1,
+        compact.architecture.tokens,
+        precision=request.numeric.precision,
+        threads=request.device.threads,
+    )
+
+
+def _verify(
+    run: ExportRun, model: BucketedModel, form: Form, final: onnx.ModelProto
+) -> BucketsSpec:
+    """Record the parity of the graph in single precision and in the requested one."""
+    request, target = run.request, run.request.device.target
+    precision = request.numeric.precision
+    graph = final if precision == "fp32" else bucketed_graph(model, form, request, "fp32")
+    equal = _compare(run, model, graph, f"form {form.name}", "fp32")
+    if precision != "fp32":
+        run.notes.extend(int8_notes(run))
+        reason = capabilities.int8_saturates_here(target)
+        if reason and precision in EIGHT_BITS:
+            run.notes.append(f"parity of {precision} was not run: {reason}")
+        else:
+            equal = _compare(run, model, final, precision, precision)
+    other = cross_target(target)
+    if other is not None:
+        run.notes.append(f"not run as {target}: a network with buckets is verified on this machine")
+    found, counts = model.buckets, ", ".join(map(str, model.buckets.counts))
+    run.notes.append(
+        f"buckets of {counts} patches at {model.selection.spec.name}: the bucket of torch on "
+        f"{100 * equal:.1f} % of {len(run.probe.images)} {run.probe.kind}; the largest one bounds "
+        "the latency"
+    )
+    return BucketsSpec(
+        selection=model.selection.spec.name,
+        counts=found.counts,
+        coverage=found.coverage,
+        shares=found.shares,
+        equal=equal,
+    )
+
+
+def _compare(
+    run: ExportRun, model: BucketedModel, graph: onnx.ModelProto, name: str, precision: str
+) -> float:
+    """Record the parity of a graph; returns the share of images with the bucket of torch.
+
+    Errors are those of torch in the bucket, and with the patches, that the graph chose.
+    """
+    stage(f"parity of {name}")
+    probe = run.probe
+    network = model.network
+    constant = random_places(network)
+    specs = [select for select in network.architecture.selects if select.name not in constant]
+    values = [*(f"{spec.name}{INDICES}" for spec in specs[:-1]), CHOSEN]
+    found, chosen = _run(graph, values, probe.images)
+    expected, references = [], []
+    for image, kept in zip(probe.images, chosen, strict=True):
+        pixels = torch.from_numpy(image[None]).to(next(model.parameters()).device)
+        own = Choices()
+        fixed = model.fixed(int(model.bucket_of(pixels)[0]))
+        names = iter(kept)
+        given = [
+            torch.tensor([constant[spec.name]])
+            if spec.name in constant
+            else torch.from_numpy(next(names))
+            for spec in network.architecture.selects
+        ]
+        with torch.inference_mode():
+            fixed(pixels, choices=own)
+            same = model.fixed(given[-1].shape[1])(pixels, choices=Choices(given=given))
+        expected.append(same.float().cpu().numpy())
+        named = zip(network.architecture.selects, own.found, strict=True)
+        references.append([each.cpu().numpy() for spec, each in named if spec.name not in constant])
+    tolerance = run.request.numeric.tolerances[precision]
+    parity = replace(probe, logits=np.concatenate(expected)).compare(
+        name, found, tolerance=tolerance, precision=precision
+    )
+    agreement = float((found.argmax(-1) == probe.logits.argmax(-1)).mean())
+    choices = tuple(
+        _choice(
+            spec.name,
+            spec.patches,
+            [row[place] for row in references],
+            [row[place] for row in chosen],
+        )
+        for place, spec in enumerate(specs)
+    )
+    parity = parity.model_copy(update={"top1_agreement": agreement, "choices": choices})
+    require_parity(parity, lambda _: None)
+    require_agreement(parity, probe.clear_agreement(found))
+    run.stages.append(parity)
+    pairs = zip(references, chosen, strict=True)
+    return float(np.mean([a[-1].shape == b[-1].shape for a, b in pairs]))
+
+
+def _run(
+    graph: onnx.ModelProto, values: Sequence[str], images: Array
+) -> tuple[Array, list[list[Array]]]:
+    """Run a graph on each image: all logits, and for each image the named values."""
+    opened = onnx.ModelProto()
+    opened.CopyFrom(graph)
+    opened.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in values
+    )
+    session = open_graph(opened)
+    rows = [
+        session.run(None, {"images": images[place : place + 1]}) for place in range(len(images))
+    ]
+    return np.concatenate([row[0] for row in rows]), [row[1:] for row in rows]
+
+
+def _choice(name: str, kept: int, wanted: Sequence[Array], found: Sequence[Array]) -> ChoiceParity:
+    """How often one selection chose as in the reference; the numbers of patches may differ."""
+    pairs = list(zip(wanted, found, strict=True))
+    return ChoiceParity(
+        selection=name,
+        kept=kept,
+        equal=float(np.mean([np.array_equal(a, b) for a, b in pairs])),
+        overlap=float(np.mean([np.intersect1d(a, b).size / max(a.size, b.size) for a, b in pairs])),
+    )

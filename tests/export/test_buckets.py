@@ -1,0 +1,133 @@
+"""Artifacts with buckets: one file that chooses the bucket of each image as torch does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from tiny_models import tiny_vit
+from torch import Tensor
+from typer.testing import CliRunner
+from vitrim import BucketedModel, InputError, bucketed, export, measure, select_tokens
+from vitrim.cli import app
+from vitrim.compress.tokens.select import SelectMethod
+from vitrim.export.artifact import Artifact
+
+COUNTS = (3, 6, 11)
+
+
+def images(count: int = 12, seed: int = 3) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def model(method: SelectMethod = "class-attention", **options: Any) -> BucketedModel:
+    torch.manual_seed(1)
+    dense = tiny_vit(img_size=32, depth=3)
+    for name, parameter in dense.named_parameters():
+        if name.endswith("qkv.weight"):
+            parameter.data *= 8
+    chosen = select_tokens(dense, method, **{"stages": [1], "ratio": 0.6, **options})
+    for parameter in chosen.selects.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return bucketed(chosen, COUNTS, images=images(), mean_patches=6.5).eval()
+
+
+def run(artifact: Artifact, image: np.ndarray, **feeds: Any) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(artifact.model_path))
+    return np.asarray(session.run(["logits"], {"images": image, **feeds})[0])
+
+
+@pytest.mark.parametrize("method", ["class-attention", "column-attention", "dynamicvit"])
+def test_the_file_chooses_the_bucket_of_torch(tmp_path: Path, method: SelectMethod) -> None:
+    source, pictures = model(method), images()
+    artifact = export(source, tmp_path / "a", images=pictures.numpy())
+    found = artifact.manifest.buckets
+    assert found is not None
+    assert found.counts == COUNTS
+    assert found.equal == 1.0
+    assert found.shares == source.buckets.shares
+    stage = artifact.manifest.parity[-1]
+    assert stage.max_relative_error < 1e-4
+    assert stage.choices is not None
+    assert [choice.equal for choice in stage.choices] == [1.0]
+    assert len(source.bucket_of(pictures).unique()) > 1
+    for image in pictures.split(1):
+        with torch.no_grad():
+            expected = source(image).numpy()
+        assert np.abs(run(artifact, image.numpy()) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_the_optional_input_forces_a_bucket(tmp_path: Path) -> None:
+    source, image = model(), images(1)
+    artifact = export(source, tmp_path / "a")
+    for count in COUNTS:
+        with torch.no_grad():
+            expected = source.fixed(count)(image).numpy()
+        found = run(artifact, image.numpy(), bucket=np.array(count))
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_eight_bits_and_an_earlier_selection(tmp_path: Path) -> None:
+    chosen = select_tokens(tiny_vit(img_size=32, depth=3), stages=[0, 1], counts=[14, 8])
+    source = bucketed(chosen, (3, 8), images=images(), mean_patches=6).eval()
+    artifact = export(source, tmp_path / "a", precision="int8", images=images().numpy())
+    names = [stage.stage for stage in artifact.manifest.parity]
+    assert names[-1] == "int8"
+    choices = artifact.manifest.parity[-1].choices
+    assert choices is not None
+    assert [(choice.selection, choice.kept) for choice in choices] == [
+        ("select.0", 14),
+        ("select.1", 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"runtime": "openvino"}, "runtime 'openvino' runs no buckets"),
+        ({"precision": "int8-weights"}, "a network with buckets has fp32, int8"),
+        ({"batch": 4}, "batch 4: every image has a bucket of its own; use batch 1"),
+        ({"outputs": ["features"]}, "outputs is not for networks with buckets"),
+        ({"opset": 21}, "opset is not for networks with buckets"),
+        ({"image_size": 64}, "image_size is not for networks with buckets"),
+        ({"form": "plain"}, "form 'plain' is not for networks with buckets"),
+    ],
+)
+def test_what_has_no_buckets_is_refused(tmp_path: Path, options: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        export(MODEL, tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+
+
+MODEL = model()
+
+
+def test_the_command_exports_a_saved_model_with_its_buckets(tmp_path: Path) -> None:
+    MODEL.save(tmp_path / "model")
+    done = CliRunner().invoke(
+        app, ["export", str(tmp_path / "model"), "--out", str(tmp_path / "a")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "buckets of 3, 6, 11 patches at select.1: the bucket of torch on" in done.output
+    assert Artifact.load(tmp_path / "a").manifest.buckets is not None
+
+
+def test_each_bucket_is_measured(tmp_path: Path) -> None:
+    artifact = export(MODEL, tmp_path / "a")
+    for count in COUNTS:
+        options: dict[str, Any] = {
+            "least_rounds": 1,
+            "most_rounds": 1,
+            "quiet": True,
+            "bucket": count,
+        }
+        assert measure(artifact, **options).latency_s
+    with pytest.raises(InputError, match="has no bucket of 4 patches; choose 3, 6, 11"):
+        measure(artifact, bucket=4)
+    plain = export(MODEL.fixed(3), tmp_path / "b")
+    with pytest.raises(InputError, match="all keep the same number; leave it out"):
+        measure(plain, bucket=3)
