@@ -129,9 +129,13 @@ def verify_on_target(run: ExportRun, file: Path, graph: onnx.ModelProto) -> None
         ) from None
     precision = run.request.numeric.precision
     here, chosen = run.outputs_of(graph)
-    # Outputs that are equal for the same tokens prove that the target chose these.
+    # Outputs that are equal for the same tokens prove that the target chose these, in fp32 only.
     run.check(
-        f"{device.target} under {name}", logits, lambda _: None, precision=precision, chosen=chosen
+        f"{device.target} under {name}",
+        logits,
+        lambda _: None,
+        precision=precision,
+        chosen=chosen if precision == "fp32" else None,
     )
     difference = float(relative_error(here[: len(logits)], logits).max())
     run.notes.append(

@@ -13,9 +13,10 @@ from aarch64 import emulator
 from bundle_sample import LABELS, artifact_in, build, needs_compiler
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
-from tiny_models import tiny_vit
+from tiny_models import add_noise, tiny_vit
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.tokens.select import select_tokens
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
@@ -83,6 +84,16 @@ def test_tokens_leave_the_stream_on_the_targets_processor(
     stage = artifact.manifest.parity[-1]
     assert stage.stage.startswith("rpi5 under qemu-aarch64 ")
     assert stage.max_relative_error < allowed
+
+
+def test_tokens_are_selected_on_the_targets_processor_as_in_torch(tmp_path: Path) -> None:
+    emulator("onnxruntime")
+    dense = add_noise(tiny_vit(patch_size=4, depth=3))
+    model = select_tokens(dense, "dynamicvit", stages=[0, 1], ratio=0.6).eval()
+    stage = exported(tmp_path / "artifact", "rpi5", "fp32", model).manifest.parity[-1]
+    assert stage.stage.startswith("rpi5 under qemu-aarch64 ")
+    assert stage.max_relative_error < 1e-5
+    assert [choice.equal for choice in stage.choices or ()] == [1.0, 1.0]
 
 
 def test_without_emulation_the_manifest_records_that_parity_was_not_run(

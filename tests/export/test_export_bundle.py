@@ -14,8 +14,10 @@ from bundle_sample import LABELS, artifact_in, build, needs_compiler, runtime_li
 from onnx_graphs import channels_last, classifier, written
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
-from tiny_models import tiny_vit
+from tiny_models import add_noise, tiny_vit
 from vitrim.compress.data.preprocessing import Preprocessing
+from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.tokens.select import SelectMethod, select_tokens
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
@@ -127,6 +129,20 @@ def test_the_program_drops_the_tokens_that_the_model_drops(header: Path, tmp_pat
     model = vitrim.compact(dense, mask).eval()
     counts = model.architecture.step_tokens()
     assert 17 > model.architecture.tokens > counts[0] > counts[-1]
+    require_equal_outputs(model, header, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "evit"])
+def test_the_program_selects_the_tokens_that_the_model_selects(
+    method: SelectMethod, header: Path, tmp_path: Path
+) -> None:
+    dense = add_noise(tiny_vit(in_chans=1, patch_size=4, depth=3))
+    model = select_tokens(dense, method, stages=[0, 1], ratio=0.6).eval()
+    require_equal_outputs(model, header, tmp_path)
+
+
+def require_equal_outputs(model: CompactModel, header: Path, tmp_path: Path) -> None:
+    """Build the bundle of a model, and compare its logits of one picture with the model's."""
     artifact = artifact_in(tmp_path / "artifact", model)
     program = build(bundle(artifact, tmp_path / "bundle"), header)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8))
