@@ -64,7 +64,7 @@ def run_on_ray(
         _connect(ray, address)
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        task = ray.remote(_task).options(max_retries=RETRIES, name="vitrim")
+        task = ray.remote(_task)
         trainings = [job for job in jobs if not job.measures]
         resources = [_resources(job, nodes, jobs_per_machine) for job in trainings]
         failed = yield from _all(ray, task, trainings, folder, resources)
@@ -126,7 +126,7 @@ def _all(
     for job, needed in zip(jobs, resources, strict=True):
         threads = max(1, int(needed["num_cpus"]))
         inputs = [results[name] for name in job.needs if name in results]
-        result = task.options(**needed).remote(job, folder, threads, *inputs)
+        result = task.options(max_retries=RETRIES, **needed).remote(job, folder, threads, *inputs)
         results[job.name] = result
         waiting[result] = job
         yield Started(job)
