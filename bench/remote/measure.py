@@ -155,7 +155,7 @@ def measure_over_link(
         with progress_bar(quiet=quiet, replacement=progress) as report:
             if native and found is not None:
                 for name, about in facts.items():
-                    require_native(name, about, options.providers, options.bucket)
+                    require_native(name, about, options)
                 raw = run_native(link, parent, found, plan, facts, device, report)
             else:
                 if found is not None:

@@ -18,7 +18,7 @@ from ...core.errors import InputError
 from ...core.progress import Progress
 from ..local.artifact_facts import ArtifactFacts
 from ..local.conductor import ConductorError, RunnerProcess, conduct
-from ..local.options import CPU, DeviceOptions
+from ..local.options import CPU, DeviceOptions, MeasureOptions
 from .device_link import DeviceLink, LinkLost, quote
 from .device_snapshot import device_environment
 from .native_build import LIBRARY, PROGRAM, native_runner
@@ -45,24 +45,22 @@ class LinkExecutor:
         return None
 
 
-def require_native(
-    name: str, facts: ArtifactFacts, providers: tuple[str, ...], bucket: int | None = None
-) -> None:
-    """Raise InputError for what the native runner does not support."""
+def require_native(name: str, facts: ArtifactFacts, options: MeasureOptions) -> None:
+    """Raise InputError for an artifact or options that the native runner does not support."""
     if facts.runtime != "onnxruntime":
         raise InputError(
             f"{name}: the native runner measures onnxruntime artifacts, not {facts.runtime}; "
             "put Python and that runtime on the device"
         )
-    if set(providers) != {CPU}:
+    if set(options.providers) != {CPU}:
         raise InputError(
-            f"{name}: the native runner measures {CPU} only, not {providers[0]}; "
+            f"{name}: the native runner measures {CPU} only, not {options.providers[0]}; "
             "put Python and onnxruntime on the device"
         )
-    if bucket is not None:
+    if options.bucket is not None:
         raise InputError(
-            f"{name}: the native runner cannot force bucket {bucket}; leave it out, or put Python "
-            "and onnxruntime on the device"
+            f"{name}: the native runner cannot force bucket {options.bucket}; leave it out, "
+            "or put Python and onnxruntime on the device"
         )
 
 

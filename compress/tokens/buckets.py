@@ -39,18 +39,22 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Buckets(Spec):
-    """The numbers of patches that images may keep at the last selection, and how one is chosen."""
+    """The numbers of patches that images may keep at the last selection, and how one is chosen.
+
+    Attributes:
+        schema_: Version of the format; the key is `schema`.
+        counts: Number of patches that each bucket keeps, increasing.
+        coverage: An image gets the smallest bucket whose best patches hold this share of its
+            scores; the last one if none does.
+        shares: Share of the calibration images in each bucket; None where none were used.
+        images: Number of calibration images.
+    """
 
     schema_: Literal["vitrim.buckets/1"] = Field("vitrim.buckets/1", alias="schema")
-    """Version of the format."""
     counts: tuple[Width, ...] = Field(min_length=2, max_length=MOST_BUCKETS)
-    """Number of patches that each bucket keeps, increasing."""
     coverage: Annotated[float, Field(gt=0, le=1)]
-    """An image gets the smallest bucket whose best patches hold this share of its scores."""
     shares: tuple[Share, ...] | None = None
-    """Share of the calibration images in each bucket; absent where none were used."""
     images: Count = 0
-    """Number of calibration images."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Buckets:
@@ -100,20 +104,18 @@ class BucketedModel(nn.Module):
 
     Images (batch, channels, height, width) -> logits (batch, classes). An image in the bucket of
     k patches gets the logits of `fixed(k)`, which shares the weights.
+
+    Args:
+        model: A network with selections. Its weights are shared; the number of patches that its
+            last selection keeps has no meaning here.
+        buckets: The numbers of patches and the coverage.
+
+    Raises:
+        InputError: The last selection has no scores of the image or fuses tokens, or a number does
+            not fit.
     """
 
     def __init__(self, model: CompactModel, buckets: Buckets) -> None:
-        """Let the last selection of `model` keep the numbers of patches of `buckets`.
-
-        Args:
-            model: A network with selections. Its modules are shared; the number of patches that
-                its last selection keeps has no meaning here.
-            buckets: The numbers of patches and the coverage.
-
-        Raises:
-            InputError: The last selection has no scores of the image or fuses tokens, or a number
-                does not fit.
-        """
         super().__init__()
         self.buckets = buckets
         self.architectures = tuple(
