@@ -218,7 +218,7 @@ def test_the_loss_of_dynamicvit_is_the_sum_of_its_four() -> None:
         0.5 * (other.exp() * (other - own)).sum() / 6,
         0.5 * (tokens[:, 1:][kept] - wanted[kept]).square().mean(),
     ]
-    wanted_loss = float(torch.stack(parts).sum())
+    wanted_loss = float(torch.stack(parts).sum().detach())
     assert float(loss.detach()) == pytest.approx(wanted_loss, rel=1e-5)
     without = objective("dynamicvit", teacher, teach=False)
     without.attach(model)
