@@ -95,6 +95,9 @@ def test_the_options_of_printed_commands_exist(page: Path) -> None:
     for line in lines:
         words = shlex.split(line, comments=True)
         name = next((n for n in known if words[: len(n)] == list(n)), None)
+        if name is None and words[1:2] == ["study"]:
+            # The word run may be left out.
+            name = ("vitrim", "study", "run")
         if name is None:
             # Prose that happens to begin with the program's name.
             assert not any(word.startswith("--") for word in words), line
