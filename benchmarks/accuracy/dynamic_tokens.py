@@ -161,7 +161,7 @@ def largest_ratio(dense: CompactModel, method: str, share: float, plan: Plan) ->
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if macs(middle) <= budget else (low, middle)
-    found = int(low * 10**DIGITS) / 10**DIGITS
+    found: float = int(low * 10**DIGITS) / 10**DIGITS
     if not 0 < macs(found) <= budget:
         raise InputError(f"{method}: no ratio leaves {share:g} of the multiply-adds")
     return found

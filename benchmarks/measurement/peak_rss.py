@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.bench.local import runner
-from benchmarks.measurement.block_graph import BlockShape, block_model
 from vitrim.bench.local.measure import make_plan
 
 from ..results_file import RESULTS, save_result
+from .block_graph import BlockShape, block_model
 
 GNU_TIME = Path("/usr/bin/time")
 GOAL = 0.02

@@ -40,8 +40,8 @@ from vitrim.pipeline.cost_networks import sizes_of
 from vitrim.pipeline.latency_loop import cut_to_latency, file_measure
 from vitrim.targets.cost_table import CostTable
 
-from benchmarks.models import lifted
-from benchmarks.results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..models import lifted
+from ..results_file import RESULTS, markdown_head, markdown_row, save_result
 
 LARGEST, SMALLEST = 0.9, 0.3
 # The goals: of first files, of files after the correction, and of the budget that is used.
