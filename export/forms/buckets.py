@@ -2,10 +2,8 @@
 
 The graphs of all buckets are equal up to the choice of the last selection. That part is written
 once; what follows is a branch of an `If` for each bucket. Branches have weights of their own, since
-ONNX Runtime is slower where they share them: DeiT-T with 60, 100 and 137 patches on one thread
-takes 1.08 of the plain network's time in the largest bucket, and 1.02 with weights of its own. The
-initializer `bucket` is also an optional input: 0 lets the scores choose, a count forces that
-bucket, so that each can be measured.
+ONNX Runtime is slower where they share them. The initializer `bucket` is also an optional input: 0
+lets the scores choose, a count forces that bucket, so that each can be measured.
 """
 
 from __future__ import annotations
