@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import vitrim
 from source_tree import ROOT
 from vitrim.core.errors import InputError
 
@@ -127,3 +128,11 @@ def test_a_limited_package_sees_avx2_and_nothing_newer(
     avx512 = 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31
     assert (basic & avx512, vnni & 1 << 11, newer) == (0, 0, 0)
     assert library.read_bytes() == before
+
+
+def test_the_trained_model_is_small_and_has_the_shape_that_its_page_states() -> None:
+    folder = ROOT / "benchmarks" / "checkpoints" / "cifar10_small"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 6_000_000
+    model = vitrim.load(folder)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 2_693_194
+    assert "2.69 million parameters" in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
