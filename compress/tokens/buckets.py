@@ -418,7 +418,7 @@ def _first_covering(covered: Tensor, coverage: float) -> Tensor:
 def _shares(covered: Tensor, coverage: float) -> tuple[float, ...]:
     numbers = _first_covering(covered, coverage)
     found = numbers.bincount(minlength=covered.shape[1])
-    return tuple((found / len(covered)).tolist())
+    return tuple((found.double() / len(covered)).tolist())
 
 
 def _coverage_for(covered: Tensor, counts: Sequence[int], mean_patches: float) -> float:

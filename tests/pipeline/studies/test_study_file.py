@@ -134,7 +134,7 @@ def test_cells_are_numbers_and_texts() -> None:
     ("text", "message"),
     [
         ("[axes]\nmasks.parms = [0.3]\n", r"masks.parms=0.3: unknown key `masks.parms`; the near"),
-        ("[axes]\nmasks.params = [0.3, 7.0]\n", r"masks.params=7.0: `masks.params` = 7.0 is out"),
+        ("[axes]\nmasks.params = [0.3, 7.0]\n", r"masks.params=7: `masks.params` = 7.0 is out"),
         ("[axes]\nmasks.params = 0.3\n", r"\[axes\] params = 0.3: write a list of values"),
         ("[axes]\nmasks.params = [0.3, 0.3]\n", "a value is listed twice"),
         ("[axes]\nmasks.params = []\n", "write a list of values"),
