@@ -25,7 +25,13 @@ from .architecture import (
     SelectSpec,
 )
 from .axes import HEAD_IN, POOL_ATTENTION, POOL_FFN, POOL_OUT, STEM_OUT, site_in, site_out
-from .select_specs import folds_keys, scoring_attention, select_inputs, selected_tokens
+from .select_specs import (
+    SelectWidths,
+    scoring_attention,
+    select_inputs,
+    select_macs,
+    selected_tokens,
+)
 
 Live = Callable[[str, str, Indices | None], Any]
 CostKind = Literal["params", "macs"]
@@ -61,7 +67,7 @@ def live_params(architecture: Architecture, live: Live) -> Any:
         if branch.name not in removed:
             total = total + _branch_params(branch, live)
     for select in architecture.selects:
-        total = total + _select_params(select, live)
+        total = total + _select_params(architecture, select, live)
     return total
 
 
@@ -98,7 +104,8 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
             if branch.name not in removed:
                 total = total + _branch_macs(branch, live, inputs[number], tokens[number + 1])
     for select, before, count in select_inputs(architecture, tokens):
-        total = total + _select_macs(architecture, select, live, before, count)
+        widths = _select_widths(architecture, select, live)
+        total = total + select_macs(architecture, select, widths, before, count)
     return total
 
 
@@ -259,58 +266,38 @@ def _branch_params(branch: BranchSpec, live: Live) -> Any:
     return total + width_out
 
 
-def _predictor_widths(select: SelectSpec, live: Live) -> tuple[Any, Any, list[Any]]:
-    """Live local and pooled units of the first layer, and the widths of the layers behind it."""
-    spec, (first, *others) = select.predictor, select.hidden_sites
-    assert spec is not None
-    units = spec.local + spec.pooled
-    local = live("ffn", first, tuple(range(spec.local)))
-    pooled = live("ffn", first, tuple(range(spec.local, units))) if spec.pooled else 0
-    return local, pooled, [*(live("ffn", site, None) for site in others), 1]
-
-
-def _select_params(select: SelectSpec, live: Live) -> Any:
-    if select.predictor is None:
-        return 0
-    width_in = live("embed", select.site_in, select.reads)
-    local, pooled, widths = _predictor_widths(select, live)
-    total = _norm(select.norm, width_in) + (local + pooled) * (width_in + 1)
-    total = total + (local + pooled + 1) * widths[0]
-    for before, after in pairwise(widths):
-        total = total + (before + 1) * after
-    return total
-
-
-def _select_macs(
-    architecture: Architecture, select: SelectSpec, live: Live, tokens_before: Any, tokens: Any
-) -> Any:
-    """Multiply-adds of a selection; equals `select_macs` of the cut network."""
-    patches = tokens - architecture.prefix
-    if select.predictor is not None:
-        width_in = live("embed", select.site_in, select.reads)
-        local, pooled, widths = _predictor_widths(select, live)
-        total = patches * width_in * (local + pooled) + (patches * local + pooled) * widths[0]
-        for before, after in pairwise(widths):
-            total = total + patches * before * after
-        return total
+def _select_widths(architecture: Architecture, select: SelectSpec, live: Live) -> SelectWidths:
+    """The live numbers of a selection."""
+    spec = select.predictor
+    if spec is not None:
+        first, *others = select.hidden_sites
+        units = range(spec.local + spec.pooled)
+        return SelectWidths(
+            reads=live("embed", select.site_in, select.reads),
+            local=live("ffn", first, tuple(units[: spec.local])),
+            pooled=live("ffn", first, tuple(units[spec.local :])) if spec.pooled else 0,
+            hidden=[live("ffn", site, None) for site in others],
+        )
     if select.scorer == "random":
-        return 0
+        return SelectWidths()
     branch = scoring_attention(architecture, select)
-    core = branch.core
-    assert isinstance(core, AttentionSpec)
+    assert isinstance(branch.core, AttentionSpec)
     heads, qk, v = _attention_counts(branch.name, live)
     reads, stream = _branch_widths(branch, live)
-    kv_heads = _live_kv_heads(branch.name, core, live)
-    heads, keys = heads * core.parts, kv_heads * core.parts
-    if select.scorer == "class-attention":
-        total = heads * qk * reads
-        if folds_keys(core):
-            total = total + heads * qk * reads + tokens_before * reads * heads
-        else:
-            total = total + keys * qk * reads * tokens_before + heads * qk * tokens_before
-        return total + select.fused * (patches + select.patches) * stream
-    total = tokens_before * reads * (heads + keys) * qk + tokens_before * reads * kv_heads * v
-    return total + tokens_before * tokens_before * heads * qk
+    kv_heads = _live_kv_heads(branch.name, branch.core, live)
+    return SelectWidths(reads, stream, heads=heads, kv_heads=kv_heads, qk=qk, v=v)
+
+
+def _select_params(architecture: Architecture, select: SelectSpec, live: Live) -> Any:
+    if select.predictor is None:
+        return 0
+    widths = _select_widths(architecture, select, live)
+    units, layers = widths.local + widths.pooled, (*widths.hidden, 1)
+    total = _norm(select.norm, widths.reads) + units * (widths.reads + 1)
+    total = total + (units + 1) * layers[0]
+    for before, after in pairwise(layers):
+        total = total + (before + 1) * after
+    return total
 
 
 def _attention_params(

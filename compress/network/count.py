@@ -14,7 +14,7 @@ import torch
 
 from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from .modules.model import CompactModel
-from .select_specs import select_inputs, select_macs
+from .select_specs import select_inputs, select_macs, select_widths
 
 
 def count_params(architecture: Architecture) -> int:
@@ -38,7 +38,9 @@ def all_select_macs(architecture: Architecture) -> dict[str, int]:
     """Number of multiply-adds of each selection for one image, by name."""
     counts = (architecture.tokens, *architecture.step_tokens())
     return {
-        select.name: select_macs(architecture, select, before, tokens)
+        select.name: select_macs(
+            architecture, select, select_widths(architecture, select), before, tokens
+        )
         for select, before, tokens in select_inputs(architecture, counts)
     }
 

@@ -9,6 +9,7 @@ order, and of patches with equal scores the first ones are kept. Part of the fil
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -171,43 +172,95 @@ def select_inputs(
     return found
 
 
+@dataclass(frozen=True)
+class SelectWidths:
+    """The numbers that the multiply-adds of a selection depend on: whole numbers, or sums of gates.
+
+    Attributes:
+        reads: Channels that the scorer reads.
+        stream: Channels of the residual stream.
+        local: Local units of a predictor.
+        pooled: Pooled units of a predictor.
+        hidden: Widths of a predictor's further hidden layers.
+        heads: Query heads of the scoring attention.
+        kv_heads: Its key/value heads.
+        qk: Width of its queries and keys.
+        v: Width of its values.
+    """
+
+    reads: Any = 0
+    stream: Any = 0
+    local: Any = 0
+    pooled: Any = 0
+    hidden: Sequence[Any] = ()
+    heads: Any = 0
+    kv_heads: Any = 0
+    qk: Any = 0
+    v: Any = 0
+
+
+def select_widths(architecture: Architecture, select: SelectSpec) -> SelectWidths:
+    """The numbers of a selection of a network."""
+    spec = select.predictor
+    if spec is not None:
+        reads = architecture.read_width(select.reads)
+        return SelectWidths(reads, local=spec.local, pooled=spec.pooled, hidden=spec.hidden)
+    if select.scorer == "random":
+        return SelectWidths()
+    branch = scoring_attention(architecture, select)
+    core = branch.core
+    assert isinstance(core, AttentionSpec)
+    return SelectWidths(
+        reads=architecture.read_width(branch.reads),
+        stream=architecture.embed,
+        heads=core.heads,
+        kv_heads=core.kv_heads,
+        qk=core.qk,
+        v=core.v,
+    )
+
+
 def select_macs(
-    architecture: Architecture, select: SelectSpec, tokens_before: int, tokens: int
-) -> int:
+    architecture: Architecture,
+    select: SelectSpec,
+    widths: SelectWidths,
+    tokens_before: Any,
+    tokens: Any,
+) -> Any:
     """Number of multiply-adds of a selection for one image.
 
     Args:
         architecture: The network.
         select: One of its selections.
+        widths: Its numbers; those of `select_widths`, or live ones.
         tokens_before: Number of tokens that the step before it read.
         tokens: Number of tokens that it chooses from.
 
     Returns:
         Those of the scores and of the fused token.
     """
-    width, patches = architecture.embed, tokens - architecture.prefix
-    if select.predictor is not None:
-        spec, width_in = select.predictor, architecture.read_width(select.reads)
-        widths = (*spec.hidden, 1)
-        total = patches * width_in * (spec.local + spec.pooled)
-        total += (patches * spec.local + spec.pooled) * widths[0]
-        return total + patches * sum(a * b for a, b in pairwise(widths))
+    patches, reads = tokens - architecture.prefix, widths.reads
     if select.scorer == "random":
         return 0
-    branch = scoring_attention(architecture, select)
-    core, reads = branch.core, architecture.read_width(branch.reads)
+    if select.predictor is not None:
+        layers = (*widths.hidden, 1)
+        total = patches * reads * (widths.local + widths.pooled)
+        total = total + (patches * widths.local + widths.pooled) * layers[0]
+        for before, after in pairwise(layers):
+            total = total + patches * before * after
+        return total
+    core = scoring_attention(architecture, select).core
     assert isinstance(core, AttentionSpec)
-    heads, keys = core.heads * core.parts, core.kv_heads * core.parts
+    heads, keys, qk = widths.heads * core.parts, widths.kv_heads * core.parts, widths.qk
     if select.scorer == "class-attention":
-        total = heads * core.qk * reads
+        total = heads * qk * reads
         if folds_keys(core):
-            total += heads * core.qk * reads + tokens_before * reads * heads
+            total = total + heads * qk * reads + tokens_before * reads * heads
         else:
-            total += keys * core.qk * reads * tokens_before + heads * core.qk * tokens_before
-        return total + select.fused * (patches + select.patches) * width
-    total = tokens_before * reads * (heads + keys) * core.qk
-    total += tokens_before * reads * core.kv_heads * core.v
-    return total + tokens_before**2 * heads * core.qk
+            total = total + keys * qk * reads * tokens_before + heads * qk * tokens_before
+        return total + select.fused * (patches + select.patches) * widths.stream
+    total = tokens_before * reads * ((heads + keys) * qk + widths.kv_heads * widths.v)
+    return total + tokens_before * tokens_before * heads * qk
 
 
 def folds_keys(core: AttentionSpec) -> bool:
