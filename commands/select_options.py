@@ -9,7 +9,7 @@ import typer
 
 from ..core.console import show
 from ..core.errors import InputError
-from .token_options import TokenOptions
+from .token_options import TokenOptions, whole_numbers
 from .untrained_options import Untrained
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ class SelectOptions:
             raise InputError(
                 "--select-ratio and --select-counts both state how many patches stay; keep one"
             )
-        for option in ("--select-stages", "--select-counts"):
-            _numbers(option, given[option])  # type: ignore[arg-type]
+        self.stages()
+        self.counts()
 
     def check(self, tokens: TokenOptions, untrained: Untrained) -> None:
         """Check options of other groups that exclude a selection.
@@ -119,6 +119,14 @@ class SelectOptions:
                     "result in a second call"
                 )
 
+    def stages(self) -> list[int] | None:
+        """The numbers of --select-stages; InputError if they are not whole numbers."""
+        return whole_numbers("--select-stages", self.select_stages, "3,6,9")
+
+    def counts(self) -> list[int] | None:
+        """The numbers of --select-counts; InputError if they are not whole numbers."""
+        return whole_numbers("--select-counts", self.select_counts, "137,96,67")
+
     def applied(self, model: CompactModel) -> CompactModel:
         """The model with selections, which are shown.
 
@@ -131,21 +139,10 @@ class SelectOptions:
             model,
             self.select,  # type: ignore[arg-type]
             ratio=DEFAULT_RATIO if self.select_ratio is None else self.select_ratio,
-            stages=_numbers("--select-stages", self.select_stages),
-            counts=_numbers("--select-counts", self.select_counts),
+            stages=self.stages(),
+            counts=self.counts(),
         )
         architecture = result.architecture
         each = (f"{spec.left} ({spec.name})" for spec in architecture.selects)
         show(f"patches: {architecture.patches}, for each image {', '.join(each)}")
         return result
-
-
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f"{option} {text}: give whole numbers with commas between them, e.g. 3,6,9"
-        ) from None

@@ -89,15 +89,7 @@ class TokenOptions:
         Raises:
             InputError: They are not whole numbers.
         """
-        if self.token_counts is None:
-            return None
-        try:
-            return [int(part) for part in self.token_counts.split(",")]
-        except ValueError:
-            raise InputError(
-                f"--token-counts {self.token_counts}: give whole numbers with commas between them, "
-                "e.g. 197,160,120,1"
-            ) from None
+        return whole_numbers("--token-counts", self.token_counts, "197,160,120,1")
 
     def __post_init__(self) -> None:
         given = {
@@ -187,3 +179,19 @@ class TokenOptions:
 
         assert self.token_tolerance is not None
         return SlimmingOptions(tolerance=self.token_tolerance, seed=seed)
+
+
+def whole_numbers(option: str, text: str | None, example: str) -> list[int] | None:
+    """The numbers of an option, with commas between them; None where it is not given.
+
+    Raises:
+        InputError: They are not whole numbers; the message has the example.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"{option} {text}: give whole numbers with commas between them, e.g. {example}"
+        ) from None
