@@ -237,18 +237,8 @@ class BucketedModel(nn.Module):
     def _scored(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The stream (batch, tokens, embed) before the last selection, and its scores."""
         network, last = self.network, self.selection
-        counts = network.architecture.step_tokens()
-        x = before = network.embed(images)
-        for number in range(last.spec.at + 1):
-            for select in cast("Sequence[Select]", network.selects):
-                if select.spec.at == number:
-                    scored = network.scored_by(select, before)
-                    if select is last:
-                        return x, select.scores(x, scored)
-                    x = select(x, scored)
-            step = cast("Sequence[Branch]", network.steps[number])
-            before, x = x, network.run_step(step, x, counts[number])
-        raise AssertionError("the architecture has validated the place of the selection")
+        x, _, scored = network.run_steps(network.embed(images), until=last)
+        return x, last.scores(x, scored)
 
     def _covered(self, scores: Tensor) -> Tensor:
         """(batch, patches) -> (batch, buckets), float64."""

@@ -23,7 +23,7 @@ from ..network.select_specs import select_inputs
 from ..tokens.impact import image_impacts
 from ..tokens.select import SelectMethod, stage_of
 from .dense import Distillation, task_loss
-from .policies import BestPolicy, SampledPolicy
+from .policies import BestPolicy, SampledPolicy, TrainingPolicy
 from .selection_losses import (
     SharedChannels,
     agreement_loss,
@@ -124,6 +124,10 @@ class Objective:
         self.teacher = teacher
         self._network: CompactModel | None = None
         self._final: Architecture | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Set what a subclass has besides."""
 
     def place(self, device: torch.device) -> None:
         """Move the teacher to a device."""
@@ -183,32 +187,10 @@ class Objective:
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
-class SampledObjective(Objective):
-    """Sampled decisions and the four losses of DynamicViT.
+class PolicyObjective(Objective):
+    """Decisions by a policy, and a loss that compares with the teacher."""
 
-    CE + ratio_weight * ratio + distill_weight * KL(teacher || student) + token_weight * tokens;
-    without a distillation, the first two. The target of a selection is the share that it keeps in
-    inference.
-
-    References:
-        Rao et al. 2021, "DynamicViT", eq. 11 to 15.
-    """
-
-    def __init__(
-        self,
-        settings: SelectionSettings,
-        total_steps: int,
-        label_smoothing: float,
-        teacher: CompactModel,
-        distillation: Distillation | None,
-    ) -> None:
-        super().__init__(settings, total_steps, label_smoothing, teacher, distillation)
-        self.policy = SampledPolicy()
-        # The last attention computes every patch: the token loss compares them.
-        self.teacher = _all_queries(teacher)
-        self._channels: SharedChannels | None = None
-        self._targets: list[float] = []
-        self._tokens: tuple[Tensor, Tensor | None] | None = None
+    policy: TrainingPolicy
 
     def place(self, device: torch.device) -> None:
         """Move the teacher to a device."""
@@ -219,6 +201,35 @@ class SampledObjective(Objective):
         """Forget the decisions of the forward pass before."""
         del step
         self.policy.begin()
+
+    def _attached(self, network: CompactModel) -> None:
+        network.policy = self.policy
+
+
+class SampledObjective(PolicyObjective):
+    """Sampled decisions and the four losses of DynamicViT.
+
+    CE + ratio_weight * ratio + distill_weight * KL(teacher || student) + token_weight * tokens;
+    without a distillation, the first two. The target of a selection is the share that it keeps in
+    inference.
+
+    References:
+        Rao et al. 2021, "DynamicViT", eq. 11 to 15.
+    """
+
+    policy: SampledPolicy
+
+    def _prepare(self) -> None:
+        self.policy = SampledPolicy()
+        # The last attention computes every patch: the token loss compares them.
+        self.teacher = _all_queries(self.teacher)
+        self._channels: SharedChannels | None = None
+        self._targets: list[float] = []
+        self._tokens: tuple[Tensor, Tensor | None] | None = None
+
+    def begin(self, step: int) -> None:
+        """Forget the decisions of the forward pass before."""
+        super().begin(step)
         self._tokens = None
 
     def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
@@ -247,10 +258,10 @@ class SampledObjective(Objective):
         }
 
     def _attached(self, network: CompactModel) -> None:
+        super()._attached(network)
         architecture = network.architecture
         self._channels = shared_channels(architecture, self.teacher.architecture)
         self._targets = [each.patches / architecture.patches for each in architecture.selects]
-        network.policy = self.policy
         network.architecture = architecture.model_copy(update={"last_queries": False})
         network.observer = self._observe
 
@@ -258,7 +269,7 @@ class SampledObjective(Objective):
         self._tokens = (tokens, keep)
 
 
-class ImpactObjective(Objective):
+class ImpactObjective(PolicyObjective):
     """Decisions by the best scores, which learn the impact of each patch: the loss of DPS.
 
     The impact is that on the outputs of the teacher, without any dropped patch, after the block
@@ -268,27 +279,11 @@ class ImpactObjective(Objective):
         Tang et al. 2022, "Patch Slimming for Efficient Vision Transformers", eq. 6, section 3.4.
     """
 
-    def __init__(
-        self,
-        settings: SelectionSettings,
-        total_steps: int,
-        label_smoothing: float,
-        teacher: CompactModel,
-        distillation: Distillation | None,
-    ) -> None:
-        super().__init__(settings, total_steps, label_smoothing, teacher, distillation)
+    policy: BestPolicy
+
+    def _prepare(self) -> None:
         self.policy = BestPolicy()
         self._steps: list[int] = []
-
-    def place(self, device: torch.device) -> None:
-        """Move the teacher to a device."""
-        super().place(device)
-        self.teacher.to(device)
-
-    def begin(self, step: int) -> None:
-        """Forget the scores of the forward pass before."""
-        del step
-        self.policy.begin()
 
     def loss(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
         """The loss of the forward pass since `begin`, as `Objective.loss`."""
@@ -307,7 +302,7 @@ class ImpactObjective(Objective):
         return super().loss(logits, targets, images) + regression
 
     def _attached(self, network: CompactModel) -> None:
-        network.policy = self.policy
+        super()._attached(network)
         self._steps = [
             impact_step(self.teacher.architecture, stage_of(each))
             for each in network.architecture.selects

@@ -19,9 +19,11 @@ from .relative_bias import RelativeBias
 from .select import Choices, Select
 from .soft_split import stem_layers
 
+# A sub-layer whose attention scores patches, and the stream that it read.
+Scored = tuple[Branch, Tensor]
 # In training: which tokens are kept from a selection on, all of which stay in the stream. Gets the
 # selection, the stream, what scores it, and the factors (batch, tokens) so far; returns new ones.
-Policy = Callable[["Select", Tensor, "tuple[Branch, Tensor] | None", "Tensor | None"], Tensor]
+Policy = Callable[["Select", Tensor, "Scored | None", "Tensor | None"], Tensor]
 
 
 class CompactModel(Backbone):
@@ -108,7 +110,7 @@ class CompactModel(Backbone):
         Returns:
             (batch, classes).
         """
-        x, keep = self._run_steps(self.embed(images), choices)
+        x, keep, _ = self.run_steps(self.embed(images), choices)
         if self.observer is not None and self.training:
             self.observer(self.normed(x), keep)
         return self.classify(x, keep)
@@ -118,10 +120,22 @@ class CompactModel(Backbone):
 
         These are the tokens that `Architecture.final_tokens` counts.
         """
-        return self._run_steps(self.embed(images))[0]
+        return self.run_steps(self.embed(images))[0]
 
-    def _run_steps(self, x: Tensor, choices: Choices | None = None) -> tuple[Tensor, Tensor | None]:
-        """Run all steps and selections: the stream, and factors of tokens that stay in training."""
+    def run_steps(
+        self, x: Tensor, choices: Choices | None = None, until: Select | None = None
+    ) -> tuple[Tensor, Tensor | None, Scored | None]:
+        """Run the steps and selections.
+
+        Args:
+            x: What the stem returns, (batch, tokens, embed).
+            choices: Records which patches the selections choose, or prescribes them.
+            until: The selection to stop before. None: run all.
+
+        Returns:
+            The stream, (batch, tokens, embed); in training with a policy the factors (batch,
+            tokens) of the tokens that stay in it; and what scores the patches for `until`.
+        """
         architecture = self.architecture
         policy = self.policy if self.training else None
         if policy is not None:
@@ -134,20 +148,19 @@ class CompactModel(Backbone):
             for select in selects:
                 if select.spec.at != number:
                     continue
-                scored = self.scored_by(select, before)
+                scored = self._scored_by(select, before)
+                if select is until:
+                    return x, keep, scored
                 if policy is None:
                     x = select(x, scored, choices)
                 else:
                     keep = policy(select, x, scored, keep)
             if number < len(steps):
                 before, x = x, self.run_step(steps[number], x, count, keep)
-        return x, keep
+        return x, keep, None
 
-    def scored_by(self, select: Select, before: Tensor) -> tuple[Branch, Tensor] | None:
-        """The sub-layer whose attention scores the patches of a selection, and what it read.
-
-        `before`: the stream before the last step, (batch, tokens, embed).
-        """
+    def _scored_by(self, select: Select, before: Tensor) -> Scored | None:
+        """The sub-layer whose attention scores the patches of a selection, and what it read."""
         if select.spec.scorer not in ATTENTION_SCORERS:
             return None
         name = scoring_attention(self.architecture, select.spec).name
