@@ -17,12 +17,12 @@ from .plot import (
     padded,
     path,
     series_class,
+    sheet,
     text_at,
     text_width,
     x_axis,
     y_axis,
 )
-from .style import picture_style
 
 WIDTH_PX, HEIGHT_PX, LEGEND_PX = 760.0, 440.0, 24.0
 _STYLE = (
@@ -166,13 +166,11 @@ def front_picture(front: Front) -> str:
     x = frame.x(0.0, max(map(cost, front.sizes)) * 1.06)
     y = frame.y(max(0.0, low), min(100.5, high))
     title = f"{front.model}, cut without training"
-    picture = element(
-        "svg",
-        element("title", title),
-        element("style", Markup(picture_style() + _STYLE)),
-        element(
-            "rect", x=0.5, y=0.5, width=WIDTH_PX - 1, height=HEIGHT_PX - 1, rx=12, class_="sheet"
-        ),
+    picture = sheet(
+        WIDTH_PX,
+        HEIGHT_PX,
+        title,
+        _STYLE,
         text_at(26, 34, title, class_="title"),
         text_at(26, 54, "percent by size; the dense network is on the right", class_="under"),
         *_legend(shown),
@@ -182,12 +180,6 @@ def front_picture(front: Front) -> str:
             _series(number, name, points, x, y)
             for number, (name, points) in enumerate(shown.items(), 1)
         ),
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {WIDTH_PX:g} {HEIGHT_PX:g}",
-        width=WIDTH_PX,
-        height=HEIGHT_PX,
-        class_="plot",
-        role="img",
     )
     return f"{picture}\n"
 

@@ -17,7 +17,7 @@ from .html_tables import (
     latency_budget_section,
     parity_section,
 )
-from .markup import Markup, element, joined, keep_units, section
+from .markup import Markup, document, element, joined, keep_units, section
 from .overview import Change, Overview, baseline_name, overview
 from .run import Run
 from .style import page_style
@@ -56,17 +56,8 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         _reproduce(run),
         element("footer", FOOTER),
     )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="generator", content="vitrim"),
-        element("title", f"{view.title}: {view.headline}"),
-        element("style", Markup(page_style())),
-    )
-    return f"<!doctype html>\n{element('html', head, element('body', body), lang='en')}\n"
+    title = f"{view.title}: {view.headline}"
+    return document(title, POLICY, page_style(), element("body", body))
 
 
 def _header(run: Run, view: Overview) -> Markup:

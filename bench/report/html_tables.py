@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from . import cut, estimates, wording
 from .markup import Markup, element, joined, keep_units, section
@@ -96,9 +97,8 @@ def cut_section(run: Run) -> Markup | None:
     errors = run.report.cut
     if errors is None:
         return None
-    heads = [_head(name) for name in cut.COLUMNS]
-    grid = element("div", _grid(CORNER, heads, cut.lines(errors)), class_="scroll")
-    return section(cut.HEADING, cut.REMARK, element("div", grid, class_="card"), id_="cut")
+    card = _card(cut.COLUMNS, cut.lines(errors))
+    return section(cut.HEADING, cut.REMARK, card, id_="cut")
 
 
 def latency_budget_section(run: Run) -> Markup | None:
@@ -106,10 +106,14 @@ def latency_budget_section(run: Run) -> Markup | None:
     budget = run.report.latency
     if budget is None:
         return None
-    heads = [_head(name) for name in cut.LATENCY_COLUMNS]
-    grid = element("div", _grid(CORNER, heads, cut.latency_lines(budget)), class_="scroll")
-    card = element("div", grid, class_="card")
+    card = _card(cut.LATENCY_COLUMNS, cut.latency_lines(budget))
     return section(cut.LATENCY_HEADING, cut.latency_remark(budget), card, id_="latency-budget")
+
+
+def _card(columns: Sequence[str], lines: list[Line]) -> Markup:
+    """A card with a table of these columns."""
+    grid = _grid(CORNER, [_head(name) for name in columns], lines)
+    return element("div", element("div", grid, class_="scroll"), class_="card")
 
 
 def _log_bar(error: float | None) -> Markup:

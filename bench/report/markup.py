@@ -57,6 +57,31 @@ def joined(*children: Child) -> Markup:
     )
 
 
+def document(title: str, policy: str, style: str, body: Markup) -> str:
+    """A self-contained HTML page.
+
+    Args:
+        title: The title of the window.
+        policy: The content security policy.
+        style: The style sheet.
+        body: The body element.
+
+    Returns:
+        The page as text.
+    """
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="generator", content="vitrim"),
+        element("title", title),
+        element("style", Markup(style)),
+    )
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
 def section(title: str, remark: str | None, *content: Markup | None, id_: str) -> Markup:
     """A section of the page: heading, optional remark, content.
 

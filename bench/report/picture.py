@@ -16,10 +16,9 @@ from .kept import MOST_CELLS, Bar, Kept, kept_blocks
 from .markup import Markup, element, joined
 from .overview import Device, Overview, overview
 from .plot import bar as draw_bar
-from .plot import shortened, text_at, text_width
+from .plot import sheet, shortened, text_at, text_width
 from .run import Run, load_run
 from .scatter import Point, latency_points, scatter
-from .style import picture_style
 from .writing import PICTURE
 
 WIDTH_PX = 960.0
@@ -81,20 +80,8 @@ def render_picture(run: Run, *, where: str = "the run") -> str:
         parts.append(_kept(kept, width, height - HEAD_PX - MARGIN_PX))
     if points:
         parts += _scatter(points, SCATTER_PX if kept else inner, height)
-    picture = element(
-        "svg",
-        element("title", f"{view.title}: {view.headline}"),
-        element("style", Markup(picture_style() + _STYLE)),
-        element("rect", x=0.5, y=0.5, width=WIDTH_PX - 1, height=height - 1, rx=12, class_="sheet"),
-        *_head(view, device),
-        *parts,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {WIDTH_PX:g} {height:g}",
-        width=WIDTH_PX,
-        height=height,
-        class_="plot",
-        role="img",
-    )
+    title = f"{view.title}: {view.headline}"
+    picture = sheet(WIDTH_PX, height, title, _STYLE, *_head(view, device), *parts)
     return f"{picture}\n"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .markup import Markup, element, joined
+from .style import picture_style
 
 TEXT_PX = 12.0
 # Colours of the palette; the first one belongs to the baseline.
@@ -150,6 +151,34 @@ def svg(
         aria_label=label,
         width=width,
         height=height,
+    )
+
+
+def sheet(width: float, height: float, title: str, style: str, *children: Markup | None) -> Markup:
+    """A picture that stands alone, on a sheet with rounded corners.
+
+    Args:
+        width: Width in pixels.
+        height: Height in pixels.
+        title: Description for screen readers.
+        style: CSS of its own, after that of all pictures.
+        children: The contents.
+
+    Returns:
+        The svg element.
+    """
+    return element(
+        "svg",
+        element("title", title),
+        element("style", Markup(picture_style() + style)),
+        element("rect", x=0.5, y=0.5, width=width - 1, height=height - 1, rx=12, class_="sheet"),
+        *children,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {width:g} {height:g}",
+        width=width,
+        height=height,
+        class_="plot",
+        role="img",
     )
 
 

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 
 from ...bench.report import wording
-from ...bench.report.markup import Markup, element, joined, section
+from ...bench.report.markup import Markup, document, element, joined, section
 from ...bench.report.style import packed, page_style
 from .grids import Entry, Grid, grids
 from .summary import Summary, number
@@ -72,19 +72,9 @@ def render_page(summary: Summary, machine: str | None, pictures: Sequence[str]) 
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="generator", content="vitrim"),
-        element("title", f"{summary.name}: {headline(summary)}"),
-        element("style", Markup(page_style() + STYLE)),
-    )
     script = element("script", Markup(SCRIPT))
-    page = element("html", head, element("body", body, script), lang="en")
-    return f"<!doctype html>\n{page}\n"
+    title, style = f"{summary.name}: {headline(summary)}", page_style() + STYLE
+    return document(title, policy, style, element("body", body, script))
 
 
 def headline(summary: Summary) -> str:

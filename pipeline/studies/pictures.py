@@ -13,13 +13,14 @@ from ...bench.report.plot import (
     marker,
     padded,
     path,
+    sheet,
     shortened,
     text_at,
     text_width,
     x_axis,
     y_axis,
 )
-from ...bench.report.style import packed, picture_style
+from ...bench.report.style import packed
 from .expansion import settings_text
 from .summary import Summary, number, pareto
 from .table import Row
@@ -120,21 +121,14 @@ def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
     x = frame.x(0.0, max(number(row[cost.column]) for row in rows) / cost.unit * 1.06 or 1.0)
     y = frame.y(max(0.0, low), min(100.5, high))
     title = shortened(summary.name, 60)
+    named = f"{title}: {quality_title(summary)}"
     return str(
-        element(
-            "svg",
-            element("title", f"{title}: {quality_title(summary)} by {cost.title}"),
-            element("style", Markup(picture_style() + _STYLE)),
-            element(
-                "rect",
-                x=0.5,
-                y=0.5,
-                width=WIDTH_PX - 1,
-                height=HEIGHT_PX - 1,
-                rx=12,
-                class_="sheet",
-            ),
-            text_at(26, 34, f"{title}: {quality_title(summary)}, %", class_="title"),
+        sheet(
+            WIDTH_PX,
+            HEIGHT_PX,
+            f"{named} by {cost.title}",
+            _STYLE,
+            text_at(26, 34, f"{named}, %", class_="title"),
             text_at(
                 26, 54, "a point is a run; a dashed line is the front of a seed", class_="under"
             ),
@@ -143,12 +137,6 @@ def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
             y_axis(frame, y, 6),
             *(_front(summary, cost, seed, frame, x, y) for seed in summary.fronts[cost.column]),
             *_points(summary, cost, rows, x, y, linked=linked),
-            xmlns="http://www.w3.org/2000/svg",
-            viewBox=f"0 0 {WIDTH_PX:g} {HEIGHT_PX:g}",
-            width=WIDTH_PX,
-            height=HEIGHT_PX,
-            class_="plot",
-            role="img",
         )
     )
 
