@@ -19,6 +19,27 @@ def save_result(out: Path, result: Any, text: str | None = None) -> None:
         replace_file(out.with_suffix(".md"), text)
 
 
+def publish(out: Path, result: Any, text: str) -> None:
+    """Write both files, and print the text."""
+    save_result(out, result, text)
+    print(text)
+
+
+def earlier_rows(out: Path, head: Any) -> list[dict[str, Any]]:
+    """The rows of an interrupted benchmark; none if its `head` was another one.
+
+    Args:
+        out: As of `save_result`.
+        head: The settings, which the file has under "head".
+    """
+    path = out.with_suffix(".json")
+    if not path.is_file():
+        return []
+    old = json.loads(path.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = old["rows"] if old["head"] == head else []
+    return rows
+
+
 def markdown_row(*cells: object) -> str:
     """One line of a Markdown table."""
     return "| " + " | ".join(map(str, cells)) + " |"

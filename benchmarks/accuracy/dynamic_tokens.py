@@ -33,7 +33,7 @@ from vitrim.pipeline.recipe import Recipe, parse_recipe
 from vitrim.pipeline.run import prepare, run
 from vitrim.pipeline.selection_step import with_selections
 
-from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result
 
 SHARES, SEEDS = (0.5, 0.33, 0.25), (7, 13, 42)
 METHODS = ("dynamicvit", "evit", "dps", "class-attention")
@@ -277,11 +277,7 @@ def main() -> None:
     out = options.out or RESULTS / f"dynamic_tokens_{short.replace('-', '_')}"
     dense = prepare(plan.recipe({"macs": 0.9}, 0), quiet=True).dense
     head = {**asdict(plan), "data": short, "dense_macs": count_macs(dense.architecture)}
-    rows: list[dict[str, Any]] = []
-    path = out.with_suffix(".json")
-    if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        rows = old["rows"] if old["head"] == head else []
+    rows = earlier_rows(out, head)
     fields = Case.__dataclass_fields__
     done = {Case(**{name: row[name] for name in fields}).key for row in rows}
     for case in cases(options.methods, options.shares, options.seeds):

@@ -47,7 +47,7 @@ from vitrim.pipeline.recipe_sections import ModelSection
 from vitrim.pipeline.run import with_last_queries
 from vitrim.pipeline.source_model import image_of, preprocessing_of, source_model
 
-from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result
 
 SHARES = (0.9, 0.8, 0.7, 0.5)
 IMAGES = (64, 256, 1024)
@@ -383,11 +383,7 @@ def run(
     bench: Bench, wanted: Sequence[Case], out: Path, head: dict[str, Any], title: Callable[[], str]
 ) -> list[dict[str, Any]]:
     """Measure the rows that the result file does not have yet; it is written after each."""
-    rows: list[dict[str, Any]] = []
-    path = out.with_suffix(".json")
-    if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        rows = old["rows"] if old["head"] == head else []
+    rows = earlier_rows(out, head)
     done = {_key(row) for row in rows}
     for case in wanted:
         if case.key in done:

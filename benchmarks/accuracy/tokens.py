@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,13 +40,14 @@ from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.tokens.choose import METHODS, WITHOUT_IMAGES, TokenRequest, token_choice
 from vitrim.compress.tokens.counts import Schedule, counts_for_macs
 from vitrim.compress.tokens.merging.merged import MERGING_METHODS, MergedModel, merged_tokens
+from vitrim.compress.tokens.select import SelectMethod
 from vitrim.compress.train.dense import DenseTask, Distillation
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.compress.train.loop import fit
 from vitrim.compress.train.settings import TrainSettings
 from vitrim.pipeline.run import with_last_queries
 
-from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result
 from .oneshot import Bench, open_bench
 
 SHARES = (0.8, 0.65, 0.5)
@@ -203,10 +204,10 @@ def per_image(
         return merged, merged.macs
     # The last attention computes the class token only.
     stages = [block for block in range(len(steps) - 1) if removed[block]]
-    name = method.removeprefix(PER_IMAGE)
+    name = cast("SelectMethod", method.removeprefix(PER_IMAGE))
     fused = name == "evit"
     kept = [counts[steps[block] + 1] - architecture.prefix - fused for block in stages]
-    selecting = vitrim.select_tokens(model, name, stages=stages, counts=kept)  # type: ignore[arg-type]
+    selecting = vitrim.select_tokens(model, name, stages=stages, counts=kept)
     return selecting.eval(), count_macs(selecting.architecture)
 
 
@@ -308,11 +309,7 @@ def main() -> None:
         "dense_macs": bench.dense_macs,
     }
     stages = STAGES if options.epochs else STAGES[:2]
-    rows: list[dict[str, Any]] = []
-    path = out.with_suffix(".json")
-    if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        rows = old["rows"] if old["head"] == head else []
+    rows = earlier_rows(out, head)
     fields = Case.__dataclass_fields__
     done = {Case(**{name: row[name] for name in fields}).key for row in rows}
 

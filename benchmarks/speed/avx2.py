@@ -38,7 +38,7 @@ from vitrim.runtimes import open_engine
 from vitrim.targets.catalog import load_target
 
 from ..models import calibration_noise, lifted
-from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, markdown_head, markdown_row, publish
 from ..turns import in_turns, least, until
 from .limited_cpu import LIMITED, limited_environment
 from .runtimes import half_of
@@ -235,9 +235,7 @@ def main() -> int:
         with limited_environment([THEIRS] if has_more else []) as environment:
             subprocess.run(command, env=environment, check=True)
         result = json.loads(raw.read_text())
-    text = markdown(result)
-    save_result(options.out, result, text)
-    print(text)
+    publish(options.out, result, markdown(result))
     return 0
 
 

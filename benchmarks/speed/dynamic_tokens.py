@@ -37,7 +37,7 @@ from vitrim.compress.tokens.select import SelectMethod, select_tokens
 from vitrim.export.artifact import Artifact
 
 from ..models import lifted
-from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, markdown_head, markdown_row, publish
 from .quotients import RUNTIMES, command_line, measured_rows, quotient_cells
 
 METHODS: tuple[SelectMethod, ...] = ("dynamicvit", "class-attention", "evit")
@@ -129,9 +129,7 @@ def main() -> int:
         "rows": rows,
         "absent": absent,
     }
-    text = markdown(result)
-    save_result(options.out, result, text)
-    print(text)
+    publish(options.out, result, markdown(result))
     return 0
 
 

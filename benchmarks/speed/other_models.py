@@ -50,7 +50,7 @@ from vitrim.export.artifact import Artifact
 from vitrim.export.exporter import export
 
 from ..counting import count_macs, count_parameters
-from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, markdown_head, markdown_row, publish
 from ..turns import Turn, in_turns, until
 from .avx2 import opened
 
@@ -330,9 +330,7 @@ def main() -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    text = markdown(result)
-    save_result(options.out, result, text)
-    print(text)
+    publish(options.out, result, markdown(result))
     return 0
 
 

@@ -38,7 +38,7 @@ from vitrim.compress.network.modules.model import CompactModel
 from vitrim.targets.catalog import load_target
 
 from ..models import computed_macs, lifted
-from ..results_file import RESULTS, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, markdown_head, markdown_row, publish
 from .avx2 import opened
 from .quotients import RUNTIMES, command_line, measured_rows, quotient_cells
 
@@ -180,9 +180,7 @@ def main() -> int:
         "rows": rows,
         "absent": absent,
     }
-    text = markdown(result)
-    save_result(options.out, result, text)
-    print(text)
+    publish(options.out, result, markdown(result))
     return 0
 
 
