@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from selecting_models import noise_images, sharp_selection
 from tiny_models import tiny_vit
 from torch import Tensor
 from typer.testing import CliRunner
@@ -21,18 +22,11 @@ COUNTS = (3, 6, 11)
 
 
 def images(count: int = 12, seed: int = 3) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return noise_images(count, seed)
 
 
 def model(method: SelectMethod = "class-attention", **options: Any) -> BucketedModel:
-    torch.manual_seed(1)
-    dense = tiny_vit(img_size=32, depth=3)
-    for name, parameter in dense.named_parameters():
-        if name.endswith("qkv.weight"):
-            parameter.data *= 8
-    chosen = select_tokens(dense, method, **{"stages": [1], "ratio": 0.6, **options})
-    for parameter in chosen.selects.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
+    chosen = sharp_selection(method, **options)
     return bucketed(chosen, COUNTS, images=images(), mean_patches=6.5).eval()
 
 

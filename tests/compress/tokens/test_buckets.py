@@ -11,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_networks import selecting_architectures
+from selecting_models import noise_images, sharp_selection
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor
-from vitrim import BucketedModel, Buckets, InputError, bucketed, load, load_bucketed, select_tokens
+from vitrim import BucketedModel, Buckets, InputError, bucketed, load, load_bucketed
 from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
@@ -22,26 +23,13 @@ from vitrim.compress.tokens.select import SelectMethod
 COUNTS = (3, 6, 11)
 
 
-def selecting(method: SelectMethod = "class-attention", **options: Any) -> CompactModel:
-    """Three blocks on 16 patches and a class token; attentions and scores differ by image."""
-    torch.manual_seed(1)
-    dense = tiny_vit(img_size=32, depth=3)
-    for name, parameter in dense.named_parameters():
-        if name.endswith("qkv.weight"):
-            parameter.data *= 8
-    model = select_tokens(dense, method, **{"stages": [1], "ratio": 0.6, **options})
-    for parameter in model.selects.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return model
-
-
 def images(count: int = 24, seed: int = 3) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return noise_images(count, seed)
 
 
 @pytest.mark.parametrize("method", ["class-attention", "column-attention", "dynamicvit", "dps"])
 def test_an_image_gets_the_logits_of_its_bucket(method: SelectMethod) -> None:
-    model = bucketed(selecting(method), COUNTS, images=images(), mean_patches=6.5)
+    model = bucketed(sharp_selection(method), COUNTS, images=images(), mean_patches=6.5)
     pictures = images()
     found, counts = model(pictures), model.bucket_of(pictures)
     assert len(counts.unique()) > 1
@@ -74,7 +62,7 @@ def test_networks_of_any_kind_get_buckets(data: st.DataObject) -> None:
 
 
 def test_a_bucket_is_the_smallest_count_that_holds_the_coverage() -> None:
-    model = bucketed(selecting(), COUNTS, coverage=0.5)
+    model = bucketed(sharp_selection(), COUNTS, coverage=0.5)
     pictures = images()
     covered = model.covered(pictures)
     assert bool((covered[:, 1:] >= covered[:, :-1]).all())
@@ -84,7 +72,7 @@ def test_a_bucket_is_the_smallest_count_that_holds_the_coverage() -> None:
 
 
 def test_the_largest_bucket_takes_images_that_no_bucket_covers() -> None:
-    model = bucketed(selecting(), COUNTS, coverage=1.0)
+    model = bucketed(sharp_selection(), COUNTS, coverage=1.0)
     assert model.bucket_of(images()).tolist() == [COUNTS[-1]] * 24
 
 
@@ -102,11 +90,11 @@ def test_calibration_meets_the_mean_and_leaves_little(mean: float) -> None:
     assert float(model.bucket_of(pictures).double().mean()) == pytest.approx(found.mean_patches)
 
 
-MODEL = selecting()
+MODEL = sharp_selection()
 
 
 def test_the_multiply_adds_are_those_of_each_bucket() -> None:
-    model = bucketed(selecting(), COUNTS, images=images(), mean_patches=7)
+    model = bucketed(sharp_selection(), COUNTS, images=images(), mean_patches=7)
     found = model.shares(images())
     assert found.macs == tuple(count_macs(model.fixed(count).architecture) for count in COUNTS)
     assert found.worst_macs == found.macs[-1]
@@ -114,7 +102,7 @@ def test_the_multiply_adds_are_those_of_each_bucket() -> None:
 
 
 def test_all_buckets_share_the_memory_of_the_weights() -> None:
-    model = bucketed(selecting(), COUNTS, coverage=0.5)
+    model = bucketed(sharp_selection(), COUNTS, coverage=0.5)
     sources = dict(model.network.named_parameters())
     for count in COUNTS:
         for name, parameter in model.fixed(count).named_parameters():
@@ -122,7 +110,7 @@ def test_all_buckets_share_the_memory_of_the_weights() -> None:
 
 
 def test_gradients_reach_the_weights_of_all_buckets() -> None:
-    model = bucketed(selecting(), COUNTS, images=images(), mean_patches=6.5)
+    model = bucketed(sharp_selection(), COUNTS, images=images(), mean_patches=6.5)
     model(images()).square().sum().backward()
     assert all(
         parameter.grad is not None
@@ -132,7 +120,7 @@ def test_gradients_reach_the_weights_of_all_buckets() -> None:
 
 
 def test_a_saved_model_returns_the_same_logits(tmp_path: Path) -> None:
-    model = bucketed(selecting(), COUNTS, images=images(), mean_patches=6.5).eval()
+    model = bucketed(sharp_selection(), COUNTS, images=images(), mean_patches=6.5).eval()
     model.save(tmp_path / "model")
     again = load_bucketed(tmp_path / "model")
     assert again.buckets == model.buckets
@@ -155,7 +143,7 @@ def test_a_saved_model_returns_the_same_logits(tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_file_is_refused(tmp_path: Path, change: Any, reason: str) -> None:
-    folder = bucketed(selecting(), (3, 6), coverage=0.5).save(tmp_path / "model")
+    folder = bucketed(sharp_selection(), (3, 6), coverage=0.5).save(tmp_path / "model")
     path = folder / "buckets.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError) as error:
@@ -166,7 +154,7 @@ def test_a_malformed_file_is_refused(tmp_path: Path, change: Any, reason: str) -
 
 
 def test_a_model_without_buckets_is_refused(tmp_path: Path) -> None:
-    folder = bucketed(selecting(), (3, 6), coverage=0.5).save(tmp_path / "model")
+    folder = bucketed(sharp_selection(), (3, 6), coverage=0.5).save(tmp_path / "model")
     (folder / "buckets.json").write_text("[NaN]")
     with pytest.raises(InputError, match=r"buckets\.json: not JSON"):
         load_bucketed(folder)
@@ -177,9 +165,9 @@ def test_a_model_without_buckets_is_refused(tmp_path: Path) -> None:
 
 def test_selections_without_scores_of_the_image_are_refused() -> None:
     with pytest.raises(InputError, match=r"select.1: scorer 'random' has no scores of an image"):
-        bucketed(selecting("random"), COUNTS, coverage=0.5)
+        bucketed(sharp_selection("random"), COUNTS, coverage=0.5)
     with pytest.raises(InputError, match=r"select.1: a fused token stands for the dropped patches"):
-        bucketed(selecting("evit"), COUNTS, coverage=0.5)
+        bucketed(sharp_selection("evit"), COUNTS, coverage=0.5)
     with pytest.raises(InputError, match=r"selects no patches; call vitrim.select_tokens first"):
         bucketed(tiny_vit(img_size=32), COUNTS, coverage=0.5)
 
