@@ -11,8 +11,6 @@ from .condition import require_column
 from .summary import Summary, grouped, number
 from .table import Column, Row
 
-FORMATS = ("table", "csv", "json", "parquet")
-
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """CSV with full precision; values that do not exist are empty."""
