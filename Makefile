@@ -1,6 +1,7 @@
 # make demo   install, then trim the embedded Vision Transformer and show the report
 # make test   install with the test tools, then run every test, in up to four processes
 # make test-x86-64-v3   the tests of exports and kernels again, as on a processor with AVX2 alone
+# make fuzz   the property tests, with new examples in each run
 # make lint   ruff, clang-format and mypy
 # make docs   build the documentation as a static site in build/site
 # make docs-reference   write the generated pages of docs/ again
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt
 MYPY := ../bin/mypy --config-file ../../pyproject.toml
 
-.PHONY: demo test test-x86-64-v3 lint docs docs-reference clean
+.PHONY: demo test fuzz test-x86-64-v3 lint docs docs-reference clean
 
 demo: .venv/installed
 	$(BIN)/vitrim run --overwrite
@@ -20,6 +21,11 @@ test: .venv/installed-test
 	@# compete for the cores.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
 		--numprocesses logical --maxprocesses 4 --dist loadfile
+
+fuzz: .venv/installed-test
+	VITRIM_FUZZ=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
+		--numprocesses logical --maxprocesses 4 --dist loadfile \
+		$$(git grep -l "from hypothesis" -- tests ':!tests/conftest.py')
 
 # Exports choose weights and code by these instruction sets, and torch its kernels by its variable.
 test-x86-64-v3: .venv/installed-test

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import pytest
+from hypothesis import settings
+
+# The verdict of `make test` depends on the commit alone; `make fuzz` draws new examples every time.
+settings.register_profile("same-examples", derandomize=True)
+settings.register_profile("fuzz", derandomize=False, print_blob=True)
+settings.load_profile("fuzz" if os.environ.get("VITRIM_FUZZ") else "same-examples")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -49,8 +49,9 @@ def add_noise(model: nn.Module) -> nn.Module:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, relative to the largest wanted magnitude."""
-    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+    """Largest difference, relative to the largest wanted magnitude, or as it is where that is 0."""
+    top = float(wanted.detach().abs().max()) or 1.0
+    return float((found - wanted).detach().abs().max()) / top
 
 
 def token_counts(architecture: Architecture, mask: StructuredMask) -> dict[str, int]:
