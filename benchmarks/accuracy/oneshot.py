@@ -8,7 +8,7 @@ test images; no row trains. The criteria rank units, in a scope; their ratio is 
 share is met. A repair then changes what remains: `mean` adds the mean error of each sub-layer to
 its bias, `least squares` refits output projections (`vitrim.compensate`). With `rotation` the
 network is first turned by `vitrim.rotate`. `closed form` is `vitrim compact --without-training`.
-Torch-Pruning prunes the timm model of the embedded weights. Finished rows are kept, so that an
+Torch-Pruning prunes the timm model of the same weights. Finished rows are kept, so that an
 interrupted benchmark continues; the first seed of everything comes first.
 """
 
@@ -376,7 +376,11 @@ def open_bench(data: str, model: str, test_images: int) -> Bench:
     )
     built = source_model(section, splits.classes)
     lifted = with_last_queries(vitrim.lift(built)).eval()
-    return Bench(splits, lifted, None if isinstance(built, CompactModel) else built)
+    if isinstance(built, CompactModel):
+        from .oneshot_torch_pruning import timm_twin
+
+        return Bench(splits, lifted, timm_twin(lifted))
+    return Bench(splits, lifted, built)
 
 
 def run(

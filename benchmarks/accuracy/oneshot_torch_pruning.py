@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 import torch_pruning as tp
 import vitrim
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from vitrim.compress.masks.groups import SHARED
 from vitrim.compress.network.architecture import Architecture, AttentionSpec, FfnSpec
 from vitrim.compress.network.count import count_macs
+from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.surgery.plan import plan
 
 from ..coverage.torch_pruning_recipe import attention_forward
@@ -58,6 +60,76 @@ def prune_to(
     if best is None:
         raise RuntimeError(f"Torch-Pruning: no ratio meets {share} of the multiply-adds")
     return best
+
+
+def timm_twin(model: CompactModel) -> nn.Module | None:
+    """The timm Vision Transformer with the weights of a plain lifted network, for Torch-Pruning.
+
+    Args:
+        model: A network without masks: blocks of an attention and an FFN, no class token or one.
+
+    Returns:
+        A model with equal outputs, or None where timm's plain class has no such network.
+    """
+    architecture = model.architecture
+    patch = architecture.stem.patch
+    first = [branch.core for step in architecture.steps[:2] for branch in step]
+    if len(first) != 2 or not isinstance(first[0], AttentionSpec):
+        return None
+    if not isinstance(first[1], FfnSpec) or patch is None or architecture.prefix > 1:
+        return None
+    classes = model.state_dict()["head.weight"].shape[0]
+    twin = timm.models.VisionTransformer(
+        img_size=architecture.image[1:],
+        patch_size=patch[0],
+        in_chans=architecture.image[0],
+        num_classes=classes,
+        embed_dim=architecture.embed,
+        depth=len(architecture.steps) // 2,
+        num_heads=first[0].heads,
+        mlp_ratio=first[1].hidden / architecture.embed,
+        class_token=architecture.prefix == 1,
+        global_pool="token" if architecture.prefix else "avg",
+    ).eval()
+    try:
+        twin.load_state_dict(_timm_state(model.state_dict(), len(architecture.steps) // 2))
+    except (KeyError, RuntimeError):
+        return None
+    images = torch.randn(2, *architecture.image)
+    with torch.no_grad():
+        wanted, found = model(images), twin(images)
+    return twin if torch.allclose(wanted, found, rtol=1e-4, atol=1e-4) else None
+
+
+def _timm_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Weights of a lifted plain network under timm's names."""
+    found = {
+        "patch_embed.proj.weight": state["stem.weight"],
+        "patch_embed.proj.bias": state["stem.bias"],
+        "pos_embed": state["position"][None],
+        "head.weight": state["head.weight"],
+        "head.bias": state["head.bias"],
+    }
+    last = "norm" if "norm.weight" in state else "pool_norm"
+    for kind in ("weight", "bias"):
+        found["norm." + kind if last == "norm" else "fc_norm." + kind] = state[f"{last}.{kind}"]
+    if "prefix" in state:
+        found["cls_token"] = state["prefix"][None]
+    for block in range(depth):
+        attention, ffn = f"steps.{2 * block}.0.", f"steps.{2 * block + 1}.0."
+        for kind in ("weight", "bias"):
+            parts = [state[f"{attention}core.{name}.{kind}"] for name in "qkv"]
+            names = {
+                "norm1": attention + "norm",
+                "attn.proj": attention + "core.out",
+                "norm2": ffn + "norm",
+                "mlp.fc1": ffn + "core.fc1",
+                "mlp.fc2": ffn + "core.fc2",
+            }
+            found[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+            for name, source in names.items():
+                found[f"blocks.{block}.{name}.{kind}"] = state[f"{source}.{kind}"]
+    return found
 
 
 def _gradients(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
