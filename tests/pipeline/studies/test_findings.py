@@ -33,7 +33,8 @@ def test_the_estimate_lies_in_its_interval_and_changes_sign_with_the_differences
 ) -> None:
     found = paired(differences)
     opposite = paired([-value for value in differences])
-    assert found is not None and opposite is not None
+    assert found is not None
+    assert opposite is not None
     assert opposite.median == pytest.approx(-found.median)
     assert (found.interval is None) == (len(differences) < 6)
     if found.interval is not None and opposite.interval is not None:
@@ -55,9 +56,12 @@ def test_the_interval_has_the_places_of_the_printed_table() -> None:
 
 def test_few_or_mixed_differences_decide_nothing() -> None:
     few, mixed, opposed = paired([1.0] * 5), paired([1.0, -1.0] * 5), paired([-1.0] * 8)
-    assert few is not None and few.holds is None
-    assert mixed is not None and mixed.holds is None
-    assert opposed is not None and opposed.holds is False
+    assert few is not None
+    assert few.holds is None
+    assert mixed is not None
+    assert mixed.holds is None
+    assert opposed is not None
+    assert opposed.holds is False
     assert paired([]) is None
 
 
