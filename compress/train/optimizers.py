@@ -25,6 +25,8 @@ from .regularization import rate_scales
 OptimizerName = Literal["adamw", "muon"]
 # The rate of AdamW for the other parameters, relative to that of Muon.
 ADAMW_RATE_BESIDE_MUON = 0.2
+# Of groups that Muon leaves to AdamW.
+_FALLBACK: dict[OptimizerName, dict[str, bool]] = {"adamw": {}, "muon": {"use_fallback": True}}
 # Tokens and position tables of timm's models and of ours, which have no weight decay.
 TABLES = frozenset({"pos_embed", "cls_token", "reg_token", "dist_token", "prefix", "position"})
 
@@ -94,6 +96,24 @@ def split_rates(
             groups.append({**group, "params": parts[1], "lr": lr, "frozen_steps": 0})
     groups.sort(key=lambda group: group["lr"], reverse=True)
     optimizer.param_groups[:] = groups
+    return optimizer
+
+
+def add_vectors(
+    optimizer: Optimizer, name: OptimizerName, groups: Iterable[dict[str, Any]]
+) -> Optimizer:
+    """Add groups of vectors, such as mask scores, which Muon leaves to AdamW.
+
+    Args:
+        optimizer: One that `make_optimizer` returned.
+        name: Its name.
+        groups: With `params`, `lr` and `weight_decay`.
+
+    Returns:
+        The same optimizer.
+    """
+    for group in groups:
+        optimizer.add_param_group({**group, **_FALLBACK[name]})
     return optimizer
 
 
