@@ -179,13 +179,17 @@ class Bench:
             cpu_s = time.process_time() - started
             share, top1 = count_macs(small.architecture) / self.dense_macs, self._top1(small)
         else:
-            from .oneshot_torch_pruning import prune_to
+            from .oneshot_torch_pruning import BrokenModel, prune_to
 
             assert self.timm_model is not None
             images, targets = self.images(case.images, case.seed)
-            pruned, share = prune_to(
-                self.timm_model, case.method, case.share, images, targets, self.model.architecture
-            )
+            dense = self.model.architecture
+            try:
+                pruned, share = prune_to(
+                    self.timm_model, case.method, case.share, images, targets, dense
+                )
+            except BrokenModel:
+                return {**asdict(case), "points_lost": None}
             cpu_s, top1 = time.process_time() - started, self._top1(pruned)
         return {
             **asdict(case),
@@ -310,14 +314,15 @@ def cases(images: Sequence[int], seeds: Sequence[int], *, torch_pruning: bool) -
 def table(rows: Iterable[dict[str, Any]], images: Sequence[int]) -> str:
     """Mean points lost over the seeds, with the spread; one line a method and number of images.
 
-    Methods that were not measured at every share yet are left out.
+    Methods that were not measured at every share yet are left out. "no heads": every cut that meets
+    the share leaves an attention without heads, and the model does not run.
     """
     lines = markdown_head(
         *("tool", "criterion", "scope", "rotation", "repair", "images", "draws"),
         *(f"{share:g} of the MACs" for share in SHARES),
         numbers=len(SHARES) + 2,
     )
-    grouped: dict[str, dict[float, list[float]]] = {}
+    grouped: dict[str, dict[float, list[float | None]]] = {}
     for row in rows:
         method = row["method"]
         key = json.dumps([*method.values(), row["images"] if _sees_images(method) else 0])
@@ -339,14 +344,16 @@ def _sees_images(method: dict[str, Any]) -> bool:
     return Method(**method).uses_images
 
 
-def _worst(points: dict[float, list[float]]) -> float:
+def _worst(points: dict[float, list[float | None]]) -> float:
     """The mean of the points lost over all budgets, for the order of the table."""
-    return statistics.mean(statistics.mean(values) for values in points.values())
+    known = [[each for each in values if each is not None] for values in points.values()]
+    return statistics.mean(map(statistics.mean, known)) if all(known) else float("inf")
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(found: Sequence[float | None]) -> str:
+    values = [each for each in found if each is not None]
     if not values:
-        return ""
+        return "no heads" if found else ""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
@@ -363,6 +370,23 @@ def open_bench(data: str, model: str, test_images: int) -> Bench:
     Returns:
         Both, with the top-1 of the dense model.
     """
+    splits, built = open_data_and_model(data, model, test_images)
+    lifted = with_last_queries(vitrim.lift(built)).eval()
+    if isinstance(built, CompactModel):
+        from .oneshot_torch_pruning import timm_twin
+
+        return Bench(splits, lifted, timm_twin(lifted))
+    return Bench(splits, lifted, built)
+
+
+def open_data_and_model(data: str, model: str, test_images: int) -> tuple[DataSplits, nn.Module]:
+    """The data set and the model of `open_bench`, as they are.
+
+    Args:
+        data: See `open_bench`.
+        model: See `open_bench`.
+        test_images: Largest number of test images.
+    """
     name = data.replace("cifar10:", "parquet:")
     section = ModelSection(checkpoint=model)
     splits = open_dataset(name, preprocessing=preprocessing_of(section, name, image_of(section)))
@@ -374,13 +398,7 @@ def open_bench(data: str, model: str, test_images: int) -> Bench:
     splits = DataSplits(
         data.partition(":")[0], splits.train, splits.val, test, splits.labels, splits.preprocessing
     )
-    built = source_model(section, splits.classes)
-    lifted = with_last_queries(vitrim.lift(built)).eval()
-    if isinstance(built, CompactModel):
-        from .oneshot_torch_pruning import timm_twin
-
-        return Bench(splits, lifted, timm_twin(lifted))
-    return Bench(splits, lifted, built)
+    return splits, source_model(section, splits.classes)
 
 
 def run(

@@ -26,6 +26,10 @@ BISECTIONS = 10
 BATCH = 64
 
 
+class BrokenModel(Exception):
+    """Torch-Pruning left an attention without heads."""
+
+
 def prune_to(
     model: nn.Module,
     method: Method,
@@ -46,19 +50,26 @@ def prune_to(
 
     Returns:
         The pruned model and its share of the multiply-adds.
+
+    Raises:
+        BrokenModel: Every ratio that meets the share leaves an attention without heads.
     """
     gradients = _gradients(model, images, targets) if method.criterion == "taylor" else None
     low, high, best = 0.0, 0.95, None
     for _ in range(BISECTIONS):
         ratio = (low + high) / 2
-        pruned = _pruned(model, method, ratio, images[:1], gradients)
+        try:
+            pruned = _pruned(model, method, ratio, images[:1], gradients)
+        except BrokenModel:
+            high = ratio
+            continue
         found = _macs(dense, pruned) / count_macs(dense)
         if found <= share:
             high, best = ratio, (pruned, found)
         else:
             low = ratio
     if best is None:
-        raise RuntimeError(f"Torch-Pruning: no ratio meets {share} of the multiply-adds")
+        raise BrokenModel
     return best
 
 
@@ -178,6 +189,8 @@ def _pruned(
     pruner.step()
     for attention in attentions:
         attention.num_heads = pruner.num_heads[attention.qkv]
+        if attention.num_heads == 0:
+            raise BrokenModel
         attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
     result.zero_grad(set_to_none=True)
     return result
