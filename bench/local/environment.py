@@ -62,6 +62,16 @@ ARM_CORES = {
     "0xd49": "Neoverse-N2",
     "0xd4f": "Neoverse-V2",
 }
+# The generations of AMD's processors by family and range of models (Linux,
+# arch/x86/kernel/cpu/amd.c): a virtual machine shows no number in the name.
+ZEN = {
+    23: ((0x00, 0x2F, "Zen"), (0x30, 0xFF, "Zen 2")),
+    25: (
+        *((0x00, 0x0F, "Zen 3"), (0x10, 0x1F, "Zen 4"), (0x20, 0x5F, "Zen 3")),
+        (0x60, 0xAF, "Zen 4"),
+    ),
+    26: ((0x00, 0x2F, "Zen 5"), (0x40, 0x4F, "Zen 5"), (0x60, 0x7F, "Zen 5")),
+}
 FEATURES = (
     *("sse4_2", "avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
@@ -174,8 +184,14 @@ def _cpuinfo() -> dict[str, str]:
 def _cpu_model(cpuinfo: dict[str, str]) -> str | None:
     if cpuinfo.get("CPU implementer") == "0x41" and cpuinfo.get("CPU part") in ARM_CORES:
         return ARM_CORES[cpuinfo["CPU part"]]
+    name = cpuinfo.get("model name")
+    if name == "AMD EPYC" and cpuinfo.get("vendor_id") == "AuthenticAMD":
+        # Whoever reads "AMD EPYC" beside a time can't know which of its generations took it.
+        family, model = int(cpuinfo.get("cpu family", "0")), int(cpuinfo.get("model", "0"))
+        names = [name for low, high, name in ZEN.get(family, ()) if low <= model <= high]
+        return f"AMD EPYC ({names[0]})" if names else name
     return (
-        cpuinfo.get("model name")
+        name
         or cpuinfo.get("Hardware")
         or (None if ROOT else platform.processor())
         or None

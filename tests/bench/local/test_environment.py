@@ -126,3 +126,20 @@ def test_a_machine_without_readable_files_is_read(tmp_path: Path) -> None:
     found = read(tmp_path, {"proc/stat": "", "proc/stat.after": ""})
     assert found["state"]["stolen_ticks"] is None
     assert found["machine"]["governor"] is None
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "name", "wanted"),
+    [
+        ("25", "17", "AMD EPYC", "AMD EPYC (Zen 4)"),
+        ("26", "2", "AMD EPYC", "AMD EPYC (Zen 5)"),
+        ("99", "1", "AMD EPYC", "AMD EPYC"),
+        ("25", "17", "AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_a_name_without_a_number_gets_the_generation(
+    tmp_path: Path, family: str, model: str, name: str, wanted: str
+) -> None:
+    lines = {"vendor_id": "AuthenticAMD", "cpu family": family, "model": model, "model name": name}
+    content = "\n".join(f"{key}\t: {value}" for key, value in lines.items())
+    assert read(tmp_path, {"proc/cpuinfo": content})["machine"]["cpu_model"] == wanted
