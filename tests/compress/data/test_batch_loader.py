@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,6 +23,7 @@ from torch import Tensor
 from vitrim.compress.data import streams
 from vitrim.compress.data.batch_loader import BatchLoader
 from vitrim.compress.data.decoding import LazyPixels, RawSplit
+from vitrim.compress.data.loading import open_dataset
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.data.splits import Split
 from vitrim.compress.data.streams import Record, Stream, StreamPixels
@@ -319,28 +319,28 @@ def test_an_empty_stream_stops() -> None:
         stream_numbers(stream_of(0), 1)
 
 
-SCRIPT = """
-import json, os, sys
-import numpy as np
-from pathlib import Path
-from vitrim.compress.data.batch_loader import BatchLoader
-from vitrim.compress.data.loading import open_dataset
-folder, state, log, stop = map(Path, sys.argv[1:])
-data = open_dataset(f"imagefolder:{folder}", image=(3, 8, 8), cache_gb=0)
-loader = BatchLoader(data.train, 4, seed=1, workers=2)
-if state.exists():
-    loader.load_state_dict(json.loads(state.read_text()))
-for step, (images, targets) in enumerate(loader.epoch(1)):
-    with log.open("a") as lines:
-        lines.write(f"{images.sum()} {targets.tolist()}\\n")
-    temporary = state.with_suffix(".new")
-    temporary.write_text(json.dumps(loader.state_dict()))
-    os.replace(temporary, state)
-    if stop.exists() and step == 3:
-        print("waiting", flush=True)
-        sys.stdin.read()
-loader.close()
-"""
+def load(folder: Path, name: str, *, stops: bool = False) -> None:
+    """Load an epoch of photos, from where an earlier process stopped; log every batch."""
+    state, log = folder / f"{name}.json", folder / f"{name}.log"
+    data = open_dataset(f"imagefolder:{folder / 'photos'}", image=(3, 8, 8), cache_gb=0)
+    loader = BatchLoader(data.train, 4, seed=1, workers=2)
+    if state.exists():
+        loader.load_state_dict(json.loads(state.read_text()))
+    for step, (images, targets) in enumerate(loader.epoch(1)):
+        with log.open("a") as lines:
+            lines.write(f"{images.sum()} {targets.tolist()}\n")
+        temporary = state.with_suffix(".new")
+        temporary.write_text(json.dumps(loader.state_dict()))
+        os.replace(temporary, state)
+        if stops and step == 3:
+            (folder / "waits").touch()
+            time.sleep(60)
+    loader.close()
+
+
+def load_and_wait(folder: Path) -> None:
+    """Wait within the epoch."""
+    load(folder, "killed", stops=True)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
@@ -352,24 +352,14 @@ def test_an_epoch_continues_after_a_kill(tmp_path: Path) -> None:
             for index in range(24):
                 pixels = noise.integers(0, 255, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "photos" / part / label / f"{index}.png")
-    stop = tmp_path / "stop"
-
-    def command(name: str) -> list[str]:
-        files = [tmp_path / "photos", tmp_path / f"{name}.json", tmp_path / f"{name}.log", stop]
-        return [sys.executable, "-c", SCRIPT, *map(str, files)]
-
-    subprocess.run(command("whole"), check=True)
-    stop.touch()
-    with subprocess.Popen(
-        command("killed"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as killed:
-        assert killed.stdout is not None
-        assert killed.stdout.readline() == "waiting\n"
-        killed.kill()
-    stop.unlink()
-    started = time.perf_counter()
-    subprocess.run(command("killed"), check=True)
-    assert time.perf_counter() - started < 120
+    killed = warm_processes.start(load_and_wait, tmp_path, log=tmp_path / "log")
+    while not (tmp_path / "waits").exists():
+        assert killed.poll() is None, killed.errors()
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    for name in ("whole", "killed"):
+        load(tmp_path, name)
     whole, resumed = ((tmp_path / f"{name}.log").read_text() for name in ("whole", "killed"))
     assert len(whole.splitlines()) == 10
     assert resumed == whole

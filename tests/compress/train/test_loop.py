@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm_processes
+from safetensors.torch import save_file
 from torch import Tensor
 from training_material import Net, equal_weights, spots
 from vitrim.compress.train.dense import DenseTask
@@ -26,6 +26,7 @@ from vitrim.compress.train.settings import TrainSettings
 from vitrim.compress.train.task import EpochEnd
 from vitrim.compress.train.training_files import append_history
 from vitrim.core.errors import InputError
+from warm_processes import Running
 
 QUICK = TrainSettings(epochs=4, batch_size=16, augmentation="none", quiet=True)
 
@@ -130,46 +131,34 @@ def test_a_crashed_run_resumes_to_the_same_bits(
     ]
 
 
-SCRIPT = """
-import signal
-# A shell that starts this in the background makes its children ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from training_material import Net, spots
-from vitrim.compress.train.dense import DenseTask
-from vitrim.compress.train.loop import fit
-from vitrim.compress.train.settings import TrainSettings
-from safetensors.torch import save_file
-
 class Slow(DenseTask):
-    def after_step(self, step):
-        time.sleep({sleep})
+    """Waits after each step, so that a signal arrives within an epoch."""
 
-task = Slow(Net(), lr=3e-3)
-settings = TrainSettings(epochs=5, batch_size=16, augmentation="light", threads=1)
-fit(task, spots(), settings, Path({folder!r}), resume=True)
-save_file(task.model.state_dict(), {weights!r})
-"""
+    wait_s = 0.0
+
+    def after_step(self, step: int) -> None:
+        time.sleep(self.wait_s)
 
 
-def start(folder: Path, sleep: float) -> subprocess.Popen[str]:
-    """Train in a process, in a folder; its weights are saved beside it."""
-    script = SCRIPT.format(
-        tests=str(Path(__file__).parents[2]),
-        sleep=sleep,
-        folder=str(folder),
-        weights=str(folder.with_suffix(".safetensors")),
-    )
-    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+def train(folder: Path, wait_s: float) -> None:
+    """Train in a folder, from where an earlier process ended; weights are saved beside it."""
+    slow = Slow(Net(), lr=3e-3)
+    slow.wait_s = wait_s
+    settings = TrainSettings(epochs=5, batch_size=16, augmentation="light", threads=1)
+    fit(slow, spots(), settings, folder, resume=True)
+    save_file(slow.model.state_dict(), folder.with_suffix(".safetensors"))
+
+
+def start(folder: Path, wait_s: float) -> Running:
+    """Train in a process of its own."""
+    return warm_processes.start(train, folder, wait_s, log=folder)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted_weights(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("uninterrupted") / "whole"
     whole = start(folder, 0)
-    assert whole.wait(400) == 0, whole.stderr.read() if whole.stderr else ""
+    assert whole.wait() == 0, whole.errors()
     return folder.with_suffix(".safetensors").read_bytes()
 
 
@@ -186,17 +175,17 @@ def test_kill_and_ctrl_c_lose_at_most_one_epoch(
         time.sleep(0.02)
     # Inside the third epoch, or while a checkpoint is written.
     time.sleep(0.25)
-    os.kill(broken.pid, sign)
-    printed = broken.communicate()[1]
-    assert broken.returncode in (-sign, 1, 130)
+    broken.kill(sign)
+    assert broken.wait() in (-sign, 1, 130)
     if sign == signal.SIGINT:
+        printed = broken.errors()
         assert "whole epochs are kept in" in printed
         assert "--resume continues" in printed
     assert not (tmp_path / "broken.safetensors").exists()
     whole_epochs = torch.load(tmp_path / "broken" / CHECKPOINT, weights_only=True)["epoch"]
     assert whole_epochs >= 1
     again = start(tmp_path / "broken", 0)
-    assert again.wait(400) == 0
+    assert again.wait() == 0
     assert (tmp_path / "broken.safetensors").read_bytes() == uninterrupted_weights
     epochs = [json.loads(line)["epoch"] for line in history.read_text().splitlines()]
     assert epochs == [1, 2, 3, 4, 5]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import vitrim
+import warm_processes
 from tiny_models import relative_error, tiny_vit
 from training_material import stripes
 from vitrim.compress.lift import lift
@@ -28,6 +27,7 @@ from vitrim.compress.train.settings import TrainSettings
 EPOCHS, STEPS = 4, 8
 # Large for these tiny networks, so that sub-layers are removed as a whole.
 WHOLE: dict[str, Any] = {"attention_overhead_macs": 1e5, "ffn_overhead_macs": 1e5}
+KILLED = MaskSettings(budget=Budget("params", 0.35), update_steps=2, **WHOLE)
 
 
 def learn(folder: Path, settings: MaskSettings, *, resume: bool = False, **model: Any) -> MaskTask:
@@ -234,46 +234,24 @@ def test_an_infeasible_budget_is_refused_before_training() -> None:
         MaskTask(lift(tiny_vit()), MaskSettings(budget=Budget("params", 0.0001)), 10)
 
 
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_mask_task import *
-import vitrim.compress.train.mask_task as masks
-if {kill}:
-    whole = masks.MaskTask.after_epoch
-    def after_epoch(self, epoch, val):
+def learn_until_killed(folder: Path) -> None:
+    """The process ends in its third epoch, as by `kill -9`."""
+    whole = MaskTask.after_epoch
+
+    def after_epoch(self: MaskTask, epoch: int, val_top1: float) -> Any:
         if epoch == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(self, epoch, val)
-    masks.MaskTask.after_epoch = after_epoch
-settings = MaskSettings(budget=Budget("params", 0.35), update_steps=2, **WHOLE)
-learn(Path({folder!r}), settings, resume={resume}).mask().save({mask!r})
-"""
+        return whole(self, epoch, val_top1)
+
+    MaskTask.after_epoch = after_epoch  # type: ignore[method-assign]
+    learn(folder, KILLED)
 
 
 def test_a_killed_run_resumes_to_equal_masks(tmp_path: Path) -> None:
-    """kill -9 in the third epoch, then --resume: the same masks as an uninterrupted run."""
-    here = Path(__file__).parent
-    tests = f"{here}:{here.parents[1]}"
-
-    def run(folder: str, mask: str, *, kill: bool, resume: bool) -> int:
-        script = SCRIPT.format(
-            tests=str(here),
-            kill=kill,
-            folder=str(tmp_path / folder),
-            resume=resume,
-            mask=str(tmp_path / mask),
-        )
-        environment = {**os.environ, "PYTHONPATH": tests}
-        return subprocess.run(
-            [sys.executable, "-c", script], check=False, capture_output=True, env=environment
-        ).returncode
-
-    assert run("whole", "whole.safetensors", kill=False, resume=False) == 0
-    assert run("broken", "broken.safetensors", kill=True, resume=False) == -signal.SIGKILL
-    assert not (tmp_path / "broken.safetensors").exists()
-    assert run("broken", "broken.safetensors", kill=False, resume=True) == 0
-    assert (tmp_path / "whole.safetensors").read_bytes() == (
-        tmp_path / "broken.safetensors"
-    ).read_bytes()
+    killed = warm_processes.start(learn_until_killed, tmp_path / "broken", log=tmp_path / "log")
+    assert killed.wait() == -signal.SIGKILL, killed.errors()
+    whole = learn(tmp_path / "whole", KILLED).mask()
+    resumed = learn(tmp_path / "broken", KILLED, resume=True).mask()
+    assert resumed.kept.keys() == whole.kept.keys()
+    for dimension, site, keep in whole:
+        assert torch.equal(keep, resumed.kept[dimension][site])
