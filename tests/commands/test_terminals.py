@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,64 +45,102 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(made: Path, terminal: str, *arguments: str, code: int = 0) -> str:
-    """The output of the command line in a terminal, decoded as that terminal does."""
+# Runs the commands of one process, one after the other, and writes a line after each.
+COMMANDS = """
+import os, sys
+from vitrim.cli import call
+words = sys.argv[1:]
+while words:
+    end = words.index(";")
+    code = call(words[:end])
+    words = words[end + 1 :]
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.write(stream.fileno(), b"<ended: %d>" % code)
+"""
+ENDED = re.compile(r"<ended: (\d+)>")
+
+
+def start(made: Path, terminal: str, *command: str) -> tuple[int, str, str]:
+    """Run Python in a terminal; the exit code and what it wrote, decoded as that terminal does."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUTF8"}
     done = subprocess.run(
-        [sys.executable, "-m", "vitrim", *map(os.fsencode, arguments)],
+        [sys.executable, *map(os.fsencode, command)],
         cwd=made,
         env={**environment, "PYTHONPATH": str(ROOT.parent), **TERMINALS[terminal]},
         capture_output=True,
         check=False,
     )
-    text = (done.stdout + done.stderr).decode("latin-1" if terminal == "latin-1" else "ascii")
-    assert done.returncode == code, text
-    assert "Traceback" not in text
-    return text
+    encoding = "latin-1" if terminal == "latin-1" else "ascii"
+    output, errors = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert "Traceback" not in errors, errors
+    return done.returncode, output, errors
+
+
+def run(made: Path, terminal: str, *commands: list[str], codes: Sequence[int] = ()) -> list[str]:
+    """What each command wrote, output before errors; all succeed, or end with the codes."""
+    words = [word for command in commands for word in (*command, ";")]
+    code, output, errors = start(made, terminal, "-c", COMMANDS, *words)
+    assert code == 0, errors
+    texts = [each + more for each, more in zip(*map(ENDED.split, (output, errors)), strict=True)]
+    found = [int(code) for code in ENDED.findall(errors)]
+    assert found == list(codes or [0] * len(commands)), errors
+    return texts[:-1:2]
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
 def test_help_of_every_command(made: Path, terminal: str) -> None:
-    assert run(made, terminal, "--version").startswith("vitrim ")
-    assert "N[,N...]" in run(made, terminal, "bench", "--help")
-    for command in ("", "run", "train", "compress", "compact", "export", "report", "compare"):
-        assert "Usage" in run(made, terminal, *command.split(), "--help")
-    run(made, terminal, "run", "--keys")
+    code, output, _ = start(made, terminal, "-m", "vitrim", "--version")
+    assert code == 0
+    assert output.startswith("vitrim ")
+    names = ("", "bench", "run", "train", "compress", "compact", "export", "report", "compare")
+    commands = [[*name.split(), "--help"] for name in names]
+    texts = run(made, terminal, *commands, ["run", "--keys"])
+    assert all("Usage" in text for text in texts[:-1])
+    assert "N[,N...]" in texts[1]
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
 def test_the_commands_of_a_saved_model(made: Path, terminal: str, tmp_path: Path) -> None:
-    out = str(tmp_path)
-    text = run(made, terminal, "compact", NAME, "--keep-ratio", "0.5", "--explain", "--out", out)
-    assert "saved: " in text
-    run(made, terminal, "targets", "list")
-    run(made, terminal, "targets", "show", "host")
-    run(made, terminal, "targets", "check", NAME)
-    run(made, terminal, "doctor")
-    absent = run(made, terminal, "compact", "→absent.pth", "--keep-ratio", "0.5", code=2)
+    *_, absent = texts = run(
+        made,
+        terminal,
+        ["compact", NAME, "--keep-ratio", "0.5", "--explain", "--out", str(tmp_path / "out")],
+        ["targets", "list"],
+        ["targets", "show", "host"],
+        ["targets", "check", NAME],
+        ["doctor"],
+        ["compact", "→absent.pth", "--keep-ratio", "0.5"],
+        codes=[0, 0, 0, 0, 0, 2],
+    )
+    assert "saved: " in texts[0]
     assert absent.startswith("vitrim: ->absent.pth: " if terminal != "C" else "vitrim: ")
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
 def test_the_commands_of_an_artifact(made: Path, terminal: str, tmp_path: Path) -> None:
-    data = "imagefolder:photos"
-    run(made, terminal, "export", NAME, "--data", data, "--out", f"{tmp_path}/a→")
-    assert Artifact.load(tmp_path / "a→").manifest.labels == ("bee", "fly", "été→")
-    run(made, terminal, "export", "--verify", "artifact")
     for name in ("one", "two"):
         shutil.copytree(made / "artifact", tmp_path / name)
     artifacts = [f"{tmp_path}/one", f"{tmp_path}/two"]
     measured = f"{tmp_path}/measured"
-    bench = ["bench", *artifacts, "--time-limit", "1", "-q", "--profile", "--out", measured]
-    assert "time by operator" in run(made, terminal, *bench)
-    assert "time ratio" in run(made, terminal, "compare", measured)
-    run(made, terminal, "report", measured, "--out", f"{tmp_path}/rapport→")
+    _, _, bench, compared, _ = run(
+        made,
+        terminal,
+        ["export", NAME, "--data", "imagefolder:photos", "--out", f"{tmp_path}/a→"],
+        ["export", "--verify", "artifact"],
+        ["bench", *artifacts, "--time-limit", "0.2", "-q", "--profile", "--out", measured],
+        ["compare", measured],
+        ["report", measured, "--out", f"{tmp_path}/rapport→"],
+    )
+    assert Artifact.load(tmp_path / "a→").manifest.labels == ("bee", "fly", "été→")
+    assert "time by operator" in bench
+    assert "time ratio" in compared
     assert (tmp_path / "rapport→" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("terminal", ["C"])
 def test_a_whole_run(made: Path, terminal: str, tmp_path: Path) -> None:
-    text = run(made, terminal, "run", "rezept→.toml", "--out", f"{tmp_path}/run")
+    (text,) = run(made, terminal, ["run", "rezept→.toml", "--out", f"{tmp_path}/run"])
     assert "report: " in text
     assert (tmp_path / "run" / "report.html").is_file()
 
