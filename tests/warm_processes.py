@@ -102,6 +102,8 @@ def _call(
 ) -> None:
     for stream, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    # As in any other process of this system; workers of a loader notice the end of their parent.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
