@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
+import signal
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from photo_folder import write_photos, write_recipe
 from PIL import Image
 from vitrim.cli import call
+from warm_processes import start_vitrim
 
 Refused = Callable[..., str]
 LAZY = ("--set", "data.cache_gb=0")
@@ -143,6 +143,18 @@ def test_skipped_images_are_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "unreadable images skipped, e.g. " in capsys.readouterr().err
 
 
+def killed_within_an_epoch(arguments: Sequence[str], out: Path) -> None:
+    """Train in a process, which is killed after its first checkpoint."""
+    checkpoint = out / "training" / "baseline" / "checkpoint.pt"
+    process = start_vitrim(*arguments, log=out)
+    while not checkpoint.is_file():
+        assert process.poll() is None, process.errors()
+        time.sleep(0.005)
+    time.sleep(0.1)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.errors()
+
+
 def test_training_continues_within_an_epoch_after_a_kill(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", train=80)
     recipe = write_recipe(tmp_path / "trial.toml", photos)
@@ -150,25 +162,14 @@ def test_training_continues_within_an_epoch_after_a_kill(tmp_path: Path) -> None
     more += ["--set", "train.checkpoint_minutes=0.0001", "--set", "baseline.augmentation=imagenet"]
 
     def command(name: str, *options: str) -> list[str]:
-        start = [sys.executable, "-m", "vitrim", "train", str(recipe), "--out"]
-        return [*start, str(tmp_path / name), *LAZY, *more, *options]
+        return ["train", str(recipe), "--out", str(tmp_path / name), *LAZY, *more, *options]
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command("whole"), check=True, env=environment, capture_output=True)
-    checkpoint = tmp_path / "killed" / "training" / "baseline" / "checkpoint.pt"
-    with subprocess.Popen(command("killed"), env=environment, stderr=subprocess.PIPE) as killed:
-        deadline = time.monotonic() + 120
-        while not checkpoint.is_file() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(0.2)
-        killed.kill()
+    assert call(command("whole")) == 0
+    killed_within_an_epoch(command("killed"), tmp_path / "killed")
     history = tmp_path / "killed" / "history.jsonl"
     epochs = history.read_text().count("\n") if history.is_file() else 0
     assert epochs < 3
-    done = subprocess.run(
-        command("killed", "--resume"), check=True, env=environment, capture_output=True, text=True
-    )
-    assert "Traceback" not in done.stderr
+    assert call(command("killed", "--resume")) == 0
     found = [
         [
             {key: line[key] for key in ("epoch", "loss", "train_top1", "val_top1")}
@@ -189,15 +190,8 @@ def test_data_that_changed_since_a_kill_is_refused(tmp_path: Path, refused: Refu
     more += ["--set", "train.checkpoint_minutes=0.0001", "--set", "baseline.epochs=50"]
     more += ["--set", "baseline.patience_epochs=50"]
     out = tmp_path / "out"
-    start = [sys.executable, "-m", "vitrim", "train", str(recipe), "--out", str(out), *more]
+    killed_within_an_epoch(["train", str(recipe), "--out", str(out), *more], out)
     checkpoint = out / "training" / "baseline" / "checkpoint.pt"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(start, env=environment, stderr=subprocess.PIPE) as killed:
-        deadline = time.monotonic() + 120
-        while not checkpoint.is_file() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(0.1)
-        killed.kill()
     os.utime(folder / "train-1.tar", (1, 1))
     line = refused(recipe, *more, "--resume")
     assert line == (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from vitrim.compress.network.files import load
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.compress.train.processes import Processes, join_processes
 from vitrim.core.errors import InputError
+from warm_processes import Running, start_vitrim
 
 pytest.importorskip("accelerate", reason="accelerate is not installed (vitrim[distributed])")
 
@@ -75,26 +75,60 @@ def alone(recipe: Path) -> Path:
     return folder
 
 
-def start(recipe: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "vitrim", "compress", str(recipe), "--out", str(folder)]
-    return subprocess.Popen(
-        [*command, "--processes", "2", "--quiet", *options],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start(recipe: Path, folder: Path, *options: str) -> Running:
+    """Start two processes that train in a folder."""
+    arguments = ["compress", recipe, "--out", folder, "--processes", "2", "--quiet", *options]
+    return start_vitrim(*arguments, log=folder.with_name(f"{folder.name}-{len(options)}"))
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_learn_the_masks_of_one(recipe: Path, alone: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "two"
-    process = start(recipe, folder, "--json-progress")
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
+@pytest.fixture(scope="module")
+def killed(recipe: Path) -> tuple[Path, Running, list[psutil.Process]]:
+    """The folder of two processes, one of which was killed; the launcher; the two."""
+    folder = recipe.parent / "killed"
+    launcher = start(recipe, folder)
+    while not (folder / "history.jsonl").is_file() or len(history(folder)) < 3:
+        assert launcher.poll() is None, launcher.errors()
+        time.sleep(0.01)
+    children = psutil.Process(launcher.pid).children()
+    assert len(children) == 2
+    os.kill(max(children, key=lambda child: child.pid).pid, signal.SIGKILL)
+    launcher.wait()
+    assert 3 <= len(history(folder)) < 31
+    return folder, launcher, children
+
+
+@pytest.fixture(scope="module")
+def resumed(recipe: Path, killed: tuple[Path, Running, list[psutil.Process]]) -> Running:
+    """Two processes that completed that run."""
+    folder = killed[0]
+    launcher = start(recipe, folder, "--resume", "--json-progress")
+    assert launcher.wait() == 0, launcher.errors()
+    assert len(history(folder)) == 31
+    return launcher
+
+
+def test_a_killed_process_ends_the_others_with_one_line(
+    killed: tuple[Path, Running, list[psutil.Process]],
+) -> None:
+    _, launcher, children = killed
+    errors = launcher.errors()
+    assert launcher.poll() == 1
+    lines = [line for line in errors.splitlines() if line.startswith("vitrim:")]
+    assert len(lines) == 1
+    assert "ended (SIGKILL), and the others were stopped; continue with: vitrim" in lines[0]
+    assert lines[0].endswith("--resume")
+    assert "Traceback" not in errors
+    assert not any(child.is_running() for child in children)
+
+
+def test_two_processes_learn_the_masks_of_one_although_they_were_killed(
+    alone: Path, killed: tuple[Path, Running, list[psutil.Process]], resumed: Running
+) -> None:
+    folder = killed[0]
     # To the unit: sums over two halves of a batch are rounded in another order, and no choice of
     # this run is that close.
     assert (folder / "mask.safetensors").read_bytes() == (alone / "mask.safetensors").read_bytes()
@@ -107,9 +141,20 @@ def test_two_processes_learn_the_masks_of_one(recipe: Path, alone: Path, tmp_pat
     outputs = [load(each / "cut")(images) for each in (alone, folder)]
     assert torch.allclose(outputs[0], outputs[1], atol=1e-2)
     # One process writes the lines of --json-progress.
-    assert [json.loads(line)["epoch"] for line in output.splitlines()] == [
-        line["epoch"] for line in two
-    ]
+    epochs = [json.loads(line)["epoch"] for line in resumed.output().splitlines()]
+    assert epochs == [line["epoch"] for line in two[-len(epochs) :]]
+    assert len(epochs) > 1
+
+
+@pytest.mark.usefixtures("resumed")
+def test_a_run_of_two_processes_continues_in_one(
+    recipe: Path, killed: tuple[Path, Running, list[psutil.Process]]
+) -> None:
+    folder = killed[0]
+    options = ["--resume", "--quiet", "--set", "train.threads=1"]
+    assert call(["compress", str(recipe), "--out", str(folder), *options]) == 0
+    # Its steps were complete, and none is repeated.
+    assert len(history(folder)) == 31
 
 
 def test_two_processes_learn_the_token_sets_of_one(tmp_path: Path) -> None:
@@ -120,61 +165,20 @@ def test_two_processes_learn_the_token_sets_of_one(tmp_path: Path) -> None:
         "attention_overhead_macs = 0.0\nffn_overhead_macs = 0.0"
     )
     path.write_text(RECIPE.replace("params = 0.4\nepochs = 30", sizes))
+    two = start(path, tmp_path / "two")
     assert call(["compress", str(path), "--out", str(tmp_path / "one"), "--quiet"]) == 0
-    process = start(path, tmp_path / "two")
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    one, two = ((tmp_path / name / "mask.safetensors").read_bytes() for name in ("one", "two"))
-    assert one == two
-    mask = StructuredMask.load(tmp_path / "one" / "mask.safetensors")
-    assert int(mask.kept["token"]["blocks.0.ffn"].sum()) < 17
-
-
-def test_a_killed_process_ends_the_others_with_one_line_and_the_run_resumes(
-    recipe: Path, alone: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "killed"
-    process = start(recipe, folder)
-    deadline = time.monotonic() + 400
-    while not (folder / "history.jsonl").is_file() or len(history(folder)) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    children = psutil.Process(process.pid).children()
-    assert len(children) == 2
-    os.kill(max(children, key=lambda child: child.pid).pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 1
-    lines = [line for line in errors.splitlines() if line.startswith("vitrim:")]
-    assert len(lines) == 1
-    assert "ended (SIGKILL), and the others were stopped; continue with: vitrim" in lines[0]
-    assert lines[0].endswith("--resume")
-    assert "Traceback" not in errors
-    assert not any(child.is_running() for child in children)
-    assert 3 <= len(history(folder)) < 31
-    again = start(recipe, folder, "--resume")
-    _, errors = again.communicate(timeout=400)
-    assert again.returncode == 0, errors
-    assert len(history(folder)) == 31
-    assert (folder / "mask.safetensors").read_bytes() == (alone / "mask.safetensors").read_bytes()
+    assert two.wait() == 0, two.errors()
+    masks = [tmp_path / name / "mask.safetensors" for name in ("one", "two")]
+    assert masks[0].read_bytes() == masks[1].read_bytes()
+    assert int(StructuredMask.load(masks[0]).kept["token"]["blocks.0.ffn"].sum()) < 17
 
 
 def test_an_error_of_the_processes_is_one_line(recipe: Path, alone: Path) -> None:
-    process = start(recipe, alone)
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 2
+    launcher = start(recipe, alone)
+    assert launcher.wait() == 2
+    errors = launcher.errors()
     assert errors.count("\n") == 1
     assert errors.startswith(f"vitrim: {alone}: the output folder contains an earlier run")
-
-
-def test_a_run_of_two_processes_continues_in_one(recipe: Path, alone: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "two"
-    process = start(recipe, folder, "--set", "masks.epochs=2")
-    assert process.wait(400) == 0
-    options = ["--set", "masks.epochs=2", "--resume", "--quiet", "--set", "train.threads=1"]
-    assert call(["compress", str(recipe), "--out", str(folder), *options]) == 0
-    # Its steps were complete, and none is repeated.
-    assert len(history(folder)) == 3
 
 
 @pytest.mark.parametrize(
