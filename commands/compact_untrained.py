@@ -68,11 +68,7 @@ def cut_without_training(
             state of another cut.
     """
     options = _options(source, selection, untrained)
-    table = None
-    if untrained.cost_table is not None:
-        from ..targets.cost_table import CostTable
-
-        table = CostTable.load(untrained.cost_table)
+    untrained, table = _with_table(untrained)
     data = data_of(source, selection, "--without-training")
     images = unlabeled_images(data, selection)
     show(f"{len(images)} images of {data.name}, without labels")
@@ -83,6 +79,26 @@ def cut_without_training(
             _one_size(job)
         else:
             _front(job)
+
+
+def _with_table(untrained: Untrained) -> tuple[Untrained, CostTable | None]:
+    """The cost table of --latency-ms, and the options with the latency that --energy-mj allows."""
+    if untrained.latency_ms is None:
+        return untrained, None
+    from ..pipeline.latency_table import TableRequest
+
+    table = TableRequest(
+        untrained.cost_table,
+        untrained.target or "host",
+        untrained.runtime,
+        untrained.file_precision,
+    ).table("--runtime")
+    if table.estimated is not None:
+        show(f"no cost table was measured, so the latency is an estimate: {table.title}")
+    if untrained.energy_mj is None:
+        return untrained, table
+    most_ms = table.energy_latency_ms(untrained.energy_mj, "--energy-mj")
+    return replace(untrained, latency_ms=min(untrained.latency_ms, most_ms)), table
 
 
 def _options(source: Source, selection: Selection, untrained: Untrained) -> TrimOptions:
@@ -214,11 +230,16 @@ def _latency_cuts(job: _Job, bars: StageBars) -> LatencyCuts:
 
 def _measure(job: _Job) -> Measure | None:
     """Measures a network as an exported file, with --verify."""
-    from ..pipeline.latency_loop import PARITY_IMAGES, file_measure
+    from ..pipeline.latency_loop import PARITY_IMAGES, file_measure, measured_here
 
     if not job.untrained.verify:
         return None
     assert job.table is not None
+    if job.untrained.verify_on == "host" and not measured_here(job.table):
+        raise InputError(
+            f"--verify: the files are for {job.table.target}, not for this machine; measure on it "
+            "with --verify-on, or leave --verify out"
+        )
     images, address = job.images[:PARITY_IMAGES], job.untrained.verify_on
     if address == "host":
         return file_measure(job.table, images)

@@ -60,7 +60,8 @@ LatencyMs = Annotated[
     typer.Option(
         "--latency-ms",
         help="Without training: latency in ms of an inference, as --cost-table predicts it. "
-        "Tokens, widths and depth are chosen at once.",
+        "Tokens, widths and depth are chosen at once. Without a table for --target it is an "
+        "estimate.",
         show_default=False,
     ),
 ]
@@ -68,7 +69,26 @@ CostTableFile = Annotated[
     Path | None,
     typer.Option(
         "--cost-table",
-        help="The device's cost table, measured by `vitrim bench --cost-table`.",
+        help="The device's cost table, measured by `vitrim bench --cost-table`. Without one, a "
+        "table that ships for --target, or the operator costs of `vitrim targets check`.",
+        show_default=False,
+    ),
+]
+CostTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="With --latency-ms and without --cost-table: the device, a name of `vitrim targets "
+        "list` or the path of a target TOML; by default this machine.",
+        show_default=False,
+    ),
+]
+CostRuntime = Annotated[
+    str | None,
+    typer.Option(
+        "--runtime",
+        help="With --latency-ms: the runtime of the device; by default that of --cost-table, or "
+        "the one that the target prefers.",
         show_default=False,
     ),
 ]
@@ -112,6 +132,15 @@ PeakMemoryMb = Annotated[
         show_default=False,
     ),
 ]
+EnergyMj = Annotated[
+    float | None,
+    typer.Option(
+        "--energy-mj",
+        help="With --latency-ms, too: largest energy of an inference in mJ, at the power that the "
+        "networks of --cost-table were measured with.",
+        show_default=False,
+    ),
+]
 FrontSizes = Annotated[
     int | None,
     typer.Option(
@@ -152,11 +181,14 @@ class Untrained:
     file_precision: FilePrecision = "fp32"
     latency_ms: LatencyMs = None
     cost_table: CostTableFile = None
+    target: CostTarget = None
+    runtime: CostRuntime = None
     keep_tokens: KeepTokens = False
     candidates: Candidates = 0
     verify: Verify = False
     verify_on: VerifyOn = "host"
     peak_memory_mb: PeakMemoryMb = None
+    energy_mj: EnergyMj = None
     front: FrontSizes = None
     check_images: CheckImages = 500
     resume: Resume = False
@@ -213,10 +245,11 @@ class Untrained:
         self._check_amount()
         if self.front is not None and not 2 <= self.front <= MOST_SIZES:
             raise InputError(f"--front {self.front}: give 2 to {MOST_SIZES} sizes")
-        if (self.latency_ms is None) != (self.cost_table is None):
+        if self.cost_table is not None and self.latency_ms is None:
+            raise InputError("--cost-table belongs to --latency-ms; add e.g. --latency-ms 2.0")
+        if self.cost_table is not None and self.target is not None:
             raise InputError(
-                "--latency-ms and --cost-table belong to each other: the table predicts the "
-                "latency; measure one with `vitrim bench --cost-table FILE`"
+                f"--cost-table is of one device, and --target {self.target} names another; keep one"
             )
 
     def _check_latency(self) -> None:
@@ -224,14 +257,19 @@ class Untrained:
         if self.verify_on != "host" and not self.verify:
             raise InputError(f"--verify-on {self.verify_on} belongs to --verify; add it")
         if self.latency_ms is not None:
-            if self.peak_memory_mb is not None and not self.peak_memory_mb > 0:
-                raise InputError(f"--peak-memory-mb {self.peak_memory_mb:g}: give a number above 0")
+            beside = {"--peak-memory-mb": self.peak_memory_mb, "--energy-mj": self.energy_mj}
+            for option, value in beside.items():
+                if value is not None and not value > 0:
+                    raise InputError(f"{option} {value:g}: give a number above 0")
             return
         for option, given in (
             ("--keep-tokens", self.keep_tokens),
             ("--candidates", self.candidates),
             ("--verify", self.verify),
             ("--peak-memory-mb", self.peak_memory_mb is not None),
+            ("--energy-mj", self.energy_mj is not None),
+            ("--target", self.target is not None),
+            ("--runtime", self.runtime is not None),
         ):
             if given:
                 raise InputError(f"{option} belongs to --latency-ms; add e.g. --latency-ms 2.0")

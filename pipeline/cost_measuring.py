@@ -28,14 +28,8 @@ from ..core.progress import Progress, progress_bar
 from ..export.exporter import export
 from ..targets.catalog import load_target
 from ..targets.cost_fit import Fit, fit_correction, fit_costs, least_sure
-from ..targets.cost_table import (
-    Correction,
-    CostTable,
-    Errors,
-    MeasuredNetwork,
-    NetworkShape,
-    Role,
-)
+from ..targets.cost_parts import NetworkShape
+from ..targets.cost_table import Correction, CostTable, Errors, MeasuredNetwork, Role
 from .cost_networks import (
     CostSizes,
     compact_networks,
@@ -49,6 +43,8 @@ SCHEMA = "vitrim.cost-points/1"
 # Networks that are measured interleaved: so many for the fit, and so many held out.
 FITTED, HELD_OUT = 4, 2
 BATCH = FITTED + HELD_OUT
+# The dense network, which is measured with each of these groups.
+REFERENCE = "reference"
 # Networks before the first fit; fewest held out before it may stop; networks to choose from.
 FIRST, FEWEST_HELD_OUT, POOL = 12, 10, 300
 # Errors of the held-out networks at which measuring stops.
@@ -150,10 +146,11 @@ class _Run:
         self.options = MeasureOptions(**{**vars(options), "time_limit_s": limit_s})
         self.tiles = _tiles(request.target)
         self.points, self.about = read_points(file, request)
+        self.powers_w: list[float] = []
 
     def of_role(self, *roles: Role) -> list[MeasuredNetwork]:
-        """The points of these roles."""
-        return [point for point in self.points if point.role in roles]
+        """The points of these roles, at one speed of the machine."""
+        return [point for point in leveled(self.points) if point.role in roles]
 
     def fitted(self) -> Fit:
         """Measure until the held-out networks are predicted well, or at the limit of points."""
@@ -164,7 +161,7 @@ class _Run:
             if known < FIRST:
                 shapes, fit = first[known : known + FITTED], None
             else:
-                fit = fit_costs(self.points, self.tiles)
+                fit = fit_costs(leveled(self.points), self.tiles)
                 if self._done(fit):
                     return fit
                 pool = random_shapes(request.sizes, POOL, request.seed + 1 + len(self.points))
@@ -207,14 +204,17 @@ class _Run:
             for number, (model, file) in enumerate(zip(models, files.values(), strict=True)):
                 self.report(begun + 0.5 * share * number / len(models), f"exporting: {text}")
                 self._export(model, file)
+            reference = Path(folder) / REFERENCE
+            self._export(dense_model(self.request.sizes), reference)
             found = self.measure(
-                files,
+                {**files, REFERENCE: reference},
                 self.options,
                 lambda part, _: self.report(begun + share * (0.5 + 0.5 * part), text),
             )
         latencies = [1e3 * found[name].summary().p50_s for name in files]
+        reference_ms = 1e3 * found[REFERENCE].summary().p50_s
         points = [
-            MeasuredNetwork(network=shape, latency_ms=latency, role=role)
+            MeasuredNetwork(network=shape, latency_ms=latency, role=role, reference_ms=reference_ms)
             for shape, latency, role in zip(shapes, latencies, roles, strict=True)
         ]
         last = found[next(iter(files))]
@@ -224,6 +224,11 @@ class _Run:
         }
         append_points(self.file, self.request, points, self.about)
         self.points += points
+        self.powers_w += [
+            measured.energy_per_inference_j / measured.summary().p50_s
+            for measured in found.values()
+            if measured.energy_per_inference_j
+        ]
 
     def _export(self, model: CompactModel, folder: Path) -> None:
         request = self.request
@@ -257,9 +262,10 @@ class _Run:
             batch=request.batch,
             tile=fit.tile,
             costs_ms=fit.costs,
-            points=tuple(self.points),
+            points=tuple(leveled(self.points)),
             held_out=fit.errors(held_out),
             environment=self.about.get("environment", {}),
+            power_w=float(np.median(self.powers_w)) if self.powers_w else None,
         )
         if not checks:
             return found
@@ -274,8 +280,33 @@ class _Run:
         return found.model_copy(update=update)
 
 
+def leveled(points: Sequence[MeasuredNetwork]) -> list[MeasuredNetwork]:
+    """The points as if the machine had had one speed.
+
+    Networks that are measured together share the speed of that moment, and minutes later the clock
+    of the processor or the load is another one. The reference, which is measured with each of them,
+    tells: latencies are multiplied by its median over its own.
+    """
+    references = [point.reference_ms for point in points if point.reference_ms is not None]
+    if not references:
+        return list(points)
+    middle = float(np.median(references))
+    return [
+        point
+        if point.reference_ms is None
+        else point.model_copy(
+            update={
+                "latency_ms": point.latency_ms * middle / point.reference_ms,
+                "reference_ms": None,
+            }
+        )
+        for point in points
+    ]
+
+
 def _progress_text(fit: Fit | None, points: Sequence[MeasuredNetwork]) -> str:
-    errors = None if fit is None else fit.errors([x for x in points if x.role == "held-out"])
+    held_out = [point for point in leveled(points) if point.role == "held-out"]
+    errors = None if fit is None else fit.errors(held_out)
     if errors is None:
         return "first networks"
     return f"held-out error {100 * errors.median:.1f} %, p95 {100 * errors.p95:.1f} %"
@@ -285,6 +316,14 @@ def _tiles(target: str) -> list[int]:
     """The tiles to choose from: no tile, and multiples of the processor's vectors."""
     lanes = load_target(target).vector.lanes
     return list(dict.fromkeys([1, *(lanes * factor for factor in (1, 2, 4))]))
+
+
+def _record(request: CostRequest) -> dict[str, Any]:
+    """The request as the first line of a file of points has it."""
+    found = asdict(request)
+    if not request.sizes.selects:
+        del found["sizes"]["selects"]
+    return found
 
 
 def append_points(
@@ -298,7 +337,7 @@ def append_points(
         points: The points.
         about: The version of the runtime, and the environment.
     """
-    lines = [] if file.exists() else [{"schema": SCHEMA, "request": asdict(request)}]
+    lines = [] if file.exists() else [{"schema": SCHEMA, "request": _record(request)}]
     record: list[Any] = [*lines, *(point.model_dump(mode="json") for point in points)]
     text = "".join(json.dumps(line) + "\n" for line in [*record, {"about": about}])
     with file.open("a", encoding="utf-8") as stream:
@@ -334,7 +373,7 @@ def read_points(file: Path, request: CostRequest) -> tuple[list[MeasuredNetwork]
         head = {}
     if not isinstance(head, dict) or head.get("schema") != SCHEMA:
         raise InputError(f"{file}: not the points of a cost table; name another table")
-    if head.get("request") != json.loads(json.dumps(asdict(request))):
+    if head.get("request") != json.loads(json.dumps(_record(request))):
         raise InputError(
             f"{file}: the points of another cost table; continue it with the same options, "
             "or delete the file"

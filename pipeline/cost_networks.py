@@ -21,18 +21,29 @@ from ..compress.network.architecture import (
     HeadSpec,
     NormSpec,
     PoolSpec,
+    PredictorSpec,
+    SelectSpec,
     StemSpec,
 )
 from ..compress.network.modules.model import CompactModel
+from ..compress.network.select_specs import scoring_branches
 from ..compress.surgery.compactor import compact
 from ..core.errors import InputError
-from ..targets.cost_table import AttentionShape, FfnShape, NetworkShape, SubLayerShape
+from ..targets.cost_parts import (
+    AttentionShape,
+    FfnShape,
+    NetworkShape,
+    SelectShape,
+    SubLayerShape,
+)
 
 # Sub-layers of a measured network: their share of the call's fixed cost is small.
 COPIES = 4
 # Widths of measured networks are multiples of it, so that the staircase of tiles is seen.
 STEP = 4
 KINDS = ("attention", "ffn", "both", "ends")
+# Scorers of networks that select tokens, and the share of these networks.
+SCORERS, SELECTING = ("predictor", "class-attention", "random"), 0.4
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class CostSizes:
         patch: Side of a patch in pixels.
         channels: Channels of an image.
         classes: Outputs of the head.
+        selects: Whether networks select tokens for each image.
     """
 
     tokens: int = 197
@@ -60,11 +72,12 @@ class CostSizes:
     patch: int = 16
     channels: int = 3
     classes: int = 1000
+    selects: bool = False
 
     def __post_init__(self) -> None:
         least = {"tokens": 2, "embed": 8, "head_width": 2, "ffn": 8}
         for name, value in vars(self).items():
-            if value < least.get(name, 1):
+            if name != "selects" and value < least.get(name, 1):
                 raise InputError(f"{name} = {value}: give at least {least.get(name, 1)}")
 
     @property
@@ -100,6 +113,7 @@ def sizes_of(architecture: Architecture) -> CostSizes:
         patch=max(1, round(math.sqrt(patch[0] * patch[1]))),
         channels=channels,
         classes=architecture.classes,
+        selects=bool(architecture.selects),
     )
 
 
@@ -126,18 +140,57 @@ def network_of(sizes: CostSizes, shape: NetworkShape) -> CompactModel:
         sizes: Where the stem and the head come from.
         shape: What it computes.
     """
-    steps = []
+    steps: list[tuple[BranchSpec, ...]] = []
+    selects: list[SelectSpec] = []
     for number, each in enumerate(shape.sublayers):
+        if isinstance(each, SelectShape):
+            selects.append(_selection(each, len(selects), len(steps), shape.embed))
+            continue
         if isinstance(each, AttentionShape):
             core: Core = AttentionSpec(heads=each.heads, qk=each.qk, v=each.v, scale=each.qk**-0.5)
             tokens = each.tokens_out
         else:
             core, tokens = FfnSpec(hidden=each.hidden), each.tokens
-        steps.append((_branch(f"blocks.{number}.{core.kind}", core, shape.embed, tokens),))
+        # Behind a selection tokens do not leave by place.
+        kept = None if selects else tokens
+        steps.append((_branch(f"blocks.{number}.{core.kind}", core, shape.embed, kept),))
     order = None
     if shape.tokens < sizes.tokens:
         order = tuple(range(shape.tokens - 1))
-    return _random(_architecture(sizes, shape.embed, tuple(steps), order, "mean_all"))
+    found = _architecture(sizes, shape.embed, tuple(steps), order, "mean_all")
+    if selects:
+        changed = found.model_copy(update={"selects": tuple(selects)})
+        found = Architecture.model_validate(changed.model_dump(by_alias=True))
+    return _random(found)
+
+
+def _selection(shape: SelectShape, number: int, step: int, embed: int) -> SelectSpec:
+    """A selection of a shape: a predictor where it has a norm, else scores of the attention."""
+    plain = SelectSpec(
+        name=f"select.{number}", at=step, patches=max(1, shape.kept - 1), scorer="random"
+    )
+    if not shape.reads:
+        return plain.model_copy(update={"scorer": "class-attention"}) if shape.macs else plain
+    patches = shape.tokens - 1
+    # The first layer of the predictor whose multiply-adds are nearest.
+    units = min(range(1, embed + 1), key=lambda each: abs(_macs(patches, embed, each) - shape.macs))
+    return plain.model_copy(
+        update={
+            "scorer": "predictor",
+            "predictor": _predictor(units),
+            "norm": NormSpec(width=embed),
+        }
+    )
+
+
+def _predictor(units: int) -> PredictorSpec:
+    """A predictor as DynamicViT has it, of a first layer of twice as many units."""
+    return PredictorSpec(local=units, pooled=units, hidden=(units, max(1, units // 2)))
+
+
+def _macs(patches: int, embed: int, units: int) -> int:
+    half = max(1, units // 2)
+    return patches * (2 * embed * units + units * units + units * half + half) + units * units
 
 
 def _branch(name: str, core: Core, embed: int, tokens: int | None) -> BranchSpec:
@@ -191,6 +244,10 @@ def first_shapes(sizes: CostSizes, count: int, seed: int) -> list[NetworkShape]:
         _shape(sizes, sizes.embed, sizes.tokens, [each for each in full if not _mixes(each)]),
         _shape(sizes, least, few, []),
     ]
+    if sizes.selects:
+        rng = np.random.default_rng(seed)
+        shares = ((sizes.embed, sizes.tokens, "predictor"), (least, few, "class-attention"))
+        found += [_selecting(sizes, *share, small, rng) for share in shares]
     return [*found, *random_shapes(sizes, max(0, count - len(found)), seed)][:count]
 
 
@@ -221,7 +278,63 @@ def _random_shape(sizes: CostSizes, rng: np.random.Generator) -> NetworkShape:
     sublayers = _sublayers(before, after, heads, (qk, v), hidden)
     if kind in ("attention", "ffn"):
         sublayers = [each for each in sublayers if each.kind == kind]
+    if sizes.selects and before > 2 * COPIES and rng.random() < SELECTING:
+        scorer = str(rng.choice(SCORERS, p=(0.6, 0.3, 0.1)))
+        return _selecting(sizes, embed, before, scorer, sublayers, rng)
     return _shape(sizes, embed, before, [] if kind == "ends" else sublayers)
+
+
+def _selecting(
+    sizes: CostSizes,
+    embed: int,
+    tokens: int,
+    scorer: str,
+    sublayers: Sequence[SubLayerShape],
+    rng: np.random.Generator,
+) -> NetworkShape:
+    """A network that selects tokens behind all but its last sub-layers, in equal steps.
+
+    Args:
+        sizes: The dense network.
+        embed: Channels of the residual stream.
+        tokens: Tokens behind the stem.
+        scorer: What scores them.
+        sublayers: Attentions and FFNs, whose tokens are replaced.
+        rng: Draws the numbers that are kept.
+    """
+    mixing = [each for each in sublayers if isinstance(each, AttentionShape)]
+    ffns = [each for each in sublayers if isinstance(each, FfnShape)]
+    mixing = mixing or [AttentionShape(tokens_in=1, tokens_out=1, heads=1, qk=STEP, v=STEP)]
+    least = max(2, tokens - int(rng.integers(COPIES, max(COPIES + 1, tokens // 2))))
+    counts = np.linspace(tokens, least, COPIES).round().astype(int).tolist()
+    units = max(1, embed // int(rng.integers(2, 5)))
+    found: list[SubLayerShape] = []
+    for number, (count, kept) in enumerate(zip(counts, [*counts[1:], 0], strict=True)):
+        each = mixing[number % len(mixing)]
+        both = {"tokens_in": count, "tokens_out": count}
+        found.append(each.model_copy(update=both))
+        if kept and kept < count:
+            found.append(_select_of(scorer, embed, (count, kept), each, units))
+        if ffns:
+            hidden = ffns[number % len(ffns)].hidden
+            found.append(FfnShape(tokens=kept or count, hidden=hidden))
+    return _shape(sizes, embed, tokens, found)
+
+
+def _select_of(
+    scorer: str, embed: int, counts: tuple[int, int], scoring: AttentionShape, units: int
+) -> SelectShape:
+    """The shape of a selection of a scorer behind an attention."""
+    tokens, kept = counts
+    if scorer == "predictor":
+        macs = _macs(tokens - 1, embed, units)
+        return SelectShape(tokens=tokens, kept=kept, macs=macs, reads=embed)
+    if scorer == "random":
+        return SelectShape(tokens=tokens, kept=kept)
+    # The class token's query, folded into the keys.
+    heads, qk = scoring.heads, scoring.qk
+    macs = 2 * heads * qk * embed + tokens * embed * heads
+    return SelectShape(tokens=tokens, kept=kept, macs=macs)
 
 
 def _width(rng: np.random.Generator, least: int, most: int) -> int:
@@ -272,6 +385,7 @@ def compact_networks(
     found = [(network_shape(dense.architecture), dense)][:count]
     sizes = sizes_of(dense.architecture)
     widths = {"qk": sizes.head_width, "v": sizes.head_width, "ffn": sizes.ffn, "embed": sizes.embed}
+    pinned = scoring_branches(dense.architecture)
     while len(found) < count:
         # The widths of compact networks are rounded.
         shares = {
@@ -279,9 +393,14 @@ def compact_networks(
             for name, width in widths.items()
         }
         shares |= {"head": float(rng.uniform(0.3, 1.0)), "block": float(rng.uniform(0.6, 1.0))}
-        if dense.architecture.pool.kind != "none" and rng.random() < 0.5:
+        leaves = dense.architecture.pool.kind != "none" and not sizes.selects
+        if leaves and rng.random() < 0.5:
             shares["token"] = float(rng.uniform(0.3, 1.0))
         mask = StructuredMask.random(dense, shares, seed=int(rng.integers(2**31)))
+        if pinned:
+            # An attention that scores tokens stays.
+            blocks = {k: v for k, v in mask.kept["block"].items() if k not in pinned}
+            mask = StructuredMask({**mask.kept, "block": blocks})
         # As it is exported: the last block computes only what the head reads.
         reads = bool(dense.architecture.pooled_prefix) or None
         small = compact(dense, mask, last_queries=reads).eval()

@@ -68,6 +68,11 @@ class FrontRequest:
     note: dict[str, str]
     table: CostTable | None = None
 
+    @property
+    def estimated(self) -> bool:
+        """Whether latencies are estimates, of a table that was not measured."""
+        return self.table is not None and self.table.estimated is not None
+
     def folders(self) -> list[str]:
         """The folder of each size, e.g. macs-70."""
         digits = 0
@@ -200,7 +205,7 @@ def make_front(
         sizes.append(size)
         _write(out, request, sizes, fingerprint)
         show(size)
-    front = Front(request.kind, request.model_name, tuple(sizes))
+    front = Front(request.kind, request.model_name, tuple(sizes), request.estimated)
     replace_file(out / TABLE_FILE, front_markdown(front))
     replace_file(out / CSV_FILE, front_csv(front))
     replace_file(out / PICTURE_FILE, front_picture(front), PICTURE)
@@ -290,6 +295,7 @@ def _write(out: Path, request: FrontRequest, sizes: Sequence[Size], fingerprint:
         "model": request.model_name,
         "data": request.data_name,
         "kind": request.kind,
+        "estimated": request.estimated,
         "fingerprint": fingerprint,
         "sizes": [asdict(size) for size in sizes],
     }

@@ -76,6 +76,7 @@ class StageBars(contextlib.ExitStack):
 def require_budget(
     architecture: Architecture,
     section: MasksSection,
+    table: CostTable | None = None,
     *,
     options: tuple[str, str] = ("masks.macs", "masks.params"),
 ) -> None:
@@ -84,11 +85,15 @@ def require_budget(
     Args:
         architecture: The dense model.
         section: The budget.
+        table: The cost table of a latency.
         options: The names of its two kinds in an error.
 
     Raises:
         InputError: It is below the size of what is never cut; the message gives that size.
     """
+    if table is not None and section.has_latency:
+        _require_latency(architecture, section, table)
+        return
     if section.file_mb is not None:
         empty = architecture.model_copy(update={"steps": ()})
         least_mb = file_bytes(empty, section.file_precision) / 1e6
@@ -97,9 +102,6 @@ def require_budget(
                 f"masks.file_mb = {section.file_mb}: the stem and the head, which are not cut, "
                 f"are {least_mb:.3f} MB; give a larger budget"
             )
-        return
-    if section.cost_table is not None:
-        _require_latency(architecture, section)
         return
     kind, share = ("params", section.params) if section.params else ("macs", section.macs)
     option = options[kind == "params"]
@@ -111,9 +113,9 @@ def require_budget(
         )
 
 
-def _require_latency(architecture: Architecture, section: MasksSection) -> None:
-    """Check that the latency can be reached, and that the table is of the requested runtime."""
-    table, round_to = section_table(section), section.round_to or 8
+def _require_latency(architecture: Architecture, section: MasksSection, table: CostTable) -> None:
+    """Check that the latency can be reached."""
+    round_to = section.round_to or 8
     losses = uniform_losses(architecture, round_to)
     if not stream_obstacle(architecture):
         widths = (int(share * architecture.embed) for share in STREAM_SHARES)
@@ -128,29 +130,20 @@ def _require_latency(architecture: Architecture, section: MasksSection) -> None:
         )
 
 
-def section_table(section: MasksSection) -> CostTable:
-    """The cost table of `[masks]`.
+def latency_budget_ms(architecture: Architecture, section: MasksSection, table: CostTable) -> float:
+    """The latency of `[masks]` in milliseconds; a share is that of the dense model by the table.
 
     Raises:
-        InputError: It cannot be read, or it is of another runtime than `target_runtime`.
+        InputError: There is a budget of energy, and the table has no power.
     """
-    assert section.cost_table is not None
-    table = CostTable.load(section.cost_table)
-    if section.target_runtime not in (None, table.runtime):
-        raise InputError(
-            f"masks.target_runtime = {section.target_runtime!r}: {section.cost_table} is of "
-            f"{table.title}; measure one with `vitrim bench --cost-table FILE --runtime "
-            f"{section.target_runtime}`"
-        )
-    return table
-
-
-def latency_budget_ms(architecture: Architecture, section: MasksSection, table: CostTable) -> float:
-    """The latency of `[masks]` in milliseconds; a share is that of the dense model by the table."""
     if section.latency_ms is not None:
-        return section.latency_ms
-    assert section.latency is not None
-    return section.latency * table.latency_ms(network_shape(architecture))
+        found = section.latency_ms
+    else:
+        assert section.latency is not None
+        found = section.latency * table.latency_ms(network_shape(architecture))
+    if section.energy_mj is None:
+        return found
+    return min(found, table.energy_latency_ms(section.energy_mj, "masks.energy_mj"))
 
 
 def _budget(section: MasksSection) -> tuple[Kind, float]:
@@ -211,32 +204,44 @@ def trim_baseline(
 
 
 def latency_cuts(
-    baseline: CompactModel, images: Tensor, section: MasksSection, round_to: int, bars: StageBars
+    baseline: CompactModel,
+    images: Tensor,
+    section: MasksSection,
+    round_to: int,
+    table: CostTable,
+    bars: StageBars,
 ) -> LatencyCuts:
     """The cuts of the baseline to latencies, after one pass over the images.
 
     Args:
         baseline: The dense model.
         images: Unlabeled images, (images, channels, height, width), normalized.
-        section: The cost table, and whether tokens stay.
+        section: The budgets beside the latency, and whether tokens stay.
         round_to: Kept widths are multiples of this.
+        table: The cost table.
         bars: Shows the stages.
     """
     tokens = "token" not in section.fixed and section.tokens is None
     return LatencyCuts(
         baseline,
         images,
-        section_table(section),
+        table,
         options=TrimOptions(round_to=round_to, precision=section.file_precision),
-        latency=LatencyOptions(tokens=tokens, candidates=section.candidates),
+        latency=LatencyOptions(
+            tokens=tokens,
+            candidates=section.candidates,
+            file_mb=section.file_mb,
+            peak_memory_mb=section.peak_memory_mb,
+        ),
         progress=bars,
     )
 
 
 def show_latency(found: LatencyCut, table: CostTable, *, quiet: bool = False) -> None:
     """Print the latency by the table beside the budget, and how many tokens each block keeps."""
+    source = "by the table of" if table.estimated is None else "by an estimate of"
     status(
-        f"{found.latency_ms:.4g} ms of {found.budget_ms:.4g} ms by the table of {table.title}",
+        f"{found.latency_ms:.4g} ms of {found.budget_ms:.4g} ms {source} {table.title}",
         quiet=quiet,
     )
     if found.tokens is not None:

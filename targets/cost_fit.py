@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cost_table import PARTS, Correction, Errors, MeasuredNetwork, NetworkShape, Numbers
-from .cost_table import network_parts as parts_of
+from .cost_parts import PARTS, NetworkShape, Numbers
+from .cost_parts import network_parts as parts_of
+from .cost_table import Correction, Errors, MeasuredNetwork
 
 # Ridge of the leverage, as a share of the largest diagonal entry; neighbours whose residuals count.
 RIDGE, NEIGHBOURS = 1e-6, 3

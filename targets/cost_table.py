@@ -23,17 +23,26 @@ from ..core.errors import InputError
 from ..core.storage import replace_file
 from ..core.written_kinds import json_kind
 from .catalog import present_name
+from .cost_parts import (
+    ATTENTION_PARTS,
+    END_PARTS,
+    FFN_PARTS,
+    PARTS,
+    SELECT_PARTS,
+    NetworkShape,
+    Numbers,
+    Plain,
+    Sizes,
+    attention_parts,
+    end_parts,
+    ffn_parts,
+    network_parts,
+    select_parts,
+)
 
 SCHEMA: Literal["vitrim.cost-table/2"] = "vitrim.cost-table/2"
 EARLIER_SCHEMA = "vitrim.cost-table/1"
 COST_TABLE = json_kind("a cost table", SCHEMA)
-ATTENTION_PARTS = (
-    *("attention", "heads", "projections", "attention products", "output", "softmax"),
-    *("attention norms", "attention residual", "head copies", "dropping", "attention weights"),
-)
-FFN_PARTS = ("ffn", "ffn products", "ffn norms", "activation", "ffn weights")
-END_PARTS = ("call", "stem", "stem tokens", "classes")
-PARTS = (*ATTENTION_PARTS, *FFN_PARTS, *END_PARTS)
 # Parts of a table of the earlier schema, in seconds, and the parts that they became.
 _EARLIER_PARTS = {
     "block": (("attention", 0.5), ("ffn", 0.5)),
@@ -46,73 +55,25 @@ _EARLIER_PARTS = {
     "activation": (("activation", 1.0),),
     "weights": (("attention weights", 1.0), ("ffn weights", 1.0)),
 }
-Numbers = npt.NDArray[np.float64]
-# One size, or an array of sizes; arrays are broadcast.
-Sizes = int | npt.NDArray[np.int64]
-Size = Annotated[int, Field(ge=1, le=10_000_000)]
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Role = Literal["fit", "held-out", "check"]
 
 
-class _Plain(BaseModel):
-    """Frozen data; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class AttentionShape(_Plain):
-    """The sizes of an attention: it reads `tokens_in` tokens and computes `tokens_out` of them."""
-
-    kind: Literal["attention"] = "attention"
-    tokens_in: Size
-    tokens_out: Size
-    heads: Size
-    qk: Size
-    v: Size
-
-
-class FfnShape(_Plain):
-    """The sizes of a feed-forward sub-layer."""
-
-    kind: Literal["ffn"] = "ffn"
-    tokens: Size
-    hidden: Size
-
-
-SubLayerShape = Annotated[AttentionShape | FfnShape, Field(discriminator="kind")]
-
-
-class NetworkShape(_Plain):
-    """The sizes of a network that its latency depends on.
-
-    Attributes:
-        embed: Channels of the residual stream.
-        tokens: Tokens behind the stem, prefix tokens included.
-        pixels: Multiply-adds of the stem for each token and channel: the numbers in a patch.
-        classes: Outputs of the head; 1 without one.
-        sublayers: What it computes, in order; sub-layers that are gone are not listed.
-    """
-
-    embed: Size
-    tokens: Size
-    pixels: Size
-    classes: Size
-    sublayers: tuple[SubLayerShape, ...] = ()
-
-
-class MeasuredNetwork(_Plain):
+class MeasuredNetwork(Plain):
     """A measured network: its latency, and what the point is for.
 
     `fit`: the costs are fitted to it; `held-out`: it gives the error of the fit; `check`: a compact
     network of mixed widths, which gives the error of a sum of sub-layers, and the correction.
+    `reference_ms` is the latency of the dense network that was measured together with it.
     """
 
     network: NetworkShape
     latency_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     role: Role = "fit"
+    reference_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
-class Errors(_Plain):
+class Errors(Plain):
     """Relative errors of predictions: how many, their median, 95th percentile and largest."""
 
     count: int = Field(ge=1)
@@ -139,14 +100,14 @@ class Errors(_Plain):
         )
 
 
-class Correction(_Plain):
+class Correction(Plain):
     """What whole networks take beside the sum of their parts: scale * sum + offset_ms."""
 
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     offset_ms: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
-class CostTable(_Plain):
+class CostTable(Plain):
     """Measured networks of one target, runtime and precision, and the costs fitted to them.
 
     Attributes:
@@ -165,6 +126,9 @@ class CostTable(_Plain):
         uncorrected: The same without the correction.
         correction: What whole networks take beside the sum of their parts.
         environment: The machine while it was measured.
+        power_w: Mean power of the device during the measurements; None where no meter was read.
+        estimated: What the costs follow from where nothing was measured: the budget is then called
+            an estimate. None: they were measured.
     """
 
     schema_: Literal["vitrim.cost-table/2"] = Field(SCHEMA, alias="schema")
@@ -182,7 +146,9 @@ class CostTable(_Plain):
     whole: Errors | None = None
     uncorrected: Errors | None = None
     correction: Correction = Correction()
-    environment: dict[str, Any] = {}
+    environment: dict[str, Any] = Field(default_factory=dict)
+    power_w: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    estimated: str | None = None
 
     @model_validator(mode="after")
     def _known_parts(self) -> CostTable:
@@ -196,7 +162,39 @@ class CostTable(_Plain):
         """What was measured, as a message names it."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         batch = "" if self.batch == 1 else f", batch {self.batch}"
-        return f"{self.runtime} {self.precision} on {self.target}, {threads}{batch}"
+        estimated = "" if self.estimated is None else f", estimated: {self.estimated}"
+        return f"{self.runtime} {self.precision} on {self.target}, {threads}{batch}{estimated}"
+
+    def energy_latency_ms(self, energy_mj: float, option: str) -> float:
+        """Return the milliseconds that take an energy at the power of the measurements.
+
+        Args:
+            energy_mj: Millijoules of an inference.
+            option: The name of the budget in an error.
+
+        Raises:
+            InputError: The power is not known.
+        """
+        if self.power_w is None:
+            raise InputError(
+                f"{option} = {energy_mj:g}: no energy meter was read while the cost table of "
+                f"{self.title} was measured; give a latency alone, or measure the table on a "
+                "device with a meter"
+            )
+        return energy_mj / self.power_w
+
+    @property
+    def prices_selections(self) -> bool:
+        """Whether selections of tokens have costs, so that networks with some have a latency."""
+        return any(self.costs_ms.get(part) for part in SELECT_PARTS)
+
+    def require_selections(self) -> None:
+        """Raise InputError if selections of tokens have no costs."""
+        if not self.prices_selections:
+            raise InputError(
+                f"the cost table of {self.title} has no costs of selections of tokens; measure one "
+                "with `vitrim bench --cost-table FILE --like MODEL`, of a model that selects"
+            )
 
     @cached_property
     def _costs(self) -> Numbers:
@@ -243,9 +241,17 @@ class CostTable(_Plain):
             pixels: Multiply-adds of the stem for each token and channel.
             classes: Outputs of the head.
         """
-        costs = self._costs[len(ATTENTION_PARTS) + len(FFN_PARTS) :]
+        start = len(ATTENTION_PARTS) + len(FFN_PARTS)
+        costs = self._costs[start : start + len(END_PARTS)]
         parts = end_parts(embed, tokens, pixels, classes, tile=self.tile)
         return _priced(parts, costs, present=1)
+
+    def select_ms(
+        self, embed: Sizes, tokens: Sizes, kept: Sizes, macs: Sizes, reads: Sizes
+    ) -> Numbers:
+        """Return the milliseconds of a selection of tokens; the arguments are `select_parts`'."""
+        costs = self._costs[-len(SELECT_PARTS) :]
+        return _priced(select_parts(embed, tokens, kept, macs, reads), costs, present=kept)
 
     def sum_ms(self, network: NetworkShape) -> float:
         """Return the sum over the parts of a network, in milliseconds, without the correction."""
@@ -292,98 +298,6 @@ class CostTable(_Plain):
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "the table"
             raise InputError(f"{path}: {key}: {first['msg']}; measure the table again") from None
-
-
-def attention_parts(
-    embed: Sizes,
-    tokens_in: Sizes,
-    tokens_out: Sizes,
-    heads: Sizes,
-    qk: Sizes,
-    v: Sizes,
-    *,
-    tile: int,
-) -> list[Any]:
-    """Return the amount of each of `ATTENTION_PARTS` in an attention.
-
-    Args:
-        embed: Channels of the residual stream.
-        tokens_in: Tokens that it reads.
-        tokens_out: Tokens that it computes.
-        heads: Heads.
-        qk: Width of each head's queries and keys.
-        v: Width of each head's values.
-        tile: Columns that the kernels compute at once.
-
-    Returns:
-        One number or array for each part.
-    """
-    e, n, m, h = embed, tokens_in, tokens_out, heads
-    # Queries of fewer tokens than are read are selected by an operator of its own.
-    drops = np.not_equal(m, n)
-    return [
-        1,
-        h,
-        e * (m * whole_tiles(h * qk, tile) + n * whole_tiles(h * qk, tile))
-        + e * n * whole_tiles(h * v, tile),
-        h * m * (whole_tiles(n, tile) * qk + n * whole_tiles(v, tile)),
-        m * h * v * whole_tiles(e, tile),
-        n * m * h,
-        n * e,
-        m * e,
-        h * ((n + m) * qk + (n + m) * v),
-        drops * 1,
-        e * h * (2 * qk + 2 * v),
-    ]
-
-
-def ffn_parts(embed: Sizes, tokens: Sizes, hidden: Sizes, *, tile: int) -> list[Any]:
-    """Return the amount of each of `FFN_PARTS` in an FFN.
-
-    Args:
-        embed: Channels of the residual stream.
-        tokens: Tokens that it computes.
-        hidden: Hidden units.
-        tile: Columns that the kernels compute at once.
-    """
-    products = tokens * (embed * whole_tiles(hidden, tile) + hidden * whole_tiles(embed, tile))
-    return [1, products, tokens * embed, tokens * hidden, 2 * embed * hidden]
-
-
-def end_parts(
-    embed: Sizes, tokens: Sizes, pixels: Sizes, classes: Sizes, *, tile: int
-) -> list[Any]:
-    """Return the amount of each of `END_PARTS` outside the sub-layers.
-
-    Args:
-        embed: Channels of the residual stream.
-        tokens: Tokens behind the stem.
-        pixels: Multiply-adds of the stem for each token and channel.
-        classes: Outputs of the head.
-        tile: Columns that the kernels compute at once.
-    """
-    wide = whole_tiles(embed, tile)
-    return [1, tokens * pixels * wide, tokens * embed, embed * classes]
-
-
-def network_parts(network: NetworkShape, tile: int) -> Numbers:
-    """Return the amount of each of `PARTS` in a network, (parts,)."""
-    e = network.embed
-    attention = np.zeros(len(ATTENTION_PARTS))
-    ffn = np.zeros(len(FFN_PARTS))
-    for each in network.sublayers:
-        if isinstance(each, AttentionShape):
-            sizes = (e, each.tokens_in, each.tokens_out, each.heads, each.qk, each.v)
-            attention += np.array(attention_parts(*sizes, tile=tile), dtype=np.float64)
-        else:
-            ffn += np.array(ffn_parts(e, each.tokens, each.hidden, tile=tile), dtype=np.float64)
-    ends = end_parts(e, network.tokens, network.pixels, network.classes, tile=tile)
-    return np.concatenate([attention, ffn, np.array(ends, dtype=np.float64)])
-
-
-def whole_tiles(width: Sizes, tile: int) -> Any:
-    """Return widths rounded up to whole tiles."""
-    return -(-width // tile) * tile
 
 
 def _priced(parts: list[Any], costs: Numbers, *, present: Sizes) -> Numbers:

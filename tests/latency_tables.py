@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vitrim import CostTable
-from vitrim.targets.cost_table import PARTS
+from vitrim.targets.cost_parts import PARTS
 
 COSTS = dict.fromkeys(PARTS, 1e-6) | {"attention": 0.004, "ffn": 0.003, "call": 0.01}
 

@@ -85,6 +85,11 @@ def _model() -> _Model:
     )
 
 
+def calibration() -> Calibration:
+    """The calibration of every estimate, by all known points."""
+    return _model().calibration
+
+
 def _titles(left_out: Sequence[LeftOut]) -> tuple[str, ...]:
     titles = device_titles()
     return tuple(sorted({titles[entry.point.machine.device] for entry in left_out}))

@@ -87,11 +87,13 @@ class Front:
         kind: What the shares are of: macs, params, file, or cost (latency by a table).
         model: The name of the dense network.
         sizes: The networks.
+        estimated: Whether their latencies are estimates, of a table that was not measured.
     """
 
     kind: str
     model: str
     sizes: tuple[Size, ...]
+    estimated: bool = False
 
 
 def columns(front: Front) -> dict[str, Callable[[Size], str]]:
@@ -103,7 +105,8 @@ def columns(front: Front) -> dict[str, Callable[[Size], str]]:
         "weights": lambda size: wording.size(size.file_bytes),
     }
     if any(size.latency_ms is not None for size in front.sizes):
-        found["latency (ms)"] = lambda size: _number(size.latency_ms, 2)
+        title = "estimated latency (ms)" if front.estimated else "latency (ms)"
+        found[title] = lambda size: _number(size.latency_ms, 2)
     if any(size.measured_ms is not None for size in front.sizes):
         found["measured (ms)"] = lambda size: _number(size.measured_ms, 3)
     found["predicted error"] = lambda size: f"{size.predicted_error:.3g}"
@@ -208,7 +211,8 @@ def _cost_axis(front: Front) -> tuple[Callable[[Size], float], str]:
     if front.kind == "cost" and all(size.measured_ms is not None for size in front.sizes):
         return (lambda size: size.measured_ms or 0.0), "measured latency, ms"
     if front.kind == "cost" and all(size.latency_ms is not None for size in front.sizes):
-        return (lambda size: size.latency_ms or 0.0), "predicted latency, ms"
+        title = "estimated latency, ms" if front.estimated else "predicted latency, ms"
+        return (lambda size: size.latency_ms or 0.0), title
     return (lambda size: size.macs / 1e6), "multiply-adds, millions"
 
 

@@ -6,6 +6,7 @@ variance, or the rise of a training loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from ..oneshot.choice import stream_widths
 from ..oneshot.error_curves import Curve
 from ..oneshot.prediction import PredictedSubLayer, Prediction
 
+# Scores, or booleans, by dimension and site.
 Scores = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -82,6 +84,9 @@ def scored_losses(
     scores: Scores,
     round_to: int = 1,
     tokens: Mapping[int, Sequence[float]] | None = None,
+    *,
+    kept: Scores | None = None,
+    gone: Mapping[str, float] | None = None,
 ) -> Losses:
     """The losses of removing units with additive scores, such as gates' second-order saliencies.
 
@@ -91,6 +96,10 @@ def scored_losses(
             scores stay whole.
         round_to: Widths are multiples of it, or whole.
         tokens: As for `predicted_losses`.
+        kept: Booleans in the shapes of the scores: these units leave after all others. Widths of
+            heads are then such that those of all heads are multiples of `round_to`.
+        gone: What is lost with whole sub-layers, by name; others are not removed. None: the sum
+            over the units, for all.
 
     Returns:
         Losses in the unit of the scores.
@@ -113,8 +122,17 @@ def scored_losses(
                 )
             units = tied_units(architecture, dimension, branch.name)
             step = 1 if dimension == "head" else round_to
-            least = 0 if dimension in ("head", "ffn") else max(step, units.shape[1])
-            curves.append(_curve(dimension, score.detach().double(), units, step, least))
+            if kept is not None and isinstance(branch.core, AttentionSpec) and dimension != "head":
+                step = round_to // math.gcd(branch.core.heads, round_to)
+            leaves = gone is None or branch.name in gone
+            least = max(step, units.shape[1])
+            least = 0 if dimension in ("head", "ffn") and leaves else least
+            last = None if kept is None else kept[dimension][branch.name]
+            curve = _curve(dimension, score.detach().double(), units, step, least, last)
+            if gone is not None and curve.widths[-1] == 0:
+                whole = max(gone[branch.name], *curve.errors[-2:-1])
+                curve = replace(curve, errors=(*curve.errors[:-1], whole))
+            curves.append(curve)
         if curves:
             found[branch.name] = PredictedSubLayer(1.0, tuple(curves))
     embed = scores.get("embed", {}).get(SHARED)
@@ -122,7 +140,8 @@ def scored_losses(
         return Losses(found, tokens or {})
     every = torch.arange(architecture.embed)[:, None]
     least = max(round_to, architecture.embed // 4 // round_to * round_to, 2)
-    curve = _curve("embed", embed.detach().double(), every, round_to, least)
+    last = None if kept is None else kept["embed"][SHARED]
+    curve = _curve("embed", embed.detach().double(), every, round_to, least, last)
     widths = dict(zip(curve.widths[1:], curve.errors[1:], strict=True))
     return Losses(found, tokens or {}, widths, curve.order)
 
@@ -153,11 +172,20 @@ def _size(core: object, dimension: str) -> int | None:
     return None
 
 
-def _curve(dimension: str, score: Tensor, units: Tensor, step: int, least: int) -> Curve:
+def _curve(
+    dimension: str,
+    score: Tensor,
+    units: Tensor,
+    step: int,
+    least: int,
+    last: Tensor | None = None,
+) -> Curve:
     """The loss by width where units go from the lowest score on; tied units go at once."""
     size, members = len(score), units.shape[1]
     tied = score[units].sum(dim=1)
     order = tied.argsort(stable=True)
+    if last is not None:
+        order = order[last[units[:, 0]][order].to(torch.uint8).argsort(stable=True)]
     totals = tied[order].clamp(min=0.0).cumsum(0).repeat_interleave(members)
     step = -(-step // members) * members
     widths = (size, *range((size - 1) // step * step, least - 1, -step))

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from ...targets.cost_table import CostTable
-from ..network.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec
+from ..network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    FfnSpec,
+    SelectSpec,
+)
+from ..network.select_specs import scoring_branches, select_macs, select_widths
 from ..oneshot.allocation import Option
 from ..oneshot.budgets import SUB_LAYER_BYTES, Precision
 from ..oneshot.choice import absorbed_share
@@ -40,18 +49,18 @@ class Levels:
 
 @dataclass(frozen=True)
 class Choices:
-    """The widths of a sub-layer to choose from.
+    """The widths of a sub-layer to choose from; of a selection of tokens there is no choice.
 
     Attributes:
-        branch: The sub-layer.
-        step: The number of its step.
+        branch: The sub-layer, or the selection.
+        step: The number of its step, or of the one behind the selection.
         widths: The widths of each option by dimension.
         losses: The loss of each option, (options,).
         sizes: Heads, qk and v of each option of an attention, or the hidden width alone,
             (3 or 1, options); 0 where the sub-layer is gone.
     """
 
-    branch: BranchSpec
+    branch: BranchSpec | SelectSpec
     step: int
     widths: tuple[Mapping[str, int], ...]
     losses: Numbers
@@ -60,7 +69,13 @@ class Choices:
     @property
     def mixes(self) -> bool:
         """Whether it is an attention, at which tokens may leave."""
-        return isinstance(self.branch.core, AttentionSpec)
+        branch = self.branch
+        return isinstance(branch, BranchSpec) and isinstance(branch.core, AttentionSpec)
+
+    @property
+    def selection(self) -> SelectSpec | None:
+        """The selection of tokens; None for a sub-layer."""
+        return self.branch if isinstance(self.branch, SelectSpec) else None
 
     @property
     def gone(self) -> np.ndarray:
@@ -68,13 +83,14 @@ class Choices:
         return np.asarray(self.sizes[0] == 0)
 
 
-def token_levels(architecture: Architecture, *, free: bool) -> Levels:
+def token_levels(architecture: Architecture, *, free: bool, more: Collection[int] = ()) -> Levels:
     """The numbers of tokens to choose from.
 
     Args:
         architecture: The network.
         free: Whether tokens may leave; without effect where a step has several attentions, or an
             operator of its own selects tokens.
+        more: Further numbers of tokens, used where tokens may leave.
     """
     kinds = (AttentionSpec, FfnSpec, ConstantSpec)
     simple = all(
@@ -83,13 +99,15 @@ def token_levels(architecture: Architecture, *, free: bool) -> Levels:
         for step in architecture.steps
     )
     counts = {architecture.tokens, *architecture.step_tokens(last_queries=False)}
-    free = free and simple and architecture.pool.kind != "none"
+    counts |= {architecture.prefix + select.left for select in architecture.selects}
+    free = free and simple and architecture.pool.kind != "none" and not architecture.selects
     if free:
         patches = architecture.patches
         counts |= {
             architecture.prefix + max(1, round(patches * share / TOKEN_LEVELS))
             for share in range(1, TOKEN_LEVELS)
         }
+        counts |= {count for count in more if architecture.prefix < count <= architecture.tokens}
     falling = tuple(sorted(counts, reverse=True))
     read = architecture.pooled_prefix
     if simple and read and read < falling[-1] and architecture.attention_steps():
@@ -100,7 +118,9 @@ def token_levels(architecture: Architecture, *, free: bool) -> Levels:
 def sublayer_choices(
     architecture: Architecture, losses: Losses, chosen: Mapping[str, Option] | None = None
 ) -> list[Choices]:
-    """The options of every sub-layer; one that has no losses stays whole.
+    """The options of every sub-layer, and the selections of tokens between them.
+
+    A sub-layer without losses stays whole, and one whose attention scores tokens is not removed.
 
     Args:
         architecture: The network.
@@ -109,12 +129,29 @@ def sublayer_choices(
             removed one can take over. None: all of it.
     """
     found = []
-    for number, step in enumerate(architecture.steps):
+    pinned = scoring_branches(architecture)
+    for number, step in enumerate([*architecture.steps, ()]):
+        for select in architecture.selects:
+            if select.at == number:
+                found.append(Choices(select, number, ({},), np.zeros(1), (np.ones(1),)))
         # The attention of a step decides which tokens its other sub-layers compute.
         for branch in sorted(step, key=lambda each: not isinstance(each.core, AttentionSpec)):
-            if not isinstance(branch.core, ConstantSpec):
-                found.append(_choices(architecture, branch, number, losses, chosen or {}))
+            if isinstance(branch.core, ConstantSpec):
+                continue
+            choices = _choices(architecture, branch, number, losses, chosen or {})
+            found.append(_staying(choices) if branch.name in pinned else choices)
     return found
+
+
+def _staying(choices: Choices) -> Choices:
+    """The options that do not remove the sub-layer."""
+    places = np.nonzero(~choices.gone)[0]
+    return replace(
+        choices,
+        widths=tuple(choices.widths[place] for place in places.tolist()),
+        losses=choices.losses[places],
+        sizes=tuple(size[places] for size in choices.sizes),
+    )
 
 
 def _choices(
@@ -204,6 +241,8 @@ def token_grid(
         levels: The numbers of tokens.
         losses: What is lost with tokens that leave.
     """
+    if choices.selection is not None:
+        return _select_grid(architecture, choices.selection, levels)
     carried = (architecture.tokens, *architecture.step_tokens(last_queries=False))
     before, after = carried[choices.step], carried[choices.step + 1]
     counts, prefix, row = levels.counts, levels.prefix, losses.tokens.get(choices.step)
@@ -245,25 +284,70 @@ def token_grid(
     return Grid(tuple(pairs), reads, computed, possible, np.array(leaving)[:, None])
 
 
+def _select_grid(architecture: Architecture, select: SelectSpec, levels: Levels) -> Grid:
+    """The pairs of levels of a selection: any number falls to that which it leaves."""
+    counts, left = levels.counts, architecture.prefix + select.left
+    pairs = tuple(
+        (i, i if i == levels.prefix else counts.index(min(count, left)))
+        for i, count in enumerate(counts)
+    )
+    reads = np.array([[counts[i]] for i, _ in pairs], dtype=np.int64)
+    computed = np.array([[counts[j]] for _, j in pairs], dtype=np.int64)
+    possible = np.ones((len(pairs), 1), dtype=bool)
+    return Grid(pairs, reads, computed, possible, np.zeros((len(pairs), 1)))
+
+
 def stage_of(choices: Choices, grid: Grid, amounts: Numbers) -> Stage:
     """A stage of the programme whose options take these amounts, (pairs, options)."""
     times = np.where(grid.possible, amounts, np.inf)
     return Stage(choices.branch.name, grid.pairs, times, choices.losses[None] + grid.leaving)
 
 
-def milliseconds(choices: Choices, grid: Grid, table: CostTable, embed: int) -> Numbers:
+def milliseconds(
+    architecture: Architecture, choices: Choices, grid: Grid, table: CostTable, embed: int
+) -> Numbers:
     """The latency of each option at each pair, (pairs, options).
 
     Args:
+        architecture: The network.
         choices: The sub-layer.
         grid: Its token numbers.
         table: The cost table.
         embed: Channels of the stream.
     """
+    if choices.selection is not None:
+        return _select_ms(architecture, choices.selection, grid, table, embed)
     if choices.mixes:
         return table.attention_ms(embed, grid.read, grid.computed, *choices.sizes)
     found = table.ffn_ms(embed, grid.computed, *choices.sizes)
     return np.broadcast_to(found, grid.possible.shape)
+
+
+def _select_ms(
+    architecture: Architecture, select: SelectSpec, grid: Grid, table: CostTable, embed: int
+) -> Numbers:
+    """The latency of a selection at each pair; a scoring attention counts as it is before a cut.
+
+    Where only the tokens that the head reads are left, nothing is selected.
+    """
+    widths = select_widths(architecture, select)
+    widths = replace(widths, reads=min(widths.reads, embed), stream=embed)
+    before = architecture.step_inputs(last_queries=False)[select.at - 1] if select.at else 0
+    macs = select_macs(architecture, select, widths, before, grid.read)
+    reads = widths.reads if select.norm is not None else 0
+    macs = np.broadcast_to(np.asarray(macs, dtype=np.int64), grid.read.shape)
+    found = table.select_ms(embed, grid.read, grid.computed, macs, reads)
+    return np.where(grid.read > grid.computed, found, 0.0)
+
+
+def _predictor_numbers(select: SelectSpec, embed: int) -> int:
+    """The parameters of a selection's predictor."""
+    spec = select.predictor
+    if spec is None:
+        return 0
+    reads = embed if select.reads is None else min(embed, len(select.reads))
+    layers = (reads, spec.local + spec.pooled, *spec.hidden, 1)
+    return 2 * reads + sum((before + 1) * after for before, after in pairwise(layers))
 
 
 def weight_bytes(choices: Choices, grid: Grid, embed: int, precision: Precision) -> Numbers:
@@ -275,6 +359,8 @@ def weight_bytes(choices: Choices, grid: Grid, embed: int, precision: Precision)
         embed: Channels of the stream.
         precision: Of the weights.
     """
+    if choices.selection is not None:
+        return np.full(grid.possible.shape, 4.0 * _predictor_numbers(choices.selection, embed))
     if choices.mixes:
         heads, qk, v = choices.sizes
         outputs = heads * (2 * qk + v) + embed
@@ -301,6 +387,8 @@ def peak_numbers(choices: Choices, grid: Grid, embed: int) -> Numbers:
         embed: Channels of the stream.
     """
     n, m = grid.read, grid.computed
+    if choices.selection is not None:
+        return (n * embed + n * embed + m * embed).astype(np.float64)
     if choices.mixes:
         heads, qk, v = choices.sizes
         inputs = (n + m) * heads * qk + n * heads * v

@@ -69,7 +69,8 @@ def solve_architecture(
     Raises:
         InputError: A budget cannot be met.
     """
-    architecture.require_no_selects("a latency budget")
+    if architecture.selects and table is not None:
+        table.require_selections()
     search = _Search(architecture, losses, limits, table, options)
     best: Solution | None = None
     chosen: Mapping[str, Option] | None = None
@@ -139,7 +140,9 @@ class _Search:
         self.architecture, self.losses, self.limits = architecture, losses, limits
         self.table, self.options = table, options
         self.levels: Levels = token_levels(
-            architecture, free=options.tokens and bool(losses.tokens)
+            architecture,
+            free=options.tokens and bool(losses.tokens),
+            more=options.levels,
         )
 
     def widths(self) -> list[tuple[int, float]]:
@@ -155,8 +158,8 @@ class _Search:
         if table is None:
             times = [np.zeros(grid.possible.shape) for grid in grids]
         else:
-            times = [milliseconds(each, grid, table, embed) for each, grid in pairs]
-        empty = architecture.model_copy(update={"steps": ()})
+            times = [milliseconds(architecture, *pair, table, embed) for pair in pairs]
+        empty = architecture.model_copy(update={"steps": (), "selects": ()})
         share = embed / architecture.embed
         return _Chain(
             embed=embed,
@@ -285,6 +288,8 @@ class _Search:
             time = float(times[pair, option])
             loss += error + float(grid.leaving[pair, 0])
             latency += time
+            if choices.selection is not None:
+                continue
             counts[choices.step] = int(grid.computed[pair, 0])
             if choices.branch.name in self.losses.sublayers:
                 options[choices.branch.name] = Option(choices.widths[option], error, time)

@@ -5,9 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 
-from ...targets.cost_table import AttentionShape, CostTable, FfnShape, NetworkShape, SubLayerShape
-from ..network.architecture import Architecture, AttentionSpec, BranchSpec, ConstantSpec, FfnSpec
+from ...targets.cost_parts import (
+    AttentionShape,
+    FfnShape,
+    NetworkShape,
+    SelectShape,
+    SubLayerShape,
+)
+from ...targets.cost_table import CostTable
+from ..network.architecture import (
+    Architecture,
+    AttentionSpec,
+    BranchSpec,
+    ConstantSpec,
+    FfnSpec,
+    SelectSpec,
+)
 from ..network.count import branch_macs, branch_tokens, stem_macs
+from ..network.live_latency import plain_hidden
+from ..network.select_specs import select_inputs, select_macs, select_widths
 from ..oneshot.choice import priced
 
 Cost = Callable[[BranchSpec, int, int, int], float]
@@ -44,7 +60,27 @@ def sublayer_shape(
 
 def hidden_width(core: FfnSpec) -> int:
     """The hidden width of an FFN of two matrices with as many multiply-adds."""
-    return math.ceil(1.5 * core.hidden) if core.gated else core.hidden
+    return plain_hidden(core, core.hidden)
+
+
+def select_shape(
+    architecture: Architecture, select: SelectSpec, before: int, tokens: int
+) -> SelectShape:
+    """The sizes of a selection of tokens.
+
+    Args:
+        architecture: The network.
+        select: One of its selections.
+        before: Tokens that the step before it reads.
+        tokens: Tokens that it chooses from.
+    """
+    widths = select_widths(architecture, select)
+    return SelectShape(
+        tokens=tokens,
+        kept=architecture.prefix + select.left,
+        macs=select_macs(architecture, select, widths, before, tokens),
+        reads=widths.reads if select.norm is not None else 0,
+    )
 
 
 def network_shape(architecture: Architecture, removed: Collection[str] = ()) -> NetworkShape:
@@ -55,9 +91,14 @@ def network_shape(architecture: Architecture, removed: Collection[str] = ()) -> 
         removed: Sub-layers that are gone.
     """
     found = priced(architecture)
-    shapes = [
+    shapes: list[SubLayerShape | None] = [
         sublayer_shape(branch, found.embed, tokens, queries)
         for branch, tokens, queries in branch_tokens(found, removed)
+    ]
+    counts = (found.tokens, *found.step_tokens(removed=removed))
+    shapes += [
+        select_shape(found, select, before, tokens)
+        for select, before, tokens in select_inputs(found, counts)
     ]
     filled = found.read_width(found.stem_writes)
     return NetworkShape(
@@ -83,6 +124,9 @@ def shape_ms(table: CostTable, embed: int, shape: SubLayerShape) -> float:
     """The milliseconds of one sub-layer."""
     if isinstance(shape, FfnShape):
         return float(table.ffn_ms(embed, shape.tokens, shape.hidden))
+    if isinstance(shape, SelectShape):
+        chosen = (shape.tokens, shape.kept, shape.macs, shape.reads)
+        return float(table.select_ms(embed, *chosen))
     sizes = (shape.tokens_in, shape.tokens_out, shape.heads, shape.qk, shape.v)
     return float(table.attention_ms(embed, *sizes))
 

@@ -27,12 +27,14 @@ class SolveOptions:
         round_to: Widths are multiples of it; used only for losses that `solve` makes itself.
         precision: Of the weights in `file_mb` and `peak_memory_mb`.
         bins: The budget is divided into so many; times are rounded up to whole ones.
+        levels: Numbers of tokens to choose from, beside even steps.
     """
 
     tokens: bool = True
     round_to: int = 8
     precision: Precision = "fp32"
     bins: int = BINS
+    levels: tuple[int, ...] = ()
 
 
 DEFAULTS = SolveOptions()

@@ -5,6 +5,9 @@ the loss without it) and its marginal cost c_u, the Lagrangian keeps u if s_u >=
 dual problem has one variable and is solved by bisection at every update, on live costs. Unlike
 gradient ascent on lambda it needs no tuning, and it meets the budget to the unit during the ramp.
 
+Under a latency, units are priced by the milliseconds of a whole tile of columns at the current
+widths, since a kernel computes all columns of a tile.
+
 The saliency is the moving average of (dLoss/dgate)², the empirical Fisher information of a gate.
 The first-order term is not used: in a trained network it is noise around zero. Tokens are chosen by
 the same price, in nested sets (`token_gates.py`).
@@ -16,62 +19,95 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...core.errors import InputError
+from ...targets.cost_table import CostTable
 from ..network.architecture import Architecture
-from ..network.cost import CostKind, live_cost
+from ..network.cost import CostKind, Live, live_cost
+from ..network.live_latency import LatencyCost
 from ..network.select_specs import scoring_branches
 from .gates import Gates
-from .groups import sites
+from .groups import SHARED, sites
 from .token_gates import exit_gradients, nested_values
 
 # A budget counts as met when at most this share of it is left over.
 SLACK = 0.01
 # The dimensions whose units write the output of a sub-layer.
 WRITING = ("v", "ffn")
+# The dimension whose units multiply the columns of a unit in one product of an attention.
+_MULTIPLIED = {"qk": "head", "v": "head", "head": "qk"}
+# What a budget is of: a kind, or the latency by a cost table.
+CostOf = CostKind | LatencyCost
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `ratio` (above 0, at most 1) of the dense network's `kind` ("params" or "macs")."""
+    """At most a share of the dense network's cost.
 
-    kind: CostKind
+    Attributes:
+        kind: "params", "macs", or "latency" by a cost table.
+        ratio: The share, above 0, at most 1.
+        table: The cost table of a latency.
+    """
+
+    kind: Literal["params", "macs", "latency"]
     ratio: float
+    table: CostTable | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("params", "macs"):
-            raise InputError(f"budget kind {self.kind!r}: choose 'params' or 'macs'")
+        if self.kind not in ("params", "macs", "latency"):
+            raise InputError(f"budget kind {self.kind!r}: choose 'params', 'macs' or 'latency'")
+        if (self.kind == "latency") != (self.table is not None):
+            raise InputError(
+                f"budget {self.kind}: a latency and a cost table need each other; measure one "
+                "with `vitrim bench --cost-table FILE`"
+            )
         if not 0 < self.ratio <= 1:
             raise InputError(
                 f"budget {self.kind} = {self.ratio}: give the share to keep, above 0 and at most 1"
             )
 
 
-def dense_cost(architecture: Architecture, kind: CostKind) -> int:
+    @property
+    def cost(self) -> CostOf:
+        """What the budget is of."""
+        if self.kind == "latency":
+            assert self.table is not None
+            return LatencyCost(self.table)
+        return self.kind
+
+
+def cost_function(cost: CostOf) -> Callable[[Architecture, Live], int]:
+    """The function from a network and its live units to parameters, MACs or nanoseconds."""
+    return partial(live_cost, kind=cost) if isinstance(cost, str) else cost
+
+
+def dense_cost(architecture: Architecture, cost: CostOf) -> int:
     """The cost of the network with everything kept."""
 
     def live(dimension: str, site: str, indices: Any = None) -> int:
         return sites(architecture, dimension)[site] if indices is None else len(indices)
 
-    return int(live_cost(architecture, live, kind))
+    return int(cost_function(cost)(architecture, live))
 
 
-def smallest_ratio(architecture: Architecture, gates: Gates, kind: CostKind) -> float:
+def smallest_ratio(architecture: Architecture, gates: Gates, cost: CostOf) -> float:
     """The share of the cost that remains when every mask keeps its one pinned unit."""
     least = []
     for group in gates.groups:
         keep = torch.zeros(group.size, dtype=torch.bool)
         keep[group.members[0]] = True
         least.append(keep)
-    return float(
-        live_cost(architecture, gates.counter(least), kind) / dense_cost(architecture, kind)
-    )
+    count = cost_function(cost)
+    return count(architecture, gates.counter(least)) / dense_cost(architecture, cost)
 
 
 def require_feasible(architecture: Architecture, gates: Gates, budget: Budget) -> None:
@@ -80,7 +116,7 @@ def require_feasible(architecture: Architecture, gates: Gates, budget: Budget) -
     Raises:
         InputError: No mask does; the message has the smallest feasible budget.
     """
-    least = smallest_ratio(architecture, gates, budget.kind)
+    least = smallest_ratio(architecture, gates, budget.cost)
     if budget.ratio < least:
         kept = f" with {', '.join(gates.fixed)} fixed" if gates.fixed else ""
         raise InputError(
@@ -98,14 +134,16 @@ class DualSolver:
     Args:
         architecture: The network.
         gates: Its groups of units.
-        kind: The cost, "params" or "macs".
+        cost: "params", "macs", or a latency by a cost table.
         decay: The decay of the moving averages for each step.
     """
 
     def __init__(
-        self, architecture: Architecture, gates: Gates, kind: CostKind, decay: float = 0.98
+        self, architecture: Architecture, gates: Gates, cost: CostOf, decay: float = 0.98
     ) -> None:
-        self.architecture, self.gates, self.kind, self.decay = architecture, gates, kind, decay
+        self.architecture, self.gates, self.decay = architecture, gates, decay
+        self._count = cost_function(cost)
+        self._tile = 1 if isinstance(cost, str) else cost.tile
         self.saliency = [torch.zeros(group.size, dtype=torch.float64) for group in gates.groups]
         # The saliency of each sub-layer as a whole, by the name of its branch.
         self.branch_saliency = {branch.name: 0.0 for branch in architecture.branches}
@@ -174,7 +212,7 @@ class DualSolver:
 
     def cost(self, kept: Sequence[Tensor]) -> int:
         """The exact cost of keeping `kept`."""
-        return int(live_cost(self.architecture, self.gates.counter(kept), self.kind))
+        return int(self._count(self.architecture, self.gates.counter(kept)))
 
     def solve(self, kept: Sequence[Tensor], target: int) -> list[Tensor]:
         """The units to keep for a cost of at most `target`, as near to it as whole units allow.
@@ -304,7 +342,7 @@ class DualSolver:
             removed = (dimension, site) == ("block", branch)
             return 0 if removed else int(counter(dimension, site, indices))
 
-        return int(live_cost(self.architecture, live, self.kind))
+        return int(self._count(self.architecture, live))
 
     def removable(self, kept: Sequence[Tensor], margin: float = 0.5) -> list[Tensor]:
         """Booleans, True for units that may leave the training graph.
@@ -317,7 +355,11 @@ class DualSolver:
         ]
 
     def marginal_costs(self, kept: Sequence[Tensor]) -> list[float]:
-        """The cost of one more or one less unit of each group, at the current widths."""
+        """The cost of one more or one less unit of each group, at the current widths.
+
+        Under a latency it is the mean over the units of one tile of columns: of a single one it
+        is that of the whole tile, or nothing.
+        """
         base, result = self.cost(kept), []
         for number, (keep, group) in enumerate(zip(kept, self.gates.groups, strict=True)):
             live = keep[group.members[:, 0]]
@@ -327,11 +369,25 @@ class DualSolver:
             if not len(places):
                 result.append(1.0)
                 continue
+            most = len(places) - fewer
+            places = places[: min(most, self._units_of_a_tile(number, kept))]
             other = keep.clone()
-            other[places[0]] = not fewer
+            other[places.flatten()] = not fewer
             changed = self.cost([*kept[:number], other, *kept[number + 1 :]])
-            result.append(max(1.0, abs(base - changed)))
+            result.append(max(1.0, abs(base - changed) / len(places)))
         return result
+
+    def _units_of_a_tile(self, number: int, kept: Sequence[Tensor]) -> int:
+        """The number of units of a group that change its products by whole tiles of columns."""
+        if self._tile == 1:
+            return 1
+        group = self.gates.groups[number]
+        columns, other = group.unit_size, _MULTIPLIED.get(group.dimension)
+        if other is not None:
+            found = sites(self.architecture, other)
+            site = next(iter(found)) if group.site == SHARED else group.site
+            columns *= max(1, int(self.gates.counter(kept)(other, site, None)))
+        return self._tile // math.gcd(self._tile, columns)
 
     def _keep(self, values: Sequence[Tensor], price: float) -> list[Tensor]:
         result = []

@@ -88,7 +88,7 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
     pooled, pool = _pooled_width(architecture, live, read), architecture.pool
     if pool.attention is not None:
         seen = final if pool.prefix else final - architecture.prefix
-        heads, qk, v = _attention_counts(POOL_ATTENTION, live)
+        heads, qk, v = attention_counts(POOL_ATTENTION, live)
         total = total + (read + 1) * (heads * qk + heads * v) * seen + heads * v * pooled
         if pool.ffn is not None:
             total = total + live("ffn", POOL_FFN, None) * pooled * (3 if pool.ffn.gated else 2)
@@ -104,7 +104,7 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
             if branch.name not in removed:
                 total = total + _branch_macs(branch, live, inputs[number], tokens[number + 1])
     for select, before, count in select_inputs(architecture, tokens):
-        widths = _select_widths(architecture, select, live)
+        widths = live_select_widths(architecture, select, live)
         total = total + select_macs(architecture, select, widths, before, count)
     return total
 
@@ -160,7 +160,7 @@ def _mixes(branch: BranchSpec, live: Live, removed: Collection[str]) -> bool:
     """Whether a sub-layer reads other tokens: an attention with a head and a value column."""
     if not isinstance(branch.core, AttentionSpec) or branch.name in removed:
         return False
-    heads, _, v = _attention_counts(branch.name, live)
+    heads, _, v = attention_counts(branch.name, live)
     return bool(heads) and bool(v)
 
 
@@ -200,7 +200,7 @@ def movement_cost(architecture: Architecture, live: Live) -> Any:
             total = total + 2 * n_out
         core = branch.core
         if isinstance(core, AttentionSpec):
-            heads, qk, v = _attention_counts(branch.name, live)
+            heads, qk, v = attention_counts(branch.name, live)
             kv_heads = _live_kv_heads(branch.name, core, live)
             total = total + n_in * (heads * qk + kv_heads * (qk + v)) + (heads * v + 1) * n_out
         elif isinstance(core, FfnSpec):
@@ -225,7 +225,7 @@ def _branch_widths(branch: BranchSpec, live: Live) -> tuple[Any, Any]:
     )
 
 
-def _attention_counts(site: str, live: Live) -> tuple[Any, Any, Any]:
+def attention_counts(site: str, live: Live) -> tuple[Any, Any, Any]:
     """Live heads, and live query/key and value columns per head."""
     return live("head", site, None), live("qk", site, None), live("v", site, None)
 
@@ -244,7 +244,7 @@ def _pool_params(pool: PoolSpec, live: Live, read: Any, pooled: Any) -> Any:
     attention = pool.attention
     if attention is None:
         return 0
-    heads, qk, v = _attention_counts(POOL_ATTENTION, live)
+    heads, qk, v = attention_counts(POOL_ATTENTION, live)
     total = heads * qk * (1 + read + attention.k_bias) + heads * v * (read + attention.v_bias)
     k_rows = heads if attention.qk_norm_per_head else 1
     total = total + k_rows * _norm(attention.k_norm, qk)
@@ -266,7 +266,7 @@ def _branch_params(branch: BranchSpec, live: Live) -> Any:
     return total + width_out
 
 
-def _select_widths(architecture: Architecture, select: SelectSpec, live: Live) -> SelectWidths:
+def live_select_widths(architecture: Architecture, select: SelectSpec, live: Live) -> SelectWidths:
     """The live numbers of a selection."""
     spec = select.predictor
     if spec is not None:
@@ -282,7 +282,7 @@ def _select_widths(architecture: Architecture, select: SelectSpec, live: Live) -
         return SelectWidths()
     branch = scoring_attention(architecture, select)
     assert isinstance(branch.core, AttentionSpec)
-    heads, qk, v = _attention_counts(branch.name, live)
+    heads, qk, v = attention_counts(branch.name, live)
     reads, stream = _branch_widths(branch, live)
     kv_heads = _live_kv_heads(branch.name, branch.core, live)
     return SelectWidths(reads, stream, heads=heads, kv_heads=kv_heads, qk=qk, v=v)
@@ -291,7 +291,7 @@ def _select_widths(architecture: Architecture, select: SelectSpec, live: Live) -
 def _select_params(architecture: Architecture, select: SelectSpec, live: Live) -> Any:
     if select.predictor is None:
         return 0
-    widths = _select_widths(architecture, select, live)
+    widths = live_select_widths(architecture, select, live)
     units, layers = widths.local + widths.pooled, (*widths.hidden, 1)
     total = _norm(select.norm, widths.reads) + units * (widths.reads + 1)
     total = total + (units + 1) * layers[0]
@@ -303,7 +303,7 @@ def _select_params(architecture: Architecture, select: SelectSpec, live: Live) -
 def _attention_params(
     core: AttentionSpec, site: str, live: Live, width_in: Any, width_out: Any
 ) -> Any:
-    heads, qk, v = _attention_counts(site, live)
+    heads, qk, v = attention_counts(site, live)
     kv_heads, parts = _live_kv_heads(site, core, live), core.parts
     total = heads * parts * qk * (width_in + core.q_bias)
     total = total + kv_heads * (
@@ -326,7 +326,7 @@ def _branch_macs(branch: BranchSpec, live: Live, tokens: Any, queries: Any) -> A
     width_in, width_out = _branch_widths(branch, live)
     core = branch.core
     if isinstance(core, AttentionSpec):
-        heads, each_qk, each_v = _attention_counts(branch.name, live)
+        heads, each_qk, each_v = attention_counts(branch.name, live)
         kv_heads = _live_kv_heads(branch.name, core, live)
         each_qk = each_qk * core.parts
         qk, v = heads * each_qk, heads * each_v

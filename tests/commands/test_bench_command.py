@@ -17,7 +17,8 @@ from vitrim.bench.results.measurement import Environment, Measurement
 from vitrim.cli import call
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.modules.model import CompactModel
-from vitrim.targets.cost_table import CostTable, NetworkShape
+from vitrim.targets.cost_parts import NetworkShape
+from vitrim.targets.cost_table import CostTable
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:

@@ -110,6 +110,14 @@ def test_a_latency_by_a_cost_table_is_a_budget(
     arguments = ["compact", "model", "--data", "images:photos", "--latency-ms", "1"]
     assert call([*arguments, "--cost-table", "absent.json"]) == 2
     assert "absent.json" in capsys.readouterr().err
+    assert call([*arguments, "--cost-table", "costs.json", "--target", "rpi4"]) == 2
+    assert "--target rpi4 names another; keep one" in capsys.readouterr().err
+    assert call([*arguments, "--target", "rpi4", "--verify"]) == 2
+    assert "the files are for rpi4, not for this machine" in capsys.readouterr().err
+    shown = _compact(*arguments[1:], "--target", "rpi4", "--out", "estimated")
+    assert "the latency is an estimate: onnxruntime fp32 on rpi4, 1 thread, estimated:" in shown
+    assert "estimated budget 1 ms" in shown
+    assert json.loads(Path("estimated", "trim.json").read_text())["latency"]["estimated"]
     arguments = ["compact", "model", *data, "--latency-ms", "1e-5"]
     assert call(arguments) == 2
     assert "the smallest latency that can be reached is" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.pipeline import cost_measuring
-from vitrim.pipeline.cost_measuring import CostRequest, measure_cost_table, points_file
+from vitrim.pipeline.cost_measuring import REFERENCE, CostRequest, measure_cost_table, points_file
 from vitrim.pipeline.cost_networks import (
     CostSizes,
     compact_networks,
@@ -25,7 +26,8 @@ from vitrim.pipeline.cost_networks import (
     random_shapes,
     sizes_of,
 )
-from vitrim.targets.cost_table import CostTable, NetworkShape
+from vitrim.targets.cost_parts import NetworkShape, SelectShape
+from vitrim.targets.cost_table import CostTable
 
 SIZES = CostSizes(
     tokens=13, embed=32, heads=2, head_width=8, ffn=64, depth=2, patch=4, channels=1, classes=3
@@ -34,10 +36,15 @@ TRUTH = latency_table(tile=1)
 
 
 class Machine:
-    """Exports shapes as files, and measures them by a table with noise; it may be killed."""
+    """Exports shapes as files, and measures them by a table with noise; it may be killed.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, noise: float = 0.0) -> None:
-        self.noise, self.measured, self.dies_at = noise, 0, 10**9
+    `drift`: by how much its speed differs from one group of files to another.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, noise: float = 0.0, drift: float = 0.0
+    ) -> None:
+        self.noise, self.drift, self.measured, self.dies_at = noise, drift, 0, 10**9
         monkeypatch.setattr(cost_measuring, "export", self.export)
 
     def export(self, model: CompactModel, folder: Path, **options: Any) -> None:
@@ -45,13 +52,14 @@ class Machine:
 
     def measure(self, files: dict[str, Path], options: Any, progress: Any) -> dict[str, Any]:
         found = {}
+        speed = np.random.default_rng(self.measured).lognormal(0, self.drift)
         for name, file in files.items():
-            self.measured += 1
+            self.measured += name != REFERENCE
             if self.measured > self.dies_at:
                 raise KeyboardInterrupt
             shape = NetworkShape.model_validate_json(file.read_text())
             rng = np.random.default_rng(self.measured)
-            found[name] = self._measurement(TRUTH.latency_ms(shape), rng)
+            found[name] = self._measurement(speed * TRUTH.latency_ms(shape), rng)
         return found
 
     def _measurement(self, latency_ms: float, rng: np.random.Generator) -> Any:
@@ -59,6 +67,7 @@ class Machine:
         return SimpleNamespace(
             summary=lambda: SimpleNamespace(p50_s=p50_s),
             runtime_version="1.0",
+            energy_per_inference_j=2.0 * p50_s,
             environment=SimpleNamespace(model_dump=lambda mode: {"cores": 2}),
         )
 
@@ -82,7 +91,18 @@ def test_it_stops_when_the_held_out_networks_are_predicted(
     assert table.whole is not None
     assert table.whole.count == 3
     assert table.environment == {"cores": 2}
+    assert table.power_w == pytest.approx(2.0)
     assert not points_file(path).exists()
+
+
+def test_a_machine_whose_speed_changes_is_measured_beside_the_dense_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = measured(tmp_path / "t.json", Machine(monkeypatch, drift=0.3))
+    assert table.held_out is not None
+    assert table.held_out.p95 < 0.06
+    assert table.whole is not None
+    assert table.whole.p95 < 0.06
 
 
 def test_a_noisy_machine_is_measured_up_to_the_limit(
@@ -151,3 +171,21 @@ def test_compact_networks_of_a_model_check_its_sums() -> None:
     for sizes in ({"tokens": 1}, {"embed": 4}):
         with pytest.raises(InputError, match="give at least"):
             CostSizes(**sizes)
+
+
+def test_networks_that_select_tokens_have_the_shape_that_was_requested() -> None:
+    sizes = replace(SIZES, tokens=26, selects=True)
+    shapes = random_shapes(sizes, 60, 3)
+    selecting = [shape for shape in shapes if _selections(shape)]
+    assert len(selecting) > 10
+    macs = [each.macs for shape in selecting for each in _selections(shape)]
+    assert min(macs) == 0 < max(macs)
+    for shape in [*selecting[:12], *first_shapes(sizes, 12, 0)]:
+        found = network_shape(network_of(sizes, shape).architecture)
+        assert found.embed == shape.embed
+        # A network's shape has its selections behind its sub-layers.
+        assert sorted(map(repr, found.sublayers)) == sorted(map(repr, shape.sublayers))
+
+
+def _selections(shape: NetworkShape) -> list[SelectShape]:
+    return [each for each in shape.sublayers if isinstance(each, SelectShape)]

@@ -168,13 +168,57 @@ def test_milliseconds_of_a_cost_table_are_a_budget(finished: Path) -> None:
     assert record["measured_ms"] == record["rounds"][0]["measured_ms"] > 0
 
 
+def test_masks_are_learned_for_a_latency_and_the_file_is_measured(finished: Path) -> None:
+    """With a file size beside it; the budget that no table was measured for is an estimate."""
+    dense = vitrim.load(finished / "baseline").architecture
+    table, path = latency_table(power_w=2.0), finished.parent / "learned.json"
+    table.save(path)
+    whole = table.latency_ms(network_shape(dense))
+    sets = ["masks.latency=0.9", f'masks.cost_table="{path}"', f"masks.energy_mj={1.4 * whole}"]
+    sets += ["masks.round_to=2", "masks.file_mb=1.0", "masks.latency_rounds=1"]
+    folder = finished.parent / "learned"
+    run(load_recipe(finished.parent / "tiny.toml", sets), folder, until="masks", quiet=True)
+    cut = vitrim.load(folder / "cut").architecture
+    record = json.loads((folder / "latency.json").read_text())
+    assert record["latency_ms"] == pytest.approx(0.7 * whole)
+    assert record["predicted_ms"] == pytest.approx(table.latency_ms(network_shape(cut)), abs=1e-5)
+    # A network of about the sizes was measured before, which corrects the budget by the table.
+    trial, last = record["rounds"]
+    assert trial["budget_ms"] == record["latency_ms"] >= trial["predicted_ms"]
+    factor = 0.99 * trial["predicted_ms"] / trial["measured_ms"]
+    assert last["budget_ms"] == pytest.approx(0.7 * whole * min(1.3, max(0.7, factor)))
+    assert last["predicted_ms"] <= last["budget_ms"]
+    assert record["measured_ms"] == last["measured_ms"] > 0
+    assert not record["estimated"]
+    assert {json.loads(line)["phase"] for line in (folder / "history.jsonl").open()} == {
+        "baseline",
+        "masks",
+    }
+    sets = ["masks.latency=0.7", "export.target=rpi4", "masks.round_to=2"]
+    folder = finished.parent / "estimated"
+    run(load_recipe(finished.parent / "tiny.toml", sets), folder, until="masks", quiet=True)
+    record = json.loads((folder / "latency.json").read_text())
+    assert record["estimated"]
+    assert record["measured_ms"] is None
+    assert "estimated: operator costs within a factor of" in record["table"]
+    assert record["predicted_ms"] <= record["latency_ms"]
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["masks.file_mb=1.0"], 'file_mb needs method = "closed-form"'),
-        ([*CLOSED_FORM, "masks.latency_ms=1.0"], "latency_ms and cost_table need each other"),
-        ([*CLOSED_FORM, "masks.latency=0.5"], "latency_ms and cost_table need each other"),
-        (["masks.latency=0.5"], 'latency needs method = "closed-form"'),
+        (["masks.file_mb=1.0"], 'file_mb alone needs method = "closed-form"'),
+        ([*CLOSED_FORM, "masks.peak_memory_mb=1"], "peak_memory_mb needs a budget of millisecond"),
+        ([*CLOSED_FORM, "masks.macs=0.5", 'masks.cost_table="costs.json"'], "cost_table needs a"),
+        (["masks.latency=0.5", "masks.candidates=3"], "candidates and a latency of learned masks"),
+        (
+            ["masks.latency=0.5", "masks.energy_mj=1.0", 'masks.cost_table="costs.json"'],
+            "masks.energy_mj = 1: no energy meter was read while the cost table of onnxruntime",
+        ),
+        (
+            ["masks.latency=0.01", 'masks.cost_table="costs.json"', "masks.round_to=2"],
+            "the smallest latency that learned masks can reach is 0.0",
+        ),
         ([*CLOSED_FORM, "masks.target_runtime=tvm"], "target_runtime needs a budget of millisec"),
         (
             [*CLOSED_FORM, "masks.latency_ms=0.001", 'masks.cost_table="costs.json"'],

@@ -20,17 +20,14 @@ from vitrim.targets.cost_fit import (
     least_sure,
     nonnegative_least_squares,
 )
-from vitrim.targets.cost_table import (
+from vitrim.targets.cost_parts import (
     PARTS,
     AttentionShape,
-    Correction,
-    CostTable,
-    Errors,
     FfnShape,
-    MeasuredNetwork,
     NetworkShape,
     whole_tiles,
 )
+from vitrim.targets.cost_table import Correction, CostTable, Errors, MeasuredNetwork
 
 SIZES = CostSizes(50, 128, 4, 32, 512, 6, 4, 1, 10)
 TABLE = latency_table(tile=16, costs_ms=COSTS | {"ffn products": 1e-5})

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latency_tables import latency_table
-from random_networks import architectures, network
+from random_networks import architectures, network, selecting_architectures
 from tiny_models import tiny_vit
 from vitrim import InputError, SolveOptions, compact, lift, solve
 from vitrim.compress.latency.losses import Losses, predicted_losses, scored_losses, uniform_losses
@@ -91,6 +91,27 @@ def test_every_network_is_solved_within_its_budget(
     assert found.latency_ms <= budget * (1 + 1e-8)
     small = compact(network(architecture), found.mask())
     assert table.latency_ms(network_shape(small.architecture)) <= budget * (1 + 1e-8)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(architecture=selecting_architectures(), share=st.floats(0.4, 1.0))
+def test_networks_that_select_tokens_are_solved_with_their_selections(
+    architecture: Architecture, share: float
+) -> None:
+    table = latency_table(tile=1)
+    losses = uniform_losses(architecture)
+    dense = table.latency_ms(network_shape(architecture))
+    least = smallest_latency_ms(architecture, losses, table)
+    budget = max(share * dense, 1.001 * least)
+    found = solve(architecture, budget, table, losses=losses)
+    assert found.latency_ms is not None
+    assert found.latency_ms <= budget * (1 + 1e-8)
+    # Which tokens are selected stays; scores of an attention cost less where it is cut.
+    small = compact(network(architecture), found.mask())
+    cut_ms = table.latency_ms(network_shape(small.architecture))
+    assert cut_ms <= found.latency_ms * (1 + 1e-8)
+    with pytest.raises(InputError, match="has no costs of selections of tokens; measure one"):
+        solve(architecture, budget, latency_table(costs_ms={"ffn": 1e-3}), losses=losses)
 
 
 def test_a_larger_budget_never_loses_more() -> None:

@@ -1,0 +1,263 @@
+"""Masks that are learned for a latency: the budget of the training, and the measured files.
+
+Before training a network of about the wanted sizes is measured, which corrects the budget by the
+table; after it, the masks become smaller while the file of the cut is too slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from typing import cast
+
+import torch
+
+from ..compress.latency.losses import Losses, uniform_losses
+from ..compress.latency.search import solve_architecture
+from ..compress.latency.shapes import network_shape
+from ..compress.latency.solution import Limits
+from ..compress.masks.budget import Budget
+from ..compress.masks.groups import token_sites
+from ..compress.masks.mask import StructuredMask
+from ..compress.network.architecture import Architecture
+from ..compress.network.cost import CostKind
+from ..compress.network.modules.model import CompactModel
+from ..compress.oneshot.allocation import network_cost
+from ..compress.oneshot.choice import priced
+from ..compress.surgery.compactor import compact
+from ..compress.train.mask_task import MaskTask
+from ..core.console import status
+from ..core.errors import InputError
+from ..core.storage import replace_file
+from ..targets.cost_table import CostTable
+from .latency_loop import (
+    LATENCY_FILE,
+    MARGIN,
+    PARITY_IMAGES,
+    LatencyRecord,
+    Measure,
+    Round,
+    file_measure,
+    latency_record,
+    measured_here,
+)
+from .latency_table import recipe_table
+from .phases import RunContext
+from .recipe import Recipe
+from .trim_step import latency_budget_ms
+
+# The budget by the table is corrected by at most these factors before training.
+LEAST, MOST = 0.7, 1.3
+
+
+def learned_budget(
+    recipe: Recipe,
+    baseline: CompactModel,
+    start: CompactModel,
+    share: float = 1.0,
+    latency_ms: float | None = None,
+) -> Budget | None:
+    """The budget of mask learning as a share of the network that it starts from.
+
+    Args:
+        recipe: The budget of `[masks]`; shares are those of the baseline.
+        baseline: The dense model.
+        start: The network whose masks are learned.
+        share: The share of the budget that patches leave to the widths.
+        latency_ms: The latency by the table that replaces that of the recipe.
+
+    Returns:
+        The budget; None with a lambda.
+
+    Raises:
+        InputError: There is no cost table for a latency.
+    """
+    section = recipe.masks
+    if section.has_latency:
+        table = recipe_table(recipe)
+        budget_ms = latency_ms or latency_budget_ms(baseline.architecture, section, table)
+        start_ms = table.latency_ms(network_shape(start.architecture))
+        return Budget("latency", min(1.0, budget_ms / start_ms), table)
+    for kind, size in (("params", section.params), ("macs", section.macs)):
+        if size is not None:
+            counted = cast("CostKind", kind)
+            sizes = [network_cost(each.architecture, counted) for each in (baseline, start)]
+            return Budget(counted, min(1.0, share * size * sizes[0] / sizes[1]))
+    return None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is known about a latency before masks are learned for it.
+
+    Attributes:
+        table_ms: The latency by the table that they are learned for.
+        rounds: The measured network of similar sizes, if there is one.
+    """
+
+    table_ms: float
+    rounds: tuple[Round, ...] = ()
+
+
+def measured_trial(
+    baseline: CompactModel, start: CompactModel, round_to: int, context: RunContext, *, resume: bool
+) -> Trial | None:
+    """Measure a network of about the wanted sizes, and correct the budget by the table.
+
+    Which units it keeps is not learned: latency depends on sizes only. Writes latency.json.
+
+    Args:
+        baseline: The dense model; shares of a latency are those of it.
+        start: The network whose masks are learned.
+        round_to: Kept widths are multiples of this.
+        context: The run.
+        resume: Use the measurement of an earlier attempt.
+
+    Returns:
+        The latency to learn masks for; None if the budget is no latency.
+    """
+    recipe, processes = context.recipe, context.host.processes
+    if not recipe.masks.has_latency:
+        return None
+    table = recipe_table(recipe)
+    budget_ms = latency_budget_ms(baseline.architecture, recipe.masks, table)
+    if not (recipe.masks.latency_rounds and measured_here(table)):
+        return Trial(budget_ms)
+    found: list[dict[str, float]] = []
+    if processes.is_main:
+        path = context.folder / LATENCY_FILE
+        if resume and path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))["rounds"][:1]
+        if not found:
+            small = trial_network(start, budget_ms, table, round_to, recipe.masks.tokens)
+            if small is not None:
+                measure = file_measure(table, context.data.val.floats(slice(0, PARITY_IMAGES)))
+                predicted_ms = table.latency_ms(network_shape(small.architecture))
+                found = [asdict(Round(budget_ms, predicted_ms, measure(small)))]
+    rounds = tuple(Round(**each) for each in processes.from_main(found))
+    if not rounds:
+        return Trial(budget_ms)
+    first = rounds[0]
+    if context.writes:
+        record = LatencyRecord.of(table, budget_ms, first.predicted_ms, None, rounds)
+        replace_file(context.folder / LATENCY_FILE, latency_record(record))
+    factor = MARGIN * first.predicted_ms / first.measured_ms
+    return Trial(budget_ms * min(MOST, max(LEAST, factor)), rounds)
+
+
+def trial_network(
+    start: CompactModel, latency_ms: float, table: CostTable, round_to: int, tokens: str | None
+) -> CompactModel | None:
+    """A network that the solver chooses without any knowledge of the weights; None without one.
+
+    Args:
+        start: The network whose masks will be learned.
+        latency_ms: The latency by the table.
+        table: The cost table.
+        round_to: Kept widths are multiples of this.
+        tokens: `masks.tokens`; "learned": patches leave, too.
+    """
+    architecture = priced(start.architecture)
+    losses = uniform_losses(architecture, round_to)
+    if tokens == "learned":
+        losses = Losses(losses.sublayers, _even_losses(architecture))
+    with contextlib.suppress(InputError):
+        found = solve_architecture(architecture, losses, Limits(latency_ms), table)
+        mask = found.mask()
+        if tokens == "learned":
+            entries = {**mask.kept, "token": _first_tokens(architecture, found.counts)}
+            mask = StructuredMask(entries, scale=mask.scale)
+        last = bool(architecture.pooled_prefix) or None
+        return compact(start, mask, last_queries=last).eval()
+    return None
+
+
+def _even_losses(architecture: Architecture) -> dict[int, list[float]]:
+    """The square of the share of tokens that leave, at each attention."""
+    size = architecture.tokens
+    row = [((size - count) / size) ** 2 for count in range(size + 1)]
+    return dict.fromkeys(architecture.attention_steps(), row)
+
+
+def _first_tokens(architecture: Architecture, counts: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Token sets of these numbers behind each step."""
+    sizes = list(token_sites(architecture).items())[1:]
+    # At least one patch is left, which the head need not read.
+    least = architecture.prefix + 1
+    return {
+        site: torch.arange(size) < max(least, count)
+        for (site, size), count in zip(sizes, counts, strict=True)
+    }
+
+
+def verified(task: MaskTask, baseline: CompactModel, context: RunContext, trial: Trial) -> None:
+    """Measure the file of learned masks, and round them again while it is too slow.
+
+    Weights and units are those of the end of mask learning; fine-tuning follows. Writes
+    latency.json. Without measurements, it has the latency by the table.
+
+    Args:
+        task: The finished mask learning; its masks may become smaller.
+        baseline: The dense model; shares of a latency are those of it.
+        context: The run.
+        trial: What was measured before.
+    """
+    recipe, processes = context.recipe, context.host.processes
+    table = recipe_table(recipe)
+    budget_ms = latency_budget_ms(baseline.architecture, recipe.masks, table)
+    steps: list[Round] = []
+    budgets: list[float] = []
+    record = LatencyRecord.of(table, budget_ms, task.latency_ms())
+    if recipe.masks.latency_rounds and measured_here(table):
+        if processes.is_main:
+            images = context.data.val.floats(slice(0, PARITY_IMAGES))
+            measure = file_measure(table, images)
+            steps, budgets = tightened(
+                task, budget_ms, trial.table_ms, measure, recipe.masks.latency_rounds
+            )
+        # All processes continue with the same masks.
+        budgets = processes.from_main(budgets)
+        if not processes.is_main:
+            for smaller in budgets:
+                task.tighten(smaller)
+        elif steps:
+            last, every = steps[-1], (*trial.rounds, *steps)
+            record = LatencyRecord.of(table, budget_ms, last.predicted_ms, last.measured_ms, every)
+    if context.writes:
+        status(record.text(), quiet=context.quiet)
+        replace_file(context.folder / LATENCY_FILE, latency_record(record))
+
+
+def tightened(
+    task: MaskTask, budget_ms: float, table_ms: float, measure: Measure, rounds: int
+) -> tuple[list[Round], list[float]]:
+    """Measure the cut, and tighten its masks until the file is within the budget.
+
+    Args:
+        task: The finished mask learning.
+        budget_ms: The latency.
+        table_ms: The latency by the table that the masks were learned for.
+        measure: Returns the latency of a network in milliseconds.
+        rounds: Largest number of cuts that are measured, at least 1.
+
+    Returns:
+        All cuts that were measured, and the latencies by the table that masks were tightened to.
+    """
+    found: list[Round] = []
+    budgets: list[float] = []
+    latest_ms = table_ms
+    for number in range(rounds):
+        predicted_ms = task.latency_ms()
+        measured_ms = measure(task.result())
+        found.append(Round(latest_ms, predicted_ms, measured_ms))
+        if measured_ms <= budget_ms or number + 1 == rounds:
+            break
+        latest_ms = MARGIN * predicted_ms * budget_ms / measured_ms
+        try:
+            task.tighten(latest_ms)
+        except InputError:
+            # No smaller network is left to round to; the record shows that the budget is not met.
+            break
+        budgets.append(latest_ms)
+    return found, budgets
