@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import vitrim
 from source_tree import ROOT
+from tiny_models import tiny_vit
 from vitrim.core.errors import InputError
 
 MODULES = {
@@ -136,3 +138,31 @@ def test_the_trained_model_is_small_and_has_the_shape_that_its_page_states() -> 
     model = vitrim.load(folder)
     assert sum(parameter.numel() for parameter in model.parameters()) == 2_693_194
     assert "2.69 million parameters" in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_the_steps_of_a_waterfall_end_with_the_compact_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.speed.waterfall import cut_steps, random_model
+
+    dense = vitrim.lift(tiny_vit(depth=3, img_size=32))
+    shares = {"embed": 0.7, "ffn": 0.5, "head": 0.7, "token": 0.6}
+    widths = vitrim.StructuredMask.random(dense, shares, seed=1)
+    gone = {"block": {"blocks.1.attn": torch.zeros(1, dtype=torch.bool)}}
+    mask = vitrim.StructuredMask({**widths.kept, **gone})
+    small = vitrim.compact(dense, mask, last_queries=True).architecture
+    steps = cut_steps(dense.architecture, small)
+    assert list(steps) == ["widths", "depth", "tokens"]
+    assert steps["tokens"] is small
+    assert {step.embed for step in steps.values()} == {small.embed}
+    counts = [len(step.branches) for step in steps.values()]
+    assert counts == [6, 5, 5]
+    assert steps["depth"].step_tokens()[0] == dense.architecture.tokens > small.step_tokens()[0]
+    images = torch.randn(1, *small.image)
+    for step in steps.values():
+        assert random_model(step)(images).shape == (1, 5)
+    alone = vitrim.compact(dense, vitrim.StructuredMask({"ffn": widths.kept["ffn"]}))
+    assert list(cut_steps(dense.architecture, alone.architecture)) == ["widths"]
+    with pytest.raises(InputError, match="has the sizes of the dense one"):
+        cut_steps(dense.architecture, dense.architecture)

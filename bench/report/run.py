@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ...core.errors import InputError
 from ..results.measurement import Measurement
 from .model import SCHEMA, ArtifactEntry, Epoch, KeptBranch, ModelEntry, Report
+from .waterfall import WATERFALL_FILE, Waterfall
 
 Entry = TypeVar("Entry", bound=BaseModel)
 LONGEST_RECIPE = 20_000
@@ -28,6 +29,7 @@ class Run:
         history: The contents of history.jsonl.
         recipe_toml: The recipe's text.
         missing: One line for each part that the folder does not have.
+        waterfall: The contents of waterfall.json.
     """
 
     report: Report
@@ -35,6 +37,7 @@ class Run:
     history: tuple[Epoch, ...] = ()
     recipe_toml: str | None = None
     missing: tuple[str, ...] = ()
+    waterfall: Waterfall | None = None
 
 
 def load_run(folder: Path | str) -> Run:
@@ -66,12 +69,14 @@ def load_run(folder: Path | str) -> Run:
     kept = _load_kept(folder / "kept.json") or report.kept
     history = _load_history(folder / "history.jsonl") or report.curves
     recipe = folder / "recipe.toml"
+    waterfall = folder / WATERFALL_FILE
     return Run(
         report=report,
         kept=kept,
         history=history,
         recipe_toml=_text(recipe)[:LONGEST_RECIPE] if recipe.is_file() else None,
         missing=_missing(report, kept, history),
+        waterfall=Waterfall.load(waterfall) if waterfall.is_file() else None,
     )
 
 

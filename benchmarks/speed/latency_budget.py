@@ -27,19 +27,16 @@ import torch
 import vitrim
 from torch import Tensor
 from torch.nn import functional as F
-from vitrim.bench.local.measure import measure_here
-from vitrim.bench.local.options import MeasureOptions
 from vitrim.compress.latency.cut import LatencyCuts, LatencyOptions
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.oneshot.prediction import TrimOptions
 from vitrim.core.errors import InputError
-from vitrim.core.progress import Progress, progress_bar
-from vitrim.pipeline.cost_measuring import CostRequest, measure_cost_table
-from vitrim.pipeline.cost_networks import sizes_of
-from vitrim.pipeline.latency_loop import cut_to_latency, file_measure
+from vitrim.core.progress import progress_bar
+from vitrim.pipeline.latency_loop import cut_to_latency
 from vitrim.targets.cost_table import CostTable
 
+from ..cost_tables import files_of, table_of
 from ..models import lifted
 from ..results_file import RESULTS, markdown_head, markdown_row, save_result
 
@@ -91,25 +88,18 @@ def _model(name: str) -> CompactModel:
 
 def _table(options: argparse.Namespace, model: CompactModel, precision: str) -> CostTable:
     """The table of a precision, read or measured."""
-    options.tables.mkdir(parents=True, exist_ok=True)
     name = f"{Path(options.model).name}-{options.runtime}-{precision}-{options.threads}.json"
     path = options.tables / name
-    if path.is_file():
-        return CostTable.load(path)
-    request = CostRequest(
-        sizes=sizes_of(model.architecture),
+    return table_of(
+        model,
+        path,
+        limit_s=options.limit_s,
         runtime=options.runtime,
         precision=precision,
         threads=options.threads,
         most_points=options.points,
         checks=options.checks,
     )
-
-    def measure(files: dict[str, Path], chosen: MeasureOptions, progress: Progress) -> Any:
-        return measure_here(files, chosen, progress=progress)
-
-    timing = MeasureOptions(threads=options.threads, time_limit_s=options.limit_s)
-    return measure_cost_table(request, path, measure, options=timing, dense=model)
 
 
 def budget_rows(
@@ -127,11 +117,7 @@ def budget_rows(
         model, images, table, options=TrimOptions(round_to=8), latency=LatencyOptions()
     )
 
-    def measure(files: dict[str, Path], chosen: MeasureOptions, progress: Progress) -> Any:
-        chosen = MeasureOptions(threads=options.threads, time_limit_s=options.file_limit_s)
-        return measure_here(files, chosen, progress=progress)
-
-    file_ms = file_measure(table, images[:8], measure)
+    file_ms = files_of(table, images[:8], options.file_limit_s)
     dense_ms = file_ms(model)
     predicted_ms = table.latency_ms(network_shape(model.architecture))
     rows: list[dict[str, Any]] = []
