@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # Imported at first use, so that measuring on a device needs no torch.
 _MODULES = {
     "StructuredMask": ".compress.masks.mask",
+    "WeightMask": ".compress.masks.weight_mask",
     "masked": ".compress.masks.masked",
     "compact": ".compress.surgery.compactor",
     "resized": ".compress.surgery.image_size",
@@ -52,6 +53,7 @@ __all__ = [
     "StructuredMask",
     "TrimOptions",
     "UnsupportedModel",
+    "WeightMask",
     "bucketed",
     "choose_tokens",
     "chosen_tokens",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from .compress.lift import lift, save
     from .compress.masks.mask import StructuredMask
     from .compress.masks.masked import masked
+    from .compress.masks.weight_mask import WeightMask
     from .compress.network.files import load
     from .compress.oneshot.compensation import compensate
     from .compress.oneshot.prediction import TrimOptions

@@ -27,7 +27,7 @@ ONNX_RUNTIME = "onnxruntime"
 class Planned:
     """One artifact of a run."""
 
-    model: Literal["baseline", "compact"]
+    model: Literal["baseline", "compact", "exact"]
     runtime: str
     precision: Precision
 
@@ -38,11 +38,16 @@ class Planned:
         return "-".join([self.model, *runtime, self.precision])
 
 
-def planned_artifacts(section: ExportSection) -> dict[str, Planned]:
-    """The artifacts by name; the first one, a baseline, is what the others are compared with."""
+def planned_artifacts(section: ExportSection, *, exact: bool = False) -> dict[str, Planned]:
+    """The artifacts by name; the first one, a baseline, is what the others are compared with.
+
+    `exact`: the compact model has zeros, and beside it is the one without what they make dead.
+    """
+    models: tuple[Literal["compact", "exact"], ...] = ("compact", "exact")
     plans = [Planned("baseline", runtime, "fp32") for runtime in section.runtimes]
     plans += [
-        Planned("compact", runtime, precision)
+        Planned(model, runtime, precision)
+        for model in models[: 2 if exact else 1]
         for runtime in section.runtimes
         for precision in section.precisions
         if precision in supported_precisions(runtime)

@@ -161,7 +161,12 @@ def _phases(prepared: Prepared, processes: int, *, quiet: bool) -> Iterator[Phas
     plan = (
         ("baseline", recipe.baseline.epochs, recipe.baseline.augmentation, 1.0),
         ("tokens", recipe.masks.alone_epochs, recipe.masks.augmentation, 1.0),
-        ("masks", recipe.masks.width_epochs, recipe.masks.augmentation, 1.0),
+        (
+            "masks",
+            recipe.masks.width_epochs or recipe.masks.round_epochs,
+            recipe.masks.augmentation,
+            1.0,
+        ),
         ("finetune", recipe.finetune.epochs, recipe.finetune.augmentation, budget),
     )
     for phase, epochs, augmentation, share in plan:
@@ -200,7 +205,7 @@ def _task(prepared: Prepared, phase: str, augmentation: str) -> MaskTask | Dense
     selecting = dense
     if section.selects_tokens and phase != "baseline":
         selecting = with_selections(dense, section, train.seed)
-    if phase == "masks":
+    if phase == "masks" and not section.round_epochs:
         start = dense if section.order == "widths-first" else selecting
         return mask_task(dense, prepared.data, recipe, prepared.round_to, start=start)
     if selecting is not dense:

@@ -6,7 +6,8 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from .recipe_sections import Augmentation, Section
+from .recipe_sections import Augmentation
+from .weight_keys import WeightKeys
 
 # How patches are chosen that leave the network on the way. The first ones after "learned" choose
 # for each image, and so does class-attention with `token_ratio`.
@@ -34,16 +35,18 @@ SELECTION_KEYS = (
 )
 
 
-class MasksSection(Section):
+class MasksSection(WeightKeys):
     """The size of the compact model and how its masks are learned.
 
-    Exactly one of `params`, `macs`, `lambda`, `file_mb`, `latency_ms` and `latency` sets the size.
+    Exactly one of `params`, `macs`, `lambda`, `file_mb`, `latency_ms`, `latency` and
+    `weight_sparsity` sets the size.
     """
 
-    method: Literal["learned", "closed-form"] = Field(
+    method: Literal["learned", "closed-form", "magnitude"] = Field(
         "learned",
         description="learned: gates are trained for `epochs` epochs; closed-form: widths are "
-        "chosen and output projections refitted from `images` unlabeled images, without training",
+        "chosen and output projections refitted from `images` unlabeled images, without training; "
+        "magnitude: single weights become zero and stay zero (`weight_sparsity`)",
     )
     start: Literal["dense", "one-shot"] = Field(
         "dense",
@@ -257,7 +260,12 @@ class MasksSection(Section):
     @property
     def width_epochs(self) -> int:
         """Epochs of mask learning."""
-        return 0 if self.keeps_widths or self.method == "closed-form" else self.epochs
+        return 0 if self.keeps_widths or self.method != "learned" else self.epochs
+
+    @property
+    def round_epochs(self) -> int:
+        """Epochs between the masks of single weights."""
+        return self.epochs * (self.rounds - 1) if self.method == "magnitude" else 0
 
     @property
     def has_latency(self) -> bool:
@@ -275,6 +283,7 @@ class MasksSection(Section):
     def _one_size(self) -> Self:
         sizes = {"params": self.params, "macs": self.macs, "lambda": self.lambda_}
         sizes |= {"file_mb": self.file_mb, "latency_ms": self.latency_ms, "latency": self.latency}
+        sizes["weight_sparsity"] = self.weight_sparsity
         given = [f"`{key}`" for key, value in sizes.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both set the size; keep one")
@@ -283,6 +292,8 @@ class MasksSection(Section):
                 "nothing sets the size; add one of `params = 0.3`, `macs = 0.5` or `lambda = 1e-7`"
             )
         self._check_measured()
+        given_keys = {"fixed": bool(self.fixed), "start": self.start != "dense"}
+        self.check_weights(self.method, {**given_keys, "tokens": self.tokens is not None})
         if self.method == "closed-form" and self.lambda_ is not None:
             raise ValueError(
                 'method = "closed-form" needs a budget; replace `lambda` by `params` or `macs`'

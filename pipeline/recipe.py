@@ -37,7 +37,7 @@ from .train_section import FREE_KEYS, TrainSection
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
 # Exactly one of these keys of [masks] is given.
-SIZE_KEYS = ("params", "macs", "lambda", "file_mb", "latency_ms", "latency")
+SIZE_KEYS = ("params", "macs", "lambda", "file_mb", "latency_ms", "latency", "weight_sparsity")
 
 
 class Recipe(Section):

@@ -189,6 +189,19 @@ class FinetuneSection(Section):
         10, gt=0, description="stop after this many epochs without a better validation top-1"
     )
     augmentation: Augmentation = Field("light", description="augmentation during fine-tuning")
+    rewind: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="learning-rate rewinding: the rate takes the last part of the cosine of a "
+        "longer training with the peak `lr`, this share of it, e.g. 0.25; absent: the whole cosine",
+    )
+
+    @model_validator(mode="after")
+    def _no_warmup(self) -> Self:
+        if self.rewind is not None and self.warmup_epochs:
+            raise ValueError("`rewind` begins behind the warm-up; leave `warmup_epochs` out")
+        return self
 
 
 class DistillSection(Section):

@@ -30,6 +30,15 @@ from ..core.staging import only_writer
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_processor, require_runtimes
+from .magnitude_step import (
+    DEAD,
+    EXACT,
+    WEIGHT_MASK,
+    load_weight_mask,
+    magnitude_cut,
+    require_weights,
+    save_exact,
+)
 from .phases import HISTORY, RunContext
 from .recipe import Recipe
 from .run_folder import RunFolder
@@ -166,7 +175,11 @@ def _train_steps(
     compact = _compact(cut, baseline, context, marks["finetune"])
     if until == "finetune":
         return None
-    return TrainedModels(baseline, compact, cut.max_relative_error)
+    exact = None
+    if context.recipe.masks.method == "magnitude":
+        exact = load(context.folder / EXACT)
+        _report_model("exact", exact, made=True, quiet=context.quiet)
+    return TrainedModels(baseline, compact, cut.max_relative_error, exact)
 
 
 def _ship_steps(
@@ -179,13 +192,12 @@ def _ship_steps(
 ) -> None:
     """Artifacts, measurements and the report."""
     recipe, folder = context.recipe, context.folder
-    baseline, compact = models.baseline, models.compact
-    context = _at_export_size(context, baseline)
+    context = _at_export_size(context, models.baseline)
     artifacts, _ = folder.step(
         "export",
         marks["export"],
         [ARTIFACTS],
-        lambda _: export_all(baseline, compact, context),
+        lambda _: export_all(models, context),
         lambda: load_artifacts(recipe, folder),
     )
     if until == "export":
@@ -222,14 +234,18 @@ def _baseline(prepared: Prepared, context: RunContext, fingerprint: str) -> Comp
 
 def _cut(baseline: CompactModel, round_to: int, context: RunContext, fingerprint: str) -> Cut:
     folder, section = context.folder, context.recipe.masks
-    learn = learn_selections if section.selects_tokens else learn_masks
+    learn, weights = learn_masks, [WEIGHT_MASK] if section.method == "magnitude" else []
+    if weights:
+        learn = magnitude_cut
+    elif section.selects_tokens:
+        learn = learn_selections
     cut, made = folder.step(
         "masks",
         fingerprint,
-        [MASK, CUT, CUT_PARITY],
+        [MASK, CUT, CUT_PARITY, *weights],
         lambda resume: learn(baseline, round_to, context, resume=resume),
         lambda: load_cut(folder),
-        by_all=section.method == "learned",
+        by_all=section.method == "learned" or section.rounds > 1,
     )
     _report_model("cut", cut.model, made, context.quiet)
     for phase in ("tokens", "masks"):
@@ -241,11 +257,20 @@ def _compact(
     cut: Cut, baseline: CompactModel, context: RunContext, fingerprint: str
 ) -> CompactModel:
     folder = context.folder
+    magnitude = context.recipe.masks.method == "magnitude"
+
+    def make(resume: bool) -> CompactModel:
+        weights = load_weight_mask(folder) if magnitude else None
+        model = finetune(cut.model, baseline, context, resume=resume, weights=weights)
+        if magnitude and context.writes:
+            save_exact(model, context)
+        return model
+
     compact, made = folder.step(
         "finetune",
         fingerprint,
-        [COMPACT],
-        lambda resume: finetune(cut.model, baseline, context, resume=resume),
+        [COMPACT, *([EXACT, DEAD] if magnitude else [])],
+        make,
         lambda: load(folder / COMPACT),
         by_all=True,
     )
@@ -279,6 +304,8 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     start = require_selections(dense, recipe)
     if recipe.masks.method == "closed-form":
         require_budget(dense.architecture, recipe.masks)
+    elif recipe.masks.method == "magnitude":
+        require_weights(dense.architecture, recipe.masks)
     elif recipe.masks.width_epochs:
         # Creating the task checks the budget; mask learning creates another one.
         mask_task(dense, data, recipe, round_to, start=start)

@@ -46,7 +46,7 @@ SCHEMA = "vitrim.steps/1"
 # The files of a run that the ledger does not list.
 UNLISTED = (
     *(LEDGER, "recipe.toml", "data.json", "kept.json", "cut-parity.json"),
-    *("trim.json", "tokens.json", "latency.json"),
+    *("trim.json", "tokens.json", "latency.json", "weight-mask.safetensors", "dead.json"),
     *("report.json", "report.md", "report.html", "history.jsonl", "mask.safetensors"),
     *("training/*/checkpoint.pt", "training/*/best.pt", "trackers/**"),
 )

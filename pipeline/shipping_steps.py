@@ -42,6 +42,7 @@ from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
 from .kept_units import kept_branches, selection_map, token_map
 from .latency_loop import LATENCY_FILE
+from .magnitude_step import read_dead
 from .phases import HISTORY, RunContext
 from .recipe import Recipe
 from .run_folder import RunFolder
@@ -59,30 +60,37 @@ VERSIONED = ("torch", "timm", "numpy", "onnx", "onnxruntime", "onnxsim")
 
 @dataclass(frozen=True)
 class TrainedModels:
-    """The models of a run, and the relative error of the cut (`training_steps.Cut`)."""
+    """The models of a run, and the relative error of the cut (`training_steps.Cut`).
+
+    `exact`: the compact model without the dead weight of its zeros, where single weights are zero.
+    """
 
     baseline: CompactModel
     compact: CompactModel
     cut_error: float
+    exact: CompactModel | None = None
+
+    def by_name(self) -> dict[str, CompactModel]:
+        """The models by the names that artifacts have."""
+        found = {"baseline": self.baseline, "compact": self.compact}
+        return found if self.exact is None else {**found, "exact": self.exact}
 
 
-def export_all(
-    baseline: CompactModel, compact: CompactModel, context: RunContext
-) -> dict[str, Artifact]:
-    """Export both models to artifacts/; parity and int8 calibration use validation images."""
+def export_all(models: TrainedModels, context: RunContext) -> dict[str, Artifact]:
+    """Export the models to artifacts/; parity and int8 calibration use validation images."""
     from ..export.exporter import export
     from ..export.stage_line import stages_shown
 
     recipe, data, quiet = context.recipe, context.data, context.quiet
     images, _ = stratified_sample(data.val, recipe.export.calibration_images).arrays()
     provenance = {"recipe": recipe.name, "seed": str(recipe.train.seed), "data": data.name}
-    models = {"baseline": baseline, "compact": compact}
+    by_name = models.by_name()
     made: dict[str, Artifact] = {}
-    for name, plan in planned_artifacts(recipe.export).items():
+    for name, plan in plans_of(recipe).items():
         status(f"exporting {name}", quiet=quiet)
         with stages_shown(quiet=quiet):
             made[name] = export(
-                models[plan.model],
+                by_name[plan.model],
                 context.folder / f"{ARTIFACTS}/{name}",
                 target=recipe.export.target,
                 runtime=plan.runtime,
@@ -101,9 +109,14 @@ def export_all(
     return made
 
 
+def plans_of(recipe: Recipe) -> dict[str, Planned]:
+    """The artifacts of a recipe by name."""
+    return planned_artifacts(recipe.export, exact=recipe.masks.method == "magnitude")
+
+
 def load_artifacts(recipe: Recipe, folder: RunFolder) -> dict[str, Artifact]:
     """Load the artifacts that `export_all` wrote."""
-    names = planned_artifacts(recipe.export)
+    names = plans_of(recipe)
     return {name: Artifact.load(folder / f"{ARTIFACTS}/{name}") for name in names}
 
 
@@ -129,7 +142,7 @@ def measure_all(artifacts: Mapping[str, Artifact], context: RunContext) -> dict[
 
 def load_measurements(recipe: Recipe, folder: RunFolder) -> dict[str, Measurement]:
     """Load the measurements that `measure_all` wrote."""
-    names = planned_artifacts(recipe.export)
+    names = plans_of(recipe)
     return {name: Measurement.load(folder / f"{MEASUREMENTS}/{name}.json") for name in names}
 
 
@@ -193,15 +206,15 @@ def write_report(
     from ..bench.report import render
 
     recipe, folder = context.recipe, context.folder
-    baseline, compact = models.baseline.architecture, models.compact.architecture
-    kept = kept_branches(baseline, compact)
+    baseline = models.baseline.architecture
+    # Where single weights are zero, what the exact removal of dead weight keeps.
+    kept = kept_branches(baseline, (models.exact or models.compact).architecture)
     replace_file(folder / "kept.json", json.dumps(kept, indent=1) + "\n")
     # Counted at the image size of the artifacts, so that multiply-adds match latencies.
     architectures = {
-        "baseline": _exported(baseline, recipe),
-        "compact": _exported(compact, recipe),
+        name: _exported(model.architecture, recipe) for name, model in models.by_name().items()
     }
-    plans = planned_artifacts(recipe.export)
+    plans = plans_of(recipe)
     entries = {
         name: _model_entry(
             architecture,
@@ -235,6 +248,7 @@ def write_report(
             "tokens": _token_map(models.compact, context),
             "cut": _cut_errors(folder),
             "latency": _latency_budget(folder),
+            "zeros": read_dead(folder.path),
         }
     )
     replace_file(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")

@@ -14,6 +14,7 @@ from ..compress.data.splits import DataSplits, stratified_indices
 from ..compress.masks.budget import Budget
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
+from ..compress.masks.weight_mask import WeightMask
 from ..compress.network.files import TOKENS_FILE, TRIM_FILE, load, save
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
@@ -312,7 +313,12 @@ def mask_task(
 
 
 def finetune(
-    cut: CompactModel, baseline: CompactModel, context: RunContext, *, resume: bool
+    cut: CompactModel,
+    baseline: CompactModel,
+    context: RunContext,
+    *,
+    resume: bool,
+    weights: WeightMask | None = None,
 ) -> CompactModel:
     """Train a copy of the cut model for the epochs of `[finetune]`.
 
@@ -321,6 +327,7 @@ def finetune(
         baseline: The dense model, used as the teacher.
         context: The run. Its folder receives compact/.
         resume: Continue from the training checkpoint of an earlier attempt.
+        weights: Single weights that it does not keep stay zero.
 
     Returns:
         The compact model in eval mode.
@@ -334,7 +341,15 @@ def finetune(
         recipe, section = context.recipe, context.recipe.finetune
         steps = section.epochs * epoch_steps(recipe, context.data)
         objective = selection_objective(recipe, baseline, teacher, steps, lr=section.lr)
-    _train_dense(model, "finetune", context, teacher=teacher, objective=objective, resume=resume)
+    _train_dense(
+        model,
+        "finetune",
+        context,
+        teacher=teacher,
+        objective=objective,
+        weights=weights,
+        resume=resume,
+    )
     if context.writes:
         save(model, context.folder / COMPACT, overwrite=True)
     return model.eval()
@@ -367,6 +382,7 @@ def _train_dense(
     *,
     teacher: Distillation | None,
     objective: Objective | None = None,
+    weights: WeightMask | None = None,
     resume: bool,
 ) -> None:
     """Train `model` in place as its section of the recipe describes, if it has any epochs."""
@@ -384,10 +400,13 @@ def _train_dense(
     }
     if objective is None:
         smoothing = recipe.train.label_smoothing
-        task = DenseTask(model, label_smoothing=smoothing, distillation=teacher, **options)
+        task = DenseTask(
+            model, label_smoothing=smoothing, distillation=teacher, weights=weights, **options
+        )
     else:
         task = SelectionTask(model, objective, **options)
-    schedule = Schedule("cosine", section.warmup_epochs)
+    rewind = getattr(section, "rewind", None)
+    schedule = Schedule("cosine", section.warmup_epochs, rewind=rewind)
     settings = phase_settings(
         context, section.epochs, section.augmentation, schedule, section.patience_epochs
     )

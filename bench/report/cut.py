@@ -1,9 +1,9 @@
-"""Errors of a cut without training, and its latency budget, for both kinds of report."""
+"""Errors of a cut without training, its latency budget, and zeros, for both kinds of report."""
 
 from __future__ import annotations
 
 from . import wording
-from .model import CutErrors, LatencyBudget
+from .model import CutErrors, LatencyBudget, Zeros
 from .table import Cell, Line
 
 HEADING = "Errors of the cut"
@@ -59,6 +59,39 @@ def latency_lines(budget: LatencyBudget) -> list[Line]:
         return [Line(name, tuple(Cell(_ms(value)) for value in row)) for name, *row in rows]
     cells = (Cell(_ms(budget.latency_ms)), Cell(_ms(budget.predicted_ms)), Cell("–"))
     return [Line("cut", cells)]
+
+
+ZEROS_HEADING = "Zero weights"
+ZEROS_COLUMNS = ("zeros", "dead")
+
+
+def zeros_remark(zeros: Zeros) -> str:
+    """How many weights are zero, and what that lets go exactly."""
+    params = wording.percent(1.0 - zeros.params_exact / zeros.params, 2)
+    macs = wording.percent(1.0 - zeros.macs_exact / zeros.macs, 2)
+    return (
+        f"{zeros.zeros:,} of {zeros.weights:,} weights of the pruned matrices are zero, "
+        f"{wording.percent(zeros.sparsity, 2)}. Dead are heads and units that add nothing, or the "
+        f"same for every token: their removal takes {params} of all parameters and {macs} of the "
+        f"multiply-adds, with a largest relative error of {zeros.error:.1e}. The model `exact` is "
+        "the one without them."
+    )
+
+
+def zeros_lines(zeros: Zeros) -> list[Line]:
+    """One line for each sub-layer, and one for the residual stream."""
+    rows = [
+        Line(
+            row.name,
+            (
+                Cell(wording.percent(row.zeros, 2)),
+                Cell(f"{row.dead:,} of {row.units:,} {row.kind}"),
+            ),
+        )
+        for row in zeros.rows
+    ]
+    stream = Cell(f"{zeros.channels_dead:,} of {zeros.channels:,} channels")
+    return [*rows, Line("residual stream", (Cell("–"), stream))]
 
 
 def _ms(value: float) -> str:

@@ -16,6 +16,7 @@ from .html_tables import (
     figures_section,
     latency_budget_section,
     parity_section,
+    zeros_section,
 )
 from .markup import Markup, document, element, joined, keep_units, section
 from .overview import Change, Overview, baseline_name, overview
@@ -49,6 +50,7 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         token_section(run),
         cut_section(run),
         latency_budget_section(run),
+        zeros_section(run),
         curves_section(run),
         parity_section(run),
         _environment(view),

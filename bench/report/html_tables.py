@@ -110,6 +110,15 @@ def latency_budget_section(run: Run) -> Markup | None:
     return section(cut.LATENCY_HEADING, cut.latency_remark(budget), card, id_="latency-budget")
 
 
+def zeros_section(run: Run) -> Markup | None:
+    """The zeros of every sub-layer, and what they make dead."""
+    zeros = run.report.zeros
+    if zeros is None:
+        return None
+    card = _card(cut.ZEROS_COLUMNS, cut.zeros_lines(zeros))
+    return section(cut.ZEROS_HEADING, cut.zeros_remark(zeros), card, id_="zeros")
+
+
 def _card(columns: Sequence[str], lines: list[Line]) -> Markup:
     """A card with a table of these columns."""
     grid = _grid(CORNER, [_head(name) for name in columns], lines)

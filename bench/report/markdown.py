@@ -36,6 +36,10 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
         budget = run.report.latency
         grid = _grid(["", *cut.LATENCY_COLUMNS], cut.latency_lines(budget))
         parts += [f"## {cut.LATENCY_HEADING}", safe(cut.latency_remark(budget)), grid]
+    if run.report.zeros is not None:
+        zeros = run.report.zeros
+        grid = _grid(["sub-layer", *cut.ZEROS_COLUMNS], cut.zeros_lines(zeros))
+        parts += [f"## {cut.ZEROS_HEADING}", safe(cut.zeros_remark(zeros)), grid]
     parts += _parity(run)
     for device in view.devices:
         parts += _environment(device)

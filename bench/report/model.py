@@ -187,6 +187,49 @@ class LatencyBudget(_Part):
     rounds: tuple[LatencyRound, ...] = ()
 
 
+class ZeroRow(_Part):
+    """The zeros of one sub-layer, and the heads (attention) or hidden units (FFN) that are dead."""
+
+    name: str = Field(min_length=1)
+    kind: Literal["heads", "units"]
+    zeros: Share
+    units: Count
+    dead: Count
+
+    @model_validator(mode="after")
+    def _dead_is_part_of_units(self) -> Self:
+        if self.dead > self.units:
+            raise ValueError(f"{self.name}: {self.dead} of {self.units} {self.kind} are dead")
+        return self
+
+
+class Zeros(_Part):
+    """Zeros among single weights, and what they let go exactly.
+
+    Attributes:
+        weights: The number of weights in scope.
+        zeros: How many of them are zero.
+        sparsity: Their share.
+        params: Parameters of the model, zeros included; `macs`: its multiply-adds.
+        params_exact: Parameters without the dead weight; `macs_exact` likewise.
+        channels: Channels of the residual stream, of which `channels_dead` are removed.
+        error: Largest relative difference of the outputs that the removal makes.
+        rows: Every sub-layer.
+    """
+
+    weights: Count
+    zeros: Count
+    sparsity: Share
+    params: Count
+    params_exact: Count
+    macs: Count
+    macs_exact: Count
+    channels: Count
+    channels_dead: Count
+    error: Error
+    rows: tuple[ZeroRow, ...] = ()
+
+
 class TokenMap(_Part):
     """Where the patches of a network leave it.
 
@@ -264,6 +307,7 @@ class Report(_Part):
     tokens: TokenMap | None = None
     cut: CutErrors | None = None
     latency: LatencyBudget | None = None
+    zeros: Zeros | None = None
     curves: tuple[Epoch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

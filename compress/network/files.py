@@ -50,6 +50,13 @@ def _is_mask(path: Path) -> bool:
         return length <= MAX_HEADER_BYTES and b"vitrim.mask/" in stream.read(length)
 
 
+def _is_weight_mask(path: Path) -> bool:
+    """Whether a file is a mask of single weights."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return length <= MAX_HEADER_BYTES and b"vitrim.weight-mask/" in stream.read(length)
+
+
 def _model_contents(folder: Path) -> Contents | None:
     if not has_schema(json_object(folder / ARCHITECTURE), SCHEMA):
         return None
@@ -58,6 +65,7 @@ def _model_contents(folder: Path) -> Contents | None:
 
 
 MASK = FileKind("a mask", _is_mask)
+WEIGHT_MASK = FileKind("a mask of weights", _is_weight_mask)
 TRIM = json_kind("a record of a cut", "vitrim.trim/1")
 TOKENS = json_kind("a record of a choice of tokens", "vitrim.tokens/1")
 BUCKETS = json_kind("buckets of a model", "vitrim.buckets/1")
@@ -195,7 +203,7 @@ def _shapes(architecture: Architecture, path: Path) -> dict[str, torch.Size]:
 
 def _read_weights(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     _require_plain_file(path)
-    _require_header(path)
+    require_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             _require_same(path, file, shapes)
@@ -206,7 +214,12 @@ def _read_weights(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor
         ) from error
 
 
-def _require_header(path: Path) -> None:
+def require_header(path: Path) -> None:
+    """Check the length of the header of a safetensors file before it is read.
+
+    Raises:
+        InputError: It is longer than the file, or than any that vitrim writes.
+    """
     # The library accepts headers of up to 100 MB, far above those of real models.
     size = path.stat().st_size
     with path.open("rb") as stream:

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...core.errors import InputError
+from ..masks.weight_mask import WeightMask
 from ..network.modules.model import CompactModel
 from .devices import Placement, tensors_to_cpu
+from .held_zeros import HeldZeros
 from .optimizers import OptimizerName, make_optimizer
 from .regularization import DenseOptions, add_drop_path, add_patch_drop
 from .task import EpochEnd
@@ -70,6 +72,7 @@ class DenseTask:
         metrics: Constant figures for the history of this phase, such as params and macs.
         optimizer: The name of the optimizer.
         options: Averaged weights, rates by depth, and stochastic depth (default: none of them).
+        weights: Weights that it does not keep are set to zero, and stay zero (default: all kept).
     """
 
     def __init__(
@@ -84,12 +87,14 @@ class DenseTask:
         metrics: dict[str, float] | None = None,
         optimizer: OptimizerName = "adamw",
         options: DenseOptions | None = None,
+        weights: WeightMask | None = None,
     ) -> None:
         self.model, self.phase, self.optimizer_name = model, phase, optimizer
         self.lr, self.weight_decay = lr, weight_decay
         self.label_smoothing, self.distillation = label_smoothing, distillation
         self.metrics, self.options = dict(metrics or {}), options or DenseOptions()
         self._compiled: Callable[[Tensor], Tensor] | None = None
+        self.held = None if weights is None else HeldZeros(model, weights)
         self.average: ModelEmaV3 | None = None
         if self.options.ema is not None:
             self.average = ModelEmaV3(model, decay=self.options.ema, use_warmup=True)
@@ -101,6 +106,8 @@ class DenseTask:
         for module in (self.model, self.average):
             if module is not None:
                 module.to(placement.device)
+        if self.held is not None:
+            self.held.place(placement.device)
         if self.distillation is not None:
             self.distillation.teacher.to(placement.device)
         self._compiled = torch.compile(self.model) if placement.compile else None
@@ -129,7 +136,9 @@ class DenseTask:
         return task_loss(logits, targets, images, self.label_smoothing, self.distillation), logits
 
     def after_step(self, step: int) -> None:
-        """Update the average of the weights."""
+        """Set weights to zero again that a mask removes, and update the average of the weights."""
+        if self.held is not None:
+            self.held.apply(self.model)
         if self.average is not None:
             self.average.update(self.model, step=step)
 
@@ -158,6 +167,9 @@ class DenseTask:
         """Give the model the averaged weights, and end stochastic depth and patch dropout."""
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
+        if self.held is not None:
+            self.held.apply(self.model)
+            self.held.release()
         for handle in self._dropping:
             handle.remove()
         if isinstance(self.model, CompactModel):

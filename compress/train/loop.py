@@ -148,7 +148,7 @@ class _Run:
         self.identity = {
             "phase": task.phase,
             "data": f"{data.name}, {len(data.train)} images",
-            **{key: value for key, value in asdict(settings).items() if key not in _FREE},
+            **_identity(settings),
         }
         path = folder / CHECKPOINT
         if processes.from_main(resume and path.is_file()):
@@ -376,6 +376,15 @@ class _Run:
 def _epoch_seed(seed: int, epoch: int, rank: int, step: int = 0) -> int:
     """The seed of one process among several."""
     return int(np.random.SeedSequence([seed, epoch, rank, step]).generate_state(1)[0])
+
+
+def _identity(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that the result depends on."""
+    found = {key: value for key, value in asdict(settings).items() if key not in _FREE}
+    if settings.schedule.rewind is None:
+        # Earlier checkpoints do not have it.
+        del found["schedule"]["rewind"]
+    return found
 
 
 def _batch_size(images: int, settings: TrainSettings, processes: int) -> int:

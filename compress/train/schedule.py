@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,15 +22,22 @@ class Schedule:
         warmup_epochs: The epochs in which the rate first rises linearly from `min_lr`.
         restart_epochs: The length of a cycle of "restarts".
         min_lr: The lowest rate.
+        rewind: Each cosine is the last part of a longer one, this share of it, without warm-up:
+            with 0.25 it begins at 15 % of the peak. None: the whole one.
 
     Raises:
         InputError: An unknown kind, or a number out of range.
+
+    References:
+        Renda, Frankle, Carbin 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning"
+        (learning-rate rewinding).
     """
 
     kind: Literal["cosine", "restarts", "constant"] = "cosine"
     warmup_epochs: float = 0.0
     restart_epochs: int = 4
     min_lr: float = 1e-6
+    rewind: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "restarts", "constant"):
@@ -39,6 +47,13 @@ class Schedule:
         if self.restart_epochs < 1 or self.warmup_epochs < 0 or self.min_lr < 0:
             raise InputError(
                 "schedule: restart_epochs must be at least 1, warmup_epochs and min_lr at least 0"
+            )
+        if self.rewind is not None and (
+            not 0.0 < self.rewind <= 1.0 or self.warmup_epochs or self.kind == "constant"
+        ):
+            raise InputError(
+                f"schedule: rewind = {self.rewind} must lie in (0, 1], and is of a cosine without "
+                "warm-up"
             )
 
 
@@ -65,6 +80,7 @@ class LearningRate:
         # timm has no constant schedule for groups of different rates, so `set` computes it.
         self.constant, self.min_lr = schedule.kind == "constant", schedule.min_lr
         self.optimizer, self.warmup = optimizer, warmup
+        self.rewind, self.length = schedule.rewind, length
         self.cosine = CosineLRScheduler(
             optimizer,
             t_initial=length,
@@ -81,7 +97,13 @@ class LearningRate:
 
         A group rests, at the rate 0, in the first `frozen_steps` that its optimizer states for it.
         """
-        if not self.constant:
+        if self.rewind is not None:
+            # Restarts are cycles of one length; a single cosine ends with its phase.
+            place = 1.0 - self.rewind * (1.0 - step % self.length / self.length)
+            for group in self.optimizer.param_groups:
+                span = group["initial_lr"] - self.min_lr
+                group["lr"] = self.min_lr + 0.5 * span * (1.0 + math.cos(math.pi * place))
+        elif not self.constant:
             self.cosine.step_update(step)
         else:
             for group in self.optimizer.param_groups:

@@ -14,10 +14,12 @@ from ...compress.train.training_files import read_history
 from ...core.errors import InputError
 from ...core.written_kinds import json_object
 from ..artifacts import Planned
+from ..magnitude_step import EXACT
 from ..run_folder import LEDGER
 from ..training_steps import BASELINE, COMPACT, HISTORY
 from .expansion import Cell
 from .table import Column
+from .zero_figures import zero_figures
 
 TRAININGS = ("baseline", "masks", "finetune")
 # Models of a run with the endings of their columns.
@@ -46,10 +48,12 @@ def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
         architecture = read_architecture(run_folder / name / ARCHITECTURE)
         found[f"params{suffix}"] = count_params(architecture)
         found[f"macs{suffix}"] = count_macs(architecture)
-    columns: list[Column] = []
+    zeros, columns = zero_figures(run_folder)
+    found |= zeros
     if (run_folder / "report.json").is_file():
         report = _report(run_folder / "report.json")
-        for name, suffix in MODELS:
+        exact = ((EXACT, "_exact"),) if EXACT in report.models else ()
+        for name, suffix in (*MODELS, *exact):
             entry = report.models[name]
             for figure in ("top1", "params", "macs"):
                 found[f"{figure}{suffix}"] = getattr(entry, figure)

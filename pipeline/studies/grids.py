@@ -62,6 +62,9 @@ def figure_names(summary: Summary) -> dict[str, str]:
         "val_top1": "validation top-1",
         "params": "parameters",
         "macs": "MACs",
+        "params_nonzero": "nonzero parameters",
+        "params_exact": "parameters after exact removal",
+        "heads_dead": "dead heads",
     }
     for column in summary.latencies:
         kind = column.removeprefix("compact_").removesuffix("_ms").replace("_", " ")
@@ -77,6 +80,8 @@ def figure_text(name: str, value: Cell, deviation: float | None = None) -> str:
     mean, spread = number(value), None if deviation is None else abs(deviation)
     if "top1" in name:
         return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    if name == "heads_dead":
+        return f"{mean:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
     if name.endswith("_ms"):
         text = wording.three_digits(mean)
         decimals = len(text.partition(".")[2])

@@ -74,7 +74,11 @@ def costs(summary: Summary) -> list[Cost]:
             found.append(Cost(column, f"median latency of {name}, ms", 1.0))
             continue
         word, unit = ("millions", 1e6) if largest >= 1e6 else ("thousands", 1e3)
-        what = {"params": "parameters", "macs": "multiply-adds"}[column]
+        what = {
+            "params": "parameters",
+            "macs": "multiply-adds",
+            "params_nonzero": "parameters that are not zero",
+        }[column]
         found.append(Cost(column, f"{what}, {word}", unit))
     return found
 

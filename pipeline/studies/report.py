@@ -12,6 +12,7 @@ from ...bench.report.writing import PAGE, PICTURE
 from ...core.storage import replace_file, require_output_file
 from .grids import Entry, Grid, grids
 from .jobs import RUNS
+from .magnitude_claims import SPARSITY as WEIGHT_SPARSITY
 from .page import headline, lead, render_page
 from .pictures import costs, picture
 from .summary import Summary, summarise
@@ -38,6 +39,10 @@ def write_report(folder: Path | str, *, latex: bool = False) -> list[str]:
     summary = summarise(StudyTable(folder))
     machine = machine_of(summary, folder)
     pictures = {f"{cost.file}.svg": picture(summary, cost) + "\n" for cost in costs(summary)}
+    if WEIGHT_SPARSITY in summary.axes:
+        from .mask_pictures import mask_pictures
+
+        pictures |= mask_pictures(summary, folder)
     pages = {
         PAGE_FILE: render_page(summary, machine, list(pictures.values())),
         TEXT_FILE: render_markdown(summary, machine, list(pictures)),

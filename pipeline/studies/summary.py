@@ -65,9 +65,10 @@ class Summary:
 
     @cached_property
     def latencies(self) -> list[str]:
-        """The columns of median latencies of compact artifacts."""
+        """The columns of median latencies of compact artifacts, and of exactly cut ones."""
         names = [column.name for column in self.columns if column.kind == "figure"]
-        return [name for name in names if name.startswith("compact_") and name.endswith("_ms")]
+        first = ("compact_", "exact_")
+        return [name for name in names if name.startswith(first) and name.endswith("_ms")]
 
     @cached_property
     def quality(self) -> str:
@@ -108,9 +109,11 @@ def summarise(table: StudyTable) -> Summary:
     axes = [column.name for column in columns if column.kind == "axis"]
     done = [row for row in rows if row["state"] == "done"]
     found = Summary(table.facts(), columns, rows, tuple(grouped(done, axes)))
+    # Where single weights are zero, all models have the shape of the dense one.
+    sizes = ("params_nonzero",) if numbers(done, "params_nonzero") else ("params", "macs")
     fronts = {
         cost: fronts_by_seed(done, cost, found.quality)
-        for cost in ("params", "macs", *found.latencies)
+        for cost in (*sizes, *found.latencies)
         if numbers(done, cost)
     }
     return Summary(found.facts, columns, rows, found.groups, fronts)

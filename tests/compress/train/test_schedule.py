@@ -43,6 +43,29 @@ def test_restarts_repeat_every_four_epochs() -> None:
     assert found[39] < 0.01
 
 
+@pytest.mark.parametrize("share", [0.25, 0.6, 1.0])
+def test_rewinding_is_the_end_of_a_longer_training(share: float) -> None:
+    longer = rates(Schedule("cosine", min_lr=1e-6), epochs=round(60 / share), steps=10)
+    assert rates(Schedule("cosine", rewind=share), epochs=60) == [
+        (pytest.approx(first), pytest.approx(second)) for first, second in longer[-600:]
+    ]
+
+
+def test_rewound_rounds_repeat() -> None:
+    found = [first for first, _ in rates(Schedule("restarts", restart_epochs=2, rewind=0.25))]
+    assert found[:20] == pytest.approx(found[20:40])
+    assert found[0] == pytest.approx(0.5 * (1 + math.cos(0.75 * math.pi)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"rewind": 0.0}, {"rewind": 1.5}, {"rewind": 0.5, "warmup_epochs": 1}],
+)
+def test_rewinding_has_a_share_and_no_warmup(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"rewind = .* must lie in \(0, 1\]"):
+        Schedule("cosine", **values)
+
+
 def test_constant_stays_after_its_warmup() -> None:
     found = rates(Schedule("constant", warmup_epochs=1, min_lr=0.0))
     assert [first for first, _ in found[:10]] == pytest.approx([step / 10 for step in range(10)])

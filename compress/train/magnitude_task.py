@@ -1,0 +1,139 @@
+"""Iterative magnitude pruning: rounds of training, each between two masks of single weights.
+
+References:
+    Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+    Renda, Frankle, Carbin 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning"
+    (learning-rate rewinding, `Schedule.rewind`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..masks.weight_choice import WeightOptions, kept_weights
+from ..masks.weight_mask import WeightMask, network_fingerprint, parameters
+from ..network.modules.model import CompactModel
+from .dense import DenseTask, Distillation
+from .optimizers import OptimizerName
+from .regularization import DenseOptions
+from .task import EpochEnd
+
+
+class MagnitudeTask(DenseTask):
+    """Train a network in rounds, with more weights at zero in each.
+
+    The first mask is chosen at once, one more at the end of each round: the last one when the phase
+    ends, from the best epoch of the last round. What comes after it is fine-tuning.
+
+    Args:
+        model: The network, pruned and trained in place.
+        options: How weights are chosen, with the final sparsity.
+        sparsities: The rising sparsity of each mask; one more than rounds. The last one is final.
+        round_epochs: The epochs of a round.
+        lr: The peak learning rate.
+        weight_decay: For matrices and kernels.
+        label_smoothing: For class numbers as targets.
+        distillation: The teacher (default: none).
+        metrics: Constant figures for the history of this phase.
+        optimizer: The name of the optimizer.
+        dense_options: Averaged weights, rates by depth, and stochastic depth.
+    """
+
+    model: CompactModel
+
+    def __init__(
+        self,
+        model: CompactModel,
+        options: WeightOptions,
+        sparsities: Sequence[float],
+        round_epochs: int,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        label_smoothing: float = 0.1,
+        distillation: Distillation | None = None,
+        metrics: dict[str, float] | None = None,
+        optimizer: OptimizerName = "adamw",
+        dense_options: DenseOptions | None = None,
+    ) -> None:
+        self.choice, self.sparsities = options, tuple(sparsities)
+        self.round_epochs, self.round = round_epochs, 0
+        super().__init__(
+            model,
+            phase="masks",
+            lr=lr,
+            weight_decay=weight_decay,
+            label_smoothing=label_smoothing,
+            distillation=distillation,
+            metrics=metrics,
+            optimizer=optimizer,
+            options=dense_options,
+            weights=next_mask(model, replace(options, sparsity=self.sparsities[0])),
+        )
+
+    @property
+    def mask(self) -> WeightMask:
+        """The present mask; the final one after `finish`."""
+        assert self.held is not None
+        return self.held.mask
+
+    def after_epoch(self, epoch: int, val_top1: float) -> EpochEnd:
+        """Narrow the mask after each round but the last; its epochs alone may be the best."""
+        last = len(self.sparsities) - 2
+        metrics = {**self.metrics, "sparsity": self.mask.sparsity}
+        if self.round == last:
+            return EpochEnd(metrics=metrics)
+        if epoch % self.round_epochs:
+            return EpochEnd(metrics=metrics, score=-math.inf)
+        self._narrow()
+        # Moments of the round before are of weights that are gone.
+        return EpochEnd(metrics=metrics, score=-math.inf, optimizer=self.optimizer())
+
+    def state(self) -> dict[str, Any]:
+        """The parameters, the round and its mask."""
+        kept = {name: keep.clone() for name, keep in self.mask.kept.items()}
+        return {**super().state(), "round": self.round, "kept": kept}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore the parameters, the round and its mask."""
+        assert self.held is not None
+        self.round = int(state["round"])
+        self.held.replace(replace(self.mask, kept=dict(state["kept"])))
+        super().load_state(state)
+
+    def finish(self) -> None:
+        """Give the network its final weights, and narrow the mask to the final sparsity."""
+        self._narrow()
+        super().finish()
+
+    def _narrow(self) -> None:
+        assert self.held is not None
+        if self.average is not None and self.round == len(self.sparsities) - 2:
+            # What ends the phase are the averaged weights.
+            self.model.load_state_dict(self.average.module.state_dict())
+        self.round += 1
+        options = replace(self.choice, sparsity=self.sparsities[self.round])
+        self.held.replace(next_mask(self.model, options, self.mask))
+        if self.average is not None:
+            self.held.apply(self.average.module)
+
+
+def next_mask(
+    network: CompactModel, options: WeightOptions, within: WeightMask | None = None
+) -> WeightMask:
+    """The mask of a network's present weights, as `WeightMask.from_magnitude` chooses it.
+
+    Args:
+        network: The network.
+        options: How weights are chosen.
+        within: The mask before, whose zeros stay zero.
+
+    Returns:
+        The mask, for this very network.
+    """
+    before = None if within is None else within.kept
+    kept = kept_weights(network.architecture, parameters(network), options, before)
+    return WeightMask(kept, network_fingerprint(network), options.note())
