@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -12,6 +14,47 @@ from hypothesis import settings
 settings.register_profile("same-examples", derandomize=True)
 settings.register_profile("fuzz", derandomize=False, print_blob=True)
 settings.load_profile("fuzz" if os.environ.get("VITRIM_FUZZ") else "same-examples")
+
+HERE = Path(__file__).parent
+# The files that take longest begin: at the end no process waits for one of them.
+LONGEST = [
+    HERE / name
+    for name in (
+        "pipeline/studies/test_ray_workers.py",
+        "commands/test_processes.py",
+        "export/tvm_kernels/test_token_masks.py",
+        "export/tvm_kernels/test_int8_kernels.py",
+        "export/tvm_kernels/test_selections.py",
+        "export/test_export_outputs.py",
+        "export/runtimes/test_runtimes.py",
+        "pipeline/studies/test_engine.py",
+        "docs/test_notebook.py",
+        "pipeline/test_pipeline.py",
+        "test_wheel.py",
+    )
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first, in this order."""
+    places = {path: place for place, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_registry() -> None:
+    """Keep torch's table of ONNX functions, a third of the time of an export of a tiny network.
+
+    torch parses its five hundred functions for each export; they do not change.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        kept = staticmethod(cache(ONNXRegistry.from_torchlib))
+        ONNXRegistry.from_torchlib = kept  # type: ignore[method-assign, assignment]
+    except (ImportError, AttributeError):
+        # Another version of torch: the same, slower.
+        return
 
 
 def pytest_configure(config: pytest.Config) -> None:

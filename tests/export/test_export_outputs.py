@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 from torch import nn
 from typer.testing import CliRunner
 from vitrim.bench.local.measure import measure_interleaved
-from vitrim.cli import app
+from vitrim.cli import app, call
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.lift import lift
 from vitrim.compress.network.named_outputs import NamedOutputs, output_specs
@@ -30,6 +29,7 @@ from vitrim.core.errors import InputError, UnsupportedModel
 from vitrim.export import Artifact, export
 from vitrim.export.bundle import bundle
 from vitrim.export.forms import FORMS, form_named, write_network
+from vitrim.export.forms.dense_outputs import form_for_outputs
 from vitrim.export.manifest import Manifest
 from vitrim.export.parity import side_by_side
 from vitrim.export.runtimes import runtime_named
@@ -167,15 +167,15 @@ def test_without_outputs_the_manifest_is_as_before(tmp_path: Path) -> None:
         assert list(artifact.engine().infer_outputs(noise(1))) == ["logits"]
 
 
-def test_the_last_block_is_shortened_only_where_no_output_needs_it(tmp_path: Path) -> None:
-    forms = {
-        outputs: form_named(
-            export(tiny(), tmp_path / outputs, outputs=outputs.split(",")).manifest.form
-        )
-        for outputs in ("features", "patches", "blocks.2", "features,blocks.1")
-    }
-    assert [form.last_queries for form in forms.values()] == [True, False, False, True]
-    assert [form.norm for form in forms.values()] == [
+def test_the_last_block_is_shortened_only_where_no_output_needs_it(made: Artifact) -> None:
+    architecture = lift(tiny()).architecture
+    forms = [
+        form_for_outputs(FORMS[0], architecture, output_specs(architecture, names))
+        for names in (["features"], ["patches"], ["blocks.2"], ["features", "blocks.1"])
+    ]
+    assert not form_named(made.manifest.form).last_queries
+    assert [form.last_queries for form in forms] == [True, False, False, True]
+    assert [form.norm for form in forms] == [
         "centred-rms",
         "centred-rms",
         "layer",
@@ -234,17 +234,14 @@ def test_outputs_of_early_blocks_need_no_later_weights() -> None:
 QUICK = [
     ("onnxruntime", "int8"),
     ("onnxruntime", "int8-static"),
-    ("onnxruntime", "int4-weights"),
     ("openvino", "fp32"),
     ("ncnn", "fp32"),
-    ("ncnn", "fp16"),
     ("torch", "fp32"),
     ("tvm", "fp32"),
-    ("tvm", "int8"),
     ("tvm", "int8-static"),
 ]
 SLOW = [("executorch", "fp32"), ("litert", "fp32")]
-BOUNDS = {"fp32": 1e-5, "fp16": 1e-2, "int8": 0.1, "int8-static": 0.2, "int4-weights": 0.8}
+BOUNDS = {"fp32": 1e-5, "int8": 0.1, "int8-static": 0.2}
 
 
 def check_runtime(folder: Path, runtime: str, precision: str, **options: Any) -> Artifact:
@@ -278,6 +275,9 @@ def check_runtime(folder: Path, runtime: str, precision: str, **options: Any) ->
 @pytest.mark.parametrize(("runtime", "precision"), QUICK)
 def test_every_runtime_returns_every_output(tmp_path: Path, runtime: str, precision: str) -> None:
     artifact = check_runtime(tmp_path / "a", runtime, precision)
+    if precision == "int8-static":
+        # Measured like the others of its runtime.
+        return
     measured = measure_interleaved({"a": artifact}, time_limit_s=0.2, least_rounds=2, quiet=True)
     assert measured["a"].input_shape == (1, 3, 16, 16)
 
@@ -406,17 +406,15 @@ def test_a_bundle_returns_two_outputs(tmp_path: Path, runtime: str) -> None:
         assert error_of(found, wanted) < 1e-5
 
 
-def test_the_command_exports_outputs_and_refuses_wrong_ones(tmp_path: Path) -> None:
+def test_the_command_exports_outputs_and_refuses_wrong_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     vitrim.save(lift(tiny()), tmp_path / "m")
     command = ["export", str(tmp_path / "m"), "--out", str(tmp_path / "a")]
-    wrong = subprocess.run(
-        [sys.executable, "-m", "vitrim", *command, "--output", "patch"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-    assert "--output: there is no output 'patch'; did you mean 'patches'?" in wrong.stderr
+    assert call([*command, "--output", "patch"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert "--output: there is no output 'patch'; did you mean 'patches'?" in errors
     deep = CliRunner().invoke(app, [*command, "--output", "blocks.7"])
     assert isinstance(deep.exception, InputError)
     assert "outputs: 'blocks.7' is outside of the network" in str(deep.exception)
