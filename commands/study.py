@@ -88,6 +88,15 @@ Ray = Annotated[
         show_default=False,
     ),
 ]
+EarlyStop = Annotated[
+    Literal["asha"] | None,
+    typer.Option(
+        "--early-stop",
+        help="asha: stop a run during its fine-tuning unless it is among the best of those of "
+        "equal size settings. Default: as in the study file.",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -154,6 +163,7 @@ def run(
     retry_failed: RetryFailed = False,
     jobs: Jobs = 1,
     ray: Ray = None,
+    early_stop: EarlyStop = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
@@ -178,6 +188,7 @@ def run(
         retry_failed: Try failed runs again.
         jobs: Trainings at a time on one machine.
         ray: Address of a Ray cluster.
+        early_stop: Stop runs that others surpass.
         dry_run: Validate and list the runs only.
         quiet: Print errors only.
     """
@@ -198,7 +209,7 @@ def run(
             show(f"{one.id}  {one.title}")
         return
     folder = out if out is not None else Path("runs", "studies", loaded.path.stem)
-    options = StudyOptions(resume, retry_failed, jobs, ray, quiet)
+    options = StudyOptions(resume, retry_failed, jobs, ray, quiet, early_stop)
     table = run_study(loaded, folder, options)
     from ..pipeline.studies.report import write_report
 

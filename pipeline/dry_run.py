@@ -21,6 +21,7 @@ from ..compress.train.processes import ALONE, require_accelerate, require_shares
 from ..compress.train.selection_task import SelectionTask
 from ..compress.train.settings import TrainSettings
 from ..compress.train.steps import Stepper
+from ..compress.train.vtp_task import VtpTask
 from ..core.console import status, unit_count
 from .phases import dense_options, distillation, epoch_steps
 from .recipe import Recipe
@@ -194,7 +195,7 @@ def _phases(prepared: Prepared, processes: int, *, quiet: bool) -> Iterator[Phas
         )
 
 
-def _task(prepared: Prepared, phase: str, augmentation: str) -> MaskTask | DenseTask:
+def _task(prepared: Prepared, phase: str, augmentation: str) -> MaskTask | VtpTask | DenseTask:
     recipe = prepared.recipe
     # The outputs of the teacher for images without augmentation are computed once.
     known = augmentation == "none" and placement_of(recipe.train)[0].waits

@@ -6,6 +6,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from .latency_keys import LatencyKeys
 from .recipe_sections import Augmentation
 from .weight_keys import WeightKeys
 
@@ -26,6 +27,9 @@ TokenMethod = Literal[
 ]
 
 
+WidthMethod = Literal["learned", "closed-form", "vtp", "l1", "l2", "random", "magnitude"]
+# Methods that rank units by a criterion of `StructuredMask.from_saliency`.
+RANKING = ("l1", "l2", "random")
 TokenOrder = Literal["together", "tokens-first", "widths-first"]
 SELECTING: tuple[str, ...] = get_args(TokenMethod)[1:4]
 # Keys of the methods that choose for each image; those of a static choice beside them.
@@ -35,18 +39,20 @@ SELECTION_KEYS = (
 )
 
 
-class MasksSection(WeightKeys):
+class MasksSection(LatencyKeys, WeightKeys):
     """The size of the compact model and how its masks are learned.
 
     Exactly one of `params`, `macs`, `lambda`, `file_mb`, `latency_ms`, `latency` and
-    `weight_sparsity` sets the size.
+    `weight_sparsity` sets the size; `file_mb` may stand beside a latency.
     """
 
-    method: Literal["learned", "closed-form", "magnitude"] = Field(
+    method: WidthMethod = Field(
         "learned",
         description="learned: gates are trained for `epochs` epochs; closed-form: widths are "
         "chosen and output projections refitted from `images` unlabeled images, without training; "
-        "magnitude: single weights become zero and stay zero (`weight_sparsity`)",
+        "vtp: control coefficients are trained and thresholded; l1, l2, random: units are ranked "
+        "in each layer by the norm of their weights, or at random, without training; magnitude: "
+        "single weights become zero and stay zero (`weight_sparsity`)",
     )
     start: Literal["dense", "one-shot"] = Field(
         "dense",
@@ -74,51 +80,6 @@ class MasksSection(WeightKeys):
         ge=0.0,
         description="without a budget: fixed weight of the size penalty, e.g. 1e-7",
     )
-    file_mb: float | None = Field(
-        None,
-        gt=0.0,
-        description="closed-form: budget: computed size of the file in megabytes, with weights of "
-        "`file_precision`",
-    )
-    file_precision: Literal["fp32", "fp16", "int8"] = Field(
-        "fp32", description="precision of the weights in `file_mb`"
-    )
-    latency_ms: float | None = Field(
-        None,
-        gt=0.0,
-        description="closed-form: budget: milliseconds of an inference by `cost_table`; tokens, "
-        "widths and depth are chosen at once",
-    )
-    latency: float | None = Field(
-        None,
-        gt=0.0,
-        lt=1.0,
-        description="closed-form: budget: share of the dense model's latency by `cost_table`, "
-        "e.g. 0.4",
-    )
-    cost_table: str | None = Field(
-        None,
-        min_length=1,
-        description="file of `vitrim bench --cost-table`, for `latency_ms` and `latency`",
-    )
-    target_runtime: str | None = Field(
-        None,
-        min_length=1,
-        description="runtime that the latency is of; absent: that of `cost_table`",
-    )
-    latency_rounds: int = Field(
-        3,
-        ge=0,
-        le=10,
-        description="with a latency: so often the cut is exported and measured here, and the "
-        "budget corrected; 0: the table's prediction is not checked",
-    )
-    candidates: int = Field(
-        0,
-        ge=0,
-        description="with a latency: number of varied solutions that are cut and compared on "
-        "held-out images, e.g. 24; 0: the one of least predicted loss is cut",
-    )
     sharing: Literal["residual", "unshared", "full"] = Field(
         "residual",
         description="residual: one mask for the residual stream; full: one mask per dimension for "
@@ -130,10 +91,10 @@ class MasksSection(WeightKeys):
     tokens: TokenMethod | None = Field(
         None,
         description="learned: patches leave the network at depths that are learned with the "
-        "widths, under the same budget `macs`; dynamicvit, evit, dps, and class-attention with "
-        "`token_ratio`: a constant number is chosen for each image; another method: one set for "
-        "all images is chosen from `images`, before widths, for `token_macs` or `token_counts`; "
-        "absent: every patch stays to the end",
+        "widths, under the same budget, `macs` or a latency; dynamicvit, evit, dps, and "
+        "class-attention with `token_ratio`: a constant number is chosen for each image; another "
+        "method: one set for all images is chosen from `images`, before widths, for `token_macs` "
+        "or `token_counts`; absent: every patch stays to the end",
     )
     token_macs: float | None = Field(
         None,
@@ -191,7 +152,15 @@ class MasksSection(WeightKeys):
     epochs: int = Field(20, gt=0, description="maximum number of epochs of mask learning")
     lr: float = Field(1e-4, gt=0.0, description="learning rate of the weights during mask learning")
     score_lr: float = Field(
-        1e-2, gt=0.0, description="learning rate of the mask scores (their weight decay is 0)"
+        1e-2,
+        gt=0.0,
+        description="learning rate of the mask scores, or control coefficients (their weight decay "
+        "is 0)",
+    )
+    sparsity: float | None = Field(
+        None,
+        ge=0.0,
+        description="vtp: weight of the sum of all control coefficients in the loss; absent: 1e-4",
     )
     weight_decay: float = Field(0.05, ge=0.0, description="weight decay of the weights")
     restart_epochs: int = Field(
@@ -260,17 +229,17 @@ class MasksSection(WeightKeys):
     @property
     def width_epochs(self) -> int:
         """Epochs of mask learning."""
-        return 0 if self.keeps_widths or self.method != "learned" else self.epochs
+        return self.epochs if self.trains_widths and not self.keeps_widths else 0
+
+    @property
+    def trains_widths(self) -> bool:
+        """Whether widths are chosen by a training."""
+        return self.method in ("learned", "vtp")
 
     @property
     def round_epochs(self) -> int:
         """Epochs between the masks of single weights."""
         return self.epochs * (self.rounds - 1) if self.method == "magnitude" else 0
-
-    @property
-    def has_latency(self) -> bool:
-        """Whether the budget is a latency by a cost table."""
-        return self.latency_ms is not None or self.latency is not None
 
     @field_validator("fixed")
     @classmethod
@@ -282,7 +251,8 @@ class MasksSection(WeightKeys):
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         sizes = {"params": self.params, "macs": self.macs, "lambda": self.lambda_}
-        sizes |= {"file_mb": self.file_mb, "latency_ms": self.latency_ms, "latency": self.latency}
+        sizes |= {"latency_ms": self.latency_ms, "latency": self.latency}
+        sizes["file_mb"] = None if self.has_latency else self.file_mb
         sizes["weight_sparsity"] = self.weight_sparsity
         given = [f"`{key}`" for key, value in sizes.items() if value is not None]
         if len(given) > 1:
@@ -291,17 +261,30 @@ class MasksSection(WeightKeys):
             raise ValueError(
                 "nothing sets the size; add one of `params = 0.3`, `macs = 0.5` or `lambda = 1e-7`"
             )
-        self._check_measured()
+        self.check_latency(self.method, self.start, self.sharing)
         given_keys = {"fixed": bool(self.fixed), "start": self.start != "dense"}
         self.check_weights(self.method, {**given_keys, "tokens": self.tokens is not None})
-        if self.method == "closed-form" and self.lambda_ is not None:
+        if self.method != "learned" and self.lambda_ is not None:
             raise ValueError(
-                'method = "closed-form" needs a budget; replace `lambda` by `params` or `macs`'
+                f'method = "{self.method}" needs a budget; replace `lambda` by `params` or `macs`'
             )
-        if self.tokens == "learned" and (self.method, self.macs is None) != ("learned", False):
+        if self.method not in ("learned", "closed-form") and self.tokens is not None:
             raise ValueError(
-                'tokens = "learned" needs method = "learned" and the budget `macs`: tokens have no '
-                "parameters, so `params` and `lambda` set no price for them"
+                f'method = "{self.method}" chooses widths alone; leave `tokens` out, or write '
+                'method = "learned" or "closed-form"'
+            )
+        if self.sparsity is not None and self.method != "vtp":
+            raise ValueError(f'sparsity is of method = "vtp"; "{self.method}" has none')
+        if self.method == "vtp" and self.sharing == "unshared":
+            raise ValueError(
+                'method = "vtp" needs sharing = "residual" or "full": its coefficients are on what '
+                "projections read, and unshared masks are on what they write, too"
+            )
+        priced = self.macs is not None or self.has_latency
+        if self.tokens == "learned" and not (self.method == "learned" and priced):
+            raise ValueError(
+                'tokens = "learned" needs method = "learned" and the budget `macs` or a latency: '
+                "tokens have no parameters, so `params` and `lambda` set no price for them"
             )
         self._check_tokens()
         if self.start == "one-shot" and (self.method, self.lambda_) != ("learned", None):
@@ -309,24 +292,6 @@ class MasksSection(WeightKeys):
                 'start = "one-shot" needs method = "learned" and a budget, `params` or `macs`'
             )
         return self
-
-    def _check_measured(self) -> None:
-        for key in ("file_mb", "latency_ms", "latency"):
-            if getattr(self, key) is not None and self.method != "closed-form":
-                raise ValueError(
-                    f'{key} needs method = "closed-form"; masks are learned for `params` or `macs`'
-                )
-        if self.has_latency != (self.cost_table is not None):
-            raise ValueError(
-                "latency_ms and cost_table need each other; `vitrim bench --cost-table` measures "
-                "one"
-            )
-        for key, given in (
-            ("target_runtime", self.target_runtime is not None),
-            ("candidates", self.candidates > 0),
-        ):
-            if given and not self.has_latency:
-                raise ValueError(f"{key} needs a budget of milliseconds, e.g. `latency = 0.4`")
 
     def _check_tokens(self) -> None:
         given = [key for key in ("token_macs", "token_counts") if getattr(self, key) is not None]
@@ -360,6 +325,11 @@ class MasksSection(WeightKeys):
             raise ValueError(
                 f'token_order = "{self.token_order}" needs method = "learned"; a closed-form cut '
                 'of widths comes first, token_order = "widths-first"'
+            )
+        if self.method == "learned" and self.has_latency and self.order == "widths-first":
+            raise ValueError(
+                'token_order = "widths-first": the widths\' share of a latency is not known before '
+                'the selections; write "together" or "tokens-first"'
             )
         if self.token_ratio_weight is not None and self.tokens != "dynamicvit":
             raise ValueError(f'token_ratio_weight is of "dynamicvit"; "{self.tokens}" has none')

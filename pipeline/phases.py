@@ -10,13 +10,13 @@ from torch import Tensor
 from ..compress.data.splits import DataSplits
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.modules.model import CompactModel
-from ..compress.train.dense import DenseTask, Distillation, teacher_outputs
+from ..compress.train.dense import Distillation, teacher_outputs
 from ..compress.train.loop import fit
-from ..compress.train.mask_task import MaskTask
 from ..compress.train.precision import arithmetic
 from ..compress.train.regularization import DenseOptions
 from ..compress.train.schedule import Schedule
 from ..compress.train.settings import TrainSettings
+from ..compress.train.task import Task
 from ..core.console import progress_bar
 from .recipe import Recipe
 from .run_folder import RunFolder
@@ -147,9 +147,7 @@ def phase_settings(
     )
 
 
-def run_phase(
-    task: MaskTask | DenseTask, context: RunContext, settings: TrainSettings, resume: bool
-) -> None:
+def run_phase(task: Task, context: RunContext, settings: TrainSettings, resume: bool) -> None:
     """Train a phase, with its checkpoints in training/PHASE of the run folder.
 
     Args:

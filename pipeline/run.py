@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..compress.data.loading import open_dataset
 from ..compress.data.preprocessing import Preprocessing
@@ -30,6 +31,7 @@ from ..core.staging import only_writer
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_processor, require_runtimes
+from .latency_table import optional_table, table_mark
 from .magnitude_step import (
     DEAD,
     EXACT,
@@ -39,9 +41,11 @@ from .magnitude_step import (
     require_weights,
     save_exact,
 )
+from .masks_section import RANKING
 from .phases import HISTORY, RunContext
 from .recipe import Recipe
 from .run_folder import RunFolder
+from .saliency_step import require_ranking
 from .selection_step import require_selections
 from .selection_training import learn_selections
 from .shipping_steps import (
@@ -64,7 +68,7 @@ from .source_model import (
     with_preprocessing,
 )
 from .token_step import require_tokens
-from .training_host import tracked, training_host
+from .training_host import followed, tracked, training_host
 from .training_steps import (
     BASELINE,
     COMPACT,
@@ -106,6 +110,7 @@ def run(
     quiet: bool = False,
     recipe_file: Path | None = None,
     json_progress: bool = False,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> RunFolder:
     """Run the chain. Of several processes of a launcher, all train and the main one does the rest.
 
@@ -119,6 +124,8 @@ def run(
         recipe_file: The file of the recipe, which the run must not overwrite. A resumed run may
             use the recipe in its own folder.
         json_progress: Write one JSON line for each epoch to standard output, in place of the table.
+        on_epoch: Called after each epoch with its line in history.jsonl; an exception ends the
+            run there, with its checkpoint written.
 
     Returns:
         The run folder.
@@ -150,6 +157,7 @@ def run(
         if host.note is not None:
             status(host.note, quiet=quiet)
         host = tracked(host, recipe, folder.path, folder / HISTORY)
+        host = followed(host, on_epoch)
         context = RunContext(recipe, prepared.data, folder, quiet, host)
         marks = fingerprints(prepared)
         try:
@@ -245,7 +253,7 @@ def _cut(baseline: CompactModel, round_to: int, context: RunContext, fingerprint
         [MASK, CUT, CUT_PARITY, *weights],
         lambda resume: learn(baseline, round_to, context, resume=resume),
         lambda: load_cut(folder),
-        by_all=section.method == "learned" or section.rounds > 1,
+        by_all=section.trains_widths or section.rounds > 1,
     )
     _report_model("cut", cut.model, made, context.quiet)
     for phase in ("tokens", "masks"):
@@ -303,9 +311,11 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     require_tokens(dense.architecture, recipe.masks)
     start = require_selections(dense, recipe)
     if recipe.masks.method == "closed-form":
-        require_budget(dense.architecture, recipe.masks)
+        require_budget(dense.architecture, recipe.masks, optional_table(recipe))
     elif recipe.masks.method == "magnitude":
         require_weights(dense.architecture, recipe.masks)
+    elif recipe.masks.method in RANKING:
+        require_ranking(dense.architecture, recipe.masks)
     elif recipe.masks.width_epochs:
         # Creating the task checks the budget; mask learning creates another one.
         mask_task(dense, data, recipe, round_to, start=start)
@@ -395,7 +405,7 @@ def recipe_fingerprints(
     # does not set it; `host` is another target on every machine.
     other = {
         "baseline": weights_digest(recipe.model) if weights is None else weights,
-        "masks": f"round_to {round_to}",
+        "masks": f"round_to {round_to}{table_mark(recipe)}",
         "export": " ".join(target.features),
     }
     marks: dict[str, str] = {}

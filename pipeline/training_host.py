@@ -156,6 +156,23 @@ def tracked(host: TrainingHost, recipe: Recipe, folder: Path, history: Path) -> 
     return replace(host, progress=partial(_Logged, host.progress, log), finish=finish)
 
 
+def followed(
+    host: TrainingHost, on_epoch: Callable[[Mapping[str, Any]], None] | None
+) -> TrainingHost:
+    """The host with a progress display that also calls a function after each epoch.
+
+    Args:
+        host: The host of the run.
+        on_epoch: It gets the line of history.jsonl, whose checkpoint is written; None: nothing.
+
+    Returns:
+        The host.
+    """
+    if on_epoch is None:
+        return host
+    return replace(host, progress=partial(_Logged, host.progress, on_epoch))
+
+
 class _Logged(TrainingProgress):
     """A progress display that passes the record of each epoch on."""
 

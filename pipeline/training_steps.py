@@ -11,15 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ..compress.data.splits import DataSplits, stratified_indices
-from ..compress.masks.budget import Budget
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
 from ..compress.masks.weight_mask import WeightMask
 from ..compress.network.files import TOKENS_FILE, TRIM_FILE, load, save
 from ..compress.network.modules.model import CompactModel
-from ..compress.oneshot.allocation import network_cost
 from ..compress.oneshot.trim import Trimmed
-from ..compress.surgery.compactor import output_error
+from ..compress.surgery.compactor import compact, output_error
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation
 from ..compress.train.mask_settings import MaskSettings
@@ -27,9 +25,12 @@ from ..compress.train.mask_task import MaskTask
 from ..compress.train.objectives import Objective
 from ..compress.train.schedule import Schedule
 from ..compress.train.selection_task import SelectionTask
+from ..compress.train.vtp_task import SPARSITY, VtpTask
 from ..core.storage import replace_file
 from .latency_loop import trim_to_latency
-from .masks_section import MasksSection
+from .latency_table import recipe_table
+from .latency_training import learned_budget, measured_trial, verified
+from .masks_section import RANKING, MasksSection
 from .phases import HISTORY as HISTORY
 from .phases import RunContext as RunContext
 from .phases import (
@@ -44,6 +45,7 @@ from .phases import (
 from .recipe import Recipe
 from .recipe_sections import BaselineSection, FinetuneSection
 from .run_folder import RunFolder
+from .saliency_step import ranked_mask
 from .selection_step import same_choices_error, selection_objective
 from .token_step import cut_tokens, token_record, width_section
 from .trim_step import exact_cut_error, start_section, trim_baseline, trim_record
@@ -97,6 +99,8 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
     recipe = context.recipe
     if recipe.masks.method == "closed-form":
         cut = closed_form_cut(baseline, recipe.masks, round_to, context)
+    elif recipe.masks.method in RANKING:
+        cut = ranked_cut(baseline, round_to, context)
     else:
         start = start_network(baseline, round_to, context, resume=resume)
         cut = learned_cut(baseline, start, round_to, context, resume=resume)
@@ -130,7 +134,14 @@ def learned_cut(
     recipe = context.recipe
     known = known_outputs(baseline, context, recipe.masks.augmentation, start)
     data = context.data
-    task = mask_task(baseline, data, recipe, round_to, known=known, start=start, share=share)
+    trial = measured_trial(baseline, start, round_to, context, resume=resume)
+    task = mask_task(
+        *(baseline, data, recipe, round_to),
+        known=known,
+        start=start,
+        share=share,
+        latency_ms=None if trial is None else trial.table_ms,
+    )
     # A budget has a schedule of its own, so the learning rate decays once. With a fixed lambda it
     # restarts, as in Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
     kind = "cosine" if recipe.masks.lambda_ is None else "restarts"
@@ -139,8 +150,19 @@ def learned_cut(
     augmentation = recipe.masks.augmentation
     settings = phase_settings(context, recipe.masks.epochs, augmentation, schedule, None)
     run_phase(task, context, settings, resume)
+    if trial is not None and isinstance(task, MaskTask):
+        verified(task, baseline, context, trial)
     model, mask = task.result(), task.mask()
     return Cut(model, mask, cut_error(task, model, data.val.floats(slice(0, PARITY_IMAGES))))
+
+
+def ranked_cut(baseline: CompactModel, round_to: int, context: RunContext) -> Cut:
+    """The cut of `masks.method = "l1"`, `"l2"` and `"random"`."""
+    recipe = context.recipe
+    mask = ranked_mask(baseline, recipe.masks, round_to, recipe.train.seed)
+    model = compact(baseline, mask, last_queries=baseline.architecture.last_queries).eval()
+    images = context.data.val.floats(slice(0, PARITY_IMAGES))
+    return Cut(model, mask, output_error(masked(baseline, mask), model, images))
 
 
 def closed_form_cut(
@@ -171,8 +193,9 @@ def closed_form_cut(
         baseline = start
     if section.has_latency:
         unlabeled = _drawn(section, context)
+        table, quiet = recipe_table(context.recipe), context.quiet
         found = trim_to_latency(
-            baseline, unlabeled, section, round_to, folder.path, quiet=context.quiet
+            baseline, unlabeled, section, round_to, table, folder.path, quiet=quiet
         )
     else:
         found = _trimmed(baseline, section, round_to, context)
@@ -259,7 +282,8 @@ def mask_task(
     known: Mapping[bytes, Tensor] | None = None,
     start: CompactModel | None = None,
     share: float = 1.0,
-) -> MaskTask:
+    latency_ms: float | None = None,
+) -> MaskTask | VtpTask:
     """Create the training task of `[masks]` on a copy of the baseline.
 
     Args:
@@ -273,6 +297,7 @@ def mask_task(
             is trained by the objective of that method.
         share: The share of the budget that patches leave to the widths, where they are dropped
             afterwards.
+        latency_ms: The latency by the table, if it is not that of the recipe.
 
     Returns:
         The task, not trained yet.
@@ -282,14 +307,8 @@ def mask_task(
     """
     section = recipe.masks
     start = start or baseline
-    budget = None
-    for kind, size in (("params", section.params), ("macs", section.macs)):
-        if size is not None:
-            sizes = [network_cost(model.architecture, kind) for model in (baseline, start)]
-            ratio = min(1.0, share * size * sizes[0] / sizes[1])
-            budget = Budget(kind, ratio)  # type: ignore[arg-type]
     settings = MaskSettings(
-        budget=budget,
+        budget=learned_budget(recipe, baseline, start, share, latency_ms),
         lambda_=section.lambda_,
         sharing=section.sharing,
         fixed=section.fixed,
@@ -303,9 +322,15 @@ def mask_task(
         round_to=round_to,
         attention_overhead_macs=section.attention_overhead_macs,
         ffn_overhead_macs=section.ffn_overhead_macs,
+        file_mb=section.file_mb,
+        peak_memory_mb=section.peak_memory_mb,
+        file_precision=section.file_precision,
     )
     steps = section.epochs * epoch_steps(recipe, data)
     model, teacher = copy.deepcopy(start), distillation(baseline, recipe, known)
+    if section.method == "vtp":
+        sparsity = SPARSITY if section.sparsity is None else section.sparsity
+        return VtpTask(model, settings, sparsity, distillation=teacher)
     objective = None
     if start.architecture.selects:
         objective = selection_objective(recipe, baseline, teacher, steps)
@@ -355,7 +380,7 @@ def finetune(
     return model.eval()
 
 
-def cut_error(task: MaskTask, model: CompactModel, images: Tensor) -> float:
+def cut_error(task: MaskTask | VtpTask, model: CompactModel, images: Tensor) -> float:
     """Largest difference between masked and cut network, relative to the largest logit."""
     network, mask = task.reference()
     if model.architecture.selects:

@@ -1,7 +1,8 @@
 """Mask learning as a task of the training loop, with gates on the units of a network.
 
 With a lambda, the objective is task_loss + lambda * cost. With a budget, the price is solved for at
-each update (`masks/budget.py`). Units that will not return are cut from the training graph.
+each update (`masks/budget.py`), and the masks are rounded when they freeze (`freezing.py`). Units
+that will not return are cut from the training graph.
 
 References:
     L. Tredese 2023, "Structured Pruning of Vision Transformers at Training Time".
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..masks.budget import DualSolver, dense_cost, ramp, require_feasible
+from ..masks.budget import DualSolver, dense_cost, ramp
 from ..masks.gates import START, THRESHOLD, Gates
 from ..masks.groups import SHARED, sites
 from ..masks.mask import StructuredMask
@@ -25,19 +26,17 @@ from ..masks.masked_network import MaskedNetwork
 from ..network.architecture import Architecture
 from ..network.cost import live_macs, live_params, movement_cost
 from ..network.count import count_macs
+from ..network.live_latency import NS_PER_MS
 from ..network.modules.model import CompactModel, build
 from ..surgery.compactor import compact
-from ..surgery.rounding import snap
 from .dense import Distillation, task_loss
 from .devices import Placement, tensors_to_cpu
+from .freezing import Freeze
 from .graph_shrinking import shrink_graph
 from .mask_settings import MaskSettings
 from .objectives import Objective
-from .optimizers import OptimizerName, make_optimizer, split_rates
+from .optimizers import add_vectors, make_optimizer, split_rates
 from .task import EpochEnd
-
-# Scores are vectors, which Muon leaves to AdamW.
-_FALLBACK: dict[OptimizerName, dict[str, bool]] = {"adamw": {}, "muon": {"use_fallback": True}}
 
 
 @dataclass
@@ -84,17 +83,14 @@ class MaskTask:
         self.objective = objective
         self.total_steps = max(1, total_steps)
         self.dense = model.architecture
+        self._freeze = Freeze(settings)
         gates = self._gates(self.dense)
         if settings.budget is not None:
             counted = self._counted(self.dense)
-            require_feasible(counted, gates, settings.budget)
-            self.dense_cost = dense_cost(counted, settings.budget.kind)
+            self.dense_cost = dense_cost(counted, self._freeze.cost)
+            self._freeze.require_feasible(counted, gates, settings.budget, self.dense_cost)
             # In a budget of parameters, overheads are converted at the rate of the dense network.
-            rate = self.dense_cost / count_macs(counted)
-            self.overhead = {
-                "attention": settings.attention_overhead_macs * rate,
-                "ffn": settings.ffn_overhead_macs * rate,
-            }
+            self.overhead = self._freeze.overhead(self.dense_cost / count_macs(counted))
         # For each unit of the current training graph, its index in the dense model.
         self.origin = [torch.arange(group.size) for group in gates.groups]
         self.progress = _Progress()
@@ -128,8 +124,8 @@ class MaskTask:
             predictors, rate = network.selects.parameters(), self.objective.settings.lr
             self._optimizer = split_rates(self._optimizer, predictors, rate)
         if self.settings.lambda_ is not None:
-            for group in self.gates.parameter_groups(self.settings.score_lr):
-                self._optimizer.add_param_group({**group, **_FALLBACK[name]})
+            groups = self.gates.parameter_groups(self.settings.score_lr)
+            add_vectors(self._optimizer, name, groups)
         return self._optimizer
 
     def train_mode(self) -> None:
@@ -174,6 +170,8 @@ class MaskTask:
         """Report sizes, stop if nothing improves, and shrink the training graph if it pays."""
         params, macs = self.size()
         metrics = {"params": float(params), "macs": float(macs), "lambda": self.price}
+        if self._freeze.rounding is not None:
+            metrics["latency_ms"] = self.latency_ms()
         if self.objective is not None:
             metrics |= self.objective.metrics()
             # A cut reads the network of inference.
@@ -283,6 +281,26 @@ class MaskTask:
         architecture = self._counted(self.masked.architecture)
         return int(live_params(architecture, live)), int(live_macs(architecture, live))
 
+    def latency_ms(self) -> float:
+        """The latency of the cut model by the cost table, in milliseconds."""
+        return self.solver.cost(self.gates.kept()) / NS_PER_MS
+
+    def tighten(self, latency_ms: float) -> None:
+        """Round the frozen masks for a smaller latency; units only leave.
+
+        Args:
+            latency_ms: The latency by the table.
+
+        Raises:
+            InputError: It cannot be reached; the message has the smallest one.
+        """
+        kept = self.gates.kept()
+        for values, keep in zip(self.solver.saliency, kept, strict=True):
+            # What has left has no weights that fit the others.
+            values[~keep] = 0.0
+        self._keep(self._freeze.round(self.solver, kept, int(NS_PER_MS * latency_ms)))
+        self._settle()
+
     @property
     def price(self) -> float:
         """The price of a unit of cost: lambda, or the price at which the budget is met."""
@@ -295,10 +313,10 @@ class MaskTask:
     def _counted(self, architecture: Architecture) -> Architecture:
         """The architecture whose cost is counted.
 
-        With tokens it leaves to the last attention what the head reads, as `result` does: a price
-        of tokens that are dropped there anyway would misguide the choice.
+        With tokens and under a latency it leaves to the last attention what the head reads, as
+        `result` does: a price of tokens that are dropped there anyway would misguide the choice.
         """
-        if not self.settings.tokens:
+        if not self.settings.tokens and self._freeze.rounding is None:
             return architecture
         return architecture.model_copy(update={"last_queries": True})
 
@@ -312,8 +330,7 @@ class MaskTask:
         if self.objective is not None:
             self.objective.detach()
         self.gates = gates
-        kind = self.settings.budget.kind if self.settings.budget else "params"
-        self.solver = DualSolver(self._counted(model.architecture), gates, kind)
+        self.solver = DualSolver(self._counted(model.architecture), gates, self._freeze.cost)
         self.masked = MaskedNetwork(model)
         self._install_on_device()
 
@@ -343,28 +360,14 @@ class MaskTask:
             self.progress.pause_until = step + self.solver.memory_steps
             kept = self.solver.solve(kept, target)
         if step >= freeze:
-            kept = self._snapped(kept, int(budget.ratio * self.dense_cost))
+            kept = self._freeze.round(self.solver, kept, int(budget.ratio * self.dense_cost))
             self.progress.frozen = True
+        self._keep(kept)
+
+    def _keep(self, kept: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for scores, keep in zip(self.gates.scores, kept, strict=True):
                 scores.copy_(torch.where(keep, START, THRESHOLD - (START - THRESHOLD)))
-
-    def _snapped(self, kept: list[Tensor], target: int) -> list[Tensor]:
-        if self.settings.round_to == 1:
-            return kept
-        saliency: dict[str, dict[str, Tensor]] = {}
-        for group, values in zip(self.gates.groups, self.solver.saliency, strict=True):
-            saliency.setdefault(group.dimension, {})[group.site] = values
-
-        mask = snap(
-            self.gates.mask(kept),
-            self.masked.architecture,
-            self.settings.round_to,
-            saliency=saliency,
-            cost=lambda mask: self.solver.cost(self.gates.units(mask)),
-            budget=target,
-        )
-        return self.gates.units(mask)
 
     def _shrink(self) -> Optimizer | None:
         """Remove units that will not return from the training graph, if that pays."""

@@ -20,6 +20,7 @@ from .summary import Summary, number, pareto
 from .table import StudyTable
 
 FOLDER, GENERATED, MAIN_FILE = "latex", "generated", "main.tex"
+TABLES = ("findings", "means", "fronts")
 COLUMN_INCHES = 3.25
 COMPILE_LIMIT_S = 120.0
 # Okabe and Ito 2008, "Color Universal Design".
@@ -58,7 +59,7 @@ def write_article(summary: Summary, folder: Path, machine: str | None) -> list[s
         "numbers.tex": numbers(summary, base, machine),
         "figures.tex": figures(summary, costs(summary)),
         "references.bib": references(summary, base),
-        **{f"{name}.tex": _table(by_id.get(name), name) for name in ("means", "fronts")},
+        **{f"{name}.tex": _table(by_id.get(name), name) for name in TABLES},
         **{f"{cost.file}.pdf": figure_pdf(summary, cost) for cost in costs(summary)},
     }
     for name, content in parts.items():

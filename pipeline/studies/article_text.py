@@ -72,6 +72,7 @@ accurate.
 
 \section{Results}
 \input{generated/figures}
+\input{generated/findings}
 \input{generated/means}
 \input{generated/fronts}
 \studyfigurelist{} \judgement{which settings are better, and whether by more than the deviation of
@@ -224,7 +225,10 @@ def references(summary: Summary, base: Recipe | None) -> str:
 
 
 def _part(grid: Grid, lines: Sequence[Sequence[Entry]], label: str, place: int, count: int) -> str:
-    alignment = "l" * grid.texts + "r" * (len(grid.heads) - grid.texts)
+    columns = ["l"] * grid.texts + ["r"] * (len(grid.heads) - grid.texts)
+    for column, share in grid.sentences:
+        columns[column] = f"p{{{share:g}\\linewidth}}"
+    alignment = "".join(columns)
     rows = [" & ".join(map(_cell, line)) + r" \\" for line in lines]
     continued = f" (part {place} of {count})" if count > 1 else ""
     return "\n".join(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -16,15 +16,18 @@ from ...core.staging import only_writer
 from ...core.storage import disk_errors, replace_file, require_output_folder, require_separate
 from ..recipe import Recipe
 from ..run import Step, prepare
+from .beside import measure_beside, require_models
+from .early_stop import EarlyStop
 from .expansion import StudyRun, expand
-from .figures import read_figures
-from .jobs import RUNS, Outcome
+from .figures import read_figures, stopped_figures
+from .jobs import Outcome
 from .local_workers import Event, LocalWorkers, Started
-from .plan import Job, plan_jobs
+from .plan import MEASURED, Job, plan_jobs
 from .study_file import Study
-from .table import TABLE_FILE, StudyTable
+from .table import RUNS, TABLE_FILE, StudyTable
 
 STUDY_FILE = "study.toml"
+ENDED = ("done", "failed", "stopped")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class StudyOptions:
         ray: Address of a Ray cluster, `auto` for the one that runs here or a new one on this
             machine; None: processes of this machine.
         quiet: Print errors only.
+        early_stop: `asha`: stop runs that others surpass, as the study's key of that name.
     """
 
     resume: bool = False
@@ -45,6 +49,7 @@ class StudyOptions:
     jobs: int = 1
     ray: str | None = None
     quiet: bool = False
+    early_stop: str | None = None
 
 
 def validated_runs(study: Study, *, quiet: bool = False) -> list[StudyRun]:
@@ -61,6 +66,7 @@ def validated_runs(study: Study, *, quiet: bool = False) -> list[StudyRun]:
         InputError: A key or a value of a run is invalid, or its data or model cannot be opened.
     """
     runs = expand(study)
+    require_models(study.section.beside)
     status(f"{escape(study.name)}: {len(runs)} runs; trying data and models", quiet=quiet)
     tried = set[str]()
     for run in runs:
@@ -99,16 +105,27 @@ def run_study(study: Study, folder: Path, options: StudyOptions | None = None) -
     with only_writer(folder):
         table = _open_table(study, folder, runs)
         states = table.states()
-        kept = {"done"} if options.retry_failed else {"done", "failed"}
+        kept = {"done", "stopped", *(() if options.retry_failed else ("failed",))}
         todo = {run.id for run in runs if states[run.id] not in kept}
         table.restart(todo)
         until = study.section.until
         jobs = plan_jobs(runs, split=options.jobs > 1 or options.ray is not None, until=until)
-        jobs = [job for job in jobs if job.run.id in todo]
+        rule = _early_stop(study, options)
+        jobs = [replace(job, early_stop=rule) for job in jobs if job.run.id in todo]
         status(_beginning(runs, todo, folder), quiet=options.quiet)
         with contextlib.closing(_events(jobs, folder, options)) as events:
             _follow(events, table, folder, until, quiet=options.quiet)
+        if until == MEASURED:
+            names, bench = study.section.beside, study.base.bench
+            measure_beside(names, table, folder, bench, quiet=options.quiet)
     return table
+
+
+def _early_stop(study: Study, options: StudyOptions) -> EarlyStop | None:
+    section = study.section
+    if (options.early_stop or section.early_stop) is None:
+        return None
+    return EarlyStop(section.early_stop_factor, section.early_stop_epochs)
 
 
 def _require_folder(study: Study, folder: Path, *, resume: bool) -> None:
@@ -178,7 +195,7 @@ def _follow(
 ) -> None:
     """Write each event to the table, and print one line for each run that ends."""
     states = table.states()
-    count, ended = len(states), sum(state in ("done", "failed") for state in states.values())
+    count, ended = len(states), sum(state in ENDED for state in states.values())
     trained: dict[str, StudyRun] = {}
     for event in events:
         if isinstance(event, Started):
@@ -208,6 +225,10 @@ def _record(event: Outcome, table: StudyTable, folder: Path, until: Step) -> str
             top1, params = figures.get("top1", figures["val_top1"]), figures.get("params")
             accuracy = f"{100 * float(top1):.2f} %" if top1 is not None else "no accuracy"
             return f"{accuracy}, {unit_count(float(params or 0))} parameters"
+    if event.stopped:
+        with contextlib.suppress(InputError):
+            table.change(event.run, "stopped", reason, stopped_figures(folder / RUNS / event.run))
+            return str(reason)
     table.change(event.run, "failed", reason)
     return f"[red]failed[/red]: {escape(reason)}"
 

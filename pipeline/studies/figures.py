@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bench.report.model import ArtifactEntry, Report
+from ...compress.network.architecture import Architecture, BranchSpec
 from ...compress.network.count import count_macs, count_params
 from ...compress.network.files import ARCHITECTURE, read_architecture
 from ...compress.train.training_files import read_history
@@ -16,7 +17,7 @@ from ...core.written_kinds import json_object
 from ..artifacts import Planned
 from ..magnitude_step import EXACT
 from ..run_folder import LEDGER
-from ..training_steps import BASELINE, COMPACT, HISTORY
+from ..training_steps import BASELINE, COMPACT, CUT, HISTORY
 from .expansion import Cell
 from .table import Column
 from .zero_figures import zero_figures
@@ -44,10 +45,11 @@ def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
         "train_s": _seconds(steps.get("steps", {})),
         "val_top1": _validation(run_folder / HISTORY),
     }
-    for name, suffix in MODELS:
-        architecture = read_architecture(run_folder / name / ARCHITECTURE)
+    architectures = [read_architecture(run_folder / name / ARCHITECTURE) for name, _ in MODELS]
+    for (_, suffix), architecture in zip(MODELS, architectures, strict=True):
         found[f"params{suffix}"] = count_params(architecture)
         found[f"macs{suffix}"] = count_macs(architecture)
+    found |= kept_shares(*architectures)
     zeros, columns = zero_figures(run_folder)
     found |= zeros
     if (run_folder / "report.json").is_file():
@@ -63,6 +65,61 @@ def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
                 found |= {f"{prefix}_{key}": value for key, value in values.items()}
                 columns += _artifact_columns(prefix, name, artifact)
     return found, columns
+
+
+def stopped_figures(run_folder: Path) -> dict[str, Cell]:
+    """What is known of a run that was stopped during its fine-tuning, by column.
+
+    Raises:
+        InputError: A file of the run is damaged.
+    """
+    cut = read_architecture(run_folder / CUT / ARCHITECTURE)
+    return {
+        "val_top1": _validation(run_folder / HISTORY),
+        "params": count_params(cut),
+        "macs": count_macs(cut),
+    }
+
+
+def kept_shares(compact: Architecture, dense: Architecture) -> dict[str, Cell]:
+    """The shares of parameters that a cut left in attentions, in FFNs, and by depth.
+
+    Args:
+        compact: The network after the cut, whose sub-layers have the names of those before.
+        dense: The network before.
+
+    Returns:
+        Shares by column; a middle block counts for neither half.
+    """
+    kinds = ("attention", "ffn")
+    names = {
+        kind: [branch.name for branch in dense.branches if branch.core.kind == kind]
+        for kind in kinds
+    }
+    parts = {f"kept_{kind}": names[kind] for kind in kinds}
+    halves: tuple[list[str], list[str]] = ([], [])
+    for listed in names.values():
+        half = len(listed) // 2
+        halves[0].extend(listed[:half])
+        halves[1].extend(listed[len(listed) - half :])
+    parts["kept_first_half"], parts["kept_second_half"] = halves
+    left, whole = _branch_params(compact), _branch_params(dense)
+    found: dict[str, Cell] = {}
+    for column, part in parts.items():
+        total = sum(whole[name] for name in part)
+        if total:
+            found[column] = round(sum(left.get(name, 0) for name in part) / total, 6)
+    return found
+
+
+def _branch_params(architecture: Architecture) -> dict[str, int]:
+    """The parameters of each sub-layer by its name."""
+
+    def params(steps: tuple[tuple[BranchSpec, ...], ...]) -> int:
+        return count_params(architecture.model_copy(update={"steps": steps, "selects": ()}))
+
+    rest = params(())
+    return {branch.name: params(((branch,),)) - rest for branch in architecture.branches}
 
 
 def _report(path: Path) -> Report:
@@ -93,6 +150,7 @@ def _artifact_figures(artifact: ArtifactEntry) -> dict[str, Cell]:
         "ms": None if measured is None else round(1e3 * measured.summary().p50_s, 6),
         "top1": None if measured is None else measured.top1,
         "bytes": artifact.bytes,
+        "memory_bytes": None if measured is None else measured.beyond_floor_rss_bytes,
     }
 
 
@@ -102,6 +160,7 @@ def _artifact_columns(prefix: str, model: str, artifact: ArtifactEntry) -> list[
         Column(f"{prefix}_ms", "figure", "REAL", f"{what}: median latency in milliseconds"),
         Column(f"{prefix}_top1", "figure", "REAL", f"{what}: test accuracy, 0 to 1", True),
         Column(f"{prefix}_bytes", "figure", "INTEGER", f"{what}: bytes of its files"),
+        Column(f"{prefix}_memory_bytes", "figure", "INTEGER", f"{what}: memory beyond the runtime"),
     ]
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...bench.report import wording
+from .claims import findings, verdict
 from .expansion import Cell, cell_text
+from .findings import Finding
 from .summary import Group, Summary, number, on_fronts, short_names
 from .table import Row
 
@@ -39,6 +41,8 @@ class Grid:
         heads: The titles of the columns.
         texts: Number of columns on the left that hold texts; the others hold numbers.
         lines: Its rows.
+        sentences: Those of the columns of texts that are long, with their shares of the width of a
+            printed page.
     """
 
     id: str
@@ -47,12 +51,13 @@ class Grid:
     heads: tuple[str, ...]
     texts: int
     lines: tuple[tuple[Entry, ...], ...]
+    sentences: tuple[tuple[int, float], ...] = ()
 
 
 def grids(summary: Summary) -> list[Grid]:
-    """The tables that have rows: means, fronts, all runs, failures."""
-    found = [_means(summary), _fronts(summary), _runs(summary), _failures(summary)]
-    return [grid for grid in found if grid.lines]
+    """The tables that have rows: claims, means, fronts, runs, models beside, failures, stops."""
+    makers = (_findings, _means, _fronts, _runs, _beside, _failures, _stopped)
+    return [grid for grid in (make(summary) for make in makers) if grid.lines]
 
 
 def figure_names(summary: Summary) -> dict[str, str]:
@@ -69,6 +74,9 @@ def figure_names(summary: Summary) -> dict[str, str]:
     for column in summary.latencies:
         kind = column.removeprefix("compact_").removesuffix("_ms").replace("_", " ")
         names[column] = f"{kind}, ms"
+    for column in summary.memories:
+        kind = column.removeprefix("compact_").removesuffix("_memory_bytes").replace("_", " ")
+        names[column] = f"{kind}, MB"
     known = {name for row in summary.done for name in names if row.get(name) is not None}
     return {name: title for name, title in names.items() if name in known}
 
@@ -86,6 +94,8 @@ def figure_text(name: str, value: Cell, deviation: float | None = None) -> str:
         text = wording.three_digits(mean)
         decimals = len(text.partition(".")[2])
         return text if spread is None else f"{text} ± {spread:.{decimals}f}"
+    if name.endswith("_bytes"):
+        return f"{mean / 1e6:.1f}" + ("" if spread is None else f" ± {spread / 1e6:.1f}")
     return wording.count(mean) + ("" if not spread else f" ± {wording.count(spread)}")
 
 
@@ -95,6 +105,28 @@ def _settings(cells: dict[str, Cell], keys: Sequence[str]) -> list[Entry]:
 
 def _title(name: str, title: str) -> str:
     return f"{title}, %" if "top1" in name else title
+
+
+def _findings(summary: Summary) -> Grid:
+    remark = (
+        "What the runs of this study show of claims in publications: a median or a share, with its "
+        "exact 95 % interval. A claim that the interval does not decide is left open."
+    )
+    heads = ("claim", "source", "verdict", "what is measured", "here", "95 % interval")
+    lines = tuple(_finding_line(finding) for finding in findings(summary))
+    sentences = ((0, 0.2), (1, 0.2), (3, 0.24))
+    return Grid("findings", "Claims of the sources", remark, heads, 4, lines, sentences)
+
+
+def _finding_line(finding: Finding) -> tuple[Entry, ...]:
+    texts = (finding.claim, finding.source, verdict(finding), finding.note)
+    entries = [Entry(text, text) for text in texts]
+    here = "" if finding.number is None else f"{finding.number:.2f} {finding.unit}"
+    entries.append(Entry(here, finding.number))
+    if finding.interval is None:
+        return (*entries, Entry(""))
+    low, high = finding.interval
+    return (*entries, Entry(f"{low:.2f} to {high:.2f}", low))
 
 
 def _means(summary: Summary) -> Grid:
@@ -167,15 +199,42 @@ def _run_line(row: Row, axes: Sequence[str], figures: Sequence[str]) -> tuple[En
 
 
 def _failures(summary: Summary) -> Grid:
+    remark = "Runs that failed, with the reason; their output is in logs/."
+    return _reasons(summary, summary.failed, "failures", "Failed runs", remark)
+
+
+def _stopped(summary: Summary) -> Grid:
+    remark = (
+        "Runs that were stopped during their fine-tuning, since others of their size were better."
+    )
+    return _reasons(summary, summary.stopped, "stopped", "Stopped runs", remark)
+
+
+def _reasons(summary: Summary, rows: Sequence[Row], id_: str, title: str, remark: str) -> Grid:
+    """Runs that did not end, with the reasons."""
     axes = summary.axes
     titles = short_names(axes)
     heads = ("run", *(titles[axis] for axis in axes), "seed", "reason")
     lines = []
-    for row in summary.failed:
+    for row in rows:
         entries = [Entry(str(row["id"]), row["number"])]
         entries += _settings({axis: row[axis] for axis in axes}, axes)
         entries += [Entry(str(row["seed"]), row["seed"])]
         entries += [Entry(str(row["reason"] or ""), row["reason"])]
         lines.append(tuple(entries))
-    remark = "Runs that failed, with the reason; their output is in logs/."
-    return Grid("failures", "Failed runs", remark, heads, len(heads), tuple(lines))
+    return Grid(id_, title, remark, heads, len(heads), tuple(lines))
+
+
+def _beside(summary: Summary) -> Grid:
+    remark = (
+        "Dense models of timm with random weights, exported unchanged in fp32 for ONNX Runtime and "
+        "timed as the runs are; their accuracy is not measured. MB is memory beyond the runtime's."
+    )
+    heads = ("model", "image", "remark", "parameters", "MACs", "fp32, ms", "fp32, MB")
+    shown = {"params": "params", "macs": "macs", "ms": "_ms", "memory_bytes": "_bytes"}
+    lines = []
+    for row in summary.beside:
+        texts = [Entry(str(row[name] or ""), row[name]) for name in ("name", "image", "reason")]
+        figures = [Entry(figure_text(kind, row[name]), row[name]) for name, kind in shown.items()]
+        lines.append((*texts, *figures))
+    return Grid("beside", "Dense models beside", remark, heads, 3, tuple(lines))

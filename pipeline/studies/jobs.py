@@ -20,9 +20,11 @@ from ..recipe import Recipe
 from ..run import run
 from ..run_folder import RunFolder
 from ..training_steps import HISTORY, ROTATED, START
+from .early_stop import Judge, Stopped
 from .plan import Job, Source
+from .table import LOGS
+from .table import RUNS as RUNS
 
-RUNS, LOGS = "runs", "logs"
 # What a step writes beside the files in the ledger.
 BESIDE = {"masks": (TRIM_FILE, TOKENS_FILE, ROTATED, START)}
 # A worker of a study that was killed ends within a moment.
@@ -38,12 +40,14 @@ class Outcome:
         run: Id of its run.
         reason: Why it failed, in one line; None if it did not.
         peak_bytes: Largest memory of the process so far; 0 if unknown.
+        stopped: Whether the reason is that other runs are better, and no failure.
     """
 
     job: str
     run: str
     reason: str | None = None
     peak_bytes: int = 0
+    stopped: bool = False
 
 
 def run_job(job: Job, folder: Path, threads: int | None = None) -> Outcome:
@@ -58,13 +62,20 @@ def run_job(job: Job, folder: Path, threads: int | None = None) -> Outcome:
         The outcome.
     """
     place = folder / RUNS / job.run.id
-    reason = None
+    reason, stopped = None, False
+    judge = None if job.early_stop is None else Judge(job.early_stop, job.run, folder)
     with _output_to(folder / LOGS / f"{job.run.id}.log", f"--- {job.name}, process {os.getpid()}"):
         try:
             _wait_for_lock(place)
             if job.source is not None:
                 take_steps(folder / RUNS / job.source.run, place, job.source)
-            run(_with_threads(job.run.recipe, threads), place, until=job.until, resume=True)
+            if judge is not None:
+                judge.check()
+            recipe = _with_threads(job.run.recipe, threads)
+            run(recipe, place, until=job.until, resume=True, on_epoch=judge)
+        except Stopped as end:
+            reason, stopped = str(end), True
+            print(reason)
         except InputError as error:
             reason = str(error)
             print(f"vitrim: {reason}", file=sys.stderr)
@@ -75,7 +86,7 @@ def run_job(job: Job, folder: Path, threads: int | None = None) -> Outcome:
             reason = f"unexpected {type(error).__name__}: {first}"
             traceback.print_exc()
     reason = None if reason is None else " ".join(reason.split())
-    return Outcome(job.name, job.run.id, reason, _peak_bytes())
+    return Outcome(job.name, job.run.id, reason, _peak_bytes(), stopped)
 
 
 def take_steps(source: Path, place: Path, shared: Source) -> None:

@@ -82,6 +82,8 @@ def headline(summary: Summary) -> str:
     parts = [f"{len(summary.done)} of {wording.plural(len(summary.rows), 'run')} done"]
     if summary.failed:
         parts.append(f"{len(summary.failed)} failed")
+    if summary.stopped:
+        parts.append(f"{len(summary.stopped)} stopped early")
     return ", ".join(parts)
 
 

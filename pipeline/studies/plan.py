@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..recipe import Recipe
 from ..run import Step, recipe_fingerprints
 from ..source_model import weights_digest
+from .early_stop import EarlyStop
 from .expansion import StudyRun
 
 # The steps that runs share. Artifacts and measurements are made for each run.
@@ -38,12 +39,14 @@ class Job:
         until: The last step.
         source: The steps to take from another run before.
         needs: Names of the jobs that must have ended.
+        early_stop: When it ends because other runs are better; None: never.
     """
 
     run: StudyRun
     until: Step
     source: Source | None = None
     needs: tuple[str, ...] = ()
+    early_stop: EarlyStop | None = None
 
     @property
     def name(self) -> str:

@@ -11,12 +11,11 @@ from ...bench.report.model import Report
 from ...bench.report.writing import PAGE, PICTURE
 from ...core.storage import replace_file, require_output_file
 from .grids import Entry, Grid, grids
-from .jobs import RUNS
 from .magnitude_claims import SPARSITY as WEIGHT_SPARSITY
 from .page import headline, lead, render_page
 from .pictures import costs, picture
 from .summary import Summary, summarise
-from .table import StudyTable
+from .table import RUNS, StudyTable
 
 PAGE_FILE, TEXT_FILE = "study.html", "study.md"
 

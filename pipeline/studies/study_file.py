@@ -71,6 +71,26 @@ class StudySection(GridSection):
     repetitions: int = Field(
         1, gt=0, description="runs with equal settings: they share trainings and are measured anew"
     )
+    beside: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="names of dense timm models that are exported unchanged and timed behind the "
+        'runs, e.g. ["mobilevitv2_050"]',
+    )
+    early_stop: Literal["asha"] | None = Field(
+        None,
+        description="asha: a run stops during its fine-tuning unless it is among the best of those "
+        "of equal size settings; absent: every run is completed",
+    )
+    early_stop_factor: int = Field(
+        3, ge=2, description="asha: one of this many runs continues at each comparison"
+    )
+    early_stop_epochs: int = Field(
+        1,
+        gt=0,
+        description="asha: epochs before the first comparison; each later one is after "
+        "`early_stop_factor` times as many",
+    )
     grid: list[dict[str, Any]] = Field(
         default_factory=list,
         description="further grids, with the keys set, axes, zip, points, "

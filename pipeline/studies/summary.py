@@ -45,6 +45,7 @@ class Summary:
         rows: All rows in the order of the study.
         groups: The finished runs by setting, in the order of the study.
         fronts: Cost column -> seed -> ids of the runs on the Pareto front of that seed, by cost.
+        beside: Dense models beside the study.
     """
 
     facts: dict[str, str]
@@ -52,6 +53,7 @@ class Summary:
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
     fronts: dict[str, dict[int, tuple[str, ...]]] = field(default_factory=dict)
+    beside: tuple[Row, ...] = ()
 
     @cached_property
     def name(self) -> str:
@@ -71,6 +73,12 @@ class Summary:
         return [name for name in names if name.startswith(first) and name.endswith("_ms")]
 
     @cached_property
+    def memories(self) -> list[str]:
+        """The columns of the memory of compact artifacts."""
+        names = [column.name for column in self.columns if column.kind == "figure"]
+        return [n for n in names if n.startswith("compact_") and n.endswith("_memory_bytes")]
+
+    @cached_property
     def quality(self) -> str:
         """The accuracy that is compared: of the test images where they were used."""
         return "top1" if numbers(self.done, "top1") else "val_top1"
@@ -84,6 +92,11 @@ class Summary:
     def failed(self) -> list[Row]:
         """The rows of failed runs."""
         return [row for row in self.rows if row["state"] == "failed"]
+
+    @cached_property
+    def stopped(self) -> list[Row]:
+        """The rows of runs that were stopped since others were better."""
+        return [row for row in self.rows if row["state"] == "stopped"]
 
     @cached_property
     def configurations(self) -> list[str]:
@@ -116,7 +129,8 @@ def summarise(table: StudyTable) -> Summary:
         for cost in (*sizes, *found.latencies)
         if numbers(done, cost)
     }
-    return Summary(found.facts, columns, rows, found.groups, fronts)
+    beside = tuple(table.beside())
+    return Summary(found.facts, columns, rows, found.groups, fronts, beside)
 
 
 def grouped(rows: Sequence[Row], keys: Sequence[str]) -> list[Group]:

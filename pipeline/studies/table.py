@@ -20,8 +20,10 @@ from .condition import quoted, read_condition, require_column
 from .expansion import Cell, StudyRun
 
 TABLE_FILE, SCHEMA = "study.sqlite", "vitrim.study-table/1"
+# Folders of the study folder: one run folder for each row, and the output of each run.
+RUNS, LOGS = "runs", "logs"
 WAIT_S = 60.0
-State = Literal["waiting", "running", "trained", "done", "failed"]
+State = Literal["waiting", "running", "trained", "done", "failed", "stopped"]
 Kind = Literal["run", "axis", "figure"]
 Row = dict[str, Cell]
 
@@ -50,8 +52,8 @@ RUN_COLUMNS = (
     Column("number", "run", "INTEGER", "place in the study, from 1"),
     Column("seed", "run", "INTEGER", "train.seed"),
     Column("repetition", "run", "INTEGER", "from 1; repetitions share their trainings"),
-    Column("state", "run", "TEXT", "waiting, running, trained, done or failed"),
-    Column("reason", "run", "TEXT", "why the run failed"),
+    Column("state", "run", "TEXT", "waiting, running, trained, done, failed or stopped"),
+    Column("reason", "run", "TEXT", "why the run failed or stopped"),
     Column("changed_at", "run", "TEXT", "UTC time of the last change of the row"),
 )
 FIGURE_COLUMNS = (
@@ -64,7 +66,20 @@ FIGURE_COLUMNS = (
     Column("params_dense", "figure", "INTEGER", "parameters of the baseline"),
     Column("macs", "figure", "INTEGER", "multiply-adds of the compact model for one image"),
     Column("macs_dense", "figure", "INTEGER", "multiply-adds of the baseline for one image"),
+    Column("kept_attention", "figure", "REAL", "kept share of the parameters of attentions"),
+    Column("kept_ffn", "figure", "REAL", "kept share of the parameters of FFNs"),
+    Column("kept_first_half", "figure", "REAL", "the same of sub-layers in the first half"),
+    Column("kept_second_half", "figure", "REAL", "the same of those in the second half"),
     Column("train_s", "figure", "REAL", "seconds of the trainings, shared ones included"),
+)
+BESIDE_COLUMNS = (
+    Column("image", "figure", "TEXT", "height and width of the image in pixels"),
+    Column("params", "figure", "INTEGER", "parameters"),
+    Column("macs", "figure", "INTEGER", "multiply-adds for one image"),
+    Column("ms", "figure", "REAL", "median latency in milliseconds"),
+    Column("memory_bytes", "figure", "INTEGER", "memory beyond that of the runtime"),
+    Column("bytes", "figure", "INTEGER", "bytes of the files"),
+    Column("reason", "figure", "TEXT", "why there are no figures"),
 )
 
 
@@ -118,6 +133,8 @@ class StudyTable:
             own = ", ".join(f"{quoted(column.name)} {column.type}" for column in RUN_COLUMNS)
             own = own.replace('"id" TEXT', '"id" TEXT PRIMARY KEY')
             link.execute(f"CREATE TABLE IF NOT EXISTS runs ({own})")
+            beside = ", ".join(f"{quoted(column.name)} {column.type}" for column in BESIDE_COLUMNS)
+            link.execute(f"CREATE TABLE IF NOT EXISTS beside (name TEXT PRIMARY KEY, {beside})")
             entries = {**facts, "schema": SCHEMA}.items()
             link.executemany("INSERT OR REPLACE INTO study VALUES (?, ?)", entries)
             _add_columns(link, (*RUN_COLUMNS, *FIGURE_COLUMNS))
@@ -171,7 +188,7 @@ class StudyTable:
         Args:
             run_id: The run.
             state: The new state.
-            reason: Why it failed.
+            reason: Why it failed or stopped.
             figures: Values by column.
             columns: Those of them that the table may not have yet.
         """
@@ -223,6 +240,29 @@ class StudyTable:
                 f"SELECT {listed} FROM runs WHERE {sql} ORDER BY {order}", parameters
             )
             return [dict(zip(columns, row, strict=True)) for row in found]
+
+    def beside(self) -> list[Row]:
+        """The models beside the study with their figures, in the order of measurement."""
+        names = ("name", *(column.name for column in BESIDE_COLUMNS))
+        with self._link() as link:
+            # Tables of earlier versions have none.
+            if not _has_table(link, "beside"):
+                return []
+            listed = ", ".join(map(quoted, names))
+            found = link.execute(f"SELECT {listed} FROM beside ORDER BY rowid")
+            return [dict(zip(names, row, strict=True)) for row in found]
+
+    def set_beside(self, name: str, figures: Mapping[str, Cell]) -> None:
+        """Set the figures of a model beside the study.
+
+        Args:
+            name: The model.
+            figures: Values by column of `BESIDE_COLUMNS`; the others become empty.
+        """
+        values = [name, *(figures.get(column.name) for column in BESIDE_COLUMNS)]
+        with self._link() as link, _change(link):
+            marks = ", ".join("?" * len(values))
+            link.execute(f"INSERT OR REPLACE INTO beside VALUES ({marks})", values)
 
     @contextlib.contextmanager
     def _link(self) -> Iterator[sqlite3.Connection]:

@@ -70,6 +70,8 @@ def test_every_run_is_a_row(finished: Path) -> None:
         assert row["params"] < row["params_dense"] == 19323  # type: ignore[operator]
         assert 0 <= row["val_top1"] <= 1  # type: ignore[operator]
         assert row["top1"] is None
+        assert 0 < row["kept_ffn"] <= 1  # type: ignore[operator]
+        assert 0 < row["kept_attention"] <= 1  # type: ignore[operator]
     assert rows[0]["params"] > rows[2]["params"]  # type: ignore[operator]
     assert "budget params = 0.0001: not feasible" in str(rows[4]["reason"])
     assert f"shares the step masks with run {rows[4]['id']}, which failed" in str(rows[5]["reason"])
@@ -170,6 +172,7 @@ def test_measurements_follow_the_trainings(
     assert [row["state"] for row in rows] == ["done", "done"]
     for row in rows:
         assert row["compact_fp32_ms"] > 0  # type: ignore[operator]
+        assert row["compact_fp32_memory_bytes"] > 0  # type: ignore[operator]
         assert row["baseline_fp32_bytes"] > row["compact_fp32_bytes"]  # type: ignore[operator]
         assert row["top1"] == row["compact_fp32_top1"]
         run = measured / "runs" / str(row["id"])

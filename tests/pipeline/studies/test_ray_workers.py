@@ -55,6 +55,10 @@ def test_a_study_on_ray_survives_a_killed_worker(
         killer.start()
         table = run_study(study, tmp_path / "ray", StudyOptions(ray="auto", jobs=2, quiet=True))
         killer.join()
+        text = 'until = "finetune"\nearly_stop = "asha"\n[set]\n"finetune.epochs" = 2\n' + TEXT
+        stopping = load_study(write_study(tmp_path, text, "stopping"))
+        options = StudyOptions(ray="auto", jobs=2, quiet=True)
+        early = run_study(stopping, tmp_path / "early", options)
     finally:
         ray.shutdown()
     assert len(killed) == 1
@@ -68,6 +72,10 @@ def test_a_study_on_ray_survives_a_killed_worker(
     logs = [(tmp_path / "ray/logs" / f"{row['id']}.log").read_text() for row in rows]
     jobs = [line for log in logs for line in log.splitlines() if line.startswith("--- ")]
     assert {int(line.rpartition(" ")[2]) for line in jobs} > set(killed)
+    # Runs of other sizes are no competitors, so that both continue after their rung.
+    assert set(early.states().values()) == {"done"}
+    rungs = [path.stem for path in (tmp_path / "early/rungs/1").glob("*.json")]
+    assert sorted(rungs) == sorted(early.states())
     # The job of the killed process ran twice.
     names = [line.partition(",")[0] for line in jobs]
     assert len(names) == len(set(names)) + 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,11 @@ def test_tables_sort_in_the_browser(folder: Path) -> None:
         assert values == sorted(values)
         assert page.errors == []
         assert all(url.startswith("file:") for url in page.requests)
+
+
+def test_a_report_starts_without_torch() -> None:
+    code = "import sys, vitrim.pipeline.studies.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_page_of_others_is_not_replaced(tmp_path: Path) -> None:
