@@ -95,7 +95,7 @@ def _sizes(table: Table) -> tuple[CostSizes, CompactModel | None]:
     from ..pipeline.cost_networks import CostSizes, sizes_of
 
     if table.like is None:
-        return CostSizes(**table.block_sizes()), None
+        return CostSizes(**table.block_sizes()), None  # type: ignore[arg-type]
     from ..compress.network.files import load
     from ..pipeline.source_model import require_saved
 

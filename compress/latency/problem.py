@@ -388,7 +388,7 @@ def peak_numbers(choices: Choices, grid: Grid, embed: int) -> Numbers:
     """
     n, m = grid.read, grid.computed
     if choices.selection is not None:
-        return (n * embed + n * embed + m * embed).astype(np.float64)
+        return np.asarray((2 * n + m) * embed, dtype=np.float64)
     if choices.mixes:
         heads, qk, v = choices.sizes
         inputs = (n + m) * heads * qk + n * heads * v

@@ -75,13 +75,18 @@ class Budget:
                 f"budget {self.kind} = {self.ratio}: give the share to keep, above 0 and at most 1"
             )
 
-
     @property
     def cost(self) -> CostOf:
         """What the budget is of."""
         if self.kind == "latency":
             assert self.table is not None
             return LatencyCost(self.table)
+        return self.kind
+
+    @property
+    def counted(self) -> CostKind:
+        """The kind, of a budget that is counted and no latency."""
+        assert self.kind != "latency"
         return self.kind
 
 

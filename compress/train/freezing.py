@@ -10,7 +10,7 @@ removed only if the budget cannot be met otherwise.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -317,7 +317,7 @@ class _Problem:
         return total
 
 
-def _nothing(names: Sequence[str] | frozenset[str] | set[str]) -> Mapping[str, Tensor]:
+def _nothing(names: Sequence[str] | frozenset[str] | set[str]) -> dict[str, Tensor]:
     return {name: torch.zeros(1, dtype=torch.bool) for name in sorted(names)}
 
 

@@ -64,7 +64,7 @@ class VtpTask:
         self.dense = model.architecture
         self.coefficients = Coefficients(self.dense, settings.sharing, settings.fixed)
         require_feasible(self.dense, self.coefficients, self.budget)
-        self.dense_cost = dense_cost(self.dense, self.budget.kind)
+        self.dense_cost = dense_cost(self.dense, self.budget.counted)
         self._placement = Placement()
 
     def place(self, placement: Placement) -> None:
@@ -164,7 +164,7 @@ class VtpTask:
             saliency.setdefault(group.dimension, {})[group.site] = scores.detach().cpu()
 
         def cost(mask: StructuredMask) -> int:
-            return int(live_cost(self.dense, gates.counter(gates.units(mask)), budget.kind))
+            return int(live_cost(self.dense, gates.counter(gates.units(mask)), budget.counted))
 
         return snap(
             found,
@@ -188,7 +188,7 @@ class VtpTask:
         return int(self.budget.ratio * self.dense_cost)
 
     def _kept(self) -> tuple[list[Tensor], float]:
-        return self.coefficients.kept_within(self.dense, self.budget.kind, self._limit)
+        return self.coefficients.kept_within(self.dense, self.budget.counted, self._limit)
 
     def _scaled(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         self.coefficients.begin()
