@@ -6,19 +6,55 @@ the groups are equal and in order; elsewhere keys and values are gathered.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 
 from ...compress.network.architecture import AttentionSpec
 from .attention_inputs import AttentionRows, AttentionWriter, joined_bias
-from .attention_weights import fold, ungroup
+from .attention_weights import AttentionWeights, fold, ungroup
 from .form import Form
-from .graph import RUNTIME, Graph, State
+from .graph import RUNTIME, Array, Graph, State
 from .rows import Linear, Norm, first_tokens, norm
 
 
+@dataclass(frozen=True)
+class AttentionMaps:
+    """What an attention has computed, for a selection that scores patches by it.
+
+    Attributes:
+        weights: The softmax: (…, heads, queries, tokens), or the queries of a group one after the
+            other.
+        values: (…, tokens, heads of values, width).
+        bias: What `values` lack, flat; None where they are complete.
+        gain: What `values` were multiplied with.
+    """
+
+    weights: str
+    values: str
+    bias: Array | None
+    gain: float
+
+
+class Attended(NamedTuple):
+    """The heads' outputs, the output projection that is still to be applied, and the maps."""
+
+    rows: str
+    out: Linear
+    maps: AttentionMaps | None
+
+
 def attention(
-    graph: Graph, form: Form, spec: AttentionSpec, state: State, rows: AttentionRows, name: str
-) -> tuple[str, Linear]:
+    graph: Graph,
+    form: Form,
+    spec: AttentionSpec,
+    state: State,
+    rows: AttentionRows,
+    name: str,
+    *,
+    keep_maps: bool = False,
+) -> Attended:
     """Write one attention up to its output projection.
 
     Args:
@@ -28,17 +64,22 @@ def attention(
         state: Its weights.
         rows: The rows it reads.
         name: Prefix of the node names.
+        keep_maps: Write it as products, whose softmax a selection can read.
 
     Returns:
-        The heads' outputs, one row (heads * v) for each query, and the output projection that is
-        still to be applied.
+        The heads' outputs, one row (heads * v) for each query; the output projection; and the maps
+        where they are kept.
     """
     # pnnx does not convert the Gather that copies keys to the heads of unequal groups.
     copied = graph.operators == "pnnx" and spec.kv_of is not None and _group_size(spec) is None
     spec, state = ungroup(spec, state, always=copied)
     weights = fold(spec, state)
     writer = AttentionWriter(graph, form, spec, weights, rows, name)
-    if form.last_keys and _bilinear(writer) and _cheaper_without_keys(writer):
+    maps = None
+    if keep_maps:
+        output, softmax, values = _products(writer)
+        maps = _maps(spec, state, weights, softmax, values)
+    elif form.last_keys and _bilinear(writer) and _cheaper_without_keys(writer):
         output = _without_keys(writer)
     elif (
         form.attention == "runtime"
@@ -50,7 +91,7 @@ def attention(
     elif form.attention == "opset23" and weights.lambda_ is None and _group_size(spec) is not None:
         output = _standard_operator(writer)
     else:
-        output = _products(writer)
+        output, _, _ = _products(writer)
     output = _output_head_norm(writer, weights.head_norm, output)
     if weights.out_norm is not None:
         output = norm(graph, output, weights.out_norm, f"{name}.out_norm")
@@ -59,7 +100,18 @@ def attention(
         output = writer.node(
             "Mul", [output, writer.node("Sigmoid", [gate], "gate.sigmoid")], "gated"
         )
-    return output, weights.out
+    return Attended(output, weights.out, maps)
+
+
+def _maps(
+    spec: AttentionSpec, state: State, weights: AttentionWeights, softmax: str, values: str
+) -> AttentionMaps:
+    """Describe maps, and how the folded values differ from those of the model."""
+    bias = state.get("v.bias") if weights.v.bias is None else None
+    gain = 1.0
+    if spec.differential is not None and spec.head_norm is None:
+        gain -= spec.differential.start
+    return AttentionMaps(softmax, values, bias, gain)
 
 
 def _group_size(spec: AttentionSpec) -> int | None:
@@ -69,14 +121,18 @@ def _group_size(spec: AttentionSpec) -> int | None:
     return size if spec.kv_of is None or spec.kv_of == in_order else None
 
 
-def _products(writer: AttentionWriter) -> str:
-    """softmax(q kᵀ + bias) v as products, with a Transpose of each input."""
+def _products(writer: AttentionWriter) -> tuple[str, str, str]:
+    """softmax(q kᵀ + bias) v as products, with a Transpose of each input.
+
+    Returns:
+        The outputs, the softmax, and the values before their Transpose.
+    """
     spec, weights, graph = writer.spec, writer.weights, writer.graph
     heads_axis = 0 if writer.matrix else 1
-    q, k, v = writer.projections()
+    q, k, values = writer.projections()
     q = writer.transpose_heads(q, "q.heads")
     k = writer.node("Transpose", [k], "k.last", perm=[1, 2, 0] if writer.matrix else [0, 2, 3, 1])
-    v = writer.transpose_heads(v, "v.heads")
+    v = writer.transpose_heads(values, "v.heads")
     bias = writer.relative_bias()
     grouped = spec.kv_of is not None and _group_size(spec) is not None
     if grouped:
@@ -88,7 +144,8 @@ def _products(writer: AttentionWriter) -> str:
         heads = graph.sizes(spec.kv_of)
         k = writer.node("Gather", [k, heads], "k.each", axis=heads_axis)
         v = writer.node("Gather", [v, heads], "v.each", axis=heads_axis)
-    probabilities = _softmax(writer, writer.node("MatMul", [q, k], "scores"), bias)
+    softmax = _softmax(writer, writer.node("MatMul", [q, k], "scores"), bias)
+    probabilities = softmax
     if weights.lambda_ is not None:
         first, second = graph.node_outputs(
             "Split", [probabilities], f"{writer.name}.maps", 2, axis=heads_axis, num_outputs=2
@@ -99,7 +156,7 @@ def _products(writer: AttentionWriter) -> str:
     output = writer.node("MatMul", [probabilities, v], "mix")
     if grouped:
         output = writer.reshape(output, [spec.heads, -1, spec.v], "mix.heads")
-    return _merge_heads(writer, output)
+    return _merge_heads(writer, output), softmax, values
 
 
 def _merge_heads(writer: AttentionWriter, output: str) -> str:

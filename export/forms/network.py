@@ -7,6 +7,7 @@ output projection with zero columns for the others, or is scattered by index, as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import onnx
@@ -55,6 +56,7 @@ def write_network(
     weight_bits: int = 8,
     opset: int | None = None,
     outputs: Sequence[OutputSpec] = (),
+    share_maps: bool = False,
 ) -> onnx.ModelProto:
     """Write a model in one form.
 
@@ -66,6 +68,9 @@ def write_network(
         weight_bits: Bits of eight-bit weights; 7 where the processor's eight-bit products saturate.
         opset: Version of the standard's operators, at least the form's; None for the form's.
         outputs: The named outputs; empty for the logits alone.
+        share_maps: Whether selections by column attention read the maps that the attention itself
+            computes. Only for `gemm` graphs that stay in single precision: in others, scores need
+            maps of their own.
 
     Returns:
         A graph `images` -> `logits`, or the named outputs. That it computes the same function is
@@ -93,7 +98,8 @@ def write_network(
     selections = SelectionWriter(
         graph, form, architecture, state, random_places(model), one_image=batch == 1
     )
-    writer = _StepWriter(graph, form, architecture, selections)
+    share_maps = share_maps and linears == "gemm"
+    writer = _StepWriter(graph, form, architecture, selections, share_maps=share_maps)
     rows = stem(graph, form, architecture, state, batch=batch, padding=writer.padding)
     stream = Stream(graph, form, rows)
     dense = DenseOutputs(graph, form, architecture, outputs)
@@ -101,9 +107,9 @@ def write_network(
     shorter = form.last_queries or architecture.last_queries
     shorter = shorter and not needs_all_tokens(architecture, outputs)
     counts = architecture.step_tokens(last_queries=shorter)
-    for number, (step, count) in enumerate(zip(architecture.steps, counts, strict=True)):
+    for number, count in enumerate(counts):
         writer.select(stream, number)
-        writer.step(stream, step, entries_below(state, f"steps.{number}"), count)
+        writer.step(stream, number, entries_below(state, f"steps.{number}"), count)
         dense.after_steps(stream, number + 1)
     writer.select(stream, len(architecture.steps))
     if architecture.pooled_prefix and not dense.all_tokens:
@@ -134,10 +140,16 @@ class _StepWriter:
     """Writes the sub-layers and the selections between them, one step after the other."""
 
     def __init__(
-        self, graph: Graph, form: Form, architecture: Architecture, selections: SelectionWriter
+        self,
+        graph: Graph,
+        form: Form,
+        architecture: Architecture,
+        selections: SelectionWriter,
+        *,
+        share_maps: bool,
     ) -> None:
         self.graph, self.form, self.embed = graph, form, architecture.embed
-        self.selections = selections
+        self.selections, self.share_maps = selections, share_maps
         # The attention of the last step that was written, which may score patches.
         self.scored: ScoringAttention | None = None
         # The tokens that the stream carries; further rows pad them to a multiple of the tile.
@@ -155,15 +167,16 @@ class _StepWriter:
             stream.keep_first(count, name)
         self.tokens = self.rows = count
 
-    def step(self, stream: Stream, step: tuple[BranchSpec, ...], state: State, count: int) -> None:
+    def step(self, stream: Stream, number: int, state: State, count: int) -> None:
         """Write parallel branches, which all read the stream as it was before the step.
 
         Args:
             stream: The residual stream.
-            step: The branches.
+            number: Number of the step.
             state: Weights of the step.
             count: Number of tokens that are computed, and that the stream carries afterwards.
         """
+        step = self.selections.architecture.steps[number]
         parts = [entries_below(state, str(position)) for position in range(len(step))]
         # Keys are all tokens that came in; everything else reads those that stay.
         inputs = [
@@ -193,10 +206,22 @@ class _StepWriter:
                     query_count = self.rows
                     queries = first_tokens(self.graph, self.form, x, self.rows, f"{name}.queries")
                 rows = AttentionRows(x, queries, tokens, padding, query_count)
-                y, out = attention(self.graph, self.form, branch.core, core, rows, name)
+                keeps = query_count is None and self._scores_columns(number)
+                y, out, maps = attention(
+                    self.graph, self.form, branch.core, core, rows, name, keep_maps=keeps
+                )
+                if maps is not None and self.scored is not None:
+                    self.scored = replace(self.scored, maps=maps)
             else:
                 y, out = ffn(self.graph, self.form, branch.core, core, x, name)
             self._write(stream, branch, part, y, out)
+
+    def _scores_columns(self, number: int) -> bool:
+        """Whether a selection behind a step reads the maps of its attention."""
+        return self.share_maps and any(
+            spec.at == number + 1 and spec.scorer == "column-attention"
+            for spec in self.selections.architecture.selects
+        )
 
     def select(self, stream: Stream, at: int) -> None:
         """Write the selections after `at` steps."""

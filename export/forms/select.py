@@ -19,6 +19,7 @@ from ...compress.network.modules.select import Select, first_places
 from ...compress.network.select_specs import folds_keys
 from ...core.errors import UnsupportedModel
 from ..graphs.model_proto import INDICES, SCORES
+from .attention import AttentionMaps
 from .attention_inputs import AttentionRows, AttentionWriter
 from .attention_weights import fold, ungroup
 from .ffn import activation
@@ -38,6 +39,7 @@ class ScoringAttention:
         x: The rows that it reads: `tokens` of them, then padding.
         tokens: Number of tokens among them.
         padding: Number of further rows.
+        maps: What it has computed, where a selection may read that.
     """
 
     spec: AttentionSpec
@@ -45,6 +47,7 @@ class ScoringAttention:
     x: str
     tokens: int
     padding: int
+    maps: AttentionMaps | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ class SelectionWriter:
         """Scores by the attention of the step before: (batch, patches)."""
         graph, name = self.graph, f"{spec.name}.{SCORES}"
         x = scored.x
-        if scored.padding:
+        if scored.padding and scored.maps is None:
             x = first_tokens(graph, self.form, x, scored.tokens, f"{name}.real")
         rows = AttentionRows(x, x, scored.tokens, 0, None)
         core, state = ungroup(scored.spec, scored.state)
@@ -233,7 +236,7 @@ class SelectionWriter:
             writer = replace(writer, rows=AttentionRows(x, row, scored.tokens, 0, 1))
             found = _class_weights(writer)
         else:
-            found = _column_weights(writer, state)
+            found = _column_weights(writer, state, scored)
         # (…, 1, tokens before) -> (batch, patches that the stream still carries)
         prefix = self.architecture.prefix
         bounds = [graph.sizes([prefix]), graph.sizes([tokens]), graph.sizes([-1])]
@@ -302,24 +305,42 @@ def _folded_scores(writer: AttentionWriter) -> str:
     return writer.node("MatMul", [folded, transposed], "products")
 
 
-def _column_weights(writer: AttentionWriter, state: State) -> str:
+def _column_weights(writer: AttentionWriter, state: State, scored: ScoringAttention) -> str:
     """How much all tokens attend to each, times the length of its value: (…, 1, tokens)."""
-    spec, graph, tokens = writer.spec, writer.graph, writer.rows.tokens
-    q, k, _ = writer.projections()
-    maps = writer.node("Softmax", [_scores(writer, q, k)], "softmax", axis=-1)
+    spec, graph, tokens, shared = writer.spec, writer.graph, scored.tokens, scored.maps
+    factors = _head_factors(writer)
+    if shared is None:
+        q, k, _ = writer.projections()
+        maps = writer.node("Softmax", [_scores(writer, q, k)], "softmax", axis=-1)
+        v = writer.linear(writer.rows.x, Linear.of(state, "v"), "v")
+        queries = np.ones(tokens, np.float32)
+    else:
+        maps, v = shared.weights, _shared_values(writer, shared)
+        factors = factors / np.float32(shared.gain)
+        # Rows that pad the tokens attend, too, and count nothing.
+        queries = np.pad(np.ones(tokens, np.float32), (0, scored.padding))
     # All queries of all heads in one product.
-    maps = writer.reshape(maps, [spec.heads * spec.parts * tokens, tokens], "maps.rows")
-    factors = np.repeat(_head_factors(writer), tokens)[None]
+    maps = writer.reshape(maps, [len(factors) * len(queries), tokens], "maps.rows")
+    weights = np.outer(factors, queries).reshape(1, -1)
     attended = writer.node(
-        "MatMul", [graph.constant(f"{writer.name}.queries", factors), maps], "attended"
+        "MatMul", [graph.constant(f"{writer.name}.queries", weights), maps], "attended"
     )
-    v = writer.linear(writer.rows.x, Linear.of(state, "v"), "v")
     readers = np.bincount(spec.kv_of or range(spec.heads), minlength=spec.kv_heads)
     counts = np.repeat(readers.astype(np.float32), spec.v)[:, None]
     square = writer.node("Mul", [v, v], "v.square")
     total = graph.product(square, counts, f"{writer.name}.readers", f"{writer.name}.v.total")
     length = writer.reshape(writer.node("Sqrt", [total], "v.length"), [1, -1], "v.row")
     return writer.node("Mul", [attended, length], "columns")
+
+
+def _shared_values(writer: AttentionWriter, shared: AttentionMaps) -> str:
+    """The attention's own values, with the bias that it folds away: (…, tokens, values)."""
+    spec = writer.spec
+    v = writer.reshape(shared.values, [-1, spec.kv_heads * spec.v], "v.rows")
+    if shared.bias is None:
+        return v
+    bias = (shared.bias * shared.gain).astype(np.float32)
+    return writer.node("Add", [v, writer.graph.constant(f"{writer.name}.v.bias", bias)], "v")
 
 
 def _scores(writer: AttentionWriter, q: str, k: str) -> str:

@@ -109,7 +109,15 @@ def candidates(
     found = [
         Candidate(
             entry.name,
-            write_network(compact, entry, batch=batch, opset=opset, outputs=request.outputs),
+            write_network(
+                compact,
+                entry,
+                batch=batch,
+                opset=opset,
+                outputs=request.outputs,
+                # Other precisions round this graph, and scores stay as they are.
+                share_maps=request.numeric.precision == "fp32",
+            ),
             entry,
         )
         for entry in forms

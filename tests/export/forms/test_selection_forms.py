@@ -156,20 +156,59 @@ def test_class_attention_computes_no_keys_of_its_own() -> None:
             assert np.prod(shapes[node.output[0]]) < 17 * width, node.name
 
 
+@pytest.mark.parametrize("form", ALL_FORMS, ids=lambda form: form.name)
+def test_column_attention_reads_the_maps_of_the_attention_itself(form: Form) -> None:
+    model = selecting("column-attention", widths=True)
+    graph = write_network(model, form, share_maps=True)
+    assert error_of(model, graph) < 1e-5
+    scoring = [node for node in graph.graph.node if "token_scores" in node.name]
+    assert scoring
+    assert not any(node.op_type == "Softmax" for node in scoring)
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    for node in scoring:
+        if node.op_type == "Gemm":
+            assert "token_scores" in makers[node.input[0]].name, "a second projection"
+    # Three attentions, of which those that score are products.
+    attends = [node for node in graph.graph.node if "Attention" in node.op_type]
+    softmaxes = [node for node in graph.graph.node if node.op_type == "Softmax"]
+    assert len(attends) + len(softmaxes) == 3
+
+
+def test_an_attention_that_drops_tokens_keeps_no_maps() -> None:
+    architecture = selecting("column-attention", stages=[1]).architecture
+    fewer = [
+        tuple(branch.model_copy(update={"tokens": 15}) for branch in step) if number >= 2 else step
+        for number, step in enumerate(architecture.steps)
+    ]
+    behind = [tuple(branch.model_copy(update={"tokens": None}) for branch in s) for s in fewer[4:]]
+    dropping = architecture.model_copy(update={"steps": (*fewer[:4], *behind)})
+    model = network(dropping, 1)
+    for form in (FORMS[0], Form(rows="batch", tile=8)):
+        graph = write_network(model, form, share_maps=True)
+        images = noise(model, 3)
+        found, chosen = outputs_and_choices(graph, names_of(model), images)
+        assert chosen is not None
+        with torch.no_grad():
+            given_choices = Choices(given=[torch.from_numpy(rows) for rows in chosen])
+            wanted = model(torch.from_numpy(images).double(), given_choices).numpy()
+        assert relative_error(wanted, found).max() < 1e-5
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     architecture=selecting_architectures(),
     form=st.sampled_from(ALL_FORMS),
     batch=st.sampled_from([1, 3]),
     seed=st.integers(0, 9),
+    share_maps=st.booleans(),
 )
 def test_every_form_covers_every_architecture_that_selects_tokens(
-    architecture: Any, form: Form, batch: int, seed: int
+    architecture: Any, form: Form, batch: int, seed: int, share_maps: bool
 ) -> None:
     assume(batch == 1 or form.rows == "batch")
     model = network(architecture, seed)
     assume(well_conditioned(model))
-    graph = write_network(model, form, batch=batch)
+    graph = write_network(model, form, batch=batch, share_maps=share_maps)
     images = noise(model, 3)
     names = names_of(model)
     found, chosen = outputs_and_choices(graph, names, images, batch=batch)
