@@ -108,22 +108,31 @@ def test_whole_eight_bit_weights_assume_exact_products(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-static"])
-@pytest.mark.parametrize("target", ["host", SATURATING, EXACT])
+@pytest.fixture(scope="module")
+def graph_file(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as torch exports it."""
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    torch.onnx.export(model, (torch.zeros(1, 3, 16, 16),), str(path), dynamo=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [("host", "int8"), (SATURATING, "int8-static"), (EXACT, "int8"), (EXACT, "int8-static")],
+)
 def test_weights_have_seven_bits_unless_the_target_has_exact_products(
     model: torch.nn.Module,
+    graph_file: Path,
     tmp_path: Path,
     target: str,
     precision: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(CPU_FEATURES, taken_for(SATURATING)[CPU_FEATURES])
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (torch.zeros(1, 3, 16, 16),), str(path), dynamo=True)
     options: dict[str, Any] = {"target": target, "precision": precision, "images": IMAGES}
     for made in (
         export(model, tmp_path / "model", **options),
-        export_graph(path, tmp_path / "graph", **options),
+        export_graph(graph_file, tmp_path / "graph", **options),
     ):
         largest = largest_weight(made)
         notes = " ".join(made.manifest.notes)
