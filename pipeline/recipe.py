@@ -259,9 +259,12 @@ def _set_key(tables: dict[str, Any], item: str) -> None:
 def _set_value(tables: dict[str, Any], key: str, value: Any, where: str) -> None:
     *sections, last = key.split(".")
     if sections == ["masks"] and last in SIZE_KEYS:
-        # Exactly one key sets the size, so this one replaces the one in the file.
-        for other in SIZE_KEYS:
-            tables["masks"].pop(other, None)
+        masks = tables.setdefault("masks", {})
+        # Exactly one key sets the size, so this one replaces the one in the file; a file size may
+        # stand beside a latency.
+        if last != "file_mb" or not {"latency", "latency_ms"} & masks.keys():
+            for other in SIZE_KEYS:
+                masks.pop(other, None)
     table = tables
     for section in sections:
         inner = table.setdefault(section, {})

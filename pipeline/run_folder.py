@@ -47,6 +47,7 @@ SCHEMA = "vitrim.steps/1"
 UNLISTED = (
     *(LEDGER, "recipe.toml", "data.json", "kept.json", "cut-parity.json"),
     *("trim.json", "tokens.json", "latency.json", "weight-mask.safetensors", "dead.json"),
+    *("waterfall.json", "waterfall.svg", "waterfall.md"),
     *("report.json", "report.md", "report.html", "history.jsonl", "mask.safetensors"),
     *("training/*/checkpoint.pt", "training/*/best.pt", "trackers/**"),
 )

@@ -34,6 +34,12 @@ def lines(cut: CutErrors) -> list[Line]:
 
 LATENCY_HEADING = "Latency budget"
 LATENCY_COLUMNS = ("budget of the table", "by the table", "measured")
+ESTIMATED_COLUMNS = ("estimated budget", "estimate", "measured")
+
+
+def latency_columns(budget: LatencyBudget) -> tuple[str, ...]:
+    """The titles of the columns."""
+    return ESTIMATED_COLUMNS if budget.estimated else LATENCY_COLUMNS
 
 
 def latency_remark(budget: LatencyBudget) -> str:
@@ -42,10 +48,17 @@ def latency_remark(budget: LatencyBudget) -> str:
     error = ""
     if budget.table_error is not None:
         error = f", median error {wording.percent(budget.table_error, 1)} on whole networks"
+    name = "Cost table"
+    start = f"The budget is {budget.latency_ms:.4g} ms."
+    if budget.estimated:
+        name = "No cost table was measured for it; latencies are"
+        start = f"The budget is an estimate of {budget.latency_ms:.4g} ms."
+    found = f"{start} {outcome[budget.met]} {name}: {budget.table}{error}."
+    if not budget.rounds:
+        return found
     return (
-        f"The budget is {budget.latency_ms:.4g} ms. {outcome[budget.met]} Cost table: "
-        f"{budget.table}{error}. Each cut was exported and its file measured; the table's budget "
-        "was corrected by the measurement."
+        f"{found} Each cut was exported and its file measured; the table's budget was corrected by "
+        "the measurement."
     )
 
 

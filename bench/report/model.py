@@ -176,6 +176,7 @@ class LatencyBudget(_Part):
         measured_ms: The p50 of its exported file; None if it was not measured.
         met: Whether the measured latency is at or under the budget.
         rounds: All cuts that were measured.
+        estimated: Whether the table was estimated, not measured, so that the budget is an estimate.
     """
 
     latency_ms: Milliseconds
@@ -185,6 +186,7 @@ class LatencyBudget(_Part):
     measured_ms: Milliseconds | None = None
     met: bool | None = None
     rounds: tuple[LatencyRound, ...] = ()
+    estimated: bool = False
 
 
 class ZeroRow(_Part):

@@ -197,7 +197,7 @@ def _figures(steps: Sequence[WaterfallStep], number: int, x: float, y: float) ->
     text = f"{step.latency_ms:.3f} ms"
     if number:
         brought = steps[number - 1].latency_ms / step.latency_ms
-        text += f"  {wording.times(brought)}"
+        text += f", {wording.times(brought)}"
     under = [f"{wording.times(ratio)} in all"] if number else []
     if step.top1 is not None:
         under.append(f"top-1 {wording.percent(step.top1, 2)}")
