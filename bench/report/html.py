@@ -24,6 +24,7 @@ from .run import Run
 from .style import page_style
 from .token_map import token_section
 
+from .waterfall import waterfall_section
 # Nothing is loaded and no script runs, whatever a label contains.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -52,6 +53,7 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         latency_budget_section(run),
         zeros_section(run),
         curves_section(run),
+        waterfall_section(run.waterfall),
         parity_section(run),
         _environment(view),
         _warnings(run, view),

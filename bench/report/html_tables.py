@@ -106,7 +106,7 @@ def latency_budget_section(run: Run) -> Markup | None:
     budget = run.report.latency
     if budget is None:
         return None
-    card = _card(cut.LATENCY_COLUMNS, cut.latency_lines(budget))
+    card = _card(cut.latency_columns(budget), cut.latency_lines(budget))
     return section(cut.LATENCY_HEADING, cut.latency_remark(budget), card, id_="latency-budget")
 
 

@@ -12,6 +12,10 @@ from .operators import by_kind
 from .overview import Device, Overview, Row, overview
 from .run import Run
 from .table import Cell, Line, side_by_side, table
+from .waterfall import COLUMNS as STEP_COLUMNS
+from .waterfall import HEADING as STEP_HEADING
+from .waterfall import REMARK as STEP_REMARK
+from .waterfall import cells as steps
 
 # Identifies the file, so that no other report.md is replaced.
 WRITTEN_BY_VITRIM = "<!-- Written by vitrim. -->"
@@ -34,9 +38,13 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
         parts += [f"## {cut.HEADING}", cut.REMARK, grid]
     if run.report.latency is not None:
         budget = run.report.latency
-        grid = _grid(["", *cut.LATENCY_COLUMNS], cut.latency_lines(budget))
+        grid = _grid(["", *cut.latency_columns(budget)], cut.latency_lines(budget))
         parts += [f"## {cut.LATENCY_HEADING}", safe(cut.latency_remark(budget)), grid]
     if run.report.zeros is not None:
+    if run.waterfall is not None:
+        rows = [Line(name, tuple(map(Cell, rest))) for name, *rest in steps(run.waterfall)]
+        grid = _grid(list(STEP_COLUMNS), rows)
+        parts += [f"## {STEP_HEADING}", STEP_REMARK, safe(run.waterfall.machine), grid]
         zeros = run.report.zeros
         grid = _grid(["sub-layer", *cut.ZEROS_COLUMNS], cut.zeros_lines(zeros))
         parts += [f"## {cut.ZEROS_HEADING}", safe(cut.zeros_remark(zeros)), grid]
