@@ -170,7 +170,7 @@ def test_compact_networks_of_a_model_check_its_sums() -> None:
     assert json.loads(found[1][0].model_dump_json())["classes"] == 3
     for sizes in ({"tokens": 1}, {"embed": 4}):
         with pytest.raises(InputError, match="give at least"):
-            CostSizes(**sizes)
+            CostSizes(**sizes)  # type: ignore[arg-type]
 
 
 def test_networks_that_select_tokens_have_the_shape_that_was_requested() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from latency_tables import latency_table
@@ -21,7 +22,7 @@ from vitrim.targets.shipped_tables import shipped_table
 
 @pytest.mark.parametrize("target", ["rpi4", "rpi5", "x86-64-v3"])
 @pytest.mark.parametrize("sizes", [{}, {"embed_dim": 96, "depth": 6, "num_heads": 2}])
-def test_the_sum_of_its_parts_is_the_estimate(target: str, sizes: dict[str, int]) -> None:
+def test_the_sum_of_its_parts_is_the_estimate(target: str, sizes: dict[str, Any]) -> None:
     architecture = lift(tiny_vit(img_size=64, num_classes=10, **sizes)).architecture
     profile = load_target(target)
     table = estimated_table(profile, runtime="onnxruntime", threads=1)
@@ -42,9 +43,9 @@ def test_a_device_without_estimates_needs_a_measured_table() -> None:
 def test_a_table_that_ships_is_found_by_its_name(tmp_path: Path) -> None:
     measured = latency_table(target="rpi4")
     measured.save(tmp_path / "rpi4-onnxruntime-fp32-1.json")
-    what = {"runtime": "onnxruntime", "precision": "fp32", "threads": 1}
-    assert shipped_table("rpi4", folder=tmp_path, **what) == measured  # type: ignore[arg-type]
-    assert shipped_table("rpi5", folder=tmp_path, **what) is None  # type: ignore[arg-type]
+    what: dict[str, Any] = {"runtime": "onnxruntime", "precision": "fp32", "threads": 1}
+    assert shipped_table("rpi4", folder=tmp_path, **what) == measured
+    assert shipped_table("rpi5", folder=tmp_path, **what) is None
     assert TableRequest(target="rpi4").table().estimated is not None
 
 
