@@ -18,6 +18,7 @@ from tiny_models import tiny_vit
 from torch import Tensor
 from vitrim import WeightMask
 from vitrim.compress.masks.weight_choice import (
+    Ranking,
     WeightOptions,
     kept_weights,
     matrix_names,
@@ -36,6 +37,10 @@ SCOPES = st.sampled_from(["all", "attention", "ffn"])
 @pytest.fixture(scope="module")
 def network() -> CompactModel:
     return vitrim.lift(tiny_vit())
+
+
+def chosen(model: CompactModel, **options: Any) -> WeightMask:
+    return WeightMask.from_magnitude(model, **options)
 
 
 def counts(kept: dict[str, Tensor]) -> list[int]:
@@ -121,7 +126,7 @@ def test_rows_go_by_their_mean_square(network: CompactModel) -> None:
 
 
 def test_random_masks_have_the_shares_of_the_global_one(network: CompactModel) -> None:
-    kinds = ("global", "random", "shuffled")
+    kinds: tuple[Ranking, ...] = ("global", "random", "shuffled")
     # One matrix is much smaller than the others, so that shares differ.
     uneven = vitrim.lift(tiny_vit())
     with torch.no_grad():
@@ -286,9 +291,15 @@ def test_a_mask_of_another_network_is_refused(network: CompactModel) -> None:
     ("call", "message"),
     [
         (lambda net: WeightMask.from_magnitude(net, 1.0), "sparsity = 1.0: give a share between"),
-        (lambda net: WeightMask.from_magnitude(net, ranking="best"), "ranking = 'best': choose"),
-        (lambda net: WeightMask.from_magnitude(net, granularity="head"), "granularity = 'head'"),
-        (lambda net: WeightMask.from_magnitude(net, scope="head"), "scope = 'head'"),
+        (
+            lambda net: chosen(net, ranking="best"),
+            "ranking = 'best': choose",
+        ),
+        (
+            lambda net: chosen(net, granularity="head"),
+            "granularity = 'head'",
+        ),
+        (lambda net: chosen(net, scope="head"), "scope = 'head'"),
         (lambda net: WeightMask({"a": torch.ones(3)}, "0" * 64), "a is torch.float32, not boolean"),
         (lambda net: WeightMask({}, "beef"), "'beef' is no fingerprint of a network"),
         (
@@ -300,7 +311,7 @@ def test_a_mask_of_another_network_is_refused(network: CompactModel) -> None:
     ],
 )
 def test_what_cannot_be_is_refused(
-    network: CompactModel, call: Callable[[CompactModel], Any], message: str
+    network: CompactModel, call: Callable[[Any], Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         call(network)

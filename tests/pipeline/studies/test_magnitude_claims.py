@@ -59,9 +59,10 @@ def as_the_source(row: Row) -> float:
         points -= 10.0 + (0.5 if row["masks.weight_ranking"] == "shuffled" else 0.0)
     elif row["masks.weight_ranking"] == "shuffled":
         points -= 30.0
-    points -= {"ffn": 0.1, "attention": 0.8, "all": 1.0}[row["masks.weight_scope"]]
+    losses = {"ffn": 0.1, "attention": 0.8, "all": 1.0}
+    points -= losses[str(row["masks.weight_scope"])]
     points -= 0.0 if row["masks.weight_rounds"] == 4 else 0.5
-    return 0.9 + points / 100 - 1e-4 * row["seed"] / 42
+    return 0.9 + points / 100 - 1e-4 * float(row["seed"]) / 42
 
 
 def test_claims_that_are_true_hold() -> None:
@@ -99,7 +100,7 @@ def test_claims_that_are_false_do_not_hold() -> None:
 
 
 def test_noise_decides_nothing() -> None:
-    noise = {}
+    noise: dict[tuple[object, ...], float] = {}
 
     def top1(row: Row) -> float:
         key = tuple(row[name] for name in AXES)
