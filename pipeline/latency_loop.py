@@ -239,8 +239,12 @@ def trim_to_latency(
 
 
 def measured_here(table: CostTable) -> bool:
-    """Whether files can be measured on this machine: not those of an estimate for a device."""
-    return table.estimated is None or table.target in ("host", *targets_here())
+    """Whether files can be measured on this machine: not those for another device."""
+    here = targets_here()
+    if table.estimated is not None:
+        return table.target in ("host", *here)
+    # A table of a target that does not ship may be of this machine.
+    return table.target in here or table.target not in list_targets()
 
 
 def latency_record(record: LatencyRecord) -> str:

@@ -249,7 +249,15 @@ class CostTable(Plain):
     def select_ms(
         self, embed: Sizes, tokens: Sizes, kept: Sizes, macs: Sizes, reads: Sizes
     ) -> Numbers:
-        """Return the milliseconds of a selection of tokens; the arguments are `select_parts`'."""
+        """Return the milliseconds of a selection of tokens; arrays are broadcast.
+
+        Args:
+            embed: Channels of the residual stream.
+            tokens: Tokens that it chooses from.
+            kept: Tokens that it leaves.
+            macs: Multiply-adds of its scores.
+            reads: Channels that its norm reads.
+        """
         costs = self._costs[-len(SELECT_PARTS) :]
         return _priced(select_parts(embed, tokens, kept, macs, reads), costs, present=kept)
 

@@ -223,7 +223,9 @@ def test_an_interrupted_front_continues_without_a_second_pass(
         (["--without-training", "--front", "1"], "--front 1: give 2 to 50 sizes"),
         (["--without-training", "--front", "4", "--macs", "0.95"], "between 0 and 0.9"),
         (["--without-training", "--file-mb", "0"], "--file-mb 0: give a number above 0"),
-        (["--without-training", "--latency-ms", "3"], "--latency-ms and --cost-table"),
+        (["--macs", "0.5", "--cost-table", "t.json"], "--cost-table belongs to --latency-ms"),
+        (["--macs", "0.5", "--target", "rpi4"], "--target belongs to --latency-ms"),
+        (["--latency-ms", "3", "--energy-mj", "0"], "--energy-mj 0: give a number above 0"),
         (
             ["--without-training", "--file-mb", "1", "--file-precision", "int4"],
             "--file-precision int4: choose fp32, fp16 or int8",

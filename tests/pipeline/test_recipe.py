@@ -162,7 +162,7 @@ def test_a_wrong_type_is_named_with_key_value_and_expected_type(
         (f'{SMALLEST}tokens = "learned"\n', 'tokens = "learned" needs method = "learned" and'),
         (
             '[masks]\nlambda = 1e-7\ntokens = "learned"\n',
-            "the budget `macs`: tokens have no parameters, so `params` and `lambda` set no price",
+            "a latency: tokens have no parameters, so `params` and `lambda` set no price",
         ),
         (
             '[masks]\nmacs = 0.5\nmethod = "closed-form"\ntokens = "learned"\n',

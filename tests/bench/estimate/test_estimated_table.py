@@ -55,3 +55,5 @@ def test_a_budget_by_it_is_called_an_estimate() -> None:
     assert record.text().startswith("latency: estimated budget 2 ms, 1.9 ms by an estimate (")
     assert record.record()["estimated"] is True
     assert "estimated" in record.table
+    assert measured_here(latency_table())
+    assert not measured_here(latency_table(target="rpi4")), "files of a board are measured on it"
