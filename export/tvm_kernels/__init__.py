@@ -13,6 +13,7 @@ The path of a network, from `build.build_network` on:
    - `norm`, `head_norm` (qk_norm), `rope`, `activations`,
    - `patches` (patch embedding), `row_kernels` (means, sums, slices),
    - `token_scores`, `token_choice` (selections by content, which `selection` emits),
+     `bucket_choice` (how many patches an image keeps, for `bucket_network`),
    - `quantization` (rows to int8), `integer_dot` (products of int8).
 
    They are written in terms of `lanes` (vectors, rows in buffers), `loops` (tiles, threads,

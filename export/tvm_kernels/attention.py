@@ -42,6 +42,8 @@ class Attend:
         biased: A number is added to each score: (heads, query_rows, tokens rounded up to
             whole vectors).
         output_quantizer: The result is quantized statically.
+        columns: There is a second result: how much all queries of a head together attend to each
+            token, (images, heads, tokens rounded up to whole vectors).
     """
 
     images: int
@@ -54,6 +56,7 @@ class Attend:
     values: HeadColumns
     biased: bool = False
     output_quantizer: Quantizer | None = None
+    columns: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -74,15 +77,16 @@ class AttendBuffers(NamedTuple):
     bias: Buffer | None
     static_range: Buffer | None
     out: Buffer
+    columns: Buffer | None = None
     scores: Buffer = None
     accumulators: Buffer = None
     inverses: Buffer = None
 
 
 def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
-    """The kernel: (rows of queries, packed keys and values, [biases], [range]) -> out, all flat.
+    """The kernel: (rows of queries, packed keys and values, [biases], [range]) -> out, [columns].
 
-    out has the shape (images, query_rows, heads * values.each).
+    All are flat; out has the shape (images, query_rows, heads * values.each).
     """
     count = lanes.count
     tile = schedule.tile(spec.shape)
@@ -99,6 +103,14 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
             inverses = T.alloc_buffer((rows,), "float32", scope="local")
             buffers = operands._replace(scores=scores, accumulators=accumulators, inverses=inverses)
             writer = TileWriter(spec, lanes, tile, buffers)
+            if spec.columns:
+                # A thread sums the columns of whole heads.
+                with T.serial(*share_bounds(pairs, part, parts)) as pair:
+                    writer.clear_columns(pair)
+                    for run in row_runs:
+                        with T.serial(0, run.count) as number:
+                            writer.tile(pair, run.start + number * run.size, run.size)
+                return
             for run in row_runs:
                 # One loop over the tiles of all heads: equal shares although heads are few.
                 with T.serial(*share_bounds(pairs * run.count, part, parts)) as index:
@@ -124,7 +136,11 @@ def _operands(spec: Attend, lanes: Lanes, tile: Tile) -> AttendBuffers:
         stored = spec.output_quantizer.dot.stored
     out_size = spec.images * spec.query_rows * spec.heads * spec.values.each
     out = T.arg("out", T.buffer((out_size,), stored))
-    return AttendBuffers(x, packed, bias, static_range, out)
+    columns = None
+    if spec.columns:
+        columns_size = spec.images * spec.heads * lanes.up(spec.tokens)
+        columns = T.arg("columns", T.buffer((columns_size,), "float32"))
+    return AttendBuffers(x, packed, bias, static_range, out, columns)
 
 
 class TileWriter:
@@ -139,6 +155,8 @@ class TileWriter:
         """The queries from `row` on, for a pair (image, head), counted over both."""
         spec = self.spec
         values = bind(self.weights(pair, row, rows) + self.stride * spec.keys.each)
+        if spec.columns:
+            self.add_to_columns(pair, rows)
         image, head = bind(pair // spec.heads), bind(pair % spec.heads)
         width = spec.values.each
         targets = [
@@ -146,6 +164,23 @@ class TileWriter:
             for r in range(rows)
         ]
         self.mix(values, targets)
+
+    def clear_columns(self, pair: Expr) -> None:
+        """Set the sums of a pair (image, head) to zero."""
+        lanes, target = self.lanes, bind(pair * self.stride)
+        with T.serial(0, self.stride // lanes.count) as vector:
+            lanes.store(self.buffers.columns, target + vector * lanes.count, lanes.zero())
+
+    def add_to_columns(self, pair: Expr, rows: int) -> None:
+        """Add the normalized weights of the tile's queries to the sums of a pair."""
+        lanes, buffers, target = self.lanes, self.buffers, bind(pair * self.stride)
+        with T.serial(0, self.stride // lanes.count) as vector:
+            column = vector * lanes.count
+            total = lanes.load(buffers.columns, target + column)
+            for row in range(rows):
+                weight = lanes.load(buffers.scores, row * self.stride + column)
+                total = lanes.fma(weight, lanes.splat(buffers.inverses[row]), total)
+            lanes.store(buffers.columns, target + column, total)
 
     def weights(self, pair: Expr, row: Expr, rows: int) -> Expr:
         """The weights of the values, before they are multiplied with the inverses.

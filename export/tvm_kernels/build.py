@@ -16,11 +16,13 @@ import onnx
 
 from ...compress.network.modules.model import CompactModel
 from ...compress.network.named_outputs import OutputSpec
+from ...compress.tokens.buckets import BucketedModel
 from ...core.errors import InputError
 from ...targets.instruction_sets import ARM, X86, machine_name
 from ...targets.profile import TargetProfile
 from ..forms import Form, write_network
 from .coverage import uncovered_part
+from .execution_plan import Branches
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from .precision import Name
     from .quantization import Range
+    from .schedule import Schedule
 
 INSTALL = "pip install 'vitrim[tvm]'"
 # The graph that TVM's front end reads.
@@ -57,6 +60,8 @@ class TvmNetwork:
         notes: One line each, for the manifest.
         profile: Name of the target's profile.
         outputs: Names of what `main` returns.
+        branches: Which calls belong to which bucket, of a network with buckets. `main` then returns
+            the logits of each bucket, and the place of the image's.
     """
 
     module: IRModule
@@ -67,6 +72,7 @@ class TvmNetwork:
     notes: tuple[str, ...] = ()
     profile: str = "host"
     outputs: tuple[str, ...] = ("logits",)
+    branches: Branches | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -179,6 +185,56 @@ def build_network(
     return replace(network, notes=(f"our kernels do not cover {uncovered}; {first}", *rest))
 
 
+def build_bucket_network(
+    model: BucketedModel,
+    profile: TargetProfile,
+    *,
+    threads: int = 1,
+    log: Path | None = None,
+    precision: Name = "fp32",
+) -> TvmNetwork:
+    """Build a network with buckets for a target, batch 1.
+
+    Args:
+        model: The network.
+        profile: The target.
+        threads: Into how many shares parallel loops are split.
+        log: The log of a tuning, whose fastest tiles are used; by default the default tiles.
+        precision: The number format of the products, without static ranges.
+
+    Raises:
+        InputError: TVM is not installed, the log is malformed, or our kernels do not cover the
+            network or the target.
+    """
+    target = tvm_target(profile)
+    uncovered = uncovered_part(model.architecture)
+    if uncovered is None and target.kind.name != "llvm":
+        uncovered = f"code for {target.kind.name}"
+    if uncovered is not None:
+        raise InputError(
+            f"runtime tvm: buckets are run by our own kernels, and they do not cover {uncovered}; "
+            "export for onnxruntime, or one count: BucketedModel.fixed(count)"
+        )
+    from .bucket_network import bucket_module
+    from .lanes import Lanes
+    from .precision import precision_named
+    from .program import lowering
+
+    schedule, notes = _schedule_and_notes(profile, threads, log, precision)
+    form = precision_named(precision, profile.vector, None)
+    module, branches = bucket_module(model, Lanes.of(profile.vector), schedule, form)
+    return TvmNetwork(
+        module,
+        target,
+        lowering(),
+        "kernels",
+        threads,
+        (*notes, f"{len(branches.counts)} buckets in one program, of which an image runs one"),
+        profile.name,
+        branches=branches,
+    )
+
+
 def _kernel_network(
     compact: CompactModel,
     profile: TargetProfile,
@@ -191,11 +247,38 @@ def _kernel_network(
     outputs: Sequence[OutputSpec],
 ) -> TvmNetwork:
     # These modules need TVM.
-    from .integer_dot import INSTRUCTIONS, IntegerDot
     from .lanes import Lanes
     from .network import network_module
     from .precision import precision_named
     from .program import lowering
+
+    unit = profile.vector
+    schedule, notes = _schedule_and_notes(profile, threads, log, precision)
+    module = network_module(
+        compact,
+        Lanes.of(unit),
+        schedule,
+        batch,
+        precision_named(precision, unit, ranges),
+        outputs,
+    )
+    return TvmNetwork(
+        module,
+        target,
+        lowering(),
+        "kernels",
+        threads,
+        tuple(notes),
+        profile.name,
+        tuple(output.name for output in outputs) or ("logits",),
+    )
+
+
+def _schedule_and_notes(
+    profile: TargetProfile, threads: int, log: Path | None, precision: Name
+) -> tuple[Schedule, list[str]]:
+    """Tiles and threads, and lines on them for the manifest."""
+    from .integer_dot import INSTRUCTIONS, IntegerDot
     from .schedule import default_schedule
     from .tuning_log import fastest_tiles, read_trials
 
@@ -212,24 +295,7 @@ def _kernel_network(
         )
     if precision != "fp32":
         notes.append(INSTRUCTIONS[IntegerDot.of(unit).kind])
-    module = network_module(
-        compact,
-        Lanes.of(unit),
-        default_schedule(unit, threads, tuned),
-        batch,
-        precision_named(precision, unit, ranges),
-        outputs,
-    )
-    return TvmNetwork(
-        module,
-        target,
-        lowering(),
-        "kernels",
-        threads,
-        tuple(notes),
-        profile.name,
-        tuple(output.name for output in outputs) or ("logits",),
-    )
+    return default_schedule(unit, threads, tuned), notes
 
 
 def default_network(

@@ -15,6 +15,40 @@ from ...runtimes.compiled_program import CompiledProgram
 CHOICE_KERNEL = "choose_patches"
 
 
+def bucket_choices(
+    library: Path, images: NDArray[Any], *, threads: int = 1
+) -> tuple[NDArray[np.float32], list[list[NDArray[np.int64]]]]:
+    """Run a compiled network with buckets on each image, in the bucket that its scores choose.
+
+    Args:
+        library: `model.so`, for a processor like this one.
+        images: Shape (count, channels, height, width).
+        threads: How many threads are requested.
+
+    Returns:
+        Logits (count, classes); and for each image the chosen places (1, kept) of each selection
+        whose choice depends on the image.
+
+    Raises:
+        EngineError: The library cannot be loaded or is of another size.
+        RuntimeError: A kernel failed.
+    """
+    program = CompiledProgram(str(library), [1, *images.shape[1:]], threads)
+    program.force(0)
+    logits, chosen = [], []
+    for place in range(len(images)):
+        image = np.ascontiguousarray(images[place : place + 1], np.float32)
+        logits.append(program.infer(image))
+        chosen.append(
+            [
+                np.frombuffer(content, np.int32)[None].astype(np.int64)
+                for name, content in program.watch(image)
+                if CHOICE_KERNEL in name
+            ]
+        )
+    return np.concatenate(logits), chosen
+
+
 def program_choices(
     library: Path,
     names: Sequence[str],

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ...compress.network.architecture import Architecture, BranchSpec, ConstantSpec
 
-POOLS = ("token", "distilled", "mean", "mean_all", "attention")
+POOLS = ("token", "distilled", "dense", "mean", "mean_all", "attention")
 # In the order of `uncovered_part`, for the documentation.
 UNCOVERED_PARTS = (
     "norms over a part of the stream before or after a sub-layer",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +80,15 @@ class Emitter:
         self.precision = precision
         # Rows that other kernels read in fp32 are quantized once, for all products that read them.
         self._quantized: list[tuple[Stream, Stream]] = []
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """Rows that are quantized inside are not used outside, see `Program.branch`."""
+        before = list(self._quantized)
+        try:
+            yield
+        finally:
+            self._quantized = before
 
     @property
     def computes_fp32(self) -> bool:
@@ -288,8 +298,8 @@ class Emitter:
         bias: Array | None = None,
         *,
         only_products: bool,
-    ) -> Stream:
-        """The heads' sums of values for each query, side by side.
+    ) -> tuple[Stream, Value | None]:
+        """The heads' sums of values for each query, side by side; and the sums of columns, if any.
 
         Args:
             spec: The kernel, in fp32.
@@ -307,15 +317,14 @@ class Emitter:
             operands.append(self.constant(bias.ravel()))
         operands += self.range_operand(out)
         width = spec.heads * spec.values.each
-        value = self.program.call(
-            "attend",
-            spec,
-            lambda: attend(spec, lanes, schedule),
-            operands,
-            (spec.images * spec.query_rows * width,),
-            stored(out),
+        results = [((spec.images * spec.query_rows * width,), stored(out))]
+        if spec.columns:
+            results.append(((spec.images * spec.heads * lanes.up(spec.tokens),), "float32"))
+        value, *columns = self.program.call_all(
+            "attend", spec, lambda: attend(spec, lanes, schedule), operands, results
         )
-        return Stream(value, spec.query_rows, width, width, *out)
+        found = Stream(value, spec.query_rows, width, width, *out)
+        return found, columns[0] if columns else None
 
     def packed_keys(self, spec: Attend, keys_values: Stream) -> Value:
         """Keys and values in the order in which a kernel with this specification reads them."""

@@ -6,7 +6,7 @@ A function without control flow needs neither: its plan is compiled (`network_so
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -45,10 +45,28 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """A call of a kernel; the last tensor is its output."""
+    """A call of a kernel; the last tensor is an output of it, the last one if there are several."""
 
     kernel: str
     tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Which calls of a program with buckets run for which image.
+
+    The first `ends[0]` calls run for every image; the last of them writes the place of the image's
+    bucket. Those from `ends[b]` to `ends[b + 1]` run for the images of bucket b.
+
+    Attributes:
+        counts: Number of patches of each bucket, increasing.
+        ends: Numbers of calls, one more than there are buckets.
+        place: Where the place of the bucket is; None until the memory is planned.
+    """
+
+    counts: tuple[int, ...]
+    ends: tuple[int, ...]
+    place: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,7 @@ class ExecutionPlan:
         target: Name of the target's profile.
         needs: The instruction sets that the kernels use.
         outputs: Name and place of each output.
+        branches: Which steps run for which image, of a network with buckets.
     """
 
     kernels: IRModule
@@ -72,6 +91,7 @@ class ExecutionPlan:
     target: str
     needs: tuple[str, ...]
     outputs: tuple[tuple[str, Tensor], ...]
+    branches: Branches | None = None
 
 
 def execution_plan(network: TvmNetwork) -> ExecutionPlan:
@@ -95,7 +115,12 @@ def execution_plan(network: TvmNetwork) -> ExecutionPlan:
     for block in main.body.blocks:
         for binding in block.bindings:
             reader.read(binding.var, binding.value)
-    steps, outputs = reader.finish(main.body.body)
+    branches = network.branches
+    steps, outputs, place = reader.finish(main.body.body, branches=branches is not None)
+    if branches is not None:
+        if len(steps) != branches.ends[-1]:
+            raise NoExecutionPlan(f"it makes {len(steps)} calls instead of {branches.ends[-1]}")
+        branches = replace(branches, place=place)
     used = {step.kernel for step in steps}
     kernels = {
         variable: function
@@ -110,6 +135,7 @@ def execution_plan(network: TvmNetwork) -> ExecutionPlan:
         network.profile,
         network.needs,
         tuple(zip(network.outputs, outputs, strict=True)),
+        branches,
     )
 
 
@@ -136,6 +162,9 @@ class _Reader:
             return
         if isinstance(value, relax.Tuple):
             self.tuples[variable] = list(value.fields)
+            return
+        if isinstance(value, relax.TupleGetItem) and value.tuple_value in self.tuples:
+            self._alias(variable, self.tuples[value.tuple_value][value.index])
             return
         if not isinstance(value, relax.Call):
             raise NoExecutionPlan(f"it contains a {type(value).__name__}")
@@ -198,12 +227,24 @@ class _Reader:
         self._constant_bytes += _round_up(array.nbytes)
         return tensor
 
-    def finish(self, result: Any) -> tuple[tuple[Step, ...], tuple[Tensor, ...]]:
+    def finish(
+        self, result: Any, *, branches: bool
+    ) -> tuple[tuple[Step, ...], tuple[Tensor, ...], Tensor | None]:
         """The steps, and the outputs, which a step each writes into the memory of outputs.
 
         Each output begins at a multiple of 64 bytes.
+
+        Args:
+            result: What the function returns.
+            branches: It returns the same output of several branches, then the place of a bucket.
+
+        Returns:
+            The steps, the outputs, and where the place of the bucket is.
         """
         fields = list(getattr(result, "fields", None) or self.tuples.get(result) or [result])
+        place = self.values.get(fields.pop()) if branches else None
+        if branches and (place is None or place.memory != "arena" or place.type != "int32"):
+            raise NoExecutionPlan("it does not return the place of a bucket")
         places: dict[int, int] = {}
         outputs, end = [], 0
         for field in fields:
@@ -214,9 +255,12 @@ class _Reader:
             at = [step for step in writers if step.tensors[-1].offset_bytes == found.offset_bytes]
             if len(at) != 1 or found.type != "float32":
                 raise NoExecutionPlan("what it returns is not the output of one of its kernels")
-            places[found.offset_bytes] = end
-            outputs.append(Tensor("logits", end, at[0].tensors[-1].shape, found.type))
+            start = 0 if branches else end
+            places[found.offset_bytes] = start
+            outputs.append(Tensor("logits", start, at[0].tensors[-1].shape, found.type))
             end += _round_up(int(np.prod(outputs[-1].shape)) * 4)
+        if branches:
+            outputs = list(dict.fromkeys(outputs))
 
         def moved(tensor: Tensor) -> Tensor:
             if tensor.memory != "arena" or tensor.offset_bytes not in places:
@@ -227,7 +271,7 @@ class _Reader:
             Step(step.kernel, tuple(moved(tensor) for tensor in step.tensors))
             for step in self.steps
         )
-        return steps, tuple(outputs)
+        return steps, tuple(outputs), place
 
 
 def _round_up(count: int) -> int:

@@ -27,7 +27,7 @@ from .matrices import (
 from .outputs import write_output
 from .packing import padded_heads
 from .program import Value
-from .row_kernels import first_columns
+from .row_kernels import first_columns, largest_of_rows
 from .sublayers import LOG2_E, ffn, norm_keys
 
 
@@ -87,7 +87,8 @@ def head(
         headless = architecture.model_copy(update={"head": None})
         found["features"] = _classify(emitter, headless, state, source)
     if not outputs or "logits" in kinds:
-        found["logits"] = _classify(emitter, architecture, state, source)
+        classify = _classify_densely if kind == "dense" else _classify
+        found["logits"] = classify(emitter, architecture, state, source)
     return found
 
 
@@ -167,7 +168,7 @@ def _attention_pool(
         keys=HeadColumns(keys_values.width, 0, core.qk),
         values=HeadColumns(keys_values.width, heads * core.qk, width),
     )
-    mixed = emitter.attend(spec, queries, keys_values, only_products=True)
+    mixed, _ = emitter.attend(spec, queries, keys_values, only_products=True)
     out = linear(state, "out")
     pooled = emitter.dense(mixed, 1, Matrix(padded_heads(out.weight.T, heads, width).T, out.bias))
     if pool.ffn is None:
@@ -188,25 +189,88 @@ def _classify(
     spec, classes = architecture.head, architecture.classes
     distilled = architecture.pool.kind == "distilled"
     stream, transform = source.stream, source.transform
+    if not distilled:
+        if spec is None and transform.identity and architecture.feature_writes is None:
+            return _first_columns(emitter, stream.first_rows(1), classes)
+        return _first_columns(emitter, _logits(emitter, architecture, state, source, 1), classes)
     if spec is None:
-        if transform.identity and architecture.feature_writes is None and not distilled:
-            return _first_columns(emitter, stream, classes)
         matrix = other = transform.fold_into(_feature_positions(architecture))
     else:
         if "pre_head.weight" in state:
             before = transform.fold_into(linear(state, "pre_head"))
             stream = emitter.dense(stream, stream.rows, before, Epilogue(spec.hidden_act))
             transform = InputTransform()
-        matrix = other = transform.fold_into(linear(state, "head"))
-        if distilled:
-            other = transform.fold_into(linear(state, "head_dist"))
-    if distilled:
-        matrix = _mean_of_classifiers(matrix, other, stream.width)
-        width = 2 * stream.width
-        stream = Stream(emitter.contiguous(stream).value, 1, width, width)
+        matrix = transform.fold_into(linear(state, "head"))
+        other = transform.fold_into(linear(state, "head_dist"))
+    matrix = _mean_of_classifiers(matrix, other, stream.width)
+    width = 2 * stream.width
+    stream = Stream(emitter.contiguous(stream).value, 1, width, width)
     epilogue = Epilogue("identity" if spec is None else spec.act)
     logits = emitter.dense(stream, 1, matrix, epilogue, force_fp32=spec is None)
     return _first_columns(emitter, logits, classes)
+
+
+def _logits(
+    emitter: Emitter,
+    architecture: Architecture,
+    state: State,
+    source: ProductInput,
+    rows: int,
+    *,
+    classifier: str = "head",
+    skipped: int = 0,
+    residual: Stream | None = None,
+) -> Stream:
+    """One classifier's logits of some rows of each image, or the rows in the features' places.
+
+    Args:
+        emitter: Receives the calls.
+        architecture: The network.
+        state: The parameters of the network.
+        source: The normed rows.
+        rows: How many rows of each image are classified.
+        classifier: Name of the classifier.
+        skipped: The first rows of each image that are skipped.
+        residual: Added to the logits.
+    """
+    spec, stream, transform = architecture.head, source.stream, source.transform
+    if spec is None:
+        matrix = _feature_positions(architecture)
+    else:
+        if "pre_head.weight" in state:
+            before, act = transform.fold_into(linear(state, "pre_head")), Epilogue(spec.hidden_act)
+            stream = emitter.dense(stream, rows, before, act, skipped=skipped)
+            transform, skipped = InputTransform(), 0
+        matrix = linear(state, classifier)
+    return emitter.dense(
+        stream,
+        rows,
+        transform.fold_into(matrix),
+        Epilogue("identity" if spec is None else spec.act, residual=residual),
+        skipped=skipped,
+        force_fp32=spec is None,
+    )
+
+
+def _classify_densely(
+    emitter: Emitter, architecture: Architecture, state: State, source: ProductInput
+) -> Value:
+    """The logits of the class token plus half of the largest logits of the patches."""
+    prefix, batch, lanes = architecture.prefix, emitter.batch, emitter.lanes
+    count = source.stream.rows - prefix
+    each = _logits(
+        emitter, architecture, state, source, count, classifier="head_dist", skipped=prefix
+    )
+    best = emitter.program.call(
+        "largest",
+        ("largest", count, each.layout),
+        lambda: largest_of_rows(batch, count, each.layout, 0.5, lanes),
+        [each.value],
+        (batch * each.width,),
+    )
+    half = Stream(best, 1, each.width, each.used)
+    logits = _logits(emitter, architecture, state, source, 1, residual=half)
+    return _first_columns(emitter, logits, architecture.classes)
 
 
 def _feature_positions(architecture: Architecture) -> Matrix:

@@ -41,7 +41,7 @@ from .program import Program, Value
 from .schedule import Schedule
 from .selection import ScoringAttention, select_rows
 from .stem_layers import StemLayers
-from .sublayers import attention, ffn, read_stream
+from .sublayers import Columns, attention, ffn, read_stream
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -69,7 +69,7 @@ def network_module(
         `main`: images (batch, C, H, W) -> logits (batch, classes), or a tuple of the outputs.
     """
     settings = precision or Float()
-    return _NetworkWriter(compact, lanes, schedule, batch, settings, outputs).module()
+    return NetworkWriter(compact, lanes, schedule, batch, settings, outputs).module()
 
 
 def observed_module(
@@ -89,7 +89,7 @@ def observed_module(
         outputs: The named outputs; empty for the logits alone.
     """
     observer = RangeObserver()
-    writer = _NetworkWriter(compact, lanes, schedule, 1, observer, outputs)
+    writer = NetworkWriter(compact, lanes, schedule, 1, observer, outputs)
     return writer.module(lambda: [rows.value for rows in observer.rows]), observer.rows
 
 
@@ -113,7 +113,7 @@ def choosing_module(
         `main`: images (batch, C, H, W) -> (logits, places (batch * kept) int32 of each selection),
         a tuple. Places are increasing numbers of patches that the stream carries there.
     """
-    writer = _NetworkWriter(compact, lanes, schedule, batch, precision or Float(), ())
+    writer = NetworkWriter(compact, lanes, schedule, batch, precision or Float(), ())
     return writer.module(lambda: writer.chosen)
 
 
@@ -135,12 +135,23 @@ def kernel_specs(
         precision: The format of the rows that products read, by default fp32.
         outputs: The named outputs; empty for the logits alone.
     """
-    writer = _NetworkWriter(compact, lanes, schedule, batch, precision or Float(), outputs)
+    writer = NetworkWriter(compact, lanes, schedule, batch, precision or Float(), outputs)
     writer.module()
     return [key for key in writer.program.keys if isinstance(key, Dense | Attend)]
 
 
-class _NetworkWriter:
+class NetworkWriter:
+    """Writes a network, one step after the other; `body` returns its results.
+
+    Args:
+        compact: A network that `coverage` accepts.
+        lanes: The target's vectors.
+        schedule: Tiles and threads.
+        batch: Batch size.
+        precision: The format of the rows that products read.
+        outputs: The named outputs; empty for the logits alone.
+    """
+
     def __init__(
         self,
         compact: CompactModel,
@@ -153,8 +164,9 @@ class _NetworkWriter:
         self.outputs = outputs
         self.architecture: Architecture = compact.architecture
         self.selects = cast("Sequence[Select]", compact.selects)
-        # The choices of the selections, in order.
+        # The choices of the selections, in order, and what the attentions keep for them.
         self.chosen: list[Value] = []
+        self.columns: dict[str, Columns] = {}
         self.state: State = {
             name: tensor.detach().cpu().float().numpy()
             for name, tensor in compact.state_dict().items()
@@ -163,6 +175,7 @@ class _NetworkWriter:
         self.emitter = Emitter(self.program, lanes, schedule, batch, precision)
 
     def module(self, extra: Callable[[], list[Value]] | None = None) -> IRModule:
+        """The module with `main`; `extra` returns further results."""
         return self.program.build(self.body, extra)
 
     def body(self) -> list[Value]:
@@ -199,18 +212,26 @@ class _NetworkWriter:
             count: Number of steps.
         """
         for number, select in enumerate(self.selects):
-            spec = select.spec
-            if spec.at != count:
-                continue
-            scored = None
-            if spec.scorer in ATTENTION_SCORERS:
-                branch = scoring_attention(self.architecture, spec)
-                place = self.architecture.steps[count - 1].index(branch)
-                scored = ScoringAttention(branch, self.parts(count - 1)[place], before)
-            state = sub_state(self.state, f"selects.{number}")
-            stream, chosen = select_rows(self.emitter, stream, select, state, scored)
-            self.chosen.append(chosen)
+            if select.spec.at == count:
+                state, scored = self.selection(number, before)
+                stream, chosen = select_rows(self.emitter, stream, select, state, scored)
+                self.chosen.append(chosen)
         return stream
+
+    def selection(self, number: int, before: Stream) -> tuple[State, ScoringAttention | None]:
+        """The parameters of a selection, and the attention that scores its patches, if any.
+
+        Args:
+            number: The selection's number.
+            before: The stream before the step that it follows.
+        """
+        spec, scored = self.architecture.selects[number], None
+        if spec.scorer in ATTENTION_SCORERS:
+            branch = scoring_attention(self.architecture, spec)
+            place = self.architecture.steps[spec.at - 1].index(branch)
+            part, columns = self.parts(spec.at - 1)[place], self.columns.get(branch.name)
+            scored = ScoringAttention(branch, part, before, columns)
+        return sub_state(self.state, f"selects.{number}"), scored
 
     def block_outputs(self, stream: Stream, count: int) -> dict[str, Value]:
         """The outputs that are read from the stream after `count` steps."""
@@ -321,7 +342,15 @@ class _NetworkWriter:
     def branch(
         self, reads: Stream, written: Stream, branch: BranchSpec, part: State, rows: int
     ) -> Stream:
-        """The stream `written` plus the branch of `reads`, for the first rows."""
+        """The stream `written` plus the branch of `reads`, for the first rows.
+
+        Args:
+            reads: What the branch reads.
+            written: What it is added to.
+            branch: The branch.
+            part: Its parameters.
+            rows: Rows of each image of the result.
+        """
         inner, core = sub_state(part, "core"), branch.core
         scale = part.get("layer_scale")
         if isinstance(core, ConstantSpec):
@@ -336,7 +365,12 @@ class _NetworkWriter:
         source = read_stream(self.emitter, reads, branch, part, only_products=True)
         output = SublayerOutput(matrix, rows, None if normed else written)
         if isinstance(core, AttentionSpec):
-            found = attention(self.emitter, source, core, inner, output)
+            keeps = rows == reads.rows and self.scores_columns(branch)
+            found, columns = attention(
+                self.emitter, source, core, inner, output, keep_columns=keeps
+            )
+            if columns is not None:
+                self.columns[branch.name] = columns
         else:
             found = ffn(self.emitter, source, core, inner, output)
         if branch.post_norm is None:
@@ -346,10 +380,25 @@ class _NetworkWriter:
             written, self.emitter.norm(found, branch.post_norm, affine=parameters)
         )
 
+    def scores_columns(self, branch: BranchSpec) -> bool:
+        """Whether a selection reads the maps of an attention in the precision of its products."""
+        return self.emitter.computes_fp32 and any(
+            select.scorer == "column-attention"
+            and scoring_attention(self.architecture, select).name == branch.name
+            for select in self.architecture.selects
+        )
+
     def add_constant(
         self, written: Stream, branch: BranchSpec, vector: Array, scale: Array | None
     ) -> Stream:
-        """A branch that adds the same vector to every row."""
+        """A branch that adds the same vector to every row.
+
+        Args:
+            written: What it is added to.
+            branch: The branch.
+            vector: The vector.
+            scale: LayerScale, if there is one.
+        """
         if scale is not None:
             vector = vector * scale
         if branch.writes is not None:

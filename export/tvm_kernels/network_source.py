@@ -105,9 +105,13 @@ def _tables(plan: ExecutionPlan) -> str:
     ]
     listed = ", ".join(f'{{"{name}", {first}, {size}}}' for name, first, size in outputs)
     _, start, last = outputs[-1]
+    branches = plan.branches
+    ends = (len(steps),) if branches is None else branches.ends
+    patches = () if branches is None else branches.counts
+    place = 0 if branches is None or branches.place is None else branches.place.offset_bytes
     counts = (
         f"kSteps = {len(steps)}, kOperands = {len(numbers)}, kTensors = {len(tensors)}, "
-        f"kOutputs = {len(outputs)}"
+        f"kOutputs = {len(outputs)}, kBuckets = {len(patches)}"
     )
     new_line = "\n"
     return f"""constexpr const char *kTarget = "{plan.target}";
@@ -126,6 +130,11 @@ static const Planned plan[kTensors] = {{
 }};
 static const int numbers[kOperands] = {{{", ".join(map(str, numbers))}}};
 static Value operands[kOperands];
+// Steps up to the first end run for every image; then those up to the end of its bucket. The place
+// of the bucket is in the arena.
+static const int bucket_ends[kBuckets + 1] = {{{", ".join(map(str, ends))}}};
+static const int bucket_patches[kBuckets + 1] = {{{", ".join(map(str, (*patches, 0)))}}};
+constexpr uint64_t kBucketPlace = {place};
 static const Step steps[kSteps] = {{
 {new_line.join(steps)}
 }};"""

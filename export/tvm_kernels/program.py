@@ -6,7 +6,8 @@ Equal kernels are emitted once, and equal calls between them are made once.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -31,7 +32,7 @@ class Program:
         self._kernels: dict[Hashable, Any] = {}
         self._names: set[str] = set()
         # What each kernel returned for its operands, and constants by their content.
-        self._results: dict[Hashable, list[tuple[list[Value], Value]]] = defaultdict(list)
+        self._results: dict[Hashable, list[tuple[list[Value], list[Value]]]] = defaultdict(list)
         self._constants: dict[Hashable, Value] = {}
         self.keys: list[Hashable] = []
 
@@ -77,21 +78,55 @@ class Program:
         Returns:
             The result.
         """
-        flat = len(shape) == 1
-        for known, result in self._results[key] if flat else ():
+        return self.call_all(name, key, kernel, operands, [(shape, dtype)])[0]
+
+    def call_all(
+        self,
+        name: str,
+        key: Hashable,
+        kernel: Callable[[], Any],
+        operands: list[Value],
+        results: Sequence[tuple[tuple[int, ...], str]],
+    ) -> list[Value]:
+        """Call a kernel with one or several results, as `call`.
+
+        Args:
+            name: See `call`.
+            key: See `call`.
+            kernel: See `call`.
+            operands: The inputs.
+            results: Shape and type of each result.
+
+        Returns:
+            The results.
+        """
+        flat = all(len(shape) == 1 for shape, _ in results)
+        for known, found in self._results[key] if flat else ():
             if all(one.same_as(other) for one, other in zip(known, operands, strict=True)):
-                return result
+                return found
         if key not in self._kernels:
             unique = name if name not in self._names else f"{name}_{len(self._kernels)}"
             self._names.add(unique)
             function = kernel().with_attr("tirx.noalias", True)
             self._kernels[key] = self.builder.add_func(function, unique)
         self.keys.append(key)
-        result = self.builder.emit(
-            relax.call_tir(self._kernels[key], operands, relax.TensorType(shape, dtype))
-        )
-        self._results[key].append((operands, result))
-        return result
+        types = [relax.TensorType(shape, dtype) for shape, dtype in results]
+        made = self.builder.emit(relax.call_tir(self._kernels[key], operands, types))
+        values = [made]
+        if len(types) > 1:
+            places = range(len(types))
+            values = [self.builder.emit(relax.TupleGetItem(made, place)) for place in places]
+        self._results[key].append((operands, values))
+        return values
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """Calls that are perhaps skipped: what they return is not used outside."""
+        before = {key: list(found) for key, found in self._results.items()}
+        try:
+            yield
+        finally:
+            self._results = defaultdict(list, before)
 
     def constant(self, value: NDArray[np.generic]) -> Value:
         """Numbers that are part of the program; equal ones are the same constant."""

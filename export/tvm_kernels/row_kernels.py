@@ -35,6 +35,32 @@ def mean_rows(images: int, rows: int, source: RowLayout, lanes: Lanes) -> Any:
     return builder.get()
 
 
+def largest_of_rows(images: int, rows: int, source: RowLayout, factor: float, lanes: Lanes) -> Any:
+    """The kernel: the maximum over rows of each image, times a factor -> (images, width), flat.
+
+    Args:
+        images: Batch size.
+        rows: How many rows the maximum is over.
+        source: Where they are.
+        factor: Multiplied with the result.
+        lanes: The vectors; the width is a multiple of them.
+    """
+    width, count = source.width, lanes.count
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        x = T.arg("x", T.buffer((source.size(images, rows),), "float32"))
+        out = T.arg("out", T.buffer((images * width,), "float32"))
+        top = T.alloc_buffer((count,), "float32", scope="local")
+        with T.serial(0, images) as image, T.serial(0, width // count) as vector:
+            lanes.store(top, 0, lanes.load(x, source.start(image, 0) + vector * count))
+            with T.serial(1, rows) as row:
+                value = lanes.load(x, source.start(image, row) + vector * count)
+                lanes.store(top, 0, T.max(lanes.load(top, 0), value))
+            largest = lanes.load(top, 0) * lanes.splat(factor)
+            lanes.store(out, image * width + vector * count, largest)
+    return builder.get()
+
+
 def add_constant(images: int, rows: int, source: RowLayout, lanes: Lanes) -> Any:
     """The kernel: (x, vector) -> x + vector in each row, (images, rows, width), flat.
 

@@ -23,6 +23,7 @@ from .matrices import Matrix, ProductInput, State, Stream, affine, linear, sub_s
 from .program import Value
 from .sublayers import (
     LOG2_E,
+    Columns,
     Projected,
     differential_lambda,
     project,
@@ -51,11 +52,13 @@ class ScoringAttention:
         branch: The sub-layer.
         state: Its parameters.
         stream: The residual stream before it.
+        columns: The sums of its columns, where it has computed them.
     """
 
     branch: BranchSpec
     state: State
     stream: Stream
+    columns: Columns | None = None
 
 
 def select_rows(
@@ -77,28 +80,70 @@ def select_rows(
     Returns:
         The stream behind it, and the chosen places among the patches, (batch, kept) int32, flat.
     """
+    scores = patch_scores(emitter, x, select, state, scored)
+    return keep_rows(emitter, x, select, scores, select.spec.patches)
+
+
+def patch_scores(
+    emitter: Emitter,
+    x: Stream,
+    select: Select,
+    state: State,
+    scored: ScoringAttention | None,
+) -> Stream | None:
+    """Emit the scores of a selection: rows of which the first number is the score.
+
+    Args:
+        emitter: Receives the calls.
+        x: The residual stream.
+        select: The selection.
+        state: Its parameters.
+        scored: The attention that scores patches, for the scorers that need one.
+
+    Returns:
+        The scores; None where the places do not depend on the image.
+    """
+    spec = select.spec
+    if select.places is not None:
+        return None
+    if spec.predictor is not None:
+        return _predict(emitter, x, select, state)
+    assert scored is not None
+    return _attention_scores(emitter, spec, scored, select.prefix, x.rows - select.prefix)
+
+
+def keep_rows(
+    emitter: Emitter, x: Stream, select: Select, scores: Stream | None, count: int
+) -> tuple[Stream, Value]:
+    """Emit the choice of `count` patches by their scores, and the rows that stay.
+
+    Args:
+        emitter: Receives the calls.
+        x: The residual stream.
+        select: The selection.
+        scores: Its scores; None where the places do not depend on the image.
+        count: How many patches stay.
+
+    Returns:
+        See `select_rows`.
+    """
     spec, prefix, batch = select.spec, select.prefix, emitter.batch
     patches = x.rows - prefix
-    scores: Stream | None = None
-    if select.places is not None:
-        kept = first_places(select.places[None], spec.patches).numpy().astype(np.int32)
+    if scores is None:
+        assert select.places is not None
+        kept = first_places(select.places[None], count).numpy().astype(np.int32)
         chosen = emitter.constant(np.repeat(kept, batch, axis=0).ravel())
     else:
-        if spec.predictor is not None:
-            scores = _predict(emitter, x, select, state)
-        else:
-            assert scored is not None
-            scores = _attention_scores(emitter, spec, scored, prefix, patches)
-        choice = Choose(batch, patches, spec.patches, scores.layout)
+        choice = Choose(batch, patches, count, scores.layout)
         chosen = emitter.program.call(
             CHOICE_KERNEL,
             choice,
             lambda: choose_patches(choice, emitter.lanes, emitter.schedule.threads),
             [scores.value],
-            (batch * spec.patches,),
+            (batch * count,),
             "int32",
         )
-    gather = Gather(batch, prefix, patches, spec.patches, x.layout, spec.fused)
+    gather = Gather(batch, prefix, patches, count, x.layout, spec.fused)
     operands = [x.value, chosen]
     if spec.fused:
         assert scores is not None
@@ -175,8 +220,11 @@ def _attention_scores(
     lengths: Value | None = None
     factors = np.full(core.heads * core.parts, 1 / core.heads, np.float32)
     if spec.scorer == "column-attention":
-        projected = project(emitter, source, core, state, tokens, force_fp32=True)
-        maps = _attention_columns(emitter, projected, core, state, tokens)
+        if scored.columns is not None:
+            projected, maps = scored.columns.projected, scored.columns.sums
+        else:
+            projected = project(emitter, source, core, state, tokens, force_fp32=True)
+            maps = _attention_columns(emitter, projected, core, state, tokens)
         lengths = _value_lengths(emitter, projected, core)
         # Values are repeated for each part of a head.
         factors /= np.float32(math.sqrt(core.parts))

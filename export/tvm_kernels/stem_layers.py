@@ -194,7 +194,8 @@ class _Layer:
             state[f"{name}.weight"] = matrix.weight.T
             if matrix.bias is not None:
                 state[f"{name}.bias"] = matrix.bias
-        return attention(self.emitter, source, core, state, output)
+        found, _ = attention(self.emitter, source, core, state, output)
+        return found
 
     def _linear_attention(self, spec: SoftSplitSpec, q: Stream, k: Stream, v: Stream) -> Stream:
         assert spec.features is not None

@@ -33,6 +33,7 @@ from .matrices import (
     linear,
 )
 from .packing import Array, padded_heads
+from .program import Value
 
 # The softmax uses powers of two; this factor of the scores makes them powers of e.
 LOG2_E = math.log2(math.e)
@@ -81,13 +82,28 @@ class Projected:
         )
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What an attention has computed, for a selection that scores patches by it.
+
+    Attributes:
+        sums: How much all tokens attend to each, by head.
+        projected: The queries, keys and values.
+    """
+
+    sums: Value
+    projected: Projected
+
+
 def attention(
     emitter: Emitter,
     source: ProductInput,
     core: AttentionSpec,
     state: State,
     output: SublayerOutput,
-) -> Stream:
+    *,
+    keep_columns: bool = False,
+) -> tuple[Stream, Columns | None]:
     """Emit an attention sub-layer, from the projections to the output projection.
 
     Args:
@@ -96,9 +112,11 @@ def attention(
         core: The attention.
         state: Its parameters.
         output: The output projection, for how many rows, and the residual stream.
+        keep_columns: Return how much all tokens attend to each, too.
     """
     projected = project(emitter, source, core, state, output.rows)
-    found = _attend(emitter, projected, core, state, output.rows)
+    found, sums = _attend(emitter, projected, core, state, output.rows, columns=keep_columns)
+    columns = None if sums is None else Columns(sums, projected)
     gain = 1.0
     if core.differential is not None:
         gain = 1.0 - core.differential.start
@@ -116,7 +134,7 @@ def attention(
             stride=emitter.lanes.up(core.v),
         )
         found = emitter.head_norm(found, spec, affine(state, "head_norm"), gain)
-    return _project_output(emitter, source, core, state, found, output)
+    return _project_output(emitter, source, core, state, found, output), columns
 
 
 def project(
@@ -235,10 +253,12 @@ def _attend(
     core: AttentionSpec,
     state: State,
     rows: int,
-) -> Stream:
-    """The heads' sums of values, side by side."""
+    *,
+    columns: bool,
+) -> tuple[Stream, Value | None]:
+    """The heads' sums of values, side by side; and the sums of columns, if any."""
     queries, keys_values = projected.queries, projected.keys_values
-    spec = projected.attend(emitter, core, rows)
+    spec = replace(projected.attend(emitter, core, rows), columns=columns)
     bias = None
     if core.bias is not None:
         bias = relative_bias(core, state, (rows, keys_values.rows), emitter.lanes)

@@ -182,7 +182,7 @@ def column_sums(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
             bias_size = spec.heads * spec.query_rows * stride
             bias = T.arg("bias", T.buffer((bias_size,), "float32"))
         out = T.arg("out", T.buffer((pairs * stride,), "float32"))
-        operands = AttendBuffers(x, packed, bias, None, out)
+        operands = AttendBuffers(x, packed, bias, None, out, columns=out)
 
         def share(part: Expr, parts: int) -> None:
             rows = max(run.size for run in runs)
@@ -192,19 +192,11 @@ def column_sums(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
             buffers = operands._replace(scores=scores, accumulators=sums, inverses=inverses)
             writer = TileWriter(spec, lanes, tile, buffers)
             with T.serial(*share_bounds(pairs, part, parts)) as pair:
-                target = bind(pair * stride)
-                with T.serial(0, stride // count) as vector:
-                    lanes.store(out, target + vector * count, lanes.zero())
+                writer.clear_columns(pair)
                 for run in runs:
                     with T.serial(0, run.count) as number:
                         writer.weights(pair, run.start + number * run.size, run.size)
-                        with T.serial(0, stride // count) as vector:
-                            column = target + vector * count
-                            total = lanes.load(out, column)
-                            for row in range(run.size):
-                                weight = lanes.load(scores, row * stride + vector * count)
-                                total = lanes.fma(weight, lanes.splat(inverses[row]), total)
-                            lanes.store(out, column, total)
+                        writer.add_to_columns(pair, run.size)
 
         over_threads(share, schedule.threads)
     return builder.get()

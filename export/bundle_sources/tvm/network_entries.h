@@ -8,6 +8,8 @@
 namespace vitrim {
 
 inline bool ready = false, chosen = false;
+// Numbers of patches: what every image keeps (0: what its scores choose), and what the last kept.
+inline int forced = 0, kept = 0;
 
 // Why this processor cannot run the kernels, or null.
 inline const char *refusal() {
@@ -66,6 +68,28 @@ inline void report_step(Watcher watcher, int number) {
     watcher(number, written.data, bytes);
 }
 
+inline int run_steps(int first, int last, double *seconds, Watcher watcher) {
+    int failed = 0;
+    for (int i = first; i < last && failed == 0; ++i) {
+        const double before = seconds != nullptr ? now_s() : 0.0;
+        Value result = {0, 0, {0}};
+        failed = steps[i].kernel(nullptr, operands + steps[i].first, steps[i].count, &result);
+        if (seconds != nullptr) seconds[i] += now_s() - before;
+        if (watcher != nullptr && failed == 0) report_step(watcher, i);
+    }
+    return failed;
+}
+
+// The place of the image's bucket, after the steps that all images have in common.
+inline int bucket_place() {
+    for (int i = 0; i < kBuckets; ++i) {
+        if (bucket_patches[i] == forced) return i;
+    }
+    int32_t place = 0;
+    memcpy(&place, arena + kBucketPlace, sizeof place);
+    return place;
+}
+
 // seconds: the time of each step is added to its entry; watcher: called after each step. Both may
 // be null.
 inline int run(const float *images, float *logits, double *seconds, Watcher watcher = nullptr) {
@@ -85,13 +109,11 @@ inline int run(const float *images, float *logits, double *seconds, Watcher watc
     }
     failure[0] = '\0';
     begin_inference();
-    int failed = 0;
-    for (int i = 0; i < kSteps && failed == 0; ++i) {
-        const double before = seconds != nullptr ? now_s() : 0.0;
-        Value result = {0, 0, {0}};
-        failed = steps[i].kernel(nullptr, operands + steps[i].first, steps[i].count, &result);
-        if (seconds != nullptr) seconds[i] += now_s() - before;
-        if (watcher != nullptr && failed == 0) report_step(watcher, i);
+    int failed = run_steps(0, bucket_ends[0], seconds, watcher);
+    if (kBuckets > 0 && failed == 0) {
+        const int place = bucket_place();
+        kept = bucket_patches[place];
+        failed = run_steps(bucket_ends[place], bucket_ends[place + 1], seconds, watcher);
     }
     end_inference();
     if (failed == 0) memcpy(logits, aligned_logits, sizeof aligned_logits);
@@ -155,6 +177,20 @@ VITRIM_ENTRY int64_t vitrim_network_output_start(int number) {
 }
 VITRIM_ENTRY int64_t vitrim_network_output_numbers(int number) {
     return vitrim::outputs[number].numbers;
+}
+// How many patches each later image keeps: one of vitrim_network_bucket(), or 0 for what its scores
+// choose. Returns 0 on success.
+VITRIM_ENTRY int vitrim_network_force(int patches) {
+    bool known = patches == 0;
+    for (int i = 0; i < vitrim::kBuckets; ++i) known |= vitrim::bucket_patches[i] == patches;
+    if (known) vitrim::forced = patches;
+    return known ? 0 : -1;
+}
+// How many patches the last image kept; 0 before the first one and without buckets.
+VITRIM_ENTRY int vitrim_network_kept() { return vitrim::kept; }
+// The numbers of patches, increasing, and 0 behind them.
+VITRIM_ENTRY int vitrim_network_bucket(int number) {
+    return number >= 0 && number < vitrim::kBuckets ? vitrim::bucket_patches[number] : 0;
 }
 VITRIM_ENTRY int64_t vitrim_network_arena_bytes() { return sizeof vitrim::arena; }
 // Whether vitrim_network_refusal() has a reason, as an integer in TVM's calling convention.

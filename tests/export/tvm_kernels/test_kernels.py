@@ -61,10 +61,11 @@ def architectures(draw: Any) -> Architecture:
         draw(st.integers(1, 3)),
     )
     channels, padding = draw(st.integers(1, 3)), (draw(st.integers(0, 1)) if patch > 1 else 0)
-    pool = draw(st.sampled_from(["token", "mean", "mean_all", "distilled", "attention"]))
+    pools = ["token", "mean", "mean_all", "distilled", "dense", "attention"]
+    pool = draw(st.sampled_from(pools))
     spec = StemSpec(patch=(patch, patch), padding=(padding, padding), bias=draw(st.booleans()))
     sizes = spec.sizes(grid[0] * patch, grid[1] * patch)[-1]
-    prefix = draw(st.integers({"token": 1, "distilled": 2}.get(pool, 0), 3))
+    prefix = draw(st.integers({"token": 1, "dense": 1, "distilled": 2}.get(pool, 0), 3))
     widths = [draw(st.integers(1, 2)) for _ in range(draw(st.integers(1, 2)))]
     patches = draw(st.permutations(range(sizes[0] * sizes[1])))
     order = tuple(patches[: draw(st.integers(1, len(patches)))]) if draw(st.booleans()) else None
@@ -80,7 +81,7 @@ def architectures(draw: Any) -> Architecture:
     width = len(reads or range(embed))
     spec_pool = draw(attention_pools()) if pool == "attention" else PoolSpec(kind=pool)
     width_pooled = spec_pool.width or width
-    classified = pool == "distilled" or draw(st.booleans())
+    classified = pool in ("distilled", "dense") or draw(st.booleans())
     written = (
         None
         if classified
@@ -98,7 +99,7 @@ def architectures(draw: Any) -> Architecture:
         steps=steps,
         norm=draw(norms(width)),
         pool=spec_pool,
-        pool_norm=draw(norms(width_pooled)) if pool != "distilled" else None,
+        pool_norm=draw(norms(width_pooled)) if pool not in ("distilled", "dense") else None,
         head=HeadSpec(
             classes=draw(st.integers(1, 20)),
             bias=draw(st.booleans()),
@@ -276,6 +277,21 @@ def test_the_norm_after_the_pool_selects_the_columns_that_the_head_reads(kind: s
         head_reads=(1, 3, 4, 8, 11),
     )
     assert error_of(model, build_network(model, runnable()[-1], batch=2), 2) < 1e-4
+
+
+@pytest.mark.parametrize("head", [{"bias": False}, {"hidden": 9, "act": "sigmoid"}])
+def test_the_head_of_token_labels_adds_half_of_the_largest_logits(head: dict[str, Any]) -> None:
+    model = small(
+        prefix=2,
+        pool=PoolSpec(kind="dense"),
+        head=HeadSpec(classes=19, **head),
+        head_reads=(0, 1, 3, 4, 8, 11),
+        norm=NormSpec(width=6),
+    )
+    for batch, threads in ((1, 1), (3, 2)):
+        built = build_network(model, runnable()[-1], batch=batch, threads=threads)
+        assert built.route == "kernels"
+        assert error_of(model, built, batch) < 1e-4
 
 
 @given(total=st.integers(1, 500), most=st.integers(1, 16))

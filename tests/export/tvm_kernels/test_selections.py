@@ -306,6 +306,21 @@ def test_in_fp32_the_class_attention_of_a_selection_adds_no_product() -> None:
     assert kernel_specs(model, lanes, schedule, 2) == kernel_specs(other, lanes, schedule, 2)
 
 
+def test_in_fp32_column_attention_reads_the_maps_of_the_attention_itself() -> None:
+    model = sample("plain")
+    attends = [
+        spec
+        for spec in kernel_specs(model, Lanes.of(HOST.vector), default_schedule(HOST.vector), 2)
+        if isinstance(spec, Attend)
+    ]
+    assert [spec.columns for spec in attends] == [False, True]
+    names = [name.name_hint for name in build_network(model, HOST, batch=2).module.functions]
+    # One for the class attention of the first attention, whose queries are another number.
+    assert len([name for name in names if "column_sums" in name]) == 1
+    eight = build_network(model, HOST, batch=2, precision="int8").module.functions
+    assert len([name for name in eight if "column_sums" in name.name_hint]) == 1
+
+
 def written(folder: Path, target: str, batch: int) -> tuple[CompactModel, RuntimeFiles]:
     """A network with every scorer, compiled as the exporter does; all weights in fp32."""
     if shutil.which("g++") is None:
