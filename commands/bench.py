@@ -74,6 +74,9 @@ def bench(
 
       vitrim bench small-dynamic --batch 1,4,16
 
+    Of an artifact with [bold]buckets[/bold] all are measured, and a second table has the slowest
+    one, which bounds the latency of every image, and the mean over the images (--bucket N: one).
+
     [bold]On a device[/bold] (files are copied there and removed; repeat the command after a lost
     connection)
 
@@ -119,7 +122,8 @@ def bench(
             "nothing to measure: name artifact folders or .onnx files (vitrim bench --help)"
         )
     sizes, paths = how.batch_sizes(), _by_name(artifacts)
-    files = {size: _measurement_files(paths, size, len(sizes), output) for size in sizes}
+    names = _names(paths, how.bucket)
+    files = {size: _measurement_files(names, size, len(sizes), output) for size in sizes}
     if output.out is not None:
         require_separate(output.out, _inputs(where, what, artifacts))
         for path in (path for named in files.values() for path in named.values()):
@@ -148,10 +152,18 @@ def _by_name(artifacts: list[Path]) -> dict[str, Path]:
     return names
 
 
+def _names(paths: Mapping[str, Path], bucket: int | None) -> list[str]:
+    """The names of the measurements: one for each artifact, or for each of its buckets."""
+    from ..bench.local.bucket_jobs import measured_names
+
+    found = measured_names(paths, bucket)
+    return [name for each in found.values() for name in each]
+
+
 def _measurement_files(
     names: Iterable[str], size: int | None, sizes: int, output: Output
 ) -> dict[str, Path]:
-    """The file of each artifact at a batch size, one of `sizes`; empty without --out."""
+    """The file of each measurement at a batch size, one of `sizes`; empty without --out."""
     if output.out is None:
         return {}
     suffix = f"-batch{size}" if sizes > 1 else ""
@@ -194,10 +206,13 @@ def _measure(
 def _show_measurements(
     measured: Mapping[str, Measurement], suffix: str, files: Mapping[str, Path]
 ) -> None:
-    from .measurement_table import measurement_table
+    from ..bench.results.buckets import bucket_tables
+    from .measurement_table import bucket_table, measurement_table
 
     rows = {f"{name}{suffix}": measurement for name, measurement in measured.items()}
     show(measurement_table(rows))
+    for found in bucket_tables(measured.values()):
+        show("", *bucket_table(found))
     for name, measurement in measured.items():
         _show_profile(f"{name}{suffix}", measurement, files.get(name))
     show(*_warnings(rows))

@@ -112,8 +112,8 @@ Bucket = Annotated[
     typer.Option(
         "--bucket",
         metavar="N",
-        help="Patches that every image keeps, of an artifact with buckets; the largest one bounds "
-        "the latency. Absent: each image has its own.",
+        help="Measure one bucket of an artifact with buckets: the patches that every image keeps. "
+        "Absent: all of them.",
         show_default=False,
         rich_help_panel=HOW,
     ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..core.console import show, unit_count
 from ..core.errors import InputError
 from ..core.storage import require_output_folder, require_separate
+from .bucket_options import BucketOptions, make_buckets
 from .compact_options import (
     DEFAULT_KEEP_RATIO,
     DEFAULT_SALIENCY,
@@ -44,6 +45,7 @@ def compact(
     untrained: Untrained,
     tokens: TokenOptions,
     select: SelectOptions,
+    buckets: BucketOptions,
     output: Output,
 ) -> None:
     """Cut a model and verify on noise images that the result equals the masked model.
@@ -60,7 +62,8 @@ def compact(
     training. With --saliency or --keep-ratio, too, widths are cut after the tokens.
 
     With --select patches are chosen for each image while the network runs, a constant number in
-    each stage, by the attention of the network itself.
+    each stage, by the attention of the network itself. With --buckets the last stage keeps one of
+    several numbers, which depends on the image.
 
     The output folder contains the model and mask.safetensors. The note of the mask records how it
     was chosen (saliency, scope, images, seed, rounding).
@@ -90,21 +93,26 @@ def compact(
       vitrim compact deit.pth --model deit_small_patch16_224 --select class-attention \
         --select-ratio 0.7 --select-stages 3,6,9 --out small
 
+      vitrim compact small --buckets 30,45,67 --mean-patches 50 --data images:photos --out bucketed
+
     Args:
         model: The model to cut.
         selection: What is kept of it.
         untrained: A cut without training: its budget and its check.
         tokens: Which tokens are dropped, and how many.
         select: Which patches are chosen for each image, and how many.
+        buckets: Of how many numbers of patches each image keeps one.
         output: What is printed and saved.
     """
     tokens.check(selection, untrained)
     select.check(tokens, untrained)
+    buckets.check(selection, tokens, untrained)
     budget = untrained.macs
     if tokens.selected:
         # The budget is that of the tokens.
         untrained = replace(untrained, macs=None)
-    check_options(selection, untrained, output, uses_images=tokens.uses_images)
+    uses_images = tokens.uses_images or buckets.selected
+    check_options(selection, untrained, output, uses_images=uses_images)
     if untrained.selected:
         require_resume(untrained, output)
     if output.out is not None:
@@ -113,6 +121,9 @@ def compact(
     before = source.model.architecture
     if select.selected:
         source = replace(source, model=select.applied(source.model))
+    if buckets.selected:
+        make_buckets(source, selection, buckets, output)
+        return
     if tokens.selected:
         _cut_tokens(selection, choose_tokens_of(source, selection, tokens, budget), output)
         return

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from ..bench.report import buckets
+from ..bench.report.table import NONE
+from ..bench.results.buckets import BucketTable
 from ..bench.results.measurement import NOT_LATENCY, Measurement
 from ..bench.results.operator_table import OperatorTable
 from ..bench.results.statistics import ratio_interval
@@ -20,7 +23,10 @@ def measurement_table(measured: Mapping[str, Measurement]) -> Table:
     compared.
     """
     table = Table(show_edge=False, pad_edge=False)
-    with_top1 = any(measurement.top1 is not None for measurement in measured.values())
+    with_top1 = any(
+        measurement.top1 is not None and measurement.of_all_images
+        for measurement in measured.values()
+    )
     heads = ["name", "p50", "p90", "p99", "images/s", "faster", "memory", "file"]
     for head in [*heads, "top-1"] if with_top1 else heads:
         table.add_column(head, justify="left" if head == "name" else "right", no_wrap=True)
@@ -46,8 +52,20 @@ def _cells(name: str, measurement: Measurement, first: Measurement) -> list[str]
         faster(first, measurement) if compared else "",
         "" if memory is None else f"{memory / 1e6:.1f} MB",
         f"{measurement.file_bytes / 1e6:.2f} MB",
-        "" if measurement.top1 is None else f"{100 * measurement.top1:.2f} %",
+        ""
+        if measurement.top1 is None or not measurement.of_all_images
+        else f"{100 * measurement.top1:.2f} %",
     ]
+
+
+def bucket_table(found: BucketTable) -> tuple[str, Table]:
+    """The buckets of an artifact: what they are, and latency and top-1 of each."""
+    table = Table(show_edge=False, pad_edge=False)
+    for head in ("bucket", *buckets.COLUMNS):
+        table.add_column(head, justify="left" if head == "bucket" else "right", no_wrap=True)
+    for line in buckets.lines(found):
+        table.add_row(line.name, *("" if cell is NONE else cell.figure for cell in line.cells))
+    return f"{found.name}: buckets. {buckets.remark(found)}", table
 
 
 def operator_table(profile: OperatorTable) -> Table:

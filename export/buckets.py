@@ -1,4 +1,7 @@
-"""The artifact of a network with buckets: one ONNX file that chooses the bucket of each image."""
+"""The artifact of a network with buckets: one file that chooses the bucket of each image.
+
+For ONNX Runtime it is a graph with an `If`, for TVM a program whose calls depend on the bucket.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ import numpy as np
 import onnx
 import torch
 
+from ..compress.network.architecture import SelectSpec
+from ..compress.network.count import count_macs
 from ..compress.network.modules.select import Choices
 from ..compress.tokens.buckets import BucketedModel
 from ..core.errors import InputError
 from ..core.storage import replace_folder
 from . import capabilities
-from .artifact import ARTIFACT, Artifact
+from .artifact import ARTIFACT, Artifact, entry_for
 from .cross_target import cross_target
 from .export_run import ExportRun, first_batch
 from .forms import Form, form_named, write_network
@@ -26,15 +31,22 @@ from .graphs.candidates import int8_weight_bits, readable
 from .graphs.known_forms import best_form
 from .graphs.model_facts import name_of, provenance_of, torch_outputs
 from .graphs.model_proto import INDICES, open_graph, opset_of, save_model
-from .manifest import Array, BucketsSpec, ChoiceParity, tool_versions
+from .manifest import Array, ChoiceParity, CpuFeatures, Manifest, tool_versions
+from .manifest_parts import BucketsSpec
 from .onnxruntime_files import EIGHT_BITS, cpu_features, int8_notes
 from .parity import Probe, require_agreement, require_parity
 from .request import ONNXRUNTIME, ExportRequest
+from .runtimes import Source, runtime_named
 from .sessions import config_for
 from .stage_line import stage
+from .tvm_kernels.choices import bucket_choices
 
 TOOLS = ("vitrim", "torch", "timm", "onnx", "onnxruntime", "numpy")
 PRECISIONS = ("fp32", "int8")
+TVM = "tvm"
+RUNTIMES = (ONNXRUNTIME, TVM)
+# For each image the chosen places of each selection that depends on it.
+Chosen = list[list[Array]]
 
 
 def require_bucket_options(
@@ -51,9 +63,9 @@ def require_bucket_options(
         InputError: An option is not for such networks; the message names it.
     """
     device, numeric, graph = request.device, request.numeric, request.graph
-    if device.runtime != ONNXRUNTIME:
+    if device.runtime not in RUNTIMES:
         raise InputError(
-            f"runtime {device.runtime!r} runs no buckets, which are for onnxruntime; export it, or "
+            f"runtime {device.runtime!r} runs no buckets; export for {' or '.join(RUNTIMES)}, or "
             "one count: BucketedModel.fixed(count)"
         )
     if numeric.precision not in PRECISIONS:
@@ -70,6 +82,7 @@ def require_bucket_options(
         "tune": graph.tune,
         "ort_format": graph.ort_format,
         "form 'plain'": graph.form == "plain",
+        "form": graph.form is not None and device.runtime == TVM,
     }
     for name, requested in found.items():
         if requested:
@@ -96,26 +109,93 @@ def export_bucketed(model: BucketedModel, folder: Path, request: ExportRequest) 
     probe = Probe.of(lambda rows: torch_outputs(model, rows), shape, images)
     run = ExportRun(request, probe, first_batch(request, probe))
     run.notes.extend(request.manifest.notes)
+    write = _write_program if request.device.runtime == TVM else _write_graph
+    with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
+        manifest, equal = write(run, model, aside)
+        Artifact.write(aside, manifest.model_copy(update={"buckets": _buckets_spec(model, equal)}))
+    return Artifact.load(folder)
+
+
+def _write_graph(run: ExportRun, model: BucketedModel, folder: Path) -> tuple[Manifest, float]:
+    """Write `model.onnx`; returns its manifest, and on how many images the bucket is torch's."""
+    request = run.request
     form, measured = _form(model, request)
     run.notes.append(f"form: {measured}")
-    precision = request.numeric.precision
     stage(f"writing {len(model.buckets.counts)} buckets")
-    final = bucketed_graph(model, form, request, precision)
-    buckets = _verify(run, model, form, final)
-    with replace_folder(folder, ARTIFACT, overwrite=request.overwrite) as aside:
-        stage("writing model.onnx")
-        manifest = run.manifest(
-            name=name_of(model),
-            form=form.name,
-            files=save_model(final, aside),
-            provenance=provenance_of(model.network, request.manifest.provenance),
-            versions=tool_versions(*TOOLS),
-            opset=opset_of(final),
-            session=config_for(request.device.threads),
-            cpu=cpu_features(run),
+    final = bucketed_graph(model, form, request, request.numeric.precision)
+    equal = _verify(run, model, form, final)
+    stage("writing model.onnx")
+    manifest = run.manifest(
+        name=name_of(model),
+        form=form.name,
+        files=save_model(final, folder),
+        provenance=provenance_of(model.network, request.manifest.provenance),
+        versions=tool_versions(*TOOLS),
+        opset=opset_of(final),
+        session=config_for(request.device.threads),
+        cpu=cpu_features(run),
+    )
+    return manifest, equal
+
+
+def _write_program(run: ExportRun, model: BucketedModel, folder: Path) -> tuple[Manifest, float]:
+    """Write `model.so`; returns its manifest, and on how many images the bucket is torch's."""
+    request, precision = run.request, run.request.numeric.precision
+    stage(f"compiling {len(model.buckets.counts)} buckets for {TVM}, {precision}")
+    source = Source(
+        model=model,
+        compact=model.network,
+        graph=onnx.ModelProto(),
+        shape=request.shape,
+        batch=1,
+        target=request.device.target,
+        threads=request.device.threads,
+        precision=precision,
+        images=None,
+        probe=run.probe,
+        options=request.device.settings,
+        buckets=model,
+    )
+    written = runtime_named(TVM).write(source, folder)
+    reason = written.parity_skipped or (written.command and "its code is for another processor")
+    if reason:
+        raise InputError(
+            f"runtime {TVM}: a network with buckets is verified on this machine: {reason}; "
+            "export it for host, or for onnxruntime"
         )
-        Artifact.write(aside, manifest.model_copy(update={"buckets": buckets}))
-    return Artifact.load(folder)
+    run.notes.extend(written.notes)
+    name = TVM if precision == "fp32" else f"{TVM} {precision}"
+    stage(f"parity of {name}")
+    library = folder / written.main
+    logits, chosen = bucket_choices(library, run.probe.images, threads=request.device.threads)
+    equal = _compare(run, model, (logits, chosen), name, precision)
+    _note_buckets(run, model, equal)
+    files = [entry_for(folder, written.main, "model")]
+    files += [entry_for(folder, path, role) for path, role in written.files]
+    manifest = run.manifest(
+        name=name_of(model),
+        form="kernels",
+        files=files,
+        provenance=provenance_of(model.network, request.manifest.provenance),
+        versions={**tool_versions(*TOOLS), **written.versions},
+        opset=None,
+        session=written.session,
+        cpu=CpuFeatures(needs=written.needs, assumes=written.assumes),
+    )
+    return manifest, equal
+
+
+def _buckets_spec(model: BucketedModel, equal: float) -> BucketsSpec:
+    found = model.buckets
+    return BucketsSpec(
+        selection=model.selection.spec.name,
+        counts=found.counts,
+        coverage=found.coverage,
+        shares=found.shares,
+        images=found.images or None,
+        macs=tuple(count_macs(architecture) for architecture in model.architectures),
+        equal=equal,
+    )
 
 
 def bucketed_graph(
@@ -129,9 +209,11 @@ def bucketed_graph(
         request: The options.
         precision: "fp32" or "int8".
     """
-    eight: Any = {"linears": "int8", "weight_bits": int8_weight_bits(request)}
+    options: dict[str, Any] = {"share_maps": True}
+    if precision == "int8":
+        options = {"linears": "int8", "weight_bits": int8_weight_bits(request)}
     graphs = [
-        write_network(model.fixed(count), form, batch=1, **(eight if precision == "int8" else {}))
+        write_network(model.fixed(count), form, batch=1, **options)
         for count in model.buckets.counts
     ]
     spec = model.selection.spec
@@ -157,53 +239,73 @@ def _form(model: BucketedModel, request: ExportRequest) -> tuple[Form, str]:
     )
 
 
-def _verify(
-    run: ExportRun, model: BucketedModel, form: Form, final: onnx.ModelProto
-) -> BucketsSpec:
-    """Record the parity of the graph in single precision and in the requested one."""
+def _verify(run: ExportRun, model: BucketedModel, form: Form, final: onnx.ModelProto) -> float:
+    """Record the parity of the graph in single precision and in the requested one.
+
+    Returns:
+        On which share of the images the last one chooses the bucket of torch.
+    """
     request, target = run.request, run.request.device.target
     precision = request.numeric.precision
     graph = final if precision == "fp32" else bucketed_graph(model, form, request, "fp32")
-    equal = _compare(run, model, graph, f"form {form.name}", "fp32")
+    name = f"form {form.name}"
+    stage(f"parity of {name}")
+    equal = _compare(run, model, _run(graph, model, run.probe.images), name, "fp32")
     if precision != "fp32":
         run.notes.extend(int8_notes(run))
         reason = capabilities.int8_saturates_here(target)
         if reason and precision in EIGHT_BITS:
             run.notes.append(f"parity of {precision} was not run: {reason}")
         else:
-            equal = _compare(run, model, final, precision, precision)
+            stage(f"parity of {precision}")
+            found = _run(final, model, run.probe.images)
+            equal = _compare(run, model, found, precision, precision)
     other = cross_target(target)
     if other is not None:
         run.notes.append(f"not run as {target}: a network with buckets is verified on this machine")
-    found, counts = model.buckets, ", ".join(map(str, model.buckets.counts))
+    _note_buckets(run, model, equal)
+    return equal
+
+
+def _note_buckets(run: ExportRun, model: BucketedModel, equal: float) -> None:
+    counts = ", ".join(map(str, model.buckets.counts))
     run.notes.append(
         f"buckets of {counts} patches at {model.selection.spec.name}: the bucket of torch on "
         f"{100 * equal:.1f} % of {len(run.probe.images)} {run.probe.kind}; the largest one bounds "
         "the latency"
     )
-    return BucketsSpec(
-        selection=model.selection.spec.name,
-        counts=found.counts,
-        coverage=found.coverage,
-        shares=found.shares,
-        equal=equal,
-    )
+
+
+def _dependent(model: BucketedModel) -> list[SelectSpec]:
+    """The selections whose choice depends on the image; the last one has the buckets."""
+    constant = random_places(model.network)
+    return [spec for spec in model.network.architecture.selects if spec.name not in constant]
 
 
 def _compare(
-    run: ExportRun, model: BucketedModel, graph: onnx.ModelProto, name: str, precision: str
+    run: ExportRun,
+    model: BucketedModel,
+    outcome: tuple[Array, Chosen],
+    name: str,
+    precision: str,
 ) -> float:
-    """Record the parity of a graph; returns the share of images with the bucket of torch.
+    """Record the parity of a file; returns the share of images with the bucket of torch.
 
-    Errors are those of torch in the bucket, and with the patches, that the graph chose.
+    Errors are those of torch in the bucket, and with the patches, that the file chose.
+
+    Args:
+        run: Gets the parity.
+        model: The network.
+        outcome: The file's logits for the probe's images, and its choices.
+        name: Name of the stage.
+        precision: Selects the tolerance.
+
+    Raises:
+        ParityError: The outputs differ.
     """
-    stage(f"parity of {name}")
-    probe = run.probe
-    network = model.network
+    probe, network, (found, chosen) = run.probe, model.network, outcome
     constant = random_places(network)
-    specs = [select for select in network.architecture.selects if select.name not in constant]
-    values = [*(f"{spec.name}{INDICES}" for spec in specs[:-1]), CHOSEN]
-    found, chosen = _run(graph, values, probe.images)
+    specs = _dependent(model)
     expected, references = [], []
     for image, kept in zip(probe.images, chosen, strict=True):
         pixels = torch.from_numpy(image[None]).to(next(model.parameters()).device)
@@ -244,10 +346,9 @@ def _compare(
     return float(np.mean([a[-1].shape == b[-1].shape for a, b in pairs]))
 
 
-def _run(
-    graph: onnx.ModelProto, values: Sequence[str], images: Array
-) -> tuple[Array, list[list[Array]]]:
-    """Run a graph on each image: all logits, and for each image the named values."""
+def _run(graph: onnx.ModelProto, model: BucketedModel, images: Array) -> tuple[Array, Chosen]:
+    """Run a graph on each image: all logits, and the choices of the selections."""
+    values = [*(f"{spec.name}{INDICES}" for spec in _dependent(model)[:-1]), CHOSEN]
     opened = onnx.ModelProto()
     opened.CopyFrom(graph)
     opened.graph.output.extend(
@@ -255,7 +356,8 @@ def _run(
     )
     session = open_graph(opened)
     rows = [
-        session.run(None, {"images": images[place : place + 1]}) for place in range(len(images))
+        session.run(["logits", *values], {"images": images[place : place + 1]})
+        for place in range(len(images))
     ]
     return np.concatenate([row[0] for row in rows]), [row[1:] for row in rows]
 

@@ -144,6 +144,7 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
     scale = [1.0 / (255.0 * std) for std in preprocessing.std]
     shift = [-mean / std for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True)]
     cpu = manifest.cpu or CpuFeatures()
+    buckets = () if manifest.buckets is None else manifest.buckets.counts
     values = {
         "TARGET": _text(manifest.target),
         "CPU_NEEDS": _text(" ".join(cpu.needs)),
@@ -159,6 +160,8 @@ def header(artifact: Artifact, preprocessing: PreprocessingSpec) -> str:
             f"#define {_macro(output.name)}_START {start}"
             for output, start in zip(manifest.outputs, starts, strict=True)
         ),
+        "BUCKET_COUNT": str(len(buckets)),
+        "BUCKETS": ", ".join(map(str, (*buckets, 0))),
         "CHANNELS": str(preprocessing.channels),
         "HEIGHT": str(preprocessing.height),
         "WIDTH": str(preprocessing.width),

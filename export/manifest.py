@@ -31,14 +31,9 @@ from importlib import metadata
 from typing import Annotated, Any, Literal
 
 from numpy.typing import NDArray
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, model_validator
+
+from .manifest_parts import BucketsSpec, Name, Plain, PlainWithExtras, Size
 
 SCHEMA = "vitrim.manifest/1"
 MANIFEST = "manifest.json"
@@ -50,8 +45,6 @@ LEAST_EQUAL_CHOICES, LEAST_OVERLAP = 0.99, 0.9
 PARITY = "parity: "
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Size = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Array = NDArray[Any]
 Batch = int | Literal["dynamic"]
@@ -59,28 +52,6 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-static", "int8-weights
 Layout = Literal["NCHW", "NHWC"]
 OutputKind = Literal["logits", "features", "tokens", "patches", "block"]
 Role = Literal["model", "weights", "operators", "source", "other"]
-
-
-class Plain(BaseModel):
-    """Frozen plain data; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class PlainWithExtras(Plain):
-    """Plain data with fields that are written only where they have a value."""
-
-    @model_serializer(mode="wrap")
-    def _without_absent_extras(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = handler(self)
-        return {
-            key: value for key, value in data.items() if value is not None or key not in self.extras
-        }
-
-    @property
-    def extras(self) -> frozenset[str]:
-        """The names of these fields."""
-        return frozenset()
 
 
 class TensorSpec(PlainWithExtras):
@@ -226,7 +197,7 @@ class Provenance(Plain):
     weights_sha256: Sha256 | None = None
     parameters: Annotated[int, Field(ge=0)] | None = None
     macs: Annotated[int, Field(ge=0)] | None = None
-    details: dict[str, str] = {}
+    details: dict[str, str] = Field(default_factory=dict)
 
 
 class CpuFeatures(Plain):
@@ -239,24 +210,6 @@ class CpuFeatures(Plain):
 
     needs: tuple[Name, ...] = ()
     assumes: tuple[Name, ...] = ()
-
-
-class BucketsSpec(Plain):
-    """Numbers of patches of which each image gets one; the largest bounds the latency.
-
-    Attributes:
-        selection: Name of the selection that keeps them.
-        counts: The numbers, increasing. The optional input `bucket` forces one of them.
-        coverage: An image gets the smallest one whose best patches hold this share of its scores.
-        shares: Share of the calibration images in each, where there were any.
-        equal: Share of the parity images that got the bucket of the reference.
-    """
-
-    selection: Name
-    counts: tuple[Size, ...] = Field(min_length=2)
-    coverage: Annotated[float, Field(gt=0, le=1)]
-    shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
-    equal: Annotated[float, Field(ge=0, le=1)]
 
 
 class Manifest(PlainWithExtras):
@@ -299,8 +252,8 @@ class Manifest(PlainWithExtras):
     precision: Precision
     form: Name
     # Config entries of the runtime's session that the form was measured with.
-    session: dict[str, str] = {}
-    versions: dict[str, str] = {}
+    session: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
     files: tuple[FileEntry, ...] = Field(min_length=1)
     parity: tuple[Parity, ...] = ()
     provenance: Provenance = Provenance()

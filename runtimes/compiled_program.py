@@ -63,6 +63,24 @@ class CompiledProgram:
         )
         self.threads = int(library.vitrim_network_threads(threads))
 
+    def force(self, patches: int) -> None:
+        """Let every image keep a number of patches, one bucket's; 0: what its scores choose.
+
+        Raises:
+            EngineError: The network has no such bucket.
+        """
+        force = getattr(self.library, "vitrim_network_force", None)
+        if patches and (force is None or force(patches) != 0):
+            raise EngineError(f"the model has no bucket of {patches} patches; export it again")
+        if not patches and force is not None:
+            force(0)
+
+    @property
+    def kept(self) -> int:
+        """How many patches the last image kept; 0 for a network without buckets."""
+        kept = getattr(self.library, "vitrim_network_kept", None)
+        return 0 if kept is None else int(kept())
+
     @property
     def arena_bytes(self) -> int:
         """The memory planned for values between the kernels."""
@@ -103,9 +121,11 @@ class CompiledProgram:
             if library.vitrim_network_profile(*pointers) != 0:
                 raise RuntimeError(self._failure())
         names = [library.vitrim_network_step(number).decode() for number in range(steps)]
+        # Of a network with buckets, the steps of the other buckets did not run.
         return [
             (f"{number}.{name}", name, count, float(seconds[number]))
             for number, name in enumerate(names)
+            if seconds[number] > 0 or not self.kept
         ]
 
     def watch(self, images: Any) -> list[tuple[str, bytes]]:

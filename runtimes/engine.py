@@ -110,6 +110,20 @@ class Engine:
         """
         return {self.output_name: self.infer(images)}
 
+    def infer_chosen(self, images: Any) -> tuple[Any, int]:
+        """Compute logits of one image in the bucket that its scores choose.
+
+        Args:
+            images: C-contiguous, of `input_shape` and `input_type`.
+
+        Returns:
+            Logits (1, classes) float32, and the number of patches that the image kept.
+
+        Raises:
+            EngineError: The model has no buckets, or does not return the number.
+        """
+        raise EngineError(f"{self.runtime} runs no model with buckets")
+
     def set_outputs(self, available: list[str]) -> list[str]:
         """Set `output_name`, and return the names of the outputs that the job contains.
 

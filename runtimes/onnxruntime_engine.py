@@ -29,6 +29,8 @@ GRAPH_OPTIONS = {
     "CUDAExecutionProvider": "enable_cuda_graph",
     "TensorrtExecutionProvider": "trt_cuda_graph_enable",
 }
+# The output of a model with buckets: how many patches an image kept.
+KEPT = "kept"
 # One inference with logging on, for the arena's lines in the log.
 ARENA_SCRIPT = """
 import json, sys
@@ -117,6 +119,16 @@ class OnnxRuntimeEngine(Engine):
     def infer_outputs(self, images: Any) -> Json:
         """Run the model; see `Engine.infer_outputs`."""
         return dict(zip(self.output_names, self._run(images)))
+
+    def infer_chosen(self, images: Any) -> tuple[Any, int]:
+        """Run the model in the image's own bucket; see `Engine.infer_chosen`."""
+        if KEPT not in [output.name for output in self.session.get_outputs()]:
+            raise EngineError(
+                f"the model has no output {KEPT!r} with the number of patches that an image kept; "
+                "export it again"
+            )
+        logits, kept = self.session.run([self.output_name, KEPT], {self.input_name: images})
+        return logits, int(kept[0])
 
     def _run(self, images: Any) -> list[Any]:
         """All outputs, in the order of `output_names`."""

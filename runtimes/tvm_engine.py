@@ -25,7 +25,7 @@ class TvmEngine(Engine):
     """A compiled network.
 
     It reads these keys of the session: entry (program or machine), device (cpu or cuda), triple and
-    compiler.
+    compiler; and of the job inputs (bucket: the number of patches that every image keeps).
     """
 
     runtime = "tvm"
@@ -73,6 +73,9 @@ class TvmEngine(Engine):
                 )
             )
             self.output_name = next(iter(self.model.outputs))
+            self.forced = int((self.job.get("inputs") or {}).get("bucket") or 0)
+            if isinstance(self.model, CompiledProgram):
+                self.model.force(self.forced)
         except EngineError:
             raise
         except Exception as error:
@@ -94,6 +97,18 @@ class TvmEngine(Engine):
             return found
         except Exception as error:
             raise EngineError(f"tvm {self.version}: the model stopped: {one_line(error)}") from None
+
+    def infer_chosen(self, images: Any) -> tuple[Any, int]:
+        """Run the model in the image's own bucket; see `Engine.infer_chosen`."""
+        if not self.has_plan:
+            raise EngineError("a model for TVM's virtual machine has no buckets")
+        self.model.force(0)
+        logits = self.infer(images)
+        kept = self.model.kept
+        self.model.force(self.forced)
+        if not kept:
+            raise EngineError("the model has no buckets")
+        return logits, kept
 
     def profile(self, images: Any, count: int) -> list[Json]:
         """Time each kernel; see `Engine.profile`."""

@@ -36,6 +36,8 @@ class ArtifactFacts:
         cpu: The instruction sets that it needs and assumes, and its target; see runtimes.
         warnings: What makes its outputs doubtful.
         buckets: The numbers of patches of which each image keeps one; empty without buckets.
+        bucket_shares: Share of the calibration images in each, if known.
+        bucket_images: Number of calibration images, if known.
     """
 
     model: Path
@@ -55,6 +57,8 @@ class ArtifactFacts:
     cpu: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     buckets: tuple[int, ...] = ()
+    bucket_shares: tuple[float, ...] | None = None
+    bucket_images: int | None = None
 
 
 def artifact_facts(artifact: Artifact | Path | str) -> ArtifactFacts:
@@ -112,8 +116,19 @@ def _of_artifact(artifact: Artifact) -> ArtifactFacts:
         input=given.model_dump(mode="json"),
         cpu=_cpu(manifest),
         warnings=manifest.warnings,
-        buckets=() if manifest.buckets is None else manifest.buckets.counts,
+        **_buckets(manifest),
     )
+
+
+def _buckets(manifest: Manifest) -> dict[str, Any]:
+    found = manifest.buckets
+    if found is None:
+        return {}
+    return {
+        "buckets": found.counts,
+        "bucket_shares": found.shares,
+        "bucket_images": found.images,
+    }
 
 
 def _outputs(manifest: Manifest) -> list[dict[str, Any]] | None:

@@ -6,10 +6,11 @@ it does the same work there:
 
     python conductor.py plan.json result.json
 
-Plan: jobs ({name: job of runner.py}), seed, threads, turn_s, least_rounds, most_rounds, half_width,
-time_limit_s, warm_limit_s, dataset, dataset_limit, profile (runs), and for emulated processors
-command (what runs a Python file there) and emulator (its name). The result contains raw samples and
-the runners' events; progress lines go to standard output.
+Plan: jobs ({name: job of runner.py}; scored_by names another job that counts its top-1), seed,
+threads, turn_s, least_rounds, most_rounds, half_width, time_limit_s, warm_limit_s, dataset,
+dataset_limit, profile (runs), and for emulated processors command (what runs a Python file there)
+and emulator (its name). The result contains raw samples and the runners' events; progress lines go
+to standard output.
 """
 
 from __future__ import annotations
@@ -243,7 +244,11 @@ def conduct(plan: Json, progress: Progress | None = None, executor: Any = None) 
         for name in names:
             runs[name]["memory"] = runners[name].request("memory")
         for name in names if plan.get("dataset") else []:
-            runs[name]["score"] = _score(name, plan, runners[name], progress)
+            # Buckets of one artifact are counted together, in one pass over the data.
+            scorer = plan["jobs"][name].get("scored_by", name)
+            if "score" not in runs[scorer]:
+                runs[scorer]["score"] = _score(scorer, plan, runners[scorer], progress)
+            runs[name]["score"] = runs[scorer]["score"]
         for name in names if plan.get("profile") else []:
             progress(0.9, f"profiling {name}")
             try:

@@ -21,6 +21,7 @@ from ..results.operator_table import OperatorTable, operator_rows
 from ..results.warnings import warnings_for, wrong_provider
 from . import environment
 from .artifact_facts import ArtifactFacts, artifact_facts
+from .bucket_jobs import bucket_jobs, measured_bucket, own_score
 from .conductor import ConductorError, RunnerProcess, conduct
 from .options import CPU, MeasureOptions
 
@@ -48,7 +49,8 @@ def measure(
 
     Returns:
         Raw latency samples in seconds, memory in bytes, and the machine's state; `summary()` and
-        `interval()` derive the statistics.
+        `interval()` derive the statistics. Of an artifact with buckets it is the largest bucket,
+        unless `bucket` names one; `measure_interleaved` measures all of them.
 
     Raises:
         InputError: The artifact or an option is invalid, or the runner failed.
@@ -56,6 +58,8 @@ def measure(
     title = name or (
         artifact.manifest.name if isinstance(artifact, Artifact) else Path(artifact).stem
     )
+    if options.get("bucket") is None and (buckets := artifact_facts(artifact).buckets):
+        options["bucket"] = buckets[-1]
     return measure_interleaved({title: artifact}, target=target, threads=threads, **options)[title]
 
 
@@ -80,7 +84,8 @@ def measure_interleaved(
 
     Returns:
         {name: measurement}; the measurements share one session, so `compare` pairs their rounds.
-        Top-1 comes from the process that was timed.
+        Top-1 comes from the process that was timed. Of an artifact with buckets each is measured,
+        with the name that `bucket_name` returns; see `bucket_tables`.
 
     Raises:
         InputError: An artifact or an option is invalid, or a runner failed.
@@ -194,7 +199,15 @@ def make_plan(
             f"{options.dataset}: no such data set; "
             "give an .npz with the arrays `images` and `labels`"
         )
-    facts = {name: artifact_facts(artifact) for name, artifact in artifacts.items()}
+    found = {name: artifact_facts(artifact) for name, artifact in artifacts.items()}
+    jobs: dict[str, Json] = {}
+    facts: dict[str, ArtifactFacts] = {}
+    for name, about in found.items():
+        each = bucket_jobs(name, about, options, _job)
+        if taken := set(each) & set(jobs):
+            raise InputError(f"{taken.pop()}: a second measurement of this name; rename {name}")
+        jobs.update(each)
+        facts.update(dict.fromkeys(each, about))
     if options.dataset is not None:
         for name, about in facts.items():
             if not about.logits:
@@ -204,7 +217,7 @@ def make_plan(
                     "leave the data set out, or export it with logits among its outputs"
                 )
     plan = {
-        "jobs": {name: _job(name, about, options) for name, about in facts.items()},
+        "jobs": jobs,
         "seed": options.seed,
         "time_limit_s": options.time_limit_s,
         "half_width": options.half_width,
@@ -300,7 +313,8 @@ def assemble(
             precision=facts[name].precision,
             environment=where,
             **_model_fields(run["ready"], job),
-            **_run_fields(run, raw.get("energy_source")),
+            **_run_fields(run, raw.get("energy_source"), job),
+            bucket=measured_bucket(run, job, facts[name]),
             cpu_share=_cpu_share(run, job),
         )
         found[name] = measured.model_copy(
@@ -338,8 +352,10 @@ def _model_fields(ready: Json, job: Json) -> Json:
     }
 
 
-def _run_fields(run: Json, energy_source: str | None) -> Json:
-    score, memory = run.get("score"), run["memory"]
+def _run_fields(run: Json, energy_source: str | None, job: Json) -> Json:
+    memory, counted = run["memory"], own_score(run, job)
+    # A bucket may have none of the images.
+    score = counted if counted is not None and counted[1] else None
     total_j, inferences = run["energy_j"] or (0.0, 0)
     return {
         "latency_s": tuple(run["latency_s"]),
@@ -352,9 +368,9 @@ def _run_fields(run: Json, energy_source: str | None) -> Json:
         "device_memory_peak_bytes": memory.get("device_memory_peak_bytes"),
         "energy_per_inference_j": total_j / inferences if inferences else None,
         "energy_source": energy_source if inferences else None,
-        "top1": score["correct"] / score["total"] if score else None,
-        "correct": score["correct"] if score else None,
-        "total": score["total"] if score else None,
+        "top1": score[0] / score[1] if score else None,
+        "correct": score[0] if score else None,
+        "total": score[1] if score else None,
         "operators": operator_rows(run["profile"]["rows"]) if run.get("profile") else (),
     }
 

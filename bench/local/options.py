@@ -32,7 +32,7 @@ class MeasureOptions:
         most_rounds: Largest number of rounds.
         batch: Batch size of models whose batch dimension is free.
         bucket: Number of patches that every image keeps, for artifacts with buckets: one of their
-            counts. None: the scores of an image choose its bucket.
+            counts. None: each bucket is measured, and top-1 is that of the images in it.
         pinning: CPU numbers that the runners are pinned to; no pinning by default.
         priority: "high" lets the runners run before other processes where that is permitted. The
             niceness that they got is recorded.

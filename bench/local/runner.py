@@ -12,7 +12,9 @@ With `-` the job is the first line of standard input, and each further line is a
 Job: model (path), runtime (default onnxruntime), threads, pinning (list of CPU numbers), priority
 (high or normal), spinning, arena, providers, batch (for a free batch dimension), seed, session
 (settings of the runtime), preprocessing ({"mean", "std"} for uint8 data sets), input and output
-(from the manifest), commands (default: read from standard input).
+(from the manifest), inputs (values of optional inputs, by name, while timing), buckets (numbers of
+patches of which each image gets one: score counts each), commands (default: read from standard
+input).
 Commands: warm {limit_s}, run {count, settle}, memory, score {dataset, limit}, profile {count},
 stop. Events: ready, warm, samples, memory, progress, score, profile, error (with a one-line
 message; the process then exits with code 3).
@@ -240,14 +242,19 @@ class Runner:
         }
 
     def score(self, dataset: str, limit: int | None = None) -> Iterator[Json]:
-        """Yield progress events, then the top-1 count over a data set, at the timed batch size."""
+        """Yield progress events, then the top-1 count over a data set, at the timed batch size.
+
+        With buckets each image has its own, and the counts of each are part of the event.
+        """
         name = os.path.basename(dataset)
         images, labels = runtimes.open_dataset(self.numpy, dataset)
         total = len(labels) if limit is None else min(limit, len(labels))
         batch, correct, last_report_s = self.shape[0], 0, time.perf_counter()
+        buckets = {int(count): [0, 0] for count in self.job.get("buckets") or ()}
         for first in range(0, total, batch):
             last = min(first + batch, total)
-            logits, wanted = self._logits(images[first:last]), labels[first:last]
+            logits, kept = self._logits(images[first:last], chosen=bool(buckets))
+            wanted = labels[first:last]
             if not self.numpy.isfinite(logits).all():
                 raise RunnerError(
                     f"the model returns NaN or infinite values for image {first} of {name}"
@@ -258,13 +265,23 @@ class Runner:
                     f"{name}: has labels outside of the model's {classes} classes; "
                     "give the set it was trained on"
                 )
-            correct += int((logits.argmax(axis=1) == wanted).sum())
+            found = int((logits.argmax(axis=1) == wanted).sum())
+            correct += found
+            if kept is not None:
+                if kept not in buckets:
+                    raise RunnerError(f"image {first} of {name} kept {kept} patches, no bucket's")
+                buckets[kept][0] += found
+                buckets[kept][1] += last - first
             if time.perf_counter() - last_report_s > 1:
                 last_report_s = time.perf_counter()
                 yield {"event": "progress", "done": last, "total": total}
-        yield {"event": "score", "correct": correct, "total": total}
+        event: Json = {"event": "score", "correct": correct, "total": total}
+        if buckets:
+            event["buckets"] = [[count, *counted] for count, counted in buckets.items()]
+        yield event
 
-    def _logits(self, images: Any) -> Any:
+    def _logits(self, images: Any, *, chosen: bool) -> tuple[Any, int | None]:
+        """Logits, and with `chosen` the number of patches that the image kept by its scores."""
         numpy, batch, count = self.numpy, self.shape[0], len(images)
         layout = (self.job.get("input") or {}).get("layout")
         given = self.job.get("preprocessing")
@@ -272,7 +289,9 @@ class Runner:
         if count < batch:
             # A fixed batch is padded with copies of the last image; their outputs are dropped.
             chunk = numpy.concatenate([chunk, numpy.repeat(chunk[-1:], batch - count, axis=0)])
-        return self.infer(numpy.ascontiguousarray(chunk)).reshape(batch, -1)[:count]
+        chunk = numpy.ascontiguousarray(chunk)
+        logits, kept = self.engine.infer_chosen(chunk) if chosen else (self.infer(chunk), None)
+        return logits.reshape(batch, -1)[:count], kept
 
     def profile(self, count: int = 10) -> Json:
         """Return one row for each operator, from the runtime's own profiler."""

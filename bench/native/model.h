@@ -10,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "json.h"
@@ -108,29 +109,44 @@ class Model {
     }
 
     // Runs one inference of all outputs; `logits` receives a copy of the first where it is given.
-    void infer(char *images, std::vector<float> *logits = nullptr) const {
-        void *in = nullptr;
-        std::vector<void *> out(outputs.size(), nullptr);
+    // With `kept` the image's scores choose its bucket, whatever the job forces, and `kept`
+    // receives the number of patches.
+    void infer(char *images, std::vector<float> *logits = nullptr, int64_t *kept = nullptr) const {
+        const size_t forced = kept == nullptr ? optional_.size() : 0;
+        std::vector<void *> in(1 + forced, nullptr);
+        std::vector<void *> out(outputs.size() + (kept == nullptr ? 0 : 1), nullptr);
         try {
+            std::vector<const char *> inputs = {input.c_str()}, names;
             ort_.call(CreateTensorWithDataAsOrtValue, static_cast<const void *>(memory_),
                       static_cast<void *>(images), elements() * element_bytes(), shape.data(),
-                      shape.size(), element_, &in);
-            const char *const inputs[1] = {input.c_str()};
-            std::vector<const char *> names;
+                      shape.size(), element_, &in[0]);
+            const int64_t no_sizes = 0;
+            for (size_t number = 0; number < forced; ++number) {
+                ort_.call(CreateTensorWithDataAsOrtValue, static_cast<const void *>(memory_),
+                          static_cast<void *>(&optional_[number].second), sizeof(int64_t),
+                          static_cast<const int64_t *>(&no_sizes), size_t{0},
+                          static_cast<int>(kInt64), &in[1 + number]);
+                inputs.push_back(optional_[number].first.c_str());
+            }
             for (const std::string &name : outputs) names.push_back(name.c_str());
-            const void *const values[1] = {in};
+            if (kept != nullptr) names.push_back(kKept);
             ort_.call(Run, session_, static_cast<const void *>(nullptr),
-                      static_cast<const char *const *>(inputs),
-                      static_cast<const void *const *>(values), size_t{1},
+                      static_cast<const char *const *>(inputs.data()),
+                      static_cast<const void *const *>(in.data()), in.size(),
                       static_cast<const char *const *>(names.data()), names.size(), out.data());
             if (logits != nullptr) copy(out[0], *logits);
+            if (kept != nullptr) {
+                void *number = nullptr;
+                ort_.call(GetTensorMutableData, out.back(), &number);
+                *kept = *static_cast<const int64_t *>(number);
+            }
         } catch (...) {
-            ort_.release(ReleaseValue, in);
-            for (void *value : out) ort_.release(ReleaseValue, value);
+            release(in);
+            release(out);
             throw;
         }
-        ort_.release(ReleaseValue, in);
-        for (void *value : out) ort_.release(ReleaseValue, value);
+        release(in);
+        release(out);
     }
 
     // Ends the trace and returns its file.
@@ -145,9 +161,17 @@ class Model {
     }
 
   private:
+    // The output of a model with buckets: how many patches an image kept.
+    static constexpr const char *kKept = "kept";
     const Ort &ort_;
     void *options_ = nullptr, *session_ = nullptr, *memory_ = nullptr;
     int element_ = 0;
+    // The runtime takes the numbers by address, and does not change them.
+    mutable std::vector<std::pair<std::string, int64_t>> optional_;
+
+    void release(const std::vector<void *> &values) const {
+        for (void *value : values) ort_.release(ReleaseValue, value);
+    }
 
     void close() {
         ort_.release(ReleaseSession, session_);
@@ -177,6 +201,8 @@ class Model {
         }
         ort_.call(CreateCpuMemoryInfo, kArenaAllocator, kDefaultMemory, &memory_);
         describe_input(job);
+        for (const auto &pair : job["inputs"].object)
+            optional_.emplace_back(pair.first, pair.second.whole(0));
         std::vector<std::string> requested;
         for (const Json &entry : job["outputs"].list) requested.push_back(entry["name"].words(""));
         if (requested.empty() && !job["output"].words("").empty())

@@ -55,7 +55,7 @@ enum Place : size_t {
 // ONNX Runtime 1.8 is the oldest release with all of these; newer ones provide its API as well.
 constexpr uint32_t kOldestApi = 8;
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10, kDouble = 11 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10, kDouble = 11 };
 constexpr int kLogErrors = 3, kArenaAllocator = 1, kDefaultMemory = 0;
 
 class Ort {

@@ -184,10 +184,17 @@ class Runner {
         int64_t correct = 0;
         double last_report_s = wall_s();
         std::vector<float> outputs;
+        // Of a model with buckets, (correct, total) by the number of patches that an image keeps.
+        std::map<int64_t, std::pair<int64_t, int64_t>> buckets;
+        for (const Json &count : job_["buckets"].list) buckets[count.whole(0)] = {0, 0};
         for (int64_t first = 0; first < total; first += batch) {
             const int64_t last = std::min(first + batch, total);
             std::vector<char> chunk = dataset.batch(first, last);
-            model_->infer(chunk.data(), &outputs);
+            int64_t kept = 0;
+            model_->infer(chunk.data(), &outputs, buckets.empty() ? nullptr : &kept);
+            if (!buckets.empty() && buckets.count(kept) == 0)
+                throw std::runtime_error("image " + std::to_string(first) + " kept " +
+                                         std::to_string(kept) + " patches, no bucket's");
             const size_t classes = outputs.size() / static_cast<size_t>(batch);
             for (int64_t image = first; image < last; ++image) {
                 const float *row = outputs.data() + static_cast<size_t>(image - first) * classes;
@@ -203,7 +210,12 @@ class Runner {
                                              std::to_string(classes) +
                                              " classes; give the set it was trained on");
                 }
-                correct += std::max_element(row, row + classes) - row == label;
+                const bool right = std::max_element(row, row + classes) - row == label;
+                correct += right;
+                if (!buckets.empty()) {
+                    buckets[kept].first += right;
+                    ++buckets[kept].second;
+                }
             }
             if (wall_s() - last_report_s > 1.0) {
                 last_report_s = wall_s();
@@ -213,8 +225,14 @@ class Runner {
                           .add("total", total));
             }
         }
-        write(
-            Line().add("event", std::string("score")).add("correct", correct).add("total", total));
+        Line line;
+        line.add("event", std::string("score")).add("correct", correct).add("total", total);
+        std::string rows;
+        for (const auto &found : buckets)
+            rows += (rows.empty() ? "[" : ", [") + std::to_string(found.first) + ", " +
+                    std::to_string(found.second.first) + ", " +
+                    std::to_string(found.second.second) + "]";
+        write(buckets.empty() ? line : line.raw("buckets", "[" + rows + "]"));
     }
 
     // One row for each operator, from a second session with the runtime's own profiler.

@@ -57,11 +57,6 @@ def require_native(name: str, facts: ArtifactFacts, options: MeasureOptions) -> 
             f"{name}: the native runner measures {CPU} only, not {options.providers[0]}; "
             "put Python and onnxruntime on the device"
         )
-    if options.bucket is not None:
-        raise InputError(
-            f"{name}: the native runner cannot force bucket {options.bucket}; leave it out, "
-            "or put Python and onnxruntime on the device"
-        )
 
 
 def run_native(

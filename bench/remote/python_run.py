@@ -185,7 +185,10 @@ def model_files(
 ) -> dict[str, Path | bytes]:
     """Return the artifacts' files by their names on the device; the plan's paths become those."""
     files: dict[str, Path | bytes] = {}
-    for number, (name, about) in enumerate(facts.items()):
+    # The buckets of one artifact have the same files.
+    numbers: dict[Path, int] = {}
+    for name, about in facts.items():
+        number = numbers.setdefault(about.model, len(numbers))
         for file in about.files:
             files[f"model-{number}/{file.relative_to(about.root).as_posix()}"] = file
         model = about.model.relative_to(about.root).as_posix()

@@ -93,6 +93,11 @@ def measure_over_tvm_rpc(
                 f"{name}: is made for {about.runtime}, and TVM's boards run TVM artifacts; "
                 "export it with --runtime tvm"
             )
+        if about.buckets:
+            raise InputError(
+                f"{name}: has buckets, and TVM's protocol cannot choose one; measure it over ssh, "
+                "or export one count: BucketedModel.fixed(count)"
+            )
     # A board keeps uploaded files until its server ends; equal files get equal names, so that they
     # do not pile up.
     for number, (name, job) in enumerate(plan["jobs"].items()):

@@ -11,6 +11,7 @@ from .html_figures import (
     operators_section,
 )
 from .html_tables import (
+    buckets_section,
     cut_section,
     estimates_section,
     figures_section,
@@ -23,8 +24,8 @@ from .overview import Change, Overview, baseline_name, overview
 from .run import Run
 from .style import page_style
 from .token_map import token_section
-
 from .waterfall import waterfall_section
+
 # Nothing is loaded and no script runs, whatever a label contains.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
@@ -43,6 +44,7 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         "main",
         _header(run, view),
         figures_section(view),
+        buckets_section(view),
         fronts_section(view),
         latency_section(view),
         operators_section(view),
@@ -51,9 +53,9 @@ def render_html(run: Run, view: Overview | None = None) -> str:
         token_section(run),
         cut_section(run),
         latency_budget_section(run),
+        waterfall_section(run.waterfall),
         zeros_section(run),
         curves_section(run),
-        waterfall_section(run.waterfall),
         parity_section(run),
         _environment(view),
         _warnings(run, view),

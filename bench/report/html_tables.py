@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from . import cut, estimates, wording
+from . import buckets, cut, estimates, wording
 from .markup import Markup, element, joined, keep_units, section
 from .overview import Device, Overview
 from .plot import series_class
@@ -51,6 +51,20 @@ def _side_by_side(view: Overview) -> Markup:
     heads = [_head(device.name, element("small", device.setting)) for device in view.devices]
     grid = element("div", _grid("p50", heads, side_by_side(view.devices)), class_="scroll")
     return element("div", element("h3", "Devices side by side"), grid, class_="card")
+
+
+def buckets_section(view: Overview) -> Markup | None:
+    """The buckets of artifacts whose images keep different numbers of patches."""
+    found = buckets.tables_of(view)
+    if not found:
+        return None
+    cards = []
+    for each in found:
+        grid = _grid(CORNER, [_head(name) for name in buckets.COLUMNS], buckets.lines(each))
+        text = element("p", buckets.remark(each), class_="soft")
+        table_of = element("div", grid, class_="scroll")
+        cards.append(element("div", element("h3", each.name), text, table_of, class_="card"))
+    return section(buckets.HEADING, None, element("div", *cards, class_="stack"), id_="buckets")
 
 
 def estimates_section(run: Run) -> Markup | None:

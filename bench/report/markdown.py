@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ..results.operator_table import OperatorTable
-from . import cut, estimates, wording
+from . import buckets, cut, estimates, wording
 from .facts import environment_facts, run_facts
 from .kept import Bar, kept_blocks
 from .operators import by_kind
@@ -29,6 +29,7 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
     if run.report.data:
         parts.append(safe(run.report.data))
     parts += _figures(view)
+    parts += _buckets(view)
     parts += _operators(view)
     parts += _estimates(run)
     if run.kept:
@@ -84,6 +85,14 @@ def _figures(view: Overview) -> list[str]:
     for device in view.devices:
         heads = ["", *(row.label for row in device.rows)]
         parts += [f"## {safe(device.title)}", _grid(heads, table(device))]
+    return parts
+
+
+def _buckets(view: Overview) -> list[str]:
+    parts = []
+    for found in buckets.tables_of(view):
+        grid = _grid(["", *buckets.COLUMNS], buckets.lines(found))
+        parts += [f"## {buckets.HEADING}: {safe(found.name)}", safe(buckets.remark(found)), grid]
     return parts
 
 

@@ -52,8 +52,13 @@ class Row:
     @property
     def top1(self) -> float | None:
         """Top-1 of the timed artifact, else of its model; a share."""
-        measured = self.measurement.top1 if self.measurement else None
-        return self.model_top1 if measured is None else measured
+        return self.model_top1 if self.counted is None else self.counted.top1
+
+    @property
+    def counted(self) -> Measurement | None:
+        """The measurement, if it counted top-1 over a whole data set and not over a bucket's."""
+        m = self.measurement
+        return m if m is not None and m.top1 is not None and m.of_all_images else None
 
     @property
     def top1_interval(self) -> tuple[float, float] | None:
@@ -62,7 +67,7 @@ class Row:
         References:
             Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
         """
-        m = self.measurement
+        m = self.counted
         if m is None or m.correct is None or m.total is None:
             return None
         z, n, p = 1.959964, m.total, m.correct / m.total
@@ -393,7 +398,7 @@ def _device_warnings(device: Device) -> list[str]:
             "not all artifacts were measured interleaved, so the speed-ups include the machine's "
             "drift; measure them in one command."
         )
-    totals = {measurement.total for measurement in measurements if measurement.total}
+    totals = {each.total for each in measurements if each.total and each.of_all_images}
     if len(totals) > 1:
         counts = " and ".join(f"{total:,}" for total in sorted(totals))
         found.append(

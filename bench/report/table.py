@@ -188,7 +188,7 @@ def _speed_up_interval(row: Row) -> str:
 
 
 def _counted(row: Row) -> str:
-    m = row.measurement
+    m = row.counted
     if m is None or m.total is None or m.correct is None:
         return "of the model"
     return f"{m.correct:,} of {m.total:,}"

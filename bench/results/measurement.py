@@ -58,6 +58,37 @@ class Environment(BaseModel):
     libraries: dict[str, str] = {}
 
 
+class Bucket(BaseModel):
+    """The bucket of an artifact that keeps other numbers of patches of other images.
+
+    Attributes:
+        patches: Number of patches that every image kept while this was measured.
+        counts: The numbers of all buckets, increasing; the last one bounds the latency.
+        share: Share of the images that get this number by their scores; None where it is unknown.
+        images: Number of images that the share rests on, if known.
+        source: What images these are: those of the data set that was scored, or those that the
+            buckets were calibrated on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    patches: int = Field(ge=1)
+    counts: tuple[int, ...] = Field(min_length=2)
+    share: float | None = Field(None, ge=0, le=1)
+    images: int | None = Field(None, ge=1)
+    source: Literal["data set", "calibration"] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_the_counts(self) -> Bucket:
+        if self.patches not in self.counts or list(self.counts) != sorted(set(self.counts)):
+            raise ValueError(
+                f"patches {self.patches} must be one of increasing counts {list(self.counts)}"
+            )
+        if (self.share is None) != (self.source is None):
+            raise ValueError("share and source need each other")
+        return self
+
+
 def of_earlier_version(data: Any) -> bool:
     """Whether this is a measurement's file whose target has the name of an earlier version."""
     return isinstance(data, dict) and "schema" in data and "target_features" not in data
@@ -110,6 +141,8 @@ class Measurement(BaseModel):
         correct: Number of correctly classified images.
         total: Number of classified images.
         operators: The runtime's own profile, where it was requested.
+        bucket: The bucket that was measured, of an artifact with buckets. With a share, top-1 is
+            that of the images that get it.
         environment: The machine during the measurement.
         warnings: What makes the figures doubtful, and what to do about it.
     """
@@ -164,6 +197,7 @@ class Measurement(BaseModel):
     total: int | None = Field(None, ge=1)
 
     operators: tuple[OperatorRow, ...] = ()
+    bucket: Bucket | None = None
 
     environment: Environment
     warnings: tuple[str, ...] = ()
@@ -196,6 +230,11 @@ class Measurement(BaseModel):
     def emulated(self) -> bool:
         """Whether the processor was emulated: the outputs are the device's, the times are not."""
         return self.environment.emulator is not None
+
+    @property
+    def of_all_images(self) -> bool:
+        """Whether top-1 is that of the whole data set, not of the images of one bucket."""
+        return self.bucket is None or self.bucket.share is None
 
     @property
     def beyond_floor_rss_bytes(self) -> int | None:

@@ -1,12 +1,13 @@
 // A picture in, labels out:
-// vitrim_example [RUNTIME_LIBRARY MODEL_FOLDER] PICTURE [--logits] [--outputs FOLDER] [--repeat N]
-// [--report] [--listen]
+// vitrim_example [RUNTIME_LIBRARY MODEL_FOLDER] PICTURE [--logits] [--outputs FOLDER] [--bucket N]
+// [--repeat N] [--report] [--listen]
 //
 // The first two arguments are for programs whose model is not linked in. PICTURE is a binary PGM
 // (P5) or PPM (P6) of 8 bits. --outputs writes every output to FOLDER/NAME.f32, float32 without a
-// header, and prints its shape. --repeat also prints the latency of N runs and the memory of this
-// process; --report the bytes on disk and in memory, one name and number per line; --listen reads
-// one count per line from standard input and prints the seconds of that many runs.
+// header, and prints its shape. --bucket keeps N patches, one of VITRIM_BUCKETS. --repeat also
+// prints the latency of N runs and the memory of this process; --report the bytes on disk and in
+// memory, one name and number per line; --listen reads one count per line from standard input and
+// prints the seconds of that many runs.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -142,20 +143,23 @@ int main(int count, char **arguments) {
     if (count <= kPicture) {
         std::fprintf(
             stderr,
-            "usage: %s %s [--logits] [--outputs FOLDER] [--repeat N] [--report] [--listen]\n",
+            "usage: %s %s [--logits] [--outputs FOLDER] [--bucket N] [--repeat N] [--report] "
+            "[--listen]\n",
             arguments[0], kUsage);
         return 2;
     }
     const char *picture_path = arguments[kPicture], *runtime = kPicture > 1 ? arguments[1] : "";
     bool show_logits = false, report = false, listen = false;
     const char *outputs_folder = nullptr;
-    int repeat = 0;
+    int repeat = 0, bucket = 0;
     for (int i = kPicture + 1; i < count; ++i) {
         if (std::strcmp(arguments[i], "--logits") == 0) show_logits = true;
         if (std::strcmp(arguments[i], "--report") == 0) report = true;
         if (std::strcmp(arguments[i], "--outputs") == 0 && i + 1 < count)
             outputs_folder = arguments[++i];
         if (std::strcmp(arguments[i], "--listen") == 0) listen = true;
+        if (std::strcmp(arguments[i], "--bucket") == 0 && i + 1 < count)
+            bucket = std::atoi(arguments[++i]);
         if (std::strcmp(arguments[i], "--repeat") == 0 && i + 1 < count)
             repeat = std::atoi(arguments[++i]);
     }
@@ -179,13 +183,15 @@ int main(int count, char **arguments) {
         return 3;
     }
     std::vector<float> outputs(VITRIM_OUTPUT_NUMBERS);
-    if (vitrim_classify(model, picture.samples.data(), picture.width, picture.height,
+    if (vitrim_force_bucket(model, bucket, error, sizeof error) != 0 ||
+        vitrim_classify(model, picture.samples.data(), picture.width, picture.height,
                         picture.channels, outputs.data(), error, sizeof error) != 0) {
         std::fprintf(stderr, "%s\n", error);
         vitrim_close(model);
         return 3;
     }
     if (VITRIM_CLASSES > 0) print_classes(outputs, show_logits);
+    if (VITRIM_BUCKET_COUNT > 0) std::printf("kept_patches %d\n", vitrim_kept_patches(model));
     std::vector<float> input(static_cast<size_t>(VITRIM_CHANNELS) * VITRIM_HEIGHT * VITRIM_WIDTH);
     vitrim_prepare(picture.samples.data(), picture.width, picture.height, picture.channels,
                    input.data(), error, sizeof error);

@@ -14,4 +14,18 @@ inline int fail(const std::string &message, char *error, size_t error_size) {
     return 1;
 }
 
+// Whether `patches` is one of `count` buckets, or 0.
+inline bool is_bucket(int patches, const int *buckets, int count) {
+    for (int place = 0; place < count; ++place) {
+        if (buckets[place] == patches) return true;
+    }
+    return patches == 0;
+}
+
+inline int refuse_bucket(int patches, int count, char *error, size_t error_size) {
+    const std::string why = count > 0 ? "; VITRIM_BUCKETS lists those that there are"
+                                      : "; all pictures keep the same number";
+    return fail("no bucket of " + std::to_string(patches) + " patches" + why, error, error_size);
+}
+
 }  // namespace vitrim

@@ -18,6 +18,8 @@ struct vitrim_model {
     OrtSessionOptions *options = nullptr;
     OrtSession *session = nullptr;
     OrtMemoryInfo *memory = nullptr;
+    int64_t forced = 0;
+    int kept = 0;
 
     void check(OrtStatus *status) const {
         if (status == nullptr) return;
@@ -79,8 +81,10 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
 
 int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *error,
                size_t error_size) {
-    OrtValue *in = nullptr;
-    OrtValue *outs[VITRIM_OUTPUT_COUNT] = {};
+    constexpr bool kBuckets = VITRIM_BUCKET_COUNT > 0;
+    constexpr size_t kInputs = kBuckets ? 2 : 1, kOutputs = VITRIM_OUTPUT_COUNT + kBuckets;
+    OrtValue *ins[kInputs] = {};
+    OrtValue *outs[kOutputs] = {};
     int result = 0;
     try {
         const OrtApi *api = model->api;
@@ -89,11 +93,19 @@ int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *er
         const int64_t *in_shape = VITRIM_CHANNELS_LAST ? last : first;
         const size_t in_bytes = sizeof(float) * VITRIM_CHANNELS * VITRIM_HEIGHT * VITRIM_WIDTH;
         // All tensors are the caller's own memory; nothing is copied.
-        model->check(api->CreateTensorWithDataAsOrtValue(model->memory, const_cast<float *>(input),
-                                                         in_bytes, in_shape, 4,
-                                                         ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &in));
-        const char *const in_names[1] = {VITRIM_INPUT};
-        const char *out_names[VITRIM_OUTPUT_COUNT];
+        model->check(api->CreateTensorWithDataAsOrtValue(
+            model->memory, const_cast<float *>(input), in_bytes, in_shape, 4,
+            ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &ins[0]));
+        const char *in_names[kInputs] = {VITRIM_INPUT};
+        const char *out_names[kOutputs];
+        if (kBuckets) {
+            // An optional number, and an output that the runtime allocates.
+            in_names[kInputs - 1] = "bucket";
+            out_names[kOutputs - 1] = "kept";
+            model->check(api->CreateTensorWithDataAsOrtValue(
+                model->memory, &model->forced, sizeof(int64_t), in_shape, 0,
+                ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, &ins[kInputs - 1]));
+        }
         for (int number = 0; number < VITRIM_OUTPUT_COUNT; ++number) {
             const vitrim_output &output = VITRIM_OUTPUTS[number];
             const int64_t shape[3] = {1, output.sizes[0], output.sizes[1]};
@@ -104,17 +116,32 @@ int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *er
                 1 + output.dimensions, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &outs[number]));
             out_names[number] = output.name;
         }
-        const OrtValue *const ins[1] = {in};
-        model->check(api->Run(model->session, nullptr, in_names, ins, 1, out_names,
-                              VITRIM_OUTPUT_COUNT, outs));
+        model->check(
+            api->Run(model->session, nullptr, in_names, ins, kInputs, out_names, kOutputs, outs));
+        if (kBuckets) {
+            void *kept = nullptr;
+            model->check(api->GetTensorMutableData(outs[kOutputs - 1], &kept));
+            model->kept = static_cast<int>(*static_cast<const int64_t *>(kept));
+        }
     } catch (const std::exception &caught) {
         result = vitrim::fail(caught.what(), error, error_size);
     }
-    if (in != nullptr) model->api->ReleaseValue(in);
+    for (OrtValue *in : ins) {
+        if (in != nullptr) model->api->ReleaseValue(in);
+    }
     for (OrtValue *out : outs) {
         if (out != nullptr) model->api->ReleaseValue(out);
     }
     return result;
 }
+
+int vitrim_force_bucket(vitrim_model *model, int patches, char *error, size_t error_size) {
+    if (!vitrim::is_bucket(patches, VITRIM_BUCKETS, VITRIM_BUCKET_COUNT))
+        return vitrim::refuse_bucket(patches, VITRIM_BUCKET_COUNT, error, error_size);
+    model->forced = patches;
+    return 0;
+}
+
+int vitrim_kept_patches(const vitrim_model *model) { return model->kept; }
 
 void vitrim_close(vitrim_model *model) { delete model; }

@@ -3,7 +3,8 @@
 The graphs of all buckets are equal up to the choice of the last selection. That part is written
 once; what follows is a branch of an `If` for each bucket. Branches have weights of their own, since
 ONNX Runtime is slower where they share them. The initializer `bucket` is also an optional input: 0
-lets the scores choose, a count forces that bucket, so that each can be measured.
+lets the scores choose, a count forces that bucket, so that each can be measured. The second output
+`kept` is the number of patches that the image kept; runtimes that request logits skip it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 from ...core.errors import UnsupportedModel
 from ..graphs.model_proto import EXTERNAL_ABOVE_BYTES, INDICES
 
-# The optional input that forces a bucket, and the value with the patches that a bucket chose.
-FORCED, CHOSEN = "bucket", f"buckets{INDICES}"
+# The optional input that forces a bucket, the value with the patches that a bucket chose, and the
+# output with their number.
+FORCED, CHOSEN, KEPT = "bucket", f"buckets{INDICES}", "kept"
 
 
 def join_buckets(
@@ -41,7 +43,8 @@ def join_buckets(
         coverage: The share of the scores that the patches of a bucket hold.
 
     Returns:
-        A graph `images` -> `logits`; the value `CHOSEN` holds the patches that were kept.
+        A graph `images` -> `logits` and `kept` (1,); the value `CHOSEN` holds the patches that were
+        kept.
 
     Raises:
         UnsupportedModel: The weights of all branches exceed the limit of one file.
@@ -82,6 +85,8 @@ def join_buckets(
             outputs = _outputs(graphs[-1], names)
             otherwise = helper.make_graph([node], f"buckets.above.{place}", [], outputs)
     graph.node.append(node)
+    graph.node.append(helper.make_node("Shape", [CHOSEN], [KEPT], name=KEPT, start=1, end=2))
+    graph.output.append(helper.make_tensor_value_info(KEPT, TensorProto.INT64, [1]))
     if joined.ByteSize() > EXTERNAL_ABOVE_BYTES:
         raise UnsupportedModel(
             f"buckets: {joined.ByteSize()} bytes of weights in {len(counts)} branches exceed one "

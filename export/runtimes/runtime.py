@@ -14,6 +14,7 @@ from torch import nn
 
 from ...compress.network.modules.model import CompactModel, build
 from ...compress.network.named_outputs import OutputSpec
+from ...compress.tokens.buckets import BucketedModel
 from ...core.errors import InputError, UnsupportedModel
 from ..forms import Form
 from ..manifest import Array, Batch, Parity, Precision
@@ -40,6 +41,7 @@ class Source:
         probe: The inputs on which parity is computed.
         options: The runtime's own settings, as the caller gave them.
         outputs: The named outputs; empty for the logits alone.
+        buckets: The same with buckets, for runtimes that run them; `compact` then has the largest.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Source:
     probe: Probe
     options: Mapping[str, str] = field(default_factory=dict)
     outputs: tuple[OutputSpec, ...] = ()
+    buckets: BucketedModel | None = None
 
     def inference_model(self, runtime: str) -> CompactModel:
         """The model for converters that read a torch module.

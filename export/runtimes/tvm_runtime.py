@@ -23,7 +23,12 @@ from ..cross_target import cross_target
 from ..forms import Form
 from ..manifest import tool_versions
 from ..quantization.quantize import CALIBRATION_IMAGES
-from ..tvm_kernels.build import build_network, default_network, missing_tvm
+from ..tvm_kernels.build import (
+    build_bucket_network,
+    build_network,
+    default_network,
+    missing_tvm,
+)
 from ..tvm_kernels.choices import program_choices
 from ..tvm_kernels.coverage import UNCOVERED_PARTS, uncovered_part
 from ..tvm_kernels.execution_plan import NoExecutionPlan, execution_plan
@@ -118,7 +123,12 @@ class TvmRuntime:
                 f"{source.target} is not this machine: its outputs are those of {emulator.name}"
             )
         watched, choices = code.entry == "program", None
-        if watched and network.route == "kernels":
+        if network.branches is not None and not watched:
+            raise InputError(
+                "runtime tvm: this network has no static execution plan, which buckets need; "
+                "export it for onnxruntime"
+            )
+        if watched and network.route == "kernels" and network.branches is None:
             choices = partial(program_choices, batch=int(source.batch), threads=network.threads)
         return RuntimeFiles(
             main=MODEL,
@@ -136,7 +146,7 @@ class TvmRuntime:
             command=None if emulator is None else tuple(emulator.command(["python3"])),
             parity_skipped=parity_skipped,
             choices=choices,
-            first_difference=first_difference if watched else None,
+            first_difference=(first_difference if watched and network.branches is None else None),
         )
 
 
@@ -178,6 +188,15 @@ def _tuning_seconds(text: str) -> float:
 def _network(source: Source, profile: TargetProfile, options: TvmOptions) -> TvmNetwork:
     """The network that is compiled, tuned first if requested."""
     compact = source.compact
+    if source.buckets is not None:
+        _require_kernels(options)
+        return build_bucket_network(
+            source.buckets,
+            profile,
+            threads=source.threads,
+            log=options.log,
+            precision=_precision(source, source.buckets.network)["precision"],
+        )
     gpu = (profile.tvm_target or {}).get("kind") == "cuda"
     if compact is None or not options.our_kernels or gpu:
         _require_no_kernels(source, options)
@@ -240,6 +259,17 @@ def _require_no_kernels(source: Source, options: TvmOptions) -> None:
         raise InputError(f"{source.precision} is computed by our own kernels, and {none}; use fp32")
     if options.tune_s is not None or options.log is not None:
         raise InputError(f"tuning measures our own kernels, and {none}; leave tune_s and log out")
+
+
+def _require_kernels(options: TvmOptions) -> None:
+    """Raise InputError for options that a network with buckets does not have."""
+    if not options.our_kernels:
+        raise InputError("option schedule=default: buckets are run by our own kernels; use ours")
+    if options.tune_s is not None:
+        raise InputError(
+            "option tune_s: a network with buckets is not tuned; tune BucketedModel.fixed(count), "
+            "and give its log"
+        )
 
 
 class _PrecisionArguments(TypedDict):

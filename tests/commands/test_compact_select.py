@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import vitrim
+from photo_folder import write_photos
 from tiny_models import tiny_vit
 from typer.testing import CliRunner
 from vitrim.cli import app, call
@@ -54,9 +55,48 @@ def test_widths_are_cut_in_the_same_call_and_in_a_second_one() -> None:
     ]
 
 
+def test_buckets_are_calibrated_and_exported(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos")
+    images = ["--data", f"images:{tmp_path / 'photos'}", "--samples", "16"]
+    few = ["--select", "class-attention", "--buckets", "3,6,11"]
+    shown = compact("model", *few, "--mean-patches", "6.5", *images, "--out", "bucketed")
+    assert "buckets of 16 images of images:" in shown
+    assert "3 patches at select.1: " in shown
+    assert "mean: " in shown
+    model = vitrim.load_bucketed("bucketed")
+    assert model.buckets.counts == (3, 6, 11)
+    assert model.buckets.images == 16
+    # Of a model that has selections already, without images.
+    vitrim.save(model.fixed(11), "eleven")
+    shown = compact("eleven", "--buckets", "3,6,11", "--coverage", "0.9", "--out", "again")
+    assert "coverage: 0.9000 of an image's scores" in shown
+    assert vitrim.load_bucketed("again").buckets.shares is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--buckets", "3,6"], "--buckets needs one of --mean-patches"),
+        (["--buckets", "3,6", "--coverage", "0.5", "--mean-patches", "4"], "needs one of"),
+        (["--coverage", "0.5"], "--coverage belongs to --buckets; add --buckets 60,98,137"),
+        (["--buckets", "3,x", "--coverage", "0.5"], "--buckets 3,x: give whole numbers"),
+        (["--buckets", "3,6", "--coverage", "0.5"], "selects no patches; call"),
+        (
+            ["--select", "evit", "--buckets", "3,6", "--coverage", "0.5"],
+            "select.1: a fused token stands for the dropped patches",
+        ),
+        (
+            ["--select", "class-attention", "--buckets", "3,6", "--mean-patches", "4"],
+            "--mean-patches needs images: name them with --data",
+        ),
+        (
+            ["--buckets", "3,6", "--coverage", "0.5", "--keep-ratio", "0.5"],
+            "--buckets and --keep-ratio: cut the model first",
+        ),
+        (
+            ["--select", "class-attention", "--buckets", "3,16", "--coverage", "0.5"],
+            "buckets: counts: select.1 leaves 16 tokens behind the prefix, there are 16",
+        ),
         (["--select", "magic"], "--select magic: choose one of class-attention, evit"),
         (["--select", "dynamicvit"], "--select dynamicvit: its predictors need training"),
         (["--select-ratio", "0.5"], "--select-ratio belongs to --select"),

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from pydantic import ValidationError
 from selecting_models import noise_images, sharp_selection
 from tiny_models import tiny_vit
 from torch import Tensor
@@ -17,6 +18,9 @@ from vitrim import BucketedModel, InputError, bucketed, export, measure, select_
 from vitrim.cli import app
 from vitrim.compress.tokens.select import SelectMethod
 from vitrim.export.artifact import Artifact
+from vitrim.export.forms import FORMS
+from vitrim.export.manifest_parts import BucketsSpec
+from vitrim.export.runtimes import runtime_names
 
 COUNTS = (3, 6, 11)
 
@@ -55,6 +59,39 @@ def test_the_file_chooses_the_bucket_of_torch(tmp_path: Path, method: SelectMeth
         assert np.abs(run(artifact, image.numpy()) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+def test_the_file_returns_how_many_patches_an_image_kept(tmp_path: Path) -> None:
+    source, pictures = model(), images()
+    path = export(source, tmp_path / "a").model_path
+    session = onnxruntime.InferenceSession(str(path))
+    found = [
+        int(session.run(["kept"], {"images": each.numpy()})[0][0]) for each in pictures.split(1)
+    ]
+    assert found == source.bucket_of(pictures).tolist()
+
+
+def test_the_manifest_states_the_bound(tmp_path: Path) -> None:
+    source = model()
+    found = export(source, tmp_path / "a").manifest
+    assert found.buckets is not None
+    assert found.buckets.images == 12
+    assert found.buckets.macs == source.shares(images(2)).macs
+    # What an image costs at most is what the artifact states.
+    assert found.macs == found.buckets.macs[-1]
+    data = found.to_dict()["buckets"]
+    earlier = {key: value for key, value in data.items() if key not in ("images", "macs")}
+    again = BucketsSpec.model_validate(earlier)
+    assert again.macs is None
+    # What an earlier version wrote has the seal that it had.
+    assert again.model_dump(mode="json") == earlier
+    for change, reason in (
+        ({"counts": [6, 3, 11]}, "must be increasing"),
+        ({"macs": [1, 2]}, "2 macs for 3 counts"),
+        ({"shares": [1.0]}, "1 shares for 3 counts"),
+    ):
+        with pytest.raises(ValidationError, match=reason):
+            BucketsSpec.model_validate(data | change)
+
+
 def test_the_optional_input_forces_a_bucket(tmp_path: Path) -> None:
     source, image = model(), images(1)
     artifact = export(source, tmp_path / "a")
@@ -82,7 +119,13 @@ def test_eight_bits_and_an_earlier_selection(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"runtime": "openvino"}, "runtime 'openvino' runs no buckets"),
+        *(
+            ({"runtime": name}, f"runtime '{name}' runs no buckets")
+            for name in runtime_names()
+            if name != "tvm"
+        ),
+        ({"runtime": "tvm", "form": FORMS[0]}, "form is not for networks with buckets"),
+        ({"runtime": "tvm", "precision": "int8-static"}, "a network with buckets has fp32, int8"),
         ({"precision": "int8-weights"}, "a network with buckets has fp32, int8"),
         ({"batch": 4}, "batch 4: every image has a bucket of its own; use batch 1"),
         ({"outputs": ["features"]}, "outputs is not for networks with buckets"),

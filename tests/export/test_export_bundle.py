@@ -14,7 +14,9 @@ from bundle_sample import LABELS, artifact_in, build, needs_compiler, runtime_li
 from onnx_graphs import channels_last, classifier, written
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
+from selecting_models import noise_images, sharp_selection
 from tiny_models import add_noise, tiny_vit
+from vitrim import bucketed
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.tokens.select import SelectMethod, select_tokens
@@ -139,6 +141,40 @@ def test_the_program_selects_the_tokens_that_the_model_selects(
     dense = add_noise(tiny_vit(in_chans=1, patch_size=4, depth=3))
     model = select_tokens(dense, method, stages=[0, 1], ratio=0.6).eval()
     require_equal_outputs(model, header, tmp_path)
+
+
+def test_the_program_gives_each_picture_its_bucket(header: Path, tmp_path: Path) -> None:
+    counts, images = (3, 6, 11), noise_images(12)
+    model = bucketed(sharp_selection(), counts, images=images, mean_patches=6.5).eval()
+    spec = Preprocessing(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    artifact = vitrim.export(model, tmp_path / "artifact", preprocessing=spec)
+    folder = bundle(artifact, tmp_path / "bundle")
+    text = (folder / "vitrim_model.h").read_text()
+    assert "VITRIM_BUCKET_COUNT 3" in text
+    assert "VITRIM_BUCKETS[VITRIM_BUCKET_COUNT + 1] = {3, 6, 11, 0};" in text
+    program, random = build(folder, header), np.random.default_rng(1)
+    chosen = set()
+    for number in range(6):
+        pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8) // (1 + number % 3)
+        path = tmp_path / f"{number}.ppm"
+        Image.fromarray(pixels).save(path, format="PPM")
+        image = torch.from_numpy(spec.apply(Image.fromarray(pixels))[None])
+        for forced in (0, 3, 11):
+            ran = run(program, folder, path, "--logits", "--bucket", str(forced))
+            assert ran.returncode == 0, ran.stderr
+            lines = ran.stdout.splitlines()
+            kept = forced or int(model.bucket_of(image)[0])
+            assert f"kept_patches {kept}" in lines
+            with torch.no_grad():
+                expected = model.fixed(kept)(image)[0].numpy()
+            row = next(line for line in lines if line.startswith("logits"))
+            found = np.array(row.split()[1:], float)
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+            chosen.add(kept)
+    assert len(chosen) > 2
+    ran = run(program, folder, path, "--bucket", "4")
+    assert (ran.returncode, ran.stderr.count("\n")) == (3, 1)
+    assert "no bucket of 4 patches; VITRIM_BUCKETS lists those that there are" in ran.stderr
 
 
 def require_equal_outputs(model: CompactModel, header: Path, tmp_path: Path) -> None:

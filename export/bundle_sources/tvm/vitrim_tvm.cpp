@@ -10,6 +10,8 @@
 extern "C" int vitrim_network_run(const float *images, float *logits);
 extern "C" int vitrim_network_threads(int threads);
 extern "C" const char *vitrim_network_failure();
+extern "C" int vitrim_network_force(int patches);
+extern "C" int vitrim_network_kept();
 #else
 #include <dlfcn.h>
 #endif
@@ -18,6 +20,8 @@ struct vitrim_model {
     int (*run)(const float *, float *) = nullptr;
     int (*threads)(int) = nullptr;
     const char *(*failure)() = nullptr;
+    int (*force)(int) = nullptr;
+    int (*kept)() = nullptr;
 };
 
 #ifndef VITRIM_LINKED
@@ -39,6 +43,8 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
         model->run = vitrim_network_run;
         model->threads = vitrim_network_threads;
         model->failure = vitrim_network_failure;
+        model->force = vitrim_network_force;
+        model->kept = vitrim_network_kept;
 #else
         // The library stays open after vitrim_close: its threads live as long as the process.
         void *library = dlopen(model_path, RTLD_NOW | RTLD_LOCAL);
@@ -47,6 +53,10 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
         find(library, "vitrim_network_run", model->run);
         find(library, "vitrim_network_threads", model->threads);
         find(library, "vitrim_network_failure", model->failure);
+        if (VITRIM_BUCKET_COUNT > 0) {
+            find(library, "vitrim_network_force", model->force);
+            find(library, "vitrim_network_kept", model->kept);
+        }
 #endif
         model->threads(threads);
         return model;
@@ -60,6 +70,17 @@ vitrim_model *vitrim_open(const char *model_path, const char *runtime_library, i
 int vitrim_run(vitrim_model *model, const float *input, float *outputs, char *error,
                size_t error_size) {
     return model->run(input, outputs) == 0 ? 0 : vitrim::fail(model->failure(), error, error_size);
+}
+
+int vitrim_force_bucket(vitrim_model *model, int patches, char *error, size_t error_size) {
+    if (!vitrim::is_bucket(patches, VITRIM_BUCKETS, VITRIM_BUCKET_COUNT) ||
+        (VITRIM_BUCKET_COUNT > 0 && model->force(patches) != 0))
+        return vitrim::refuse_bucket(patches, VITRIM_BUCKET_COUNT, error, error_size);
+    return 0;
+}
+
+int vitrim_kept_patches(const vitrim_model *model) {
+    return VITRIM_BUCKET_COUNT > 0 ? model->kept() : 0;
 }
 
 void vitrim_close(vitrim_model *model) { delete model; }

@@ -20,7 +20,9 @@ from bench_samples import chain, images_with_labels
 from loopback_ssh import Server, needs_sshd, ssh_server
 from onnx_graphs import channels_last, classifier, value, written
 from onnxruntime_header import header_folder
+from selecting_models import noise_images, sharp_selection
 from tiny_models import tiny_vit
+from vitrim import bucketed, export
 from vitrim.bench.remote import native_build
 from vitrim.bench.remote.device_link import LinkLost
 from vitrim.bench.remote.measure import measure_on
@@ -163,6 +165,30 @@ def test_uint8_images_are_normalised_as_in_python(
     )
     assert native_events == python_events
     assert native_events["total"] == (limit or 10)
+
+
+def test_buckets_are_forced_and_counted_as_in_python(runner: NativeRunner, tmp_path: Path) -> None:
+    images = noise_images(12)
+    model = bucketed(sharp_selection(), (3, 6, 11), images=images, mean_patches=6.5).eval()
+    path = export(model, tmp_path / "a").model_path
+    (tmp_path / "d").mkdir()
+    np.save(tmp_path / "d" / "images.npy", images.numpy())
+    np.save(tmp_path / "d" / "labels.npy", np.arange(12) % 3)
+    command = {"do": "score", "dataset": str(tmp_path / "d")}
+    python = [sys.executable, str(PYTHON_RUNNER), "-"]
+    correct = []
+    for inputs in ({"bucket": 3}, {"bucket": 11}, {}):
+        job = {"model": str(path), "inputs": inputs}
+        native = run_native(runner, job, command)[-1]
+        assert native == events_of(python, job, command)[-1]
+        correct.append(native["correct"])
+    counted = {"model": str(path), "inputs": {"bucket": 3}, "buckets": [3, 6, 11]}
+    native = run_native(runner, counted, command)[-1]
+    assert native == events_of(python, counted, command)[-1]
+    # Images get their own bucket, whichever is timed.
+    assert native["correct"] == correct[-1]
+    assert sum(total for _, _, total in native["buckets"]) == 12
+    assert sum(total > 0 for _, _, total in native["buckets"]) > 1
 
 
 @pytest.mark.parametrize(
