@@ -48,7 +48,7 @@ from .recipe import Recipe
 from .trim_step import latency_budget_ms
 
 # The budget by the table is corrected by at most these factors before training.
-LEAST, MOST = 0.7, 1.3
+LEAST, MOST = 0.5, 2.0
 
 
 def learned_budget(
