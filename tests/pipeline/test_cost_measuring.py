@@ -189,3 +189,20 @@ def test_networks_that_select_tokens_have_the_shape_that_was_requested() -> None
 
 def _selections(shape: NetworkShape) -> list[SelectShape]:
     return [each for each in shape.sublayers if isinstance(each, SelectShape)]
+
+
+def test_the_costs_of_selections_are_measured_for_a_model_that_selects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = replace(SIZES, tokens=26, selects=True)
+    request = CostRequest(sizes=sizes, checks=0, most_points=54)
+    machine = Machine(monkeypatch)
+    table = measure_cost_table(request, tmp_path / "t.json", machine.measure, quiet=True)
+    assert table.prices_selections
+    selecting = [shape for shape in random_shapes(sizes, 40, 11) if _selections(shape)]
+    errors = [abs(table.latency_ms(each) / TRUTH.latency_ms(each) - 1) for each in selecting]
+    assert np.median(errors) < 0.03
+    plain = measured(tmp_path / "plain.json", machine, checks=0)
+    assert not plain.prices_selections
+    with pytest.raises(InputError, match="has no costs of selections of tokens"):
+        plain.require_selections()
