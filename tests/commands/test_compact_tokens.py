@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import vitrim
 from photo_folder import write_photos
 from tiny_models import tiny_vit
@@ -123,6 +124,16 @@ def test_invalid_input_is_one_line(
 def test_a_network_that_returns_every_token_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["compact", "dense", *NEEDED, "--macs", "0.6"]) == 2
     assert "the network returns every token" in capsys.readouterr().err
+
+
+def test_sets_that_are_not_nested_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    sets = {"blocks.0.attn": torch.arange(17) < 9, "blocks.1.attn": torch.arange(17) < 10}
+    vitrim.StructuredMask({"token": sets}).save("returning.safetensors")
+    assert call(["compact", "model", "--mask", "returning.safetensors"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    site = "vitrim: mask token/blocks.1.attn keeps 1 tokens that an earlier site has dropped"
+    assert f"{site}, the first is token 9; the sets must be nested" in shown
+    assert shown.count("vitrim: ") == 1
 
 
 def test_a_mask_of_another_image_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from lv_vit import LVViT
 from t2t_vit import T2TBackbone, T2TViT
@@ -132,6 +133,41 @@ def test_a_forward_set_on_the_instance_is_refused() -> None:
 def test_a_model_that_is_not_a_transformer_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="model: no rule for model type"):
         lift(nn.Sequential(nn.Linear(3, 3)))
+
+
+SIZES: dict[str, Any] = {"img_size": 32, "embed_dim": 12}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            {**SIZES, "window_size": 4, "depths": (1, 1), "num_heads": (1, 2)},
+            r"model: no rule for model type timm\.models\.swin_transformer\.SwinTransformer",
+        ),
+        (
+            "samvit_base_patch16",
+            {"img_size": 64, "embed_dim": 24, "depth": 1, "num_heads": 2},
+            "patch_embed: .* computes something else than convolutions",
+        ),
+        (
+            "convit_tiny",
+            {**SIZES, "depth": 2, "num_heads": 2},
+            r"blocks\.0\.attn: no rule for attention type timm\.models\.convit\.GPSA",
+        ),
+        (
+            "cait_xxs24_224",
+            {**SIZES, "depth": 1, "num_heads": 2},
+            r"blocks\.0\.attn: .*TalkingHeadAttn has timm's names, but does not compute softmax",
+        ),
+    ],
+)
+def test_windowed_and_other_mixing_of_tokens_is_refused_with_its_path(
+    name: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        lift(timm.create_model(name, **options).eval())
 
 
 def test_a_lifted_model_has_the_parameters_of_its_source() -> None:
