@@ -121,9 +121,9 @@ def measure_cost_table(
     options = options or MeasureOptions(threads=request.threads)
     with progress_bar(quiet=quiet, replacement=progress) as report:
         run = _Run(request, points_file(path), measure, options, report)
-        fit = run.fitted()
+        run.measure_fit()
         run.check(dense or dense_model(request.sizes))
-        table = run.table(fit)
+        table = run.table()
     table.save(path)
     run.file.unlink(missing_ok=True)
     return table
@@ -152,7 +152,7 @@ class _Run:
         """The points of these roles, at one speed of the machine."""
         return [point for point in leveled(self.points) if point.role in roles]
 
-    def fitted(self) -> Fit:
+    def measure_fit(self) -> None:
         """Measure until the held-out networks are predicted well, or at the limit of points."""
         request = self.request
         first = first_shapes(request.sizes, FIRST, request.seed)
@@ -163,7 +163,7 @@ class _Run:
             else:
                 fit = fit_costs(leveled(self.points), self.tiles)
                 if self._done(fit):
-                    return fit
+                    return
                 pool = random_shapes(request.sizes, POOL, request.seed + 1 + len(self.points))
                 shapes = [pool[place] for place in least_sure(fit, pool, FITTED)]
             seed = request.seed + 1_000_003 + len(self.points)
@@ -248,8 +248,10 @@ class _Run:
             images=images,
         )
 
-    def table(self, fit: Fit) -> CostTable:
+    def table(self) -> CostTable:
         """The table with its errors and its correction."""
+        # Each later group of networks moves the speed that the points are stated at.
+        fit = fit_costs(leveled(self.points), self.tiles)
         request, held_out, checks = self.request, self.of_role("held-out"), self.of_role("check")
         target = target_name(request.target)
         found = CostTable(

@@ -98,11 +98,12 @@ def test_it_stops_when_the_held_out_networks_are_predicted(
 def test_a_machine_whose_speed_changes_is_measured_beside_the_dense_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = measured(tmp_path / "t.json", Machine(monkeypatch, drift=0.3))
+    table = measured(tmp_path / "t.json", Machine(monkeypatch, drift=0.3), checks=20)
     assert table.held_out is not None
     assert table.held_out.p95 < 0.06
-    assert table.whole is not None
-    assert table.whole.p95 < 0.06
+    # The costs are stated at the speed of the points that check them.
+    assert table.uncorrected is not None
+    assert table.uncorrected.p95 < 0.06
 
 
 def test_a_noisy_machine_is_measured_up_to_the_limit(

@@ -9,6 +9,7 @@ import pytest
 from latency_tables import latency_table
 from vitrim.core.errors import InputError
 from vitrim.pipeline.latency_loop import cut_to_latency
+from vitrim.targets.cost_table import Errors
 
 
 class Cuts:
@@ -77,3 +78,27 @@ def test_the_slowest_cut_within_the_budget_is_kept() -> None:
     _, record = cut_to_latency(Cuts(), 2.0, lambda model: next(measured))  # type: ignore[arg-type]
     assert record.measured_ms == 1.9
     assert len(record.rounds) == 3
+
+
+@pytest.mark.parametrize(("p95", "first"), [(0.01, 1.96), (0.5, 1.86)])
+def test_the_first_cut_aims_below_the_budget_by_the_tables_error(p95: float, first: float) -> None:
+    errors = Errors(count=20, median=p95 / 2, p95=p95, largest=p95)
+    cuts = Cuts()
+    cuts.table = cuts.table.model_copy(update={"whole": errors})
+    _, record = loop(cuts, 1.01)
+    assert cuts.budgets == pytest.approx([first])
+    assert record.met
+    # The smallest network lies between the two.
+    cuts = Cuts(least_ms=1.99)
+    cuts.table = cuts.table.model_copy(update={"whole": errors})
+    _, record = loop(cuts, 0.99)
+    assert cuts.budgets == [2.0]
+    assert record.met
+
+
+def test_a_disturbed_measurement_is_repeated() -> None:
+    measured = iter([2.6, 1.95])
+    cuts = Cuts()
+    _, record = cut_to_latency(cuts, 2.0, lambda model: next(measured))  # type: ignore[arg-type]
+    assert cuts.budgets == [2.0]
+    assert record.measured_ms == 1.95
