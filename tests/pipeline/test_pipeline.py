@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,10 @@ from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import fingerprints, prepare, run
+from warm_processes import start_vitrim
 
 NAMES = ("baseline-fp32", "compact-fp32", "compact-int8")
-QUICK = "[bench]\ntime_limit_s = 1.0\n"
+QUICK = "[bench]\ntime_limit_s = 0.3\n"
 
 
 @pytest.fixture(scope="module")
@@ -351,28 +350,15 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place: Path, tmp_p
     recipe = write_recipe(tmp_path / "long.toml", place / "photos", masks_epochs=12)
     run(load_recipe(recipe), tmp_path / "whole", until="masks", quiet=True)
 
-    command = [
-        sys.executable,
-        "-m",
-        "vitrim.cli",
-        "compress",
-        str(recipe),
-        "--out",
-        str(tmp_path / "killed"),
-        "--quiet",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    history, deadline = tmp_path / "killed" / "history.jsonl", time.monotonic() + 120
-    while (
-        time.monotonic() < deadline
-        and process.poll() is None
-        and not (history.is_file() and '"masks"' in history.read_text())
-    ):
+    command = ["compress", str(recipe), "--out", str(tmp_path / "killed"), "--quiet"]
+    process = start_vitrim(*command, log=tmp_path / "log")
+    history = tmp_path / "killed" / "history.jsonl"
+    while not (history.is_file() and '"masks"' in history.read_text()):
+        assert process.poll() is None, process.errors()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert '"masks"' in history.read_text(), "the run was killed during mask learning"
-    assert call([*command[3:], "--resume"]) == 0
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run was killed during mask learning"
+    assert call([*command, "--resume"]) == 0
 
     for name in ("mask.safetensors", "cut/model.safetensors", "cut/architecture.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (

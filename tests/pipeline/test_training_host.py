@@ -218,6 +218,7 @@ def test_every_shipped_recipe_has_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> 
     from vitrim.compress.data import fashion_mnist
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("vitrim.pipeline.dry_run.STEPS", 1)
     for name in recipe_names():
         recipe = load_recipe(name, ["train.threads=1"])
         local = recipe.data.name == "quickstart" or (
