@@ -80,8 +80,10 @@ def test_the_coefficients_are_factors_of_what_projections_read() -> None:
         return lambda module, inputs: (inputs[0] * factor, *inputs[1:])
 
     embed = value("embed", "*")
+    assert dense.head is not None
     dense.head.register_forward_pre_hook(scale(embed))
-    for step in dense.steps:
+    steps: Any = dense.steps
+    for step in steps:
         for branch in step:
             core, name = branch.core, branch.spec.name
             if hasattr(core, "fc1"):

@@ -72,8 +72,9 @@ def test_planted_effects_of_masks_are_found() -> None:
     kept |= {"kept_first_half": 0.5, "kept_second_half": 0.45}
     found = of(summary(masks(top1, kept), *STRUCTURED))
     assert found[FRONT].number == 100.0
-    assert found[FRONT].interval is not None
-    assert found[FRONT].interval[0] > 20.0
+    interval = found[FRONT].interval
+    assert interval is not None
+    assert interval[0] > 20.0
     assert "most often: masks.sharing=residual, masks.fixed=" in found[FRONT].note
     assert found[UNSHARED].number == pytest.approx(1.0)
     assert found[UNSHARED].interval == pytest.approx((1.0, 1.0))
