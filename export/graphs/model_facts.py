@@ -25,12 +25,15 @@ Array = NDArray[Any]
 def torch_outputs(model: nn.Module, images: Array) -> Array:
     """Return float32 logits (count, classes) of all images, or several outputs side by side.
 
+    Modules inside that torch.compile has wrapped run as they are: compiled kernels would be built
+    for these few images only, and are not what is exported.
+
     Raises:
         InputError: The module does not return logits.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for first in range(0, len(images), 64):
             logits = model(torch.from_numpy(images[first : first + 64]).to(device))
             if isinstance(model, NamedOutputs):
