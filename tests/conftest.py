@@ -51,7 +51,7 @@ def _one_registry() -> None:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         kept = staticmethod(cache(ONNXRegistry.from_torchlib))
-        ONNXRegistry.from_torchlib = kept  # type: ignore[method-assign, assignment]
+        ONNXRegistry.from_torchlib = kept  # type: ignore[method-assign]
     except (ImportError, AttributeError):
         # Another version of torch: the same, slower.
         return
