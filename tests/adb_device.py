@@ -59,6 +59,11 @@ def _fetch(root: Path) -> None:
     shutil.rmtree(CACHE / "apt")
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextlib.contextmanager
 def adb_device() -> Iterator[str]:
     """Yield the address of a running device, with an adb server that ends with it."""
@@ -82,11 +87,14 @@ def adb_device() -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(50):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        # On a machine that does other work, many seconds.
+        deadline = time.monotonic() + 120
+        while not _listens(port):
+            assert device.poll() is None, f"adbd ended with {device.returncode}"
+            assert time.monotonic() < deadline, "adbd does not listen"
             time.sleep(0.1)
+        # The first command starts the adb server, which the tests then find.
+        subprocess.run(["adb", "start-server"], capture_output=True, timeout=120, check=True)
         yield f"adb://127.0.0.1:{port}"
     finally:
         subprocess.run(["adb", "kill-server"], capture_output=True, timeout=20)
