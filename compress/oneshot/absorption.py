@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..network.modules.branch import Branch
-from .error_curves import DAMPING, Curve
+from .error_curves import DAMPING, Curve, damped_cholesky
 from .stream import Activations, has_output_projection
 
 # Inner activations that are kept for the sub-layer behind them.
@@ -120,9 +120,8 @@ class Absorption:
         return tuple(found)
 
     def _error(self, kept: Tensor, inner_mean: Tensor, update_mean: Tensor, cross: Tensor) -> float:
-        covariance = self.preceding.covariance[kept][:, kept].clone()
-        covariance.diagonal().add_(DAMPING * float(covariance.diagonal().mean()) + 1e-12)
-        linear = torch.cholesky_solve(cross[kept], torch.linalg.cholesky(covariance))
+        factor, _ = damped_cholesky(self.preceding.covariance[kept][:, kept], DAMPING)
+        linear = torch.cholesky_solve(cross[kept], factor)
         total, rows = 0.0, 0
         for inner, update in self._held_out:
             near = (inner[:, kept] - inner_mean[kept].to(inner)) @ linear.to(inner)

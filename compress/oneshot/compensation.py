@@ -31,6 +31,7 @@ from ..network.architecture import AttentionSpec, FfnSpec
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel, build
 from ..surgery.plan import plan
+from .error_curves import damped_cholesky
 from .saved_state import SavedState, copy_checked, damaged
 from .stream import Stream, has_output_projection, output_projection
 
@@ -327,9 +328,7 @@ class _Gram:
     def solve(self, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
         """The weight (outputs, width) nearest to `weight` that fits R, and its bias."""
         hh, hr = self.centered()
-        penalty = ridge * float(hh.diagonal().mean()) + 1e-12
-        hh.diagonal().add_(penalty)
-        factor = torch.linalg.cholesky(hh)
+        factor, penalty = damped_cholesky(hh, ridge)
         fitted = torch.cholesky_solve(hr + penalty * weight.T, factor).T
         return fitted, self.bias(fitted)
 

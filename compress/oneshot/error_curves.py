@@ -212,9 +212,35 @@ def remove_heads(weight: Tensor, covariance: Tensor, heads: int) -> tuple[Tensor
 
 
 def _inverse(covariance: Tensor) -> Tensor:
-    damped = covariance.clone()
-    damped.diagonal().add_(DAMPING * float(covariance.diagonal().mean()) + 1e-12)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.cholesky_inverse(damped_cholesky(covariance, DAMPING)[0])
+
+
+def damped_cholesky(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Factor a covariance with a share of its mean diagonal added to the diagonal.
+
+    Few images give a covariance of low rank. Its smallest eigenvalues are rounding errors of the
+    sums, which a change of basis may have scaled up to below zero by more than the damping; it then
+    grows until the factor exists.
+
+    Args:
+        covariance: (width, width), finite.
+        damping: The share.
+
+    Returns:
+        The factor, (width, width), and what was added to the diagonal.
+    """
+    added = damping * float(covariance.diagonal().mean()) + 1e-12
+    for _ in range(8):
+        damped = covariance.clone()
+        damped.diagonal().add_(added)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+        added *= 10
+    else:
+        # Not finite, or no covariance: the message of the library says which.
+        factor = torch.linalg.cholesky(damped)
+    return factor, added
 
 
 def _without(weight: Tensor, inverse: Tensor, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:

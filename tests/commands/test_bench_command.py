@@ -87,6 +87,7 @@ def test_a_cost_table_is_measured_and_its_error_reported(
                 summary=partial(lambda value: value, summary),
                 runtime_version="1.0",
                 environment=Environment(),
+                energy_per_inference_j=None,
             )
         return found
 
