@@ -190,12 +190,7 @@ def _cpu_model(cpuinfo: dict[str, str]) -> str | None:
         family, model = int(cpuinfo.get("cpu family", "0")), int(cpuinfo.get("model", "0"))
         names = [name for low, high, name in ZEN.get(family, ()) if low <= model <= high]
         return f"AMD EPYC ({names[0]})" if names else name
-    return (
-        name
-        or cpuinfo.get("Hardware")
-        or (None if ROOT else platform.processor())
-        or None
-    )
+    return name or cpuinfo.get("Hardware") or (None if ROOT else platform.processor()) or None
 
 
 def _cores() -> int | None:
