@@ -75,7 +75,7 @@ def test_rows_are_written_in_every_format(
         (["show", "FOLDER", "--format", "parquet"], "name the file with --out rows.parquet"),
         (["show", "nowhere"], "nowhere: not a study folder (it has no study.sqlite)"),
         (["report", "nowhere"], "nowhere: not a study folder"),
-        (["nothing.toml"], "nothing.toml: no such study; name a TOML file, or one of structured"),
+        (["nothing.toml"], "nothing.toml: no such study; name a TOML file, or one of magnitude,"),
         (["structured", "--retry-failed"], "--retry-failed needs --resume"),
     ],
 )
