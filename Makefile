@@ -20,7 +20,7 @@ test: .venv/installed-test
 	@# The tests of a file stay together, for their fixtures, and files start in the order of
 	@# tests/conftest.py. Thread pools of several processes would compete for the cores.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
-		--numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+		--numprocesses logical --maxprocesses 4 --dist loadfile
 
 fuzz: .venv/installed-test
 	VITRIM_FUZZ=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
@@ -32,7 +32,7 @@ test-x86-64-v3: .venv/installed-test
 	VITRIM_CPU_FEATURES="$$($(BIN)/python -c 'from vitrim.targets.catalog import load_target; print(*load_target("x86-64-v3").features)')" \
 	ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
-	  --no-loadscope-reorder --ignore tests/export/tvm_kernels/test_first_difference.py \
+	  --ignore tests/export/tvm_kernels/test_first_difference.py \
 	  tests/export/quantization tests/export/runtimes/test_runtimes.py tests/export/tvm_kernels \
 	  tests/export/test_export_exporter.py tests/export/test_parity.py
 

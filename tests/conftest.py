@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -14,31 +13,6 @@ from hypothesis import settings
 settings.register_profile("same-examples", derandomize=True)
 settings.register_profile("fuzz", derandomize=False, print_blob=True)
 settings.load_profile("fuzz" if os.environ.get("VITRIM_FUZZ") else "same-examples")
-
-HERE = Path(__file__).parent
-# The files that take longest begin: at the end no process waits for one of them.
-LONGEST = [
-    HERE / name
-    for name in (
-        "pipeline/studies/test_ray_workers.py",
-        "commands/test_processes.py",
-        "export/tvm_kernels/test_token_masks.py",
-        "export/tvm_kernels/test_int8_kernels.py",
-        "export/tvm_kernels/test_selections.py",
-        "export/test_export_outputs.py",
-        "export/runtimes/test_runtimes.py",
-        "pipeline/studies/test_engine.py",
-        "docs/test_notebook.py",
-        "pipeline/test_pipeline.py",
-        "test_wheel.py",
-    )
-]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the longest files first, in this order."""
-    places = {path: place for place, path in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True, scope="session")
