@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,11 @@ def measure_cost_table(
         InputError: A network cannot be exported or measured, or the points are of another request.
     """
     options = options or MeasureOptions(threads=request.threads)
-    with progress_bar(quiet=quiet, replacement=progress) as report:
-        run = _Run(request, points_file(path), measure, options, report)
+    with (
+        progress_bar(quiet=quiet, replacement=progress) as report,
+        tempfile.TemporaryDirectory(prefix="vitrim-cost-") as folder,
+    ):
+        run = _Run(request, points_file(path), measure, options, report, Path(folder))
         run.measure_fit()
         run.check(dense or dense_model(request.sizes))
         table = run.table()
@@ -139,14 +143,23 @@ class _Run:
         measure: Measure,
         options: MeasureOptions,
         report: Progress,
+        folder: Path,
     ) -> None:
         self.request, self.file, self.measure, self.report = request, file, measure, report
+        self.folder = folder
         total = request.most_points + request.checks
         limit_s = options.time_limit_s * BATCH / total
         self.options = MeasureOptions(**{**vars(options), "time_limit_s": limit_s})
         self.tiles = _tiles(request.target)
         self.points, self.about = read_points(file, request)
         self.powers_w: list[float] = []
+
+    @cached_property
+    def reference(self) -> Path:
+        """The exported dense network, which is measured with every group."""
+        file = self.folder / REFERENCE
+        self._export(dense_model(self.request.sizes), file)
+        return file
 
     def of_role(self, *roles: Role) -> list[MeasuredNetwork]:
         """The points of these roles, at one speed of the machine."""
@@ -199,15 +212,13 @@ class _Run:
         done, total = len(self.points), self.request.most_points + self.request.checks
         text = "compact networks" if roles[0] == "check" else _progress_text(fit, self.points)
         begun, share = done / total, len(shapes) / total
-        with tempfile.TemporaryDirectory(prefix="vitrim-cost-") as folder:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             files = {str(number): Path(folder) / str(number) for number in range(len(models))}
             for number, (model, file) in enumerate(zip(models, files.values(), strict=True)):
                 self.report(begun + 0.5 * share * number / len(models), f"exporting: {text}")
                 self._export(model, file)
-            reference = Path(folder) / REFERENCE
-            self._export(dense_model(self.request.sizes), reference)
             found = self.measure(
-                {**files, REFERENCE: reference},
+                {**files, REFERENCE: self.reference},
                 self.options,
                 lambda part, _: self.report(begun + share * (0.5 + 0.5 * part), text),
             )

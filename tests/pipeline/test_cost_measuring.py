@@ -45,10 +45,13 @@ class Machine:
         self, monkeypatch: pytest.MonkeyPatch, noise: float = 0.0, drift: float = 0.0
     ) -> None:
         self.noise, self.drift, self.measured, self.dies_at = noise, drift, 0, 10**9
+        self.references: list[Path] = []
         monkeypatch.setattr(cost_measuring, "export", self.export)
 
     def export(self, model: CompactModel, folder: Path, **options: Any) -> None:
         folder.write_text(network_shape(model.architecture).model_dump_json())
+        if folder.name == REFERENCE:
+            self.references.append(folder)
 
     def measure(self, files: dict[str, Path], options: Any, progress: Any) -> dict[str, Any]:
         found = {}
@@ -104,6 +107,20 @@ def test_a_machine_whose_speed_changes_is_measured_beside_the_dense_network(
     # The costs are stated at the speed of the points that check them.
     assert table.uncorrected is not None
     assert table.uncorrected.p95 < 0.06
+
+
+def test_the_dense_network_is_exported_once_for_all_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, path = Machine(monkeypatch), tmp_path / "table.json"
+    machine.dies_at = 15
+    with pytest.raises(KeyboardInterrupt):
+        measured(path, machine)
+    assert len(machine.references) == 1
+    machine.dies_at = 10**9
+    measured(path, machine)
+    assert len(machine.references) == 2
+    assert not any(file.exists() for file in machine.references)
 
 
 def test_a_noisy_machine_is_measured_up_to_the_limit(
