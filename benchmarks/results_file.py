@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,13 @@ def earlier_rows(out: Path, head: Any) -> list[dict[str, Any]]:
     old = json.loads(path.read_text(encoding="utf-8"))
     rows: list[dict[str, Any]] = old["rows"] if old["head"] == head else []
     return rows
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The mean and the standard deviation; of one value the value alone."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown_row(*cells: object) -> str:

@@ -33,7 +33,7 @@ from vitrim.pipeline.recipe import Recipe, parse_recipe
 from vitrim.pipeline.run import prepare, run
 from vitrim.pipeline.selection_step import with_selections
 
-from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result, spread
 
 SHARES, SEEDS = (0.5, 0.33, 0.25), (7, 13, 42)
 METHODS = ("dynamicvit", "evit", "dps", "class-attention")
@@ -213,13 +213,13 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
             lines.append(markdown_row(f"{share:g}", kind, method, order, 0, *cells))
             continue
         cells = [
-            _spread([row["compact"]["macs"] / row["baseline"]["macs"] for row in ran], 3),
-            _spread([row["compact"]["params"] / row["baseline"]["params"] for row in ran], 3),
-            _spread([row["compact"]["top1_percent"] for row in ran], 2),
-            _spread(
+            spread([row["compact"]["macs"] / row["baseline"]["macs"] for row in ran], 3),
+            spread([row["compact"]["params"] / row["baseline"]["params"] for row in ran], 3),
+            spread([row["compact"]["top1_percent"] for row in ran], 2),
+            spread(
                 [row["baseline"]["top1_percent"] - row["compact"]["top1_percent"] for row in ran], 2
             ),
-            _spread([row["baseline"]["p50_ms"] / row["compact"]["p50_ms"] for row in ran], 2),
+            spread([row["baseline"]["p50_ms"] / row["compact"]["p50_ms"] for row in ran], 2),
         ]
         lines.append(markdown_row(f"{share:g}", kind, method, order, len(ran), *cells))
     return "\n".join(lines)
@@ -228,12 +228,6 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 def _key(place: tuple[float, str, str, str], rows: Sequence[dict[str, Any]]) -> Any:
     lost = [row["compact"]["top1_percent"] for row in rows if "compact" in row]
     return -place[0], -statistics.mean(lost) if lost else 0.0, place
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def row_of(case: Case, plan: Plan, dense: CompactModel, work: Path) -> dict[str, Any]:

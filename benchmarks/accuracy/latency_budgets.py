@@ -48,7 +48,7 @@ from vitrim.pipeline.run import Prepared, prepare, run
 from vitrim.targets.cost_table import CostTable
 
 from ..cost_tables import files_of, table_of
-from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result, spread
 
 FACTORS, SEEDS, KINDS = (2.0, 3.0, 4.0, 6.0), (0, 1, 2), ("untrained", "trained")
 LATENCY, ALL_TOKENS, SHARES = "latency", "latency, all tokens", ("macs", "params")
@@ -358,21 +358,15 @@ def table(rows: Iterable[dict[str, Any]], dense: dict[str, Any]) -> str:
         within = sum(row["measured_ms"] <= row["target_ms"] * 1.01 for row in ran)
         lost = [dense["top1_percent"] - row["top1_percent"] for row in ran]
         cells = [
-            _spread([dense["measured_ms"] / row["measured_ms"] for row in ran], 2) + "x",
+            spread([dense["measured_ms"] / row["measured_ms"] for row in ran], 2) + "x",
             f"{within} of {len(ran)}",
-            _spread([row["macs"] / dense["macs"] for row in ran], 3),
-            _spread([row["params"] / dense["params"] for row in ran], 3),
-            _spread([row["top1_percent"] for row in ran], 2),
-            _spread(lost, 2),
+            spread([row["macs"] / dense["macs"] for row in ran], 3),
+            spread([row["params"] / dense["params"] for row in ran], 3),
+            spread([row["top1_percent"] for row in ran], 2),
+            spread(lost, 2),
         ]
         lines.append(markdown_row(*head, *cells))
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ interrupted benchmark continues; the first seed of everything comes first.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -47,7 +48,7 @@ from vitrim.pipeline.recipe_sections import ModelSection
 from vitrim.pipeline.run import with_last_queries
 from vitrim.pipeline.source_model import image_of, preprocessing_of, source_model
 
-from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result
+from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result, spread
 
 SHARES = (0.9, 0.8, 0.7, 0.5)
 IMAGES = (64, 256, 1024)
@@ -274,8 +275,6 @@ def compensate_means(
 
 def _all_tokens(model: CompactModel) -> CompactModel:
     """The same modules, computing every token of the last block."""
-    import copy
-
     result = copy.copy(model)
     result.architecture = model.architecture.model_copy(update={"last_queries": False})
     return result
@@ -354,9 +353,7 @@ def _spread(found: Sequence[float | None]) -> str:
     values = [each for each in found if each is not None]
     if not values:
         return "no heads" if found else ""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    return spread(values)
 
 
 def open_bench(data: str, model: str, test_images: int) -> Bench:
