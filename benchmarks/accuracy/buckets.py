@@ -43,12 +43,11 @@ from vitrim.compress.tokens.select import SelectMethod
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
-from vitrim.pipeline.run import with_last_queries
 from vitrim.pipeline.shipping_steps import write_dataset
 from vitrim.runtimes import open_engine
 
 from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result
-from .oneshot import Bench, open_data_and_model
+from .oneshot import Bench, open_bench
 
 MEANS = (0.4, 0.6, 0.8)
 # The counts of a selection that is added, as shares of the patches that it chooses from.
@@ -293,8 +292,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/buckets_DATA")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    splits, built = open_data_and_model(options.data, options.model, options.test_images)
-    bench = Bench(splits, with_last_queries(vitrim.lift(built)).eval(), None)
+    bench = open_bench(options.data, options.model, options.test_images)
     network, counts = selecting_network(bench.model, options.method, options.stage, options.counts)
     name, select = bench.data.name, network.architecture.selects[-1]
     plan = Plan(

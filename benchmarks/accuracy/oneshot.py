@@ -22,7 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ import vitrim
 from torch import Tensor, nn
 from vitrim.bench.local.environment import read_machine
 from vitrim.compress.data.loading import open_dataset
-from vitrim.compress.data.splits import DataSplits, Split, stratified_indices
+from vitrim.compress.data.splits import DataSplits, stratified_indices
 from vitrim.compress.masks.magnitude import unit_costs
 from vitrim.compress.masks.ranking import rank
 from vitrim.compress.masks.saliency import USUAL, saliency
@@ -46,6 +46,7 @@ from vitrim.compress.surgery.plan import plan
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.pipeline.recipe_sections import ModelSection
 from vitrim.pipeline.run import with_last_queries
+from vitrim.pipeline.shipping_steps import stratified_sample
 from vitrim.pipeline.source_model import image_of, preprocessing_of, source_model
 
 from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result, spread
@@ -112,10 +113,19 @@ WITH_EVERY_COUNT = (
 class Bench:
     """The model, the images and what several rows share."""
 
-    def __init__(self, data: DataSplits, model: CompactModel, timm_model: nn.Module | None) -> None:
-        self.data, self.model, self.timm_model = data, model, timm_model
+    def __init__(self, data: DataSplits, model: CompactModel, source: nn.Module) -> None:
+        self.data, self.model, self.source = data, model, source
         self.dense_top1 = evaluate(model, data.test)
         self.dense_macs = count_macs(model.architecture)
+
+    @functools.cached_property
+    def timm_model(self) -> nn.Module | None:
+        """The timm model of the same weights, for Torch-Pruning; None without one."""
+        if not isinstance(self.source, CompactModel):
+            return self.source
+        from .oneshot_torch_pruning import timm_twin
+
+        return timm_twin(self.model)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def images(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -367,35 +377,13 @@ def open_bench(data: str, model: str, test_images: int) -> Bench:
     Returns:
         Both, with the top-1 of the dense model.
     """
-    splits, built = open_data_and_model(data, model, test_images)
-    lifted = with_last_queries(vitrim.lift(built)).eval()
-    if isinstance(built, CompactModel):
-        from .oneshot_torch_pruning import timm_twin
-
-        return Bench(splits, lifted, timm_twin(lifted))
-    return Bench(splits, lifted, built)
-
-
-def open_data_and_model(data: str, model: str, test_images: int) -> tuple[DataSplits, nn.Module]:
-    """The data set and the model of `open_bench`, as they are.
-
-    Args:
-        data: See `open_bench`.
-        model: See `open_bench`.
-        test_images: Largest number of test images.
-    """
     name = data.replace("cifar10:", "parquet:")
     section = ModelSection(checkpoint=model)
     splits = open_dataset(name, preprocessing=preprocessing_of(section, name, image_of(section)))
-    if test_images < len(splits.test):
-        rows = stratified_indices(splits.test.targets, test_images, 0)[0]
-        test: Split = splits.test.select(rows)
-    else:
-        test = splits.test
-    splits = DataSplits(
-        data.partition(":")[0], splits.train, splits.val, test, splits.labels, splits.preprocessing
-    )
-    return splits, source_model(section, splits.classes)
+    test = stratified_sample(splits.test, test_images)
+    splits = replace(splits, name=data.partition(":")[0], test=test)
+    source = source_model(section, splits.classes)
+    return Bench(splits, with_last_queries(vitrim.lift(source)).eval(), source)
 
 
 def run(
