@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from ...core.errors import InputError
 from ...targets.cost_table import CostTable
@@ -46,7 +47,7 @@ def estimated_table(
         InputError: No time can be estimated for the device; the message has the reason.
     """
     runtime = runtime or profile.preferred_runtime
-    weights: Precision = "int8" if precision.startswith("int8") else precision  # type: ignore[assignment]
+    weights = cast("Precision", "int8" if precision.startswith("int8") else precision)
     reason = can_estimate(profile, weights)
     if reason is not None:
         raise InputError(
