@@ -39,7 +39,7 @@ from .patches import Patches, corners, cut_patches
 from .precision import Float, Precision, RangeObserver
 from .program import Program, Value
 from .schedule import Schedule
-from .selection import ScoringAttention, select_rows
+from .selection import ScoringAttention, keep_rows, patch_scores
 from .stem_layers import StemLayers
 from .sublayers import Columns, attention, ffn, read_stream
 
@@ -214,7 +214,9 @@ class NetworkWriter:
         for number, select in enumerate(self.selects):
             if select.spec.at == count:
                 state, scored = self.selection(number, before)
-                stream, chosen = select_rows(self.emitter, stream, select, state, scored)
+                scores = patch_scores(self.emitter, stream, select, state, scored)
+                kept = select.spec.patches
+                stream, chosen = keep_rows(self.emitter, stream, select, scores, kept)
                 self.chosen.append(chosen)
         return stream
 

@@ -61,29 +61,6 @@ class ScoringAttention:
     columns: Columns | None = None
 
 
-def select_rows(
-    emitter: Emitter,
-    x: Stream,
-    select: Select,
-    state: State,
-    scored: ScoringAttention | None,
-) -> tuple[Stream, Value]:
-    """Emit a selection.
-
-    Args:
-        emitter: Receives the calls.
-        x: The residual stream.
-        select: The selection.
-        state: Its parameters.
-        scored: The attention that scores patches, for the scorers that need one.
-
-    Returns:
-        The stream behind it, and the chosen places among the patches, (batch, kept) int32, flat.
-    """
-    scores = patch_scores(emitter, x, select, state, scored)
-    return keep_rows(emitter, x, select, scores, select.spec.patches)
-
-
 def patch_scores(
     emitter: Emitter,
     x: Stream,
@@ -125,7 +102,7 @@ def keep_rows(
         count: How many patches stay.
 
     Returns:
-        See `select_rows`.
+        The stream behind it, and the chosen places among the patches, (batch, kept) int32, flat.
     """
     spec, prefix, batch = select.spec, select.prefix, emitter.batch
     patches = x.rows - prefix
