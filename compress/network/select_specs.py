@@ -136,12 +136,19 @@ def scoring_attention(architecture: Architecture, select: SelectSpec) -> BranchS
     return found[0]
 
 
-def scoring_branches(architecture: Architecture) -> frozenset[str]:
-    """Names of the sub-layers whose attention scores patches, which cannot be removed."""
+def scoring_branches(
+    architecture: Architecture, scorers: Sequence[Scorer] = ATTENTION_SCORERS
+) -> frozenset[str]:
+    """Names of the sub-layers whose attention scores patches, which cannot be removed.
+
+    Args:
+        architecture: The network.
+        scorers: The scorers that count, all that need an attention by default.
+    """
     return frozenset(
         scoring_attention(architecture, select).name
         for select in architecture.selects
-        if select.scorer in ATTENTION_SCORERS
+        if select.scorer in scorers
     )
 
 

@@ -21,6 +21,7 @@ from ...compress.network.architecture import (
 )
 from ...compress.network.modules.model import CompactModel
 from ...compress.network.named_outputs import OutputSpec, needs_all_tokens
+from ...compress.network.select_specs import scoring_branches
 from ...compress.surgery.stream_form import choose_stream_form
 from ...core.errors import InputError, UnsupportedModel
 from . import centring
@@ -107,9 +108,9 @@ def write_network(
     shorter = form.last_queries or architecture.last_queries
     shorter = shorter and not needs_all_tokens(architecture, outputs)
     counts = architecture.step_tokens(last_queries=shorter)
-    for number, count in enumerate(counts):
+    for number, (step, count) in enumerate(zip(architecture.steps, counts, strict=True)):
         writer.select(stream, number)
-        writer.step(stream, number, entries_below(state, f"steps.{number}"), count)
+        writer.step(stream, step, entries_below(state, f"steps.{number}"), count)
         dense.after_steps(stream, number + 1)
     writer.select(stream, len(architecture.steps))
     if architecture.pooled_prefix and not dense.all_tokens:
@@ -149,7 +150,11 @@ class _StepWriter:
         share_maps: bool,
     ) -> None:
         self.graph, self.form, self.embed = graph, form, architecture.embed
-        self.selections, self.share_maps = selections, share_maps
+        self.selections = selections
+        # The attentions whose maps a selection reads.
+        self.shared: frozenset[str] = frozenset()
+        if share_maps:
+            self.shared = scoring_branches(architecture, ("column-attention",))
         # The attention of the last step that was written, which may score patches.
         self.scored: ScoringAttention | None = None
         # The tokens that the stream carries; further rows pad them to a multiple of the tile.
@@ -167,16 +172,15 @@ class _StepWriter:
             stream.keep_first(count, name)
         self.tokens = self.rows = count
 
-    def step(self, stream: Stream, number: int, state: State, count: int) -> None:
+    def step(self, stream: Stream, step: tuple[BranchSpec, ...], state: State, count: int) -> None:
         """Write parallel branches, which all read the stream as it was before the step.
 
         Args:
             stream: The residual stream.
-            number: Number of the step.
+            step: The branches.
             state: Weights of the step.
             count: Number of tokens that are computed, and that the stream carries afterwards.
         """
-        step = self.selections.architecture.steps[number]
         parts = [entries_below(state, str(position)) for position in range(len(step))]
         # Keys are all tokens that came in; everything else reads those that stay.
         inputs = [
@@ -206,7 +210,7 @@ class _StepWriter:
                     query_count = self.rows
                     queries = first_tokens(self.graph, self.form, x, self.rows, f"{name}.queries")
                 rows = AttentionRows(x, queries, tokens, padding, query_count)
-                keeps = query_count is None and self._scores_columns(number)
+                keeps = query_count is None and name in self.shared
                 y, out, maps = attention(
                     self.graph, self.form, branch.core, core, rows, name, keep_maps=keeps
                 )
@@ -215,13 +219,6 @@ class _StepWriter:
             else:
                 y, out = ffn(self.graph, self.form, branch.core, core, x, name)
             self._write(stream, branch, part, y, out)
-
-    def _scores_columns(self, number: int) -> bool:
-        """Whether a selection behind a step reads the maps of its attention."""
-        return self.share_maps and any(
-            spec.at == number + 1 and spec.scorer == "column-attention"
-            for spec in self.selections.architecture.selects
-        )
 
     def select(self, stream: Stream, at: int) -> None:
         """Write the selections after `at` steps."""

@@ -16,7 +16,11 @@ from ...compress.network.architecture import (
 from ...compress.network.modules.model import CompactModel
 from ...compress.network.modules.select import Select
 from ...compress.network.named_outputs import OutputSpec, needs_all_tokens, steps_needed
-from ...compress.network.select_specs import ATTENTION_SCORERS, scoring_attention
+from ...compress.network.select_specs import (
+    ATTENTION_SCORERS,
+    scoring_attention,
+    scoring_branches,
+)
 from .attention import Attend
 from .dense import Dense
 from .emitter import Emitter, Epilogue
@@ -384,11 +388,8 @@ class NetworkWriter:
 
     def scores_columns(self, branch: BranchSpec) -> bool:
         """Whether a selection reads the maps of an attention in the precision of its products."""
-        return self.emitter.computes_fp32 and any(
-            select.scorer == "column-attention"
-            and scoring_attention(self.architecture, select).name == branch.name
-            for select in self.architecture.selects
-        )
+        scoring = scoring_branches(self.architecture, ("column-attention",))
+        return self.emitter.computes_fp32 and branch.name in scoring
 
     def add_constant(
         self, written: Stream, branch: BranchSpec, vector: Array, scale: Array | None
