@@ -29,11 +29,12 @@ from vitrim.bench.local.environment import read_machine
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
-from vitrim.pipeline.recipe import Recipe, parse_recipe
+from vitrim.pipeline.recipe import Recipe
 from vitrim.pipeline.run import prepare, run
 from vitrim.pipeline.selection_step import with_selections
 
 from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result, spread
+from .short_runs import ShortRuns
 
 SHARES, SEEDS = (0.5, 0.33, 0.25), (7, 13, 42)
 METHODS = ("dynamicvit", "evit", "dps", "class-attention")
@@ -68,51 +69,19 @@ class Case:
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(ShortRuns):
     """What all rows share.
 
     Attributes:
-        data: The data set, as in a recipe.
-        model: embedded, or a folder that vitrim saved.
-        epochs: Of masks and predictors.
-        finetune_epochs: Of fine-tuning.
         ratio: The share of patches of the first stage in rows of both.
-        test_images: The images of top-1; 0: all.
-        limit: The training images; 0: all.
     """
 
-    data: str
-    model: str
-    epochs: int
-    finetune_epochs: int
     ratio: float
-    test_images: int
-    limit: int
 
     def recipe(self, masks: dict[str, Any], seed: int) -> Recipe:
         """The recipe of a row with these keys of `[masks]`."""
-        data: dict[str, Any] = {"name": self.data}
-        if self.limit:
-            data["limit"] = self.limit
-        tables = {
-            "name": "dynamic-tokens",
-            "data": data,
-            "model": {"checkpoint": self.model},
-            "masks": {"epochs": self.epochs, "lr": 2e-3, "augmentation": "none", **masks},
-            "finetune": {"epochs": self.finetune_epochs, "lr": 3e-3, "augmentation": "none"},
-            "distill": {"alpha": 0.9},
-            "train": {
-                "batch_size": 64,
-                "optimizer": "muon",
-                "matmul_precision": "medium",
-                "threads": 1,
-                "seed": seed,
-            },
-            "export": {"precisions": ["fp32"]},
-            "bench": {"top1_images": self.test_images} if self.test_images else {},
-        }
-        return parse_recipe(tables, where="benchmarks.accuracy.dynamic_tokens")
+        return self.short_recipe("dynamic_tokens", masks, seed)
 
     def masks(self, case: Case, dense: CompactModel) -> dict[str, Any]:
         """The keys of `[masks]` of a row.
@@ -257,16 +226,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/dynamic-tokens"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/dynamic_tokens_DATA")
     options = parser.parse_args()
-    name = options.data.replace("cifar10:", "parquet:")
-    plan = Plan(
-        name,
-        options.model,
-        options.epochs,
-        options.finetune_epochs,
-        options.ratio,
-        options.test_images,
-        options.limit,
-    )
+    given = {name: getattr(options, name) for name in Plan.__dataclass_fields__}
+    plan = Plan(**{**given, "data": options.data.replace("cifar10:", "parquet:")})
     short = options.data.partition(":")[0]
     out = options.out or RESULTS / f"dynamic_tokens_{short.replace('-', '_')}"
     dense = prepare(plan.recipe({"macs": 0.9}, 0), quiet=True).dense

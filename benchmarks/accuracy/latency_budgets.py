@@ -43,12 +43,13 @@ from vitrim.compress.surgery.plan import plan
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.core.errors import InputError
 from vitrim.pipeline.latency_loop import MARGIN, Measure, cut_to_latency
-from vitrim.pipeline.recipe import Recipe, parse_recipe
+from vitrim.pipeline.recipe import Recipe
 from vitrim.pipeline.run import Prepared, prepare, run
 from vitrim.targets.cost_table import CostTable
 
 from ..cost_tables import files_of, table_of
 from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result, spread
+from .short_runs import ShortRuns
 
 FACTORS, SEEDS, KINDS = (2.0, 3.0, 4.0, 6.0), (0, 1, 2), ("untrained", "trained")
 LATENCY, ALL_TOKENS, SHARES = "latency", "latency, all tokens", ("macs", "params")
@@ -82,56 +83,24 @@ class Case:
         return "-".join([*parts, f"{self.factor:g}", str(self.seed)])
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(ShortRuns):
     """What all rows share.
 
     Attributes:
-        data: The data set, as in a recipe.
-        model: embedded, or a folder that vitrim saved.
         images: Unlabeled images of a cut without training.
-        epochs: Of masks.
-        finetune_epochs: Of fine-tuning.
-        test_images: The images of top-1; 0: all.
-        limit: The training images; 0: all.
         precision: Of the files.
         attempts: Largest number of trainings of a row.
     """
 
-    data: str
-    model: str
     images: int
-    epochs: int
-    finetune_epochs: int
-    test_images: int
-    limit: int
     precision: str
     attempts: int
 
     def recipe(self, masks: dict[str, Any], seed: int) -> Recipe:
         """The recipe of a trained row with these keys of `[masks]`."""
-        data: dict[str, Any] = {"name": self.data}
-        if self.limit:
-            data["limit"] = self.limit
-        keys = {"epochs": self.epochs, "lr": 2e-3, "augmentation": "none", "round_to": ROUND_TO}
-        tables = {
-            "name": "latency-budgets",
-            "data": data,
-            "model": {"checkpoint": self.model},
-            "masks": {**keys, **masks},
-            "finetune": {"epochs": self.finetune_epochs, "lr": 3e-3, "augmentation": "none"},
-            "distill": {"alpha": 0.9},
-            "train": {
-                "batch_size": 64,
-                "optimizer": "muon",
-                "matmul_precision": "medium",
-                "threads": 1,
-                "seed": seed,
-            },
-            "export": {"precisions": [self.precision]},
-            "bench": {"top1_images": self.test_images} if self.test_images else {},
-        }
-        return parse_recipe(tables, where="benchmarks.accuracy.latency_budgets")
+        keys = {"round_to": ROUND_TO, **masks}
+        return self.short_recipe("latency_budgets", keys, seed, self.precision)
 
 
 def cases(kinds: Sequence[str], factors: Sequence[float], seeds: Sequence[int]) -> list[Case]:
@@ -223,7 +192,8 @@ class Bench:
         by_table = target_ms
         for _ in range(ROUNDS):
             share = self.largest_share(case.seed, case.budget, by_table)
-            model = trim_to(self.prediction(case.seed), **{case.budget: share}).model  # type: ignore[arg-type]
+            budget: dict[str, Any] = {case.budget: share}
+            model = trim_to(self.prediction(case.seed), **budget).model
             measured = self.measure(model)
             within = measured <= target_ms
             # Of files within the latency the slowest, else the fastest.
@@ -393,9 +363,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/latency_budgets_DATA")
     options = parser.parse_args()
     short = options.data.partition(":")[0]
-    names = ("images", "epochs", "finetune_epochs", "test_images", "limit", "precision", "attempts")
-    given = {name: getattr(options, name) for name in names}
-    settings = Plan(options.data.replace("cifar10:", "parquet:"), options.model, **given)
+    given = {name: getattr(options, name) for name in Plan.__dataclass_fields__}
+    settings = Plan(**{**given, "data": options.data.replace("cifar10:", "parquet:")})
     out = options.out or RESULTS / f"latency_budgets_{short.replace('-', '_')}"
     work = options.work / short
     prepared = prepare(settings.recipe({"macs": 0.9}, 0), quiet=True)
