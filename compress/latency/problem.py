@@ -18,13 +18,14 @@ from ..network.architecture import (
     FfnSpec,
     SelectSpec,
 )
+from ..network.live_latency import plain_hidden
 from ..network.select_specs import scoring_branches, select_macs, select_widths
 from ..oneshot.allocation import Option
 from ..oneshot.budgets import SUB_LAYER_BYTES, Precision
 from ..oneshot.choice import absorbed_share
 from .losses import Losses
 from .programme import Numbers, Stage
-from .shapes import hidden_width, sublayer_shape
+from .shapes import sublayer_shape
 
 # Numbers of tokens to choose from; widths of one dimension of a sub-layer to choose from.
 TOKEN_LEVELS, ATTENTION_WIDTHS, FFN_WIDTHS = 12, 10, 200
@@ -200,8 +201,7 @@ def _sizes(
     core: AttentionSpec | FfnSpec, widths: Sequence[Mapping[str, int]]
 ) -> tuple[np.ndarray, ...]:
     if isinstance(core, FfnSpec):
-        hidden = [width.get("ffn", core.hidden) for width in widths]
-        whole = [hidden_width(core.model_copy(update={"hidden": each})) for each in hidden]
+        whole = [plain_hidden(core, width.get("ffn", core.hidden)) for width in widths]
         return (np.array(whole, dtype=np.int64),)
     rows = [
         [width.get(name, size) for width in widths]

@@ -53,14 +53,9 @@ def sublayer_shape(
             v=core.v,
         )
     if isinstance(core, FfnSpec):
-        return FfnShape(tokens=queries, hidden=hidden_width(core))
+        return FfnShape(tokens=queries, hidden=plain_hidden(core, core.hidden))
     macs = branch_macs(branch, embed, tokens, queries)
     return FfnShape(tokens=queries, hidden=max(1, math.ceil(macs / (2 * embed * queries))))
-
-
-def hidden_width(core: FfnSpec) -> int:
-    """The hidden width of an FFN of two matrices with as many multiply-adds."""
-    return plain_hidden(core, core.hidden)
 
 
 def select_shape(
