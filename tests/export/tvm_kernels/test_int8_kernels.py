@@ -253,6 +253,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mean": {"prefix": 0, "pool": PoolSpec(kind="mean")},
     "token": {"prefix": 1, "pool": PoolSpec(kind="token")},
     "distilled": {"prefix": 2, "pool": PoolSpec(kind="distilled")},
+    "dense": {"prefix": 2, "pool": PoolSpec(kind="dense")},
     "gated": {
         "attention": {"gated": True, "out_norm": NormSpec(width=28)},
         "ffn": {"gated": True, "norm": NormSpec(width=70)},
@@ -283,7 +284,11 @@ KINDS: dict[str, dict[str, Any]] = {
 # Of every kind with static ranges, whose order is that of its products.
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [*((kind, "int8-static") for kind in KINDS if kind != "mean"), ("mean", "int8")],
+    [
+        *((kind, "int8-static") for kind in KINDS if kind != "mean"),
+        ("mean", "int8"),
+        ("dense", "int8"),
+    ],
 )
 def test_outputs_in_int8_are_close_to_fp32(kind: str, precision: str) -> None:
     model = sample(**KINDS[kind])
