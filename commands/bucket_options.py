@@ -147,9 +147,7 @@ def _images(source: Source, selection: Selection, options: BucketOptions) -> Ten
 
 
 def _show(model: BucketedModel) -> None:
-    from ..compress.network.count import count_macs
-
-    buckets, macs = model.buckets, [count_macs(each) for each in model.architectures]
+    buckets, macs = model.buckets, model.macs
     for place, (count, cost) in enumerate(zip(buckets.counts, macs, strict=True)):
         share = "" if buckets.shares is None else f", {100 * buckets.shares[place]:.1f} % of images"
         show(f"{count} patches at {model.selection.spec.name}: {unit_count(cost)} MACs{share}")

@@ -15,7 +15,6 @@ import onnx
 import torch
 
 from ..compress.network.architecture import SelectSpec
-from ..compress.network.count import count_macs
 from ..compress.network.modules.select import Choices
 from ..compress.tokens.buckets import BucketedModel
 from ..core.errors import InputError
@@ -193,7 +192,7 @@ def _buckets_spec(model: BucketedModel, equal: float) -> BucketsSpec:
         coverage=found.coverage,
         shares=found.shares,
         images=found.images or None,
-        macs=tuple(count_macs(architecture) for architecture in model.architectures),
+        macs=model.macs,
         equal=equal,
     )
 

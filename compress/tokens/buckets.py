@@ -129,6 +129,11 @@ class BucketedModel(nn.Module):
         return self.architectures[-1]
 
     @property
+    def macs(self) -> tuple[int, ...]:
+        """Multiply-adds of one image in each bucket; the last one bounds those of any image."""
+        return tuple(count_macs(architecture) for architecture in self.architectures)
+
+    @property
     def selection(self) -> Select:
         """The last selection."""
         return cast(Select, self.network.selects[-1])
@@ -208,8 +213,7 @@ class BucketedModel(nn.Module):
             InputError: The images do not fit the model.
         """
         found = _shares(self.covered(images, progress), self.buckets.coverage)
-        macs = tuple(count_macs(architecture) for architecture in self.architectures)
-        return BucketShares(self.buckets.counts, found, macs, len(images))
+        return BucketShares(self.buckets.counts, found, self.macs, len(images))
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
         """Write the model with its largest bucket, and `buckets.json`, completely or not at all.
