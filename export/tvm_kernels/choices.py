@@ -39,13 +39,7 @@ def bucket_choices(
     for place in range(len(images)):
         image = np.ascontiguousarray(images[place : place + 1], np.float32)
         logits.append(program.infer(image))
-        chosen.append(
-            [
-                np.frombuffer(content, np.int32)[None].astype(np.int64)
-                for name, content in program.watch(image)
-                if CHOICE_KERNEL in name
-            ]
-        )
+        chosen.append(_chosen(program, image))
     return np.concatenate(logits), chosen
 
 
@@ -79,12 +73,17 @@ def program_choices(
     found: list[list[NDArray[np.int64]]] = []
     for start in range(0, len(images), batch):
         filled = np.resize(images[start : start + batch], shape).astype(np.float32)
-        chosen = [
-            np.frombuffer(content, np.int32).reshape(batch, -1).astype(np.int64)
-            for name, content in program.watch(np.ascontiguousarray(filled))
-            if CHOICE_KERNEL in name
-        ]
+        chosen = _chosen(program, np.ascontiguousarray(filled))
         if len(chosen) != len(names):
             return None
         found.append([places[: len(images) - start] for places in chosen])
     return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+
+
+def _chosen(program: CompiledProgram, images: NDArray[np.float32]) -> list[NDArray[np.int64]]:
+    """The places (images, kept) that each selection chooses, in order."""
+    return [
+        np.frombuffer(content, np.int32).reshape(len(images), -1).astype(np.int64)
+        for name, content in program.watch(images)
+        if CHOICE_KERNEL in name
+    ]
