@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ...export.artifact import Artifact
+from ..results.buckets import bucket_name
 from ..results.measurement import Bucket
 from .artifact_facts import ArtifactFacts, artifact_facts
 from .options import MeasureOptions
 
 Json = dict[str, Any]
-
-
-def bucket_name(name: str, patches: int) -> str:
-    """Return the name of the measurement of one bucket of an artifact."""
-    return f"{name}-{patches}-patches"
 
 
 def measured_names(

@@ -72,6 +72,11 @@ class BucketTable:
         return (sum(correct), sum(totals)) if totals else None
 
 
+def bucket_name(name: str, patches: int) -> str:
+    """Return the name of the measurement of one bucket of an artifact."""
+    return f"{name}-{patches}-patches"
+
+
 def bucket_tables(measurements: Iterable[Measurement]) -> tuple[BucketTable, ...]:
     """Group the measurements of buckets; a group without one of its buckets is left out.
 
@@ -91,7 +96,7 @@ def bucket_tables(measurements: Iterable[Measurement]) -> tuple[BucketTable, ...
         first = next(iter(group.values()))
         assert first.bucket is not None
         if set(group) == set(first.bucket.counts):
-            ending = f"-{first.bucket.patches}-patches"
+            ending = bucket_name("", first.bucket.patches)
             rows = tuple(group[patches] for patches in first.bucket.counts)
             found.append(BucketTable(first.name.removesuffix(ending), rows))
     return tuple(found)
