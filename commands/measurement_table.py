@@ -23,10 +23,7 @@ def measurement_table(measured: Mapping[str, Measurement]) -> Table:
     compared.
     """
     table = Table(show_edge=False, pad_edge=False)
-    with_top1 = any(
-        measurement.top1 is not None and measurement.of_all_images
-        for measurement in measured.values()
-    )
+    with_top1 = any(_top1(measurement) for measurement in measured.values())
     heads = ["name", "p50", "p90", "p99", "images/s", "faster", "memory", "file"]
     for head in [*heads, "top-1"] if with_top1 else heads:
         table.add_column(head, justify="left" if head == "name" else "right", no_wrap=True)
@@ -52,10 +49,15 @@ def _cells(name: str, measurement: Measurement, first: Measurement) -> list[str]
         faster(first, measurement) if compared else "",
         "" if memory is None else f"{memory / 1e6:.1f} MB",
         f"{measurement.file_bytes / 1e6:.2f} MB",
-        ""
-        if measurement.top1 is None or not measurement.of_all_images
-        else f"{100 * measurement.top1:.2f} %",
+        _top1(measurement),
     ]
+
+
+def _top1(measurement: Measurement) -> str:
+    """Top-1 over a whole data set; empty for that of a bucket's images, which is not comparable."""
+    if measurement.top1 is None or not measurement.of_all_images:
+        return ""
+    return f"{100 * measurement.top1:.2f} %"
 
 
 def bucket_table(found: BucketTable) -> tuple[str, Table]:
