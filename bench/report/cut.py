@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import wording
 from .model import CutErrors, LatencyBudget, Zeros
-from .table import Cell, Line
+from .table import NONE, Cell, Line
 
 HEADING = "Errors of the cut"
 REMARK = (
@@ -28,7 +28,7 @@ def lines(cut: CutErrors) -> list[Line]:
         for row in cut.rows
     ]
     measured = "–" if cut.measured is None else wording.share_error(cut.measured)
-    whole = (Cell(wording.share_error(cut.predicted)), Cell(measured), Cell("–"))
+    whole = (Cell(wording.share_error(cut.predicted)), Cell(measured), NONE)
     return [*found, Line("features", whole, remark=f"{cut.images} held-out images")]
 
 
@@ -70,7 +70,7 @@ def latency_lines(budget: LatencyBudget) -> list[Line]:
     ]
     if rows:
         return [Line(name, tuple(Cell(_ms(value)) for value in row)) for name, *row in rows]
-    cells = (Cell(_ms(budget.latency_ms)), Cell(_ms(budget.predicted_ms)), Cell("–"))
+    cells = (Cell(_ms(budget.latency_ms)), Cell(_ms(budget.predicted_ms)), NONE)
     return [Line("cut", cells)]
 
 
@@ -104,7 +104,7 @@ def zeros_lines(zeros: Zeros) -> list[Line]:
         for row in zeros.rows
     ]
     stream = Cell(f"{zeros.channels_dead:,} of {zeros.channels:,} channels")
-    return [*rows, Line("residual stream", (Cell("–"), stream))]
+    return [*rows, Line("residual stream", (NONE, stream))]
 
 
 def _ms(value: float) -> str:

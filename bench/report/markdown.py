@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 
 from ..results.operator_table import OperatorTable
-from . import buckets, cut, estimates, wording
+from . import buckets, cut, estimates, waterfall, wording
 from .facts import environment_facts, run_facts
 from .kept import Bar, kept_blocks
 from .operators import by_kind
 from .overview import Device, Overview, Row, overview
 from .run import Run
 from .table import Cell, Line, side_by_side, table
-from .waterfall import COLUMNS as STEP_COLUMNS
-from .waterfall import HEADING as STEP_HEADING
-from .waterfall import REMARK as STEP_REMARK
-from .waterfall import cells as steps
 
 # Identifies the file, so that no other report.md is replaced.
 WRITTEN_BY_VITRIM = "<!-- Written by vitrim. -->"
@@ -42,9 +38,10 @@ def render_markdown(run: Run, view: Overview | None = None) -> str:
         grid = _grid(["", *cut.latency_columns(budget)], cut.latency_lines(budget))
         parts += [f"## {cut.LATENCY_HEADING}", safe(cut.latency_remark(budget)), grid]
     if run.waterfall is not None:
-        rows = [Line(name, tuple(map(Cell, rest))) for name, *rest in steps(run.waterfall)]
-        grid = _grid(list(STEP_COLUMNS), rows)
-        parts += [f"## {STEP_HEADING}", STEP_REMARK, safe(run.waterfall.machine), grid]
+        steps = waterfall.cells(run.waterfall)
+        rows = [Line(name, tuple(map(Cell, rest))) for name, *rest in steps]
+        heading, machine = f"## {waterfall.HEADING}", safe(run.waterfall.machine)
+        parts += [heading, waterfall.REMARK, machine, _grid(list(waterfall.COLUMNS), rows)]
     if run.report.zeros is not None:
         zeros = run.report.zeros
         grid = _grid(["sub-layer", *cut.ZEROS_COLUMNS], cut.zeros_lines(zeros))
