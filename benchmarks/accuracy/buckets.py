@@ -311,7 +311,6 @@ def main() -> None:
     }
     rows = earlier_rows(out, head)
     buckets = BucketBench(bench, network, plan)
-    text = ""
     for mean in options.means:
         if any(row["mean"] == mean for row in rows):
             continue
