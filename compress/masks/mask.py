@@ -16,7 +16,7 @@ from ...core.errors import InputError
 from ...core.storage import replace_file
 from ..lift import lift
 from ..network.architecture import Architecture
-from ..network.files import MASK
+from ..network.files import MASK, mask_metadata
 from .groups import (
     DIMENSIONS,
     SHARED,
@@ -268,13 +268,7 @@ class StructuredMask:
         kept: dict[str, dict[str, Tensor]] = {}
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("vitrim", "null"))
-                found = about.get("schema") if isinstance(about, dict) else None
-                if found != SCHEMA:
-                    raise InputError(
-                        f"{path}: schema {found!r}, wanted {SCHEMA!r}; "
-                        "is this a mask saved by vitrim?"
-                    )
+                about = mask_metadata(path, file.metadata(), SCHEMA, MASK)
                 names = file.keys()
                 for name in names:
                     dimension, _, site = name.partition("/")
@@ -282,10 +276,13 @@ class StructuredMask:
                     if values.dtype != torch.uint8 or bool((values > 1).any()):
                         raise InputError(f"{path}: entry {name!r} is not made of 0 and 1")
                     kept.setdefault(dimension, {})[site] = values.bool()
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable mask file ({error})") from error
-        note = {str(key): str(value) for key, value in dict(about.get("note") or {}).items()}
-        return cls(kept, scale=about.get("scale", "kept"), note=note)
+        note = about.get("note") or {}
+        if not isinstance(note, dict):
+            raise InputError(f"{path}: its note is not a table of texts")
+        texts = {key: str(value) for key, value in note.items()}
+        return cls(kept, scale=about.get("scale", "kept"), note=texts)
 
 
 def require_mask(mask: object) -> None:

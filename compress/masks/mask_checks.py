@@ -45,7 +45,7 @@ def check_entries(kept: Entries) -> None:
             where = f"mask {dimension}/{site}"
             if keep.dtype != torch.bool:
                 raise InputError(f"{where} is {keep.dtype}, not boolean")
-            if keep.ndim == 2 and dimension in ("qk", "v"):
+            if keep.ndim == 2 and len(keep) and dimension in ("qk", "v"):
                 counts = keep.sum(dim=1)
                 if int(counts.min()) != int(counts.max()):
                     found = sorted(set(counts.tolist()))

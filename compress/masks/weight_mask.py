@@ -18,11 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from ...core import strict_json
 from ...core.errors import InputError
 from ...core.storage import replace_file
 from ..lift import lift
-from ..network.files import MAX_PARAMETERS, WEIGHT_MASK, require_header
+from ..network.files import MAX_PARAMETERS, WEIGHT_MASK, mask_metadata, require_header
 from ..network.modules.model import CompactModel
 from .weight_choice import Granularity, Ranking, WeightOptions, WeightScope, kept_weights
 
@@ -244,17 +243,7 @@ def _packed(keep: Tensor) -> Tensor:
 
 def _header(path: Path, metadata: Mapping[str, str] | None) -> _Header:
     try:
-        data = strict_json.parse((metadata or {}).get("vitrim", "null").encode())
-    except ValueError as error:
-        raise InputError(f"{path}: its metadata are not JSON ({str(error)[:200]})") from error
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found != SCHEMA:
-        raise InputError(
-            f"{path}: schema {str(found)[:80]!r}, wanted {SCHEMA!r}; is this a mask of weights "
-            "saved by vitrim?"
-        )
-    try:
-        return _Header.model_validate(data)
+        return _Header.model_validate(mask_metadata(path, metadata, SCHEMA, WEIGHT_MASK))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part)[:80] for part in first["loc"]) or "top level"

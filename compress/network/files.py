@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,36 @@ def require_header(path: Path) -> None:
         )
     if length > MAX_HEADER_BYTES:
         raise InputError(f"{path}: a header of {length} bytes is too long for a model")
+
+
+def mask_metadata(
+    path: Path, metadata: Mapping[str, str] | None, schema: str, kind: FileKind
+) -> dict[str, Any]:
+    """Parse the metadata of a safetensors file of masks, which may be untrusted.
+
+    Args:
+        path: The file, for messages.
+        metadata: What the library read.
+        schema: The schema that they must have.
+        kind: The kind of the file, for messages.
+
+    Returns:
+        The JSON object of the entry `vitrim`; its other keys are not validated.
+
+    Raises:
+        InputError: They are not JSON, or of another schema.
+    """
+    try:
+        data = strict_json.parse((metadata or {}).get("vitrim", "null"))
+    except ValueError as error:
+        raise InputError(f"{path}: its metadata are not JSON ({error})") from error
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != schema:
+        raise InputError(
+            f"{path}: schema {str(found)[:80]!r}, wanted {schema!r}; is this {kind.title} saved "
+            "by vitrim?"
+        )
+    return dict(data)
 
 
 def _require_same(path: Path, file: Any, shapes: dict[str, torch.Size]) -> None:
