@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -18,8 +17,9 @@ from ..network.architecture import (
     FfnSpec,
     SelectSpec,
 )
+from ..network.cost import predictor_params
 from ..network.live_latency import plain_hidden
-from ..network.select_specs import scoring_branches, select_macs, select_widths
+from ..network.select_specs import SelectWidths, scoring_branches, select_macs, select_widths
 from ..oneshot.allocation import Option
 from ..oneshot.budgets import SUB_LAYER_BYTES, Precision
 from ..oneshot.choice import absorbed_share
@@ -330,8 +330,7 @@ def _select_ms(
 
     Where only the tokens that the head reads are left, nothing is selected.
     """
-    widths = select_widths(architecture, select)
-    widths = replace(widths, reads=min(widths.reads, embed), stream=embed)
+    widths = _select_widths(architecture, select, embed)
     before = architecture.step_inputs(last_queries=False)[select.at - 1] if select.at else 0
     macs = select_macs(architecture, select, widths, before, grid.read)
     reads = widths.reads if select.norm is not None else 0
@@ -340,27 +339,29 @@ def _select_ms(
     return np.where(grid.read > grid.computed, found, 0.0)
 
 
-def _predictor_numbers(select: SelectSpec, embed: int) -> int:
-    """The parameters of a selection's predictor."""
-    spec = select.predictor
-    if spec is None:
-        return 0
-    reads = embed if select.reads is None else min(embed, len(select.reads))
-    layers = (reads, spec.local + spec.pooled, *spec.hidden, 1)
-    return 2 * reads + sum((before + 1) * after for before, after in pairwise(layers))
+def _select_widths(architecture: Architecture, select: SelectSpec, embed: int) -> SelectWidths:
+    """The numbers of a selection at a width of the stream."""
+    widths = select_widths(architecture, select)
+    return replace(widths, reads=min(widths.reads, embed), stream=embed)
 
 
-def weight_bytes(choices: Choices, grid: Grid, embed: int, precision: Precision) -> Numbers:
+def weight_bytes(
+    architecture: Architecture, choices: Choices, grid: Grid, embed: int, precision: Precision
+) -> Numbers:
     """The bytes of the weights of each option in a file, estimated, (pairs, options).
 
     Args:
+        architecture: The network.
         choices: The sub-layer.
         grid: Its token numbers, which make no difference.
         embed: Channels of the stream.
         precision: Of the weights.
     """
-    if choices.selection is not None:
-        return np.full(grid.possible.shape, 4.0 * _predictor_numbers(choices.selection, embed))
+    select = choices.selection
+    if select is not None:
+        widths = _select_widths(architecture, select, embed)
+        params = 0 if select.predictor is None else predictor_params(select, widths)
+        return np.full(grid.possible.shape, 4.0 * params)
     if choices.mixes:
         heads, qk, v = choices.sizes
         outputs = heads * (2 * qk + v) + embed

@@ -167,7 +167,7 @@ class _Search:
             choices=choices,
             grids=grids,
             times=times,
-            bytes=[weight_bytes(each, grid, embed, precision) for each, grid in pairs],
+            bytes=[weight_bytes(architecture, *pair, embed, precision) for pair in pairs],
             peaks=[peak_numbers(each, grid, embed) for each, grid in pairs],
             ends_ms=0.0 if table is None else ends_ms(table, network_shape(architecture), embed),
             ends_bytes=share * file_bytes(empty, precision),

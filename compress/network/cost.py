@@ -291,7 +291,11 @@ def live_select_widths(architecture: Architecture, select: SelectSpec, live: Liv
 def _select_params(architecture: Architecture, select: SelectSpec, live: Live) -> Any:
     if select.predictor is None:
         return 0
-    widths = live_select_widths(architecture, select, live)
+    return predictor_params(select, live_select_widths(architecture, select, live))
+
+
+def predictor_params(select: SelectSpec, widths: SelectWidths) -> Any:
+    """The parameters of a selection's predictor and its norm, at these widths."""
     units, layers = widths.local + widths.pooled, (*widths.hidden, 1)
     total = _norm(select.norm, widths.reads) + units * (widths.reads + 1)
     total = total + (units + 1) * layers[0]
