@@ -366,6 +366,7 @@ class DualSolver:
         is that of the whole tile, or nothing.
         """
         base, result = self.cost(kept), []
+        counter = self.gates.counter(kept)
         for number, (keep, group) in enumerate(zip(kept, self.gates.groups, strict=True)):
             live = keep[group.members[:, 0]]
             # One less where possible, since there may not be one more.
@@ -375,14 +376,14 @@ class DualSolver:
                 result.append(1.0)
                 continue
             most = len(places) - fewer
-            places = places[: min(most, self._units_of_a_tile(number, kept))]
+            places = places[: min(most, self._units_of_a_tile(number, counter))]
             other = keep.clone()
             other[places.flatten()] = not fewer
             changed = self.cost([*kept[:number], other, *kept[number + 1 :]])
             result.append(max(1.0, abs(base - changed) / len(places)))
         return result
 
-    def _units_of_a_tile(self, number: int, kept: Sequence[Tensor]) -> int:
+    def _units_of_a_tile(self, number: int, live: Live) -> int:
         """The number of units of a group that change its products by whole tiles of columns."""
         if self._tile == 1:
             return 1
@@ -391,7 +392,7 @@ class DualSolver:
         if other is not None:
             found = sites(self.architecture, other)
             site = next(iter(found)) if group.site == SHARED else group.site
-            columns *= max(1, int(self.gates.counter(kept)(other, site, None)))
+            columns *= max(1, int(live(other, site, None)))
         return self._tile // math.gcd(self._tile, columns)
 
     def _keep(self, values: Sequence[Tensor], price: float) -> list[Tensor]:
