@@ -9,14 +9,14 @@ from typing import Any
 
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.weight_choice import WeightOptions, matrix_names, round_sparsities
-from ..compress.masks.weight_mask import WeightMask
+from ..compress.masks.weight_mask import WeightMask, next_mask
 from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import save
 from ..compress.network.modules.model import CompactModel
 from ..compress.surgery.compactor import output_error
 from ..compress.surgery.dead_weight import DeadWeight, find_dead
-from ..compress.train.magnitude_task import MagnitudeTask, next_mask
+from ..compress.train.magnitude_task import MagnitudeTask
 from ..compress.train.schedule import Schedule
 from ..core.console import status, unit_count
 from ..core.errors import InputError
@@ -32,8 +32,7 @@ from .phases import (
     run_phase,
     size_metrics,
 )
-from .run_folder import RunFolder
-from .training_steps import PARITY_IMAGES, Cut, save_cut
+from .training_steps import PARITY_IMAGES, Cut, finetune, save_cut
 
 WEIGHT_MASK = "weight-mask.safetensors"
 # The fine-tuned network without what its zeros make dead, and the record of it.
@@ -133,16 +132,29 @@ def _in_rounds(
     return task.mask
 
 
-def load_weight_mask(folder: RunFolder) -> WeightMask | None:
-    """The mask of single weights of a run; None where it has none."""
-    path = folder / WEIGHT_MASK
-    return WeightMask.load(path) if path.is_file() else None
+def finetune_zeroed(
+    cut: CompactModel, baseline: CompactModel, context: RunContext, *, resume: bool
+) -> CompactModel:
+    """Train a copy of the network with its zeros, which stay, as `finetune`.
+
+    Args:
+        cut: The result of `magnitude_cut`.
+        baseline: The dense model, used as the teacher.
+        context: The run. Its folder receives compact/, exact/ and dead.json.
+        resume: Continue from the training checkpoint of an earlier attempt.
+
+    Returns:
+        The model of unchanged shapes in eval mode.
+    """
+    mask = WeightMask.load(context.folder / WEIGHT_MASK)
+    model = finetune(cut, baseline, context, resume=resume, weights=mask)
+    if context.writes:
+        _save_exact(model, mask, context)
+    return model
 
 
-def save_exact(compact: CompactModel, context: RunContext) -> None:
+def _save_exact(compact: CompactModel, mask: WeightMask, context: RunContext) -> None:
     """Remove the dead weight of the fine-tuned network; writes exact/ and dead.json."""
-    mask = load_weight_mask(context.folder)
-    assert mask is not None, "the step before has written it"
     dead = find_dead(compact)
     save(dead.compact.eval(), context.folder / EXACT, overwrite=True)
     record = dead_record(compact, dead, mask)
@@ -201,9 +213,8 @@ def _row(branch: BranchSpec, prefix: str, mask: WeightMask, dead: DeadWeight) ->
     inside = [keep for name, keep in mask.kept.items() if name.startswith(prefix)]
     total = sum(keep.numel() for keep in inside)
     zeros = total - sum(int(keep.sum()) for keep in inside)
-    attention = isinstance(branch.core, AttentionSpec)
-    units = branch.core.heads if isinstance(branch.core, AttentionSpec) else 0
-    units = getattr(branch.core, "hidden", units)
+    core, attention = branch.core, isinstance(branch.core, AttentionSpec)
+    units = core.heads if isinstance(core, AttentionSpec) else getattr(core, "hidden", 0)
     gone = dead_units(dead.mask, branch.name, heads=attention)
     return {
         "name": branch.name,

@@ -36,10 +36,9 @@ from .magnitude_step import (
     DEAD,
     EXACT,
     WEIGHT_MASK,
-    load_weight_mask,
+    finetune_zeroed,
     magnitude_cut,
     require_weights,
-    save_exact,
 )
 from .masks_section import RANKING
 from .phases import HISTORY, RunContext
@@ -242,15 +241,15 @@ def _baseline(prepared: Prepared, context: RunContext, fingerprint: str) -> Comp
 
 def _cut(baseline: CompactModel, round_to: int, context: RunContext, fingerprint: str) -> Cut:
     folder, section = context.folder, context.recipe.masks
-    learn, weights = learn_masks, [WEIGHT_MASK] if section.method == "magnitude" else []
-    if weights:
-        learn = magnitude_cut
+    learn, files = learn_masks, [MASK, CUT, CUT_PARITY]
+    if section.method == "magnitude":
+        learn, files = magnitude_cut, [*files, WEIGHT_MASK]
     elif section.selects_tokens:
         learn = learn_selections
     cut, made = folder.step(
         "masks",
         fingerprint,
-        [MASK, CUT, CUT_PARITY, *weights],
+        files,
         lambda resume: learn(baseline, round_to, context, resume=resume),
         lambda: load_cut(folder),
         by_all=section.trains_widths or section.rounds > 1,
@@ -265,20 +264,14 @@ def _compact(
     cut: Cut, baseline: CompactModel, context: RunContext, fingerprint: str
 ) -> CompactModel:
     folder = context.folder
-    magnitude = context.recipe.masks.method == "magnitude"
-
-    def make(resume: bool) -> CompactModel:
-        weights = load_weight_mask(folder) if magnitude else None
-        model = finetune(cut.model, baseline, context, resume=resume, weights=weights)
-        if magnitude and context.writes:
-            save_exact(model, context)
-        return model
-
+    zeroed = context.recipe.masks.method == "magnitude"
+    train = finetune_zeroed if zeroed else finetune
+    files = [COMPACT, EXACT, DEAD] if zeroed else [COMPACT]
     compact, made = folder.step(
         "finetune",
         fingerprint,
-        [COMPACT, *([EXACT, DEAD] if magnitude else [])],
-        make,
+        files,
+        lambda resume: train(cut.model, baseline, context, resume=resume),
         lambda: load(folder / COMPACT),
         by_all=True,
     )

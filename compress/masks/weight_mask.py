@@ -125,9 +125,7 @@ class WeightMask:
         network = lift(model)
         if within is not None:
             within.check(network)
-        before = None if within is None else within.kept
-        kept = kept_weights(network.architecture, parameters(network), options, before)
-        return cls(kept, network_fingerprint(network), options.note())
+        return next_mask(network, options, within)
 
     def check(self, network: nn.Module) -> None:
         """Validate the mask against a network.
@@ -224,6 +222,24 @@ class WeightMask:
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a whole weight mask ({str(error)[:200]})") from error
         return cls(kept, header.model, header.note)
+
+
+def next_mask(
+    network: CompactModel, options: WeightOptions, within: WeightMask | None = None
+) -> WeightMask:
+    """The mask of a network's present weights, as `WeightMask.from_magnitude` chooses it.
+
+    Args:
+        network: The network.
+        options: How weights are chosen.
+        within: The mask before, whose zeros stay zero.
+
+    Returns:
+        The mask, for this very network.
+    """
+    before = None if within is None else within.kept
+    kept = kept_weights(network.architecture, parameters(network), options, before)
+    return WeightMask(kept, network_fingerprint(network), options.note())
 
 
 def parameters(network: nn.Module) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..masks.weight_choice import WeightOptions, kept_weights
-from ..masks.weight_mask import WeightMask, network_fingerprint, parameters
+from ..masks.weight_choice import WeightOptions
+from ..masks.weight_mask import WeightMask, next_mask
 from ..network.modules.model import CompactModel
 from .dense import DenseTask, Distillation
 from .optimizers import OptimizerName
@@ -119,21 +119,3 @@ class MagnitudeTask(DenseTask):
         self.held.replace(next_mask(self.model, options, self.mask))
         if self.average is not None:
             self.held.apply(self.average.module)
-
-
-def next_mask(
-    network: CompactModel, options: WeightOptions, within: WeightMask | None = None
-) -> WeightMask:
-    """The mask of a network's present weights, as `WeightMask.from_magnitude` chooses it.
-
-    Args:
-        network: The network.
-        options: How weights are chosen.
-        within: The mask before, whose zeros stay zero.
-
-    Returns:
-        The mask, for this very network.
-    """
-    before = None if within is None else within.kept
-    kept = kept_weights(network.architecture, parameters(network), options, before)
-    return WeightMask(kept, network_fingerprint(network), options.note())
