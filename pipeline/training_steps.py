@@ -430,7 +430,7 @@ def _train_dense(
         )
     else:
         task = SelectionTask(model, objective, **options)
-    rewind = getattr(section, "rewind", None)
+    rewind = section.rewind if isinstance(section, FinetuneSection) else None
     schedule = Schedule("cosine", section.warmup_epochs, rewind=rewind)
     settings = phase_settings(
         context, section.epochs, section.augmentation, schedule, section.patience_epochs
