@@ -21,6 +21,7 @@ WATERFALL = json_kind("a waterfall", SCHEMA)
 WATERFALL_FILE = "waterfall.json"
 WIDTH_PX, ROW_PX, BAR_PX, MARGIN_PX = 900.0, 46.0, 20.0, 28.0
 NAMES_PX, FIGURES_PX = 250.0, 190.0
+LONGEST_PX = WIDTH_PX - 2 * MARGIN_PX - NAMES_PX - FIGURES_PX
 HEADING = "What each step brought"
 REMARK = (
     "Latency of one inference after each step, which has all steps above it; the light part of a "
@@ -145,7 +146,7 @@ def waterfall_picture(found: Waterfall) -> str:
         _STYLE + _BARS,
         text_at(MARGIN_PX, 36, shortened(title, 80), class_="title"),
         text_at(MARGIN_PX, 57, shortened(found.machine, 120), class_="under"),
-        *_rows(found.steps, 84, WIDTH_PX - 2 * MARGIN_PX - NAMES_PX - FIGURES_PX),
+        *_rows(found.steps, 84),
     )
     return f"{picture}\n"
 
@@ -155,27 +156,25 @@ def waterfall_section(found: Waterfall | None) -> Markup | None:
     if found is None:
         return None
     height = 12 + ROW_PX * len(found.steps)
-    inner = WIDTH_PX - 2 * MARGIN_PX - NAMES_PX - FIGURES_PX
     label = "; ".join(f"{step.name} {step.latency_ms:.3f} ms" for step in found.steps)
     plot = svg(
         WIDTH_PX,
         height,
         element("style", Markup(_BARS)),
-        *_rows(found.steps, 8, inner),
+        *_rows(found.steps, 8),
         label=label,
     )
     remark = f"{REMARK} {found.machine}."
     return section(HEADING, remark, plot, id_="waterfall")
 
 
-def _rows(steps: Sequence[WaterfallStep], top: float, width: float) -> list[Markup]:
-    start, longest = MARGIN_PX + NAMES_PX, steps[0].latency_ms
-    longest = max(longest, *(step.latency_ms for step in steps))
+def _rows(steps: Sequence[WaterfallStep], top: float) -> list[Markup]:
+    start, longest = MARGIN_PX + NAMES_PX, max(step.latency_ms for step in steps)
     parts: list[Markup] = []
     before: float | None = None
     for number, step in enumerate(steps):
         y = top + ROW_PX * number
-        here = width * step.latency_ms / longest
+        here = LONGEST_PX * step.latency_ms / longest
         hint = element("title", f"{step.name}: {step.latency_ms:.3f} ms")
         parts += [
             text_at(MARGIN_PX, y + 12, shortened(step.name, 34), class_="step"),
@@ -186,7 +185,7 @@ def _rows(steps: Sequence[WaterfallStep], top: float, width: float) -> list[Mark
         parts.append(bar(start, y, max(1.0, here), BAR_PX, hint, class_="left"))
         if number + 1 < len(steps):
             parts.append(line(start + here, y + BAR_PX, start + here, y + ROW_PX, "join"))
-        parts += _figures(steps, number, start + width + 12, y)
+        parts += _figures(steps, number, start + LONGEST_PX + 12, y)
         before = here
     return parts
 
