@@ -122,7 +122,7 @@ def bench(
             "nothing to measure: name artifact folders or .onnx files (vitrim bench --help)"
         )
     sizes, paths = how.batch_sizes(), _by_name(artifacts)
-    names = _names(paths, how.bucket)
+    names = [] if output.out is None else _names(paths, how.bucket)
     files = {size: _measurement_files(names, size, len(sizes), output) for size in sizes}
     if output.out is not None:
         require_separate(output.out, _inputs(where, what, artifacts))
