@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...bench.report.model import ArtifactEntry, Report
-from ...compress.network.architecture import Architecture, BranchSpec
+from ...compress.network.architecture import Architecture
 from ...compress.network.count import count_macs, count_params
 from ...compress.network.files import ARCHITECTURE, read_architecture
+from ...compress.oneshot.allocation import params_cost
 from ...compress.train.training_files import read_history
 from ...core.errors import InputError
 from ...core.written_kinds import json_object
@@ -103,23 +104,16 @@ def kept_shares(compact: Architecture, dense: Architecture) -> dict[str, Cell]:
         halves[0].extend(listed[:half])
         halves[1].extend(listed[len(listed) - half :])
     parts["kept_first_half"], parts["kept_second_half"] = halves
-    left, whole = _branch_params(compact), _branch_params(dense)
+    left, whole = (
+        {branch.name: params_cost(branch, each.embed, 0, 0) for branch in each.branches}
+        for each in (compact, dense)
+    )
     found: dict[str, Cell] = {}
     for column, part in parts.items():
         total = sum(whole[name] for name in part)
         if total:
             found[column] = round(sum(left.get(name, 0) for name in part) / total, 6)
     return found
-
-
-def _branch_params(architecture: Architecture) -> dict[str, int]:
-    """The parameters of each sub-layer by its name."""
-
-    def params(steps: tuple[tuple[BranchSpec, ...], ...]) -> int:
-        return count_params(architecture.model_copy(update={"steps": steps, "selects": ()}))
-
-    rest = params(())
-    return {branch.name: params(((branch,),)) - rest for branch in architecture.branches}
 
 
 def _report(path: Path) -> Report:
