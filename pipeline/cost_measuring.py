@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ..bench.local.measure import target_features, target_name
 from ..bench.local.options import MeasureOptions
@@ -29,7 +29,7 @@ from ..core.progress import Progress, progress_bar
 from ..export.exporter import export
 from ..targets.catalog import load_target
 from ..targets.cost_fit import Fit, fit_correction, fit_costs, least_sure
-from ..targets.cost_parts import NetworkShape
+from ..targets.cost_parts import NetworkShape, Plain
 from ..targets.cost_table import Correction, CostTable, Errors, MeasuredNetwork, Role
 from .cost_networks import (
     CostSizes,
@@ -85,6 +85,14 @@ class CostRequest:
             raise InputError(
                 f"{self.most_points} networks: a fit and its error need at least {FIRST + BATCH}"
             )
+
+
+class About(Plain):
+    """What is known beside the points: the runtime, the machine, and the power of each network."""
+
+    runtime_version: str = ""
+    environment: dict[str, Any] = Field(default_factory=dict)
+    powers_w: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
 
 
 def points_file(table: Path) -> Path:
@@ -152,7 +160,6 @@ class _Run:
         self.options = MeasureOptions(**{**vars(options), "time_limit_s": limit_s})
         self.tiles = _tiles(request.target)
         self.points, self.about = read_points(file, request)
-        self.powers_w: list[float] = []
 
     @cached_property
     def reference(self) -> Path:
@@ -229,17 +236,18 @@ class _Run:
             for shape, latency, role in zip(shapes, latencies, roles, strict=True)
         ]
         last = found[next(iter(files))]
-        self.about = {
-            "runtime_version": last.runtime_version,
-            "environment": last.environment.model_dump(mode="json"),
-        }
-        append_points(self.file, self.request, points, self.about)
-        self.points += points
-        self.powers_w += [
+        powers_w = [
             measured.energy_per_inference_j / measured.summary().p50_s
             for measured in found.values()
             if measured.energy_per_inference_j
         ]
+        self.about = About(
+            runtime_version=last.runtime_version,
+            environment=last.environment.model_dump(mode="json"),
+            powers_w=(*self.about.powers_w, *powers_w),
+        )
+        append_points(self.file, self.request, points, self.about)
+        self.points += points
 
     def _export(self, model: CompactModel, folder: Path) -> None:
         request = self.request
@@ -263,13 +271,14 @@ class _Run:
         """The table with its errors and its correction."""
         # Each later group of networks moves the speed that the points are stated at.
         fit = fit_costs(leveled(self.points), self.tiles)
-        request, held_out, checks = self.request, self.of_role("held-out"), self.of_role("check")
+        request, about = self.request, self.about
+        held_out, checks = self.of_role("held-out"), self.of_role("check")
         target = target_name(request.target)
         found = CostTable(
             target=target,
             target_features=target_features(target),
             runtime=request.runtime,
-            runtime_version=self.about.get("runtime_version", ""),
+            runtime_version=about.runtime_version,
             precision=request.precision,
             threads=request.threads,
             batch=request.batch,
@@ -277,8 +286,8 @@ class _Run:
             costs_ms=fit.costs,
             points=tuple(leveled(self.points)),
             held_out=fit.errors(held_out),
-            environment=self.about.get("environment", {}),
-            power_w=float(np.median(self.powers_w)) if self.powers_w else None,
+            environment=about.environment,
+            power_w=float(np.median(about.powers_w)) if about.powers_w else None,
         )
         if not checks:
             return found
@@ -340,7 +349,7 @@ def _record(request: CostRequest) -> dict[str, Any]:
 
 
 def append_points(
-    file: Path, request: CostRequest, points: Sequence[MeasuredNetwork], about: dict[str, Any]
+    file: Path, request: CostRequest, points: Sequence[MeasuredNetwork], about: About
 ) -> None:
     """Append measured points to a file; a new file begins with the request.
 
@@ -348,19 +357,20 @@ def append_points(
         file: The file.
         request: What is measured.
         points: The points.
-        about: The version of the runtime, and the environment.
+        about: What is known beside all points so far.
     """
     lines = [] if file.exists() else [{"schema": SCHEMA, "request": _record(request)}]
     record: list[Any] = [*lines, *(point.model_dump(mode="json") for point in points)]
-    text = "".join(json.dumps(line) + "\n" for line in [*record, {"about": about}])
+    record.append({"about": about.model_dump(mode="json")})
+    text = "".join(json.dumps(line) + "\n" for line in record)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def read_points(file: Path, request: CostRequest) -> tuple[list[MeasuredNetwork], dict[str, Any]]:
-    """Read the points of an interrupted measurement, and what is known about the machine.
+def read_points(file: Path, request: CostRequest) -> tuple[list[MeasuredNetwork], About]:
+    """Read the points of an interrupted measurement, and what is known beside them.
 
     Args:
         file: The file; without it there are none.
@@ -374,11 +384,11 @@ def read_points(file: Path, request: CostRequest) -> tuple[list[MeasuredNetwork]
         InputError: The file is of another request.
     """
     if not file.exists():
-        return [], {}
+        return [], About()
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     points: list[MeasuredNetwork] = []
     batch: list[MeasuredNetwork] = []
-    about: dict[str, Any] = {}
+    about = About()
     whole = 1
     try:
         head = json.loads(lines[0]) if lines else {}
@@ -395,7 +405,8 @@ def read_points(file: Path, request: CostRequest) -> tuple[list[MeasuredNetwork]
         try:
             data = json.loads(line)
             if "about" in data:
-                points, batch, about, whole = [*points, *batch], [], data["about"], number
+                about = About.model_validate(data["about"])
+                points, batch, whole = [*points, *batch], [], number
             else:
                 batch.append(MeasuredNetwork.model_validate_json(line))
         except (ValueError, ValidationError, TypeError):

@@ -46,6 +46,7 @@ class Machine:
     ) -> None:
         self.noise, self.drift, self.measured, self.dies_at = noise, drift, 0, 10**9
         self.references: list[Path] = []
+        self.meter = True
         monkeypatch.setattr(cost_measuring, "export", self.export)
 
     def export(self, model: CompactModel, folder: Path, **options: Any) -> None:
@@ -70,7 +71,7 @@ class Machine:
         return SimpleNamespace(
             summary=lambda: SimpleNamespace(p50_s=p50_s),
             runtime_version="1.0",
-            energy_per_inference_j=2.0 * p50_s,
+            energy_per_inference_j=2.0 * p50_s if self.meter else None,
             environment=SimpleNamespace(model_dump=lambda mode: {"cores": 2}),
         )
 
@@ -144,8 +145,10 @@ def test_an_interrupted_measurement_continues(
     with points_file(path).open("a") as stream:
         # The batch that a kill cut off.
         stream.write('{"network": {"embed": 3')
-    machine.dies_at = 10**9
+    machine.dies_at, machine.meter = 10**9, False
     table = measured(path, machine)
+    # The power was read before the kill.
+    assert table.power_w == pytest.approx(2.0)
     whole = measured(tmp_path / "whole.json", Machine(monkeypatch))
     assert [point.network for point in table.points] == [point.network for point in whole.points]
     assert machine.measured == 16 + len(table.points) - 12
