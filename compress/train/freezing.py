@@ -10,8 +10,8 @@ removed only if the budget cannot be met otherwise.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -103,7 +103,7 @@ class Frozen:
     kept: list[Tensor]
     removed: tuple[str, ...] = ()
     latency_ms: float = 0.0
-    loss: float = field(default=0.0)
+    loss: float = 0.0
 
 
 def round_to_latency(
@@ -317,7 +317,7 @@ class _Problem:
         return total
 
 
-def _nothing(names: Sequence[str] | frozenset[str] | set[str]) -> dict[str, Tensor]:
+def _nothing(names: Collection[str]) -> dict[str, Tensor]:
     return {name: torch.zeros(1, dtype=torch.bool) for name in sorted(names)}
 
 
