@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ class Running:
     def kill(self, sign: int = signal.SIGKILL) -> None:
         """Send a signal."""
         os.kill(self.pid, sign)
+
+    def wait_until(self, ready: Callable[[], bool], limit_s: float = 400.0) -> None:
+        """Wait for something that the process does; fail if it ends, or takes too long."""
+        deadline = time.monotonic() + limit_s
+        while not ready():
+            assert self.poll() is None, self.errors()
+            assert time.monotonic() < deadline, self.errors()
+            time.sleep(0.005)
 
     def wait(self, limit_s: float = 400.0) -> int:
         """Wait for the end and return the exit code."""

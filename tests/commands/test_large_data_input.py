@@ -147,9 +147,7 @@ def killed_within_an_epoch(arguments: Sequence[str], out: Path) -> None:
     """Train in a process, which is killed after its first checkpoint."""
     checkpoint = out / "training" / "baseline" / "checkpoint.pt"
     process = start_vitrim(*arguments, log=out)
-    while not checkpoint.is_file():
-        assert process.poll() is None, process.errors()
-        time.sleep(0.005)
+    process.wait_until(checkpoint.is_file)
     time.sleep(0.1)
     process.kill()
     assert process.wait() == -signal.SIGKILL, process.errors()

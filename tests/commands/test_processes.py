@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +89,7 @@ def killed(recipe: Path) -> tuple[Path, Running, list[psutil.Process]]:
     """The folder of two processes, one of which was killed; the launcher; the two."""
     folder = recipe.parent / "killed"
     launcher = start(recipe, folder)
-    while not (folder / "history.jsonl").is_file() or len(history(folder)) < 3:
-        assert launcher.poll() is None, launcher.errors()
-        time.sleep(0.01)
+    launcher.wait_until(lambda: (folder / "history.jsonl").is_file() and len(history(folder)) >= 3)
     children = psutil.Process(launcher.pid).children()
     assert len(children) == 2
     os.kill(max(children, key=lambda child: child.pid).pid, signal.SIGKILL)

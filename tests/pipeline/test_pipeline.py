@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -353,9 +352,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place: Path, tmp_p
     command = ["compress", str(recipe), "--out", str(tmp_path / "killed"), "--quiet"]
     process = start_vitrim(*command, log=tmp_path / "log")
     history = tmp_path / "killed" / "history.jsonl"
-    while not (history.is_file() and '"masks"' in history.read_text()):
-        assert process.poll() is None, process.errors()
-        time.sleep(0.005)
+    process.wait_until(lambda: history.is_file() and '"masks"' in history.read_text())
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run was killed during mask learning"
     assert call([*command, "--resume"]) == 0

@@ -353,9 +353,7 @@ def test_an_epoch_continues_after_a_kill(tmp_path: Path) -> None:
                 pixels = noise.integers(0, 255, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "photos" / part / label / f"{index}.png")
     killed = warm_processes.start(load_and_wait, tmp_path, log=tmp_path / "log")
-    while not (tmp_path / "waits").exists():
-        assert killed.poll() is None, killed.errors()
-        time.sleep(0.01)
+    killed.wait_until((tmp_path / "waits").exists)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     for name in ("whole", "killed"):
