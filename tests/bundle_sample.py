@@ -1,4 +1,4 @@
-"""A sample artifact to bundle, and the build of a bundle's example."""
+"""A sample artifact to bundle, and the build and the output of a bundle's example."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import vitrim
 from tiny_models import tiny_vit
@@ -71,3 +72,9 @@ def build(folder: Path, header: Path, *settings: str, place: str = "build") -> P
         )
         assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder / place / "vitrim_example"
+
+
+def logits_in(lines: list[str]) -> np.ndarray:
+    """The logits that a program printed."""
+    numbers = next(line for line in lines if line.startswith("logits")).split()[1:]
+    return np.array([float(number) for number in numbers])

@@ -19,6 +19,7 @@ from aarch64 import emulator
 from bench_samples import chain
 from bundle_sample import artifact_in as runtime_artifact_in
 from bundle_sample import build as build_with_runtime
+from bundle_sample import logits_in
 from onnxruntime_header import header_folder
 from PIL import Image
 from tiny_models import tiny_vit
@@ -77,12 +78,6 @@ def needs_cmake() -> None:
 
 def close(found: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
-
-
-def logits_in(lines: list[str]) -> np.ndarray:
-    """The logits that a program printed."""
-    numbers = next(line for line in lines if line.startswith("logits")).split()[1:]
-    return np.array([float(number) for number in numbers])
 
 
 def run(*command: object) -> str:

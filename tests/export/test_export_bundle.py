@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 import vitrim
-from bundle_sample import LABELS, artifact_in, build, needs_compiler, runtime_library
+from bundle_sample import (
+    LABELS,
+    artifact_in,
+    build,
+    logits_in,
+    needs_compiler,
+    runtime_library,
+)
 from onnx_graphs import channels_last, classifier, written
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
@@ -106,14 +113,8 @@ def test_the_outputs_of_the_program_are_the_artifacts(
         ran = run(program, tmp_path / "bundle", path, "--logits", "--repeat", "3", "--report")
         assert ran.returncode == 0, ran.stderr
         lines = ran.stdout.splitlines()
-        logits = np.array(
-            [
-                float(value)
-                for value in next(line for line in lines if line.startswith("logits")).split()[1:]
-            ]
-        )
         expected = session.run(None, {"images": preprocessing.apply(picture)[None]})[0][0]
-        np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(logits_in(lines), expected, atol=1e-4 * np.abs(expected).max())
         assert lines[0].endswith(LABELS[int(expected.argmax())])
         timed, *report = lines[-5:]
         assert timed.startswith("p50_s 0.")
@@ -167,8 +168,7 @@ def test_the_program_gives_each_picture_its_bucket(header: Path, tmp_path: Path)
             assert f"kept_patches {kept}" in lines
             with torch.no_grad():
                 expected = model.fixed(kept)(image)[0].numpy()
-            row = next(line for line in lines if line.startswith("logits"))
-            found = np.array(row.split()[1:], float)
+            found = logits_in(lines)
             np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
             chosen.add(kept)
     assert len(chosen) > 2
@@ -185,12 +185,11 @@ def require_equal_outputs(model: CompactModel, header: Path, tmp_path: Path) -> 
     picture.save(tmp_path / "picture.pgm", format="PPM")
     ran = run(program, tmp_path / "bundle", tmp_path / "picture.pgm", "--logits")
     assert ran.returncode == 0, ran.stderr
-    line = next(line for line in ran.stdout.splitlines() if line.startswith("logits"))
     assert artifact.manifest.preprocessing is not None
     preprocessing = Preprocessing.model_validate(artifact.manifest.preprocessing.model_dump())
     with torch.no_grad():
         expected = model(torch.from_numpy(preprocessing.apply(picture)[None]))[0].numpy()
-    found = [float(value) for value in line.split()[1:]]
+    found = logits_in(ran.stdout.splitlines())
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -208,10 +207,9 @@ def test_a_model_with_channels_last_gets_its_pictures_in_that_order(
     picture.save(tmp_path / "picture.ppm", format="PPM")
     ran = run(program, tmp_path / "bundle", tmp_path / "picture.ppm", "--logits")
     assert ran.returncode == 0, ran.stderr
-    line = next(line for line in ran.stdout.splitlines() if line.startswith("logits"))
     image = Preprocessing.model_validate(spec).apply(picture)[None]
     expected = open_session(first).run(None, {"x": image})[0][0]
-    found = [float(number) for number in line.split()[1:]]
+    found = logits_in(ran.stdout.splitlines())
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 

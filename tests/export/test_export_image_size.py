@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 import vitrim
-from bundle_sample import LABELS, build, needs_compiler, runtime_library
+from bundle_sample import LABELS, build, logits_in, needs_compiler, runtime_library
 from onnxruntime_header import NO_HEADER, header_folder
 from photo_folder import CLASSES, write_photos
 from PIL import Image
@@ -115,12 +115,7 @@ def test_the_cpp_program_prepares_pictures_for_the_new_size(
             list(map(str, command)), capture_output=True, text=True, timeout=60, check=False
         )
         assert ran.returncode == 0, ran.stderr
-        logits = [
-            float(value)
-            for value in next(
-                line for line in ran.stdout.splitlines() if line.startswith("logits")
-            ).split()[1:]
-        ]
+        logits = logits_in(ran.stdout.splitlines())
         with torch.no_grad():
             expected = wanted(torch.from_numpy(prepare.apply(picture))[None])[0].numpy()
         np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundle_sample import build
+from bundle_sample import build, logits_in
 from bundle_sample import needs_compiler as needs_tools
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -207,9 +207,7 @@ def test_the_bundle_gives_each_picture_its_bucket(tmp_path: Path, linked: bool) 
         assert f"kept_patches {kept}" in lines
         with torch.no_grad():
             wanted = source.fixed(kept)(image)[0].numpy()
-        row = next(line for line in lines if line.startswith("logits"))
-        found = np.array(row.split()[1:], float)
-        np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+        np.testing.assert_allclose(logits_in(lines), wanted, atol=1e-4 * np.abs(wanted).max())
     ran = run(program, *model, tmp_path / "picture.ppm", "--bucket", 5)
     assert (ran.returncode, ran.stderr.count("\n")) == (3, 1)
     assert "no bucket of 5 patches" in ran.stderr

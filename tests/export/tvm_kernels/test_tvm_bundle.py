@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aarch64 import emulator
-from bundle_sample import needs_compiler
+from bundle_sample import logits_in, needs_compiler
 from PIL import Image
 from processors import emulated_x86, taken_for
 from tvm_sample import LABELS, PREPROCESSING, artifact_in, compiled, expected
@@ -61,9 +61,7 @@ def check(ran: subprocess.CompletedProcess[str], wanted: np.ndarray) -> dict[str
     """Check the label and the logits; returns the program's report."""
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
-    numbers = next(line for line in lines if line.startswith("logits")).split()[1:]
-    logits = np.array([float(number) for number in numbers])
-    np.testing.assert_allclose(logits, wanted, atol=1e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(logits_in(lines), wanted, atol=1e-4 * np.abs(wanted).max())
     assert lines[0].endswith(LABELS[int(wanted.argmax())])
     return {name: int(number) for name, number in (line.split() for line in lines[-4:])}
 
