@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export.parity import relative_error
 from vitrim.targets.catalog import load_target
@@ -16,7 +17,9 @@ from vitrim.targets.profile import TargetProfile
 
 pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
 
+from vitrim.export.tvm_kernels import calibration
 from vitrim.export.tvm_kernels.build import TvmNetwork
+from vitrim.export.tvm_kernels.quantization import Range
 
 
 def quickly(profile: TargetProfile) -> TargetProfile:
@@ -42,6 +45,21 @@ def runnable() -> tuple[TargetProfile, ...]:
         {"kind": "llvm"} if HOST.architecture != "x86_64" else {"kind": "llvm", "mcpu": "x86-64"}
     )
     return (*able, quickly(HOST.model_copy(update={"features": (), "tvm_target": plain})))
+
+
+@cache
+def ranges_of(model: CompactModel) -> tuple[Range, ...]:
+    """Static ranges of a network for eight images of noise, observed once and quickly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "detect_host", lambda: HOST)
+        return calibration.find_ranges(model, noise(model, 8))
+
+
+def noise(model: CompactModel, count: int, seed: int = 5) -> NDArray[np.float32]:
+    """Images, of which the first are equal for any count."""
+    return np.random.default_rng(seed).standard_normal(
+        (count, *model.architecture.image), dtype=np.float32
+    )
 
 
 def outputs(built: TvmNetwork, images: torch.Tensor) -> np.ndarray[Any, Any]:

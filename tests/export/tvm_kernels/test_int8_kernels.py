@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_networks import network
 from tiny_models import tiny_vit
-from tvm_networks import quickly
+from tvm_networks import noise, quickly, ranges_of
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -43,7 +43,6 @@ import tvm
 from tvm import relax
 from tvm_sample import images
 from vitrim.export.tvm_kernels.build import build_network, tvm_target
-from vitrim.export.tvm_kernels.calibration import find_ranges
 from vitrim.export.tvm_kernels.dense import Dense, dense
 from vitrim.export.tvm_kernels.integer_dot import IntegerDot, Kind
 from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
@@ -65,6 +64,7 @@ PLAIN = quickly(
 SHIPPED = {"unsigned": "x86-64-v4-vnni", "pairs": "x86-64-v3"}
 
 
+@cache
 def profile_of(kind: Kind) -> TargetProfile:
     """A profile with this instruction, that this machine can run."""
     profile = PLAIN if kind == "plain" else load_target(SHIPPED[kind])
@@ -214,19 +214,13 @@ def test_a_product_of_codes_equals_the_product_of_the_dequantized_numbers(
 def outputs(
     model: CompactModel, profile: TargetProfile, precision: Any, batch: int = 2, threads: int = 1
 ) -> NDArray[Any]:
-    ranges = find_ranges(model, noise(model, 8)) if precision == "int8-static" else None
+    ranges = ranges_of(model) if precision == "int8-static" else None
     compiled = build_network(
         model, profile, batch=batch, threads=threads, precision=precision, ranges=ranges
     ).compile()
     main = relax.VirtualMachine(compiled, tvm.cpu())["main"]
     found: NDArray[Any] = main(tvm.runtime.tensor(noise(model, batch))).numpy()
     return found
-
-
-def noise(model: CompactModel, count: int) -> NDArray[np.float32]:
-    return np.random.default_rng(5).standard_normal(
-        (count, *model.architecture.image), dtype=np.float32
-    )
 
 
 def sample(**changes: Any) -> CompactModel:
@@ -281,17 +275,16 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-# Of every kind with static ranges, whose order is that of its products.
-@pytest.mark.parametrize(
-    ("kind", "precision"),
-    [
-        *((kind, "int8-static") for kind in KINDS if kind != "mean"),
-        ("mean", "int8"),
-        ("dense", "int8"),
-    ],
-)
+@cache
+def sample_of(kind: str) -> CompactModel:
+    """The sample of a kind, one for all tests."""
+    return sample(**KINDS[kind])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-static"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_outputs_in_int8_are_close_to_fp32(kind: str, precision: str) -> None:
-    model = sample(**KINDS[kind])
+    model = sample_of(kind)
     with torch.no_grad():
         wanted = model(torch.from_numpy(noise(model, 2)).double()).numpy()
     # The largest is 0.03; a missing base, ranges in another order or one scale for all columns give
@@ -304,7 +297,7 @@ def with_plain_instructions(
     precision: str, limits_pairs: bool
 ) -> tuple[CompactModel, NDArray[Any]]:
     """A model, and its outputs with the instructions of every processor."""
-    model = sample(prefix=1, pool=PoolSpec(kind="token"))
+    model = sample_of("token")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(IntegerDot, "limits_pairs", limits_pairs)
         return model, outputs(model, PLAIN, precision)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_networks import network, selecting_architectures
-from tvm_networks import HOST, runnable
+from tvm_networks import HOST, noise, ranges_of, runnable
 from tvm_sample import source
 from vitrim.compress.network.architecture import (
     Architecture,
@@ -46,7 +46,6 @@ import tvm
 from tvm import relax
 from vitrim.export.tvm_kernels.attention import Attend
 from vitrim.export.tvm_kernels.build import TvmNetwork, build_network, tvm_target
-from vitrim.export.tvm_kernels.calibration import find_ranges
 from vitrim.export.tvm_kernels.coverage import uncovered_part
 from vitrim.export.tvm_kernels.emitter import Emitter
 from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
@@ -59,12 +58,6 @@ from vitrim.export.tvm_kernels.token_choice import Choose, choose_patches
 Places = list[NDArray[np.int64]]
 
 
-def noise(model: CompactModel, count: int, seed: int = 5) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal(
-        (count, *model.architecture.image), dtype=np.float32
-    )
-
-
 def compiled(
     model: CompactModel,
     profile: TargetProfile,
@@ -73,7 +66,7 @@ def compiled(
     threads: int = 1,
 ) -> tuple[NDArray[np.float32], Places]:
     """Logits of our kernels, and the places that the selections choose."""
-    ranges = find_ranges(model, noise(model, 8)) if precision == "int8-static" else None
+    ranges = ranges_of(model) if precision == "int8-static" else None
     unit, batch = profile.vector, len(images)
     form = precision_named(precision, unit, ranges)
     schedule = default_schedule(unit, threads)
