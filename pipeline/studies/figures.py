@@ -16,16 +16,27 @@ from ...compress.train.training_files import read_history
 from ...core.errors import InputError
 from ...core.written_kinds import json_object
 from ..artifacts import Planned
-from ..magnitude_step import EXACT
+from ..magnitude_step import EXACT, read_dead
 from ..run_folder import LEDGER
 from ..training_steps import BASELINE, COMPACT, CUT, HISTORY
 from .expansion import Cell
 from .table import Column
-from .zero_figures import zero_figures
 
 TRAININGS = ("baseline", "masks", "finetune")
 # Models of a run with the endings of their columns.
 MODELS = ((COMPACT, ""), (BASELINE, "_dense"))
+# In the table of a study that has such runs; those of the exact model beside them.
+ZERO_COLUMNS = (
+    Column("sparsity", "figure", "REAL", "share of zeros among the weights in scope, 0 to 1"),
+    Column("params_nonzero", "figure", "INTEGER", "parameters of the compact model but its zeros"),
+    Column("heads", "figure", "INTEGER", "heads of all attentions"),
+    Column("heads_dead", "figure", "INTEGER", "heads that add nothing, or a constant", True),
+    Column("units_dead", "figure", "INTEGER", "the same of hidden units of FFNs", True),
+    Column("channels_dead", "figure", "INTEGER", "removable channels of the stream", True),
+    Column("params_exact", "figure", "INTEGER", "parameters without what is dead"),
+    Column("macs_exact", "figure", "INTEGER", "multiply-adds without what is dead"),
+    Column("top1_exact", "figure", "REAL", "test accuracy of the model without it, 0 to 1", True),
+)
 
 
 def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
@@ -51,7 +62,7 @@ def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
         found[f"params{suffix}"] = count_params(architecture)
         found[f"macs{suffix}"] = count_macs(architecture)
     found |= kept_shares(*architectures)
-    zeros, columns = zero_figures(run_folder)
+    zeros, columns = _zero_figures(run_folder)
     found |= zeros
     if (run_folder / "report.json").is_file():
         report = _report(run_folder / "report.json")
@@ -114,6 +125,17 @@ def kept_shares(compact: Architecture, dense: Architecture) -> dict[str, Cell]:
         if total:
             found[column] = round(sum(left.get(name, 0) for name in part) / total, 6)
     return found
+
+
+def _zero_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
+    """The figures of a run with zeros among single weights, and their columns; else none."""
+    record = read_dead(run_folder)
+    if record is None:
+        return {}, []
+    names = ("sparsity", "heads", "heads_dead", "units_dead", "channels_dead")
+    found = {name: record[name] for name in (*names, "params_exact", "macs_exact")}
+    found["params_nonzero"] = record["params"] - record["zeros"]
+    return found, list(ZERO_COLUMNS)
 
 
 def _report(path: Path) -> Report:

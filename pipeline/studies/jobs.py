@@ -22,8 +22,7 @@ from ..run_folder import RunFolder
 from ..training_steps import HISTORY, ROTATED, START
 from .early_stop import Judge, Stopped
 from .plan import Job, Source
-from .table import LOGS
-from .table import RUNS as RUNS
+from .table import LOGS, RUNS
 
 # What a step writes beside the files in the ledger.
 BESIDE = {"masks": (TRIM_FILE, TOKENS_FILE, ROTATED, START)}

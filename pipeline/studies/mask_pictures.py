@@ -17,10 +17,9 @@ from ...compress.network.files import ARCHITECTURE, read_architecture
 from ...core.errors import InputError
 from ..magnitude_step import WEIGHT_MASK, read_dead
 from ..training_steps import COMPACT
-from .jobs import RUNS
 from .magnitude_claims import HIGH, MAGNITUDE, ROUNDS, SCOPE, SPARSITY, setting, single_weights
 from .summary import Summary, number
-from .table import Row
+from .table import RUNS, Row
 
 PICTURE_FILE = "study-masks.svg"
 LEAVES = ("q", "k", "v", "out")
