@@ -116,10 +116,8 @@ def graph_file(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
-@pytest.mark.parametrize(
-    ("target", "precision"),
-    [("host", "int8"), (SATURATING, "int8-static"), (EXACT, "int8"), (EXACT, "int8-static")],
-)
+@pytest.mark.parametrize("precision", ["int8", "int8-static"])
+@pytest.mark.parametrize("target", ["host", SATURATING, EXACT])
 def test_weights_have_seven_bits_unless_the_target_has_exact_products(
     model: torch.nn.Module,
     graph_file: Path,

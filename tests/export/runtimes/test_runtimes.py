@@ -120,7 +120,7 @@ def test_an_artifact_computes_the_models_outputs_and_is_measured(
     assert found.provider == "CPU"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8-static"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int8-static"])
 def test_openvino_ignores_a_limit_that_is_set_for_another_onednn(
     model: nn.Module,
     images: np.ndarray,
