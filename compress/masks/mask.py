@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from ...core.errors import InputError
-from ...core.storage import replace_file
 from ..lift import lift
 from ..network.architecture import Architecture
 from ..network.files import MASK, mask_metadata
@@ -29,6 +26,7 @@ from .groups import (
     tied_units,
 )
 from .mask_checks import check_entries, check_fit, entry_at
+from .mask_files import require_mask_file, write_masks
 from .ranking import Scope
 from .saliency import USUAL, Criterion, SaliencyOptions, Scores, default_scope, kept_units
 from .token_sets import random_token_sets
@@ -243,10 +241,8 @@ class StructuredMask:
             f"{dimension}/{site}": keep.to(torch.uint8).contiguous()
             for dimension, site, keep in self
         }
-        # One metadata entry, because safetensors writes several in random order.
         about = {"schema": SCHEMA, "scale": self.scale, "note": dict(self.note)}
-        metadata = {"vitrim": json.dumps(about, sort_keys=True)}
-        replace_file(path, tensors_to_bytes(tensors, metadata), MASK)
+        write_masks(path, tensors, about, MASK)
 
     @classmethod
     def load(cls, path: Path | str) -> StructuredMask:
@@ -262,9 +258,7 @@ class StructuredMask:
             InputError: There is no such file, or it is not a valid mask; the message names the
                 file and the entry.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such mask file")
+        path = require_mask_file(path, "mask file")
         kept: dict[str, dict[str, Tensor]] = {}
         try:
             with safe_open(path, framework="pt") as file:

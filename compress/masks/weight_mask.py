@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from ...core.errors import InputError
-from ...core.storage import replace_file
 from ..lift import lift
 from ..network.files import MAX_PARAMETERS, WEIGHT_MASK, mask_metadata, require_header
 from ..network.modules.model import CompactModel
+from .mask_files import require_mask_file, write_masks
 from .weight_choice import Granularity, Ranking, WeightOptions, WeightScope, kept_weights
 
 SCHEMA: Literal["vitrim.weight-mask/1"] = "vitrim.weight-mask/1"
@@ -190,9 +188,7 @@ class WeightMask:
             "shapes": {name: list(keep.shape) for name, keep in self.kept.items()},
             "note": dict(self.note),
         }
-        # One metadata entry, because safetensors writes several in random order.
-        metadata = {"vitrim": json.dumps(header, sort_keys=True)}
-        replace_file(path, tensors_to_bytes(bits, metadata), WEIGHT_MASK)
+        write_masks(path, bits, header, WEIGHT_MASK)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -208,9 +204,7 @@ class WeightMask:
             InputError: There is no such file, or it is not a valid mask; the message names the
                 file and the entry.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such weight mask")
+        path = require_mask_file(path, "weight mask")
         require_header(path)
         try:
             with safe_open(path, framework="pt") as file:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from changed_bytes import load_changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -75,12 +76,5 @@ def test_a_changed_byte_never_gives_another_error(
 ) -> None:
     path = tmp_path_factory.mktemp("bytes") / "mask"
     write(path, {"schema": SCHEMA, "scale": "kept", "note": {"a": "b"}})
-    whole = bytearray(path.read_bytes())
-    for place, byte in enumerate(tail):
-        whole[(7 * place + byte) % len(whole)] = byte
-    path.write_bytes(whole)
-    try:
-        mask = StructuredMask.load(path)
-    except InputError:
-        return
-    assert all(keep.dtype == torch.bool for _, _, keep in mask)
+    mask = load_changed(StructuredMask.load, path, tail)
+    assert mask is None or all(keep.dtype == torch.bool for _, _, keep in mask)

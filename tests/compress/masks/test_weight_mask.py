@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import vitrim
+from changed_bytes import load_changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -265,15 +266,8 @@ def test_a_changed_byte_never_gives_another_error(
 ) -> None:
     path = tmp_path_factory.mktemp("bytes") / "mask"
     write(path, HEADER, BITS)
-    whole = bytearray(path.read_bytes())
-    for place, byte in enumerate(tail):
-        whole[(7 * place + byte) % len(whole)] = byte
-    path.write_bytes(whole)
-    try:
-        mask = WeightMask.load(path)
-    except InputError:
-        return
-    assert all(keep.dtype == torch.bool for keep in mask.kept.values())
+    mask = load_changed(WeightMask.load, path, tail)
+    assert mask is None or all(keep.dtype == torch.bool for keep in mask.kept.values())
 
 
 def test_a_mask_of_another_network_is_refused(network: CompactModel) -> None:
