@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from .recipe_sections import Section
 
 
+def positive(description: str) -> Any:
+    """An optional number above 0."""
+    return Field(None, gt=0.0, description=description)
+
+
+def share(description: str) -> Any:
+    """An optional number between 0 and 1, both excluded."""
+    return Field(None, gt=0.0, lt=1.0, description=description)
+
+
 class LatencyKeys(Section):
     """A latency that the compact model has to reach, and how that is checked."""
 
-    latency_ms: float | None = Field(
-        None,
-        gt=0.0,
-        description="budget: milliseconds of an inference by `cost_table`; tokens, widths and "
+    latency_ms: float | None = positive(
+        "budget: milliseconds of an inference by `cost_table`; tokens, widths and "
         "depth are chosen together",
     )
-    latency: float | None = Field(
-        None,
-        gt=0.0,
-        lt=1.0,
-        description="budget: share of the dense model's latency by `cost_table`, e.g. 0.4",
+    latency: float | None = share(
+        "budget: share of the dense model's latency by `cost_table`, e.g. 0.4",
     )
     cost_table: str | None = Field(
         None,
@@ -49,22 +54,16 @@ class LatencyKeys(Section):
         description="closed-form with a latency: number of varied solutions that are cut and "
         "compared on held-out images, e.g. 24; 0: the one of least predicted loss is cut",
     )
-    file_mb: float | None = Field(
-        None,
-        gt=0.0,
-        description="budget of closed-form, or beside a latency: computed size of the file in "
+    file_mb: float | None = positive(
+        "budget of closed-form, or beside a latency: computed size of the file in "
         "megabytes, with weights of `file_precision`",
     )
-    peak_memory_mb: float | None = Field(
-        None,
-        gt=0.0,
-        description="beside a latency: largest memory of weights and activations in megabytes, "
+    peak_memory_mb: float | None = positive(
+        "beside a latency: largest memory of weights and activations in megabytes, "
         "with weights of `file_precision`",
     )
-    energy_mj: float | None = Field(
-        None,
-        gt=0.0,
-        description="beside a latency: millijoules of an inference, at the power that the networks "
+    energy_mj: float | None = positive(
+        "beside a latency: millijoules of an inference, at the power that the networks "
         "of `cost_table` were measured with",
     )
     file_precision: Literal["fp32", "fp16", "int8"] = Field(

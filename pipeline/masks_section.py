@@ -6,7 +6,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from .latency_keys import LatencyKeys
+from .latency_keys import LatencyKeys, positive, share
 from .recipe_sections import Augmentation
 from .weight_keys import WeightKeys
 
@@ -96,11 +96,8 @@ class MasksSection(LatencyKeys, WeightKeys):
         "method: one set for all images is chosen from `images`, before widths, for `token_macs` "
         "or `token_counts`; absent: every patch stays to the end",
     )
-    token_macs: float | None = Field(
-        None,
-        gt=0.0,
-        lt=1.0,
-        description="with a method that chooses one set for all images: share of the multiply-adds "
+    token_macs: float | None = share(
+        "with a method that chooses one set for all images: share of the multiply-adds "
         "of the baseline that dropping tokens leaves, e.g. 0.6; `params = 1.0` then keeps all "
         "widths",
     )
@@ -110,11 +107,8 @@ class MasksSection(LatencyKeys, WeightKeys):
         description="instead of `token_macs`: the tokens after each block, prefix tokens included; "
         "instead of `token_ratio`: the patches that each stage keeps",
     )
-    token_ratio: float | None = Field(
-        None,
-        gt=0.0,
-        lt=1.0,
-        description="with a method that chooses for each image: share of the patches that the "
+    token_ratio: float | None = share(
+        "with a method that chooses for each image: share of the patches that the "
         "first stage keeps; absent: 0.7, and class-attention chooses one set for all images",
     )
     token_stages: tuple[int, ...] | None = Field(
@@ -140,9 +134,7 @@ class MasksSection(LatencyKeys, WeightKeys):
         description="epochs in which tokens are learned alone, where `token_order` has such a "
         "phase; absent: `epochs`, and 0 for class-attention",
     )
-    token_lr: float | None = Field(
-        None, gt=0.0, description="learning rate of predictors; absent: 1e-3"
-    )
+    token_lr: float | None = positive("learning rate of predictors; absent: 1e-3")
     token_ratio_weight: float | None = Field(
         None,
         ge=0.0,
