@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from .expansion import settings_text
-from .findings import Differences, Finding, paired, share_interval
+from .findings import Differences, Finding, of_differences, paired, share_interval
 from .magnitude_claims import NEAR_POINTS, magnitude_findings
 from .magnitude_claims import SOURCE as KOLEV
 from .summary import Summary, fronts_by_seed, grouped, number, size_axes
@@ -137,7 +137,7 @@ def _unshared(summary: Summary) -> list[Finding]:
     if smaller is not None:
         note += f"; residual has {smaller:.2f} of the parameters"
     claim = f"unshared masks are within {NEAR_POINTS:.0f} points of a shared residual"
-    return [_finding(claim, TREDESE, found, note, _near)]
+    return [of_differences(claim, TREDESE, found, note, _near)]
 
 
 def matched_ratio(first: Sequence[Row], second: Sequence[Row], same: Sequence[str]) -> float | None:
@@ -160,7 +160,7 @@ def _ffn(summary: Summary) -> list[Finding]:
     rows = [row for row in learned(summary.done) if row[FIXED] == "none"]
     note = "kept share of the attentions minus that of the FFNs, of learned masks, a run each"
     found = paired(_within(rows, "kept_attention", "kept_ffn"))
-    return [_finding("FFN is more prunable than attention", KOLEV, found, note)]
+    return [of_differences("FFN is more prunable than attention", KOLEV, found, note)]
 
 
 def _depth(summary: Summary) -> list[Finding]:
@@ -177,7 +177,7 @@ def _depth(summary: Summary) -> list[Finding]:
         ]
     )
     note = "kept share of the first half of the blocks minus that of the second, a setting each"
-    return [_finding("deeper layers are more redundant", TANG, found, note)]
+    return [of_differences("deeper layers are more redundant", TANG, found, note)]
 
 
 def _within(rows: Iterable[Row], first: str, second: str) -> list[float]:
@@ -203,7 +203,7 @@ def _magnitude(summary: Summary) -> list[Finding]:
         f"barely: by less than {NEAR_POINTS:.0f} points"
     )
     claim = "structured magnitude barely beats random"
-    return [_finding(claim, KOLEV, found, note, _barely)]
+    return [of_differences(claim, KOLEV, found, note, _barely)]
 
 
 def _impact(summary: Summary) -> list[Finding]:
@@ -219,7 +219,7 @@ def _impact(summary: Summary) -> list[Finding]:
         "random": "random patches",
     }
     return [
-        _finding(
+        of_differences(
             f"impact beats {title}",
             TANG,
             paired(matched(rows[SLIMMING], rows[name], same, summary.quality)),
@@ -228,21 +228,6 @@ def _impact(summary: Summary) -> list[Finding]:
         for name, title in others.items()
         if name in methods
     ]
-
-
-def _finding(
-    claim: str,
-    source: str,
-    found: Differences | None,
-    note: str,
-    rule: Callable[[Differences], bool | None] = lambda found: found.holds,
-) -> Finding:
-    """The finding of paired differences in points."""
-    if found is None:
-        return Finding(claim, source, None, None, None, note=note)
-    decided = None if found.interval is None else rule(found)
-    note = f"{note}: {found.note}"
-    return Finding(claim, source, found.median, found.interval, decided, note=note)
 
 
 def _near(found: Differences) -> bool | None:

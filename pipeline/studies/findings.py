@@ -95,6 +95,31 @@ def paired(differences: Sequence[float]) -> Differences | None:
     )
 
 
+def of_differences(
+    claim: str,
+    source: str,
+    found: Differences | None,
+    note: str,
+    rule: Callable[[Differences], bool | None] = lambda found: found.holds,
+) -> Finding:
+    """The finding of paired differences in points.
+
+    Args:
+        claim: The claim as a sentence.
+        source: The publication.
+        found: The differences; None: there is no pair.
+        note: What they are of.
+        rule: Whether the claim holds for differences with an interval (default: above zero).
+
+    Returns:
+        The finding, undecided without an interval.
+    """
+    if found is None:
+        return Finding(claim, source, None, None, None, note=note)
+    holds = None if found.interval is None else rule(found)
+    return Finding(claim, source, found.median, found.interval, holds, note=f"{note}: {found.note}")
+
+
 def exact_signed_rank_p(differences: Sequence[float]) -> float:
     """The two-sided p value of Wilcoxon's signed-rank test, over all signs of the differences.
 

@@ -6,9 +6,9 @@ median difference decides it; `findings` has the tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from .findings import Differences, Finding, paired, share_interval
+from .findings import Differences, Finding, of_differences, paired, share_interval
 from .summary import Summary, number
 from .table import Row
 
@@ -109,7 +109,7 @@ def _little_loss(summary: Summary, rows: Sequence[Row]) -> list[Finding]:
     note = f"baseline minus masked, at {at} % of all matrices"
     if lost:
         note += f", least loss of a run {min(lost.values()):.2f} points"
-    return [_finding(claim, found, note, _near)]
+    return [of_differences(claim, SOURCE, found, note, _near)]
 
 
 def _ffn(summary: Summary, rows: Sequence[Row]) -> list[Finding]:
@@ -120,7 +120,7 @@ def _ffn(summary: Summary, rows: Sequence[Row]) -> list[Finding]:
         return []
     found = paired(differences(summary, ffn, attention, [SCOPE]))
     note = "the share of zeros in FFNs minus the same share in attentions"
-    return [_finding("FFN is more prunable than attention", found, note)]
+    return [of_differences("FFN is more prunable than attention", SOURCE, found, note)]
 
 
 def _iterative(summary: Summary, rows: Sequence[Row]) -> list[Finding]:
@@ -129,7 +129,8 @@ def _iterative(summary: Summary, rows: Sequence[Row]) -> list[Finding]:
     if not several or not one:
         return []
     found = paired(differences(summary, several, one, SCHEDULE))
-    return [_finding("iterative beats one-shot", found, "iterative minus one-shot")]
+    note = "iterative minus one-shot"
+    return [of_differences("iterative beats one-shot", SOURCE, found, note)]
 
 
 def _structured(summary: Summary, rows: Sequence[Row]) -> list[Finding]:
@@ -149,7 +150,7 @@ def _structured(summary: Summary, rows: Sequence[Row]) -> list[Finding]:
     if single is not None:
         note += f" (single weights: {single.median:.2f} points)"
     claim = f"structured magnitude barely beats random: by less than {NEAR_POINTS:g} points"
-    return [_finding(claim, found, note, _barely)]
+    return [of_differences(claim, SOURCE, found, note, _barely)]
 
 
 def _heads(summary: Summary, rows: Sequence[Row]) -> list[Finding]:
@@ -191,19 +192,6 @@ def single_weights(rows: Iterable[Row], rankings: Sequence[str]) -> list[Row]:
         for row in rows
         if setting(row, GRANULARITY) == "weight" and setting(row, RANKING) in rankings
     ]
-
-
-def _finding(
-    claim: str,
-    found: Differences | None,
-    note: str,
-    rule: Callable[[Differences], bool | None] = lambda found: found.holds,
-) -> Finding:
-    if found is None:
-        return Finding(claim, SOURCE, None, None, None, note=note)
-    holds = None if found.interval is None else rule(found)
-    note = f"{note}: {found.note}"
-    return Finding(claim, SOURCE, found.median, found.interval, holds, note=note)
 
 
 def _near(found: Differences) -> bool | None:
