@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 from photo_folder import write_photos, write_recipe
-from vitrim.pipeline.recipe import load_recipe
-from vitrim.pipeline.studies.expansion import StudyRun
-from vitrim.pipeline.studies.table import Column, StudyTable
+from vitrim.pipeline.studies.table import StudyTable
 
 QUICK = (
     '[export]\nprecisions = ["fp32"]\n[bench]\ntime_limit_s = 0.1\n[report]\nestimate_for = []\n'
@@ -45,38 +42,11 @@ def rows_without_time(table: StudyTable) -> list[dict[str, Any]]:
 
 def large_table(folder: Path, count: int) -> StudyTable:
     """A table with finished runs of two axes and three seeds, in an empty folder."""
-    recipe = load_recipe()
-    table = StudyTable.create(folder, {"name": "large", "toml": "", "base": recipe.toml()})
-    runs = [
-        StudyRun(
-            f"{number:010x}",
-            number + 1,
-            (7, 13, 42)[number % 3],
-            1,
-            {
-                "masks.params": 0.1 + number // 3 / count,
-                "masks.sharing": ("full", "residual")[number % 2],
-            },
-            recipe,
-        )
-        for number in range(count)
-    ]
-    table.add_runs(runs)
-    # While a connection is open, closing the others writes no checkpoint.
-    link = sqlite3.connect(table.path)
-    link.execute("SELECT count(*) FROM runs").fetchone()
-    latency = Column("compact_fp32_ms", "figure", "REAL", "median latency in milliseconds")
-    for number, run in enumerate(runs):
-        share = run.values["masks.params"]
-        figures: dict[str, Any] = {
-            "top1": 0.5 + 0.4 * share + 0.01 * (number % 7),
-            "top1_dense": 0.95,
-            "params": round(1e6 * share),
-            "params_dense": 1_000_000,
-            "macs": round(4e7 * share),
-            "macs_dense": 40_000_000,
-            "compact_fp32_ms": 3.0 * share + 0.1,
-        }
-        table.change(run.id, "done", figures=figures, columns=[latency])
-    link.close()
-    return table
+    # From the root of the repository, where pytest runs.
+    from benchmarks.measurement.study_table import write_table
+
+    def planted(number: int, count: int) -> dict[str, Any]:
+        sharing = ("full", "residual")[number % 2]
+        return {"masks.params": 0.1 + number // 3 / count, "masks.sharing": sharing}
+
+    return write_table(folder, count, planted)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,16 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def write_table(folder: Path, count: int) -> StudyTable:
-    """Write a table of finished runs.
+def write_table(
+    folder: Path, count: int, planted: Callable[[int, int], dict[str, Any]] | None = None
+) -> StudyTable:
+    """Write a table of finished runs of two axes and three seeds.
 
     Args:
         folder: An empty folder.
         count: The number of runs.
+        planted: Takes the number of a run, from 0, and `count`, and returns its values of
+            `masks.params` and `masks.sharing` (default: each setting has three seeds).
 
     Returns:
         The table.
@@ -71,15 +76,15 @@ def write_table(folder: Path, count: int) -> StudyTable:
             number + 1,
             (7, 13, 42)[number % 3],
             1,
-            {
-                "masks.params": round(0.1 + 0.9 * (number // 3) / count, 6),
-                "masks.sharing": ("full", "residual")[number // 3 % 2],
-            },
+            (planted or _settings)(number, count),
             recipe,
         )
         for number in range(count)
     ]
     table.add_runs(runs)
+    # While a connection is open, closing the others writes no checkpoint.
+    link = sqlite3.connect(table.path)
+    link.execute("SELECT count(*) FROM runs").fetchone()
     latency = Column("compact_fp32_ms", "figure", "REAL", "median latency in milliseconds")
     for number, run in enumerate(runs):
         share = run.values["masks.params"]
@@ -93,7 +98,15 @@ def write_table(folder: Path, count: int) -> StudyTable:
             "compact_fp32_ms": 3.0 * share + 0.1,
         }
         table.change(run.id, "done", figures=figures, columns=[latency])
+    link.close()
     return table
+
+
+def _settings(number: int, count: int) -> dict[str, Any]:
+    return {
+        "masks.params": round(0.1 + 0.9 * (number // 3) / count, 6),
+        "masks.sharing": ("full", "residual")[number // 3 % 2],
+    }
 
 
 def timed(folder: Path, arguments: Sequence[str]) -> dict[str, float]:
