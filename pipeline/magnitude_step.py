@@ -123,7 +123,7 @@ def _in_rounds(
         distillation=distillation(baseline, recipe, known),
         metrics=size_metrics(model),
         optimizer=recipe.train.optimizer,
-        dense_options=dense_options(recipe.train, model),
+        options=dense_options(recipe.train, model),
     )
     schedule = Schedule("restarts", restart_epochs=section.epochs, rewind=section.weight_rewind)
     epochs = section.round_epochs

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from ..masks.weight_choice import WeightOptions
 from ..masks.weight_mask import WeightMask, next_mask
@@ -22,6 +22,18 @@ from .regularization import DenseOptions
 from .task import EpochEnd
 
 
+class TrainingKeywords(TypedDict, total=False):
+    """Keywords of `DenseTask` that are the same here, with its defaults."""
+
+    lr: float
+    weight_decay: float
+    label_smoothing: float
+    distillation: Distillation | None
+    metrics: dict[str, float] | None
+    optimizer: OptimizerName
+    options: DenseOptions | None
+
+
 class MagnitudeTask(DenseTask):
     """Train a network in rounds, with more weights at zero in each.
 
@@ -30,16 +42,10 @@ class MagnitudeTask(DenseTask):
 
     Args:
         model: The network, pruned and trained in place.
-        options: How weights are chosen, with the final sparsity.
+        choice: How weights are chosen, with the final sparsity.
         sparsities: The rising sparsity of each mask; one more than rounds. The last one is final.
         round_epochs: The epochs of a round.
-        lr: The peak learning rate.
-        weight_decay: For matrices and kernels.
-        label_smoothing: For class numbers as targets.
-        distillation: The teacher (default: none).
-        metrics: Constant figures for the history of this phase.
-        optimizer: The name of the optimizer.
-        dense_options: Averaged weights, rates by depth, and stochastic depth.
+        **training: What `DenseTask` takes.
     """
 
     model: CompactModel
@@ -47,31 +53,18 @@ class MagnitudeTask(DenseTask):
     def __init__(
         self,
         model: CompactModel,
-        options: WeightOptions,
+        choice: WeightOptions,
         sparsities: Sequence[float],
         round_epochs: int,
-        *,
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        label_smoothing: float = 0.1,
-        distillation: Distillation | None = None,
-        metrics: dict[str, float] | None = None,
-        optimizer: OptimizerName = "adamw",
-        dense_options: DenseOptions | None = None,
+        **training: Unpack[TrainingKeywords],
     ) -> None:
-        self.choice, self.sparsities = options, tuple(sparsities)
+        self.choice, self.sparsities = choice, tuple(sparsities)
         self.round_epochs, self.round = round_epochs, 0
         super().__init__(
             model,
             phase="masks",
-            lr=lr,
-            weight_decay=weight_decay,
-            label_smoothing=label_smoothing,
-            distillation=distillation,
-            metrics=metrics,
-            optimizer=optimizer,
-            options=dense_options,
-            weights=next_mask(model, replace(options, sparsity=self.sparsities[0])),
+            weights=next_mask(model, replace(choice, sparsity=self.sparsities[0])),
+            **training,
         )
 
     @property
