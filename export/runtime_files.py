@@ -8,20 +8,21 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import onnx
 from torch import nn
 
 from ..compress.network.modules.model import CompactModel
 from ..core.errors import InputError, UnsupportedModel
 from ..runtimes import EngineError
-from ..runtimes.subprocess_inference import infer_in_subprocess
+from ..runtimes.subprocess_inference import infer_in_subprocess, infer_with_choices
 from .artifact import entry_for
 from .capabilities import int8_saturates_here
 from .cross_target import parity_note
 from .export_run import ExportRun
 from .forms import Form
 from .graphs.candidates import candidates, readable
-from .manifest import FileEntry
+from .manifest import Array, FileEntry
 from .onnxruntime_files import check_candidate
 from .parity import ParityError
 from .runtimes import Runtime, RuntimeFiles, Source
@@ -125,8 +126,14 @@ def write_and_verify(
     stage(f"parity of {runtime.name}")
     main = folder / written.main
     job = run.job(main, written.session, emulated=written.command is not None)
+    batches: list[list[Array]] = []
     try:
-        logits, facts = infer_in_subprocess(job, source.probe.images, command=written.command)
+        if run.selections is not None and written.engine_choices:
+            logits, batches, facts = infer_with_choices(
+                job, source.probe.images, command=written.command
+            )
+        else:
+            logits, facts = infer_in_subprocess(job, source.probe.images, command=written.command)
     except EngineError as error:
         reason = str(error).replace(str(main), written.main)
         raise InputError(
@@ -138,8 +145,12 @@ def write_and_verify(
 
     name = runtime.name if precision == "fp32" else f"{runtime.name} {precision}"
     chosen = None
-    if run.selections is not None and written.choices is not None and written.command is None:
-        chosen = written.choices(main, run.selections.values, source.probe.images)
+    if run.selections is not None:
+        names = run.selections.values
+        if written.choices is not None and written.command is None:
+            chosen = written.choices(main, names, source.probe.images)
+        elif batches and all(len(batch) == len(names) for batch in batches):
+            chosen = tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
     if run.selections is not None and chosen is None:
         run.notes.append(
             f"{runtime.name} does not show which tokens it selects; its outputs are compared with "

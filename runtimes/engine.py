@@ -124,6 +124,21 @@ class Engine:
         """
         raise EngineError(f"{self.runtime} runs no model with buckets")
 
+    def infer_choices(self, images: Any) -> list[Any]:
+        """Run the model, and read which patches its selections choose.
+
+        Args:
+            images: C-contiguous, of `input_shape` and `input_type`.
+
+        Returns:
+            For each selection whose choice depends on the image, in order, the chosen places
+            (images, kept) among the patches that the stream has there, increasing.
+
+        Raises:
+            EngineError: The runtime does not show them.
+        """
+        raise EngineError(f"{self.runtime} does not show which patches a model selects")
+
     def set_outputs(self, available: list[str]) -> list[str]:
         """Set `output_name`, and return the names of the outputs that the job contains.
 

@@ -7,7 +7,9 @@ The Python may be another interpreter than vitrim's, or an emulated one.
 images.npy has shape (count, ...) in the type of the model's input; a last incomplete batch is
 padded, and the padding's logits are dropped. With "time_limit_s" in the job no further batch is
 started after that many seconds. The script writes logits.npy (count, classes), or with "outputs" in
-the job all outputs of each image side by side, (count, numbers). It prints one line of JSON:
+the job all outputs of each image side by side, (count, numbers). With "choices" in the job, the
+path of an .npz file, it writes there which patches the selections choose: an array (images, kept)
+for each batch and selection, named as in "3.0". It prints one line of JSON:
 {"runtime", "version", "provider", "provider_nodes"}, or {"error"} with exit code 3.
 """
 
@@ -38,13 +40,19 @@ def load_package() -> Any:
         del sys.path[0]
 
 
-def infer(engine: Any, images: Any, time_limit_s: float | None = None) -> Any:
+def infer(
+    engine: Any,
+    images: Any,
+    time_limit_s: float | None = None,
+    chosen: dict[str, Any] | None = None,
+) -> Any:
     """Logits of images, computed in batches of the model's own size.
 
     Args:
         engine: A loaded engine.
         images: Shape (count, ...), in the engine's input type.
         time_limit_s: Start no batch after this many seconds, except the first.
+        chosen: Gets which patches the selections choose, see above; None: they are not read.
 
     Returns:
         Logits (count, classes) float32, or all outputs of an image side by side; fewer rows if the
@@ -61,7 +69,11 @@ def infer(engine: Any, images: Any, time_limit_s: float | None = None) -> Any:
         count = len(batch)
         if count < size:
             batch = numpy.concatenate([batch, numpy.repeat(batch[-1:], size - count, axis=0)])
-        outputs = engine.infer_outputs(numpy.ascontiguousarray(batch)).values()
+        batch = numpy.ascontiguousarray(batch)
+        outputs = engine.infer_outputs(batch).values()
+        if chosen is not None:
+            for number, places in enumerate(engine.infer_choices(batch)):
+                chosen[f"{first // size}.{number}"] = places[:count]
         flat = [numpy.asarray(found, dtype=numpy.float32).reshape(size, -1) for found in outputs]
         logits.append(numpy.concatenate(flat, axis=1)[:count])
     return numpy.concatenate(logits)
@@ -82,7 +94,10 @@ def main(arguments: list[str]) -> int:
         engine = runtimes.open_engine(job)
         engine.load()
         images = numpy.load(arguments[1], allow_pickle=False).astype(engine.input_type, copy=False)
-        numpy.save(arguments[2], infer(engine, images, job.get("time_limit_s")))
+        chosen: dict[str, Any] | None = {} if "choices" in job else None
+        numpy.save(arguments[2], infer(engine, images, job.get("time_limit_s"), chosen))
+        if chosen is not None:
+            numpy.savez(job["choices"], **chosen)
         result = {
             "runtime": engine.runtime,
             "version": engine.version,

@@ -65,32 +65,63 @@ def infer_in_subprocess(
     Raises:
         EngineError: The process failed; the message is one line.
     """
+    with tempfile.TemporaryDirectory(prefix="vitrim-infer-") as folder:
+        return _infer_in(folder, job, images, command, limit_s)
+
+
+def infer_with_choices(
+    job: Json, images: Any, *, command: Sequence[str] | None = None, limit_s: float = LIMIT_S
+) -> tuple[Any, list[list[Any]], Json]:
+    """Run a model with selections; see `infer_in_subprocess`.
+
+    Returns:
+        Logits; for each batch the chosen places (images, kept) of each selection, see
+        `Engine.infer_choices`; and the facts.
+
+    Raises:
+        EngineError: The process failed, or the runtime does not show the choices.
+    """
+    import numpy
+
+    with tempfile.TemporaryDirectory(prefix="vitrim-infer-") as folder:
+        path = os.path.join(folder, "choices.npz")
+        logits, facts = _infer_in(folder, {**job, "choices": path}, images, command, limit_s)
+        batches = -(-len(logits) // int(job["input"]["shape"][0]))
+        chosen: list[list[Any]] = [[] for _ in range(batches)]
+        with numpy.load(path, allow_pickle=False) as file:
+            # In the order in which they were written.
+            for name in file.files:
+                chosen[int(name.split(".")[0])].append(file[name])
+        return logits, chosen, facts
+
+
+def _infer_in(
+    folder: str, job: Json, images: Any, command: Sequence[str] | None, limit_s: float
+) -> tuple[Any, Json]:
+    """Run the job with its files in a folder; see `infer_in_subprocess`."""
     import numpy
 
     runtime = str(job.get("runtime") or "onnxruntime")
     start = list(command) if command is not None else [interpreter(runtime) or sys.executable]
-    with tempfile.TemporaryDirectory(prefix="vitrim-infer-") as folder:
-        images_path, logits_path = (
-            os.path.join(folder, name) for name in ("images.npy", "logits.npy")
+    images_path, logits_path = (os.path.join(folder, name) for name in ("images.npy", "logits.npy"))
+    numpy.save(images_path, images)
+    try:
+        done = subprocess.run(
+            [*start, SCRIPT, json.dumps(job), images_path, logits_path],
+            capture_output=True,
+            timeout=limit_s,
+            check=False,
         )
-        numpy.save(images_path, images)
-        try:
-            done = subprocess.run(
-                [*start, SCRIPT, json.dumps(job), images_path, logits_path],
-                capture_output=True,
-                timeout=limit_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise EngineError(
-                f"{runtime}: no result within {limit_s:.0f} s; use fewer images"
-            ) from None
-        except OSError as error:
-            raise EngineError(
-                f"{start[0]}: cannot be started ({error.strerror}); name another interpreter"
-            ) from None
-        facts = _facts(runtime, done)
-        return numpy.load(logits_path, allow_pickle=False), facts
+    except subprocess.TimeoutExpired:
+        raise EngineError(
+            f"{runtime}: no result within {limit_s:.0f} s; use fewer images"
+        ) from None
+    except OSError as error:
+        raise EngineError(
+            f"{start[0]}: cannot be started ({error.strerror}); name another interpreter"
+        ) from None
+    facts = _facts(runtime, done)
+    return numpy.load(logits_path, allow_pickle=False), facts
 
 
 def _facts(runtime: str, done: subprocess.CompletedProcess[bytes]) -> Json:

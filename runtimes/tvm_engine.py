@@ -19,6 +19,8 @@ from .tvm_virtual_machine import VirtualMachine, import_ffi, load_runtime, runti
 # when it is opened.
 REQUIREMENT = Requirement("numpy", "numpy")
 DEVICES = ("cpu", "cuda")
+# The first part of the name of the kernels that write the places of chosen patches.
+CHOICE_KERNEL = "choose_patches"
 
 
 class TvmEngine(Engine):
@@ -109,6 +111,18 @@ class TvmEngine(Engine):
         if not kept:
             raise EngineError("the model has no buckets")
         return logits, kept
+
+    def infer_choices(self, images: Any) -> list[Any]:
+        """Run the model and read its choices; see `Engine.infer_choices`."""
+        import numpy
+
+        if not self.has_plan:
+            raise EngineError("a model for TVM's virtual machine does not show what it selects")
+        return [
+            numpy.frombuffer(content, numpy.int32).reshape(len(images), -1).astype(numpy.int64)
+            for name, content in self.model.watch(images)
+            if CHOICE_KERNEL in name
+        ]
 
     def profile(self, images: Any, count: int) -> list[Json]:
         """Time each kernel; see `Engine.profile`."""

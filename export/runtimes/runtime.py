@@ -101,6 +101,8 @@ class RuntimeFiles:
         choices: Reads which tokens the files' selections choose: (main file, names of the choices,
             images) -> one array (images, kept) for each, or None. Absent for runtimes that do not
             show inner values; they are assumed to choose as the model does.
+        engine_choices: Whether the engine reads them instead, see `Engine.infer_choices`, also
+            under `command`.
         first_difference: Locates the first inner value that differs from the source's by more than
             a tolerance: (source, main file, tolerance) -> a description, or None. Absent for
             runtimes that do not show inner values.
@@ -117,6 +119,7 @@ class RuntimeFiles:
     command: tuple[str, ...] | None = None
     parity_skipped: str | None = None
     choices: Callable[[Path, Sequence[str], Array], tuple[Array, ...] | None] | None = None
+    engine_choices: bool = False
     first_difference: Callable[[Source, Path, float], str | None] | None = None
 
 

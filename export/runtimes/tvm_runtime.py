@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -29,7 +28,6 @@ from ..tvm_kernels.build import (
     default_network,
     missing_tvm,
 )
-from ..tvm_kernels.choices import program_choices
 from ..tvm_kernels.coverage import UNCOVERED_PARTS, uncovered_part
 from ..tvm_kernels.execution_plan import NoExecutionPlan, execution_plan
 from ..tvm_kernels.first_difference import first_difference
@@ -122,14 +120,12 @@ class TvmRuntime:
             notes.append(
                 f"{source.target} is not this machine: its outputs are those of {emulator.name}"
             )
-        watched, choices = code.entry == "program", None
+        watched = code.entry == "program"
         if network.branches is not None and not watched:
             raise InputError(
                 "runtime tvm: this network has no static execution plan, which buckets need; "
                 "export it for onnxruntime"
             )
-        if watched and network.route == "kernels" and network.branches is None:
-            choices = partial(program_choices, batch=int(source.batch), threads=network.threads)
         return RuntimeFiles(
             main=MODEL,
             files=code.files,
@@ -145,7 +141,7 @@ class TvmRuntime:
             needs=needs,
             command=None if emulator is None else tuple(emulator.command(["python3"])),
             parity_skipped=parity_skipped,
-            choices=choices,
+            engine_choices=watched and network.route == "kernels",
             first_difference=(first_difference if watched and network.branches is None else None),
         )
 

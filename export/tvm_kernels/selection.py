@@ -15,7 +15,7 @@ import numpy as np
 from ...compress.network.architecture import AttentionSpec, BranchSpec, SelectSpec
 from ...compress.network.modules.select import Select, first_places
 from ...compress.network.select_specs import folds_keys
-from .choices import CHOICE_KERNEL
+from ...runtimes.tvm_engine import CHOICE_KERNEL
 from .emitter import Emitter, Epilogue
 from .head_norm import HeadNorm
 from .key_packing import HeadColumns

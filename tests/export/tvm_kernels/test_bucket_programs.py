@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aarch64 import emulator
 from bundle_sample import build, logits_in
 from bundle_sample import needs_compiler as needs_tools
 from hypothesis import given, settings
@@ -183,24 +184,17 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("linked", [True, False], ids=["linked", "opened"])
-def test_the_bundle_gives_each_picture_its_bucket(tmp_path: Path, linked: bool) -> None:
-    needs_tools()
-    source = buckets_of(sharp_selection())
-    spec = Preprocessing(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.25,) * 3)
-    artifact = export(
-        source, tmp_path / "a", runtime="tvm", preprocessing=spec, options={"static": "yes"}
-    )
-    folder = bundle(artifact, tmp_path / "bundle")
-    # The folder of ONNX Runtime's header is not used.
-    program = build(folder, tmp_path, f"-DVITRIM_LINKED={'ON' if linked else 'OFF'}")
-    model = [] if linked else ["-", folder / "model"]
+SPEC = Preprocessing(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def check_buckets(source: BucketedModel, folder: Path, *command: object) -> None:
+    """Each picture gets its bucket or the one that is asked for, with the outputs of torch."""
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
-    picture.save(tmp_path / "picture.ppm")
-    image = torch.from_numpy(spec.apply(picture)[None])
+    picture.save(folder / "picture.ppm")
+    image = torch.from_numpy(SPEC.apply(picture)[None])
     for forced in (0, *COUNTS):
-        ran = run(program, *model, tmp_path / "picture.ppm", "--logits", "--bucket", forced)
+        ran = run(*command, folder / "picture.ppm", "--logits", "--bucket", forced)
         assert ran.returncode == 0, ran.stderr
         kept = forced or int(source.bucket_of(image)[0])
         lines = ran.stdout.splitlines()
@@ -208,9 +202,58 @@ def test_the_bundle_gives_each_picture_its_bucket(tmp_path: Path, linked: bool) 
         with torch.no_grad():
             wanted = source.fixed(kept)(image)[0].numpy()
         np.testing.assert_allclose(logits_in(lines), wanted, atol=1e-4 * np.abs(wanted).max())
-    ran = run(program, *model, tmp_path / "picture.ppm", "--bucket", 5)
+    ran = run(*command, folder / "picture.ppm", "--bucket", 5)
     assert (ran.returncode, ran.stderr.count("\n")) == (3, 1)
     assert "no bucket of 5 patches" in ran.stderr
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["linked", "opened"])
+def test_the_bundle_gives_each_picture_its_bucket(tmp_path: Path, linked: bool) -> None:
+    needs_tools()
+    source = buckets_of(sharp_selection())
+    artifact = export(
+        source, tmp_path / "a", runtime="tvm", preprocessing=SPEC, options={"static": "yes"}
+    )
+    folder = bundle(artifact, tmp_path / "bundle")
+    # The folder of ONNX Runtime's header is not used.
+    program = build(folder, tmp_path, f"-DVITRIM_LINKED={'ON' if linked else 'OFF'}")
+    check_buckets(source, tmp_path, program, *([] if linked else ["-", folder / "model"]))
+
+
+def test_an_arm_program_gives_each_picture_its_bucket(tmp_path: Path) -> None:
+    needs_tools()
+    machine = emulator()
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
+    source = buckets_of(sharp_selection())
+    artifact = export(
+        source,
+        tmp_path / "a",
+        runtime="tvm",
+        target="rpi4",
+        preprocessing=SPEC,
+        options={"static": "yes"},
+    )
+    # The outputs and the buckets are those of the ARM code, in the emulator.
+    assert any("outputs are those of qemu" in note for note in artifact.manifest.notes)
+    assert artifact.manifest.parity[-1].choices is not None
+    folder = bundle(artifact, tmp_path / "bundle")
+    settings = ("-DCMAKE_TOOLCHAIN_FILE=aarch64.cmake", "-DVITRIM_STATIC=ON")
+    program = build(folder, tmp_path, *settings)
+    check_buckets(source, tmp_path, machine.qemu, "-cpu", "cortex-a72", program)
+
+
+def test_without_an_emulator_the_same_kernels_are_compared_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VITRIM_EMULATION", str(tmp_path / "nothing"))
+    artifact = export(buckets_of(sharp_selection()), tmp_path / "a", runtime="tvm", target="rpi4")
+    notes = artifact.manifest.notes
+    assert any(note.startswith("its own code was not run: ") for note in notes)
+    assert artifact.manifest.parity[-1].stage == "tvm here"
+    assert artifact.manifest.session["triple"].startswith("aarch64")
+    assert artifact.manifest.buckets is not None
+    assert artifact.manifest.buckets.equal == 1
 
 
 def test_branches_share_the_common_part_and_plan_one_memory() -> None:

@@ -169,12 +169,14 @@ def test_without_objects_the_program_opens_the_model(tmp_path: Path) -> None:
         artifact.folder, artifact.manifest.model_copy(update={"files": artifact.manifest.files[:1]})
     )
     folder = bundle(artifact.folder, tmp_path / "bundle")
-    configured = subprocess.run(
-        ["cmake", "-S", ".", "-B", "build", "-DVITRIM_LINKED=ON"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert configured.returncode != 0
-    assert "bundle an artifact that was exported with" in configured.stderr
+    # A program without shared libraries cannot open one either.
+    for number, setting in enumerate(("-DVITRIM_LINKED=ON", "-DVITRIM_STATIC=ON")):
+        configured = subprocess.run(
+            ["cmake", "-S", ".", "-B", f"build{number}", setting],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert configured.returncode != 0
+        assert "an artifact that was exported with" in " ".join(configured.stderr.split())
