@@ -20,22 +20,25 @@ from ..magnitude_step import EXACT, read_dead
 from ..run_folder import LEDGER
 from ..training_steps import BASELINE, COMPACT, CUT, HISTORY
 from .expansion import Cell
-from .table import Column
+from .table import Column, declared
 
 TRAININGS = ("baseline", "masks", "finetune")
 # Models of a run with the endings of their columns.
 MODELS = ((COMPACT, ""), (BASELINE, "_dense"))
 # In the table of a study that has such runs; those of the exact model beside them.
-ZERO_COLUMNS = (
-    Column("sparsity", "figure", "REAL", "share of zeros among the weights in scope, 0 to 1"),
-    Column("params_nonzero", "figure", "INTEGER", "parameters of the compact model but its zeros"),
-    Column("heads", "figure", "INTEGER", "heads of all attentions"),
-    Column("heads_dead", "figure", "INTEGER", "heads that add nothing, or a constant", True),
-    Column("units_dead", "figure", "INTEGER", "the same of hidden units of FFNs", True),
-    Column("channels_dead", "figure", "INTEGER", "removable channels of the stream", True),
-    Column("params_exact", "figure", "INTEGER", "parameters without what is dead"),
-    Column("macs_exact", "figure", "INTEGER", "multiply-adds without what is dead"),
-    Column("top1_exact", "figure", "REAL", "test accuracy of the model without it, 0 to 1", True),
+ZERO_COLUMNS = declared(
+    "figure",
+    """
+    sparsity        REAL      share of zeros among the weights in scope, 0 to 1
+    params_nonzero  INTEGER   parameters of the compact model but its zeros
+    heads           INTEGER   heads of all attentions
+    heads_dead      INTEGER+  heads that add nothing, or a constant
+    units_dead      INTEGER+  the same of hidden units of FFNs
+    channels_dead   INTEGER+  removable channels of the stream
+    params_exact    INTEGER   parameters without what is dead
+    macs_exact      INTEGER   multiply-adds without what is dead
+    top1_exact      REAL+     test accuracy of the model without it, 0 to 1
+    """,
 )
 
 

@@ -47,39 +47,55 @@ class Column:
     rising: bool = False
 
 
-RUN_COLUMNS = (
-    Column("id", "run", "TEXT", "hash of the settings; the run folder is runs/ID"),
-    Column("number", "run", "INTEGER", "place in the study, from 1"),
-    Column("seed", "run", "INTEGER", "train.seed"),
-    Column("repetition", "run", "INTEGER", "from 1; repetitions share their trainings"),
-    Column("state", "run", "TEXT", "waiting, running, trained, done, failed or stopped"),
-    Column("reason", "run", "TEXT", "why the run failed or stopped"),
-    Column("changed_at", "run", "TEXT", "UTC time of the last change of the row"),
+def declared(kind: Kind, lines: str) -> tuple[Column, ...]:
+    """Columns from lines of name, type and meaning; `+` behind a type: more is better."""
+    parts = [line.split(maxsplit=2) for line in lines.strip().splitlines()]
+    return tuple(
+        Column(name, kind, type_.rstrip("+"), meaning, type_.endswith("+"))
+        for name, type_, meaning in parts
+    )
+
+
+RUN_COLUMNS = declared(
+    "run",
+    """
+    id          TEXT     hash of the settings; the run folder is runs/ID
+    number      INTEGER  place in the study, from 1
+    seed        INTEGER  train.seed
+    repetition  INTEGER  from 1; repetitions share their trainings
+    state       TEXT     waiting, running, trained, done, failed or stopped
+    reason      TEXT     why the run failed or stopped
+    changed_at  TEXT     UTC time of the last change of the row
+    """,
 )
-FIGURE_COLUMNS = (
-    Column("top1", "figure", "REAL", "test accuracy of the compact model, 0 to 1", True),
-    Column(
-        "val_top1", "figure", "REAL", "best validation accuracy of the fine-tuning, 0 to 1", True
-    ),
-    Column("top1_dense", "figure", "REAL", "test accuracy of the baseline, 0 to 1", True),
-    Column("params", "figure", "INTEGER", "parameters of the compact model"),
-    Column("params_dense", "figure", "INTEGER", "parameters of the baseline"),
-    Column("macs", "figure", "INTEGER", "multiply-adds of the compact model for one image"),
-    Column("macs_dense", "figure", "INTEGER", "multiply-adds of the baseline for one image"),
-    Column("kept_attention", "figure", "REAL", "kept share of the parameters of attentions"),
-    Column("kept_ffn", "figure", "REAL", "kept share of the parameters of FFNs"),
-    Column("kept_first_half", "figure", "REAL", "the same of sub-layers in the first half"),
-    Column("kept_second_half", "figure", "REAL", "the same of those in the second half"),
-    Column("train_s", "figure", "REAL", "seconds of the trainings, shared ones included"),
+FIGURE_COLUMNS = declared(
+    "figure",
+    """
+    top1              REAL+    test accuracy of the compact model, 0 to 1
+    val_top1          REAL+    best validation accuracy of the fine-tuning, 0 to 1
+    top1_dense        REAL+    test accuracy of the baseline, 0 to 1
+    params            INTEGER  parameters of the compact model
+    params_dense      INTEGER  parameters of the baseline
+    macs              INTEGER  multiply-adds of the compact model for one image
+    macs_dense        INTEGER  multiply-adds of the baseline for one image
+    kept_attention    REAL     kept share of the parameters of attentions
+    kept_ffn          REAL     kept share of the parameters of FFNs
+    kept_first_half   REAL     the same of sub-layers in the first half
+    kept_second_half  REAL     the same of those in the second half
+    train_s           REAL     seconds of the trainings, shared ones included
+    """,
 )
-BESIDE_COLUMNS = (
-    Column("image", "figure", "TEXT", "height and width of the image in pixels"),
-    Column("params", "figure", "INTEGER", "parameters"),
-    Column("macs", "figure", "INTEGER", "multiply-adds for one image"),
-    Column("ms", "figure", "REAL", "median latency in milliseconds"),
-    Column("memory_bytes", "figure", "INTEGER", "memory beyond that of the runtime"),
-    Column("bytes", "figure", "INTEGER", "bytes of the files"),
-    Column("reason", "figure", "TEXT", "why there are no figures"),
+BESIDE_COLUMNS = declared(
+    "figure",
+    """
+    image         TEXT     height and width of the image in pixels
+    params        INTEGER  parameters
+    macs          INTEGER  multiply-adds for one image
+    ms            REAL     median latency in milliseconds
+    memory_bytes  INTEGER  memory beyond that of the runtime
+    bytes         INTEGER  bytes of the files
+    reason        TEXT     why there are no figures
+    """,
 )
 
 
