@@ -81,7 +81,7 @@ def require_memory(architecture: Architecture) -> None:
         f"image size {format_image_size(architecture.image[1:])}: its {architecture.tokens} tokens "
         f"need {needed_bytes / 1e9:.0f} GB for attention, "
         f"this machine has {memory_bytes / 1e9:.0f} GB; "
-        f"{largest_square(architecture, tokens - architecture.prefix)}"
+        f"{largest_square(architecture, tokens - architecture.learned_tokens)}"
     )
 
 

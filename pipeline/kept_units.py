@@ -11,6 +11,7 @@ from ..compress.masks.groups import architecture_of
 from ..compress.masks.mask import StructuredMask
 from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from ..compress.network.modules.model import CompactModel
+from ..compress.network.token_order import grid_places
 from ..compress.surgery.image_size import exit_depths
 from ..compress.surgery.plan import plan
 from ..compress.tokens.select import chosen_tokens
@@ -83,12 +84,11 @@ def selection_map(compact: CompactModel, images: Tensor, shown: int) -> dict[str
     Returns:
         As `token_map`, with the mean exits over the images; `chosen` has those of each shown image.
     """
-    architecture, prefix = compact.architecture, compact.architecture.prefix
+    architecture = compact.architecture
     counts = [architecture.tokens, *architecture.step_tokens(last_queries=False)]
     area = architecture.grid[0] * architecture.grid[1]
     depths = torch.zeros(len(images), area, dtype=torch.long)
-    places = torch.tensor(architecture.token_places[prefix:]) - prefix
-    depths[:, places] = len(counts)
+    depths[:, list(grid_places(architecture))] = len(counts)
     found = chosen_tokens(compact, images)
     for select, kept in reversed(list(zip(architecture.selects, found, strict=True))):
         # A fused token, -1, is no patch of the grid.

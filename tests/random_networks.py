@@ -9,6 +9,8 @@ import torch
 from hypothesis import assume, reject
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from vitrim import InputError, StructuredMask
+from vitrim.compress.masks.groups import token_sites
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -31,6 +33,7 @@ from vitrim.compress.network.architecture import (
     SoftSplitSpec,
     StemSpec,
 )
+from vitrim.compress.network.architecture_checks import pinned_tokens
 from vitrim.compress.network.modules.model import CompactModel
 
 GRID = (2, 3)
@@ -311,6 +314,42 @@ def _pool(draw: Any, kind: str, width: int) -> tuple[PoolSpec, int]:
         width=out,
         prefix=draw(st.booleans()),
     ), out
+
+
+def early_learned_tokens(architecture: Architecture) -> StructuredMask:
+    """A mask with which learned tokens that the head does not read leave between patches."""
+    places = list(token_sites(architecture))
+    depth = torch.full((architecture.tokens,), len(places))
+    first, prefix = pinned_tokens(architecture), architecture.prefix
+    depth[prefix] = depth[-1] = 1
+    # The first of them stays until one place before the others.
+    depth[first:prefix] = 2
+    depth[first] = 3
+    depth[prefix + 2 : prefix + 4] = 4
+    return StructuredMask({"token": {site: depth > n for n, site in enumerate(places)}})
+
+
+@st.composite
+def token_masks(draw: Any, architecture: Architecture) -> StructuredMask:
+    """Any nested token sets that a network allows; learned tokens leave, too."""
+    sites = list(token_sites(architecture).items())
+    depth = torch.tensor(
+        draw(
+            st.lists(
+                st.integers(0, len(sites)),
+                min_size=architecture.tokens,
+                max_size=architecture.tokens,
+            )
+        )
+    )
+    mask = StructuredMask(
+        {"token": {site: depth > number for number, (site, _) in enumerate(sites)}}
+    )
+    try:
+        mask.check(architecture)
+    except InputError:
+        assume(False)
+    return mask
 
 
 @st.composite

@@ -174,6 +174,7 @@ class LatencyCuts:
             self.latency.tokens
             and architecture.pool.kind != "none"
             and not architecture.selects
+            and not architecture.inner
             and bool(architecture.attention_steps())
         )
 

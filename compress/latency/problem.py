@@ -102,6 +102,8 @@ def token_levels(architecture: Architecture, *, free: bool, more: Collection[int
     counts = {architecture.tokens, *architecture.step_tokens(last_queries=False)}
     counts |= {architecture.prefix + select.left for select in architecture.selects}
     free = free and simple and architecture.pool.kind != "none" and not architecture.selects
+    # Their levels are those of patches.
+    free = free and not architecture.inner
     if free:
         patches = architecture.patches
         counts |= {

@@ -183,6 +183,9 @@ class Gates(nn.Module):
         """The number of kept units for the cost functions, as a differentiable sum."""
         if dimension == "token":
             number, size = self._token_numbers[site], self._sizes["token"][site]
+            if indices is not None:
+                # Learned tokens always stay.
+                return len(indices)
             if number is None:
                 return size
             return self._prefix + self._current[number][: size - self._prefix].sum()
@@ -200,7 +203,7 @@ class Gates(nn.Module):
                 return 0
             token = dimension == "token"
             number = self._token_numbers[site] if token else self._number(dimension, site)
-            if number is None:
+            if number is None or (token and indices is not None):
                 return self._sizes[dimension][site] if indices is None else len(indices)
             if token:
                 patches = self._sizes["token"][site] - self._prefix

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...core.errors import InputError
 from ..network.architecture import Architecture, AttentionSpec
+from ..network.token_order import require_no_inner
 from .groups import token_sites
 
 
@@ -55,6 +56,7 @@ def token_places(architecture: Architecture) -> tuple[TokenPlace, ...]:
             "tokens: the network returns every token, so none can be dropped; add a pooling first "
             "(reset_classifier)"
         )
+    require_no_inner(architecture, "tokens")
     # Site number n is the stem or the step before step n.
     places = list(token_sites(architecture).items())
     readers = {

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InputError
-from ..network.architecture import Architecture, least_tokens
+from ..network.architecture import Architecture
+from ..network.architecture_checks import pinned_tokens, pools_patches
 from ..network.axes import STEM_OUT
+from ..network.token_order import patch_positions
 from .groups import static_steps, token_sites
 
 
@@ -61,7 +63,7 @@ def check_tokens(architecture: Architecture, entries: Mapping[str, Tensor]) -> N
 def _check_selectable(architecture: Architecture, keep: Tensor) -> None:
     """Validate that the first selection has more patches than it keeps."""
     for select in architecture.selects[:1]:
-        patches = int(keep[architecture.prefix :].sum())
+        patches = int(keep[patch_positions(architecture, len(keep))].sum())
         if patches <= select.left:
             raise InputError(
                 f"mask token leaves {patches} patches before {select.name}, which keeps "
@@ -79,8 +81,7 @@ def _check_nested(site: str, keep: Tensor, before: Tensor) -> None:
 
 
 def _check_pinned(architecture: Architecture, site: str, keep: Tensor) -> None:
-    prefix, where = architecture.prefix, f"mask token/{site}"
-    kind = architecture.pool.kind
+    where, kind = f"mask token/{site}", architecture.pool.kind
     if kind == "none":
         if not bool(keep.all()):
             raise InputError(
@@ -88,28 +89,30 @@ def _check_pinned(architecture: Architecture, site: str, keep: Tensor) -> None:
                 "add a pooling first (reset_classifier)"
             )
         return
-    pinned = architecture.pooled_prefix or (1 if kind in ("token_mean", "dense", "token") else 0)
-    missing = torch.nonzero(~keep[:pinned]).flatten().tolist()
+    missing = torch.nonzero(~keep[: pinned_tokens(architecture)]).flatten().tolist()
     if missing:
         raise InputError(f"{where} drops token {missing[0]}, which the head reads")
-    if int(keep.sum()) < least_tokens(architecture):
+    if not bool(keep.any()):
+        raise InputError(f"{where} keeps 0 of {len(keep)} tokens; the head needs at least 1")
+    patches = int(keep[patch_positions(architecture, len(keep))].sum())
+    if not patches and (site == STEM_OUT or pools_patches(architecture)):
+        why = "the stem must embed" if site == STEM_OUT else "the head pools them and needs"
+        raise InputError(f"{where} keeps no patch; {why} one at least")
+    learned = [place for place in range(architecture.prefix) if not keep[place]]
+    if learned and architecture.selects:
         raise InputError(
-            f"{where} keeps {int(keep.sum())} of {len(keep)} tokens; the head needs at least "
-            f"{least_tokens(architecture)}"
-        )
-    patches = int(keep[prefix:].sum())
-    if site == STEM_OUT and not patches:
-        raise InputError(f"{where} keeps no patch; the stem must embed one at least")
-    dropped = torch.nonzero(~keep[:prefix]).flatten().tolist()
-    if dropped and (patches or bool(keep[dropped[0] : prefix].any())):
-        raise InputError(
-            f"{where} drops prefix token {dropped[0]} and keeps {patches} patches; prefix tokens "
-            "are the first of the stream, so they leave after all patches, the last one first"
+            f"{where} drops learned token {learned[0]}; {architecture.selects[0].name} chooses "
+            "patches for each image and moves all learned tokens on, so drop it before that "
+            "selection is added"
         )
 
 
 def random_token_sets(
-    architecture: Architecture, ratio: float, generator: torch.Generator
+    architecture: Architecture,
+    ratio: float,
+    generator: torch.Generator,
+    *,
+    learned_ratio: float = 1.0,
 ) -> dict[str, Tensor]:
     """Draw nested sets that keep a share of the patches until the last attention.
 
@@ -120,6 +123,8 @@ def random_token_sets(
         architecture: The network.
         ratio: The share of the patches that the last attention reads, at least one patch.
         generator: The source of randomness.
+        learned_ratio: The share of the learned tokens in front that the last attention reads. What
+            the head reads stays in any case.
 
     Returns:
         An entry for each site up to the last attention.
@@ -135,21 +140,19 @@ def random_token_sets(
     last = max(architecture.attention_steps(), default=len(architecture.steps))
     last = min(last, static_steps(architecture))
     sizes = list(token_sites(architecture).items())[: last + 1]
-    prefix = architecture.prefix
-    patches = sizes[-1][1] - prefix
-    if patches < 1:
+    patches = torch.tensor(patch_positions(architecture, sizes[-1][1]), dtype=torch.long)
+    if not len(patches):
         return {}
     least = architecture.selects[0].left + 1 if architecture.selects else 1
-    kept = max(least, round(ratio * patches))
-    leaving = torch.randperm(patches, generator=generator)[kept:]
-    depth = torch.full((patches,), len(sizes))
+    kept = max(least, round(ratio * len(patches)))
+    leaving = patches[torch.randperm(len(patches), generator=generator)[kept:]]
+    # Tokens that the network drops by itself further on stay until then.
+    depth = torch.full((architecture.tokens,), len(sizes))
     depth[leaving] = torch.randint(len(sizes), (len(leaving),), generator=generator)
-    entries: dict[str, Tensor] = {}
-    for number, (site, count) in enumerate(sizes):
-        keep = torch.zeros(count, dtype=torch.bool)
-        keep[:prefix] = True
-        # Patches that the network drops by itself further on stay until then.
-        keep[prefix + patches :] = True
-        keep[prefix : prefix + patches] = depth > number
-        entries[site] = keep
-    return entries
+    if learned_ratio < 1.0:
+        first = pinned_tokens(architecture)
+        free = torch.arange(first, architecture.prefix)
+        free = free[torch.randperm(len(free), generator=generator)]
+        free = free[round(learned_ratio * len(free)) :]
+        depth[free] = torch.randint(len(sizes), (len(free),), generator=generator)
+    return {site: depth[:count] > number for number, (site, count) in enumerate(sizes)}

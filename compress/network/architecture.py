@@ -13,6 +13,7 @@ adds to some channels:
 Tokens leave the stream in *prefix form*: `order` sorts the patches once so that those that stay
 longest come first, and a branch with `tokens` computes only that many leading tokens, which are all
 that the stream carries afterwards. Its attention still reads the keys of all incoming tokens.
+Learned tokens that leave before the last patch stand between the patches (`inner`).
 *Selections* between steps drop patches that they choose for each image.
 
 The JSON schema in `architecture.schema.json` is for readers and writers without this package.
@@ -34,11 +35,13 @@ from ...core.errors import InputError
 from ...core.storage import replace_file
 from .architecture_checks import (
     check_blocks,
+    check_learned,
     check_order,
     check_output,
     check_positions,
     check_tokens,
     least_tokens,
+    pinned_tokens,
 )
 from .branch_specs import (
     Activation,
@@ -70,6 +73,7 @@ from .stem_and_head_specs import (
     SoftSplitSpec,
     StemSpec,
 )
+from .token_order import token_places
 
 __all__ = [
     "SCHEMA",
@@ -106,9 +110,6 @@ __all__ = [
 SCHEMA = "vitrim.architecture/1"
 SCHEMA_FILE = Path(__file__).with_name("architecture.schema.json")
 
-# Prefix tokens that a kind of pooling reads, at least.
-_PREFIX_TOKENS = {"token": 1, "distilled": 2, "token_mean": 1, "dense": 1}
-
 
 class Architecture(Spec):
     """A whole network.
@@ -129,6 +130,13 @@ class Architecture(Spec):
     """Patch embedding."""
     prefix: Count = 1
     """Number of learned tokens before the patches: class, distillation and register tokens."""
+    inner: Indices | None = None
+    """Places in the stream of further learned tokens, between or behind the patches, which leave
+    before the head and before a selection. None: there are none."""
+    learned: Order | None = None
+    """Which learned tokens of the source model these are, the inner ones last. None: all."""
+    source_prefix: Count | None = None
+    """Number of learned tokens of the source model. None: none has left or moved."""
     position: bool = True
     """Whether a learned vector per patch is added to the patches."""
     position_resize: Literal["bicubic", "bilinear"] | None = "bicubic"
@@ -197,9 +205,14 @@ class Architecture(Spec):
         return self.grid[0] * self.grid[1] if self.order is None else len(self.order)
 
     @property
+    def learned_tokens(self) -> int:
+        """Number of learned tokens: those of the prefix and the inner ones."""
+        return self.prefix + len(self.inner or ())
+
+    @property
     def tokens(self) -> int:
-        """Number of prefix tokens and patches that the stem returns."""
-        return self.prefix + self.patches
+        """Number of learned tokens and patches that the stem returns."""
+        return self.learned_tokens + self.patches
 
     def step_tokens(
         self, last_queries: bool | None = None, removed: Collection[str] = ()
@@ -253,9 +266,8 @@ class Architecture(Spec):
 
     @property
     def token_places(self) -> tuple[int, ...]:
-        """For each token behind the stem its place among the prefix tokens and the whole grid."""
-        order = tuple(range(self.patches)) if self.order is None else self.order
-        return (*range(self.prefix), *(self.prefix + place for place in order))
+        """For each token behind the stem its place at the source: learned tokens, whole grid."""
+        return token_places(self)
 
     def places_in(self, source: Architecture) -> tuple[int, ...] | None:
         """For each token behind the stem its place in the stream of `source`.
@@ -265,6 +277,11 @@ class Architecture(Spec):
         known = {place: number for number, place in enumerate(source.token_places)}
         found = tuple(known.get(place, -1) for place in self.token_places)
         return None if -1 in found else found
+
+    @property
+    def source_tokens(self) -> int:
+        """Number of learned tokens of the source model."""
+        return self.prefix if self.source_prefix is None else self.source_prefix
 
     def require_no_selects(self, purpose: str) -> None:
         """Raise InputError if patches are selected by content, which `purpose` cannot do."""
@@ -276,8 +293,9 @@ class Architecture(Spec):
 
     @property
     def drops_tokens(self) -> bool:
-        """Whether patches are reordered or leave the stream before its end."""
-        return self.order is not None or any(branch.tokens for branch in self.branches)
+        """Whether tokens are reordered or leave the stream before its end."""
+        moved = self.order is not None or self.source_prefix is not None
+        return moved or any(branch.tokens for branch in self.branches)
 
     @property
     def classes(self) -> int:
@@ -367,7 +385,7 @@ class Architecture(Spec):
                     "of the stem"
                 )
         self.stem.check_widths(self.image[0])
-        needed = _PREFIX_TOKENS.get(self.pool.kind, 0)
+        needed = pinned_tokens(self)
         if needed > self.prefix:
             raise ValueError(
                 f"pool '{self.pool.kind}' needs {needed} prefix tokens, the stem has {self.prefix}"
@@ -388,6 +406,7 @@ class Architecture(Spec):
                 f"data.mean has {len(self.data.mean)} numbers, images have {self.image[0]} channels"
             )
         check_order(self)
+        check_learned(self)
         check_indices("stem_writes", self.stem_writes, self.embed)
         check_norm("stem_norm", self.stem_norm, self.read_width(self.stem_writes))
         check_norm("patch_norm", self.patch_norm, self.read_width(self.stem_writes))

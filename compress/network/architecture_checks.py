@@ -37,10 +37,41 @@ def check_order(architecture: Architecture) -> None:
         raise ValueError(f"order names patch {max(architecture.order)}, the grid has {patches}")
 
 
+def check_learned(architecture: Architecture) -> None:
+    """Raise ValueError unless the learned tokens are those of the source model, each once."""
+    inner, learned = architecture.inner, architecture.learned
+    check_indices("inner", inner, architecture.tokens)
+    if inner and inner[0] <= architecture.prefix:
+        raise ValueError(f"inner names token {inner[0]}, which belongs to the prefix")
+    if (learned is None) != (architecture.source_prefix is None):
+        raise ValueError("learned and source_prefix need each other")
+    if learned is None:
+        if inner:
+            raise ValueError("inner needs learned")
+        return
+    count = architecture.source_tokens
+    if len(learned) != architecture.learned_tokens:
+        raise ValueError(
+            f"learned names {len(learned)} tokens, the network has {architecture.learned_tokens}"
+        )
+    if len(set(learned)) != len(learned) or max(learned, default=-1) >= count:
+        raise ValueError(f"learned must name tokens below {count}, each at most once")
+
+
+def _check_inner(architecture: Architecture, tokens: int, where: str) -> None:
+    if architecture.inner and architecture.inner[0] < tokens:
+        raise ValueError(
+            f"the learned token {architecture.inner[0]} must leave before {where}, which {tokens} "
+            "tokens reach"
+        )
+
+
 def check_tokens(architecture: Architecture) -> None:
     """Raise ValueError unless the numbers of tokens fall, down to what the head reads."""
     before = architecture.tokens
     for number, step in enumerate(architecture.steps):
+        if any(select.at == number for select in architecture.selects):
+            _check_inner(architecture, before, "a selection")
         before = selected_tokens(architecture, number, before)
         counts = {branch.tokens for branch in step}
         if len(counts) > 1:
@@ -49,6 +80,7 @@ def check_tokens(architecture: Architecture) -> None:
         if count is not None and count > before:
             raise ValueError(f"{step[0].name}: {count} tokens, the stream has {before} there")
         before = before if count is None else count
+    _check_inner(architecture, before, "the head")
     before = selected_tokens(architecture, len(architecture.steps), before)
     least = least_tokens(architecture)
     if before < least:
@@ -58,18 +90,19 @@ def check_tokens(architecture: Architecture) -> None:
 def check_positions(name: str, core: AttentionSpec, architecture: Architecture) -> None:
     """Raise ValueError unless the positions of an attention are those of the patches."""
     rope, bias, prefix = core.rope, core.bias, architecture.prefix
-    if rope is not None and (rope.tokens, rope.prefix) != (architecture.patches, prefix):
+    behind = architecture.tokens - prefix
+    if rope is not None and (rope.tokens, rope.prefix) != (behind, prefix):
         raise ValueError(
             f"{name}.rope is for {rope.prefix} + {rope.tokens} tokens, "
-            f"the stem gives {prefix} + {architecture.patches}"
+            f"the stem gives {prefix} + {behind}"
         )
     if bias is not None and (bias.grid, bias.prefix) != (architecture.grid, prefix):
         raise ValueError(
             f"{name}.bias is for {bias.prefix} + {bias.grid} tokens, "
             f"the stem gives {prefix} + {architecture.grid}"
         )
-    if bias is not None and bias.order != architecture.order:
-        raise ValueError(f"{name}.bias.order differs from the order of the patches")
+    if bias is not None and (bias.order, bias.inner) != (architecture.order, architecture.inner):
+        raise ValueError(f"{name}.bias.order differs from the order of the tokens")
 
 
 def check_output(architecture: Architecture) -> None:
@@ -98,13 +131,23 @@ def check_output(architecture: Architecture) -> None:
             )
 
 
+def pinned_tokens(architecture: Architecture) -> int:
+    """Number of leading tokens that the head reads one by one, which cannot leave."""
+    return {"token": 1, "distilled": 2, "token_mean": 1, "dense": 1}.get(architecture.pool.kind, 0)
+
+
+def pools_patches(architecture: Architecture) -> bool:
+    """Whether the head pools patches without the learned tokens."""
+    pool = architecture.pool
+    if pool.kind == "attention":
+        return not pool.prefix
+    return pool.kind in ("mean", "max", "avgmax", "token_mean", "dense")
+
+
 def least_tokens(architecture: Architecture) -> int:
     """Number of leading tokens that the stream must carry at its end, for the head to read."""
-    kind, prefix = architecture.pool.kind, architecture.prefix
     if architecture.pool.kind == "none":
         return architecture.tokens
-    if architecture.pooled_prefix:
-        return architecture.pooled_prefix
-    if kind.endswith("_all") or (kind == "attention" and architecture.pool.prefix):
-        return 1
-    return prefix + 1
+    if pools_patches(architecture):
+        return architecture.prefix + 1
+    return max(1, pinned_tokens(architecture))

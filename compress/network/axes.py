@@ -38,6 +38,9 @@ class Axis:
 
 FIXED = Axis("fixed")
 PATCHES = Axis("patch")
+LEARNED = Axis("learned")
+# Tokens behind the prefix.
+ROTATED = Axis("rotated")
 STEM_OUT = "stem.out"
 HEAD_IN = "head.in"
 # Attention pooling writes to channels of its own, which masks shared by the blocks do not cover.
@@ -112,7 +115,7 @@ def outer_axes(architecture: Architecture) -> dict[str, tuple[Axis, ...]]:
     stem, reading = Axis("embed", STEM_OUT), Axis("embed", HEAD_IN)
     table["stem.weight"] = (stem, FIXED, FIXED, FIXED)
     table["stem.bias"] = (stem,)
-    table["prefix"] = (FIXED, stem)
+    table["prefix"] = (LEARNED, stem)
     table["position"] = (PATCHES, stem)
     pooled = reading
     if architecture.pool.kind == "attention":
@@ -207,7 +210,7 @@ def _attention_axes(
         Axis("head*", name),
         Axis("v", name),
     )
-    table["core.rope.table"] = (Axis("head*", name), FIXED, PATCHES, Axis("pair", name))
+    table["core.rope.table"] = (Axis("head*", name), FIXED, ROTATED, Axis("pair", name))
     table["core.rope.frequencies"] = (Axis("head*", name), FIXED, Axis("pair", name))
     table["core.bias.table"] = (FIXED, Axis("head", name))
     table["core.differential.vectors"] = (FIXED, FIXED)

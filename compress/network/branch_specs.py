@@ -81,7 +81,7 @@ class RopeSpec(Spec):
     layout: Literal["interleaved", "half"] = "interleaved"
     """Pairs of columns: `interleaved`: (0, 1), (2, 3)...; `half`: (0, qk/2), (1, qk/2 + 1)..."""
     tokens: Width
-    """Number of patches in the table."""
+    """Number of tokens in the table: patches, and learned tokens between them with the angle 0."""
     prefix: Count = 0
     """Number of leading tokens that are not rotated."""
     per_head: bool = False
@@ -109,6 +109,13 @@ class RelativeBiasSpec(Spec):
     function of the offset alone. None: neither is exact."""
     order: Order | None = None
     """Places in the grid of the patches of the stream, in its order. None: all, row by row."""
+    inner: Indices | None = None
+    """Places in the stream of learned tokens between the patches. None: there are none."""
+
+    @property
+    def learned(self) -> int:
+        """Number of learned tokens of the stream."""
+        return self.prefix + len(self.inner or ())
 
     @property
     def rows(self) -> int:
@@ -203,9 +210,9 @@ class AttentionSpec(Spec):
             raise ValueError(f"rope rotates pairs of columns, {self.qk} is odd")
         if self.rope is not None and self.differential is not None:
             raise ValueError("rope cannot be combined with differential attention")
-        if self.bias is not None and self.bias.prefix_rows and self.bias.prefix != 1:
+        if self.bias is not None and self.bias.prefix_rows and self.bias.learned > 1:
             raise ValueError(
-                "a bias table with rows for the class token needs exactly one prefix token"
+                "a bias table with rows for the class token allows no other learned token"
             )
         check_norm("q_norm", self.q_norm, self.qk)
         check_norm("k_norm", self.k_norm, self.qk)

@@ -4,13 +4,14 @@ The functions are polynomials of the live counts. They accept plain numbers (for
 of gates (for gradients). `live(dimension, site, indices)` returns how many units are live at a
 site; with `indices`, how many of those channels or heads. `live("block", branch, None)` is 0 for a
 sub-layer that is removed as a whole. `live("token", site, None)` is the number of tokens that the
-stream carries after the stem (site `stem.out`) or after a step (site: its first branch). Input
-widths are live widths: a later layer does not pay for what an earlier mask removed.
+stream carries after the stem (site `stem.out`) or after a step (site: its first branch); with
+`indices`, how many of these. Input widths are live widths: a later layer does not pay for what an
+earlier mask removed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -48,11 +49,9 @@ def live_params(architecture: Architecture, live: Live) -> Any:
     removed = _removed(architecture, live)
     spec, channels = architecture.stem, architecture.stem.inputs(architecture.image[0])[-1]
     total: Any = spec.before_params(architecture.image[0])
-    per_channel = channels * spec.patch[0] * spec.patch[1] + spec.bias + architecture.prefix
-    if architecture.position:
-        embedded = live_tokens(architecture, live, removed)[0]
-        per_channel = per_channel + embedded - architecture.prefix
-    total = total + stem * per_channel
+    learned, patches = embedded(architecture, live, removed)
+    per_channel = channels * spec.patch[0] * spec.patch[1] + spec.bias + learned
+    total = total + stem * (per_channel + (patches if architecture.position else 0))
     total = total + _norm(architecture.patch_norm, stem) + _norm(architecture.stem_norm, stem)
     total = total + _norm(architecture.norm, read)
     pooled = _pooled_width(architecture, live, read)
@@ -79,15 +78,17 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
     stem, read = _stem_and_head_widths(architecture, live)
     spec, channels = architecture.stem, architecture.stem.inputs(architecture.image[0])[-1]
     removed = _removed(architecture, live)
-    tokens = live_tokens(architecture, live, removed)
+    tokens, learned = _live_tokens(architecture, live, removed)
     inputs = _after_selects(architecture, tokens)
     final = inputs[-1]
     total: Any = spec.before_macs(*architecture.image)
-    patches = tokens[0] - architecture.prefix
+    patches = tokens[0] - learned
     total = total + stem * patches * (channels * spec.patch[0] * spec.patch[1])
     pooled, pool = _pooled_width(architecture, live, read), architecture.pool
+    sites = [STEM_OUT, *(step[0].name for step in architecture.steps)]
+    last = final - _live_learned(architecture, live, _static_steps(architecture), sites)
     if pool.attention is not None:
-        seen = final if pool.prefix else final - architecture.prefix
+        seen = final if pool.prefix else last
         heads, qk, v = attention_counts(POOL_ATTENTION, live)
         total = total + (read + 1) * (heads * qk + heads * v) * seen + heads * v * pooled
         if pool.ffn is not None:
@@ -97,8 +98,7 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
         each = pooled * head.classes
         if head.hidden:
             each = pooled * head.hidden + head.hidden * head.classes
-        patches = final - architecture.prefix
-        total = total + each * {"distilled": 2, "dense": 1 + patches}.get(pool.kind, 1)
+        total = total + each * {"distilled": 2, "dense": 1 + last}.get(pool.kind, 1)
     for number, step in enumerate(architecture.steps):
         for branch in step:
             if branch.name not in removed:
@@ -136,9 +136,25 @@ def live_tokens(
         selection behind it.
     """
     removed = _removed(architecture, live) if removed is None else removed
-    steps, prefix = architecture.steps, architecture.prefix
-    static = architecture.selects[0].at if architecture.selects else len(steps)
-    sites = (STEM_OUT, *(step[0].name for step in steps[:static]))
+    return _live_tokens(architecture, live, removed)[0]
+
+
+def embedded(
+    architecture: Architecture, live: Live, removed: Collection[str] | None = None
+) -> tuple[Any, Any]:
+    """Number of learned tokens and of patches that the stem returns; arguments of `live_tokens`."""
+    removed = _removed(architecture, live) if removed is None else removed
+    counts, learned = _live_tokens(architecture, live, removed)
+    return learned, counts[0] - learned
+
+
+def _live_tokens(
+    architecture: Architecture, live: Live, removed: Collection[str]
+) -> tuple[list[Any], Any]:
+    """What `live_tokens` returns, and the number of learned tokens behind the stem."""
+    steps = architecture.steps
+    static = _static_steps(architecture)
+    sites = [STEM_OUT, *(step[0].name for step in steps[:static])]
     counts = [live("token", site, None) for site in sites]
     counts += architecture.step_tokens(last_queries=False)[static:]
     mixing = [any(_mixes(branch, live, removed) for branch in step) for step in steps]
@@ -146,14 +162,31 @@ def live_tokens(
         # A selection reads every token before it.
         if not mixing[number]:
             counts[number] = counts[number + 1]
+    # The stem returns what the first reader reads.
+    first = next((number for number, mixes in enumerate(mixing[:static]) if mixes), static)
+    learned = _live_learned(architecture, live, first, sites)
     # A convolution needs an output, even if nothing reads a patch.
-    if counts[0] <= prefix:
-        counts[0] = prefix + 1
+    if counts[0] <= learned:
+        counts[0] = learned + 1
     read = architecture.pooled_prefix
     if architecture.last_queries and read:
         last = max((number for number, mixes in enumerate(mixing) if mixes), default=0)
         counts[last + 1 :] = [read] * (len(steps) - last)
-    return counts
+    return counts, learned
+
+
+def _static_steps(architecture: Architecture) -> int:
+    """Number of steps before the first selection."""
+    return architecture.selects[0].at if architecture.selects else len(architecture.steps)
+
+
+def _live_learned(architecture: Architecture, live: Live, number: int, sites: Sequence[str]) -> Any:
+    """Number of learned tokens of the set at a site of token sets."""
+    places = tuple(range(architecture.prefix))
+    if architecture.inner:
+        carried = (architecture.tokens, *architecture.step_tokens(last_queries=False))[number]
+        places = (*places, *(place for place in architecture.inner if place < carried))
+    return live("token", sites[number], places) if places else 0
 
 
 def _mixes(branch: BranchSpec, live: Live, removed: Collection[str]) -> bool:

@@ -7,12 +7,13 @@ attention has queries for what the head reads. The stream has one width.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import lru_cache
 
 from ...targets.cost_table import CostTable
 from .architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from .axes import STEM_OUT
-from .cost import Live, attention_counts, live_select_widths, live_tokens
+from .cost import Live, attention_counts, embedded, live_select_widths, live_tokens
 from .select_specs import select_inputs, select_macs, selected_tokens
 
 # Whole nanoseconds, so that a budget is compared with whole numbers.
@@ -57,7 +58,7 @@ class LatencyCost:
         removed = {name for name in names if not live("block", name, None)}
         tokens = [int(count) for count in live_tokens(architecture, live, removed)]
         embed = int(live("embed", STEM_OUT, None))
-        total = self._ends(architecture, live, embed, tokens[0])
+        total = self._ends(architecture, live, embed, tokens[0], removed)
         for number, step in enumerate(architecture.steps):
             read = selected_tokens(architecture, number, tokens[number])
             for branch in step:
@@ -71,8 +72,15 @@ class LatencyCost:
             total += float(self.table.select_ms(embed, count, kept, macs, reads))
         return self.table.corrected_ms(total)
 
-    def _ends(self, architecture: Architecture, live: Live, embed: int, tokens: int) -> float:
-        stem, patches = architecture.stem, tokens - architecture.prefix
+    def _ends(
+        self,
+        architecture: Architecture,
+        live: Live,
+        embed: int,
+        tokens: int,
+        removed: Collection[str],
+    ) -> float:
+        stem, patches = architecture.stem, int(embedded(architecture, live, removed)[1])
         filled = int(live("embed", STEM_OUT, architecture.stem_writes))
         window = stem.inputs(architecture.image[0])[-1] * stem.patch[0] * stem.patch[1]
         macs = stem.before_macs(*architecture.image) + patches * filled * window

@@ -109,13 +109,13 @@ def _stride(stem: StemSpec, axis: int) -> int:
 
 def require_few_tokens(architecture: Architecture, size: Size) -> None:
     """Raise InputError if a saved model of this size would have too many tokens to be loaded."""
-    tokens = architecture.prefix + math.prod(architecture.stem.sizes(*size)[-1])
+    tokens = architecture.learned_tokens + math.prod(architecture.stem.sizes(*size)[-1])
     most = max_tokens(architecture)
     if tokens > most:
         raise InputError(
             f"image size {format_image_size(size)}: it makes {tokens} tokens, "
             f"more than the {most} that this version supports; "
-            f"{largest_square(architecture, most - architecture.prefix)}"
+            f"{largest_square(architecture, most - architecture.learned_tokens)}"
         )
 
 

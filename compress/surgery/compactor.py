@@ -15,6 +15,7 @@ from ..network.modules.model import CompactModel, build
 from ..network.modules.select import Choices
 from .folding import fold_constants
 from .plan import Plan, plan
+from .plan_attention import Index
 from .plan_tokens import BranchPlan
 
 
@@ -95,7 +96,7 @@ def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if not name.startswith(("steps.", "selects.")):
+        if not name.startswith(("steps.", "selects.")) and not _left(surgery, name):
             result[name] = index_select_axes(tensor, surgery.outer.get(name, ()))
     for number, row in enumerate(surgery.branches):
         for position, branch in enumerate(row):
@@ -110,7 +111,10 @@ def cut(surgery: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 result[f"{new}core.value"] = constant_of(spec, branch, inner)
                 continue
             for name, tensor in inner.items():
-                result[new + name] = index_select_axes(tensor, branch.slices.get(name, ()))
+                indices = branch.slices.get(name, ())
+                if name == "core.rope.table":
+                    tensor = _with_angle_zero(tensor, indices)
+                result[new + name] = index_select_axes(tensor, indices)
     for number, select in enumerate(surgery.selects):
         old, new = f"selects.{select.number}.", f"selects.{number}."
         for name, tensor in state.items():
@@ -135,6 +139,8 @@ def cut_names(surgery: Plan, names: Iterable[str]) -> dict[str, str]:
     }
     found: dict[str, str] = {}
     for name in names:
+        if _left(surgery, name):
+            continue
         parts = {"steps": 3, "selects": 2}.get(name.split(".")[0], 0)
         if not parts:
             found[name] = name
@@ -143,6 +149,24 @@ def cut_names(surgery: Plan, names: Iterable[str]) -> dict[str, str]:
         if old in moved:
             found[moved[old] + name.removeprefix(old)] = name
     return found
+
+
+def _left(surgery: Plan, name: str) -> bool:
+    """Whether a parameter is that of the learned tokens, none of which is left."""
+    return name == "prefix" and not surgery.architecture.learned_tokens
+
+
+def _with_angle_zero(table: Tensor, indices: tuple[Index, ...]) -> Tensor:
+    """A table of cosines and sines (heads or 1, 2, tokens, pairs) with a row that rotates nothing.
+
+    It is that of learned tokens that move between the patches; it is appended where the indices
+    name it.
+    """
+    rows = indices[2] if indices else None
+    if rows is None or int(rows.max()) < table.shape[2]:
+        return table
+    row = torch.stack([torch.ones_like(table[:, 0, :1]), torch.zeros_like(table[:, 1, :1])], dim=1)
+    return torch.cat([table, row], dim=2)
 
 
 def index_select_axes(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Tensor:

@@ -14,7 +14,7 @@ from ..lift import read
 from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture
-from ..network.axes import Axis, has_own_mask, parameter_axes
+from ..network.axes import LEARNED, PATCHES, ROTATED, Axis, has_own_mask, parameter_axes
 from ..network.count import (
     all_select_macs,
     branch_macs,
@@ -193,7 +193,7 @@ def _entries(axes: tuple[Axis, ...], mask: StructuredMask) -> tuple[str, ...]:
     """The mask entries that remove something from these axes."""
     found: dict[str, None] = {}
     for axis in axes:
-        if axis.dimension == "patch":
+        if axis in (PATCHES, LEARNED, ROTATED):
             found |= {f"token/{site}": None for site in mask.kept.get("token", {})}
             continue
         dimensions = axis.dimension.replace("kv", "head").replace("pair", "qk").split("*")

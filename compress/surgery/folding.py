@@ -59,6 +59,9 @@ def _fold(
 ) -> bool:
     if siblings:
         return _into_step(constant, siblings)
+    if constant.spec.tokens is not None:
+        # Tokens leave with it.
+        return False
     # The stream at the end of a block is an output, too.
     block = _block_of(model, constant)
     if not steps:

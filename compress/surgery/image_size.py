@@ -23,12 +23,13 @@ from ..network.architecture import (
     Architecture,
     AttentionSpec,
     BranchSpec,
+    Indices,
     Order,
     RelativeBiasSpec,
 )
 from ..network.modules.model import CompactModel, build
 from ..network.modules.relative_bias import bias_table
-from ..network.modules.rope import rope_table
+from ..network.modules.rope import rope_table, stream_table
 from ..network.patch_grid import (
     Size,
     format_image_size,
@@ -36,6 +37,7 @@ from ..network.patch_grid import (
     require_few_tokens,
     require_whole_patches,
 )
+from ..network.token_order import grid_places
 
 
 def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
@@ -71,7 +73,7 @@ def resized(model: nn.Module, image_size: int | str | Size) -> CompactModel:
         }
         if "position" in state:
             table = _positions(whole_grid(state["position"], old), old, new)
-            state["position"] = table if new.order is None else table[list(new.order)]
+            state["position"] = table[list(grid_places(new))]
         for number, step in enumerate(new.steps):
             for position, branch in enumerate(step):
                 prefix, before = f"steps.{number}.{position}.core.", old.steps[number][position]
@@ -97,8 +99,9 @@ def at_image_size(architecture: Architecture, image_size: int | str | Size) -> A
         )
         raise _not_resizable(size, "position", reason)
     order = _resampled_order(architecture, grid)
+    inner = _resampled_inner(architecture, grid)
     steps = tuple(
-        tuple(_at_grid(branch, grid, order, architecture, size) for branch in step)
+        tuple(_at_grid(branch, grid, (order, inner), architecture, size) for branch in step)
         for step in architecture.steps
     )
     resampled = architecture.drops_tokens and grid != architecture.grid
@@ -106,6 +109,7 @@ def at_image_size(architecture: Architecture, image_size: int | str | Size) -> A
         "image": (architecture.image[0], *size),
         "steps": steps,
         "order": order,
+        "inner": inner,
         "tokens_resampled": architecture.tokens_resampled or resampled,
     }
     data = architecture.model_copy(update=update).model_dump(by_alias=True)
@@ -117,10 +121,9 @@ def exit_depths(architecture: Architecture) -> Tensor:
 
     Sites are the stem and each step; 0 for a patch that is never embedded.
     """
-    prefix, depths = architecture.prefix, torch.zeros(math.prod(architecture.grid))
-    order = architecture.order or tuple(range(architecture.patches))
+    depths = torch.zeros(math.prod(architecture.grid))
     for count in (architecture.tokens, *architecture.step_tokens(last_queries=False)):
-        depths[list(order[: max(0, count - prefix)])] += 1
+        depths[list(grid_places(architecture, count))] += 1
     return depths.view(architecture.grid)
 
 
@@ -131,15 +134,32 @@ def _resampled_order(architecture: Architecture, grid: Size) -> Order | None:
     depths = F.interpolate(
         exit_depths(architecture)[None, None], size=grid, mode="bilinear", align_corners=False
     )
-    count = _scaled(architecture.tokens, grid, architecture) - architecture.prefix
+    count = _scaled(architecture.tokens, grid, architecture) - architecture.learned_tokens
     ranked = torch.argsort(depths.flatten(), descending=True, stable=True)[:count]
     return tuple(ranked.tolist())
 
 
 def _scaled(tokens: int, grid: Size, architecture: Architecture) -> int:
     """The number of tokens at another grid, of which the same share are patches."""
-    prefix, share = architecture.prefix, math.prod(grid) / math.prod(architecture.grid)
-    return tokens if tokens <= prefix else prefix + max(1, round((tokens - prefix) * share))
+    share = math.prod(grid) / math.prod(architecture.grid)
+    patches = len(grid_places(architecture, tokens))
+    return tokens - patches + max(1, round(patches * share)) if patches else tokens
+
+
+def _resampled_inner(architecture: Architecture, grid: Size) -> Indices | None:
+    """The places of the learned tokens between the patches at another grid.
+
+    Each stands in front of the patches that leave with it or before it.
+    """
+    if architecture.inner is None or grid == architecture.grid:
+        return architecture.inner
+    counts = (architecture.tokens, *architecture.step_tokens(last_queries=False))
+    found: list[int] = []
+    for learned, place in enumerate(architecture.inner, start=architecture.prefix):
+        left = next(count for count in counts if count <= place)
+        patches = _scaled(left, grid, architecture) - left + len(grid_places(architecture, left))
+        found.append(learned + patches)
+    return tuple(found)
 
 
 def whole_grid(table: Tensor, architecture: Architecture) -> Tensor:
@@ -157,26 +177,30 @@ def whole_grid(table: Tensor, architecture: Architecture) -> Tensor:
 
 
 def _at_grid(
-    branch: BranchSpec, grid: Size, order: Order | None, architecture: Architecture, size: Size
+    branch: BranchSpec,
+    grid: Size,
+    places: tuple[Order | None, Indices | None],
+    architecture: Architecture,
+    size: Size,
 ) -> BranchSpec:
-    """The spec of a sub-layer at another grid."""
+    """The spec of a sub-layer at another grid, with `order` and `inner` there."""
     core = branch.core
     if grid != architecture.grid and branch.tokens is not None:
         branch = branch.model_copy(update={"tokens": _scaled(branch.tokens, grid, architecture)})
     if not isinstance(core, AttentionSpec) or grid == architecture.grid:
         return branch
-    rope, bias = core.rope, core.bias
+    rope, bias, (order, inner) = core.rope, core.bias, places
     if rope is not None:
         if rope.at is None:
             reason = "its rotary table is saved without the frequencies that it came from"
             raise _not_resizable(size, branch.name, reason)
-        patches = math.prod(grid) if order is None else len(order)
-        rope = rope.model_copy(update={"tokens": patches})
+        behind = (math.prod(grid) if order is None else len(order)) + len(inner or ())
+        rope = rope.model_copy(update={"tokens": behind})
     if bias is not None:
         problem = _bias_problem(bias, grid)
         if problem:
             raise _not_resizable(size, branch.name, problem)
-        bias = bias.model_copy(update={"grid": grid, "order": order})
+        bias = bias.model_copy(update={"grid": grid, "order": order, "inner": inner})
     return branch.model_copy(update={"core": core.model_copy(update={"rope": rope, "bias": bias})})
 
 
@@ -241,7 +265,7 @@ def _resize(
                 "size; use the model in float32"
             )
         table = rope_table(core.rope.at, frequencies, new.grid)
-        state[f"{prefix}rope.table"] = table if new.order is None else table[:, :, list(new.order)]
+        state[f"{prefix}rope.table"] = stream_table(table, new)
     if core.bias is not None and before.core.bias is not None:
         state[f"{prefix}bias.table"] = bias_table(
             state[f"{prefix}bias.table"], before.core.bias, core.bias

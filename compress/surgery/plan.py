@@ -33,7 +33,6 @@ from ..network.architecture import (
 )
 from ..network.axes import (
     HEAD_IN,
-    PATCHES,
     POOL_ATTENTION,
     POOL_FFN,
     POOL_OUT,
@@ -109,8 +108,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
             ]
         ),
     }
-    if tokens.patches is not None:
-        indices[PATCHES.dimension, ""] = tokens.patches
+    indices |= tokens.indices
     leaves: dict[str, tuple[Index, ...]] = {}
     pool = _plan_pool(architecture, mask, embed, indices, leaves)
     outer = {
@@ -124,7 +122,7 @@ def plan(architecture: Architecture, mask: StructuredMask) -> Plan:
             "stem_writes": embed.stem_writes,
             "patch_norm": resize(architecture.patch_norm, len(embed.stem_rows)),
             "stem_norm": resize(architecture.stem_norm, len(embed.stem_rows)),
-            "order": tokens.order,
+            **tokens.fields,
             "steps": tuple(tuple(item.spec for item in row) for row in plans),
             "selects": tuple(item.spec for item in selects),
             "norm": resize(architecture.norm, reading),

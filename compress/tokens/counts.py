@@ -15,6 +15,7 @@ from ...core.errors import InputError
 from ..masks.groups import token_sites
 from ..network.architecture import Architecture, least_tokens
 from ..network.count import count_macs
+from ..network.token_order import require_no_inner
 
 Schedule = Literal["uniform", "linear", "constant"]
 # The ratio of a schedule is a multiple of one over this.
@@ -160,6 +161,7 @@ def _share(schedule: Schedule, ratio: float, place: int, levels: int) -> float:
 
 def with_counts(architecture: Architecture, counts: Sequence[int]) -> Architecture:
     """The architecture with these counts by site, for counting parameters and multiply-adds."""
+    require_no_inner(architecture, "token counts")
     order = architecture.order
     if counts[0] < architecture.tokens:
         embedded = range(architecture.patches) if order is None else order

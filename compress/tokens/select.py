@@ -17,6 +17,7 @@ from ..network.architecture import Architecture, AttentionSpec, NormSpec, Predic
 from ..network.modules.model import CompactModel
 from ..network.modules.select import Choices
 from ..network.select_specs import ATTENTION_SCORERS, NAME_PREFIX, Scorer
+from ..network.token_order import grid_places
 
 SelectMethod = Literal["dynamicvit", "dps", "evit", "class-attention", "column-attention", "random"]
 # How each method scores patches.
@@ -203,8 +204,7 @@ def chosen_tokens(model: CompactModel, images: Tensor) -> list[Tensor]:
     with torch.inference_mode():
         model(images, choices=choices)
     architecture = model.architecture
-    order = architecture.token_places[architecture.prefix :]
-    places = (torch.tensor(order) - architecture.prefix).expand(len(images), -1)
+    places = torch.tensor(grid_places(architecture)).expand(len(images), -1)
     found: list[Tensor] = []
     for select, kept in zip(architecture.selects, choices.found, strict=True):
         places = places.gather(1, kept.cpu())

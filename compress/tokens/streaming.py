@@ -23,6 +23,7 @@ from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
 from ..network.modules.relative_bias import RelativeBias
 from ..network.modules.rope import Rope
+from ..network.token_order import require_no_inner
 from ..oneshot.stream import check_images, recorded_attention
 
 # Largest number of attention weights of all steps, and of images, in one batch.
@@ -57,6 +58,7 @@ def working_copy(model: nn.Module) -> CompactModel:
     """A `CompactModel` in evaluation mode that may be changed, without gradients."""
     frozen = copy.deepcopy(lift(model)).eval().requires_grad_(False)
     frozen.architecture.require_no_selects("a choice of tokens by place")
+    require_no_inner(frozen.architecture, "a choice of tokens by place")
     return frozen
 
 
@@ -194,9 +196,8 @@ def position_tables(model: CompactModel, tokens: Tensor) -> Iterator[None]:
             restored.append((module, "table", module.table))
             module.table = module.table.index_select(2, patches)
         elif isinstance(module, RelativeBias):
-            rows = tokens if module.spec.prefix_rows else patches
             restored.append((module, "index", module.index))
-            module.index = module.index[rows[:, None], rows[None, :]]
+            module.index = module.index[tokens[:, None], tokens[None, :]]
     try:
         yield
     finally:

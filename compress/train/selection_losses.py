@@ -109,7 +109,7 @@ def shared_channels(student: Architecture, teacher: Architecture) -> SharedChann
     """
     if student.stream_rotated or teacher.stream_rotated:
         return None
-    if student.order != teacher.order or student.prefix != teacher.prefix:
+    if student.token_places != teacher.token_places:
         return None
     known = {channel: place for place, channel in enumerate(teacher.read_places)}
     places = tuple(known.get(channel, -1) for channel in student.read_places)

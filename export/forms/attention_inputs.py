@@ -194,12 +194,9 @@ class AttentionWriter:
         spec, table, rows = self.spec.bias, self.weights.table, self.rows
         if spec is None or table is None:
             return None
-        index = offsets(spec).numpy()
-        prefix = 0 if spec.prefix_rows else spec.prefix
-        # Pairs with a prefix token read the zero that was appended to the table.
-        index = np.pad(index, ((prefix, 0), (prefix, 0)), constant_values=spec.rows)
-        # Queries and keys are leading tokens, in the order of the stream.
-        index = index[: rows.token_queries, : rows.tokens]
+        # Pairs with a learned token read the zero that was appended to the table. Queries and keys
+        # are leading tokens, in the order of the stream.
+        index = offsets(spec).numpy()[: rows.token_queries, : rows.tokens]
         index = np.pad(index, ((0, rows.padding_queries), (0, 0)))
         if self.graph.operators == "pnnx":
             return self.graph.constant(f"{self.name}.bias", np.ascontiguousarray(table[:, index]))

@@ -278,7 +278,7 @@ def _table(spec: AttentionSpec, wide: State) -> Array | None:
     if spec.bias is None:
         return None
     table = wide["bias.table"].T
-    if spec.bias.prefix and not spec.bias.prefix_rows:
-        # One more offset, zero, for every pair with a prefix token.
+    if spec.bias.learned and not spec.bias.prefix_rows:
+        # One more offset, zero, for every pair with a learned token.
         table = np.pad(table, ((0, 0), (0, 1)))
     return to_float32(np.concatenate([table, table]) if spec.differential is not None else table)

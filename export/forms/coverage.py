@@ -71,7 +71,8 @@ def _fields(names: str) -> set[str]:
 # default, where it changes nothing.
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: _fields(
-        "schema_ image embed stem prefix position position_resize patch_norm stem_norm "
+        "schema_ image embed stem prefix inner learned source_prefix position position_resize "
+        "patch_norm stem_norm "
         "stem_writes order tokens_resampled steps selects blocks norm pool pool_norm head "
         "feature_width feature_writes stream_width stream_channels stream_rotated head_reads "
         "last_queries data"
@@ -94,7 +95,7 @@ _READ: dict[type[BaseModel], set[str]] = {
     ),
     RopeSpec: {"layout", "tokens", "prefix", "per_head", "at"},
     RopeGridSpec: {"kind", "offset", "over", "reference"},
-    RelativeBiasSpec: {"grid", "prefix", "prefix_rows", "resize", "order"},
+    RelativeBiasSpec: {"grid", "prefix", "prefix_rows", "resize", "order", "inner"},
     DifferentialSpec: {"start", "width", "dual"},
     FfnSpec: {"kind", "hidden", "act", "gated", "in_bias", "gate_bias", "out_bias", "norm"},
     ConstantSpec: {"kind"},

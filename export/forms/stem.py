@@ -14,10 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...compress.network.architecture import Architecture, SoftSplitSpec
+from ...compress.network.token_order import stem_runs
 from .ffn import activation
 from .form import Form
 from .graph import Array, Graph, State, entries_below
-from .rows import Linear, Norm, int8_linear, linear, norm, scatter_array, scatter_channels
+from .rows import (
+    Linear,
+    Norm,
+    int8_linear,
+    linear,
+    norm,
+    scatter_array,
+    scatter_channels,
+    slice_tokens,
+)
 from .soft_split import soft_split
 
 # Share of the patches up to which selecting and multiplying them is faster than a convolution of
@@ -58,7 +68,7 @@ def stem(
             rows = graph.node("Add", [rows, position], "stem.positioned")
     zeros = np.zeros((padding, weights.patch.shape[0]), np.float32) if padding else None
     if weights.prefix is not None or zeros is not None:
-        rows = _concatenated(graph, form, (weights.prefix, rows, zeros), batch)
+        rows = _concatenated(graph, form, architecture, (weights.prefix, rows, zeros), batch)
     if architecture.stem_norm is not None:
         layer = Norm.of(architecture.stem_norm, state, "stem_norm")
         rows = norm(graph, rows, layer, "stem_norm")
@@ -74,7 +84,7 @@ class _StemWeights:
     Attributes:
         patch: Kernel (width, channels, height, width).
         offset: What is added to its outputs, (patches or 1, width), or None.
-        prefix: Prefix rows (prefix, width), or None.
+        prefix: Rows of the learned tokens (tokens, width), or None.
         channels: Where to scatter the rows in the stream afterwards, or None.
     """
 
@@ -222,19 +232,36 @@ def _pixel_rows(graph: Graph, form: Form, architecture: Architecture) -> str:
 
 
 def _concatenated(
-    graph: Graph, form: Form, parts: tuple[Array | None, str, Array | None], batch: int | str
+    graph: Graph,
+    form: Form,
+    architecture: Architecture,
+    parts: tuple[Array | None, str, Array | None],
+    batch: int | str,
 ) -> str:
-    """Prefix rows, rows, padding rows."""
-    prefix, rows, padding = parts
-    listed = []
-    for label, value in (("prefix", prefix), ("rows", rows), ("padding", padding)):
-        if isinstance(value, str):
-            listed.append(value)
-        elif value is not None and form.rows == "matrix":
-            listed.append(graph.constant(label, value))
-        elif value is not None:
-            listed.append(_repeated(graph, label, value, batch))
+    """Rows of learned tokens and of patches in the order of the stream, padding rows."""
+    learned, patches, padding = parts
+    listed: list[str] = []
+    for is_learned, start, stop in stem_runs(architecture):
+        # One run, or the first of several.
+        suffix = f".{start}" if start else ""
+        if is_learned:
+            assert learned is not None
+            listed.append(_rows(graph, form, f"prefix{suffix}", learned[start:stop], batch))
+        elif stop - start == architecture.patches:
+            listed.append(patches)
+        else:
+            name = f"stem.run{suffix}"
+            listed.append(slice_tokens(graph, form, patches, start, stop, name))
+    if padding is not None:
+        listed.append(_rows(graph, form, "padding", padding, batch))
     return graph.node("Concat", listed, "tokens", axis=0 if form.rows == "matrix" else 1)
+
+
+def _rows(graph: Graph, form: Form, name: str, value: Array, batch: int | str) -> str:
+    """Constant rows, for each image."""
+    if form.rows == "matrix":
+        return graph.constant(name, value)
+    return _repeated(graph, name, value, batch)
 
 
 def _repeated(graph: Graph, label: str, value: Array, batch: int | str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...compress.network.architecture import AttentionSpec, NormSpec
+from ...compress.network.token_order import Runs
 from .attention import Attend, attend
 from .dense import Dense, dense
 from .head_norm import HeadNorm, norm_heads
@@ -385,18 +386,20 @@ class Emitter:
         )
         return Stream(value, x.rows, pairs * width, pairs * width)
 
-    def add_table(self, x: Stream, table: Array) -> Stream:
-        """The rows of a table, to the last of which x is added, for each image.
+    def add_table(self, x: Stream, table: Array, runs: Runs) -> Stream:
+        """The rows of a table, to some of which those of x are added, for each image.
 
         Args:
             x: The input.
             table: Shape (rows, width), with at least as many rows as x.
+            runs: The rows of the table: for each run whether they stay as they are, and else the
+                first and the end of the rows of x that are added.
         """
-        rows, prefix = len(table), len(table) - x.rows
+        rows = len(table)
         value = self.program.call(
             "add_table",
-            ("add-table", prefix, x.rows, x.width),
-            lambda: add_table(self.batch, prefix, x.rows, x.width, self.lanes),
+            ("add-table", runs, x.width),
+            lambda: add_table(self.batch, runs, x.width, self.lanes),
             [x.value, self.constant(table.ravel())],
             (self.batch * rows * x.width,),
         )

@@ -10,6 +10,26 @@ from tvm.tirx.script import builder as T
 from .lanes import Expr, Lanes, bind
 
 
+def row_behind(number: Expr, prefix: int, gaps: tuple[int, ...]) -> Expr:
+    """The row of patch `number` behind `prefix` rows, where other rows stand between patches.
+
+    Args:
+        number: The patch.
+        prefix: Rows before all patches.
+        gaps: For each row between patches the number of patches before it, rising.
+    """
+    row = number + prefix
+    for before in gaps:
+        row = row + T.if_then_else(number >= before, 1, 0)
+    return row
+
+
+def rows_between(prefix: int, gaps: tuple[int, ...]) -> tuple[int, ...]:
+    """The rows that are no patches: those before all, and those in the gaps."""
+    between = (prefix + before + number for number, before in enumerate(gaps))
+    return (*range(prefix), *between)
+
+
 @dataclass(frozen=True)
 class Run:
     """`count` pieces of equal `size`, from `start` on; `index` pieces precede them."""

@@ -21,6 +21,7 @@ from ...compress.network.select_specs import (
     scoring_attention,
     scoring_branches,
 )
+from ...compress.network.token_order import patch_positions, patches_before, stem_runs
 from .attention import Attend
 from .dense import Dense
 from .emitter import Emitter, Epilogue
@@ -263,15 +264,15 @@ class NetworkWriter:
         table = np.pad(table, ((0, 0), (0, emitter.lanes.up(table.shape[1]) - table.shape[1])))
         # Pixels stay in fp32: eight bits cost most accuracy here, and this is one product of many.
         if patch_norm is not None:
-            pixels = self.patches(0)
+            pixels = self.patches(0, ())
             patches = emitter.dense(pixels, architecture.patches, matrix, force_fp32=True)
             normed = emitter.norm(patches, patch_norm, affine=affine(state, "patch_norm"))
-            stream = emitter.add_table(normed, table)
+            stream = emitter.add_table(normed, table, stem_runs(architecture))
         else:
             constant = emitter.constant(table.ravel())
             shared = Stream(constant, 0, table.shape[1], architecture.embed)
             stream = emitter.dense(
-                self.patches(architecture.prefix),
+                self.patches(architecture.prefix, patches_before(architecture)),
                 architecture.tokens,
                 Matrix(matrix.weight, None),
                 Epilogue(residual=shared),
@@ -282,27 +283,31 @@ class NetworkWriter:
         return emitter.norm(stream, architecture.stem_norm, affine=affine(state, "stem_norm"))
 
     def token_table(self, bias: Array | None) -> Array:
-        """(tokens, stem channels): prefix tokens, and positions plus the stem's bias."""
-        architecture, state, prefix = (
-            self.architecture,
-            self.state,
-            self.architecture.prefix,
-        )
+        """(tokens, stem channels): learned tokens, and positions plus the stem's bias."""
+        architecture, state = self.architecture, self.state
         table = np.zeros((architecture.tokens, len(state["stem.weight"])), np.float32)
-        if prefix:
-            table[:prefix] = state["prefix"]
+        patches = patch_positions(architecture)
+        if architecture.learned_tokens:
+            learned = np.ones(len(table), bool)
+            learned[patches] = False
+            table[learned] = state["prefix"]
         if "position" in state:
-            table[prefix:] += state["position"]
+            table[patches] += state["position"]
         if bias is not None:
-            table[prefix:] += bias
+            table[patches] += bias
         return table
 
-    def patches(self, prefix: int) -> Stream:
-        """The pixels of each patch as a row, after `prefix` rows of zeros."""
+    def patches(self, prefix: int, gaps: tuple[int, ...]) -> Stream:
+        """The pixels of each patch as a row.
+
+        Args:
+            prefix: Rows of zeros before the patches.
+            gaps: For each row of zeros between the patches the number of patches before it.
+        """
         architecture, emitter = self.architecture, self.emitter
         spec = architecture.stem
         if spec.before:
-            return StemLayers(emitter, architecture, self.state).patches(prefix)
+            return StemLayers(emitter, architecture, self.state).patches(prefix, gaps)
         depth = int(np.prod(self.state["stem.weight"].shape[1:]))
         cut = Patches(
             images=emitter.batch,
@@ -314,6 +319,7 @@ class NetworkWriter:
             prefix=prefix,
             width_out=depth,
             listed=None if architecture.order is None else len(architecture.order),
+            gaps=gaps,
         )
         operands = [self.program.input]
         if architecture.order is not None:

@@ -1,4 +1,4 @@
-"""Patches as rows: a row of zeros for each prefix token, then the pixels of each patch.
+"""Patches as rows: a row of zeros for each learned token, and the pixels of each patch.
 
 Pixels are in the order of the convolution's weights.
 """
@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .lanes import Buffer, Expr, Lanes, bind
-from .loops import over_threads, share_bounds
+from .loops import over_threads, row_behind, rows_between, share_bounds
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Patches:
         width_out: Columns of a row, at least channels * patch area; the rest is zero.
         listed: How many patches a table lists, which alone are cut out, in its order; None: all
             patches of the grid, row by row.
+        gaps: For each row of zeros between the patches the number of patches before it.
     """
 
     images: int
@@ -44,11 +45,17 @@ class Patches:
     prefix: int
     width_out: int
     listed: int | None = None
+    gaps: tuple[int, ...] = ()
+
+    @property
+    def patches(self) -> int:
+        """Patches of each image."""
+        return self.listed or self.grid[0] * self.grid[1]
 
     @property
     def tokens(self) -> int:
         """Rows of each image."""
-        return self.prefix + (self.listed or self.grid[0] * self.grid[1])
+        return self.prefix + len(self.gaps) + self.patches
 
 
 def corners(spec: Patches, order: Sequence[int]) -> NDArray[np.int32]:
@@ -74,7 +81,7 @@ def cut_patches(spec: Patches, lanes: Lanes, threads: int) -> Any:
 
         def share(part: Expr, parts: int) -> None:
             if table is not None:
-                count = spec.tokens - spec.prefix
+                count = spec.patches
                 with T.serial(*share_bounds(spec.images * count, part, parts)) as index:
                     number = bind(index % count)
                     corner = bind(table[2 * number]), bind(table[2 * number + 1])
@@ -90,9 +97,10 @@ def cut_patches(spec: Patches, lanes: Lanes, threads: int) -> Any:
                 place = band // down, row * across + column
                 _cut_patch(spec, lanes, (images, out), place, corner)
 
-        prefix_size = spec.prefix * spec.width_out
-        with T.serial(0, spec.images) as image, T.serial(0, prefix_size) as index:
-            T.buffer_store(out, T.float32(0), [image * spec.tokens * spec.width_out + index])
+        for row in rows_between(spec.prefix, spec.gaps):
+            with T.serial(0, spec.images) as image, T.serial(0, spec.width_out) as index:
+                start = (image * spec.tokens + row) * spec.width_out
+                T.buffer_store(out, T.float32(0), [start + index])
         over_threads(share, threads)
     return builder.get()
 
@@ -117,7 +125,8 @@ def _cut_patch(
     down, across = spec.patch
     used = channels * down * across
     (images, out), (image, number), (top, left) = buffers, place, corner
-    target = (image * spec.tokens + spec.prefix + number) * spec.width_out
+    row = row_behind(number, spec.prefix, spec.gaps)
+    target = bind((image * spec.tokens + row) * spec.width_out)
     whole = spec.padding == (0, 0) and across % lanes.count == 0
     count = lanes.count if whole else 1
     with T.serial(0, channels) as c, T.serial(0, down) as i, T.serial(0, across // count) as j:

@@ -7,6 +7,7 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from ...compress.network.token_order import Runs
 from .lanes import Lanes, RowLayout
 
 
@@ -136,31 +137,35 @@ def add_rows(images: int, rows: int, sources: tuple[RowLayout, RowLayout], lanes
     return builder.get()
 
 
-def add_table(images: int, prefix: int, rows: int, width: int, lanes: Lanes) -> Any:
-    """The kernel: (x, table) -> the table's prefix, then table + x, for each image, flat.
+def add_table(images: int, runs: Runs, width: int, lanes: Lanes) -> Any:
+    """The kernel: (x, table) -> rows of the table, in some runs plus those of x, for each image.
 
     Args:
         images: Batch size.
-        prefix: Rows of the table before the rows of x.
-        rows: Rows of x of each image; the table has prefix + rows.
+        runs: The rows of the table: for each run whether they stay as they are, and the first and
+            the end of them; elsewhere of the rows of x that are added.
         width: Columns of a row, a multiple of the vector width.
         lanes: The vectors.
     """
+    count = lanes.count
+    rows = sum(stop - start for _, start, stop in runs)
+    added = sum(stop - start for stays, start, stop in runs if not stays)
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
-        x = T.arg("x", T.buffer((images * rows * width,), "float32"))
-        table = T.arg("table", T.buffer(((prefix + rows) * width,), "float32"))
-        out = T.arg("out", T.buffer((images * (prefix + rows) * width,), "float32"))
-        before, size, count = prefix * width, rows * width, lanes.count
+        x = T.arg("x", T.buffer((images * added * width,), "float32"))
+        table = T.arg("table", T.buffer((rows * width,), "float32"))
+        out = T.arg("out", T.buffer((images * rows * width,), "float32"))
         with T.serial(0, images) as image:
-            if prefix:
-                with T.serial(0, before // count) as part:
-                    target = image * (before + size) + part * count
-                    lanes.store(out, target, lanes.load(table, part * count))
-            with T.serial(0, size // count) as part:
-                value = lanes.load(x, image * size + part * count)
-                value = value + lanes.load(table, before + part * count)
-                lanes.store(out, image * (before + size) + before + part * count, value)
+            row = 0
+            for stays, start, stop in runs:
+                first, size = row * width, (stop - start) * width
+                with T.serial(0, size // count) as part:
+                    value = lanes.load(table, first + part * count)
+                    if not stays:
+                        source = image * (added * width) + start * width + part * count
+                        value = lanes.load(x, source) + value
+                    lanes.store(out, image * (rows * width) + first + part * count, value)
+                row += stop - start
     return builder.get()
 
 

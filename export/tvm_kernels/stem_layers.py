@@ -53,8 +53,13 @@ class StemLayers:
             emitter.program, emitter.lanes, emitter.schedule, emitter.batch, Float()
         )
 
-    def patches(self, prefix: int) -> Stream:
-        """The pixels of each patch as a row, each with its channels, after rows of zeros."""
+    def patches(self, prefix: int, gaps: tuple[int, ...]) -> Stream:
+        """The pixels of each patch as a row, each with its channels.
+
+        Args:
+            prefix: Rows of zeros before the patches.
+            gaps: For each row of zeros between the patches the number of patches before it.
+        """
         architecture, stem = self.architecture, self.architecture.stem
         size, pixels = architecture.image[1:], None
         channels = architecture.image[0]
@@ -72,7 +77,7 @@ class StemLayers:
             size, channels = grid, layer.channels
         geometry = (stem.patch, stem.stride or stem.patch, stem.padding)
         return self._windows(
-            pixels, channels, size, architecture.grid, geometry, prefix, architecture.order
+            pixels, channels, size, architecture.grid, geometry, prefix, architecture.order, gaps
         )
 
     def _windows(
@@ -84,6 +89,7 @@ class StemLayers:
         geometry: tuple[Pair, Pair, Pair],
         prefix: int = 0,
         order: Sequence[int] | None = None,
+        gaps: tuple[int, ...] = (),
     ) -> Stream:
         """Windows of rows, or of the network's input.
 
@@ -95,6 +101,7 @@ class StemLayers:
             geometry: Kernel, stride and padding.
             prefix: Rows of zeros before the windows of each image.
             order: The windows that are cut out, counted row by row in the grid; None: all.
+            gaps: For each row of zeros between the windows the number of windows before it.
         """
         emitter, (kernel, stride, padding) = self.emitter, geometry
         spec = Windows(
@@ -108,6 +115,7 @@ class StemLayers:
             padding=padding,
             prefix=prefix,
             listed=None if order is None else len(order),
+            gaps=gaps,
         )
         operands = [emitter.program.input if pixels is None else pixels.value]
         if order is not None:

@@ -324,10 +324,10 @@ def relative_bias(core: AttentionSpec, state: State, shape: tuple[int, int], lan
     """
     spec = core.bias
     assert spec is not None
-    table = state["bias.table"][offsets(spec).numpy()].transpose(2, 0, 1)
-    bias = table * np.float32(LOG2_E)
-    before = 0 if spec.prefix_rows else spec.prefix
-    bias = np.pad(bias, ((0, 0), (before, 0), (before, 0)))[:, : shape[0], : shape[1]]
+    # Pairs with a learned token may read a zero behind the table.
+    table = np.pad(state["bias.table"], ((0, 1), (0, 0)))
+    index = offsets(spec).numpy()[: shape[0], : shape[1]]
+    bias = table[index].transpose(2, 0, 1) * np.float32(LOG2_E)
     bias = np.repeat(bias, core.parts, axis=0)
     return np.pad(bias, ((0, 0), (0, 0), (0, lanes.up(bias.shape[2]) - bias.shape[2])))
 

@@ -10,7 +10,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .lanes import Buffer, Expr, Lanes, bind
-from .loops import over_threads, share_bounds
+from .loops import over_threads, row_behind, rows_between, share_bounds
 
 Pair = tuple[int, int]
 
@@ -32,6 +32,7 @@ class Windows:
         padding: Rows and columns of zeros around the source.
         prefix: Rows of zeros before the windows of each image.
         listed: How many windows a table lists, which alone are cut out; None: all of the grid.
+        gaps: For each row of zeros between the windows the number of windows before it.
     """
 
     images: int
@@ -44,11 +45,17 @@ class Windows:
     padding: Pair
     prefix: int = 0
     listed: int | None = None
+    gaps: tuple[int, ...] = ()
+
+    @property
+    def windows(self) -> int:
+        """Windows of each image."""
+        return self.listed or math.prod(self.grid)
 
     @property
     def rows(self) -> int:
         """Rows of each image."""
-        return self.prefix + (self.listed or math.prod(self.grid))
+        return self.prefix + len(self.gaps) + self.windows
 
     @property
     def depth(self) -> int:
@@ -58,7 +65,7 @@ class Windows:
 
 def cut_windows(spec: Windows, lanes: Lanes, threads: int) -> Any:
     """The kernel: (source, [top and left pixel of each listed window]) -> rows, flat."""
-    (height, width), count = spec.size, spec.rows - spec.prefix
+    (height, width), count = spec.size, spec.windows
     shape: tuple[int, ...] = (spec.images, spec.channels, height, width)
     if spec.row_width is not None:
         shape = (spec.images * height * width * spec.row_width,)
@@ -69,9 +76,10 @@ def cut_windows(spec: Windows, lanes: Lanes, threads: int) -> Any:
         if spec.listed is not None:
             table = T.arg("corners", T.buffer((2 * spec.listed,), "int32"))
         out = T.arg("out", T.buffer((spec.images * spec.rows * spec.depth,), "float32"))
-        prefix = spec.prefix * spec.depth
-        with T.serial(0, spec.images) as image, T.serial(0, prefix) as index:
-            T.buffer_store(out, T.float32(0), [image * spec.rows * spec.depth + index])
+        for row in rows_between(spec.prefix, spec.gaps):
+            with T.serial(0, spec.images) as image, T.serial(0, spec.depth) as index:
+                start = (image * spec.rows + row) * spec.depth
+                T.buffer_store(out, T.float32(0), [start + index])
 
         def share(part: Expr, parts: int) -> None:
             with T.serial(*share_bounds(spec.images * count, part, parts)) as index:
@@ -81,7 +89,8 @@ def cut_windows(spec: Windows, lanes: Lanes, threads: int) -> Any:
                     left = number % spec.grid[1] * spec.stride[1] - spec.padding[1]
                 else:
                     top, left = table[2 * number], table[2 * number + 1]
-                target = bind((image * spec.rows + spec.prefix + number) * spec.depth)
+                row = row_behind(number, spec.prefix, spec.gaps)
+                target = bind((image * spec.rows + row) * spec.depth)
                 _cut_window(spec, lanes, (source, out), (image, bind(top), bind(left)), target)
 
         over_threads(share, threads)

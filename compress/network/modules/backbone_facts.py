@@ -111,7 +111,7 @@ class BackboneFacts(nn.Module):
     @property
     def num_prefix_tokens(self) -> int:
         """Number of class, distillation and register tokens, which come first."""
-        return self.architecture.prefix
+        return self.architecture.source_tokens
 
     @property
     def global_pool(self) -> str:

@@ -187,7 +187,7 @@ class BackboneForward(BackboneFacts):
         return x
 
     def _token_places(self, count: int, device: torch.device) -> Tensor:
-        """The places of the first tokens of the stream among the prefix tokens and the grid."""
+        """The places of the first tokens of the stream among the learned ones and the grid."""
         return torch.tensor(self.architecture.token_places[:count], device=device)
 
     def _to_grid(self, x: Tensor) -> Tensor:
@@ -196,7 +196,8 @@ class BackboneForward(BackboneFacts):
         if not architecture.drops_tokens:
             return x
         rows, columns = architecture.grid
-        whole = x.new_zeros(len(x), architecture.prefix + rows * columns, x.shape[-1])
+        count = architecture.source_tokens + rows * columns
+        whole = x.new_zeros(len(x), count, x.shape[-1])
         return whole.index_copy(1, self._token_places(x.shape[1], x.device), x)
 
     def run_step(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..architecture import Architecture
 from ..select_specs import ATTENTION_SCORERS, scoring_attention, select_inputs
+from ..token_order import stem_runs
 from .backbone import Backbone
 from .branch import Branch
 from .layers import ACTIVATIONS, Norm, spread
@@ -61,9 +62,9 @@ class CompactModel(Backbone):
             padding=stem.padding,
             bias=stem.bias,
         )
-        self.prefix = (
-            nn.Parameter(torch.zeros(architecture.prefix, filled)) if architecture.prefix else None
-        )
+        # All learned tokens, those between the patches last.
+        learned = architecture.learned_tokens
+        self.prefix = nn.Parameter(torch.zeros(learned, filled)) if learned else None
         self.position = (
             nn.Parameter(torch.zeros(architecture.patches, filled))
             if architecture.position
@@ -182,7 +183,17 @@ class CompactModel(Backbone):
         if self.position is not None:
             x = x + self.position
         if self.prefix is not None:
-            x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
+            learned = self.prefix.expand(x.shape[0], -1, -1)
+            if self.architecture.inner is None:
+                x = torch.cat([learned, x], dim=1)
+            else:
+                x = torch.cat(
+                    [
+                        (learned if is_learned else x)[:, start:stop]
+                        for is_learned, start, stop in stem_runs(self.architecture)
+                    ],
+                    dim=1,
+                )
         if self.stem_norm is not None:
             x = self.stem_norm(x)
         x = spread(x, self.stem_writes, self.architecture.embed)

@@ -32,16 +32,16 @@ class RelativeBias(nn.Module):
 
     def forward(self) -> Tensor:
         """() -> (heads, tokens, tokens)."""
-        bias = self.table[self.index].permute(2, 0, 1)
-        prefix = 0 if self.spec.prefix_rows else self.spec.prefix
-        return F.pad(bias, (prefix, 0, prefix, 0)) if prefix else bias
+        # Pairs with a learned token read a zero behind the table.
+        table = F.pad(self.table, (0, 0, 0, 1)) if _reads_zero(self.spec) else self.table
+        return table[self.index].permute(2, 0, 1)
 
 
 def offsets(spec: RelativeBiasSpec, device: torch.device | None = None) -> Tensor:
     """Return the row of the table for query i and key j, (tokens, tokens).
 
-    Tokens are the patches in the order of the stream, after one class token if the table has rows
-    for it.
+    Tokens are those of the stream. Pairs with a learned token for which the table has no rows get
+    the number of rows, the place of a zero behind the table.
     """
     down, across = spec.grid
     rows, columns = torch.arange(down, device=device), torch.arange(across, device=device)
@@ -53,12 +53,24 @@ def offsets(spec: RelativeBiasSpec, device: torch.device | None = None) -> Tenso
     if spec.order is not None:
         places = torch.tensor(spec.order, device=device)
         index = index[places[:, None], places[None, :]]
+    if not spec.learned:
+        return index
+    learned = (*range(spec.prefix), *(spec.inner or ()))
+    count = len(index) + len(learned)
+    behind = [place for place in range(count) if place not in learned]
+    own, patches = (torch.tensor(places, device=device) for places in (learned, behind))
+    whole = index.new_full((count, count), spec.rows)
+    whole[patches[:, None], patches[None, :]] = index
     if spec.prefix_rows:
-        index = F.pad(index, (1, 0, 1, 0))
-        index[0, :] = spec.rows - 3
-        index[:, 0] = spec.rows - 2
-        index[0, 0] = spec.rows - 1
-    return index
+        whole[own, :] = spec.rows - 3
+        whole[:, own] = spec.rows - 2
+        whole[own, own] = spec.rows - 1
+    return whole
+
+
+def _reads_zero(spec: RelativeBiasSpec) -> bool:
+    """Whether pairs with a learned token have no rows in the table; their bias is zero."""
+    return spec.learned > 0 and not spec.prefix_rows
 
 
 def bias_table(table: Tensor, old: RelativeBiasSpec, new: RelativeBiasSpec) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..architecture import RopeGridSpec, RopeSpec
+from ..architecture import Architecture, RopeGridSpec, RopeSpec
+from ..token_order import grid_places
 
 
 class Rope(nn.Module):
@@ -43,6 +44,26 @@ class Rope(nn.Module):
                 [first * cos - second * sin, second * cos + first * sin], dim=-1
             ).flatten(-2)
         return torch.cat([x[:, :, : self.spec.prefix], y], dim=2) if self.spec.prefix else y
+
+
+def stream_table(table: Tensor, architecture: Architecture) -> Tensor:
+    """The rows of a table of the whole grid for the tokens behind the prefix, in their order.
+
+    Learned tokens between the patches are not rotated.
+
+    Args:
+        table: (heads or 1, 2, patches of the grid, pairs).
+        architecture: The network.
+
+    Returns:
+        (heads or 1, 2, tokens behind the prefix, pairs).
+    """
+    rows = table[:, :, list(grid_places(architecture))]
+    for place in architecture.inner or ():
+        number = place - architecture.prefix
+        still = torch.stack([torch.ones_like(rows[:, 0, :1]), torch.zeros_like(rows[:, 1, :1])], 1)
+        rows = torch.cat([rows[:, :, :number], still, rows[:, :, number:]], dim=2)
+    return rows
 
 
 def rope_table(at: RopeGridSpec, frequencies: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -149,7 +149,7 @@ def test_live_cost_is_exact_for_every_kind_of_network(data: st.DataObject) -> No
 
     def live(dimension: str, site: str, indices: Indices | None) -> int:
         keep = mask.get(dimension, site)
-        if dimension == "head" and indices is not None:
+        if dimension in ("head", "token") and indices is not None:
             return len(indices) if keep is None else int(keep[list(indices)].sum())
         return sites(architecture, dimension)[site] if keep is None else int(keep.sum())
 
@@ -173,7 +173,7 @@ def test_live_cost_is_exact_for_tokens_and_widths(data: st.DataObject) -> None:
 
     def live(dimension: str, site: str, indices: Indices | None) -> int:
         if dimension == "token":
-            return tokens[site]
+            return tokens[site] if indices is None else len(indices)
         keep = mask.get(dimension, site)
         return sites(architecture, dimension)[site] if keep is None else int(keep.sum())
 

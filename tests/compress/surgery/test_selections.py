@@ -140,7 +140,7 @@ def test_live_cost_is_exact_for_selections(data: Any) -> None:
 
     def live(dimension: str, site: str, indices: Indices | None) -> int:
         if dimension == "token":
-            return tokens[site]
+            return tokens[site] if indices is None else len(indices)
         keep = mask.get(dimension, site)
         if indices is not None and dimension == "ffn":
             return len(indices) if keep is None else int(keep[list(indices)].sum())

@@ -248,16 +248,15 @@ def test_impossible_token_masks_are_refused(entries: dict[str, Tensor], message:
     assert message in str(caught.value)
 
 
-def test_a_pooled_network_keeps_a_patch_and_registers_leave_last() -> None:
+def test_a_pooled_network_keeps_a_patch() -> None:
     pooled = vit(class_token=False, global_pool="avg")
     empty = StructuredMask({"token": {FFN: tokens(16)}})
     with pytest.raises(InputError, match="keeps 0 of 16 tokens; the head needs at least 1"):
         compact(pooled, empty)
-    registers = vit(reg_tokens=2)
-    early = StructuredMask({"token": {FFN: tokens(19, 0, 1, 5)}})
-    with pytest.raises(InputError, match="drops prefix token 2 and keeps 1 patches"):
-        compact(registers, early)
-    assert error(registers, StructuredMask({"token": {"blocks.2.attn": tokens(19, 0)}})) < 1e-5
+    with_class = vit(global_pool="avg")
+    only_class = StructuredMask({"token": {FFN: tokens(17, 0)}})
+    with pytest.raises(InputError, match=r"blocks\.0\.ffn keeps no patch; the head pools"):
+        compact(with_class, only_class)
 
 
 def test_a_network_that_returns_every_token_drops_none() -> None:
