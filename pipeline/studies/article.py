@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,12 @@ from ...core.console import status
 from ...core.errors import InputError
 from ...core.storage import replace_file
 from ...core.written_kinds import FileKind
-from .article_text import MAIN, figures, numbers, references, table
+from .article_text import MAIN, Figure, cost_figures, figures, numbers, references, table
 from .engine import base_recipe_of
 from .grids import Grid, grids
-from .pictures import Cost, coloured_axis, costs, quality_title, series
+from .pictures import Cost, costs, quality_title, series
 from .summary import Summary, number, pareto
-from .table import StudyTable
+from .table import RUNS, StudyTable
 
 FOLDER, GENERATED, MAIN_FILE = "latex", "generated", "main.tex"
 TABLES = ("findings", "means", "fronts")
@@ -35,13 +37,16 @@ def _is_ours(path: Path) -> bool:
 PART = FileKind("a part of a study's article", _is_ours)
 
 
-def write_article(summary: Summary, folder: Path, machine: str | None) -> list[str]:
+def write_article(
+    summary: Summary, folder: Path, machine: str | None, more: Mapping[Figure, bytes]
+) -> list[str]:
     """Write latex/ of a study, and compile it where pdflatex is installed.
 
     Args:
         summary: The study.
         folder: The study folder.
         machine: Where latencies were measured.
+        more: Figures beside those of accuracy and cost, with their PDF.
 
     Returns:
         The paths of main.tex, and of main.pdf or a line with the reason why there is none.
@@ -55,12 +60,17 @@ def write_article(summary: Summary, folder: Path, machine: str | None) -> list[s
         )
     place, base = folder / FOLDER, base_recipe_of(StudyTable(folder))
     by_id = {grid.id: grid for grid in grids(summary)}
+    drawn = {
+        figure: pdf(partial(_draw, summary=summary, cost=cost), 0.72)
+        for figure, cost in zip(cost_figures(summary), costs(summary), strict=True)
+    }
+    drawn |= more
     parts: dict[str, str | bytes] = {
-        "numbers.tex": numbers(summary, base, machine),
-        "figures.tex": figures(summary, costs(summary)),
+        "numbers.tex": numbers(summary, base, machine, list(drawn)),
+        "figures.tex": figures(list(drawn)),
         "references.bib": references(summary, base),
         **{f"{name}.tex": _table(by_id.get(name), name) for name in TABLES},
-        **{f"{cost.file}.pdf": figure_pdf(summary, cost) for cost in costs(summary)},
+        **{f"{figure.file}.pdf": content for figure, content in drawn.items()},
     }
     for name, content in parts.items():
         replace_file(place / GENERATED / name, content, PART)
@@ -78,38 +88,43 @@ def _table(grid: Grid | None, name: str) -> str:
     )
 
 
-def figure_pdf(summary: Summary, cost: Cost) -> bytes:
-    """Accuracy against a cost as a PDF of one column's width.
+def report_link(run: str) -> str:
+    """The id of a run that leads to its report, in LaTeX."""
+    return rf"\href{{../{RUNS}/{run}/report.html}}{{{run}}}"
+
+
+def pdf(draw: Callable[[Any], None], aspect: float) -> bytes:
+    """A figure of one column's width as a PDF.
 
     Args:
-        summary: A study with finished runs.
-        cost: The cost axis.
+        draw: Draws on matplotlib's axes.
+        aspect: Height over width.
 
     Returns:
-        The bytes of the file; equal for equal studies.
+        The bytes of the file; equal for equal drawings.
     """
     import matplotlib
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Sheet
 
     with matplotlib.rc_context({"pdf.fonttype": 42, "font.size": 8, "font.family": "serif"}):
-        figure = Figure(figsize=(COLUMN_INCHES, 0.72 * COLUMN_INCHES), layout="constrained")
-        FigureCanvasPdf(figure)
-        axes = figure.add_subplot()
-        _draw(axes, summary, cost)
+        sheet = Sheet(figsize=(COLUMN_INCHES, aspect * COLUMN_INCHES), layout="constrained")
+        FigureCanvasPdf(sheet)
+        draw(sheet.add_subplot())
         file = io.BytesIO()
-        figure.savefig(file, format="pdf", metadata={"CreationDate": None})
+        sheet.savefig(file, format="pdf", metadata={"CreationDate": None})
     return file.getvalue()
 
 
 def _draw(axes: Any, summary: Summary, cost: Cost) -> None:
+    """Accuracy against a cost."""
     for seed in summary.fronts[cost.column]:
         rows = [row for row in summary.done if row["seed"] == seed]
         front = pareto(rows, cost.column, summary.quality)
         values = [number(row[cost.column]) / cost.unit for row in front]
         heights = [100 * number(row[summary.quality]) for row in front]
         axes.step(values, heights, where="post", color="0.6", linewidth=0.7, linestyle="--")
-    for place, each in enumerate(series(summary)):
+    for place, each in enumerate(series(summary, cost.axis)):
         rows = [row for row in each.rows if row[cost.column] is not None]
         rows = [row for row in rows if row[summary.quality] is not None]
         axes.plot(
@@ -126,8 +141,8 @@ def _draw(axes: Any, summary: Summary, cost: Cost) -> None:
     axes.set_ylabel(f"{quality_title(summary)}, %")
     axes.grid(color="0.9", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    if coloured_axis(summary) is not None:
-        axes.legend(title=coloured_axis(summary), fontsize=6, title_fontsize=6, frameon=False)
+    if cost.axis is not None:
+        axes.legend(title=cost.axis, fontsize=6, title_fontsize=6, frameon=False)
 
 
 def compiled(place: Path) -> str:

@@ -6,14 +6,16 @@ every report, and main.tex takes its numbers from them.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ...bench.report import wording
 from ..recipe import Recipe
 from .expansion import settings_text
 from .grids import Entry, Grid, figure_text
-from .pictures import Cost, costs, quality_title
+from .pictures import costs, quality_title
 from .summary import Group, Summary, number
 
 # Rows of one table; longer tables continue in the next one.
@@ -150,19 +152,37 @@ BIBTEX = {
 }
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the article.
+
+    Attributes:
+        file: Name of its PDF in generated/ without the suffix, and its label.
+        about: What it shows, in words that figures of a kind have in common.
+        caption: In LaTeX.
+    """
+
+    file: str
+    about: str
+    caption: str
+
+
 def escaped(text: str) -> str:
     """A text in LaTeX; what is not ASCII and has no command there becomes `?`."""
     spelled = "".join(_SPECIAL.get(sign, sign) for sign in " ".join(text.split()))
     return spelled.encode("ascii", "replace").decode("ascii")
 
 
-def numbers(summary: Summary, base: Recipe | None, machine: str | None) -> str:
+def numbers(
+    summary: Summary, base: Recipe | None, machine: str | None, shown: Sequence[Figure]
+) -> str:
     """generated/numbers.tex: the macros that main.tex uses.
 
     Args:
         summary: The study.
         base: The recipe of its first run.
         machine: Where latencies were measured.
+        shown: The figures.
 
     Returns:
         LaTeX.
@@ -183,7 +203,7 @@ def numbers(summary: Summary, base: Recipe | None, machine: str | None) -> str:
             f"Latencies are medians on one machine: {machine}." if machine else ""
         ),
         "studyfailures": escaped(_failures(summary)),
-        "studyfigurelist": _figure_list(summary),
+        "studyfigurelist": _figure_list(shown),
     }
     lines = [f"\\newcommand{{\\{name}}}{{{text}}}" for name, text in macros.items()]
     return "% Written by vitrim.\n" + "\n".join(lines) + "\n"
@@ -197,19 +217,28 @@ def table(grid: Grid, label: str) -> str:
     )
 
 
-def figures(summary: Summary, shown: Sequence[Cost]) -> str:
-    """generated/figures.tex: one figure for each cost."""
+def cost_figures(summary: Summary) -> list[Figure]:
+    """The figures of accuracy and cost, in the order of `costs`."""
+    found = []
+    for cost in costs(summary):
+        coloured = f", its colour the value of {cost.axis}" if cost.axis is not None else ""
+        text = f"{quality_title(summary)} by {cost.title}. A point is a run{coloured}; a line is "
+        caption = escaped(f"{text[0].upper()}{text[1:]}the Pareto front of a seed.")
+        found.append(Figure(cost.file, "Accuracy and cost", caption))
+    return found
+
+
+def figures(shown: Sequence[Figure]) -> str:
+    """generated/figures.tex."""
     parts = ["% Written by vitrim."]
-    for cost in shown:
-        caption = (
-            f"{quality_title(summary)} by {cost.title}. A point is a run, a line the Pareto front "
-            "of a seed."
-        )
+    for figure in shown:
+        # A tall figure leaves room for its caption.
+        size = "width=\\linewidth,height=0.8\\textheight,keepaspectratio"
         parts.append(
             "\\begin{figure}[t]\n  \\centering\n"
-            f"  \\includegraphics[width=\\linewidth]{{generated/{cost.file}.pdf}}\n"
-            f"  \\caption{{{escaped(caption[0].upper() + caption[1:])}}}\n"
-            f"  \\label{{fig:{cost.file}}}\n\\end{{figure}}"
+            f"  \\includegraphics[{size}]{{generated/{figure.file}.pdf}}\n"
+            f"  \\caption{{{figure.caption}}}\n"
+            f"  \\label{{fig:{figure.file}}}\n\\end{{figure}}"
         )
     return "\n".join(parts) + "\n"
 
@@ -340,7 +369,9 @@ def _failures(summary: Summary) -> str:
     return f"{wording.plural(len(summary.failed), 'run')} failed; the first reason: {reasons[0]}."
 
 
-def _figure_list(summary: Summary) -> str:
-    shown = [f"\\ref{{fig:{cost.file}}}" for cost in costs(summary)]
-    figures_text = f"Accuracy and cost are in Fig.~{', '.join(shown)}. " if shown else ""
-    return f"{figures_text}Tab.~\\ref{{tab:means}} has the means of all settings."
+def _figure_list(shown: Sequence[Figure]) -> str:
+    parts = []
+    for about, each in itertools.groupby(shown, lambda figure: figure.about):
+        listed = ", ".join(f"\\ref{{fig:{figure.file}}}" for figure in each)
+        parts.append(f"{about} are in Fig.~{listed}. ")
+    return f"{''.join(parts)}Tab.~\\ref{{tab:means}} has the means of all settings."

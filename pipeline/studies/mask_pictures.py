@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +21,8 @@ from ...compress.network.files import ARCHITECTURE, read_architecture
 from ...core.errors import InputError
 from ..magnitude_step import WEIGHT_MASK, read_dead
 from ..training_steps import COMPACT
+from .article import COLOURS, pdf, report_link
+from .article_text import Figure, escaped
 from .magnitude_claims import HIGH, MAGNITUDE, ROUNDS, SCOPE, SPARSITY, setting, single_weights
 from .summary import Summary, number
 from .table import RUNS, Row
@@ -54,108 +60,227 @@ def shown_run(summary: Summary) -> Row | None:
     return min(rows, key=order, default=None)
 
 
-def mask_pictures(summary: Summary, folder: Path) -> dict[str, str]:
-    """The picture by file name; none where the study has no such run, or its files are gone."""
+@dataclass(frozen=True)
+class Masks:
+    """What the picture shows.
+
+    Attributes:
+        mask: The mask of single weights.
+        architecture: The network.
+        dead: The numbers of the dead heads by attention.
+        run: The run that it is of.
+    """
+
+    mask: WeightMask
+    architecture: Architecture
+    dead: dict[str, list[int]]
+    run: str
+
+    @property
+    def attentions(self) -> list[tuple[str, AttentionSpec, str]]:
+        """Name, core and prefix of the parameters of each attention."""
+        return [
+            (branch.name, branch.core, f"steps.{number}.{position}.core.")
+            for number, step in enumerate(self.architecture.steps)
+            for position, branch in enumerate(step)
+            if isinstance(branch.core, AttentionSpec)
+        ]
+
+    @property
+    def counts(self) -> str:
+        """The share of zeros and the number of dead heads in one sentence."""
+        lost = sum(map(len, self.dead.values()))
+        heads = sum(core.heads for _, core, _ in self.attentions)
+        zeros = f"{100 * self.mask.sparsity:.1f} % of the weights in scope are zero"
+        return f"{zeros}; {lost} of {heads} heads are dead (bands)"
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in pixels of the picture."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One drawn matrix.
+
+    Attributes:
+        frame: Its place.
+        cells: The kept weights by shade, 1 to `SHADES`; neighbours in a row are one rectangle.
+        between: What is between two heads: boxes without width, or without height.
+        dead: The dead heads by number.
+    """
+
+    frame: Box
+    cells: dict[int, list[Box]]
+    between: list[Box]
+    dead: dict[int, Box]
+
+
+def shown_masks(summary: Summary, folder: Path) -> Masks | None:
+    """What is shown of a study; None where it has no such run, or its files are gone."""
     row = shown_run(summary)
     if row is None:
-        return {}
+        return None
     run = folder / RUNS / str(row["id"])
     try:
         mask, record = WeightMask.load(run / WEIGHT_MASK), read_dead(run)
         architecture = read_architecture(run / COMPACT / ARCHITECTURE)
     except InputError:
-        return {}
+        return None
     if record is None:
-        return {}
+        return None
     dead = {each["name"]: each.get("heads", []) for each in record["rows"]}
-    return {PICTURE_FILE: mask_picture(mask, architecture, dead, f"run {row['id']}")}
+    return Masks(mask, architecture, dead, str(row["id"]))
 
 
-def mask_picture(
-    mask: WeightMask, architecture: Architecture, dead: dict[str, list[int]], name: str
-) -> str:
+def mask_picture(masks: Masks) -> str:
     """A stand-alone SVG of the masks of all attentions, a row each.
 
-    Args:
-        mask: The mask of single weights.
-        architecture: The network.
-        dead: The numbers of the dead heads by attention.
-        name: What is shown, for the title.
-
-    Returns:
-        The SVG. Large matrices are drawn in cells, the darker the more weights they keep.
+    Large matrices are drawn in cells, the darker the more weights they keep.
     """
-    rows = [
-        (branch.name, branch.core, f"steps.{number}.{position}.core.")
-        for number, step in enumerate(architecture.steps)
-        for position, branch in enumerate(step)
-        if isinstance(branch.core, AttentionSpec)
-    ]
-    width = LEFT_PX + len(LEAVES) * (SIDE_PX + GAP_PX)
-    height = HEAD_PX + len(rows) * (SIDE_PX + GAP_PX)
-    lost, heads = sum(map(len, dead.values())), sum(core.heads for _, core, _ in rows)
+    width, height = _size(masks)
+    title = f"Kept weights of the attentions, run {masks.run}"
     parts: list[Markup] = [
-        text_at(26, 34, f"Kept weights of the attentions, {name}", class_="title"),
-        text_at(
-            26,
-            54,
-            f"{100 * mask.sparsity:.1f} % of the weights in scope are zero; {lost} of {heads} "
-            "heads are dead (bands)",
-            class_="under",
-        ),
+        text_at(26, 34, title, class_="title"),
+        text_at(26, 54, masks.counts, class_="under"),
     ]
-    for column, leaf in enumerate(LEAVES):
-        x = LEFT_PX + column * (SIDE_PX + GAP_PX) + SIDE_PX / 2
-        parts.append(text_at(x, HEAD_PX - 10, leaf, class_="tick", anchor="middle"))
-    for place, (branch, core, prefix) in enumerate(rows):
-        y = HEAD_PX + place * (SIDE_PX + GAP_PX)
-        parts.append(text_at(26, y + SIDE_PX / 2, branch, class_="tick"))
-        for column, leaf in enumerate(LEAVES):
-            x = LEFT_PX + column * (SIDE_PX + GAP_PX)
-            keep = mask.kept.get(f"{prefix}{leaf}.weight")
-            parts += _matrix(keep, core, leaf, dead.get(branch, []), x, y)
-    title = f"masks of the attention matrices, {name}"
+    for text, x, y, anchor in _labels(masks):
+        parts.append(text_at(x, y, text, class_="tick", anchor=anchor))
+    for matrix in _matrices(masks):
+        parts += _markup(matrix)
+    title = f"masks of the attention matrices, run {masks.run}"
     return str(sheet(width, height, title, _STYLE, *parts)) + "\n"
 
 
+def mask_pdf(masks: Masks) -> bytes:
+    """The same without the heading, as a PDF of one column's width; equal for equal masks."""
+    width, height = _size(masks)
+    # The headings of the columns stay.
+    top = HEAD_PX - 28
+    return pdf(lambda axes: _draw(axes, masks, width, height, top), (height - top) / width)
+
+
+def masks_figure(masks: Masks) -> dict[Figure, bytes]:
+    """The figure of an article."""
+    about, counts = "Kept weights of the attentions of run", escaped(masks.counts)
+    caption = f"{about} {report_link(masks.run)}: {counts}."
+    return {Figure(Path(PICTURE_FILE).stem, "Masks of the attentions", caption): mask_pdf(masks)}
+
+
+def _draw(axes: Any, masks: Masks, width: float, height: float, top: float) -> None:
+    from matplotlib.collections import LineCollection
+    from matplotlib.patches import PathPatch, Rectangle
+    from matplotlib.path import Path as Outline
+
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, top)
+    for text, x, y, anchor in _labels(masks):
+        sides = {"ha": "center" if anchor == "middle" else "left", "va": "bottom"}
+        axes.text(x, y, text.replace("$", r"\$"), fontsize=6, **sides)
+    frame: dict[str, Any] = {"facecolor": "none", "edgecolor": "0.7", "linewidth": 0.4}
+    band: dict[str, Any] = {"facecolor": COLOURS[1], "alpha": 0.28, "linewidth": 0}
+    for matrix in _matrices(masks):
+        for shade, boxes in sorted(matrix.cells.items()):
+            outline = Outline.make_compound_path_from_polys(np.array([_corners(b) for b in boxes]))
+            look = {"facecolor": COLOURS[0], "alpha": shade / SHADES, "linewidth": 0}
+            axes.add_patch(PathPatch(outline, **look))
+        lines = [((b.x, b.y), (b.x + b.width, b.y + b.height)) for b in matrix.between]
+        axes.add_collection(LineCollection(lines, colors="0.8", linewidths=0.25))
+        for box in matrix.dead.values():
+            axes.add_patch(Rectangle((box.x, box.y), box.width, box.height, **band))
+        box = matrix.frame
+        axes.add_patch(Rectangle((box.x, box.y), box.width, box.height, **frame))
+
+
+def _corners(box: Box) -> list[tuple[float, float]]:
+    right, lower = box.x + box.width, box.y + box.height
+    return [(box.x, box.y), (right, box.y), (right, lower), (box.x, lower)]
+
+
+def _size(masks: Masks) -> tuple[float, float]:
+    """Width and height of the picture."""
+    step = SIDE_PX + GAP_PX
+    return LEFT_PX + len(LEAVES) * step, HEAD_PX + len(masks.attentions) * step
+
+
+def _labels(masks: Masks) -> list[tuple[str, float, float, str]]:
+    """The titles of columns and rows: text, x, y of its baseline, and anchor."""
+    step = SIDE_PX + GAP_PX
+    columns = [
+        (leaf, LEFT_PX + place * step + SIDE_PX / 2, HEAD_PX - 10, "middle")
+        for place, leaf in enumerate(LEAVES)
+    ]
+    rows = [
+        (name, 26.0, HEAD_PX + place * step + SIDE_PX / 2, "start")
+        for place, (name, _, _) in enumerate(masks.attentions)
+    ]
+    return columns + rows
+
+
+def _matrices(masks: Masks) -> Iterator[Matrix]:
+    step = SIDE_PX + GAP_PX
+    for row, (name, core, prefix) in enumerate(masks.attentions):
+        for column, leaf in enumerate(LEAVES):
+            keep = masks.mask.kept.get(f"{prefix}{leaf}.weight")
+            frame = Box(LEFT_PX + column * step, HEAD_PX + row * step, SIDE_PX, SIDE_PX)
+            yield _matrix(keep, core, leaf, masks.dead.get(name, []), frame)
+
+
 def _matrix(
-    keep: Tensor | None, core: AttentionSpec, leaf: str, dead: Sequence[int], x: float, y: float
-) -> list[Markup]:
+    keep: Tensor | None, core: AttentionSpec, leaf: str, dead: Sequence[int], frame: Box
+) -> Matrix:
     """One matrix with its heads: rows of q, k and v, columns of the output projection."""
-    parts = [element("rect", x=x, y=y, width=SIDE_PX, height=SIDE_PX, class_="matrix")]
-    if keep is not None:
-        parts += _cells(keep, x, y)
     heads = core.heads if leaf in ("q", "out") else core.kv_heads
     band = SIDE_PX / heads
-    for head in range(1, heads):
-        at = head * band
-        line = (
-            {"x1": x + at, "x2": x + at, "y1": y, "y2": y + SIDE_PX}
-            if leaf == "out"
-            else {"x1": x, "x2": x + SIDE_PX, "y1": y + at, "y2": y + at}
+
+    def across(at: float, thickness: float) -> Box:
+        if leaf == "out":
+            return Box(frame.x + at, frame.y, thickness, SIDE_PX)
+        return Box(frame.x, frame.y + at, SIDE_PX, thickness)
+
+    return Matrix(
+        frame,
+        {} if keep is None else _cells(keep, frame),
+        [across(head * band, 0.0) for head in range(1, heads)],
+        {head: across(head * band, band) for head in (dead if heads == core.heads else ())},
+    )
+
+
+def _markup(matrix: Matrix) -> list[Markup]:
+    parts = [element("rect", **dataclasses.asdict(matrix.frame), class_="matrix")]
+    for shade, boxes in sorted(matrix.cells.items()):
+        drawn = "".join(
+            f"M{box.x:.5g} {box.y:.5g}h{box.width:.4g}v{box.height:.4g}H{box.x:.5g}z"
+            for box in boxes
         )
-        parts.append(element("line", **line, class_="between"))
-    for head in dead if heads == core.heads else ():
-        at, title = head * band, element("title", f"head {head} is dead")
-        place = (
-            {"x": x + at, "y": y, "width": band, "height": SIDE_PX}
-            if leaf == "out"
-            else {"x": x, "y": y + at, "width": SIDE_PX, "height": band}
-        )
-        parts.append(element("rect", title, **place, class_="dead"))
+        opacity = round(shade / SHADES, 3)
+        parts.append(element("path", d=drawn, class_="kept", fill_opacity=opacity))
+    for box in matrix.between:
+        ends = {"x1": box.x, "x2": box.x + box.width, "y1": box.y, "y2": box.y + box.height}
+        parts.append(element("line", **ends, class_="between"))
+    for head, box in matrix.dead.items():
+        title = element("title", f"head {head} is dead")
+        parts.append(element("rect", title, **dataclasses.asdict(box), class_="dead"))
     return parts
 
 
-def _cells(keep: Tensor, x: float, y: float) -> list[Markup]:
-    """The kept weights: a path for each shade, of rectangles that join neighbours in a row."""
+def _cells(keep: Tensor, frame: Box) -> dict[int, list[Box]]:
+    """The kept weights by shade, in rectangles that join neighbours in a row."""
     density = _density(keep)
     rows, columns = density.shape
     across, down = SIDE_PX / columns, SIDE_PX / rows
     top = float(density.max())
     if top == 0.0:
-        return []
+        return {}
     shades = (density * SHADES / top).ceil().int().tolist()
-    paths: dict[int, list[str]] = {}
+    found: dict[int, list[Box]] = {}
     for place, line in enumerate(shades):
         start = 0
         while start < columns:
@@ -163,15 +288,11 @@ def _cells(keep: Tensor, x: float, y: float) -> list[Markup]:
             while end < columns and line[end] == line[start]:
                 end += 1
             if line[start]:
-                left, upper = x + start * across, y + place * down
-                paths.setdefault(line[start], []).append(
-                    f"M{left:.5g} {upper:.5g}h{(end - start) * across:.4g}v{down:.4g}H{left:.5g}z"
-                )
+                left, upper = frame.x + start * across, frame.y + place * down
+                box = Box(left, upper, (end - start) * across, down)
+                found.setdefault(line[start], []).append(box)
             start = end
-    return [
-        element("path", d="".join(found), class_="kept", fill_opacity=round(shade / SHADES, 3))
-        for shade, found in sorted(paths.items())
-    ]
+    return found
 
 
 def _density(keep: Tensor) -> Tensor:

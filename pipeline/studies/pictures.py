@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,16 +45,21 @@ class Cost:
         column: Its column.
         title: Title of the axis, with the unit.
         unit: How many of the column's units are one of the axis.
+        axis: The axis of the study whose values have colours; None: all runs have one.
+        place: Of several pictures of the cost, from 0.
     """
 
     column: str
     title: str
     unit: float
+    axis: str | None = None
+    place: int = 0
 
     @property
     def file(self) -> str:
         """Name of its figures, without the suffix."""
-        return f"study-{self.column.replace('_', '-')}"
+        name = f"{self.column} {self.axis}" if self.place else self.column
+        return f"study-{re.sub('[^a-z0-9]+', '-', name)}"
 
 
 @dataclass(frozen=True)
@@ -65,35 +71,46 @@ class Series:
 
 
 def costs(summary: Summary) -> list[Cost]:
-    """The costs that the finished runs have."""
-    found = []
+    """The costs that the finished runs have; the first one once for each axis with colours."""
+    axes = coloured_axes(summary)
+    found: list[Cost] = []
     for column in summary.fronts:
-        largest = max(number(row.get(column)) for row in summary.done)
-        if column in summary.latencies:
-            name = column.removeprefix("compact_").removesuffix("_ms").replace("_", " ")
-            found.append(Cost(column, f"median latency of {name}, ms", 1.0))
-            continue
-        word, unit = ("millions", 1e6) if largest >= 1e6 else ("thousands", 1e3)
-        what = {
-            "params": "parameters",
-            "macs": "multiply-adds",
-            "params_nonzero": "parameters that are not zero",
-        }[column]
-        found.append(Cost(column, f"{what}, {word}", unit))
+        shown: Sequence[str | None] = (axes if not found else axes[:1]) or [None]
+        title, unit = _cost_title(summary, column)
+        found += [Cost(column, title, unit, axis, place) for place, axis in enumerate(shown)]
     return found
 
 
-def coloured_axis(summary: Summary) -> str | None:
-    """The axis whose values have colours: the first with two to six of them."""
+def _cost_title(summary: Summary, column: str) -> tuple[str, float]:
+    if column in summary.latencies:
+        name = column.removeprefix("compact_").removesuffix("_ms").replace("_", " ")
+        return f"median latency of {name}, ms", 1.0
+    largest = max(number(row.get(column)) for row in summary.done)
+    word, unit = ("millions", 1e6) if largest >= 1e6 else ("thousands", 1e3)
+    what = {
+        "params": "parameters",
+        "macs": "multiply-adds",
+        "params_nonzero": "parameters that are not zero",
+    }[column]
+    return f"{what}, {word}", unit
+
+
+def coloured_axes(summary: Summary) -> list[str]:
+    """The axes with two to six values in finished runs; those that set the size are last.
+
+    Of axes that divide the runs equally, as those of a zip do, the first.
+    """
+    found: dict[tuple[int, ...], str] = {}
     for axis in [*summary.configurations, *summary.axes]:
-        if 2 <= len({row[axis] for row in summary.done}) <= MOST_COLOURS:
-            return axis
-    return None
+        values = [row[axis] for row in summary.done]
+        places = {value: place for place, value in enumerate(dict.fromkeys(values))}
+        if 2 <= len(places) <= MOST_COLOURS:
+            found.setdefault(tuple(places[value] for value in values), axis)
+    return list(found.values())
 
 
-def series(summary: Summary) -> list[Series]:
-    """The finished runs by the value of the coloured axis."""
-    axis = coloured_axis(summary)
+def series(summary: Summary, axis: str | None) -> list[Series]:
+    """The finished runs by the value of an axis."""
     if axis is None:
         return [Series("", tuple(summary.done))]
     values = dict.fromkeys(row[axis] for row in summary.done)
@@ -136,7 +153,7 @@ def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
             text_at(
                 26, 54, "a point is a run; a dashed line is the front of a seed", class_="under"
             ),
-            *_legend(summary),
+            *_legend(summary, cost.axis),
             x_axis(frame, x, cost.title, 7),
             y_axis(frame, y, 6),
             *(_front(summary, cost, seed, frame, x, y) for seed in summary.fronts[cost.column]),
@@ -158,12 +175,11 @@ def hint(summary: Summary, row: Row) -> str:
     return f"{settings}, seed {row['seed']}: {top1}, {params} parameters"
 
 
-def _legend(summary: Summary) -> list[Markup]:
-    axis = coloured_axis(summary)
+def _legend(summary: Summary, axis: str | None) -> list[Markup]:
     if axis is None:
         return []
     parts, x = [text_at(26, 76, f"{axis}:", class_="tick")], 40.0 + text_width(f"{axis}:", 11.5)
-    for place, each in enumerate(series(summary), 1):
+    for place, each in enumerate(series(summary, axis), 1):
         name = shortened(each.name, LONGEST_NAME)
         parts += [marker(x, 72, place, radius=4.5), text_at(x + 11, 76, name, class_="tick")]
         x += text_width(name, 11.5) + LEGEND_PX + 11
@@ -175,7 +191,7 @@ def _points(
 ) -> list[Markup]:
     shown = {row["id"] for row in rows}
     marks = []
-    for place, each in enumerate(series(summary), 1):
+    for place, each in enumerate(series(summary, cost.axis), 1):
         for row in each.rows:
             if row["id"] not in shown:
                 continue

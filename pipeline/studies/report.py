@@ -10,6 +10,8 @@ from ...bench.report.markdown import WRITTEN_BY_VITRIM, safe
 from ...bench.report.model import Report
 from ...bench.report.writing import PAGE, PICTURE
 from ...core.storage import replace_file, require_output_file
+from .article_text import Figure
+from .claims import TOKENS
 from .grids import Entry, Grid, grids
 from .magnitude_claims import SPARSITY as WEIGHT_SPARSITY
 from .page import headline, lead, render_page
@@ -38,10 +40,21 @@ def write_report(folder: Path | str, *, latex: bool = False) -> list[str]:
     summary = summarise(StudyTable(folder))
     machine = machine_of(summary, folder)
     pictures = {f"{cost.file}.svg": picture(summary, cost) + "\n" for cost in costs(summary)}
+    drawn: dict[Figure, bytes] = {}
     if WEIGHT_SPARSITY in summary.axes:
-        from .mask_pictures import mask_pictures
+        from .mask_pictures import PICTURE_FILE, mask_picture, masks_figure, shown_masks
 
-        pictures |= mask_pictures(summary, folder)
+        masks = shown_masks(summary, folder)
+        if masks is not None:
+            pictures[PICTURE_FILE] = mask_picture(masks)
+            drawn |= masks_figure(masks) if latex else {}
+    if TOKENS in summary.axes:
+        from . import token_pictures
+
+        courses = token_pictures.courses(summary, folder)
+        if courses:
+            pictures[token_pictures.PICTURE_FILE] = token_pictures.courses_picture(courses)
+            drawn |= token_pictures.courses_figure(courses) if latex else {}
     pages = {
         PAGE_FILE: render_page(summary, machine, list(pictures.values())),
         TEXT_FILE: render_markdown(summary, machine, list(pictures)),
@@ -56,7 +69,7 @@ def write_report(folder: Path | str, *, latex: bool = False) -> list[str]:
     if latex:
         from .article import write_article
 
-        written += write_article(summary, folder, machine)
+        written += write_article(summary, folder, machine, drawn)
     return written
 
 

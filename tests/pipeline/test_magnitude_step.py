@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,22 @@ def test_the_report_of_a_study_shows_masks_and_sizes(study: Path) -> None:
     text = (study / "study.md").read_text(encoding="utf-8")
     assert PICTURE_FILE in text
     assert "study-params-nonzero.svg" in text
+
+
+def test_the_article_of_a_study_has_the_masks_as_vectors(study: Path) -> None:
+    *_, main, compiled = write_report(study, latex=True)
+    generated = study / "latex/generated"
+    text = (generated / "figures.tex").read_text()
+    assert "{generated/study-masks.pdf}" in text
+    assert r"of run \href{../runs/0123456789/report.html}{0123456789}: 98.0 \% of" in text
+    assert (
+        r"Masks of the attentions are in Fig.~\ref{fig:study-masks}"
+        in (generated / "numbers.tex").read_text()
+    )
+    assert b"/Subtype /Image" not in (generated / "study-masks.pdf").read_bytes()
+    if shutil.which("pdflatex") is not None:
+        assert compiled == str(Path(main).with_suffix(".pdf"))
+        assert "undefined" not in (study / "latex/main.log").read_text(errors="replace")
 
 
 def test_a_resumed_run_repeats_no_step(finished: Path, recipe_file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from vitrim import WeightMask
 from vitrim.pipeline.studies.expansion import expand
 from vitrim.pipeline.studies.findings import Finding
 from vitrim.pipeline.studies.magnitude_claims import magnitude_findings
-from vitrim.pipeline.studies.mask_pictures import mask_picture, shown_run
+from vitrim.pipeline.studies.mask_pictures import Masks, mask_pdf, mask_picture, shown_run
 from vitrim.pipeline.studies.study_file import load_study
 from vitrim.pipeline.studies.summary import Summary
 from vitrim.pipeline.studies.table import Column
@@ -142,7 +143,8 @@ def test_the_shown_run_is_the_nearest_to_95_percent_of_all_matrices_in_rounds() 
 def test_the_picture_shows_every_kept_weight_and_the_dead_heads() -> None:
     network = vitrim.lift(tiny_vit())
     mask = WeightMask.from_magnitude(network, 0.9)
-    text = mask_picture(mask, network.architecture, {"blocks.1.attn": [0, 2]}, "run <1>")
+    masks = Masks(mask, network.architecture, {"blocks.1.attn": [0, 2]}, "<1>")
+    text = mask_picture(masks)
     assert text.startswith("<svg")
     assert "<1>" not in text
     assert "2 of 6 heads are dead" in text
@@ -164,8 +166,27 @@ def test_an_empty_matrix_is_drawn_empty() -> None:
     network = vitrim.lift(tiny_vit())
     whole = WeightMask.from_magnitude(network, 0.5)
     empty = {name: torch.zeros_like(keep) for name, keep in whole.kept.items()}
-    text = mask_picture(WeightMask(empty, whole.model), network.architecture, {}, "none")
-    assert "<path" not in text
+    masks = Masks(WeightMask(empty, whole.model), network.architecture, {}, "none")
+    assert "<path" not in mask_picture(masks)
+    assert mask_pdf(masks).startswith(b"%PDF")
+
+
+def test_the_figure_of_an_article_is_the_picture_as_vectors() -> None:
+    network = vitrim.lift(tiny_vit())
+    mask = WeightMask.from_magnitude(network, 0.9)
+    masks = Masks(mask, network.architecture, {"blocks.1.attn": [0, 2]}, "1")
+    file = mask_pdf(masks)
+    assert mask_pdf(masks) == file
+    assert b"/Subtype /Image" not in file
+    streams = [
+        zlib.decompress(part)
+        for part in re.findall(rb"/FlateDecode.*?stream\n(.*?)\nendstream", file, re.DOTALL)
+    ]
+    page = max(streams, key=len).decode("latin-1")
+    paths = re.findall(r'<path d="([^"]*)"', mask_picture(masks))
+    # The closed outlines: the sheet, the kept weights, the dead heads and the matrices.
+    boxes = 1 + sum(path.count("M") for path in paths) + 2 * 4 + 2 * 4
+    assert len(re.findall(r"\bh\b", page)) == boxes
 
 
 def test_the_study_of_the_package_varies_what_the_claims_need() -> None:

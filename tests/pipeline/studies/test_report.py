@@ -14,7 +14,7 @@ from study_sample import large_table
 from vitrim.core.errors import InputError
 from vitrim.pipeline.studies.article_text import escaped
 from vitrim.pipeline.studies.report import write_report
-from vitrim.pipeline.studies.table import StudyTable
+from vitrim.pipeline.studies.table import Column, StudyTable
 
 REASON = "budget <b>params</b> = 0.0001: not feasible"
 SOURCE = {
@@ -66,6 +66,27 @@ def test_the_markdown_has_the_same_tables(folder: Path) -> None:
     assert (folder / "study-params.svg").read_text().startswith("<svg")
     first = StudyTable(folder).rows()[0]["id"]
     assert f"[{first}](runs/{first}/report.html)" in text
+
+
+def test_the_first_cost_is_drawn_for_each_axis_with_few_values(tmp_path: Path) -> None:
+    table = large_table(tmp_path, 6)
+    # Values that go together divide the runs equally.
+    names = ("masks.fixed", "finetune.lr")
+    axes = [Column(name, "axis", "", f"recipe key {name}") for name in names]
+    for place, run in enumerate(table.states()):
+        values = (("none", 0.1), ("head", 0.2), ("embed", 0.3))[place % 3]
+        table.change(run, "done", figures=dict(zip(names, values, strict=True)), columns=axes)
+    write_report(tmp_path)
+    pictures = {path.name: path.read_text() for path in tmp_path.glob("study-*.svg")}
+    assert sorted(pictures) == [
+        *("study-compact-fp32-ms.svg", "study-macs.svg", "study-params-masks-fixed.svg"),
+        *("study-params-masks-params.svg", "study-params.svg"),
+    ]
+    assert "masks.sharing:" in pictures["study-params.svg"]
+    assert "masks.fixed:" in pictures["study-params-masks-fixed.svg"]
+    for name in ("none", "head", "embed"):
+        assert f">{name}<" in pictures["study-params-masks-fixed.svg"]
+    assert all(picture.count("<a href=") == 6 for picture in pictures.values())
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed")
