@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 from onnx import TensorProto, helper, numpy_helper
 from vitrim.bench.results.measurement import Environment, Measurement
 
@@ -46,6 +47,13 @@ def images_with_labels(path: Path, model: Path, count: int = 20, wrong: int = 5)
     labels[:wrong] = (labels[:wrong] + 1) % 10
     np.savez(path, images=images, labels=labels)
     return path
+
+
+def kill_run(folder: Path) -> None:
+    """Kill the process of a run on this machine as a device: the one that works in its folder."""
+    process = psutil.Process(int((folder / "pid").read_text()))
+    assert Path(process.cwd()) == folder.resolve()
+    process.kill()
 
 
 def measurement(**changes: object) -> Measurement:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 from adb_device import adb_device
-from bench_samples import chain, images_with_labels
+from bench_samples import chain, images_with_labels, kill_run
 from loopback_ssh import free_port
 from vitrim.bench.remote.adb_link import AdbAddress, AdbLink
 from vitrim.bench.remote.device_link import LinkLost
@@ -83,7 +82,7 @@ def test_a_run_that_was_killed_is_reported(device: str, tmp_path: Path) -> None:
     def kill(share: float, text: str) -> None:
         if text.startswith("round"):
             (run,) = device_folder.iterdir()
-            os.kill(int((run / "pid").read_text()), signal.SIGKILL)
+            kill_run(run)
 
     call = {**QUICK, "time_limit_s": 20.0, "least_rounds": 1000}
     with pytest.raises(

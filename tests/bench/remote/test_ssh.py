@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import chain, images_with_labels
+from bench_samples import chain, images_with_labels, kill_run
 from loopback_ssh import Server, free_port, needs_sshd, ssh_server
 from vitrim.bench.remote.device_link import LinkLost
 from vitrim.bench.remote.measure import measure_on
@@ -119,7 +119,7 @@ def test_a_run_that_was_killed_is_reported(server: Server, tmp_path: Path) -> No
     def kill(share: float, text: str) -> None:
         if text.startswith("round"):
             (run,) = device_folder.iterdir()
-            os.kill(int((run / "pid").read_text()), signal.SIGKILL)
+            kill_run(run)
 
     with pytest.raises(
         InputError, match=r"the run ended there without a result.*restarted, or the run was killed"
