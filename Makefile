@@ -17,8 +17,8 @@ demo: .venv/installed
 	$(BIN)/vitrim run --overwrite
 
 test: .venv/installed-test
-	@# The tests of a file stay together, for their fixtures, and files start in the order of
-	@# tests/conftest.py. Thread pools of several processes would compete for the cores.
+	@# The tests of a file stay together, for their fixtures. Thread pools of several processes would
+	@# compete for the cores.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
 		--numprocesses logical --maxprocesses 4 --dist loadfile
 
