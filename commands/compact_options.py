@@ -17,7 +17,7 @@ DEFAULT_SALIENCY, DEFAULT_KEEP_RATIO = "l2", 0.5
 Source = Annotated[
     Path | None,
     typer.Argument(
-        help="A folder that vitrim saved, or a .safetensors or .pth file.",
+        help="A folder that vitrim or transformers saved, or a .safetensors or .pth file.",
         metavar="MODEL",
         show_default=False,
     ),

@@ -35,16 +35,16 @@ def load_source(options: ModelOptions) -> Source:
         InputError: There is none, or it cannot be read.
     """
     from ..compress.lift import lift
-    from ..compress.network.files import load
     from ..pipeline.checkpoint_file import require_no_graph
-    from ..pipeline.source_model import classes_in, require_saved, source_model
+    from ..pipeline.source_model import classes_in, load_folder, require_saved, source_model
 
     checkpoint = options.source or options.checkpoint
     if checkpoint is None and not options.pretrained:
         raise InputError("no model: name MODEL or --checkpoint, or --model with --pretrained")
     if checkpoint is not None and checkpoint.is_dir():
         require_saved(checkpoint)
-        return Source(load(checkpoint), read_card(checkpoint.parent / CARD), name=str(checkpoint))
+        card = read_card(checkpoint.parent / CARD)
+        return Source(load_folder(checkpoint), card, name=str(checkpoint))
     if checkpoint is not None:
         require_no_graph(checkpoint)
     if options.model is None:
@@ -90,18 +90,20 @@ def data_of(source: Source, selection: Selection, option: str) -> ModelData:
     Raises:
         InputError: There is neither; the message names `option`, which needs it.
     """
-    from ..pipeline.source_model import preprocessing_of
+    from ..pipeline.source_model import EMBEDDED, preprocessing_of
 
-    image = source.model.architecture.image
-    data = model_data(source.card, selection.data, image)
+    architecture = source.model.architecture
+    data = model_data(source.card, selection.data, architecture.image, architecture.data)
     if data is None:
         raise InputError(
             f"{option} needs images: name them with --data, e.g. "
             "--data fashion-mnist or --data imagefolder:PATH"
         )
-    if source.section is None:
+    section = source.section
+    if section is None or not (section.pretrained or section.checkpoint == EMBEDDED):
         return data
-    return replace(data, preprocessing=preprocessing_of(source.section, data.name, image))
+    found = preprocessing_of(section, data.name, architecture.image)
+    return replace(data, preprocessing=found)
 
 
 def unlabeled_images(data: ModelData, selection: Selection) -> Tensor:

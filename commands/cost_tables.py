@@ -96,13 +96,12 @@ def _sizes(table: Table) -> tuple[CostSizes, CompactModel | None]:
 
     if table.like is None:
         return CostSizes(**table.block_sizes()), None  # type: ignore[arg-type]
-    from ..compress.network.files import load
-    from ..pipeline.source_model import require_saved
+    from ..pipeline.source_model import load_folder, require_saved
 
     if not table.like.is_dir():
         raise InputError(f"{table.like}: no such folder; name a model that vitrim saved")
     require_saved(table.like)
-    dense = load(table.like).eval()
+    dense = load_folder(table.like).eval()
     return sizes_of(dense.architecture), dense
 
 

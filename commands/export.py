@@ -25,6 +25,7 @@ from .option_groups import with_option_groups
 
 if TYPE_CHECKING:
     from ..bench.results.measurement import Measurement
+    from ..compress.network.architecture import DataSpec
     from ..compress.network.modules.model import CompactModel
     from ..compress.tokens.buckets import BucketedModel
     from ..export.artifact import Artifact
@@ -144,12 +145,15 @@ class _Request:
         """Whether the model is an .onnx file."""
         return self.model.suffix.lower() == ".onnx" and not self.model.is_dir()
 
-    def arguments(self, image: Image, classes: int | None) -> dict[str, Any]:
+    def arguments(
+        self, image: Image, classes: int | None, stated: DataSpec | None = None
+    ) -> dict[str, Any]:
         """The arguments that all exports share.
 
         Args:
             image: (channels, height, width) of the input.
             classes: Number of outputs; None if unknown, 0 for a model without classifier.
+            stated: The data config of the model, where it is known.
         """
         variant, own = self.variant, self.is_graph
         return {
@@ -163,12 +167,12 @@ class _Request:
             "ort_format": self.graph.ort_format,
             "threads": self.graph.threads,
             "overwrite": self.output.overwrite,
-            **self._images(image, classes),
+            **self._images(image, classes, stated),
         }
 
-    def _images(self, image: Image, classes: int | None) -> dict[str, Any]:
+    def _images(self, image: Image, classes: int | None, stated: DataSpec | None) -> dict[str, Any]:
         card = read_card(self.model.parent / CARD)
-        data = model_data(card, self.data.data, image)
+        data = model_data(card, self.data.data, image, stated)
         if data is None:
             if self.output.bundle is not None:
                 raise InputError(
@@ -206,7 +210,7 @@ def _export_model(request: _Request) -> Artifact:
         image_size=variant.image_size,
         options=settings,
         outputs=graph.outputs or None,
-        **request.arguments(image, _labelled(network, graph.outputs)),
+        **request.arguments(image, _labelled(network, graph.outputs), network.architecture.data),
     )
 
 
@@ -246,15 +250,16 @@ def _labelled(network: CompactModel | BucketedModel, outputs: list[str] | None) 
 
 def _network(request: _Request) -> tuple[CompactModel | BucketedModel, Image]:
     """The model as it was saved, and the (channels, height, width) of the artifact's input."""
-    from ..compress.network.files import BUCKETS_FILE, load
+    from ..compress.network.files import BUCKETS_FILE
     from ..compress.surgery.image_size import at_image_size
     from ..compress.tokens.buckets import load_bucketed
     from ..export.resized_model import require_memory
+    from ..pipeline.source_model import load_folder
 
     if (request.model / BUCKETS_FILE).exists():
         model = load_bucketed(request.model)
         return model, model.architecture.image
-    network = load(request.model)
+    network = load_folder(request.model)
     if request.variant.image_size is None:
         return network, network.architecture.image
     # Refused before any file is read or written for it.
@@ -314,7 +319,9 @@ def _export_for_all_runtimes(request: _Request) -> None:
         opset=request.graph.opset,
         image_size=request.variant.image_size,
         outputs=request.graph.outputs or None,
-        **request.arguments(image, _labelled(network, request.graph.outputs)),
+        **request.arguments(
+            image, _labelled(network, request.graph.outputs), network.architecture.data
+        ),
     )
     measured = measure_interleaved(made, threads, time_limit_s=ALL_LIMIT_S)
     for name, measurement in measured.items():

@@ -14,7 +14,8 @@ from ..targets.catalog import load_target
 Model = Annotated[
     Path,
     typer.Argument(
-        help="A folder that vitrim saved, or an .onnx file; with --verify, an artifact."
+        help="A folder that vitrim or transformers saved, or an .onnx file; with --verify, an "
+        "artifact."
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for the artifact.")]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..compress.data.preprocessing import Preprocessing
+    from ..compress.network.architecture import DataSpec
 
 CARD = "data.json"
 SCHEMA = "vitrim.data/1"
@@ -61,9 +62,18 @@ def read_card(path: Path) -> dict[str, Any] | None:
 
 
 def model_data(
-    card: dict[str, Any] | None, requested: str | None, image: tuple[int, int, int]
+    card: dict[str, Any] | None,
+    requested: str | None,
+    image: tuple[int, int, int],
+    stated: DataSpec | None = None,
 ) -> ModelData | None:
     """The requested data set, else that of the run; None where there is neither.
+
+    Args:
+        card: `data.json` of the run that contains the model.
+        requested: Name of the data set; None: that of the run.
+        image: (channels, height, width) of the model's input.
+        stated: The data config of the model, for data sets without a mean and std of their own.
 
     Raises:
         InputError: The data set does not exist, or the card is damaged.
@@ -77,7 +87,7 @@ def model_data(
         return None
     unlabeled = name.startswith(UNLABELED)
     if card is None or (requested not in (None, card["name"]) and not unlabeled):
-        return ModelData(name, default_preprocessing(name, image), {})
+        return ModelData(name, default_preprocessing(name, image, stated), {})
     try:
         preprocessing = Preprocessing.model_validate(card["preprocessing"])
     except (ValidationError, KeyError) as error:

@@ -26,6 +26,7 @@ from ..core.storage import sha256_file
 from .checkpoint_file import Entry, folder_kind, is_flax, read_entries, shards_of
 from .checkpoint_names import NEW_HEAD, Expected, beginnings, fitted_state, head_classes
 from .recipe_sections import ModelSection
+from .transformers_folder import is_transformers_folder, transformers_model
 
 EMBEDDED = "embedded"
 _BUILD_ERRORS = (TypeError, ValueError, AssertionError, KeyError, RuntimeError, AttributeError)
@@ -58,9 +59,9 @@ def resolved(section: ModelSection) -> ModelSection:
 def source_model(section: ModelSection, classes: int) -> nn.Module:
     """Build the model of `[model]` with a head of `classes` classes, in eval mode.
 
-    A checkpoint is a folder that vitrim saved, or a file with timm's names (.safetensors, .pth with
-    `weights_only`, .npz), with any prefixes of wrappers. With `new_head` its classifier is replaced
-    by a new one.
+    A checkpoint is a folder that vitrim or transformers saved, or a file with timm's names
+    (.safetensors, .pth with `weights_only`, .npz), with any prefixes of wrappers. With `new_head`
+    its classifier is replaced by a new one.
 
     Raises:
         InputError: timm does not have the model or rejects an override, or the checkpoint or the
@@ -113,7 +114,10 @@ def image_of(section: ModelSection) -> tuple[int, int, int]:
     """
     section = resolved(section)
     if section.checkpoint is not None and Path(section.checkpoint).is_dir():
-        return read_architecture(Path(section.checkpoint) / ARCHITECTURE).image
+        path = Path(section.checkpoint)
+        if is_transformers_folder(path):
+            return load_folder(path).architecture.image
+        return read_architecture(path / ARCHITECTURE).image
     with torch.device("meta"):
         return lift(build(section.name, section.overrides)).architecture.image
 
@@ -311,14 +315,29 @@ def _without_head(path: Path, name: str, entries: list[Entry]) -> InputError:
 
 
 def require_saved(folder: Path) -> None:
-    """Raise InputError, with what to name instead, if vitrim did not save this folder."""
-    if not (folder / ARCHITECTURE).is_file() and (kind := folder_kind(folder)):
+    """Raise InputError, with what to name instead, if `load_folder` cannot load this folder."""
+    if (folder / ARCHITECTURE).is_file() or is_transformers_folder(folder):
+        return
+    if kind := folder_kind(folder):
         raise InputError(f"{folder}: {kind}")
+
+
+def load_folder(folder: Path) -> CompactModel:
+    """Load a network that vitrim saved, or a Vision Transformer that transformers saved.
+
+    Raises:
+        InputError: The folder is neither, or damaged.
+        UnsupportedModel: A module of transformers has no rule; the message names its path.
+    """
+    saved = (folder / ARCHITECTURE).is_file()
+    return (
+        load(folder) if saved or not is_transformers_folder(folder) else transformers_model(folder)
+    )
 
 
 def _saved(folder: Path, classes: int, *, new_head: bool) -> nn.Module:
     require_saved(folder)
-    model = load(folder)
+    model = load_folder(folder)
     if new_head:
         return with_new_head(model, classes)
     if model.architecture.classes != classes:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, get_args
 
 from ...core.errors import InputError
 from . import fashion_mnist
-from .preprocessing import Preprocessing
+from .preprocessing import Interpolation, Preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATH_KINDS = ("imagefolder", "parquet", "arrow", "disk", "webdataset", "images")
@@ -87,10 +88,40 @@ def path_of(spec: str) -> Path | None:
     return Path(path).expanduser() if kind in PATH_KINDS and path else None
 
 
-def default_preprocessing(spec: str, image: tuple[int, int, int]) -> Preprocessing:
+class DataConfig(Protocol):
+    """What a model states about its images, in the terms of timm's data config."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel, in units of pixel / 255."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation, likewise."""
+
+    @property
+    def interpolation(self) -> str:
+        """Filter of resizing."""
+
+    @property
+    def crop_pct(self) -> float:
+        """Share of the resized image that the crop keeps."""
+
+    @property
+    def crop_mode(self) -> str:
+        """`center`, `squash` or `border`."""
+
+
+def default_preprocessing(
+    spec: str, image: tuple[int, int, int], stated: DataConfig | None = None
+) -> Preprocessing:
     """Preprocessing to the input (C, H, W) of a model, with the mean and std of the data set.
 
-    A data set without a name has the mean and std of ImageNet.
+    Args:
+        spec: Name of the data set.
+        image: (channels, height, width) of the model's input.
+        stated: The data config of the model. A data set without a mean and std of its own, such as
+            a folder of images, is prepared as it states, or as for ImageNet.
     """
     channels, height, width = image
     if channels not in (1, 3):
@@ -98,10 +129,28 @@ def default_preprocessing(spec: str, image: tuple[int, int, int]) -> Preprocessi
     name = canonical_name(spec)
     known = NAMED_DATASETS.get(name, NamedDataset(name))
     mean, std = known.mean, known.std
+    if stated is not None and mean == IMAGENET_MEAN and len(stated.mean) == channels:
+        return _stated(stated, image)
     if channels == 1 and len(mean) == 3:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     if channels == 3 and len(mean) == 1:
         mean, std = mean * 3, std * 3
     return Preprocessing(
         channels=1 if channels == 1 else 3, height=height, width=width, mean=mean, std=std
+    )
+
+
+def _stated(config: DataConfig, image: tuple[int, int, int]) -> Preprocessing:
+    """The preprocessing of a data config; a filter or a crop that is not known is the default."""
+    channels, height, width = image
+    known = get_args(Interpolation)
+    return Preprocessing(
+        channels=1 if channels == 1 else 3,
+        height=height,
+        width=width,
+        mean=config.mean,
+        std=config.std,
+        interpolation=config.interpolation if config.interpolation in known else "bicubic",
+        resize="center-crop" if config.crop_mode == "center" else "squash",
+        crop_ratio=config.crop_pct if config.crop_mode == "center" else 1.0,
     )

@@ -188,7 +188,7 @@ def test_taylor_uses_the_images_and_records_them(place: Path, tmp_path: Path) ->
         data,
         "train",
         12,
-        preprocessing=default_preprocessing(data, (3, 16, 16)),
+        preprocessing=default_preprocessing(data, (3, 16, 16), source.architecture.data),
         classes=3,
         draw_seed=3,
     )
