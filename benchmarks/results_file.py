@@ -38,7 +38,7 @@ def earlier_rows(out: Path, head: Any) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     old = json.loads(path.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = old["rows"] if old["head"] == head else []
+    rows: list[dict[str, Any]] = old["rows"] if old.get("head") == head else []
     return rows
 
 

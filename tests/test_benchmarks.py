@@ -166,3 +166,29 @@ def test_the_steps_of_a_waterfall_end_with_the_compact_network(
     assert list(cut_steps(dense.architecture, alone.architecture)) == ["widths"]
     with pytest.raises(InputError, match="has the sizes of the dense one"):
         cut_steps(dense.architecture, dense.architecture)
+
+
+def test_a_coverage_command_resumes_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.coverage.result_rows import Row, coverage_rows
+
+    examined: list[str] = []
+
+    def examine(name: str) -> Row:
+        examined.append(name)
+        row = Row(name)
+        row.add_error("tokens", float("nan") if name == "b" else 1e-7)
+        return row
+
+    out = tmp_path / "rows.json"
+    assert len(coverage_rows(["a", "b", "c"], examine, out, {"masks": 1}, until=0.0)) == 0
+    coverage_rows(["a", "b"], examine, out, {"masks": 1})
+    found = coverage_rows(["a", "b", "c"], examine, out, {"masks": 1})
+    assert examined == ["a", "b", "c"]
+    assert [row.error for row in found] == [1e-7, float("inf"), 1e-7]
+    # Other masks are other rows.
+    coverage_rows(["a"], examine, out, {"masks": 2})
+    coverage_rows(["a"], examine, out, {"masks": 2}, again=True)
+    assert examined == ["a", "b", "c", "a", "a"]

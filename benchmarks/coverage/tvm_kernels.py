@@ -1,10 +1,11 @@
 """Which of timm's plain Vision Transformers our TVM kernels compute exactly, cut by token masks.
 
-`python -m benchmarks.coverage.tvm_kernels` builds every name small (`small_models`), cuts it by a
-random token mask, alone and together with widths, compiles the result for this machine and compares
-its outputs for two images with torch's. A name is *exact* if the outputs of both masks differ by
-less than 2e-5 of the largest value, *uncovered* if no kernel of ours computes a part (TVM's ONNX
-front end compiles such a network), *wrong* otherwise. Writes `results/tvm_kernels_tokens.json`.
+`python -m benchmarks.coverage.tvm_kernels` builds every name small (`small_models`), cuts it by
+random token masks (of patches, of patches and widths, and of patches and learned tokens that the
+head does not read), compiles the result for this machine and compares its outputs for two images
+with torch's. A name is *exact* if the outputs of all masks differ by less than 2e-5 of the largest
+value, *uncovered* if no kernel of ours computes a part (TVM's ONNX front end compiles such a
+network), *wrong* otherwise. Writes `results/tvm_kernels_tokens.json`, and resumes there.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections import Counter
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import tvm
 from tvm import relax
-from vitrim import StructuredMask, compact, lift
+from vitrim import compact, lift
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.export.parity import relative_error
 from vitrim.export.tvm_kernels.build import build_network
@@ -27,39 +27,27 @@ from vitrim.export.tvm_kernels.coverage import uncovered_part
 from vitrim.targets.catalog import load_target
 from vitrim.targets.profile import TargetProfile
 
-from ..results_file import RESULTS, save_result
-from .graph_forms import MASKS, TOLERANCE
+from ..results_file import RESULTS
+from .graph_forms import LEARNED, MASKS, TOLERANCE, masks
+from .result_rows import Row, add_arguments, coverage_rows
 from .small_models import names, small
-
-
-@dataclass
-class Row:
-    """One name."""
-
-    name: str
-    result: str = "exact"
-    reason: str = ""
-    error: float = 0.0
-    seconds: float = 0.0
 
 
 def examine(name: str, profile: TargetProfile) -> Row:
     """Examine one name."""
-    start, row = time.perf_counter(), Row(name)
+    row = Row(name)
     try:
         lifted = lift(small(name))
         part = uncovered_part(lifted.architecture)
         if part is not None:
             row.result, row.reason = "uncovered", part
         else:
-            for seed, settings in enumerate(MASKS[True]):
-                mask = StructuredMask.random(lifted, seed=seed, **settings)
-                error = error_of(compact(lifted, mask).eval(), profile)
-                row.error = max(row.error, error if error == error else float("inf"))
+            for label, mask in masks(lifted.architecture, tokens=True):
+                row.add_error(label, error_of(compact(lifted, mask).eval(), profile))
+                row.graphs += 1
             row.result = "exact" if row.error <= TOLERANCE else "wrong"
     except Exception as error:  # any failure is a finding
         row.result, row.reason = "wrong", f"{type(error).__name__}: {error}"
-    row.seconds = time.perf_counter() - start
     return row
 
 
@@ -77,23 +65,26 @@ def error_of(model: CompactModel, profile: TargetProfile) -> float:
 def main() -> None:
     """Print a line a name and the sums, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="names to examine (default: all)")
+    add_arguments(parser)
     parser.add_argument("--json", type=Path, default=RESULTS / "tvm_kernels_tokens.json")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    profile, rows = load_target("host"), []
-    for name in arguments.names or names():
-        row = examine(name, profile)
-        rows.append(row)
-        content = {"schema": "vitrim.tvm_kernels/1", "rows": [asdict(row) for row in rows]}
-        save_result(arguments.json, content)
-        print(
-            f"{row.name:52s} {row.result:9s} {row.error:.1e} ({row.seconds:.1f} s) "
-            f"{row.reason[:100]}",
-            flush=True,
-        )
-    print(dict(Counter(row.result for row in rows)), "of", len(rows))
+    profile, minutes = load_target("host"), arguments.minutes
+    coverage_rows(
+        arguments.names or names(),
+        partial(examine, profile=profile),
+        arguments.json,
+        settings(profile),
+        again=arguments.again,
+        until=None if minutes is None else time.monotonic() + 60 * minutes,
+    )
+
+
+def settings(profile: TargetProfile) -> dict[str, object]:
+    """What the rows depend on."""
+    features = sorted(profile.features)
+    return {"masks": MASKS[True], "learned": LEARNED, "features": features}
 
 
 if __name__ == "__main__":
