@@ -20,7 +20,7 @@ from vitrim.compress.surgery.plan import plan
 from ..coverage.torch_pruning_recipe import attention_forward
 
 if TYPE_CHECKING:
-    from .oneshot import Method
+    from .oneshot_cases import Method
 
 BISECTIONS = 10
 BATCH = 64
