@@ -40,6 +40,17 @@ def rows_without_time(table: StudyTable) -> list[dict[str, Any]]:
     ]
 
 
+def logged_processes(folder: Path) -> list[int]:
+    """The numbers of the processes that did the jobs of a study, by the lines that are complete."""
+    lines = [
+        line
+        for log in sorted((folder / "logs").glob("*.log"))
+        for line in log.read_text(encoding="utf-8").splitlines(keepends=True)
+    ]
+    starts = [line for line in lines if line.startswith("--- ") and line.endswith("\n")]
+    return [int(line.rpartition(" ")[2]) for line in starts]
+
+
 def large_table(folder: Path, count: int) -> StudyTable:
     """A table with finished runs of two axes and three seeds, in an empty folder."""
     # From the root of the repository, where pytest runs.

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from study_sample import rows_without_time, write_study
+from study_sample import logged_processes, rows_without_time, write_study
 from vitrim.cli import call
 from vitrim.core.errors import InputError
 from vitrim.pipeline.studies.engine import StudyOptions, run_study, validated_runs
 from vitrim.pipeline.studies.study_file import load_study
 from vitrim.pipeline.studies.table import TABLE_FILE, StudyTable
+from warm_processes import Running, start_vitrim
 
 # Twelve runs, of which four fail: no mask meets that budget.
 TEXT = """
@@ -100,67 +96,57 @@ def test_a_run_of_a_study_is_an_ordinary_run_folder(finished: Path, place: Path)
     assert (run / "report.html").is_file()
 
 
-def _kill_after(process: subprocess.Popen[bytes], folder: Path, ended: int) -> None:
-    """Kill a study, and only its own process, once this many runs have ended."""
-    while process.poll() is None:
-        try:
-            states = list(StudyTable(folder).states().values())
-        except InputError:
-            states = []
-        if sum(state in ("done", "failed") for state in states) >= ended:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def _ended(folder: Path) -> int:
+    """How many runs of a study have ended."""
+    try:
+        states = list(StudyTable(folder).states().values())
+    except InputError:
+        return 0
+    return sum(state in ("done", "failed") for state in states)
 
 
-def _workers(parent: int) -> Iterator[psutil.Process]:
-    yield from psutil.Process(parent).children(recursive=True)
+def _killed(process: Running) -> None:
+    """Kill a study, and only its own process; its workers end by themselves."""
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert (len(gone), alive) == (len(workers), [])
 
 
 def test_a_study_killed_three_times_has_the_table_of_one_that_was_not(
     study: Path, finished: Path
 ) -> None:
     folder = study.parent / "killed"
-    command = [sys.executable, "-m", "vitrim", "study", str(study), "--out", str(folder), "-q"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for number, ended in enumerate((1, 4, 8)):
         resumed = ["--resume"] if number else []
-        process = subprocess.Popen([*command, *resumed], env=environment, stderr=subprocess.PIPE)
-        _kill_after(process, folder, ended)
-        assert process.stderr is not None
-        assert (process.returncode, process.stderr.read()) == (-signal.SIGKILL, b"")
+        log = study.parent / f"killed-{number}"
+        process = start_vitrim("study", study, "--out", folder, "-q", *resumed, log=log)
+        process.wait_until(lambda ended=ended: _ended(folder) >= ended)  # type: ignore[misc]
+        _killed(process)
+        assert process.errors() == ""
     table = run_study(load_study(study), folder, StudyOptions(resume=True, jobs=2, quiet=True))
     assert rows_without_time(table) == rows_without_time(StudyTable(finished))
 
 
 def test_the_worker_ends_with_a_killed_study(study: Path) -> None:
     folder = study.parent / "orphan"
-    command = [sys.executable, "-m", "vitrim", "study", str(study), "--out", str(folder), "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not (folder / "logs").is_dir():
-        assert process.poll() is None
-        time.sleep(0.05)
-    workers = list(_workers(process.pid))
-    assert workers
-    process.kill()
-    process.wait()
-    gone, alive = psutil.wait_procs(workers, timeout=10)
-    assert (len(gone), alive) == (len(workers), [])
+    process = start_vitrim("study", study, "--out", folder, "-q", log=study.parent / "orphan-log")
+    process.wait_until((folder / "logs").is_dir)
+    _killed(process)
 
 
 def test_a_killed_worker_is_tried_again(place: Path, finished: Path) -> None:
     text = 'until = "finetune"\n[axes]\n"masks.params" = [0.6]\n"finetune.lr" = [1e-3, 1e-4]\n'
     folder, path = place / "worker", write_study(place, text, "two")
-    command = [sys.executable, "-m", "vitrim", "study", str(path), "--out", str(folder), "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not list((folder / "logs").glob("*.log")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    text = next((folder / "logs").glob("*.log")).read_text().splitlines()[0]
-    os.kill(int(text.rpartition(" ")[2]), signal.SIGKILL)
-    process.wait()
-    assert process.returncode == 0
+    process = start_vitrim("study", path, "--out", folder, "-q", log=place / "worker-log")
+    process.wait_until(lambda: bool(logged_processes(folder)))
+    (named, *_) = logged_processes(folder)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (worker,) = [child for child in children if child.pid == named]
+    worker.kill()
+    assert process.wait() == 0, process.errors()
     # Runs with equal settings have equal ids, in whichever study.
     assert rows_without_time(StudyTable(folder)) == rows_without_time(StudyTable(finished))[:2]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import signal
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from study_sample import write_study
+from study_sample import logged_processes, write_study
 from vitrim.core.errors import InputError
 from vitrim.pipeline.studies.engine import StudyOptions, run_study
 from vitrim.pipeline.studies.ray_workers import require_ray
@@ -31,11 +31,12 @@ def _kill_first_worker(folder: Path, killed: list[int]) -> None:
     """Kill the process of the first job as soon as its log names it."""
     end = time.monotonic() + 240
     while time.monotonic() < end:
-        for log in (folder / "logs").glob("*.log"):
-            lines = log.read_text().splitlines()
-            if lines and lines[0].startswith("--- "):
-                killed.append(int(lines[0].rpartition(" ")[2]))
-                os.kill(killed[0], signal.SIGKILL)
+        named = logged_processes(folder)
+        # Ray's own processes are children of this one, and the workers theirs.
+        for worker in psutil.Process().children(recursive=True):
+            if worker.pid in named[:1]:
+                worker.kill()
+                killed.append(worker.pid)
                 return
         time.sleep(0.01)
 
@@ -60,7 +61,7 @@ def _study_with_a_killed_worker(tmp_path: Path) -> None:
         killer = threading.Thread(target=_kill_first_worker, args=(tmp_path / "ray", killed))
         killer.start()
         table = run_study(study, tmp_path / "ray", StudyOptions(ray="auto", jobs=2, quiet=True))
-        killer.join()
+        killer.join(300)
         text = 'until = "finetune"\nearly_stop = "asha"\n[set]\n"finetune.epochs" = 2\n' + TEXT
         stopping = load_study(write_study(tmp_path, text, "stopping"))
         options = StudyOptions(ray="auto", jobs=2, quiet=True)
@@ -77,7 +78,7 @@ def _study_with_a_killed_worker(tmp_path: Path) -> None:
     ]
     logs = [(tmp_path / "ray/logs" / f"{row['id']}.log").read_text() for row in rows]
     jobs = [line for log in logs for line in log.splitlines() if line.startswith("--- ")]
-    assert {int(line.rpartition(" ")[2]) for line in jobs} > set(killed)
+    assert set(logged_processes(tmp_path / "ray")) > set(killed)
     # Runs of other sizes are no competitors, so that both continue after their rung.
     assert set(early.states().values()) == {"done"}
     rungs = [path.stem for path in (tmp_path / "early/rungs/1").glob("*.json")]
