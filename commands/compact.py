@@ -12,7 +12,6 @@ from ..core.storage import require_output_folder, require_separate
 from .bucket_options import BucketOptions, make_buckets
 from .compact_options import (
     DEFAULT_KEEP_RATIO,
-    DEFAULT_SALIENCY,
     ModelOptions,
     Output,
     Selection,
@@ -197,7 +196,7 @@ def _choose(source: Source, selection: Selection) -> tuple[StructuredMask, Score
     from ..compress.masks.saliency import SaliencyOptions
 
     model, scope, sharing = source.model, selection.scope, selection.sharing
-    saliency = selection.saliency or DEFAULT_SALIENCY
+    saliency = selection.criterion
     ratio = DEFAULT_KEEP_RATIO if selection.keep_ratio is None else selection.keep_ratio
     # The command line's strings; unknown ones are refused in there.
     if saliency == "random":

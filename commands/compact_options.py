@@ -12,7 +12,8 @@ from ..core.errors import InputError
 
 # Saliencies that need the gradients of the loss on images.
 FROM_IMAGES = ("taylor", "fisher", "head")
-DEFAULT_SALIENCY, DEFAULT_KEEP_RATIO = "l2", 0.5
+# The best criteria of the benchmark of cuts without training, with labelled images and without.
+WITH_LABELS, DEFAULT_SALIENCY, DEFAULT_KEEP_RATIO = "fisher", "l2", 0.5
 
 Source = Annotated[
     Path | None,
@@ -58,10 +59,11 @@ SaliencyName = Annotated[
     str | None,
     typer.Option(
         "--saliency",
-        help="Criterion of what is kept. From the weights alone: l1, l2 (the default), random. "
-        "From images: taylor (first-order change of the loss without a unit), fisher (its mean "
-        "square over single images, comparable between layers), head (sensitivity "
-        "of the loss to each attention head; cuts heads only).",
+        help="Criterion of what is kept. From the weights alone: l1, l2 (the default without "
+        "--data), random. From images with labels: fisher (mean square of the first-order change "
+        "of the loss without a unit, comparable between layers; the default with --data), taylor "
+        "(that change itself), head (sensitivity of the loss to each attention head; cuts heads "
+        "only).",
         show_default=False,
     ),
 ]
@@ -155,9 +157,18 @@ class Selection:
         return self.mask is None and self.keep_ratio is None and self.saliency is None
 
     @property
+    def criterion(self) -> str:
+        """The saliency, or the best measured one for what is given."""
+        if self.saliency is not None:
+            return self.saliency
+        labelled = self.data is not None and not self.data.startswith("images:")
+        return WITH_LABELS if labelled else DEFAULT_SALIENCY
+
+    @property
     def uses_images(self) -> bool:
-        """Whether the saliency needs images."""
-        return self.saliency in FROM_IMAGES
+        """Whether units are ranked by a saliency that needs images."""
+        ranked = self.saliency is not None or self.keep_ratio is not None
+        return ranked and self.criterion in FROM_IMAGES
 
     def __post_init__(self) -> None:
         from ..compress.masks.saliency import require_criterion

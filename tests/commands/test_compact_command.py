@@ -285,6 +285,25 @@ def test_a_long_pass_over_the_images_shows_a_bar_on_a_terminal(
     assert "22/22" in shown
 
 
+def test_the_default_criterion_is_the_best_one_for_what_is_given(
+    place: Path, tmp_path: Path
+) -> None:
+    data = f"imagefolder:{place / 'photos'}"
+    for name, more, expected in (
+        ("alone", [], {"saliency": "l2", "scope": "layer"}),
+        ("labelled", ["--data", data], {"saliency": "fisher", "scope": "global"}),
+    ):
+        compacted(place / "model", "--keep-ratio", "0.7", *more, "--out", tmp_path / name)
+        note = StructuredMask.load(tmp_path / name / "mask.safetensors").note
+        assert {key: note[key] for key in expected} == expected
+
+
+def test_labels_are_needed_for_the_default_criterion_of_images(place: Path) -> None:
+    photos = f"images:{place / 'photos'}"
+    shown = refusal(place / "model", "--keep-ratio", "0.7", "--data", photos)
+    assert "only --saliency taylor, fisher and head use images" in shown
+
+
 def test_invalid_options_of_saliencies_are_refused(
     place: Path, pruned: Path, tmp_path: Path
 ) -> None:
