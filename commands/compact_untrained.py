@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # Runtimes are fastest at multiples of 16, and lose little at multiples of 8.
 DEFAULT_ROUND_TO = 8
+# With fewer images least squares fit the images rather than the network.
+ENOUGH_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,17 @@ def cut_without_training(
     untrained, table = _with_table(untrained)
     data = data_of(source, selection, "--without-training")
     images = unlabeled_images(data, selection)
+    if len(images) < 2:
+        raise InputError(
+            f"{data.name}: one image, and a cut without training needs {ENOUGH_IMAGES} or more to "
+            "fit weights and to check them; add images, or raise --samples"
+        )
     show(f"{len(images)} images of {data.name}, without labels")
+    if len(images) < ENOUGH_IMAGES:
+        show(
+            "these are few: predicted errors are too low and refits worse than with "
+            f"{ENOUGH_IMAGES} images or more"
+        )
     labelled = _labelled(source, data, selection, untrained)
     with _state(output, resume=untrained.resume) as state:
         job = _Job(source, images, labelled, selection, untrained, output, options, state, table)

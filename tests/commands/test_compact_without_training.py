@@ -61,6 +61,17 @@ def _compact(*arguments: str) -> str:
     return result.output
 
 
+def test_few_images_are_reported_and_one_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    data = ["--data", "images:photos", "--macs", "0.8"]
+    assert "these are few: predicted errors are too low" in _compact("model", *data)
+    assert call(["compact", "model", *data, "--samples", "1"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "images:photos: one image, and a cut without training needs 256 or more" in line
+
+
 def test_labels_give_accuracies_of_answers_and_features(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
