@@ -12,6 +12,7 @@ from torch import Tensor
 from ..network.architecture import Architecture
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
+from ..network.token_order import grid_places
 from .compensation import following_constants
 from .sensitivity import features, patch_features
 from .stream import Stream, has_output_projection
@@ -206,8 +207,7 @@ def kept_patches(dense: Architecture, compact: Architecture) -> Tensor | None:
     if not compact.drops_tokens or dense.drops_tokens:
         return None
     count = compact.step_tokens(last_queries=False)[-1] if compact.steps else compact.tokens
-    places = compact.token_places[compact.prefix : max(count, compact.prefix)]
-    return torch.tensor([place - compact.prefix for place in places], dtype=torch.long)
+    return torch.tensor(grid_places(compact, count), dtype=torch.long)
 
 
 def _feature_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
