@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from vitrim.export.tvm_kernels.build import build_network
 from vitrim.export.tvm_kernels.calibration import find_ranges
 
 HOST = quickly(detect_host())
+Precision = Literal["fp32", "int8", "int8-static"]
 WIDTHS = {"embed": 0.6, "head": 0.7, "ffn": 0.5, "qk": 0.7, "v": 0.5}
 
 
@@ -48,7 +50,7 @@ def cut(name: str, *, widths: bool = False) -> CompactModel:
     return found
 
 
-def error_of(model: CompactModel, batch: int, precision: str = "fp32") -> float:
+def error_of(model: CompactModel, batch: int, precision: Precision = "fp32") -> float:
     images = np.random.default_rng(5).standard_normal(
         (batch, *model.architecture.image), dtype=np.float32
     )
@@ -106,5 +108,5 @@ def test_widths_are_cut_too() -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8-static"])
-def test_eight_bits_are_close_to_torchs_outputs(precision: str) -> None:
+def test_eight_bits_are_close_to_torchs_outputs(precision: Precision) -> None:
     assert error_of(cut("vit_small_patch14_reg4_dinov2"), 2, precision) < 0.1
