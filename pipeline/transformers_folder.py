@@ -63,7 +63,7 @@ def _loaded(transformers: Any, folder: Path) -> Any:
 
     names = _json(folder / CONFIG).get("architectures")
     name = names[0] if isinstance(names, list) and names else "AutoModel"
-    kind = getattr(transformers, str(name), None)
+    kind: Any = getattr(transformers, str(name), None)
     if not hasattr(kind, "from_pretrained"):
         raise InputError(f"{folder / CONFIG}: transformers has no model {name!r}")
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -99,7 +99,7 @@ def _data(path: Path, model: CompactModel) -> DataSpec | None:
     found = _json(path)
     crop, size = _side(found.get("crop_size")), _side(found.get("size"))
     share = crop / size if found.get("do_center_crop") and crop and size else None
-    resample = found.get("resample")
+    resample: Any = found.get("resample")
     known = isinstance(resample, int) and 0 <= resample < len(_FILTERS)
     try:
         data = DataSpec(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -58,7 +59,13 @@ def test_a_checkpoint_file_is_prepared_as_its_timm_model(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    sizes: dict[str, Any] = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 1,
+        "num_heads": 3,
+    }
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
     torch.save(model.state_dict(), "weights.pth")
     overrides = [f"{key}={value}" for key, value in sizes.items()]

@@ -17,7 +17,7 @@ from vitrim.export.artifact import Artifact
 from vitrim.pipeline.recipe_sections import ModelSection
 from vitrim.pipeline.source_model import image_of, load_folder, source_model
 
-SIZES = {
+SIZES: dict[str, Any] = {
     **{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3},
     **{"intermediate_size": 48, "image_size": 16, "patch_size": 8},
 }
@@ -30,7 +30,12 @@ PREPROCESSOR = {
 def _clip(kind: str) -> Any:
     if kind == "vision":
         return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES))
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    text: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
     text |= {"intermediate_size": 16, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1}
     return transformers.CLIPModel(
         transformers.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=8)
