@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photos, a model with a data config and one without, and weights under a name of timm."""
     folder = tmp_path_factory.mktemp("stated")
     write_photos(folder / "photos")
-    model = tiny_vit(num_classes=3)
+    model: Any = tiny_vit(num_classes=3)
     model.pretrained_cfg = CONFIG
     vitrim.save(vitrim.lift(model), folder / "stated")
     model.pretrained_cfg = {}
