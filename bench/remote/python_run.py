@@ -28,6 +28,9 @@ DEVICE_FILES = ("runner.py", "conductor.py", "environment.py", "energy.py")
 PACKAGE = Path(__file__).parents[2]
 RUNTIMES = PACKAGE / "runtimes"
 MARGIN_BYTES = 1_000_000
+# Whether the device was not restarted since a run began there, in the run's folder. Process ids are
+# reused after a restart; the boot id shows one.
+SAME_BOOT = '[ "$(cat boot)" = "$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)" ]'
 
 
 @dataclass(frozen=True)
@@ -212,14 +215,15 @@ def remove_run(link: DeviceLink, folder: str) -> None:
     """Remove a run's folder; a run in progress is ended first, and its runners end with it."""
     link.run(
         f"cd {quote(folder)} 2>/dev/null || exit 0; "
-        '[ -f result.json ] || [ ! -f pid ] || kill "$(cat pid)" 2>/dev/null; '
+        f"[ -f result.json ] || [ ! -s pid ] || ! {SAME_BOOT} || "
+        'kill "$(cat pid)" 2>/dev/null; '
         f"cd / && rm -rf {quote(folder)}"
     )
 
 
 def _start(link: DeviceLink, folder: str, python: str) -> None:
     # The shell writes its process id and becomes the run, in a session of its own, so that the end
-    # of the link does not end it. Process ids are reused after a restart; the boot id shows one.
+    # of the link does not end it.
     run = (
         "echo $$ > pid; cat /proc/sys/kernel/random/boot_id > boot 2>/dev/null; "
         f"exec {shlex.quote(python)} -B conductor.py plan.json result.json"
@@ -242,7 +246,7 @@ def _query(link: DeviceLink, folder: str) -> tuple[str, str]:
         # `kill -0` still finds.
         'elif kill -0 "$(cat pid)" 2>/dev/null '
         '&& ! grep -q "^State:.*zombie" "/proc/$(cat pid)/status" 2>/dev/null '
-        '&& [ "$(cat boot)" = "$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)" ]; '
+        f"&& {SAME_BOOT}; "
         "then echo RUNNING; else echo GONE; fi; tail -n 1 progress.jsonl"
     ).decode(errors="replace")
     lines = output.splitlines() or ["GONE"]

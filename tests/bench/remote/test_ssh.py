@@ -273,11 +273,14 @@ def test_a_disk_that_fills_up_while_copying_or_running_is_reported(
 @needs_sshd
 def test_a_restarted_device_is_reported(server: Server, tmp_path: Path) -> None:
     device_folder = tmp_path / "device"
+    other = subprocess.Popen(["sleep", "600"])
 
     def restart(share: float, text: str) -> None:
         # After a restart the run's process id may be that of another process.
         if text.startswith("round"):
             (run,) = device_folder.iterdir()
+            kill_run(run)
+            (run / "pid").write_text(f"{other.pid}\n")
             (run / "boot").write_text("another boot\n")
 
     with pytest.raises(
@@ -292,6 +295,8 @@ def test_a_restarted_device_is_reported(server: Server, tmp_path: Path) -> None:
             **{**QUICK, "time_limit_s": 20.0, "least_rounds": 1000},
         )
     assert list(device_folder.iterdir()) == []
+    assert other.poll() is None
+    other.kill()
 
 
 @needs_sshd
