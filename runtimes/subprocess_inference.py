@@ -72,7 +72,13 @@ def infer_in_subprocess(
 def infer_with_choices(
     job: Json, images: Any, *, command: Sequence[str] | None = None, limit_s: float = LIMIT_S
 ) -> tuple[Any, list[list[Any]], Json]:
-    """Run a model with selections; see `infer_in_subprocess`.
+    """Run a model with selections over images in another process.
+
+    Args:
+        job: As for `infer_in_subprocess`.
+        images: Shape (count, channels, height, width), in the type of the model's input.
+        command: As for `infer_in_subprocess`.
+        limit_s: Stop the process after this many seconds.
 
     Returns:
         Logits; for each batch the chosen places (images, kept) of each selection, see

@@ -37,7 +37,7 @@ from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Choices, Select, first_places
 from vitrim.export.parity import relative_error
 from vitrim.export.runtimes import RuntimeFiles, runtime_named
-from vitrim.runtimes.subprocess_inference import infer_in_subprocess
+from vitrim.runtimes.subprocess_inference import infer_with_choices
 from vitrim.targets.profile import TargetProfile
 
 pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
@@ -331,30 +331,13 @@ def written(folder: Path, target: str, batch: int) -> tuple[CompactModel, Runtim
     return model, runtime_named("tvm").write(request, folder)
 
 
-def test_the_choices_are_read_from_the_written_file(tmp_path: Path) -> None:
-    model, files = written(tmp_path / "a", "host", 2)
+@pytest.mark.parametrize("target", ["host", "rpi4"])
+def test_the_choices_are_read_from_the_written_file(tmp_path: Path, target: str) -> None:
+    if target == "rpi4":
+        emulator("apache-tvm-ffi")
+    model, files = written(tmp_path / "a", target, 2)
+    assert files.engine_choices
     images = noise(model, 5)
-    assert files.choices is not None
-    dependent = [select for select in model.architecture.selects if select.scorer != "random"]
-    chosen = files.choices(tmp_path / "a" / files.main, [each.name for each in dependent], images)
-    assert chosen is not None
-    recorded = Choices()
-    with torch.no_grad():
-        model(torch.from_numpy(images), recorded)
-    wanted = [
-        places.numpy()
-        for select, places in zip(model.architecture.selects, recorded.found, strict=True)
-        if select in dependent
-    ]
-    for one, other in zip(chosen, wanted, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert files.choices(tmp_path / "a" / files.main, ["select.0"], images) is None
-
-
-def test_a_processor_of_another_kind_selects_the_same_patches(tmp_path: Path) -> None:
-    emulator("apache-tvm-ffi")
-    model, files = written(tmp_path / "a", "rpi4", 2)
-    images = noise(model, 4)
     job = {
         "runtime": "tvm",
         "model": str(tmp_path / "a" / files.main),
@@ -362,8 +345,19 @@ def test_a_processor_of_another_kind_selects_the_same_patches(tmp_path: Path) ->
         "session": dict(files.session),
         "input": {"name": "images", "shape": [2, *model.architecture.image]},
     }
-    logits, _ = infer_in_subprocess(job, images, command=files.command)
+    logits, batches, _ = infer_with_choices(job, images, command=files.command)
+    recorded = Choices()
     with torch.no_grad():
-        expected = model(torch.from_numpy(images)).numpy()
+        expected = model(torch.from_numpy(images), recorded).numpy()
     # Another choice changes logits by more.
     assert float(relative_error(expected, logits).max()) < 1e-4
+    # The last batch has one image.
+    assert [len(batch[0]) for batch in batches] == [2, 2, 1]
+    wanted = [
+        places.numpy()
+        for select, places in zip(model.architecture.selects, recorded.found, strict=True)
+        if select.scorer != "random"
+    ]
+    assert len(wanted) > 1
+    for parts, other in zip(zip(*batches, strict=True), wanted, strict=True):
+        np.testing.assert_array_equal(np.concatenate(parts), other)
