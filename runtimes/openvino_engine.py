@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,13 +19,36 @@ DEVICE = "CPU"
 ONEDNN_LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA")
 
 
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
 @contextlib.contextmanager
-def without_onednn_limits() -> Iterator[None]:
-    """Hide `ONEDNN_LIMITS` from OpenVINO, which reads them when it compiles a model."""
+def openvino_contained() -> Iterator[None]:
+    """Hide `ONEDNN_LIMITS` from OpenVINO as it compiles a model, and keep the signal stack.
+
+    With its first model a `Core` gives the thread another stack for the handlers of signals
+    (openvino pull request 11894), and unmaps it at its end. Of two that end in the order in which
+    they began, the second one restores the stack of the first, which is gone: Ctrl-C, or the end of
+    a worker process, then kills the process without a message. Two engines show it:
+
+        engines[0].load(), engines[1].load(); del engines[0]; del engines[0]
+        signal.signal(SIGUSR1, print); os.kill(os.getpid(), SIGUSR1)
+
+    A `Core` restores nothing where its stack is no longer in use.
+    """
     hidden = {name: os.environ.pop(name) for name in ONEDNN_LIMITS if name in os.environ}
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    before = _SignalStack()
+    if library is not None:
+        library.sigaltstack(None, ctypes.byref(before))
     try:
         yield
     finally:
+        if library is not None:
+            library.sigaltstack(ctypes.byref(before), None)
         os.environ.update(hidden)
 
 
@@ -49,7 +74,7 @@ class OpenVinoEngine(Engine):
         path = self.require_file()
         wanted = self._properties()
         try:
-            with without_onednn_limits():
+            with openvino_contained():
                 self.compiled = self._compiled(path, wanted)
         except EngineError:
             raise
@@ -109,7 +134,7 @@ class OpenVinoEngine(Engine):
     def profile(self, images: Any, count: int) -> list[Json]:
         """Time each operator; see `Engine.profile`."""
         # Counters slow every call, so the profile uses a second compiled model.
-        with without_onednn_limits():
+        with openvino_contained():
             compiled = self.module.Core().compile_model(
                 str(self.job["model"]), DEVICE, {**self._properties(), "PERF_COUNT": True}
             )

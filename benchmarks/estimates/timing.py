@@ -32,6 +32,7 @@ def _noise(shape: Any) -> np.ndarray[Any, Any]:
 
 def _openvino(path: str, threads: int) -> Callable[[], object]:
     import openvino
+    from vitrim.runtimes.openvino_engine import openvino_contained
 
     settings = {
         "INFERENCE_NUM_THREADS": threads,
@@ -39,7 +40,8 @@ def _openvino(path: str, threads: int) -> Callable[[], object]:
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
     }
-    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    with openvino_contained():
+        request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
     image = _noise([int(size) for size in request.get_input_tensor().shape])
     return lambda: request.infer({0: image})
 

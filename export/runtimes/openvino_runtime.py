@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ...core.errors import InputError
-from ...runtimes.openvino_engine import without_onednn_limits
+from ...runtimes.openvino_engine import openvino_contained
 from ..capabilities import int8_assumptions, int8_exact
 from ..forms import Form
 from ..graphs.model_proto import SELECT
@@ -86,7 +86,7 @@ class OpenVino:
                 group_size = source.options.get("group_size", GROUP_SIZE)
                 session["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group_size
             elif source.precision == "int8-static":
-                with without_onednn_limits():
+                with openvino_contained():
                     model = _quantize_all(model, source)
                 assumes = int8_assumptions(source.target)
             elif source.precision == "bf16":
@@ -156,7 +156,7 @@ def _fixed_batch(path: Path) -> int | None:
     return int(batch.get_length()) if batch.is_static else None
 
 
-@without_onednn_limits()
+@openvino_contained()
 def _model_values(
     path: Path,
     wanted: set[str],
@@ -187,7 +187,7 @@ def _model_values(
 
 
 def _quantize_weights(model: Any) -> Any:
-    with _quiet():
+    with _quiet(), openvino_contained():
         import nncf
 
         return nncf.compress_weights(

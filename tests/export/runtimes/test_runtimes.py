@@ -290,3 +290,33 @@ def test_all_runtimes_are_exported_and_the_absent_have_a_reason(
         assert artifact.folder == tmp_path / "all" / name
         assert artifact.manifest.runtime == name
     assert sorted(os.listdir(tmp_path / "all")) == sorted(made)
+
+
+SIGNAL_AFTER_ENGINES = """
+import gc, os, signal, sys
+from vitrim.runtimes import open_engine
+
+job = {"runtime": "openvino", "model": sys.argv[1]}
+engines = [open_engine(job) for _ in range(2)]
+for engine in engines:
+    engine.load()
+    engine.profile(__import__("numpy").zeros(engine.input_shape, "float32"), 1)
+del engine
+while engines:
+    del engines[0]
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_two_models_of_openvino_is_handled(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    from openvino import opset8
+
+    given = opset8.parameter([1, 4], np.float32, name="x")
+    path = tmp_path / "m.xml"
+    openvino.save_model(openvino.Model([opset8.relu(given)], [given], "m"), str(path))
+    command = [sys.executable, "-c", SIGNAL_AFTER_ENGINES, str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "handled\n"), ran.stderr
