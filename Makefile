@@ -18,8 +18,9 @@ demo: .venv/installed
 
 test: .venv/installed-test
 	@# The tests of a file stay together, for their fixtures. Thread pools of several processes would
-	@# compete for the cores.
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
+	@# compete for the cores. Where an environment lets Python write no compiled files, each of the
+	@# many processes that tests start would compile all modules again.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest \
 		--numprocesses logical --maxprocesses 4 --dist loadfile
 
 fuzz: .venv/installed-test
