@@ -128,7 +128,7 @@ def test_each_round_trains_with_more_zeros(tmp_path: Path, ema: float | None) ->
             zeros(self.model_for_eval(), self.mask)
             seen.append(self.mask.sparsity)
 
-    task = rounds_task(model, Watched, dense_options=DenseOptions(ema=ema))
+    task = rounds_task(model, Watched, options=DenseOptions(ema=ema))
     result = fit(task, DATA, replace(QUICK, epochs=4), tmp_path)
     kept = 0.1 ** (1 / 3)
     assert seen == pytest.approx([1 - kept] * 6 + [1 - kept**2] * 6, abs=1e-3)
