@@ -21,6 +21,7 @@ from ..network.axes import (
     site_out,
 )
 from ..network.modules.rope import pairs
+from ..network.select_specs import static_steps
 
 Sharing = Literal["unshared", "residual", "full"]
 ScaleRule = Literal["kept", "original"]
@@ -82,11 +83,6 @@ def token_sites(architecture: Architecture) -> dict[str, int]:
     for step, count in zip(architecture.steps, counts, strict=False):
         found[step[0].name] = count
     return found
-
-
-def static_steps(architecture: Architecture) -> int:
-    """Number of steps before the first selection, which carry the same tokens for all images."""
-    return architecture.selects[0].at if architecture.selects else len(architecture.steps)
 
 
 def tied_units(architecture: Architecture, dimension: str, site: str) -> Tensor:

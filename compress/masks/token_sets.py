@@ -15,8 +15,9 @@ from ...core.errors import InputError
 from ..network.architecture import Architecture
 from ..network.architecture_checks import pinned_tokens, pools_patches
 from ..network.axes import STEM_OUT
+from ..network.select_specs import static_steps
 from ..network.token_order import patch_positions
-from .groups import static_steps, token_sites
+from .groups import token_sites
 
 
 def token_sets(architecture: Architecture, entries: Mapping[str, Tensor]) -> list[Tensor]:

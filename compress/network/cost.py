@@ -32,6 +32,7 @@ from .select_specs import (
     select_inputs,
     select_macs,
     selected_tokens,
+    static_steps,
 )
 
 Live = Callable[[str, str, Indices | None], Any]
@@ -86,7 +87,7 @@ def live_macs(architecture: Architecture, live: Live) -> Any:
     total = total + stem * patches * (channels * spec.patch[0] * spec.patch[1])
     pooled, pool = _pooled_width(architecture, live, read), architecture.pool
     sites = [STEM_OUT, *(step[0].name for step in architecture.steps)]
-    last = final - _live_learned(architecture, live, _static_steps(architecture), sites)
+    last = final - _live_learned(architecture, live, static_steps(architecture), sites)
     if pool.attention is not None:
         seen = final if pool.prefix else last
         heads, qk, v = attention_counts(POOL_ATTENTION, live)
@@ -153,7 +154,7 @@ def _live_tokens(
 ) -> tuple[list[Any], Any]:
     """What `live_tokens` returns, and the number of learned tokens behind the stem."""
     steps = architecture.steps
-    static = _static_steps(architecture)
+    static = static_steps(architecture)
     sites = [STEM_OUT, *(step[0].name for step in steps[:static])]
     counts = [live("token", site, None) for site in sites]
     counts += architecture.step_tokens(last_queries=False)[static:]
@@ -173,11 +174,6 @@ def _live_tokens(
         last = max((number for number, mixes in enumerate(mixing) if mixes), default=0)
         counts[last + 1 :] = [read] * (len(steps) - last)
     return counts, learned
-
-
-def _static_steps(architecture: Architecture) -> int:
-    """Number of steps before the first selection."""
-    return architecture.selects[0].at if architecture.selects else len(architecture.steps)
 
 
 def _live_learned(architecture: Architecture, live: Live, number: int, sites: Sequence[str]) -> Any:

@@ -152,6 +152,11 @@ def scoring_branches(
     )
 
 
+def static_steps(architecture: Architecture) -> int:
+    """Number of steps before the first selection, which carry the same tokens for all images."""
+    return architecture.selects[0].at if architecture.selects else len(architecture.steps)
+
+
 def selected_tokens(architecture: Architecture, step: int, tokens: Any) -> Any:
     """Number of the tokens that are left after the selections before a step."""
     for select in architecture.selects:
