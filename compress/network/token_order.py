@@ -27,10 +27,10 @@ def stem_runs(architecture: Architecture) -> Runs:
         learned tokens or among the patches.
     """
     runs: list[tuple[bool, int, int]] = [(True, 0, architecture.prefix)]
-    learned, patches = architecture.prefix, 0
-    for place in architecture.inner or ():
-        runs += [(False, patches, place - learned), (True, learned, learned + 1)]
-        patches, learned = place - learned, learned + 1
+    patches = 0
+    for learned, before in enumerate(patches_before(architecture), start=architecture.prefix):
+        runs += [(False, patches, before), (True, learned, learned + 1)]
+        patches = before
     runs.append((False, patches, architecture.patches))
     merged: list[tuple[bool, int, int]] = []
     for is_learned, start, stop in runs:

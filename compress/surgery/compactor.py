@@ -12,6 +12,7 @@ from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture, AttentionSpec, BranchSpec
 from ..network.modules.layers import affine, normalize
 from ..network.modules.model import CompactModel, build
+from ..network.modules.rope import angle_zero
 from ..network.modules.select import Choices
 from .folding import fold_constants
 from .plan import Plan, plan
@@ -165,8 +166,7 @@ def _with_angle_zero(table: Tensor, indices: tuple[Index, ...]) -> Tensor:
     rows = indices[2] if indices else None
     if rows is None or int(rows.max()) < table.shape[2]:
         return table
-    row = torch.stack([torch.ones_like(table[:, 0, :1]), torch.zeros_like(table[:, 1, :1])], dim=1)
-    return torch.cat([table, row], dim=2)
+    return torch.cat([table, angle_zero(table)], dim=2)
 
 
 def index_select_axes(tensor: Tensor, indices: tuple[Tensor | None, ...]) -> Tensor:

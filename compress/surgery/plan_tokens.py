@@ -21,7 +21,7 @@ from ..masks.mask import StructuredMask
 from ..masks.token_sets import token_sets
 from ..network.architecture import Architecture, AttentionSpec, BranchSpec
 from ..network.axes import LEARNED, PATCHES
-from ..network.token_order import patch_positions
+from ..network.token_order import grid_places, patch_positions
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _reordered(
     # A table has no row for the learned tokens that were in front.
     behind = architecture.tokens - before
     rotated = [place - before if place >= before else behind for place in ranked[prefix:]]
-    old = architecture.order or tuple(range(architecture.patches))
+    old = grid_places(architecture)
     order = tuple(old[number] for number in rows[PATCHES])
     whole = order == tuple(range(math.prod(architecture.grid)))
     fields: dict[str, Any] = {

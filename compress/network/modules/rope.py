@@ -59,11 +59,16 @@ def stream_table(table: Tensor, architecture: Architecture) -> Tensor:
         (heads or 1, 2, tokens behind the prefix, pairs).
     """
     rows = table[:, :, list(grid_places(architecture))]
+    still = angle_zero(table)
     for place in architecture.inner or ():
         number = place - architecture.prefix
-        still = torch.stack([torch.ones_like(rows[:, 0, :1]), torch.zeros_like(rows[:, 1, :1])], 1)
         rows = torch.cat([rows[:, :, :number], still, rows[:, :, number:]], dim=2)
     return rows
+
+
+def angle_zero(table: Tensor) -> Tensor:
+    """A row of a table (heads or 1, 2, tokens, pairs) that rotates nothing."""
+    return torch.stack([torch.ones_like(table[:, 0, :1]), torch.zeros_like(table[:, 1, :1])], dim=1)
 
 
 def rope_table(at: RopeGridSpec, frequencies: Tensor, grid: tuple[int, int]) -> Tensor:
