@@ -13,8 +13,6 @@ resumes there.
 from __future__ import annotations
 
 import argparse
-import time
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,8 +29,8 @@ from vitrim.export.forms import FORMS, Form, write_network
 from vitrim.export.parity import model_outputs, relative_error
 
 from ..results_file import RESULTS
-from .result_rows import Row, add_arguments, coverage_rows
-from .small_models import names, small
+from .result_rows import Row, coverage_rows, parsed
+from .small_models import small
 
 TOLERANCE = 2e-5
 # The form that pnnx converts to ncnn, and one that fills up tiles.
@@ -57,21 +55,18 @@ MASKS: dict[bool, dict[str, dict[str, Any]]] = {
 def main() -> None:
     """Print a line a name and the sums, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
     parser.add_argument("--tokens", action="store_true", help="token masks instead of width masks")
     parser.add_argument("--json", type=Path, help="the file to write")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    tokens, minutes = arguments.tokens, arguments.minutes
+    arguments = parsed(parser)
+    tokens = arguments.tokens
     file = "graph_forms_tokens.json" if tokens else "graph_forms.json"
     coverage_rows(
-        arguments.names or names(),
+        arguments.names,
         partial(examine, tokens=tokens),
         arguments.json or RESULTS / file,
         settings(tokens=tokens),
         again=arguments.again,
-        until=None if minutes is None else time.monotonic() + 60 * minutes,
+        until=arguments.until,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..results_file import earlier_rows, save_result
+from . import small_models
 
 
 @dataclass
@@ -37,8 +41,12 @@ class Row:
         self.errors[mask] = max(self.errors.get(mask, 0.0), error)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every coverage command accepts."""
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse what every coverage command accepts beside its own, and prepare its process.
+
+    Returns:
+        The arguments, with all names where none is given, and `until` as `coverage_rows` takes it.
+    """
     parser.add_argument("names", nargs="*", help="names to examine (default: all)")
     parser.add_argument(
         "--again", action="store_true", help="examine names again that the file has a row of"
@@ -46,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, help="begin no name after this time; the same command resumes"
     )
+    found = parser.parse_args()
+    found.names = found.names or small_models.names()
+    found.until = None if found.minutes is None else time.monotonic() + 60 * found.minutes
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    return found
 
 
 def coverage_rows(

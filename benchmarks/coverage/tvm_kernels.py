@@ -11,8 +11,6 @@ network), *wrong* otherwise. Writes `results/tvm_kernels_tokens.json`, and resum
 from __future__ import annotations
 
 import argparse
-import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +27,8 @@ from vitrim.targets.profile import TargetProfile
 
 from ..results_file import RESULTS
 from .graph_forms import LEARNED, MASKS, TOLERANCE, masks
-from .result_rows import Row, add_arguments, coverage_rows
-from .small_models import names, small
+from .result_rows import Row, coverage_rows, parsed
+from .small_models import small
 
 
 def examine(name: str, profile: TargetProfile) -> Row:
@@ -65,19 +63,15 @@ def error_of(model: CompactModel, profile: TargetProfile) -> float:
 def main() -> None:
     """Print a line a name and the sums, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
     parser.add_argument("--json", type=Path, default=RESULTS / "tvm_kernels_tokens.json")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    profile, minutes = load_target("host"), arguments.minutes
+    arguments, profile = parsed(parser), load_target("host")
     coverage_rows(
-        arguments.names or names(),
+        arguments.names,
         partial(examine, profile=profile),
         arguments.json,
         settings(profile),
         again=arguments.again,
-        until=None if minutes is None else time.monotonic() + 60 * minutes,
+        until=arguments.until,
     )
 
 
