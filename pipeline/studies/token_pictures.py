@@ -66,10 +66,12 @@ def courses(summary: Summary, folder: Path) -> list[Course]:
         first = min(number(row["seed"]) for row in chosen)
         found: dict[str, Course] = {}
         for row in chosen:
+            if row["seed"] != first:
+                continue
             others = {axis: row[axis] for axis in summary.axes if axis != TOKENS}
             name, run = settings_text(others), str(row["id"])
             counts = _counts(folder / RUNS / run / TOKENS_FILE)
-            if row["seed"] == first and counts:
+            if counts:
                 found.setdefault(name, Course(str(method), name, run, counts))
         if found:
             return list(found.values())[:MOST]
