@@ -72,6 +72,7 @@ def infer(
         batch = numpy.ascontiguousarray(batch)
         outputs = engine.infer_outputs(batch).values()
         if chosen is not None:
+            # A second inference: the outputs are those of the call that programs make.
             for number, places in enumerate(engine.infer_choices(batch)):
                 chosen[f"{first // size}.{number}"] = places[:count]
         flat = [numpy.asarray(found, dtype=numpy.float32).reshape(size, -1) for found in outputs]

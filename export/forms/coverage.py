@@ -72,10 +72,9 @@ def _fields(names: str) -> set[str]:
 _READ: dict[type[BaseModel], set[str]] = {
     Architecture: _fields(
         "schema_ image embed stem prefix inner learned source_prefix position position_resize "
-        "patch_norm stem_norm "
-        "stem_writes order tokens_resampled steps selects blocks norm pool pool_norm head "
-        "feature_width feature_writes stream_width stream_channels stream_rotated head_reads "
-        "last_queries data"
+        "patch_norm stem_norm stem_writes order tokens_resampled steps selects blocks norm pool "
+        "pool_norm head feature_width feature_writes stream_width stream_channels stream_rotated "
+        "head_reads last_queries data"
     ),
     StemSpec: {"kind", "patch", "stride", "padding", "bias", "before"},
     ConvSpec: {"kind", "channels", "kernel", "stride", "padding", "bias", "act"},
