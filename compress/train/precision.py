@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..network.modules.attention import Attention
 
 
 @contextlib.contextmanager
@@ -25,12 +27,14 @@ def arithmetic(
     matrix products, in modules with a `fused_attn` switch (timm and ours) by their own. Images per
     CPU-second in training steps of a small ViT: "highest" flash 241, plain 223; "medium" flash
     149, plain 315, timm's own products 347; with autocast flash 345, plain 410, timm's own 479.
+    Our modules are switched by their class: a teacher, and networks that replace the model while
+    it shrinks, compute beside it.
 
     Args:
         matmul_precision: As for `torch.set_float32_matmul_precision`; with "medium" a CPU
             multiplies in bfloat16 if it has the instructions.
         threads: The number of threads, or None to leave it.
-        model: The model, whose `fused_attn` switches are set.
+        model: A model, whose own `fused_attn` switches are set beside those of our modules.
         device: Where the model computes (default: the CPU).
         short: Whether autocast computes products in bfloat16 or float16.
     """
@@ -38,11 +42,8 @@ def arithmetic(
     # Convolutions on a GPU follow a switch of their own, which is on by default.
     short_before = torch.backends.cudnn.allow_tf32
     plain = (short or matmul_precision != "highest") and (device is None or device.type == "cpu")
-    switched = [
-        module
-        for module in model.modules()
-        if plain and getattr(module, "fused_attn", None) is True
-    ]
+    own = [module for module in model.modules() if vars(module).get("fused_attn") is True]
+    switched: list[Any] = [*([Attention] if Attention.fused_attn else []), *own] if plain else []
     with contextlib.ExitStack() as stack:
         if plain:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -51,12 +52,12 @@ def arithmetic(
             torch.backends.cudnn.allow_tf32 = matmul_precision != "highest"
             if threads is not None:
                 torch.set_num_threads(threads)
-            for module in switched:
-                module.fused_attn = False  # type: ignore[assignment]
+            for owner in switched:
+                owner.fused_attn = False
             yield
         finally:
             torch.set_float32_matmul_precision(precision_before)
             torch.backends.cudnn.allow_tf32 = short_before
             torch.set_num_threads(threads_before)
-            for module in switched:
-                module.fused_attn = True  # type: ignore[assignment]
+            for owner in switched:
+                owner.fused_attn = True

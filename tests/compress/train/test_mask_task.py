@@ -12,12 +12,14 @@ import torch
 import vitrim
 import warm_processes
 from tiny_models import relative_error, tiny_vit
+from torch.nn import functional
 from training_material import stripes
 from vitrim.compress.lift import lift
 from vitrim.compress.masks.budget import Budget
 from vitrim.compress.network.architecture import AttentionSpec
 from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.surgery.plan import plan
+from vitrim.compress.train.dense import Distillation
 from vitrim.compress.train.loop import fit
 from vitrim.compress.train.mask_settings import MaskSettings
 from vitrim.compress.train.mask_task import MaskTask
@@ -255,3 +257,31 @@ def test_a_killed_run_resumes_to_equal_masks(tmp_path: Path) -> None:
     assert resumed.kept.keys() == whole.kept.keys()
     for dimension, site, keep in whole:
         assert torch.equal(keep, resumed.kept[dimension][site])
+
+
+def test_in_bfloat16_neither_teacher_nor_shrunk_network_uses_fused_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[torch.Size] = []
+    fused = functional.scaled_dot_product_attention
+
+    def counted(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        calls.append(q.shape)
+        return fused(q, *args, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", counted)
+    teacher = lift(tiny_vit(num_classes=4, embed_dim=32, num_heads=4))
+    task = MaskTask(
+        lift(tiny_vit(num_classes=4, embed_dim=32, num_heads=4)),
+        MaskSettings(budget=Budget("params", 0.3), update_steps=2),
+        EPOCHS * STEPS,
+        distillation=Distillation(teacher, alpha=0.5, temperature=2.0),
+    )
+    calls.clear()
+    settings = TrainSettings(
+        epochs=EPOCHS, batch_size=16, quiet=True, threads=1, matmul_precision="medium"
+    )
+    fit(task, stripes(), settings, tmp_path)
+    assert calls == []
+    teacher(torch.zeros(1, *stripes().train.floats(slice(0, 1)).shape[1:]))
+    assert calls != []
