@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..compress.data.batch_loader import BatchLoader
 from ..compress.data.splits import DataSplits
 from ..compress.network.count import count_macs, count_params
-from ..compress.train.augment import Augmentation, seed_everything
+from ..compress.train.augment import FIXED, Augmentation, seed_everything
 from ..compress.train.dense import DenseTask
 from ..compress.train.mask_task import MaskTask
 from ..compress.train.precision import arithmetic
@@ -197,8 +197,8 @@ def _phases(prepared: Prepared, processes: int, *, quiet: bool) -> Iterator[Phas
 
 def _task(prepared: Prepared, phase: str, augmentation: str) -> MaskTask | VtpTask | DenseTask:
     recipe = prepared.recipe
-    # The outputs of the teacher for images without augmentation are computed once.
-    known = augmentation == "none" and placement_of(recipe.train)[0].waits
+    # The outputs of the teacher for images in a few fixed forms are computed once.
+    known = augmentation in FIXED and placement_of(recipe.train)[0].waits
     if known:
         disabled = recipe.distill.model_copy(update={"enabled": False})
         recipe = recipe.model_copy(update={"distill": disabled})

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..compress.data.splits import DataSplits
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.modules.model import CompactModel
+from ..compress.train.augment import FIXED, fixed_forms
 from ..compress.train.dense import Distillation, teacher_outputs
 from ..compress.train.loop import fit
 from ..compress.train.precision import arithmetic
@@ -46,7 +47,7 @@ class RunContext:
 def known_outputs(
     teacher: CompactModel, context: RunContext, augmentation: str, student: CompactModel
 ) -> dict[bytes, Tensor]:
-    """The logits of all training images, if every epoch shows the same ones.
+    """The logits of all training images in all their forms, if every epoch shows the same ones.
 
     Args:
         teacher: The dense network.
@@ -61,7 +62,7 @@ def known_outputs(
     if student.architecture.selects and context.recipe.masks.tokens == "dynamicvit":
         # Its loss has the tokens of the teacher, too, which are computed with the logits.
         return {}
-    if augmentation != "none" or not distill.enabled or distill.alpha == 0.0:
+    if augmentation not in FIXED or not distill.enabled or distill.alpha == 0.0:
         return {}
     if not train.decoded:
         # As many outputs as a large data set has images would fill the memory.
@@ -70,11 +71,15 @@ def known_outputs(
         # A GPU computes them faster than images are compared; a process needs a share of them.
         return {}
     starts = range(0, len(train), TEACHER_BATCH)
-    batches = (train.floats(slice(start, start + TEACHER_BATCH)) for start in starts)
-    threads = context.recipe.train.threads
+    parts = (train.floats(slice(start, start + TEACHER_BATCH)) for start in starts)
+    batches = (form for images in parts for form in fixed_forms(augmentation, images))
+    count = len(train) * len(fixed_forms(augmentation, train.floats(slice(0, 1))))
+    section, place = context.recipe.train, context.host.placement
+    short = place.precision != "fp32"
     with (
-        arithmetic(context.recipe.train.matmul_precision, threads, teacher),
-        progress_bar("outputs of the teacher", len(train), quiet=context.quiet) as report,
+        arithmetic(section.matmul_precision, section.threads, teacher, short=short),
+        place.autocast(),
+        progress_bar("outputs of the teacher", count, quiet=context.quiet) as report,
     ):
         return teacher_outputs(teacher, batches, report)
 

@@ -29,7 +29,7 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), _LEAVE_OUT),
     "attn_drop_rate": _LEAVE_OUT,
 }
-Augmentation = Literal["none", "erasing", "light", "thesis", "imagenet"]
+Augmentation = Literal["none", "flip", "erasing", "light", "thesis", "imagenet"]
 Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4-weights"]
 
 
@@ -171,8 +171,9 @@ class BaselineSection(Section):
     )
     augmentation: Augmentation = Field(
         "light",
-        description="none, erasing, light (shift, flip, erasing), thesis (RandAugment, MixUp, "
-        "CutMix, erasing), or imagenet (the same with random resized crops, as DeiT was trained)",
+        description="none, flip, erasing, light (shift, flip, erasing), thesis (RandAugment, "
+        "MixUp, CutMix, erasing), or imagenet (the same with random resized crops, as DeiT was "
+        "trained); with none and flip the outputs of a teacher are computed once",
     )
 
 

@@ -3,6 +3,8 @@
 Presets:
 
 - `none`;
+- `flip`: half of the images are mirrored, so that each has two forms, of which a teacher's outputs
+  are computed once;
 - `erasing`: random erasing at 0.1, for images that are all centred and have one orientation;
 - `light`: shifted crop, flip and random erasing at 0.1, for small images;
 - `thesis`: RandAugment(2, 9), MixUp 0.8, CutMix 1.0 and random erasing 0.25, by timm;
@@ -39,9 +41,11 @@ from ...core.errors import InputError
 from ..data.preprocessing import Preprocessing
 from ..data.splits import normalise
 
-Preset = Literal["none", "erasing", "light", "thesis", "imagenet"]
+Preset = Literal["none", "flip", "erasing", "light", "thesis", "imagenet"]
 # These mix the images of a batch in pairs.
 MIXING: tuple[Preset, ...] = ("thesis", "imagenet")
+# These show an image in a few fixed forms.
+FIXED: tuple[Preset, ...] = ("none", "flip")
 # As `create_transform` of timm names it.
 IMAGENET_POLICY = "rand-m9-mstd0.5-inc1"
 # A shift of 2 in 28 pixels, and the same share of larger images.
@@ -126,6 +130,9 @@ class Augmentation:
             )
         if self.preset in ("light", "thesis"):
             pixels = shift_and_flip(pixels)
+        elif self.preset == "flip":
+            mirrored = torch.rand(len(pixels), 1, 1, 1) < 0.5
+            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
         images = normalise(pixels, self.preprocessing)
         images = self.erase(images) if self.erase is not None else images
         if self.mix is not None:
@@ -208,6 +215,19 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
     array = np.asarray(image, dtype=np.uint8)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def fixed_forms(preset: str, images: Tensor) -> list[Tensor]:
+    """All that a preset of `FIXED` makes of images.
+
+    Args:
+        preset: The name of the augmentation.
+        images: float32 (B, C, H, W), normalised.
+
+    Returns:
+        A batch for each form.
+    """
+    return [images, images.flip(-1)] if preset == "flip" else [images]
 
 
 def shift_and_flip(pixels: Tensor) -> Tensor:

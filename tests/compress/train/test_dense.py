@@ -13,7 +13,7 @@ from timm.optim import muon
 from tiny_models import tiny_vit
 from training_material import Net, spots
 from vitrim.compress.lift import lift
-from vitrim.compress.train.augment import Augmentation
+from vitrim.compress.train.augment import Augmentation, fixed_forms
 from vitrim.compress.train.dense import (
     DenseTask,
     Distillation,
@@ -79,12 +79,20 @@ def test_known_outputs_of_the_teacher_replace_its_computation() -> None:
     )
 
 
-def test_unaugmented_batches_are_found_among_the_known_outputs() -> None:
+@pytest.mark.parametrize(("preset", "forms"), [("none", 1), ("flip", 2)])
+def test_batches_in_a_few_fixed_forms_are_found_among_the_known_outputs(
+    preset: Any, forms: int
+) -> None:
     data = spots(16).train
-    known = teacher_outputs(Net(0), [data.floats(slice(0, 16))], lambda done: None)
-    plain = Augmentation("none", data.preprocessing, 3)
-    images, _ = plain(*data.batch(np.arange(5, 9)))
+    batches = fixed_forms(preset, data.floats(slice(0, 16)))
+    known = teacher_outputs(Net(0), batches, lambda done: None)
+    assert len(known) == 16 * forms
+    torch.manual_seed(1)
+    images, _ = Augmentation(preset, data.preprocessing, 3)(*data.batch(np.arange(16)))
     assert all(image_key(image) in known for image in images)
+    originals = {image_key(image) for image in data.floats(slice(0, 16))}
+    mirrored = sum(image_key(image) not in originals for image in images)
+    assert mirrored == 0 if preset == "none" else 3 <= mirrored <= 13
 
 
 @pytest.mark.parametrize(
