@@ -32,6 +32,8 @@ WidthMethod = Literal["learned", "closed-form", "vtp", "l1", "l2", "random", "ma
 RANKING = ("l1", "l2", "random")
 TokenOrder = Literal["together", "tokens-first", "widths-first"]
 SELECTING: tuple[str, ...] = get_args(TokenMethod)[1:4]
+# Keys that set how many tokens a choice for all images keeps.
+COUNT_KEYS = ("token_macs", "token_counts", "token_tolerance")
 # Keys of the methods that choose for each image; those of a static choice beside them.
 SELECTION_KEYS = (
     *("token_ratio", "token_stages", "token_rule", "token_order", "token_epochs", "token_lr"),
@@ -93,8 +95,8 @@ class MasksSection(LatencyKeys, WeightKeys):
         description="learned: patches leave the network at depths that are learned with the "
         "widths, under the same budget, `macs` or a latency; dynamicvit, evit, dps, and "
         "class-attention with `token_ratio`: a constant number is chosen for each image; another "
-        "method: one set for all images is chosen from `images`, before widths, for `token_macs` "
-        "or `token_counts`; absent: every patch stays to the end",
+        "method: one set for all images is chosen from `images`, before widths, for `token_macs`, "
+        "`token_counts` or `token_tolerance`; absent: every patch stays to the end",
     )
     token_macs: float | None = share(
         "with a method that chooses one set for all images: share of the multiply-adds "
@@ -106,6 +108,11 @@ class MasksSection(LatencyKeys, WeightKeys):
         strict=False,
         description="instead of `token_macs`: the tokens after each block, prefix tokens included; "
         "instead of `token_ratio`: the patches that each stage keeps",
+    )
+    token_tolerance: float | None = share(
+        "patch-slimming, instead of `token_macs`: the counts follow from this relative squared "
+        "error of the next block, e.g. 0.02, and each block is refitted from its inputs on "
+        "`images` (Algorithm 1 of the source; takes minutes)"
     )
     token_ratio: float | None = share(
         "with a method that chooses for each image: share of the patches that the "
@@ -286,7 +293,7 @@ class MasksSection(LatencyKeys, WeightKeys):
         return self
 
     def _check_tokens(self) -> None:
-        given = [key for key in ("token_macs", "token_counts") if getattr(self, key) is not None]
+        given = [key for key in COUNT_KEYS if getattr(self, key) is not None]
         if self.selects_tokens:
             self._check_selection(given)
             return
@@ -298,19 +305,28 @@ class MasksSection(LatencyKeys, WeightKeys):
         if not self.chooses_tokens:
             if given:
                 raise ValueError(f'{given[0]} needs a method, e.g. tokens = "patch-slimming"')
-        elif len(given) != 1:
+            return
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` and `{given[1]}` both set the tokens; keep one")
+        if not given:
             raise ValueError(
                 f'tokens = "{self.tokens}" needs one of `token_macs = 0.6` and `token_counts`, the '
-                "tokens after each block"
+                'tokens after each block; "patch-slimming" takes `token_tolerance = 0.02`, too'
+            )
+        if self.token_tolerance is not None and self.tokens != "patch-slimming":
+            raise ValueError(
+                f'token_tolerance is of tokens = "patch-slimming"; "{self.tokens}" takes '
+                "`token_macs = 0.6` or `token_counts`"
             )
 
     def _check_selection(self, given: list[str]) -> None:
         """Check the keys of a choice for each image; `given` are those of a static one."""
-        if "token_macs" in given:
-            raise ValueError(
-                f'token_macs is that of one set for all images; tokens = "{self.tokens}" takes '
-                "`token_ratio = 0.7` or `token_counts`, the patches of each stage"
-            )
+        for key in given:
+            if key != "token_counts":
+                raise ValueError(
+                    f'{key} is that of one set for all images; tokens = "{self.tokens}" takes '
+                    "`token_ratio = 0.7` or `token_counts`, the patches of each stage"
+                )
         if given and self.token_ratio is not None:
             raise ValueError("`token_counts` and `token_ratio` both set the patches; keep one")
         if self.method == "closed-form" and self.token_order not in (None, "widths-first"):

@@ -50,6 +50,8 @@ UNLISTED = (
     *("waterfall.json", "waterfall.svg", "waterfall.md"),
     *("report.json", "report.md", "report.html", "history.jsonl", "mask.safetensors"),
     *("training/*/checkpoint.pt", "training/*/best.pt", "trackers/**"),
+    # A choice of tokens that refits blocks.
+    *("training/tokens/state.json", "training/tokens/slim-*.safetensors"),
 )
 # Steps write files to this folder and replace none of the others in it.
 ADDED_TO = "measurements"

@@ -90,7 +90,7 @@ def _widths_first(
         if 1.0 in (widths.params, widths.macs):
             cut = _whole(baseline, context)
         else:
-            cut = closed_form_cut(baseline, widths, round_to, context)
+            cut = closed_form_cut(baseline, widths, round_to, context, resume=resume)
     else:
         start = start_network(baseline, round_to, context, resume=resume)
         kind = "params" if section.params is not None else "macs"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 from torch import Tensor
@@ -12,13 +15,36 @@ from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
 from ..compress.surgery.compactor import compact
 from ..compress.tokens.choose import Method, TokenChoice, TokenRequest, token_choice
+from ..compress.tokens.counts import attention_steps
+from ..compress.tokens.patch_slimming import SlimmingOptions, slim_patches
 from ..core.console import status
 from .masks_section import MasksSection
 from .trim_step import StageBars
 
 
+@dataclass(frozen=True)
+class CutTokens:
+    """The network without the tokens that leave before widths are cut.
+
+    Attributes:
+        source: The network of full size: the baseline, or with refitted blocks.
+        model: The same without the dropped tokens.
+        choice: What it keeps.
+        errors: The relative error of each refitted block, by the site of its attention.
+    """
+
+    source: CompactModel
+    model: CompactModel
+    choice: TokenChoice
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def record(self) -> str:
+        """The contents of tokens.json."""
+        return token_record(self.choice, self.errors)
+
+
 def token_request(section: MasksSection, seed: int) -> TokenRequest:
-    """What `[masks]` chooses before widths."""
+    """What `[masks]` chooses before widths, for given counts or a given share."""
     assert section.chooses_tokens
     return TokenRequest(
         cast("Method", section.tokens),
@@ -33,30 +59,48 @@ def require_tokens(architecture: Architecture, section: MasksSection) -> None:
     """Check the counts or the share of `[masks]` before any work.
 
     Raises:
-        InputError: The counts do not fit the network, or the share is out of reach.
+        InputError: The counts do not fit the network, the share is out of reach, or no token can
+            leave.
     """
-    if section.chooses_tokens:
+    if not section.chooses_tokens:
+        return
+    if section.token_tolerance is not None:
+        attention_steps(architecture)
+    else:
         token_request(section, 0).check(architecture)
 
 
 def cut_tokens(
-    baseline: CompactModel, images: Tensor, section: MasksSection, seed: int, *, quiet: bool
-) -> tuple[CompactModel, TokenChoice]:
+    baseline: CompactModel,
+    images: Tensor,
+    section: MasksSection,
+    seed: int,
+    *,
+    state: Path | None = None,
+    quiet: bool,
+) -> CutTokens:
     """Choose tokens and cut the baseline by them.
 
     Args:
         baseline: The dense model.
         images: Unlabeled images, (images, channels, height, width), normalized.
-        section: The method, and the counts or the share of the multiply-adds.
+        section: The method, and the counts, the share of the multiply-adds or the tolerance.
         seed: Of methods that draw.
+        state: With a tolerance: the folder from which an interrupted search continues.
         quiet: Print nothing.
 
     Returns:
         The network without the dropped tokens, and the choice.
     """
+    source, errors = baseline, dict[str, float]()
     with StageBars(quiet=quiet) as bars:
-        choice = token_choice(baseline, token_request(section, seed), images, bars)
-    cut = compact(baseline, choice.mask, last_queries=baseline.architecture.last_queries)
+        if section.token_tolerance is None:
+            choice = token_choice(baseline, token_request(section, seed), images, bars)
+        else:
+            options = SlimmingOptions(tolerance=section.token_tolerance, seed=seed)
+            found = slim_patches(baseline, images, options, progress=bars, resume=state)
+            source, choice, errors = found.model, found.choice, found.errors
+    cut = compact(source, choice.mask, last_queries=baseline.architecture.last_queries)
     counts = list(choice.counts.values())
     after = ", ".join(str(counts[end]) for end in baseline.architecture.block_ends)
     status(
@@ -64,7 +108,7 @@ def cut_tokens(
         f"{100 * choice.macs:.1f} % of the multiply-adds",
         quiet=quiet,
     )
-    return cut.eval(), choice
+    return CutTokens(source, cut.eval(), choice, errors)
 
 
 def width_section(section: MasksSection, baseline: CompactModel, cut: CompactModel) -> MasksSection:
@@ -80,6 +124,7 @@ def width_section(section: MasksSection, baseline: CompactModel, cut: CompactMod
     return section.model_copy(update=update)
 
 
-def token_record(choice: TokenChoice) -> str:
-    """The contents of tokens.json."""
-    return json.dumps(choice.record()) + "\n"
+def token_record(choice: TokenChoice, errors: Mapping[str, float] | None = None) -> str:
+    """The contents of tokens.json, with the errors of refitted blocks."""
+    more = {"errors": dict(errors)} if errors else {}
+    return json.dumps({**choice.record(), **more}) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,14 @@ from .recipe_sections import BaselineSection, FinetuneSection
 from .run_folder import RunFolder
 from .saliency_step import ranked_mask
 from .selection_step import same_choices_error, selection_objective
-from .token_step import cut_tokens, token_record, width_section
+from .token_step import CutTokens, cut_tokens, width_section
 from .trim_step import exact_cut_error, start_section, trim_baseline, trim_record
 
 # Files and folders of the run.
 BASELINE, COMPACT, CUT = "baseline", "compact", "cut"
 MASK, CUT_PARITY = "mask.safetensors", "cut-parity.json"
-# Of a closed-form cut: the dense network in the basis in which it was cut.
+# Of a closed-form cut: the dense network in the basis in which it was cut, or with the blocks that
+# a choice of tokens refitted.
 ROTATED = "rotated"
 # Of `masks.start = "one-shot"`: the network that mask learning started from.
 START = "start"
@@ -98,7 +100,7 @@ def learn_masks(baseline: CompactModel, round_to: int, context: RunContext, *, r
     """
     recipe = context.recipe
     if recipe.masks.method == "closed-form":
-        cut = closed_form_cut(baseline, recipe.masks, round_to, context)
+        cut = closed_form_cut(baseline, recipe.masks, round_to, context, resume=resume)
     elif recipe.masks.method in RANKING:
         cut = ranked_cut(baseline, round_to, context)
     else:
@@ -166,7 +168,12 @@ def ranked_cut(baseline: CompactModel, round_to: int, context: RunContext) -> Cu
 
 
 def closed_form_cut(
-    baseline: CompactModel, section: MasksSection, round_to: int, context: RunContext
+    baseline: CompactModel,
+    section: MasksSection,
+    round_to: int,
+    context: RunContext,
+    *,
+    resume: bool,
 ) -> Cut:
     """The cut of `masks.method = "closed-form"`; also writes rotated/ and trim.json.
 
@@ -177,20 +184,23 @@ def closed_form_cut(
         section: The budget.
         round_to: Kept widths are multiples of this.
         context: The run.
+        resume: Continue a choice of tokens that an earlier attempt began.
 
     Returns:
-        The cut model and its mask of rotated/.
+        The cut model and its mask of rotated/, or of the baseline where that is not written.
     """
     folder = context.folder
     images = context.data.val.floats(slice(0, PARITY_IMAGES))
-    tokens = _without_tokens(baseline, context)
+    tokens = _token_cut(baseline, context, resume=resume)
     if tokens is not None:
-        start, mask = tokens
-        section = width_section(section, baseline, start)
+        section = width_section(section, baseline, tokens.model)
         if 1.0 in (section.params, section.macs):
             # The tokens alone meet the budget.
-            return Cut(start, mask, exact_cut_error(baseline, mask, images))
-        baseline = start
+            if tokens.source is not baseline:
+                save(tokens.source, folder / ROTATED, overwrite=True)
+            mask = tokens.choice.mask
+            return Cut(tokens.model, mask, exact_cut_error(tokens.source, mask, images))
+        baseline = tokens.model
     if section.has_latency:
         unlabeled = _drawn(section, context)
         table, quiet = recipe_table(context.recipe), context.quiet
@@ -224,9 +234,9 @@ def start_network(
         return baseline
     with context.host.processes.main_first():
         if context.writes and not (resume and (folder / START).is_dir()):
-            tokens = _without_tokens(baseline, context)
+            tokens = _token_cut(baseline, context, resume=resume)
             if section.start == "one-shot":
-                model = baseline if tokens is None else tokens[0]
+                model = baseline if tokens is None else tokens.model
                 widths = start_section(width_section(section, baseline, model))
                 found = _trimmed(model, widths, round_to, context)
                 save(found.model, folder / START, overwrite=True)
@@ -234,21 +244,22 @@ def start_network(
     return load(folder / START)
 
 
-def _without_tokens(
-    baseline: CompactModel, context: RunContext
-) -> tuple[CompactModel, StructuredMask] | None:
-    """The baseline without the tokens that `masks.tokens` drops before widths, and their mask.
+def _token_cut(baseline: CompactModel, context: RunContext, *, resume: bool) -> CutTokens | None:
+    """The baseline without the tokens that `masks.tokens` drops before widths; None if none are.
 
-    Writes start/ and tokens.json. None if none are.
+    Writes start/ and tokens.json, and the blocks that are refitted to training/tokens/.
     """
     section, seed = context.recipe.masks, context.recipe.train.seed
     if not section.chooses_tokens:
         return None
+    state = context.folder / "training/tokens"
+    if not resume:
+        shutil.rmtree(state, ignore_errors=True)
     images = _drawn(section, context)
-    model, choice = cut_tokens(baseline, images, section, seed, quiet=context.quiet)
-    save(model, context.folder / START, overwrite=True)
-    replace_file(context.folder / TOKENS_FILE, token_record(choice))
-    return model, choice.mask
+    found = cut_tokens(baseline, images, section, seed, state=state, quiet=context.quiet)
+    save(found.model, context.folder / START, overwrite=True)
+    replace_file(context.folder / TOKENS_FILE, found.record())
+    return found
 
 
 def _trimmed(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,6 +22,7 @@ from ..masks.groups import token_sites
 from ..masks.mask import StructuredMask
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
+from ..oneshot.saved_state import SavedState, copy_checked, damaged, fingerprint_of
 from ..oneshot.sensitivity import features
 from ..surgery.compactor import compact
 from .attention_scores import top_tokens
@@ -88,6 +90,7 @@ def slim_patches(
     options: SlimmingOptions | None = None,
     *,
     progress: Progress | None = None,
+    resume: Path | str | None = None,
 ) -> Slimmed:
     """Choose patches and their numbers by a tolerance, and refit each block from its inputs.
 
@@ -97,13 +100,16 @@ def slim_patches(
             expects; some hundred.
         options: See `SlimmingOptions`. None: tolerance 0.02, 10 patches a step, 3 epochs each.
         progress: Called with "slim", the blocks done, and the blocks in all. None: it is not.
+        resume: A folder that receives each finished block, and from which an interrupted search
+            continues with the same result. None: nothing is saved.
 
     Returns:
         The refitted network, the tokens that it keeps, and the errors. All weights should be
         fine-tuned afterwards, as in the source.
 
     Raises:
-        InputError: The images do not fit, or no token can leave.
+        InputError: The images do not fit, no token can leave, or `resume` has the state of another
+            search.
         UnsupportedModel: A module has no rule; the message names its path.
 
     References:
@@ -112,10 +118,15 @@ def slim_patches(
     options = SlimmingOptions() if options is None else options
     source = working_copy(model)
     batches(source, images)
-    search = _Search(source, images, options)
     mixing = attention_steps(source.architecture)
+    state = SavedState()
+    if resume is not None:
+        state = SavedState.open(resume, fingerprint_of(source, images, asdict(options).items()))
+    search = _Search(source, images, options)
     for done, place in enumerate(reversed(range(len(mixing)))):
-        search.block(place)
+        if not search.restore(place, state):
+            search.block(place)
+            search.save(place, state)
         (progress or silent)("slim", done + 1, len(mixing))
     note = {"tolerance": f"{options.tolerance:g}", "seed": str(options.seed)}
     choice = as_choice(
@@ -124,6 +135,11 @@ def slim_patches(
     names = list(token_sites(source.architecture))
     errors = {names[number + 1]: error for number, error in sorted(search.errors.items())}
     return Slimmed(source, choice, errors)
+
+
+def _part(place: int) -> str:
+    """The name of the file of a block."""
+    return f"slim-{place}"
 
 
 class _Search:
@@ -172,6 +188,44 @@ class _Search:
             if self.errors[number] <= self.options.tolerance:
                 return
             count = min(whole, count + self.options.step)
+
+    def save(self, place: int, state: SavedState) -> None:
+        """Save what `block` chose and trained."""
+        number = self.mixing[place]
+        tensors = {
+            "keep": self.sets[number + 1].to(torch.uint8),
+            "generator": self.generator.get_state(),
+            **{f"steps.{name}": tensor for name, tensor in self._weights(place).items()},
+        }
+        if number in self.scores:
+            tensors["score"] = self.scores[number]
+        state.save(_part(place), {"error": self.errors.get(number)}, tensors)
+
+    def restore(self, place: int, state: SavedState) -> bool:
+        """Take a block from the state; whether it was there."""
+        found = state.load(_part(place))
+        if found is None:
+            return False
+        record, tensors = found
+        number, path = self.mixing[place], state.path(_part(place))
+        keep, generator = tensors.get("keep"), tensors.get("generator")
+        if keep is None or generator is None or keep.shape != self.sets[number + 1].shape:
+            raise damaged(path, "the kept tokens")
+        copy_checked(
+            path, {f"steps.{name}": each for name, each in self._weights(place).items()}, tensors
+        )
+        self._keep(place, keep.bool())
+        self.generator.set_state(generator)
+        if "score" in tensors:
+            self.scores[number] = tensors["score"]
+        if record["error"] is not None:
+            self.errors[number] = float(record["error"])
+        return True
+
+    def _weights(self, place: int) -> dict[str, Tensor]:
+        """The parameters that `block` may train."""
+        ends = [*self.mixing, len(self.source.steps)]
+        return dict(self.source.steps[self.mixing[place] : ends[place + 1]].named_parameters())
 
     def _keep(self, place: int, chosen: Tensor) -> None:
         ends = [*self.mixing[1:], len(self.source.steps)]

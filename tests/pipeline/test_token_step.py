@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import torch
 import vitrim
 from photo_folder import write_photos, write_recipe
 from vitrim.compress.network.count import count_macs, count_params
+from vitrim.compress.tokens import patch_slimming
 from vitrim.compress.tokens.choose import METHODS
 from vitrim.core.errors import InputError
 from vitrim.pipeline.masks_section import SELECTING, TokenMethod
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import run, with_last_queries
+from vitrim.pipeline.run_folder import RunFolder
 
 TOKENS = ('masks.tokens="patch-slimming"', "masks.token_macs=0.7")
+TOLERANCE = ('masks.tokens="patch-slimming"', "masks.token_tolerance=0.05")
 CLOSED_FORM = ('masks.method="closed-form"', "masks.round_to=2")
 
 
@@ -70,11 +74,84 @@ def test_widths_are_learned_after_the_tokens(recipe_file: Path) -> None:
     assert macs(folder / "cut") <= 0.5 * macs(folder / "baseline")
 
 
+def test_a_tolerance_sets_the_tokens_and_refits_blocks(recipe_file: Path) -> None:
+    sets = (*TOLERANCE, *CLOSED_FORM, "masks.params=1.0")
+    folder = trained(recipe_file, "tolerance", *sets)
+    record = json.loads((folder / "tokens.json").read_text())
+    assert all(0.0 <= error < 1.0 for error in record["errors"].values())
+    cut = vitrim.load(folder / "cut")
+    assert list(record["counts"].values())[1:] == list(cut.architecture.step_tokens())
+    assert json.loads((folder / "cut-parity.json").read_text())["max_relative_error"] < 1e-5
+    mask = vitrim.StructuredMask.load(folder / "mask.safetensors")
+    # The mask is that of the network of full size with the refitted blocks.
+    assert mask.note["tolerance"] == "0.05"
+    again = vitrim.compact(vitrim.load(folder / "rotated"), mask, last_queries=True)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images), cut.eval()(images))
+    assert not (folder / "training").exists()
+
+
+def test_a_search_that_was_killed_continues(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = (*TOLERANCE, *CLOSED_FORM, "masks.params=1.0")
+    whole, folder = trained(recipe_file, "whole", *sets), recipe_file.parent / "killed"
+    searched: list[int] = []
+    search = patch_slimming._Search.block
+
+    def block(self: Any, place: int) -> None:
+        if len(searched) == 1:
+            raise KeyboardInterrupt
+        searched.append(place)
+        search(self, place)
+
+    monkeypatch.setattr(patch_slimming._Search, "block", block)
+    with pytest.raises(KeyboardInterrupt):
+        run(load_recipe(recipe_file, sets), folder, until="masks", quiet=True)
+    assert (folder / "training/tokens/slim-1.safetensors").is_file()
+    # What was left can be replaced, too.
+    RunFolder.check(folder, resume=False, overwrite=True)
+    blocks: list[int] = []
+
+    def rest(self: Any, place: int) -> None:
+        blocks.append(place)
+        search(self, place)
+
+    monkeypatch.setattr(patch_slimming._Search, "block", rest)
+    run(load_recipe(recipe_file, sets), folder, until="masks", resume=True, quiet=True)
+    assert (searched, blocks) == ([1], [0])
+    names = ("tokens.json", "cut/model.safetensors", "mask.safetensors")
+    assert [(folder / name).read_bytes() == (whole / name).read_bytes() for name in names] == [
+        True
+    ] * 3
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
         (['masks.tokens="patch-slimming"'], "needs one of `token_macs = 0.6` and `token_counts`"),
-        ([*TOKENS, "masks.token_counts=[4, 1]"], "needs one of"),
+        (
+            [*TOKENS, "masks.token_counts=[4, 1]"],
+            "`token_macs` and `token_counts` both set the tokens; keep one",
+        ),
+        (
+            [*TOLERANCE, "masks.token_macs=0.5"],
+            "`token_macs` and `token_tolerance` both set the tokens; keep one",
+        ),
+        (
+            ['masks.tokens="radial"', "masks.token_tolerance=0.02"],
+            'token_tolerance is of tokens = "patch-slimming"; "radial" takes `token_macs = 0.6`',
+        ),
+        (
+            ['masks.tokens="evit"', "masks.token_tolerance=0.02"],
+            'token_tolerance is that of one set for all images; tokens = "evit" takes',
+        ),
+        (["masks.token_tolerance=0.02"], "token_tolerance needs a method"),
+        (
+            ['masks.tokens="patch-slimming"', "masks.token_tolerance=1.5"],
+            "`masks.token_tolerance` = 1.5 is out of range",
+        ),
         (["masks.token_macs=0.5"], "token_macs needs a method"),
         (
             ['masks.tokens="radial"', "masks.token_counts=[9, 1]"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -96,6 +97,28 @@ def test_training_a_block_lowers_the_error_and_changes_that_block_only() -> None
     # The last block computes the class token only, from all keys, and is never refitted.
     assert changed
     assert changed <= {"0", "1", "2", "3"}
+
+
+def test_an_interrupted_search_continues_with_the_same_result(tmp_path: Path) -> None:
+    model, images = dense("class")
+    options = vitrim.SlimmingOptions(tolerance=0.05, step=2, epochs=2, learning_rate=1e-3)
+    whole = vitrim.slim_patches(model, images, options)
+    for name, places in (("first", 1), ("last", 3)):
+        vitrim.slim_patches(model, images, options, resume=tmp_path / name)
+        # As if it had been killed after so many of its three blocks.
+        for place in range(3 - places):
+            (tmp_path / name / f"slim-{place}.safetensors").unlink()
+        found = vitrim.slim_patches(model, images, options, resume=tmp_path / name)
+        assert found.choice.record() == whole.choice.record()
+        assert found.errors == whole.errors
+        for key, tensor in whole.model.state_dict().items():
+            assert torch.equal(found.model.state_dict()[key], tensor)
+    other = vitrim.SlimmingOptions(tolerance=0.06)
+    with pytest.raises(InputError, match="was begun with another model, other images or other opt"):
+        vitrim.slim_patches(model, images, other, resume=tmp_path / "first")
+    (tmp_path / "last" / "slim-2.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"slim-2.safetensors: damaged .*; delete the file"):
+        vitrim.slim_patches(model, images, options, resume=tmp_path / "last")
 
 
 @pytest.mark.parametrize(
