@@ -21,6 +21,7 @@ from bundle_sample import (
 from onnx_graphs import channels_last, classifier, written
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
+from random_networks import early_learned_tokens
 from selecting_models import noise_images, sharp_selection
 from tiny_models import add_noise, tiny_vit
 from vitrim import bucketed
@@ -132,6 +133,15 @@ def test_the_program_drops_the_tokens_that_the_model_drops(header: Path, tmp_pat
     model = vitrim.compact(dense, mask).eval()
     counts = model.architecture.step_tokens()
     assert 17 > model.architecture.tokens > counts[0] > counts[-1]
+    require_equal_outputs(model, header, tmp_path)
+
+
+def test_learned_tokens_leave_the_program_before_patches(header: Path, tmp_path: Path) -> None:
+    dense = vitrim.lift(
+        tiny_vit("vit_small_patch14_reg4_dinov2", in_chans=1, img_size=16, patch_size=4, depth=3)
+    )
+    model = vitrim.compact(dense, early_learned_tokens(dense.architecture)).eval()
+    assert model.architecture.inner is not None
     require_equal_outputs(model, header, tmp_path)
 
 

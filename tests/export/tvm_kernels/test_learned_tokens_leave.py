@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import vitrim
+from aarch64 import emulator
+from bundle_sample import build, logits_in, needs_compiler
+from PIL import Image
 from random_networks import early_learned_tokens, network
 from tiny_models import tiny_vit
 from tvm_networks import quickly
+from vitrim import export
+from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -23,6 +31,7 @@ from vitrim.compress.network.architecture import (
     StemSpec,
 )
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.export.bundle import bundle
 from vitrim.export.parity import relative_error
 from vitrim.targets.detect import detect_host
 
@@ -110,3 +119,39 @@ def test_widths_are_cut_too() -> None:
 @pytest.mark.parametrize("precision", ["int8", "int8-static"])
 def test_eight_bits_are_close_to_torchs_outputs(precision: Precision) -> None:
     assert error_of(cut("vit_small_patch14_reg4_dinov2"), 2, precision) < 0.1
+
+
+@pytest.mark.parametrize("target", ["host", "rpi4"])
+def test_learned_tokens_leave_a_program_of_its_own(tmp_path: Path, target: str) -> None:
+    """The bundle's C++ example with the network linked in, here and under qemu."""
+    needs_compiler()
+    command: list[object] = []
+    settings: list[str] = []
+    if target == "rpi4":
+        command = [emulator().qemu, "-cpu", "cortex-a72"]
+        if shutil.which("aarch64-linux-gnu-g++") is None:
+            pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
+        settings = ["-DCMAKE_TOOLCHAIN_FILE=aarch64.cmake", "-DVITRIM_STATIC=ON"]
+    model = cut("vit_small_patch14_reg4_dinov2")
+    spec = Preprocessing(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    artifact = export(
+        model,
+        tmp_path / "artifact",
+        runtime="tvm",
+        target=target,
+        preprocessing=spec,
+        options={"static": "yes"},
+    )
+    folder = bundle(artifact, tmp_path / "bundle")
+    program = build(folder, tmp_path, "-DVITRIM_LINKED=ON", *settings)
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    )
+    picture.save(tmp_path / "picture.ppm")
+    words = [str(word) for word in (*command, program, tmp_path / "picture.ppm", "--logits")]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(spec.apply(picture)[None]))[0].numpy()
+    found = logits_in(ran.stdout.splitlines())
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
