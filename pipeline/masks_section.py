@@ -32,6 +32,8 @@ WidthMethod = Literal["learned", "closed-form", "vtp", "l1", "l2", "random", "ma
 RANKING = ("l1", "l2", "random")
 TokenOrder = Literal["together", "tokens-first", "widths-first"]
 SELECTING: tuple[str, ...] = get_args(TokenMethod)[1:4]
+# Those that choose one set of patches for all images, without training.
+CHOOSING: tuple[str, ...] = get_args(TokenMethod)[4:]
 # Keys that set how many tokens a choice for all images keeps.
 COUNT_KEYS = ("token_macs", "token_counts", "token_tolerance")
 # Keys of the methods that choose for each image; those of a static choice beside them.

@@ -134,7 +134,11 @@ def _is_table(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
 
 
 def _table_of(field: FieldInfo) -> type[BaseModel] | None:
-    return field.annotation if _is_table(field.annotation) else None
+    """The table that a field is, also one that may be absent."""
+    annotation = field.annotation
+    union = get_origin(annotation) in (types.UnionType, typing.Union)
+    options = get_args(annotation) if union else (annotation,)
+    return next((each for each in options if _is_table(each)), None)
 
 
 def _keys_in_file(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
@@ -165,7 +169,7 @@ def _field_at(root: type[BaseModel], keys: list[str]) -> FieldInfo | None:
         field = _field(model, key) if _is_table(model) else None
         if field is None:
             return None
-        model = field.annotation
+        model = _table_of(field)
     return field
 
 

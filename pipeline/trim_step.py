@@ -51,6 +51,7 @@ STAGES = {
     "gates": "training gates",
     "errors": "measuring errors",
     "slim": "slimming blocks",
+    "evaluate": "pruning single blocks",
     "compare": "comparing candidates",
 }
 

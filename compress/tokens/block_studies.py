@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ...core.errors import InputError
 from ..masks.groups import token_sites
+from ..network.architecture import Architecture
 from ..network.modules.model import CompactModel
 from .attention_scores import top_tokens
 from .choose import METHODS, WITHOUT_IMAGES, Method, scores_without_images, whole_scores
-from .counts import attention_steps
 from .streaming import Progress, batches, run_step, silent, working_copy
 
 
@@ -106,7 +106,8 @@ def single_block_accuracy(
         methods: As for `choose_tokens`.
         shares: Shares of the patches that the block computes, at least one patch each.
         seed: For "random".
-        progress: Called with "evaluate", the networks done, and the networks in all.
+        progress: Called with a stage ("score", "gates", "evaluate"), the steps done, and the steps
+            in all.
 
     Returns:
         A row for each block, method and share, in this order.
@@ -119,7 +120,7 @@ def single_block_accuracy(
     architecture = network.architecture
     if network.head is None:
         raise InputError("accuracy: the model has no head; give one with a classifier")
-    firsts = _first_attentions(network)
+    firsts = attention_blocks(architecture)
     names = list(firsts) if blocks is None else list(blocks)
     for name in names:
         if name not in firsts:
@@ -131,7 +132,7 @@ def single_block_accuracy(
     with torch.no_grad():
         wanted = torch.cat([network(x).argmax(dim=-1) for x in parts]) if labels is None else labels
     scored = images if scoring is None else scoring
-    scores = {method: _scores(network, method, scored, seed) for method in methods}
+    scores = {method: _scores(network, method, scored, seed, progress) for method in methods}
     rows: list[BlockRow] = []
     total = len(names) * len(methods) * len(shares)
     sizes = list(token_sites(architecture).values())
@@ -150,10 +151,10 @@ def single_block_accuracy(
     return rows
 
 
-def _first_attentions(model: CompactModel) -> dict[str, int]:
+def attention_blocks(architecture: Architecture) -> dict[str, int]:
     """The path of each block with an attention, and the number of its first such step."""
-    architecture, found, start = model.architecture, dict[str, int](), 0
-    mixing = attention_steps(architecture)
+    found, start = dict[str, int](), 0
+    mixing = architecture.attention_steps()
     for name, end in zip(architecture.block_names, architecture.block_ends, strict=True):
         inside = [number for number in mixing if start <= number < end]
         if inside:
@@ -162,10 +163,12 @@ def _first_attentions(model: CompactModel) -> dict[str, int]:
     return found
 
 
-def _scores(model: CompactModel, method: Method, images: Tensor, seed: int) -> dict[int, Tensor]:
+def _scores(
+    model: CompactModel, method: Method, images: Tensor, seed: int, progress: Progress
+) -> dict[int, Tensor]:
     if method in WITHOUT_IMAGES:
         return scores_without_images(model.architecture, method, seed)
-    return whole_scores(model, method, images)
+    return whole_scores(model, method, images, progress)
 
 
 def _classes(model: CompactModel, images: Tensor, block: str, keep: Tensor) -> Tensor:

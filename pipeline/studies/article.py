@@ -19,7 +19,7 @@ from .engine import base_recipe_of
 from .grids import Grid, grids
 from .pictures import Cost, costs, quality_title, series
 from .summary import Summary, number, pareto
-from .table import RUNS, StudyTable
+from .table import StudyTable
 
 FOLDER, GENERATED, MAIN_FILE = "latex", "generated", "main.tex"
 TABLES = ("findings", "means", "fronts")
@@ -86,11 +86,6 @@ def _table(grid: Grid | None, name: str) -> str:
         if grid is None
         else table(grid, name)
     )
-
-
-def report_link(run: str) -> str:
-    """The id of a run that leads to its report, in LaTeX."""
-    return rf"\href{{../{RUNS}/{run}/report.html}}{{{run}}}"
 
 
 def pdf(draw: Callable[[Any], None], aspect: float) -> bytes:

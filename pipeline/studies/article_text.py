@@ -15,8 +15,9 @@ from ...bench.report import wording
 from ..recipe import Recipe
 from .expansion import settings_text
 from .grids import Entry, Grid, figure_text
-from .pictures import costs, quality_title
+from .pictures import ACCURACY, cost_caption, costs, quality_title
 from .summary import Group, Summary, number
+from .table import RUNS
 
 # Rows of one table; longer tables continue in the next one.
 MOST_ROWS = 42
@@ -173,6 +174,11 @@ def escaped(text: str) -> str:
     return spelled.encode("ascii", "replace").decode("ascii")
 
 
+def report_link(run: str) -> str:
+    """The id of a run that leads to its report, in LaTeX."""
+    return rf"\href{{../{RUNS}/{run}/report.html}}{{{run}}}"
+
+
 def numbers(
     summary: Summary, base: Recipe | None, machine: str | None, shown: Sequence[Figure]
 ) -> str:
@@ -219,13 +225,9 @@ def table(grid: Grid, label: str) -> str:
 
 def cost_figures(summary: Summary) -> list[Figure]:
     """The figures of accuracy and cost, in the order of `costs`."""
-    found = []
-    for cost in costs(summary):
-        coloured = f", its colour the value of {cost.axis}" if cost.axis is not None else ""
-        text = f"{quality_title(summary)} by {cost.title}. A point is a run{coloured}; a line is "
-        caption = escaped(f"{text[0].upper()}{text[1:]}the Pareto front of a seed.")
-        found.append(Figure(cost.file, "Accuracy and cost", caption))
-    return found
+    return [
+        Figure(cost.file, ACCURACY, escaped(cost_caption(summary, cost))) for cost in costs(summary)
+    ]
 
 
 def figures(shown: Sequence[Figure]) -> str:

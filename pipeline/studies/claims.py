@@ -16,7 +16,7 @@ Claim = Callable[[Summary], list[Finding]]
 TREDESE = "Tredese 2023, Structured Pruning of Vision Transformers at Training Time"
 TANG = "Tang et al. 2022, Patch Slimming for Efficient Vision Transformers"
 SHARING, FIXED, METHOD, TOKENS = "masks.sharing", "masks.fixed", "masks.method", "masks.tokens"
-LAMBDA = "masks.lambda"
+LAMBDA, TOLERANCE = "masks.lambda", "masks.token_tolerance"
 SLIMMING = "patch-slimming"
 MAGNITUDES = ("l1", "l2")
 

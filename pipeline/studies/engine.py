@@ -25,6 +25,7 @@ from .local_workers import Event, LocalWorkers, Started
 from .plan import MEASURED, Job, plan_jobs
 from .study_file import Study
 from .table import RUNS, TABLE_FILE, StudyTable
+from .token_figures import measure_token_figures, require_token_figures
 
 STUDY_FILE = "study.toml"
 ENDED = ("done", "failed", "stopped")
@@ -76,7 +77,9 @@ def validated_runs(study: Study, *, quiet: bool = False) -> list[StudyRun]:
         if mark not in tried:
             tried.add(mark)
             try:
-                prepare(run.recipe, quiet=quiet)
+                dense = prepare(run.recipe, quiet=quiet).dense
+                if study.section.token_figures is not None:
+                    require_token_figures(study.section.token_figures, run, dense.architecture)
             except InputError as error:
                 raise InputError(f"{study.path}: {run.title}: {error}") from None
     return runs
@@ -118,6 +121,10 @@ def run_study(study: Study, folder: Path, options: StudyOptions | None = None) -
         if until == MEASURED:
             names, bench = study.section.beside, study.base.bench
             measure_beside(names, table, folder, bench, quiet=options.quiet)
+        if study.section.token_figures is not None:
+            measure_token_figures(
+                study.section.token_figures, runs, table, folder, quiet=options.quiet
+            )
     return table
 
 

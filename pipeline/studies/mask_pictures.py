@@ -21,9 +21,10 @@ from ...compress.network.files import ARCHITECTURE, read_architecture
 from ...core.errors import InputError
 from ..magnitude_step import WEIGHT_MASK, read_dead
 from ..training_steps import COMPACT
-from .article import COLOURS, pdf, report_link
-from .article_text import Figure, escaped
+from .article import COLOURS, pdf
+from .article_text import Figure, escaped, report_link
 from .magnitude_claims import HIGH, MAGNITUDE, ROUNDS, SCOPE, SPARSITY, setting, single_weights
+from .pictures import Picture
 from .summary import Summary, number
 from .table import RUNS, Row
 
@@ -154,8 +155,13 @@ def mask_picture(masks: Masks) -> str:
         parts.append(text_at(x, y, text, class_="tick", anchor=anchor))
     for matrix in _matrices(masks):
         parts += _markup(matrix)
-    title = f"masks of the attention matrices, run {masks.run}"
-    return str(sheet(width, height, title, _STYLE, *parts)) + "\n"
+    return str(sheet(width, height, f"{title}.", _STYLE, *parts)) + "\n"
+
+
+def shown_picture(masks: Masks) -> Picture:
+    """The picture with its caption."""
+    caption = f"Kept weights of the attentions, run {masks.run}. {masks.counts}."
+    return Picture(PICTURE_FILE, mask_picture(masks), caption)
 
 
 def mask_pdf(masks: Masks) -> bytes:

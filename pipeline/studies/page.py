@@ -10,6 +10,7 @@ from ...bench.report import wording
 from ...bench.report.markup import Markup, document, element, joined, section
 from ...bench.report.style import packed, page_style
 from .grids import Entry, Grid, grids
+from .pictures import ACCURACY, BY_DEPTH, Picture
 from .summary import Summary, number
 
 # Sorts a table by the column whose head is clicked: numbers by value, empty cells last.
@@ -40,20 +41,25 @@ STYLE = packed("""
 .rows td.text{white-space:normal}
 .rows{max-height:80vh;overflow:auto}
 .plot a{cursor:pointer}
+figcaption.under{margin:.6rem .2rem 0;color:var(--soft);font-size:.9rem}
 """)
+REMARKS = {
+    ACCURACY: "Every point is a run and links to its report. Each seed has a front of its own.",
+    BY_DEPTH: "How many tokens networks carry, and what the patches of the dense one contribute.",
+}
 FOOTER = (
     "Written by vitrim from study.sqlite. Links lead to the reports of the runs, in runs/ beside "
     "this file."
 )
 
 
-def render_page(summary: Summary, machine: str | None, pictures: Sequence[str]) -> str:
+def render_page(summary: Summary, machine: str | None, pictures: Sequence[Picture]) -> str:
     """The whole page.
 
     Args:
         summary: The study.
         machine: Where latencies were measured.
-        pictures: The figures, as SVG.
+        pictures: The figures.
 
     Returns:
         HTML.
@@ -61,7 +67,7 @@ def render_page(summary: Summary, machine: str | None, pictures: Sequence[str]) 
     body = element(
         "main",
         _header(summary, machine),
-        _figures(pictures),
+        *(_figures(title, remark, shown) for title, remark, shown in by_section(pictures)),
         *map(_section, grids(summary)),
         _protocol(summary),
         element("footer", FOOTER),
@@ -110,13 +116,27 @@ def _header(summary: Summary, machine: str | None) -> Markup:
     )
 
 
-def _figures(pictures: Sequence[str]) -> Markup | None:
-    if not pictures:
-        return None
-    cards = [element("figure", Markup(each.strip()), class_="card") for each in pictures]
-    remark = "Every point is a run and links to its report. Each seed has a front of its own."
+def by_section(pictures: Sequence[Picture]) -> list[tuple[str, str, list[Picture]]]:
+    """Pictures by the part of the report that they belong to: title, remark, and the pictures."""
+    titles = dict.fromkeys(each.section for each in pictures)
+    return [
+        (title, REMARKS[title], [each for each in pictures if each.section == title])
+        for title in titles
+    ]
+
+
+def _figures(title: str, remark: str, pictures: Sequence[Picture]) -> Markup:
+    cards = [
+        element(
+            "figure",
+            Markup(each.svg.strip()),
+            element("figcaption", each.caption, class_="under"),
+            class_="card",
+        )
+        for each in pictures
+    ]
     stack = element("div", *cards, class_="stack")
-    return section("Accuracy and cost", remark, stack, id_="figures")
+    return section(title, remark, stack, id_="figures" if title == ACCURACY else title.lower())
 
 
 def _section(grid: Grid) -> Markup:

@@ -23,13 +23,15 @@ from ...bench.report.plot import (
 )
 from ...bench.report.style import packed
 from .expansion import settings_text
-from .summary import Summary, number, pareto
+from .summary import Summary, number, numbers, pareto
 from .table import Row
 
 WIDTH_PX, HEIGHT_PX, LEGEND_PX = 760.0, 460.0, 22.0
 # An axis with more values has too many colours to distinguish.
 MOST_COLOURS = 6
 LONGEST_NAME = 24
+# The parts of a report that have figures.
+ACCURACY, BY_DEPTH = "Accuracy and cost", "Tokens"
 _STYLE = packed(
     ".plot .sheet{fill:var(--card);stroke:var(--hair)}"
     ".plot .title{font-size:16px;font-weight:650}"
@@ -63,6 +65,33 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A figure of a report.
+
+    Attributes:
+        file: Its name.
+        svg: Its contents.
+        caption: Sentences; the first one is the alternative text.
+        section: The part of the report that it belongs to.
+    """
+
+    file: str
+    svg: str
+    caption: str
+    section: str = ACCURACY
+
+    @staticmethod
+    def first_sentence(caption: str) -> str:
+        """The beginning of a caption up to its first full stop before a space."""
+        return f"{caption.partition('. ')[0].rstrip('.')}."
+
+    @property
+    def alt(self) -> str:
+        """What the picture shows, for readers who do not see it."""
+        return self.first_sentence(self.caption)
+
+
+@dataclass(frozen=True)
 class Series:
     """The points of one value of the axis that the colours show."""
 
@@ -71,14 +100,25 @@ class Series:
 
 
 def costs(summary: Summary) -> list[Cost]:
-    """The costs that the finished runs have; the first one once for each axis with colours."""
+    """The costs that the finished runs have; one of them once for each axis with colours.
+
+    That is the first one in which the runs differ: tokens, for example, have no parameters.
+    """
     axes = coloured_axes(summary)
+    varied = [column for column in summary.fronts if _differs(summary, column)]
+    main = next(iter(varied or summary.fronts), None)
     found: list[Cost] = []
     for column in summary.fronts:
-        shown: Sequence[str | None] = (axes if not found else axes[:1]) or [None]
+        shown: Sequence[str | None] = (axes if column == main else axes[:1]) or [None]
         title, unit = _cost_title(summary, column)
         found += [Cost(column, title, unit, axis, place) for place, axis in enumerate(shown)]
     return found
+
+
+def _differs(summary: Summary, column: str) -> bool:
+    """Whether the largest cost of a finished run is over 5 % above the smallest."""
+    values = numbers(summary.done, column)
+    return max(values) > 1.05 * min(values)
 
 
 def _cost_title(summary: Summary, column: str) -> tuple[str, float]:
@@ -123,6 +163,23 @@ def series(summary: Summary, axis: str | None) -> list[Series]:
     ]
 
 
+def cost_caption(summary: Summary, cost: Cost) -> str:
+    """The caption of the figure of a cost."""
+    quality = quality_title(summary)
+    coloured = "" if cost.axis is None else f", coloured by {cost.axis}"
+    what, _, unit = cost.title.rpartition(", ")
+    about = f"{quality[0].upper()}{quality[1:]} by {what} ({unit}){coloured}"
+    return f"{about}. A point is a run; a line is the Pareto front of a seed."
+
+
+def cost_pictures(summary: Summary) -> list[Picture]:
+    """The figures of accuracy and cost, in the order of `costs`."""
+    return [
+        Picture(f"{cost.file}.svg", f"{picture(summary, cost)}\n", cost_caption(summary, cost))
+        for cost in costs(summary)
+    ]
+
+
 def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
     """A stand-alone SVG: accuracy against a cost, with the Pareto front of each seed.
 
@@ -147,7 +204,7 @@ def picture(summary: Summary, cost: Cost, *, linked: bool = True) -> str:
         sheet(
             WIDTH_PX,
             HEIGHT_PX,
-            f"{named} by {cost.title}",
+            Picture.first_sentence(cost_caption(summary, cost)),
             _STYLE,
             text_at(26, 34, f"{named}, %", class_="title"),
             text_at(

@@ -11,13 +11,14 @@ from ...bench.report.model import Report
 from ...bench.report.writing import PAGE, PICTURE
 from ...core.storage import replace_file, require_output_file
 from .article_text import Figure
-from .claims import TOKENS
+from .claims import TOKENS, TOLERANCE
 from .grids import Entry, Grid, grids
 from .magnitude_claims import SPARSITY as WEIGHT_SPARSITY
-from .page import headline, lead, render_page
-from .pictures import costs, picture
+from .page import by_section, headline, lead, render_page
+from .pictures import ACCURACY, Picture, cost_pictures
 from .summary import Summary, summarise
 from .table import RUNS, StudyTable
+from .token_figures import FIGURES_FILE
 
 PAGE_FILE, TEXT_FILE = "study.html", "study.md"
 
@@ -39,30 +40,29 @@ def write_report(folder: Path | str, *, latex: bool = False) -> list[str]:
     folder = Path(folder)
     summary = summarise(StudyTable(folder))
     machine = machine_of(summary, folder)
-    pictures = {f"{cost.file}.svg": picture(summary, cost) + "\n" for cost in costs(summary)}
+    pictures = cost_pictures(summary)
     drawn: dict[Figure, bytes] = {}
     if WEIGHT_SPARSITY in summary.axes:
-        from .mask_pictures import PICTURE_FILE, mask_picture, masks_figure, shown_masks
+        from .mask_pictures import masks_figure, shown_masks, shown_picture
 
         masks = shown_masks(summary, folder)
         if masks is not None:
-            pictures[PICTURE_FILE] = mask_picture(masks)
+            pictures.append(shown_picture(masks))
             drawn |= masks_figure(masks) if latex else {}
-    if TOKENS in summary.axes:
-        from . import token_pictures
+    if {TOKENS, TOLERANCE} & set(summary.axes) or (folder / FIGURES_FILE).is_file():
+        from .token_pictures import token_charts
 
-        courses = token_pictures.courses(summary, folder)
-        if courses:
-            pictures[token_pictures.PICTURE_FILE] = token_pictures.courses_picture(courses)
-            drawn |= token_pictures.courses_figure(courses) if latex else {}
+        charts = token_charts(summary, folder)
+        pictures += [chart.picture for chart in charts]
+        drawn |= dict(chart.figure for chart in charts) if latex else {}
     pages = {
-        PAGE_FILE: render_page(summary, machine, list(pictures.values())),
-        TEXT_FILE: render_markdown(summary, machine, list(pictures)),
+        PAGE_FILE: render_page(summary, machine, pictures),
+        TEXT_FILE: render_markdown(summary, machine, pictures),
     }
     for name in pages:
         require_output_file(folder / name, PAGE, overwrite=True)
-    for name, content in pictures.items():
-        replace_file(folder / name, content, PICTURE)
+    for picture in pictures:
+        replace_file(folder / picture.file, picture.svg, PICTURE)
     for name, content in pages.items():
         replace_file(folder / name, content, PAGE)
     written = [str(folder / name) for name in pages]
@@ -91,20 +91,23 @@ def machine_of(summary: Summary, folder: Path) -> str | None:
     return None
 
 
-def render_markdown(summary: Summary, machine: str | None, pictures: Sequence[str]) -> str:
+def render_markdown(summary: Summary, machine: str | None, pictures: Sequence[Picture]) -> str:
     """study.md.
 
     Args:
         summary: The study.
         machine: Where latencies were measured.
-        pictures: Names of the pictures beside it.
+        pictures: The pictures beside it.
 
     Returns:
         Markdown.
     """
     parts = [f"# {safe(summary.name)}", f"**{safe(headline(summary))}**"]
     parts += map(safe, lead(summary, machine))
-    parts += [f"![accuracy and cost]({name})" for name in pictures]
+    for title, _, shown in by_section(pictures):
+        parts += [f"## {title}"] if title != ACCURACY else []
+        for each in shown:
+            parts += [f"![{safe(each.alt)}]({each.file})", f"*{safe(each.caption)}*"]
     for grid in grids(summary):
         parts += [f"## {grid.title}", grid.remark, _table(grid)]
     return "\n\n".join([*parts, WRITTEN_BY_VITRIM]) + "\n"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from ...core.errors import InputError
+from ..masks_section import CHOOSING
 from ..recipe import RECIPES, SIZE_KEYS, Recipe, load_recipe
 from ..recipe_keys import first_error
 from ..recipe_sections import Section
@@ -40,6 +41,58 @@ class GridSection(Section):
     exclude: list[dict[str, Any]] = Field(
         default_factory=list, description="values; a run that has all values of one entry is none"
     )
+
+
+class TokenFiguresSection(Section):
+    """Measurements of the dense network, block by block: Figures 3, 6 and 7 of Tang et al. 2022."""
+
+    methods: tuple[str, ...] = Field(
+        ("patch-slimming", "column-attention", "random"),
+        strict=False,
+        min_length=1,
+        max_length=5,
+        description="scores that choose the patches of a block, as in `masks.tokens`; the first "
+        "one is that of all blocks",
+    )
+    share: float = Field(
+        0.3,
+        gt=0.0,
+        le=1.0,
+        description="share of the patches that one block alone computes, by block",
+    )
+    block: int | None = Field(
+        None,
+        ge=0,
+        description="block, counted from 0, in which the scores are compared; absent: the one in "
+        "the middle",
+    )
+    shares: tuple[float, ...] = Field(
+        (0.9, 0.7, 0.5, 0.3, 0.1),
+        strict=False,
+        min_length=1,
+        description="shares of the patches that it computes",
+    )
+    images: int = Field(1000, gt=0, description="validation images that are classified, at most")
+    scoring_images: int = Field(
+        256, gt=1, description="training images that patches are scored on, at most"
+    )
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in methods if name not in CHOOSING]
+        if unknown:
+            raise ValueError(f"no score is called {unknown[0]}; choose of {', '.join(CHOOSING)}")
+        if len(set(methods)) != len(methods):
+            raise ValueError("a score is listed twice")
+        return methods
+
+    @field_validator("shares")
+    @classmethod
+    def _valid_shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(shares)) != len(shares) or not all(0.0 < share <= 1.0 for share in shares):
+            raise ValueError("shares are different numbers above 0, at most 1")
+        return shares
 
 
 class StudySection(GridSection):
@@ -76,6 +129,11 @@ class StudySection(GridSection):
         strict=False,
         description="names of dense timm models that are exported unchanged and timed behind the "
         'runs, e.g. ["mobilevitv2_050"]',
+    )
+    token_figures: TokenFiguresSection | None = Field(
+        None,
+        description="measure the dense network, block by block, behind the runs; an empty table "
+        "has all defaults",
     )
     early_stop: Literal["asha"] | None = Field(
         None,

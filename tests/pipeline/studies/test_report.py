@@ -62,7 +62,20 @@ def test_the_markdown_has_the_same_tables(folder: Path) -> None:
     assert "# Shared & fixed masks" in text.replace("&amp;", "&")
     titles = re.findall(r"^## (.*)", text, re.MULTILINE)
     assert titles == ["Means over seeds", "On the Pareto fronts", "All runs", "Failed runs"]
-    assert "![accuracy and cost](study-params.svg)" in text
+    caption = "A point is a run; a line is the Pareto front of a seed."
+    alts = dict(re.findall(r"!\[(.*?)\]\((.*?)\)", text))
+    assert alts == {
+        "Top-1 by parameters (thousands), coloured by masks.sharing.": "study-params.svg",
+        "Top-1 by multiply-adds (millions), coloured by masks.sharing.": "study-macs.svg",
+        "Top-1 by median latency of fp32 (ms), coloured by masks.sharing.": (
+            "study-compact-fp32-ms.svg"
+        ),
+    }
+    page = (folder / "study.html").read_text(encoding="utf-8")
+    for alt in alts:
+        assert f"*{alt} {caption}*" in text
+        assert f"<title>{alt}</title>" in page
+        assert f">{alt} {caption}</figcaption>" in page
     assert (folder / "study-params.svg").read_text().startswith("<svg")
     first = StudyTable(folder).rows()[0]["id"]
     assert f"[{first}](runs/{first}/report.html)" in text
@@ -87,6 +100,19 @@ def test_the_first_cost_is_drawn_for_each_axis_with_few_values(tmp_path: Path) -
     for name in ("none", "head", "embed"):
         assert f">{name}<" in pictures["study-params-masks-fixed.svg"]
     assert all(picture.count("<a href=") == 6 for picture in pictures.values())
+
+
+def test_axes_are_coloured_by_the_first_cost_in_which_runs_differ(tmp_path: Path) -> None:
+    table = large_table(tmp_path, 6)
+    axes = [Column("masks.fixed", "axis", "", "recipe key masks.fixed")]
+    for place, run in enumerate(table.states()):
+        values = {"masks.fixed": ("none", "head", "embed")[place % 3], "params": 1_000_000 + place}
+        table.change(run, "done", figures=values, columns=axes)
+    write_report(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("study-*.svg")) == [
+        *("study-compact-fp32-ms.svg", "study-macs-masks-fixed.svg"),
+        *("study-macs-masks-params.svg", "study-macs.svg", "study-params.svg"),
+    ]
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed")

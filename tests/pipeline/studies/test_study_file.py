@@ -192,7 +192,7 @@ def test_a_missing_study_or_recipe_is_named(place: Path) -> None:
         load_study(path)
 
 
-@pytest.mark.parametrize(("name", "count"), [("structured", 216), ("tokens", 72), ("tandem", 30)])
+@pytest.mark.parametrize(("name", "count"), [("structured", 216), ("tokens", 81), ("tandem", 30)])
 def test_the_studies_of_the_package_are_valid(name: str, count: int) -> None:
     assert name in study_names()
     study = load_study(name)
