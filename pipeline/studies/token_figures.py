@@ -209,7 +209,6 @@ class _Measuring:
         with torch.no_grad():
             found = [self.model(part).argmax(dim=-1) for part in self.images.split(64)]
         return TokenFigures(
-            schema=SCHEMA,
             key=key,
             run=self.run.id,
             model=self.run.recipe.model.name,
@@ -241,7 +240,7 @@ class _Measuring:
 
     def _saved(self, record: TokenFigures, more: Mapping[str, object]) -> TokenFigures:
         """The record with a further part, saved as JSON and as CSV."""
-        values = record.model_dump(mode="json", by_alias=True) | more
+        values = {**record.model_dump(mode="json", by_alias=True), **more}
         record = TokenFigures.model_validate(values)
         text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1) + "\n"
         replace_file(self.folder / FIGURES_FILE, text, KIND)

@@ -159,10 +159,11 @@ def tolerance_chart(summary: Summary) -> Chart | None:
     if summary.quality == "top1":
         known = [100 * number(row["top1_dense"]) for row in rows if row["top1_dense"] is not None]
         dense = sum(known) / len(known) if known else None
-    heights = [y for each in accuracy for _, y in each.points] + [dense] * (dense is not None)
+    heights = [y for each in accuracy for _, y in each.points]
+    heights += [] if dense is None else [dense]
     if not heights:
         return None
-    low, high = padded(min(heights), max(heights), share=0.15, min_span=2.0)  # type: ignore[type-var, arg-type]
+    low, high = padded(min(heights), max(heights), share=0.15, min_span=2.0)
     span = (0.0, 1.12 * max(values))
     most = max(y for each in macs for _, y in each.points)
     quality = quality_title(summary)
