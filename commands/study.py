@@ -52,6 +52,15 @@ StudyName = Annotated[
 Folder = Annotated[
     Path, typer.Argument(help="A study folder, written by `vitrim study FILE --out FOLDER`.")
 ]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of all runs, by recipe key, e.g. --set finetune.epochs=2. May be "
+        "repeated.",
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -158,6 +167,7 @@ Latex = Annotated[
 @app.command("run")
 def run(
     study: StudyName,
+    sets: Sets = None,
     out: Out = None,
     resume: Resume = False,
     retry_failed: RetryFailed = False,
@@ -181,8 +191,11 @@ def run(
 
       vitrim study my_study.toml --out studies/mine --resume
 
+      vitrim study tokens --set data.name=fashion-mnist --set data.limit=10000
+
     Args:
         study: The file.
+        sets: Values of all runs, in place of those of the file.
         out: The study folder.
         resume: Continue the study in it.
         retry_failed: Try failed runs again.
@@ -194,7 +207,7 @@ def run(
     """
     from ..pipeline.studies.study_file import load_study
 
-    loaded = load_study(study)
+    loaded = load_study(study, sets or ())
     if retry_failed and not resume:
         raise InputError("--retry-failed needs --resume")
     if ray is not None:

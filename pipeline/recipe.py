@@ -299,7 +299,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe
 
 def _toml(tables: Mapping[str, Any], prefix: str = "") -> str:
     lines = [
-        f"{_key(key)} = {_value(value)}"
+        f"{_key(key)} = {toml_value(value)}"
         for key, value in tables.items()
         if not isinstance(value, dict)
     ]
@@ -313,10 +313,15 @@ def _toml(tables: Mapping[str, Any], prefix: str = "") -> str:
 
 def _key(key: str) -> str:
     bare = key and all(sign.isascii() and (sign.isalnum() or sign in "-_") for sign in key)
-    return key if bare else _value(key)
+    return key if bare else toml_value(key)
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value of plain data as TOML, in one line.
+
+    Raises:
+        InputError: TOML has no such value.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -327,8 +332,8 @@ def _value(value: Any) -> str:
         # JSON's escapes are those of TOML, except for DEL: JSON keeps it, TOML forbids it.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_value(item) for item in value)}]"
+        return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, dict):
-        items = ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items())
+        items = ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items())
         return f"{{ {items} }}"
     raise InputError(f"a value of type {type(value).__name__} cannot be written as TOML: {value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from ...core.errors import InputError
 from ..masks_section import CHOOSING
-from ..recipe import RECIPES, SIZE_KEYS, Recipe, load_recipe
+from ..recipe import RECIPES, SIZE_KEYS, Recipe, load_recipe, parse_value, toml_value
 from ..recipe_keys import first_error
 from ..recipe_sections import Section
 
@@ -109,6 +109,11 @@ class StudySection(GridSection):
     about: str = Field("", description="what the study is about, one or two sentences")
     source: str = Field("", description="the publication whose protocol it follows")
     bibtex: str = Field("", description="BibTeX entries of that publication, for the LaTeX report")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values of all runs, by recipe key, in place of those of `[set]` and of grids; "
+        "`vitrim study --set` writes them",
+    )
     recipe: str = Field(
         min_length=1,
         description="a recipe file, relative to the study file, or the name of one in the package",
@@ -220,11 +225,13 @@ def study_names() -> list[str]:
     return sorted(path.stem for path in STUDIES.glob("*.toml"))
 
 
-def load_study(source: str | Path) -> Study:
+def load_study(source: str | Path, sets: Sequence[str] = ()) -> Study:
     """Read a study file.
 
     Args:
         source: A TOML file, or the name of a study in the package.
+        sets: `section.key=value` strings with values of all runs. The text of the study has them as
+            its key `overrides`, so that it describes the same runs without them.
 
     Returns:
         The study; its runs are not validated yet (`expansion.expand`).
@@ -235,6 +242,15 @@ def load_study(source: str | Path) -> Study:
     """
     path = _find(source)
     text, tables = _read(path)
+    if sets:
+        if "overrides" in tables:
+            raise InputError(
+                f"{path}: has `overrides`, which --set would replace; change them in the file"
+            )
+        form = "section.key=value, e.g. --set finetune.epochs=2"
+        tables["overrides"] = dict(parse_value(item, "--set", form) for item in sets)
+        # In front of the tables of the file, and of its own keys.
+        text = f"overrides = {toml_value(tables['overrides'])}\n{text}"
     try:
         section = StudySection.model_validate(tables)
     except ValidationError as error:
@@ -272,20 +288,20 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _grids(path: Path, section: StudySection) -> Iterator[Grid]:
-    shared = flat_values(section.set_)
+    shared, overrides = flat_values(section.set_), flat_values(section.overrides)
     own = (section.axes, section.zip_, section.points)
     if any(own) or not section.grid:
-        yield _grid(str(path), section, shared)
+        yield _grid(str(path), section, shared, overrides)
     for number, tables in enumerate(section.grid, 1):
         where = f"{path}: [[grid]] {number}"
         try:
             inner = GridSection.model_validate(tables)
         except ValidationError as error:
             raise InputError(f"{where}: {first_error(error, GridSection)}") from None
-        yield _grid(where, inner, shared)
+        yield _grid(where, inner, shared, overrides)
 
 
-def _grid(where: str, section: GridSection, shared: Values) -> Grid:
+def _grid(where: str, section: GridSection, shared: Values, overrides: Values) -> Grid:
     factors = [
         tuple({key: value} for value in values)
         for key, values in _lists(section.axes, f"{where}: [axes]").items()
@@ -295,11 +311,17 @@ def _grid(where: str, section: GridSection, shared: Values) -> Grid:
         factors.append(tuple(map(flat_values, section.points)))
     grid = Grid(
         where,
-        _merged(shared, flat_values(section.set_)),
+        _merged(_merged(shared, flat_values(section.set_)), overrides),
         tuple(factors),
         tuple(map(flat_values, section.exclude)),
     )
     _require_consistent(grid)
+    varied = sorted(set(grid.varied()) & set(overrides))
+    if varied:
+        raise InputError(
+            f"{where}: `{varied[0]}` varies, so that one value of --set or `overrides` cannot "
+            "replace it; change the axis in the file"
+        )
     return grid
 
 

@@ -180,6 +180,34 @@ def test_an_invalid_study_is_one_line(place: Path, text: str, message: str) -> N
     assert "\n" not in str(raised.value)
 
 
+def test_values_of_all_runs_replace_those_of_the_file_and_its_grids(place: Path) -> None:
+    text = (
+        "seeds = [1]\n[set]\nfinetune.epochs = 3\nmasks.params = 0.4\n"
+        "[axes]\nfinetune.lr = [1e-3]\n"
+        "[[grid]]\nset = { finetune.epochs = 4 }\naxes = { finetune.lr = [2e-3] }\n"
+    )
+    sets = ("finetune.epochs=2", "masks.macs=0.5", "data.seed=9")
+    study = load_study(write_study(place, text), sets)
+    runs = expand(study)
+    for run in runs:
+        recipe = run.recipe
+        assert (recipe.finetune.epochs, recipe.masks.macs, recipe.masks.params) == (2, 0.5, None)
+        assert recipe.data.seed == 9
+    # The text alone describes the same runs.
+    again = place / "again.toml"
+    again.write_text(study.text, encoding="utf-8")
+    assert [run.id for run in expand(load_study(again))] == [run.id for run in runs]
+    with pytest.raises(InputError, match=r"again.toml: has `overrides`, which --set would replace"):
+        load_study(again, ("finetune.epochs=2",))
+    path = write_study(place, "[axes]\nmasks.params = [0.3]\n")
+    with pytest.raises(InputError, match=r"`masks.params` varies, so that one value of --set or"):
+        load_study(path, ("masks.params=0.5",))
+    with pytest.raises(InputError, match=r"--set masks: write --set section.key=value, e.g."):
+        load_study(path, ("masks",))
+    with pytest.raises(InputError, match=r"unknown key `finetune.epoch`; the nearest valid key"):
+        expand(load_study(path, ("finetune.epoch=2",)))
+
+
 def test_a_missing_study_or_recipe_is_named(place: Path) -> None:
     with pytest.raises(InputError, match=r"no such study; name a TOML .*structured, tandem"):
         load_study("strctured")
