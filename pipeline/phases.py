@@ -37,6 +37,8 @@ class RunContext:
     folder: RunFolder
     quiet: bool = False
     host: TrainingHost = field(default_factory=TrainingHost)
+    # By augmentation, for the phases that follow: a run has one teacher.
+    outputs: dict[str, dict[bytes, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def writes(self) -> bool:
@@ -70,6 +72,8 @@ def known_outputs(
     if not context.host.placement.waits or context.host.processes.count > 1:
         # A GPU computes them faster than images are compared; a process needs a share of them.
         return {}
+    if augmentation in context.outputs:
+        return context.outputs[augmentation]
     starts = range(0, len(train), TEACHER_BATCH)
     parts = (train.floats(slice(start, start + TEACHER_BATCH)) for start in starts)
     batches = (form for images in parts for form in fixed_forms(augmentation, images))
@@ -81,7 +85,9 @@ def known_outputs(
         place.autocast(),
         progress_bar("outputs of the teacher", count, quiet=context.quiet) as report,
     ):
-        return teacher_outputs(teacher, batches, report)
+        found = teacher_outputs(teacher, batches, report)
+    context.outputs[augmentation] = found
+    return found
 
 
 def distillation(

@@ -20,6 +20,7 @@ from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.surgery.image_size import at_image_size
 from vitrim.core.errors import InputError
 from vitrim.export.artifact import Artifact
+from vitrim.pipeline import phases
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import fingerprints, prepare, run
 from warm_processes import start_vitrim
@@ -233,6 +234,25 @@ def test_no_distill_trains_without_a_teacher(place: Path, tmp_path: Path) -> Non
     assert all(
         torch.equal(value, compact.state_dict()[key]) for key, value in cut.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("finetuning", ["flip", "none"])
+def test_phases_with_equal_forms_of_the_images_share_the_outputs_of_the_teacher(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetuning: str
+) -> None:
+    computed: list[int] = []
+    original = phases.teacher_outputs
+
+    def counted(*arguments: Any) -> dict[bytes, torch.Tensor]:
+        found = original(*arguments)
+        computed.append(len(found))
+        return found
+
+    monkeypatch.setattr(phases, "teacher_outputs", counted)
+    sets = ('masks.augmentation="flip"', f'finetune.augmentation="{finetuning}"')
+    run(load_recipe(place / "tiny.toml", sets), tmp_path / "run", until="finetune", quiet=True)
+    images = computed[0] // 2
+    assert computed == [2 * images, *([images] if finetuning == "none" else [])]
 
 
 def test_a_lambda_replaces_the_budget(place: Path, tmp_path: Path) -> None:
