@@ -1,6 +1,9 @@
 """A recipe over several seeds, as a table of means and standard deviations.
 
     python -m benchmarks.accuracy.seeds fashion_mnist fashion_mnist_90
+    python -m benchmarks.accuracy.seeds cifar10_small_50 cifar10_small cifar10_small_90 \\
+        --name seeds_cifar10 --set data.name=parquet:FOLDER --set train.precision=bf16 \\
+        --set model.checkpoint=benchmarks/checkpoints/cifar10_small
 
 Each seed is a whole `vitrim run` in a process of its own, with its own folder; finished runs are
 kept, interrupted ones continue. Top-1 is that of the exported artifacts on the test images. Latency
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -117,7 +121,9 @@ def main() -> None:
     rows = [row(Path(recipe).stem, found) for recipe, found in by_recipe.items()]
     printed = table(rows, options.seeds)
     print(printed)
-    command = "python -m benchmarks.accuracy.seeds " + " ".join(sys.argv[1:])
+    # Where the data and the runs are on this machine is left out.
+    arguments = [re.sub(r"(?<![\w.])/.*", "FOLDER", argument) for argument in sys.argv[1:]]
+    command = "python -m benchmarks.accuracy.seeds " + " ".join(arguments)
     result = {
         "command": command,
         "machine": read_machine(),
