@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrim.bench.local.environment import read_machine
+from vitrim.pipeline.recipe import toml_value
 
 from ..results_file import RESULTS, markdown_head, markdown_row, publish, spread
 
@@ -111,13 +112,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     settings = {
-        "data": json.dumps(options.data),
-        "model": json.dumps(str(Path(options.model).resolve())),
+        "data": toml_value(options.data),
+        "model": toml_value(str(Path(options.model).resolve())),
         "images": options.images,
         "test_images": options.test_images,
         "epochs": options.epochs,
         "finetune_epochs": options.finetune_epochs,
-        "precision": json.dumps(options.precision),
+        "precision": toml_value(options.precision),
         "seeds": options.seeds,
         "lambdas": list(LAMBDAS),
         "budgets": list(BUDGETS),
