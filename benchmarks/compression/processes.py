@@ -45,7 +45,7 @@ def learn(processes: int, threads: int, epochs: int) -> dict[str, Any]:
         epochs: Of mask learning.
 
     Returns:
-        The images per second of each epoch, and what the mask keeps, which is not published.
+        The images per second of each epoch, and what the mask keeps.
 
     Raises:
         RuntimeError: The training failed; the message contains its last lines.
@@ -72,10 +72,8 @@ def differing(first: dict[str, list[bool]], second: dict[str, list[bool]]) -> in
     return sum(sum(a != b for a, b in zip(first[key], second[key], strict=True)) for key in first)
 
 
-def table(rows: Sequence[dict[str, Any]], epochs: int) -> str:
+def table(rows: Sequence[dict[str, Any]], epochs: int, units: int) -> str:
     """Images per second, mean and deviation, and relative to one process with one thread."""
-    reference = rows[0]
-    units = sum(map(len, reference["kept"].values()))
     lines = markdown_head(
         *("processes", "threads of each"),
         *(f"epoch {number + 1}: images/s" for number in range(epochs)),
@@ -88,7 +86,7 @@ def table(rows: Sequence[dict[str, Any]], epochs: int) -> str:
         speeds = [[row["images_per_s"][number] for row in found] for number in range(epochs)]
         whole = statistics.median(statistics.harmonic_mean(row["images_per_s"]) for row in found)
         base = whole if base is None else base
-        apart = max(differing(reference["kept"], row["kept"]) for row in found)
+        apart = max(row["kept_differently"] for row in found)
         cells = [spread(values, 0) for values in speeds]
         lines.append(markdown_row(processes, threads, *cells, f"{whole / base:.2f}", apart))
     return "\n".join(lines)
@@ -102,18 +100,14 @@ def main() -> None:
     options = parser.parse_args()
     cpu, busy = read_machine()["cpu_model"], read_state(1.0).get("busy_cores") or 0.0
     rows = [learn(*case, options.epochs) for _ in range(options.repeats) for case in CASES]
+    masks = [row.pop("kept") for row in rows]
+    for row, mask in zip(rows, masks, strict=True):
+        row["kept_differently"] = differing(masks[0], mask)
+    units = sum(map(len, masks[0].values()))
     note = f"on {cpu}, {os.cpu_count()} cores, of which other work kept {busy:.1f} busy"
     command = "python -m benchmarks.compression.processes"
-    text = f"`{command}` {note} at the start.\n\n{table(rows, options.epochs)}\n"
-    # The masks are some thousand lines.
-    figures = [
-        {
-            **{key: value for key, value in row.items() if key != "kept"},
-            "kept_differently": differing(rows[0]["kept"], row["kept"]),
-        }
-        for row in rows
-    ]
-    result = {"command": command, "cpu": cpu, "busy_cores": busy, "rows": figures}
+    text = f"`{command}` {note} at the start.\n\n{table(rows, options.epochs, units)}\n"
+    result = {"command": command, "cpu": cpu, "busy_cores": busy, "rows": rows}
     publish(RESULTS / "processes", result, text)
 
 
