@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..compress.data.batch_loader import BatchLoader
 from ..compress.data.splits import DataSplits
 from ..compress.network.count import count_macs, count_params
-from ..compress.train.augment import FIXED, Augmentation, seed_everything
+from ..compress.train.augment import FIXED_FORMS, Augmentation, seed_everything
 from ..compress.train.dense import DenseTask
 from ..compress.train.mask_task import MaskTask
 from ..compress.train.precision import arithmetic
@@ -198,7 +198,7 @@ def _phases(prepared: Prepared, processes: int, *, quiet: bool) -> Iterator[Phas
 def _task(prepared: Prepared, phase: str, augmentation: str) -> MaskTask | VtpTask | DenseTask:
     recipe = prepared.recipe
     # The outputs of the teacher for images in a few fixed forms are computed once.
-    known = augmentation in FIXED and placement_of(recipe.train)[0].waits
+    known = augmentation in FIXED_FORMS and placement_of(recipe.train)[0].waits
     if known:
         disabled = recipe.distill.model_copy(update={"enabled": False})
         recipe = recipe.model_copy(update={"distill": disabled})
@@ -241,13 +241,7 @@ def _time(prepared: Prepared, phase: str, augmentation: str) -> _Timed:
     seed_everything(recipe.train.seed)
     task = _task(prepared, phase, augmentation)
     train = recipe.train
-    with arithmetic(
-        train.matmul_precision,
-        train.threads,
-        task.model_for_eval(),
-        place.device,
-        short=place.precision != "fp32",
-    ):
+    with arithmetic(train.matmul_precision, train.threads, task.model_for_eval(), place):
         task.place(place)
         try:
             task.train_mode()

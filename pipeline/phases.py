@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compress.data.splits import DataSplits
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.modules.model import CompactModel
-from ..compress.train.augment import FIXED, fixed_forms
+from ..compress.train.augment import FIXED_FORMS
 from ..compress.train.dense import Distillation, teacher_outputs
 from ..compress.train.loop import fit
 from ..compress.train.precision import arithmetic
@@ -64,7 +64,7 @@ def known_outputs(
     if student.architecture.selects and context.recipe.masks.tokens == "dynamicvit":
         # Its loss has the tokens of the teacher, too, which are computed with the logits.
         return {}
-    if augmentation not in FIXED or not distill.enabled or distill.alpha == 0.0:
+    if augmentation not in FIXED_FORMS or not distill.enabled or distill.alpha == 0.0:
         return {}
     if not train.decoded:
         # As many outputs as a large data set has images would fill the memory.
@@ -76,12 +76,11 @@ def known_outputs(
         return context.outputs[augmentation]
     starts = range(0, len(train), TEACHER_BATCH)
     parts = (train.floats(slice(start, start + TEACHER_BATCH)) for start in starts)
-    batches = (form for images in parts for form in fixed_forms(augmentation, images))
-    count = len(train) * len(fixed_forms(augmentation, train.floats(slice(0, 1))))
-    section, place = context.recipe.train, context.host.placement
-    short = place.precision != "fp32"
+    forms = FIXED_FORMS[augmentation]
+    batches = (form(images) for images in parts for form in forms)
+    section, place, count = context.recipe.train, context.host.placement, len(train) * len(forms)
     with (
-        arithmetic(section.matmul_precision, section.threads, teacher, short=short),
+        arithmetic(section.matmul_precision, section.threads, teacher, place),
         place.autocast(),
         progress_bar("outputs of the teacher", count, quiet=context.quiet) as report,
     ):

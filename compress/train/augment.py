@@ -23,7 +23,7 @@ References:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -44,8 +44,6 @@ from ..data.splits import normalise
 Preset = Literal["none", "flip", "erasing", "light", "thesis", "imagenet"]
 # These mix the images of a batch in pairs.
 MIXING: tuple[Preset, ...] = ("thesis", "imagenet")
-# These show an image in a few fixed forms.
-FIXED: tuple[Preset, ...] = ("none", "flip")
 # As `create_transform` of timm names it.
 IMAGENET_POLICY = "rand-m9-mstd0.5-inc1"
 # A shift of 2 in 28 pixels, and the same share of larger images.
@@ -131,8 +129,7 @@ class Augmentation:
         if self.preset in ("light", "thesis"):
             pixels = shift_and_flip(pixels)
         elif self.preset == "flip":
-            mirrored = torch.rand(len(pixels), 1, 1, 1) < 0.5
-            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+            pixels = torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, mirrored(pixels), pixels)
         images = normalise(pixels, self.preprocessing)
         images = self.erase(images) if self.erase is not None else images
         if self.mix is not None:
@@ -217,17 +214,21 @@ def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def fixed_forms(preset: str, images: Tensor) -> list[Tensor]:
-    """All that a preset of `FIXED` makes of images.
+def _unchanged(images: Tensor) -> Tensor:
+    """The images."""
+    return images
 
-    Args:
-        preset: The name of the augmentation.
-        images: float32 (B, C, H, W), normalised.
 
-    Returns:
-        A batch for each form.
-    """
-    return [images, images.flip(-1)] if preset == "flip" else [images]
+def mirrored(images: Tensor) -> Tensor:
+    """The mirror images of a batch (B, C, H, W), of any type."""
+    return images.flip(-1)
+
+
+# All that these presets make of an image, before or after it is normalised.
+FIXED_FORMS: Mapping[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "none": (_unchanged,),
+    "flip": (_unchanged, mirrored),
+}
 
 
 def shift_and_flip(pixels: Tensor) -> Tensor:

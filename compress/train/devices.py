@@ -40,9 +40,14 @@ class Placement:
         """Whether reading a value from the device costs nothing, as on a CPU."""
         return self.device.type == "cpu"
 
+    @property
+    def short(self) -> bool:
+        """Whether autocast computes products in bfloat16 or float16."""
+        return self.precision != "fp32"
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of a forward pass."""
-        if self.precision == "fp32":
+        if not self.short:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, _DTYPES[self.precision])
 

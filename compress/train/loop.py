@@ -89,13 +89,7 @@ def fit(
     place = settings.placement
     with (
         _restored_generators(),
-        arithmetic(
-            settings.matmul_precision,
-            settings.threads,
-            task.model_for_eval(),
-            place.device,
-            short=place.precision != "fp32",
-        ),
+        arithmetic(settings.matmul_precision, settings.threads, task.model_for_eval(), place),
     ):
         task.place(place)
         try:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..network.modules.attention import Attention
+from .devices import Placement
 
 
 @contextlib.contextmanager
@@ -18,8 +19,7 @@ def arithmetic(
     matmul_precision: Literal["highest", "high", "medium"],
     threads: int | None,
     model: nn.Module,
-    device: torch.device | None = None,
-    short: bool = False,
+    place: Placement | None = None,
 ) -> Iterator[None]:
     """Set the threads and the float32 matmul precision of torch, and restore them on exit.
 
@@ -35,13 +35,13 @@ def arithmetic(
             multiplies in bfloat16 if it has the instructions.
         threads: The number of threads, or None to leave it.
         model: A model, whose own `fused_attn` switches are set beside those of our modules.
-        device: Where the model computes (default: the CPU).
-        short: Whether autocast computes products in bfloat16 or float16.
+        place: Where the model computes, and how (default: the CPU, in float32).
     """
     precision_before, threads_before = torch.get_float32_matmul_precision(), torch.get_num_threads()
     # Convolutions on a GPU follow a switch of their own, which is on by default.
     short_before = torch.backends.cudnn.allow_tf32
-    plain = (short or matmul_precision != "highest") and (device is None or device.type == "cpu")
+    place = place or Placement()
+    plain = place.waits and (place.short or matmul_precision != "highest")
     own = [module for module in model.modules() if vars(module).get("fused_attn") is True]
     switched: list[Any] = [*([Attention] if Attention.fused_attn else []), *own] if plain else []
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ from timm.optim import muon
 from tiny_models import tiny_vit
 from training_material import Net, spots
 from vitrim.compress.lift import lift
-from vitrim.compress.train.augment import Augmentation, fixed_forms
+from vitrim.compress.train.augment import FIXED_FORMS, Augmentation
 from vitrim.compress.train.dense import (
     DenseTask,
     Distillation,
@@ -84,7 +84,7 @@ def test_batches_in_a_few_fixed_forms_are_found_among_the_known_outputs(
     preset: Any, forms: int
 ) -> None:
     data = spots(16).train
-    batches = fixed_forms(preset, data.floats(slice(0, 16)))
+    batches = [form(data.floats(slice(0, 16))) for form in FIXED_FORMS[preset]]
     known = teacher_outputs(Net(0), batches, lambda done: None)
     assert len(known) == 16 * forms
     torch.manual_seed(1)
