@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...core.errors import InputError
 from ..network.architecture import Architecture, SelectSpec
-from ..network.modules.model import CompactModel, build
+from ..network.modules.model import CompactModel, with_all_queries
 from ..network.modules.select import Select
 from ..network.select_specs import select_inputs
 from ..tokens.impact import image_impacts
@@ -222,7 +222,7 @@ class SampledObjective(PolicyObjective):
     def _prepare(self) -> None:
         self.policy = SampledPolicy()
         # The last attention computes every patch: the token loss compares them.
-        self.teacher = _all_queries(self.teacher)
+        self.teacher = with_all_queries(self.teacher)
         self._channels: SharedChannels | None = None
         self._targets: list[float] = []
         self._tokens: tuple[Tensor, Tensor | None] | None = None
@@ -394,9 +394,3 @@ def _set_selects(network: CompactModel, selects: tuple[SelectSpec, ...]) -> None
     network.architecture = network.architecture.model_copy(update={"selects": selects})
     for module, spec in zip(network.selects, selects, strict=True):
         cast("Select", module).spec = spec
-
-
-def _all_queries(model: CompactModel) -> CompactModel:
-    """The same network, whose last attention computes every token; it shares the weights."""
-    architecture = model.architecture.model_copy(update={"last_queries": False})
-    return build(architecture, model.state_dict()).eval()

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,8 +29,6 @@ from .table import RUNS, StudyTable
 
 if TYPE_CHECKING:
     from ...compress.network.architecture import Architecture
-    from ...compress.network.modules.model import CompactModel
-    from ...compress.tokens.block_studies import BlockRow
 
 FIGURES_FILE, DATA_FILE = "token-figures.json", "token-figures.csv"
 SCHEMA: Literal["vitrim.token-figures/1"] = "vitrim.token-figures/1"
@@ -144,12 +143,13 @@ def measure_token_figures(
 
 def _key(section: TokenFiguresSection, run: StudyRun, folder: Path) -> str:
     """A hash of what the figures depend on."""
-    baseline = folder / RUNS / run.id / "baseline"
+    # Here, since a report reads this module without torch.
+    from ...compress.network.files import ARCHITECTURE, WEIGHTS
+    from ..training_steps import BASELINE
+
+    baseline = folder / RUNS / run.id / BASELINE
     parts = {
-        "files": {
-            name: sha256_file(baseline / name)
-            for name in ("model.safetensors", "architecture.json")
-        },
+        "files": {name: sha256_file(baseline / name) for name in (WEIGHTS, ARCHITECTURE)},
         "data": run.recipe.plain()["data"],
         "seed": run.seed,
         "settings": section.model_dump(mode="json"),
@@ -166,7 +166,10 @@ class _Measuring:
         import torch
 
         from ...compress.data.splits import stratified_indices
+        from ...compress.network.files import load
+        from ...compress.network.modules.model import with_all_queries
         from ..run import prepare
+        from ..training_steps import BASELINE
 
         self.section, self.run, self.folder, self.quiet = section, run, folder, quiet
         data = prepare(run.recipe, quiet=quiet).data
@@ -180,7 +183,7 @@ class _Measuring:
         )
         self.images, self.scoring = data.val.floats(shown), data.train.floats(scored)
         self.labels = torch.from_numpy(data.val.targets[shown])
-        self.model = _whole_network(folder / RUNS / run.id)
+        self.model = with_all_queries(load(folder / RUNS / run.id / BASELINE))
 
     def complete(self, key: str, known: TokenFigures | None) -> None:
         """Measure what is missing, and save after each part."""
@@ -236,7 +239,7 @@ class _Measuring:
                 seed=self.run.seed,
                 progress=bars,
             )
-        return [_row(row) for row in rows]
+        return [asdict(row) for row in rows]
 
     def _saved(self, record: TokenFigures, more: Mapping[str, object]) -> TokenFigures:
         """The record with a further part, saved as JSON and as CSV."""
@@ -263,26 +266,6 @@ def as_csv(record: TokenFigures) -> str:
     return file.getvalue()
 
 
-def _whole_network(run: Path) -> CompactModel:
-    """The baseline of a run, whose last block computes every token."""
-    from ...compress.network.files import load
-    from ...compress.network.modules.model import build
-
-    model = load(run / "baseline")
-    architecture = model.architecture.model_copy(update={"last_queries": False})
-    return build(architecture, model.state_dict()).eval()
-
-
 def _known(value: float) -> float | None:
     """None for nan, which JSON does not have: a block after which one patch is left."""
     return value if value == value else None
-
-
-def _row(row: BlockRow) -> dict[str, object]:
-    return {
-        "block": row.block,
-        "method": row.method,
-        "share": row.share,
-        "tokens": row.tokens,
-        "accuracy": row.accuracy,
-    }

@@ -15,7 +15,7 @@ from .claims import SLIMMING, TOKENS, TOLERANCE
 from .expansion import settings_text
 from .line_charts import Chart, Line, Panel
 from .pictures import BY_DEPTH, quality_title
-from .summary import Group, Summary, grouped, number
+from .summary import Group, Summary, grouped, number, numbers
 from .table import RUNS, Row
 from .token_figures import BlockAccuracy, TokenFigures, read_token_figures
 
@@ -183,14 +183,13 @@ def _by_tolerance(group: Group, column: str) -> Line:
     """The means of one setting in percent, by rising tolerance."""
     points, hints, spreads = [], [], []
     for each in sorted(grouped(group.rows, [TOLERANCE]), key=_tolerance):
-        found = [value for row in each.rows if (value := _percent(row, column)) is not None]
-        if not found:
+        percents = Group({}, tuple({**row, column: _percent(row, column)} for row in each.rows))
+        mean, count = percents.mean(column), len(numbers(percents.rows, column))
+        if mean is None:
             continue
-        rows = tuple({**row, column: _percent(row, column)} for row in each.rows)
-        mean, deviation = sum(found) / len(found), Group({}, rows).deviation(column) or 0.0
         points.append((_tolerance(each), mean))
-        spreads.append(deviation)
-        hints.append(f"tolerance {_tolerance(each):g}: {mean:.2f} %, {len(found)} runs")
+        spreads.append(percents.deviation(column) or 0.0)
+        hints.append(f"tolerance {_tolerance(each):g}: {mean:.2f} %, {count} runs")
     return Line(settings_text(group.cells), tuple(points), tuple(hints), tuple(spreads))
 
 
@@ -236,15 +235,8 @@ def depth_chart(dense: TokenFigures, rows: Sequence[BlockAccuracy]) -> Chart:
     points = tuple((float(place), 100 * row.accuracy) for place, row in enumerate(rows))
     hints = tuple(f"{row.block}: {100 * row.accuracy:.2f} %" for row in rows)
     share = f"{100 * rows[0].share:g} % of its patches"
-    panel = Panel(
-        "block, counted from 0",
-        "validation top-1, %",
-        (Line("", points, hints),),
-        (0.0, max(1.0, len(rows) - 1.0)),
-        _accuracies(dense, rows),
-        whole=True,
-        level=100 * dense.accuracy,
-    )
+    line, span = Line("", points, hints), (0.0, max(1.0, len(rows) - 1.0))
+    panel = _accuracy_panel(dense, rows, "block, counted from 0", (line,), span, whole=True)
     caption = (
         f"Validation top-1 where one block alone computes {share}, by block. "
         f"{_measured(dense)}; the patches of highest {_noun(rows[0].method)} are computed, the "
@@ -261,14 +253,8 @@ def scores_chart(dense: TokenFigures, rows: Sequence[BlockAccuracy]) -> Chart:
         points = tuple((100 * row.share, 100 * row.accuracy) for row in own)
         hints = tuple(f"{row.tokens} tokens: {100 * row.accuracy:.2f} %" for row in own)
         lines.append(Line(f"{method} ({_noun(method)})", points, hints))
-    panel = Panel(
-        "patches that the block computes, %",
-        "validation top-1, %",
-        tuple(lines),
-        (0.0, 100.0),
-        _accuracies(dense, rows),
-        level=100 * dense.accuracy,
-    )
+    title = "patches that the block computes, %"
+    panel = _accuracy_panel(dense, rows, title, tuple(lines), (0.0, 100.0))
     caption = (
         f"Validation top-1 by the share of its patches that {rows[0].block} computes. "
         f"{_measured(dense)}; the patches of highest score are computed, the others pass this one "
@@ -286,11 +272,21 @@ def _noun(method: str) -> str:
     return _NOUNS.get(method, "chance")
 
 
-def _accuracies(dense: TokenFigures, rows: Sequence[BlockAccuracy]) -> tuple[float, float]:
-    """The range of the accuracies in percent."""
-    values = [100 * dense.accuracy, *(100 * row.accuracy for row in rows)]
+def _accuracy_panel(
+    dense: TokenFigures,
+    rows: Sequence[BlockAccuracy],
+    x_title: str,
+    lines: tuple[Line, ...],
+    span: tuple[float, float],
+    *,
+    whole: bool = False,
+) -> Panel:
+    """Accuracies of one pruned block beside that of the dense network."""
+    level = 100 * dense.accuracy
+    values = [level, *(100 * row.accuracy for row in rows)]
     low, high = padded(min(values), max(values), share=0.1, min_span=2.0)
-    return max(0.0, low), min(101.0, high)
+    heights = (max(0.0, low), min(101.0, high))
+    return Panel(x_title, "validation top-1, %", lines, span, heights, whole=whole, level=level)
 
 
 def _counts(file: Path) -> tuple[int, ...]:

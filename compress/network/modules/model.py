@@ -327,3 +327,9 @@ def build(architecture: Architecture, state: Mapping[str, Tensor]) -> CompactMod
         parameter.requires_grad_(True)
     device = next(iter(state.values())).device
     return model if device.type == "cpu" else model.to(device)
+
+
+def with_all_queries(model: CompactModel) -> CompactModel:
+    """The same network, whose last attention computes every token; it shares the weights."""
+    architecture = model.architecture.model_copy(update={"last_queries": False})
+    return build(architecture, model.state_dict()).eval()
