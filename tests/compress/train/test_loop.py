@@ -366,5 +366,5 @@ def test_without_a_terminal_each_epoch_is_one_line(
 def test_invalid_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="batch_size = 0"):
         TrainSettings(epochs=1, batch_size=0)
-    with pytest.raises(InputError, match="choose one of none, flip, erasing, light"):
+    with pytest.raises(InputError, match="choose one of none, flip, erasing, light, thesis"):
         fit(task(), spots(), replace(QUICK, augmentation="heavy"), tmp_path)  # type: ignore[arg-type]
