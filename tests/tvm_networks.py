@@ -18,7 +18,9 @@ from vitrim.targets.profile import TargetProfile
 pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
 
 from vitrim.export.tvm_kernels import calibration
-from vitrim.export.tvm_kernels.build import TvmNetwork
+from vitrim.export.tvm_kernels.build import TvmNetwork, tvm_target
+from vitrim.export.tvm_kernels.execution_plan import execution_plan
+from vitrim.export.tvm_kernels.program import compiling
 from vitrim.export.tvm_kernels.quantization import Range
 
 
@@ -83,3 +85,39 @@ def error_of(model: CompactModel, built: TvmNetwork, batch: int) -> float:
     with torch.no_grad():
         expected = model(images).numpy()
     return float(relative_error(expected, outputs(built, images)).max())
+
+
+def compiled_kernels(kernels: dict[str, Any], profile: TargetProfile) -> Any:
+    """TVM's module of kernels that belong to no network."""
+    import tvm
+
+    with compiling():
+        return tvm.tirx.build(tvm.IRModule(kernels), target=tvm_target(profile))
+
+
+def assert_lowered_as_by_all_passes(built: TvmNetwork) -> None:
+    """The passes that are left out for speed would have changed no kernel of the network."""
+    import tvm
+    from tvm_ffi import structural_equal
+
+    kernels = execution_plan(built).kernels
+
+    def lowered(context: tvm.transform.PassContext) -> dict[str, tvm.tirx.PrimFunc]:
+        found: dict[str, tvm.tirx.PrimFunc] = {}
+
+        @tvm.instrument.pass_instrument
+        class LastPass:
+            def run_after_pass(self, module: tvm.IRModule, info: tvm.transform.PassInfo) -> None:
+                if info.name == "tirx.LowerIntrin":
+                    found.update({name.name_hint: body for name, body in module.functions.items()})
+
+        context.override_instruments([LastPass()])
+        with context:
+            tvm.tirx.build(kernels, target=built.target)
+        return found
+
+    ours, all_passes = lowered(compiling()), lowered(tvm.transform.PassContext(opt_level=3))
+    assert len(all_passes) >= len(kernels.functions)
+    assert set(ours) == set(all_passes)
+    different = [name for name in ours if not structural_equal(ours[name], all_passes[name])]
+    assert not different

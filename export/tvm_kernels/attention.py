@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 from .activations import exp2
 from .key_packing import HeadColumns, KeyPacking, key_panels
 from .lanes import Buffer, Expr, Lanes, RowLayout, bind
-from .loops import Run, over_threads, share_bounds, split_evenly, sum_over
+from .loops import Run, largest, over_threads, share_bounds, split_evenly, sum_over
 from .product import product
 from .quantization import Quantizer, store_function
 from .schedule import Schedule, Shape, Tile
@@ -91,15 +91,18 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
     count = lanes.count
     tile = schedule.tile(spec.shape)
     row_runs = split_evenly(spec.query_rows, tile.rows)
+    value_panels = split_evenly(spec.values.each // count, tile.vectors)
     pairs = spec.images * spec.heads
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
         operands = _operands(spec, lanes, tile)
 
         def share(part: Expr, parts: int) -> None:
-            rows = max(run.size for run in row_runs)
+            rows = largest(row_runs)
             scores = T.alloc_buffer((rows * lanes.up(spec.tokens),), "float32", scope="local")
-            accumulators = T.alloc_buffer((rows * tile.vectors * count,), "float32", scope="local")
+            panels = (*key_panels(spec.tokens, lanes, tile.vectors), *value_panels)
+            held = rows * largest(panels) * count
+            accumulators = T.alloc_buffer((held,), "float32", scope="local")
             inverses = T.alloc_buffer((rows,), "float32", scope="local")
             buffers = operands._replace(scores=scores, accumulators=accumulators, inverses=inverses)
             writer = TileWriter(spec, lanes, tile, buffers)

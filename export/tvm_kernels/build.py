@@ -96,7 +96,10 @@ class TvmNetwork:
         import tvm
         from tvm import relax
 
-        with tvm.transform.PassContext(opt_level=3):
+        from .program import compiling
+
+        kernels = self.route == "kernels"
+        with compiling() if kernels else tvm.transform.PassContext(opt_level=3):
             executable: VMExecutable = relax.build(
                 self.module,
                 target=self.target,

@@ -13,7 +13,7 @@ from ...targets.detect import detect_host
 from .build import tvm_target
 from .lanes import Lanes
 from .network import observed_module
-from .program import lowering
+from .program import compiling, lowering
 from .quantization import Range
 from .schedule import default_schedule
 
@@ -62,7 +62,7 @@ def _observed_rows(
     host = detect_host()
     lanes = Lanes.of(host.vector)
     module, rows = observed_module(compact, lanes, default_schedule(host.vector), outputs)
-    with tvm.transform.PassContext(opt_level=3):
+    with compiling():
         executable = relax.build(module, target=tvm_target(host), relax_pipeline=lowering())
         machine = relax.VirtualMachine(executable, tvm.cpu())
     for image in images:

@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 
 from .activations import exp
 from .lanes import Buffer, Expr, Lanes, bind
-from .loops import over_threads, pieces, share_bounds, split_evenly, sum_over
+from .loops import largest, over_threads, pieces, share_bounds, split_evenly, sum_over
 
 # Accumulators of a tile: rows, and vectors of columns.
 _ROWS, _VECTORS = 4, 4
@@ -77,13 +77,16 @@ def summarize_values(spec: LinearAttention, lanes: Lanes, threads: int) -> Any:
         keys = T.arg("keys", T.buffer((rows * columns,), "float32"))
         values = T.arg("values", T.buffer((rows * width,), "float32"))
         out = T.arg("out", T.buffer((spec.images * spec.features * width,), "float32"))
+        down = split_evenly(spec.features, _ROWS)
+        across = split_evenly(width // lanes.count, _VECTORS)
 
         def share(part: Expr, parts: int) -> None:
-            totals = T.alloc_buffer((_ROWS * _VECTORS * lanes.count,), "float32", scope="local")
+            held = largest(down) * largest(across) * lanes.count
+            totals = T.alloc_buffer((held,), "float32", scope="local")
             with T.serial(*share_bounds(spec.images, part, parts)) as image:
                 token, into = bind(image * spec.tokens), bind(image * spec.features * width)
-                for feature, height in pieces(split_evenly(spec.features, _ROWS)):
-                    for vector, count in pieces(split_evenly(width // lanes.count, _VECTORS)):
+                for feature, height in pieces(down):
+                    for vector, count in pieces(across):
                         tile = _Tile(lanes, totals, height, count)
                         tile.clear()
                         with T.serial(0, spec.tokens) as number:
@@ -114,10 +117,12 @@ def weigh_values(spec: LinearAttention, lanes: Lanes, threads: int) -> Any:
         mean = T.arg("mean", T.buffer((spec.images * columns,), "float32"))
         out = T.arg("out", T.buffer((rows * width,), "float32"))
         runs = split_evenly(spec.tokens, _ROWS)
+        across = split_evenly(width // lanes.count, _VECTORS)
 
         def share(part: Expr, parts: int) -> None:
-            totals = T.alloc_buffer((_ROWS * _VECTORS * lanes.count,), "float32", scope="local")
-            inverses = T.alloc_buffer((_ROWS,), "float32", scope="local")
+            held = largest(runs) * largest(across) * lanes.count
+            totals = T.alloc_buffer((held,), "float32", scope="local")
+            inverses = T.alloc_buffer((largest(runs),), "float32", scope="local")
             for run in runs:
                 with T.serial(*share_bounds(spec.images * run.count, part, parts)) as index:
                     image = bind(index // run.count)
@@ -133,7 +138,7 @@ def weigh_values(spec: LinearAttention, lanes: Lanes, threads: int) -> Any:
                         share_of_mean = sum_over(lanes, columns, product)
                         divisor = share_of_mean * T.float32(spec.tokens) + T.float32(spec.eps)
                         T.buffer_store(inverses, T.float32(1) / divisor, [i])
-                    for vector, count in pieces(split_evenly(width // lanes.count, _VECTORS)):
+                    for vector, count in pieces(across):
                         tile = _Tile(lanes, totals, run.size, count)
                         tile.clear()
                         with T.serial(0, spec.features) as feature:

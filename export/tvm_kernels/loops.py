@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
@@ -61,6 +61,11 @@ def split_evenly(total: int, most: int) -> tuple[Run, ...]:
         Run(extra * (size + 1), size, pieces - extra, extra),
     )
     return tuple(run for run in runs if run.count)
+
+
+def largest(runs: Iterable[Run]) -> int:
+    """The size of the largest piece."""
+    return max(run.size for run in runs)
 
 
 def pieces(runs: tuple[Run, ...]) -> Iterator[tuple[int, int]]:

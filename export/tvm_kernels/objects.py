@@ -75,10 +75,13 @@ def write_library(
     """
     import tvm
 
+    from .program import compiling
+
     objects = path.parent / OBJECTS
     objects.mkdir(parents=True, exist_ok=True)
     code = objects / "code.o"
-    tvm.tirx.build(plan.kernels, target=target).write_to_file(str(code))
+    with compiling():
+        tvm.tirx.build(plan.kernels, target=target).write_to_file(str(code))
     source, constants = write_source(plan, objects)
     linker.link_program(source, [code], HEADERS, path)
     if not keep_objects:

@@ -9,7 +9,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .lanes import Buffer, Expr, Lanes, RowLayout, bind
-from .loops import over_threads, share_bounds, split_evenly
+from .loops import largest, over_threads, share_bounds, split_evenly
 
 _LOWEST_KEY, _HIGHEST_KEY = -(2**31), 2**31 - 2
 # Vectors of columns that the sum of the dropped rows takes at once.
@@ -187,13 +187,14 @@ def _fuse_dropped(
     count, width = lanes.count, spec.source.width
     # The weights, and zero for the chosen rows.
     left = T.alloc_buffer((spec.patches,), "float32", scope="local")
-    sums = T.alloc_buffer((_VECTORS * count,), "float32", scope="local")
+    runs = split_evenly(width // count, _VECTORS)
+    sums = T.alloc_buffer((largest(runs) * count,), "float32", scope="local")
     with T.serial(0, spec.images) as image:
         with T.serial(0, spec.patches) as patch:
             T.buffer_store(left, weights[image * spec.patches + patch], [patch])
         with T.serial(0, spec.kept) as number:
             T.buffer_store(left, T.float32(0), [places[image * spec.kept + number]])
-        for run in split_evenly(width // count, _VECTORS):
+        for run in runs:
             with T.serial(*share_bounds(run.count, part, parts)) as panel:
                 column = bind((run.start + panel * run.size) * count)
                 for vector in range(run.size):

@@ -10,9 +10,9 @@ from tvm.tirx.script import builder as T
 
 from .activations import ACTIVATIONS
 from .attention import Attend, AttendBuffers, TileWriter, powers
-from .key_packing import HeadColumns
+from .key_packing import HeadColumns, key_panels
 from .lanes import Buffer, Expr, Lanes, RowLayout, bind
-from .loops import over_threads, share_bounds, split_evenly, sum_over
+from .loops import largest, over_threads, share_bounds, split_evenly, sum_over
 from .schedule import Schedule
 
 # Rows of weights, or tokens, that a sweep over the columns takes at once.
@@ -106,6 +106,7 @@ def row_weights(spec: RowWeights, lanes: Lanes, threads: int) -> Any:
     The last dimension is that of the tokens.
     """
     width, stride = spec.source.width, lanes.up(spec.tokens)
+    runs = split_evenly(spec.tokens, _ROWS)
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
         x = T.arg("x", T.buffer((spec.source.size(spec.images, spec.tokens),), "float32"))
@@ -113,11 +114,11 @@ def row_weights(spec: RowWeights, lanes: Lanes, threads: int) -> Any:
         out = T.arg("out", T.buffer((spec.images * spec.heads * stride,), "float32"))
 
         def share(part: Expr, parts: int) -> None:
-            sums = T.alloc_buffer((_ROWS * lanes.count,), "float32", scope="local")
+            sums = T.alloc_buffer((largest(runs) * lanes.count,), "float32", scope="local")
             with T.serial(*share_bounds(spec.images * spec.heads, part, parts)) as pair:
                 query, target = bind(pair * width), bind(pair * stride)
                 image = bind(pair // spec.heads)
-                for run in split_evenly(spec.tokens, _ROWS):
+                for run in runs:
                     with T.serial(0, run.count) as number:
                         token = bind(run.start + number * run.size)
                         starts = [
@@ -185,9 +186,9 @@ def column_sums(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
         operands = AttendBuffers(x, packed, bias, None, out, columns=out)
 
         def share(part: Expr, parts: int) -> None:
-            rows = max(run.size for run in runs)
+            rows, vectors = largest(runs), largest(key_panels(spec.tokens, lanes, tile.vectors))
             scores = T.alloc_buffer((rows * stride,), "float32", scope="local")
-            sums = T.alloc_buffer((rows * tile.vectors * count,), "float32", scope="local")
+            sums = T.alloc_buffer((rows * vectors * count,), "float32", scope="local")
             inverses = T.alloc_buffer((rows,), "float32", scope="local")
             buffers = operands._replace(scores=scores, accumulators=sums, inverses=inverses)
             writer = TileWriter(spec, lanes, tile, buffers)

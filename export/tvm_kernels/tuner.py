@@ -25,6 +25,7 @@ from .dense import Dense, Operand, dense
 from .lanes import Lanes
 from .network import kernel_specs
 from .precision import Name, precision_named
+from .program import compiling
 from .quantization import Range
 from .schedule import Schedule, Shape, Tile, candidates, default_schedule
 from .tuning_log import Trial, append_trials
@@ -194,10 +195,11 @@ class _Measurement:
                 if isinstance(spec, Dense)
                 else attend(spec, self.lanes, schedule)
             )
-            module = tvm.tirx.build(
-                tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}),
-                target=self.target,
-            )
+            with compiling():
+                module = tvm.tirx.build(
+                    tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}),
+                    target=self.target,
+                )
             calls[tile] = lambda function=module["kernel"]: function(*inputs)  # type: ignore[misc]
         return calls
 

@@ -30,9 +30,9 @@ from vitrim.runtimes import EngineError, open_engine
 pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm]'")
 
 import tvm
-from tvm_networks import HOST, runnable
+from tvm_networks import HOST, assert_lowered_as_by_all_passes, compiled_kernels, runnable
 from vitrim.export.tvm_kernels.bucket_choice import ChooseBucket, choose_bucket
-from vitrim.export.tvm_kernels.build import build_bucket_network, tvm_target
+from vitrim.export.tvm_kernels.build import build_bucket_network
 from vitrim.export.tvm_kernels.execution_plan import execution_plan
 from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
 
@@ -80,7 +80,7 @@ def test_the_kernel_chooses_the_first_bucket_that_holds_enough(
     coverage = float(steps[place] + steps[place + 1]) / 2
     spec = ChooseBucket(patches, tuple(counts), coverage, predicted, RowLayout(patches, stride))
     kernel = choose_bucket(spec, Lanes.of(profile.vector)).with_attr("global_symbol", "choose")
-    module = tvm.tirx.build(tvm.IRModule({"choose": kernel}), target=tvm_target(profile))
+    module = compiled_kernels({"choose": kernel}, profile)
     rows = np.zeros((patches, stride), np.float32)
     rows[:, 0] = scores
     found = tvm.runtime.tensor(np.full(1, -1, np.int32))
@@ -91,11 +91,16 @@ def test_the_kernel_chooses_the_first_bucket_that_holds_enough(
 def test_scores_that_are_no_numbers_get_some_bucket() -> None:
     spec = ChooseBucket(9, (2, 4, 8), 0.5, False, RowLayout(9, 1))
     kernel = choose_bucket(spec, Lanes.of(HOST.vector)).with_attr("global_symbol", "choose")
-    module = tvm.tirx.build(tvm.IRModule({"choose": kernel}), target=tvm_target(HOST))
+    module = compiled_kernels({"choose": kernel}, HOST)
     for scores in (np.full(9, np.nan), np.array([1.0] * 8 + [np.nan])):
         found = tvm.runtime.tensor(np.full(1, -1, np.int32))
         module["choose"](tvm.runtime.tensor(scores.astype(np.float32)), found)
         assert found.numpy()[0] in (0, 1, 2)
+
+
+def test_passes_that_are_left_out_would_change_no_kernel_of_a_bucket() -> None:
+    source = bucketed(sharp_selection(), (3, 8), images=noise_images(12), mean_patches=6).eval()
+    assert_lowered_as_by_all_passes(build_bucket_network(source, HOST))
 
 
 @needs_compiler

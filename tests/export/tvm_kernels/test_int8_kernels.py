@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_networks import network
 from tiny_models import tiny_vit
-from tvm_networks import noise, quickly, ranges_of
+from tvm_networks import compiled_kernels, noise, quickly, ranges_of
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -42,7 +42,7 @@ pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm
 import tvm
 from tvm import relax
 from tvm_sample import images
-from vitrim.export.tvm_kernels.build import build_network, tvm_target
+from vitrim.export.tvm_kernels.build import build_network
 from vitrim.export.tvm_kernels.dense import Dense, dense
 from vitrim.export.tvm_kernels.integer_dot import IntegerDot, Kind
 from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
@@ -79,10 +79,7 @@ def profile_of(kind: Kind) -> TargetProfile:
 def run(
     kernel: Any, profile: TargetProfile, out: NDArray[Any], *operands: NDArray[Any]
 ) -> NDArray[Any]:
-    module = tvm.tirx.build(
-        tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}),
-        target=tvm_target(profile),
-    )
+    module = compiled_kernels({"kernel": kernel.with_attr("global_symbol", "kernel")}, profile)
     result = tvm.runtime.tensor(out)
     module["kernel"](
         *(tvm.runtime.tensor(np.ascontiguousarray(operand)) for operand in operands), result

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import network
-from tvm_networks import error_of, runnable
+from tvm_networks import assert_lowered_as_by_all_passes, error_of, runnable
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -42,6 +42,7 @@ from vitrim.export.tvm_kernels.coverage import uncovered_part
 from vitrim.export.tvm_kernels.lanes import Lanes
 from vitrim.export.tvm_kernels.loops import pieces, share_bounds, split_evenly, thread_grid
 from vitrim.export.tvm_kernels.network import network_module
+from vitrim.export.tvm_kernels.precision import Name
 from vitrim.export.tvm_kernels.prefetch import plan_prefetch
 from vitrim.export.tvm_kernels.program import lowering
 from vitrim.export.tvm_kernels.schedule import Schedule, Shape, Tile, candidates, default_schedule
@@ -248,6 +249,22 @@ def test_any_covered_network_computes_the_same_outputs(
     built = build_network(model, runnable()[unit % len(runnable())], batch=batch, threads=threads)
     assert built.route == "kernels"
     assert error_of(model, built, batch) < 1e-4
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    architecture=architectures(),
+    threads=st.integers(1, 2),
+    precision=st.sampled_from(["fp32", "int8"]),
+    unit=st.integers(0, 2),
+)
+def test_passes_that_are_left_out_would_change_no_kernel(
+    architecture: Architecture, threads: int, precision: Name, unit: int
+) -> None:
+    profile = runnable()[unit % len(runnable())]
+    assert_lowered_as_by_all_passes(
+        build_network(network(architecture), profile, threads=threads, precision=precision)
+    )
 
 
 def small(**changes: Any) -> CompactModel:

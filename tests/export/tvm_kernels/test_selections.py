@@ -17,7 +17,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_networks import network, selecting_architectures
-from tvm_networks import HOST, noise, ranges_of, runnable
+from tvm_networks import (
+    HOST,
+    assert_lowered_as_by_all_passes,
+    compiled_kernels,
+    noise,
+    ranges_of,
+    runnable,
+)
 from tvm_sample import source
 from vitrim.compress.network.architecture import (
     Architecture,
@@ -245,6 +252,11 @@ def test_any_covered_network_with_selections_computes_torchs_outputs(
     assert_equal_to_torch(network(architecture), profile, batch, 1e-4, threads, shared=shared)
 
 
+@pytest.mark.parametrize("kind", ["plain", "direct", "differential"])
+def test_passes_that_are_left_out_would_change_no_kernel_of_a_selection(kind: str) -> None:
+    assert_lowered_as_by_all_passes(build_network(sample(kind), HOST, batch=2, threads=2))
+
+
 @pytest.mark.parametrize(("patches", "kept"), [(1, 1), (5, 4), (196, 137), (197, 8)])
 @pytest.mark.parametrize("unit", range(len(runnable())))
 def test_the_first_of_equal_scores_are_chosen(patches: int, kept: int, unit: int) -> None:
@@ -256,7 +268,7 @@ def test_the_first_of_equal_scores_are_chosen(patches: int, kept: int, unit: int
     scores[20:30] = rng.choice([-np.inf, -0.0, 0.0, 1e-45, -1e-45, np.inf], (10, patches))
     spec = Choose(images, patches, kept, RowLayout(patches, stride))
     kernel = choose_patches(spec, Lanes.of(profile.vector), 1).with_attr("global_symbol", "choose")
-    module = tvm.tirx.build(tvm.IRModule({"choose": kernel}), target=tvm_target(profile))
+    module = compiled_kernels({"choose": kernel}, profile)
     rows = np.zeros((images, patches, stride), np.float32)
     rows[..., 0] = scores
     found = tvm.runtime.tensor(np.full(images * kept, -1, np.int32))
@@ -269,7 +281,7 @@ def test_scores_that_are_no_numbers_choose_as_many_places() -> None:
     scores = np.array([-1, 0x7FFFFFFF, 0x7FC00000, 0, 0x3F800000, -0x400000] * 3, np.int32)
     spec = Choose(1, scores.size, 7, RowLayout(scores.size, 1))
     kernel = choose_patches(spec, Lanes.of(HOST.vector), 1).with_attr("global_symbol", "choose")
-    module = tvm.tirx.build(tvm.IRModule({"choose": kernel}), target=tvm_target(HOST))
+    module = compiled_kernels({"choose": kernel}, HOST)
     found = tvm.runtime.tensor(np.full(7, -1, np.int32))
     module["choose"](tvm.runtime.tensor(scores.view(np.float32)), found)
     places = found.numpy()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from random_networks import network
 from t2t_vit import T2TViT
 from tiny_models import add_noise
-from tvm_networks import error_of, runnable
+from tvm_networks import assert_lowered_as_by_all_passes, error_of, runnable
 from vitrim.compress.network.architecture import (
     Architecture,
     AttentionSpec,
@@ -133,6 +133,11 @@ def test_any_stem_computes_the_same_outputs(
     built = build_network(model, runnable()[unit % len(runnable())], batch=batch, threads=threads)
     assert built.route == "kernels"
     assert error_of(model, built, batch) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["transformer", "performer"])
+def test_passes_that_are_left_out_would_change_no_kernel_of_a_stem(kind: str) -> None:
+    assert_lowered_as_by_all_passes(build_network(t2t_vit(kind, {"ffn": 0.7}), runnable()[0]))
 
 
 def t2t_vit(kind: Any, keep: Any) -> CompactModel:
