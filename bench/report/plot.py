@@ -315,7 +315,7 @@ def series_class(number: int) -> str:
 def marker(
     x: float, y: float, series: int, *, radius: float = 6.0, title: str | None = None
 ) -> Markup:
-    """A circle, diamond, square or triangle by series, so that colour is not the only difference.
+    """One of six shapes by series, so that colour is not the only difference.
 
     Args:
         x: Horizontal position of the centre.
@@ -329,7 +329,7 @@ def marker(
     """
     hint = element("title", title) if title else None
     class_ = f"mark {series_class(series)}"
-    shape = series % 4
+    shape = series % 6
     if shape == 0:
         return element("circle", hint, cx=x, cy=y, r=radius, class_=class_)
     if shape == 2:
@@ -337,8 +337,17 @@ def marker(
         side = {"x": x - half, "y": y - half, "width": 2 * half, "height": 2 * half}
         return element("rect", hint, **side, rx=1.5, class_=class_)
     r = radius * 1.25
-    diamond = [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]
-    triangle = [(x, y - r), (x + r * 0.95, y + r * 0.7), (x - r * 0.95, y + r * 0.7)]
-    corners = diamond if shape == 1 else triangle
+    thin, wide, flat = 0.35 * r, 0.95 * r, 0.7 * r
+    corners = {
+        1: [(x, y - r), (x + r, y), (x, y + r), (x - r, y)],
+        3: [(x, y - r), (x + wide, y + flat), (x - wide, y + flat)],
+        4: [(x, y + r), (x - wide, y - flat), (x + wide, y - flat)],
+        # A cross, one arm after the other.
+        5: [
+            (x + a * right - b * down, y + a * down + b * right)
+            for right, down in ((1, 0), (0, 1), (-1, 0), (0, -1))
+            for a, b in ((thin, -r), (thin, -thin), (r, -thin))
+        ],
+    }[shape]
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)
     return element("polygon", hint, points=points, class_=class_)

@@ -16,7 +16,7 @@ from vitrim.bench.report import load_run, write_picture
 from vitrim.bench.report.curves import panels, phases
 from vitrim.bench.report.distribution import Strip, distributions, shape
 from vitrim.bench.report.picture import main
-from vitrim.bench.report.plot import Scale, text_width
+from vitrim.bench.report.plot import SERIES, Scale, marker, text_width
 from vitrim.bench.report.scatter import Point, pareto, scatter
 from vitrim.core.errors import InputError
 
@@ -225,3 +225,11 @@ def test_hostile_labels_keep_the_picture_well_formed(tmp_path: Path) -> None:
     )
     tree = ElementTree.parse(write_picture(folder, tmp_path / "p.svg")).getroot()
     assert not list(tree.iter(f"{SVG}script"))
+
+
+def test_every_colour_has_a_marker_of_its_own_shape() -> None:
+    """A legend is read without colours, too."""
+    outlines = {
+        re.sub(r' class="[^"]*"', "", str(marker(0.0, 0.0, series))) for series in range(SERIES)
+    }
+    assert len(outlines) == SERIES
