@@ -12,6 +12,7 @@ import pytest
 import torch
 import vitrim
 from graph_forms import error_of
+from processors import HOST_BITS
 from t2t_vit import T2TViT
 from tiny_models import add_noise
 from vitrim.compress.network.modules.model import CompactModel
@@ -65,13 +66,15 @@ def nodes_before_patches(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_bits_leave_the_stem_in_float(kind: str) -> None:
-    dynamic = write_network(pruned(kind), FORMS[0], linears="int8")
+    dynamic = write_network(pruned(kind), FORMS[0], linears="int8", weight_bits=HOST_BITS)
     assert any(node.op_type == "DynamicQuantizeMatMul" for node in dynamic.graph.node)
     float_graph = write_network(pruned(kind), FORMS[0], linears="product")
     images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
     graphs = [
         dynamic,
-        quantize.int8_static(float_graph, images, also=("attention", "norm")),
+        quantize.int8_static(
+            float_graph, images, weight_bits=HOST_BITS, also=("attention", "norm")
+        ),
         quantize.weights_only(float_graph, 8),
         quantize.weights_only(float_graph, 4),
     ]
