@@ -23,12 +23,10 @@ def shipped_table(
         threads: Threads of the runtime.
         folder: Where the tables are, `TARGET-RUNTIME-PRECISION-THREADS.json`.
     """
-    names = [ALIASES.get(target, target)]
+    name = ALIASES.get(target, target)
     if target == "host":
-        # Later names of a family have more instruction sets: x86-64, x86-64-v3, x86-64-v4-vnni.
-        names = sorted(targets_here(), reverse=True)
-    for name in names:
-        path = folder / f"{name}-{runtime}-{precision}-{threads}.json"
-        if path.is_file():
-            return CostTable.load(path)
-    return None
+        # Later names of a family have more instruction sets: x86-64, x86-64-v3, x86-64-v4-vnni. The
+        # table of a lesser class is of other code than the host's.
+        name = max(targets_here(), default=target)
+    path = folder / f"{name}-{runtime}-{precision}-{threads}.json"
+    return CostTable.load(path) if path.is_file() else None

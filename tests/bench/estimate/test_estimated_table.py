@@ -16,6 +16,7 @@ from vitrim.core.errors import InputError
 from vitrim.pipeline.estimates import network_workload
 from vitrim.pipeline.latency_loop import LatencyRecord, measured_here
 from vitrim.pipeline.latency_table import TableRequest
+from vitrim.targets import shipped_tables
 from vitrim.targets.catalog import load_target
 from vitrim.targets.shipped_tables import shipped_table
 
@@ -47,6 +48,25 @@ def test_a_table_that_ships_is_found_by_its_name(tmp_path: Path) -> None:
     assert shipped_table("rpi4", folder=tmp_path, **what) == measured
     assert shipped_table("rpi5", folder=tmp_path, **what) is None
     assert TableRequest(target="rpi4").table().estimated is not None
+
+
+def test_the_host_takes_the_table_of_its_own_class_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latency_table(target="x86-64-v3").save(tmp_path / "x86-64-v3-onnxruntime-fp32-1.json")
+    what: dict[str, Any] = {"runtime": "onnxruntime", "precision": "fp32", "threads": 1}
+    for classes, found in (
+        (["x86-64", "x86-64-v3"], True),
+        (["x86-64", "x86-64-v3", "x86-64-v4-vnni"], False),
+        ([], False),
+    ):
+        monkeypatch.setattr(shipped_tables, "targets_here", lambda classes=classes: classes)
+        assert (shipped_table("host", folder=tmp_path, **what) is not None) == found
+
+
+def test_its_title_names_the_processor_that_was_measured() -> None:
+    table = latency_table(environment={"cpu_model": "Some CPU"})
+    assert table.title.endswith(", 1 thread, measured on Some CPU")
 
 
 def test_a_budget_by_it_is_called_an_estimate() -> None:
