@@ -10,8 +10,9 @@ import pytest
 from hypothesis import settings
 
 # The verdict of `make test` depends on the commit alone; `make fuzz` draws new examples every time.
-settings.register_profile("same-examples", derandomize=True)
-settings.register_profile("fuzz", derandomize=False, print_blob=True)
+# Nothing depends on the time that an example takes.
+settings.register_profile("same-examples", derandomize=True, deadline=None)
+settings.register_profile("fuzz", derandomize=False, print_blob=True, deadline=None)
 settings.load_profile("fuzz" if os.environ.get("VITRIM_FUZZ") else "same-examples")
 
 
@@ -46,3 +47,13 @@ def pytest_configure(config: pytest.Config) -> None:
         with contextlib.suppress(InputError):
             native_build.compile_runner(machine)
             native_build.runtime_library(machine)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores, at most four.
+
+    Some tests wait for others: boards, killed runs, lost links.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(cores + 1, 4)

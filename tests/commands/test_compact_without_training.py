@@ -15,6 +15,7 @@ from vitrim.cli import app, call
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.oneshot.trim import trim_to
+from vitrim.pipeline import latency_loop
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,7 @@ def test_a_latency_by_a_cost_table_is_a_budget(
 
 def test_a_measured_latency_is_recorded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setattr(latency_loop, "TIME_LIMIT_S", 0.3)
     latency_table().save("costs.json")
     dense = latency_table().latency_ms(network_shape(vitrim.load("model").architecture))
     shown = _compact(

@@ -248,7 +248,6 @@ def unpooled(architecture: Architecture) -> Architecture:
 
 @settings(
     max_examples=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(architecture=architectures(), sharing=st.sampled_from(["residual", "unshared"]))

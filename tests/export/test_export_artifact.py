@@ -182,7 +182,7 @@ def test_a_flipped_byte_of_the_model_is_named(folder: Path, position: int) -> No
     assert Artifact.load(folder, verify=False).name == "tiny"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_of_the_manifest_is_always_detected(
     tmp_path_factory: pytest.TempPathFactory, position: int, bit: int

@@ -261,7 +261,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(overrides=st.dictionaries(st.text(), values, max_size=4), name=st.text(min_size=1))
 def test_overrides_are_equal_after_writing_and_reading(
     overrides: dict[str, Any], name: str

@@ -145,7 +145,7 @@ def test_transforms_leave_the_random_generators_of_the_training(workers: int) ->
     assert torch.equal(torch.rand(3), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(images=st.integers(12, 40), ranks=st.integers(1, 4), part=st.integers(1, 3))
 def test_ranks_share_the_steps_of_one_process(images: int, ranks: int, part: int) -> None:
     size = ranks * part
@@ -276,7 +276,7 @@ def stream_numbers(stream: Stream, count: int, epoch: int = 1, **more: Any) -> l
     return [int.from_bytes(next(records)[1].data or b"", "big") for _ in range(count)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
     block=st.integers(1, 40),

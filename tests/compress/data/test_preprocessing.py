@@ -46,7 +46,7 @@ def test_center_crop_equals_timms_evaluation_transform(
     np.testing.assert_allclose(ours.apply(image), theirs(image).numpy(), atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.sampled_from([GREY, COLOUR]))
 def test_torch_and_numpy_normalise_equally(seed: int, preprocessing: Preprocessing) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (3, *preprocessing.image), dtype=np.uint8)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.data.splits import Split, require_splits, stratified_indices
@@ -11,7 +11,6 @@ from vitrim.core.errors import InputError
 SIZE = Preprocessing(channels=1, height=2, width=2, mean=(0.5,), std=(0.5,))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(0, 1), st.integers(0, 1000))
 def test_a_division_is_complete_stratified_and_repeatable(
     labels: list[int], share: float, seed: int

@@ -71,7 +71,7 @@ def greedy(chain: Sequence[Stage], budget: float) -> float:
 sizes = st.tuples(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 2), st.integers(2, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, st.integers(1, 60))
 def test_it_is_as_good_as_brute_force_where_times_are_whole_bins(
     size: tuple[int, int, int, int], budget: int
@@ -84,7 +84,7 @@ def test_it_is_as_good_as_brute_force_where_times_are_whole_bins(
         assert found.loss == pytest.approx(min(losses))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, st.floats(0.05, 1.2))
 def test_the_budget_holds_and_the_bound_is_one(
     size: tuple[int, int, int, int], share: float
@@ -109,7 +109,7 @@ def test_the_budget_holds_and_the_bound_is_one(
     assert quick.time <= budget * (1 + 1e-8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(2, 12), st.floats(0.1, 1.0))
 def test_it_is_never_worse_than_greedy(seed: int, count: int, options: int, share: float) -> None:
     chain = stages(seed, count, 2, options, whole=False)

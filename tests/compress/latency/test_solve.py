@@ -76,7 +76,7 @@ def test_a_removed_last_attention_leaves_its_tokens_to_the_one_before() -> None:
     assert found.counts == (1, 1, 1, 1)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(architecture=architectures(), share=st.floats(0.3, 1.0))
 def test_every_network_is_solved_within_its_budget(
     architecture: Architecture, share: float
@@ -93,7 +93,7 @@ def test_every_network_is_solved_within_its_budget(
     assert table.latency_ms(network_shape(small.architecture)) <= budget * (1 + 1e-8)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(architecture=selecting_architectures(), share=st.floats(0.4, 1.0))
 def test_networks_that_select_tokens_are_solved_with_their_selections(
     architecture: Architecture, share: float

@@ -26,7 +26,7 @@ from vitrim.compress.surgery.compactor import compact
 MODEL = lift(tiny_vit(embed_dim=48, num_heads=4))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     ratio=st.floats(0.12, 0.95), seed=st.integers(0, 99), kind=st.sampled_from(["params", "macs"])
 )

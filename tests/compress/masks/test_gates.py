@@ -31,7 +31,6 @@ def test_gates_compute_the_same_as_their_mask(sharing: str) -> None:
 
 @settings(
     max_examples=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.data())

@@ -44,7 +44,7 @@ def drawn(gates: Gates, seed: int) -> list[Tensor]:
     return gates.nested(kept)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     architecture=st.one_of(architectures(countable=True), selecting_architectures(countable=True)),
     seed=st.integers(0, 99),
@@ -73,7 +73,7 @@ def priced(architecture: Architecture, seed: int, **options: Any) -> DualSolver:
     return solver
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(ratio=st.floats(0.45, 0.98), seed=st.integers(0, 99), tokens=st.booleans())
 def test_the_budget_is_never_exceeded_by_the_table(ratio: float, seed: int, tokens: bool) -> None:
     architecture = DEEP if tokens else MODEL

@@ -37,7 +37,7 @@ def is_nested(kept: list[Tensor]) -> bool:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_price_selects_the_best_depth_of_each_patch(data: st.DataObject) -> None:
     places, patches = data.draw(st.integers(1, 5)), 4
@@ -126,7 +126,6 @@ def test_tokens_alone_can_be_learned_or_fixed() -> None:
 
 @settings(
     max_examples=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.data())
@@ -175,7 +174,7 @@ def test_a_dropped_token_gets_a_gradient_at_every_place() -> None:
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(ratio=st.floats(0.15, 0.95), seed=st.integers(0, 99), widths=st.booleans())
 def test_a_budget_is_met_by_nested_tokens_and_widths(
     pooled: bool, ratio: float, seed: int, widths: bool

@@ -48,7 +48,7 @@ def counts(kept: dict[str, Tensor]) -> list[int]:
 
 
 @given(share=SHARES, ranking=st.sampled_from(["global", "random", "shuffled"]), scope=SCOPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_single_weights_hit_the_share_exactly(
     network: CompactModel, share: float, ranking: Any, scope: Any
 ) -> None:
@@ -58,7 +58,7 @@ def test_single_weights_hit_the_share_exactly(
 
 
 @given(share=SHARES, granularity=GRANULARITIES, ranking=RANKINGS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_whole_units_are_removed_up_to_the_share(
     network: CompactModel, share: float, granularity: Any, ranking: Any
 ) -> None:
@@ -84,7 +84,7 @@ def test_whole_units_are_removed_up_to_the_share(
     granularity=GRANULARITIES,
     ranking=RANKINGS,
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_masks_of_rounds_are_nested(
     network: CompactModel, share: float, rounds: int, granularity: Any, ranking: Any
 ) -> None:

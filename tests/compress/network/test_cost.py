@@ -26,7 +26,7 @@ NAMES = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sharing", ["residual", "full"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(ratio=st.floats(0.1, 1.0), seed=st.integers(0, 99), last_queries=st.booleans())
 def test_live_cost_equals_the_cost_of_the_pruned_model(
     name: str, sharing: str, ratio: float, seed: int, last_queries: bool
@@ -139,7 +139,7 @@ def test_the_gradient_of_a_head_is_the_cost_that_it_alone_adds(
     assert slopes[1] > slopes[2] == slopes[3]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_live_cost_is_exact_for_every_kind_of_network(data: st.DataObject) -> None:
     """Except where live counts are not enough: padded heads, and channels that no branch reads."""
@@ -158,7 +158,7 @@ def test_live_cost_is_exact_for_every_kind_of_network(data: st.DataObject) -> No
     assert live_cost(architecture, live, "macs") == count_macs(built)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_live_cost_is_exact_for_tokens_and_widths(data: st.DataObject) -> None:
     """Nested sets with widths and removed sub-layers, with and without last queries."""

@@ -298,7 +298,7 @@ def test_another_image_size_equals_the_source_of_that_size(kind: str) -> None:
         resized(model, 40)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     kind=st.sampled_from(KINDS),
     sharing=st.sampled_from(["unshared", "residual", "full"]),

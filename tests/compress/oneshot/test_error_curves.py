@@ -37,7 +37,7 @@ def _refitted_error(weight: torch.Tensor, covariance: torch.Tensor, removed: tor
     return float((lost @ inner * lost).sum())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), inputs=st.integers(2, 40), outputs=st.integers(1, 6))
 def test_the_error_of_removed_units_is_that_of_the_best_refit(
     seed: int, inputs: int, outputs: int
@@ -51,7 +51,7 @@ def test_the_error_of_removed_units_is_that_of_the_best_refit(
         assert abs(float(errors[count - 1]) - wanted) <= 1e-6 * max(wanted, 1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), heads=st.integers(1, 5), width=st.integers(1, 4))
 def test_the_error_of_removed_heads_is_that_of_the_best_refit(
     seed: int, heads: int, width: int

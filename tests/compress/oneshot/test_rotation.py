@@ -15,7 +15,7 @@ from vitrim.compress.oneshot.rotation import rotate
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=40, suppress_health_check=SLOW)
 @given(architecture=architectures())
 def test_a_rotated_network_has_the_same_function(architecture: Architecture) -> None:
     model = network(architecture)

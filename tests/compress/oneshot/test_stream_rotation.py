@@ -31,7 +31,7 @@ def _images(count: int = 40) -> torch.Tensor:
     return nn.functional.interpolate(small, size=16, mode="bilinear")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=60, suppress_health_check=SLOW)
 @given(architecture=architectures())
 def test_a_rotated_stream_computes_the_same_or_is_refused(architecture: Architecture) -> None:
     model = network(architecture)

@@ -31,7 +31,7 @@ def _images(count: int = 40, seed: int = 0) -> torch.Tensor:
     return nn.functional.interpolate(small, size=16, mode="bilinear")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=25, suppress_health_check=SLOW)
 @given(architecture=architectures(), macs=st.sampled_from([0.5, 0.8]))
 def test_the_cut_equals_the_masked_network_for_every_kind(
     architecture: Architecture, macs: float
@@ -55,7 +55,7 @@ def test_the_cut_equals_the_masked_network_for_every_kind(
         assert_equal_outputs(found.model(images), exact(images), 1e-6)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=25, suppress_health_check=SLOW)
 @given(architecture=architectures(), seed=st.integers(0, 99))
 def test_compensation_never_moves_a_sub_layer_away_from_the_dense_stream(
     architecture: Architecture, seed: int

@@ -79,7 +79,7 @@ def test_a_budget_in_milliseconds_is_met() -> None:
     assert 0.4 < found.cost <= 0.6
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(architecture=architectures())
 def test_every_network_has_a_size(architecture: Architecture) -> None:
     network(architecture)

@@ -173,7 +173,6 @@ def test_a_saved_and_loaded_model_can_be_resized(tmp_path: Path) -> None:
 
 @settings(
     max_examples=15,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.data())

@@ -84,7 +84,7 @@ def test_a_register_that_leaves_at_the_stem_is_no_parameter_any_more() -> None:
     assert error(model, StructuredMask({"token": {"stem.out": keep}})) < 1e-5
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_masked_equals_compact_where_learned_tokens_leave(data: Any) -> None:
     architecture = data.draw(architectures())
@@ -101,7 +101,7 @@ def test_masked_equals_compact_where_learned_tokens_leave(data: Any) -> None:
     assert count_params(cut.architecture) == sum(one.numel() for one in cut.parameters())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_a_second_cut_is_exact_and_commutes(data: Any) -> None:
     architecture = data.draw(architectures())
@@ -127,7 +127,7 @@ def _keeps_steps(model: CompactModel, mask: StructuredMask) -> bool:
     return token_sites(cut) == token_sites(model.architecture)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_live_cost_counts_learned_tokens_that_leave(data: Any) -> None:
     architecture = data.draw(architectures(countable=True))

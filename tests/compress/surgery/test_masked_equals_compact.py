@@ -64,7 +64,6 @@ def _without(mask: StructuredMask, empty: str) -> StructuredMask:
 
 @settings(
     max_examples=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.data())
@@ -128,7 +127,6 @@ def _was_shared(
 # Most random networks pool over all tokens and are skipped.
 @settings(
     max_examples=10,
-    deadline=None,
     suppress_health_check=[
         HealthCheck.too_slow,
         HealthCheck.data_too_large,
@@ -148,7 +146,6 @@ def test_the_last_block_may_compute_only_the_tokens_that_are_read(data: Any) -> 
 
 @settings(
     max_examples=10,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.data())

@@ -47,7 +47,7 @@ def test_every_width_is_a_multiple(demo: Architecture) -> None:
             assert core.hidden % 16 == 0
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     ratio=st.floats(0.3, 0.9),
     seed=st.integers(0, 99),

@@ -48,7 +48,7 @@ from vitrim.compress.surgery.explain import explain
 from vitrim.compress.surgery.plan import plan
 from vitrim.compress.tokens.select import SCORERS, SelectMethod, chosen_tokens, select_tokens
 
-SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=80)
+SLOW = settings(suppress_health_check=list(HealthCheck), max_examples=80)
 WIDTHS = {"embed": 0.6, "head": 0.6, "qk": 0.5, "v": 0.5, "ffn": 0.5}
 
 

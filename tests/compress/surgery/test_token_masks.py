@@ -74,7 +74,7 @@ def test_patches_that_the_stem_drops_are_never_embedded() -> None:
         assert torch.equal(cut.eval()(other), cut.eval()(images(model)))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_parameters_are_counted_from_the_architecture(data: Any) -> None:
     architecture = data.draw(architectures())

@@ -39,7 +39,7 @@ def test_an_image_gets_the_logits_of_its_bucket(method: SelectMethod) -> None:
         assert relative_error(found[own], expected) < 1e-6
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=25)
+@settings(suppress_health_check=list(HealthCheck), max_examples=25)
 @given(st.data())
 def test_networks_of_any_kind_get_buckets(data: st.DataObject) -> None:
     architecture: Architecture = data.draw(selecting_architectures())
@@ -77,7 +77,7 @@ def test_the_largest_bucket_takes_images_that_no_bucket_covers() -> None:
 
 
 @given(st.floats(3, 11))
-@settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 def test_calibration_meets_the_mean_and_leaves_little(mean: float) -> None:
     pictures = images()
     model = bucketed(MODEL, COUNTS, images=pictures, mean_patches=mean)

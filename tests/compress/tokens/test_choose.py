@@ -79,7 +79,7 @@ def check_sets(model: nn.Module, architecture: Architecture, counts: list[int], 
         assert bool(keep[: min(count, architecture.prefix)].all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), name=st.sampled_from(sorted(MODELS)), method=st.sampled_from(METHODS))
 def test_sets_are_nested_and_have_the_requested_sizes(
     data: st.DataObject, name: str, method: Method
@@ -98,7 +98,7 @@ def test_sets_are_nested_and_have_the_requested_sizes(
         assert relative_error(small(images_of()), reference) < 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), architecture=architectures(), method=st.sampled_from(METHODS))
 def test_methods_work_for_random_architectures(
     data: st.DataObject, architecture: Architecture, method: Method

@@ -121,7 +121,7 @@ def test_a_budget_out_of_reach_names_the_least() -> None:
         allocate_tokens(CLASS_TOKEN, losses, 0.1, "--macs")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     share=st.floats(0.45, 0.98),
     pooled=st.booleans(),

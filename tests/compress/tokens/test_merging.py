@@ -70,7 +70,7 @@ def matchings(draw: Any) -> tuple[Tensor, int, int]:
 
 
 @given(matchings())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_places_are_those_of_the_matching_by_sorting(drawn: tuple[Tensor, int, int]) -> None:
     keys, r, prefix = drawn
     places = merge_places(keys, r, prefix)
@@ -82,7 +82,7 @@ def test_places_are_those_of_the_matching_by_sorting(drawn: tuple[Tensor, int, i
 
 
 @given(matchings())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_merge_is_a_matrix_of_size_weighted_means(drawn: tuple[Tensor, int, int]) -> None:
     keys, r, prefix = drawn
     count = keys.shape[1] - r

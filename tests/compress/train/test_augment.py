@@ -42,7 +42,7 @@ def test_none_only_normalises() -> None:
     assert targets is labels
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.sampled_from([GREY, COLOUR]))
 def test_shift_and_flip_moves_each_image_as_a_whole(
     seed: int, preprocessing: Preprocessing

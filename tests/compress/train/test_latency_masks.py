@@ -97,7 +97,7 @@ def problem(seed: int, tokens: bool) -> DualSolver:
     return solver
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 99), share=st.floats(0.5, 0.95), tokens=st.booleans())
 def test_the_programme_is_within_the_budget_and_not_worse_than_the_greedy_search(
     seed: int, share: float, tokens: bool

@@ -103,7 +103,7 @@ def test_dropped_factors_compute_what_gathered_patches_compute(pool: str, batch:
     assert [int((each > 0).sum(1)[0]) for each in model.policy.present] == [16, 9]
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=40)
+@settings(suppress_health_check=list(HealthCheck), max_examples=40)
 @given(st.data())
 def test_dropped_factors_compute_what_gathered_patches_compute_in_any_network(data: Any) -> None:
     model = network(data.draw(selecting_architectures()))

@@ -98,7 +98,7 @@ def test_forms_match_each_kind_of_model(overrides: dict[str, Any], form: Form) -
     assert error_of(model, write_network(model, form)) < 5e-5
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 1000),
     ratios=st.fixed_dictionaries(
@@ -172,7 +172,7 @@ def test_a_part_that_no_form_covers_is_named() -> None:
         write_network(model, FORMS[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     architecture=architectures(),
     form=st.sampled_from([*FORMS, *STREAM_FORMS]),
@@ -186,7 +186,7 @@ def test_every_form_covers_every_architecture(
     assert error_of(model, write_network(model, form)) < 2e-4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(architecture=architectures(), rows=st.sampled_from(["matrix", "batch"]))
 def test_the_form_for_pnnx_covers_every_architecture_without_operators_that_it_lacks(
     architecture: Architecture, rows: Any
@@ -210,7 +210,7 @@ def test_unequal_groups_of_heads_are_copied_for_pnnx() -> None:
     assert not {node.op_type for node in graph.graph.node} & UNCONVERTED
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     architecture=architectures(),
     form=st.sampled_from([form for form in FORMS if form.rows == "batch"]),

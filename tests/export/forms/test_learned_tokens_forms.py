@@ -44,7 +44,7 @@ def test_tables_of_positions_follow_the_order(name: str) -> None:
         assert error_of(model, write_network(model, form)) < 2e-5
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), form=st.sampled_from([*FORMS, *MORE]), seed=st.integers(0, 9))
 def test_every_form_covers_learned_tokens_that_leave(data: Any, form: Form, seed: int) -> None:
     whole = network(data.draw(architectures()), seed)

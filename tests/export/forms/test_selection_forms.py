@@ -194,7 +194,7 @@ def test_an_attention_that_drops_tokens_keeps_no_maps() -> None:
         assert relative_error(wanted, found).max() < 1e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     architecture=selecting_architectures(),
     form=st.sampled_from(ALL_FORMS),

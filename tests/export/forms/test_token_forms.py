@@ -225,7 +225,7 @@ def _dropping(branch: BranchSpec, order: tuple[int, ...], count: int | None) -> 
     return branch.model_copy(update={"core": core, "tokens": count})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     architecture=networks_that_drop_tokens(),
     form=st.sampled_from(ALL_FORMS),
@@ -239,7 +239,7 @@ def test_every_form_covers_every_architecture_that_drops_tokens(
     assert error_of(model, write_network(model, form)) < 2e-4
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     kind=st.sampled_from(list(MODELS)),
     ratios=st.fixed_dictionaries(

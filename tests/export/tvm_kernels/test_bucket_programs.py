@@ -53,7 +53,7 @@ def chosen_place(masses: NDArray[np.float64], counts: tuple[int, ...], coverage:
     return held.index(True) if True in held else len(counts) - 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     patches=st.integers(2, 70),
     data=st.data(),

@@ -118,7 +118,7 @@ def dequantized(
 
 
 @pytest.mark.parametrize("kind", ["unsigned", "pairs", "plain"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 5),
     used=st.integers(1, 70),
@@ -156,7 +156,7 @@ def test_rows_of_equal_numbers_are_exact_and_numbers_outside_a_static_range_are_
 
 
 @pytest.mark.parametrize("kind", ["unsigned", "pairs", "plain"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 14),
     depth=st.integers(1, 70),
@@ -318,7 +318,7 @@ def test_weights_with_limited_pairs_are_close_to_fp32(precision: str) -> None:
     assert relative_error(wanted, found).max() < 0.1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(depth=st.integers(1, 9), columns=st.integers(1, 5), seed=st.integers(0, 99))
 def test_no_pair_of_limited_weights_saturates_sixteen_bits(
     depth: int, columns: int, seed: int

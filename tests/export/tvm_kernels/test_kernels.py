@@ -235,7 +235,7 @@ def subset(draw: Any, size: int) -> Indices | None:
     return tuple(sorted(draw(st.sets(st.integers(0, size - 1), min_size=2))))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     architecture=architectures(),
     batch=st.integers(1, 3),
@@ -251,7 +251,7 @@ def test_any_covered_network_computes_the_same_outputs(
     assert error_of(model, built, batch) < 1e-4
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3)
 @given(
     architecture=architectures(),
     threads=st.integers(1, 2),
@@ -431,7 +431,7 @@ def test_avx2_takes_the_tile_that_leaves_fewer_narrow_panels() -> None:
 
 
 @given(tile=st.sampled_from(candidates(runnable()[0].vector)))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 def test_every_tile_computes_the_same_outputs(tile: Tile) -> None:
     model, profile = small(), runnable()[0]
     module = network_module(model, Lanes.of(profile.vector), Schedule(tile), 1)

@@ -234,7 +234,6 @@ def test_scores_stay_in_fp32_in_eight_bits(kind: str, precision: Name, batch: in
 
 @settings(
     max_examples=12,
-    deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
 @given(
@@ -252,9 +251,9 @@ def test_any_covered_network_with_selections_computes_torchs_outputs(
     assert_equal_to_torch(network(architecture), profile, batch, 1e-4, threads, shared=shared)
 
 
-@pytest.mark.parametrize("kind", ["plain", "direct", "differential"])
+@pytest.mark.parametrize("kind", ["direct", "differential"])
 def test_passes_that_are_left_out_would_change_no_kernel_of_a_selection(kind: str) -> None:
-    assert_lowered_as_by_all_passes(build_network(sample(kind), HOST, batch=2, threads=2))
+    assert_lowered_as_by_all_passes(build_network(sample(kind), HOST))
 
 
 @pytest.mark.parametrize(("patches", "kept"), [(1, 1), (5, 4), (196, 137), (197, 8)])

@@ -118,7 +118,7 @@ def architectures(draw: Any) -> Architecture:
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     architecture=architectures(),
     batch=st.integers(1, 2),

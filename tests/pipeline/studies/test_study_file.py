@@ -109,7 +109,7 @@ def test_repetitions_differ_in_their_id_only(place: Path) -> None:
     epochs=st.lists(st.integers(0, 30), min_size=1, max_size=4, unique=True),
     seeds=st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_grid_has_each_combination_once(
     place: Path, params: list[float], epochs: list[int], seeds: list[int]
 ) -> None:
