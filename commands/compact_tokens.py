@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -51,7 +50,9 @@ class TokenCut:
 
     def record(self) -> str:
         """The contents of tokens.json."""
-        return json.dumps({**self.choice.record(), "errors": dict(self.errors)}) + "\n"
+        from ..pipeline.token_step import token_record
+
+        return token_record(self.choice, self.errors)
 
 
 def choose_tokens_of(
