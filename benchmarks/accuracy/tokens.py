@@ -248,9 +248,12 @@ def table(rows: Iterable[dict[str, Any]], stages: Sequence[str]) -> str:
 def _dynamic_shares(rows: Iterable[dict[str, Any]]) -> str:
     """The multiply-adds of networks that choose for each image, as a sentence."""
     found: dict[float, list[float]] = {}
+    names: dict[str, None] = {}
     for row in rows:
         if row["method"] in DYNAMIC:
             found.setdefault(row["share"], []).append(row["macs_share"])
+            each = row["method"].startswith(PER_IMAGE)
+            names["rows `each image`" if each else row["method"]] = None
     if not found:
         return ""
     ranges = [
@@ -258,8 +261,8 @@ def _dynamic_shares(rows: Iterable[dict[str, Any]]) -> str:
         for share in sorted(found, reverse=True)
     ]
     return (
-        " tome, ppt and rows `each image` choose for each image and are not compensated; with as "
-        f"many tokens they compute {', '.join(ranges)} of the multiply-adds."
+        f" Tokens are chosen for each image, and nothing is compensated, in {', '.join(names)}; "
+        f"with as many tokens they compute {', '.join(ranges)} of the multiply-adds."
     )
 
 
@@ -327,7 +330,12 @@ def main() -> None:
     for case in cases(options.shares, options.seeds):
         if case.key in done:
             continue
-        rows.append(tokens.row(case))
+        try:
+            rows.append(tokens.row(case))
+        except vitrim.UnsupportedModel as error:
+            # Some methods need a class token.
+            print(f"{case.method}: {error}", flush=True)
+            continue
         print(json.dumps(rows[-1]), flush=True)
         save()
     save()
