@@ -332,7 +332,7 @@ def main() -> None:
             continue
         try:
             rows.append(tokens.row(case))
-        except vitrim.UnsupportedModel as error:
+        except vitrim.InputError as error:
             # Some methods need a class token.
             print(f"{case.method}: {error}", flush=True)
             continue
