@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 from .activations import exp2
 from .key_packing import HeadColumns, KeyPacking, key_panels
 from .lanes import Buffer, Expr, Lanes, RowLayout, bind
-from .loops import Run, largest, over_threads, share_bounds, split_evenly, sum_over
+from .loops import Run, largest, over_threads, share_bounds, split_evenly, sum_over, tile_buffer
 from .product import product
 from .quantization import Quantizer, store_function
 from .schedule import Schedule, Shape, Tile
@@ -88,24 +88,15 @@ def attend(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
 
     All are flat; out has the shape (images, query_rows, heads * values.each).
     """
-    count = lanes.count
     tile = schedule.tile(spec.shape)
     row_runs = split_evenly(spec.query_rows, tile.rows)
-    value_panels = split_evenly(spec.values.each // count, tile.vectors)
     pairs = spec.images * spec.heads
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
         operands = _operands(spec, lanes, tile)
 
         def share(part: Expr, parts: int) -> None:
-            rows = largest(row_runs)
-            scores = T.alloc_buffer((rows * lanes.up(spec.tokens),), "float32", scope="local")
-            panels = (*key_panels(spec.tokens, lanes, tile.vectors), *value_panels)
-            held = rows * largest(panels) * count
-            accumulators = T.alloc_buffer((held,), "float32", scope="local")
-            inverses = T.alloc_buffer((rows,), "float32", scope="local")
-            buffers = operands._replace(scores=scores, accumulators=accumulators, inverses=inverses)
-            writer = TileWriter(spec, lanes, tile, buffers)
+            writer = TileWriter(spec, lanes, tile, operands, row_runs)
             if spec.columns:
                 # A thread sums the columns of whole heads.
                 with T.serial(*share_bounds(pairs, part, parts)) as pair:
@@ -147,12 +138,39 @@ def _operands(spec: Attend, lanes: Lanes, tile: Tile) -> AttendBuffers:
 
 
 class TileWriter:
-    """Emits tiles of attention: one head and a few queries each."""
+    """Emits tiles of attention, one head and a few queries each, with a thread's local buffers.
 
-    def __init__(self, spec: Attend, lanes: Lanes, tile: Tile, buffers: AttendBuffers) -> None:
-        self.spec, self.lanes, self.sizes, self.buffers = spec, lanes, tile, buffers
+    Args:
+        spec: The attention.
+        lanes: The vectors.
+        tile: The largest register tile.
+        operands: The kernel's buffers, to which the local ones are added.
+        row_runs: How the queries are split into tiles.
+        mixes: Whether the weights are applied to the values, too.
+    """
+
+    def __init__(
+        self,
+        spec: Attend,
+        lanes: Lanes,
+        tile: Tile,
+        operands: AttendBuffers,
+        row_runs: tuple[Run, ...],
+        *,
+        mixes: bool = True,
+    ) -> None:
+        self.spec, self.lanes, self.sizes = spec, lanes, tile
         # From the scores of one query to the next.
         self.stride = lanes.up(spec.tokens)
+        self.key_panels = key_panels(spec.tokens, lanes, tile.vectors)
+        columns = spec.values.each // lanes.count
+        self.value_panels = split_evenly(columns, tile.vectors) if mixes else ()
+        rows = largest(row_runs)
+        self.buffers = operands._replace(
+            scores=T.alloc_buffer((rows * self.stride,), "float32", scope="local"),
+            accumulators=tile_buffer(lanes, row_runs, (*self.key_panels, *self.value_panels)),
+            inverses=T.alloc_buffer((rows,), "float32", scope="local"),
+        )
 
     def tile(self, pair: Expr, row: Expr, rows: int) -> None:
         """The queries from `row` on, for a pair (image, head), counted over both."""
@@ -235,7 +253,7 @@ class TileWriter:
                         value = value + lanes.load(buffers.bias, index)
                     lanes.store(buffers.scores, r * self.stride + column, value)
 
-        for run in key_panels(spec.tokens, lanes, self.sizes.vectors):
+        for run in self.key_panels:
             with T.serial(0, run.count) as panel:
                 panel_scores(run, panel)
 
@@ -266,7 +284,7 @@ class TileWriter:
                     value = total * lanes.splat(buffers.inverses[r])
                     store(buffers.out, targets[r] + column + v * count, value)
 
-        for run in split_evenly(each // count, self.sizes.vectors):
+        for run in self.value_panels:
             with T.serial(0, run.count) as panel:
                 panel_sums(run, panel)
 

@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from .activations import ACTIVATIONS
 from .lanes import Buffer, Expr, Lanes, RowLayout, bind
-from .loops import Run, largest, share_bounds, split_evenly, thread_grid
+from .loops import Run, share_bounds, split_evenly, thread_grid, tile_buffer
 from .prefetch import LINE_BYTES, Prefetch, fetch_lines, plan_prefetch
 from .product import product
 from .quantization import Quantizer, store_function
@@ -172,9 +172,8 @@ class _Writer:
     ) -> None:
         """The panels and rows of one thread; across, down: its (part, parts) of both."""
         images = self.spec.images
-        held = largest(row_runs) * largest(panel_runs)
         dtype = "float32" if self.spec.input_quantizer is None else "int32"
-        self.accumulators = T.alloc_buffer((held * self.lanes.count,), dtype, scope="local")
+        self.accumulators = tile_buffer(self.lanes, row_runs, panel_runs, dtype)
         # Each thread fetches for its own caches.
         row_tiles = images * sum(run.count for run in row_runs) // down[1]
         for columns in panel_runs:

@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 
 from .activations import exp
 from .lanes import Buffer, Expr, Lanes, bind
-from .loops import largest, over_threads, pieces, share_bounds, split_evenly, sum_over
+from .loops import largest, over_threads, pieces, share_bounds, split_evenly, sum_over, tile_buffer
 
 # Accumulators of a tile: rows, and vectors of columns.
 _ROWS, _VECTORS = 4, 4
@@ -81,8 +81,7 @@ def summarize_values(spec: LinearAttention, lanes: Lanes, threads: int) -> Any:
         across = split_evenly(width // lanes.count, _VECTORS)
 
         def share(part: Expr, parts: int) -> None:
-            held = largest(down) * largest(across) * lanes.count
-            totals = T.alloc_buffer((held,), "float32", scope="local")
+            totals = tile_buffer(lanes, down, across)
             with T.serial(*share_bounds(spec.images, part, parts)) as image:
                 token, into = bind(image * spec.tokens), bind(image * spec.features * width)
                 for feature, height in pieces(down):
@@ -120,8 +119,7 @@ def weigh_values(spec: LinearAttention, lanes: Lanes, threads: int) -> Any:
         across = split_evenly(width // lanes.count, _VECTORS)
 
         def share(part: Expr, parts: int) -> None:
-            held = largest(runs) * largest(across) * lanes.count
-            totals = T.alloc_buffer((held,), "float32", scope="local")
+            totals = tile_buffer(lanes, runs, across)
             inverses = T.alloc_buffer((largest(runs),), "float32", scope="local")
             for run in runs:
                 with T.serial(*share_bounds(spec.images * run.count, part, parts)) as index:

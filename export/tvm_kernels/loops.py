@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
-from .lanes import Expr, Lanes, bind
+from .lanes import Buffer, Expr, Lanes, bind
 
 
 def row_behind(number: Expr, prefix: int, gaps: tuple[int, ...]) -> Expr:
@@ -66,6 +66,21 @@ def split_evenly(total: int, most: int) -> tuple[Run, ...]:
 def largest(runs: Iterable[Run]) -> int:
     """The size of the largest piece."""
     return max(run.size for run in runs)
+
+
+def tile_buffer(
+    lanes: Lanes, rows: Iterable[Run], vectors: Iterable[Run], dtype: str = "float32"
+) -> Buffer:
+    """A local buffer for the accumulators of the largest tile.
+
+    Args:
+        lanes: The vectors.
+        rows: How the rows are split into tiles.
+        vectors: How the vectors of the columns are split into tiles.
+        dtype: Of the accumulators.
+    """
+    size = largest(rows) * largest(vectors) * lanes.count
+    return T.alloc_buffer((size,), dtype, scope="local")
 
 
 def pieces(runs: tuple[Run, ...]) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 
 from .activations import ACTIVATIONS
 from .attention import Attend, AttendBuffers, TileWriter, powers
-from .key_packing import HeadColumns, key_panels
+from .key_packing import HeadColumns
 from .lanes import Buffer, Expr, Lanes, RowLayout, bind
 from .loops import largest, over_threads, share_bounds, split_evenly, sum_over
 from .schedule import Schedule
@@ -171,7 +171,7 @@ def column_sums(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
     """
     tile = schedule.tile(spec.shape)
     runs, stride = split_evenly(spec.query_rows, tile.rows), lanes.up(spec.tokens)
-    pairs, count = spec.images * spec.heads, lanes.count
+    pairs = spec.images * spec.heads
     with IRBuilder() as builder, T.prim_func():
         T.func_attr({"tirx.noalias": True})
         x_size = spec.source.size(spec.images, spec.query_rows)
@@ -186,12 +186,7 @@ def column_sums(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
         operands = AttendBuffers(x, packed, bias, None, out, columns=out)
 
         def share(part: Expr, parts: int) -> None:
-            rows, vectors = largest(runs), largest(key_panels(spec.tokens, lanes, tile.vectors))
-            scores = T.alloc_buffer((rows * stride,), "float32", scope="local")
-            sums = T.alloc_buffer((rows * vectors * count,), "float32", scope="local")
-            inverses = T.alloc_buffer((rows,), "float32", scope="local")
-            buffers = operands._replace(scores=scores, accumulators=sums, inverses=inverses)
-            writer = TileWriter(spec, lanes, tile, buffers)
+            writer = TileWriter(spec, lanes, tile, operands, runs, mixes=False)
             with T.serial(*share_bounds(pairs, part, parts)) as pair:
                 writer.clear_columns(pair)
                 for run in runs:
