@@ -20,7 +20,7 @@ pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm
 from vitrim.export.tvm_kernels import calibration
 from vitrim.export.tvm_kernels.build import TvmNetwork, tvm_target
 from vitrim.export.tvm_kernels.execution_plan import execution_plan
-from vitrim.export.tvm_kernels.program import compiling
+from vitrim.export.tvm_kernels.program import compile_kernels, compiling
 from vitrim.export.tvm_kernels.quantization import Range
 
 
@@ -91,8 +91,7 @@ def compiled_kernels(kernels: dict[str, Any], profile: TargetProfile) -> Any:
     """TVM's module of kernels that belong to no network."""
     import tvm
 
-    with compiling():
-        return tvm.tirx.build(tvm.IRModule(kernels), target=tvm_target(profile))
+    return compile_kernels(tvm.IRModule(kernels), tvm_target(profile))
 
 
 def assert_lowered_as_by_all_passes(built: TvmNetwork) -> None:

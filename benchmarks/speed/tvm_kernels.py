@@ -40,6 +40,7 @@ from vitrim.export.tvm_kernels.build import TvmNetwork, build_network, default_n
 from vitrim.export.tvm_kernels.dense import Dense, dense
 from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
 from vitrim.export.tvm_kernels.packing import panels
+from vitrim.export.tvm_kernels.program import compile_kernels
 from vitrim.export.tvm_kernels.schedule import default_schedule
 from vitrim.export.tvm_kernels.tuner import tune
 from vitrim.targets.catalog import load_target
@@ -152,7 +153,7 @@ def product(
     lanes, schedule = Lanes.of(profile.vector), default_schedule(profile.vector, threads)
     spec = Dense(1, rows, depth, columns, RowLayout(rows, depth), bias=False)
     kernel = dense(spec, lanes, schedule).with_attr("global_symbol", "kernel")
-    module = tvm.tirx.build(tvm.IRModule({"kernel": kernel}), target=tvm_target(profile))
+    module = compile_kernels(tvm.IRModule({"kernel": kernel}), tvm_target(profile))
     weights = panels(right, spec.panels(lanes, schedule), lanes.count)
     operands = [
         tvm.runtime.tensor(array) for array in (left.ravel(), weights, result.ravel().copy())

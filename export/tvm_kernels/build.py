@@ -98,8 +98,8 @@ class TvmNetwork:
 
         from .program import compiling
 
-        kernels = self.route == "kernels"
-        with compiling() if kernels else tvm.transform.PassContext(opt_level=3):
+        ours = self.route == "kernels"
+        with compiling() if ours else tvm.transform.PassContext(opt_level=3):
             executable: VMExecutable = relax.build(
                 self.module,
                 target=self.target,

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from ...compress.network.modules.model import CompactModel
 from ...compress.network.named_outputs import OutputSpec
 from ...targets.detect import detect_host
-from .build import tvm_target
+from .build import TvmNetwork, tvm_target
 from .lanes import Lanes
 from .network import observed_module
-from .program import compiling, lowering
+from .program import lowering
 from .quantization import Range
 from .schedule import default_schedule
 
@@ -62,9 +62,8 @@ def _observed_rows(
     host = detect_host()
     lanes = Lanes.of(host.vector)
     module, rows = observed_module(compact, lanes, default_schedule(host.vector), outputs)
-    with compiling():
-        executable = relax.build(module, target=tvm_target(host), relax_pipeline=lowering())
-        machine = relax.VirtualMachine(executable, tvm.cpu())
+    network = TvmNetwork(module, tvm_target(host), lowering(), "kernels", threads=1)
+    machine = relax.VirtualMachine(network.compile(), tvm.cpu())
     for image in images:
         tensor = tvm.runtime.tensor(np.ascontiguousarray(image[None], np.float32))
         found = list(machine["main"](tensor))[len(outputs) or 1 :]

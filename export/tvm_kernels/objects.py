@@ -73,15 +73,12 @@ def write_library(
     Raises:
         InputError: The compiler failed.
     """
-    import tvm
-
-    from .program import compiling
+    from .program import compile_kernels
 
     objects = path.parent / OBJECTS
     objects.mkdir(parents=True, exist_ok=True)
     code = objects / "code.o"
-    with compiling():
-        tvm.tirx.build(plan.kernels, target=target).write_to_file(str(code))
+    compile_kernels(plan.kernels, target).write_to_file(str(code))
     source, constants = write_source(plan, objects)
     linker.link_program(source, [code], HEADERS, path)
     if not keep_objects:

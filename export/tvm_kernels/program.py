@@ -139,7 +139,7 @@ class Program:
 
 # TVM's lowering also serves schedules with blocks, GPUs, and 16-bit and 8-bit floating point. Our
 # kernels are written as loops that have none of these: such passes return the same code, after half
-# to three quarters of the time of the whole lowering.
+# to three quarters of the time of lowering the tests' networks.
 _UNNEEDED = (
     "s_tir.CompactBufferAllocation",
     "s_tir.ConvertBlocksToOpaque",
@@ -170,6 +170,12 @@ _UNNEEDED = (
 def compiling() -> tvm.transform.PassContext:
     """Where our kernels are compiled, without the passes that change nothing in them."""
     return tvm.transform.PassContext(opt_level=3, disabled_pass=list(_UNNEEDED))
+
+
+def compile_kernels(kernels: tvm.IRModule, target: tvm.target.Target) -> tvm.runtime.Module:
+    """Compile kernels that are called one by one, outside of TVM's virtual machine."""
+    with compiling():
+        return tvm.tirx.build(kernels, target=target)
 
 
 def lowering() -> tvm.transform.Pass:

@@ -25,7 +25,7 @@ from .dense import Dense, Operand, dense
 from .lanes import Lanes
 from .network import kernel_specs
 from .precision import Name, precision_named
-from .program import compiling
+from .program import compile_kernels
 from .quantization import Range
 from .schedule import Schedule, Shape, Tile, candidates, default_schedule
 from .tuning_log import Trial, append_trials
@@ -195,11 +195,9 @@ class _Measurement:
                 if isinstance(spec, Dense)
                 else attend(spec, self.lanes, schedule)
             )
-            with compiling():
-                module = tvm.tirx.build(
-                    tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}),
-                    target=self.target,
-                )
+            module = compile_kernels(
+                tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}), self.target
+            )
             calls[tile] = lambda function=module["kernel"]: function(*inputs)  # type: ignore[misc]
         return calls
 
