@@ -35,7 +35,7 @@ from .graphs.model_facts import name_of, provenance_of, torch_outputs
 from .graphs.model_proto import INDICES, open_graph, opset_of, save_model
 from .manifest import Array, ChoiceParity, CpuFeatures, Manifest, tool_versions
 from .manifest_parts import BucketsSpec
-from .onnxruntime_files import EIGHT_BITS, cpu_features, int8_notes
+from .onnxruntime_files import cpu_features, int8_notes
 from .parity import Probe, require_agreement, require_parity
 from .request import ONNXRUNTIME, ExportRequest
 from .runtimes import RuntimeFiles, Source, runtime_named
@@ -283,7 +283,7 @@ def _verify(run: ExportRun, model: BucketedModel, form: Form, final: onnx.ModelP
     if precision != "fp32":
         run.notes.extend(int8_notes(run))
         reason = capabilities.int8_saturates_here(target)
-        if reason and precision in EIGHT_BITS:
+        if reason and precision in capabilities.EIGHT_BITS:
             run.notes.append(f"parity of {precision} was not run: {reason}")
         else:
             stage(f"parity of {precision}")

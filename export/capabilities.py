@@ -11,6 +11,8 @@ from ..targets.detect import detect_host
 from ..targets.instruction_sets import EXACT_PRODUCTS, known_features, machine_name
 from ..targets.profile import TargetProfile
 
+# The precisions whose products are of eight bits.
+EIGHT_BITS = ("int8", "int8-static")
 # The names that Linux (/proc/cpuinfo), profiles and compilers use.
 DOT_PRODUCTS = frozenset(
     {"avx512_vnni", "avx512vnni", "avx_vnni", "avxvnni", "asimddp", "dotprod", "i8mm", "sdot"}

@@ -25,7 +25,6 @@ from .stage_line import stage
 
 ORT_FILE = "model.ort"
 OPERATORS = "required_operators.config"
-EIGHT_BITS = ("int8", "int8-static")
 
 
 def choose(run: ExportRun, model: nn.Module, plain: onnx.ModelProto) -> tuple[str, onnx.ModelProto]:
@@ -89,7 +88,7 @@ def check_precision(run: ExportRun, float_graph: onnx.ModelProto, final: onnx.Mo
     require_narrow_weights(final, precision)
     run.notes.extend(int8_notes(run))
     reason = capabilities.int8_saturates_here(run.request.device.target)
-    if reason and precision in EIGHT_BITS:
+    if reason and precision in capabilities.EIGHT_BITS:
         run.notes.append(f"parity of {precision} was not run: {reason}")
         return
     stage(f"parity of {precision}")
@@ -114,13 +113,15 @@ def require_narrow_weights(graph: onnx.ModelProto, precision: Precision) -> None
 def int8_notes(run: ExportRun) -> list[str]:
     """Return what the manifest notes about eight bits on the target."""
     device, precision = run.request.device, run.request.numeric.precision
-    warning = capabilities.int8_warning(device.target) if precision in EIGHT_BITS else None
+    warning = (
+        capabilities.int8_warning(device.target) if precision in capabilities.EIGHT_BITS else None
+    )
     return [warning] if warning else []
 
 
 def cpu_features(run: ExportRun) -> CpuFeatures:
     """Return what a graph assumes; the runtime itself chooses kernels that the processor has."""
-    if run.request.numeric.precision not in EIGHT_BITS:
+    if run.request.numeric.precision not in capabilities.EIGHT_BITS:
         return CpuFeatures()
     return CpuFeatures(assumes=capabilities.int8_assumptions(run.request.device.target))
 
@@ -146,7 +147,7 @@ def save(run: ExportRun, final: onnx.ModelProto, folder: Path) -> list[FileEntry
         entries = save_ort_format(folder / "model.onnx", folder)
         precision = run.request.numeric.precision
         target = run.request.device.target
-        if precision not in EIGHT_BITS or not capabilities.int8_saturates_here(target):
+        if precision not in capabilities.EIGHT_BITS or not capabilities.int8_saturates_here(target):
             logits = ort_outputs(run, folder / ORT_FILE)
             _, chosen = run.outputs_of(final)
             run.check("ort file", logits, lambda _: None, precision=precision, chosen=chosen)

@@ -129,7 +129,7 @@ def _tunable_forms(compact: CompactModel, request: ExportRequest) -> list[Form]:
     """Return the forms that fit the request, for `tune`."""
     opset = request.graph.opset
     forms = list(FORMS)
-    if request.numeric.precision in ("int8", "int8-static"):
+    if request.numeric.precision in capabilities.EIGHT_BITS:
         forms += INT8_FORMS
     if _scattered(compact):
         forms += STREAM_FORMS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..capabilities import is_host, needs_qdq_pairs
+from ..capabilities import EIGHT_BITS, is_host, needs_qdq_pairs
 from ..forms.form import Form
 from ..manifest import Batch
 
@@ -89,7 +89,7 @@ def best_form(
         The form, and where it was measured.
     """
     row = known_form(target)
-    if precision in ("int8", "int8-static"):
+    if precision in EIGHT_BITS:
         pairs = precision == "int8-static" and needs_qdq_pairs(target)
         return _int8_form(row, batch, tokens, threads, pairs=pairs)
     if batch != 1:
