@@ -162,8 +162,10 @@ class CostTable(Plain):
         """What was measured, as a message names it."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         batch = "" if self.batch == 1 else f", batch {self.batch}"
-        source = "" if self.estimated is None else f", estimated: {self.estimated}"
-        if processor := self.environment.get("cpu_model"):
+        source = ""
+        if self.estimated is not None:
+            source = f", estimated: {self.estimated}"
+        elif processor := self.environment.get("cpu_model"):
             source = f", measured on {processor}"
         return f"{self.runtime} {self.precision} on {self.target}, {threads}{batch}{source}"
 
