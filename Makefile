@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt
 # After the crash of a worker, pytest-xdist 3.8 waits for ever with the files that it had: the run
 # ends instead, and names the test.
-WORKERS := --numprocesses auto --dist loadfile --max-worker-restart 0
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
 MYPY := ../bin/mypy --config-file ../../pyproject.toml
 
 .PHONY: demo test fuzz test-x86-64-v3 lint docs docs-reference clean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Generator
 from functools import cache
 
 import pytest
@@ -49,11 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
             native_build.runtime_library(machine)
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores, at most four.
-
-    Some tests wait for others: boards, killed runs, lost links.
-    """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return min(cores + 1, 4)
+@pytest.hookimpl(wrapper=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """One worker more than cores: some tests wait for boards, killed runs and lost links."""
+    return (yield) + 1
