@@ -146,7 +146,7 @@ def _write_program(run: ExportRun, model: BucketedModel, folder: Path) -> tuple[
     source = Source(
         model=model,
         compact=model.network,
-        graph=onnx.ModelProto(),
+        make_graph=onnx.ModelProto,
         shape=request.shape,
         batch=1,
         target=request.device.target,

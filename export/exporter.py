@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 import torch
 from torch import nn
 
@@ -55,7 +55,7 @@ from .resized_model import resize_for_export
 from .runtime_files import source_for, write_and_verify
 from .runtimes import runtime_named, runtime_names
 from .runtimes.limits import Planned, require_within_limits
-from .runtimes.runtime import limits_of
+from .runtimes.runtime import MakeGraph, limits_of
 from .sessions import config_for
 from .stage_line import stage, stages_shown
 
@@ -262,7 +262,8 @@ def _export(model: nn.Module, source: nn.Module, folder: Path, request: ExportRe
     )
     run = ExportRun(request, probe, first_batch(request, probe), selections=selections)
     run.notes.extend(request.manifest.notes)
-    plain = trace(run, source)
+    # Tracing takes half of an export's time, and most artifacts are written by the forms alone.
+    plain = cache(lambda: trace(run, source))
     network = source.model if isinstance(source, NamedOutputs) else model
     if request.device.runtime == ONNXRUNTIME:
         _export_onnxruntime(run, model, network, plain, folder)
@@ -272,7 +273,7 @@ def _export(model: nn.Module, source: nn.Module, folder: Path, request: ExportRe
 
 
 def _export_onnxruntime(
-    run: ExportRun, model: nn.Module, network: nn.Module, plain: onnx.ModelProto, folder: Path
+    run: ExportRun, model: nn.Module, network: nn.Module, plain: MakeGraph, folder: Path
 ) -> None:
     """Write the artifact of `network`, which computes what was requested of `model`."""
     request = run.request
@@ -294,7 +295,7 @@ def _export_onnxruntime(
 
 
 def _export_converted(
-    run: ExportRun, model: nn.Module, network: nn.Module, plain: onnx.ModelProto, folder: Path
+    run: ExportRun, model: nn.Module, network: nn.Module, plain: MakeGraph, folder: Path
 ) -> None:
     """Write the artifact of `network`, which computes what was requested of `model`."""
     request = run.request

@@ -20,6 +20,7 @@ from .graphs.stored_precision import stored_precision
 from .graphs.tuning import fastest
 from .manifest import Array, CpuFeatures, FileEntry, Parity, Precision
 from .parity import first_difference, session_outputs
+from .runtimes.runtime import MakeGraph
 from .sessions import open_session
 from .stage_line import stage
 
@@ -27,7 +28,7 @@ ORT_FILE = "model.ort"
 OPERATORS = "required_operators.config"
 
 
-def choose(run: ExportRun, model: nn.Module, plain: onnx.ModelProto) -> tuple[str, onnx.ModelProto]:
+def choose(run: ExportRun, model: nn.Module, plain: MakeGraph) -> tuple[str, onnx.ModelProto]:
     """Return the form's name and the finished graph, and record parity and notes.
 
     Raises:

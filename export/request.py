@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
+import onnx
 import torch
 from pydantic import ValidationError
 
@@ -23,6 +24,7 @@ from .runtimes.limits import Planned, require_within_limits
 from .runtimes.runtime import limits_of, require_options
 
 ONNXRUNTIME = "onnxruntime"
+MIN_OPSET = 20  # the first with a Gelu operator; below, Gelu is several operators and slower
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def validate_options(
         raise InputError(f"precision {precision!r} is unknown; use one of {', '.join(known)}")
     if batch != "dynamic" and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise InputError(f"batch {batch!r}: give a whole number above 0, or 'dynamic'")
+    _require_opset(graph.opset)
     if precision == "int8-static" and numeric.images is None:
         raise InputError(
             "int8-static finds its ranges on images, and none were given; pass images, or use "
@@ -185,6 +188,21 @@ def validate_options(
         raise InputError(f"{option} is for onnxruntime, and the runtime is {name!r}; leave it out")
     if reason := runtime.missing():
         raise InputError(reason)
+
+
+def _require_opset(opset: int | None) -> None:
+    if opset is None:
+        return
+    if opset < MIN_OPSET:
+        raise InputError(
+            f"opset {opset}: the export needs at least {MIN_OPSET}, the first with a Gelu "
+            "operator; raise it or leave it out"
+        )
+    if opset > (newest := onnx.defs.onnx_opset_version()):
+        raise InputError(
+            f"opset {opset}: the installed onnx {onnx.__version__} knows up to {newest}; lower it, "
+            "leave it out, or update onnx"
+        )
 
 
 def _validate_onnxruntime(device: DeviceOptions, graph: GraphOptions, precision: str) -> None:

@@ -9,7 +9,6 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
-import onnx
 from torch import nn
 
 from ..compress.network.modules.model import CompactModel
@@ -26,6 +25,7 @@ from .manifest import Array, FileEntry
 from .onnxruntime_files import check_candidate
 from .parity import ParityError
 from .runtimes import Runtime, RuntimeFiles, Source
+from .runtimes.runtime import MakeGraph
 from .stage_line import stage, stages_hidden
 
 TORCH = "torch"
@@ -34,7 +34,7 @@ TUNE = {"tune_s": "60"}
 
 
 def source_for(
-    run: ExportRun, runtime: Runtime, model: nn.Module, plain: onnx.ModelProto
+    run: ExportRun, runtime: Runtime, model: nn.Module, plain: MakeGraph
 ) -> tuple[str, Source]:
     """Prepare what the runtime converts, and record the parity of its graph.
 
@@ -42,7 +42,7 @@ def source_for(
         run: The export.
         runtime: The runtime; its form applies unless the request names one.
         model: The torch module.
-        plain: Its graph as torch exports it.
+        plain: Returns its graph as torch exports it.
 
     Returns:
         The form's name and the source.
@@ -53,7 +53,7 @@ def source_for(
         ParityError: The graph's outputs differ from the model's.
     """
     request = run.request
-    graph, name, form = plain, TORCH, request.graph.form
+    make_graph, name, form = plain, TORCH, request.graph.form
     if runtime.form is not None or form is not None:
         if isinstance(form, Form) and form.runtime_operators:
             raise InputError(
@@ -62,9 +62,10 @@ def source_for(
             )
         found, notes = candidates(model, plain, request, portable=runtime.form)
         run.notes.extend(notes)
-        parity = check_candidate(run, model, found[0])
-        graph, name = found[0].model, found[0].name
-        if found[0].form is not None:
+        candidate = found[0]
+        parity = check_candidate(run, model, candidate)
+        make_graph, name = (lambda: candidate.model), candidate.name
+        if candidate.form is not None:
             run.stages.extend(parity)
     try:
         compact: CompactModel | None = readable(model)
@@ -74,7 +75,7 @@ def source_for(
     source = Source(
         model=model,
         compact=compact,
-        graph=graph,
+        make_graph=make_graph,
         shape=request.shape,
         batch=request.batch,
         target=device.target,

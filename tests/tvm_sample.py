@@ -57,7 +57,7 @@ def source(
     return Source(
         model=tiny_vit(),
         compact=compact if lifted else None,
-        graph=graph,
+        make_graph=lambda: graph,
         shape=(3, 16, 16),
         batch=batch,
         target=target,

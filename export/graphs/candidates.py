@@ -22,6 +22,7 @@ from ..parity import first_difference
 from ..quantization import quantize
 from ..quantization.static_choice import StaticOptions, best_static, static_graph
 from ..request import ExportRequest
+from ..runtimes.runtime import MakeGraph
 from .known_forms import best_form
 
 PLAIN = "plain"
@@ -61,7 +62,7 @@ def readable(model: nn.Module) -> CompactModel:
 
 def candidates(
     model: nn.Module,
-    plain: onnx.ModelProto,
+    plain: MakeGraph,
     request: ExportRequest,
     *,
     portable: Form | None = None,
@@ -70,7 +71,7 @@ def candidates(
 
     Args:
         model: The torch module.
-        plain: Its graph as torch exports it.
+        plain: Returns its graph as torch exports it; called only where that is a candidate.
         request: The options.
         portable: The form for a runtime other than ONNX Runtime, where the request names none.
 
@@ -81,15 +82,14 @@ def candidates(
         UnsupportedModel: The requested form does not cover the model.
     """
     form, tune = request.graph.form, request.graph.tune
-    torch_graph = Candidate(PLAIN, plain, None)
     if form == PLAIN:
-        return [torch_graph], []
+        return [Candidate(PLAIN, plain(), None)], []
     try:
         compact = readable(model)
     except UnsupportedModel as error:
         if form is not None:
             raise UnsupportedModel(f"form {form}: {error}; export with form='plain'") from None
-        return [torch_graph], [
+        return [Candidate(PLAIN, plain(), None)], [
             f"torch's own graph is shipped, since the graph forms do not cover it: {error}"
         ]
     notes = []
@@ -122,7 +122,9 @@ def candidates(
         )
         for entry in forms
     ]
-    return ([*found, torch_graph] if tune and form is None else found), notes
+    if tune and form is None:
+        found.append(Candidate(PLAIN, plain(), None))
+    return found, notes
 
 
 def _tunable_forms(compact: CompactModel, request: ExportRequest) -> list[Form]:

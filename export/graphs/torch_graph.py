@@ -19,9 +19,8 @@ from ..choices import named_choices
 from ..export_run import ExportRun
 from ..manifest import Batch
 from ..parity import first_difference, first_unmatched_module
+from ..request import MIN_OPSET
 from ..stage_line import stage
-
-MIN_OPSET = 20  # the first with a Gelu operator; below, Gelu is several operators and slower
 
 
 def trace(run: ExportRun, model: nn.Module) -> onnx.ModelProto:
@@ -90,7 +89,7 @@ def torch_to_onnx(
         model: A module in eval mode.
         image: (channels, height, width).
         batch: Images in a batch, or "dynamic".
-        opset: Version of the standard's operators, at least 20.
+        opset: Version of the standard's operators, at least `MIN_OPSET`.
         output_names: One name for each output of the module.
 
     Returns:
@@ -99,11 +98,6 @@ def torch_to_onnx(
     Raises:
         InputError: torch cannot export the module; the message is its reason in one line.
     """
-    if opset < MIN_OPSET:
-        raise InputError(
-            f"opset {opset}: the export needs at least {MIN_OPSET}, the first with a Gelu "
-            "operator; raise it or leave it out"
-        )
     example = torch.zeros(2 if batch == "dynamic" else batch, *image)
     shapes = ({0: torch.export.Dim("batch")},) if batch == "dynamic" else None
     with _quiet():

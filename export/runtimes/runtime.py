@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -23,6 +24,8 @@ from .limits import FIXED_BATCH, Limit, only_precisions
 
 Role = Literal["model", "weights", "operators", "source", "other"]
 
+MakeGraph = Callable[[], onnx.ModelProto]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -31,7 +34,7 @@ class Source:
     Attributes:
         model: The torch module, in eval mode.
         compact: The same as a `CompactModel`; None where `lift` does not support the module.
-        graph: ONNX in standard operators, in the runtime's form, equal to torch.
+        make_graph: Returns ONNX in standard operators, in the runtime's form, equal to torch.
         shape: (channels, height, width).
         batch: The batch size.
         target: A profile's name.
@@ -46,7 +49,7 @@ class Source:
 
     model: nn.Module
     compact: CompactModel | None
-    graph: onnx.ModelProto
+    make_graph: MakeGraph
     shape: tuple[int, int, int]
     batch: Batch
     target: str
@@ -57,6 +60,11 @@ class Source:
     options: Mapping[str, str] = field(default_factory=dict)
     outputs: tuple[OutputSpec, ...] = ()
     buckets: BucketedModel | None = None
+
+    @cached_property
+    def graph(self) -> onnx.ModelProto:
+        """ONNX in standard operators; made when a converter asks for it."""
+        return self.make_graph()
 
     def inference_model(self, runtime: str) -> CompactModel:
         """The model for converters that read a torch module.

@@ -80,7 +80,7 @@ def run_export(
     def began(*_: Any, **__: Any) -> None:
         pytest.fail("the work began")
 
-    monkeypatch.setattr("vitrim.export.exporter.trace", began)
+    monkeypatch.setattr("vitrim.export.exporter._export", began)
     monkeypatch.setattr(imported_graph, "_export", began)
     monkeypatch.chdir(tmp_path)
     if request.param == "graph":

@@ -65,12 +65,12 @@ def breaks(
 STAGES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], str]] = {
     "onnx": (
         breaks(torch_graph_module, "torch_to_onnx"),
-        {},
+        {"form": "plain"},
         r"stage onnx: outputs differ from torch by .* first difference: module ",
     ),
     "simplified": (
         breaks(torch_graph_module, "simplify", result=lambda pair: (damaged(pair[0]), None)),
-        {},
+        {"form": "plain"},
         r"stage simplified: outputs differ from torch by .* "
         r"first difference: node '.*' \(\w+\), by ",
     ),
