@@ -70,7 +70,7 @@ def cut_without_training(
             state of another cut.
     """
     options = _options(source, selection, untrained)
-    untrained, table = _with_table(untrained)
+    untrained, table = _with_table(source, untrained)
     data = data_of(source, selection, "--without-training")
     images = unlabeled_images(data, selection)
     if len(images) < 2:
@@ -93,7 +93,7 @@ def cut_without_training(
             _front(job)
 
 
-def _with_table(untrained: Untrained) -> tuple[Untrained, CostTable | None]:
+def _with_table(source: Source, untrained: Untrained) -> tuple[Untrained, CostTable | None]:
     """The cost table of --latency-ms, and the options with the latency that --energy-mj allows."""
     if untrained.latency_ms is None:
         return untrained, None
@@ -104,7 +104,7 @@ def _with_table(untrained: Untrained) -> tuple[Untrained, CostTable | None]:
         untrained.target or "host",
         untrained.runtime,
         untrained.file_precision,
-    ).table("--runtime")
+    ).table(source.model.architecture, "--runtime")
     if table.estimated is not None:
         show(f"no cost table was measured, so the latency is an estimate: {table.title}")
     if untrained.energy_mj is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bench.estimate.cost_table import estimated_table
+from ..compress.latency.shapes import network_shape
+from ..compress.network.architecture import Architecture
 from ..core.errors import InputError
 from ..targets.catalog import load_target
 from ..targets.cost_table import CostTable
@@ -31,10 +33,11 @@ class TableRequest:
     precision: str = "fp32"
     threads: int = 1
 
-    def table(self, option: str = "masks.target_runtime") -> CostTable:
+    def table(self, dense: Architecture, option: str = "masks.target_runtime") -> CostTable:
         """The table: the file, else one that ships with the package, else an estimate.
 
         Args:
+            dense: The largest network that it is asked for. A shipped table covers its sizes.
             option: The name of the runtime in an error.
 
         Raises:
@@ -52,7 +55,11 @@ class TableRequest:
         profile = load_target(self.target)
         runtime = self.runtime or profile.preferred_runtime
         shipped = shipped_table(
-            self.target, runtime=runtime, precision=self.precision, threads=self.threads
+            self.target,
+            network_shape(dense),
+            runtime=runtime,
+            precision=self.precision,
+            threads=self.threads,
         )
         if shipped is not None:
             return shipped
@@ -61,9 +68,9 @@ class TableRequest:
         )
 
 
-def optional_table(recipe: Recipe) -> CostTable | None:
+def optional_table(recipe: Recipe, dense: Architecture) -> CostTable | None:
     """The cost table of `[masks]`; None where the budget is no latency."""
-    return recipe_table(recipe) if recipe.masks.has_latency else None
+    return recipe_table(recipe, dense) if recipe.masks.has_latency else None
 
 
 def table_mark(recipe: Recipe) -> str:
@@ -75,8 +82,12 @@ def table_mark(recipe: Recipe) -> str:
     return f" latency of {' '.join(map(str, parts))}"
 
 
-def recipe_table(recipe: Recipe) -> CostTable:
+def recipe_table(recipe: Recipe, dense: Architecture) -> CostTable:
     """The cost table of `[masks]`; without a file, that of the first artifact of `[export]`.
+
+    Args:
+        recipe: The recipe.
+        dense: The dense network.
 
     Raises:
         InputError: It cannot be read, it is of another runtime, or there is none.
@@ -88,4 +99,4 @@ def recipe_table(recipe: Recipe) -> CostTable:
         section.target_runtime or (None if section.cost_table else recipe.export.runtimes[0]),
         recipe.export.precisions[0],
         recipe.bench.threads,
-    ).table()
+    ).table(dense)

@@ -75,7 +75,7 @@ def learned_budget(
     """
     section = recipe.masks
     if section.has_latency:
-        table = recipe_table(recipe)
+        table = recipe_table(recipe, baseline.architecture)
         budget_ms = latency_ms or latency_budget_ms(baseline.architecture, section, table)
         start_ms = table.latency_ms(network_shape(start.architecture))
         return Budget("latency", min(1.0, budget_ms / start_ms), table)
@@ -120,7 +120,7 @@ def measured_trial(
     recipe, processes = context.recipe, context.host.processes
     if not recipe.masks.has_latency:
         return None
-    table = recipe_table(recipe)
+    table = recipe_table(recipe, baseline.architecture)
     budget_ms = latency_budget_ms(baseline.architecture, recipe.masks, table)
     if not (recipe.masks.latency_rounds and measured_here(table)):
         return Trial(budget_ms)
@@ -204,7 +204,7 @@ def verified(task: MaskTask, baseline: CompactModel, context: RunContext, trial:
         trial: What was measured before.
     """
     recipe, processes = context.recipe, context.host.processes
-    table = recipe_table(recipe)
+    table = recipe_table(recipe, baseline.architecture)
     budget_ms = latency_budget_ms(baseline.architecture, recipe.masks, table)
     steps: list[Round] = []
     budgets: list[float] = []

@@ -304,7 +304,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     require_tokens(dense.architecture, recipe.masks)
     start = require_selections(dense, recipe)
     if recipe.masks.method == "closed-form":
-        require_budget(dense.architecture, recipe.masks, optional_table(recipe))
+        require_budget(dense.architecture, recipe.masks, optional_table(recipe, dense.architecture))
     elif recipe.masks.method == "magnitude":
         require_weights(dense.architecture, recipe.masks)
     elif recipe.masks.method in RANKING:

@@ -189,7 +189,7 @@ def closed_form_cut(
     Returns:
         The cut model and its mask of rotated/, or of the baseline where that is not written.
     """
-    folder = context.folder
+    folder, dense = context.folder, baseline.architecture
     images = context.data.val.floats(slice(0, PARITY_IMAGES))
     tokens = _token_cut(baseline, context, resume=resume)
     if tokens is not None:
@@ -203,7 +203,7 @@ def closed_form_cut(
         baseline = tokens.model
     if section.has_latency:
         unlabeled = _drawn(section, context)
-        table, quiet = recipe_table(context.recipe), context.quiet
+        table, quiet = recipe_table(context.recipe, dense), context.quiet
         found = trim_to_latency(
             baseline, unlabeled, section, round_to, table, folder.path, quiet=quiet
         )

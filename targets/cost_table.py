@@ -29,6 +29,8 @@ from .cost_parts import (
     FFN_PARTS,
     PARTS,
     SELECT_PARTS,
+    AttentionShape,
+    FfnShape,
     NetworkShape,
     Numbers,
     Plain,
@@ -55,6 +57,8 @@ _EARLIER_PARTS = {
     "activation": (("activation", 1.0),),
     "weights": (("attention weights", 1.0), ("ffn weights", 1.0)),
 }
+# Measured networks are drawn below the sizes of a dense one, and none has all of them.
+REACH = 1.15
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Role = Literal["fit", "held-out", "check"]
 
@@ -187,6 +191,27 @@ class CostTable(Plain):
             )
         return energy_mj / self.power_w
 
+    def covers(self, network: NetworkShape) -> bool:
+        """Whether a network is about as large as those that were measured; always if estimated.
+
+        Args:
+            network: Its sizes.
+        """
+        if self.estimated is not None:
+            return True
+        return bool(np.all(_extent(network) <= REACH * self._measured_extent))
+
+    @property
+    def largest_ms(self) -> float:
+        """The latency of the slowest measured network, in milliseconds; 0 without any."""
+        return max((point.latency_ms for point in self.points), default=0.0)
+
+    @cached_property
+    def _measured_extent(self) -> Numbers:
+        networks = [_extent(point.network) for point in self.points]
+        found: Numbers = np.max([_NOTHING, *networks], axis=0)
+        return found
+
     @property
     def prices_selections(self) -> bool:
         """Whether selections of tokens have costs, so that networks with some have a latency."""
@@ -310,6 +335,24 @@ class CostTable(Plain):
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"]) or "the table"
             raise InputError(f"{path}: {key}: {first['msg']}; measure the table again") from None
+
+
+def _extent(network: NetworkShape) -> Numbers:
+    """Sizes by which costs are extrapolated where a network has larger ones.
+
+    Depth and classes are none: a further sub-layer costs what the others do, and the head is small.
+
+    Returns:
+        Stream, tokens, numbers of a patch, width of all heads, and hidden units.
+    """
+    attentions = [each for each in network.sublayers if isinstance(each, AttentionShape)]
+    hidden = [each.hidden for each in network.sublayers if isinstance(each, FfnShape)]
+    width = [each.heads * max(each.qk, each.v) for each in attentions]
+    widest = (max(width, default=0), max(hidden, default=0))
+    return np.array((network.embed, network.tokens, network.pixels, *widest), dtype=np.float64)
+
+
+_NOTHING = np.zeros(5)
 
 
 def _priced(parts: list[Any], costs: Numbers, *, present: Sizes) -> Numbers:

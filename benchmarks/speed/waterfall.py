@@ -296,7 +296,7 @@ def cut_here(dense: CompactModel, images: Tensor, share: float, runtime: str) ->
         share: The share.
         runtime: The runtime of the table.
     """
-    table = TableRequest(runtime=runtime).table("--runtime")
+    table = TableRequest(runtime=runtime).table(dense.architecture, "--runtime")
     print(f"cutting by {table.title}", flush=True)
     latency_ms = share * table.latency_ms(network_shape(dense.architecture))
     return LatencyCuts(dense, images, table).cut(latency_ms).model

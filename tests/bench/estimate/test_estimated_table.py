@@ -18,7 +18,13 @@ from vitrim.pipeline.latency_loop import LatencyRecord, measured_here
 from vitrim.pipeline.latency_table import TableRequest
 from vitrim.targets import shipped_tables
 from vitrim.targets.catalog import load_target
+from vitrim.targets.cost_table import MeasuredNetwork
 from vitrim.targets.shipped_tables import shipped_table
+
+ARCHITECTURE = lift(tiny_vit()).architecture
+NETWORK = network_shape(ARCHITECTURE)
+POINT = MeasuredNetwork(network=NETWORK, latency_ms=1.0)
+WHAT: dict[str, Any] = {"runtime": "onnxruntime", "precision": "fp32", "threads": 1}
 
 
 @pytest.mark.parametrize("target", ["rpi4", "rpi5", "x86-64-v3"])
@@ -38,30 +44,57 @@ def test_the_sum_of_its_parts_is_the_estimate(target: str, sizes: dict[str, Any]
 
 def test_a_device_without_estimates_needs_a_measured_table() -> None:
     with pytest.raises(InputError, match=r"no microcontroller was measured.*vitrim bench"):
-        TableRequest(target="stm32h7").table()
+        TableRequest(target="stm32h7").table(ARCHITECTURE)
 
 
 def test_a_table_that_ships_is_found_by_its_name(tmp_path: Path) -> None:
-    measured = latency_table(target="rpi4")
-    measured.save(tmp_path / "rpi4-onnxruntime-fp32-1.json")
-    what: dict[str, Any] = {"runtime": "onnxruntime", "precision": "fp32", "threads": 1}
-    assert shipped_table("rpi4", folder=tmp_path, **what) == measured
-    assert shipped_table("rpi5", folder=tmp_path, **what) is None
-    assert TableRequest(target="rpi4").table().estimated is not None
+    measured = latency_table(target="rpi4", points=[POINT])
+    measured.save(tmp_path / "rpi4-onnxruntime-fp32-1-tiny.json")
+    assert shipped_table("rpi4", NETWORK, folder=tmp_path, **WHAT) == measured
+    assert shipped_table("rpi5", NETWORK, folder=tmp_path, **WHAT) is None
+    assert TableRequest(target="rpi4").table(ARCHITECTURE).estimated is not None
+
+
+@pytest.mark.parametrize("size", ["embed", "tokens", "pixels"])
+def test_a_network_beyond_the_measured_ones_takes_a_larger_table_or_an_estimate(
+    tmp_path: Path, size: str
+) -> None:
+    larger = NETWORK.model_copy(update={size: 2 * getattr(NETWORK, size)})
+    slower = POINT.model_copy(update={"network": larger, "latency_ms": 2 * POINT.latency_ms})
+    small = latency_table(target="rpi4", points=[POINT])
+    large = latency_table(target="rpi4", points=[POINT, slower])
+    small.save(tmp_path / "rpi4-onnxruntime-fp32-1-b.json")
+    assert shipped_table("rpi4", larger, folder=tmp_path, **WHAT) is None
+    large.save(tmp_path / "rpi4-onnxruntime-fp32-1-a.json")
+    assert shipped_table("rpi4", larger, folder=tmp_path, **WHAT) == large
+    assert shipped_table("rpi4", NETWORK, folder=tmp_path, **WHAT) == small
+
+
+def test_wider_sub_layers_are_beyond_the_measured_ones() -> None:
+    table = latency_table(points=[POINT])
+    assert table.covers(NETWORK)
+    for place, sublayer in enumerate(NETWORK.sublayers):
+        name = "heads" if sublayer.kind == "attention" else "hidden"
+        wider = sublayer.model_copy(update={name: 2 * getattr(sublayer, name)})
+        sublayers = (*NETWORK.sublayers[:place], wider, *NETWORK.sublayers[place + 1 :])
+        assert not table.covers(NETWORK.model_copy(update={"sublayers": sublayers}))
+    deeper = NETWORK.model_copy(update={"sublayers": 2 * NETWORK.sublayers})
+    assert table.covers(deeper), "a further sub-layer costs what the others do"
 
 
 def test_the_host_takes_the_table_of_its_own_class_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    latency_table(target="x86-64-v3").save(tmp_path / "x86-64-v3-onnxruntime-fp32-1.json")
-    what: dict[str, Any] = {"runtime": "onnxruntime", "precision": "fp32", "threads": 1}
+    table = latency_table(target="x86-64-v3", points=[POINT])
+    table.save(tmp_path / "x86-64-v3-onnxruntime-fp32-1-tiny.json")
     for classes, found in (
         (["x86-64", "x86-64-v3"], True),
         (["x86-64", "x86-64-v3", "x86-64-v4-vnni"], False),
         ([], False),
     ):
         monkeypatch.setattr(shipped_tables, "targets_here", lambda classes=classes: classes)
-        assert (shipped_table("host", folder=tmp_path, **what) is not None) == found
+        shipped = shipped_table("host", NETWORK, folder=tmp_path, **WHAT)
+        assert (shipped is not None) == found
 
 
 def test_its_title_names_the_processor_that_was_measured() -> None:
