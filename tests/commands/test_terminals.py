@@ -22,6 +22,8 @@ from vitrim.core.console import echo, show, spelled_out
 from vitrim.export.artifact import Artifact
 from vitrim.pipeline.recipe import load_recipe
 
+# The first has no characters beyond ASCII in names of files either; the second refuses to write
+# what it lacks, and the third is like it with more characters.
 TERMINALS = {
     "C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
     "ascii": {"PYTHONIOENCODING": "ascii"},
@@ -100,7 +102,7 @@ def test_help_of_every_command(made: Path, terminal: str) -> None:
     assert "N[,N...]" in texts[1]
 
 
-@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("terminal", ["C", "ascii"])
 def test_the_commands_of_a_saved_model(made: Path, terminal: str, tmp_path: Path) -> None:
     *_, absent = texts = run(
         made,
@@ -117,7 +119,7 @@ def test_the_commands_of_a_saved_model(made: Path, terminal: str, tmp_path: Path
     assert absent.startswith("vitrim: ->absent.pth: " if terminal != "C" else "vitrim: ")
 
 
-@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("terminal", ["ascii"])
 def test_the_commands_of_an_artifact(made: Path, terminal: str, tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(made / "artifact", tmp_path / name)
