@@ -56,8 +56,19 @@ def int8_assumptions(target: str) -> tuple[str, ...]:
 
 def int8_saturates_here(target: str) -> str | None:
     """Return why this processor cannot compute the target's eight-bit products, or None."""
-    profile = load_target(target)
-    if machine_name(profile.architecture) != machine_name(platform.machine()):
+    if _same_architecture(load_target(target)):
+        return lacks_int8_features(target)
+    if not int8_exact(target) or int8_exact("host"):
+        return None
+    return (
+        f"eight-bit products saturate on this processor, and not on {target}; verify the artifact "
+        "under emulation (vitrim targets emulate) or on the device (--verify-on)"
+    )
+
+
+def lacks_int8_features(target: str) -> str | None:
+    """Return why a target of this architecture is of a processor with other products, or None."""
+    if not _same_architecture(load_target(target)):
         return None
     if not (missing := missing_features(int8_assumptions(target))):
         return None
@@ -99,9 +110,14 @@ def is_host(target: str) -> bool:
     if target == "host":
         return True
     profile = load_target(target)
-    same_machine = machine_name(profile.architecture) == machine_name(platform.machine())
     # A profile without instruction sets describes the machine of its author.
-    return same_machine and (not profile.features or other_processor(profile) is None)
+    return _same_architecture(profile) and (
+        not profile.features or other_processor(profile) is None
+    )
+
+
+def _same_architecture(profile: TargetProfile) -> bool:
+    return machine_name(profile.architecture) == machine_name(platform.machine())
 
 
 def other_processor(profile: TargetProfile) -> str | None:

@@ -19,7 +19,7 @@ from ..runtimes.subprocess_inference import infer_in_subprocess
 from ..targets.catalog import load_target
 from ..targets.instruction_sets import machine_name
 from ..targets.profile import TargetProfile
-from .capabilities import EIGHT_BITS, int8_exact, other_processor
+from .capabilities import EIGHT_BITS, int8_saturates_here, other_processor
 from .export_run import ExportRun
 from .parity import relative_error
 from .stage_line import stage
@@ -138,7 +138,7 @@ def verify_on_target(run: ExportRun, file: Path, graph: onnx.ModelProto) -> None
         chosen=chosen if precision == "fp32" else None,
     )
     difference = float(relative_error(here[: len(logits)], logits).max())
-    saturates = precision in EIGHT_BITS and not int8_exact("host")
+    saturates = precision in EIGHT_BITS and int8_saturates_here(device.target) is not None
     reason = ", whose eight-bit products saturate," if saturates else ""
     run.notes.append(
         f"{device.target}: verified under {name} in {facts['runtime']} {facts['version']}; its "

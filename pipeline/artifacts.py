@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..core.errors import InputError
-from ..export.capabilities import int8_saturates_here
+from ..export.capabilities import lacks_int8_features
 from ..export.manifest import Precision
 from ..export.runtimes import runtime_named, runtime_names
 from ..runtimes.cpu_features import fitting_target
@@ -92,7 +92,7 @@ def require_processor(section: ExportSection) -> None:
             f"{profile.name} uses, and a run measures its artifacts; use {fitting_target()} or host"
         )
     eight_bits = {"int8", "int8-static"} & set(section.precisions)
-    reason = int8_saturates_here(section.target)
+    reason = lacks_int8_features(section.target)
     if eight_bits and reason and set(section.runtimes) - {"tvm"}:
         raise InputError(f"export.target: {reason}")
 

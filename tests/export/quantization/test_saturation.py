@@ -5,6 +5,7 @@ The processor is emulated, or this one is taken for a smaller one.
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,30 @@ def test_weights_have_seven_bits_unless_the_target_has_exact_products(
             assert largest <= 64
             assert precision in stages
             assert "has no eight-bit dot products" in notes
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-static"])
+def test_exact_products_of_another_architecture_are_not_compared_here(
+    model: torch.nn.Module, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("products of this processor are exact")
+    monkeypatch.setenv(CPU_FEATURES, taken_for(SATURATING)[CPU_FEATURES])
+    monkeypatch.setenv("VITRIM_EMULATION", str(tmp_path / "empty"))
+    made = export(
+        model,
+        tmp_path / "model",
+        target="rpi5",
+        precision=precision,  # type: ignore[arg-type]
+        images=IMAGES,
+    )
+    assert largest_weight(made) > 64
+    assert precision not in [stage.stage for stage in made.manifest.parity]
+    assert (
+        f"parity of {precision} was not run: eight-bit products saturate on this processor, and "
+        "not on rpi5; verify the artifact under emulation (vitrim targets emulate) or on the "
+        "device (--verify-on)"
+    ) in made.manifest.notes
 
 
 def largest_weight(artifact: Artifact) -> int:

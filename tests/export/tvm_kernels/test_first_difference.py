@@ -120,6 +120,6 @@ def test_code_for_an_absent_gpu_is_written_without_parity(tmp_path: Path) -> Non
         "parity was not run: there is no CUDA device on this machine; "
         "run `vitrim bench` on one that has it"
     ]
-    # TVM's own pipeline reads torch's graph, whose stages have figures; that without parity has none.
+    # The stages of the graph that TVM reads have figures; the stage without parity has none.
     assert [stage.stage for stage in artifact.manifest.parity] == ["onnx", "simplified"]
     assert Artifact.load(artifact.folder).manifest.target == "cuda"
