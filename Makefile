@@ -11,7 +11,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt
 # After the crash of a worker, pytest-xdist 3.8 waits for ever with the files that it had: the run
 # ends instead, and names the test.
-WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
+# Files begin in the order of tests/conftest.py, the long ones first.
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart 0
 MYPY := ../bin/mypy --config-file ../../pyproject.toml
 
 .PHONY: demo test fuzz test-x86-64-v3 lint docs docs-reference clean
@@ -32,12 +34,14 @@ fuzz: .venv/installed-test
 		$$(git grep -l "from hypothesis" -- tests ':!tests/conftest.py')
 
 # Exports choose weights and code by these instruction sets, and torch its kernels by its variable.
+# Tests that compile for every processor which this one can run need no second time.
 test-x86-64-v3: .venv/installed-test
 	VITRIM_CPU_FEATURES="$$($(BIN)/python -c 'from vitrim.targets.catalog import load_target; print(*load_target("x86-64-v3").features)')" \
 	ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 	$(BIN)/python -m pytest $(WORKERS) \
-	  --ignore tests/export/tvm_kernels/test_first_difference.py \
-	  tests/export/quantization tests/export/runtimes/test_runtimes.py tests/export/tvm_kernels \
+	  tests/export/quantization tests/export/runtimes/test_runtimes.py \
+	  tests/export/tvm_kernels/test_bucket_programs.py \
+	  tests/export/tvm_kernels/test_tvm_artifact.py tests/export/tvm_kernels/test_tvm_bundle.py \
 	  tests/export/test_export_exporter.py tests/export/test_parity.py
 
 lint: .venv/installed-test

@@ -50,6 +50,25 @@ def pytest_configure(config: pytest.Config) -> None:
             native_build.runtime_library(machine)
 
 
+# Files whose tests take longest, of 30 s to two minutes. A worker gets whole files: if these began
+# last, the others would wait for them at the end.
+_LONG_FILES = (
+    *("test_engine", "test_cross_compiler", "test_ray_workers", "test_notebook", "test_wheel"),
+    *("test_devices", "test_terminals", "test_processes", "test_bucket_programs"),
+    *("test_int8_kernels", "test_selections", "test_saturation", "test_runtimes"),
+    *("test_token_masks", "test_export_outputs", "test_pipeline", "test_tvm_bundle"),
+    *("test_stem_layers", "test_learned_tokens_leave", "test_merged_graph", "test_ssh"),
+    *("test_training_host", "test_export_aarch64", "test_export_bundle", "test_public_names"),
+    *("test_limits", "test_tvm_rpc", "test_native_runner", "test_choices", "test_outputs"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first; the order is otherwise kept."""
+    places = {name: place for place, name in enumerate(_LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
     """One worker more than cores: some tests wait for boards, killed runs and lost links."""

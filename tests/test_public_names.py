@@ -78,7 +78,7 @@ NAMES = [f"from vitrim import {name}; assert callable({name})" for name in vitri
     "orders",
     [
         pytest.param(rotations(NAMES), id="each-name-first"),
-        pytest.param(rotations(NAMES[::-1]), id="backwards"),
+        pytest.param(rotations(NAMES[::-1])[::4], id="backwards"),
         pytest.param([[first, *NAMES] for first in IMPORTS], id="modules-first"),
         pytest.param([[NAMES[5], *order] for order in rotations(IMPORTS)], id="modules-later"),
     ],
