@@ -9,8 +9,10 @@ share have the same budget of multiply-adds, predictors and scores included, and
 epochs: where patches and widths are learned in turn, each phase has half of them. `widths` are
 learned heads, widths and sub-layers; `tokens` keep all widths, at the largest ratio that meets the
 budget, where one does; `both` keep the patches of `--ratio` and learn widths in the three orders;
-`static tokens and widths` learn one set of patches for all images. Top-1 and the latency at batch 1
-(fp32, ONNX Runtime, one thread) are those of the artifact, `faster` compares with the dense
+`static tokens` keep one set of patches for all images and all widths, and `static tokens and
+widths` choose both: learned, or patches by Patch Slimming before the widths are learned. Without
+methods (`--methods` alone) there are `widths` and static rows only. Top-1 and the latency at batch
+1 (fp32, ONNX Runtime, one thread) are those of the artifact, `faster` compares with the dense
 artifact of the same run. Finished rows are kept, and a run that was interrupted continues in
 `--work`.
 """
@@ -21,7 +23,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ from .short_runs import ShortRuns
 SHARES, SEEDS = (0.5, 0.33, 0.25), (7, 13, 42)
 METHODS = ("dynamicvit", "evit", "dps", "class-attention")
 ORDERS = ("together", "tokens-first", "widths-first")
+STATIC, STATIC_TOO = "static tokens", "static tokens and widths"
+CHOSEN = "patch-slimming"
+WIDTHS = ("head", "embed", "ffn", "qk", "v")
 BISECTIONS = 12
 # Ratios are given with as many digits.
 DIGITS = 3
@@ -49,7 +54,7 @@ class Case:
     """One row.
 
     Attributes:
-        kind: "widths", "tokens", "both" or "static tokens and widths".
+        kind: "widths", "tokens", "both", "static tokens" or "static tokens and widths".
         method: How patches are chosen; "" without a choice.
         order: The order of patches and widths; "" where there is one phase.
         share: The share of the multiply-adds.
@@ -81,7 +86,11 @@ class Plan(ShortRuns):
 
     def recipe(self, masks: dict[str, Any], seed: int) -> Recipe:
         """The recipe of a row with these keys of `[masks]`."""
-        return self.short_recipe("dynamic_tokens", masks, seed)
+        chosen = masks.get("tokens") == CHOSEN and masks.get("params") == 1.0
+        # Nothing is learned before the fine-tuning, which then has all epochs.
+        epochs = self.finetune_epochs + chosen * self.epochs
+        plan = replace(self, finetune_epochs=epochs)
+        return plan.short_recipe("dynamic_tokens", masks, seed)
 
     def masks(self, case: Case, dense: CompactModel) -> dict[str, Any]:
         """The keys of `[masks]` of a row.
@@ -92,7 +101,16 @@ class Plan(ShortRuns):
         half = max(1, self.epochs // 2)
         if case.kind == "widths":
             return {"macs": case.share}
-        if case.kind == "static tokens and widths":
+        if case.kind == STATIC and case.method == CHOSEN:
+            return {"params": 1.0, "tokens": CHOSEN, "token_macs": case.share}
+        if case.kind == STATIC:
+            # Sub-layers stay, too: an overhead of 0 removes none.
+            kept = {"attention_overhead_macs": 0.0, "ffn_overhead_macs": 0.0}
+            return {"macs": case.share, "tokens": "learned", "fixed": WIDTHS, **kept}
+        if case.kind == STATIC_TOO and case.method == CHOSEN:
+            # As much of the budget by tokens as by widths.
+            return {"macs": case.share, "tokens": CHOSEN, "token_macs": case.share**0.5}
+        if case.kind == STATIC_TOO:
             return {"macs": case.share, "tokens": "learned"}
         if case.kind == "tokens":
             ratio = largest_ratio(dense, case.method, case.share, self)
@@ -142,7 +160,11 @@ def cases(methods: Sequence[str], shares: Sequence[float], seeds: Sequence[int])
     for seed in seeds:
         for share in shares:
             found += [Case("widths", "", "", share, seed)]
-            found += [Case("static tokens and widths", "learned", "", share, seed)]
+            found += [
+                Case(kind, method, "", share, seed)
+                for kind in (STATIC, STATIC_TOO)
+                for method in ("learned", CHOSEN)
+            ]
             found += [Case("tokens", method, "", share, seed) for method in methods]
             found += [
                 Case("both", method, order, share, seed) for method in methods for order in ORDERS
@@ -216,7 +238,7 @@ def main() -> None:
     parser.add_argument("--data", default="quickstart")
     parser.add_argument("--model", default="embedded", help="embedded, or a folder vitrim saved")
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS[:3]))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS[:3]))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--epochs", type=int, default=4, help="of masks and predictors")
     parser.add_argument("--finetune-epochs", type=int, default=4)
