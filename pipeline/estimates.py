@@ -7,6 +7,8 @@ activations need.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import get_args
 
 from ..bench.estimate.calibration import LEVEL
@@ -15,6 +17,13 @@ from ..bench.estimate.workload import Operator, Workload, attention, pointwise, 
 from ..bench.report.model import EstimatedLatency, EstimateEntry
 from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from ..compress.network.count import branch_tokens, count_params
+from ..compress.network.select_specs import (
+    SelectSpec,
+    SelectWidths,
+    select_inputs,
+    select_macs,
+    select_widths,
+)
 from ..targets.catalog import load_target
 from ..targets.check import check
 from ..targets.profile import Precision, TargetProfile
@@ -111,6 +120,11 @@ def peak_activation_bytes(architecture: Architecture, precision: str = "fp32") -
         tokens * architecture.embed + _branch_peak(branch, architecture, tokens, queries)
         for branch, tokens, queries in branch_tokens(architecture)
     ]
+    # The stream is there while a selection scores it, and while it gathers the rows that stay.
+    moments += [
+        tokens * architecture.embed + max(_score_peak(widths, tokens), kept * architecture.embed)
+        for _, widths, _, tokens, kept in _selections(architecture)
+    ]
     return max(moments) * WIDTH_BYTES[precision]
 
 
@@ -132,11 +146,28 @@ def _branch_peak(branch: BranchSpec, architecture: Architecture, tokens: int, qu
     return 0
 
 
+def _score_peak(widths: SelectWidths, tokens: int) -> int:
+    """The numbers of the largest layer of a predictor with its inputs; of attention the scores."""
+    layers = (widths.reads, widths.local + widths.pooled, *widths.hidden, 1)
+    return tokens * max(before + after for before, after in pairwise(layers))
+
+
+def _selections(
+    architecture: Architecture,
+) -> Iterator[tuple[SelectSpec, SelectWidths, int, int, int]]:
+    """Each selection and its widths; tokens of the step before, before it, and behind it."""
+    counts = (architecture.tokens, *architecture.step_tokens())
+    for select, before, tokens in select_inputs(architecture, counts):
+        kept = architecture.prefix + select.left
+        yield select, select_widths(architecture, select), before, tokens, kept
+
+
 def network_workload(architecture: Architecture, name: str = "network") -> Workload:
     """List the operators of one inference of one image, as vitrim's graphs compute it.
 
     The last attention has queries only for the tokens that the head reads. Gates, rotary embeddings
-    and position biases are left out: they are small beside the products, which are all counted.
+    and position biases are left out: they are small beside the products, which are all counted,
+    those of selections of tokens included. The rows that a selection gathers count as an addition.
     """
     return Workload(name, tuple(_operators(architecture.model_copy(update={"last_queries": True}))))
 
@@ -145,10 +176,37 @@ def _operators(architecture: Architecture) -> Iterator[Operator]:
     yield from _stem_operators(architecture)
     for branch, tokens_in, tokens_out in branch_tokens(architecture):
         yield from _branch_operators(architecture, branch, tokens_in, tokens_out)
+    for select, widths, before, tokens, kept in _selections(architecture):
+        macs = select_macs(architecture, select, widths, before, tokens)
+        yield from _select_operators(select, widths, macs, tokens - architecture.prefix)
+        yield pointwise(f"{select.name}.rows", "add", kept * architecture.embed)
     pooled = architecture.pooled_prefix or architecture.final_tokens
     yield pointwise("norm", "norm", pooled * architecture.embed)
     if architecture.head is not None:
         yield projection("head", 1, architecture.head_width, architecture.classes)
+
+
+def _select_operators(
+    select: SelectSpec, widths: SelectWidths, macs: int, patches: int
+) -> Iterator[Operator]:
+    """The products of a selection, whose multiply-adds are `macs` in all."""
+    if select.predictor is None:
+        if macs:
+            # Of attention: its weights are read for the sub-layer itself.
+            yield Operator(f"{select.name}.scores", "projection", macs, patches * widths.heads)
+        return
+    if select.norm is not None:
+        yield pointwise(f"{select.name}.norm", "norm", patches * widths.reads)
+    first = widths.local + widths.pooled
+    layers = (first, *widths.hidden, 1)
+    yield projection(f"{select.name}.0", patches, widths.reads, first)
+    for number, (inner, units) in enumerate(pairwise(layers), 1):
+        found = projection(f"{select.name}.{number}", patches, inner, units)
+        if number == 1:
+            # The mean of the pooled units is one row.
+            found = replace(found, macs=(patches * widths.local + widths.pooled) * units)
+        yield found
+    yield pointwise(f"{select.name}.act", "activation", patches * sum(layers[:-1]))
 
 
 def _stem_operators(architecture: Architecture) -> Iterator[Operator]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..compress.masks.groups import architecture_of
 from ..compress.masks.mask import StructuredMask
 from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from ..compress.network.modules.model import CompactModel
+from ..compress.network.select_specs import static_steps
 from ..compress.network.token_order import grid_places
 from ..compress.surgery.image_size import exit_depths
 from ..compress.surgery.plan import plan
@@ -86,15 +88,15 @@ def selection_map(compact: CompactModel, images: Tensor, shown: int) -> dict[str
     """
     architecture = compact.architecture
     counts = [architecture.tokens, *architecture.step_tokens(last_queries=False)]
-    area = architecture.grid[0] * architecture.grid[1]
-    depths = torch.zeros(len(images), area, dtype=torch.long)
-    depths[:, list(grid_places(architecture))] = len(counts)
+    area = math.prod(architecture.grid)
+    # Patches also leave by place, before the first selection.
+    depths = _exits_by_place(architecture).repeat(len(images), 1)
     found = chosen_tokens(compact, images)
     for select, kept in reversed(list(zip(architecture.selects, found, strict=True))):
         # A fused token, -1, is no patch of the grid.
         stays = torch.zeros(len(images), area + 1, dtype=torch.bool)
         stays.scatter_(1, kept % (area + 1), True)
-        leaves = ~stays[:, :area] & (depths > 0)
+        leaves = ~stays[:, :area] & (depths > 1 + select.at)
         depths[leaves] = 1 + select.at
     return {
         "grid": list(architecture.grid),
@@ -104,6 +106,18 @@ def selection_map(compact: CompactModel, images: Tensor, shown: int) -> dict[str
         "chosen": depths[:shown].tolist(),
         "averaged": len(images),
     }
+
+
+def _exits_by_place(architecture: Architecture) -> Tensor:
+    """Exits of the patches without the selections, (places of the grid,)."""
+    counts = (architecture.tokens, *architecture.step_tokens(last_queries=False))
+    depths = torch.zeros(math.prod(architecture.grid), dtype=torch.long)
+    # Behind the first selection the patches of a count are others for each image.
+    same_for_all = counts[: 1 + static_steps(architecture)]
+    for count in same_for_all:
+        depths[list(grid_places(architecture, count))] += 1
+    depths[depths == len(same_for_all)] = len(counts)
+    return depths
 
 
 def _entry(

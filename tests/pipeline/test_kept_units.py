@@ -79,3 +79,18 @@ def test_patches_that_are_chosen_for_each_image_have_exits_of_their_own() -> Non
     assert found["averaged"] == 6
     tokens = {entry["branch"]: entry["dims"]["token"] for entry in kept_branches(model, model)}
     assert tokens["blocks.2.ffn"] == [7, 7]
+
+
+def test_patches_that_leave_by_place_before_a_selection_keep_their_exits() -> None:
+    model = vitrim.lift(tiny_vit(img_size=32, depth=3))
+    stem, first = torch.ones(17, dtype=torch.bool), torch.ones(17, dtype=torch.bool)
+    stem[16], first[15:] = False, False
+    mask = StructuredMask({"token": {"stem.out": stem, "blocks.0.attn": first}})
+    small = vitrim.compact(model, mask)
+    selecting = vitrim.select_tokens(small, "dynamicvit", stages=[1], counts=[6]).eval()
+    found = selection_map(selecting, torch.randn(4, 3, 32, 32), 4)
+    for exits in found["chosen"]:
+        assert exits[15] == 0, "never embedded"
+        assert exits[14] == 1, "dropped behind the first attention"
+        assert exits[:14].count(7) == 6
+        assert exits[:14].count(3) == 8

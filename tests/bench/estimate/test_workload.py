@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from vitrim.bench.estimate.workload import PlainVit
 
@@ -52,3 +54,30 @@ def test_a_saved_network_counts_as_a_plain_vit_of_its_sizes() -> None:
     assert [operator.kind for operator in counted.operators if operator.kind == "attention"] == [
         "attention"
     ] * 2
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "dps", "class-attention", "evit", "random"])
+def test_selections_of_tokens_are_part_of_the_workload_and_of_the_peak(method: str) -> None:
+    pytest.importorskip("torch")
+    from selecting_models import sharp_selection
+    from vitrim.compress.network.count import count_macs
+    from vitrim.pipeline.estimates import network_workload, peak_activation_bytes
+
+    architecture = sharp_selection(method).architecture  # type: ignore[arg-type]
+    shortened = architecture.model_copy(update={"last_queries": True})
+    workload = network_workload(architecture)
+    assert workload.macs == count_macs(shortened)
+    names = [operator.name for operator in workload.operators]
+    assert any(name.startswith("select.") for name in names)
+    wide = architecture.model_copy(
+        update={"selects": tuple(_with_wide_layer(select) for select in architecture.selects)}
+    )
+    if method in ("dynamicvit", "dps"):
+        assert peak_activation_bytes(wide) > peak_activation_bytes(architecture)
+
+
+def _with_wide_layer(select: Any) -> Any:
+    if select.predictor is None:
+        return select
+    predictor = select.predictor.model_copy(update={"local": 5000})
+    return select.model_copy(update={"predictor": predictor})
