@@ -170,7 +170,7 @@ class TokenOptions:
             macs=macs,
             schedule=self.token_schedule,  # type: ignore[arg-type]
             seed=seed,
-            names=("--token-counts", "--macs"),
+            names=("--token-counts", "--macs", "--token-schedule"),
         )
 
     def slimming(self, seed: int) -> SlimmingOptions:

@@ -111,6 +111,14 @@ class MasksSection(LatencyKeys, WeightKeys):
         description="instead of `token_macs`: the tokens after each block, prefix tokens included; "
         "instead of `token_ratio`: the patches that each stage keeps",
     )
+    token_schedule: Literal["error", "importance", "uniform", "linear", "constant"] | None = Field(
+        None,
+        description="how `token_macs` distributes the counts: error, the least measured error of "
+        "the features (absent, with methods that read images), importance, the least dropped share "
+        "of the scores, uniform, the same share of the patches in each block (absent, with radial "
+        "and random), linear, or constant. Methods are compared at equal counts by one of the last "
+        "three",
+    )
     token_tolerance: float | None = share(
         "patch-slimming, instead of `token_macs`: the counts follow from this relative squared "
         "error of the next block, e.g. 0.02, and each block is refitted from its inputs on "
@@ -304,6 +312,11 @@ class MasksSection(LatencyKeys, WeightKeys):
                 raise ValueError(
                     f'{key} needs a method that chooses for each image, e.g. tokens = "dynamicvit"'
                 )
+        if self.token_schedule is not None and not (self.chooses_tokens and self.token_macs):
+            raise ValueError(
+                "token_schedule distributes `token_macs`, the share of a choice for all images: "
+                'add both to a method, e.g. tokens = "patch-slimming"'
+            )
         if not self.chooses_tokens:
             if given:
                 raise ValueError(f'{given[0]} needs a method, e.g. tokens = "patch-slimming"')
@@ -323,6 +336,8 @@ class MasksSection(LatencyKeys, WeightKeys):
 
     def _check_selection(self, given: list[str]) -> None:
         """Check the keys of a choice for each image; `given` are those of a static one."""
+        if self.token_schedule is not None:
+            given = [*given, "token_schedule"]
         for key in given:
             if key != "token_counts":
                 raise ValueError(

@@ -50,8 +50,9 @@ def token_request(section: MasksSection, seed: int) -> TokenRequest:
         cast("Method", section.tokens),
         section.token_counts,
         section.token_macs,
+        section.token_schedule,
         seed=seed,
-        names=("masks.token_counts", "masks.token_macs"),
+        names=("masks.token_counts", "masks.token_macs", "masks.token_schedule"),
     )
 
 

@@ -149,7 +149,7 @@ class TokenRequest:
         macs: The share of the multiply-adds to keep.
         schedule: How `macs` distributes the counts.
         seed: For "random" and "scop".
-        names: What errors call `counts` and `macs`.
+        names: What errors call `counts`, `macs` and `schedule`.
     """
 
     method: Method = "patch-slimming"
@@ -157,7 +157,7 @@ class TokenRequest:
     macs: float | None = None
     schedule: Schedule | None = None
     seed: int = 0
-    names: tuple[str, str] = ("counts", "macs")
+    names: tuple[str, str, str] = ("counts", "macs", "schedule")
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -170,10 +170,13 @@ class TokenRequest:
         if self.counts is not None and self.schedule is not None:
             raise InputError("tokens: counts are a schedule; give counts or schedule, not both")
         if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise InputError(f"schedule = {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+            raise InputError(
+                f"{self.names[2]} = {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
+            )
         if self.schedule == "importance" and self.method in WITHOUT_IMAGES:
             raise InputError(
-                f"schedule = 'importance': {self.method} has no importance; choose another schedule"
+                f"{self.names[2]} = 'importance': {self.method} has no importance; choose another "
+                "schedule"
             )
 
     @property

@@ -154,6 +154,26 @@ def test_a_search_that_was_killed_continues(
         ),
         (["masks.token_macs=0.5"], "token_macs needs a method"),
         (
+            [
+                'masks.tokens="radial"',
+                "masks.token_counts=[5,5,5]",
+                'masks.token_schedule="linear"',
+            ],
+            "token_schedule distributes `token_macs`",
+        ),
+        (
+            ['masks.tokens="evit"', 'masks.token_schedule="linear"'],
+            'token_schedule is that of one set for all images; tokens = "evit" takes',
+        ),
+        (
+            [
+                'masks.tokens="radial"',
+                "masks.token_macs=0.5",
+                'masks.token_schedule="importance"',
+            ],
+            "masks.token_schedule = 'importance': radial has no importance",
+        ),
+        (
             ['masks.tokens="radial"', "masks.token_counts=[9, 1]"],
             "masks.token_counts: 9 tokens at blocks.0.attn; the network carries at most 5 there",
         ),
