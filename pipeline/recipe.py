@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +36,9 @@ from .train_section import FREE_KEYS, TrainSection
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICKSTART = RECIPES / "quickstart.toml"
-# Exactly one of these keys of [masks] is given.
+# Exactly one of these keys of [masks] is given; a file size may stand beside a latency.
 SIZE_KEYS = ("params", "macs", "lambda", "file_mb", "latency_ms", "latency", "weight_sparsity")
+_LATENCIES = {"latency_ms", "latency"}
 
 
 class Recipe(Section):
@@ -258,13 +259,10 @@ def _set_key(tables: dict[str, Any], item: str) -> None:
 
 def _set_value(tables: dict[str, Any], key: str, value: Any, where: str) -> None:
     *sections, last = key.split(".")
-    if sections == ["masks"] and last in SIZE_KEYS:
+    if sections == ["masks"]:
         masks = tables.setdefault("masks", {})
-        # Exactly one key sets the size, so this one replaces the one in the file; a file size may
-        # stand beside a latency.
-        if last != "file_mb" or not {"latency", "latency_ms"} & masks.keys():
-            for other in SIZE_KEYS:
-                masks.pop(other, None)
+        for other in replaced_sizes(masks, {last}):
+            del masks[other]
     table = tables
     for section in sections:
         inner = table.setdefault(section, {})
@@ -274,6 +272,28 @@ def _set_value(tables: dict[str, Any], key: str, value: Any, where: str) -> None
             )
         table = inner
     table[last] = value
+
+
+def replaced_sizes(present: Iterable[str], new: Collection[str]) -> set[str]:
+    """The keys of the size that new ones of `[masks]` replace.
+
+    A file size stays beside a latency, whichever of them comes first.
+
+    Args:
+        present: Keys of `[masks]`.
+        new: Keys that are set.
+    """
+    found = set(present).intersection(SIZE_KEYS)
+    sizes = set(new).intersection(SIZE_KEYS)
+    if not sizes or (sizes == {"file_mb"} and found & _LATENCIES):
+        return set()
+    return found - sizes - ({"file_mb"} if sizes & _LATENCIES else set())
+
+
+def set_sizes(keys: Iterable[str]) -> list[str]:
+    """Those of some keys of `[masks]` that set the size: more than one exclude each other."""
+    found = set(keys).intersection(SIZE_KEYS)
+    return sorted(found - {"file_mb"} if found & _LATENCIES else found)
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:

@@ -12,7 +12,15 @@ from pydantic import Field, ValidationError, field_validator
 
 from ...core.errors import InputError
 from ..masks_section import CHOOSING
-from ..recipe import RECIPES, SIZE_KEYS, Recipe, load_recipe, parse_value, toml_value
+from ..recipe import (
+    RECIPES,
+    Recipe,
+    load_recipe,
+    parse_value,
+    replaced_sizes,
+    set_sizes,
+    toml_value,
+)
 from ..recipe_keys import first_error
 from ..recipe_sections import Section
 
@@ -385,11 +393,14 @@ def flat_values(tables: Mapping[str, Any], prefix: str = "") -> Values:
 
 def _merged(first: Values, second: Values) -> Values:
     """Both; a key that sets the size in the second replaces the one in the first."""
-    sizes = {f"masks.{key}" for key in SIZE_KEYS}
-    kept = {
-        key: value for key, value in first.items() if not (sizes & set(second) and key in sizes)
-    }
-    return {**kept, **second}
+    found = replaced_sizes(_of_masks(first), _of_masks(second))
+    replaced = {f"masks.{key}" for key in found}
+    return {**{key: value for key, value in first.items() if key not in replaced}, **second}
+
+
+def _of_masks(values: Values) -> set[str]:
+    """The keys of `[masks]` among dotted ones, without the section."""
+    return {key.removeprefix("masks.") for key in values if key.startswith("masks.")}
 
 
 def combined(fixed: Values, alternatives: tuple[Values, ...], where: str) -> Values:
@@ -401,10 +412,10 @@ def combined(fixed: Values, alternatives: tuple[Values, ...], where: str) -> Val
     own: Values = {}
     for alternative in alternatives:
         own |= alternative
-    sizes = sorted(key for key in own if key.removeprefix("masks.") in SIZE_KEYS)
+    sizes = set_sizes(_of_masks(own))
     if len(sizes) > 1:
+        names = " and ".join(f"`masks.{key}`" for key in sizes)
         raise InputError(
-            f"{where}: {' and '.join(f'`{key}`' for key in sizes)} both set the size of one run; "
-            "write them in separate grids or points"
+            f"{where}: {names} both set the size of one run; write them in separate grids or points"
         )
     return _merged(fixed, own)

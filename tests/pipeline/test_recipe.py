@@ -223,6 +223,29 @@ def test_set_of_another_size_key_replaces_the_one_in_the_file() -> None:
     assert load_recipe("fashion_mnist", ["masks.lambda=1e-7"]).masks.lambda_ == 1e-7
 
 
+@pytest.mark.parametrize("base", ["macs = 0.5", "latency_ms = 3.0", "file_mb = 2.0"])
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["masks.latency=0.4", "masks.file_mb=3.0"],
+        ["masks.file_mb=3.0", "masks.latency=0.4"],
+        ["masks.file_mb=3.0", "masks.latency_ms=1.0", "masks.latency=0.4"],
+    ],
+)
+def test_a_file_size_stays_beside_a_latency_in_either_order(
+    tmp_path: Path, base: str, sets: list[str]
+) -> None:
+    path = write(tmp_path, f'[masks]\nmethod = "closed-form"\n{base}\n')
+    masks = load_recipe(path, sets).masks
+    assert (masks.latency, masks.file_mb) == (0.4, 3.0)
+    assert masks.latency_ms is masks.macs is None
+    both = load_recipe(path, [*sets, "masks.params=0.3"]).masks
+    assert both.params == 0.3
+    assert both.latency is both.file_mb is None
+    kept = load_recipe(path, ["masks.latency=0.4"]).masks
+    assert kept.file_mb == (2.0 if base.startswith("file_mb") else None)
+
+
 @pytest.mark.parametrize(
     ("item", "words"),
     [

@@ -48,6 +48,27 @@ def test_a_key_that_sets_the_size_replaces_the_one_of_the_recipe(place: Path) ->
     ]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[set]\nmasks.file_mb = 3.0\n[axes]\nmasks.latency = [0.4, 0.6]\n",
+        "[set]\nmasks.file_mb = 2.0\n[axes]\nmasks.file_mb = [3.0]\nmasks.latency = [0.4, 0.6]\n",
+        "[axes]\nmasks.file_mb = [3.0]\nmasks.latency = [0.4, 0.6]\n",
+        "[axes]\nmasks.latency = [0.4, 0.6]\nmasks.file_mb = [3.0]\n",
+        "[set]\nmasks.macs = 0.5\n[[points]]\nmasks.file_mb = 3.0\nmasks.latency = 0.4\n"
+        "[[points]]\nmasks.latency = 0.6\nmasks.file_mb = 3.0\n",
+    ],
+)
+def test_a_file_size_stays_beside_the_latency_of_an_axis(place: Path, text: str) -> None:
+    runs = expand(load_study(write_study(place, text)))
+    found = [(run.recipe.masks.latency, run.recipe.masks.file_mb) for run in runs]
+    assert found == [(0.4, 3.0), (0.6, 3.0)]
+    varied = "[set]\nmasks.latency = 0.4\n[axes]\nmasks.file_mb = [2.0, 3.0]\n"
+    runs = expand(load_study(write_study(place, varied)))
+    found = [(run.recipe.masks.latency, run.recipe.masks.file_mb) for run in runs]
+    assert found == [(0.4, 2.0), (0.4, 3.0)]
+
+
 def test_zipped_keys_vary_together_and_points_are_taken_as_they_are(place: Path) -> None:
     text = """
 [[zip]]
@@ -139,6 +160,11 @@ def test_cells_are_numbers_and_texts() -> None:
         ("[axes]\nmasks.params = [0.3, 0.3]\n", "a value is listed twice"),
         ("[axes]\nmasks.params = []\n", "write a list of values"),
         ("[axes]\nmasks.params = [0.3]\nmasks.macs = [0.3]\n", "both set the size of one run"),
+        ("[axes]\nmasks.macs = [0.3]\nmasks.file_mb = [3.0]\n", "both set the size of one run"),
+        (
+            "[axes]\nmasks.latency = [0.3]\nmasks.latency_ms = [2.0]\nmasks.file_mb = [3.0]\n",
+            "`masks.latency` and `masks.latency_ms` both set the size of one run",
+        ),
         ("[axes]\ntrain.seed = [1, 2]\n", "`train.seed` is set by the study; write `seeds`"),
         ("seeds = [7, 7]\n", "seeds are different whole numbers"),
         ("seeds = []\n", "`seeds`"),
