@@ -211,12 +211,19 @@ def per_image(
     return selecting.eval(), count_macs(selecting.architecture)
 
 
-def cases(shares: Sequence[float], seeds: Sequence[int]) -> list[Case]:
-    """All rows, seed by seed; of methods that see no image and draw nothing only one."""
+def cases(shares: Sequence[float], seeds: Sequence[int], *, trained: bool) -> list[Case]:
+    """All rows, seed by seed.
+
+    Args:
+        shares: Of the multiply-adds.
+        seeds: Of images, methods and training.
+        trained: Whether rows are fine-tuned. Else methods that see no image and draw nothing have
+            one row.
+    """
     found = []
     methods = (*METHODS, *DYNAMIC)
     for seed, share, method in itertools.product(seeds, shares, methods):
-        if method in ("radial", *DYNAMIC) and seed != seeds[0]:
+        if not trained and method in ("radial", *DYNAMIC) and seed != seeds[0]:
             continue
         found.append(Case(method, share, False, seed))
         if method not in (*WITHOUT_IMAGES, *DYNAMIC):
@@ -327,7 +334,7 @@ def main() -> None:
         result = {"head": head, "machine": read_machine(), "rows": rows}
         save_result(out, result, f"{text}\n\n{table(rows, stages)}\n")
 
-    for case in cases(options.shares, options.seeds):
+    for case in cases(options.shares, options.seeds, trained=options.epochs > 0):
         if case.key in done:
             continue
         try:
