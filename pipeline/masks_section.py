@@ -151,7 +151,10 @@ class MasksSection(LatencyKeys, WeightKeys):
         description="epochs in which tokens are learned alone, where `token_order` has such a "
         "phase; absent: `epochs`, and 0 for class-attention",
     )
-    token_lr: float | None = positive("learning rate of predictors; absent: 1e-3")
+    token_lr: float | None = positive(
+        "learning rate of predictors outside fine-tuning; absent: 1e-3. evit and class-attention "
+        "have none: all weights learn at `lr`"
+    )
     token_ratio_weight: float | None = Field(
         None,
         ge=0.0,

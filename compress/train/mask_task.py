@@ -35,7 +35,7 @@ from .freezing import Freeze
 from .graph_shrinking import shrink_graph
 from .mask_settings import MaskSettings
 from .objectives import Objective
-from .optimizers import add_vectors, make_optimizer, split_rates
+from .optimizers import adamw_lr, add_vectors, make_optimizer, split_rates
 from .task import EpochEnd
 
 
@@ -121,8 +121,8 @@ class MaskTask:
         network = self.masked.network
         self._optimizer = make_optimizer(name, network, lr, self.settings.weight_decay)
         if self.objective is not None:
-            predictors, rate = network.selects.parameters(), self.objective.settings.lr
-            self._optimizer = split_rates(self._optimizer, predictors, rate)
+            factor = self.objective.settings.lr / adamw_lr(name, lr)
+            self._optimizer = split_rates(self._optimizer, network.selects.parameters(), factor)
         if self.settings.lambda_ is not None:
             groups = self.gates.parameter_groups(self.settings.score_lr)
             add_vectors(self._optimizer, name, groups)

@@ -48,11 +48,12 @@ class SelectionSettings:
 
     Attributes:
         method: The method that added them.
-        lr: The peak learning rate of predictors.
+        lr: The peak learning rate of predictors, which AdamW trains.
         alone: Whether the phase trains the selections of a network that is trained already. Then
             the other weights have 0.01 of `lr` and rest for the first sixth of the steps, and
             prefix tokens and positions are not trained ("dynamicvit"), or they all rest ("dps");
-            and the keep rate falls slowly ("evit", "class-attention").
+            and the keep rate falls slowly ("evit", "class-attention"), which have no predictors
+            and no use of `lr`.
         ratio_weight: Of the loss on kept shares ("dynamicvit"): 2 for DeiT-S, 5 for DeiT-B.
         distill_weight: Of KL(teacher || student) ("dynamicvit").
         token_weight: Of the loss on the tokens behind the last norm ("dynamicvit").
@@ -79,10 +80,9 @@ class SelectionSettings:
             if getattr(self, name) < 0:
                 raise InputError(f"selections: {name} = {getattr(self, name)} must not be negative")
 
-    @property
-    def backbone_rate(self) -> float:
-        """The learning rate of the other weights, relative to `lr`, in a phase `alone`."""
-        return BACKBONE_RATE if self.method == "dynamicvit" else 1.0
+    def backbone_lr(self, lr: float) -> float:
+        """The peak learning rate of the other weights in a phase whose own one is `lr`."""
+        return BACKBONE_RATE * self.lr if self.alone and self.method == "dynamicvit" else lr
 
     def frozen_steps(self, total_steps: int) -> int:
         """The number of steps before the other weights are trained."""
@@ -211,7 +211,7 @@ class SampledObjective(PolicyObjective):
 
     CE + ratio_weight * ratio + distill_weight * KL(teacher || student) + token_weight * tokens;
     without a distillation, the first two. The target of a selection is the share that it keeps in
-    inference.
+    inference, of the patches that have not left by place before it.
 
     References:
         Rao et al. 2021, "DynamicViT", eq. 11 to 15.
@@ -224,7 +224,6 @@ class SampledObjective(PolicyObjective):
         # The last attention computes every patch: the token loss compares them.
         self.teacher = with_all_queries(self.teacher)
         self._channels: SharedChannels | None = None
-        self._targets: list[float] = []
         self._tokens: tuple[Tensor, Tensor | None] | None = None
 
     def begin(self, step: int) -> None:
@@ -236,7 +235,7 @@ class SampledObjective(PolicyObjective):
         """The loss of the forward pass since `begin`, as `Objective.loss`."""
         settings = self.settings
         total = self._own_loss(logits, targets)
-        total = total + settings.ratio_weight * ratio_loss(self.policy.shares, self._targets)
+        total = total + settings.ratio_weight * ratio_loss(self.policy.shares, self.policy.targets)
         if self.distillation is None:
             return total
         with torch.no_grad():
@@ -261,7 +260,6 @@ class SampledObjective(PolicyObjective):
         super()._attached(network)
         architecture = network.architecture
         self._channels = shared_channels(architecture, self.teacher.architecture)
-        self._targets = [each.patches / architecture.patches for each in architecture.selects]
         network.architecture = architecture.model_copy(update={"last_queries": False})
         network.observer = self._observe
 

@@ -65,20 +65,26 @@ def make_optimizer(
         if inside:
             groups.append({**group, "params": inside, "use_fallback": False})
         if others:
-            rate = lr * ADAMW_RATE_BESIDE_MUON
+            rate = adamw_lr(name, lr)
             groups.append({**group, "params": others, "use_fallback": True, "lr": rate})
     return MuonForProcessor(_scaled_groups(model, groups, lr, scales), lr=lr)
 
 
+def adamw_lr(name: OptimizerName, lr: float) -> float:
+    """The peak learning rate of what AdamW trains, in an optimizer of the rate `lr`."""
+    return lr * ADAMW_RATE_BESIDE_MUON if name == "muon" else lr
+
+
 def split_rates(
-    optimizer: Optimizer, own: Iterable[nn.Parameter], lr: float, frozen_steps: int = 0
+    optimizer: Optimizer, own: Iterable[nn.Parameter], factor: float, frozen_steps: int = 0
 ) -> Optimizer:
     """Give some parameters of a new optimizer a learning rate of their own.
 
     Args:
         optimizer: One that has taken no step; its groups are divided.
         own: The parameters. Those that are not in the optimizer are ignored.
-        lr: Their peak learning rate.
+        factor: Their peak learning rate relative to that of their group, so that groups keep their
+            proportions.
         frozen_steps: The steps before the other parameters are trained (default: none).
 
     Returns:
@@ -93,7 +99,8 @@ def split_rates(
         if parts[0]:
             groups.append({**group, "params": parts[0], "frozen_steps": frozen_steps})
         if parts[1]:
-            groups.append({**group, "params": parts[1], "lr": lr, "frozen_steps": 0})
+            rate = factor * group["lr"]
+            groups.append({**group, "params": parts[1], "lr": rate, "frozen_steps": 0})
     groups.sort(key=lambda group: group["lr"], reverse=True)
     optimizer.param_groups[:] = groups
     return optimizer

@@ -46,12 +46,14 @@ class SampledPolicy:
 
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = temperature
-        # For each selection the share of the patches that each image keeps, (batch,).
+        # For each selection the share of the patches in the stream that each image keeps, (batch,),
+        # and the share that inference keeps. Patches that left by place count in neither.
         self.shares: list[Tensor] = []
+        self.targets: list[float] = []
 
     def begin(self) -> None:
         """Forget the shares of the forward pass before."""
-        self.shares = []
+        self.shares, self.targets = [], []
 
     def __call__(
         self, select: Select, x: Tensor, scored: tuple[Branch, Tensor] | None, keep: Tensor | None
@@ -69,6 +71,7 @@ class SampledPolicy:
         only = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True) & empty
         chosen = torch.where(only, torch.ones_like(chosen), chosen)
         self.shares.append(chosen.mean(dim=1))
+        self.targets.append(select.spec.patches / chosen.shape[1])
         return _with_prefix(select, chosen)
 
 

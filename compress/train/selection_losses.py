@@ -101,18 +101,26 @@ class SharedChannels:
         return tokens.index_select(-1, torch.tensor(self.places, device=tokens.device))
 
 
+def channel_obstacle(student: Architecture, teacher: Architecture) -> str | None:
+    """Why tokens of a student cannot be compared with those of its teacher; None if they can."""
+    if student.stream_rotated or teacher.stream_rotated:
+        # A network does not record the basis, only that it is another one.
+        return "a closed-form cut has turned the residual stream to another basis"
+    if student.token_places != teacher.token_places:
+        return "the network embeds other patches than its teacher"
+    if not set(student.read_places) <= set(teacher.read_places):
+        return "the head reads channels that its teacher does not have"
+    return None
+
+
 def shared_channels(student: Architecture, teacher: Architecture) -> SharedChannels | None:
     """The channels in which tokens of a student and of its teacher can be compared.
 
     Returns:
-        None if there are none: the stream of one is in another basis, or they have other patches.
+        None if there are none, see `channel_obstacle`.
     """
-    if student.stream_rotated or teacher.stream_rotated:
-        return None
-    if student.token_places != teacher.token_places:
+    if channel_obstacle(student, teacher) is not None:
         return None
     known = {channel: place for place, channel in enumerate(teacher.read_places)}
-    places = tuple(known.get(channel, -1) for channel in student.read_places)
-    if -1 in places:
-        return None
+    places = tuple(known[channel] for channel in student.read_places)
     return SharedChannels(None if places == tuple(range(len(known))) else places)

@@ -11,7 +11,7 @@ from ..network.modules.model import CompactModel
 from .dense import DenseTask
 from .devices import Placement
 from .objectives import Objective
-from .optimizers import OptimizerName, make_optimizer, split_rates
+from .optimizers import OptimizerName, adamw_lr, make_optimizer, split_rates
 from .regularization import DenseOptions
 from .task import EpochEnd
 
@@ -23,8 +23,8 @@ class SelectionTask(DenseTask):
         model: The network, trained in place.
         objective: The decisions in training, and the loss.
         phase: `tokens` or `finetune`, the name in history and progress.
-        lr: The peak learning rate of the weights outside predictors; in a phase of selections alone
-            it is that of the predictors times a factor of the method.
+        lr: The peak learning rate of the weights. In a phase of selections alone, predictors have
+            that of the objective's settings, and with "dynamicvit" the other weights 0.01 of it.
         weight_decay: For matrices and kernels.
         metrics: Constant figures for the history of this phase.
         optimizer: The name of the optimizer.
@@ -73,14 +73,12 @@ class SelectionTask(DenseTask):
         """A new optimizer over the parameters that are trained, predictors at their own rate."""
         self.objective.attach(self.model)
         settings, decay = self.objective.settings, self.options.layer_decay
-        lr = settings.backbone_rate * settings.lr if settings.alone else self.lr
-        made = make_optimizer(self.optimizer_name, self.model, lr, self.weight_decay, decay)
-        return split_rates(
-            made,
-            self.model.selects.parameters(),
-            settings.lr if settings.alone else self.lr,
-            settings.frozen_steps(self.objective.total_steps),
-        )
+        name, lr = self.optimizer_name, settings.backbone_lr(self.lr)
+        made = make_optimizer(name, self.model, lr, self.weight_decay, decay)
+        # In other phases a predictor is one more part of the network.
+        factor = settings.lr / adamw_lr(name, lr) if settings.alone else 1.0
+        frozen = settings.frozen_steps(self.objective.total_steps)
+        return split_rates(made, self.model.selects.parameters(), factor, frozen)
 
     def train_mode(self) -> None:
         """Set the model to training mode, with the decisions of training."""

@@ -38,9 +38,12 @@ from vitrim.compress.train.objectives import (
     make_objective,
     warm_selects,
 )
+from vitrim.compress.train.optimizers import ADAMW_RATE_BESIDE_MUON, split_rates
 from vitrim.compress.train.policies import BestPolicy, SampledPolicy
+from vitrim.compress.train.regularization import DenseOptions
 from vitrim.compress.train.selection_losses import (
     agreement_loss,
+    channel_obstacle,
     impact_loss,
     ratio_loss,
     shared_channels,
@@ -229,6 +232,30 @@ def test_the_loss_of_dynamicvit_is_the_sum_of_its_four() -> None:
     assert float(alone) == pytest.approx(float((parts[0] + parts[1]).detach()), rel=1e-5)
 
 
+def test_the_target_of_kept_shares_is_of_the_patches_that_are_still_in_the_stream() -> None:
+    model = dense()
+    keep = torch.arange(17) < 13
+    names = [step[0].name for step in model.architecture.steps]
+    teacher = compact(model, StructuredMask({"token": dict.fromkeys(names[1:], keep)}))
+    counts = teacher.architecture.step_tokens(last_queries=False)
+    assert teacher.architecture.patches == 16
+    assert counts[1] == 13
+    student = select_tokens(teacher, "dynamicvit", stages=[1, 2], counts=[6, 3])
+    found: Any = objective("dynamicvit", teacher, teach=False)
+    found.attach(student)
+    found.begin(0)
+    student.train()(images(2))
+    # Of 12 patches, of which the others left by place.
+    assert found.policy.targets == [6 / 12, 3 / 12]
+    targets = torch.tensor([0, 1])
+    logits = torch.zeros(2, 4)
+    wanted = ratio_loss(found.policy.shares, [6 / 12, 3 / 12])
+    loss = found.loss(logits, targets, images(2)) - F.cross_entropy(
+        logits, targets, label_smoothing=0.1
+    )
+    assert float(loss.detach()) == pytest.approx(2.0 * float(wanted.detach()), rel=1e-4)
+
+
 def test_tokens_are_compared_in_the_channels_that_the_student_still_has() -> None:
     teacher = dense()
     model = select_tokens(teacher, "dynamicvit", stages=[1], ratio=0.6)
@@ -239,8 +266,17 @@ def test_tokens_are_compared_in_the_channels_that_the_student_still_has() -> Non
     assert channels is not None
     row = torch.arange(32.0).expand(1, 1, 32)
     assert torch.equal(channels.of(row)[0, 0], row[0, 0, keep])
+    assert channel_obstacle(cut.architecture, teacher.architecture) is None
     rotated = cut.architecture.model_copy(update={"stream_rotated": True})
     assert shared_channels(rotated, teacher.architecture) is None
+    reason = channel_obstacle(rotated, teacher.architecture)
+    assert reason is not None
+    assert "basis" in reason
+    moved = cut.architecture.model_copy(update={"order": tuple(range(15))})
+    reason = channel_obstacle(moved, teacher.architecture)
+    assert reason is not None
+    assert "patches" in reason
+    assert shared_channels(moved, teacher.architecture) is None
 
 
 # Impacts
@@ -311,7 +347,8 @@ def test_other_weights_rest_at_first_and_learn_slowly(tmp_path: Path, optimizer:
     assert {group["frozen_steps"] for group in groups} == {0, round(FROZEN_SHARE * 24)}
     frozen = {group["lr"] for group in groups if group["frozen_steps"]}
     assert max(frozen) == pytest.approx(1e-4)
-    assert {group["lr"] for group in groups if not group["frozen_steps"]} == {1e-2}
+    own = [group["lr"] for group in groups if not group["frozen_steps"]]
+    assert own == pytest.approx([1e-2] * len(own))
     assert not task.model.prefix.requires_grad  # type: ignore[union-attr]
     # A sixth of three epochs are the first four steps, half an epoch.
     fit(task, stripes(64), training(epochs=1), tmp_path / "short")
@@ -321,6 +358,58 @@ def test_other_weights_rest_at_first_and_learn_slowly(tmp_path: Path, optimizer:
     fit(task, stripes(), training(), tmp_path / "long")
     assert set(before) - changed(task, before) == {"prefix", "position"}
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("method", ["evit", "class-attention"])
+def test_weights_without_predictors_have_the_rate_of_weights(method: Any, optimizer: Any) -> None:
+    teacher = dense()
+    model = select_tokens(teacher, method, stages=[1], ratio=0.6)
+    found = objective(method, teacher, alone=True, lr=1e-2)
+    task = SelectionTask(model, found, lr=3e-5, optimizer=optimizer)
+    rates = {group["lr"] for group in task.optimizer().param_groups}
+    assert rates == ({3e-5} if optimizer == "adamw" else {3e-5, ADAMW_RATE_BESIDE_MUON * 3e-5})
+
+
+def rates_of(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> set[float]:
+    own = {id(parameter) for parameter in module.parameters()}
+    return {
+        group["lr"]
+        for group in optimizer.param_groups
+        if any(id(parameter) in own for parameter in group["params"])
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_predictors_have_the_rate_of_the_other_weights_in_fine_tuning(optimizer: Any) -> None:
+    teacher = dense()
+    model = select_tokens(teacher, "dynamicvit", stages=[1], ratio=0.6)
+    found = objective("dynamicvit", teacher, lr=1e-2)
+    options = DenseOptions(layer_decay=0.5)
+    made = SelectionTask(
+        model, found, phase="finetune", lr=1e-2, optimizer=optimizer, options=options
+    ).optimizer()
+    # Neither the head nor predictors are matrices of blocks, which Muon updates.
+    assert isinstance(model.head, torch.nn.Module)
+    assert rates_of(made, model.selects) == rates_of(made, model.head)
+    assert len(rates_of(made, model.steps)) > 1, "rates by depth"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_rate_of_their_own_is_that_of_adamw(optimizer: Any) -> None:
+    teacher = dense()
+    model = select_tokens(teacher, "dynamicvit", stages=[1], ratio=0.6)
+    options = MaskSettings(budget=Budget("macs", 0.5), optimizer=optimizer, lr=3e-3)
+    task = MaskTask(model, options, 8, objective=objective("dynamicvit", teacher, lr=7e-4))
+    (rate,) = rates_of(task.optimizer(), task.masked.network.selects)
+    assert rate == pytest.approx(7e-4)
+
+
+def test_rates_of_groups_keep_their_proportions() -> None:
+    one, two = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    groups = [{"params": [one], "lr": 4e-3}, {"params": [two], "lr": 1e-3}]
+    made = split_rates(torch.optim.AdamW(groups), [one, two], 0.5)
+    assert [group["lr"] for group in made.param_groups] == [2e-3, 5e-4]
 
 
 def test_dps_trains_predictors_alone_and_lowers_its_loss(tmp_path: Path) -> None:
@@ -437,8 +526,6 @@ def test_a_resumed_training_gives_equal_weights(tmp_path: Path, method: Any, kin
 
 
 def test_an_average_of_the_weights_is_validated_without_a_policy(tmp_path: Path) -> None:
-    from vitrim.compress.train.regularization import DenseOptions
-
     teacher = dense()
     model = select_tokens(teacher, "dynamicvit", stages=[1], ratio=0.6)
     task = SelectionTask(model, objective("dynamicvit", teacher), options=DenseOptions(ema=0.9))
