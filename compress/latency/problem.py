@@ -30,6 +30,33 @@ from .shapes import sublayer_shape
 # Numbers of tokens to choose from; widths of one dimension of a sub-layer to choose from.
 TOKEN_LEVELS, ATTENTION_WIDTHS, FFN_WIDTHS = 12, 10, 200
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+# Bytes of a number between operators, by the precision of the artifact. Dynamic int8, and weights
+# of few bits alone, have numbers of four bytes there.
+ACTIVATION_BYTES = {"fp16": 2, "bf16": 2, "int8-static": 1}
+
+
+def weight_precision(table: CostTable | None, given: Precision | None = None) -> Precision:
+    """The precision in which weights count: a given one, else that of a table, else fp32.
+
+    Weights of four bits count as those of eight.
+    """
+    if given is not None or table is None:
+        return given or "fp32"
+    if table.precision.startswith(("int8", "int4")):
+        return "int8"
+    return "fp16" if table.precision in ("fp16", "bf16") else "fp32"
+
+
+def activation_bytes(table: CostTable | None, given: Precision | None = None) -> float:
+    """The bytes of a number between operators, for all images of an inference.
+
+    Args:
+        table: The cost table, whose runtime computes; None: one image in the given precision.
+        given: The precision of the weights, where there is no table.
+    """
+    if table is None:
+        return float(ACTIVATION_BYTES.get(given or "fp32", 4))
+    return float(table.batch * ACTIVATION_BYTES.get(table.precision, 4))
 
 
 @dataclass(frozen=True)

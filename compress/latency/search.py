@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,39 +12,31 @@ from ...core.errors import InputError
 from ...targets.cost_table import CostTable
 from ..network.architecture import Architecture
 from ..oneshot.allocation import Option
-from ..oneshot.budgets import file_bytes
 from ..oneshot.choice import true_errors
+from .chain import Chain, chain_of, total
 from .losses import Losses
 from .problem import (
-    WEIGHT_BYTES,
-    Choices,
-    Grid,
     Levels,
-    milliseconds,
-    peak_numbers,
-    stage_of,
+    activation_bytes,
     sublayer_choices,
-    token_grid,
     token_levels,
-    weight_bytes,
+    weight_precision,
 )
 from .programme import (
     Numbers,
     Plan,
     Stage,
-    least_time,
     lower_bound,
     plan_of,
     solve_quickly,
     solve_stages,
 )
-from .shapes import ends_ms, network_shape
+from .reach import MB, Reach
 from .solution import DEFAULTS, Limits, Solution, SolveOptions
 
 # How often the losses of removed sub-layers are taken again beside the widths just chosen; steps
 # of the price of bytes; caps of the memory of activations that are tried.
 PRICINGS, BYTE_PRICES, MEMORY_CAPS = 2, 12, 6
-MB = 1e6
 
 
 def solve_architecture(
@@ -88,7 +80,9 @@ def solve_architecture(
             break
         chosen = found.options
     if best is None:
-        raise search.out_of_reach()
+        obstacle = search.reach(search.chains()).obstacle()
+        assert obstacle is not None, "what can be reached is found"
+        raise InputError(obstacle)
     return best
 
 
@@ -100,30 +94,38 @@ def smallest_latency_ms(architecture: Architecture, losses: Losses, table: CostT
         losses: The widths to choose from.
         table: The cost table.
     """
-    return _Search(architecture, losses, Limits(1.0), table, DEFAULTS).least_ms()
+    search = _Search(architecture, losses, Limits(1.0), table, DEFAULTS)
+    return search.reach(search.chains()).least_ms()
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """The sub-layers at one width of the stream."""
+def require_limits(
+    architecture: Architecture,
+    losses: Losses,
+    limits: Limits,
+    table: CostTable | None,
+    options: SolveOptions = DEFAULTS,
+    *,
+    named: Mapping[str, str] | None = None,
+) -> None:
+    """Check that some choice meets all budgets, whatever it loses.
 
-    embed: int
-    stream_loss: float
-    choices: Sequence[Choices]
-    grids: Sequence[Grid]
-    times: Sequence[Numbers]
-    bytes: Sequence[Numbers]
-    peaks: Sequence[Numbers]
-    ends_ms: float
-    ends_bytes: float
+    Args:
+        architecture: The network.
+        losses: The widths to choose from.
+        limits: The budgets.
+        table: The cost table; needed by a limit of the latency.
+        options: See `SolveOptions`.
+        named: The budgets as the user gave them, such as "--file-mb 3", by their names in `Limits`.
 
-    def stages(self, amounts: Sequence[Numbers], most_peak: float = math.inf) -> list[Stage]:
-        """The stages whose options take `amounts` and have at most so many numbers in memory."""
-        found = []
-        rows = zip(self.choices, self.grids, amounts, self.peaks, strict=True)
-        for choices, grid, amount, peak in rows:
-            found.append(stage_of(choices, grid, np.where(peak <= most_peak, amount, np.inf)))
-        return found
+    Raises:
+        InputError: No choice does; the message names the budget, and the least that can be met.
+    """
+    if architecture.selects and table is not None:
+        table.require_selections()
+    search = _Search(architecture, losses, limits, table, options)
+    obstacle = search.reach(search.chains()).obstacle(named)
+    if obstacle is not None:
+        raise InputError(obstacle)
 
 
 class _Search:
@@ -144,39 +146,23 @@ class _Search:
             free=options.tokens and bool(losses.tokens),
             more=options.levels,
         )
+        self.number_bytes = activation_bytes(table, options.precision)
 
     def widths(self) -> list[tuple[int, float]]:
         """The widths of the stream and what each loses, the widest first."""
         found = {self.architecture.embed: 0.0, **self.losses.embed}
         return sorted(found.items(), reverse=True)
 
-    def chain(self, embed: int, lost: float, choices: Sequence[Choices]) -> _Chain:
-        """The sub-layers at a width of the stream."""
-        architecture, table, precision = self.architecture, self.table, self.options.precision
-        grids = [token_grid(architecture, each, self.levels, self.losses) for each in choices]
-        pairs = list(zip(choices, grids, strict=True))
-        if table is None:
-            times = [np.zeros(grid.possible.shape) for grid in grids]
-        else:
-            times = [milliseconds(architecture, *pair, table, embed) for pair in pairs]
-        empty = architecture.model_copy(update={"steps": (), "selects": ()})
-        share = embed / architecture.embed
-        return _Chain(
-            embed=embed,
-            stream_loss=lost,
-            choices=choices,
-            grids=grids,
-            times=times,
-            bytes=[weight_bytes(architecture, *pair, embed, precision) for pair in pairs],
-            peaks=[peak_numbers(each, grid, embed) for each, grid in pairs],
-            ends_ms=0.0 if table is None else ends_ms(table, network_shape(architecture), embed),
-            ends_bytes=share * file_bytes(empty, precision),
-        )
+    def chains(self, chosen: Mapping[str, Option] | None = None) -> list[Chain]:
+        """The sub-layers at each width of the stream."""
+        precision = weight_precision(self.table, self.options.precision)
+        choices = sublayer_choices(self.architecture, self.losses, chosen)
+        given = self.architecture, self.losses, choices, self.levels, self.table, precision
+        return [chain_of(*given, stream) for stream in self.widths()]
 
     def run(self, chosen: Mapping[str, Option] | None) -> Solution | None:
         """The best solution over all widths of the stream; None if none is within the budgets."""
-        choices = sublayer_choices(self.architecture, self.losses, chosen)
-        chains = [self.chain(embed, lost, choices) for embed, lost in self.widths()]
+        chains = self.chains(chosen)
         bounds = [self._bound(chain) for chain in chains]
         best: Solution | None = None
         for number in np.argsort(bounds, kind="stable"):
@@ -186,11 +172,22 @@ class _Search:
                 break
             loss = math.inf if best is None else best.loss
             best = self._solved(chains[number], loss) or best
-        return best
+        if best is not None:
+            return best
+        # Prices and caps of memory are coarse; where budgets barely can be met, another way does.
+        found = self.reach(chains).found()
+        return None if found is None else self._solution(*found)
 
-    def _bound(self, chain: _Chain) -> float:
+    def reach(self, chains: Sequence[Chain]) -> Reach:
+        """What these widths of the stream can reach at least."""
+        return Reach(chains, self.table, self.limits, self.number_bytes)
+
+    def _bound(self, chain: Chain) -> float:
         """A loss that no solution at this width falls below."""
-        budget, most = self._budget_ms(chain), self._most_bytes(chain, 0.0)
+        budget, most = (
+            chain.left_ms(self.limits.latency_ms, self.table),
+            self._most_bytes(chain, 0.0),
+        )
         bounds = [0.0]
         if budget is not None:
             bounds.append(lower_bound(chain.stages(chain.times), budget))
@@ -198,12 +195,7 @@ class _Search:
             bounds.append(lower_bound(chain.stages(chain.bytes), most))
         return chain.stream_loss + max(bounds)
 
-    def _budget_ms(self, chain: _Chain) -> float | None:
-        if self.limits.latency_ms is None or self.table is None:
-            return None
-        return self.table.parts_ms(self.limits.latency_ms) - chain.ends_ms
-
-    def _most_bytes(self, chain: _Chain, activations: float) -> float:
+    def _most_bytes(self, chain: Chain, activations: float) -> float:
         """What the weights of the sub-layers may take beside so many bytes of activations."""
         limits, most = self.limits, math.inf
         if limits.file_mb is not None:
@@ -212,13 +204,12 @@ class _Search:
             most = min(most, limits.peak_memory_mb * MB - activations)
         return most - chain.ends_bytes
 
-    def _solved(self, chain: _Chain, best: float) -> Solution | None:
+    def _solved(self, chain: Chain, best: float) -> Solution | None:
         """The solution at a width of the stream; None if none is better than the loss `best`."""
-        each = WEIGHT_BYTES[self.options.precision]
+        each = self.number_bytes
         caps: list[float] = [math.inf]
         if self.limits.peak_memory_mb is not None:
-            largest = max((float(peak.max()) for peak in chain.peaks), default=0.0)
-            caps = np.linspace(largest, 0.05 * largest, MEMORY_CAPS).tolist()
+            caps = np.linspace(chain.caps[-1], chain.caps[0], MEMORY_CAPS).tolist()
         found: tuple[Plan, float] | None = None
         for cap in caps:
             most = self._most_bytes(chain, each * cap if math.isfinite(cap) else 0.0)
@@ -235,10 +226,10 @@ class _Search:
         return self._solution(chain, found[0])
 
     def _within(
-        self, chain: _Chain, most_bytes: float, most_peak: float, *, quickly: bool
+        self, chain: Chain, most_bytes: float, most_peak: float, *, quickly: bool
     ) -> Plan | None:
         """The least loss within the latency, so many bytes, and so many numbers in memory."""
-        budget, bins = self._budget_ms(chain), self.options.bins
+        budget, bins = chain.left_ms(self.limits.latency_ms, self.table), self.options.bins
         if budget is None:
             stages = chain.stages(chain.bytes, most_peak)
             if quickly:
@@ -246,13 +237,13 @@ class _Search:
             return solve_stages(stages, most_bytes, bins)
         stages = chain.stages(chain.times, most_peak)
         plan = solve_quickly(stages, budget) if quickly else solve_stages(stages, budget, bins)
-        if plan is None or _total(chain.bytes, plan) <= most_bytes:
+        if plan is None or total(chain.bytes, plan) <= most_bytes:
             return plan
         return self._priced_bytes(chain, stages, budget, most_bytes, quickly=quickly)
 
     def _priced_bytes(
         self,
-        chain: _Chain,
+        chain: Chain,
         stages: Sequence[Stage],
         budget: float,
         most_bytes: float,
@@ -266,7 +257,7 @@ class _Search:
         for _ in range(BYTE_PRICES):
             price = high if best is None else 0.5 * (low + high)
             plan = solve_quickly(_taxed(stages, chain.bytes, price), budget)
-            if plan is not None and _total(chain.bytes, plan) <= most_bytes:
+            if plan is not None and total(chain.bytes, plan) <= most_bytes:
                 best, high = plan_of(stages, plan.choices), price
             elif best is None:
                 low, high = high, 8.0 * high
@@ -275,11 +266,11 @@ class _Search:
         if best is None or quickly:
             return best
         plan = solve_stages(_taxed(stages, chain.bytes, high), budget, self.options.bins)
-        if plan is None or _total(chain.bytes, plan) > most_bytes:
+        if plan is None or total(chain.bytes, plan) > most_bytes:
             return best
         return min(best, plan_of(stages, plan.choices), key=lambda each: each.loss)
 
-    def _solution(self, chain: _Chain, plan: Plan) -> Solution:
+    def _solution(self, chain: Chain, plan: Plan) -> Solution:
         options, counts = {}, list(self.architecture.step_tokens(last_queries=False))
         loss, latency = 0.0, 0.0
         rows = zip(chain.choices, chain.grids, chain.times, plan.choices, strict=True)
@@ -293,7 +284,7 @@ class _Search:
             counts[choices.step] = int(grid.computed[pair, 0])
             if choices.branch.name in self.losses.sublayers:
                 options[choices.branch.name] = Option(choices.widths[option], error, time)
-        size = _total(chain.bytes, plan) + chain.ends_bytes
+        size = total(chain.bytes, plan) + chain.ends_bytes
         table = self.table
         return Solution(
             options=options,
@@ -306,42 +297,8 @@ class _Search:
             losses=self.losses,
         )
 
-    def least_ms(self) -> float:
-        """The least latency of any choice, by the table."""
-        assert self.table is not None
-        choices = sublayer_choices(self.architecture, self.losses)
-        chains = [self.chain(embed, lost, choices) for embed, lost in self.widths()]
-        least = min(least_time(chain.stages(chain.times)) + chain.ends_ms for chain in chains)
-        return self.table.corrected_ms(least)
-
-    def out_of_reach(self) -> InputError:
-        """The error of budgets that no choice meets."""
-        limits = self.limits
-        if limits.latency_ms is not None and self.table is not None:
-            least = self.least_ms()
-            if least > limits.latency_ms:
-                return InputError(
-                    f"latency_ms = {limits.latency_ms:g}: the smallest latency that can be reached "
-                    f"is {least:.4g} ms ({self.table.title}); give a larger budget"
-                )
-        chains = [
-            self.chain(embed, lost, sublayer_choices(self.architecture, self.losses))
-            for embed, lost in self.widths()
-        ]
-        smallest = min(least_time(chain.stages(chain.bytes)) + chain.ends_bytes for chain in chains)
-        name = "file_mb" if limits.peak_memory_mb is None else "peak_memory_mb"
-        value = limits.file_mb if limits.peak_memory_mb is None else limits.peak_memory_mb
-        return InputError(
-            f"{name} = {value:g}: the smallest weights that can be reached are "
-            f"{smallest / MB:.3f} MB; give a larger budget"
-        )
-
 
 def _taxed(stages: Sequence[Stage], amounts: Sequence[Numbers], price: float) -> list[Stage]:
     """The stages with a price for another amount in their losses."""
     rows = zip(stages, amounts, strict=True)
     return [replace(stage, losses=stage.losses + price * amount) for stage, amount in rows]
-
-
-def _total(amounts: Sequence[Numbers], plan: Plan) -> float:
-    return sum(float(each[choice]) for each, choice in zip(amounts, plan.choices, strict=True))

@@ -25,14 +25,15 @@ class SolveOptions:
     Attributes:
         tokens: Whether tokens may leave, where the losses have some for them.
         round_to: Widths are multiples of it; used only for losses that `solve` makes itself.
-        precision: Of the weights in `file_mb` and `peak_memory_mb`.
+        precision: Of the weights in `file_mb` and `peak_memory_mb`. None: that of the cost table,
+            fp32 without one. Activations have that of the table.
         bins: The budget is divided into so many; times are rounded up to whole ones.
         levels: Numbers of tokens to choose from, beside even steps.
     """
 
     tokens: bool = True
     round_to: int = 8
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     bins: int = BINS
     levels: tuple[int, ...] = ()
 
@@ -65,6 +66,10 @@ class Limits:
         for name, value in given.items():
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name} = {value}: give a number above 0")
+
+    def texts(self) -> dict[str, str]:
+        """The budgets that are given, as an error names them."""
+        return {name: f"{name} = {value:g}" for name, value in vars(self).items() if value}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from latency_tables import latency_table
+from latency_tables import COSTS, latency_table
 from random_networks import architectures, network, selecting_architectures
 from tiny_models import tiny_vit
 from vitrim import InputError, SolveOptions, compact, lift, solve
 from vitrim.compress.latency.losses import Losses, predicted_losses, scored_losses, uniform_losses
+from vitrim.compress.latency.problem import activation_bytes, weight_precision
 from vitrim.compress.latency.search import smallest_latency_ms
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.masks.saliency import saliency
@@ -193,3 +194,115 @@ def test_scores_of_another_size_are_refused() -> None:
     name = architecture.branches[0].name
     with pytest.raises(InputError, match=rf"scores: head/{name} has shape \(2,\), the network 3"):
         scored_losses(architecture, {"head": {name: torch.ones(2)}})
+
+
+def test_an_unreachable_memory_names_the_least_with_activations_which_can_be_met() -> None:
+    architecture = lift(tiny_vit(depth=2, img_size=64)).architecture
+    pinned = scored_losses(architecture, squares(architecture), 4, gone={})
+    for limit in ({}, {"latency_ms": 0.8 * TABLE.latency_ms(network_shape(architecture))}):
+        given: dict[str, Any] = {"latency_ms": None, **limit, "table": TABLE, "losses": pinned}
+        with pytest.raises(InputError) as caught:
+            solve(architecture, **given, peak_memory_mb=0.01)
+        words = str(caught.value)
+        assert words.startswith("peak_memory_mb = 0.01: the smallest memory of weights and act")
+        least = float(words.split(" is ")[1].split(" MB")[0])
+        weights = solve(architecture, **given, file_mb=0.001 * round(1000 * least)).file_bytes
+        assert weights < 1e6 * least
+        found = solve(architecture, **given, peak_memory_mb=least)
+        assert found.file_bytes < 1e6 * least
+        with pytest.raises(InputError, match="the smallest memory of weights and activations"):
+            solve(architecture, **given, peak_memory_mb=0.99 * least)
+
+
+def squares(architecture: Architecture) -> dict[str, dict[str, torch.Tensor]]:
+    """Equal scores of the units of all sub-layers."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for branch in architecture.branches:
+        core: Any = branch.core
+        if core.kind == "ffn":
+            found.setdefault("ffn", {})[branch.name] = torch.ones(core.hidden)
+        else:
+            found.setdefault("qk", {})[branch.name] = torch.ones(core.qk)
+            found.setdefault("v", {})[branch.name] = torch.ones(core.v)
+    return found
+
+
+def test_of_several_budgets_the_one_that_cannot_be_met_is_named() -> None:
+    architecture = lift(tiny_vit(depth=2, img_size=64)).architecture
+    dense = TABLE.latency_ms(network_shape(architecture))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"file_mb": 1e-4, "peak_memory_mb": 9.0}, "file_mb = 0.0001: the smallest weights that"),
+        ({"file_mb": 9.0, "peak_memory_mb": 1e-4}, "peak_memory_mb = 0.0001: the smallest memory"),
+    ]
+    for limits, words in cases:
+        for latency_ms in (None, dense):
+            with pytest.raises(InputError) as caught:
+                solve(architecture, latency_ms, TABLE, **limits)
+            assert str(caught.value).startswith(words)
+            assert "within" not in str(caught.value)
+
+
+def test_budgets_that_exclude_each_other_are_named_with_the_least_latency_within_them() -> None:
+    """An attention that is gone saves bytes; where it stays, tokens can leave."""
+    architecture = lift(tiny_vit(depth=2, img_size=64)).architecture
+    scores: dict[str, dict[str, torch.Tensor]] = {"head": {}}
+    gone = {}
+    for branch in architecture.branches:
+        if branch.core.kind == "attention":
+            scores["head"][branch.name] = torch.ones(3)
+            gone[branch.name] = 1.0
+    losses = scored_losses(architecture, scores, 4, token_losses(architecture), gone=gone)
+    heavy = latency_table(costs_ms=COSTS | {"ffn products": 1e-4})
+    given: dict[str, Any] = {"table": heavy, "losses": losses}
+    least = smallest_latency_ms(architecture, losses, heavy)
+    small = solve(architecture, None, file_mb=9.0, losses=losses).file_bytes
+    with pytest.raises(InputError, match="the smallest weights that can be reached are") as caught:
+        solve(architecture, None, **given, file_mb=1e-3)
+    file_mb = float(str(caught.value).split(" are ")[1].split(" MB")[0])
+    assert 1e6 * file_mb < small
+    assert solve(architecture, None, **given, file_mb=file_mb).file_bytes <= 1e6 * file_mb
+    limits = {"latency_ms": 1.001 * least, "file_mb": file_mb}
+    with pytest.raises(InputError) as caught:
+        solve(architecture, **given, **limits)
+    words = str(caught.value)
+    assert words.startswith(f"file_mb = {file_mb:g}: the smallest weights that can be reached with")
+    assert f"within latency_ms = {1.001 * least:g} are " in words
+    larger = float(words.split(" are ")[1].split(" MB")[0])
+    assert solve(architecture, **given, latency_ms=1.001 * least, file_mb=larger).counts[0] < 65
+    # Fewer tokens need less memory, too, most of all in a batch.
+    given["table"] = heavy.model_copy(update={"batch": 64})
+    with pytest.raises(InputError, match="the smallest memory of weights and") as caught:
+        solve(architecture, 100.0, **given, peak_memory_mb=1e-3)
+    peak_mb = float(str(caught.value).split(" is ")[1].split(" MB")[0])
+    assert solve(architecture, 100.0, **given, peak_memory_mb=peak_mb).latency_ms is not None
+    with pytest.raises(InputError) as caught:
+        solve(architecture, 100.0, **given, file_mb=file_mb, peak_memory_mb=peak_mb)
+    assert str(caught.value) == (
+        f"latency_ms = 100, file_mb = {file_mb:g}, peak_memory_mb = {peak_mb:g}: no network meets "
+        "all of them at once; give larger budgets"
+    )
+
+
+@pytest.mark.parametrize(
+    ("precision", "number"), [("fp32", 4), ("fp16", 2), ("int8", 4), ("int8-static", 1)]
+)
+def test_activations_have_the_width_of_the_runtime_and_the_batch_of_the_table(
+    precision: str, number: int
+) -> None:
+    architecture = lift(tiny_vit(depth=2)).architecture
+    one, eight = (latency_table(precision=precision, batch=batch) for batch in (1, 8))
+    assert activation_bytes(one) == number
+    assert activation_bytes(eight) == 8 * number
+    assert weight_precision(one) == precision.removesuffix("-static")
+    assert weight_precision(one, "fp16") == "fp16"
+    dense = one.latency_ms(network_shape(architecture))
+    # Without a precision of its own, the file is of the table's.
+    found = solve(architecture, 2 * dense, one)
+    assert found.file_bytes == pytest.approx(file_bytes(architecture, weight_precision(one)))
+    pinned = scored_losses(architecture, squares(architecture), 4, gone={})
+    least = []
+    for table in (one, eight):
+        with pytest.raises(InputError) as caught:
+            solve(architecture, 2 * dense, table, losses=pinned, peak_memory_mb=1e-4)
+        least.append(float(str(caught.value).split(" is ")[1].split(" MB")[0]))
+    assert least[1] > least[0]
