@@ -119,7 +119,7 @@ def compact(
     source = load_source(model)
     before = source.model.architecture
     if select.selected:
-        source = replace(source, model=select.applied(source.model))
+        source = replace(source, model=select.applied(source.model, selection.seed))
     if buckets.selected:
         make_buckets(source, selection, buckets, output)
         return
@@ -244,7 +244,6 @@ def _cut(
     before: Architecture | None = None,
 ) -> None:
     """Cut a model, verify and save it; `before`: the model whose sizes are compared."""
-    from ..compress.oneshot.choice import priced
     from ..compress.surgery.compactor import compact as cut
     from ..compress.surgery.stream_form import choose_stream_form
 
@@ -252,9 +251,7 @@ def _cut(
     error, images = _relative_error(source, mask, form.model)
     if output.explain:
         _explain(source, form.model, mask)
-    # A choice of tokens is counted as it is exported.
-    counted = priced if tokens is not None else (lambda architecture: architecture)
-    show_sizes(counted(before or source.architecture), counted(form.model.architecture))
+    show_sizes(before or source.architecture, form.model.architecture)
     _show_stream_form(form)
     show(f"masked against compact: largest relative error {error:.1e} on {images} noise images")
     save_compact(form.model, mask, output, tokens=tokens)

@@ -103,7 +103,12 @@ RoundTo = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option("--seed", min=0, help="Seed of --saliency random, and of the choice of images."),
+    typer.Option(
+        "--seed",
+        min=0,
+        help="Seed of random choices (--saliency, --tokens and --select) and of the choice of "
+        "images.",
+    ),
 ]
 Explain = Annotated[
     bool,

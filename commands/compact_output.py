@@ -46,8 +46,16 @@ def save_compact(
 
 
 def show_sizes(source: Architecture, small: Architecture) -> None:
-    """Show parameters and multiply-adds before and after."""
+    """Show parameters and multiply-adds before and after.
+
+    Where tokens leave, both are counted as they are exported, with a last block that computes only
+    what the head reads: what a choice of tokens saves there is no merit of it.
+    """
     from ..compress.network.count import count_macs, count_params
+    from ..compress.oneshot.choice import priced
+
+    if small.selects or small.drops_tokens:
+        source, small = priced(source), priced(small)
 
     for name, count in (("parameters", count_params), ("MACs", count_macs)):
         old, new = count(source), count(small)

@@ -14,10 +14,10 @@ from .untrained_options import Untrained
 
 if TYPE_CHECKING:
     from ..compress.network.modules.model import CompactModel
+    from ..compress.tokens.select import SelectRequest
 
 # Methods whose scores need no training.
 UNTRAINED = ("class-attention", "evit", "column-attention", "random")
-DEFAULT_RATIO = 0.7
 
 Select = Annotated[
     str | None,
@@ -37,6 +37,16 @@ SelectRatio = Annotated[
         "--select-ratio",
         help="With --select: the share of the patches that the first stage keeps; the second keeps "
         "its square, the third its cube.  [default: 0.7]",
+        show_default=False,
+    ),
+]
+SelectRule = Annotated[
+    str | None,
+    typer.Option(
+        "--select-rule",
+        help="With --select-ratio: how the share goes on, geometric (0.7, 0.49, 0.343) or "
+        "subtractive (0.7, 0.5, 0.3). Not for evit, whose stages all keep the same share of the "
+        "tokens that are there.  [default: geometric]",
         show_default=False,
     ),
 ]
@@ -70,6 +80,7 @@ class SelectOptions:
     select_ratio: SelectRatio = None
     select_stages: SelectStages = None
     select_counts: SelectCounts = None
+    select_rule: SelectRule = None
 
     @property
     def selected(self) -> bool:
@@ -81,6 +92,7 @@ class SelectOptions:
             "--select-ratio": self.select_ratio,
             "--select-stages": self.select_stages,
             "--select-counts": self.select_counts,
+            "--select-rule": self.select_rule,
         }
         named = [option for option, value in given.items() if value is not None]
         if not self.selected:
@@ -98,8 +110,8 @@ class SelectOptions:
             raise InputError(
                 "--select-ratio and --select-counts both state how many patches stay; keep one"
             )
-        self.stages()
-        self.counts()
+        # Before a model is read.
+        self.request()
 
     def check(self, tokens: TokenOptions, untrained: Untrained) -> None:
         """Check options of other groups that exclude a selection.
@@ -127,21 +139,47 @@ class SelectOptions:
         """The numbers of --select-counts; InputError if they are not whole numbers."""
         return whole_numbers("--select-counts", self.select_counts, "137,96,67")
 
-    def applied(self, model: CompactModel) -> CompactModel:
+    def request(self, seed: int = 0) -> SelectRequest:
+        """What is added to a model.
+
+        Args:
+            seed: Of --select random.
+
+        Raises:
+            InputError: An option has an unknown value, or no effect.
+        """
+        from ..compress.tokens.select import DEFAULT_RATIO, OptionNames, SelectRequest
+
+        return SelectRequest(
+            method=self.select,  # type: ignore[arg-type]
+            ratio=DEFAULT_RATIO if self.select_ratio is None else self.select_ratio,
+            stages=self.stages(),
+            rule=self.select_rule,  # type: ignore[arg-type]
+            counts=self.counts(),
+            seed=seed,
+            names=OptionNames(
+                "--select {}",
+                "--select-ratio",
+                "--select-stages",
+                "--select-rule",
+                "--select-counts",
+                instead="--select column-attention",
+            ),
+        )
+
+    def applied(self, model: CompactModel, seed: int) -> CompactModel:
         """The model with selections, which are shown.
+
+        Args:
+            model: The model.
+            seed: Of --select random.
 
         Raises:
             InputError: A stage or count does not fit the model.
         """
-        from ..compress.tokens.select import select_tokens
+        from ..compress.tokens.select import with_selects
 
-        result = select_tokens(
-            model,
-            self.select,  # type: ignore[arg-type]
-            ratio=DEFAULT_RATIO if self.select_ratio is None else self.select_ratio,
-            stages=self.stages(),
-            counts=self.counts(),
-        )
+        result = with_selects(model, self.request(seed))
         architecture = result.architecture
         each = (f"{spec.left} ({spec.name})" for spec in architecture.selects)
         show(f"patches: {architecture.patches}, for each image {', '.join(each)}")

@@ -10,7 +10,13 @@ from torch import Tensor
 from ..compress.masks.masked import MaskedModel
 from ..compress.network.modules.model import CompactModel
 from ..compress.network.modules.select import Choices
-from ..compress.tokens.select import SelectMethod, select_tokens
+from ..compress.tokens.select import (
+    DEFAULT_RATIO,
+    OptionNames,
+    SelectMethod,
+    SelectRequest,
+    with_selects,
+)
 from ..compress.train.dense import Distillation
 from ..compress.train.objectives import PREDICTING, Objective, SelectionSettings, make_objective
 from ..core.console import status
@@ -18,7 +24,15 @@ from ..core.errors import InputError
 from .masks_section import MasksSection
 from .recipe import Recipe
 
-DEFAULT_RATIO, DEFAULT_LR, DEFAULT_WEIGHT = 0.7, 1e-3, 2.0
+DEFAULT_LR, DEFAULT_WEIGHT = 1e-3, 2.0
+NAMES = OptionNames(
+    'masks.tokens = "{}"',
+    "masks.token_ratio",
+    "masks.token_stages",
+    "masks.token_rule",
+    "masks.token_counts",
+    instead='masks.tokens = "dynamicvit" or "dps"',
+)
 
 
 def with_selections(model: CompactModel, section: MasksSection, seed: int) -> CompactModel:
@@ -33,22 +47,21 @@ def with_selections(model: CompactModel, section: MasksSection, seed: int) -> Co
         A new network.
 
     Raises:
-        InputError: A stage does not exist, or leaves no patch; the message has the reason.
+        InputError: A stage does not exist, leaves no patch, or the network allows none; the message
+            has the reason.
     """
     if section.tokens == "dps" and model.architecture.drops_tokens:
         raise InputError("masks.tokens: dps needs a dense network, this one drops tokens by place")
-    try:
-        return select_tokens(
-            model,
-            cast("SelectMethod", section.tokens),
-            ratio=section.token_ratio or DEFAULT_RATIO,
-            stages=section.token_stages,
-            rule=section.token_rule or "geometric",
-            counts=section.token_counts,
-            seed=seed,
-        )
-    except InputError as error:
-        raise InputError(f'masks.tokens = "{section.tokens}": {error}') from error
+    request = SelectRequest(
+        cast("SelectMethod", section.tokens),
+        ratio=section.token_ratio or DEFAULT_RATIO,
+        stages=section.token_stages,
+        rule=section.token_rule,
+        counts=section.token_counts,
+        seed=seed,
+        names=NAMES,
+    )
+    return with_selects(model, request)
 
 
 def require_selections(model: CompactModel, recipe: Recipe) -> CompactModel:

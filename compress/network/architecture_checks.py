@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .branch_specs import AttentionSpec, check_indices, check_norm
-from .select_specs import selected_tokens
+from .select_specs import check_select_pool, selected_tokens
 
 if TYPE_CHECKING:
     from .architecture import Architecture
@@ -68,6 +68,7 @@ def _check_inner(architecture: Architecture, tokens: int, where: str) -> None:
 
 def check_tokens(architecture: Architecture) -> None:
     """Raise ValueError unless the numbers of tokens fall, down to what the head reads."""
+    check_select_pool(architecture)
     before = architecture.tokens
     for number, step in enumerate(architecture.steps):
         if any(select.at == number for select in architecture.selects):

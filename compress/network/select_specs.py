@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 NAME_PREFIX = "select."
 Scorer = Literal["predictor", "class-attention", "column-attention", "random"]
 ATTENTION_SCORERS: tuple[Scorer, ...] = ("class-attention", "column-attention")
+# The way out where patches cannot be chosen for each image.
+_MASK_INSTEAD = (
+    "use a token mask instead, which drops the same patches of all images "
+    '(--tokens patch-slimming, masks.tokens = "patch-slimming")'
+)
 
 
 class PredictorSpec(Spec):
@@ -280,6 +285,19 @@ def folds_keys(core: AttentionSpec) -> bool:
     return core.k_norm is None and core.rope is None and core.bias is None
 
 
+def check_select_pool(architecture: Architecture) -> None:
+    """Raise ValueError if a network with selections needs every patch at its end."""
+    pool = architecture.pool
+    if not architecture.selects or (pool.kind not in ("none", "dense") and pool.refine is None):
+        return
+    how = " behind self-attention" if pool.refine is not None else ""
+    way = "add a pooling first (reset_classifier)" if pool.kind == "none" else _MASK_INSTEAD
+    raise ValueError(
+        f'{architecture.selects[0].name}: the head reads every patch (pool "{pool.kind}"{how}); '
+        f"{way}"
+    )
+
+
 def check_selects(architecture: Architecture) -> None:
     """Raise ValueError unless every selection leaves fewer patches, which something reads."""
     names = [select.name for select in architecture.selects]
@@ -292,12 +310,13 @@ def check_selects(architecture: Architecture) -> None:
         return
     if ends[-1] > len(architecture.steps):
         raise ValueError(f"{names[-1]} is behind step {ends[-1]}, there are fewer")
-    if architecture.pool.kind in ("none", "dense") or architecture.pool.refine is not None:
-        raise ValueError(f"{names[0]}: the head reads every patch")
     counts = (architecture.tokens, *architecture.step_tokens(last_queries=False))
     last = max(architecture.attention_steps(), default=-1)
     if architecture.pooled_prefix and ends[-1] > last:
-        raise ValueError(f"{names[-1]}: nothing behind it reads patches")
+        raise ValueError(
+            f"{names[-1]}: nothing behind it reads patches; choose in an earlier block, or "
+            f"{_MASK_INSTEAD}"
+        )
     for select, _, tokens in select_inputs(architecture, counts):
         present = tokens - architecture.prefix
         if present <= select.left:
@@ -311,16 +330,21 @@ def check_selects(architecture: Architecture) -> None:
             if ends.index(select.at) != architecture.selects.index(select):
                 raise ValueError(f"{select.name}: another selection is between it and its scores")
         if select.scorer == "class-attention" and not architecture.prefix:
-            raise ValueError(f"{select.name}: class-attention needs a class token")
+            raise ValueError(
+                f"{select.name}: class-attention needs a class token; use column-attention or a "
+                "predictor"
+            )
     first = architecture.selects[0].at
     for number, step in enumerate(architecture.steps):
         kept = step[0].tokens
         if number >= first and kept is not None and kept > architecture.prefix:
             raise ValueError(
-                f"{step[0].name}: {kept} tokens by place, behind {names[0]}, which chooses by image"
+                f"{step[0].name}: {kept} tokens by place, behind {names[0]}, which chooses by "
+                "image; choose in a later block, or for a network without a token mask"
             )
         core = next((b.core for b in step if isinstance(b.core, AttentionSpec)), None)
         if number >= first and core is not None and (core.rope or core.bias):
             raise ValueError(
-                f"{step[0].name}: its positions are those of the grid, and {names[0]} moves tokens"
+                f"{step[0].name}: its positions are those of the grid, and {names[0]} moves "
+                f"tokens; {_MASK_INSTEAD}"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..masks.groups import token_sites
 from ..network.architecture import Architecture
+from ..network.architecture_checks import pinned_tokens
 from ..network.modules.model import CompactModel
 from .counts import attention_steps, whole_counts
 from .streaming import Attended, Progress, batches, observed_step, run_step
@@ -37,9 +38,7 @@ def class_attention(
     References:
         Liang et al. 2022, "Not All Patches are What You Need" (EViT), eq. 2.
     """
-    rows = architecture.pooled_prefix
-    if not rows and architecture.pool.kind in ("token_mean", "dense", "token"):
-        rows = 1
+    rows = pinned_tokens(architecture)
     found = []
     for each in attended:
         maps = each.maps[:, :, :rows] if rows else each.maps[:, :, _rows(each, keep)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ...core.errors import InputError
 from ..lift import lift
 from ..network.architecture import Architecture, AttentionSpec, NormSpec, PredictorSpec, SelectSpec
+from ..network.architecture_checks import pinned_tokens
 from ..network.modules.model import CompactModel
 from ..network.modules.select import Choices
 from ..network.select_specs import ATTENTION_SCORERS, NAME_PREFIX, Scorer
@@ -30,19 +32,181 @@ SCORERS: dict[SelectMethod, Scorer] = {
     "random": "random",
 }
 RatioRule = Literal["geometric", "subtractive"]
+DEFAULT_RATIO = 0.7
 # Hidden units of the module of DPS-ViT.
 _DPS_UNITS = 64
 _INITIAL_STD = 0.02
 _SUBTRACTED = 0.2
 
 
+class OptionNames(NamedTuple):
+    """What errors call the options of a selection.
+
+    Attributes:
+        method: With a place for the method.
+        ratio: A share, like the others without its value.
+        stages: The blocks.
+        rule: How the share goes on.
+        counts: The numbers of patches.
+        instead: The methods that need no class token, in terms of the caller.
+    """
+
+    method: str = 'method = "{}"'
+    ratio: str = "ratio"
+    stages: str = "stages"
+    rule: str = "rule"
+    counts: str = "counts"
+    instead: str = 'method = "column-attention" or "dynamicvit"'
+
+
+@dataclass(frozen=True)
+class SelectRequest:
+    """What `select_tokens` adds to a network.
+
+    Attributes:
+        method: As for `select_tokens`, like the next five.
+        ratio: The share of patches that the first stage keeps.
+        stages: Blocks, counted from 0.
+        rule: How the share goes on; None: "geometric", where a share is kept of all patches.
+        counts: The number of patches that each stage keeps.
+        seed: For the weights of predictors and for "random".
+        names: What errors call them.
+    """
+
+    method: SelectMethod = "class-attention"
+    ratio: float = DEFAULT_RATIO
+    stages: Sequence[int] | None = None
+    rule: RatioRule | None = None
+    counts: Sequence[int] | None = None
+    seed: int = 0
+    names: OptionNames = field(default_factory=OptionNames)
+
+    def __post_init__(self) -> None:
+        if self.method not in SCORERS:
+            raise InputError(f"{self.title}: choose one of {', '.join(SCORERS)}")
+        if not 0 < self.ratio < 1:
+            raise InputError(
+                f"{self.names.ratio} = {self.ratio}: give a number above 0 and below 1"
+            )
+        if self.rule is None:
+            return
+        rule = f"{self.names.rule} = {self.rule!r}"
+        if self.rule not in get_args(RatioRule):
+            raise InputError(f"{rule}: choose one of {', '.join(get_args(RatioRule))}")
+        if self.counts is not None:
+            raise InputError(
+                f"{rule}: {self.names.counts} state what every stage keeps; leave it out"
+            )
+        if self.method == "evit":
+            raise InputError(
+                f"{rule}: evit keeps the same share of the tokens that are there in each stage; "
+                "leave it out"
+            )
+
+    @property
+    def title(self) -> str:
+        """The method with its name."""
+        return self.names.method.format(self.method)
+
+    def stages_of(self, architecture: Architecture) -> tuple[int, ...]:
+        """The blocks of the stages, increasing.
+
+        Raises:
+            InputError: A block does not exist, they are not increasing, or none can be chosen for a
+                network of few blocks.
+        """
+        depth, name = len(architecture.block_names), self.names.stages
+        if self.stages is None:
+            # One that scores by attention has no use of the last block.
+            end = depth - 1 if SCORERS[self.method] in ATTENTION_SCORERS else depth
+            found = sorted({max(1, depth * part // 4) for part in (1, 2, 3)} & set(range(1, end)))
+            if not found:
+                raise InputError(
+                    f"{name}: none fits {depth} blocks; name the blocks where patches are chosen, "
+                    "e.g. 0"
+                )
+            return tuple(found)
+        given = list(self.stages)
+        if not given or given != sorted(set(given)):
+            raise InputError(f"{name} = {given}: give increasing numbers of blocks")
+        for stage in given:
+            if not 0 <= stage < depth:
+                raise InputError(f"{name}: {stage}; the model has blocks 0 to {depth - 1}")
+        return tuple(given)
+
+    def kept_patches(self, architecture: Architecture, stages: Sequence[int]) -> tuple[int, ...]:
+        """The number of patches that each stage keeps, decreasing.
+
+        Of the patches of the stem, rounded down, as in DynamicViT; "evit" keeps a share of the
+        tokens that are there, rounded up, a fused one among them.
+
+        Raises:
+            InputError: A count leaves no patch, or drops none.
+        """
+        if self.counts is not None:
+            return self._given_counts(architecture, stages)
+        rule = "" if self.method == "evit" else f" ({self.rule or 'geometric'})"
+        ratio, found, present = self.ratio, list[int](), architecture.patches
+        for number, stage in enumerate(stages):
+            if self.method == "evit":
+                kept = math.ceil(ratio * present - 1e-9)
+            else:
+                falling = self.rule == "subtractive"
+                share = ratio - number * _SUBTRACTED if falling else ratio ** (number + 1)
+                # 0.7 * 10 is 6.999...
+                kept = math.floor(share * architecture.patches + 1e-9)
+            if kept < 1:
+                raise InputError(
+                    f"{self.names.ratio} = {ratio}{rule}: no patch is left at block {stage}, the "
+                    f"{number + 1}. of {len(stages)} stages; choose a larger ratio or fewer stages"
+                )
+            if kept + self.fused >= present:
+                raise InputError(
+                    f"{self.names.ratio} = {ratio}{rule}: block {stage} keeps {kept} of {present} "
+                    f"patches{self._fused_too}, so nothing is dropped; choose a smaller ratio"
+                )
+            found.append(kept)
+            present = kept + self.fused
+        return tuple(found)
+
+    @property
+    def fused(self) -> bool:
+        """Whether one more token follows the kept ones: the sum of the dropped ones."""
+        return self.method == "evit"
+
+    @property
+    def _fused_too(self) -> str:
+        return ", and one more for the fused token" if self.fused else ""
+
+    def _given_counts(self, architecture: Architecture, stages: Sequence[int]) -> tuple[int, ...]:
+        assert self.counts is not None
+        name, counts = self.names.counts, tuple(self.counts)
+        if len(counts) != len(stages):
+            raise InputError(
+                f"{name}: {len(counts)} numbers for {len(stages)} stages; give one for each"
+            )
+        present, where = architecture.patches, f"where {architecture.patches} are left"
+        for stage, kept in zip(stages, counts, strict=True):
+            if kept < 1:
+                raise InputError(
+                    f"{name}: {kept} patches at block {stage}; each stage needs one at least"
+                )
+            if kept + self.fused >= present:
+                raise InputError(
+                    f"{name}: {kept} patches at block {stage}, {where}{self._fused_too}; "
+                    "give fewer, so that some are dropped"
+                )
+            present, where = kept + self.fused, f"after {kept} at block {stage}"
+        return counts
+
+
 def select_tokens(
     model: nn.Module,
     method: SelectMethod = "class-attention",
     *,
-    ratio: float = 0.7,
+    ratio: float = DEFAULT_RATIO,
     stages: Sequence[int] | None = None,
-    rule: RatioRule = "geometric",
+    rule: RatioRule | None = None,
     counts: Sequence[int] | None = None,
     seed: int = 0,
 ) -> CompactModel:
@@ -54,10 +218,12 @@ def select_tokens(
             (default), "column-attention" and "evit", the attention of the stage itself, "evit" with
             a token that fuses the dropped ones; "random", the same places for all images.
             Predictors start with random weights and need training, the others none.
+            "class-attention" and "evit" need a head that reads a class token.
         ratio: The share of patches to keep at the first stage, above 0 and below 1.
         stages: Blocks, counted from 0: predictors choose before them, attentions within them. None:
             three stages, after each quarter of the depth.
-        rule: "geometric": ratio, ratio², ratio³...; "subtractive": ratio, ratio - 0.2, ...
+        rule: "geometric" (None): ratio, ratio², ratio³...; "subtractive": ratio, ratio - 0.2, ...
+            "evit" has none: each stage keeps the share `ratio` of the tokens that are there.
         counts: The number of patches that each stage keeps, instead of `ratio` and `rule`.
         seed: For the weights of predictors and for "random".
 
@@ -66,7 +232,8 @@ def select_tokens(
         -> (batch, classes).
 
     Raises:
-        InputError: A stage does not exist, or its count leaves no patch or drops none.
+        InputError: A stage does not exist, its count leaves no patch or drops none, the rule has no
+            effect, or the network has no class token, or positions that a selection would move.
         UnsupportedModel: A module has no rule; the message names its path.
 
     References:
@@ -74,15 +241,31 @@ def select_tokens(
         Sparsification"; Tang et al. 2022, "Patch Slimming for Efficient Vision Transformers"
         (DPS); Liang et al. 2022, "Not All Patches Are What You Need" (EViT).
     """
-    if method not in SCORERS:
-        raise InputError(f"method {method!r} is unknown; choose one of {', '.join(SCORERS)}")
+    return with_selects(model, SelectRequest(method, ratio, stages, rule, counts, seed))
+
+
+def with_selects(model: nn.Module, request: SelectRequest) -> CompactModel:
+    """Do what `select_tokens` does, with errors in the names of the request.
+
+    Args:
+        model: As for `select_tokens`.
+        request: Its other arguments.
+
+    Returns:
+        A network with selections.
+
+    Raises:
+        InputError: As for `select_tokens`.
+        UnsupportedModel: As for `select_tokens`.
+    """
     source = lift(model)
-    architecture = source.architecture
-    architecture.require_no_selects("select_tokens")
-    places = stages_of(architecture, method, stages)
-    kept = kept_patches(architecture, method, ratio, rule, places, counts)
+    architecture, title = source.architecture, request.title
+    architecture.require_no_selects(title)
+    _require_class_token(architecture, request)
+    places = request.stages_of(architecture)
+    kept = request.kept_patches(architecture, places)
     selects = tuple(
-        _select(architecture, method, stage, count, seed)
+        _select(architecture, request, stage, count)
         for stage, count in zip(places, kept, strict=True)
     )
     changed = architecture.model_copy(update={"selects": selects})
@@ -90,9 +273,9 @@ def select_tokens(
         changed = Architecture.model_validate(changed.model_dump(by_alias=True))
     except ValidationError as error:
         message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise InputError(f"select_tokens: {message}") from error
+        raise InputError(f"{title}: {message}") from error
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(request.seed)
         result = CompactModel(changed)
         _initialize(result)
     state = copy.deepcopy(source.state_dict())
@@ -100,88 +283,17 @@ def select_tokens(
     return result.to(next(source.parameters()).device).train(model.training)
 
 
-def stages_of(
-    architecture: Architecture, method: SelectMethod, stages: Sequence[int] | None
-) -> tuple[int, ...]:
-    """The blocks of the stages, increasing.
+def _require_class_token(architecture: Architecture, request: SelectRequest) -> None:
+    """Refuse scores by class attention where the first token is a register, or of no meaning.
 
-    Args:
-        architecture: The network.
-        method: The method; one that scores by attention has no use of the last block.
-        stages: Blocks, counted from 0. None: after each quarter of the depth.
-
-    Raises:
-        InputError: A block does not exist, or they are not increasing.
+    Which learned token is a class token is not saved; what the head reads by itself is one.
     """
-    depth = len(architecture.block_names)
-    if stages is None:
-        end = depth - 1 if SCORERS[method] in ATTENTION_SCORERS else depth
-        stages = sorted({max(1, depth * part // 4) for part in (1, 2, 3)} & set(range(1, end)))
-    found = tuple(stages)
-    if not found or list(found) != sorted(set(found)):
-        raise InputError(f"token stages {list(found)}: give increasing numbers of blocks")
-    for stage in found:
-        if not 0 <= stage < depth:
-            raise InputError(f"token stage {stage}: the model has blocks 0 to {depth - 1}")
-    return found
-
-
-def kept_patches(
-    architecture: Architecture,
-    method: SelectMethod,
-    ratio: float,
-    rule: RatioRule,
-    stages: Sequence[int],
-    counts: Sequence[int] | None = None,
-) -> tuple[int, ...]:
-    """The number of patches that each stage keeps.
-
-    Of the patches of the stem, rounded down, as in DynamicViT; "evit" keeps a share of the tokens
-    that are there, rounded up, a fused one among them.
-
-    Args:
-        architecture: The network.
-        method: The method, as in `select_tokens`.
-        ratio: The share that the first stage keeps, above 0 and below 1.
-        rule: How the share goes on, as in `select_tokens`.
-        stages: The blocks of the stages.
-        counts: The numbers themselves, instead of `ratio` and `rule`.
-
-    Returns:
-        One number for each stage, decreasing.
-
-    Raises:
-        InputError: A count leaves no patch, or drops none.
-    """
-    if not 0 < ratio < 1:
-        raise InputError(f"token ratio = {ratio}: give a number above 0 and below 1")
-    if counts is not None and len(counts) != len(stages):
-        raise InputError(f"token counts: {len(counts)} numbers for {len(stages)} stages")
-    found: list[int] = []
-    present = architecture.patches
-    for number, stage in enumerate(stages):
-        share = ratio ** (number + 1) if rule == "geometric" else ratio - number * _SUBTRACTED
-        if counts is not None:
-            kept = counts[number]
-        elif method == "evit":
-            kept = math.ceil(ratio * present - 1e-9)
-        else:
-            # 0.7 * 10 is 6.999...
-            kept = math.floor(share * architecture.patches + 1e-9)
-        fused = method == "evit"
-        if kept < 1:
-            raise InputError(
-                f"token ratio = {ratio} ({rule}): no patch is left at block {stage}, the "
-                f"{number + 1}. of {len(stages)} stages; choose a larger ratio or fewer stages"
-            )
-        if kept + fused >= present:
-            raise InputError(
-                f"token counts: block {stage} keeps {kept + fused} tokens of {present} patches, "
-                "so nothing is dropped; choose a smaller ratio"
-            )
-        found.append(kept)
-        present = kept + fused
-    return tuple(found)
+    if SCORERS[request.method] != "class-attention" or pinned_tokens(architecture):
+        return
+    raise InputError(
+        f"{request.title} scores patches by the attention of the class token, and the head reads "
+        f'no class token (pool "{architecture.pool.kind}"); use {request.names.instead}'
+    )
 
 
 def stage_of(select: SelectSpec) -> int:
@@ -215,8 +327,10 @@ def chosen_tokens(model: CompactModel, images: Tensor) -> list[Tensor]:
 
 
 def _select(
-    architecture: Architecture, method: SelectMethod, stage: int, count: int, seed: int
+    architecture: Architecture, request: SelectRequest, stage: int, count: int
 ) -> SelectSpec:
+    """The selection of a stage that keeps `count` patches."""
+    method = request.method
     block = architecture.block_names[stage]
     end = architecture.block_ends[stage]
     start = architecture.block_ends[stage - 1] if stage else 0
@@ -228,7 +342,9 @@ def _select(
             if any(isinstance(b.core, AttentionSpec) for b in architecture.steps[number])
         ]
         if not attentions:
-            raise InputError(f"token stage {stage}: {block} has no attention left; choose another")
+            raise InputError(
+                f"{request.names.stages}: {stage}; {block} has no attention left, choose another"
+            )
         at = attentions[0] + 1
     width, predictor, norm = architecture.embed, None, None
     if scorer == "predictor":
@@ -246,8 +362,8 @@ def _select(
         scorer=scorer,
         predictor=predictor,
         norm=norm,
-        fused=method == "evit",
-        seed=seed + stage if scorer == "random" else 0,
+        fused=request.fused,
+        seed=request.seed + stage if scorer == "random" else 0,
     )
 
 

@@ -11,6 +11,9 @@ from photo_folder import write_photos
 from tiny_models import tiny_vit
 from typer.testing import CliRunner
 from vitrim.cli import app, call
+from vitrim.compress.network.count import count_macs
+from vitrim.compress.oneshot.choice import priced
+from vitrim.core.console import unit_count
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,29 @@ def test_widths_are_cut_in_the_same_call_and_in_a_second_one() -> None:
         ("select.0", 12, True),
         ("select.1", 6, True),
     ]
+
+
+def test_the_rule_and_the_seed_are_those_of_the_options() -> None:
+    few = ["--select", "random", "--select-ratio", "0.7", "--select-stages", "0,1"]
+    shown = compact("model", *few, "--select-rule", "subtractive", "--seed", "5", "--out", "five")
+    assert "patches: 16, for each image 11 (select.0), 8 (select.1)" in shown
+    selects = vitrim.load("five").architecture.selects
+    assert [select.seed for select in selects] == [5, 6]
+    wanted = vitrim.select_tokens(
+        vitrim.load("model"), "random", stages=[0, 1], rule="subtractive", seed=5
+    )
+    assert wanted.architecture.selects == selects
+
+
+@pytest.mark.parametrize("widths", [[], ["--keep-ratio", "0.6"]])
+def test_multiply_adds_are_counted_as_exported(widths: list[str]) -> None:
+    shown = compact("model", "--select", "random", *widths, "--out", "priced", "--overwrite")
+    dense, small = (vitrim.load(name).architecture for name in ("model", "priced"))
+    counts = [unit_count(count_macs(priced(each))) for each in (dense, small)]
+    assert f"MACs: {counts[0]} -> {counts[1]} (" in shown
+    # A second cut of the result begins where the first one ended.
+    again = compact("priced", "--saliency", "l2", "--keep-ratio", "0.9")
+    assert f"MACs: {counts[1]} -> " in again
 
 
 def test_buckets_are_calibrated_and_exported(tmp_path: Path) -> None:
@@ -100,14 +126,37 @@ def test_buckets_are_calibrated_and_exported(tmp_path: Path) -> None:
         (["--select", "magic"], "--select magic: choose one of class-attention, evit"),
         (["--select", "dynamicvit"], "--select dynamicvit: its predictors need training"),
         (["--select-ratio", "0.5"], "--select-ratio belongs to --select"),
-        (["--select", "evit", "--select-ratio", "2"], "token ratio = 2.0: give a number above 0"),
-        (["--select", "random", "--select-ratio", "0.01"], "no patch is left at block 1"),
+        (["--select-rule", "geometric"], "--select-rule belongs to --select"),
+        (["--select", "evit", "--select-ratio", "2"], "--select-ratio = 2.0: give a number above"),
+        (
+            ["--select", "random", "--select-ratio", "0.01"],
+            "--select-ratio = 0.01 (geometric): no patch is left at block 1",
+        ),
+        (
+            ["--select", "random", "--select-rule", "linear"],
+            "--select-rule = 'linear': choose one of geometric, subtractive",
+        ),
+        (
+            ["--select", "evit", "--select-rule", "subtractive"],
+            "--select-rule = 'subtractive': evit keeps the same share",
+        ),
+        (
+            ["--select", "random", "--select-counts", "9", "--select-rule", "subtractive"],
+            "--select-rule = 'subtractive': --select-counts state what every stage keeps",
+        ),
+        (
+            ["--select", "random", "--select-counts", "0,0"],
+            "--select-counts: 0 patches at block 1; each stage needs one at least",
+        ),
         (["--select", "evit", "--select-stages", "1,x"], "--select-stages 1,x: give whole numbers"),
         (
             ["--select", "evit", "--select-stages", "7"],
-            "token stage 7: the model has blocks 0 to 2",
+            "--select-stages: 7; the model has blocks 0 to 2",
         ),
-        (["--select", "evit", "--select-stages", "2"], "nothing behind it reads patches"),
+        (
+            ["--select", "evit", "--select-stages", "2"],
+            "--select evit: select.2: nothing behind it reads patches; choose in an earlier block",
+        ),
         (
             ["--select", "evit", "--select-ratio", "0.5", "--select-counts", "4"],
             "--select-ratio and --select-counts both state",
@@ -131,7 +180,17 @@ def test_invalid_input_is_one_line(
     assert len([line for line in shown.splitlines() if line.startswith("vitrim: ")]) == 1
 
 
+def test_scores_by_a_register_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    vitrim.save(tiny_vit("vit_medium_patch16_reg4_gap_256", depth=3, img_size=32), "registers")
+    assert call(["compact", "registers", "--select", "evit"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert 'no class token (pool "mean"); use --select column-attention' in shown
+    assert "for each image 8 (select.1)" in compact(
+        "registers", "--select", "column-attention", "--select-ratio", "0.5"
+    )
+
+
 def test_a_second_selection_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     compact("model", "--select", "random", "--out", "random")
     assert call(["compact", "random", "--select", "random"]) == 2
-    assert "select_tokens: this network selects patches" in capsys.readouterr().err
+    assert "--select random: this network selects patches" in capsys.readouterr().err
