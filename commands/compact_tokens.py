@@ -95,7 +95,7 @@ def choose_tokens_of(
             choice = token_choice(source.model, request, images, bars)
     note = {} if images is None or selection.data is None else {"data": selection.data}
     mask = replace(choice.mask, note={**choice.mask.note, **note})
-    _show_errors(errors)
+    _show_errors(source.model.architecture, errors)
     _show_counts(source.model.architecture, choice)
     return TokenCut(source, replace(choice, mask=mask), errors)
 
@@ -107,9 +107,15 @@ def _images(source: Source, selection: Selection, tokens: TokenOptions) -> Tenso
     return images
 
 
-def _show_errors(errors: dict[str, float]) -> None:
+def _show_errors(architecture: Architecture, errors: dict[str, float]) -> None:
+    from ..compress.masks.groups import token_sites
+    from ..compress.tokens.counts import attention_steps
+
+    # Behind the last attention there is no next block.
+    last = list(token_sites(architecture))[attention_steps(architecture)[-1] + 1]
     for site, error in errors.items():
-        show(f"{site}: relative error {error:.4f} of the next block")
+        what = "the features" if site == last else "the next block"
+        show(f"{site}: relative error {error:.4f} of {what}")
 
 
 def _show_counts(architecture: Architecture, choice: TokenChoice) -> None:

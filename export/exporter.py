@@ -51,7 +51,7 @@ from .request import (
     input_images,
     validate_options,
 )
-from .resized_model import resize_for_export
+from .resized_model import resize_for_export, with_resampled_note
 from .runtime_files import source_for, write_and_verify
 from .runtimes import runtime_named, runtime_names
 from .runtimes.limits import Planned, require_within_limits
@@ -180,6 +180,7 @@ def export(
                 "theirs, and those cannot be resized"
             )
         model, manifest = resize_for_export(model, image_size, manifest)
+    manifest = with_resampled_note(model, manifest)
     shape = image_shape(model, image)
     source, specs = _with_outputs(model, names)
     network = source.model if isinstance(source, NamedOutputs) else model

@@ -66,6 +66,28 @@ def untrained_note(trained: Size, size: Size) -> str:
     )
 
 
+def with_resampled_note(model: nn.Module, manifest: ManifestOptions) -> ManifestOptions:
+    """Return the manifest's fields, with a note if the places of tokens are approximate.
+
+    Args:
+        model: The model as it is exported, perhaps resized before it was saved.
+        manifest: The fields.
+    """
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, Architecture) or not architecture.tokens_resampled:
+        return manifest
+    return replace(manifest, notes=(*manifest.notes, resampled_note(architecture.image[1:])))
+
+
+def resampled_note(size: Size) -> str:
+    """Return the line about a token mask that was made for another image size."""
+    return (
+        f"{IMAGE_SIZE} {format_image_size(size)}: the map of where patches leave was resampled "
+        "from that of another size, which is approximate; a mask chosen at this size may keep "
+        "better ones"
+    )
+
+
 def require_memory(architecture: Architecture) -> None:
     """Refuse a size whose attention does not fit this machine's memory, where every stage runs.
 

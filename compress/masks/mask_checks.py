@@ -11,6 +11,7 @@ from ...core.errors import InputError
 from ..network.architecture import Architecture, ConstantSpec, Indices
 from ..network.axes import HEAD_IN, POOL_ATTENTION, STEM_OUT, has_own_mask, site_in
 from ..network.modules.rope import pairs
+from ..network.patch_grid import format_image_size
 from ..network.select_specs import is_hidden_site
 from .groups import DIMENSIONS, SHARED, attentions_at, sites
 from .token_sets import check_tokens
@@ -92,7 +93,8 @@ def _check_entry(
         raise InputError(f"{where}: this model has no such site; it has {known}")
     (size,) = sizes
     if keep.shape[-1] != size:
-        raise InputError(f"{where} has {keep.shape[-1]} entries, the model has {size}")
+        why = _why_other_tokens(architecture, size) if dimension == "token" else ""
+        raise InputError(f"{where} has {keep.shape[-1]} entries, the model has {size}{why}")
     owner = "predictor" if is_hidden_site(site) else "pooling head"
     if (dimension in _WHY_ONE or has_own_mask(site)) and not bool(keep.any()):
         reason = _WHY_ONE.get(dimension, f"the {owner} needs one unit at least")
@@ -103,6 +105,21 @@ def _check_entry(
         first = next(iter(select.hidden_sites), None)
         if select.predictor is not None and (dimension, site) == ("ffn", first):
             _check_local(where, keep[: select.predictor.local])
+
+
+def _why_other_tokens(architecture: Architecture, size: int) -> str:
+    """Why a token mask has another length, and the way out."""
+    if architecture.drops_tokens or size != architecture.tokens:
+        return (
+            " there, which has dropped tokens already; make a mask for this model, or cut the "
+            "dense one by both"
+        )
+    return (
+        f" ({architecture.patches} patches at {format_image_size(architecture.image[1:])}, "
+        f"{architecture.learned_tokens} learned): the mask is of another number of patches, "
+        "that of another image size or model; cut the model at the mask's image size, then resize "
+        "the result (vitrim.resized, vitrim export --image-size)"
+    )
 
 
 def _check_local(where: str, keep: Tensor) -> None:

@@ -76,10 +76,26 @@ def test_a_schedule_distributes_the_budget() -> None:
 def test_a_tolerance_determines_the_counts_and_refits_blocks() -> None:
     data = ["--data", "images:photos", "--token-tolerance", "0.1"]
     shown = compact("--tokens", "patch-slimming", *data, "--out", "tolerant")
-    assert "blocks.0.attn: relative error" in shown
+    first, second = (line for line in shown.splitlines() if line.startswith("blocks."))
+    assert first.startswith("blocks.0.attn: relative error ")
+    assert first.endswith(" of the next block")
+    # The last block keeps the class token alone, so its tokens are not chosen.
+    assert second.startswith("blocks.1.attn: ")
+    assert second.endswith(" of the next block")
     record = json.loads(Path("tolerant", "tokens.json").read_text())
     assert record["errors"]["blocks.1.attn"] <= 0.1
     assert vitrim.load("tolerant").architecture.step_tokens()[-1] == 1
+
+
+def test_the_error_of_the_last_block_of_a_pooling_head_is_that_of_the_features() -> None:
+    vitrim.save(tiny_vit("vit_medium_patch16_gap_240", depth=2, img_size=32), "pooling")
+    data = ["--data", "images:photos", "--token-tolerance", "0.1"]
+    result = CliRunner().invoke(app, ["compact", "pooling", "--tokens", "patch-slimming", *data])
+    assert result.exit_code == 0, result.output
+    first, last = (line for line in result.output.splitlines() if line.startswith("blocks."))
+    assert first.endswith(" of the next block")
+    assert last.startswith("blocks.1.attn: relative error ")
+    assert last.endswith(" of the features")
 
 
 NEEDED = ["--tokens", "radial"]
@@ -141,4 +157,16 @@ def test_a_mask_of_another_image_size_is_refused(capsys: pytest.CaptureFixture[s
     compact("--tokens", "radial", "--macs", "0.7", "--out", "radial")
     mask = Path("radial", "mask.safetensors")
     assert call(["compact", "smaller", "--mask", str(mask)]) == 2
-    assert "has 17 entries, the model has 10" in capsys.readouterr().err
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "has 17 entries, the model has 10 (9 patches at 24x24, 1 learned)" in shown
+    assert "the mask is of another number of patches, that of another image size" in shown
+    assert "then resize the result (vitrim.resized, vitrim export --image-size)" in shown
+    # The way out: cut at the size of the mask, and export the result for the other one.
+    assert call(["export", "radial", "--image-size", "24", "--out", "at24"]) == 0
+    shown = capsys.readouterr().out
+    assert "image size 24x24: the model was trained at 32x32" in shown
+    assert "image size 24x24: the map of where patches leave was resampled" in shown
+    # Nor does it fit a network that dropped tokens before.
+    assert call(["compact", "radial", "--mask", str(mask)]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "which has dropped tokens already; make a mask for this model" in shown
