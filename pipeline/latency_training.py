@@ -55,7 +55,6 @@ def learned_budget(
     recipe: Recipe,
     baseline: CompactModel,
     start: CompactModel,
-    share: float = 1.0,
     latency_ms: float | None = None,
 ) -> Budget | None:
     """The budget of mask learning as a share of the network that it starts from.
@@ -64,7 +63,6 @@ def learned_budget(
         recipe: The budget of `[masks]`; shares are those of the baseline.
         baseline: The dense model.
         start: The network whose masks are learned.
-        share: The share of the budget that patches leave to the widths.
         latency_ms: The latency by the table that replaces that of the recipe.
 
     Returns:
@@ -83,7 +81,7 @@ def learned_budget(
         if size is not None:
             counted = cast("CostKind", kind)
             sizes = [network_cost(each.architecture, counted) for each in (baseline, start)]
-            return Budget(counted, min(1.0, share * size * sizes[0] / sizes[1]))
+            return Budget(counted, min(1.0, size * sizes[0] / sizes[1]))
     return None
 
 

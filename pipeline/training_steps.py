@@ -21,6 +21,7 @@ from ..compress.oneshot.trim import Trimmed
 from ..compress.surgery.compactor import compact, output_error
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation
+from ..compress.train.later_cost import LaterCost
 from ..compress.train.mask_settings import MaskSettings
 from ..compress.train.mask_task import MaskTask
 from ..compress.train.objectives import Objective
@@ -118,7 +119,7 @@ def learned_cut(
     context: RunContext,
     *,
     resume: bool,
-    share: float = 1.0,
+    later: LaterCost | None = None,
 ) -> Cut:
     """Learn the masks of a network and cut it by them.
 
@@ -128,7 +129,7 @@ def learned_cut(
         round_to: Kept widths are multiples of this.
         context: The run.
         resume: Continue from the training checkpoint of an earlier attempt.
-        share: As for `mask_task`.
+        later: As for `mask_task`.
 
     Returns:
         The cut model and its mask of `start`.
@@ -141,7 +142,7 @@ def learned_cut(
         *(baseline, data, recipe, round_to),
         known=known,
         start=start,
-        share=share,
+        later=later,
         latency_ms=None if trial is None else trial.table_ms,
     )
     # A budget has a schedule of its own, so the learning rate decays once. With a fixed lambda it
@@ -202,13 +203,19 @@ def closed_form_cut(
             return Cut(tokens.model, mask, exact_cut_error(tokens.source, mask, images))
         baseline = tokens.model
     if section.has_latency:
-        unlabeled = _drawn(section, context)
+        unlabeled = drawn_images(section, context)
         table, quiet = recipe_table(context.recipe, dense), context.quiet
         found = trim_to_latency(
             baseline, unlabeled, section, round_to, table, folder.path, quiet=quiet
         )
     else:
         found = _trimmed(baseline, section, round_to, context)
+    return trimmed_cut(found, context)
+
+
+def trimmed_cut(found: Trimmed, context: RunContext) -> Cut:
+    """The cut of a closed form; writes rotated/ and trim.json."""
+    folder, images = context.folder, context.data.val.floats(slice(0, PARITY_IMAGES))
     cut = Cut(found.model, found.mask, exact_cut_error(found.rotated, found.mask, images))
     save(found.rotated, folder / ROTATED, overwrite=True)
     replace_file(folder / TRIM_FILE, trim_record(found))
@@ -255,7 +262,7 @@ def _token_cut(baseline: CompactModel, context: RunContext, *, resume: bool) -> 
     state = context.folder / "training/tokens"
     if not resume:
         shutil.rmtree(state, ignore_errors=True)
-    images = _drawn(section, context)
+    images = drawn_images(section, context)
     found = cut_tokens(baseline, images, section, seed, state=state, quiet=context.quiet)
     save(found.model, context.folder / START, overwrite=True)
     replace_file(context.folder / TOKENS_FILE, found.record())
@@ -265,14 +272,13 @@ def _token_cut(baseline: CompactModel, context: RunContext, *, resume: bool) -> 
 def _trimmed(
     baseline: CompactModel, section: MasksSection, round_to: int, context: RunContext
 ) -> Trimmed:
-    images = _drawn(section, context)
+    images = drawn_images(section, context)
     return trim_baseline(baseline, images, section, round_to, quiet=context.quiet)
 
 
-def _drawn(section: MasksSection, context: RunContext) -> Tensor:
+def drawn_images(section: MasksSection, context: RunContext) -> Tensor:
     """The unlabeled training images of `[masks]`, normalized."""
-    train = context.data.train
-    count = min(section.images, len(train))
+    train, count = context.data.train, min(section.images, len(context.data.train))
     return train.floats(stratified_indices(train.targets, count, context.recipe.train.seed)[0])
 
 
@@ -292,7 +298,7 @@ def mask_task(
     *,
     known: Mapping[bytes, Tensor] | None = None,
     start: CompactModel | None = None,
-    share: float = 1.0,
+    later: LaterCost | None = None,
     latency_ms: float | None = None,
 ) -> MaskTask | VtpTask:
     """Create the training task of `[masks]` on a copy of the baseline.
@@ -306,8 +312,7 @@ def mask_task(
         start: The network whose masks are learned, a cut of the baseline (default: the baseline).
             The budget is a share of the baseline. Where it chooses patches for each image, it
             is trained by the objective of that method.
-        share: The share of the budget that patches leave to the widths, where they are dropped
-            afterwards.
+        later: What is added to the cut network under the same budget (default: nothing).
         latency_ms: The latency by the table, if it is not that of the recipe.
 
     Returns:
@@ -319,7 +324,7 @@ def mask_task(
     section = recipe.masks
     start = start or baseline
     settings = MaskSettings(
-        budget=learned_budget(recipe, baseline, start, share, latency_ms),
+        budget=learned_budget(recipe, baseline, start, latency_ms),
         lambda_=section.lambda_,
         sharing=section.sharing,
         fixed=section.fixed,
@@ -345,7 +350,7 @@ def mask_task(
     objective = None
     if start.architecture.selects:
         objective = selection_objective(recipe, baseline, teacher, steps)
-    return MaskTask(model, settings, steps, distillation=teacher, objective=objective)
+    return MaskTask(model, settings, steps, distillation=teacher, objective=objective, later=later)
 
 
 def finetune(
@@ -394,9 +399,8 @@ def finetune(
 def cut_error(task: MaskTask | VtpTask, model: CompactModel, images: Tensor) -> float:
     """Largest difference between masked and cut network, relative to the largest logit."""
     network, mask = task.reference()
-    if model.architecture.selects:
-        return same_choices_error(masked(network, mask), model, images)
-    return output_error(masked(network, mask), model, images)
+    error = same_choices_error if model.architecture.selects else output_error
+    return error(masked(network, mask), model, images)
 
 
 def load_cut(folder: RunFolder) -> Cut:

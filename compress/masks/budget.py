@@ -153,6 +153,8 @@ class DualSolver:
         # The saliency of each sub-layer as a whole, by the name of its branch.
         self.branch_saliency = {branch.name: 0.0 for branch in architecture.branches}
         self.price = 0.0
+        # Sub-layers that are not removed as a whole, besides those whose attention scores patches.
+        self.pinned: frozenset[str] = frozenset()
 
     @property
     def memory_steps(self) -> int:
@@ -319,7 +321,7 @@ class DualSolver:
         Returns:
             The name of the branch, or None.
         """
-        pinned = self.gates.removed | scoring_branches(self.architecture)
+        pinned = self.gates.removed | scoring_branches(self.architecture) | self.pinned
         alive = {
             branch.name: branch.core.kind
             for branch in self.architecture.branches

@@ -33,6 +33,7 @@ from .dense import Distillation, task_loss
 from .devices import Placement, tensors_to_cpu
 from .freezing import Freeze
 from .graph_shrinking import shrink_graph
+from .later_cost import LaterCost
 from .mask_settings import MaskSettings
 from .objectives import Objective
 from .optimizers import adamw_lr, add_vectors, make_optimizer, split_rates
@@ -63,6 +64,7 @@ class MaskTask:
         distillation: The teacher (default: none).
         objective: Of a network that chooses patches for each image; its loss replaces the task loss
             (default: none).
+        later: What is added to the cut network under the same budget (default: nothing).
 
     Raises:
         InputError: No mask meets the budget, or everything is fixed.
@@ -78,9 +80,10 @@ class MaskTask:
         *,
         distillation: Distillation | None = None,
         objective: Objective | None = None,
+        later: LaterCost | None = None,
     ) -> None:
         self.settings, self.distillation = settings, distillation
-        self.objective = objective
+        self.objective, self._later = objective, later
         self.total_steps = max(1, total_steps)
         self.dense = model.architecture
         self._freeze = Freeze(settings)
@@ -97,6 +100,8 @@ class MaskTask:
         self._optimizer: Optimizer | None = None
         self._placement = Placement()
         self._install(model, gates)
+        if later is not None and settings.budget is not None:
+            later.require_feasible(self.solver, settings.budget, self.dense_cost)
 
     def place(self, placement: Placement) -> None:
         """Move the network, the scores and the teacher to a device."""
@@ -331,6 +336,8 @@ class MaskTask:
             self.objective.detach()
         self.gates = gates
         self.solver = DualSolver(self._counted(model.architecture), gates, self._freeze.cost)
+        if self._later is not None:
+            self.solver.pinned = self._later.pinned
         self.masked = MaskedNetwork(model)
         self._install_on_device()
 
@@ -350,7 +357,10 @@ class MaskTask:
         assert budget is not None
         start, end, freeze = (round(share * self.total_steps) for share in self.settings.ramp)
         target = int(ramp(step, start, end, budget.ratio) * self.dense_cost)
-        kept = self.solver.solve(self.gates.kept(), target)
+        kept = self.gates.kept()
+        if self._later is not None:
+            target = self._later.widths_target(self.solver, kept, target)
+        kept = self.solver.solve(kept, target)
         # One sub-layer at a time, and then a pause: without it the saliency of the others rises,
         # which the averages must follow.
         if step >= self.progress.pause_until and (
@@ -360,7 +370,11 @@ class MaskTask:
             self.progress.pause_until = step + self.solver.memory_steps
             kept = self.solver.solve(kept, target)
         if step >= freeze:
-            kept = self._freeze.round(self.solver, kept, int(budget.ratio * self.dense_cost))
+            limit = int(budget.ratio * self.dense_cost)
+            if self._later is None:
+                kept = self._freeze.round(self.solver, kept, limit)
+            else:
+                kept = self._later.rounded(self.solver, kept, limit, self._freeze.round)
             self.progress.frozen = True
         self._keep(kept)
 

@@ -19,6 +19,7 @@ from vitrim.pipeline.dry_run import dry_run
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import recipe_fingerprints, run
 from vitrim.pipeline.selection_step import with_selections
+from vitrim.pipeline.selection_training import LaterSelections, show_missing_loss
 from vitrim.pipeline.source_model import build
 
 DEPTH = ("model.overrides={img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3}",)
@@ -81,8 +82,7 @@ def test_patches_and_widths_share_a_budget(recipe_file: Path, method: str, order
     dense, compact = vitrim.load(folder / "baseline"), vitrim.load(folder / "compact")
     assert compact.architecture.selects
     share = count_macs(compact.architecture) / count_macs(dense.architecture)
-    # With widths first the savings of the selection are those in the dense network.
-    assert share < (0.5 if order != "widths-first" else 0.55)
+    assert 0.4 < share <= 0.5
     assert count_params(compact.architecture) < 0.9 * count_params(dense.architecture)
     assert json.loads((folder / "cut-parity.json").read_text())["max_relative_error"] < 1e-5
     start = folder / ("baseline" if order == "widths-first" else "start")
@@ -94,13 +94,49 @@ def test_patches_and_widths_share_a_budget(recipe_file: Path, method: str, order
     assert phases(folder) == ["baseline", *both.get(order, ["masks"]), "finetune"]
 
 
+@pytest.mark.parametrize("method", ["learned", "closed-form"])
+@pytest.mark.parametrize("budget", ["params=0.4", "macs=0.4", "macs=0.3"])
+def test_a_budget_with_widths_first_is_that_of_the_result(
+    recipe_file: Path, method: str, budget: str
+) -> None:
+    kind, _, share = budget.partition("=")
+    sets = (
+        *tokens("dynamicvit", 'masks.token_order="widths-first"', "masks.token_ratio=0.9"),
+        *(f'masks.method="{method}"', f"masks.{budget}", EVERY_ATTENTION),
+    )
+    folder = trained(recipe_file, f"{method}-{budget}", *sets)
+    dense, cut, compact = (vitrim.load(folder / name) for name in ("baseline", "cut", "compact"))
+    assert compact.architecture.selects
+    count = count_params if kind == "params" else count_macs
+    found = [count(each.architecture) / count(dense.architecture) for each in (cut, compact)]
+    assert found[0] == found[1]
+    # One unit more of a network of 24 channels is a lot.
+    assert 0.85 * float(share) < found[1] <= float(share)
+
+
 def test_a_closed_form_cut_of_widths_comes_before_selections(recipe_file: Path) -> None:
     sets = (*tokens("class-attention"), 'masks.method="closed-form"', "masks.macs=0.6")
     folder = trained(recipe_file, "closed", *sets)
     dense, cut = vitrim.load(folder / "baseline"), vitrim.load(folder / "cut")
     assert cut.architecture.selects
-    assert count_macs(cut.architecture) < 0.7 * count_macs(dense.architecture)
+    share = count_macs(cut.architecture) / count_macs(dense.architecture)
+    assert 0.5 < share <= 0.6
     assert phases(folder) == ["baseline", "finetune"]
+
+
+def test_a_loss_on_tokens_that_cannot_be_compared_is_announced(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(recipe_file, (*DEPTH, *tokens("dynamicvit")))
+    dense = vitrim.lift(build(recipe.model.name, recipe.model.overrides))
+    model = with_selections(dense, recipe.masks, 0)
+    show_missing_loss(model, dense, recipe, quiet=False)
+    assert "loss on tokens" not in capsys.readouterr().err
+    model.architecture = model.architecture.model_copy(update={"stream_rotated": True})
+    show_missing_loss(model, dense, recipe, quiet=False)
+    said = " ".join(capsys.readouterr().err.split())
+    assert 'masks.tokens = "dynamicvit": the loss on tokens is left out' in said
+    assert "another basis" in said
 
 
 def test_one_shot_widths_start_a_training_of_both(recipe_file: Path) -> None:
@@ -159,6 +195,33 @@ def test_a_selection_goes_with_every_attention_behind_it(recipe_file: Path) -> N
     compact = vitrim.load(folder / "compact").architecture
     assert not compact.selects
     assert len(compact.attention_steps()) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "gone", "left"),
+    [
+        ("evit", (), ["select.0", "select.1"]),
+        # The one that scores, and the one that reads what is kept.
+        ("evit", (0,), ["select.1"]),
+        ("evit", (2,), ["select.0"]),
+        ("evit", (0, 1, 2), []),
+        ("dynamicvit", (0,), ["select.0", "select.1"]),
+        ("dynamicvit", (0, 1, 2), []),
+    ],
+)
+def test_selections_behind_a_cut_are_those_that_fit_it(
+    recipe_file: Path, method: str, gone: tuple[int, ...], left: list[str]
+) -> None:
+    sets = (f'masks.tokens="{method}"', "masks.token_stages=[0, 1]", "masks.token_ratio=0.6")
+    recipe = load_recipe(recipe_file, (*DEPTH, *sets))
+    dense = vitrim.lift(build(recipe.model.name, recipe.model.overrides))
+    later = LaterSelections(with_selections(dense, recipe.masks, 0), recipe.masks, 0)
+    nothing = torch.zeros(1, dtype=torch.bool)
+    mask = {f"blocks.{number}.attn": nothing for number in gone}
+    cut = vitrim.compact(dense, vitrim.StructuredMask({"block": mask} if mask else {}))
+    found = later(cut)
+    assert [each.name for each in found.architecture.selects] == left
+    assert later.architecture(cut.architecture) == found.architecture
 
 
 def test_a_trial_of_a_recipe_times_every_phase(recipe_file: Path) -> None:
