@@ -67,6 +67,23 @@ def continues(value: float, others: Sequence[float], factor: int) -> bool:
     return sum(other > value for other in others) < max(1, (len(others) + 1) // factor)
 
 
+def stop_reason(folder: Path, run_id: str) -> str | None:
+    """Why a run was stopped; None if it was not.
+
+    Args:
+        folder: The study folder.
+        run_id: The run.
+
+    Raises:
+        InputError: A file about the run is damaged.
+    """
+    for path in sorted((folder / RUNGS).glob(f"*/{run_id}.json")):
+        value = _read(path)
+        if not value["continues"]:
+            return str(value["reason"])
+    return None
+
+
 class Judge:
     """Compares one run with the others of a study folder; called after each of its epochs.
 
@@ -84,10 +101,9 @@ class Judge:
 
     def check(self) -> None:
         """Raise Stopped if the run was stopped before, also if the study was killed just then."""
-        for epoch in self.epochs:
-            for run, value in self._values(epoch):
-                if run == self.run.id and not value["continues"]:
-                    raise Stopped(str(value["reason"]))
+        reason = stop_reason(self.folder, self.run.id)
+        if reason is not None:
+            raise Stopped(reason)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Compare the run, if an epoch is a rung.
@@ -127,11 +143,16 @@ class Judge:
     def _values(self, epoch: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """The runs at a rung with their values, in the order of their ids."""
         for path in sorted(self._place(epoch).glob("*.json")):
-            try:
-                value = json.loads(path.read_text(encoding="utf-8"))
-                known = {"val_top1", "group", "continues", "reason"} <= set(value)
-            except (OSError, ValueError, TypeError):
-                known = False
-            if not known:
-                raise InputError(f"{path}: damaged; delete it, and the run is not compared")
-            yield path.stem, value
+            yield path.stem, _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The value of a run at a rung."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = {"val_top1", "group", "continues", "reason"} <= set(value)
+    except (OSError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise InputError(f"{path}: damaged; delete it, and the run is not compared")
+    return value

@@ -16,16 +16,17 @@ from ...compress.network.files import TOKENS_FILE, TRIM_FILE
 from ...core.errors import InputError
 from ...core.staging import only_writer
 from ...core.storage import disk_errors, replace_file
+from ..latency_loop import LATENCY_FILE
 from ..recipe import Recipe
 from ..run import run
 from ..run_folder import RunFolder
 from ..training_steps import HISTORY, ROTATED, START
-from .early_stop import Judge, Stopped
+from .early_stop import PHASE, Judge, Stopped, stop_reason
 from .plan import Job, Source
 from .table import LOGS, RUNS
 
 # What a step writes beside the files in the ledger.
-BESIDE = {"masks": (TRIM_FILE, TOKENS_FILE, ROTATED, START)}
+BESIDE = {"masks": (TRIM_FILE, TOKENS_FILE, LATENCY_FILE, ROTATED, START)}
 # A worker of a study that was killed ends within a moment.
 LOCK_WAIT_S = 30.0
 
@@ -67,7 +68,9 @@ def run_job(job: Job, folder: Path, threads: int | None = None) -> Outcome:
         try:
             _wait_for_lock(place)
             if job.source is not None:
-                take_steps(folder / RUNS / job.source.run, place, job.source)
+                owner = job.source.run
+                why = stop_reason(folder, owner)
+                take_steps(folder / RUNS / owner, place, job.source, stopped=why)
             if judge is not None:
                 judge.check()
             recipe = _with_threads(job.run.recipe, threads)
@@ -81,29 +84,40 @@ def run_job(job: Job, folder: Path, threads: int | None = None) -> Outcome:
         except MemoryError:
             reason = "out of memory; choose a smaller train.batch_size, or fewer --jobs"
         except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            reason = f"unexpected {type(error).__name__}: {first}"
+            reason = unexpected(error)
             traceback.print_exc()
     reason = None if reason is None else " ".join(reason.split())
     return Outcome(job.name, job.run.id, reason, _peak_bytes(), stopped)
 
 
-def take_steps(source: Path, place: Path, shared: Source) -> None:
+def unexpected(error: Exception) -> str:
+    """An error that no one foresaw in one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {first}"
+
+
+def take_steps(source: Path, place: Path, shared: Source, *, stopped: str | None = None) -> None:
     """Take finished steps from another run of the study.
 
     Args:
         source: The run folder that has them.
         place: The run folder that receives them; it is created.
         shared: The steps.
+        stopped: Why the other run was stopped during its fine-tuning, if it was.
 
     Raises:
         InputError: The other run has not finished one of them, because it failed.
+        Stopped: It was stopped, and so is this run, whose fine-tuning is the same.
     """
     other = RunFolder(source)
     folder = RunFolder.open(place, resume=True, overwrite=False)
     with only_writer(place):
         for step, mark in shared.marks.items():
             if not folder.adopt(other, step, mark, BESIDE.get(step, ())):
+                if stopped is not None and step == PHASE:
+                    # The accuracy so far is that of both.
+                    _take_history(source / HISTORY, place / HISTORY, step)
+                    raise Stopped(stopped)
                 raise InputError(
                     f"it shares the step {step} with run {shared.run}, which failed; see there"
                 )

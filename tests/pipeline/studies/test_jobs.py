@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from vitrim.core.errors import InputError
+from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run_folder import RunFolder
-from vitrim.pipeline.studies.jobs import take_steps
-from vitrim.pipeline.studies.plan import Source
+from vitrim.pipeline.studies.early_stop import EarlyStop
+from vitrim.pipeline.studies.expansion import StudyRun
+from vitrim.pipeline.studies.jobs import run_job, take_steps
+from vitrim.pipeline.studies.plan import Job, Source
 
 MARKS = {"baseline": "b" * 64, "masks": "m" * 64}
 
@@ -77,3 +80,36 @@ def test_a_changed_file_of_the_owner_is_not_taken(owner: RunFolder, tmp_path: Pa
     (owner / "baseline/model.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="shares the step baseline"):
         taken(tmp_path, "baseline")
+
+
+def test_masks_come_with_the_record_of_their_latency(owner: RunFolder, tmp_path: Path) -> None:
+    def make(resumed: bool) -> str:
+        del resumed
+        (owner / "mask.safetensors").write_bytes(b"mask")
+        (owner / "latency.json").write_text("{}")
+        return "made"
+
+    owner.step("masks", MARKS["masks"], ["mask.safetensors"], make, lambda: "loaded")
+    assert (taken(tmp_path, "baseline", "masks") / "latency.json").read_text() == "{}"
+
+
+def test_a_repetition_of_a_stopped_run_is_stopped(owner: RunFolder, tmp_path: Path) -> None:
+    """Its trainings are those of the run that was stopped, so that it has no other end."""
+    study = tmp_path / "study"
+    (study / "rungs/1").mkdir(parents=True)
+    (study / "runs").mkdir()
+    (tmp_path / "owner").rename(study / "runs/owner")
+    with (study / "runs/owner/history.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"phase": "finetune", "epoch": 1, "val_top1": 40.0}\n')
+    reason = "stopped by ASHA after epoch 1: 40.00 % validation top-1, 2 of 2 runs were better"
+    value = {"val_top1": 40.0, "group": "", "continues": False, "reason": reason}
+    (study / "rungs/1/owner.json").write_text(json.dumps(value), encoding="utf-8")
+    run = StudyRun("other", 2, 7, 2, {}, load_recipe(None, ["finetune.epochs=3"]))
+    source = Source("owner", {"baseline": MARKS["baseline"], "finetune": "f" * 64})
+    # Also where a resumed study has no such rule any more.
+    for rule in (EarlyStop(), None):
+        outcome = run_job(Job(run, "finetune", source, early_stop=rule), study)
+        assert (outcome.stopped, outcome.reason) == (True, reason)
+    assert RunFolder(study / "runs/other").is_done("baseline", MARKS["baseline"])
+    history = (study / "runs/other/history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["phase"] for line in history] == ["baseline", "finetune"]
