@@ -18,6 +18,8 @@ from .study_file import Grid, Study, Values, combined
 MOST_RUNS = 10_000
 ID_DIGITS = 10
 Cell = str | int | float | None
+# Keys that may change in a run that continues: they count only where a study varies them.
+FREE = frozenset(f"train.{key}" for key in FREE_KEYS)
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,12 @@ def _of(values: Values, axes: Sequence[str]) -> str:
 def _run(
     study: Study, recipe: Recipe, axes: Sequence[str], number: int, repetition: int
 ) -> StudyRun:
-    tables = recipe.plain()
+    tables = recipe.identity()
     identity = {**tables, "name": "", "repetition": repetition}
     identity["train"] = {
-        key: value for key, value in tables["train"].items() if key not in FREE_KEYS
+        key: value
+        for key, value in tables["train"].items()
+        if f"train.{key}" not in FREE or f"train.{key}" in axes
     }
     text = json.dumps(identity, sort_keys=True)
     run_id = hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]

@@ -14,12 +14,13 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from .jobs import Outcome, run_job
-from .plan import Job
+from .memory import MemoryWatch
+from .plan import MEASURED, Job
 
 # A job whose process was killed is tried once more.
 ATTEMPTS = 2
-# Free memory that a further worker needs, in units of the largest one so far.
-MEMORY_MARGIN = 1.2
+# How often the memory of running workers is read while another one waits for room.
+MEMORY_POLL_S = 0.5
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 
 
@@ -55,7 +56,8 @@ class LocalWorkers:
         self.threads = threads or max(1, processors() // count)
         self.workers: list[_Worker] = []
         self.attempts: dict[str, int] = {}
-        self.peak_bytes = 0
+        self.memory = MemoryWatch()
+        self.lacks_memory = False
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Event]:
         """Do the jobs, and yield their beginnings and ends.
@@ -86,23 +88,24 @@ class LocalWorkers:
 
     def _next(self, pending: Sequence[Job]) -> Job | None:
         """The job to start now; None if a running one must end first."""
-        running = [worker.job for worker in self._busy() if worker.job is not None]
+        self.lacks_memory = False
+        busy = self._busy()
+        running = [worker.job for worker in busy if worker.job is not None]
         if len(running) >= self.count or any(job.measures for job in running):
-            return None
-        if running and not self._has_memory():
             return None
         unfinished = {job.name for job in [*pending, *running]}
         ready = [job for job in pending if not unfinished.intersection(job.needs)]
         training = next((job for job in ready if not job.measures), None)
-        if training is not None or running:
-            return training
-        if any(not job.measures for job in pending):
+        if not running:
+            # Measurements run alone: those of masks, all that are ready, before the trainings that
+            # wait for them; the others last.
+            masks = (job for job in ready if job.measures and job.until != MEASURED)
+            return next(masks, training or next(iter(ready), None))
+        if training is None:
             return None
-        return next(iter(ready), None)
-
-    def _has_memory(self) -> bool:
-        free = free_memory_bytes()
-        return free is None or free > MEMORY_MARGIN * self.peak_bytes
+        numbers = [worker.process.pid for worker in busy if worker.process.pid is not None]
+        self.lacks_memory = not self.memory.has_room(numbers)
+        return None if self.lacks_memory else training
 
     def _start(self, job: Job) -> None:
         worker = next((worker for worker in self.workers if worker.job is None), None)
@@ -115,9 +118,12 @@ class LocalWorkers:
             worker.link.send(job)
 
     def _ended(self, pending: list[Job]) -> Iterator[Outcome]:
-        """Wait for a worker; a job whose process was killed returns to the front of `pending`."""
+        """Wait for a worker; a job whose process was killed returns to the front of `pending`.
+
+        Where another job lacks memory, not for long: a worker that runs may have what it needs.
+        """
         busy = {worker.link: worker for worker in self._busy()}
-        for link in wait(list(busy)):
+        for link in wait(list(busy), MEMORY_POLL_S if self.lacks_memory else None):
             worker = busy[link]  # type: ignore[index]
             job, worker.job = worker.job, None
             assert job is not None
@@ -131,7 +137,7 @@ class LocalWorkers:
                     continue
                 yield Outcome(job.name, job.run.id, _killed(worker.process.exitcode))
             else:
-                self.peak_bytes = max(self.peak_bytes, outcome.peak_bytes)
+                self.memory.ended(outcome.peak_bytes)
                 yield outcome
 
     def _stop(self) -> None:
@@ -152,15 +158,6 @@ def processors() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # Not Linux.
         return os.cpu_count() or 1
-
-
-def free_memory_bytes() -> int | None:
-    """Memory that new processes may use; None where the system does not report it."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return None
 
 
 def _killed(code: int | None) -> str:

@@ -17,11 +17,12 @@ from typing import Any
 from ...core.errors import InputError
 from .jobs import Outcome, run_job
 from .local_workers import Event, Started
-from .plan import Job
+from .plan import Job, next_wave
 
 # How often Ray repeats a job whose worker or machine was lost.
 RETRIES = 3
 CONNECT_LIMIT_S = 10.0
+Node = dict[str, Any]
 
 
 def require_ray() -> None:
@@ -40,8 +41,9 @@ def run_on_ray(
     """Do the jobs of a study on a cluster, and yield their beginnings and ends.
 
     A training takes a share of the processors of a machine, or those of `train.threads`, and one
-    GPU where its device is one. Measurements follow when all trainings have ended, on one machine
-    and all of its processors, so that they run alone and are comparable.
+    GPU where its device is one. Measurements follow when all trainings that do not wait for them
+    have ended, one at a time on one machine and all of its processors, so that they run alone and
+    are comparable.
 
     Args:
         jobs: Each after those that it needs.
@@ -54,7 +56,8 @@ def run_on_ray(
         Events. A job counts as started when Ray has it.
 
     Raises:
-        InputError: Ray is not installed, or the cluster cannot be reached.
+        InputError: Ray is not installed, the cluster cannot be reached, or none of its machines
+            has what a run needs.
     """
     require_ray()
     import ray
@@ -63,13 +66,25 @@ def run_on_ray(
     if not connected:
         _connect(ray, address)
     try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = living_nodes(ray.nodes())
+        for job in jobs:
+            # Ray waits for a machine that is not there, without a word.
+            training_resources(job, nodes, jobs_per_machine)
         task = ray.remote(_task)
-        trainings = [job for job in jobs if not job.measures]
-        resources = [_resources(job, nodes, jobs_per_machine) for job in trainings]
-        failed = yield from _all(ray, task, trainings, folder, resources)
-        measured = [job for job in jobs if job.measures and job.run.id not in failed]
-        yield from _all(ray, task, measured, folder, [_whole_machine(nodes)] * len(measured))
+        pending, machine = list(jobs), ""
+        while wave := next_wave(pending):
+            failed = set[str]()
+            for part in [[job] for job in wave] if wave[0].measures else [wave]:
+                # Machines may have come and gone since the part before.
+                nodes = living_nodes(ray.nodes())
+                if part[0].measures:
+                    node = measuring_node(part[0], nodes, machine)
+                    resources, machine = [_whole(part[0], node)], node["NodeID"]
+                else:
+                    resources = [training_resources(job, nodes, jobs_per_machine) for job in part]
+                failed |= yield from _all(ray, task, part, folder, resources)
+            done = {job.name for job in wave}
+            pending = [job for job in pending if job.name not in done and job.run.id not in failed]
     finally:
         if not connected:
             ray.shutdown()
@@ -153,24 +168,103 @@ def _result(ray: Any, ready: Any, job: Job) -> Outcome:
     return outcome
 
 
-def _resources(job: Job, nodes: Sequence[dict[str, Any]], per_machine: int) -> dict[str, Any]:
-    """What Ray reserves for a training, by the device of its recipe."""
+def living_nodes(nodes: Sequence[Node]) -> list[Node]:
+    """The machines of a cluster that can compute: a head without processors only manages.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = [node for node in nodes if node["Alive"] and _amount(node, "CPU") >= 1]
+    if not found:
+        raise InputError(
+            "--ray: no machine of the cluster has a processor; add one with `ray start "
+            "--address HEAD:PORT`"
+        )
+    return found
+
+
+def training_resources(job: Job, nodes: Sequence[Node], per_machine: int) -> dict[str, Any]:
+    """What Ray reserves for a training, by the device of its recipe.
+
+    Args:
+        job: The training.
+        nodes: The machines (`living_nodes`).
+        per_machine: Trainings at a time on one machine.
+
+    Returns:
+        Options of the task.
+
+    Raises:
+        InputError: No machine has that.
+    """
     train = job.run.recipe.train
     smallest = min(_amount(node, "CPU") for node in nodes)
     threads = train.threads or max(1, math.floor(smallest / per_machine))
-    gpus = sum(_amount(node, "GPU") for node in nodes)
-    wants_gpu = train.device == "cuda" or (train.device == "auto" and gpus > 0)
-    return {"num_cpus": threads, **({"num_gpus": 1} if wants_gpu else {})}
+    able = _with_device(job, nodes)
+    most = max(_amount(node, "CPU") for node in able)
+    if threads > most:
+        raise InputError(
+            f"--ray: train.threads = {threads}, and no machine of the cluster"
+            f"{' with a GPU' if _wants_gpu(job, nodes) else ''} has more than {most:g} processors; "
+            f"write train.threads = {math.floor(most)}, or add a machine"
+        )
+    return {"num_cpus": threads, **_gpu(job, nodes)}
 
 
-def _whole_machine(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All processors of one machine: the one that has most."""
+def measuring_node(job: Job, nodes: Sequence[Node], before: str = "") -> Node:
+    """The machine of a measurement: the one that has most processors.
+
+    Args:
+        job: The measurement.
+        nodes: The machines (`living_nodes`).
+        before: Id of the machine of earlier ones, which is kept while it is there.
+
+    Returns:
+        The machine.
+
+    Raises:
+        InputError: None has the device of the recipe.
+    """
+
+    def order(node: Node) -> tuple[bool, float, str]:
+        return node["NodeID"] == before, _amount(node, "CPU"), node["NodeID"]
+
+    return max(_with_device(job, nodes), key=order)
+
+
+def _whole(job: Job, node: Node) -> dict[str, Any]:
+    """All processors of a machine."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node = max(nodes, key=lambda node: (_amount(node, "CPU"), node["NodeID"]))
     strategy = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-    return {"num_cpus": _amount(node, "CPU"), "scheduling_strategy": strategy}
+    cpus = _amount(node, "CPU")
+    return {"num_cpus": cpus, "scheduling_strategy": strategy, **_gpu(job, [node])}
 
 
-def _amount(node: dict[str, Any], resource: str) -> float:
+def _with_device(job: Job, nodes: Sequence[Node]) -> Sequence[Node]:
+    """The machines that have the device of the recipe."""
+    if not _wants_gpu(job, nodes):
+        return nodes
+    found = [node for node in nodes if _amount(node, "GPU") >= 1]
+    if not found:
+        raise InputError(
+            'train.device = "cuda": no machine of the cluster has a GPU; write train.device = '
+            '"auto", or add one'
+        )
+    return found
+
+
+def _wants_gpu(job: Job, nodes: Sequence[Node]) -> bool:
+    device = job.run.recipe.train.device
+    return device == "cuda" or (
+        device == "auto" and any(_amount(node, "GPU") >= 1 for node in nodes)
+    )
+
+
+def _gpu(job: Job, nodes: Sequence[Node]) -> dict[str, Any]:
+    # Ray hides the GPUs from a task that reserves none.
+    return {"num_gpus": 1} if _wants_gpu(job, nodes) else {}
+
+
+def _amount(node: Node, resource: str) -> float:
     return float(node["Resources"].get(resource, 0.0))
