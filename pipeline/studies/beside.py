@@ -13,6 +13,7 @@ from ...core.console import status
 from ...core.errors import InputError
 from ..recipe_sections import BenchSection
 from .expansion import Cell
+from .jobs import unexpected
 from .table import StudyTable
 
 FOLDER = "beside"
@@ -61,6 +62,9 @@ def measure_beside(
             figures = _measured(name, folder / FOLDER / re.sub(r"[^\w.\-]", "-", name), bench)
         except InputError as error:
             figures = {"reason": " ".join(str(error).split())}
+        except Exception as error:
+            # Whatever torch or timm raises: the report of the runs is written all the same.
+            figures = {"reason": unexpected(error)}
         table.set_beside(name, figures)
 
 

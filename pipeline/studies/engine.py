@@ -23,11 +23,10 @@ from .figures import read_figures, stopped_figures
 from .jobs import Outcome
 from .local_workers import Event, LocalWorkers, Started
 from .plan import MEASURED, Job, plan_jobs
-from .study_file import Study
+from .study_file import STUDY_FILE, Study, base_copy
 from .table import RUNS, TABLE_FILE, StudyTable
 from .token_figures import measure_token_figures, require_token_figures
 
-STUDY_FILE = "study.toml"
 ENDED = ("done", "failed", "stopped")
 
 
@@ -119,7 +118,8 @@ def run_study(study: Study, folder: Path, options: StudyOptions | None = None) -
         with contextlib.closing(_events(jobs, folder, options)) as events:
             _follow(events, table, folder, until, quiet=options.quiet)
         if until == MEASURED:
-            names, bench = study.section.beside, study.base.bench
+            # With the values of [set] and --set; an axis over [bench] times them as its first run.
+            names, bench = study.section.beside, runs[0].recipe.bench
             measure_beside(names, table, folder, bench, quiet=options.quiet)
         if study.section.token_figures is not None:
             measure_token_figures(
@@ -149,8 +149,13 @@ def _require_folder(study: Study, folder: Path, *, resume: bool) -> None:
         raise InputError(
             f"{folder}: contains a study; --resume continues it, --out names another folder"
         )
-    own = study.path.resolve() == (folder / STUDY_FILE).resolve()
+    own = _is_own(study, folder)
     require_separate(folder, {**inputs, "the study": None if own else study.path})
+
+
+def _is_own(study: Study, folder: Path) -> bool:
+    """Whether the study file is the copy in the folder."""
+    return study.path.resolve() == (folder / STUDY_FILE).resolve()
 
 
 def _open_table(study: Study, folder: Path, runs: Sequence[StudyRun]) -> StudyTable:
@@ -168,7 +173,11 @@ def _open_table(study: Study, folder: Path, runs: Sequence[StudyRun]) -> StudyTa
     }
     ids = {run.id for run in runs}
     if (folder / TABLE_FILE).is_file() and (folder / TABLE_FILE).stat().st_size:
-        others = [run_id for run_id in StudyTable(folder).states() if run_id not in ids]
+        known = StudyTable(folder)
+        if _is_own(study, folder) and not section.name:
+            # The copy of the file is not named as the file was.
+            facts["name"] = known.facts().get("name", study.name)
+        others = [run_id for run_id in known.states() if run_id not in ids]
         if others:
             raise InputError(
                 f"{folder}: has {len(others)} runs that {study.path} does not describe (the first "
@@ -176,6 +185,8 @@ def _open_table(study: Study, folder: Path, runs: Sequence[StudyRun]) -> StudyTa
                 "--out, or restore the file: it may gain runs, but lose none"
             )
     table = StudyTable.create(folder, facts)
+    # The recipe first: a study file without it may describe nothing.
+    replace_file(base_copy(folder, section.recipe), study.base.toml())
     replace_file(folder / STUDY_FILE, study.text)
     table.add_runs(runs)
     return table

@@ -25,6 +25,8 @@ from ..recipe_keys import first_error
 from ..recipe_sections import Section
 
 STUDIES = RECIPES / "studies"
+# In a study folder: the copy of the study file, and that of its base recipe, under its own name.
+STUDY_FILE, BASE_RECIPES = "study.toml", "base-recipe"
 Values = dict[str, Any]
 
 
@@ -263,13 +265,25 @@ def load_study(source: str | Path, sets: Sequence[str] = ()) -> Study:
         section = StudySection.model_validate(tables)
     except ValidationError as error:
         raise InputError(f"{path}: {first_error(error, StudySection)}") from None
-    local = path.parent / section.recipe
     try:
-        base = load_recipe(local if local.is_file() else section.recipe)
+        base = load_recipe(_base_recipe(path, section.recipe))
     except InputError as error:
         raise InputError(f"{path}: recipe: {error}") from None
     grids = tuple(_grids(path, section))
     return Study(path, text, section, base, grids)
+
+
+def base_copy(folder: Path, recipe: str) -> Path:
+    """Where a study folder has the copy of its base recipe; `recipe` is what its file names."""
+    return folder / BASE_RECIPES / f"{Path(recipe).stem}.toml"
+
+
+def _base_recipe(path: Path, recipe: str) -> Path | str:
+    """The recipe that a study file names: the copy in a study folder, one beside it, or any."""
+    copy, local = base_copy(path.parent, recipe), path.parent / recipe
+    if path.name == STUDY_FILE and copy.is_file():
+        return copy
+    return local if local.is_file() else recipe
 
 
 def _find(source: str | Path) -> Path:

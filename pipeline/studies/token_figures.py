@@ -136,9 +136,12 @@ def measure_token_figures(
     status(f"measuring the blocks of the dense network of run {run.id}", quiet=quiet)
     try:
         _Measuring(section, run, folder, quiet=quiet).complete(key, known)
-    except InputError as error:
+    except Exception as error:
         # The report of the runs is written all the same.
-        status(f"[red]no figures of single blocks[/red]: {escape(str(error))}", quiet=quiet)
+        from .jobs import unexpected
+
+        reason = str(error) if isinstance(error, InputError) else unexpected(error)
+        status(f"[red]no figures of single blocks[/red]: {escape(reason)}", quiet=quiet)
 
 
 def _key(section: TokenFiguresSection, run: StudyRun, folder: Path) -> str:

@@ -39,6 +39,17 @@ def test_models_are_measured_once_and_reported(tmp_path: Path) -> None:
     assert "| broken |  | an operator is missing |" in text
 
 
+def test_whatever_a_model_raises_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("shape mismatch\nat line 3")
+
+    monkeypatch.setattr("timm.create_model", broken)
+    table = large_table(tmp_path, 3)
+    measure_beside(["test_vit", "test_efficientnet"], table, tmp_path, QUICK, quiet=True)
+    reason = "unexpected RuntimeError: shape mismatch"
+    assert [row["reason"] for row in table.beside()] == [reason] * 2
+
+
 def test_an_unknown_model_is_refused_before_the_runs() -> None:
     with pytest.raises(InputError, match=r"beside: timm .* has no model 'vit_huge'"):
         require_models(["test_vit", "vit_huge"])

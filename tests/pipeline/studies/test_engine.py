@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,10 @@ import pytest
 from study_sample import logged_processes, rows_without_time, write_study
 from vitrim.cli import call
 from vitrim.core.errors import InputError
+from vitrim.pipeline.recipe_sections import BenchSection
+from vitrim.pipeline.studies import engine
 from vitrim.pipeline.studies.engine import StudyOptions, run_study, validated_runs
+from vitrim.pipeline.studies.local_workers import Event
 from vitrim.pipeline.studies.study_file import load_study
 from vitrim.pipeline.studies.table import TABLE_FILE, StudyTable
 from warm_processes import Running, start_vitrim
@@ -187,6 +191,47 @@ def test_a_study_gains_runs_and_loses_none(measured: Path, place: Path) -> None:
     table = run_study(load_study(more), measured, StudyOptions(resume=True, quiet=True))
     assert [row["state"] for row in table.rows()] == ["done"] * 3
     assert [row["top1"] is None for row in table.rows()] == [False, False, True]
+
+
+@pytest.fixture
+def no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies begin and end, but do nothing."""
+
+    def nothing(*arguments: object) -> Generator[Event, None, None]:
+        yield from ()
+
+    monkeypatch.setattr(engine, "_events", nothing)
+
+
+@pytest.mark.usefixtures("no_jobs")
+def test_models_beside_are_timed_as_the_runs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[BenchSection] = []
+
+    def note(
+        names: object, table: object, folder: object, bench: BenchSection, **_: object
+    ) -> None:
+        del names, table, folder
+        found.append(bench)
+
+    monkeypatch.setattr(engine, "measure_beside", note)
+    path = write_study(tmp_path, 'beside = ["test_vit"]\n[set]\n"bench.threads" = 2\n')
+    study = load_study(path, ["bench.time_limit_s=0.3"])
+    run_study(study, tmp_path / "out", StudyOptions(quiet=True))
+    assert (found[0].threads, found[0].time_limit_s) == (2, 0.3)
+
+
+@pytest.mark.usefixtures("no_jobs")
+def test_a_study_folder_is_resumed_without_the_file_and_its_recipe(tmp_path: Path) -> None:
+    path = write_study(tmp_path, MEASURED)
+    first = run_study(load_study(path, ["finetune.epochs=2"]), tmp_path / "out")
+    path.unlink()
+    (tmp_path / "tiny.toml").unlink()
+    again = load_study(tmp_path / "out/study.toml")
+    table = run_study(again, tmp_path / "out", StudyOptions(resume=True, quiet=True))
+    assert table.states() == first.states()
+    assert table.facts()["name"] == "trial"
 
 
 def test_another_folder_is_not_touched(tmp_path: Path, study: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 from study_sample import write_study
 from vitrim.core.errors import InputError
 from vitrim.pipeline.studies.expansion import cell, expand
-from vitrim.pipeline.studies.study_file import flat_values, load_study, study_names
+from vitrim.pipeline.studies.study_file import (
+    STUDIES,
+    base_copy,
+    flat_values,
+    load_study,
+    study_names,
+)
 
 GRID = """
 seeds = [7, 13]
@@ -114,6 +121,18 @@ def test_a_run_has_the_same_id_in_a_larger_study_and_on_more_threads(place: Path
     large = expand(load_study(write_study(place, text)))
     assert small[0].id in {run.id for run in large}
     assert len({run.id for run in large}) == 4
+
+
+def test_a_key_that_does_not_count_otherwise_counts_where_it_varies(place: Path) -> None:
+    text = '[axes]\n"train.precision" = ["fp32", "bf16"]\n"train.threads" = [1, 2]\n'
+    runs = expand(load_study(write_study(place, text)))
+    assert len({run.id for run in runs}) == 4
+    assert [run.cells for run in runs[:2]] == [
+        {"train.precision": "fp32", "train.threads": threads} for threads in (1, 2)
+    ]
+    # A value of all runs does not.
+    same = expand(load_study(write_study(place, '[set]\n"train.precision" = "bf16"\n')))
+    assert same[0].id == expand(load_study(write_study(place, "")))[0].id
 
 
 def test_repetitions_differ_in_their_id_only(place: Path) -> None:
@@ -244,6 +263,36 @@ def test_a_missing_study_or_recipe_is_named(place: Path) -> None:
     path.write_text("recipe = ", encoding="utf-8")
     with pytest.raises(InputError, match=r"other.toml: not valid TOML"):
         load_study(path)
+
+
+def test_the_copy_of_a_study_has_its_recipe(place: Path) -> None:
+    study = load_study(write_study(place, GRID))
+    folder = place / "folder"
+    copy = base_copy(folder, study.section.recipe)
+    copy.parent.mkdir(parents=True)
+    copy.write_text(study.base.toml(), encoding="utf-8")
+    (folder / "study.toml").write_text(study.text, encoding="utf-8")
+    again = load_study(folder / "study.toml")
+    assert [run.id for run in expand(again)] == [run.id for run in expand(study)]
+    # Another recipe that somebody writes into the copy is that one.
+    other = study.text.replace("tiny.toml", "quickstart")
+    (folder / "study.toml").write_text(other, encoding="utf-8")
+    assert load_study(folder / "study.toml").base.name == "quickstart"
+
+
+def test_the_tokens_of_the_source_are_a_valid_study(place: Path) -> None:
+    """What the comment of `tokens` says: another recipe, and keys of [set] that change."""
+    text = (STUDIES / "tokens.toml").read_text(encoding="utf-8")
+    text = text.replace('recipe = "quickstart"', 'recipe = "imagenet_deit"')
+    text = re.sub(r'^"masks.(lr|augmentation)" = .*\n', "", text, flags=re.MULTILINE)
+    text = text.replace('"masks.epochs" = 3', '"masks.method" = "closed-form"')
+    text = text.replace(', "finetune.epochs" = 3', "")
+    (place / "full.toml").write_text(text, encoding="utf-8")
+    runs = expand(load_study(place / "full.toml"))
+    assert len(runs) == 81
+    assert {run.recipe.finetune.epochs for run in runs} == {30}
+    assert {run.recipe.masks.width_epochs for run in runs} == {0}
+    assert {run.recipe.model.name for run in runs} == {"deit_small_patch16_224.fb_in1k"}
 
 
 @pytest.mark.parametrize(("name", "count"), [("structured", 216), ("tokens", 81), ("tandem", 30)])
