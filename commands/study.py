@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..core.console import echo, show, unit_count
 from ..core.errors import InputError
-from ..core.storage import replace_file
+from ..core.storage import replace_file, require_separate
 from .option_groups import Quiet
 from .run import import_torch_with_sleeping_threads
 
@@ -151,7 +151,10 @@ FormatOption = Annotated[Format, typer.Option("--format", help="How the rows are
 OutFile = Annotated[
     Path | None,
     typer.Option(
-        "--out", help="Write to this file instead of standard output.", show_default=False
+        "--out",
+        help="Write csv, json or parquet to this file instead of standard output. An existing one "
+        "is replaced if it has rows of this study.",
+        show_default=False,
     ),
 ]
 Latex = Annotated[
@@ -266,12 +269,14 @@ def show_rows(
         out: A file instead of standard output.
     """
     from ..pipeline.studies.condition import require_column
-    from ..pipeline.studies.exports import as_csv, as_json, as_parquet, mean_rows
+    from ..pipeline.studies.exports import as_csv, as_json, as_parquet, mean_rows, rows_kind
     from ..pipeline.studies.summary import summarise
     from ..pipeline.studies.table import StudyTable
 
     if format_ == "parquet" and out is None:
         raise InputError("--format parquet: name the file with --out rows.parquet")
+    if format_ == "table" and out is not None:
+        raise InputError(f"--out {out}: a table is only shown; write --format csv, json or parquet")
     table = StudyTable(folder)
     summary = summarise(table)
     rows, known = table.rows(where, sort), list(summary.columns)
@@ -294,7 +299,8 @@ def show_rows(
     if out is None:
         sys.stdout.write(str(content))
     else:
-        replace_file(out, content)
+        require_separate(out, {"the study's table": table.path})
+        replace_file(out, content, rows_kind(format_, summary))
 
 
 @app.command("report")

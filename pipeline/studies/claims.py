@@ -233,7 +233,9 @@ def _impact(summary: Summary) -> list[Finding]:
 def _near(found: Differences) -> bool | None:
     assert found.interval is not None
     low, high = found.interval
-    return True if high <= NEAR_POINTS else False if low > NEAR_POINTS else None
+    if low >= -NEAR_POINTS and high <= NEAR_POINTS:
+        return True
+    return False if low > NEAR_POINTS or high < -NEAR_POINTS else None
 
 
 def _barely(found: Differences) -> bool | None:

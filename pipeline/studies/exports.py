@@ -5,11 +5,65 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from ...core import strict_json
+from ...core.written_kinds import FileKind
 from .condition import require_column
 from .summary import Summary, grouped, number
 from .table import Column, Row
+
+
+def rows_kind(format_: str, summary: Summary) -> FileKind:
+    """The kind of files that have rows of a study, or their means, so that no other is replaced.
+
+    Args:
+        format_: csv, json or parquet.
+        summary: The study.
+
+    Returns:
+        The kind; a file is of it if all its columns are such of the study.
+    """
+    names = {column.name for column in summary.columns}
+    known = {*names, *(f"{name}_std" for name in names), "runs"}
+    reader = _READERS[format_]
+
+    def matches(path: Path) -> bool:
+        try:
+            return reader(path) <= known
+        except (ValueError, AttributeError, csv.Error):
+            return False
+
+    return FileKind(f"rows of this study as {format_}", matches)
+
+
+def _csv_columns(path: Path) -> set[str]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        first = stream.readline()
+    # An empty file has no columns; an empty line names one of no study.
+    return set(next(csv.reader([first])) or [""]) if first else set()
+
+
+def _json_columns(path: Path) -> set[str]:
+    rows = strict_json.parse(path.read_bytes())
+    if not isinstance(rows, list):
+        raise ValueError("not a list of rows")
+    return set().union(*(row.keys() for row in rows))
+
+
+def _parquet_columns(path: Path) -> set[str]:
+    import pyarrow.parquet
+
+    # Its errors are ValueErrors.
+    return set(pyarrow.parquet.read_schema(path).names)
+
+
+_READERS: dict[str, Callable[[Path], set[str]]] = {
+    "csv": _csv_columns,
+    "json": _json_columns,
+    "parquet": _parquet_columns,
+}
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:

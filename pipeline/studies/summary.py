@@ -127,7 +127,8 @@ def summarise(table: StudyTable) -> Summary:
     fronts = {
         cost: fronts_by_seed(done, cost, found.quality)
         for cost in (*sizes, *found.latencies)
-        if numbers(done, cost)
+        # Without an accuracy there is nothing to compare it with.
+        if any(None not in (row.get(cost), row.get(found.quality)) for row in done)
     }
     beside = tuple(table.beside())
     return Summary(found.facts, columns, rows, found.groups, fronts, beside)

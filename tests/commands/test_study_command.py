@@ -66,9 +66,40 @@ def test_rows_are_written_in_every_format(
     assert means[0]["top1"] == max(row["top1"] for row in means)
 
 
+@pytest.mark.parametrize("format_", ["csv", "json", "parquet"])
+def test_only_rows_of_the_study_are_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str
+) -> None:
+    path = tmp_path / f"rows.{format_}"
+    command = ["study", "show", str(folder), "--format", format_, "--out", str(path)]
+    means = ["--means", "--columns", "runs,top1_std"]
+    sizes = []
+    for words in (["--columns", "id,top1"], [], means, []):
+        assert call([*command, *words]) == 0
+        sizes.append(path.stat().st_size)
+    assert sizes[1] == sizes[3] > sizes[0]
+    for content in (b"id,price\n1,2\n", b'[{"id": 1, "price": 2}]', b"PAR1", b"\nmine", b"[1]"):
+        path.write_bytes(content)
+        assert call(command) == 2
+        assert f"not rows of this study as {format_}), so it is not" in capsys.readouterr().err
+        assert path.read_bytes() == content
+
+
+def test_the_table_of_the_study_is_never_replaced(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (folder / "study.sqlite").read_bytes()
+    for format_ in ("csv", "json", "parquet"):
+        out = str(folder / "study.sqlite")
+        assert call(["study", "show", str(folder), "--format", format_, "--out", out]) == 2
+        assert "the output is the study's table that is read" in capsys.readouterr().err
+    assert (folder / "study.sqlite").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["show", "FOLDER", "--out", "x"], "--out x: a table is only shown; write --format csv"),
         (["show", "FOLDER", "--where", "parms < 3"], "no column 'parms'; the nearest is params"),
         (["show", "FOLDER", "--sort", "tpo1"], "--sort: no column 'tpo1'; the nearest is top1"),
         (["show", "FOLDER", "--columns", "id,x1"], "--columns: no column 'x1'"),

@@ -102,6 +102,13 @@ def test_the_opposite_does_not_hold_here() -> None:
     assert {verdict(finding) for finding in found.values()} == {"does not hold here"}
 
 
+@pytest.mark.parametrize("gain", [-0.1, -0.03, -0.01, 0.01, 0.03])
+def test_two_points_are_a_distance_on_both_sides(gain: float) -> None:
+    found = of(summary(masks(lambda sharing, _: 0.8 + gain * (sharing == "unshared")), *STRUCTURED))
+    assert found[UNSHARED].number == pytest.approx(100 * gain)
+    assert verdict(found[UNSHARED]) == ("holds" if abs(gain) < 0.02 else "does not hold here")
+
+
 def test_few_rows_decide_nothing() -> None:
     rows = masks(lambda sharing, fixed: 0.8)[:11]
     found = of(summary(rows, *STRUCTURED))

@@ -162,6 +162,25 @@ def test_a_study_without_a_finished_run_has_a_report(tmp_path: Path) -> None:
         write_report(tmp_path, latex=True)
 
 
+def test_a_cost_without_an_accuracy_has_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With until = "finetune" and finetune.epochs = 0 runs have sizes alone."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    table = large_table(tmp_path, 4)
+    for run in table.states():
+        table.change(run, "done", figures={"top1": None, "val_top1": None})
+    write_report(tmp_path, latex=True)
+    assert "4 of 4 runs done" in (tmp_path / "study.html").read_text()
+    assert list(tmp_path.glob("study-*.svg")) == []
+    # One run has an accuracy and no latency.
+    run = next(iter(table.states()))
+    table.change(run, "done", figures={"top1": 0.9, "compact_fp32_ms": None})
+    write_report(tmp_path, latex=True)
+    names = sorted(path.name for path in tmp_path.glob("study-*.svg"))
+    assert names == ["study-macs.svg", "study-params-masks-params.svg", "study-params.svg"]
+
+
 def test_the_article_keeps_the_text_of_its_author(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
