@@ -81,6 +81,18 @@ class Recipe(Section):
         """The recipe as tables for TOML: keys as in the file, absent values left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
+    def identity(self) -> dict[str, Any]:
+        """The recipe as tables that are equal to those of earlier versions where runs are.
+
+        `masks.file_precision` was "fp32" where nothing else was given; without a cost table it
+        still is, and without a size it makes no difference.
+        """
+        plain, masks = self.plain(), self.masks
+        sizes = masks.file_mb is not None or masks.peak_memory_mb is not None
+        if not (masks.has_latency and sizes):
+            plain["masks"].setdefault("file_precision", "fp32")
+        return plain
+
     def inputs(self) -> dict[str, Path | None]:
         """The files and folders that a run reads, by what they are; None where there is none."""
         # It imports torch, which takes seconds.
@@ -102,7 +114,7 @@ class Recipe(Section):
 
         A step is repeated only when something that it depends on changed.
         """
-        plain = self.plain()
+        plain = self.identity()
         for key in FREE_KEYS:
             plain["train"].pop(key, None)
         parts = {"previous": previous, **{section: plain[section] for section in sections}}

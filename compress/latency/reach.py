@@ -10,7 +10,7 @@ import numpy as np
 
 from ...targets.cost_table import CostTable
 from .chain import EQUAL, Chain, total
-from .programme import Plan, least_time, solve_quickly
+from .programme import Plan, solve_quickly
 from .solution import Limits
 
 # Caps of the memory of activations that are tried for a choice, and again around the best one.
@@ -45,11 +45,10 @@ class Reach:
     number_bytes: float
 
     def least_ms(self) -> float:
-        """The smallest latency, of whatever size."""
+        """The smallest latency within the other budgets; infinite if nothing meets them."""
         assert self.table is not None
-        return self.table.corrected_ms(
-            min(least_time(chain.stages(chain.times)) + chain.ends_ms for chain in self.chains)
-        )
+        least = min(self._fastest_ms(), default=math.inf)
+        return self.table.corrected_ms(least) if math.isfinite(least) else math.inf
 
     def found(self) -> tuple[Chain, Plan] | None:
         """Some choice within all budgets; None if there is none."""
@@ -73,7 +72,7 @@ class Reach:
         limits, table = self.limits, self.table
         texts = {**limits.texts(), **(named or {})}
         if limits.latency_ms is not None and table is not None:
-            least = self.least_ms()
+            least = replace(self, limits=Limits(limits.latency_ms)).least_ms()
             if least > limits.latency_ms * (1 + EQUAL):
                 return (
                     f"{texts['latency_ms']}: the smallest latency that can be reached is "
@@ -97,12 +96,12 @@ class Reach:
                     f"{_rounded_up(alone.least_bytes(name) / MB)} MB; give a larger budget"
                 )
         start = f"{', '.join(texts.values())}: no network meets all of them at once; "
-        fastest = min(self._fastest_ms(), default=math.inf)
-        if table is None or limits.latency_ms is None or not math.isfinite(fastest):
+        least = math.inf if table is None or limits.latency_ms is None else self.least_ms()
+        if table is None or not math.isfinite(least):
             return f"{start}give larger budgets"
         return (
-            f"{start}the smallest latency within the others is "
-            f"{_rounded_up(table.corrected_ms(fastest))} ms ({table.title}); give larger budgets"
+            f"{start}the smallest latency within the others is {_rounded_up(least)} ms "
+            f"({table.title}); give larger budgets"
         )
 
     def least_bytes(self, name: str) -> float:

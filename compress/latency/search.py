@@ -86,15 +86,27 @@ def solve_architecture(
     return best
 
 
-def smallest_latency_ms(architecture: Architecture, losses: Losses, table: CostTable) -> float:
+def smallest_latency_ms(
+    architecture: Architecture,
+    losses: Losses,
+    table: CostTable,
+    limits: Limits | None = None,
+    options: SolveOptions = DEFAULTS,
+) -> float:
     """The smallest latency that any choice has by the table, in milliseconds.
 
     Args:
         architecture: The network.
         losses: The widths to choose from.
         table: The cost table.
+        limits: Budgets of bytes and memory that the choice meets; that of the latency makes no
+            difference.
+        options: See `SolveOptions`.
+
+    Returns:
+        The latency; infinite if nothing meets the budgets.
     """
-    search = _Search(architecture, losses, Limits(1.0), table, DEFAULTS)
+    search = _Search(architecture, losses, limits or Limits(1.0), table, options)
     return search.reach(search.chains()).least_ms()
 
 

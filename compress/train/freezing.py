@@ -20,21 +20,17 @@ from torch import Tensor
 from ...core.errors import InputError
 from ...targets.cost_table import CostTable
 from ..latency.losses import Losses, scored_losses
-from ..latency.search import smallest_latency_ms, solve_architecture
+from ..latency.search import require_limits, smallest_latency_ms, solve_architecture
 from ..latency.shapes import network_shape
 from ..latency.solution import Limits, Solution, SolveOptions
-from ..masks.budget import Budget, CostOf, DualSolver, require_feasible
-from ..masks.gates import Gates
+from ..masks.budget import DualSolver
 from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
-from ..network.architecture import Architecture
 from ..network.axes import STEM_OUT
-from ..network.live_latency import NS_PER_MS, LatencyCost
 from ..network.select_specs import scoring_branches
 from ..oneshot.budgets import Precision
 from ..surgery.plan import Plan, plan
 from ..surgery.rounding import snap
-from .mask_settings import MaskSettings
 
 # A latency that exceeds a budget by this share is equal to it, in another order of summation.
 EQUAL = 1e-9
@@ -80,13 +76,13 @@ class Rounding:
         table: The cost table.
         round_to: Widths are multiples of it.
         removable: Kinds of sub-layers that may be removed as a whole: "attention", "ffn".
-        precision: Of the weights in a file and in memory.
+        precision: Of the weights in a file and in memory. None: that of the table.
     """
 
     table: CostTable
     round_to: int = 1
     removable: tuple[str, ...] = ("attention", "ffn")
-    precision: Precision = "fp32"
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True)
@@ -142,16 +138,42 @@ def round_to_latency(
     return min(found, key=lambda each: each.loss)
 
 
-def least_latency_ms(solver: DualSolver, kept: Sequence[Tensor], rounding: Rounding) -> float:
-    """The smallest latency that rounding can reach, in milliseconds.
+def least_latency_ms(
+    solver: DualSolver,
+    kept: Sequence[Tensor],
+    rounding: Rounding,
+    limits: Limits | None = None,
+) -> float:
+    """The smallest latency that rounding can reach, in milliseconds; infinite if it cannot.
 
     Args:
         solver: The gates of the network.
         kept: The units kept now, one tensor for each group.
         rounding: The table and the multiples.
+        limits: The budgets beside the latency.
     """
     problem = _Problem(solver, kept, rounding)
-    return smallest_latency_ms(problem.base.architecture, problem.losses(True), rounding.table)
+    given = problem.base.architecture, problem.losses(True), rounding.table
+    return smallest_latency_ms(*given, limits, problem.options)
+
+
+def require_rounding(
+    solver: DualSolver, kept: Sequence[Tensor], rounding: Rounding, limits: Limits
+) -> None:
+    """Check that rounding can meet all budgets of a device.
+
+    Args:
+        solver: The gates of the network.
+        kept: The units kept now, one tensor for each group.
+        rounding: The table and the multiples.
+        limits: The budgets.
+
+    Raises:
+        InputError: It cannot; the message has the smallest value that can be met.
+    """
+    problem = _Problem(solver, kept, rounding)
+    given = problem.base.architecture, problem.losses(True), limits, rounding.table
+    require_limits(*given, problem.options)
 
 
 class _Problem:
@@ -241,17 +263,19 @@ class _Problem:
         patches = patches[values[patches].argsort(stable=True)]
         return patches[keep[patches].to(torch.uint8).argsort(stable=True)]
 
+    @property
+    def options(self) -> SolveOptions:
+        """How the dynamic programme searches."""
+        prefix = self.base.architecture.prefix
+        sets = [self.kept[place] for place in self._places]
+        levels = tuple(prefix + int(keep.sum()) for keep in sets)
+        return SolveOptions(precision=self.rounding.precision, levels=levels)
+
     def solved(self, limits: Limits, *, depth: bool) -> Frozen:
         """The masks that the dynamic programme chooses."""
         losses = self.losses(depth)
-        sets = [self.kept[place] for place in self._places]
-        prefix = self.base.architecture.prefix
-        options = SolveOptions(
-            precision=self.rounding.precision,
-            levels=tuple(prefix + int(keep.sum()) for keep in sets),
-        )
         architecture, table = self.base.architecture, self.rounding.table
-        found = solve_architecture(architecture, losses, limits, table, options)
+        found = solve_architecture(architecture, losses, limits, table, self.options)
         removed = tuple(name for name, option in found.options.items() if option.removes)
         return self.frozen(self._chosen(found, losses), removed)
 
@@ -319,100 +343,3 @@ class _Problem:
 
 def _nothing(names: Collection[str]) -> dict[str, Tensor]:
     return {name: torch.zeros(1, dtype=torch.bool) for name in sorted(names)}
-
-
-class Freeze:
-    """Rounds the masks of a mask learning when they freeze.
-
-    Args:
-        settings: How masks are learned.
-    """
-
-    def __init__(self, settings: MaskSettings) -> None:
-        self.settings = settings
-        self.cost: CostOf = "params" if settings.budget is None else settings.budget.cost
-        self.rounding: Rounding | None = None
-        if isinstance(self.cost, LatencyCost):
-            removable = tuple(kind for kind, each in self._overheads.items() if each)
-            precision = settings.file_precision
-            self.rounding = Rounding(self.cost.table, settings.round_to, removable, precision)
-
-    @property
-    def _overheads(self) -> dict[str, float]:
-        settings = self.settings
-        return {
-            "attention": settings.attention_overhead_macs,
-            "ffn": settings.ffn_overhead_macs,
-        }
-
-    def overhead(self, rate: float) -> dict[str, float]:
-        """The cost of a sub-layer beside its units by kind.
-
-        Args:
-            rate: The cost of a multiply-add.
-        """
-        if self.rounding is not None:
-            # A cost table has it; a kind without any is not removed.
-            return dict.fromkeys(self.rounding.removable, 1.0)
-        return {kind: macs * rate for kind, macs in self._overheads.items()}
-
-    def require_feasible(
-        self, architecture: Architecture, gates: Gates, budget: Budget, dense: int
-    ) -> None:
-        """Check that some mask meets the budget.
-
-        Args:
-            architecture: The network whose cost is counted.
-            gates: Its gates.
-            budget: The budget.
-            dense: The cost of the network.
-
-        Raises:
-            InputError: None does; the message has the smallest budget that can be met.
-        """
-        if self.rounding is None or gates.sharing == "full":
-            require_feasible(architecture, gates, budget)
-            return
-        if gates.sharing == "unshared":
-            raise InputError(
-                'masks: sharing = "unshared": a latency is that of one width of the residual '
-                'stream; use sharing = "residual"'
-            )
-        if architecture.selects:
-            self.rounding.table.require_selections()
-        solver = DualSolver(architecture, gates, self.cost)
-        least_ms = least_latency_ms(solver, gates.kept(), self.rounding)
-        latency_ms = budget.ratio * dense / NS_PER_MS
-        if latency_ms < least_ms:
-            raise InputError(
-                f"budget latency_ms = {latency_ms:.4g}: the smallest latency that learned masks "
-                f"can reach is {least_ms:.4g} ms ({self.rounding.table.title}); give a larger "
-                "budget"
-            )
-
-    def round(self, solver: DualSolver, kept: list[Tensor], target: int) -> list[Tensor]:
-        """Round the kept units; of a network under a latency, sub-layers may leave for good.
-
-        Args:
-            solver: The saliencies, the cost and the gates.
-            kept: The units kept now, one tensor for each group.
-            target: The cost not to exceed; a latency in nanoseconds.
-
-        Returns:
-            Booleans, one tensor for each group.
-
-        Raises:
-            InputError: The budget cannot be met.
-        """
-        settings, rounding = self.settings, self.rounding
-        if rounding is None or settings.sharing == "full":
-            # Sub-layers that share their widths are not chosen one by one.
-            return snapped(solver, kept, settings.round_to, target)
-        greedy = None
-        with contextlib.suppress(InputError):
-            greedy = snapped(solver, kept, settings.round_to, target)
-        limits = Limits(target / NS_PER_MS, settings.file_mb, settings.peak_memory_mb)
-        found = round_to_latency(solver, kept, limits, rounding, greedy)
-        for name in found.removed:
-            solver.gates.remove_branch(name)
-        return found.kept

@@ -41,7 +41,7 @@ class MaskSettings:
         ffn_overhead_macs: The same for an FFN.
         file_mb: With a latency: largest size of the weights in a file, in megabytes.
         peak_memory_mb: With a latency: largest memory of weights and activations, in megabytes.
-        file_precision: Of the weights in both.
+        file_precision: Of the weights in both. None: that of the cost table.
 
     Raises:
         InputError: A setting is out of range.
@@ -69,7 +69,7 @@ class MaskSettings:
     ffn_overhead_macs: float = 0.0
     file_mb: float | None = None
     peak_memory_mb: float | None = None
-    file_precision: Precision = "fp32"
+    file_precision: Precision | None = None
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.lambda_ is None):

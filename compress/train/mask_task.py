@@ -31,9 +31,9 @@ from ..network.modules.model import CompactModel, build
 from ..surgery.compactor import compact
 from .dense import Distillation, task_loss
 from .devices import Placement, tensors_to_cpu
-from .freezing import Freeze
 from .graph_shrinking import shrink_graph
 from .later_cost import LaterCost
+from .mask_freeze import Freeze
 from .mask_settings import MaskSettings
 from .objectives import Objective
 from .optimizers import adamw_lr, add_vectors, make_optimizer, split_rates

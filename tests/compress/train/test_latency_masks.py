@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vitrim.compress.oneshot.budgets import file_bytes
 from vitrim.compress.surgery.plan import plan
 from vitrim.compress.train.freezing import Rounding, least_latency_ms, round_to_latency, snapped
 from vitrim.compress.train.loop import fit
+from vitrim.compress.train.mask_freeze import least_masked_ms
 from vitrim.compress.train.mask_settings import MaskSettings
 from vitrim.compress.train.mask_task import MaskTask
 from vitrim.compress.train.settings import TrainSettings
@@ -163,3 +165,50 @@ def test_a_latency_that_cannot_be_reached_is_refused_before_training(
         MaskTask(lift(tiny_vit(num_classes=4)), settings, 10)
     with pytest.raises(InputError, match="file_mb is a budget beside a latency"):
         MaskSettings(budget=Budget("macs", 0.5), file_mb=1.0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"file_mb": 1e-3}, "file_mb = 0.001: the smallest weights that can be reached are"),
+        ({"peak_memory_mb": 1e-3}, "peak_memory_mb = 0.001: the smallest memory of weights and"),
+    ],
+)
+def test_a_size_that_cannot_be_reached_is_refused_before_training(
+    limits: dict[str, float], message: str
+) -> None:
+    """Not at the freeze, when most of the training is over."""
+    model = lift(tiny_vit(num_classes=4))
+    settings = MaskSettings(budget=Budget("latency", 0.9, TABLE), **limits)
+    with pytest.raises(InputError, match=message) as caught:
+        MaskTask(model, settings, 10)
+    [(name, _)] = limits.items()
+    least = float(str(caught.value).split("are " if name == "file_mb" else " is ")[1].split()[0])
+    MaskTask(model, replace(settings, **{name: least}), 10)
+
+
+def test_weights_at_the_freeze_have_the_precision_of_the_table() -> None:
+    solver = problem(1, tokens=False)
+    everything = solver.gates.kept()
+    table = latency_table(precision="int8")
+    whole_mb = file_bytes(solver.architecture, "int8") / 1e6
+    limits = Limits(solver.cost(everything) / NS_PER_MS, file_mb=1.01 * whole_mb)
+    kept = round_to_latency(solver, everything, limits, Rounding(table, 4)).kept
+    assert all(bool(keep.all()) for keep in kept)
+    smaller = round_to_latency(solver, everything, limits, Rounding(table, 4, precision="fp32"))
+    assert not all(bool(keep.all()) for keep in smaller.kept)
+
+
+@pytest.mark.parametrize("sharing", ["residual", "full"])
+def test_the_least_latency_of_masks_can_be_learned(sharing: Any) -> None:
+    model = lift(tiny_vit(num_classes=4))
+    settings = MaskSettings(
+        budget=Budget("latency", 1.0, TABLE), sharing=sharing, round_to=4, **OVERHEADS
+    )
+    least_ms = least_masked_ms(model.architecture, settings)
+    dense_ms = TABLE.latency_ms(network_shape(model.architecture))
+    assert least_ms < dense_ms
+    enough = Budget("latency", (least_ms + 3 / NS_PER_MS) / dense_ms, TABLE)
+    MaskTask(model, replace(settings, budget=enough), 10)
+    with pytest.raises(InputError):
+        MaskTask(model, replace(settings, budget=replace(enough, ratio=0.98 * enough.ratio)), 10)
