@@ -91,15 +91,14 @@ def test_a_resampled_token_mask_is_noted_in_the_manifest(tmp_path: Path) -> None
     model = tiny_vit(img_size=32, depth=3)
     cut = vitrim.compact(model, vitrim.choose_tokens(model, "radial", macs=0.7)).eval()
     line = "image size 48x48: the map of where patches leave was resampled from that of another"
-    for number, (given, size, noted) in enumerate(
-        [
-            (cut, None, False),
-            (cut, 48, True),
-            # Resized before the export.
-            (vitrim.resized(cut, 48), None, True),
-            (vitrim.lift(model), 48, False),
-        ]
-    ):
+    cases: list[tuple[Any, int | None, bool]] = [
+        (cut, None, False),
+        (cut, 48, True),
+        # Resized before the export.
+        (vitrim.resized(cut, 48), None, True),
+        (vitrim.lift(model), 48, False),
+    ]
+    for number, (given, size, noted) in enumerate(cases):
         artifact = export(given, tmp_path / str(number), image_size=size)
         assert any(note.startswith(line) for note in artifact.manifest.notes) == noted
 

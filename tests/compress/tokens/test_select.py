@@ -130,7 +130,7 @@ def test_messages_name_the_argument_and_the_way_out(options: dict[str, Any], mes
 
 
 def test_rules_differ_from_the_second_stage_on() -> None:
-    found = {}
+    found: dict[str | None, list[int]] = {}
     for rule in (None, "geometric", "subtractive"):
         selects = selecting(stages=[0, 1], ratio=0.7, rule=rule).architecture.selects
         found[rule] = [select.patches for select in selects]
