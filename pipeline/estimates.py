@@ -148,7 +148,7 @@ def _branch_peak(branch: BranchSpec, architecture: Architecture, tokens: int, qu
 
 def _score_peak(widths: SelectWidths, tokens: int) -> int:
     """The numbers of the largest layer of a predictor with its inputs; of attention the scores."""
-    layers = (widths.reads, widths.local + widths.pooled, *widths.hidden, 1)
+    layers: tuple[int, ...] = (widths.reads, widths.local + widths.pooled, *widths.hidden, 1)
     return tokens * max(before + after for before, after in pairwise(layers))
 
 
