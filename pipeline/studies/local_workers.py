@@ -19,7 +19,7 @@ from .plan import MEASURED, Job
 
 # A job whose process was killed is tried once more.
 ATTEMPTS = 2
-# How often the memory of running workers is read while another one waits for room.
+# How often the memory of running workers is read while another one waits for it.
 MEMORY_POLL_S = 0.5
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 
@@ -104,7 +104,7 @@ class LocalWorkers:
         if training is None:
             return None
         numbers = [worker.process.pid for worker in busy if worker.process.pid is not None]
-        self.lacks_memory = not self.memory.has_room(numbers)
+        self.lacks_memory = not self.memory.suffices_for_another(numbers)
         return None if self.lacks_memory else training
 
     def _start(self, job: Job) -> None:

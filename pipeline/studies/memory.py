@@ -1,4 +1,4 @@
-"""Whether the memory of this machine has room for a further worker of a study."""
+"""Whether the memory of this machine suffices for a further worker of a study."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class MemoryWatch:
         """Note the largest memory of a job that has ended."""
         self.largest = max(self.largest, peak_bytes)
 
-    def has_room(self, running: Sequence[int]) -> bool:
-        """Whether another worker fits, if all of them become as large as the largest.
+    def suffices_for_another(self, running: Sequence[int]) -> bool:
+        """Whether there is memory for another worker, if all become as large as the largest.
 
-        Until a job has ended, nobody knows how large that is; so the workers that run must have
-        stopped growing first.
+        Until a job has ended, that size is unknown, so the workers that run must have stopped
+        growing first.
 
         Args:
             running: The numbers of the processes that have a job.
 
         Returns:
-            Whether there is room; True where the system does not report its memory.
+            Whether there is; True where the system does not report its memory.
         """
         free, now = free_memory_bytes(), time.monotonic()
         if free is None:

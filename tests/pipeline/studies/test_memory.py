@@ -1,4 +1,4 @@
-"""When a further worker of a study has room: by what the running ones have, from the start."""
+"""When memory suffices for a further worker: by what the running ones have, from the start."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_nobody_starts_beside_a_first_worker_that_grows(machine: Machine) -> Non
     watch = MemoryWatch()
     for machine.now, size in ((0.0, 10), (1.0, 300), (2.0, 400), (3.0, 405), (3.9, 410)):
         machine.sizes[1] = size
-        assert not watch.has_room([1])
+        assert not watch.suffices_for_another([1])
     machine.now = 4.1
-    assert watch.has_room([1])
-    # A second one grows now, and a third waits for it, and for room.
+    assert watch.suffices_for_another([1])
+    # A second one grows now, and a third waits for it, and for memory.
     machine.sizes[2], machine.free = 10, 990
-    assert not watch.has_room([1, 2])
+    assert not watch.suffices_for_another([1, 2])
     machine.now = 7.0
-    assert watch.has_room([1, 2])
+    assert watch.suffices_for_another([1, 2])
     machine.free = 800
-    assert not watch.has_room([1, 2])
+    assert not watch.suffices_for_another([1, 2])
 
 
 def test_workers_are_expected_to_become_as_large_as_the_largest(machine: Machine) -> None:
@@ -47,19 +47,19 @@ def test_workers_are_expected_to_become_as_large_as_the_largest(machine: Machine
     watch.ended(400)
     machine.sizes[1] = 10
     # 390 for the one that runs, and 480 for another one.
-    assert watch.has_room([1])
+    assert watch.suffices_for_another([1])
     machine.free = 860
-    assert not watch.has_room([1])
+    assert not watch.suffices_for_another([1])
     machine.sizes[1] = 400
-    assert watch.has_room([1])
+    assert watch.suffices_for_another([1])
     # One that runs may be larger than all that have ended.
     machine.sizes[1] = 800
-    assert not watch.has_room([1])
+    assert not watch.suffices_for_another([1])
 
 
 def test_an_unknown_memory_limits_nobody(machine: Machine) -> None:
     machine.free = None
-    assert MemoryWatch().has_room([1])
+    assert MemoryWatch().suffices_for_another([1])
 
 
 @pytest.mark.skipif(free_memory_bytes() is None, reason="the system does not report its memory")

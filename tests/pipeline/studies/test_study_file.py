@@ -281,7 +281,7 @@ def test_the_copy_of_a_study_has_its_recipe(place: Path) -> None:
 
 
 def test_the_tokens_of_the_source_are_a_valid_study(place: Path) -> None:
-    """What the comment of `tokens` says: another recipe, and keys of [set] that change."""
+    """What the comment of `tokens` describes: another recipe, and keys of [set] that change."""
     text = (STUDIES / "tokens.toml").read_text(encoding="utf-8")
     text = text.replace('recipe = "quickstart"', 'recipe = "imagenet_deit"')
     text = re.sub(r'^"masks.(lr|augmentation)" = .*\n', "", text, flags=re.MULTILINE)
