@@ -18,7 +18,7 @@ class Machine:
         self.now = 0.0
         monkeypatch.setattr(memory, "free_memory_bytes", lambda: self.free)
         monkeypatch.setattr(memory, "resident_bytes", lambda process: self.sizes.get(process, 0))
-        monkeypatch.setattr(memory.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr("vitrim.pipeline.studies.memory.time.monotonic", lambda: self.now)
 
 
 @pytest.fixture
