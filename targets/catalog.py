@@ -41,14 +41,16 @@ def shipped_targets() -> list[TargetProfile]:
 
 def targets_here() -> list[str]:
     """Names of the shipped profiles whose instruction sets this processor has."""
-    machine = machine_name(platform.machine())
-    return [
-        profile.name
-        for profile in shipped_targets()
-        if profile.kind == "cpu"
-        and machine_name(profile.architecture) == machine
+    return [profile.name for profile in shipped_targets() if fits_here(profile)]
+
+
+def fits_here(profile: TargetProfile) -> bool:
+    """Whether this processor is of a profile's architecture and has its instruction sets."""
+    return (
+        profile.kind == "cpu"
+        and machine_name(profile.architecture) == machine_name(platform.machine())
         and not missing_features(profile)
-    ]
+    )
 
 
 def present_name(earlier: str) -> str:
