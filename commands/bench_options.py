@@ -250,7 +250,8 @@ MostPoints = Annotated[
     typer.Option(
         "--points",
         help="Largest number of networks for the fit and its error. It stops earlier when those "
-        "held out of the fit are predicted within 2 % (median) and 6 % (95th percentile).",
+        "held out of the fit are predicted within 2 % (median) and 6 % (95th percentile); if they "
+        "are not, the same command with a larger number and --overwrite continues.",
         rich_help_panel=COST_TABLES,
     ),
 ]

@@ -88,6 +88,7 @@ def show_cost_table(
     )
     _show_errors(found)
     show(f"saved: {path}")
+    _show_goal(found, table.points, points_file(path))
 
 
 def _sizes(table: Table) -> tuple[CostSizes, CompactModel | None]:
@@ -116,3 +117,18 @@ def _show_errors(table: CostTable) -> None:
             f"{table.whole.count} compact networks: {table.whole.text()}; before the correction "
             f"({scale:.3f} x sum {offset:+.3g} ms): {table.uncorrected.text()}"
         )
+
+
+def _show_goal(table: CostTable, most_points: int, points: Path) -> None:
+    """Print whether the networks held out of the fit are predicted well, and how to continue."""
+    from ..pipeline.cost_measuring import MEDIAN, P95, reaches_goal
+
+    goal = f"a median under {100 * MEDIAN:g} % and a 95th percentile under {100 * P95:g} %"
+    if reaches_goal(table):
+        show(f"the goal is reached: {goal} on networks held out of the fit")
+        return
+    show(
+        f"the goal is NOT reached with --points {most_points}: {goal} on networks held out of the "
+        f"fit; the points stay in {points}, and the same command with --points {2 * most_points} "
+        "--overwrite continues with them (delete that file to start again)"
+    )

@@ -51,6 +51,8 @@ FIRST, FEWEST_HELD_OUT, POOL = 12, 10, 300
 # Errors of the held-out networks at which measuring stops.
 MEDIAN, P95 = 0.02, 0.06
 CALIBRATION_IMAGES = 16
+# How many networks are measured, which points do not depend on: a larger number continues.
+_COUNTS = ("most_points", "checks")
 Measure = Callable[[dict[str, Path], MeasureOptions, Progress], dict[str, Measurement]]
 
 
@@ -114,7 +116,8 @@ def measure_cost_table(
 
     Args:
         request: What is measured.
-        path: The file of the table. The points are in a file beside it until it is complete.
+        path: The file of the table. The points are in a file beside it until the goal is reached,
+            so that a larger number continues with them.
         measure: Measures {name: artifact folder} with these options and progress.
         options: How networks are timed; its time limit is that of all networks together.
         dense: The network whose cuts check the sums. None: one of the sizes of the request.
@@ -137,8 +140,20 @@ def measure_cost_table(
         run.check(dense or dense_model(request.sizes))
         table = run.table()
     table.save(path)
-    run.file.unlink(missing_ok=True)
+    if reaches_goal(table):
+        run.file.unlink(missing_ok=True)
     return table
+
+
+def reaches_goal(table: CostTable) -> bool:
+    """Whether the networks held out of the fit are predicted as well as a measurement aims at."""
+    return _good(table.held_out)
+
+
+def _good(errors: Errors | None) -> bool:
+    if errors is None or errors.count < FEWEST_HELD_OUT:
+        return False
+    return errors.median < MEDIAN and errors.p95 < P95
 
 
 class _Run:
@@ -197,9 +212,7 @@ class _Run:
         held_out = self.of_role("held-out")
         if len(self.of_role("fit", "held-out")) + BATCH > self.request.most_points:
             return True
-        errors = fit.errors(held_out)
-        enough = errors is not None and errors.count >= FEWEST_HELD_OUT
-        return bool(enough and errors and errors.median < MEDIAN and errors.p95 < P95)
+        return _good(fit.errors(held_out))
 
     def check(self, dense: CompactModel) -> None:
         """Measure the compact networks that are missing."""
@@ -218,7 +231,8 @@ class _Run:
     ) -> None:
         done, total = len(self.points), self.request.most_points + self.request.checks
         text = "compact networks" if roles[0] == "check" else _progress_text(fit, self.points)
-        begun, share = done / total, len(shapes) / total
+        # Fewer networks than an earlier attempt measured are complete at once.
+        begun, share = min(1.0, done / total), len(shapes) / total
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             files = {str(number): Path(folder) / str(number) for number in range(len(models))}
             for number, (model, file) in enumerate(zip(models, files.values(), strict=True)):
@@ -307,7 +321,7 @@ def leveled(points: Sequence[MeasuredNetwork]) -> list[MeasuredNetwork]:
 
     Networks that are measured together share the speed of that moment, and minutes later the clock
     of the processor or the load is another one. The reference, which is measured with each of them,
-    tells: latencies are multiplied by its median over its own.
+    shows it: latencies are multiplied by its median over its own.
     """
     references = [point.reference_ms for point in points if point.reference_ms is not None]
     if not references:
@@ -341,8 +355,8 @@ def _tiles(target: str) -> list[int]:
 
 
 def _record(request: CostRequest) -> dict[str, Any]:
-    """The request as the first line of a file of points has it."""
-    found = asdict(request)
+    """The request as the first line of a file of points has it: what the points are of."""
+    found = {key: value for key, value in asdict(request).items() if key not in _COUNTS}
     if not request.sizes.selects:
         del found["sizes"]["selects"]
     return found
@@ -396,7 +410,11 @@ def read_points(file: Path, request: CostRequest) -> tuple[list[MeasuredNetwork]
         head = {}
     if not isinstance(head, dict) or head.get("schema") != SCHEMA:
         raise InputError(f"{file}: not the points of a cost table; name another table")
-    if head.get("request") != json.loads(json.dumps(_record(request))):
+    earlier = head.get("request")
+    if isinstance(earlier, dict):
+        # Earlier versions wrote the counts, too.
+        earlier = {key: value for key, value in earlier.items() if key not in _COUNTS}
+    if earlier != json.loads(json.dumps(_record(request))):
         raise InputError(
             f"{file}: the points of another cost table; continue it with the same options, "
             "or delete the file"

@@ -17,6 +17,7 @@ from vitrim.bench.results.measurement import Environment, Measurement
 from vitrim.cli import call
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.pipeline.cost_measuring import points_file
 from vitrim.targets.cost_parts import NetworkShape
 from vitrim.targets.cost_table import CostTable
 
@@ -102,6 +103,13 @@ def test_a_cost_table_is_measured_and_its_error_reported(
     assert "networks held out of the fit: median 0.0 %, 95th percentile" in shown
     assert "3 compact networks: median" in shown
     assert "before the correction" in shown
+    assert "the goal is reached: a median under 2 % and a 95th percentile under 6 % on" in shown
+    few = [*command, *sizes, "--overwrite", "--points", "18"]
+    assert call([*few[:2], str(tmp_path / "few.json"), *few[3:]]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the goal is NOT reached with --points 18: a median under 2 %" in shown
+    assert "few.json.points, and the same command with --points 36 --overwrite continues" in shown
+    assert points_file(tmp_path / "few.json").exists()
     table = CostTable.load(path)
     assert (table.runtime, table.precision, table.runtime_version) == ("tvm", "int8", "1.0")
     assert "exists already" in error_line(capsys, *command)

@@ -16,7 +16,13 @@ from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.pipeline import cost_measuring
-from vitrim.pipeline.cost_measuring import REFERENCE, CostRequest, measure_cost_table, points_file
+from vitrim.pipeline.cost_measuring import (
+    REFERENCE,
+    CostRequest,
+    measure_cost_table,
+    points_file,
+    reaches_goal,
+)
 from vitrim.pipeline.cost_networks import (
     CostSizes,
     compact_networks,
@@ -132,6 +138,29 @@ def test_a_noisy_machine_is_measured_up_to_the_limit(
     assert table.held_out is not None
     assert table.held_out.p95 > 0.06
     assert table.whole is None
+    assert not reaches_goal(table)
+
+
+def test_a_larger_number_of_networks_continues_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, machine = tmp_path / "t.json", Machine(monkeypatch, noise=0.3)
+    first = measured(path, machine, most_points=30, checks=2)
+    assert machine.measured == len(first.points) == 32
+    machine.noise = 0.0
+    second = measured(path, machine, most_points=42, checks=4)
+    assert machine.measured == len(second.points) == 46
+    assert sum(point.role == "check" for point in second.points) == 4
+    networks = [point.network for point in first.points]
+    assert [point.network for point in second.points][:32] == networks
+    # Fewer are complete at once.
+    assert len(measured(path, machine, most_points=24, checks=0).points) == 46
+    # A file of an earlier version has the numbers in its request.
+    head, *lines = points_file(path).read_text().splitlines()
+    data = json.loads(head)
+    data["request"] |= {"most_points": 72, "checks": 20}
+    points_file(path).write_text("\n".join([json.dumps(data), *lines]) + "\n")
+    assert len(measured(path, machine, most_points=42, checks=4).points) == 46
 
 
 def test_an_interrupted_measurement_continues(
