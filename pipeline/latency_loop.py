@@ -24,9 +24,10 @@ from ..core.errors import InputError
 from ..core.progress import Progress
 from ..core.storage import replace_file
 from ..export.exporter import export
-from ..targets.catalog import list_targets, targets_here
 from ..targets.cost_table import CostTable
+from .latency_place import elsewhere, file_target
 from .masks_section import MasksSection
+from .phases import RunContext
 from .token_step import token_record
 from .trim_step import StageBars, latency_budget_ms, latency_cuts, show_latency
 
@@ -161,9 +162,7 @@ def cut_to_latency(
     found: list[tuple[LatencyCut, Round]] = []
     cut, budget_ms = _first_cut(cuts, latency_ms)
     for number in range(rounds):
-        measured_ms = measure(cut.model)
-        if measured_ms > DISTURBED * cut.latency_ms:
-            measured_ms = min(measured_ms, measure(cut.model))
+        measured_ms = undisturbed_ms(measure, cut.model, cut.latency_ms)
         found.append((cut, Round(budget_ms, cut.latency_ms, measured_ms)))
         if USED * latency_ms <= measured_ms <= latency_ms or number + 1 == rounds:
             break
@@ -176,6 +175,20 @@ def cut_to_latency(
     cut, last = min(found, key=lambda each: _rank(each[1].measured_ms, latency_ms))
     steps = [each for _, each in found]
     return cut, LatencyRecord.of(table, latency_ms, last.predicted_ms, last.measured_ms, steps)
+
+
+def undisturbed_ms(measure: Measure, model: CompactModel, predicted_ms: float) -> float:
+    """The measured latency of a network; the smaller of two where one is far above its prediction.
+
+    Args:
+        measure: Returns the latency of a network in milliseconds.
+        model: The network.
+        predicted_ms: Its latency by the table.
+    """
+    measured_ms = measure(model)
+    if measured_ms > DISTURBED * predicted_ms:
+        measured_ms = min(measured_ms, measure(model))
+    return measured_ms
 
 
 def _first_cut(cuts: LatencyCuts, latency_ms: float) -> tuple[LatencyCut, float]:
@@ -202,9 +215,7 @@ def trim_to_latency(
     section: MasksSection,
     round_to: int,
     table: CostTable,
-    folder: Path,
-    *,
-    quiet: bool,
+    context: RunContext,
 ) -> Trimmed:
     """Cut the baseline to the latency of `[masks]`; writes latency.json, and tokens.json.
 
@@ -214,8 +225,7 @@ def trim_to_latency(
         section: The latency, and how often the cut is measured.
         round_to: Kept widths are multiples of this.
         table: The cost table.
-        folder: The run folder.
-        quiet: Print nothing.
+        context: The run.
 
     Returns:
         The cut and compensated model, and how it was cut.
@@ -223,11 +233,12 @@ def trim_to_latency(
     Raises:
         InputError: The budget is out of reach.
     """
+    folder, quiet, target = context.folder.path, context.quiet, context.recipe.export.target
+    measure = None
+    if section.latency_rounds and not show_elsewhere(table, target, quiet=quiet):
+        measure = file_measure(table, images[:PARITY_IMAGES], target=target)
     with StageBars(quiet=quiet) as bars:
         cuts = latency_cuts(baseline, images, section, round_to, table, bars)
-        measure = None
-        if section.latency_rounds and measured_here(table):
-            measure = file_measure(table, images[:PARITY_IMAGES])
         budget_ms = latency_budget_ms(baseline.architecture, section, table)
         found, record = cut_to_latency(cuts, budget_ms, measure, section.latency_rounds)
     show_latency(found, table, quiet=quiet)
@@ -238,13 +249,18 @@ def trim_to_latency(
     return found.trimmed
 
 
-def measured_here(table: CostTable) -> bool:
-    """Whether files can be measured on this machine: not those for another device."""
-    here = targets_here()
-    if table.estimated is not None:
-        return table.target in ("host", *here)
-    # A table of a target that does not ship may be of this machine.
-    return table.target in here or table.target not in list_targets()
+def show_elsewhere(table: CostTable, target: str, *, quiet: bool) -> bool:
+    """Print why files are not measured on this machine; whether that is so.
+
+    Args:
+        table: The cost table.
+        target: The target of the files.
+        quiet: Print nothing.
+    """
+    reason = elsewhere(table, target)
+    if reason is not None:
+        status(f"the cut is not measured: {reason}", quiet=quiet)
+    return reason is not None
 
 
 def latency_record(record: LatencyRecord) -> str:
@@ -257,6 +273,7 @@ def file_measure(
     images: Tensor,
     measure: MeasureFiles | None = None,
     *,
+    target: str | None = None,
     progress: Progress | None = None,
 ) -> Measure:
     """Measure networks as exported files of the table's runtime and precision.
@@ -265,19 +282,23 @@ def file_measure(
         table: The cost table.
         images: Normalized images for parity and calibration.
         measure: Measures {name: artifact folder}; by default this machine.
+        target: The target of the files, a name or the path of a TOML; by default the table's.
         progress: Called with the share done (0 to 1) and a text. None: it is not.
 
     Returns:
         A function from a network to the p50 of its file in milliseconds.
+
+    Raises:
+        InputError: The table's target has no profile, and none is given.
     """
     report: Progress = progress or (lambda share, text: None)
-    target = table.target if table.target in list_targets() else "host"
+    built_for = file_target(table, target)
     options = MeasureOptions(threads=table.threads, time_limit_s=TIME_LIMIT_S)
 
     def here(
         files: dict[str, Path], chosen: MeasureOptions, report_share: Progress
     ) -> dict[str, Measurement]:
-        return measure_here(files, chosen, target=target, progress=report_share)
+        return measure_here(files, chosen, target=built_for, progress=report_share)
 
     def latency_ms(model: CompactModel) -> float:
         with tempfile.TemporaryDirectory(prefix="vitrim-latency-") as folder:
@@ -286,7 +307,7 @@ def file_measure(
             export(
                 model,
                 file,
-                target=target,
+                target=built_for,
                 runtime=table.runtime,
                 precision=table.precision,  # type: ignore[arg-type]
                 batch=table.batch,

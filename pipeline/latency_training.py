@@ -40,9 +40,10 @@ from .latency_loop import (
     Round,
     file_measure,
     latency_record,
-    measured_here,
+    show_elsewhere,
+    undisturbed_ms,
 )
-from .latency_table import recipe_table
+from .latency_table import is_measured, recipe_table
 from .phases import RunContext
 from .recipe import Recipe
 from .trim_step import latency_budget_ms
@@ -120,7 +121,7 @@ def measured_trial(
         return None
     table = recipe_table(recipe, baseline.architecture)
     budget_ms = latency_budget_ms(baseline.architecture, recipe.masks, table)
-    if not (recipe.masks.latency_rounds and measured_here(table)):
+    if not is_measured(recipe, table):
         return Trial(budget_ms)
     found: list[dict[str, float]] = []
     if processes.is_main:
@@ -130,9 +131,11 @@ def measured_trial(
         if not found:
             small = trial_network(start, budget_ms, table, round_to, recipe.masks.tokens)
             if small is not None:
-                measure = file_measure(table, context.data.val.floats(slice(0, PARITY_IMAGES)))
+                images = context.data.val.floats(slice(0, PARITY_IMAGES))
+                measure = file_measure(table, images, target=recipe.export.target)
                 predicted_ms = table.latency_ms(network_shape(small.architecture))
-                found = [asdict(Round(budget_ms, predicted_ms, measure(small)))]
+                measured_ms = undisturbed_ms(measure, small, predicted_ms)
+                found = [asdict(Round(budget_ms, predicted_ms, measured_ms))]
     rounds = tuple(Round(**each) for each in processes.from_main(found))
     if not rounds:
         return Trial(budget_ms)
@@ -207,10 +210,12 @@ def verified(task: MaskTask, baseline: CompactModel, context: RunContext, trial:
     steps: list[Round] = []
     budgets: list[float] = []
     record = LatencyRecord.of(table, budget_ms, task.latency_ms())
-    if recipe.masks.latency_rounds and measured_here(table):
+    if recipe.masks.latency_rounds:
+        show_elsewhere(table, recipe.export.target, quiet=context.quiet)
+    if is_measured(recipe, table):
         if processes.is_main:
             images = context.data.val.floats(slice(0, PARITY_IMAGES))
-            measure = file_measure(table, images)
+            measure = file_measure(table, images, target=recipe.export.target)
             steps, budgets = tightened(
                 task, budget_ms, trial.table_ms, measure, recipe.masks.latency_rounds
             )
@@ -247,7 +252,7 @@ def tightened(
     latest_ms = table_ms
     for number in range(rounds):
         predicted_ms = task.latency_ms()
-        measured_ms = measure(task.result())
+        measured_ms = undisturbed_ms(measure, task.result(), predicted_ms)
         found.append(Round(latest_ms, predicted_ms, measured_ms))
         if measured_ms <= budget_ms or number + 1 == rounds:
             break

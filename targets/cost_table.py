@@ -199,7 +199,30 @@ class CostTable(Plain):
         """
         if self.estimated is not None:
             return True
-        return bool(np.all(_extent(network) <= REACH * self._measured_extent))
+        return not self._exceeded(network).any()
+
+    def beyond(self, network: NetworkShape) -> str | None:
+        """The sizes of a network beyond the measured ones, as words; None if there are none.
+
+        Costs are extrapolated to such a network. The sizes of a table without points are not known.
+
+        Args:
+            network: Its sizes.
+        """
+        if self.estimated is not None or not self.points:
+            return None
+        given, measured = _extent(network), self._measured_extent
+        found = [
+            f"{size:g} {name} (measured: up to {most:g})"
+            for name, size, most, more in zip(
+                _EXTENTS, given, measured, self._exceeded(network), strict=True
+            )
+            if more
+        ]
+        return " and ".join(found) or None
+
+    def _exceeded(self, network: NetworkShape) -> npt.NDArray[np.bool_]:
+        return np.asarray(_extent(network) > REACH * self._measured_extent)
 
     @property
     def largest_ms(self) -> float:
@@ -352,7 +375,11 @@ def _extent(network: NetworkShape) -> Numbers:
     return np.array((network.embed, network.tokens, network.pixels, *widest), dtype=np.float64)
 
 
-_NOTHING = np.zeros(5)
+_EXTENTS = (
+    *("channels of the stream", "tokens", "numbers in a patch", "columns of all heads"),
+    "hidden units",
+)
+_NOTHING = np.zeros(len(_EXTENTS))
 
 
 def _priced(parts: list[Any], costs: Numbers, *, present: Sizes) -> Numbers:

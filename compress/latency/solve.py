@@ -12,6 +12,7 @@ from ..masks.magnitude import magnitude
 from ..network.architecture import Architecture
 from .losses import Losses, scored_losses, uniform_losses
 from .search import solve_architecture
+from .shapes import network_shape
 from .solution import DEFAULTS, Limits, Solution, SolveOptions
 
 
@@ -38,8 +39,8 @@ def solve(
         losses: What each choice loses; see `compress.latency.losses`. None: the squared magnitudes
             of a model's weights; of an architecture, the square of the share that is removed.
         file_mb: Largest size of the weights in a file, in megabytes (10^6 bytes). None: no limit.
-        peak_memory_mb: Largest memory of weights and activations at batch 1, in megabytes. None:
-            no limit.
+        peak_memory_mb: Largest memory of weights and activations, in megabytes, at the batch of
+            the table, or of one image. None: no limit.
         options: See `SolveOptions`.
 
     Returns:
@@ -48,7 +49,8 @@ def solve(
 
     Raises:
         InputError: No budget is given, one is not above 0, or one cannot be met; the message has
-            the smallest value that can.
+            the smallest value that can. Or the network is larger than those that the table
+            measured, so that its costs would be extrapolated.
         UnsupportedModel: A module has no rule; the message names its path.
 
     References:
@@ -61,6 +63,13 @@ def solve(
         raise InputError(
             "latency_ms needs a cost table; measure one with `vitrim bench --cost-table FILE`"
         )
+    if latency_ms is not None and table is not None:
+        beyond = table.beyond(network_shape(architecture))
+        if beyond is not None:
+            raise InputError(
+                f"the cost table of {table.title} extrapolates to {beyond}; measure one of this "
+                "network with `vitrim bench --cost-table FILE --like MODEL`"
+            )
     if losses is None:
         losses = _own_losses(model, architecture, options.round_to)
     return solve_architecture(architecture, losses, limits, table, options)

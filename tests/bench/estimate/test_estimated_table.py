@@ -14,9 +14,11 @@ from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.lift import lift
 from vitrim.core.errors import InputError
 from vitrim.pipeline.estimates import network_workload
-from vitrim.pipeline.latency_loop import LatencyRecord, measured_here
+from vitrim.pipeline.latency_loop import LatencyRecord
+from vitrim.pipeline.latency_place import elsewhere, file_target
 from vitrim.pipeline.latency_table import TableRequest
 from vitrim.targets import shipped_tables
+from vitrim.targets.catalog import FOLDER as TARGETS
 from vitrim.targets.catalog import load_target
 from vitrim.targets.cost_table import MeasuredNetwork
 from vitrim.targets.shipped_tables import shipped_table
@@ -39,7 +41,7 @@ def test_the_sum_of_its_parts_is_the_estimate(target: str, sizes: dict[str, Any]
     )
     assert table.estimated is not None
     assert f"within a factor of {wanted.factor:.1f}" in table.title
-    assert not measured_here(table) or target.startswith("x86")
+    assert elsewhere(table) or target.startswith("x86")
 
 
 def test_a_device_without_estimates_needs_a_measured_table() -> None:
@@ -108,5 +110,59 @@ def test_a_budget_by_it_is_called_an_estimate() -> None:
     assert record.text().startswith("latency: estimated budget 2 ms, 1.9 ms by an estimate (")
     assert record.record()["estimated"] is True
     assert "estimated" in record.table
-    assert measured_here(latency_table())
-    assert not measured_here(latency_table(target="rpi4")), "files of a board are measured on it"
+    assert elsewhere(latency_table()) is None
+    board = latency_table(target="rpi4")
+    assert elsewhere(board) == "the files are for rpi4, not for this machine"
+
+
+def test_a_table_of_a_profile_that_is_not_known_is_not_of_this_machine(tmp_path: Path) -> None:
+    table = latency_table(target="phone")
+    reason = "the cost table is of phone, which is no name of `vitrim targets list`"
+    assert str(elsewhere(table)).startswith(reason)
+    with pytest.raises(InputError, match=r"give its profile with --target FILE\.toml"):
+        file_target(table)
+    profile = tmp_path / "phone.toml"
+    text = (TARGETS / "rpi4.toml").read_text().replace('name = "rpi4"', 'name = "phone"')
+    profile.write_text(text)
+    assert elsewhere(table, str(profile)) == "the files are for phone, not for this machine"
+    assert file_target(table, str(profile)) == str(profile)
+    table.save(tmp_path / "costs.json")
+    assert TableRequest(tmp_path / "costs.json", str(profile)).table(ARCHITECTURE) == table
+    with pytest.raises(InputError, match=r"--target rpi4 names another device than .*costs\.json"):
+        TableRequest(tmp_path / "costs.json", "rpi4").table(ARCHITECTURE)
+    assert TableRequest(target=str(profile)).table(ARCHITECTURE).estimated is not None
+
+
+def test_no_board_lends_its_table_to_a_host_of_the_same_instruction_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boards = ["rpi4", "rpi5", "snapdragon-8-gen-2"]
+    for name in boards:
+        table = latency_table(target=name, points=[POINT])
+        table.save(tmp_path / f"{name}-onnxruntime-fp32-1-tiny.json")
+    monkeypatch.setattr(shipped_tables, "targets_here", lambda: boards)
+    assert shipped_table("host", NETWORK, folder=tmp_path, **WHAT) is None
+    assert shipped_table("rpi4", NETWORK, folder=tmp_path, **WHAT) is not None
+
+
+def test_the_class_of_the_host_is_the_one_of_most_instruction_sets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classes = ["x86-64", "x86-64-v3", "x86-64-v4-vnni"]
+    for count in range(1, 4):
+        given = classes[:count]
+        monkeypatch.setattr(shipped_tables, "targets_here", lambda given=given: given)
+        assert shipped_tables.host_class() == classes[count - 1]
+
+
+def test_the_sizes_beyond_the_measured_ones_are_named() -> None:
+    table = latency_table(points=[POINT])
+    assert table.beyond(NETWORK) is None
+    larger = NETWORK.model_copy(update={"embed": 2 * NETWORK.embed, "tokens": 2 * NETWORK.tokens})
+    embed, tokens = NETWORK.embed, NETWORK.tokens
+    assert table.beyond(larger) == (
+        f"{2 * embed} channels of the stream (measured: up to {embed}) and "
+        f"{2 * tokens} tokens (measured: up to {tokens})"
+    )
+    assert latency_table().beyond(larger) is None, "what was measured is not known"
+    assert estimated_table(load_target("rpi4")).beyond(larger) is None
