@@ -9,7 +9,7 @@ import io
 import json
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
+from ..bench.report.cut import shipped_text
 from ..bench.report.model import Report
 from ..bench.report.overview import Row, overview
 from ..bench.report.run import load_run
@@ -38,10 +39,11 @@ from ..core.console import progress_bar, show, status, unit_count
 from ..core.storage import disk_errors, replace_file
 from ..export.artifact import Artifact
 from ..export.manifest import PARITY
+from ..export.resized_model import resampled_note
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
 from .kept_units import kept_branches, selection_map, token_map
-from .latency_loop import LATENCY_FILE
+from .latency_report import latency_entry
 from .magnitude_step import read_dead
 from .phases import HISTORY, RunContext
 from .recipe import Recipe
@@ -242,12 +244,12 @@ def write_report(
             "data": _data_text(context, baseline.image[1:]),
             "seed": recipe.train.seed,
             "data_seed": recipe.data.seed,
-            "warnings": _unreadable(context),
+            "warnings": [*_unreadable(context), *resampled_notes(architectures.values())],
             "versions": versions(),
             "seconds": folder.seconds(),
             "tokens": _token_map(models.compact, context),
             "cut": _cut_errors(folder),
-            "latency": _latency_budget(folder),
+            "latency": latency_entry(recipe, baseline, folder.path, measurements),
             "zeros": read_dead(folder.path),
         }
     )
@@ -283,15 +285,6 @@ def _cut_errors(folder: RunFolder) -> dict[str, Any] | None:
     }
 
 
-def _latency_budget(folder: RunFolder) -> dict[str, Any] | None:
-    """The entry `latency` of report.json, from latency.json of a cut to milliseconds."""
-    path = folder / LATENCY_FILE
-    if not path.is_file():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {key: value for key, value in record.items() if key != "schema"}
-
-
 def _png(image: NDArray[np.uint8]) -> str:
     """(channels, height, width) -> a PNG of at most `_SHOWN_PX` pixels a side, in base64."""
     pixels = image.transpose(1, 2, 0)
@@ -322,6 +315,16 @@ def _unreadable(context: RunContext) -> list[str]:
     if any(epochs):
         found.append(f"up to {max(epochs)} unreadable images an epoch were skipped in training.")
     return found
+
+
+def resampled_notes(architectures: Iterable[Architecture]) -> list[str]:
+    """The lines about token masks that were resampled to the image size of the artifacts."""
+    found = [
+        resampled_note(architecture.image[1:])
+        for architecture in architectures
+        if architecture.tokens_resampled
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _exported(architecture: Architecture, recipe: Recipe) -> Architecture:
@@ -403,7 +406,8 @@ def show_final_table(folder: RunFolder) -> None:
     table = Table(show_edge=False, pad_edge=False)
     for column in ("artifact", "params", "MACs", "top-1", "p50", "faster", "memory", "file"):
         table.add_column(column, justify="left" if column == "artifact" else "right", no_wrap=True)
-    rows = [row for device in overview(load_run(folder.path)).devices for row in device.rows]
+    run = load_run(folder.path)
+    rows = [row for device in overview(run).devices for row in device.rows]
     for row in rows:
         table.add_row(*_cells(row))
     warnings = [
@@ -412,7 +416,9 @@ def show_final_table(folder: RunFolder) -> None:
         for line in (row.measurement.warnings if row.measurement else ())
         if line.startswith(PARITY)
     ]
-    show(table, *warnings, f"report: {folder / 'report.html'}")
+    budget = None if run.report.latency is None else shipped_text(run.report.latency)
+    outcome = [] if budget is None else [budget]
+    show(table, *warnings, *outcome, f"report: {folder / 'report.html'}")
 
 
 def _cells(row: Row) -> list[str]:

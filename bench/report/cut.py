@@ -44,7 +44,14 @@ def latency_columns(budget: LatencyBudget) -> tuple[str, ...]:
 
 def latency_remark(budget: LatencyBudget) -> str:
     """The budget, what predicts it, and whether it is met."""
-    outcome = {True: "It is met.", False: "It is NOT met.", None: "It was not measured."}
+    outcome = {
+        True: "The cut met it before fine-tuning.",
+        False: "The cut did NOT meet it before fine-tuning.",
+        None: "It was not measured.",
+    }[budget.met]
+    if budget.shipped_ms is not None:
+        meets = "and meets it" if budget.shipped_met else "and does NOT meet it"
+        outcome = f"The shipped file {budget.shipped} takes {_ms(budget.shipped_ms)} {meets}."
     error = ""
     if budget.table_error is not None:
         error = f", median error {wording.percent(budget.table_error, 1)} on whole networks"
@@ -53,7 +60,7 @@ def latency_remark(budget: LatencyBudget) -> str:
     if budget.estimated:
         name = "No cost table was measured for it; latencies are"
         start = f"The budget is an estimate of {budget.latency_ms:.4g} ms."
-    found = f"{start} {outcome[budget.met]} {name}: {budget.table}{error}."
+    found = f"{start} {outcome} {name}: {budget.table}{error}."
     if not budget.rounds:
         return found
     return (
@@ -63,15 +70,29 @@ def latency_remark(budget: LatencyBudget) -> str:
 
 
 def latency_lines(budget: LatencyBudget) -> list[Line]:
-    """One line for each measured cut; one without a measurement where none was measured."""
+    """One line for each measured cut, or one without a measurement; then the shipped file."""
+    shipped: list[Line] = []
+    if budget.shipped_ms is not None:
+        cells = (NONE, NONE, Cell(_ms(budget.shipped_ms)))
+        shipped = [Line(f"{budget.shipped}, fine-tuned", cells)]
     rows = [
         (f"cut {number}", row.budget_ms, row.predicted_ms, row.measured_ms)
         for number, row in enumerate(budget.rounds, start=1)
     ]
     if rows:
-        return [Line(name, tuple(Cell(_ms(value)) for value in row)) for name, *row in rows]
+        cuts = [Line(name, tuple(Cell(_ms(value)) for value in row)) for name, *row in rows]
+        return [*cuts, *shipped]
     cells = (Cell(_ms(budget.latency_ms)), Cell(_ms(budget.predicted_ms)), NONE)
-    return [Line("cut", cells)]
+    return [Line("cut", cells), *shipped]
+
+
+def shipped_text(budget: LatencyBudget) -> str | None:
+    """Whether the shipped file meets the budget, in one line; None if it was not measured."""
+    if budget.shipped_ms is None:
+        return None
+    outcome = "met" if budget.shipped_met else "NOT met"
+    measured = f"{budget.shipped} measured {_ms(budget.shipped_ms)}"
+    return f"latency: budget {_ms(budget.latency_ms)}, {measured}: {outcome}"
 
 
 ZEROS_HEADING = "Zero weights"

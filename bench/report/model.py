@@ -174,8 +174,12 @@ class LatencyBudget(_Part):
         table_error: Median error of the table on whole networks.
         predicted_ms: The latency of the cut by the table.
         measured_ms: The p50 of its exported file; None if it was not measured.
-        met: Whether the measured latency is at or under the budget.
+        met: Whether the measured latency is at or under the budget; before fine-tuning.
         rounds: All cuts that were measured.
+        shipped: The artifact that the budget is of.
+        shipped_ms: Its p50 in the measurement of all artifacts; None if it was not measured on its
+            device.
+        shipped_met: Whether that is at or under the budget.
         estimated: Whether the table was estimated, not measured, so that the budget is an estimate.
     """
 
@@ -186,6 +190,9 @@ class LatencyBudget(_Part):
     measured_ms: Milliseconds | None = None
     met: bool | None = None
     rounds: tuple[LatencyRound, ...] = ()
+    shipped: str | None = None
+    shipped_ms: Milliseconds | None = None
+    shipped_met: bool | None = None
     estimated: bool = False
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import report_sample
 from vitrim.bench.report import load_run, render, render_measurements, write_picture
+from vitrim.bench.report.cut import shipped_text
 from vitrim.bench.report.html import render_html
 from vitrim.bench.report.markdown import render_markdown
 from vitrim.bench.results.measurement import Measurement
@@ -393,11 +394,22 @@ def test_the_latency_budget_has_table_prediction_and_measurement(tmp_path: Path)
     }
     path.write_text(json.dumps(report))
     run = load_run(folder)
-    assert "The budget is 2 ms. It is met." in " ".join(Tree(render_html(run)).words)
+    words = " ".join(Tree(render_html(run)).words)
+    assert "The budget is 2 ms. The cut met it before fine-tuning." in words
     text = render_markdown(run)
     assert "1 thread, median error 1.2 % on whole networks" in text
     assert "| cut 1 | 2 ms | 1.99 ms | 2.2 ms |" in text
     assert "| cut 2 | 1.79 ms | 1.78 ms | 1.96 ms |" in text
+    shipped = {"shipped": "compact-fp32", "shipped_ms": 2.1, "shipped_met": False}
+    path.write_text(json.dumps({**report, "latency": {**report["latency"], **shipped}}))
+    run = load_run(folder)
+    outcome = "The shipped file compact-fp32 takes 2.1 ms and does NOT meet it."
+    assert f"The budget is 2 ms. {outcome}" in " ".join(Tree(render_html(run)).words)
+    assert "| compact-fp32, fine-tuned | – | – | 2.1 ms |" in render_markdown(run)
+    assert run.report.latency is not None
+    assert shipped_text(run.report.latency) == (
+        "latency: budget 2 ms, compact-fp32 measured 2.1 ms: NOT met"
+    )
     unmeasured = {**report["latency"], "rounds": [], "measured_ms": None, "met": None}
     path.write_text(json.dumps({**report, "latency": unmeasured}))
     text = render_markdown(load_run(folder))
