@@ -63,7 +63,7 @@ class Source:
 
     @cached_property
     def graph(self) -> onnx.ModelProto:
-        """ONNX in standard operators; made when a converter asks for it."""
+        """ONNX in standard operators; made when a converter reads it first."""
         return self.make_graph()
 
     def inference_model(self, runtime: str) -> CompactModel:

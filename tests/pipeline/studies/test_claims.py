@@ -122,10 +122,10 @@ def test_few_rows_decide_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lead", "said"),
+    ("lead", "found"),
     [(0.01, "holds"), (0.03, "does not hold here"), (-0.01, "does not hold here")],
 )
-def test_magnitude_is_compared_with_chance(lead: float, said: str) -> None:
+def test_magnitude_is_compared_with_chance(lead: float, found: str) -> None:
     rows: list[Row] = [
         {
             "seed": seed,
@@ -141,7 +141,7 @@ def test_magnitude_is_compared_with_chance(lead: float, said: str) -> None:
     assert finding.number == pytest.approx(100 * lead)
     # The two norms of a size and a seed are one observation.
     assert "9 pairs" in finding.note
-    assert verdict(finding) == said
+    assert verdict(finding) == found
 
 
 def test_impact_is_compared_with_attention_and_chance() -> None:
