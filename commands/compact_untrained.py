@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ..core.console import show
 from ..core.errors import InputError
 from ..core.storage import clear_folder, require_output_folder
+from .budget_checks import files_table, require_budgets
 from .compact_options import Output, Selection
 from .compact_output import kept_table, save_compact, show_sizes
 from .compact_source import Source, data_of, unlabeled_images
+from .latency_checks import require_measurable, require_reach
 from .untrained_options import LARGEST_SHARE, Untrained
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class _Job:
     options: TrimOptions
     state: Path | None
     table: CostTable | None = None
+    # What the files of --verify are of.
+    files: CostTable | None = None
 
 
 def cut_without_training(
@@ -69,8 +73,9 @@ def cut_without_training(
         InputError: The budget is out of reach, the images do not fit, or the output folder has the
             state of another cut.
     """
-    options = _options(source, selection, untrained)
     untrained, table = _with_table(source, untrained)
+    options = _options(source, selection, untrained, table)
+    files = files_table(source.model.architecture, untrained, table)
     data = data_of(source, selection, "--without-training")
     images = unlabeled_images(data, selection)
     if len(images) < 2:
@@ -86,7 +91,8 @@ def cut_without_training(
         )
     labelled = _labelled(source, data, selection, untrained)
     with _state(output, resume=untrained.resume) as state:
-        job = _Job(source, images, labelled, selection, untrained, output, options, state, table)
+        given = source, images, labelled, selection, untrained, output, options, state
+        job = _Job(*given, table, files)
         if untrained.front is None:
             _one_size(job)
         else:
@@ -101,33 +107,31 @@ def _with_table(source: Source, untrained: Untrained) -> tuple[Untrained, CostTa
 
     table = TableRequest(
         untrained.cost_table,
-        untrained.target or "host",
+        untrained.device,
         untrained.runtime,
-        untrained.file_precision,
+        untrained.file_precision or "fp32",
     ).table(source.model.architecture, "--runtime")
     if table.estimated is not None:
         show(f"no cost table was measured, so the latency is an estimate: {table.title}")
+    require_measurable(untrained, table)
+    require_reach(source.model.architecture, untrained, table)
     if untrained.energy_mj is None:
         return untrained, table
     most_ms = table.energy_latency_ms(untrained.energy_mj, "--energy-mj")
     return replace(untrained, latency_ms=min(untrained.latency_ms, most_ms)), table
 
 
-def _options(source: Source, selection: Selection, untrained: Untrained) -> TrimOptions:
-    """The options of the cut; a budget below what is never cut is an error."""
+def _options(
+    source: Source, selection: Selection, untrained: Untrained, table: CostTable | None
+) -> TrimOptions:
+    """The options of the cut; a budget that cannot be met is an error."""
+    from ..compress.latency.problem import weight_precision
     from ..compress.oneshot.trim import TrimOptions
-    from ..pipeline.masks_section import MasksSection
-    from ..pipeline.trim_step import require_budget
 
-    _, kind, amount = untrained.budget
-    if kind in ("macs", "params"):
-        share: dict[str, Any] = {kind: amount}
-        section = MasksSection(method="closed-form", **share)
-        require_budget(source.model.architecture, section, options=("--macs", "--params"))
-    return TrimOptions(
-        round_to=selection.round_to or DEFAULT_ROUND_TO,
-        precision=untrained.file_precision,  # type: ignore[arg-type]
-    )
+    round_to = selection.round_to or DEFAULT_ROUND_TO
+    require_budgets(source.model.architecture, untrained, round_to, table)
+    precision: Any = untrained.file_precision
+    return TrimOptions(round_to=round_to, precision=weight_precision(table, precision))
 
 
 def _labelled(
@@ -242,29 +246,24 @@ def _latency_cuts(job: _Job, bars: StageBars) -> LatencyCuts:
 
 def _measure(job: _Job) -> Measure | None:
     """Measures a network as an exported file, with --verify."""
-    from ..pipeline.latency_loop import PARITY_IMAGES, file_measure, measured_here
+    from ..pipeline.latency_loop import PARITY_IMAGES, file_measure
+    from ..pipeline.latency_place import file_target
 
     if not job.untrained.verify:
         return None
-    assert job.table is not None
-    if job.untrained.verify_on == "host" and not measured_here(job.table):
-        raise InputError(
-            f"--verify: the files are for {job.table.target}, not for this machine; measure on it "
-            "with --verify-on, or leave --verify out"
-        )
+    assert job.files is not None
     images, address = job.images[:PARITY_IMAGES], job.untrained.verify_on
+    target = file_target(job.files, job.untrained.device)
     if address == "host":
-        return file_measure(job.table, images)
+        return file_measure(job.files, images, target=target)
     from ..bench.remote.measure import measure_at
-
-    target = job.table.target
 
     def on_device(
         files: dict[str, Path], chosen: MeasureOptions, progress: Progress
     ) -> dict[str, Measurement]:
         return measure_at(address, files, chosen, target=target, progress=progress)
 
-    return file_measure(job.table, images, on_device)
+    return file_measure(job.files, images, on_device, target=target)
 
 
 def _one_size(job: _Job) -> None:
@@ -358,6 +357,8 @@ def _front(job: _Job) -> None:
     parts: tuple[object, ...] = (
         *(options.round_to, options.precision, selection.seed, untrained.check_images),
         *(untrained.keep_tokens, untrained.candidates, untrained.verify, untrained.peak_memory_mb),
+        *(untrained.file_mb, untrained.verify_on, untrained.device),
+        None if job.files is None else job.files.title,
     )
     if job.table is not None:
         parts = (*parts, job.table.costs_ms, job.table.correction.model_dump())
@@ -402,7 +403,8 @@ def _cutter(job: _Job, bars: StageBars, measure: Measure | None) -> Cutter:
 
     def to_budget(amount: float) -> FrontCut:
         found = trim_to(prediction, budget=amount, kind=kind, progress=bars)
-        return FrontCut(found, found.mask)
+        measured_ms = None if measure is None else measure(found.model)
+        return FrontCut(found, found.mask, measured_ms)
 
     return to_budget
 

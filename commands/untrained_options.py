@@ -52,8 +52,13 @@ FileMb = Annotated[
     ),
 ]
 FilePrecision = Annotated[
-    str,
-    typer.Option("--file-precision", help="Weights in the file of --file-mb: fp32, fp16 or int8."),
+    str | None,
+    typer.Option(
+        "--file-precision",
+        help="Weights in the file of --file-mb and in --peak-memory-mb: fp32, fp16 or int8. By "
+        "default that of --cost-table, and fp32 without a latency.",
+        show_default=False,
+    ),
 ]
 LatencyMs = Annotated[
     float | None,
@@ -78,8 +83,9 @@ CostTarget = Annotated[
     str | None,
     typer.Option(
         "--target",
-        help="With --latency-ms and without --cost-table: the device, a name of `vitrim targets "
-        "list` or the path of a target TOML; by default this machine.",
+        help="With --latency-ms or --verify: the device, a name of `vitrim targets list` or the "
+        "path of a target TOML; by default that of --cost-table, or this machine. A table of a "
+        "device that `vitrim targets list` lacks needs its TOML where files are exported.",
         show_default=False,
     ),
 ]
@@ -87,8 +93,8 @@ CostRuntime = Annotated[
     str | None,
     typer.Option(
         "--runtime",
-        help="With --latency-ms: the runtime of the device; by default that of --cost-table, or "
-        "the one that the target prefers.",
+        help="With --latency-ms or --verify: the runtime of the device; by default that of "
+        "--cost-table, or the one that the target prefers.",
         show_default=False,
     ),
 ]
@@ -112,7 +118,8 @@ Verify = Annotated[
     typer.Option(
         "--verify",
         help="With --latency-ms: export the cut, measure the file here, and correct the budget, at "
-        "most three times, until the measured latency is within it.",
+        "most three times, until the measured latency is within it. With --front: measure the file "
+        "of each size, whatever the budget is of.",
     ),
 ]
 VerifyOn = Annotated[
@@ -128,7 +135,8 @@ PeakMemoryMb = Annotated[
     float | None,
     typer.Option(
         "--peak-memory-mb",
-        help="With --latency-ms, too: largest memory of weights and activations in MB.",
+        help="With --latency-ms, too: largest memory of weights and activations in MB, of a batch "
+        "of --cost-table.",
         show_default=False,
     ),
 ]
@@ -178,7 +186,7 @@ class Untrained:
     macs: Macs = None
     params: Params = None
     file_mb: FileMb = None
-    file_precision: FilePrecision = "fp32"
+    file_precision: FilePrecision = None
     latency_ms: LatencyMs = None
     cost_table: CostTableFile = None
     target: CostTarget = None
@@ -197,6 +205,11 @@ class Untrained:
     def selected(self) -> bool:
         """Whether the cut is one without training: the flag, a budget or a front selects it."""
         return self.without_training or bool(self.budgets) or self.front is not None
+
+    @property
+    def device(self) -> str | None:
+        """The target of the files; None: that of `--cost-table`."""
+        return self.target or ("host" if self.cost_table is None else None)
 
     @property
     def budgets(self) -> dict[str, float]:
@@ -247,10 +260,6 @@ class Untrained:
             raise InputError(f"--front {self.front}: give 2 to {MOST_SIZES} sizes")
         if self.cost_table is not None and self.latency_ms is None:
             raise InputError("--cost-table belongs to --latency-ms; add e.g. --latency-ms 2.0")
-        if self.cost_table is not None and self.target is not None:
-            raise InputError(
-                f"--cost-table is of one device, and --target {self.target} names another; keep one"
-            )
 
     def _check_latency(self) -> None:
         """Check the options that only a latency has."""
@@ -262,14 +271,17 @@ class Untrained:
                 if value is not None and not value > 0:
                     raise InputError(f"{option} {value:g}: give a number above 0")
             return
+        if self.verify and self.front is None:
+            raise InputError(
+                "--verify belongs to --latency-ms or --front; add e.g. --latency-ms 2.0"
+            )
         for option, given in (
             ("--keep-tokens", self.keep_tokens),
             ("--candidates", self.candidates),
-            ("--verify", self.verify),
             ("--peak-memory-mb", self.peak_memory_mb is not None),
             ("--energy-mj", self.energy_mj is not None),
-            ("--target", self.target is not None),
-            ("--runtime", self.runtime is not None),
+            ("--target", self.target is not None and not self.verify),
+            ("--runtime", self.runtime is not None and not self.verify),
         ):
             if given:
                 raise InputError(f"{option} belongs to --latency-ms; add e.g. --latency-ms 2.0")
@@ -285,7 +297,7 @@ class Untrained:
                 )
         elif not amount > 0:
             raise InputError(f"{option} {given:g}: give a number above 0")
-        if self.file_precision not in ("fp32", "fp16", "int8"):
+        if self.file_precision not in (None, "fp32", "fp16", "int8"):
             raise InputError(f"--file-precision {self.file_precision}: choose fp32, fp16 or int8")
 
 

@@ -32,7 +32,8 @@ class LatencyKeys(Section):
     cost_table: str | None = Field(
         None,
         min_length=1,
-        description="with a latency: file of `vitrim bench --cost-table`; absent: one that ships "
+        description="with a latency: file of `vitrim bench --cost-table`, for an artifact that the "
+        "run exports (runtime, precision, target, threads, batch); absent: one that ships "
         "for `export.target`, else the operator costs of estimates, and the budget is an estimate",
     )
     target_runtime: str | None = Field(
@@ -59,15 +60,17 @@ class LatencyKeys(Section):
         "megabytes, with weights of `file_precision`",
     )
     peak_memory_mb: float | None = positive(
-        "beside a latency: largest memory of weights and activations in megabytes, "
-        "with weights of `file_precision`",
+        "beside a latency: largest memory of weights and activations in megabytes, with weights of "
+        "`file_precision`, and activations of the precision and the batch of `cost_table`",
     )
     energy_mj: float | None = positive(
         "beside a latency: millijoules of an inference, at the power that the networks "
         "of `cost_table` were measured with",
     )
-    file_precision: Literal["fp32", "fp16", "int8"] = Field(
-        "fp32", description="precision of the weights in `file_mb` and `peak_memory_mb`"
+    file_precision: Literal["fp32", "fp16", "int8"] | None = Field(
+        None,
+        description="precision of the weights in `file_mb` and `peak_memory_mb`; absent: that of "
+        "`cost_table`, and fp32 without a latency",
     )
 
     @property

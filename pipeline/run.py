@@ -31,7 +31,8 @@ from ..core.staging import only_writer
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_processor, require_runtimes
-from .latency_table import optional_table, table_mark
+from .budget_reach import require_budget, show_slack
+from .latency_table import optional_table, show_reach, table_mark
 from .magnitude_step import (
     DEAD,
     EXACT,
@@ -82,7 +83,7 @@ from .training_steps import (
     seed_weights,
     train_baseline,
 )
-from .trim_step import require_budget, start_section
+from .trim_step import start_section
 
 Step = Literal["baseline", "masks", "finetune", "export", "bench", "report"]
 STEPS: tuple[Step, ...] = ("baseline", "masks", "finetune", "export", "bench", "report")
@@ -303,8 +304,11 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     round_to = recipe.masks.round_to or target.round_to
     require_tokens(dense.architecture, recipe.masks)
     start = require_selections(dense, recipe)
+    show_reach(recipe, dense.architecture, quiet=quiet)
+    show_slack(recipe, dense.architecture, quiet=quiet)
     if recipe.masks.method == "closed-form":
-        require_budget(dense.architecture, recipe.masks, optional_table(recipe, dense.architecture))
+        table = optional_table(recipe, dense.architecture)
+        require_budget(dense.architecture, recipe.masks, table, round_to=round_to)
     elif recipe.masks.method == "magnitude":
         require_weights(dense.architecture, recipe.masks)
     elif recipe.masks.method in RANKING:

@@ -22,7 +22,6 @@ from ..compress.surgery.compactor import compact, output_error
 from ..compress.train.augment import seed_everything
 from ..compress.train.dense import DenseTask, Distillation
 from ..compress.train.later_cost import LaterCost
-from ..compress.train.mask_settings import MaskSettings
 from ..compress.train.mask_task import MaskTask
 from ..compress.train.objectives import Objective
 from ..compress.train.schedule import Schedule
@@ -31,7 +30,8 @@ from ..compress.train.vtp_task import SPARSITY, VtpTask
 from ..core.storage import replace_file
 from .latency_loop import trim_to_latency
 from .latency_table import recipe_table
-from .latency_training import learned_budget, measured_trial, verified
+from .latency_training import measured_trial, verified
+from .learned_settings import learned_settings, within_reach
 from .masks_section import RANKING, MasksSection
 from .phases import HISTORY as HISTORY
 from .phases import RunContext as RunContext
@@ -138,6 +138,7 @@ def learned_cut(
     known = known_outputs(baseline, context, recipe.masks.augmentation, start)
     data = context.data
     trial = measured_trial(baseline, start, round_to, context, resume=resume)
+    trial = within_reach(trial, baseline, start, round_to, context)
     task = mask_task(
         *(baseline, data, recipe, round_to),
         known=known,
@@ -203,11 +204,8 @@ def closed_form_cut(
             return Cut(tokens.model, mask, exact_cut_error(tokens.source, mask, images))
         baseline = tokens.model
     if section.has_latency:
-        unlabeled = drawn_images(section, context)
-        table, quiet = recipe_table(context.recipe, dense), context.quiet
-        found = trim_to_latency(
-            baseline, unlabeled, section, round_to, table, folder.path, quiet=quiet
-        )
+        unlabeled, table = drawn_images(section, context), recipe_table(context.recipe, dense)
+        found = trim_to_latency(baseline, unlabeled, section, round_to, table, context)
     else:
         found = _trimmed(baseline, section, round_to, context)
     return trimmed_cut(found, context)
@@ -323,25 +321,7 @@ def mask_task(
     """
     section = recipe.masks
     start = start or baseline
-    settings = MaskSettings(
-        budget=learned_budget(recipe, baseline, start, latency_ms),
-        lambda_=section.lambda_,
-        sharing=section.sharing,
-        fixed=section.fixed,
-        tokens=section.tokens == "learned" and "token" not in section.fixed,
-        lr=section.lr,
-        score_lr=section.score_lr,
-        weight_decay=section.weight_decay,
-        label_smoothing=recipe.train.label_smoothing,
-        optimizer=recipe.train.optimizer,
-        size_patience_epochs=section.patience_epochs,
-        round_to=round_to,
-        attention_overhead_macs=section.attention_overhead_macs,
-        ffn_overhead_macs=section.ffn_overhead_macs,
-        file_mb=section.file_mb,
-        peak_memory_mb=section.peak_memory_mb,
-        file_precision=section.file_precision,
-    )
+    settings = learned_settings(recipe, baseline, start, round_to, latency_ms)
     steps = section.epochs * epoch_steps(recipe, data)
     model, teacher = copy.deepcopy(start), distillation(baseline, recipe, known)
     if section.method == "vtp":

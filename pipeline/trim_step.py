@@ -6,30 +6,25 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..compress.latency.cut import LatencyCut, LatencyCuts, LatencyOptions
-from ..compress.latency.losses import uniform_losses
-from ..compress.latency.search import smallest_latency_ms
+from ..compress.latency.problem import weight_precision
 from ..compress.latency.shapes import network_shape
 from ..compress.masks.mask import StructuredMask
 from ..compress.masks.masked import masked
 from ..compress.network.architecture import Architecture
 from ..compress.network.modules.model import CompactModel
-from ..compress.oneshot.allocation import network_cost, smallest_cost
-from ..compress.oneshot.budgets import SHARES, Kind, file_bytes
-from ..compress.oneshot.choice import STREAM_SHARES
+from ..compress.oneshot.budgets import SHARES, Kind
 from ..compress.oneshot.saved_state import SCHEMA as STATE_SCHEMA
 from ..compress.oneshot.saved_state import STATE
-from ..compress.oneshot.stream_rotation import stream_obstacle
 from ..compress.oneshot.trim import Row, Trimmed, TrimOptions, predict, trim, trim_to
 from ..compress.surgery.compactor import compact, output_error
 from ..core.console import progress_bar, show, status
-from ..core.errors import InputError
 from ..core.written_kinds import Contents, FolderKind, has_schema, json_object
 from ..targets.cost_table import CostTable
 from .masks_section import MasksSection
@@ -78,63 +73,6 @@ class StageBars(contextlib.ExitStack):
             bar = progress_bar(STAGES.get(stage, stage), total, quiet=self._quiet)
             self._stage, self._advance = stage, self.enter_context(bar)
         self._advance(done)
-
-
-def require_budget(
-    architecture: Architecture,
-    section: MasksSection,
-    table: CostTable | None = None,
-    *,
-    options: tuple[str, str] = ("masks.macs", "masks.params"),
-) -> None:
-    """Check that the budget can be met.
-
-    Args:
-        architecture: The dense model.
-        section: The budget.
-        table: The cost table of a latency.
-        options: The names of its two kinds in an error.
-
-    Raises:
-        InputError: It is below the size of what is never cut; the message gives that size.
-    """
-    if table is not None and section.has_latency:
-        _require_latency(architecture, section, table)
-        return
-    if section.file_mb is not None:
-        empty = architecture.model_copy(update={"steps": ()})
-        least_mb = file_bytes(empty, section.file_precision) / 1e6
-        if section.file_mb <= least_mb:
-            raise InputError(
-                f"masks.file_mb = {section.file_mb}: the stem and the head, which are not cut, "
-                f"are {least_mb:.3f} MB; give a larger budget"
-            )
-        return
-    kind, share = ("params", section.params) if section.params else ("macs", section.macs)
-    option = options[kind == "params"]
-    least = smallest_cost(architecture, kind) / network_cost(architecture, kind)
-    if share is None or share <= least:
-        raise InputError(
-            f"{option} = {share}: the stem and the head, which are not cut, are {least:.3f} of "
-            "this model; give a larger budget"
-        )
-
-
-def _require_latency(architecture: Architecture, section: MasksSection, table: CostTable) -> None:
-    """Check that the latency can be reached."""
-    round_to = section.round_to or 8
-    losses = uniform_losses(architecture, round_to)
-    if not stream_obstacle(architecture):
-        widths = (int(share * architecture.embed) for share in STREAM_SHARES)
-        narrow = {max(1, width // round_to * round_to): 0.0 for width in widths}
-        losses = replace(losses, embed=narrow)
-    budget_ms = latency_budget_ms(architecture, section, table)
-    least_ms = smallest_latency_ms(architecture, losses, table)
-    if budget_ms < least_ms:
-        raise InputError(
-            f"masks.latency: {budget_ms:.4g} ms: the smallest latency that can be reached is "
-            f"{least_ms:.4g} ms ({table.title}); give a larger budget"
-        )
 
 
 def latency_budget_ms(architecture: Architecture, section: MasksSection, table: CostTable) -> float:
@@ -199,7 +137,7 @@ def trim_baseline(
     Raises:
         InputError: The budget is out of reach.
     """
-    options = TrimOptions(round_to=round_to, precision=section.file_precision)
+    options = TrimOptions(round_to=round_to, precision=section.file_precision or "fp32")
     kind, amount = _budget(section)
     with StageBars(quiet=quiet) as bars:
         if count is None:
@@ -275,11 +213,12 @@ def latency_cuts(
         bars: Shows the stages.
     """
     tokens = "token" not in section.fixed and section.tokens is None
+    precision = weight_precision(table, section.file_precision)
     return LatencyCuts(
         baseline,
         images,
         table,
-        options=TrimOptions(round_to=round_to, precision=section.file_precision),
+        options=TrimOptions(round_to=round_to, precision=precision),
         latency=LatencyOptions(
             tokens=tokens,
             candidates=section.candidates,

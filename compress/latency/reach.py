@@ -64,7 +64,7 @@ class Reach:
         return None
 
     def obstacle(self, named: Mapping[str, str] | None = None) -> str | None:
-        """Say which budget cannot be met, and the least that can; None if all can at once.
+        """State which budget cannot be met, and the least that can; None if all can at once.
 
         Args:
             named: The budgets as the user gave them, by their names in `Limits`.

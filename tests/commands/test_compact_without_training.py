@@ -16,6 +16,8 @@ from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.oneshot.trim import trim_to
 from vitrim.pipeline import latency_loop
+from vitrim.targets.catalog import FOLDER
+from vitrim.targets.cost_table import MeasuredNetwork
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_a_latency_by_a_cost_table_is_a_budget(
     assert call([*arguments, "--cost-table", "absent.json"]) == 2
     assert "absent.json" in capsys.readouterr().err
     assert call([*arguments, "--cost-table", "costs.json", "--target", "rpi4"]) == 2
-    assert "--target rpi4 names another; keep one" in capsys.readouterr().err
+    assert "--target rpi4 names another device than costs.json" in capsys.readouterr().err
     assert call([*arguments, "--target", "rpi4", "--verify"]) == 2
     assert "the files are for rpi4, not for this machine" in capsys.readouterr().err
     shown = _compact(*arguments[1:], "--target", "rpi4", "--out", "estimated")
@@ -133,6 +135,49 @@ def test_a_latency_by_a_cost_table_is_a_budget(
     arguments = ["compact", "model", *data, "--latency-ms", "1e-5"]
     assert call(arguments) == 2
     assert "the smallest latency that can be reached is" in capsys.readouterr().err
+
+
+def test_a_table_of_a_device_without_a_profile_is_not_measured_here(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    text = (FOLDER / "rpi4.toml").read_text().replace('name = "rpi4"', 'name = "phone"')
+    Path("phone.toml").write_text(text)
+    latency_table(target="phone").save("phone.json")
+    dense = latency_table().latency_ms(network_shape(vitrim.load("model").architecture))
+    arguments = ["compact", "model", "--data", "images:photos", "--cost-table", "phone.json"]
+    arguments += ["--latency-ms", str(0.7 * dense)]
+    shown = _compact(*arguments[1:], "--target", "phone.toml")
+    assert "by the table of onnxruntime fp32 on phone, 1 thread" in shown
+    for more, message in (
+        (["--verify"], "--verify: the cost table is of phone, which is no name of `vitrim targets"),
+        (["--verify", "--verify-on", "ssh://phone"], "give its profile with --target FILE.toml"),
+        (["--verify", "--target", "phone.toml"], "the files are for phone, not for this machine"),
+        (["--target", "rpi4"], "--target rpi4 names another device than phone.json, which is of"),
+    ):
+        assert call([*arguments, *more]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
+
+
+def test_costs_are_extrapolated_only_to_a_cut_that_is_measured(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(latency_loop, "TIME_LIMIT_S", 0.3)
+    shape = network_shape(vitrim.load("model").architecture)
+    small = shape.model_copy(update={"embed": shape.embed // 2})
+    table = latency_table(points=[MeasuredNetwork(network=small, latency_ms=1.0)])
+    table.save("small.json")
+    arguments = ["model", "--data", "images:photos", "--cost-table", "small.json"]
+    arguments += ["--latency-ms", str(0.8 * table.latency_ms(shape))]
+    assert call(["compact", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--cost-table small.json extrapolates to {shape.embed} channels of the stream" in line
+    assert line.endswith("--like MODEL`, or measure the cut with --verify")
+    shown = _compact(*arguments, "--verify")
+    assert "--like MODEL`; the cut is measured" in shown
+    assert "ms by the table, measured" in shown
 
 
 def test_a_measured_latency_is_recorded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +291,7 @@ def test_an_interrupted_front_continues_without_a_second_pass(
         (["--without-training", "--macs", "0.5", "--keep-ratio", "0.5"], "keep one"),
         (
             ["--without-training", "--macs", "0.01", "--data", "images:photos"],
-            "--macs = 0.01: the stem and the head",
+            "--macs 0.01: the stem and the head",
         ),
         (["--without-training", "--macs", "0.5", "--data", "images:absent"], "no such folder"),
         (["--without-training", "--macs", "0.5", "--data", "images:model"], "no images in it"),

@@ -266,6 +266,18 @@ def test_a_bad_set_is_refused_by_name(item: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_steps_of_runs_before_file_precision_followed_the_table_are_kept(tmp_path: Path) -> None:
+    def mark(masks: str) -> str:
+        text = f'[masks]\nmethod = "closed-form"\n{masks}\n'
+        return load_recipe(write(tmp_path, text)).fingerprint("masks")
+
+    for masks in ("macs = 0.5", "file_mb = 3.0", "latency_ms = 2.0"):
+        assert mark(masks) == mark(f'{masks}\nfile_precision = "fp32"')
+    # Here the precision of the table counts.
+    both = "latency_ms = 2.0\nfile_mb = 3.0"
+    assert mark(both) != mark(f'{both}\nfile_precision = "fp32"')
+
+
 def test_the_fingerprint_depends_only_on_the_named_sections() -> None:
     recipe = load_recipe()
     other = load_recipe(None, ["bench.threads=2"])

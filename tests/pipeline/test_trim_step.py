@@ -11,13 +11,17 @@ import vitrim
 from latency_tables import latency_table
 from photo_folder import write_photos, write_recipe
 from tiny_models import relative_error
+from vitrim.bench.results.measurement import Measurement
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.count import count_params
+from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.oneshot.budgets import file_bytes
 from vitrim.core.errors import InputError
+from vitrim.pipeline import latency_training
+from vitrim.pipeline.latency_loop import Measure
 from vitrim.pipeline.latency_training import LEAST, MOST
 from vitrim.pipeline.recipe import load_recipe
-from vitrim.pipeline.run import run
+from vitrim.pipeline.run import prepare, run
 
 CLOSED_FORM = ['masks.method="closed-form"', "masks.round_to=2"]
 
@@ -159,14 +163,21 @@ def test_milliseconds_of_a_cost_table_are_a_budget(finished: Path) -> None:
     whole = table.latency_ms(network_shape(dense))
     sets = [*CLOSED_FORM, "masks.latency=0.6", f'masks.cost_table="{path}"']
     sets += ["masks.latency_rounds=1", "masks.target_runtime=onnxruntime"]
+    sets += ["bench.time_limit_s=1.0", "bench.top1_images=4"]
     folder = finished.parent / "latency"
-    run(load_recipe(finished.parent / "tiny.toml", sets), folder, until="masks", quiet=True)
+    run(load_recipe(finished.parent / "tiny.toml", sets), folder, quiet=True)
     cut = vitrim.load(folder / "cut").architecture
     assert table.latency_ms(network_shape(cut)) <= 0.6 * whole
     record = json.loads((folder / "latency.json").read_text())
     assert record["latency_ms"] == pytest.approx(0.6 * whole)
     assert record["predicted_ms"] == pytest.approx(table.latency_ms(network_shape(cut)))
     assert record["measured_ms"] == record["rounds"][0]["measured_ms"] > 0
+    # What is measured is the cut; the file that ships has other weights, and is measured again.
+    shown = json.loads((folder / "report.json").read_text())["latency"]
+    shipped = Measurement.load(folder / "measurements/compact-fp32.json")
+    assert shown["shipped"] == "compact-fp32"
+    assert shown["shipped_ms"] == pytest.approx(1e3 * shipped.summary().p50_s)
+    assert shown["shipped_met"] == (shown["shipped_ms"] <= record["latency_ms"])
 
 
 def test_masks_are_learned_for_a_latency_and_the_file_is_measured(finished: Path) -> None:
@@ -205,6 +216,9 @@ def test_masks_are_learned_for_a_latency_and_the_file_is_measured(finished: Path
     assert record["predicted_ms"] <= record["latency_ms"]
 
 
+BESIDE = ["masks.latency=0.9", 'masks.cost_table="costs.json"']
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
@@ -223,7 +237,23 @@ def test_masks_are_learned_for_a_latency_and_the_file_is_measured(finished: Path
         ([*CLOSED_FORM, "masks.target_runtime=tvm"], "target_runtime needs a budget of millisec"),
         (
             [*CLOSED_FORM, "masks.latency_ms=0.001", 'masks.cost_table="costs.json"'],
-            "masks.latency: 0.001 ms: the smallest latency that can be reached is 0.02",
+            "masks.latency_ms = 0.001: the smallest latency that can be reached is 0.02",
+        ),
+        (
+            [*CLOSED_FORM, *BESIDE, "masks.file_mb=0.001"],
+            "masks.file_mb = 0.001: the smallest weights that can be reached are 0.0",
+        ),
+        (
+            [*CLOSED_FORM, *BESIDE, "masks.peak_memory_mb=0.001"],
+            "masks.peak_memory_mb = 0.001: the smallest memory of weights and activations that",
+        ),
+        (
+            [*BESIDE, "masks.file_mb=0.001"],
+            "file_mb = 0.001: the smallest weights that can be reached are 0.0",
+        ),
+        (
+            [*BESIDE, "masks.peak_memory_mb=0.001"],
+            "peak_memory_mb = 0.001: the smallest memory of weights and activations that",
         ),
         (
             [
@@ -248,3 +278,54 @@ def test_impossible_file_and_latency_budgets_are_refused(
     with pytest.raises(InputError) as caught:
         run(load_recipe(finished.parent / "tiny.toml", sets), finished.parent / "no", quiet=True)
     assert message in str(caught.value)
+
+
+def test_a_corrected_budget_below_all_masks_ends_with_the_fastest_and_a_note(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not with an error after the baseline is trained. Disturbed readings are repeated."""
+    dense = vitrim.load(finished / "baseline").architecture
+    table, path = latency_table(), finished.parent / "slow.json"
+    table.save(path)
+    measured = list[float]()
+
+    def file_measure(*arguments: object, **options: object) -> Measure:
+        def measure(model: CompactModel) -> float:
+            predicted_ms = table.latency_ms(network_shape(model.architecture))
+            measured.append((9.0 if len(measured) % 2 == 0 else 3.0) * predicted_ms)
+            return measured[-1]
+
+        return measure
+
+    monkeypatch.setattr(latency_training, "file_measure", file_measure)
+    least_ms = 0.3 * table.latency_ms(network_shape(dense))
+    sets = [f"masks.latency_ms={least_ms}", f'masks.cost_table="{path}"', "masks.round_to=2"]
+    folder = finished.parent / "slow"
+    run(load_recipe(finished.parent / "tiny.toml", sets), folder, until="masks")
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "is below the smallest that learned masks can reach" in shown
+    assert "NOT met" in shown
+    record = json.loads((folder / "latency.json").read_text())
+    assert record["met"] is False
+    trial, last = record["rounds"]
+    assert len(measured) == 4
+    for each in (trial, last):
+        assert each["measured_ms"] == pytest.approx(3 * each["predicted_ms"])
+    assert LEAST * least_ms < last["budget_ms"]
+    assert last["predicted_ms"] <= last["budget_ms"]
+
+
+@pytest.mark.parametrize("method", ["learned", "closed-form"])
+def test_a_latency_above_the_dense_model_is_named(
+    finished: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    path = finished.parent / "slack.json"
+    latency_table().save(path)
+    sets = [f'masks.method="{method}"', "masks.latency_ms=50", f'masks.cost_table="{path}"']
+    prepare(load_recipe(finished.parent / "tiny.toml", sets))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("masks.latency_ms = 50 is above the latency of the dense model, 0.") == 1
+    assert "nothing has to be cut" in shown
+    sets[1] = "masks.latency=0.9"
+    prepare(load_recipe(finished.parent / "tiny.toml", sets))
+    assert "is above" not in capsys.readouterr().err
