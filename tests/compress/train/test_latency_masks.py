@@ -175,7 +175,7 @@ def test_a_latency_that_cannot_be_reached_is_refused_before_training(
     ],
 )
 def test_a_size_that_cannot_be_reached_is_refused_before_training(
-    limits: dict[str, float], message: str
+    limits: dict[str, Any], message: str
 ) -> None:
     """Not at the freeze, when most of the training is over."""
     model = lift(tiny_vit(num_classes=4))
@@ -184,7 +184,8 @@ def test_a_size_that_cannot_be_reached_is_refused_before_training(
         MaskTask(model, settings, 10)
     [(name, _)] = limits.items()
     least = float(str(caught.value).split("are " if name == "file_mb" else " is ")[1].split()[0])
-    MaskTask(model, replace(settings, **{name: least}), 10)
+    limit: dict[str, Any] = {name: least}
+    MaskTask(model, replace(settings, **limit), 10)
 
 
 def test_weights_at_the_freeze_have_the_precision_of_the_table() -> None:
