@@ -149,7 +149,7 @@ def _closed_form(
 def show_missing_loss(
     model: CompactModel, baseline: CompactModel, recipe: Recipe, *, quiet: bool
 ) -> None:
-    """Say that DynamicViT's loss on tokens is left out, where tokens cannot be compared.
+    """Show that DynamicViT's loss on tokens is left out, where tokens cannot be compared.
 
     Args:
         model: The network that is trained from here on.

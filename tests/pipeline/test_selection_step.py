@@ -134,9 +134,9 @@ def test_a_loss_on_tokens_that_cannot_be_compared_is_announced(
     assert "loss on tokens" not in capsys.readouterr().err
     model.architecture = model.architecture.model_copy(update={"stream_rotated": True})
     show_missing_loss(model, dense, recipe, quiet=False)
-    said = " ".join(capsys.readouterr().err.split())
-    assert 'masks.tokens = "dynamicvit": the loss on tokens is left out' in said
-    assert "another basis" in said
+    shown = " ".join(capsys.readouterr().err.split())
+    assert 'masks.tokens = "dynamicvit": the loss on tokens is left out' in shown
+    assert "another basis" in shown
 
 
 def test_one_shot_widths_start_a_training_of_both(recipe_file: Path) -> None:
@@ -246,12 +246,15 @@ def test_the_keys_are_part_of_the_identity_of_the_step(recipe_file: Path) -> Non
     [
         (
             ('masks.tokens="dynamicvit"', "masks.token_ratio=0.05"),
-            'masks.tokens = "dynamicvit": token ratio = 0.05 (geometric): no patch is left at '
-            "block 1",
+            "masks.token_ratio = 0.05 (geometric): no patch is left at block 1",
         ),
         (
             (*tokens("evit"), "masks.token_stages=[3]"),
-            'masks.tokens = "evit": token stage 3: the model has blocks 0 to 2',
+            "masks.token_stages: 3; the model has blocks 0 to 2",
+        ),
+        (
+            (*tokens("evit"), 'masks.token_rule="subtractive"'),
+            "masks.token_rule = 'subtractive': evit keeps the same share of the tokens",
         ),
         (('masks.token_order="tokens-first"',), "token_order needs a method that chooses for"),
         ((*tokens("evit"), "masks.token_macs=0.6"), "token_macs is that of one set for all images"),

@@ -10,7 +10,9 @@ import pytest
 import torch
 import vitrim
 from photo_folder import write_photos, write_recipe
+from tiny_models import tiny_vit
 from vitrim.compress.network.count import count_macs, count_params
+from vitrim.compress.surgery.image_size import at_image_size
 from vitrim.compress.tokens import patch_slimming
 from vitrim.compress.tokens.choose import METHODS
 from vitrim.core.errors import InputError
@@ -18,6 +20,7 @@ from vitrim.pipeline.masks_section import SELECTING, TokenMethod
 from vitrim.pipeline.recipe import load_recipe
 from vitrim.pipeline.run import run, with_last_queries
 from vitrim.pipeline.run_folder import RunFolder
+from vitrim.pipeline.shipping_steps import resampled_notes
 
 TOKENS = ('masks.tokens="patch-slimming"', "masks.token_macs=0.7")
 TOLERANCE = ('masks.tokens="patch-slimming"', "masks.token_tolerance=0.05")
@@ -195,3 +198,12 @@ def test_impossible_tokens_are_refused_before_any_work(
 
 def test_recipes_name_every_method() -> None:
     assert get_args(TokenMethod) == ("learned", *SELECTING, *METHODS)
+
+
+def test_the_report_warns_of_a_token_mask_that_was_resampled() -> None:
+    dense = tiny_vit(img_size=32, depth=3)
+    cut = vitrim.compact(dense, vitrim.choose_tokens(dense, "radial", macs=0.7)).architecture
+    larger = [at_image_size(each, 48) for each in (vitrim.lift(dense).architecture, cut, cut)]
+    assert resampled_notes([cut]) == []
+    (line,) = resampled_notes(larger)
+    assert line.startswith("image size 48x48: the map of where patches leave was resampled")

@@ -42,7 +42,7 @@ def test_class_attention_needs_a_token_that_the_head_reads(
         select_tokens(model, method)  # type: ignore[arg-type]
     # The ways out that the message names.
     for other in ("column-attention", "dynamicvit"):
-        found = select_tokens(model, other).eval()  # type: ignore[arg-type]
+        found = select_tokens(model, other).eval()
         assert found(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
