@@ -5,8 +5,8 @@
     <!-- generated: NAME -->
     <!-- end of generated -->
 
-is replaced: NAME is `recipe keys`, `runtime limits`, or the path of a result file under
-`benchmarks/`.
+is replaced: NAME is `recipe keys`, `runtime limits`, `shipped cost tables`, or the path of a result
+file under `benchmarks/`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from vitrim.export.runtimes import runtime_named, runtime_names
 from vitrim.export.runtimes.runtime import limits_of
 from vitrim.pipeline.recipe import Recipe
 from vitrim.pipeline.recipe_keys import key_reference
+from vitrim.targets.cost_table import CostTable
+from vitrim.targets.shipped_tables import FOLDER
 
 from .api_page import api_page
 from .cli_page import cli_page
@@ -47,7 +49,11 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 def _filled(match: re.Match[str]) -> str:
     name = match["name"]
-    written = {"recipe keys": recipe_keys, "runtime limits": runtime_limits}.get(name)
+    written = {
+        "recipe keys": recipe_keys,
+        "runtime limits": runtime_limits,
+        "shipped cost tables": shipped_tables,
+    }.get(name)
     text = result_table(ROOT / name) if written is None else written()
     return f"{match['begin']}\n{text.strip()}\n\n{match['end']}"
 
@@ -71,6 +77,27 @@ def runtime_limits() -> str:
         for limit in limits_of(runtime_named(name))
     ]
     return table(("runtime", "cannot do", "instead"), cells)
+
+
+def shipped_tables() -> str:
+    """One table: the cost tables of the package, and how well they predict."""
+    cells = []
+    for path in sorted(FOLDER.glob("*.json")):
+        costs = CostTable.load(path)
+        sizes = [point.network for point in costs.points]
+        largest = f"{max(each.tokens for each in sizes)} x {max(each.embed for each in sizes)}"
+        what = (costs.target, costs.runtime, costs.precision, str(costs.threads), largest)
+        errors = [
+            f"{100 * found.median:.1f} %, {100 * found.p95:.1f} % ({found.count})"
+            for found in (costs.held_out, costs.whole)
+            if found is not None
+        ]
+        cells.append((*what, costs.environment["cpu_model"], *errors))
+    header = (
+        "target", "runtime", "precision", "threads", "tokens x channels, at most", "measured on",
+        "held out: median, 95th percentile (networks)", "whole networks",
+    )  # fmt: skip
+    return table(header, cells)
 
 
 def main() -> int:
