@@ -169,7 +169,8 @@ def write_ncnn(name: str, folder: Path) -> Path:
     """Write the same network as ncnn's files, converted as the exporter does."""
     source, network = _network(name)
     ncnn = runtime_named("ncnn")
-    assert ncnn.form is not None
+    form = ncnn.form
+    assert form is not None
     shape = network.architecture.image
     zeros = np.zeros((1, *shape), np.float32)
     outputs = np.zeros((1, network.architecture.classes), np.float32)
