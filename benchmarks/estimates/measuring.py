@@ -177,7 +177,7 @@ def write_ncnn(name: str, folder: Path) -> Path:
     given = Source(
         model=source,
         compact=network,
-        graph=write_network(network, ncnn.form, batch=1),
+        make_graph=lambda: write_network(network, form, batch=1),
         shape=shape,
         batch=1,
         target="host",
