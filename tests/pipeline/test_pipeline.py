@@ -123,7 +123,8 @@ def test_every_stage_equals_the_previous_one(finished: Path) -> None:
     parity = read(finished / "report.json")["parity"]
     assert parity["cut: masked against compact"] < 1e-5
     exact = {stage: error for stage, error in parity.items() if "int8" not in stage}
-    assert len(exact) >= 5
+    # The cut, and one graph of each model.
+    assert len(exact) == 3
     assert max(exact.values()) < 1e-4
 
 
