@@ -18,14 +18,17 @@ def require_measurable(untrained: Untrained, table: CostTable) -> None:
 
     Raises:
         InputError: They are for another device than the one that measures them, or for one that
-            has no profile.
+            has no profile, or that does not respond.
     """
     from ..pipeline.latency_place import elsewhere, file_target
 
     if not untrained.verify:
         return
     if untrained.verify_on != "host":
+        from ..bench.remote.reach import require_reachable
+
         file_target(table, untrained.device)
+        require_reachable(untrained.verify_on, [table.runtime])
     elif (reason := elsewhere(table, untrained.device)) is not None:
         raise InputError(
             f"--verify: {reason}; measure on the device with --verify-on, or leave --verify out"

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from torch import Tensor
 
 from ..bench.local.measure import measure_here
@@ -25,9 +26,11 @@ from ..core.progress import Progress
 from ..core.storage import replace_file
 from ..export.exporter import export
 from ..targets.cost_table import CostTable
+from .bench_device import MeasureFiles, measure_at_device
 from .latency_place import elsewhere, file_target
 from .masks_section import MasksSection
 from .phases import RunContext
+from .recipe import Recipe
 from .token_step import token_record
 from .trim_step import StageBars, latency_budget_ms, latency_cuts, show_latency
 
@@ -46,7 +49,6 @@ DISTURBED = 1.1
 TIME_LIMIT_S = 20.0
 PARITY_IMAGES = 64
 Measure = Callable[[CompactModel], float]
-MeasureFiles = Callable[[dict[str, Path], MeasureOptions, Progress], dict[str, Measurement]]
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,9 @@ def trim_to_latency(
     """
     folder, quiet, target = context.folder.path, context.quiet, context.recipe.export.target
     measure = None
-    if section.latency_rounds and not show_elsewhere(table, target, quiet=quiet):
-        measure = file_measure(table, images[:PARITY_IMAGES], target=target)
+    if section.latency_rounds and not show_elsewhere(table, context.recipe, quiet=quiet):
+        device = measure_at_device(context.recipe.bench, target)
+        measure = file_measure(table, images[:PARITY_IMAGES], device, target=target)
     with StageBars(quiet=quiet) as bars:
         cuts = latency_cuts(baseline, images, section, round_to, table, bars)
         budget_ms = latency_budget_ms(baseline.architecture, section, table)
@@ -249,17 +252,18 @@ def trim_to_latency(
     return found.trimmed
 
 
-def show_elsewhere(table: CostTable, target: str, *, quiet: bool) -> bool:
-    """Print why files are not measured on this machine; whether that is so.
+def show_elsewhere(table: CostTable, recipe: Recipe, *, quiet: bool) -> bool:
+    """Print why files are not measured; whether that is so.
 
     Args:
         table: The cost table.
-        target: The target of the files.
+        recipe: The recipe, with the target of the files and the device.
         quiet: Print nothing.
     """
-    reason = elsewhere(table, target)
+    reason = elsewhere(table, recipe.export.target, recipe.bench.on)
     if reason is not None:
-        status(f"the cut is not measured: {reason}", quiet=quiet)
+        line = f"the cut is not measured: {reason}; bench.on names the device that measures it"
+        status(escape(line), quiet=quiet)
     return reason is not None
 
 

@@ -99,10 +99,19 @@ def optional_table(recipe: Recipe, dense: Architecture) -> CostTable | None:
 
 
 def table_mark(recipe: Recipe) -> str:
-    """What the masks depend on where the budget is a latency: the table's content; else nothing."""
-    section, export = recipe.masks, recipe.export
+    """What the masks depend on where the budget is a latency; else nothing.
+
+    That is the content of the table, and the device that corrects it.
+    """
+    section = recipe.masks
     if not section.has_latency:
         return ""
+    measured = section.latency_rounds and recipe.bench.on is not None
+    return _table_content(recipe) + (f", measured on {recipe.bench.on}" if measured else "")
+
+
+def _table_content(recipe: Recipe) -> str:
+    section, export = recipe.masks, recipe.export
     if section.cost_table is not None:
         # A table that cannot be read fails its own run, not the plan of a study.
         with contextlib.suppress(InputError):
@@ -143,6 +152,11 @@ def recipe_table(recipe: Recipe, dense: Architecture) -> CostTable:
     section = recipe.masks
     runtime = section.target_runtime
     if section.cost_table is None:
+        if recipe.bench.on is not None and recipe.export.target == "host":
+            raise InputError(
+                "bench.on: the cost table without a file is of this machine, not of the device; "
+                "name the device's target in export.target, or its table in masks.cost_table"
+            )
         runtime = runtime or recipe.export.runtimes[0]
     found = TableRequest(
         section.cost_table,
@@ -157,14 +171,15 @@ def recipe_table(recipe: Recipe, dense: Architecture) -> CostTable:
     if beyond is not None and not is_measured(recipe, found):
         raise InputError(
             f"{_extrapolated(recipe, beyond)}, or let the cut be measured with "
-            "masks.latency_rounds on a target that this machine is"
+            "masks.latency_rounds on a target that this machine is, or on a device (bench.on)"
         )
     return found
 
 
 def is_measured(recipe: Recipe, table: CostTable) -> bool:
-    """Whether files of the cut are measured on this machine, and the budget corrected."""
-    return recipe.masks.latency_rounds > 0 and elsewhere(table, recipe.export.target) is None
+    """Whether files of the cut are measured, here or on `bench.on`, and the budget corrected."""
+    place = (recipe.export.target, recipe.bench.on)
+    return recipe.masks.latency_rounds > 0 and elsewhere(table, *place) is None
 
 
 def show_reach(recipe: Recipe, dense: Architecture, *, quiet: bool) -> None:
@@ -185,14 +200,14 @@ def show_reach(recipe: Recipe, dense: Architecture, *, quiet: bool) -> None:
 
 
 def shipped_artifact(recipe: Recipe, dense: Architecture) -> str | None:
-    """The artifact that a latency is the budget of; None where this machine is not its device.
+    """The artifact that a latency is the budget of; None where its device is not measured.
 
     Args:
         recipe: The recipe.
         dense: The dense network.
     """
     table = optional_table(recipe, dense)
-    if table is None or elsewhere(table, recipe.export.target) is not None:
+    if table is None or elsewhere(table, recipe.export.target, recipe.bench.on) is not None:
         return None
     return _artifact_of(recipe, table).name
 

@@ -31,6 +31,7 @@ from ..core.console import status
 from ..core.errors import InputError
 from ..core.storage import replace_file
 from ..targets.cost_table import CostTable
+from .bench_device import measure_at_device
 from .latency_loop import (
     LATENCY_FILE,
     MARGIN,
@@ -132,7 +133,7 @@ def measured_trial(
             small = trial_network(start, budget_ms, table, round_to, recipe.masks.tokens)
             if small is not None:
                 images = context.data.val.floats(slice(0, PARITY_IMAGES))
-                measure = file_measure(table, images, target=recipe.export.target)
+                measure = _file_measure(table, images, recipe)
                 predicted_ms = table.latency_ms(network_shape(small.architecture))
                 measured_ms = undisturbed_ms(measure, small, predicted_ms)
                 found = [asdict(Round(budget_ms, predicted_ms, measured_ms))]
@@ -145,6 +146,12 @@ def measured_trial(
         replace_file(context.folder / LATENCY_FILE, latency_record(record))
     factor = MARGIN * first.predicted_ms / first.measured_ms
     return Trial(budget_ms * min(MOST, max(LEAST, factor)), rounds)
+
+
+def _file_measure(table: CostTable, images: torch.Tensor, recipe: Recipe) -> Measure:
+    """What measures networks as files, on this machine or on the device of `bench.on`."""
+    target = recipe.export.target
+    return file_measure(table, images, measure_at_device(recipe.bench, target), target=target)
 
 
 def trial_network(
@@ -211,11 +218,11 @@ def verified(task: MaskTask, baseline: CompactModel, context: RunContext, trial:
     budgets: list[float] = []
     record = LatencyRecord.of(table, budget_ms, task.latency_ms())
     if recipe.masks.latency_rounds:
-        show_elsewhere(table, recipe.export.target, quiet=context.quiet)
+        show_elsewhere(table, recipe, quiet=context.quiet)
     if is_measured(recipe, table):
         if processes.is_main:
             images = context.data.val.floats(slice(0, PARITY_IMAGES))
-            measure = file_measure(table, images, target=recipe.export.target)
+            measure = _file_measure(table, images, recipe)
             steps, budgets = tightened(
                 task, budget_ms, trial.table_ms, measure, recipe.masks.latency_rounds
             )

@@ -106,6 +106,9 @@ class Recipe(Section):
             "the cost table": None
             if self.masks.cost_table is None
             else Path(self.masks.cost_table),
+            "the runtime": None
+            if self.bench.runtime_library is None
+            else Path(self.bench.runtime_library),
             **{f"the target {name}": Path(name) for name in files},
         }
 

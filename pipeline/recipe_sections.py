@@ -305,6 +305,54 @@ class BenchSection(Section):
     top1_images: int | None = Field(
         None, gt=0, description="test images for the top-1 of the timed artifact; absent: all"
     )
+    on: str | None = Field(
+        None,
+        min_length=1,
+        description="the device that measures the artifacts, and the cuts to a latency: "
+        "ssh://user@host[:port], adb://SERIAL or tvm-rpc://tracker:port/key; absent: this machine",
+    )
+    python: str | None = Field(
+        None,
+        min_length=1,
+        description="Python interpreter on the device, with numpy and the runtime; absent: python3",
+    )
+    runtime_library: str | None = Field(
+        None, min_length=1, description="libonnxruntime.so for a device without Python"
+    )
+    ssh_options: tuple[str, ...] | None = Field(
+        None, strict=False, description='options for ssh, such as ["-i key"] or ["-F config"]'
+    )
+
+    @field_validator("on")
+    @classmethod
+    def _elsewhere(cls, address: str | None) -> str | None:
+        return None if address == "host" else address
+
+    @field_validator("runtime_library")
+    @classmethod
+    def _expanded(cls, path: str | None) -> str | None:
+        return None if path is None else os.path.expanduser(path)
+
+    @model_validator(mode="after")
+    def _valid_device(self) -> Self:
+        # A check of the whole table, whose error does not repeat an address with a password.
+        if self.on is None:
+            for key in ("python", "runtime_library", "ssh_options"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} belongs to a device; add on, or leave {key} out")
+            return self
+        from ..bench.remote.reach import EMULATED, require_address
+
+        if self.on == EMULATED:
+            raise ValueError(
+                f"on = {self.on!r} is emulated, and has no latency; measure the artifacts of the "
+                f"run there with vitrim bench --on {EMULATED}"
+            )
+        try:
+            require_address(self.on)
+        except InputError as error:
+            raise ValueError(str(error).replace("--on ", "on = ", 1)) from None
+        return self
 
 
 class ReportSection(Section):

@@ -31,6 +31,7 @@ from ..core.staging import only_writer
 from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_processor, require_runtimes
+from .bench_device import require_device
 from .budget_reach import require_budget, show_slack
 from .latency_table import optional_table, show_reach, table_mark
 from .magnitude_step import (
@@ -148,6 +149,9 @@ def run(
                 RunFolder.check(out, resume=resume, overwrite=overwrite, inputs=inputs)
             prepared = prepare(recipe, quiet=quiet)
             require_shares(recipe.train.batch_size, len(prepared.data.train), processes.count)
+            marks = fingerprints(prepared)
+            if processes.is_main:
+                require_device(recipe, until, out if resume else None, marks, quiet=quiet)
             folder = RunFolder.open(out, resume=resume, overwrite=overwrite, processes=processes)
             if processes.is_main and not there:
                 locks.enter_context(only_writer(out))
@@ -159,7 +163,6 @@ def run(
         host = tracked(host, recipe, folder.path, folder / HISTORY)
         host = followed(host, on_epoch)
         context = RunContext(recipe, prepared.data, folder, quiet, host)
-        marks = fingerprints(prepared)
         try:
             models = _train_steps(prepared, context, until, marks)
             processes.close()

@@ -123,20 +123,19 @@ def load_artifacts(recipe: Recipe, folder: RunFolder) -> dict[str, Artifact]:
 
 
 def measure_all(artifacts: Mapping[str, Artifact], context: RunContext) -> dict[str, Measurement]:
-    """Measure all artifacts interleaved on this machine, with their top-1 on the test images."""
-    from ..bench.local.measure import measure_interleaved
+    """Measure all artifacts interleaved, with their top-1 on the test images.
+
+    This machine measures them, or the device of `bench.on`.
+    """
+    from .bench_device import measured_artifacts
 
     bench = context.recipe.bench
-    status(f"measuring {', '.join(artifacts)}, interleaved", quiet=context.quiet)
+    place = "" if bench.on is None else ", on the device of bench.on"
+    status(f"measuring {', '.join(artifacts)}, interleaved{place}", quiet=context.quiet)
     with tempfile.TemporaryDirectory() as temporary:
         dataset = write_dataset(context.data, Path(temporary) / "test.npz", bench.top1_images)
-        measured = measure_interleaved(
-            artifacts,
-            bench.threads,
-            dataset=dataset,
-            time_limit_s=bench.time_limit_s,
-            quiet=context.quiet,
-        )
+        target = context.recipe.export.target
+        measured = measured_artifacts(artifacts, bench, dataset, target=target, quiet=context.quiet)
     for name, measurement in measured.items():
         measurement.save(context.folder / f"{MEASUREMENTS}/{name}.json")
     return measured
@@ -407,7 +406,8 @@ def show_final_table(folder: RunFolder) -> None:
     for column in ("artifact", "params", "MACs", "top-1", "p50", "faster", "memory", "file"):
         table.add_column(column, justify="left" if column == "artifact" else "right", no_wrap=True)
     run = load_run(folder.path)
-    rows = [row for device in overview(run).devices for row in device.rows]
+    devices = overview(run).devices
+    rows = [row for device in devices for row in device.rows]
     for row in rows:
         table.add_row(*_cells(row))
     warnings = [
@@ -418,6 +418,7 @@ def show_final_table(folder: RunFolder) -> None:
     ]
     budget = None if run.report.latency is None else shipped_text(run.report.latency)
     outcome = [] if budget is None else [budget]
+    outcome += [f"measured on {device.title}" for device in devices if device.remote]
     show(table, *warnings, *outcome, f"report: {folder / 'report.html'}")
 
 

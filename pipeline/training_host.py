@@ -116,6 +116,14 @@ def require_trackers(names: tuple[TrackerName, ...]) -> None:
             )
 
 
+def _logged(recipe: Recipe) -> dict[str, Any]:
+    """The settings for trackers, which may be services of others: without the device's address."""
+    tables = recipe.plain()
+    for key in ("on", "python", "runtime_library", "ssh_options"):
+        tables["bench"].pop(key, None)
+    return _flat(tables)
+
+
 def tracked(host: TrainingHost, recipe: Recipe, folder: Path, history: Path) -> TrainingHost:
     """The host with a progress display that also logs each epoch to the trackers of the recipe.
 
@@ -138,7 +146,7 @@ def tracked(host: TrainingHost, recipe: Recipe, folder: Path, history: Path) -> 
         log_with=list(recipe.train.trackers),
         project_dir=str(folder / TRACKERS),
     )
-    accelerator.init_trackers(recipe.name or "vitrim", config=_flat(recipe.plain()))
+    accelerator.init_trackers(recipe.name or "vitrim", config=_logged(recipe))
 
     def log(record: Mapping[str, Any]) -> None:
         phase = record["phase"]

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from ...core.errors import InputError
 from ...core.progress import Progress, progress_bar
 from ...targets.profile import TargetProfile
 from ..local.measure import Measurable, assemble, make_plan, measure_here, target_name
@@ -23,8 +22,7 @@ from .python_run import (
     run_on_device,
     run_state,
 )
-
-ADDRESSES = "host, ssh://user@host[:port], adb://SERIAL, tvm-rpc://tracker:port/key or qemu-aarch64"
+from .reach import open_link, unknown_address
 
 
 def measure_on(
@@ -94,18 +92,7 @@ def measure_at(
         from ..local.emulated import measure_emulated
 
         return measure_emulated(artifacts, options, **shared)
-    raise InputError(f"--on {address!r}: not a known kind of address; write {ADDRESSES}")
-
-
-def open_link(address: str, device: DeviceOptions) -> DeviceLink:
-    """Open the link of an ssh:// or adb:// address; raises InputError and LinkLost."""
-    if address.startswith("adb://"):
-        from .adb_link import AdbAddress, AdbLink
-
-        return AdbLink(AdbAddress.parse(address))
-    from .ssh_link import SshAddress, SshLink
-
-    return SshLink(SshAddress.parse(address), device.ssh_options)
+    raise unknown_address(address)
 
 
 def measure_over_link(

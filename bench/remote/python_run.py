@@ -111,7 +111,8 @@ def require_python(link: DeviceLink, found: Probe, python: str, runtimes: Sequen
     if not found.has_python:
         raise InputError(
             f"{link.label}: there is no {python}; "
-            "install Python 3.9 or newer there, or name its path (--python)"
+            "install Python 3.9 or newer there, or name its path "
+            "(--python; in a recipe bench.python)"
         )
     if found.python == "NORUNTIME":
         install = " ".join(requirement(runtime).install for runtime in runtimes)

@@ -98,6 +98,11 @@ class Device:
         return f"{self.name} · {self.setting}" if self.setting else self.name
 
     @property
+    def remote(self) -> bool:
+        """Whether another machine than this one was measured."""
+        return any(row.measurement and row.measurement.device not in LOCAL for row in self.rows)
+
+    @property
     def timed(self) -> tuple[Row, ...]:
         """The rows with a measurement."""
         return tuple(row for row in self.rows if row.measurement is not None)

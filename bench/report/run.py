@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,12 @@ from .waterfall import WATERFALL_FILE, Waterfall
 
 Entry = TypeVar("Entry", bound=BaseModel)
 LONGEST_RECIPE = 20_000
+# The address of a device, and the keys of [bench] that have paths on it and here.
+_ADDRESS = re.compile(r"""\b(ssh|adb|tvm-rpc)://[^\s"',\]}]+""")
+_DEVICE_KEYS = re.compile(
+    r"""^(\s*["']?(?:bench\.)?(?:python|runtime_library|ssh_options)["']?\s*=\s*).+$""",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,15 @@ def load_run(folder: Path | str) -> Run:
         report=report,
         kept=kept,
         history=history,
-        recipe_toml=_text(recipe)[:LONGEST_RECIPE] if recipe.is_file() else None,
+        recipe_toml=without_address(_text(recipe))[:LONGEST_RECIPE] if recipe.is_file() else None,
         missing=_missing(report, kept, history),
         waterfall=Waterfall.load(waterfall) if waterfall.is_file() else None,
     )
+
+
+def without_address(text: str) -> str:
+    """The text of a recipe or a study without the address of a device and how it is reached."""
+    return _DEVICE_KEYS.sub(r'\1"…"', _ADDRESS.sub(r"\1://…", text))
 
 
 def _missing(

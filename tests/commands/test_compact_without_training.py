@@ -153,6 +153,10 @@ def test_a_table_of_a_device_without_a_profile_is_not_measured_here(
         (["--verify"], "--verify: the cost table is of phone, which is no name of `vitrim targets"),
         (["--verify", "--verify-on", "ssh://phone"], "give its profile with --target FILE.toml"),
         (["--verify", "--target", "phone.toml"], "the files are for phone, not for this machine"),
+        (
+            ["--verify", "--target", "phone.toml", "--verify-on", "pi@phone"],
+            "--on 'pi@phone': not a known kind of address; write host, ssh://user@host",
+        ),
         (["--target", "rpi4"], "--target rpi4 names another device than phone.json, which is of"),
     ):
         assert call([*arguments, *more]) == 2
