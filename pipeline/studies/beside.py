@@ -11,6 +11,7 @@ from torch import nn
 
 from ...core.console import status
 from ...core.errors import InputError
+from ..bench_device import measured_artifacts
 from ..recipe_sections import BenchSection
 from .expansion import Cell
 from .jobs import unexpected
@@ -50,7 +51,7 @@ def measure_beside(
         names: Names of timm models.
         table: Receives a row for each; one with a reason where a model cannot be exported.
         folder: The study folder, which receives beside/NAME.
-        bench: Threads and the time limit of each.
+        bench: Threads, the time limit of each, and the device.
         quiet: Print nothing.
     """
     known = {str(row["name"]) for row in table.beside() if row["ms"] is not None}
@@ -72,14 +73,13 @@ def _measured(name: str, folder: Path, bench: BenchSection) -> dict[str, Cell]:
     import timm
     from timm.data.config import resolve_model_data_config
 
-    from ...bench.local.measure import measure
     from ...export.exporter import export
 
     model = timm.create_model(name).eval()
     channels, height, width = resolve_model_data_config(model)["input_size"]
     shape = (channels, height, width)
     artifact = export(model, folder, image=shape, name=name, overwrite=True)
-    measured = measure(artifact, threads=bench.threads, time_limit_s=bench.time_limit_s, quiet=True)
+    (measured,) = measured_artifacts({name: artifact}, bench, quiet=True).values()
     return {
         "image": f"{height}x{width}",
         "params": sum(parameter.numel() for parameter in model.parameters()),

@@ -14,6 +14,7 @@ from ...core.console import status, unit_count
 from ...core.errors import InputError
 from ...core.staging import only_writer
 from ...core.storage import disk_errors, replace_file, require_output_folder, require_separate
+from ..bench_device import require_device
 from ..recipe import Recipe
 from ..run import Step, prepare
 from .beside import measure_beside, require_models
@@ -112,6 +113,7 @@ def run_study(study: Study, folder: Path, options: StudyOptions | None = None) -
         table.restart(todo)
         until = study.section.until
         jobs = plan_jobs(runs, split=options.jobs > 1 or options.ray is not None, until=until)
+        _require_devices(study, [run for run in runs if run.id in todo], until)
         rule = _early_stop(study, options)
         jobs = [replace(job, early_stop=rule) for job in jobs if job.run.id in todo]
         status(_beginning(runs, todo, folder), quiet=options.quiet)
@@ -126,6 +128,16 @@ def run_study(study: Study, folder: Path, options: StudyOptions | None = None) -
                 study.section.token_figures, runs, table, folder, quiet=options.quiet
             )
     return table
+
+
+def _require_devices(study: Study, runs: Sequence[StudyRun], until: Step) -> None:
+    """Check that each device that measures runs responds, before the first one starts."""
+    devices = {run.recipe.bench.model_dump_json(): run for run in runs if run.recipe.bench.on}
+    for run in devices.values():
+        try:
+            require_device(run.recipe, until)
+        except InputError as error:
+            raise InputError(f"{study.path}: {run.title}: {error}") from None
 
 
 def _early_stop(study: Study, options: StudyOptions) -> EarlyStop | None:

@@ -91,15 +91,18 @@ class LocalWorkers:
         self.lacks_memory = False
         busy = self._busy()
         running = [worker.job for worker in busy if worker.job is not None]
-        if len(running) >= self.count or any(job.measures for job in running):
+        if len(running) >= self.count or any(job.alone for job in running):
             return None
         unfinished = {job.name for job in [*pending, *running]}
         ready = [job for job in pending if not unfinished.intersection(job.needs)]
-        training = next((job for job in ready if not job.measures), None)
+        # A device measures beside trainings, one job at a time.
+        device_busy = any(job.measures for job in running)
+        beside = (job for job in ready if not (job.measures and device_busy))
+        training = next((job for job in beside if not job.alone), None)
         if not running:
-            # Measurements run alone: those of masks, all that are ready, before the trainings that
-            # wait for them; the others last.
-            masks = (job for job in ready if job.measures and job.until != MEASURED)
+            # Measurements here run alone: those of masks, all that are ready, before the trainings
+            # that wait for them; the others last.
+            masks = (job for job in ready if job.alone and job.until != MEASURED)
             return next(masks, training or next(iter(ready), None))
         if training is None:
             return None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ...bench.report import wording
 from ...bench.report.markup import Markup, document, element, joined, section
+from ...bench.report.run import without_address
 from ...bench.report.style import packed, page_style
 from .grids import Entry, Grid, grids
 from .pictures import ACCURACY, BY_DEPTH, Picture
@@ -187,10 +188,10 @@ def _link(text: str, run: str) -> Markup:
 
 
 def _protocol(summary: Summary) -> Markup:
-    parts: list[Markup] = [element("pre", summary.facts.get("toml", ""))]
+    parts: list[Markup] = [element("pre", without_address(summary.facts.get("toml", "")))]
     base = summary.facts.get("base", "")
     if base:
         title = element("summary", "The recipe of the first run with all values")
-        parts.append(element("details", title, element("pre", base)))
+        parts.append(element("details", title, element("pre", without_address(base))))
     card = element("div", *parts, class_="card")
     return section("The study file", None, card, id_="protocol")

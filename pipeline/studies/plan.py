@@ -61,6 +61,11 @@ class Job:
         """Whether it measures latencies, which needs a machine without other work."""
         return self.until == MEASURED or (self.until == MASKS and measures_masks(self.run.recipe))
 
+    @property
+    def alone(self) -> bool:
+        """Whether it measures on this machine, and not on the device of `bench.on`."""
+        return self.measures and self.run.recipe.bench.on is None
+
 
 def plan_jobs(runs: Sequence[StudyRun], *, split: bool, until: Step = MEASURED) -> list[Job]:
     """The jobs of all runs, each after those that it needs.

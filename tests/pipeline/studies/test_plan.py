@@ -160,3 +160,13 @@ def test_runs_that_differ_in_a_free_key_share_nothing(tmp_path: Path) -> None:
     assert other.source is None
     assert both.source is not None
     assert both.source.run == other.run.id
+
+
+def test_a_device_measures_beside_trainings_one_job_at_a_time(tmp_path: Path) -> None:
+    text = 'seeds = [1, 2, 3]\n[set]\n"bench.on" = "ssh://board"\n'
+    jobs = plan_jobs(expand(load_study(write_study(tmp_path, text))), split=True)
+    assert not any(job.alone for job in jobs)
+    by_name = {job.name: job for job in jobs}
+    order = _order(jobs, LocalWorkers(tmp_path, 2))
+    together = [sorted(by_name[name].until for name in part) for part in order]
+    assert together == [["finetune"] * 2, ["finetune", "report"], ["report"], ["report"]]
