@@ -27,6 +27,7 @@ import torch
 import vitrim
 from torch import Tensor
 from torch.nn import functional as F
+from vitrim.bench.local.environment import read_machine
 from vitrim.compress.latency.cut import LatencyCuts, LatencyOptions
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.modules.model import CompactModel
@@ -73,6 +74,7 @@ def main() -> int:
         "model": options.model,
         "runtime": options.runtime,
         "threads": options.threads,
+        "machine": read_machine(),
         "rows": rows,
         "summary": {name: summary(rows, name) for name in options.precision},
     }
@@ -176,7 +178,8 @@ def report_text(result: dict[str, Any]) -> str:
     titles = ("precision", "budgets", "first file", "after correction", "used", "table's error")
     lines = [
         f"`python -m benchmarks.speed.latency_budget --model {result['model']}`, "
-        f"{result['runtime']}, threads: {result['threads']}. Goals: {FIRST_MET:.0%} of first "
+        f"{result['runtime']}, threads: {result['threads']}, on {result['machine']['cpu_model']}. "
+        f"Goals: {FIRST_MET:.0%} of first "
         f"files and {ALL_MET:.0%} after the correction within the budget, {USED:.0%} of it used "
         "(median of the budgets that are met).",
         "",
