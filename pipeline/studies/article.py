@@ -14,7 +14,8 @@ from ...core.console import status
 from ...core.errors import InputError
 from ...core.storage import replace_file
 from ...core.written_kinds import FileKind
-from .article_text import MAIN, Figure, cost_figures, figures, numbers, references, table
+from .article_text import MAIN, Figure, cost_figures, figures, numbers, table
+from .bibliography import bibliography
 from .engine import base_recipe_of
 from .grids import Grid, grids
 from .pictures import Cost, costs, quality_title, series
@@ -22,7 +23,7 @@ from .summary import Summary, number, pareto
 from .table import StudyTable
 
 FOLDER, GENERATED, MAIN_FILE = "latex", "generated", "main.tex"
-TABLES = ("findings", "means", "fronts")
+TABLES = ("findings", "means", "fronts", "beside", "failures", "stopped")
 COLUMN_INCHES = 3.25
 COMPILE_LIMIT_S = 120.0
 # Okabe and Ito 2008, "Color Universal Design".
@@ -65,11 +66,15 @@ def write_article(
         for figure, cost in zip(cost_figures(summary), costs(summary), strict=True)
     }
     drawn |= more
-    parts: dict[str, str | bytes] = {
+    texts = {
         "numbers.tex": numbers(summary, base, machine, list(drawn)),
         "figures.tex": figures(list(drawn)),
-        "references.bib": references(summary, base),
         **{f"{name}.tex": _table(by_id.get(name), name) for name in TABLES},
+    }
+    cited = "".join((MAIN, *texts.values()))
+    parts: dict[str, str | bytes] = {
+        **texts,
+        "references.bib": bibliography(cited, summary.facts.get("bibtex", "")),
         **{f"{figure.file}.pdf": content for figure, content in drawn.items()},
     }
     for name, content in parts.items():

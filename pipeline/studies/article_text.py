@@ -7,12 +7,13 @@ every report, and main.tex takes its numbers from them.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...bench.report import wording
 from ..recipe import Recipe
+from .article_methods import method_text, objective_text
+from .bibliography import keys_of, with_own_keys
 from .expansion import settings_text
 from .grids import Entry, Grid, figure_text
 from .pictures import ACCURACY, cost_caption, costs, quality_title
@@ -56,10 +57,7 @@ MAIN = r"""\documentclass[10pt,twocolumn,letterpaper]{article}
 We follow the protocol of \studysources{}. Networks are Vision Transformers~\cite{dosovitskiy2021}.
 
 \section{Method}
-Let $f_W$ be a network with weights $W$ and $M \in \{0, 1\}$ its structured masks over embedding
-channels, heads, head widths and FFN units. \studyobjective{}
-The masked network and the one from which the masked units are removed give equal outputs, so that
-all sizes and times are those of the removed one.
+\studymethod{}
 \judgement{what else is needed to understand the compared settings}
 
 \section{Experimental setup}
@@ -78,8 +76,11 @@ accurate.
 \input{generated/findings}
 \input{generated/means}
 \input{generated/fronts}
-\studyfigurelist{} \judgement{which settings are better, and whether by more than the deviation of
-Eq.~\ref{eq:deviation}}
+\input{generated/beside}
+\input{generated/failures}
+\input{generated/stopped}
+\studyfigurelist{} \studytables{} \judgement{which settings are better, and whether by more than
+the deviation of Eq.~\ref{eq:deviation}}
 
 \section{Discussion}
 \studyfailures{} \judgement{limits of the protocol, and where the findings agree with the sources}
@@ -93,64 +94,6 @@ Eq.~\ref{eq:deviation}}
 }
 \end{document}
 """
-_OBJECTIVE_LAMBDA = r"""Weights and mask scores $S$ are trained together to minimise
-\begin{equation}
-  \min_{W, S}\; \mathcal{L}(W; M(S)) + \lambda\, c(M(S)), \qquad M(S) = \mathbf{1}[S \ge \tau],
-  \label{eq:objective}
-\end{equation}
-where $c$ counts parameters; gradients pass the threshold by the straight-through
-estimator~\cite{bengio2013}."""
-_OBJECTIVE_BUDGET = r"""Masks meet a budget $B$,
-\begin{equation}
-  \min_{W, M}\; \mathcal{L}(W; M) \quad \text{subject to} \quad c(M) \le B ,
-  \label{eq:objective}
-\end{equation}
-where $c$ counts what the budget is a share of."""
-DISTILLATION = (
-    r" The dense network teaches the pruned one~\cite{hinton2015}: a share $\alpha$ of the loss "
-    "is the divergence of both outputs."
-)
-BIBTEX = {
-    "dosovitskiy2021": r"""@inproceedings{dosovitskiy2021,
-  author = {Dosovitskiy, Alexey and Beyer, Lucas and Kolesnikov, Alexander and Weissenborn, Dirk
-    and Zhai, Xiaohua and Unterthiner, Thomas and Dehghani, Mostafa and Minderer, Matthias and
-    Heigold, Georg and Gelly, Sylvain and Uszkoreit, Jakob and Houlsby, Neil},
-  title = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
-  booktitle = {ICLR},
-  year = {2021},
-}""",
-    "bengio2013": r"""@article{bengio2013,
-  author = {Bengio, Yoshua and L{\'e}onard, Nicholas and Courville, Aaron},
-  title = {Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
-    Computation},
-  journal = {arXiv:1308.3432},
-  year = {2013},
-}""",
-    "hinton2015": r"""@article{hinton2015,
-  author = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
-  title = {Distilling the Knowledge in a Neural Network},
-  journal = {arXiv:1503.02531},
-  year = {2015},
-}""",
-    "paszke2019": r"""@inproceedings{paszke2019,
-  author = {Paszke, Adam and Gross, Sam and Massa, Francisco and Lerer, Adam and others},
-  title = {{PyTorch}: An Imperative Style, High-Performance Deep Learning Library},
-  booktitle = {NeurIPS},
-  year = {2019},
-}""",
-    "wightman2019": r"""@misc{wightman2019,
-  author = {Wightman, Ross},
-  title = {{PyTorch} Image Models},
-  year = {2019},
-  howpublished = {\url{https://github.com/huggingface/pytorch-image-models}},
-}""",
-    "onnxruntime": r"""@misc{onnxruntime,
-  author = {{ONNX Runtime developers}},
-  title = {{ONNX Runtime}},
-  year = {2021},
-  howpublished = {\url{https://onnxruntime.ai}},
-}""",
-}
 
 
 @dataclass(frozen=True)
@@ -174,9 +117,9 @@ def escaped(text: str) -> str:
     return spelled.encode("ascii", "replace").decode("ascii")
 
 
-def report_link(run: str) -> str:
-    """The id of a run that leads to its report, in LaTeX."""
-    return rf"\href{{../{RUNS}/{run}/report.html}}{{{run}}}"
+def report_link(run: str, text: str | None = None) -> str:
+    """A text, or the id of a run, that leads to the report of the run, in LaTeX."""
+    return rf"\href{{../{RUNS}/{run}/report.html}}{{{escaped(text or run)}}}"
 
 
 def numbers(
@@ -201,18 +144,22 @@ def numbers(
         "studyseeds": escaped(wording.listed([str(seed) for seed in seeds])),
         "studysources": _sources(summary),
         "studybaseline": escaped(_baseline(summary)),
-        "studybest": escaped(_best(summary)),
-        "studysmallest": escaped(_smallest(summary)),
-        "studyobjective": _objective(summary, base),
+        "studybest": _best(summary),
+        "studysmallest": _smallest(summary),
+        "studymethod": method_text(summary, base),
+        # Of main.tex of earlier versions.
+        "studyobjective": objective_text(summary, base),
         "studysetup": _setup(summary, base),
         "studymachine": escaped(
             f"Latencies are medians on one machine: {machine}." if machine else ""
         ),
         "studyfailures": escaped(_failures(summary)),
         "studyfigurelist": _figure_list(shown),
+        "studytables": _table_list(summary),
     }
     lines = [f"\\newcommand{{\\{name}}}{{{text}}}" for name, text in macros.items()]
-    return "% Written by vitrim.\n" + "\n".join(lines) + "\n"
+    text = "% Written by vitrim.\n" + "\n".join(lines) + "\n"
+    return with_own_keys(text, summary.facts.get("bibtex", ""))
 
 
 def table(grid: Grid, label: str) -> str:
@@ -245,16 +192,6 @@ def figures(shown: Sequence[Figure]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def references(summary: Summary, base: Recipe | None) -> str:
-    """generated/references.bib: the study's sources, and the software and methods it used."""
-    used = ["dosovitskiy2021", "paszke2019", "wightman2019"]
-    used += ["bengio2013"] if _by_lambda(summary, base) else []
-    used += ["hinton2015"] if base is not None and base.distill.enabled else []
-    used += ["onnxruntime"] if summary.latencies else []
-    own = summary.facts.get("bibtex", "").strip()
-    return "\n\n".join([*([own] if own else []), *(BIBTEX[name] for name in used)]) + "\n"
-
-
 def _part(grid: Grid, lines: Sequence[Sequence[Entry]], label: str, place: int, count: int) -> str:
     columns = ["l"] * grid.texts + ["r"] * (len(grid.heads) - grid.texts)
     for column, share in grid.sentences:
@@ -267,26 +204,28 @@ def _part(grid: Grid, lines: Sequence[Sequence[Entry]], label: str, place: int, 
             "\\begin{table*}[t]\n  \\centering\\small",
             f"  \\caption{{{escaped(grid.title)}{continued}. {escaped(grid.remark)}}}",
             f"  \\label{{tab:{label}{'' if place == 1 else place}}}",
+            # A table of many columns becomes smaller, and does not leave the page.
+            "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
             f"  \\begin{{tabular}}{{{alignment}}}",
             "    \\toprule",
             "    " + " & ".join(map(escaped, grid.heads)) + r" \\",
             "    \\midrule",
             *(f"    {row}" for row in rows),
-            "    \\bottomrule\n  \\end{tabular}\n\\end{table*}",
+            "    \\bottomrule\n  \\end{tabular}}\n\\end{table*}",
         ]
     )
 
 
 def _cell(entry: Entry) -> str:
     if entry.links:
-        return " ".join(
-            rf"\href{{../runs/{run}/report.html}}{{{text}}}" for text, run in entry.links
-        )
-    return escaped(entry.text)
+        return " ".join(report_link(run, text) for text, run in entry.links)
+    if entry.run is None or not entry.text:
+        return escaped(entry.text)
+    return report_link(entry.run, entry.text)
 
 
 def _sources(summary: Summary) -> str:
-    keys = re.findall(r"@\w+\s*\{\s*([^,\s]+)", summary.facts.get("bibtex", ""))
+    keys = keys_of(summary.facts.get("bibtex", ""))
     named = escaped(summary.facts.get("source", "").rstrip(". "))
     cited = f"~\\cite{{{','.join(keys)}}}" if keys else ""
     return f"{named or 'this study'}{cited}"
@@ -302,12 +241,16 @@ def _baseline(summary: Summary) -> str:
 
 
 def _described(summary: Summary, group: Group) -> str:
+    """A setting with its accuracy and size, in LaTeX."""
     accuracy = figure_text(
         summary.quality, group.mean(summary.quality), group.deviation(summary.quality)
     )
-    settings = settings_text(group.cells) or "the only setting"
-    params = wording.count(group.mean("params") or 0.0)
-    return f"{settings}, with {accuracy} % {quality_title(summary)} and {params} parameters"
+    settings = escaped(settings_text(group.cells) or "the only setting")
+    figures = [f"{accuracy} %", wording.count(group.mean("params") or 0.0)]
+    # The numbers of several runs are in the table, where their seeds lead to them.
+    run = str(group.rows[0]["id"]) if len(group.rows) == 1 else None
+    top1, params = (escaped(text) if run is None else report_link(run, text) for text in figures)
+    return f"{settings}, with {top1} {quality_title(summary)} and {params} parameters"
 
 
 def _known(summary: Summary) -> list[Group]:
@@ -333,16 +276,6 @@ def _smallest(summary: Summary) -> str:
         return ""
     smallest = min(found, key=lambda group: group.mean("params") or 0.0)
     return f"The smallest within one point of the baseline is {_described(summary, smallest)}."
-
-
-def _by_lambda(summary: Summary, base: Recipe | None) -> bool:
-    fixed = base is not None and base.masks.lambda_ is not None
-    return fixed or "masks.lambda" in summary.axes
-
-
-def _objective(summary: Summary, base: Recipe | None) -> str:
-    text = _OBJECTIVE_LAMBDA if _by_lambda(summary, base) else _OBJECTIVE_BUDGET
-    return text + (DISTILLATION if base is not None and base.distill.enabled else "")
 
 
 def _setup(summary: Summary, base: Recipe | None) -> str:
@@ -377,3 +310,14 @@ def _figure_list(shown: Sequence[Figure]) -> str:
         listed = ", ".join(f"\\ref{{fig:{figure.file}}}" for figure in each)
         parts.append(f"{about} are in Fig.~{listed}. ")
     return f"{''.join(parts)}Tab.~\\ref{{tab:means}} has the means of all settings."
+
+
+def _table_list(summary: Summary) -> str:
+    """Where the tables are that not every study has."""
+    known = {
+        "beside": (summary.beside, "has dense models that were timed beside the runs"),
+        "failures": (summary.failed, "lists the runs that failed"),
+        "stopped": (summary.stopped, "lists the runs that were stopped"),
+    }
+    parts = [f"Tab.~\\ref{{tab:{name}}} {what}." for name, (rows, what) in known.items() if rows]
+    return " ".join(parts)

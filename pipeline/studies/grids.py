@@ -145,9 +145,11 @@ def _mean_line(group: Group, axes: Sequence[str], figures: Sequence[str]) -> tup
     seeds = tuple((str(row["seed"]), str(row["id"])) for row in group.rows)
     entries = _settings(group.cells, axes)
     entries.append(Entry(" ".join(text for text, _ in seeds), float(len(seeds)), links=seeds))
+    # Numbers of several runs have none of their own: the seeds link to them.
+    run = seeds[0][1] if len(seeds) == 1 else None
     for name in figures:
         mean = group.mean(name)
-        entries.append(Entry(figure_text(name, mean, group.deviation(name)), mean))
+        entries.append(Entry(figure_text(name, mean, group.deviation(name)), mean, run=run))
     return tuple(entries)
 
 
@@ -222,7 +224,8 @@ def _reasons(summary: Summary, rows: Sequence[Row], id_: str, title: str, remark
         entries += [Entry(str(row["seed"]), row["seed"])]
         entries += [Entry(str(row["reason"] or ""), row["reason"])]
         lines.append(tuple(entries))
-    return Grid(id_, title, remark, heads, len(heads), tuple(lines))
+    sentences = ((len(heads) - 1, 0.3),)
+    return Grid(id_, title, remark, heads, len(heads), tuple(lines), sentences)
 
 
 def _beside(summary: Summary) -> Grid:
@@ -230,11 +233,22 @@ def _beside(summary: Summary) -> Grid:
         "Dense models of timm with random weights, exported unchanged in fp32 for ONNX Runtime and "
         "timed as the runs are; their accuracy is not measured. MB is memory beyond the runtime's."
     )
-    heads = ("model", "image", "remark", "parameters", "MACs", "fp32, ms", "fp32, MB")
+    heads = ["model", "image", "remark", "parameters", "MACs", "fp32, ms", "fp32, MB"]
     shown = {"params": "params", "macs": "macs", "ms": "_ms", "memory_bytes": "_bytes"}
+    published = summary.published_top1
+    if published:
+        heads.append("published top-1, %")
+        remark += " Published accuracies are those of the study file, not measured here."
     lines = []
     for row in summary.beside:
         texts = [Entry(str(row[name] or ""), row[name]) for name in ("name", "image", "reason")]
         figures = [Entry(figure_text(kind, row[name]), row[name]) for name, kind in shown.items()]
+        if published:
+            top1 = published.get(str(row["name"]))
+            figures.append(Entry(figure_text("top1", top1), top1))
         lines.append((*texts, *figures))
-    return Grid("beside", "Dense models beside", remark, heads, 3, tuple(lines))
+    # Why there are no figures may be a long line.
+    sentences = ((2, 0.25),) if any(row["reason"] for row in summary.beside) else ()
+    return Grid(
+        *("beside", "Dense models beside", remark, tuple(heads), 3, tuple(lines)), sentences
+    )

@@ -6,9 +6,9 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from ...core.errors import InputError
 from ..masks_section import CHOOSING
@@ -145,6 +145,11 @@ class StudySection(GridSection):
         description="names of dense timm models that are exported unchanged and timed behind the "
         'runs, e.g. ["mobilevitv2_050"]',
     )
+    published_top1: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]] = Field(
+        default_factory=dict,
+        description="published accuracies of models of `beside`, 0 to 1, for the report, which "
+        "marks them as published",
+    )
     token_figures: TokenFiguresSection | None = Field(
         None,
         description="measure the dense network, block by block, behind the runs; an empty table "
@@ -169,6 +174,14 @@ class StudySection(GridSection):
         description="further grids, with the keys set, axes, zip, points, "
         "exclude; `[set]` of the file applies to them too",
     )
+
+    @field_validator("published_top1")
+    @classmethod
+    def _of_models(cls, stated: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        for name in stated:
+            if name not in info.data.get("beside", ()):
+                raise ValueError(f"{name!r} is not a model of `beside`; add it there")
+        return stated
 
     @field_validator("seeds")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,6 +60,13 @@ class Summary:
     def name(self) -> str:
         """The title of the study."""
         return self.facts.get("name", "study")
+
+    @cached_property
+    def published_top1(self) -> dict[str, float]:
+        """Published accuracies of the models beside, by name, which the study file states."""
+        known = {str(row["name"]) for row in self.beside}
+        stated = tomllib.loads(self.facts.get("toml", "")).get("published_top1", {})
+        return {name: float(top1) for name, top1 in stated.items() if name in known}
 
     @cached_property
     def axes(self) -> list[str]:

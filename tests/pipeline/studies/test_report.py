@@ -53,8 +53,11 @@ def test_every_figure_links_to_its_run(folder: Path) -> None:
     page = (folder / "study.html").read_text(encoding="utf-8")
     for row in StudyTable(folder).rows():
         links = page.count(f'href="runs/{row["id"]}/report.html"')
-        # A point in each picture, a seed among the means, and the cells of its own row.
-        assert links == (0 if row["state"] == "failed" else 3 + 1 + 5)
+        # Of three runs in a row the second one is the only one of its setting.
+        alone = int(row["number"] or 0) % 3 == 2
+        # A point in each picture, a seed among the means, the cells of its own row, and the means
+        # of which it is the only run.
+        assert links == (0 if row["state"] == "failed" else 3 + 1 + 5 + 4 * alone)
 
 
 def test_the_markdown_has_the_same_tables(folder: Path) -> None:
