@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..bench.local.measure import measure_here
 from ..bench.local.options import MeasureOptions
 from ..bench.results.measurement import Measurement
 from ..compress.latency.cut import LatencyCut, LatencyCuts
+from ..compress.network.architecture import Architecture
 from ..compress.network.files import TOKENS_FILE
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.trim import Trimmed
@@ -28,6 +29,7 @@ from ..export.exporter import export
 from ..targets.cost_table import CostTable
 from .bench_device import MeasureFiles, measure_at_device
 from .latency_place import elsewhere, file_target
+from .latency_table import shipped_artifact
 from .masks_section import MasksSection
 from .phases import RunContext
 from .recipe import Recipe
@@ -322,3 +324,34 @@ def file_measure(
         return 1e3 * found.summary().p50_s
 
     return latency_ms
+
+
+def latency_entry(
+    recipe: Recipe, dense: Architecture, folder: Path, measurements: Mapping[str, Measurement]
+) -> dict[str, Any] | None:
+    """The entry `latency` of report.json, from latency.json and the measurements of all artifacts.
+
+    Args:
+        recipe: The recipe.
+        dense: The dense network.
+        folder: The run folder.
+        measurements: By the names of the artifacts.
+
+    Returns:
+        None where the budget is no latency.
+
+    Raises:
+        InputError: The cost table cannot be read.
+    """
+    path = folder / LATENCY_FILE
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found = {key: value for key, value in record.items() if key != "schema"}
+    name = shipped_artifact(recipe, dense)
+    if name is None or name not in measurements:
+        return found
+    # The record is of the cut before fine-tuning, which is another file.
+    p50_ms = 1e3 * measurements[name].summary().p50_s
+    met = p50_ms <= record["latency_ms"]
+    return {**found, "shipped": name, "shipped_ms": p50_ms, "shipped_met": met}

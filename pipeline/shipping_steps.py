@@ -43,7 +43,7 @@ from ..export.resized_model import resampled_note
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
 from .estimates import run_estimates
 from .kept_units import kept_branches, selection_map, token_map
-from .latency_report import latency_entry
+from .latency_loop import latency_entry
 from .magnitude_step import read_dead
 from .phases import HISTORY, RunContext
 from .recipe import Recipe

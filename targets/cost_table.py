@@ -331,8 +331,11 @@ class CostTable(Plain):
 
     def save(self, path: Path | str) -> None:
         """Write the table as JSON, atomically."""
-        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
-        replace_file(path, text + "\n", COST_TABLE)
+        data = self.model_dump(mode="json", by_alias=True)
+        points = ",\n".join(f"  {json.dumps(point)}" for point in data.pop("points"))
+        # A line for each of the points, which are most of the file.
+        text = json.dumps(data, indent=1).removesuffix("\n}")
+        replace_file(path, f'{text},\n "points": [\n{points}\n ]\n}}\n', COST_TABLE)
 
     @classmethod
     def load(cls, path: Path | str) -> CostTable:

@@ -15,7 +15,7 @@ from vitrim.compress.latency.solve import solve
 from vitrim.compress.lift import lift
 from vitrim.core.errors import InputError
 from vitrim.pipeline import latency_table as latency_table_module
-from vitrim.pipeline.latency_report import latency_entry
+from vitrim.pipeline.latency_loop import latency_entry
 from vitrim.pipeline.latency_table import (
     recipe_table,
     shipped_artifact,
