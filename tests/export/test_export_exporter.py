@@ -216,7 +216,7 @@ def test_a_form_with_other_outputs_is_refused_with_its_first_different_node(
             "tune measures on this machine, and the target is 'rpi4'",
         ),
         ({"opset": 17}, "opset 17: the export needs at least 20"),
-        ({"opset": 999}, "opset 999: the installed onnx .* knows up to .* lower it"),
+        ({"opset": 999}, "; lower it, leave it out, or update onnx"),
         (
             {"images": np.zeros((2, 3, 16, 16), np.float32)},
             "does not fit the model's (count, 1, 16, 16)",

@@ -147,7 +147,7 @@ def test_a_run_measures_its_artifacts_on_the_device(
         assert str(server.folder) not in text
     assert load_recipe(home / "recipe.toml") == recipe
     assert 'on = "ssh://…"' in (load_run(home).recipe_toml or "")
-    study = """set = { "bench.on" = "ssh://pi@board" }\n"bench.python" = '/home/pi/python'\n"""
+    study = """set = { "bench.on" = "ssh://pi@board" }\n"bench.python" = '/opt/python'\n"""
     assert without_address(study) == 'set = { "bench.on" = "ssh://…" }\n"bench.python" = "…"\n'
     # What is measured needs no device when the run continues.
     marks = fingerprints(prepare(recipe, quiet=True))
