@@ -290,9 +290,10 @@ def _one_size(job: _Job) -> None:
     show_sizes(priced(source.model.architecture), priced(found.model.architecture))
     check = found.check
     agreement = "" if check.agreement is None else f", same class on {100 * check.agreement:.1f} %"
+    patches = "" if check.patch_cosine is None else f", of the patches {check.patch_cosine:.4f}"
     show(
-        f"{check.images} held-out images: cosine to the dense features {check.cosine:.4f}, of the "
-        f"patches {check.patch_cosine:.4f}{agreement}"
+        f"{check.images} held-out images: cosine to the dense features {check.cosine:.4f}"
+        f"{patches}{agreement}"
     )
     if job.labelled is not None:
         more["quality"] = _qualities(source, found.model, job.labelled)

@@ -70,7 +70,7 @@ class Size:
     file_bytes: int
     predicted_error: float
     cosine: float
-    patch_cosine: float
+    patch_cosine: float | None
     agreement: float | None = None
     top1: float | None = None
     knn: float | None = None

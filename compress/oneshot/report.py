@@ -32,7 +32,8 @@ class Check:
     Attributes:
         images: Their number.
         cosine: Mean cosine similarity of the pooled features.
-        patch_cosine: Mean cosine similarity of the normalized patch tokens.
+        patch_cosine: Mean cosine similarity of the normalized patch tokens; None where all patches
+            leave before the end.
         agreement: Share of images with the same top-1 class; None without a head.
         error: Squared error of the pooled features, as a share of their variance over the images:
             what `predicted_error` predicts. None for a single image.
@@ -40,7 +41,7 @@ class Check:
 
     images: int
     cosine: float
-    patch_cosine: float
+    patch_cosine: float | None
     agreement: float | None
     error: float | None = None
 
@@ -199,7 +200,8 @@ def compare_features(
                 same += int((classes == compact.classify(found).argmax(dim=-1)).sum())
     total = len(images)
     agreement = None if dense.head is None else same / total
-    return Check(total, cosines / total, patches / total, agreement, _feature_error(pairs))
+    patch_cosine = None if kept is not None and not len(kept) else patches / total
+    return Check(total, cosines / total, patch_cosine, agreement, _feature_error(pairs))
 
 
 def kept_patches(dense: Architecture, compact: Architecture) -> Tensor | None:

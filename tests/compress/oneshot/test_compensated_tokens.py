@@ -46,7 +46,20 @@ def test_the_kept_tokens_follow_the_dense_stream_after_compensation() -> None:
     before = compare_features(model, cut, images())
     after = compare_features(model, fitted.eval(), images())
     assert after.cosine > before.cosine
+    assert after.patch_cosine is not None
+    assert before.patch_cosine is not None
     assert after.patch_cosine > before.patch_cosine > 0.0
+
+
+def test_where_all_patches_leave_there_is_no_cosine_of_patches() -> None:
+    model = dense()
+    keep = torch.zeros(model.architecture.tokens, dtype=torch.bool)
+    keep[0] = True
+    last = model.architecture.branches[-1].name
+    cut = compact(model, StructuredMask({"token": {last: keep}})).eval()
+    found = compare_features(model, cut, images())
+    assert found.patch_cosine is None
+    assert found.cosine > 0.9
 
 
 def test_widths_are_compensated_in_a_network_whose_tokens_leave() -> None:
