@@ -13,7 +13,6 @@ from ..compress.masks.mask import StructuredMask
 from ..compress.network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from ..compress.network.modules.model import CompactModel
 from ..compress.network.select_specs import static_steps
-from ..compress.network.token_order import grid_places
 from ..compress.surgery.image_size import exit_depths
 from ..compress.surgery.plan import plan
 from ..compress.tokens.select import chosen_tokens
@@ -110,13 +109,10 @@ def selection_map(compact: CompactModel, images: Tensor, shown: int) -> dict[str
 
 def _exits_by_place(architecture: Architecture) -> Tensor:
     """Exits of the patches without the selections, (places of the grid,)."""
-    counts = (architecture.tokens, *architecture.step_tokens(last_queries=False))
-    depths = torch.zeros(math.prod(architecture.grid), dtype=torch.long)
     # Behind the first selection the patches of a count are others for each image.
-    same_for_all = counts[: 1 + static_steps(architecture)]
-    for count in same_for_all:
-        depths[list(grid_places(architecture, count))] += 1
-    depths[depths == len(same_for_all)] = len(counts)
+    steps = static_steps(architecture)
+    depths = exit_depths(architecture, steps).flatten().long()
+    depths[depths == 1 + steps] = 1 + len(architecture.steps)
     return depths
 
 

@@ -116,13 +116,17 @@ def at_image_size(architecture: Architecture, image_size: int | str | Size) -> A
     return Architecture.model_validate(data)
 
 
-def exit_depths(architecture: Architecture) -> Tensor:
+def exit_depths(architecture: Architecture, steps: int | None = None) -> Tensor:
     """The number of sites at which the stream carries each patch, (rows, columns).
 
     Sites are the stem and each step; 0 for a patch that is never embedded.
+
+    Args:
+        architecture: The network.
+        steps: Counts the stem and the first steps alone. None: all.
     """
     depths = torch.zeros(math.prod(architecture.grid))
-    for count in (architecture.tokens, *architecture.step_tokens(last_queries=False)):
+    for count in (architecture.tokens, *architecture.step_tokens(last_queries=False)[:steps]):
         depths[list(grid_places(architecture, count))] += 1
     return depths.view(architecture.grid)
 
