@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import re
 
 from ..runtimes.cpu_features import fitting_target, missing_features
-from ..targets.catalog import load_target
+from ..targets.catalog import load_target, of_this_architecture
 from ..targets.detect import detect_host
 from ..targets.instruction_sets import EXACT_PRODUCTS, known_features, machine_name
 from ..targets.profile import TargetProfile
@@ -56,7 +55,7 @@ def int8_assumptions(target: str) -> tuple[str, ...]:
 
 def int8_saturates_here(target: str) -> str | None:
     """Return why this processor cannot compute the target's eight-bit products, or None."""
-    if _same_architecture(load_target(target)):
+    if of_this_architecture(load_target(target)):
         return lacks_int8_features(target)
     if not int8_exact(target) or int8_exact("host"):
         return None
@@ -68,7 +67,7 @@ def int8_saturates_here(target: str) -> str | None:
 
 def lacks_int8_features(target: str) -> str | None:
     """Return why a target of this architecture is of a processor with other products, or None."""
-    if not _same_architecture(load_target(target)):
+    if not of_this_architecture(load_target(target)):
         return None
     if not (missing := missing_features(int8_assumptions(target))):
         return None
@@ -111,13 +110,9 @@ def is_host(target: str) -> bool:
         return True
     profile = load_target(target)
     # A profile without instruction sets describes the machine of its author.
-    return _same_architecture(profile) and (
+    return of_this_architecture(profile) and (
         not profile.features or other_processor(profile) is None
     )
-
-
-def _same_architecture(profile: TargetProfile) -> bool:
-    return machine_name(profile.architecture) == machine_name(platform.machine())
 
 
 def other_processor(profile: TargetProfile) -> str | None:

@@ -16,7 +16,7 @@ import onnx
 from ..core.errors import InputError
 from ..runtimes import EngineError
 from ..runtimes.subprocess_inference import infer_in_subprocess
-from ..targets.catalog import load_target
+from ..targets.catalog import load_target, of_this_architecture
 from ..targets.instruction_sets import machine_name
 from ..targets.profile import TargetProfile
 from .capabilities import EIGHT_BITS, int8_saturates_here, other_processor
@@ -55,7 +55,7 @@ def cross_target(target: str, runtime: str = "onnxruntime") -> CrossTarget | Non
     """
     profile = load_target(target)
     machine = machine_name(profile.architecture)
-    if machine == machine_name(platform.machine()):
+    if of_this_architecture(profile):
         return None
     if machine != "aarch64":
         return CrossTarget(

@@ -46,11 +46,12 @@ def targets_here() -> list[str]:
 
 def fits_here(profile: TargetProfile) -> bool:
     """Whether this processor is of a profile's architecture and has its instruction sets."""
-    return (
-        profile.kind == "cpu"
-        and machine_name(profile.architecture) == machine_name(platform.machine())
-        and not missing_features(profile)
-    )
+    return profile.kind == "cpu" and of_this_architecture(profile) and not missing_features(profile)
+
+
+def of_this_architecture(profile: TargetProfile) -> bool:
+    """Whether this machine runs the instructions that all processors of a profile's kind have."""
+    return machine_name(profile.architecture) == machine_name(platform.machine())
 
 
 def present_name(earlier: str) -> str:
