@@ -20,7 +20,6 @@ from ..compress.oneshot.stream_rotation import stream_obstacle
 from ..core.console import status
 from ..core.errors import InputError
 from ..targets.cost_table import CostTable
-from .latency_table import optional_table
 from .masks_section import MasksSection
 from .recipe import Recipe
 from .trim_step import latency_budget_ms
@@ -123,17 +122,15 @@ def _latency_text(section: MasksSection, budget_ms: float, table: CostTable) -> 
     return f"masks.latency_ms = {budget_ms:g}"
 
 
-def show_slack(recipe: Recipe, dense: Architecture, *, quiet: bool) -> None:
+def show_slack(recipe: Recipe, dense: Architecture, table: CostTable, *, quiet: bool) -> None:
     """Print that a latency is above the dense network's, so that nothing has to be cut.
 
     Args:
         recipe: The recipe.
         dense: The dense network.
+        table: The cost table.
         quiet: Print nothing.
     """
-    table = optional_table(recipe, dense)
-    if table is None:
-        return
     budget_ms = latency_budget_ms(dense, recipe.masks, table)
     text = slack(_latency_text(recipe.masks, budget_ms, table), budget_ms, dense, table)
     if text is not None:

@@ -182,19 +182,16 @@ def is_measured(recipe: Recipe, table: CostTable) -> bool:
     return recipe.masks.latency_rounds > 0 and elsewhere(table, *place) is None
 
 
-def show_reach(recipe: Recipe, dense: Architecture, *, quiet: bool) -> None:
+def show_reach(recipe: Recipe, dense: Architecture, table: CostTable, *, quiet: bool) -> None:
     """Print which sizes of the dense network a cost table extrapolates to, if there are any.
 
     Args:
         recipe: The recipe.
         dense: The dense network.
+        table: The table, of `recipe_table`.
         quiet: Print nothing.
-
-    Raises:
-        InputError: See `recipe_table`.
     """
-    table = optional_table(recipe, dense)
-    beyond = None if table is None else table.beyond(network_shape(dense))
+    beyond = table.beyond(network_shape(dense))
     if beyond is not None:
         status(escape(f"{_extrapolated(recipe, beyond)}; the cut is measured"), quiet=quiet)
 

@@ -307,10 +307,11 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     round_to = recipe.masks.round_to or target.round_to
     require_tokens(dense.architecture, recipe.masks)
     start = require_selections(dense, recipe)
-    show_reach(recipe, dense.architecture, quiet=quiet)
-    show_slack(recipe, dense.architecture, quiet=quiet)
+    table = optional_table(recipe, dense.architecture)
+    if table is not None:
+        show_reach(recipe, dense.architecture, table, quiet=quiet)
+        show_slack(recipe, dense.architecture, table, quiet=quiet)
     if recipe.masks.method == "closed-form":
-        table = optional_table(recipe, dense.architecture)
         require_budget(dense.architecture, recipe.masks, table, round_to=round_to)
     elif recipe.masks.method == "magnitude":
         require_weights(dense.architecture, recipe.masks)

@@ -156,11 +156,12 @@ def test_a_network_beyond_the_table_is_refused_unless_its_cut_is_measured(
     table = latency_table(points=[MeasuredNetwork(network=small, latency_ms=1.0)])
     recipe = with_table(place, table)
     assert recipe_table(recipe, DENSE) == table
-    show_reach(recipe, DENSE, quiet=False)
+    show_reach(recipe, DENSE, table, quiet=False)
     line = " ".join(capsys.readouterr().err.split())
     assert f"costs.json extrapolates to {shape.embed} channels of the stream (measured: " in line
     assert "`vitrim bench --cost-table FILE --like MODEL`; the cut is measured" in line
-    show_reach(with_table(place, latency_table()), DENSE, quiet=False)
+    pointless = latency_table()
+    show_reach(with_table(place, pointless), DENSE, pointless, quiet=False)
     assert capsys.readouterr().err == ""
     board = table.model_copy(update={"target": "rpi4"})
     for given, sets in ((table, ["masks.latency_rounds=0"]), (board, ["export.target=rpi4"])):
