@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -264,7 +264,7 @@ def _export(model: nn.Module, source: nn.Module, folder: Path, request: ExportRe
     run = ExportRun(request, probe, first_batch(request, probe), selections=selections)
     run.notes.extend(request.manifest.notes)
     # Tracing takes half of an export's time, and most artifacts are written by the forms alone.
-    plain = cache(lambda: trace(run, source))
+    plain = partial(trace, run, source)
     network = source.model if isinstance(source, NamedOutputs) else model
     if request.device.runtime == ONNXRUNTIME:
         _export_onnxruntime(run, model, network, plain, folder)
