@@ -162,7 +162,7 @@ class TokenOptions:
 
     def request(self, macs: float | None, seed: int) -> TokenRequest:
         """What `token_choice` chooses."""
-        from ..compress.tokens.choose import TokenRequest
+        from ..compress.tokens.choose import TokenNames, TokenRequest
 
         return TokenRequest(
             method=self.tokens,  # type: ignore[arg-type]
@@ -170,7 +170,7 @@ class TokenOptions:
             macs=macs,
             schedule=self.token_schedule,  # type: ignore[arg-type]
             seed=seed,
-            names=("--token-counts", "--macs", "--token-schedule"),
+            names=TokenNames("--token-counts", "--macs", "--token-schedule"),
         )
 
     def slimming(self, seed: int) -> SlimmingOptions:

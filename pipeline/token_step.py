@@ -14,7 +14,7 @@ from ..compress.network.architecture import Architecture
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
 from ..compress.surgery.compactor import compact
-from ..compress.tokens.choose import Method, TokenChoice, TokenRequest, token_choice
+from ..compress.tokens.choose import Method, TokenChoice, TokenNames, TokenRequest, token_choice
 from ..compress.tokens.counts import attention_steps
 from ..compress.tokens.patch_slimming import SlimmingOptions, slim_patches
 from ..core.console import status
@@ -52,7 +52,7 @@ def token_request(section: MasksSection, seed: int) -> TokenRequest:
         section.token_macs,
         section.token_schedule,
         seed=seed,
-        names=("masks.token_counts", "masks.token_macs", "masks.token_schedule"),
+        names=TokenNames("masks.token_counts", "masks.token_macs", "masks.token_schedule"),
     )
 
 

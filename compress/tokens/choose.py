@@ -7,8 +7,8 @@ methods give networks of equal cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,14 @@ def choose_tokens(
     return token_choice(model, request, images, progress or silent).mask
 
 
+class TokenNames(NamedTuple):
+    """What errors call the numbers of tokens and how they are set."""
+
+    counts: str = "counts"
+    macs: str = "macs"
+    schedule: str = "schedule"
+
+
 @dataclass(frozen=True)
 class TokenRequest:
     """What `choose_tokens` chooses.
@@ -157,7 +165,7 @@ class TokenRequest:
     macs: float | None = None
     schedule: Schedule | None = None
     seed: int = 0
-    names: tuple[str, str, str] = ("counts", "macs", "schedule")
+    names: TokenNames = field(default_factory=TokenNames)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -171,12 +179,12 @@ class TokenRequest:
             raise InputError("tokens: counts are a schedule; give counts or schedule, not both")
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise InputError(
-                f"{self.names[2]} = {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
+                f"{self.names.schedule} = {self.schedule!r}: choose one of {', '.join(SCHEDULES)}"
             )
         if self.schedule == "importance" and self.method in WITHOUT_IMAGES:
             raise InputError(
-                f"{self.names[2]} = 'importance': {self.method} has no importance; choose another "
-                "schedule"
+                f"{self.names.schedule} = 'importance': {self.method} has no importance; choose "
+                "another schedule"
             )
 
     @property
@@ -197,13 +205,13 @@ class TokenRequest:
             InputError: The counts do not fit the network, or the budget is out of reach.
         """
         if self.counts is not None:
-            return read_counts(architecture, self.counts, self.names[0])
+            return read_counts(architecture, self.counts, self.names.counts)
         assert self.macs is not None
         searched = self.schedule in ("error", "importance") or (
             self.schedule is None and self.method not in WITHOUT_IMAGES
         )
         curve = cast("Curve", "constant" if searched else self.schedule or "uniform")
-        found = counts_for_macs(architecture, curve, self.macs, self.names[1])
+        found = counts_for_macs(architecture, curve, self.macs, self.names.macs)
         return None if searched else found
 
 
@@ -263,10 +271,10 @@ def _searched_counts(
             step: dropped_shares(score, architecture.prefix, range(len(score) + 1))
             for step, score in scores.items()
         }
-        return allocate_tokens(architecture, losses, request.macs, request.names[1])
+        return allocate_tokens(architecture, losses, request.macs, request.names.macs)
     images = require_images(images, request.method)
     errors = leaving_errors(model, scores, images, progress)
-    return allocate_tokens(architecture, errors, request.macs, request.names[1], once=True)
+    return allocate_tokens(architecture, errors, request.macs, request.names.macs, once=True)
 
 
 def as_choice(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import tiny_vit
@@ -22,7 +23,8 @@ ADDED = 5_000
 
 def task(ratio: float, later: LaterCost, **settings: float) -> MaskTask:
     model = lift(tiny_vit(num_classes=4, embed_dim=32, num_heads=4, patch_size=4, depth=3))
-    options = MaskSettings(budget=Budget("params", ratio), update_steps=2, round_to=4, **settings)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"update_steps": 2, "round_to": 4, **settings}
+    options = MaskSettings(budget=Budget("params", ratio), **given)
     return MaskTask(model, options, 24, later=later)
 
 
