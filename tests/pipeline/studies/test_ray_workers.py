@@ -44,13 +44,14 @@ def _kill_first_worker(folder: Path, killed: list[int]) -> None:
     """Kill the process of the first job as soon as its log names it."""
     end = time.monotonic() + 240
     while time.monotonic() < end:
-        named = logged_processes(folder)
-        # Ray's own processes are children of this one, and the workers theirs.
-        for worker in psutil.Process().children(recursive=True):
-            if worker.pid in named[:1]:
-                worker.kill()
-                killed.append(worker.pid)
-                return
+        # Ray's own processes are children of this one, and the workers theirs. All processes of the
+        # machine are read for that, which costs more than the trainings: only once one is named.
+        for named in logged_processes(folder)[:1]:
+            for worker in psutil.Process().children(recursive=True):
+                if worker.pid == named:
+                    worker.kill()
+                    killed.append(worker.pid)
+                    return
         time.sleep(0.01)
 
 
