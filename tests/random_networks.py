@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hypothesis import assume, reject
@@ -35,6 +36,7 @@ from vitrim.compress.network.architecture import (
 )
 from vitrim.compress.network.architecture_checks import pinned_tokens
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.network.select_specs import Scorer
 
 GRID = (2, 3)
 POOLS = (
@@ -103,8 +105,10 @@ def architectures(draw: Any, countable: bool = False, resizable_rope: bool = Fal
 
 
 @st.composite
-def selecting_architectures(draw: Any, countable: bool = False) -> Architecture:
-    """A network that selects patches by content at one place or at two."""
+def selecting_architectures(
+    draw: Any, countable: bool = False, scorers: Sequence[Scorer] = get_args(Scorer)
+) -> Architecture:
+    """A network that selects patches by content at one place or at two, by some of `scorers`."""
     spec = draw(architectures(countable=countable))
     assume(spec.pool.kind != "dense" and spec.pool.refine is None)
     first = draw(st.integers(0, len(spec.steps)))
@@ -112,9 +116,7 @@ def selecting_architectures(draw: Any, countable: bool = False) -> Architecture:
     patches = spec.patches
     for number in range(draw(st.integers(1, 2))):
         at = first if not number else draw(st.integers(first, len(spec.steps)))
-        scorer = draw(
-            st.sampled_from(["predictor", "class-attention", "column-attention", "random"])
-        )
+        scorer = draw(st.sampled_from(scorers))
         predictor, norm, reads = None, None, None
         if scorer == "predictor":
             predictor = PredictorSpec(

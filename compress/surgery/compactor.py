@@ -79,6 +79,30 @@ def output_error(reference: nn.Module, model: nn.Module, images: Tensor) -> floa
     return float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-12))
 
 
+def score_error(reference: nn.Module, model: nn.Module, images: Tensor) -> float:
+    """Largest difference of the scores by which two networks choose the same number of patches.
+
+    Relative to the largest score of each selection; 0 where `output_error` runs them freely. Both
+    are left in evaluation mode, and the second one gets the choices of the first.
+    """
+    reference.eval()
+    model.eval()
+    first, second = _architecture_of(reference), _architecture_of(model)
+    if first is None or second is None or not _comparable(first, second):
+        return 0.0
+    wanted = Choices(scores=[])
+    with torch.inference_mode():
+        reference(images, choices=wanted)
+        found = Choices(given=wanted.found, scores=[])
+        model(images, choices=found)
+    assert wanted.scores is not None
+    assert found.scores is not None
+    return max(
+        float((one - other).abs().max() / one.abs().max().clamp_min(1e-12))
+        for one, other in zip(wanted.scores, found.scores, strict=True)
+    )
+
+
 def _architecture_of(model: nn.Module) -> Architecture | None:
     network = getattr(model, "network", model)
     return network.architecture if isinstance(network, CompactModel) else None

@@ -5,6 +5,8 @@
 2. An RMSNorm over d channels of which k are zero equals the RMSNorm over the other d - k with
    eps d / (d - k) and γ √(d / (d - k)).
 3. A channel that is written but not read is removed only where no norm reads it either.
+4. The stem, every reader, and an attention that scores tokens, which must not be removed, keep one
+   of their channels.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..network.architecture import Architecture, ConstantSpec, Indices, NormSpec
+from ..network.select_specs import scoring_branches
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,11 @@ class DeadChannels:
 
     Attributes:
         keep: (embed,), the channels to keep, or None if all stay.
-        remaining: The number of channels that are always zero and stay.
-        why: The reason.
+        remaining: Channels that are always zero and stay, as (count, reason).
     """
 
     keep: Tensor | None
-    remaining: int = 0
-    why: str = ""
+    remaining: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,19 @@ def dead_channels(architecture: Architecture, state: Mapping[str, Tensor]) -> De
         layered[:] = True
         why = "a norm runs over them where they are written"
     dead = (zero & ~layered) | (unread & ~layered)
-    if bool(dead.all()):
-        dead[0] = False
-    remaining = int((zero & ~dead).sum())
-    keep = ~dead if bool(dead.any()) else None
-    return DeadChannels(keep, remaining, why if remaining else "")
+    for channels in (
+        _channels(architecture.stem_writes, architecture.embed),
+        *(reader.channels for reader in readers),
+        *_scored_writes(architecture),
+    ):
+        if bool(dead[channels].all()):
+            dead[channels[0]] = False
+    counts = (
+        (int((zero & layered).sum()), why),
+        (int((zero & ~layered & ~dead).sum()), "what reads or writes them needs one channel"),
+    )
+    remaining = tuple((count, reason) for count, reason in counts if count)
+    return DeadChannels(~dead if bool(dead.any()) else None, remaining)
 
 
 def rescale_norms(
@@ -86,13 +95,14 @@ def rescale_norms(
 ) -> tuple[Architecture, dict[str, Tensor]]:
     """Rescale RMSNorms, so that their outputs over the kept channels stay the same."""
     changed = dict(state)
+    dtype = state["stem.weight"].dtype
     specs: dict[str, NormSpec] = {}
     for reader in _readers(architecture, state):
         before, after = len(reader.channels), int(keep[reader.channels].sum())
         for name, norm in reader.norms:
             grown = before / after
             specs[name] = norm.model_copy(update={"eps": norm.eps * grown, "weight": True})
-            weight = changed.get(f"{name}.weight", torch.ones(norm.width))
+            weight = changed.get(f"{name}.weight", torch.ones(norm.width, dtype=dtype))
             changed[f"{name}.weight"] = weight * math.sqrt(grown)
     steps = []
     for number, step in enumerate(architecture.steps):
@@ -150,6 +160,14 @@ def _readers(architecture: Architecture, state: Mapping[str, Tensor]) -> Iterato
         # Without a head the features are the output.
         everything=pool.refine is not None or (architecture.head is None and pool.width is None),
     )
+
+
+def _scored_writes(architecture: Architecture) -> Iterator[Tensor]:
+    """The channels that each attention writes by which a selection chooses tokens."""
+    scoring = scoring_branches(architecture)
+    for branch in architecture.branches:
+        if branch.name in scoring:
+            yield _channels(branch.writes, architecture.embed)
 
 
 def _zero(architecture: Architecture, state: Mapping[str, Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
 """Dead weight of models that were pruned by another tool: found, verified and removed.
 
 Unstructured pruning leaves zeros. Where they fill a row, a column, a head or a channel, units can
-be removed without changing the output; the rules are in `dead_ffn`, `dead_attention` and
-`dead_channels`. A removal may make other units dead, so the search repeats until it finds nothing.
+be removed without changing the output; the rules are in `dead_ffn`, `dead_attention`,
+`dead_predictor` and `dead_channels`. A removal may make other units dead, so the search repeats
+until it finds nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from ...core.errors import InputError
 from ..lift import lift
 from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
-from ..network.architecture import AttentionSpec, BranchSpec, FfnSpec
+from ..network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from ..network.modules.model import CompactModel, build
-from ..network.select_specs import ATTENTION_SCORERS, scoring_attention
-from .compactor import compact, output_error
+from ..network.select_specs import scoring_branches
+from .compactor import compact, output_error, score_error
 from .dead_attention import dead_attention
 from .dead_channels import dead_channels, rescale_norms
 from .dead_ffn import DeadUnits, dead_ffn
+from .dead_predictor import dead_predictor
 from .kept_indices import Keep, KeptIndices
 
 # The tolerance of `compact`.
@@ -79,7 +81,8 @@ class DeadWeight:
         removed: What was removed.
         remaining: Zeros that could not be removed as units.
         sparsity: Matrices of `compact` that have zeros.
-        error: The largest difference of the outputs on noise images, over the largest output.
+        error: The largest difference of the outputs on noise images, over the largest output; or
+            that of the scores by which a selection chooses tokens, if it is larger.
     """
 
     mask: StructuredMask
@@ -93,8 +96,9 @@ class DeadWeight:
 def find_dead(model: nn.Module) -> DeadWeight:
     """Find and remove units that do nothing, or the same for every token.
 
-    Only exact zeros count. The output stays equal (fp32, relative 1e-5), which is verified on noise
-    images. Masks of `torch.nn.utils.prune` have to be folded first: `fold_prune_masks`.
+    Only exact zeros count. The output stays equal (fp32, relative 1e-5), and so do the scores by
+    which selections choose tokens, which is verified on noise images. Masks of
+    `torch.nn.utils.prune` have to be folded first: `fold_prune_masks`.
 
     Raises:
         UnsupportedModel: A module has no rule; the message names its path.
@@ -153,11 +157,7 @@ def _examine(model: CompactModel) -> _Found:
     folded: set[tuple[str, str]] = set()
     remaining: list[Remaining] = []
     steps = []
-    scoring = {
-        scoring_attention(architecture, select).name
-        for select in architecture.selects
-        if select.scorer in ATTENTION_SCORERS
-    }
+    scoring = scoring_branches(architecture)
     for number, step in enumerate(architecture.steps):
         row = []
         for position, branch in enumerate(step):
@@ -179,14 +179,43 @@ def _examine(model: CompactModel) -> _Found:
                 branch = _add_bias(branch, state, prefix, units.fold)
             row.append(branch)
         steps.append(tuple(row))
+    _examine_predictors(architecture, state, keep, folded, remaining)
     architecture = architecture.model_copy(update={"steps": tuple(steps)})
     channels = dead_channels(architecture, state)
     if channels.keep is not None:
         architecture, state = rescale_norms(architecture, state, channels.keep)
         keep["embed"] = {SHARED: channels.keep}
-    if channels.remaining:
-        remaining.append(Remaining("residual stream", channels.remaining, channels.why))
+    remaining += [Remaining("residual stream", count, why) for count, why in channels.remaining]
     return _Found(build(architecture, state) if keep else model, keep, folded, remaining)
+
+
+def _examine_predictors(
+    architecture: Architecture,
+    state: dict[str, Tensor],
+    keep: Keep,
+    folded: set[tuple[str, str]],
+    remaining: list[Remaining],
+) -> None:
+    """Search the predictors of a network.
+
+    Args:
+        architecture: The network.
+        state: Its tensors, of which biases get the constants of removed units.
+        keep: Gets the entries of the mask.
+        folded: Gets the sites of constant units, as in `_Found`.
+        remaining: Gets what does nothing and stays.
+    """
+    for number, select in enumerate(architecture.selects):
+        if select.predictor is None:
+            continue
+        prefix = f"selects.{number}."
+        units = dead_predictor(select, _below(state, prefix))
+        if units.keep:
+            keep["ffn"] = {**keep.get("ffn", {}), **units.keep}
+        for site, (bias, fold) in units.folds.items():
+            state[prefix + bias] = state[prefix + bias] + fold
+            folded.add(("ffn", site))
+        remaining += [Remaining(*row) for row in units.remaining]
 
 
 def _dead_units(branch: BranchSpec, tensors: Mapping[str, Tensor]) -> DeadUnits:
@@ -220,7 +249,9 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _difference(one: CompactModel, other: CompactModel) -> float:
     images = torch.randn(2, *one.architecture.image, generator=torch.Generator().manual_seed(0))
-    return output_error(one, other, images.to(next(one.parameters())))
+    images = images.to(next(one.parameters()))
+    # The outputs are those of the same choices, whatever the scores are.
+    return max(output_error(one, other, images), score_error(one, other, images))
 
 
 def _sparsity(model: CompactModel) -> list[Sparsity]:

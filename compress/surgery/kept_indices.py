@@ -32,6 +32,9 @@ class KeptIndices:
                     self._columns[dimension, branch.name] = torch.arange(width).expand(
                         core.heads, width
                     )
+        for select in architecture.selects:
+            for site, width in select.hidden_sites.items():
+                self._ffn[site] = torch.arange(width)
 
     def narrow(self, keep: Keep) -> None:
         """Apply one more cut, whose entries refer to the network after the previous cut."""
@@ -63,6 +66,9 @@ class KeptIndices:
                     if columns:
                         rows = _rows_of_all_heads(core, heads, torch.stack(columns))
                         entries.append((dimension, site, rows))
+        for select in self._source.selects:
+            for site, width in select.hidden_sites.items():
+                entries.append(("ffn", site, _booleans(self._ffn[site], width)))
         kept: Keep = {}
         for dimension, site, keep in entries:
             if not bool(keep.all()):

@@ -25,10 +25,13 @@ class Choices:
         found: Is filled with one tensor (batch, kept) for each selection, in order: increasing
             places among the tokens behind the prefix that the stream carries there.
         given: Tensors of that form to use instead of scores.
+        scores: A list is filled with the scores (batch, patches) of each selection, also where its
+            choice is given.
     """
 
     found: list[Tensor] = field(default_factory=list)
     given: Sequence[Tensor] = ()
+    scores: list[Tensor] | None = None
 
 
 class Predictor(nn.Module):
@@ -107,7 +110,11 @@ class Select(nn.Module):
             (batch, prefix + kept, embed), and one token more if dropped ones are fused.
         """
         given = choices is not None and len(choices.given) > len(choices.found)
-        scores = self.scores(x, scored) if self.spec.fused or not given else None
+        recorded = choices.scores if choices is not None else None
+        needed = self.spec.fused or not given or recorded is not None
+        scores = self.scores(x, scored) if needed else None
+        if recorded is not None and scores is not None:
+            recorded.append(scores)
         if choices is not None and given:
             kept = choices.given[len(choices.found)].to(x.device)
         else:
