@@ -10,8 +10,9 @@ from vitrim.bench.local.measure import measure_here
 from vitrim.bench.local.options import MeasureOptions
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.progress import Progress
-from vitrim.pipeline.cost_measuring import CostRequest, measure_cost_table
+from vitrim.pipeline.cost_measuring import measure_cost_table
 from vitrim.pipeline.cost_networks import sizes_of
+from vitrim.pipeline.cost_points import CostRequest
 from vitrim.pipeline.latency_loop import Measure, file_measure
 from vitrim.targets.cost_table import CostTable
 

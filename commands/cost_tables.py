@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from ..bench.report.wording import plural
 from ..core.console import show
 from ..core.errors import InputError
 from ..core.storage import Inputs, require_output_file
@@ -50,7 +51,8 @@ def show_cost_table(
         InputError: An option is invalid, or a network cannot be exported or measured.
     """
     from ..bench.remote.measure import measure_at
-    from ..pipeline.cost_measuring import CostRequest, measure_cost_table, points_file
+    from ..pipeline.cost_measuring import measure_cost_table
+    from ..pipeline.cost_points import CostRequest, points_file
     from ..targets.cost_table import COST_TABLE
 
     path = table.cost_table
@@ -116,6 +118,13 @@ def _show_errors(table: CostTable) -> None:
         show(
             f"{table.whole.count} compact networks: {table.whole.text()}; before the correction "
             f"({scale:.3f} x sum {offset:+.3g} ms): {table.uncorrected.text()}"
+        )
+    solved = sum(point.role == "solved" for point in table.points)
+    if table.excess is not None:
+        show(
+            f"{plural(solved, 'network')} that the solver chose: nine of ten are at most "
+            f"{100 * table.excess:.1f} % slower than predicted, by which a first file aims below "
+            "its budget"
         )
 
 

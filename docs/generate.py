@@ -92,10 +92,13 @@ def shipped_tables() -> str:
             for found in (costs.held_out, costs.whole)
             if found is not None
         ]
-        cells.append((*what, costs.environment["cpu_model"], *errors))
+        solved = sum(point.role == "solved" for point in costs.points)
+        excess = "" if costs.excess is None else f"{100 * costs.excess:.1f} % ({solved})"
+        cells.append((*what, costs.environment["cpu_model"], *errors, excess))
     header = (
         "target", "runtime", "precision", "threads", "tokens x channels, at most", "measured on",
         "held out: median, 95th percentile (networks)", "whole networks",
+        "excess of the solver's",
     )  # fmt: skip
     return table(header, cells)
 

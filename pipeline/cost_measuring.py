@@ -2,104 +2,64 @@
 
 Points that were measured are appended to a file beside the table, so that an interrupted
 measurement continues. It stops when the held-out networks are predicted well, or at a number of
-networks; then random compact networks check the sums of sub-layers, and a correction is learned.
+networks; then random compact networks, and half as many that the solver chooses by the costs, check
+the sums of sub-layers, and a correction is learned.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
 
 from ..bench.local.measure import target_features, target_name
 from ..bench.local.options import MeasureOptions
 from ..bench.results.measurement import Measurement
+from ..compress.latency.shapes import network_shape
+from ..compress.latency.trial import trial_network
 from ..compress.network.modules.model import CompactModel
-from ..core.errors import InputError
 from ..core.progress import Progress, progress_bar
 from ..export.exporter import export
 from ..targets.catalog import load_target
 from ..targets.cost_fit import Fit, fit_correction, fit_costs, least_sure
-from ..targets.cost_parts import NetworkShape, Plain
+from ..targets.cost_parts import NetworkShape
 from ..targets.cost_table import Correction, CostTable, Errors, MeasuredNetwork, Role
 from .cost_networks import (
-    CostSizes,
     compact_networks,
     dense_model,
     first_shapes,
     network_of,
     random_shapes,
 )
+from .cost_points import (
+    BATCH,
+    FIRST,
+    FITTED,
+    HELD_OUT,
+    About,
+    CostRequest,
+    append_points,
+    points_file,
+    read_points,
+)
 
-SCHEMA = "vitrim.cost-points/1"
-# Networks that are measured interleaved: so many for the fit, and so many held out.
-FITTED, HELD_OUT = 4, 2
-BATCH = FITTED + HELD_OUT
 # The dense network, which is measured with each of these groups.
 REFERENCE = "reference"
-# Networks before the first fit; fewest held out before it may stop; networks to choose from.
-FIRST, FEWEST_HELD_OUT, POOL = 12, 10, 300
+# Fewest networks held out before it may stop; networks to choose from.
+FEWEST_HELD_OUT, POOL = 10, 300
 # Errors of the held-out networks at which measuring stops.
 MEDIAN, P95 = 0.02, 0.06
 CALIBRATION_IMAGES = 16
-# How many networks are measured, which points do not depend on: a larger number continues.
-_COUNTS = ("most_points", "checks")
+# Latencies of the networks that the solver chooses, as shares of the dense one's.
+LARGEST, SMALLEST, ROUND_TO = 0.9, 0.3, 8
+# Of their excesses over the prediction.
+QUANTILE = 0.9
 Measure = Callable[[dict[str, Path], MeasureOptions, Progress], dict[str, Measurement]]
-
-
-@dataclass(frozen=True)
-class CostRequest:
-    """What a cost table is measured for.
-
-    Attributes:
-        sizes: The dense network.
-        target: Name of the device profile.
-        runtime: The runtime of the artifacts.
-        precision: Their precision.
-        threads: Threads of the runtime.
-        batch: Images in an inference.
-        most_points: Largest number of networks for the fit and its error.
-        checks: Number of compact networks that check the sums.
-        seed: Of the random networks.
-    """
-
-    sizes: CostSizes = field(default_factory=CostSizes)
-    target: str = "host"
-    runtime: str = "onnxruntime"
-    precision: str = "fp32"
-    threads: int = 1
-    batch: int = 1
-    most_points: int = 72
-    checks: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.most_points < FIRST + BATCH:
-            raise InputError(
-                f"{self.most_points} networks: a fit and its error need at least {FIRST + BATCH}"
-            )
-
-
-class About(Plain):
-    """What is known beside the points: the runtime, the machine, and the power of each network."""
-
-    runtime_version: str = ""
-    environment: dict[str, Any] = Field(default_factory=dict)
-    powers_w: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
-
-
-def points_file(table: Path) -> Path:
-    """The file beside a table that has the points measured so far."""
-    return table.with_name(f"{table.name}.points")
 
 
 def measure_cost_table(
@@ -137,7 +97,9 @@ def measure_cost_table(
     ):
         run = _Run(request, points_file(path), measure, options, report, Path(folder))
         run.measure_fit()
-        run.check(dense or dense_model(request.sizes))
+        network = dense or dense_model(request.sizes)
+        run.check(network)
+        run.check_solver(network)
         table = run.table()
     table.save(path)
     if reaches_goal(table):
@@ -170,7 +132,7 @@ class _Run:
     ) -> None:
         self.request, self.file, self.measure, self.report = request, file, measure, report
         self.folder = folder
-        total = request.most_points + request.checks
+        total = _most(request)
         limit_s = options.time_limit_s * BATCH / total
         self.options = MeasureOptions(**{**vars(options), "time_limit_s": limit_s})
         self.tiles = _tiles(request.target)
@@ -222,6 +184,32 @@ class _Run:
             shapes, models = [shape for shape, _ in part], [model for _, model in part]
             self._measure(shapes, models, ["check"] * len(part), None)
 
+    def check_solver(self, dense: CompactModel) -> None:
+        """Measure the networks of the solver that are missing."""
+        shares = np.linspace(LARGEST, SMALLEST, self.request.checks // 2)
+        missing = range(len(self.of_role("solved")), len(shares))
+        if not missing:
+            return
+        table = self.table()
+        dense_ms = table.latency_ms(network_shape(dense.architecture))
+        # Where patches cannot leave, each of them is one of widths.
+        leaves = dense.architecture.pool.kind != "none" and not self.request.sizes.selects
+        found = [
+            trial_network(
+                dense,
+                float(shares[place]) * dense_ms,
+                table,
+                ROUND_TO,
+                tokens=leaves and place % 2 == 0,
+            )
+            for place in missing
+        ]
+        networks = [each for each in found if each is not None]
+        for start in range(0, len(networks), BATCH):
+            part = networks[start : start + BATCH]
+            shapes = [network_shape(each.architecture) for each in part]
+            self._measure(shapes, part, ["solved"] * len(part), None)
+
     def _measure(
         self,
         shapes: Sequence[NetworkShape],
@@ -229,8 +217,9 @@ class _Run:
         roles: Sequence[Role],
         fit: Fit | None,
     ) -> None:
-        done, total = len(self.points), self.request.most_points + self.request.checks
-        text = "compact networks" if roles[0] == "check" else _progress_text(fit, self.points)
+        done, total = len(self.points), _most(self.request)
+        compact = roles[0] in ("check", "solved")
+        text = "compact networks" if compact else _progress_text(fit, self.points)
         # Fewer networks than an earlier attempt measured are complete at once.
         begun, share = min(1.0, done / total), len(shapes) / total
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
@@ -286,7 +275,7 @@ class _Run:
         # Each later group of networks moves the speed that the points are stated at.
         fit = fit_costs(leveled(self.points), self.tiles)
         request, about = self.request, self.about
-        held_out, checks = self.of_role("held-out"), self.of_role("check")
+        held_out = self.of_role("held-out")
         target = target_name(request.target)
         found = CostTable(
             target=target,
@@ -303,17 +292,42 @@ class _Run:
             environment=about.environment,
             power_w=float(np.median(about.powers_w)) if about.powers_w else None,
         )
-        if not checks:
-            return found
-        predicted = fit.predict([point.network for point in checks])
-        measured = np.array([point.latency_ms for point in checks])
-        correction, errors = fit_correction(predicted, measured)
-        uncorrected = Errors.of(predicted, measured)
-        if errors.median >= uncorrected.median:
-            # Fitted to the noise of few networks, a correction makes others worse.
-            correction, errors = Correction(), uncorrected
-        update = {"correction": correction, "whole": errors, "uncorrected": uncorrected}
-        return found.model_copy(update=update)
+        return found.model_copy(update=_checked(fit, self.of_role("check"), self.of_role("solved")))
+
+
+def _most(request: CostRequest) -> int:
+    """The largest number of networks that are measured."""
+    return request.most_points + request.checks + request.checks // 2
+
+
+def _checked(
+    fit: Fit, checks: Sequence[MeasuredNetwork], solved: Sequence[MeasuredNetwork]
+) -> dict[str, Any]:
+    """The correction, and the errors of whole networks, as fields of a table.
+
+    Args:
+        fit: The costs.
+        checks: Random compact networks.
+        solved: Networks of the solver.
+    """
+    networks = [*checks, *solved]
+    if not networks:
+        return {}
+    predicted = fit.predict([point.network for point in networks])
+    measured = np.array([point.latency_ms for point in networks])
+    correction, corrected = fit_correction(predicted, measured)
+    if Errors.of(corrected, measured).median >= Errors.of(predicted, measured).median:
+        # Fitted to the noise of few networks, a correction makes others worse.
+        correction, corrected = Correction(), predicted
+    update: dict[str, Any] = {"correction": correction}
+    count = len(checks)
+    if checks:
+        update["whole"] = Errors.of(corrected[:count], measured[:count])
+        update["uncorrected"] = Errors.of(predicted[:count], measured[:count])
+    if solved:
+        over = measured[count:] / corrected[count:] - 1
+        update["excess"] = float(np.quantile(over, QUANTILE))
+    return update
 
 
 def leveled(points: Sequence[MeasuredNetwork]) -> list[MeasuredNetwork]:
@@ -352,83 +366,3 @@ def _tiles(target: str) -> list[int]:
     """The tiles to choose from: no tile, and multiples of the processor's vectors."""
     lanes = load_target(target).vector.lanes
     return list(dict.fromkeys([1, *(lanes * factor for factor in (1, 2, 4))]))
-
-
-def _record(request: CostRequest) -> dict[str, Any]:
-    """The request as the first line of a file of points has it: what the points are of."""
-    found = {key: value for key, value in asdict(request).items() if key not in _COUNTS}
-    if not request.sizes.selects:
-        del found["sizes"]["selects"]
-    return found
-
-
-def append_points(
-    file: Path, request: CostRequest, points: Sequence[MeasuredNetwork], about: About
-) -> None:
-    """Append measured points to a file; a new file begins with the request.
-
-    Args:
-        file: The file.
-        request: What is measured.
-        points: The points.
-        about: What is known beside all points so far.
-    """
-    lines = [] if file.exists() else [{"schema": SCHEMA, "request": _record(request)}]
-    record: list[Any] = [*lines, *(point.model_dump(mode="json") for point in points)]
-    record.append({"about": about.model_dump(mode="json")})
-    text = "".join(json.dumps(line) + "\n" for line in record)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def read_points(file: Path, request: CostRequest) -> tuple[list[MeasuredNetwork], About]:
-    """Read the points of an interrupted measurement, and what is known beside them.
-
-    Args:
-        file: The file; without it there are none.
-        request: What is measured.
-
-    Returns:
-        The points of complete batches, and the last `about`; a batch that a kill cut off is
-        removed from the file.
-
-    Raises:
-        InputError: The file is of another request.
-    """
-    if not file.exists():
-        return [], About()
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    points: list[MeasuredNetwork] = []
-    batch: list[MeasuredNetwork] = []
-    about = About()
-    whole = 1
-    try:
-        head = json.loads(lines[0]) if lines else {}
-    except ValueError:
-        head = {}
-    if not isinstance(head, dict) or head.get("schema") != SCHEMA:
-        raise InputError(f"{file}: not the points of a cost table; name another table")
-    earlier = head.get("request")
-    if isinstance(earlier, dict):
-        # Earlier versions wrote the counts, too.
-        earlier = {key: value for key, value in earlier.items() if key not in _COUNTS}
-    if earlier != json.loads(json.dumps(_record(request))):
-        raise InputError(
-            f"{file}: the points of another cost table; continue it with the same options, "
-            "or delete the file"
-        )
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            data = json.loads(line)
-            if "about" in data:
-                about = About.model_validate(data["about"])
-                points, batch, whole = [*points, *batch], [], number
-            else:
-                batch.append(MeasuredNetwork.model_validate_json(line))
-        except (ValueError, ValidationError, TypeError):
-            break
-    if whole < len(lines):
-        file.write_text("".join(f"{line}\n" for line in lines[:whole]), encoding="utf-8")
-    return points, about

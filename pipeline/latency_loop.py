@@ -41,9 +41,10 @@ LATENCY_FILE = "latency.json"
 ROUNDS = 3
 # A corrected budget aims this far below the latency; one that used less than this is enlarged.
 MARGIN, USED = 0.99, 0.92
-# The first cut aims below the budget by twice the table's 95th percentile, at most by this: of all
-# networks the solver finds one that the table underestimates.
-FIRST_MARGIN = 0.07
+# Of all networks the solver finds one that the table underestimates, so that the first cut aims
+# below the budget: by the table's excess, at most by the first of these; without it by twice the
+# 95th percentile of random networks, at most by the second.
+LARGEST_MARGIN, FIRST_MARGIN = 0.2, 0.07
 # A measurement further above the prediction than this was disturbed, or the table is wrong: another
 # one tells.
 DISTURBED = 1.1
@@ -197,13 +198,21 @@ def undisturbed_ms(measure: Measure, model: CompactModel, predicted_ms: float) -
 
 def _first_cut(cuts: LatencyCuts, latency_ms: float) -> tuple[LatencyCut, float]:
     """The cut that is measured first, and its budget by the table."""
-    whole = cuts.table.whole
-    margin = 0.0 if whole is None else min(2 * whole.p95, FIRST_MARGIN)
+    margin = _first_margin(cuts.table)
     if margin:
         # The smallest network may be larger than that.
         with contextlib.suppress(InputError):
             return cuts.cut(latency_ms * (1 - margin)), latency_ms * (1 - margin)
     return cuts.cut(latency_ms), latency_ms
+
+
+def _first_margin(table: CostTable) -> float:
+    """The share by which the first cut aims below the budget."""
+    if table.excess is not None:
+        # Measured within a percent or two.
+        over = max(0.0, table.excess) + 1 - MARGIN
+        return min(over / (1 + over), LARGEST_MARGIN)
+    return 0.0 if table.whole is None else min(2 * table.whole.p95, FIRST_MARGIN)
 
 
 def _rank(measured_ms: float, latency_ms: float) -> tuple[bool, float]:

@@ -6,26 +6,18 @@ table; after it, the masks become smaller while the file of the cut is too slow.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
 
-from ..compress.latency.losses import Losses, uniform_losses
-from ..compress.latency.search import solve_architecture
 from ..compress.latency.shapes import network_shape
-from ..compress.latency.solution import Limits
+from ..compress.latency.trial import trial_network
 from ..compress.masks.budget import Budget
-from ..compress.masks.groups import token_sites
-from ..compress.masks.mask import StructuredMask
-from ..compress.network.architecture import Architecture
 from ..compress.network.cost import CostKind
 from ..compress.network.modules.model import CompactModel
 from ..compress.oneshot.allocation import network_cost
-from ..compress.oneshot.choice import priced
-from ..compress.surgery.compactor import compact
 from ..compress.train.mask_task import MaskTask
 from ..core.console import status
 from ..core.errors import InputError
@@ -130,7 +122,9 @@ def measured_trial(
         if resume and path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))["rounds"][:1]
         if not found:
-            small = trial_network(start, budget_ms, table, round_to, recipe.masks.tokens)
+            small = trial_network(
+                start, budget_ms, table, round_to, tokens=recipe.masks.tokens == "learned"
+            )
             if small is not None:
                 images = context.data.val.floats(slice(0, PARITY_IMAGES))
                 measure = _file_measure(table, images, recipe)
@@ -152,51 +146,6 @@ def _file_measure(table: CostTable, images: torch.Tensor, recipe: Recipe) -> Mea
     """What measures networks as files, on this machine or on the device of `bench.on`."""
     target = recipe.export.target
     return file_measure(table, images, measure_at_device(recipe.bench, target), target=target)
-
-
-def trial_network(
-    start: CompactModel, latency_ms: float, table: CostTable, round_to: int, tokens: str | None
-) -> CompactModel | None:
-    """A network that the solver chooses without any knowledge of the weights; None without one.
-
-    Args:
-        start: The network whose masks will be learned.
-        latency_ms: The latency by the table.
-        table: The cost table.
-        round_to: Kept widths are multiples of this.
-        tokens: `masks.tokens`; "learned": patches leave, too.
-    """
-    architecture = priced(start.architecture)
-    losses = uniform_losses(architecture, round_to)
-    if tokens == "learned":
-        losses = Losses(losses.sublayers, _even_losses(architecture))
-    with contextlib.suppress(InputError):
-        found = solve_architecture(architecture, losses, Limits(latency_ms), table)
-        mask = found.mask()
-        if tokens == "learned":
-            entries = {**mask.kept, "token": _first_tokens(architecture, found.counts)}
-            mask = StructuredMask(entries, scale=mask.scale)
-        last = bool(architecture.pooled_prefix) or None
-        return compact(start, mask, last_queries=last).eval()
-    return None
-
-
-def _even_losses(architecture: Architecture) -> dict[int, list[float]]:
-    """The square of the share of tokens that leave, at each attention."""
-    size = architecture.tokens
-    row = [((size - count) / size) ** 2 for count in range(size + 1)]
-    return dict.fromkeys(architecture.attention_steps(), row)
-
-
-def _first_tokens(architecture: Architecture, counts: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Token sets of these numbers behind each step."""
-    sizes = list(token_sites(architecture).items())[1:]
-    # At least one patch is left, which the head need not read.
-    least = architecture.prefix + 1
-    return {
-        site: torch.arange(size) < max(least, count)
-        for (site, size), count in zip(sizes, counts, strict=True)
-    }
 
 
 def verified(task: MaskTask, baseline: CompactModel, context: RunContext, trial: Trial) -> None:

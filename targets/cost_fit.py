@@ -127,7 +127,7 @@ def _spread(rows: Numbers, known: Numbers, residuals: Numbers) -> Numbers:
     return np.asarray(0.5 + squares[near].mean(axis=1) / level)
 
 
-def fit_correction(predicted: Numbers, measured: Numbers) -> tuple[Correction, Errors]:
+def fit_correction(predicted: Numbers, measured: Numbers) -> tuple[Correction, Numbers]:
     """Fit what whole networks take beside the sum of their parts.
 
     Args:
@@ -135,8 +135,8 @@ def fit_correction(predicted: Numbers, measured: Numbers) -> tuple[Correction, E
         measured: The latencies in milliseconds, (networks,).
 
     Returns:
-        scale and offset of least relative squares, and the errors of each network by the
-        correction of the others.
+        scale and offset of least relative squares, and the latency of each network by the
+        correction of the others, (networks,).
     """
     found = _line(predicted, measured)
     others = [
@@ -147,7 +147,7 @@ def fit_correction(predicted: Numbers, measured: Numbers) -> tuple[Correction, E
         other.scale * value + other.offset_ms
         for other, value in zip(others, predicted.tolist(), strict=True)
     ]
-    return found, Errors.of(corrected, measured)
+    return found, np.array(corrected, dtype=np.float64)
 
 
 def _line(predicted: Numbers, measured: Numbers) -> Correction:

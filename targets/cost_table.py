@@ -60,14 +60,16 @@ _EARLIER_PARTS = {
 # Measured networks are drawn below the sizes of a dense one, and none has all of them.
 REACH = 1.15
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Role = Literal["fit", "held-out", "check"]
+Role = Literal["fit", "held-out", "check", "solved"]
 
 
 class MeasuredNetwork(Plain):
     """A measured network: its latency, and what the point is for.
 
     `fit`: the costs are fitted to it; `held-out`: it gives the error of the fit; `check`: a compact
-    network of mixed widths, which gives the error of a sum of sub-layers, and the correction.
+    network of mixed widths, which gives the error of a sum of sub-layers, and the correction;
+    `solved`: one that the solver chose for a latency by the costs. Of all networks it finds those
+    that the costs underestimate, so that random ones do not show by how much it is wrong.
     `reference_ms` is the latency of the dense network that was measured together with it.
     """
 
@@ -129,6 +131,8 @@ class CostTable(Plain):
         whole: Errors of whole compact networks, corrected, each by the others; None without any.
         uncorrected: The same without the correction.
         correction: What whole networks take beside the sum of their parts.
+        excess: Share by which nine of ten networks of the solver are at most slower than predicted,
+            each by the correction of the others; None without any.
         environment: The machine while it was measured.
         power_w: Mean power of the device during the measurements; None where no meter was read.
         estimated: What the costs follow from where nothing was measured: the budget is then called
@@ -150,6 +154,7 @@ class CostTable(Plain):
     whole: Errors | None = None
     uncorrected: Errors | None = None
     correction: Correction = Correction()
+    excess: Annotated[float, Field(gt=-1, allow_inf_nan=False)] | None = None
     environment: dict[str, Any] = Field(default_factory=dict)
     power_w: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     estimated: str | None = None

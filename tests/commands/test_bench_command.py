@@ -17,7 +17,7 @@ from vitrim.bench.results.measurement import Environment, Measurement
 from vitrim.cli import call
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.network.modules.model import CompactModel
-from vitrim.pipeline.cost_measuring import points_file
+from vitrim.pipeline.cost_points import points_file
 from vitrim.targets.cost_parts import NetworkShape
 from vitrim.targets.cost_table import CostTable
 

@@ -96,6 +96,18 @@ def test_the_first_cut_aims_below_the_budget_by_the_tables_error(p95: float, fir
     assert record.met
 
 
+@pytest.mark.parametrize(("excess", "first"), [(-0.05, 2 / 1.01), (0.09, 2 / 1.1), (0.9, 1.6)])
+def test_the_first_cut_aims_below_the_budget_by_what_the_solvers_networks_exceed(
+    excess: float, first: float
+) -> None:
+    cuts = Cuts()
+    errors = Errors(count=20, median=0.01, p95=0.5, largest=0.5)
+    cuts.table = cuts.table.model_copy(update={"whole": errors, "excess": excess})
+    _, record = loop(cuts, 1.01)
+    assert cuts.budgets[0] == pytest.approx(first)
+    assert record.met
+
+
 def test_a_disturbed_measurement_is_repeated() -> None:
     measured = iter([2.6, 1.95])
     cuts = Cuts()

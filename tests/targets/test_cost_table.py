@@ -123,10 +123,11 @@ def test_a_network_is_the_sum_of_its_parts_and_the_correction() -> None:
 
 def test_a_correction_is_learned_from_whole_networks() -> None:
     predicted = np.array([1.0, 2.0, 3.0, 5.0])
-    correction, errors = fit_correction(predicted, 1.1 * predicted + 0.2)
+    measured = 1.1 * predicted + 0.2
+    correction, corrected = fit_correction(predicted, measured)
     assert correction.scale == pytest.approx(1.1)
     assert correction.offset_ms == pytest.approx(0.2)
-    assert errors.largest < 1e-9
+    assert Errors.of(corrected, measured).largest < 1e-9
     one, _ = fit_correction(np.array([2.0, 2.0]), np.array([3.0, 3.0]))
     assert one == Correction(scale=1.5)
     assert Errors.of([1.1, 1.0], [1.0, 1.0]).text() == (

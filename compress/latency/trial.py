@@ -1,0 +1,64 @@
+"""What the solver makes of sizes alone: a network of a latency before its weights are known."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from ...core.errors import InputError
+from ...targets.cost_table import CostTable
+from ..masks.groups import token_sites
+from ..masks.mask import StructuredMask
+from ..network.architecture import Architecture
+from ..network.modules.model import CompactModel
+from ..oneshot.choice import priced
+from ..surgery.compactor import compact
+from .losses import Losses, uniform_losses
+from .search import solve_architecture
+from .solution import Limits
+
+
+def trial_network(
+    start: CompactModel, latency_ms: float, table: CostTable, round_to: int, *, tokens: bool
+) -> CompactModel | None:
+    """A network that the solver chooses without any knowledge of the weights; None without one.
+
+    Args:
+        start: The network that is cut.
+        latency_ms: The latency by the table.
+        table: The cost table.
+        round_to: Kept widths are multiples of this.
+        tokens: Whether patches leave, too.
+    """
+    architecture = priced(start.architecture)
+    losses = uniform_losses(architecture, round_to)
+    if tokens:
+        losses = Losses(losses.sublayers, _even_losses(architecture))
+    with contextlib.suppress(InputError):
+        found = solve_architecture(architecture, losses, Limits(latency_ms), table)
+        mask = found.mask()
+        if tokens:
+            entries = {**mask.kept, "token": _first_tokens(architecture, found.counts)}
+            mask = StructuredMask(entries, scale=mask.scale)
+        last = bool(architecture.pooled_prefix) or None
+        return compact(start, mask, last_queries=last).eval()
+    return None
+
+
+def _even_losses(architecture: Architecture) -> dict[int, list[float]]:
+    """The square of the share of tokens that leave, at each attention."""
+    size = architecture.tokens
+    row = [((size - count) / size) ** 2 for count in range(size + 1)]
+    return dict.fromkeys(architecture.attention_steps(), row)
+
+
+def _first_tokens(architecture: Architecture, counts: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Token sets of these numbers behind each step."""
+    sizes = list(token_sites(architecture).items())[1:]
+    # At least one patch is left, which the head need not read.
+    least = architecture.prefix + 1
+    return {
+        site: torch.arange(size) < max(least, count)
+        for (site, size), count in zip(sizes, counts, strict=True)
+    }
