@@ -1,8 +1,10 @@
-"""Top-1 of widths alone, patches chosen for each image alone, and both, at equal multiply-adds.
+"""Top-1 of widths alone, patches chosen for each image alone, and both, at equal cost.
 
     python -m benchmarks.accuracy.dynamic_tokens [--data quickstart|fashion-mnist|cifar10:FOLDER]
         [--model embedded|FOLDER] [--shares 0.5 0.33 0.25] [--methods dynamicvit evit dps]
         [--seeds 7 13 42] [--epochs 4] [--finetune-epochs 4] [--ratio 0.7] [--work FOLDER]
+    python -m benchmarks.accuracy.dynamic_tokens --speedups 2 3 4 --methods dynamicvit
+        [--kinds widths tokens both] [--orders together] [--autocast bf16]
 
 Every row is a run of the chain (`vitrim run`) from the same trained dense network. Rows of one
 share have the same budget of multiply-adds, predictors and scores included, and the same number of
@@ -11,7 +13,10 @@ learned heads, widths and sub-layers; `tokens` keep all widths, at the largest r
 budget, where one does; `both` keep the patches of `--ratio` and learn widths in the three orders;
 `static tokens` keep one set of patches for all images and all widths, and `static tokens and
 widths` choose both: learned, or patches by Patch Slimming before the widths are learned. Without
-methods (`--methods` alone) there are `widths` and static rows only. Top-1 and the latency at batch
+methods (`--methods` alone) there are `widths` and static rows only. With `--speedups` the budget is
+a latency, that of the dense file over each factor: masks are learned for it (`masks.latency`, by
+the cost table that ships for this machine, corrected by measurements), and the ratio of `tokens` is
+the largest one within it by the same table. Top-1 and the latency at batch
 1 (fp32, ONNX Runtime, one thread) are those of the artifact, `faster` compares with the dense
 artifact of the same run. Finished rows are kept, and a run that was interrupted continues in
 `--work`.
@@ -22,15 +27,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vitrim.bench.local.environment import read_machine
+from vitrim.compress.latency.shapes import network_shape
+from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
+from vitrim.pipeline.latency_table import TableRequest
 from vitrim.pipeline.recipe import Recipe
 from vitrim.pipeline.run import prepare, run
 from vitrim.pipeline.selection_step import with_selections
@@ -42,9 +50,11 @@ SHARES, SEEDS = (0.5, 0.33, 0.25), (7, 13, 42)
 METHODS = ("dynamicvit", "evit", "dps", "class-attention")
 ORDERS = ("together", "tokens-first", "widths-first")
 STATIC, STATIC_TOO = "static tokens", "static tokens and widths"
+KINDS = ("widths", STATIC, STATIC_TOO, "tokens", "both")
 CHOSEN = "patch-slimming"
 WIDTHS = ("head", "embed", "ffn", "qk", "v")
 BISECTIONS = 12
+Cost = Callable[[Architecture], float]
 # Ratios are given with as many digits.
 DIGITS = 3
 
@@ -57,8 +67,9 @@ class Case:
         kind: "widths", "tokens", "both", "static tokens" or "static tokens and widths".
         method: How patches are chosen; "" without a choice.
         order: The order of patches and widths; "" where there is one phase.
-        share: The share of the multiply-adds.
+        share: The share of the budget.
         seed: Of the training.
+        budget: "macs" or "latency".
     """
 
     kind: str
@@ -66,11 +77,13 @@ class Case:
     order: str
     share: float
     seed: int
+    budget: str = "macs"
 
     @property
     def key(self) -> str:
         """Identifies the row in the result file, and its run folder."""
-        parts = (self.kind, self.method, self.order, f"{self.share:g}", str(self.seed))
+        of = "" if self.budget == "macs" else self.budget
+        parts = (self.kind, self.method, self.order, of, f"{self.share:.3g}", str(self.seed))
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
 
@@ -83,6 +96,14 @@ class Plan(ShortRuns):
     """
 
     ratio: float
+
+    def costs(self, dense: CompactModel) -> dict[str, Cost]:
+        """What a network costs, by budget: multiply-adds, or milliseconds by the cost table."""
+        table = TableRequest().table(dense.architecture)
+        return {
+            "macs": lambda network: float(count_macs(network)),
+            "latency": lambda network: table.latency_ms(network_shape(network)),
+        }
 
     def recipe(self, masks: dict[str, Any], seed: int) -> Recipe:
         """The recipe of a row with these keys of `[masks]`."""
@@ -99,47 +120,49 @@ class Plan(ShortRuns):
             InputError: No ratio meets the share.
         """
         half = max(1, self.epochs // 2)
+        budget = {case.budget: case.share}
         if case.kind == "widths":
-            return {"macs": case.share}
+            return budget
         if case.kind == STATIC and case.method == CHOSEN:
             return {"params": 1.0, "tokens": CHOSEN, "token_macs": case.share}
         if case.kind == STATIC:
             # Sub-layers stay, too: an overhead of 0 removes none.
             kept = {"attention_overhead_macs": 0.0, "ffn_overhead_macs": 0.0}
-            return {"macs": case.share, "tokens": "learned", "fixed": WIDTHS, **kept}
+            return {**budget, "tokens": "learned", "fixed": WIDTHS, **kept}
         if case.kind == STATIC_TOO and case.method == CHOSEN:
             # As much of the budget by tokens as by widths.
-            return {"macs": case.share, "tokens": CHOSEN, "token_macs": case.share**0.5}
+            return {**budget, "tokens": CHOSEN, "token_macs": case.share**0.5}
         if case.kind == STATIC_TOO:
-            return {"macs": case.share, "tokens": "learned"}
+            return {**budget, "tokens": "learned"}
         if case.kind == "tokens":
-            ratio = largest_ratio(dense, case.method, case.share, self)
+            ratio = largest_ratio(dense, case, self)
             return {
                 "params": 1.0,
                 "tokens": case.method,
                 "token_ratio": ratio,
                 "token_epochs": self.epochs,
             }
-        keys = {"macs": case.share, "tokens": case.method, "token_ratio": self.ratio}
+        keys = {**budget, "tokens": case.method, "token_ratio": self.ratio}
         keys["token_order"] = case.order
         if case.order != "together":
             keys |= {"epochs": max(1, self.epochs - half), "token_epochs": half}
         return keys
 
 
-def largest_ratio(dense: CompactModel, method: str, share: float, plan: Plan) -> float:
-    """The largest ratio with which a method leaves at most a share of the multiply-adds.
+def largest_ratio(dense: CompactModel, case: Case, plan: Plan) -> float:
+    """The largest ratio with which the method of a case is within its budget.
 
     Raises:
-        InputError: None does.
+        InputError: None is.
     """
-    budget = share * count_macs(dense.architecture)
+    cost = plan.costs(dense)[case.budget]
+    budget = case.share * cost(dense.architecture)
 
-    def macs(ratio: float) -> float:
-        keys = {"params": 1.0, "tokens": method, "token_ratio": ratio}
+    def cost_of(ratio: float) -> float:
+        keys = {"params": 1.0, "tokens": case.method, "token_ratio": ratio}
         section = plan.recipe(keys, 0).masks
         try:
-            return float(count_macs(with_selections(dense, section, 0).architecture))
+            return cost(with_selections(dense, section, 0).architecture)
         except InputError:
             # No patch is left, or none is dropped.
             return float("inf") if ratio > 0.5 else 0.0
@@ -147,29 +170,50 @@ def largest_ratio(dense: CompactModel, method: str, share: float, plan: Plan) ->
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if macs(middle) <= budget else (low, middle)
+        low, high = (middle, high) if cost_of(middle) <= budget else (low, middle)
     found: float = int(low * 10**DIGITS) / 10**DIGITS
-    if not 0 < macs(found) <= budget:
-        raise InputError(f"{method}: no ratio leaves {share:g} of the multiply-adds")
+    if not 0 < cost_of(found) <= budget:
+        raise InputError(f"{case.method}: no ratio leaves {case.share:g} of the {case.budget}")
     return found
 
 
-def cases(methods: Sequence[str], shares: Sequence[float], seeds: Sequence[int]) -> list[Case]:
-    """All rows, seed by seed."""
+def cases(
+    methods: Sequence[str],
+    shares: Sequence[float],
+    seeds: Sequence[int],
+    budget: str = "macs",
+    *,
+    orders: Sequence[str] = ORDERS,
+    kinds: Sequence[str] = KINDS,
+) -> list[Case]:
+    """All rows, seed by seed.
+
+    Args:
+        methods: That choose patches for each image.
+        shares: Of the budget.
+        seeds: Of the trainings.
+        budget: "macs" or "latency".
+        orders: Of patches and widths.
+        kinds: Of the rows.
+    """
     found = []
     for seed in seeds:
         for share in shares:
-            found += [Case("widths", "", "", share, seed)]
+            found += [Case("widths", "", "", share, seed, budget)]
             found += [
-                Case(kind, method, "", share, seed)
+                Case(kind, method, "", share, seed, budget)
                 for kind in (STATIC, STATIC_TOO)
                 for method in ("learned", CHOSEN)
+                # Patch Slimming alone has counts of a share of the multiply-adds.
+                if (kind, method, budget) != (STATIC, CHOSEN, "latency")
             ]
-            found += [Case("tokens", method, "", share, seed) for method in methods]
+            found += [Case("tokens", method, "", share, seed, budget) for method in methods]
             found += [
-                Case("both", method, order, share, seed) for method in methods for order in ORDERS
+                Case("both", method, order, share, seed, budget)
+                for method in methods
+                for order in orders
             ]
-    return found
+    return [case for case in found if case.kind in kinds]
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -191,9 +235,15 @@ def figures(folder: Path) -> dict[str, Any]:
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Mean and standard deviation over the seeds, a line for each kind, method and share."""
     grouped: dict[tuple[float, str, str, str], list[dict[str, Any]]] = {}
+    budgets = {}
     for row in rows:
+        budgets[row["share"]] = (
+            f"{1 / row['share']:g}x faster"
+            if row.get("budget") == "latency"
+            else f"{row['share']:g} of the MACs"
+        )
         grouped.setdefault((row["share"], row["kind"], row["method"], row["order"]), []).append(row)
-    titles = ("MACs budget", "what is learned", "choice", "order", "seeds")
+    titles = ("budget", "what is learned", "choice", "order", "seeds")
     columns = ("MACs", "parameters", "top-1", "points lost", "faster")
     lines = markdown_head(*titles, *columns, numbers=len(columns) + 1)
     ranked = sorted(grouped.items(), key=lambda item: _key(*item))
@@ -201,7 +251,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         ran = [row for row in found if "compact" in row]
         if not ran:
             cells = ["out of reach", *"----"]
-            lines.append(markdown_row(f"{share:g}", kind, method, order, 0, *cells))
+            lines.append(markdown_row(budgets[share], kind, method, order, 0, *cells))
             continue
         cells = [
             spread([row["compact"]["macs"] / row["baseline"]["macs"] for row in ran], 3),
@@ -212,7 +262,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
             ),
             spread([row["baseline"]["p50_ms"] / row["compact"]["p50_ms"] for row in ran], 2),
         ]
-        lines.append(markdown_row(f"{share:g}", kind, method, order, len(ran), *cells))
+        lines.append(markdown_row(budgets[share], kind, method, order, len(ran), *cells))
     return "\n".join(lines)
 
 
@@ -238,6 +288,9 @@ def main() -> None:
     parser.add_argument("--data", default="quickstart")
     parser.add_argument("--model", default="embedded", help="embedded, or a folder vitrim saved")
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+    parser.add_argument("--speedups", nargs="+", type=float, help="latencies, in place of shares")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS[:3]))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--epochs", type=int, default=4, help="of masks and predictors")
@@ -245,27 +298,34 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.7, help="of the rows of both")
     parser.add_argument("--test-images", type=int, default=0, help="for top-1; 0: all")
     parser.add_argument("--limit", type=int, default=0, help="training images; 0: all")
+    parser.add_argument("--autocast", default="fp32", help="bf16 where the processor has it")
     parser.add_argument("--work", type=Path, default=Path("runs/dynamic-tokens"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/dynamic_tokens_DATA")
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in Plan.__dataclass_fields__}
     plan = Plan(**{**given, "data": options.data.replace("cifar10:", "parquet:")})
     short = options.data.partition(":")[0]
-    out = options.out or RESULTS / f"dynamic_tokens_{short.replace('-', '_')}"
+    by = "latency" if options.speedups else "macs"
+    shares = [1.0 / factor for factor in options.speedups or ()] or options.shares
+    name = "dynamic_tokens_latency" if options.speedups else "dynamic_tokens"
+    out = options.out or RESULTS / f"{name}_{short.replace('-', '_')}"
     dense = prepare(plan.recipe({"macs": 0.9}, 0), quiet=True).dense
-    head = {**asdict(plan), "data": short, "dense_macs": count_macs(dense.architecture)}
+    head = {**plan.head(), "data": short, "dense_macs": count_macs(dense.architecture)}
     rows = earlier_rows(out, head)
     fields = Case.__dataclass_fields__
-    done = {Case(**{name: row[name] for name in fields}).key for row in rows}
-    for case in cases(options.methods, options.shares, options.seeds):
+    done = {Case(**{name: row[name] for name in fields if name in row}).key for row in rows}
+    wanted = cases(
+        options.methods, shares, options.seeds, by, orders=options.orders, kinds=options.kinds
+    )
+    for case in wanted:
         if case.key in done:
             continue
         rows.append(row_of(case, plan, dense, options.work / short))
         print(json.dumps(rows[-1]), flush=True)
         text = (
-            f"`python -m benchmarks.accuracy.dynamic_tokens --data {short}`: the {plan.model} "
-            f"model; {plan.epochs} epochs of masks and predictors, {plan.finetune_epochs} of "
-            "fine-tuning; mean and standard deviation over the seeds. `faster`: median latency of "
+            f"`python -m benchmarks.accuracy.dynamic_tokens --data {short}`: the "
+            f"{Path(plan.model).name} model; {plan.epochs} epochs of masks and predictors, "
+            f"{plan.finetune_epochs} of fine-tuning; mean and standard deviation over the seeds. `faster`: median latency of "
             "the dense artifact over that of the row, measured interleaved (fp32, ONNX Runtime, "
             "batch 1, one thread)."
         )

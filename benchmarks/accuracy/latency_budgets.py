@@ -354,6 +354,7 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=0, help="for top-1; 0: all")
     parser.add_argument("--limit", type=int, default=0, help="training images; 0: all")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--autocast", default="fp32", help="bf16 where the processor has it")
     parser.add_argument("--table", type=Path, help="cost table; default: measured in --work")
     parser.add_argument("--points", type=int, default=72, help="networks of a new cost table")
     parser.add_argument("--checks", type=int, default=20, help="compact networks that check it")
@@ -380,7 +381,7 @@ def main() -> None:
     images = prepared.data.val.floats(slice(0, PARITY_IMAGES))
     measure = files_of(cost, images, options.file_limit_s)
     bench = Bench(settings, prepared, cost, path, measure, work)
-    head = {**asdict(settings), "data": short, "table": cost.title}
+    head = {**settings.head(), "data": short, "table": cost.title}
     rows = earlier_rows(out, head)
     done = {Case(*(row[name] for name in Case.__dataclass_fields__)).key for row in rows}
     if rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitrim.pipeline.recipe import Recipe, parse_recipe
@@ -19,6 +19,7 @@ class ShortRuns:
         finetune_epochs: Of fine-tuning.
         test_images: The images of top-1; 0: all.
         limit: The training images; 0: all.
+        autocast: Type of the matrix products in trainings.
     """
 
     data: str
@@ -27,6 +28,14 @@ class ShortRuns:
     finetune_epochs: int
     test_images: int
     limit: int
+    autocast: str = "fp32"
+
+    def head(self) -> dict[str, Any]:
+        """The settings, for a result file; those of files without `autocast` had fp32."""
+        fields = asdict(self)
+        if self.autocast == "fp32":
+            del fields["autocast"]
+        return fields
 
     def short_recipe(
         self, benchmark: str, masks: dict[str, Any], seed: int, precision: str = "fp32"
@@ -53,6 +62,7 @@ class ShortRuns:
                 "batch_size": 64,
                 "optimizer": "muon",
                 "matmul_precision": "medium",
+                "precision": self.autocast,
                 "threads": 1,
                 "seed": seed,
             },
