@@ -14,9 +14,9 @@ budget, where one does; `both` keep the patches of `--ratio` and learn widths in
 `static tokens` keep one set of patches for all images and all widths, and `static tokens and
 widths` choose both: learned, or patches by Patch Slimming before the widths are learned. Without
 methods (`--methods` alone) there are `widths` and static rows only. With `--speedups` the budget is
-a latency, that of the dense file over each factor: masks are learned for it (`masks.latency`, by
-the cost table that ships for this machine, corrected by measurements), and the ratio of `tokens` is
-the largest one within it by the same table. Top-1 and the latency at batch
+a latency, that of the dense file over each factor: masks are learned for it (`masks.latency`, by a
+cost table with selections that is measured once in `--work`, corrected by measurements), and the
+ratio of `tokens` is the largest one within it by the same table. Top-1 and the latency at batch
 1 (fp32, ONNX Runtime, one thread) are those of the artifact, `faster` compares with the dense
 artifact of the same run. Finished rows are kept, and a run that was interrupted continues in
 `--work`.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,12 @@ from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
-from vitrim.pipeline.latency_table import TableRequest
 from vitrim.pipeline.recipe import Recipe
 from vitrim.pipeline.run import prepare, run
 from vitrim.pipeline.selection_step import with_selections
+from vitrim.targets.cost_table import CostTable
 
+from ..cost_tables import table_of
 from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result, spread
 from .short_runs import ShortRuns
 
@@ -54,7 +55,7 @@ KINDS = ("widths", STATIC, STATIC_TOO, "tokens", "both")
 CHOSEN = "patch-slimming"
 WIDTHS = ("head", "embed", "ffn", "qk", "v")
 BISECTIONS = 12
-Cost = Callable[[Architecture], float]
+TABLE_S = 240.0
 # Ratios are given with as many digits.
 DIGITS = 3
 
@@ -97,13 +98,13 @@ class Plan(ShortRuns):
 
     ratio: float
 
-    def costs(self, dense: CompactModel) -> dict[str, Cost]:
-        """What a network costs, by budget: multiply-adds, or milliseconds by the cost table."""
-        table = TableRequest().table(dense.architecture)
-        return {
-            "macs": lambda network: float(count_macs(network)),
-            "latency": lambda network: table.latency_ms(network_shape(network)),
-        }
+    def measured_table(self, dense: CompactModel, work: Path) -> Path:
+        """The cost table of the machine, with selections, measured once."""
+        path = work / "table-fp32.json"
+        keys = {"params": 1.0, "tokens": METHODS[0], "token_ratio": self.ratio}
+        selecting = with_selections(dense, self.recipe(keys, 0).masks, 0)
+        table_of(selecting, path, limit_s=TABLE_S, precision="fp32", threads=1)
+        return path.resolve()
 
     def recipe(self, masks: dict[str, Any], seed: int) -> Recipe:
         """The recipe of a row with these keys of `[masks]`."""
@@ -113,14 +114,21 @@ class Plan(ShortRuns):
         plan = replace(self, finetune_epochs=epochs)
         return plan.short_recipe("dynamic_tokens", masks, seed)
 
-    def masks(self, case: Case, dense: CompactModel) -> dict[str, Any]:
+    def masks(self, case: Case, dense: CompactModel, table: Path | None) -> dict[str, Any]:
         """The keys of `[masks]` of a row.
+
+        Args:
+            case: The row.
+            dense: The dense network.
+            table: The cost table of a latency.
 
         Raises:
             InputError: No ratio meets the share.
         """
         half = max(1, self.epochs // 2)
-        budget = {case.budget: case.share}
+        budget: dict[str, Any] = {case.budget: case.share}
+        if case.budget == "latency":
+            budget["cost_table"] = str(table)
         if case.kind == "widths":
             return budget
         if case.kind == STATIC and case.method == CHOSEN:
@@ -135,7 +143,7 @@ class Plan(ShortRuns):
         if case.kind == STATIC_TOO:
             return {**budget, "tokens": "learned"}
         if case.kind == "tokens":
-            ratio = largest_ratio(dense, case, self)
+            ratio = largest_ratio(dense, case, self, table)
             return {
                 "params": 1.0,
                 "tokens": case.method,
@@ -149,13 +157,25 @@ class Plan(ShortRuns):
         return keys
 
 
-def largest_ratio(dense: CompactModel, case: Case, plan: Plan) -> float:
+def largest_ratio(dense: CompactModel, case: Case, plan: Plan, table: Path | None) -> float:
     """The largest ratio with which the method of a case is within its budget.
+
+    Args:
+        dense: The dense network.
+        case: The row.
+        plan: The settings.
+        table: The cost table of a latency.
 
     Raises:
         InputError: None is.
     """
-    cost = plan.costs(dense)[case.budget]
+    costs = None if table is None else CostTable.load(table)
+
+    def cost(network: Architecture) -> float:
+        if case.budget == "macs" or costs is None:
+            return float(count_macs(network))
+        return costs.latency_ms(network_shape(network))
+
     budget = case.share * cost(dense.architecture)
 
     def cost_of(ratio: float) -> float:
@@ -271,10 +291,20 @@ def _key(place: tuple[float, str, str, str], rows: Sequence[dict[str, Any]]) -> 
     return -place[0], -statistics.mean(lost) if lost else 0.0, place
 
 
-def row_of(case: Case, plan: Plan, dense: CompactModel, work: Path) -> dict[str, Any]:
-    """Run a case in its folder, continuing an earlier attempt."""
+def row_of(
+    case: Case, plan: Plan, dense: CompactModel, work: Path, table: Path | None
+) -> dict[str, Any]:
+    """Run a case in its folder, continuing an earlier attempt.
+
+    Args:
+        case: The row.
+        plan: The settings.
+        dense: The dense network.
+        work: Where the run folders are.
+        table: The cost table of a latency.
+    """
     try:
-        recipe = plan.recipe(plan.masks(case, dense), case.seed)
+        recipe = plan.recipe(plan.masks(case, dense, table), case.seed)
     except InputError as error:
         return {**asdict(case), "out_of_reach": str(error)}
     folder = run(recipe, work / case.key, resume=True, quiet=True).path
@@ -317,16 +347,18 @@ def main() -> None:
     wanted = cases(
         options.methods, shares, options.seeds, by, orders=options.orders, kinds=options.kinds
     )
+    work = options.work / short
+    cost_table = plan.measured_table(dense, work) if options.speedups else None
     for case in wanted:
         if case.key in done:
             continue
-        rows.append(row_of(case, plan, dense, options.work / short))
+        rows.append(row_of(case, plan, dense, work, cost_table))
         print(json.dumps(rows[-1]), flush=True)
         text = (
             f"`python -m benchmarks.accuracy.dynamic_tokens --data {short}`: the "
             f"{Path(plan.model).name} model; {plan.epochs} epochs of masks and predictors, "
-            f"{plan.finetune_epochs} of fine-tuning; mean and standard deviation over the seeds. `faster`: median latency of "
-            "the dense artifact over that of the row, measured interleaved (fp32, ONNX Runtime, "
+            f"{plan.finetune_epochs} of fine-tuning; mean and standard deviation over the seeds. "
+            "`faster`: median latency of the dense artifact over that of the row, measured interleaved (fp32, ONNX Runtime, "
             "batch 1, one thread)."
         )
         result = {"head": head, "machine": read_machine(), "rows": rows}
