@@ -358,8 +358,8 @@ def main() -> None:
             f"`python -m benchmarks.accuracy.dynamic_tokens --data {short}`: the "
             f"{Path(plan.model).name} model; {plan.epochs} epochs of masks and predictors, "
             f"{plan.finetune_epochs} of fine-tuning; mean and standard deviation over the seeds. "
-            "`faster`: median latency of the dense artifact over that of the row, measured interleaved (fp32, ONNX Runtime, "
-            "batch 1, one thread)."
+            "`faster`: median latency of the dense artifact over that of the row, measured "
+            "interleaved (fp32, ONNX Runtime, batch 1, one thread)."
         )
         result = {"head": head, "machine": read_machine(), "rows": rows}
         save_result(out, result, f"{text}\n\n{table(rows)}\n")
