@@ -12,18 +12,20 @@ Rules for a head with queries q, keys k and values v (columns j), y = softmax(sc
 6. q row zero but not its bias: the column adds b_j k_j(s), which differs between keys. It stays.
 
 A norm over the columns forbids their removal. Rope rotates columns in pairs, so that a bias is no
-constant. Every head keeps equally many columns.
+constant. Every head keeps equally many columns. A head whose attention chooses tokens
+has a voice in the scores, and stays although it adds nothing to the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from ..network.architecture import AttentionSpec
 from ..network.modules.rope import pairs
+from ..network.select_specs import Scorer
 from .dead_ffn import DeadUnits
 
 # Dead units that stay, as (count, reason).
@@ -31,7 +33,10 @@ Remaining = list[tuple[int, str]]
 
 
 def dead_attention(
-    core: AttentionSpec, tensors: Mapping[str, Tensor], gain: Tensor | None
+    core: AttentionSpec,
+    tensors: Mapping[str, Tensor],
+    gain: Tensor | None,
+    scorers: Collection[Scorer] = (),
 ) -> DeadUnits:
     """Find the heads and columns that can be removed.
 
@@ -39,10 +44,19 @@ def dead_attention(
         core: The attention.
         tensors: Its tensors by leaf (`q.weight`).
         gain: (width_out,), the layer scale behind the output, or None.
+        scorers: How selections choose tokens by this attention.
     """
     remaining: Remaining = []
     keep: dict[str, Tensor] = {}
     dead, emitted, alive = _values(core, tensors, gain, remaining)
+    if scorers:
+        _add(remaining, int((~alive).sum()), "its attention chooses tokens")
+        if "column-attention" in scorers:
+            silent = _zero_values(core, tensors)
+            count = int((dead & ~silent & alive[:, None]).sum())
+            _add(remaining, count, "the lengths of its values choose tokens")
+            dead = dead & silent
+        alive = torch.ones_like(alive)
     if not bool(alive.all()):
         keep["head"] = alive
     removed = dead & ~alive[:, None]
@@ -104,6 +118,15 @@ def _values(
     return dead, emitted, ~dead.all(dim=1)
 
 
+def _zero_values(core: AttentionSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(heads, v) value columns that are zero, bias included."""
+    weight = tensors["v.weight"]
+    zero = (weight == 0).all(dim=1)
+    if "v.bias" in tensors:
+        zero = zero & (tensors["v.bias"] == 0)
+    return zero.view(-1, core.v)[_groups(core)]
+
+
 def _query_key(
     core: AttentionSpec,
     tensors: Mapping[str, Tensor],
@@ -152,17 +175,19 @@ def _equal_columns(
 ) -> Tensor | None:
     """(heads, columns) to keep, equally many in each head; None if all stay.
 
-    Heads with the same keys and values keep the same columns. `dead`: (heads, units). One unit of
-    queries and keys stays in any case.
+    Heads with the same keys and values keep the same columns. `dead`: (heads, units). One unit
+    stays in any case.
     """
-    group, units, least = _groups(core), members.shape[0], 0 if kind == "value" else 1
+    group, units = _groups(core), members.shape[0]
     # A shared key or value column is removed only if no live head needs it.
     needed = torch.zeros(int(group.max()) + 1, units, dtype=torch.bool)
     for head in torch.nonzero(alive).flatten().tolist():
         needed[group[head]] |= ~dead[head]
     used = torch.unique(group[alive])
-    count = min(int((~needed[used]).sum(dim=1).min()), units - least)
-    rest = int((dead & alive[:, None]).sum()) - count * int(alive.sum())
+    count = min(int((~needed[used]).sum(dim=1).min()), units - 1)
+    # A head that has no other value columns stays as a whole, which is another reason.
+    partly = alive & ~dead.all(dim=1) if kind == "value" else alive
+    rest = int((dead & partly[:, None]).sum()) - count * int(partly.sum())
     why = f"{kind} columns: every head keeps equally many, and one at least"
     _add(remaining, rest * members.shape[1], why)
     if count == 0:

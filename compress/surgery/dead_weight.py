@@ -8,7 +8,7 @@ until it finds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from ..masks.groups import SHARED
 from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture, AttentionSpec, BranchSpec, FfnSpec
 from ..network.modules.model import CompactModel, build
-from ..network.select_specs import scoring_branches
+from ..network.select_specs import ATTENTION_SCORERS, Scorer, scoring_branches
 from .compactor import compact, output_error, score_error
 from .dead_attention import dead_attention
 from .dead_channels import dead_channels, rescale_norms
@@ -157,18 +157,13 @@ def _examine(model: CompactModel) -> _Found:
     folded: set[tuple[str, str]] = set()
     remaining: list[Remaining] = []
     steps = []
-    scoring = scoring_branches(architecture)
+    scoring = {name: scoring_branches(architecture, (name,)) for name in ATTENTION_SCORERS}
     for number, step in enumerate(architecture.steps):
         row = []
         for position, branch in enumerate(step):
             prefix = f"steps.{number}.{position}."
-            units = _dead_units(branch, _below(state, prefix))
-            if branch.name in scoring and units.keep:
-                # A head that adds nothing to the stream still has a voice in the scores.
-                count = sum(int((~entry).sum()) for entry in units.keep.values())
-                remaining.append(Remaining(branch.name, count, "its attention chooses tokens"))
-                row.append(branch)
-                continue
+            scorers = [name for name, branches in scoring.items() if branch.name in branches]
+            units = _dead_units(branch, _below(state, prefix), scorers)
             for dimension, entry in units.keep.items():
                 keep.setdefault(dimension, {})[branch.name] = entry
             remaining += [Remaining(branch.name, count, why) for count, why in units.remaining]
@@ -218,12 +213,14 @@ def _examine_predictors(
         remaining += [Remaining(*row) for row in units.remaining]
 
 
-def _dead_units(branch: BranchSpec, tensors: Mapping[str, Tensor]) -> DeadUnits:
+def _dead_units(
+    branch: BranchSpec, tensors: Mapping[str, Tensor], scorers: Collection[Scorer]
+) -> DeadUnits:
     core, inner = branch.core, _below(tensors, "core.")
     # A layer scale behind a norm does not change what the norm reads.
     gain = tensors.get("layer_scale") if branch.post_norm is None else None
     if isinstance(core, AttentionSpec):
-        return dead_attention(core, inner, gain)
+        return dead_attention(core, inner, gain, scorers)
     if isinstance(core, FfnSpec):
         return dead_ffn(core, inner, gain)
     return DeadUnits({}, torch.zeros(1))

@@ -312,6 +312,38 @@ def test_dead_weight_is_found_around_a_selection_and_its_scores_stay() -> None:
     assert torch.equal(one.found[0], other.found[0])
 
 
+@pytest.mark.parametrize("method", ["class-attention", "column-attention"])
+def test_dead_columns_of_a_scoring_attention_that_no_score_reads_are_removed(
+    method: SelectMethod,
+) -> None:
+    model = selecting(method, stages=[0]).eval()
+    core: Any = model.steps[0][0].core  # type: ignore[index]
+    with torch.no_grad():
+        # One query/key column of each head, a value column that is constant, and one unread.
+        core.k.weight[[0, 8, 16]] = 0
+        core.v.weight[[1, 9, 17]] = 0
+        core.out.weight[:, [2, 10, 18]] = 0
+    dead = find_dead(model)
+    after: Any = dead.compact.architecture.steps[0][0].core
+    # The lengths of values count in the scores of column attention.
+    values = 6 if method == "class-attention" else 8
+    assert (after.heads, after.qk, after.v) == (3, 7, values)
+    assert any("lengths of its values" in rest.why for rest in dead.remaining) == (values == 8)
+    assert find_dead(dead.compact).removed == ()
+
+
+def test_a_scoring_attention_that_adds_nothing_keeps_its_heads_and_one_value_column() -> None:
+    model = selecting("class-attention", stages=[0]).eval()
+    with torch.no_grad():
+        model.steps[0][0].core.out.weight[:] = 0  # type: ignore[index, union-attr]
+    dead = find_dead(model)
+    after: Any = dead.compact.architecture.steps[0][0].core
+    assert (after.heads, after.qk, after.v) == (3, 8, 1)
+    assert [(rest.count, rest.why) for rest in dead.remaining] == [
+        (3, "its attention chooses tokens")
+    ]
+
+
 def test_a_channel_that_only_a_predictor_reads_is_not_dead() -> None:
     spec = network_with_a_lone_reader()
     model = network(spec)
