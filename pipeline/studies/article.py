@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,13 +16,13 @@ from ...core.console import status
 from ...core.errors import InputError
 from ...core.storage import replace_file
 from ...core.written_kinds import FileKind
+from ..recipe import Recipe
+from .article_runs import runs_table
 from .article_text import MAIN, Figure, cost_figures, figures, numbers, table
 from .bibliography import bibliography
-from .engine import base_recipe_of
 from .grids import Grid, grids
 from .pictures import Cost, costs, quality_title, series
 from .summary import Summary, number, pareto
-from .table import StudyTable
 
 FOLDER, GENERATED, MAIN_FILE = "latex", "generated", "main.tex"
 TABLES = ("findings", "means", "fronts", "beside", "failures", "stopped")
@@ -59,7 +61,7 @@ def write_article(
         raise InputError(
             f"{folder}: no run is finished, so there is nothing to write an article of"
         )
-    place, base = folder / FOLDER, base_recipe_of(StudyTable(folder))
+    place, base = folder / FOLDER, _base_recipe(summary)
     by_id = {grid.id: grid for grid in grids(summary)}
     drawn = {
         figure: pdf(partial(_draw, summary=summary, cost=cost), 0.72)
@@ -69,6 +71,7 @@ def write_article(
     texts = {
         "numbers.tex": numbers(summary, base, machine, list(drawn)),
         "figures.tex": figures(list(drawn)),
+        "runs.tex": runs_table(summary),
         **{f"{name}.tex": _table(by_id.get(name), name) for name in TABLES},
     }
     cited = "".join((MAIN, *texts.values()))
@@ -83,6 +86,13 @@ def write_article(
     if not main.exists():
         replace_file(main, MAIN)
     return [str(main), compiled(place)]
+
+
+def _base_recipe(summary: Summary) -> Recipe | None:
+    """The recipe of the first run; None if it is damaged."""
+    with contextlib.suppress(ValueError):
+        return Recipe.model_validate(tomllib.loads(summary.facts.get("base", "")))
+    return None
 
 
 def _table(grid: Grid | None, name: str) -> str:

@@ -35,6 +35,7 @@ MAIN = r"""\documentclass[10pt,twocolumn,letterpaper]{article}
 \usepackage{graphicx}
 \usepackage{amsmath}
 \usepackage{booktabs}
+\usepackage{longtable}
 \usepackage[hidelinks]{hyperref}
 \input{generated/numbers}
 % What is left to the authors.
@@ -79,8 +80,9 @@ accurate.
 \input{generated/beside}
 \input{generated/failures}
 \input{generated/stopped}
-\studyfigurelist{} \studytables{} \judgement{which settings are better, and whether by more than
-the deviation of Eq.~\ref{eq:deviation}}
+\studyfigurelist{} \studytables{} Tab.~\ref{tab:runs} has all runs.
+\judgement{which settings are better, and whether by more than the deviation of
+Eq.~\ref{eq:deviation}}
 
 \section{Discussion}
 \studyfailures{} \judgement{limits of the protocol, and where the findings agree with the sources}
@@ -92,6 +94,11 @@ the deviation of Eq.~\ref{eq:deviation}}
 \bibliographystyle{plain}
 \bibliography{generated/references}
 }
+
+\onecolumn
+\appendix
+\section{All runs}
+\input{generated/runs}
 \end{document}
 """
 
@@ -115,6 +122,14 @@ def escaped(text: str) -> str:
     """A text in LaTeX; what is not ASCII and has no command there becomes `?`."""
     spelled = "".join(_SPECIAL.get(sign, sign) for sign in " ".join(text.split()))
     return spelled.encode("ascii", "replace").decode("ascii")
+
+
+def breakable(text: str) -> str:
+    """Settings in LaTeX, where a line may end within a long name or list."""
+    shown = escaped(text)
+    for sign in ("+", r"\_"):
+        shown = shown.replace(sign, rf"{sign}\allowbreak{{}}")
+    return shown
 
 
 def report_link(run: str, text: str | None = None) -> str:
@@ -197,7 +212,7 @@ def _part(grid: Grid, lines: Sequence[Sequence[Entry]], label: str, place: int, 
     for column, share in grid.sentences:
         columns[column] = f"p{{{share:g}\\linewidth}}"
     alignment = "".join(columns)
-    rows = [" & ".join(map(_cell, line)) + r" \\" for line in lines]
+    rows = [" & ".join(map(table_cell, line)) + r" \\" for line in lines]
     continued = f" (part {place} of {count})" if count > 1 else ""
     return "\n".join(
         [
@@ -216,7 +231,8 @@ def _part(grid: Grid, lines: Sequence[Sequence[Entry]], label: str, place: int, 
     )
 
 
-def _cell(entry: Entry) -> str:
+def table_cell(entry: Entry) -> str:
+    """A cell of a table with its links, in LaTeX."""
     if entry.links:
         return " ".join(report_link(run, text) for text, run in entry.links)
     if entry.run is None or not entry.text:
@@ -245,7 +261,7 @@ def _described(summary: Summary, group: Group) -> str:
     accuracy = figure_text(
         summary.quality, group.mean(summary.quality), group.deviation(summary.quality)
     )
-    settings = escaped(settings_text(group.cells) or "the only setting")
+    settings = breakable(settings_text(group.cells) or "the only setting")
     figures = [f"{accuracy} %", wording.count(group.mean("params") or 0.0)]
     # The numbers of several runs are in the table, where their seeds lead to them.
     run = str(group.rows[0]["id"]) if len(group.rows) == 1 else None
@@ -289,7 +305,7 @@ def _setup(summary: Summary, base: Recipe | None) -> str:
     for axis in summary.axes:
         cells = dict.fromkeys(row[axis] for row in summary.rows)
         shown = [settings_text({"": cell}).removeprefix("=") for cell in cells if cell is not None]
-        values.append(escaped(f"{axis} in {{{', '.join(shown)}}}"))
+        values.append(breakable(f"{axis} in {{{', '.join(shown)}}}"))
     if values:
         parts.append(f"Varied are {'; '.join(values)}.")
     if summary.latencies:

@@ -15,7 +15,6 @@ from ...core.errors import InputError
 from ...core.staging import only_writer
 from ...core.storage import disk_errors, replace_file, require_output_folder, require_separate
 from ..bench_device import require_device
-from ..recipe import Recipe
 from ..run import Step, prepare
 from .beside import measure_beside, require_models
 from .early_stop import EarlyStop
@@ -261,12 +260,3 @@ def _record(event: Outcome, table: StudyTable, folder: Path, until: Step) -> str
             return str(reason)
     table.change(event.run, "failed", reason)
     return f"[red]failed[/red]: {escape(reason)}"
-
-
-def base_recipe_of(table: StudyTable) -> Recipe | None:
-    """The recipe of the first run of a study; None if it is damaged."""
-    import tomllib
-
-    with contextlib.suppress(ValueError):
-        return Recipe.model_validate(tomllib.loads(table.facts().get("base", "")))
-    return None

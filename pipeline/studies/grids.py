@@ -182,11 +182,24 @@ def _fronts(summary: Summary) -> Grid:
 
 
 def _runs(summary: Summary) -> Grid:
-    axes, figures = summary.axes, figure_names(summary)
-    titles = short_names(axes)
+    return runs_grid(summary, summary.axes, list(figure_names(summary)))
+
+
+def runs_grid(summary: Summary, axes: Sequence[str], figures: Sequence[str]) -> Grid:
+    """The table of all runs.
+
+    Args:
+        summary: The study.
+        axes: Those that it has; they follow the run, and the seed and the state follow them.
+        figures: Those that it has, of `figure_names`.
+
+    Returns:
+        The table; the figures of finished runs link to their report.
+    """
+    titles, named = short_names(summary.axes), figure_names(summary)
     heads = ("run", *(titles[axis] for axis in axes), "seed", "state")
-    heads = (*heads, *(_title(*f) for f in figures.items()))
-    lines = tuple(_run_line(row, axes, list(figures)) for row in summary.rows)
+    heads = (*heads, *(_title(name, named[name]) for name in figures))
+    lines = tuple(_run_line(row, axes, figures) for row in summary.rows)
     remark = "Every run; its figures link to its own report."
     return Grid("runs", "All runs", remark, heads, len(axes) + 1, lines)
 

@@ -74,6 +74,13 @@ class Summary:
         return [column.name for column in self.columns if column.kind == "axis"]
 
     @cached_property
+    def sizes(self) -> list[str]:
+        """The columns of the sizes in which runs may differ."""
+        # Where single weights are zero, all models have the shape of the dense one.
+        zeros = numbers(self.done, "params_nonzero")
+        return ["params_nonzero"] if zeros else ["params", "macs"]
+
+    @cached_property
     def latencies(self) -> list[str]:
         """The columns of median latencies of compact artifacts, and of exactly cut ones."""
         names = [column.name for column in self.columns if column.kind == "figure"]
@@ -130,11 +137,9 @@ def summarise(table: StudyTable) -> Summary:
     axes = [column.name for column in columns if column.kind == "axis"]
     done = [row for row in rows if row["state"] == "done"]
     found = Summary(table.facts(), columns, rows, tuple(grouped(done, axes)))
-    # Where single weights are zero, all models have the shape of the dense one.
-    sizes = ("params_nonzero",) if numbers(done, "params_nonzero") else ("params", "macs")
     fronts = {
         cost: fronts_by_seed(done, cost, found.quality)
-        for cost in (*sizes, *found.latencies)
+        for cost in (*found.sizes, *found.latencies)
         # Without an accuracy there is nothing to compare it with.
         if any(None not in (row.get(cost), row.get(found.quality)) for row in done)
     }

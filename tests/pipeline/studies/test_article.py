@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from study_sample import large_table
 from vitrim.core.errors import InputError
+from vitrim.pipeline.studies.article_text import MAIN
 from vitrim.pipeline.studies.expansion import expand
 from vitrim.pipeline.studies.report import write_report
 from vitrim.pipeline.studies.study_file import load_study
@@ -149,6 +152,88 @@ def test_numbers_of_means_do_not_link(tmp_path: Path, monkeypatch: pytest.Monkey
     assert line.count(r"\href") == 3
 
 
+def run_rows(texts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The cells of the rows of the table of all runs, by id of the run."""
+    rows = [
+        line.strip().removesuffix(r" \\").split(" & ")
+        for line in texts["runs.tex"].splitlines()
+        if re.search(r"\b0{6}", line)
+    ]
+    return {re.findall(r"\b0{6}[0-9a-f]{4}\b", cells[0])[0]: cells for cells in rows}
+
+
+def test_the_appendix_has_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = large_table(tmp_path, 6)
+    *_, failed = table.states()
+    missing = {"top1": None, "params": None, "macs": None, "compact_fp32_ms": None}
+    table.change(failed, "failed", "not feasible", {**missing, "masks.sharing": "a_b & 5 %|λ"})
+    texts = article(tmp_path, monkeypatch)
+    rows = run_rows(texts)
+    assert list(rows) == list(table.states())
+    heads = r"run & masks.params & sharing & seed & state & top-1, \% & parameters & MACs & "
+    assert texts["runs.tex"].count(heads) == 2
+    for run, cells in rows.items():
+        linked = [cell for cell in cells if rf"\href{{../runs/{run}/report.html}}" in cell]
+        assert len(linked) == (0 if run == failed else 5)
+    assert rows[failed][2:] == [r"a\_b \& 5 \%$|$$\lambda$", "42", "failed", "", "", "", ""]
+    assert "|" not in re.findall(r"begin{longtable}{(.*)}", texts["runs.tex"])[0]
+    order = [r"\usepackage{longtable}", "{hyperref}", r"\onecolumn", r"\input{generated/runs}"]
+    assert sorted(order, key=texts["main.tex"].index) == order
+    assert r"\ref{tab:runs}" in texts["main.tex"]
+    # Those of earlier versions have no such table.
+    assert "tab:runs" not in texts["numbers.tex"]
+
+
+def test_the_appendix_has_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = large_table(tmp_path, 6)
+    nonzero = Column("params_nonzero", "figure", "INTEGER", "parameters other than zero")
+    for run in table.states():
+        figures: dict[str, Any] = {"masks.sharing": "full", "params_nonzero": 9}
+        table.change(run, "done", figures=figures, columns=[nonzero])
+    # All have the shape of the dense model where single weights are zero.
+    heads = r"run & masks.params & seed & top-1, \% & nonzero parameters & fp32, ms \\"
+    assert heads in article(tmp_path, monkeypatch)["runs.tex"]
+
+
+def test_many_settings_share_a_column_of_the_appendix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = large_table(tmp_path, 6)
+    names = [f"masks.weight_setting_{place}" for place in range(9)]
+    with_axes(table, [dict.fromkeys(names, number) for number in range(6)])
+    texts = article(tmp_path, monkeypatch)
+    assert r"run & settings & seed & top-1, \%" in texts["runs.tex"]
+    # Behind each part of a name or a list a line may end.
+    assert "masks.weight" not in texts["runs.tex"]
+    (columns,) = re.findall(r"begin{longtable}{(.*)}", texts["runs.tex"])
+    assert "p{" in columns
+    for cells in run_rows(texts).values():
+        assert re.search(r"setting\\_\\allowbreak{}8=\d", cells[1])
+
+
+def test_a_study_without_a_finished_run_has_no_article(tmp_path: Path) -> None:
+    table = large_table(tmp_path, 3)
+    for run in table.states():
+        table.change(run, "failed", "not feasible")
+    with pytest.raises(InputError, match="no run is finished"):
+        write_report(tmp_path, latex=True)
+    assert not (tmp_path / "latex").exists()
+
+
+def test_an_article_does_not_wait_for_timm(tmp_path: Path) -> None:
+    large_table(tmp_path, 3)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('timm', 'torchvision')))\n"
+        "from vitrim.pipeline.studies.report import write_report\n"
+        "write_report(sys.argv[1], latex=True)"
+    )
+    # Without a path there is no TeX.
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch" in (tmp_path / "latex/generated/numbers.tex").read_text()
+
+
 def test_zeros_by_magnitude_have_dense_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,3 +354,46 @@ def test_the_articles_of_shipped_studies_compile(name: str, tmp_path: Path) -> N
     # No table leaves the page.
     assert not re.findall(r"Overfull .hbox \(\d\d[\d.]*pt", log)
     assert "warning$ -- 0" in (tmp_path / "latex/main.blg").read_text()
+
+
+def require_compiled(folder: Path, pages: int) -> None:
+    """The PDF of a report has at least so many pages, all references, and nothing beside them."""
+    *_, line = write_report(folder, latex=True)
+    assert line == str(folder / "latex/main.pdf")
+    log = (folder / "latex/main.log").read_text(errors="replace")
+    assert "undefined" not in log
+    assert "Table widths have changed" not in log
+    assert not re.findall(r"Overfull .hbox \(\d\d[\d.]*pt", log)
+    assert int(re.findall(r"Output written on main.pdf \((\d+) page", log)[0]) >= pages
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="pdflatex and bibtex are not installed")
+def test_the_article_of_hundreds_of_runs_compiles(tmp_path: Path) -> None:
+    table = large_table(tmp_path, 250)
+    table.change(list(table.states())[3], "failed", "x", {"masks.sharing": "a_b & 5 %~^\\{#é|"})
+    require_compiled(tmp_path, pages=6)
+    # Settings beyond the width of a page, one of them without a space.
+    names = [f"masks.weight_setting_{place}" for place in range(9)]
+    blocks = "+".join(map(str, range(40)))
+    with_axes(table, [dict.fromkeys(names[1:], n) | {names[0]: blocks} for n in range(250)])
+    require_compiled(tmp_path, pages=6)
+
+
+@pytest.mark.skipif(not HAS_TEX, reason="pdflatex and bibtex are not installed")
+def test_the_text_of_an_earlier_version_compiles(tmp_path: Path) -> None:
+    large_table(tmp_path, 9)
+    new = ("longtable", "onecolumn", "appendix", "All runs", "generated/runs", "tab:runs")
+    lines = [line for line in MAIN.splitlines() if not any(word in line for word in new)]
+    (tmp_path / "latex").mkdir()
+    main = tmp_path / "latex/main.tex"
+    earlier = "\n".join(lines)
+    main.write_text(earlier)
+    require_compiled(tmp_path, pages=2)
+    assert main.read_text() == earlier
+    # What docs/studies.md says.
+    earlier = earlier.replace(
+        r"\usepackage[hidelinks]", "\\usepackage{longtable}\n\\usepackage[hidelinks]"
+    )
+    appendix = r"\onecolumn\appendix\section{All runs}\input{generated/runs}"
+    main.write_text(earlier.replace(r"\end{document}", appendix + "\n\\end{document}"))
+    require_compiled(tmp_path, pages=3)
