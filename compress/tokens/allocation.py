@@ -1,10 +1,13 @@
-"""Token counts for a budget of multiply-adds, by dynamic programming over the attentions.
+"""Token counts for a budget of multiply-adds, by dynamic programming over the stem and attentions.
 
 The loss of a count is either the share of the importance of the tokens that are missing there, or
 a measured error, paid where a token leaves. The cost of a sub-layer depends on the tokens that it
 reads and on those that it computes, so the counts form a chain:
 
     V_s(m, t) = min over n >= m of V_{s-1}(n, t - macs_s(n, m)) + loss_s(n, m).
+
+It starts from the patches that the stem embeds, which the first attention reads. What a patch that
+is not embedded saves there is part of macs_1.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from ..masks.groups import token_sites
 from ..network.architecture import Architecture
 from ..network.count import branch_macs, count_macs
 from .counts import (
+    STEM,
     attention_steps,
     macs_share,
     out_of_reach,
@@ -61,54 +65,70 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Problem:
-    """The stages, what is paid beside them by the last count, and the unit of the costs.
+    """What the costs and the losses of a choice of counts are.
 
-    With `once` the loss of a stage is paid only for the tokens that leave there.
+    Attributes:
+        stages: The attentions.
+        stem: The loss of each count of the stem, decreasing counts: equal losses keep more.
+        saved: Multiply-adds that the stem saves with each of these counts.
+        rest: What is paid outside the stages, by the last count, where the stem saves nothing.
+        unit: Multiply-adds of a unit of the costs.
+        once: Whether the loss of a stage is paid only for the tokens that leave there.
     """
 
     stages: Sequence[_Stage]
+    stem: Mapping[int, float]
+    saved: Mapping[int, int]
     rest: Mapping[int, int]
-    tokens: int
     unit: int
     once: bool
 
     def units(self, place: int, before: int, after: int) -> int:
-        """The cost of a stage in units, rounded up."""
+        """The cost of a stage in units, rounded up; below 0 where the stem saves more."""
         cost = self.stages[place].macs(before, after)
+        if place == 0:
+            cost -= self.saved[before]
         if place == len(self.stages) - 1:
             cost += self.rest[after]
         return -(-cost // self.unit)
 
     def solve(self, bins: int) -> list[int] | None:
-        """The count of each stage; None if no choice fits into `bins` units."""
+        """The counts of the stem and each stage; None if no choice fits into `bins` units."""
+        # Credit from the stem, so that what is spent after the first stage is not below 0.
+        first = self.stages[0].counts
+        credit = max(0, *(-self.units(0, before, after) for before in self.stem for after in first))
+        bins += credit
         # The least loss with a cost of at most b units, by the count of the stage before.
-        before: dict[int, _Array] = {self.tokens: np.zeros(bins + 1)}
+        before: dict[int, _Array] = {
+            count: np.full(bins + 1, loss) for count, loss in self.stem.items()
+        }
         chosen: list[dict[int, npt.NDArray[np.int64]]] = []
         for place, stage in enumerate(self.stages):
             after: dict[int, _Array] = {}
             chosen.append({})
             for count in stage.counts:
-                best, origin = self._reach(place, count, before, bins)
+                best, origin = self._reach(place, count, before, 0 if place else credit)
                 after[count], chosen[place][count] = best + stage.losses[count], origin
             before = after
         last = min(before, key=lambda count: (before[count][bins], -count))
         if not math.isfinite(before[last][bins]):
             return None
         found = [last]
-        for place in reversed(range(1, len(self.stages))):
+        for place in reversed(range(len(self.stages))):
             earlier = int(chosen[place][found[-1]][bins])
             bins -= self.units(place, earlier, found[-1])
             found.append(earlier)
         return found[::-1]
 
     def _reach(
-        self, place: int, count: int, before: Mapping[int, _Array], bins: int
+        self, place: int, count: int, before: Mapping[int, _Array], credit: int
     ) -> tuple[_Array, npt.NDArray[np.int64]]:
         """The least loss of the stages before `place`, and the count that it comes from."""
+        bins = len(next(iter(before.values()))) - 1
         best, origin = np.full(bins + 1, np.inf), np.zeros(bins + 1, dtype=np.int64)
         losses = self.stages[place].losses
         for earlier, values in before.items():
-            cost = self.units(place, earlier, count)
+            cost = self.units(place, earlier, count) + credit
             if earlier < count or cost > bins:
                 continue
             reached = values[: bins + 1 - cost]
@@ -129,11 +149,12 @@ def allocate_tokens(
     *,
     once: bool = False,
 ) -> list[int]:
-    """Choose the counts of least loss within a budget; the stem keeps all patches.
+    """Choose the counts of least loss within a budget.
 
     Args:
         architecture: The network.
-        losses: For each step with attention, the loss of each number of tokens after it, from 0.
+        losses: For each step with attention, the loss of each number of tokens after it, from 0;
+            for `STEM`, of each number that the stem embeds. Without these it embeds all patches.
         macs: The share of the multiply-adds to keep, as `macs_share` computes it.
         name: What an error calls it.
         once: Whether a loss is paid only for the tokens that leave at a step, instead of for all
@@ -147,15 +168,20 @@ def allocate_tokens(
     """
     require_share(macs, name)
     stages = _stages(architecture, losses)
+    stem = _stem(architecture, stages, losses)
     whole = count_macs(with_counts(architecture, whole_counts(architecture)))
     limit = math.floor(macs * whole)
     unit = max(1, math.ceil(limit / BINS))
-    problem = _Problem(stages, _rest(architecture, stages), architecture.tokens, unit, once)
+    saved, rest = _outside(architecture, stages, list(stem))
+    problem = _Problem(stages, stem, saved, rest, unit, once)
     found = problem.solve(limit // unit)
-    if found is None:
-        least = _sites(architecture, stages, [stage.counts[0] for stage in stages])
+    if found is not None:
+        return _sites(architecture, stages, found)
+    least = _sites(architecture, stages, [min(stem), *(stage.counts[0] for stage in stages)])
+    # Costs are rounded up in the search.
+    if macs_share(architecture, least) > macs:
         raise out_of_reach(macs, macs_share(architecture, least), name)
-    return _sites(architecture, stages, found)
+    return least
 
 
 def dropped_shares(score: Tensor, prefix: int, counts: Sequence[int]) -> list[float]:
@@ -206,22 +232,44 @@ def _choices(architecture: Architecture, size: int) -> tuple[int, ...]:
     return tuple(sorted({*range(prefix + 1, size + 1, stride), size}))
 
 
-def _rest(architecture: Architecture, stages: Sequence[_Stage]) -> dict[int, int]:
-    """What is paid outside the stages, by the number of tokens at the end: stem, pooling, head."""
-    first, tokens = stages[0].step + 1, architecture.tokens
-    found = {}
-    for count in stages[-1].counts:
-        counts = [*([tokens] * first), *([count] * (len(architecture.steps) + 1 - first))]
-        inside = stages[0].macs(tokens, count)
-        inside += sum(stage.macs(count, count) for stage in stages[1:])
-        found[count] = count_macs(with_counts(architecture, counts)) - inside
-    return found
+def _stem(
+    architecture: Architecture, stages: Sequence[_Stage], losses: Mapping[int, Sequence[float]]
+) -> dict[int, float]:
+    """The loss of each count that the first attention may read, all tokens first."""
+    whole = list(token_sites(architecture).values())[stages[0].step]
+    if STEM not in losses:
+        return {whole: 0.0}
+    return {count: losses[STEM][count] for count in reversed(_choices(architecture, whole))}
+
+
+def _outside(
+    architecture: Architecture, stages: Sequence[_Stage], stem: Sequence[int]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """What the stem saves by its number of tokens, and what is paid outside the stages without it.
+
+    The latter are the stem, steps before the first attention, pooling and head, by the number of
+    tokens at the end.
+    """
+    first = stages[0].step + 1
+
+    def paid(embedded: int, last: int) -> int:
+        counts = [*([embedded] * first), *([last] * (len(architecture.steps) + 1 - first))]
+        inside = stages[0].macs(embedded, last)
+        inside += sum(stage.macs(last, last) for stage in stages[1:])
+        return count_macs(with_counts(architecture, counts)) - inside
+
+    rest = {last: paid(stem[0], last) for last in stages[-1].counts}
+    last = stages[-1].counts[0]
+    return {count: rest[last] - paid(count, last) for count in stem}, rest
 
 
 def _sites(
     architecture: Architecture, stages: Sequence[_Stage], counts: Sequence[int]
 ) -> list[int]:
+    """The counts by site for those of the stem and of each stage."""
     found = list(token_sites(architecture).values())
-    for stage, count in zip(stages, counts, strict=True):
+    first = stages[0].step + 1
+    found[:first] = [min(counts[0], size) for size in found[:first]]
+    for stage, count in zip(stages, counts[1:], strict=True):
         found[stage.step + 1 :] = [count] * (len(found) - stage.step - 1)
     return settled(architecture, found)

@@ -15,7 +15,7 @@ from ..masks.groups import token_sites
 from ..network.architecture import Architecture
 from ..network.architecture_checks import pinned_tokens
 from ..network.modules.model import CompactModel
-from .counts import attention_steps, whole_counts
+from .counts import STEM, attention_steps, whole_counts
 from .streaming import Attended, Progress, batches, observed_step, run_step
 
 # Of one step and one batch: the score of each key, summed over the batch.
@@ -136,10 +136,12 @@ def bottom_up(
         progress: Called after each batch of each step.
 
     Returns:
-        The kept tokens by site, and the score of each token by step with attention.
+        The kept tokens by site, and the score of each token by step with attention; `STEM` has that
+        of the stem, unless given counts keep all patches there.
     """
     architecture = model.architecture
     mixing, sizes = attention_steps(architecture), list(token_sites(architecture).values())
+    whole = counts is None
     counts = whole_counts(architecture) if counts is None else counts
     parts = batches(model, images)
     total, done = len(parts) * len(mixing), 0
@@ -150,6 +152,7 @@ def bottom_up(
             if number == mixing[0] and counts[number] < sizes[number]:
                 # What leaves before the first attention is chosen by what that would read.
                 found = _scored(model, number, streams, sets[-1], score)[1]
+                scores[STEM] = found / len(images)
                 first = top_tokens(architecture, found, sets[-1], counts[number])
                 sets = [first[:size] for size in sizes[: number + 1]]
             if number not in mixing:
@@ -159,6 +162,8 @@ def bottom_up(
             streams, found = _scored(model, number, streams, sets[-1], score)
             done += len(parts)
             progress("score", done, total)
+            if whole and number == mixing[0]:
+                scores[STEM] = found / len(images)
             after = sets[-1][: sizes[number + 1]]
             scores[number] = found[: sizes[number + 1]] / len(images)
             sets.append(top_tokens(architecture, scores[number], after, counts[number + 1]))
@@ -207,6 +212,24 @@ def top_tokens(
     return found
 
 
+def with_stem(architecture: Architecture, scores: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The scores of a method with those of `STEM`: its own, or those after the first attention.
+
+    Args:
+        architecture: The network.
+        scores: Of each token by step with attention.
+    """
+    first = attention_steps(architecture)[0]
+    size = list(token_sites(architecture).values())[first]
+    return {STEM: _padded(scores[first], size), **scores}
+
+
+def _padded(score: Tensor, size: int) -> Tensor:
+    """A score of `size` tokens; those that it does not have come last."""
+    missing = max(0, size - len(score))
+    return torch.cat([score, score.min().expand(missing)])[:size]
+
+
 def by_fixed_scores(
     architecture: Architecture, scores: Mapping[int, Tensor], counts: Sequence[int]
 ) -> list[Tensor]:
@@ -226,11 +249,9 @@ def by_fixed_scores(
     for site, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         # The score after the last attention before this site; at the stem that of the first one.
         step = max((number for number in mixing if number < site), default=mixing[0])
-        score = scores[step]
-        if len(score) < size:
-            score = torch.cat([score, score.new_full((size - len(score),), -torch.inf)])
         current = current[:size]
         if count < int(current.sum()):
-            current = top_tokens(architecture, score[:size], current, count)
+            score = _padded(scores[step], size)
+            current = top_tokens(architecture, score, current, count)
         sets.append(current)
     return sets

@@ -19,15 +19,17 @@ from ..masks.mask import StructuredMask
 from ..network.architecture import Architecture
 from ..network.modules.model import CompactModel
 from .allocation import allocate_tokens, dropped_shares
-from .attention_scores import SCORES, bottom_up, by_fixed_scores
-from .counts import Schedule as Curve
+from .attention_scores import SCORES, bottom_up, by_fixed_scores, with_stem
 from .counts import (
+    STEM,
     attention_steps,
     counts_for_macs,
     macs_share,
     read_counts,
+    require_reach,
     whole_counts,
 )
+from .counts import Schedule as Curve
 from .impact import impacts, top_down
 from .knockoff import knockoff_scores
 from .leaving_errors import leaving_errors
@@ -210,9 +212,11 @@ class TokenRequest:
         searched = self.schedule in ("error", "importance") or (
             self.schedule is None and self.method not in WITHOUT_IMAGES
         )
-        curve = cast("Curve", "constant" if searched else self.schedule or "uniform")
-        found = counts_for_macs(architecture, curve, self.macs, self.names.macs)
-        return None if searched else found
+        if searched:
+            require_reach(architecture, self.macs, self.names.macs)
+            return None
+        curve = cast("Curve", self.schedule or "uniform")
+        return counts_for_macs(architecture, curve, self.macs, self.names.macs)
 
 
 def token_choice(
@@ -244,7 +248,10 @@ def token_choice(
     counts = request.check(architecture)
     fixed = _fixed_scores(network, request, images, progress)
     if counts is None:
-        whole = fixed or whole_scores(network, method, images, progress)
+        if fixed is None:
+            whole = whole_scores(network, method, images, progress, stem=True)
+        else:
+            whole = with_stem(architecture, fixed)
         counts = _searched_counts(network, request, whole, images, progress)
     scores: Mapping[int, Tensor]
     if fixed is not None:
@@ -328,7 +335,12 @@ def token_entries(
 
 
 def whole_scores(
-    model: CompactModel, method: Method, images: Tensor | None, progress: Progress = silent
+    model: CompactModel,
+    method: Method,
+    images: Tensor | None,
+    progress: Progress = silent,
+    *,
+    stem: bool = False,
 ) -> dict[int, Tensor]:
     """The scores of a method on the whole network, with which counts for a budget are chosen.
 
@@ -337,27 +349,32 @@ def whole_scores(
         method: One that needs images.
         images: (images, channels, height, width).
         progress: As for `choose_tokens`.
+        stem: Whether patches that never enter are scored, too.
 
     Returns:
-        By step with attention, the score of each token after it, (tokens,).
+        By step with attention, the score of each token after it, (tokens,); with `stem`, under
+        `STEM`, of each token that the first attention reads.
 
     Raises:
         InputError: The images do not fit, or the method has no scores.
     """
     images = require_images(images, method)
     architecture = model.architecture
-    if method == "scop":
-        return knockoff_scores(model, images, progress)
-    if method in SCORES:
-        return bottom_up(model, images, None, SCORES[method], progress)[1]
-    sizes = list(token_sites(architecture).values())
-    sets = [
-        torch.arange(size) < count
-        for size, count in zip(sizes, whole_counts(architecture), strict=True)
-    ]
     mixing = attention_steps(architecture)
-    streams = DenseStreams(model, images, ())
-    return impacts(model, streams, sets, mixing, progress=progress)
+    if method == "scop":
+        scores = knockoff_scores(model, images, progress)
+    elif method in SCORES:
+        scores = bottom_up(model, images, None, SCORES[method], progress)[1]
+    else:
+        sizes = list(token_sites(architecture).values())
+        sets = [
+            torch.arange(size) < count
+            for size, count in zip(sizes, whole_counts(architecture), strict=True)
+        ]
+        steps = [STEM, *mixing] if stem else mixing
+        streams = DenseStreams(model, images, ())
+        scores = impacts(model, streams, sets, steps, mixing[0], progress)
+    return with_stem(architecture, scores) if stem else {step: scores[step] for step in mixing}
 
 
 def _fixed_scores(

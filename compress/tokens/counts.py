@@ -20,6 +20,9 @@ from ..network.token_order import require_no_inner
 Schedule = Literal["uniform", "linear", "constant"]
 # The ratio of a schedule is a multiple of one over this.
 _STEPS = 10_000
+# Scores and losses by step have those of the stem, where patches leave before they are embedded,
+# under this number.
+STEM = -1
 
 
 def attention_steps(architecture: Architecture) -> list[int]:
@@ -42,6 +45,12 @@ def attention_steps(architecture: Architecture) -> list[int]:
 def whole_counts(architecture: Architecture) -> list[int]:
     """The counts by site of a network that drops nothing which its head could read."""
     return settled(architecture, list(token_sites(architecture).values()))
+
+
+def fewest_counts(architecture: Architecture) -> list[int]:
+    """The counts by site of the cheapest network: one patch, and none where it is not read."""
+    sizes = token_sites(architecture).values()
+    return settled(architecture, [min(architecture.prefix + 1, size) for size in sizes])
 
 
 def settled(architecture: Architecture, counts: Sequence[int]) -> list[int]:
@@ -222,6 +231,23 @@ def require_share(share: float, name: str) -> None:
         raise InputError(
             f"{name} = {share:g}: give the share of the multiply-adds to keep, between 0 and 1"
         )
+
+
+def require_reach(architecture: Architecture, share: float, name: str) -> None:
+    """Check that counts chosen at the stem and at each attention can meet a budget.
+
+    Args:
+        architecture: The network.
+        share: The share of the multiply-adds to keep, as `macs_share` computes it.
+        name: What an error calls it.
+
+    Raises:
+        InputError: The share is out of range, or below that of the fewest tokens.
+    """
+    require_share(share, name)
+    least = macs_share(architecture, fewest_counts(architecture))
+    if least > share:
+        raise out_of_reach(share, least, name)
 
 
 def out_of_reach(share: float, least: float, name: str) -> InputError:

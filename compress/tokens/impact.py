@@ -20,7 +20,7 @@ from torch import Tensor
 from ..masks.groups import token_sites
 from ..network.modules.model import CompactModel
 from .attention_scores import top_tokens
-from .counts import attention_steps, whole_counts
+from .counts import STEM, attention_steps, whole_counts
 from .streaming import (
     Attended,
     DenseStreams,
@@ -73,8 +73,9 @@ def impacts(
         model: A working copy.
         streams: The images, and their streams in the whole network.
         sets: The kept tokens by site, (tokens at the site,); before step `start` all are kept.
-        steps: The steps with attention after which impacts are computed, all at or after `start`.
-        start: The first step that runs with these sets.
+        steps: The steps with attention after which impacts are computed, all at or after `start`;
+            `STEM` is what step `start` reads.
+        start: The first step that runs with these sets; with `STEM` the first with attention.
         progress: Called with "score", the batches done, and the batches in all.
 
     Returns:
@@ -91,7 +92,9 @@ def impacts(
             maps = {number: _maps(attended) for number, attended in observed.items()}
             for step, gram in _grams(maps, sets, min(totals)).items():
                 if step in totals:
-                    places, sums = order[: gram.shape[1]], received(observed[step])
+                    places = order[: gram.shape[1]]
+                    read = step == STEM
+                    sums = x[:, places].square().sum(-1) if read else received(observed[step])
                     found = (gram.diagonal(dim1=1, dim2=2) * sums[:, : len(places)]).double()
                     totals[step].index_add_(0, places, found.sum(dim=0))
             progress("score", batch + 1, len(streams))
@@ -242,18 +245,4 @@ def stem_impact(model: CompactModel, streams: DenseStreams, sets: Sequence[Tenso
         (tokens,), float64, averaged over images.
     """
     first = attention_steps(model.architecture)[0]
-    sizes = list(token_sites(model.architecture).values())
-    total = torch.zeros(sizes[0], dtype=torch.float64)
-    images, order = 0, exit_order(sets)
-    with torch.no_grad():
-        for batch in range(len(streams)):
-            x = streams.before(first, batch)
-            images += len(x)
-            observed = _observed(model, x, sets, order, first)
-            maps = {number: _maps(attended) for number, attended in observed.items()}
-            gram = _grams(maps, sets, -1)[-1]
-            places = order[: gram.shape[1]]
-            size = x[:, places].square().sum(dim=-1)
-            found = (gram.diagonal(dim1=1, dim2=2) * size).double()
-            total.index_add_(0, places, found.sum(dim=0))
-    return total / images
+    return impacts(model, streams, sets, [STEM], first)[STEM]

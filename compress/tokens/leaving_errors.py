@@ -19,7 +19,7 @@ from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel
 from ..oneshot.sensitivity import features
 from .attention_scores import top_tokens
-from .counts import attention_steps, whole_counts
+from .counts import STEM, attention_steps, whole_counts
 from .streaming import DenseStreams, Progress, position_tables, run_step, silent
 
 # So many images are enough for a curve; the shares of the patches at which errors are measured.
@@ -39,12 +39,13 @@ def leaving_errors(
 
     Args:
         model: A working copy.
-        scores: By step with attention, the score of each token after it, (tokens,).
+        scores: By step with attention, the score of each token after it, (tokens,); with those of
+            `STEM`, what is lost where patches never enter is measured, too.
         images: (images, channels, height, width); the first 32 are used.
         progress: Called with "errors", the networks done, and the networks in all.
 
     Returns:
-        By step with attention, the relative squared error for each number of tokens from 0, prefix
+        By step of `scores`, the relative squared error for each number of tokens from 0, prefix
         tokens included; it does not rise with the number. Errors between measured numbers are
         interpolated.
 
@@ -56,11 +57,14 @@ def leaving_errors(
     whole = whole_counts(architecture)
     streams = DenseStreams(model, images[:ERROR_IMAGES], mixing)
     found: dict[int, list[float]] = {}
-    for done, step in enumerate(mixing):
-        size, prefix = sizes[step + 1], architecture.prefix
+    steps = [STEM, *mixing] if STEM in scores else mixing
+    for done, step in enumerate(steps):
+        # A patch that never enters is missing for the first attention.
+        site = mixing[0] if step == STEM else step + 1
+        size, prefix = sizes[site], architecture.prefix
         found[step] = [0.0] * (size + 1)
         # Nothing is chosen where only prefix tokens are read.
-        if whole[step + 1] > prefix:
+        if whole[site] > prefix:
             fewer = {prefix + max(1, round(share * (size - prefix))) for share in SHARES}
             counts = sorted({*fewer, size})
             among = torch.ones(size, dtype=torch.bool)
@@ -72,7 +76,7 @@ def leaving_errors(
             falling = np.maximum.accumulate(measured[::-1])[::-1]
             slope = TILT * falling[0] * (size - np.array(counts)) / size
             found[step] = np.interp(range(size + 1), counts, falling + slope).tolist()
-        progress("errors", done + 1, len(mixing))
+        progress("errors", done + 1, len(steps))
     return found
 
 
@@ -81,25 +85,29 @@ def _errors(
 ) -> list[float]:
     """The relative squared error of the features for each set of tokens after a step."""
     totals, size = [0.0] * len(sets), 0.0
+    first = attention_steps(model.architecture)[0]
     with torch.no_grad():
         for batch in range(len(streams)):
-            after = run_step(model, step, streams.before(step, batch))
-            wanted = _features(model, step, after, torch.ones(after.shape[1], dtype=torch.bool))
+            if step == STEM:
+                after, start = streams.before(first, batch), first
+            else:
+                after, start = run_step(model, step, streams.before(step, batch)), step + 1
+            wanted = _features(model, start, after, torch.ones(after.shape[1], dtype=torch.bool))
             size += float(wanted.double().square().sum())
             for place, keep in enumerate(sets):
-                found = _features(model, step, after, keep)
+                found = _features(model, start, after, keep)
                 totals[place] += float((found - wanted).double().square().sum())
     return [total / max(size, math.ulp(0.0)) for total in totals]
 
 
-def _features(model: CompactModel, step: int, x: Tensor, keep: Tensor) -> Tensor:
-    """The pooled features where the stream carries only some tokens after a step."""
+def _features(model: CompactModel, start: int, x: Tensor, keep: Tensor) -> Tensor:
+    """The pooled features where the stream `x` before a step carries only some tokens."""
     architecture = model.architecture
     sizes, last = list(token_sites(architecture).values()), attention_steps(architecture)[-1]
     tokens = torch.nonzero(keep).flatten()
     x = x[:, tokens]
     with position_tables(model, tokens):
-        for number in range(step + 1, len(model.steps)):
+        for number in range(start, len(model.steps)):
             count = int((tokens < sizes[number + 1]).sum())
             if number >= last and architecture.pooled_prefix:
                 count = architecture.pooled_prefix

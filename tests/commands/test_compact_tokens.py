@@ -43,7 +43,11 @@ def test_a_budget_is_met_from_images_without_labels() -> None:
     assert record["schema"] == "vitrim.tokens/1"
     assert record["macs_share"] <= 0.6
     architecture = vitrim.load("slim").architecture
-    assert list(record["counts"].values()) == [17, *architecture.step_tokens()]
+    assert list(record["counts"].values()) == [architecture.tokens, *architecture.step_tokens()]
+    # Patches that never enter save their embedding, and are scored like the others.
+    assert architecture.tokens < 17
+    assert f"17 of the grid, {architecture.tokens} after the stem" in shown
+    assert "stem.out" in record["scores"]
     assert {len(score) for score in record["scores"].values()} == {17}
     mask = vitrim.StructuredMask.load(Path("slim", "mask.safetensors"))
     assert list(mask.kept) == ["token"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import vitrim
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_networks import architectures, network
 from tiny_models import assert_equal_outputs, relative_error, tiny_vit
@@ -31,9 +31,18 @@ from vitrim.compress.tokens.choose import (
     token_choice,
     whole_scores,
 )
-from vitrim.compress.tokens.counts import attention_steps, read_counts, settled, whole_counts
+from vitrim.compress.tokens.counts import (
+    STEM,
+    attention_steps,
+    fewest_counts,
+    macs_share,
+    read_counts,
+    settled,
+    whole_counts,
+)
+from vitrim.compress.tokens.impact import stem_impact
 from vitrim.compress.tokens.leaving_errors import leaving_errors
-from vitrim.compress.tokens.streaming import working_copy
+from vitrim.compress.tokens.streaming import DenseStreams, working_copy
 from vitrim.core.errors import InputError
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -137,12 +146,13 @@ def test_a_budget_is_met_and_the_model_is_not_changed(method: Method) -> None:
     }
 
 
+@pytest.mark.parametrize("place", ["stem", "first attention"])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_errors_when_patches_leave_are_those_of_the_compact_network(name: str) -> None:
+def test_errors_when_patches_leave_are_those_of_the_compact_network(name: str, place: str) -> None:
     model = working_copy(model_named(name))
     architecture = model.architecture
-    step = attention_steps(architecture)[0]
-    scores = whole_scores(model, "column-attention", images_of())
+    step = STEM if place == "stem" else attention_steps(architecture)[0]
+    scores = whole_scores(model, "column-attention", images_of(), stem=True)
     errors = leaving_errors(model, scores, images_of())[step]
     assert len(errors) == architecture.tokens + 1
     assert errors == sorted(errors, reverse=True)
@@ -161,6 +171,69 @@ def test_errors_when_patches_leave_are_those_of_the_compact_network(name: str) -
     error = float((found - wanted).square().sum() / wanted.square().sum())
     # Fewer patches may have a smaller error; the curve does not rise.
     assert errors[architecture.prefix + 1] >= error * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_errors_may_decide_that_patches_never_enter(method: Method) -> None:
+    for name, share in (("class", 0.3), ("rope", 0.3), ("bias", 0.3), ("mean", 0.35)):
+        model = model_named(name)
+        found = token_choice(model, TokenRequest(method, macs=share, schedule="error"), images_of())
+        counts = list(found.counts.values())
+        assert counts[0] < model.architecture.tokens
+        assert found.macs <= share
+        # Scores that do not depend on what is kept elsewhere are those of the first attention.
+        fixed = method in (*WITHOUT_IMAGES, "scop")
+        assert ("stem.out" in found.scores) != fixed
+        small = vitrim.compact(model, found.mask)
+        assert small.architecture.patches == counts[0] - model.architecture.prefix
+        assert [small.architecture.tokens, *small.architecture.step_tokens()] == counts
+        with torch.no_grad():
+            reference = vitrim.masked(model, found.mask)(images_of())
+            assert relative_error(small(images_of()), reference) < 1e-5
+
+
+@settings(max_examples=25)
+@given(
+    data=st.data(),
+    architecture=architectures(),
+    method=st.sampled_from(METHODS),
+    schedule=st.sampled_from(["error", "importance"]),
+)
+def test_a_searched_budget_holds_for_random_architectures(
+    data: st.DataObject, architecture: Architecture, method: Method, schedule: Schedule
+) -> None:
+    assume(schedule == "error" or method not in WITHOUT_IMAGES)
+    try:
+        least = macs_share(architecture, fewest_counts(architecture))
+    except InputError:
+        return
+    share = data.draw(st.floats(min(0.99, least * 1.001), 0.99))
+    model = network(architecture)
+    torch.manual_seed(0)
+    images = torch.randn(3, *architecture.image, dtype=torch.float64)
+    request = TokenRequest(method, macs=share, schedule=schedule)
+    if share < least:
+        with pytest.raises(InputError, match="with the fewest tokens"):
+            token_choice(model, request, images)
+        return
+    found = token_choice(model, request, images)
+    assert found.macs <= share
+    check_sets(model, architecture, list(found.counts.values()), found.mask.kept)
+    with torch.no_grad():
+        wanted = vitrim.masked(model, found.mask)(images)
+        assert_equal_outputs(vitrim.compact(model, found.mask)(images), wanted, 1e-9)
+
+
+def test_the_stem_is_scored_by_what_the_first_attention_reads() -> None:
+    model = working_copy(model_named("mean"))
+    for method in ("class-attention", "column-attention", "power-bert", "scop"):
+        found = whole_scores(model, method, images_of(), stem=True)
+        assert torch.equal(found[STEM], found[0])
+        assert STEM not in whole_scores(model, method, images_of())
+    found = whole_scores(model, "patch-slimming", images_of(), stem=True)
+    sets = [torch.ones(size, dtype=torch.bool) for size in token_sites(model.architecture).values()]
+    streams = DenseStreams(model, images_of(), ())
+    torch.testing.assert_close(found[STEM], stem_impact(model, streams, sets))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
