@@ -29,7 +29,7 @@ from vitrim.compress.network.architecture import (
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Choices
 from vitrim.compress.network.select_specs import Scorer
-from vitrim.compress.surgery import dead_weight
+from vitrim.compress.surgery.dead_predictor import dead_predictor
 from vitrim.compress.surgery.dead_weight import DeadWeight, find_dead
 from vitrim.compress.surgery.explain import explain
 from vitrim.compress.tokens.select import SelectMethod, select_tokens
@@ -97,7 +97,8 @@ def rows_of(result: DeadWeight) -> list[tuple[str, int, int, bool]]:
 def test_a_predictor_without_dead_weight_is_unchanged() -> None:
     model = predicting()
     result = found(model)
-    assert result.removed == result.remaining == ()
+    assert result.removed == ()
+    assert result.remaining == ()
     assert result.compact.architecture == model.architecture
 
 
@@ -210,15 +211,14 @@ def test_the_command_lists_dead_units_of_predictors(tmp_path: Path) -> None:
 
 def test_a_wrong_fold_in_a_predictor_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The outputs are those of the same choices, and would not show it."""
-    original = dead_weight.dead_predictor
 
     def wrong(*arguments: Any) -> Any:
-        units = original(*arguments)
+        units = dead_predictor(*arguments)
         return type(units)(units.keep, {})
 
     model = predicting()
     zero(model, "fc.weight", [0, 3])
-    monkeypatch.setattr(dead_weight, "dead_predictor", wrong)
+    monkeypatch.setattr("vitrim.compress.surgery.dead_weight.dead_predictor", wrong)
     with pytest.raises(AssertionError, match="this is a bug in vitrim"):
         find_dead(model)
 

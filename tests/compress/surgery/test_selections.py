@@ -335,7 +335,7 @@ def test_dead_columns_of_a_scoring_attention_that_no_score_reads_are_removed(
 def test_a_scoring_attention_that_adds_nothing_keeps_its_heads_and_one_value_column() -> None:
     model = selecting("class-attention", stages=[0]).eval()
     with torch.no_grad():
-        model.steps[0][0].core.out.weight[:] = 0  # type: ignore[index, union-attr]
+        model.steps[0][0].core.out.weight[:] = 0  # type: ignore[index]
     dead = find_dead(model)
     after: Any = dead.compact.architecture.steps[0][0].core
     assert (after.heads, after.qk, after.v) == (3, 8, 1)
