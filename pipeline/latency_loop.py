@@ -17,6 +17,7 @@ from ..bench.local.measure import measure_here
 from ..bench.local.options import MeasureOptions
 from ..bench.results.measurement import Measurement
 from ..compress.latency.cut import LatencyCut, LatencyCuts
+from ..compress.latency.shapes import network_shape
 from ..compress.network.architecture import Architecture
 from ..compress.network.files import TOKENS_FILE
 from ..compress.network.modules.model import CompactModel
@@ -26,6 +27,8 @@ from ..core.errors import InputError
 from ..core.progress import Progress
 from ..core.storage import replace_file
 from ..export.exporter import export
+from ..targets.cost_fit import refitted
+from ..targets.cost_parts import NetworkShape
 from ..targets.cost_table import CostTable
 from .bench_device import MeasureFiles, measure_at_device
 from .latency_place import elsewhere, file_target
@@ -165,18 +168,31 @@ def cut_to_latency(
         cut = cuts.cut(latency_ms)
         return cut, LatencyRecord.of(table, latency_ms, cut.latency_ms)
     found: list[tuple[LatencyCut, Round]] = []
+    known: list[tuple[NetworkShape, float]] = []
     cut, budget_ms = _first_cut(cuts, latency_ms)
-    for number in range(rounds):
-        measured_ms = undisturbed_ms(measure, cut.model, cut.latency_ms)
-        found.append((cut, Round(budget_ms, cut.latency_ms, measured_ms)))
-        if USED * latency_ms <= measured_ms <= latency_ms or number + 1 == rounds:
-            break
-        budget_ms = MARGIN * cut.latency_ms * latency_ms / measured_ms
-        try:
-            cut = cuts.cut(budget_ms)
-        except InputError:
-            # The table has no smaller network; the record shows that the budget is not met.
-            break
+    try:
+        for number in range(rounds):
+            measured_ms = undisturbed_ms(measure, cut.model, cut.latency_ms)
+            found.append((cut, Round(budget_ms, cut.latency_ms, measured_ms)))
+            if USED * latency_ms <= measured_ms <= latency_ms or number + 1 == rounds:
+                break
+            shape = network_shape(cut.model.architecture)
+            known.append((shape, measured_ms))
+            predicted_ms = cut.latency_ms
+            if len(known) > 1:
+                # Networks of few tokens and of few channels may be off by different factors: one
+                # factor alone moves the next cut from the one kind to the other and back.
+                cuts.table = refitted(table, known)
+                if cuts.table is not table:
+                    predicted_ms = cuts.table.latency_ms(shape)
+            budget_ms = MARGIN * predicted_ms * latency_ms / measured_ms
+            try:
+                cut = cuts.cut(budget_ms)
+            except InputError:
+                # The table has no smaller network; the record shows that the budget is not met.
+                break
+    finally:
+        cuts.table = table
     cut, last = min(found, key=lambda each: _rank(each[1].measured_ms, latency_ms))
     steps = [each for _, each in found]
     return cut, LatencyRecord.of(table, latency_ms, last.predicted_ms, last.measured_ms, steps)

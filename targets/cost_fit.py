@@ -14,7 +14,7 @@ import numpy as np
 
 from .cost_parts import PARTS, NetworkShape, Numbers
 from .cost_parts import network_parts as parts_of
-from .cost_table import Correction, Errors, MeasuredNetwork
+from .cost_table import Correction, CostTable, Errors, MeasuredNetwork
 
 # Ridge of the leverage, as a share of the largest diagonal entry; neighbours whose residuals count.
 RIDGE, NEIGHBOURS = 1e-6, 3
@@ -81,6 +81,31 @@ def fit_costs(points: Sequence[MeasuredNetwork], tiles: Sequence[int]) -> Fit:
             best = score, Fit(tile, costs, used, residuals)
     assert best is not None
     return best[1]
+
+
+def refitted(table: CostTable, measured: Sequence[tuple[NetworkShape, float]]) -> CostTable:
+    """The table with costs that networks measured since have changed.
+
+    The points of the table are stated at the speed that these networks show together, and each of
+    these counts as much as all points: the network that is searched is near one of them.
+
+    Args:
+        table: The table; without points it stays as it is.
+        measured: Networks and their latencies in milliseconds.
+    """
+    points = [point for point in table.points if point.role == "fit"]
+    if not points or not measured:
+        return table
+    parts = [(network, table.parts_ms(latency_ms)) for network, latency_ms in measured]
+    if min(rest for _, rest in parts) <= 0:
+        return table
+    ratios = [rest / table.sum_ms(network) for network, rest in parts]
+    speed = float(np.exp(np.mean(np.log(ratios))))
+    scaled = [point.model_copy(update={"latency_ms": speed * point.latency_ms}) for point in points]
+    new = [
+        MeasuredNetwork(network=network, latency_ms=rest) for network, rest in parts for _ in points
+    ]
+    return table.with_costs(fit_costs([*scaled, *new], [table.tile]).costs)
 
 
 def relative_rows(points: Sequence[MeasuredNetwork], tile: int) -> Numbers:

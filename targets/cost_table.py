@@ -334,6 +334,13 @@ class CostTable(Plain):
         """Return what the parts of a network may take for a latency; inverts `corrected_ms`."""
         return (latency_ms - self.correction.offset_ms) / self.correction.scale
 
+    def with_costs(self, costs_ms: Mapping[str, float]) -> CostTable:
+        """Return the table with other costs."""
+        found = self.model_copy(update={"costs_ms": dict(costs_ms)})
+        # A copy has the cached arrays of the original (pydantic/pydantic#11955).
+        found.__dict__.pop("_costs", None)
+        return found
+
     def save(self, path: Path | str) -> None:
         """Write the table as JSON, atomically."""
         data = self.model_dump(mode="json", by_alias=True)

@@ -2,12 +2,15 @@
 
 One pass over the images gives what widths, tokens and a narrower stream lose, and the solver
 chooses all of them at once. Tokens then leave, a second pass over the network without them gives
-what widths lose there, and the solver chooses these again.
+what widths lose there, and the solver chooses these again. What is lost with tokens is a prediction
+that is worst where it matters, for most of the tokens: choices of fewer and of none are cut as
+well, and the one whose outputs are nearest to the dense network's is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +44,8 @@ from .solution import Limits, Solution, SolveOptions
 CANDIDATE_IMAGES = 64
 # Deviation of the logarithm of the losses of a candidate.
 JITTER = 0.35
+# What is lost with tokens, times these; the last: no token leaves.
+TOKEN_FACTORS = (1.0, 4.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -152,15 +157,60 @@ class LatencyCuts:
         Raises:
             InputError: The budget cannot be met; the message has the smallest latency that can.
         """
-        first = self._solve(self.prediction, self.token_losses(), latency_ms)
-        choice, prediction = None, self.prediction
-        if self._drops(first):
-            choice = self._chosen_tokens(first.counts)
-            cut = compact(self.source, choice.mask).eval()
-            prediction = self._without_tokens(cut)
+        choices = self._token_choices(latency_ms)
+        found: list[LatencyCut] = []
+        for number, choice in enumerate(choices):
+            try:
+                found.append(self._cut_with(choice, latency_ms))
+            except InputError:
+                if not found and choice is choices[-1]:
+                    raise
+            self.report("compare", number + 1, len(choices))
+        if len(found) == 1:
+            return found[0]
+        return min(found, key=lambda cut: self._distance(cut.model))
+
+    def _token_choices(self, latency_ms: float) -> list[TokenChoice | None]:
+        """The tokens that may stay: of the least predicted loss, and of larger losses of tokens."""
+        losses = self.token_losses()
+        found: dict[tuple[int, ...], TokenChoice | None] = {}
+        for factor in TOKEN_FACTORS:
+            tokens = {
+                step: [factor * error for error in row]
+                for step, row in losses.items()
+                if math.isfinite(factor)
+            }
+            try:
+                solved = self._solve(self.prediction, tokens, latency_ms)
+            except InputError:
+                if not found:
+                    raise
+                # Widths alone do not meet it.
+                continue
+            drops = self._drops(solved)
+            counts = tuple(solved.counts) if drops else ()
+            if counts not in found:
+                found[counts] = self._chosen_tokens(counts) if drops else None
+            if not drops:
+                break
+        return list(found.values())
+
+    def _cut_with(self, choice: TokenChoice | None, latency_ms: float) -> LatencyCut:
+        """Cut the widths of the network with these tokens; None: with all."""
+        prediction = self.prediction
+        if choice is not None:
+            prediction = self._without_tokens(compact(self.source, choice.mask).eval())
         trimmed = self._trimmed(prediction, latency_ms)
         found = self.table.latency_ms(network_shape(trimmed.model.architecture))
         return LatencyCut(trimmed, choice, found, latency_ms)
+
+    def _distance(self, model: CompactModel) -> float:
+        """How far the outputs are from the dense network's on held-out images, as a share."""
+        images = self.prediction.checking
+        with torch.no_grad():
+            wanted, found = self.source(images).double(), model(images).double()
+        spread = (wanted - wanted.mean(dim=0)).square().sum().clamp(min=1e-12)
+        return float((found - wanted).square().sum() / spread)
 
     def token_losses(self) -> Mapping[int, Sequence[float]]:
         """What is lost with tokens by step and number, as a share of the features' variance."""

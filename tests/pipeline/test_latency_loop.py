@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from latency_tables import latency_table
 from vitrim.core.errors import InputError
+from vitrim.pipeline import latency_loop
+from vitrim.pipeline.cost_networks import CostSizes, dense_model
 from vitrim.pipeline.latency_loop import cut_to_latency
-from vitrim.targets.cost_table import Errors
+from vitrim.targets.cost_parts import AttentionShape, FfnShape, NetworkShape
+from vitrim.targets.cost_table import Errors, MeasuredNetwork
+
+
+class Model(float):
+    """A model that is its latency by the table."""
+
+    architecture: ClassVar[Any] = dense_model(
+        CostSizes(5, 8, 1, 8, 8, 1, patch=4, channels=1, classes=2)
+    ).architecture
 
 
 class Cuts:
@@ -22,7 +33,7 @@ class Cuts:
         if latency_ms < self.least_ms:
             raise InputError("too small")
         self.budgets.append(latency_ms)
-        return SimpleNamespace(model=latency_ms, latency_ms=latency_ms)
+        return SimpleNamespace(model=Model(latency_ms), latency_ms=latency_ms)
 
 
 def loop(cuts: Cuts, factor: float, rounds: int = 3) -> Any:
@@ -114,3 +125,56 @@ def test_a_disturbed_measurement_is_repeated() -> None:
     _, record = cut_to_latency(cuts, 2.0, lambda model: next(measured))  # type: ignore[arg-type]
     assert cuts.budgets == [2.0]
     assert record.measured_ms == 1.95
+
+
+def _network(tokens: int, hidden: int) -> NetworkShape:
+    attention = AttentionShape(tokens_in=tokens, tokens_out=tokens, heads=4, qk=16, v=16)
+    ffn = FfnShape(tokens=tokens, hidden=hidden)
+    return NetworkShape(embed=64, tokens=50, pixels=16, classes=10, sublayers=(attention, ffn) * 4)
+
+
+def test_two_kinds_of_networks_that_the_table_misjudges_differently(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Networks of few tokens take half of what the table says; those of small FFNs all of it.
+    few = [_network(tokens, 256) for tokens in range(4, 49, 2)]
+    small = [_network(50, hidden) for hidden in range(16, 260, 16)]
+    points = tuple(
+        MeasuredNetwork(network=each, latency_ms=latency_table().sum_ms(each))
+        for each in [*few[::3], *small]
+    )
+    table = latency_table(points=points)
+
+    def measure(model: Any) -> float:
+        shape = model.architecture
+        wrong = shape.sublayers[0].tokens_in < 50
+        return latency_table().latency_ms(shape) * (0.5 if wrong else 1.0)
+
+    class Kinds:
+        """Of the networks within the budget, one of few tokens where there is a small one."""
+
+        def __init__(self) -> None:
+            self.table, self.budgets = table, list[float]()
+
+        def cut(self, latency_ms: float) -> Any:
+            self.budgets.append(latency_ms)
+            kinds = [
+                [each for each in kind if self.table.latency_ms(each) <= latency_ms]
+                for kind in (few, small)
+            ]
+            if not any(kinds):
+                raise InputError("too small")
+            # Each budget wins the other kind, as losses that are nearly equal do.
+            kind = kinds[len(self.budgets) % 2] or kinds[0] or kinds[1]
+            shape = max(kind, key=self.table.latency_ms)
+            model = SimpleNamespace(architecture=shape)
+            return SimpleNamespace(model=model, latency_ms=self.table.latency_ms(shape))
+
+    monkeypatch.setattr(latency_loop, "network_shape", lambda shape: shape)
+    budget_ms = 0.6 * table.latency_ms(small[-1])
+    cuts = Kinds()
+    _, record = cut_to_latency(cuts, budget_ms, measure, 3)  # type: ignore[arg-type]
+    assert record.met
+    assert record.measured_ms is not None
+    assert record.measured_ms > 0.85 * budget_ms
+    assert cuts.table is table

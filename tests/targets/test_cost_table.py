@@ -19,6 +19,7 @@ from vitrim.targets.cost_fit import (
     fit_costs,
     least_sure,
     nonnegative_least_squares,
+    refitted,
 )
 from vitrim.targets.cost_parts import (
     PARTS,
@@ -133,6 +134,28 @@ def test_a_correction_is_learned_from_whole_networks() -> None:
     assert Errors.of([1.1, 1.0], [1.0, 1.0]).text() == (
         "median 5.0 %, 95th percentile 9.5 %, largest 10.0 %"
     )
+
+
+def test_costs_follow_networks_that_are_measured_later() -> None:
+    table = TABLE.model_copy(update={"points": tuple(points(60))})
+    attentions = (AttentionShape(tokens_in=50, tokens_out=50, heads=4, qk=32, v=32),) * 4
+    ffns = (FfnShape(tokens=50, hidden=512),) * 4
+    ends = {"embed": 128, "tokens": 50, "pixels": 16, "classes": 10}
+    one = NetworkShape(sublayers=attentions, **ends)
+    other = NetworkShape(sublayers=ffns, **ends)
+    assert refitted(table, []) is table
+    assert refitted(TABLE, [(one, 1.0)]) is TABLE
+    # One network shows the speed of the machine.
+    assert table.latency_ms(one) > 0
+    faster = refitted(table, [(one, 0.8 * table.latency_ms(one))])
+    for shape in (one, other):
+        assert faster.latency_ms(shape) == pytest.approx(0.8 * table.latency_ms(shape), rel=1e-3)
+    # Two show where the costs are wrong.
+    latencies = [(one, 0.8 * table.latency_ms(one)), (other, 1.2 * table.latency_ms(other))]
+    both = refitted(table, latencies)
+    for shape, latency_ms in latencies:
+        was, now = (abs(each.latency_ms(shape) / latency_ms - 1) for each in (table, both))
+        assert now < 0.5 * was
 
 
 def test_a_table_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -55,6 +55,23 @@ def test_tokens_and_widths_are_cut_for_one_latency(cuts: LatencyCuts) -> None:
     assert cuts.source.architecture.tokens == 37
 
 
+def test_tokens_leave_only_where_the_cut_is_nearer_to_the_dense_network(images: Tensor) -> None:
+    cuts = LatencyCuts(
+        tiny_vit(depth=3, img_size=48), images, TABLE, options=TrimOptions(round_to=4)
+    )
+    budget_ms = 0.8 * dense_ms(cuts)
+    # As if nothing were lost with tokens: by the prediction nearly all of them leave.
+    steps = cuts.source.architecture.attention_steps()
+    wrong = {step: [0.0] * (cuts.source.architecture.tokens + 1) for step in steps}
+    cuts._tokens = wrong
+    predicted = cuts._token_choices(budget_ms)[0]
+    assert predicted is not None
+    found = cuts.cut(budget_ms)
+    check(found, budget_ms)
+    assert found.tokens is None
+    assert cuts._distance(found.model) < cuts._distance(cuts._cut_with(predicted, budget_ms).model)
+
+
 def test_tokens_that_must_stay_do(images: Tensor) -> None:
     options = LatencyOptions(tokens=False, candidates=2, file_mb=1.0)
     stages: list[str] = []
