@@ -14,6 +14,7 @@ import pytest
 import torch
 from latency_tables import latency_table
 from vitrim.compress.latency.shapes import network_shape
+from vitrim.compress.latency.trial import trial_network
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.core.errors import InputError
 from vitrim.pipeline import cost_measuring
@@ -128,10 +129,9 @@ def test_the_solvers_networks_show_what_the_costs_underestimate(
     assert fair.excess is not None
     assert abs(fair.excess) < 0.02
     # A machine that is slower for the networks which the solver finds.
-    trial = cost_measuring.trial_network
-
     def slow_trial(*given: Any, **options: Any) -> Any:
-        found = trial(*given, **options)
+        found = trial_network(*given, **options)
+        assert found is not None
         machine.slow.add(network_shape(found.architecture).model_dump_json())
         return found
 
