@@ -206,8 +206,9 @@ def _measure(
 def _show_measurements(
     measured: Mapping[str, Measurement], suffix: str, files: Mapping[str, Path]
 ) -> None:
+    from ..bench.report.buckets import bucket_table
     from ..bench.results.buckets import bucket_tables
-    from .measurement_table import bucket_table, measurement_table
+    from .measurement_table import measurement_table
 
     rows = {f"{name}{suffix}": measurement for name, measurement in measured.items()}
     show(measurement_table(rows))

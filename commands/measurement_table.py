@@ -6,9 +6,6 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from ..bench.report import buckets
-from ..bench.report.table import NONE
-from ..bench.results.buckets import BucketTable
 from ..bench.results.measurement import NOT_LATENCY, Measurement
 from ..bench.results.operator_table import OperatorTable
 from ..bench.results.statistics import ratio_interval
@@ -58,16 +55,6 @@ def _top1(measurement: Measurement) -> str:
     if measurement.top1 is None or not measurement.of_all_images:
         return ""
     return f"{100 * measurement.top1:.2f} %"
-
-
-def bucket_table(found: BucketTable) -> tuple[str, Table]:
-    """The buckets of an artifact: what they are, and latency and top-1 of each."""
-    table = Table(show_edge=False, pad_edge=False)
-    for head in ("bucket", *buckets.COLUMNS):
-        table.add_column(head, justify="left" if head == "bucket" else "right", no_wrap=True)
-    for line in buckets.lines(found):
-        table.add_row(line.name, *("" if cell is NONE else cell.figure for cell in line.cells))
-    return f"{found.name}: buckets. {buckets.remark(found)}", table
 
 
 def operator_table(profile: OperatorTable) -> Table:

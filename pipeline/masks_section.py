@@ -6,6 +6,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from .bucket_keys import BUCKET_KEYS, BucketKeys
 from .latency_keys import LatencyKeys, positive, share
 from .recipe_sections import Augmentation
 from .weight_keys import WeightKeys
@@ -39,11 +40,11 @@ COUNT_KEYS = ("token_macs", "token_counts", "token_tolerance")
 # Keys of the methods that choose for each image; those of a static choice beside them.
 SELECTION_KEYS = (
     *("token_ratio", "token_stages", "token_rule", "token_order", "token_epochs", "token_lr"),
-    "token_ratio_weight",
+    *("token_ratio_weight", *BUCKET_KEYS),
 )
 
 
-class MasksSection(LatencyKeys, WeightKeys):
+class MasksSection(LatencyKeys, WeightKeys, BucketKeys):
     """The size of the compact model and how its masks are learned.
 
     Exactly one of `params`, `macs`, `lambda`, `file_mb`, `latency_ms`, `latency` and
@@ -339,6 +340,7 @@ class MasksSection(LatencyKeys, WeightKeys):
 
     def _check_selection(self, given: list[str]) -> None:
         """Check the keys of a choice for each image; `given` are those of a static one."""
+        self.check_buckets(self.tokens)
         if self.token_schedule is not None:
             given = [*given, "token_schedule"]
         for key in given:

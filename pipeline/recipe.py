@@ -19,6 +19,7 @@ from rich.markup import escape
 from ..core.console import status
 from ..core.errors import InputError
 from ..targets.catalog import EARLIER_NAMES
+from .bucket_keys import BUCKET_KEYS
 from .masks_section import MasksSection
 from .recipe_keys import first_error
 from .recipe_sections import (
@@ -120,6 +121,9 @@ class Recipe(Section):
         plain = self.identity()
         for key in FREE_KEYS:
             plain["train"].pop(key, None)
+        for key in BUCKET_KEYS:
+            # They are calibrated behind the trainings.
+            plain["masks"].pop(key, None)
         parts = {"previous": previous, **{section: plain[section] for section in sections}}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

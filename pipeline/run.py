@@ -20,7 +20,7 @@ from ..compress.data.splits import DataSplits
 from ..compress.lift import lift
 from ..compress.network.count import count_macs, count_params
 from ..compress.network.files import load
-from ..compress.network.modules.model import CompactModel, build
+from ..compress.network.modules.model import CompactModel
 from ..compress.network.named_outputs import output_specs
 from ..compress.network.patch_grid import format_image_size
 from ..compress.surgery.image_size import at_image_size
@@ -32,7 +32,9 @@ from ..core.storage import replace_file
 from ..targets.catalog import load_target
 from .artifacts import require_processor, require_runtimes
 from .bench_device import require_device
+from .bucket_step import bucket_mark, calibrated, require_bucket_artifacts
 from .budget_reach import require_budget, show_slack
+from .final_table import show_final_table
 from .latency_table import optional_table, show_reach, table_mark
 from .magnitude_step import (
     DEAD,
@@ -47,7 +49,7 @@ from .phases import HISTORY, RunContext
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .saliency_step import require_ranking
-from .selection_step import require_selections
+from .selection_step import require_counts, require_selections
 from .selection_training import learn_selections
 from .shipping_steps import (
     ARTIFACTS,
@@ -57,7 +59,6 @@ from .shipping_steps import (
     load_artifacts,
     load_measurements,
     measure_all,
-    show_final_table,
     write_report,
 )
 from .source_model import (
@@ -68,6 +69,7 @@ from .source_model import (
     weights_digest,
     with_preprocessing,
 )
+from .source_model import with_last_queries as with_last_queries
 from .token_step import require_tokens
 from .training_host import followed, tracked, training_host
 from .training_steps import (
@@ -183,14 +185,16 @@ def _train_steps(
     cut = _cut(baseline, prepared.round_to, context, marks["masks"])
     if until == "masks":
         return None
+    require_counts(cut.model.architecture, context.recipe.masks)
     compact = _compact(cut, baseline, context, marks["finetune"])
+    buckets = calibrated(compact, context, marks["finetune"])
     if until == "finetune":
         return None
     exact = None
     if context.recipe.masks.method == "magnitude":
         exact = load(context.folder / EXACT)
         _report_model("exact", exact, made=True, quiet=context.quiet)
-    return TrainedModels(baseline, compact, cut.max_relative_error, exact)
+    return TrainedModels(baseline, compact, cut.max_relative_error, exact, buckets)
 
 
 def _ship_steps(
@@ -292,6 +296,7 @@ def prepare(recipe: Recipe, *, quiet: bool = False) -> Prepared:
     """
     require_trained_head(recipe.model, recipe.baseline.epochs)
     target = load_target(recipe.export.target)
+    require_bucket_artifacts(recipe)
     require_runtimes(recipe.export)
     require_processor(recipe.export)
     preprocessing = preprocessing_of(
@@ -359,16 +364,6 @@ def _at_export_size(context: RunContext, baseline: CompactModel) -> RunContext:
     return replace(context, data=_open_data(recipe, preprocessing, quiet=quiet))
 
 
-def with_last_queries(model: CompactModel) -> CompactModel:
-    """The same network with `last_queries`: the last block computes only what the head reads.
-
-    This is exact, and every artifact does it, so that multiply-adds are comparable.
-    """
-    last_queries = model.architecture.pooled_prefix > 0
-    architecture = model.architecture.model_copy(update={"last_queries": last_queries})
-    return build(architecture, model.state_dict())
-
-
 def fingerprints(prepared: Prepared) -> dict[str, str]:
     """Hash what each step depends on.
 
@@ -407,7 +402,7 @@ def recipe_fingerprints(
     other = {
         "baseline": weights_digest(recipe.model) if weights is None else weights,
         "masks": f"round_to {round_to}{table_mark(recipe)}",
-        "export": " ".join(target.features),
+        "export": " ".join(target.features) + bucket_mark(recipe.masks),
     }
     marks: dict[str, str] = {}
     previous = ""

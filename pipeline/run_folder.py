@@ -236,6 +236,20 @@ class RunFolder:
         self._write()
         return True
 
+    def forget(self, name: str, files: Sequence[str]) -> None:
+        """Delete what an optional step made, where the recipe no longer has it.
+
+        Args:
+            name: Name of the step in the ledger.
+            files: What it writes, as paths in the run folder.
+        """
+        known = [steps.pop(name, None) for steps in (self._ledger["steps"], self._ledger["begun"])]
+        if not self.processes.is_main or known == [None, None]:
+            return
+        for path in files:
+            (self.path / path).unlink(missing_ok=True)
+        self._write()
+
     def is_done(self, name: str, fingerprint: str) -> bool:
         """Whether all files of the step are present, unchanged and made from the same recipe."""
         entry = self._ledger["steps"].get(name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..compress.masks.masked import MaskedModel
+from ..compress.network.architecture import Architecture
 from ..compress.network.modules.model import CompactModel
 from ..compress.network.modules.select import Choices
 from ..compress.tokens.select import (
@@ -81,6 +82,7 @@ def require_selections(model: CompactModel, recipe: Recipe) -> CompactModel:
     if not section.selects_tokens:
         return model
     selecting = with_selections(model, section, recipe.train.seed)
+    require_counts(selecting.architecture, section)
     first = section.order == "widths-first"
     trained = section.alone_epochs or recipe.finetune.epochs
     trained = trained or (section.width_epochs and not first)
@@ -90,6 +92,34 @@ def require_selections(model: CompactModel, recipe: Recipe) -> CompactModel:
             'finetune.epochs, method = "learned", or tokens = "class-attention" with token_ratio'
         )
     return model if first else selecting
+
+
+def require_counts(architecture: Architecture, section: MasksSection) -> None:
+    """Check that the largest bucket is what the last selection of a network keeps.
+
+    Args:
+        architecture: The network with its selections.
+        section: The buckets.
+
+    Raises:
+        InputError: It keeps another number, or a cut of widths has removed it.
+    """
+    counts = section.token_buckets
+    if counts is None:
+        return
+    shown = f"masks.token_buckets = {list(counts)}"
+    if not architecture.selects:
+        raise InputError(
+            f"{shown}: the cut network has no selection left, since every attention behind them is "
+            "removed; leave token_buckets out and continue with --resume, or keep more widths"
+        )
+    last = architecture.selects[-1]
+    if last.patches != counts[-1]:
+        raise InputError(
+            f"{shown}: the largest is {counts[-1]}, and the last selection ({last.name}) keeps "
+            f"{last.patches} patches in training; write {last.patches} as the last number, or set "
+            "masks.token_ratio or masks.token_counts"
+        )
 
 
 def selection_objective(

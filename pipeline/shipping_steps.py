@@ -1,4 +1,4 @@
-"""The last steps of the chain: artifacts, their measurements, the report and the final table."""
+"""The last steps of the chain: artifacts, their measurements and the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import io
 import json
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.markup import escape
-from rich.table import Table
 
 from .. import __version__
-from ..bench.report.cut import shipped_text
 from ..bench.report.model import Report
-from ..bench.report.overview import Row, overview
-from ..bench.report.run import load_run
+from ..bench.results.buckets import bucket_pattern
 from ..bench.results.measurement import Measurement
 from ..compress.data.decoding import write_pixels
 from ..compress.data.splits import DataSplits, Split, stratified_indices
@@ -34,13 +30,14 @@ from ..compress.network.files import TRIM_FILE
 from ..compress.network.modules.model import CompactModel
 from ..compress.network.patch_grid import format_image_size
 from ..compress.surgery.image_size import at_image_size
+from ..compress.tokens.buckets import BucketedModel
 from ..compress.train.training_files import read_history
-from ..core.console import progress_bar, show, status, unit_count
+from ..core.console import progress_bar, status
 from ..core.storage import disk_errors, replace_file
 from ..export.artifact import Artifact
-from ..export.manifest import PARITY
 from ..export.resized_model import resampled_note
 from .artifacts import ONNX_RUNTIME, Planned, planned_artifacts
+from .bucket_step import bounds, measurement_names
 from .estimates import run_estimates
 from .kept_units import kept_branches, selection_map, token_map
 from .latency_loop import latency_entry
@@ -65,16 +62,19 @@ class TrainedModels:
     """The models of a run, and the relative error of the cut (`training_steps.Cut`).
 
     `exact`: the compact model without the dead weight of its zeros, where single weights are zero.
+    `buckets`: the compact model with `masks.token_buckets`, which is then the one that ships.
     """
 
     baseline: CompactModel
     compact: CompactModel
     cut_error: float
     exact: CompactModel | None = None
+    buckets: BucketedModel | None = None
 
-    def by_name(self) -> dict[str, CompactModel]:
+    def by_name(self) -> dict[str, CompactModel | BucketedModel]:
         """The models by the names that artifacts have."""
-        found = {"baseline": self.baseline, "compact": self.compact}
+        shipped = self.compact if self.buckets is None else self.buckets
+        found = {"baseline": self.baseline, "compact": shipped}
         return found if self.exact is None else {**found, "exact": self.exact}
 
 
@@ -123,7 +123,7 @@ def load_artifacts(recipe: Recipe, folder: RunFolder) -> dict[str, Artifact]:
 
 
 def measure_all(artifacts: Mapping[str, Artifact], context: RunContext) -> dict[str, Measurement]:
-    """Measure all artifacts interleaved, with their top-1 on the test images.
+    """Measure all artifacts interleaved, with their top-1 on the test images; buckets each.
 
     This machine measures them, or the device of `bench.on`.
     """
@@ -136,14 +136,25 @@ def measure_all(artifacts: Mapping[str, Artifact], context: RunContext) -> dict[
         dataset = write_dataset(context.data, Path(temporary) / "test.npz", bench.top1_images)
         target = context.recipe.export.target
         measured = measured_artifacts(artifacts, bench, dataset, target=target, quiet=context.quiet)
+    _remove_other_buckets(context, measured)
     for name, measurement in measured.items():
         measurement.save(context.folder / f"{MEASUREMENTS}/{name}.json")
     return measured
 
 
+def _remove_other_buckets(context: RunContext, measured: Mapping[str, Measurement]) -> None:
+    """Remove what an earlier recipe measured of the same artifacts with other buckets, or none."""
+    folder = context.folder / MEASUREMENTS
+    for name in plans_of(context.recipe):
+        for path in (folder / f"{name}.json", *folder.glob(f"{bucket_pattern(name)}.json")):
+            if path.stem not in measured:
+                path.unlink(missing_ok=True)
+
+
 def load_measurements(recipe: Recipe, folder: RunFolder) -> dict[str, Measurement]:
     """Load the measurements that `measure_all` wrote."""
-    names = plans_of(recipe)
+    plans, masks = plans_of(recipe).items(), recipe.masks
+    names = [each for name, plan in plans for each in measurement_names(name, plan, masks)]
     return {name: Measurement.load(folder / f"{MEASUREMENTS}/{name}.json") for name in names}
 
 
@@ -198,7 +209,7 @@ def write_report(
     Args:
         models: The trained models.
         artifacts: The exported artifacts by name.
-        measurements: Their measurements by the same names.
+        measurements: Their measurements by the names of `measurement_names`.
         context: The run; its data has the image size of the artifacts.
 
     Returns:
@@ -216,12 +227,17 @@ def write_report(
         name: _exported(model.architecture, recipe) for name, model in models.by_name().items()
     }
     plans = plans_of(recipe)
+    single = bounds(plans, measurements, recipe.masks)
+    measured = {
+        name: [measurements[each] for each in measurement_names(name, plan, recipe.masks)]
+        for name, plan in plans.items()
+    }
     entries = {
         name: _model_entry(
             architecture,
-            [key for key, plan in plans.items() if plan.model == name],
+            {key: measured[key] for key, plan in plans.items() if plan.model == name},
             artifacts,
-            measurements,
+            single,
         )
         for name, architecture in architectures.items()
     }
@@ -229,7 +245,7 @@ def write_report(
         architectures,
         ("fp32", *recipe.export.precisions),
         recipe.report.estimate_for,
-        _file_bytes(plans, measurements),
+        _file_bytes(plans, single),
     )
     report = Report.model_validate(
         {
@@ -248,7 +264,7 @@ def write_report(
             "seconds": folder.seconds(),
             "tokens": _token_map(models.compact, context),
             "cut": _cut_errors(folder),
-            "latency": latency_entry(recipe, baseline, folder.path, measurements),
+            "latency": latency_entry(recipe, baseline, folder.path, single),
             "zeros": read_dead(folder.path),
         }
     )
@@ -376,62 +392,27 @@ def versions() -> dict[str, str]:
 
 def _model_entry(
     architecture: Architecture,
-    names: list[str],
+    measured: Mapping[str, Sequence[Measurement]],
     artifacts: Mapping[str, Artifact],
-    measurements: Mapping[str, Measurement],
+    single: Mapping[str, Measurement],
 ) -> dict[str, Any]:
+    """The entry of a model; `measured` has its artifacts, `single` what stands for each of all."""
     entries = [
         {
             "runtime": artifacts[name].manifest.runtime,
             "precision": artifacts[name].manifest.precision,
             "target": artifacts[name].manifest.target,
-            "bytes": measurements[name].file_bytes,
-            "measurement": measurements[name].to_dict(),
+            "bytes": each.file_bytes,
+            "measurement": each.to_dict(),
         }
-        for name in names
+        for name, own in measured.items()
+        for each in own
     ]
     # The accuracy of a model is that of its first artifact: of a file that ran, not of the network
     # that it was exported from.
     return {
         "params": count_params(architecture),
         "macs": count_macs(architecture),
-        "top1": measurements[names[0]].top1,
+        "top1": single[next(iter(measured))].top1,
         "artifacts": entries,
     }
-
-
-def show_final_table(folder: RunFolder) -> None:
-    """Print the report's figures of each artifact, and the path of the report."""
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("artifact", "params", "MACs", "top-1", "p50", "faster", "memory", "file"):
-        table.add_column(column, justify="left" if column == "artifact" else "right", no_wrap=True)
-    run = load_run(folder.path)
-    devices = overview(run).devices
-    rows = [row for device in devices for row in device.rows]
-    for row in rows:
-        table.add_row(*_cells(row))
-    warnings = [
-        escape(f"warning: {row.label}: {line}")
-        for row in rows
-        for line in (row.measurement.warnings if row.measurement else ())
-        if line.startswith(PARITY)
-    ]
-    budget = None if run.report.latency is None else shipped_text(run.report.latency)
-    outcome = [] if budget is None else [budget]
-    outcome += [f"measured on {device.title}" for device in devices if device.remote]
-    show(table, *warnings, *outcome, f"report: {folder / 'report.html'}")
-
-
-def _cells(row: Row) -> list[str]:
-    memory = row.measurement.beyond_floor_rss_bytes if row.measurement else None
-    faster = "" if row.speed_up is None else f"{row.speed_up.estimate:.2f}x"
-    return [
-        row.label,
-        unit_count(row.params or 0),
-        unit_count(row.macs or 0),
-        "" if row.top1 is None else f"{100 * row.top1:.2f} %",
-        "" if row.summary is None else f"{1e3 * row.summary.p50_s:.2f} ms",
-        "1.00x" if row.series == 0 and row.summary else faster,
-        "" if memory is None else f"{memory / 1e6:.1f} MB",
-        "" if row.file_bytes is None else f"{row.file_bytes / 1e6:.2f} MB",
-    ]

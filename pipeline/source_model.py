@@ -375,3 +375,13 @@ def _nearest(name: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def with_last_queries(model: CompactModel) -> CompactModel:
+    """The same network with `last_queries`: the last block computes only what the head reads.
+
+    This is exact, and every artifact does it, so that multiply-adds are comparable.
+    """
+    last_queries = model.architecture.pooled_prefix > 0
+    architecture = model.architecture.model_copy(update={"last_queries": last_queries})
+    return build_compact(architecture, model.state_dict())

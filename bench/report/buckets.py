@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..results.buckets import BucketTable, bucket_tables
+from rich.table import Table
+
+from ..results.buckets import BucketTable
 from ..results.measurement import NOT_LATENCY, Measurement
 from . import wording
-from .overview import Overview
 from .table import NONE, Cell, Line
 
 HEADING = "Buckets"
 COLUMNS = ("images", "p50", "p90", "p99", "top-1")
-
-
-def tables_of(view: Overview) -> tuple[BucketTable, ...]:
-    """The tables of all measurements of a report."""
-    rows = (row for device in view.devices for row in device.timed)
-    return bucket_tables(row.measurement for row in rows if row.measurement is not None)
 
 
 def remark(table: BucketTable) -> str:
@@ -56,6 +51,16 @@ def lines(table: BucketTable) -> list[Line]:
         mean = Cell(wording.duration(table.mean_s))
         found.append(Line(name, (Cell("100 %"), mean, NONE, NONE, _top1(*counted))))
     return [*found, Line("guarantee: slowest bucket", (NONE, *_times(table.slowest), NONE))]
+
+
+def bucket_table(found: BucketTable) -> tuple[str, Table]:
+    """The buckets of an artifact for a terminal: what they are, and latency and top-1 of each."""
+    table = Table(show_edge=False, pad_edge=False)
+    for head in ("bucket", *COLUMNS):
+        table.add_column(head, justify="left" if head == "bucket" else "right", no_wrap=True)
+    for line in lines(found):
+        table.add_row(line.name, *("" if cell is NONE else cell.figure for cell in line.cells))
+    return f"{found.name}: buckets. {remark(found)}", table
 
 
 def _times(measured: Measurement) -> Iterable[Cell]:

@@ -55,11 +55,10 @@ def _side_by_side(view: Overview) -> Markup:
 
 def buckets_section(view: Overview) -> Markup | None:
     """The buckets of artifacts whose images keep different numbers of patches."""
-    found = buckets.tables_of(view)
-    if not found:
+    if not view.buckets:
         return None
     cards = []
-    for each in found:
+    for each in view.buckets:
         grid = _grid(CORNER, [_head(name) for name in buckets.COLUMNS], buckets.lines(each))
         text = element("p", buckets.remark(each), class_="soft")
         table_of = element("div", grid, class_="scroll")

@@ -87,7 +87,7 @@ def _figures(view: Overview) -> list[str]:
 
 def _buckets(view: Overview) -> list[str]:
     parts = []
-    for found in buckets.tables_of(view):
+    for found in view.buckets:
         grid = _grid(["", *buckets.COLUMNS], buckets.lines(found))
         parts += [f"## {buckets.HEADING}: {safe(found.name)}", safe(buckets.remark(found)), grid]
     return parts

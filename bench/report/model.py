@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...targets.catalog import present_name
+from ..results.buckets import bucket_tables
 from ..results.measurement import Measurement, of_earlier_version
 
 SCHEMA = "vitrim.report/1"
@@ -50,6 +51,21 @@ class ModelEntry(_Part):
     macs: Count | None
     top1: Share | None
     artifacts: tuple[ArtifactEntry, ...] = ()
+
+    @property
+    def one_each(self) -> tuple[ArtifactEntry, ...]:
+        """The artifacts; of one with all its buckets measured, a single entry with the bound."""
+        measured = [each.measurement for each in self.artifacts if each.measurement is not None]
+        tables = bucket_tables(measured)
+        first = {id(table.measurements[0]): table.bound for table in tables}
+        others = {id(each) for table in tables for each in table.measurements[1:]}
+        found = [each for each in self.artifacts if id(each.measurement) not in others]
+        return tuple(
+            each.model_copy(update={"measurement": first[id(each.measurement)]})
+            if id(each.measurement) in first
+            else each
+            for each in found
+        )
 
 
 class EstimatedLatency(_Part):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ..results.buckets import BucketTable, bucket_tables
 from ..results.measurement import Environment, Measurement
 from ..results.statistics import Interval, Summary, ratio_interval
 from . import wording
@@ -138,6 +139,7 @@ class Overview:
     changes: tuple[Change, ...]
     chosen: str | None
     devices: tuple[Device, ...]
+    buckets: tuple[BucketTable, ...]
     warnings: tuple[str, ...]
 
 
@@ -152,6 +154,7 @@ def overview(run: Run) -> Overview:
         changes=changes,
         chosen=chosen.label if chosen else None,
         devices=devices,
+        buckets=_buckets(run),
         warnings=_warnings(run, devices),
     )
 
@@ -160,6 +163,12 @@ def baseline_name(run: Run) -> str:
     """The model that the others are compared with."""
     models = run.report.models
     return next((name for name in ("baseline", "dense") if name in models), next(iter(models)))
+
+
+def _buckets(run: Run) -> tuple[BucketTable, ...]:
+    models = run.report.models.values()
+    measured = (each.measurement for model in models for each in model.artifacts)
+    return bucket_tables(each for each in measured if each is not None)
 
 
 def _devices(run: Run) -> tuple[Device, ...]:
@@ -177,7 +186,7 @@ def _devices(run: Run) -> tuple[Device, ...]:
 def _rows(run: Run) -> list[Row]:
     models = run.report.models
     reference = baseline_name(run)
-    found = [(name, model, entry) for name, model in models.items() for entry in model.artifacts]
+    found = [(name, model, entry) for name, model in models.items() for entry in model.one_each]
     found.sort(key=lambda item: item[0] != reference)
     several_runtimes = len({entry.runtime for _, _, entry in found}) > 1
     # Number 0 is reserved for the baseline, even where it was not measured.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .measurement import Measurement
+from .measurement import Bucket, Measurement
 
 Key = tuple[object, ...]
 
@@ -49,6 +49,29 @@ class BucketTable:
         return self.slowest.summary().p50_s
 
     @property
+    def bound(self) -> Measurement:
+        """What stands for the artifact beside others: the slowest bucket, with all warnings.
+
+        Its top-1 is that of all images, each in its own bucket.
+        """
+        slowest = self.slowest
+        bucket = slowest.bucket
+        assert bucket is not None
+        correct, total = self.counted or (None, None)
+        top1 = correct / total if correct is not None and total else None
+        warnings = dict.fromkeys(line for each in self.measurements for line in each.warnings)
+        return slowest.model_copy(
+            update={
+                "name": self.name,
+                "bucket": Bucket(patches=bucket.patches, counts=bucket.counts),
+                "top1": top1,
+                "correct": None if top1 is None else correct,
+                "total": None if top1 is None else total,
+                "warnings": tuple(warnings),
+            }
+        )
+
+    @property
     def mean_s(self) -> float | None:
         """The p50 of each bucket, in seconds, in the mean over the images."""
         if self.shares is None:
@@ -75,6 +98,11 @@ class BucketTable:
 def bucket_name(name: str, patches: int) -> str:
     """Return the name of the measurement of one bucket of an artifact."""
     return f"{name}-{patches}-patches"
+
+
+def bucket_pattern(name: str) -> str:
+    """Return the pattern (`glob`) of the names of all buckets that an artifact may have."""
+    return f"{name}-[0-9]*-patches"
 
 
 def bucket_tables(measurements: Iterable[Measurement]) -> tuple[BucketTable, ...]:

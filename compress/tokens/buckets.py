@@ -229,14 +229,22 @@ class BucketedModel(nn.Module):
         Raises:
             InputError: The folder is not empty, or the disk is full.
         """
-        text = json.dumps(self.buckets.model_dump(by_alias=True, mode="json"), indent=1)
         with replace_folder(folder, files.MODEL, overwrite=overwrite) as temporary:
             files.save(self.network, temporary / "model")
             for path in sorted((temporary / "model").iterdir()):
                 path.replace(temporary / path.name)
             (temporary / "model").rmdir()
-            replace_file(temporary / files.BUCKETS_FILE, text + "\n")
+            self.save_buckets(temporary)
         return Path(folder)
+
+    def save_buckets(self, folder: Path | str) -> None:
+        """Write `buckets.json` alone, beside a saved model that is `fixed` of the largest bucket.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        text = json.dumps(self.buckets.model_dump(by_alias=True, mode="json"), indent=1)
+        replace_file(Path(folder) / files.BUCKETS_FILE, text + "\n")
 
     def _scored(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The stream (batch, tokens, embed) before the last selection, and its scores."""

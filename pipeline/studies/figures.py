@@ -74,7 +74,7 @@ def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
             entry = report.models[name]
             for figure in ("top1", "params", "macs"):
                 found[f"{figure}{suffix}"] = getattr(entry, figure)
-            for artifact in entry.artifacts:
+            for artifact in entry.one_each:
                 values = _artifact_figures(artifact)
                 prefix = artifact_prefix(name, artifact.runtime, artifact.precision)
                 found |= {f"{prefix}_{key}": value for key, value in values.items()}

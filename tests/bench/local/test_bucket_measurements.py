@@ -15,6 +15,7 @@ from selecting_models import noise_images, sharp_selection
 from vitrim import BucketedModel, bucketed, export, measure
 from vitrim.bench.local.bucket_jobs import measured_names
 from vitrim.bench.local.measure import measure_interleaved
+from vitrim.bench.report.model import ArtifactEntry, ModelEntry
 from vitrim.bench.report.run import from_measurements
 from vitrim.bench.results.buckets import BucketTable, bucket_tables
 from vitrim.bench.results.measurement import Bucket, Measurement
@@ -144,11 +145,41 @@ def test_the_bound_is_the_slowest_bucket_and_the_mean_is_weighted() -> None:
     assert table.slowest.bucket.patches == 6
     assert table.mean_s == pytest.approx(0.4 * 0.001 + 0.5 * 0.005 + 0.1 * 0.004)
     assert table.mean_patches == pytest.approx(0.4 * 3 + 0.5 * 6 + 0.1 * 11)
+    # Beside other artifacts stands the slowest one, with no share.
+    assert (table.bound.name, table.bound.latency_s[0]) == ("small", 0.005)
+    assert table.bound.bucket == Bucket(patches=6, counts=COUNTS)
+    assert table.bound.of_all_images
     unknown = BucketTable("small", tuple(bucket(count, 0.001) for count in COUNTS))
     assert unknown.mean_s is None
     assert unknown.images == ""
     # A table has all buckets.
     assert bucket_tables(rows[:2]) == ()
+
+
+def test_the_artifact_of_a_model_is_one_entry_with_all_images() -> None:
+    counted = [(3, 4), (4, 5), (1, 1)]
+    made = [
+        bucket(count, time, share=total / 10, images=10, source="data set").model_copy(
+            update={"correct": correct, "total": total, "top1": correct / total}
+        )
+        for count, time, (correct, total) in zip(COUNTS, (0.1, 0.2, 0.3), counted, strict=True)
+    ]
+    dense = measurement(latency_s=(0.4,) * 3)
+    entries = [
+        ArtifactEntry(
+            runtime="onnxruntime", precision="fp32", target="host", bytes=1, measurement=m
+        )
+        for m in (dense, *made)
+    ]
+    model = ModelEntry(params=1, macs=1, top1=None, artifacts=tuple(entries))
+    first, second = model.one_each
+    assert first.measurement is dense
+    assert second.measurement is not None
+    assert (second.measurement.correct, second.measurement.total) == (8, 10)
+    assert second.measurement.summary().p50_s == 0.3
+    # One of them alone is what was measured.
+    alone = model.model_copy(update={"artifacts": tuple(entries[:2])})
+    assert alone.one_each == tuple(entries[:2])
 
 
 @pytest.mark.parametrize(
