@@ -2,8 +2,8 @@
 
 Points that were measured are appended to a file beside the table, so that an interrupted
 measurement continues. It stops when the held-out networks are predicted well, or at a number of
-networks; then random compact networks, and half as many that the solver chooses by the costs, check
-the sums of sub-layers, and a correction is learned.
+networks; then random compact networks, and as many that the solver chooses by the costs, check the
+sums of sub-layers, and a correction is learned. Half of the solver's are part of the fit.
 """
 
 from __future__ import annotations
@@ -185,30 +185,29 @@ class _Run:
             self._measure(shapes, models, ["check"] * len(part), None)
 
     def check_solver(self, dense: CompactModel) -> None:
-        """Measure the networks of the solver that are missing."""
-        shares = np.linspace(LARGEST, SMALLEST, self.request.checks // 2)
-        missing = range(len(self.of_role("solved")), len(shares))
-        if not missing:
-            return
-        table = self.table()
-        dense_ms = table.latency_ms(network_shape(dense.architecture))
-        # Where patches cannot leave, each of them is one of widths.
+        """Measure the networks of the solver that are missing, each group by all costs so far."""
+        shares = np.linspace(LARGEST, SMALLEST, self.request.checks)
+        # Each group has large and small ones.
+        shares = np.random.default_rng(self.request.seed).permutation(shares)
+        # Where patches cannot leave, all of them are of widths.
         leaves = dense.architecture.pool.kind != "none" and not self.request.sizes.selects
-        found = [
-            trial_network(
-                dense,
-                float(shares[place]) * dense_ms,
-                table,
-                ROUND_TO,
-                tokens=leaves and place % 2 == 0,
-            )
-            for place in missing
-        ]
-        networks = [each for each in found if each is not None]
-        for start in range(0, len(networks), BATCH):
-            part = networks[start : start + BATCH]
-            shapes = [network_shape(each.architecture) for each in part]
-            self._measure(shapes, part, ["solved"] * len(part), None)
+        place = len(self.of_role("solved"))
+        while place < len(shares):
+            table = self.table()
+            dense_ms = table.latency_ms(network_shape(dense.architecture))
+            part: list[CompactModel] = []
+            while place < len(shares) and len(part) < BATCH:
+                share = float(shares[place])
+                rng = np.random.default_rng((self.request.seed, place))
+                tokens = leaves and place % 2 == 0
+                found = trial_network(
+                    dense, share * dense_ms, table, ROUND_TO, tokens=tokens, rng=rng
+                )
+                part += [] if found is None else [found]
+                place += 1
+            if part:
+                shapes = [network_shape(each.architecture) for each in part]
+                self._measure(shapes, part, ["solved"] * len(part), None)
 
     def _measure(
         self,
@@ -272,8 +271,12 @@ class _Run:
 
     def table(self) -> CostTable:
         """The table with its errors and its correction."""
+        solved = self.of_role("solved")
+        half = min(self.request.checks // 2, len(solved))
+        # The costs are fitted to the first half of them, too: they are where costs are used.
+        fitted = [point.model_copy(update={"role": "fit"}) for point in solved[:half]]
         # Each later group of networks moves the speed that the points are stated at.
-        fit = fit_costs(leveled(self.points), self.tiles)
+        fit = fit_costs([*leveled(self.points), *fitted], self.tiles)
         request, about = self.request, self.about
         held_out = self.of_role("held-out")
         target = target_name(request.target)
@@ -292,12 +295,12 @@ class _Run:
             environment=about.environment,
             power_w=float(np.median(about.powers_w)) if about.powers_w else None,
         )
-        return found.model_copy(update=_checked(fit, self.of_role("check"), self.of_role("solved")))
+        return found.model_copy(update=_checked(fit, self.of_role("check"), solved[half:]))
 
 
 def _most(request: CostRequest) -> int:
     """The largest number of networks that are measured."""
-    return request.most_points + request.checks + request.checks // 2
+    return request.most_points + 2 * request.checks
 
 
 def _checked(

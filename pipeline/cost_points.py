@@ -38,8 +38,7 @@ class CostRequest:
         threads: Threads of the runtime.
         batch: Images in an inference.
         most_points: Largest number of networks for the fit and its error.
-        checks: Number of random compact networks that check the sums; half as many are the
-            solver's.
+        checks: Number of random compact networks that check the sums, and of the solver's.
         seed: Of the random networks.
     """
 

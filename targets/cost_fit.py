@@ -93,7 +93,11 @@ def refitted(table: CostTable, measured: Sequence[tuple[NetworkShape, float]]) -
         table: The table; without points it stays as it is.
         measured: Networks and their latencies in milliseconds.
     """
-    points = [point for point in table.points if point.role == "fit"]
+    points = [
+        point.model_copy(update={"role": "fit"})
+        for point in table.points
+        if point.role in ("fit", "solved")
+    ]
     if not points or not measured:
         return table
     parts = [(network, table.parts_ms(latency_ms)) for network, latency_ms in measured]

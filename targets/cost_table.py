@@ -69,7 +69,8 @@ class MeasuredNetwork(Plain):
     `fit`: the costs are fitted to it; `held-out`: it gives the error of the fit; `check`: a compact
     network of mixed widths, which gives the error of a sum of sub-layers, and the correction;
     `solved`: one that the solver chose for a latency by the costs. Of all networks it finds those
-    that the costs underestimate, so that random ones do not show by how much it is wrong.
+    that the costs underestimate, so that random ones do not show by how much it is wrong; the first
+    half of them are fitted, and the others give the excess.
     `reference_ms` is the latency of the dense network that was measured together with it.
     """
 

@@ -7,7 +7,7 @@ variance, or the rise of a training loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -146,12 +146,17 @@ def scored_losses(
     return Losses(found, tokens or {}, widths, curve.order)
 
 
-def uniform_losses(architecture: Architecture, round_to: int = 1) -> Losses:
+def uniform_losses(
+    architecture: Architecture,
+    round_to: int = 1,
+    factor: Callable[[str, str], float] = lambda dimension, site: 1.0,
+) -> Losses:
     """Losses without any knowledge of the weights: the square of the share that is removed.
 
     Args:
         architecture: The network.
         round_to: Widths are multiples of it, or whole.
+        factor: What those of a dimension of a sub-layer are multiplied by.
     """
     scores: dict[str, dict[str, Tensor]] = {}
     for branch in architecture.branches:
@@ -160,6 +165,7 @@ def uniform_losses(architecture: Architecture, round_to: int = 1) -> Losses:
             if size is not None:
                 # The sum of the first k odd numbers is k squared.
                 shares = (2 * torch.arange(size, dtype=torch.float64) + 1) / size**2
+                shares *= factor(dimension, branch.name)
                 scores.setdefault(dimension, {})[branch.name] = shares
     return scored_losses(architecture, scores, round_to)
 

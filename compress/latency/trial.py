@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ...core.errors import InputError
@@ -18,9 +20,18 @@ from .losses import Losses, uniform_losses
 from .search import solve_architecture
 from .solution import Limits
 
+# Deviations of the logarithms of drawn losses: between dimensions, and of one within the network.
+BETWEEN, WITHIN = 1.0, 0.5
+
 
 def trial_network(
-    start: CompactModel, latency_ms: float, table: CostTable, round_to: int, *, tokens: bool
+    start: CompactModel,
+    latency_ms: float,
+    table: CostTable,
+    round_to: int,
+    *,
+    tokens: bool,
+    rng: np.random.Generator | None = None,
 ) -> CompactModel | None:
     """A network that the solver chooses without any knowledge of the weights; None without one.
 
@@ -30,11 +41,22 @@ def trial_network(
         table: The cost table.
         round_to: Kept widths are multiples of this.
         tokens: Whether patches leave, too.
+        rng: Draws what a network loses with each dimension of each sub-layer, with tokens, and, in
+            every other network, with channels of the stream. None: with all alike, and the stream
+            stays.
     """
     architecture = priced(start.architecture)
-    losses = uniform_losses(architecture, round_to)
+    if rng is None:
+        losses = uniform_losses(architecture, round_to)
+    else:
+        losses = _drawn_losses(architecture, round_to, rng)
     if tokens:
-        losses = Losses(losses.sublayers, _even_losses(architecture))
+        factor = 1.0 if rng is None else float(rng.lognormal(0.0, BETWEEN))
+        leaving = {
+            step: [factor * each for each in row]
+            for step, row in _even_losses(architecture).items()
+        }
+        losses = replace(losses, tokens=leaving)
     with contextlib.suppress(InputError):
         found = solve_architecture(architecture, losses, Limits(latency_ms), table)
         mask = found.mask()
@@ -44,6 +66,22 @@ def trial_network(
         last = bool(architecture.pooled_prefix) or None
         return compact(start, mask, last_queries=last).eval()
     return None
+
+
+def _drawn_losses(architecture: Architecture, round_to: int, rng: np.random.Generator) -> Losses:
+    """Losses of a network in which some dimensions and sub-layers matter more than others."""
+    dimensions = {name: rng.lognormal(0.0, BETWEEN) for name in ("ffn", "head", "qk", "v")}
+
+    def factor(dimension: str, site: str) -> float:
+        return float(dimensions[dimension] * rng.lognormal(0.0, WITHIN))
+
+    losses = uniform_losses(architecture, round_to, factor)
+    if rng.random() < 0.5:
+        size, weight = architecture.embed, len(losses.sublayers) * rng.lognormal(0.0, BETWEEN)
+        widths = range(round_to * (size // 4 // round_to + 1), size, round_to)
+        stream = {width: float(weight * (1 - width / size) ** 2) for width in widths}
+        losses = replace(losses, embed=stream)
+    return losses
 
 
 def _even_losses(architecture: Architecture) -> dict[int, list[float]]:
