@@ -122,7 +122,8 @@ def _show_errors(table: CostTable) -> None:
     solved = sum(point.role == "solved" for point in table.points)
     if table.excess is not None:
         show(
-            f"{plural(solved, 'network')} that the solver chose: nine of ten are at most "
+            f"{plural(solved, 'network')} that the solver chose: of those outside of the fit, nine "
+            "of ten are at most "
             f"{100 * table.excess:.1f} % slower than predicted, by which a first file aims below "
             "its budget"
         )
