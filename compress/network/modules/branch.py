@@ -97,7 +97,9 @@ class Branch(nn.Module):
         """Return stream[..., writes] + y; `stream` itself is not modified."""
         if self.writes is None:
             return stream + y
-        return stream.index_add(-1, self.writes, y.expand(*stream.shape[:-1], -1))
+        # Products by autocast are of another type than the stream, which a sum allows and this not.
+        added = y.to(stream.dtype).expand(*stream.shape[:-1], -1)
+        return stream.index_add(-1, self.writes, added)
 
 
 def _core(spec: BranchSpec, width_in: int, width_out: int) -> nn.Module:

@@ -45,6 +45,10 @@ class Norm(nn.Module):
             return affine(normalize(x, self.spec), self.weight, self.bias, per_head=True)
         if self.spec.kind == "rms":
             return affine(F.rms_norm(x, width, self.weight, self.spec.eps), None, self.bias)
+        if self.weight is None and self.bias is not None and x.dtype != self.bias.dtype:
+            # torch's backward pass wants a bias of the inputs' type where there is no weight:
+            # F.layer_norm(torch.ones(2, 4).bfloat16().requires_grad_(), (4,), None, torch.ones(4))
+            return normalize(x, self.spec) + self.bias
         return F.layer_norm(x, width, self.weight, self.bias, self.spec.eps)
 
 
