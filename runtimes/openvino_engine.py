@@ -19,6 +19,17 @@ DEVICE = "CPU"
 ONEDNN_LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA")
 
 
+def without_telemetry() -> None:
+    """Keep OpenVINO and nncf, which are imported next, from reporting that over the network.
+
+    Their package `openvino_telemetry` sends an event for each import and conversion, unless a file
+    in the home directory declines (https://github.com/openvinotoolkit/telemetry). It does so in a
+    thread that forks, beside what is measured; under qemu the fork may never return. Without the
+    package both use a stub of their own. A program that has it loaded keeps it.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
 class _SignalStack(ctypes.Structure):
     """`stack_t` of Linux."""
 
@@ -62,6 +73,7 @@ class OpenVinoEngine(Engine):
 
     def __init__(self, job: Json) -> None:
         super().__init__(job)
+        without_telemetry()
         try:
             import openvino
         except ImportError as error:

@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ...core.errors import InputError
-from ...runtimes.openvino_engine import openvino_contained
+from ...runtimes.openvino_engine import openvino_contained, without_telemetry
 from ..capabilities import int8_assumptions, int8_exact
 from ..forms import Form
 from ..graphs.model_proto import SELECT
@@ -63,6 +63,7 @@ class OpenVino:
 
     def write(self, source: Source, folder: Path) -> RuntimeFiles:
         """Convert the graph; see `Runtime.write`."""
+        without_telemetry()
         import openvino
 
         quantized = source.precision in ("int8", "int8-static")
@@ -150,6 +151,7 @@ def chosen_tokens(
 
 
 def _fixed_batch(path: Path) -> int | None:
+    without_telemetry()
     import openvino
 
     batch = openvino.Core().read_model(str(path)).inputs[0].get_partial_shape()[0]
@@ -164,6 +166,7 @@ def _model_values(
     session: Mapping[str, str] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """The inner values of OpenVINO's model, by the graph's names."""
+    without_telemetry()
     import openvino
 
     core = openvino.Core()
