@@ -31,8 +31,10 @@ def _noise(shape: Any) -> np.ndarray[Any, Any]:
 
 
 def _openvino(path: str, threads: int) -> Callable[[], object]:
+    from vitrim.runtimes.openvino_engine import openvino_contained, without_telemetry
+
+    without_telemetry()
     import openvino
-    from vitrim.runtimes.openvino_engine import openvino_contained
 
     settings = {
         "INFERENCE_NUM_THREADS": threads,
