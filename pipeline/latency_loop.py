@@ -28,7 +28,6 @@ from ..core.progress import Progress
 from ..core.storage import replace_file
 from ..export.exporter import export
 from ..targets.cost_fit import refitted
-from ..targets.cost_parts import NetworkShape
 from ..targets.cost_table import CostTable
 from .bench_device import MeasureFiles, measure_at_device
 from .latency_place import elsewhere, file_target
@@ -168,7 +167,6 @@ def cut_to_latency(
         cut = cuts.cut(latency_ms)
         return cut, LatencyRecord.of(table, latency_ms, cut.latency_ms)
     found: list[tuple[LatencyCut, Round]] = []
-    known: list[tuple[NetworkShape, float]] = []
     cut, budget_ms = _first_cut(cuts, latency_ms)
     try:
         for number in range(rounds):
@@ -176,15 +174,15 @@ def cut_to_latency(
             found.append((cut, Round(budget_ms, cut.latency_ms, measured_ms)))
             if USED * latency_ms <= measured_ms <= latency_ms or number + 1 == rounds:
                 break
-            shape = network_shape(cut.model.architecture)
-            known.append((shape, measured_ms))
             predicted_ms = cut.latency_ms
-            if len(known) > 1:
+            if len(found) > 1:
                 # Networks of few tokens and of few channels may be off by different factors: one
                 # factor alone moves the next cut from the one kind to the other and back.
-                cuts.table = refitted(table, known)
+                shapes = [network_shape(each.model.architecture) for each, _ in found]
+                latencies = [step.measured_ms for _, step in found]
+                cuts.table = refitted(table, list(zip(shapes, latencies, strict=True)))
                 if cuts.table is not table:
-                    predicted_ms = cuts.table.latency_ms(shape)
+                    predicted_ms = cuts.table.latency_ms(shapes[-1])
             budget_ms = MARGIN * predicted_ms * latency_ms / measured_ms
             try:
                 cut = cuts.cut(budget_ms)

@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -172,16 +173,13 @@ class LatencyCuts:
 
     def _token_choices(self, latency_ms: float) -> list[TokenChoice | None]:
         """The tokens that may stay: of the least predicted loss, and of larger losses of tokens."""
-        losses = self.token_losses()
+        losses = predicted_losses(self.prediction, self.token_losses())
         found: dict[tuple[int, ...], TokenChoice | None] = {}
         for factor in TOKEN_FACTORS:
-            tokens = {
-                step: [factor * error for error in row]
-                for step, row in losses.items()
-                if math.isfinite(factor)
-            }
+            finite = math.isfinite(factor)
+            given = losses.scaled({}, tokens=factor) if finite else replace(losses, tokens={})
             try:
-                solved = self._solve(self.prediction, tokens, latency_ms)
+                solved = self._solve(self.prediction, given, latency_ms)
             except InputError:
                 if not found:
                     raise
@@ -206,11 +204,18 @@ class LatencyCuts:
 
     def _distance(self, model: CompactModel) -> float:
         """How far the outputs are from the dense network's on held-out images, as a share."""
-        images = self.prediction.checking
+        wanted = self._dense_outputs
         with torch.no_grad():
-            wanted, found = self.source(images).double(), model(images).double()
+            found = model(self.prediction.checking).double()
         spread = (wanted - wanted.mean(dim=0)).square().sum().clamp(min=1e-12)
         return float((found - wanted).square().sum() / spread)
+
+    @cached_property
+    def _dense_outputs(self) -> Tensor:
+        """Those of the held-out images, (images, classes), in double precision."""
+        with torch.no_grad():
+            found: Tensor = self.source(self.prediction.checking)
+        return found.double()
 
     def token_losses(self) -> Mapping[int, Sequence[float]]:
         """What is lost with tokens by step and number, as a share of the features' variance."""
@@ -261,29 +266,22 @@ class LatencyCuts:
         images = torch.cat([self.prediction.checking, self.prediction.fitting])
         return predict(cut, images, options=self.options, progress=self.report)
 
-    def _solve(
-        self,
-        prediction: Prediction,
-        tokens: Mapping[int, Sequence[float]],
-        latency_ms: float,
-        losses: Losses | None = None,
-    ) -> Solution:
+    def _solve(self, prediction: Prediction, losses: Losses, latency_ms: float) -> Solution:
         limits = Limits(latency_ms, self.latency.file_mb, self.latency.peak_memory_mb)
         options = SolveOptions(precision=self.options.precision)
-        given = predicted_losses(prediction, tokens) if losses is None else losses
         return solve_architecture(
-            prediction.rotated.architecture, given, limits, self.table, options
+            prediction.rotated.architecture, losses, limits, self.table, options
         )
 
     def _trimmed(self, prediction: Prediction, latency_ms: float) -> Trimmed:
         """The best cut of the widths by its distance to the dense network on held-out images."""
         losses = predicted_losses(prediction)
-        solutions = [self._solve(prediction, {}, latency_ms, losses)]
+        solutions = [self._solve(prediction, losses, latency_ms)]
         if solutions[0].embed < prediction.rotated.architecture.embed:
             # The prediction of a narrower stream is rough, so it has to win when it is measured.
             whole = replace(losses, embed={})
             with contextlib.suppress(InputError):
-                solutions.append(self._solve(prediction, {}, latency_ms, whole))
+                solutions.append(self._solve(prediction, whole, latency_ms))
         solutions += self._varied(prediction, losses, latency_ms)
         few = replace(prediction, fitting=prediction.fitting[:CANDIDATE_IMAGES])
         if len(solutions) > 1:
@@ -304,7 +302,7 @@ class LatencyCuts:
             varied = losses.scaled(
                 dict(zip(losses.sublayers, factors, strict=False)), embed=factors[-1]
             )
-            solution = self._solve(prediction, {}, latency_ms, varied)
+            solution = self._solve(prediction, varied, latency_ms)
             found[repr((solution.widths, solution.embed))] = solution
         return list(found.values())
 

@@ -51,12 +51,9 @@ def trial_network(
     else:
         losses = _drawn_losses(architecture, round_to, rng)
     if tokens:
-        factor = 1.0 if rng is None else float(rng.lognormal(0.0, BETWEEN))
-        leaving = {
-            step: [factor * each for each in row]
-            for step, row in _even_losses(architecture).items()
-        }
-        losses = replace(losses, tokens=leaving)
+        losses = replace(losses, tokens=_even_losses(architecture))
+        if rng is not None:
+            losses = losses.scaled({}, tokens=float(rng.lognormal(0.0, BETWEEN)))
     with contextlib.suppress(InputError):
         found = solve_architecture(architecture, losses, Limits(latency_ms), table)
         mask = found.mask()
