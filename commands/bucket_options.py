@@ -151,7 +151,8 @@ def _show(model: BucketedModel) -> None:
     for place, (count, cost) in enumerate(zip(buckets.counts, macs, strict=True)):
         share = "" if buckets.shares is None else f", {100 * buckets.shares[place]:.1f} % of images"
         show(f"{count} patches at {model.selection.spec.name}: {unit_count(cost)} MACs{share}")
-    if buckets.shares is not None:
-        mean = sum(share * cost for share, cost in zip(buckets.shares, macs, strict=True))
-        show(f"mean: {unit_count(round(mean))} MACs; at most {unit_count(macs[-1])}")
+    calibration = model.calibration
+    if calibration is not None:
+        mean = unit_count(round(calibration.mean_macs))
+        show(f"mean: {mean} MACs; at most {unit_count(calibration.worst_macs)}")
     show(f"coverage: {buckets.coverage:.4f} of an image's scores")

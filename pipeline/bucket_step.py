@@ -140,17 +140,17 @@ def _calibrate(compact: CompactModel, context: RunContext) -> BucketedModel:
 
 
 def _show(model: BucketedModel, *, made: bool, quiet: bool) -> None:
-    buckets, macs = model.buckets, model.macs
-    shares = buckets.shares or (0.0,) * len(macs)
+    found = model.calibration
+    # A run calibrates on images, also with a given coverage.
+    assert found is not None
     parts = [
         f"{count} patches {100 * share:.1f} %"
-        for count, share in zip(buckets.counts, shares, strict=True)
+        for count, share in zip(found.counts, found.shares, strict=True)
     ]
-    mean = sum(share * cost for share, cost in zip(shares, macs, strict=True))
     loaded = "" if made else "  (loaded from the run folder)"
     status(
-        f"buckets of {buckets.images} training images: {', '.join(parts)}; coverage "
-        f"{buckets.coverage:.4f}; mean {unit_count(round(mean))} MACs, at most "
-        f"{unit_count(macs[-1])}{loaded}",
+        f"buckets of {found.images} training images: {', '.join(parts)}; coverage "
+        f"{model.buckets.coverage:.4f}; mean {unit_count(round(found.mean_macs))} MACs, at most "
+        f"{unit_count(found.worst_macs)}{loaded}",
         quiet=quiet,
     )

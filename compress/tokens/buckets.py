@@ -134,6 +134,13 @@ class BucketedModel(nn.Module):
         return tuple(count_macs(architecture) for architecture in self.architectures)
 
     @property
+    def calibration(self) -> BucketShares | None:
+        """How the calibration images are distributed, and what they cost; None without any."""
+        if (found := self.buckets).shares is None:
+            return None
+        return BucketShares(found.counts, found.shares, self.macs, found.images)
+
+    @property
     def selection(self) -> Select:
         """The last selection."""
         return cast(Select, self.network.selects[-1])
