@@ -189,6 +189,30 @@ def _layer_before_patches(draw: Any) -> ConvSpec | SoftSplitSpec:
     )
 
 
+def lone_predictor(norm: NormSpec | None = None, reads: Indices | None = None) -> Architecture:
+    """Without other norms, so that a channel is read only where a matrix has a column for it."""
+    ffn = BranchSpec(name="blocks.0.ffn", core=FfnSpec(hidden=3))
+    select = SelectSpec(
+        name="select.0",
+        at=0,
+        patches=2,
+        scorer="predictor",
+        predictor=PredictorSpec(local=2, pooled=1),
+        norm=norm,
+        reads=reads,
+    )
+    return Architecture(
+        image=(2, 4, 6),
+        embed=4,
+        stem=StemSpec(patch=(2, 2)),
+        prefix=0,
+        steps=((ffn,),),
+        selects=(select,),
+        pool=PoolSpec(kind="mean"),
+        head=HeadSpec(classes=3),
+    )
+
+
 def network(architecture: Architecture, seed: int = 0) -> CompactModel:
     """A network with random weights in double precision, so that rounding hides no difference."""
     torch.manual_seed(seed)

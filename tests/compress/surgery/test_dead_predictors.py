@@ -9,22 +9,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_networks import network, selecting_architectures
+from random_networks import lone_predictor, network, selecting_architectures
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor
 from typer.testing import CliRunner
 from vitrim import WeightMask, save
 from vitrim.cli import app
 from vitrim.compress.network.architecture import (
-    Architecture,
-    BranchSpec,
-    FfnSpec,
-    HeadSpec,
     NormSpec,
-    PoolSpec,
     PredictorSpec,
-    SelectSpec,
-    StemSpec,
 )
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Choices
@@ -224,28 +217,8 @@ def test_a_wrong_fold_in_a_predictor_is_noticed(monkeypatch: pytest.MonkeyPatch)
 
 
 def lone_reader(norm: NormSpec | None = None, reads: tuple[int, ...] | None = None) -> CompactModel:
-    """Without other norms, so that a channel is read only where a matrix has a column for it."""
-    ffn = BranchSpec(name="blocks.0.ffn", core=FfnSpec(hidden=3))
-    select = SelectSpec(
-        name="select.0",
-        at=0,
-        patches=2,
-        scorer="predictor",
-        predictor=PredictorSpec(local=2, pooled=1),
-        norm=norm,
-        reads=reads,
-    )
-    architecture = Architecture(
-        image=(2, 4, 6),
-        embed=4,
-        stem=StemSpec(patch=(2, 2)),
-        prefix=0,
-        steps=((ffn,),),
-        selects=(select,),
-        pool=PoolSpec(kind="mean"),
-        head=HeadSpec(classes=3),
-    )
-    model = network(architecture)
+    """Of its first channel only the predictor has a column with weights."""
+    model = network(lone_predictor(norm, reads))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith(("core.fc1.weight", "head.weight")):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from random_networks import network, selecting_architectures
+from random_networks import lone_predictor, network, selecting_architectures
 from tiny_models import fvcore_macs, relative_error, tiny_vit, token_counts
 from torch import Tensor
 from vitrim import (
@@ -29,14 +29,7 @@ from vitrim.compress.masks.groups import sites
 from vitrim.compress.masks.saliency import Criterion
 from vitrim.compress.network.architecture import (
     Architecture,
-    BranchSpec,
-    FfnSpec,
-    HeadSpec,
     Indices,
-    PoolSpec,
-    PredictorSpec,
-    SelectSpec,
-    StemSpec,
 )
 from vitrim.compress.network.cost import live_cost
 from vitrim.compress.network.count import count_macs, count_params
@@ -345,35 +338,13 @@ def test_a_scoring_attention_that_adds_nothing_keeps_its_heads_and_one_value_col
 
 
 def test_a_channel_that_only_a_predictor_reads_is_not_dead() -> None:
-    spec = network_with_a_lone_reader()
+    spec = lone_predictor()
     model = network(spec)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith(("core.fc1.weight", "head.weight")):
                 tensor[:, 0] = 0
     assert "embed" not in find_dead(model).mask.kept
-
-
-def network_with_a_lone_reader() -> Architecture:
-    """Without norms, so that a channel is read only where a matrix has a column for it."""
-    ffn = BranchSpec(name="blocks.0.ffn", core=FfnSpec(hidden=3))
-    select = SelectSpec(
-        name="select.0",
-        at=0,
-        patches=2,
-        scorer="predictor",
-        predictor=PredictorSpec(local=2, pooled=1),
-    )
-    return Architecture(
-        image=(2, 4, 6),
-        embed=4,
-        stem=StemSpec(patch=(2, 2)),
-        prefix=0,
-        steps=((ffn,),),
-        selects=(select,),
-        pool=PoolSpec(kind="mean"),
-        head=HeadSpec(classes=3),
-    )
 
 
 @pytest.mark.parametrize("criterion", ["l1", "l2"])
