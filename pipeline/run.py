@@ -67,9 +67,9 @@ from .source_model import (
     require_trained_head,
     source_model,
     weights_digest,
+    with_last_queries,
     with_preprocessing,
 )
-from .source_model import with_last_queries as with_last_queries
 from .token_step import require_tokens
 from .training_host import followed, tracked, training_host
 from .training_steps import (

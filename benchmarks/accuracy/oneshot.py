@@ -43,9 +43,8 @@ from vitrim.compress.oneshot.trim import Prediction, TrimOptions, predict, trim_
 from vitrim.compress.surgery.plan import plan
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.pipeline.recipe_sections import ModelSection
-from vitrim.pipeline.run import with_last_queries
 from vitrim.pipeline.shipping_steps import stratified_sample
-from vitrim.pipeline.source_model import image_of, preprocessing_of, source_model
+from vitrim.pipeline.source_model import image_of, preprocessing_of, source_model, with_last_queries
 
 from ..results_file import RESULTS, earlier_rows, save_result
 from .oneshot_cases import FROM_IMAGES, IMAGES, Case, cases, key_of, table

@@ -45,7 +45,7 @@ from vitrim.compress.train.dense import DenseTask, Distillation
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.compress.train.loop import fit
 from vitrim.compress.train.settings import TrainSettings
-from vitrim.pipeline.run import with_last_queries
+from vitrim.pipeline.source_model import with_last_queries
 
 from ..results_file import RESULTS, earlier_rows, markdown_head, markdown_row, save_result
 from .oneshot import Bench, open_bench

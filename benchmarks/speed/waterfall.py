@@ -54,7 +54,8 @@ from vitrim.core.errors import InputError
 from vitrim.core.storage import replace_file
 from vitrim.export.exporter import export
 from vitrim.pipeline.latency_table import TableRequest
-from vitrim.pipeline.run import DATA, with_last_queries
+from vitrim.pipeline.run import DATA
+from vitrim.pipeline.source_model import with_last_queries
 
 from ..results_file import RESULTS, markdown_head, markdown_row
 

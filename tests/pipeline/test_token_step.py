@@ -18,9 +18,10 @@ from vitrim.compress.tokens.choose import METHODS
 from vitrim.core.errors import InputError
 from vitrim.pipeline.masks_section import SELECTING, TokenMethod
 from vitrim.pipeline.recipe import load_recipe
-from vitrim.pipeline.run import run, with_last_queries
+from vitrim.pipeline.run import run
 from vitrim.pipeline.run_folder import RunFolder
 from vitrim.pipeline.shipping_steps import resampled_notes
+from vitrim.pipeline.source_model import with_last_queries
 
 TOKENS = ('masks.tokens="patch-slimming"', "masks.token_macs=0.7")
 TOLERANCE = ('masks.tokens="patch-slimming"', "masks.token_tolerance=0.05")

@@ -52,7 +52,7 @@ from vitrim.compress.train.selection_losses import (
 from vitrim.compress.train.selection_task import SelectionTask
 from vitrim.compress.train.settings import TrainSettings
 from vitrim.core.errors import InputError
-from vitrim.pipeline.run import with_last_queries
+from vitrim.pipeline.source_model import with_last_queries
 
 EPOCHS, STEPS = 3, 8
 MODEL: dict[str, Any] = {
