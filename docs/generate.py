@@ -92,10 +92,7 @@ def shipped_tables() -> str:
             for found in (costs.held_out, costs.whole)
             if found is not None
         ]
-        solved = sum(point.role == "solved" for point in costs.points)
-        # Half of them are part of the fit.
-        count = solved - solved // 2
-        excess = "" if costs.excess is None else f"{100 * costs.excess:.1f} % ({count})"
+        excess = "" if costs.excess is None else f"{100 * costs.excess:.1f} %"
         cells.append((*what, costs.environment["cpu_model"], *errors, excess))
     header = (
         "target", "runtime", "precision", "threads", "tokens x channels, at most", "measured on",
