@@ -22,7 +22,7 @@ _MODULES = {
     "TrimOptions": ".compress.oneshot.prediction",
     "choose_tokens": ".compress.tokens.choose",
     "bucketed": ".compress.tokens.buckets",
-    "Buckets": ".compress.tokens.buckets",
+    "Buckets": ".compress.tokens.bucket_rules",
     "BucketedModel": ".compress.tokens.buckets",
     "load_bucketed": ".compress.tokens.buckets",
     "chosen_tokens": ".compress.tokens.select",
@@ -90,7 +90,8 @@ if TYPE_CHECKING:
     from .compress.oneshot.trim import trim
     from .compress.surgery.compactor import compact
     from .compress.surgery.image_size import resized
-    from .compress.tokens.buckets import BucketedModel, Buckets, bucketed, load_bucketed
+    from .compress.tokens.bucket_rules import Buckets
+    from .compress.tokens.buckets import BucketedModel, bucketed, load_bucketed
     from .compress.tokens.choose import choose_tokens
     from .compress.tokens.merging.merged import MergingOptions, merged_tokens
     from .compress.tokens.patch_slimming import SlimmingOptions, slim_patches

@@ -51,6 +51,19 @@ Coverage = Annotated[
 ]
 
 
+BucketRule = Annotated[
+    str | None,
+    typer.Option(
+        "--bucket-rule",
+        metavar="RULE",
+        help="With --mean-patches: divergence (the default; an image keeps the smallest number "
+        "with which the logits are predicted to be near those of the largest, learned from the "
+        "images without labels) or coverage (see --coverage).",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class BucketOptions:
     """The numbers of patches of which each image keeps one, and how it is chosen."""
@@ -58,6 +71,7 @@ class BucketOptions:
     buckets: Buckets = None
     mean_patches: MeanPatches = None
     coverage: Coverage = None
+    bucket_rule: BucketRule = None
 
     @property
     def selected(self) -> bool:
@@ -67,10 +81,15 @@ class BucketOptions:
     def __post_init__(self) -> None:
         given = {"--mean-patches": self.mean_patches, "--coverage": self.coverage}
         named = [option for option, value in given.items() if value is not None]
+        ruled = ["--bucket-rule"] if self.bucket_rule is not None else []
         if not self.selected:
-            if named:
-                raise InputError(f"{named[0]} belongs to --buckets; add --buckets {EXAMPLE}")
+            for option in (*named, *ruled):
+                raise InputError(f"{option} belongs to --buckets; add --buckets {EXAMPLE}")
             return
+        if ruled and self.coverage is not None:
+            raise InputError(
+                "--bucket-rule and --coverage: a coverage is a rule of its own; keep one of them"
+            )
         if len(named) != 1:
             raise InputError("--buckets needs one of --mean-patches (with --data) and --coverage")
         self.counts()
@@ -116,10 +135,13 @@ def make_buckets(
     Raises:
         InputError: A number does not fit the model, or images are needed and there are none.
     """
+    from ..compress.tokens.bucket_rules import RULES
     from ..compress.tokens.buckets import bucketed
     from ..pipeline.trim_step import StageBars
 
     # Before images are decoded.
+    if options.bucket_rule not in (None, *RULES):
+        raise InputError(f"--bucket-rule {options.bucket_rule}: choose {' or '.join(RULES)}")
     bucketed(source.model, options.counts(), coverage=1.0)
     images = _images(source, selection, options)
     with StageBars(quiet=False) as bars:
@@ -129,6 +151,7 @@ def make_buckets(
             coverage=options.coverage,
             images=images,
             mean_patches=options.mean_patches,
+            rule=options.bucket_rule,
             progress=bars,
         )
     _show(model)
@@ -155,4 +178,4 @@ def _show(model: BucketedModel) -> None:
     if calibration is not None:
         mean = unit_count(round(calibration.mean_macs))
         show(f"mean: {mean} MACs; at most {unit_count(calibration.worst_macs)}")
-    show(f"coverage: {buckets.coverage:.4f} of an image's scores")
+    show(f"rule: {buckets.described}")

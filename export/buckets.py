@@ -27,7 +27,7 @@ from .artifact import ARTIFACT, Artifact, entry_for
 from .cross_target import cross_target
 from .export_run import ExportRun, first_batch
 from .forms import Form, form_named, write_network
-from .forms.buckets import CHOSEN, join_buckets
+from .forms.buckets import CHOSEN, BucketRule, join_buckets
 from .forms.select import random_places
 from .graphs.candidates import int8_weight_bits, readable
 from .graphs.known_forms import best_form
@@ -220,6 +220,7 @@ def _buckets_spec(model: BucketedModel, equal: float) -> BucketsSpec:
         selection=model.selection.spec.name,
         counts=found.counts,
         coverage=found.coverage,
+        divergence=None if found.divergence is None else found.divergence.threshold,
         shares=found.shares,
         images=found.images or None,
         macs=model.macs,
@@ -250,8 +251,12 @@ def bucketed_graph(
         graphs,
         model.buckets.counts,
         selection=spec.name,
-        predicted=spec.scorer == "predictor",
-        coverage=model.buckets.coverage,
+        rule=BucketRule(
+            model.buckets,
+            predicted=spec.scorer == "predictor",
+            prefix=model.architecture.prefix,
+            tokens=model.tokens_before,
+        ),
     )
 
 

@@ -50,6 +50,9 @@ class BucketsSpec(PlainWithExtras):
         counts: The numbers, increasing. The optional input `bucket` forces one of them; the output
             `kept`, beside the logits, is the one that an image got.
         coverage: An image gets the smallest one whose best patches hold this share of its scores.
+        divergence: An image gets the smallest one whose logits are predicted to be so near those of
+            the last: the natural logarithm of a Kullback-Leibler divergence in nats. Either this or
+            the coverage is given.
         shares: Share of the calibration images in each, where there were any.
         images: Number of calibration images.
         macs: Multiply-adds of one image in each; no image costs more than the last one.
@@ -58,7 +61,8 @@ class BucketsSpec(PlainWithExtras):
 
     selection: Name
     counts: tuple[Size, ...] = Field(min_length=2)
-    coverage: Annotated[float, Field(gt=0, le=1)]
+    coverage: Annotated[float, Field(gt=0, le=1)] | None = None
+    divergence: Annotated[float, Field(allow_inf_nan=False)] | None = None
     shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     images: Size | None = None
     macs: tuple[Size, ...] | None = None
@@ -66,13 +70,15 @@ class BucketsSpec(PlainWithExtras):
 
     @property
     def extras(self) -> frozenset[str]:
-        """The fields that earlier versions did not write."""
-        return frozenset({"images", "macs"})
+        """Of the two rules one is written; earlier versions did not write the others."""
+        return frozenset({"coverage", "divergence", "images", "macs"})
 
     @model_validator(mode="after")
     def _one_each(self) -> BucketsSpec:
         if list(self.counts) != sorted(set(self.counts)):
             raise ValueError(f"buckets: counts {list(self.counts)} must be increasing")
+        if (self.coverage is None) == (self.divergence is None):
+            raise ValueError("buckets: one of coverage and divergence chooses")
         for name, values in (("shares", self.shares), ("macs", self.macs)):
             if values is not None and len(values) != len(self.counts):
                 raise ValueError(f"buckets: {len(values)} {name} for {len(self.counts)} counts")

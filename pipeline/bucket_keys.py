@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -10,7 +10,7 @@ from .latency_keys import positive
 from .recipe_sections import Section
 
 # Trained weights do not depend on them.
-BUCKET_KEYS = ("token_buckets", "token_mean_patches", "token_coverage")
+BUCKET_KEYS = ("token_buckets", "token_mean_patches", "token_coverage", "token_bucket_rule")
 # Those of `masks.tokens` whose scores an image can be judged by.
 _BUCKETED = ("dynamicvit", "dps", "class-attention")
 # That of `Buckets`, whose module imports torch.
@@ -42,6 +42,12 @@ class BucketKeys(Section):
         description="with `token_buckets`, instead of `token_mean_patches`: an image keeps the "
         "smallest number whose best patches hold this share of its scores, e.g. 0.9",
     )
+    token_bucket_rule: Literal["divergence", "coverage"] | None = Field(
+        None,
+        description="with `token_mean_patches`: `divergence` (absent: the same), an image keeps "
+        "the smallest number with which the logits are predicted to be near those of the largest, "
+        "learned from `images` without labels; or `coverage`, as `token_coverage` chooses",
+    )
 
     @field_validator("token_buckets")
     @classmethod
@@ -60,10 +66,11 @@ class BucketKeys(Section):
         Raises:
             ValueError: They contradict each other; the message names the key.
         """
-        ways = {name: getattr(self, name) for name in BUCKET_KEYS[1:]}
+        ways = {name: getattr(self, name) for name in BUCKET_KEYS[1:3]}
         given = {name: value for name, value in ways.items() if value is not None}
+        rule = {"token_bucket_rule": self.token_bucket_rule} if self.token_bucket_rule else {}
         if self.token_buckets is None:
-            for name, value in given.items():
+            for name, value in (given | rule).items():
                 raise ValueError(
                     f"{name} = {value} belongs to token_buckets; add the numbers of patches, "
                     "e.g. `token_buckets = [60, 98, 137]`"
@@ -79,6 +86,10 @@ class BucketKeys(Section):
             raise ValueError(
                 "`token_buckets` needs one of `token_mean_patches` and `token_coverage`, e.g. "
                 "`token_coverage = 0.9`"
+            )
+        if rule and self.token_coverage is not None:
+            raise ValueError(
+                "token_bucket_rule and token_coverage: a coverage is a rule of its own; keep one"
             )
         low, high = self.token_buckets[0], self.token_buckets[-1]
         if self.token_mean_patches is not None and not low <= self.token_mean_patches <= high:

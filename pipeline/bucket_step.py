@@ -133,6 +133,7 @@ def _calibrate(compact: CompactModel, context: RunContext) -> BucketedModel:
             coverage=section.token_coverage,
             images=images,
             mean_patches=section.token_mean_patches,
+            rule=section.token_bucket_rule,
             progress=bars,
         )
     model.save_buckets(context.folder / COMPACT)
@@ -149,8 +150,8 @@ def _show(model: BucketedModel, *, made: bool, quiet: bool) -> None:
     ]
     loaded = "" if made else "  (loaded from the run folder)"
     status(
-        f"buckets of {found.images} training images: {', '.join(parts)}; coverage "
-        f"{model.buckets.coverage:.4f}; mean {unit_count(round(found.mean_macs))} MACs, at most "
+        f"buckets of {found.images} training images: {', '.join(parts)}; "
+        f"{model.buckets.described}; mean {unit_count(round(found.mean_macs))} MACs, at most "
         f"{unit_count(found.worst_macs)}{loaded}",
         quiet=quiet,
     )

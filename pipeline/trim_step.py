@@ -54,6 +54,7 @@ STAGES = {
     "slim": "slimming blocks",
     "evaluate": "pruning single blocks",
     "compare": "comparing candidates",
+    "learn": "comparing buckets",
 }
 
 

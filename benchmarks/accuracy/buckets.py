@@ -3,14 +3,14 @@
     python -m benchmarks.accuracy.buckets [--data quickstart|fashion-mnist|cifar10:FOLDER]
         [--model embedded|FOLDER] [--method class-attention] [--stage 1] [--counts 6 12 24]
         [--means 0.4 0.6 0.8] [--images 512] [--test-images 2000] [--inferences 2000]
-        [--precision fp32|int8] [--time-limit 60]
+        [--precision fp32|int8] [--time-limit 60] [--rules divergence coverage]
 
-The model gets one selection behind `--stage`, or keeps those that it has. For every mean (a share
-of the way from the smallest to the largest count) the coverage is calibrated on `--images` training
-images. The artifact with buckets then stands beside the artifact with one number of patches: the
-smallest one that classifies at least as many of the test images correctly. All buckets and that
-artifact are measured interleaved (batch 1, one thread); the mean latency is that of each bucket,
-weighted with the shares of the test images.
+The model gets one selection behind `--stage`, or keeps those that it has. For every rule and mean
+(a share of the way from the smallest to the largest count) the threshold is calibrated on
+`--images` training images, without their labels. The artifact with buckets then stands beside the
+artifact with one number of patches: the smallest one that classifies at least as many of the test
+images correctly. All buckets and that artifact are measured interleaved (batch 1, one thread); the
+mean latency is that of each bucket, weighted with the shares of the test images.
 
 `above` counts inferences of real images, each in its own bucket, that take longer than the bound
 (the p50 of the slowest bucket) plus the machine's own spread. That is what as many inferences of
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import tempfile
 import time
@@ -39,6 +40,7 @@ from vitrim.bench.local.environment import read_machine
 from vitrim.bench.local.measure import measure_interleaved
 from vitrim.bench.results.buckets import bucket_tables
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.tokens.bucket_rules import RULES, Rule
 from vitrim.compress.tokens.select import SelectMethod
 from vitrim.compress.train.evaluate import evaluate
 from vitrim.core.errors import InputError
@@ -109,13 +111,15 @@ class BucketBench:
             self.plan.counts[-1],
         )
 
-    def row(self, mean: float) -> dict[str, Any]:
+    def row(self, rule: Rule, mean: float) -> dict[str, Any]:
         """Calibrate, export, and measure at one mean number of patches."""
         counts, plan = self.plan.counts, self.plan
         wanted = counts[0] + mean * (counts[-1] - counts[0])
-        model = vitrim.bucketed(self.network, counts, images=self.images, mean_patches=wanted)
+        model = vitrim.bucketed(
+            self.network, counts, images=self.images, mean_patches=wanted, rule=rule
+        )
         single = self.single_count(evaluate(model, self.bench.data.test))
-        folder = Path(self.folder.name) / f"{mean:g}"
+        folder = Path(self.folder.name) / f"{rule}-{mean:g}"
         options: Any = {
             "precision": plan.precision,
             "images": self.images[:64].numpy(),
@@ -132,8 +136,9 @@ class BucketBench:
         correct, total = table.counted or (0, 1)
         alone = measured["single"]
         return {
+            "rule": rule,
             "mean": mean,
-            "coverage": model.buckets.coverage,
+            "threshold": model.buckets.threshold,
             "calibration_shares": model.buckets.shares,
             "shares": table.shares,
             "mean_patches": table.mean_patches,
@@ -254,10 +259,11 @@ def table(rows: Iterable[dict[str, Any]], counts: Sequence[int]) -> str:
     shares = [f"{count} patches" for count in counts]
     above = ("bound ms", "inferences", "above", "above, 99.9 %")
     titles = (*columns, *shares, *above)
-    lines = markdown_head(*titles, numbers=len(titles))
+    lines = markdown_head("rule", *titles, numbers=len(titles))
     for row in rows:
         lines.append(
             markdown_row(
+                row["rule"],
                 f"{row['mean_patches']:.1f}",
                 f"{row['top1_percent']:.2f}",
                 f"{1e3 * row['mean_s']:.3f}",
@@ -284,6 +290,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, help="the block before the selection that is added")
     parser.add_argument("--counts", nargs="+", type=int, help="patches of each bucket")
     parser.add_argument("--means", nargs="+", type=float, default=list(MEANS))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--inferences", type=int, default=2000)
@@ -311,12 +318,12 @@ def main() -> None:
     }
     rows = earlier_rows(out, head)
     buckets = BucketBench(bench, network, plan)
-    for mean in options.means:
-        if any(row["mean"] == mean for row in rows):
+    for rule, mean in itertools.product(options.rules, options.means):
+        if any((row["rule"], row["mean"]) == (rule, mean) for row in rows):
             continue
-        rows.append(buckets.row(mean))
+        rows.append(buckets.row(rule, mean))
         print(json.dumps(rows[-1]), flush=True)
-        rows.sort(key=lambda row: float(row["mean"]))
+        rows.sort(key=lambda row: (RULES.index(row["rule"]), float(row["mean"])))
         text = (
             f"`python -m benchmarks.accuracy.buckets --data {name}`: the {options.model} model, "
             f"{bench.dense_top1:.2f} % top-1 on {len(bench.data.test)} test images; {select.scorer}"

@@ -1,21 +1,20 @@
 """Budgets per image: the last selection keeps one of a few constant numbers of patches.
 
-An image gets the smallest number, its *bucket*, whose best patches hold a given share of the
-image's scores. Every bucket has static shapes, so the largest one bounds the cost of any image,
-and the images decide the mean. `buckets.json` beside a saved model (schema `vitrim.buckets/1`)
-holds the plain data of `Buckets`; the model itself is saved with the largest number.
+An image gets the smallest number, its *bucket*, that a rule of `bucket_rules` finds sufficient.
+Every bucket has static shapes, so the largest one bounds the cost of any image, and the images
+decide the mean. `buckets.json` beside a saved model (schema `vitrim.buckets/1`) holds the plain
+data of `Buckets`; the model itself is saved with the largest number.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ...core import strict_json
@@ -24,79 +23,31 @@ from ...core.storage import replace_file, replace_folder
 from ..lift import lift
 from ..network import files
 from ..network.architecture import Architecture
-from ..network.branch_specs import Count, Spec, Width
 from ..network.count import count_macs
 from ..network.modules.branch import Branch
 from ..network.modules.model import CompactModel, build
 from ..network.modules.select import Select, first_places
+from ..network.select_specs import select_inputs
 from ..oneshot.stream import check_images
+from .bucket_rules import (
+    RULES,
+    Buckets,
+    BucketShares,
+    Divergence,
+    Rule,
+    coverage_of,
+    divergences,
+    feature_count,
+    features,
+    first_enough,
+    fit_divergence,
+    shares_of,
+    threshold_for,
+)
 from .streaming import Progress, batch_size, silent
 
-# Far above any useful number of buckets, and any file of them.
-MOST_BUCKETS, MAX_FILE_BYTES = 16, 65536
-_LEAST_COVERAGE = 1e-9
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Buckets(Spec):
-    """The numbers of patches that images may keep at the last selection, and how one is chosen.
-
-    Attributes:
-        schema_: Version of the format; the key is `schema`.
-        counts: Number of patches that each bucket keeps, increasing.
-        coverage: An image gets the smallest bucket whose best patches hold this share of its
-            scores; the last one if none does.
-        shares: Share of the calibration images in each bucket; None where none were used.
-        images: Number of calibration images.
-    """
-
-    schema_: Literal["vitrim.buckets/1"] = Field("vitrim.buckets/1", alias="schema")
-    counts: tuple[Width, ...] = Field(min_length=2, max_length=MOST_BUCKETS)
-    coverage: Annotated[float, Field(gt=0, le=1)]
-    shares: tuple[Share, ...] | None = None
-    images: Count = 0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Buckets:
-        if list(self.counts) != sorted(set(self.counts)):
-            raise ValueError(f"counts {list(self.counts)} must be increasing")
-        if self.shares is not None and len(self.shares) != len(self.counts):
-            raise ValueError(f"{len(self.shares)} shares for {len(self.counts)} counts")
-        if (self.shares is None) != (self.images == 0):
-            raise ValueError("shares and the number of images need each other")
-        return self
-
-
-@dataclass(frozen=True)
-class BucketShares:
-    """How images are distributed over buckets, and what they cost.
-
-    Attributes:
-        counts: Number of patches that each bucket keeps, increasing.
-        shares: Share of the images in each.
-        macs: Multiply-adds of one image in each; the largest is the bound for any image.
-        images: Number of images.
-    """
-
-    counts: tuple[int, ...]
-    shares: tuple[float, ...]
-    macs: tuple[int, ...]
-    images: int
-
-    @property
-    def mean_patches(self) -> float:
-        """Number of patches that an image keeps on average."""
-        return sum(share * count for share, count in zip(self.shares, self.counts, strict=True))
-
-    @property
-    def mean_macs(self) -> float:
-        """Number of multiply-adds of an image on average."""
-        return sum(share * macs for share, macs in zip(self.shares, self.macs, strict=True))
-
-    @property
-    def worst_macs(self) -> int:
-        """Number of multiply-adds that no image exceeds."""
-        return max(self.macs)
+# Far above the weights of any useful rule.
+MAX_FILE_BYTES = 4_000_000
 
 
 class BucketedModel(nn.Module):
@@ -108,7 +59,7 @@ class BucketedModel(nn.Module):
     Args:
         model: A network with selections. Its weights are shared; the number of patches that its
             last selection keeps has no meaning here.
-        buckets: The numbers of patches and the coverage.
+        buckets: The numbers of patches and the rule.
 
     Raises:
         InputError: The last selection has no scores of the image or fuses tokens, or a number does
@@ -122,6 +73,12 @@ class BucketedModel(nn.Module):
             _with_count(model.architecture, count) for count in buckets.counts
         )
         self.network = _sharing(model, self.architectures[-1])
+        wanted = feature_count(self.architecture.embed, self.architecture.prefix)
+        if buckets.divergence is not None and len(buckets.divergence.weights[0]) != wanted:
+            raise InputError(
+                f"buckets: divergence: rows of {len(buckets.divergence.weights[0])} weights; the "
+                f"stream before {self.selection.spec.name} has {wanted} features"
+            )
 
     @property
     def architecture(self) -> Architecture:
@@ -145,6 +102,12 @@ class BucketedModel(nn.Module):
         """The last selection."""
         return cast(Select, self.network.selects[-1])
 
+    @property
+    def tokens_before(self) -> int:
+        """Number of tokens before the last selection."""
+        counts = (self.architecture.tokens, *self.architecture.step_tokens(last_queries=False))
+        return int(select_inputs(self.architecture, counts)[-1][2])
+
     def forward(self, images: Tensor) -> Tensor:
         """Classify images, each in its bucket.
 
@@ -155,7 +118,7 @@ class BucketedModel(nn.Module):
             (batch, classes).
         """
         x, scores = self._scored(images)
-        numbers = self._numbers(scores)
+        numbers = self._numbers(x, scores)
         rows = [(numbers == number).nonzero().flatten() for number in numbers.unique().tolist()]
         logits = [self._rest(int(numbers[part[0]]), x[part], scores[part]) for part in rows]
         return torch.cat(logits).index_select(0, torch.cat(rows).argsort())
@@ -180,7 +143,7 @@ class BucketedModel(nn.Module):
     def bucket_of(self, images: Tensor) -> Tensor:
         """The number of patches that each image keeps: (batch, …) -> int64 (batch,)."""
         with torch.inference_mode():
-            numbers = self._numbers(self._scored(images)[1])
+            numbers = self._numbers(*self._scored(images))
         return torch.tensor(self.buckets.counts, device=numbers.device)[numbers]
 
     def covered(self, images: Tensor, progress: Progress | None = None) -> Tensor:
@@ -196,15 +159,7 @@ class BucketedModel(nn.Module):
         Raises:
             InputError: The images do not fit the model.
         """
-        check_images(self.network, images)
-        found: list[Tensor] = []
-        parts = images.split(batch_size(self.network))
-        device = next(self.network.parameters()).device
-        with torch.inference_mode():
-            for number, part in enumerate(parts):
-                (progress or silent)("score", number * len(parts[0]), len(images))
-                found.append(self._covered(self._scored(part.to(device))[1]).cpu())
-        return torch.cat(found)
+        return self._of_images(images, lambda _, scores: self._covered(scores), progress)
 
     def shares(self, images: Tensor, progress: Progress | None = None) -> BucketShares:
         """How images are distributed over the buckets, and what they cost.
@@ -219,8 +174,36 @@ class BucketedModel(nn.Module):
         Raises:
             InputError: The images do not fit the model.
         """
-        found = _shares(self.covered(images, progress), self.buckets.coverage)
+        needs = self._of_images(images, self._needs, progress)
+        found = shares_of(needs, self.buckets.threshold)
         return BucketShares(self.buckets.counts, found, self.macs, len(images))
+
+    def learned(
+        self, images: Tensor, progress: Progress | None = None
+    ) -> tuple[Divergence, Tensor]:
+        """Fit the prediction of how far each bucket's logits are from those of the last.
+
+        Args:
+            images: (images, channels, height, width), without labels.
+            progress: Called with "learn", the images done, and the images in all.
+
+        Returns:
+            The prediction with a threshold of 0, and for each image what a fit to the others
+            predicts, float64 (images, buckets - 1), on the CPU.
+
+        Raises:
+            InputError: The images do not fit the model, or there are fewer than two.
+        """
+        if len(images) < 2:
+            raise InputError("buckets: a prediction is fitted to two images or more; give hundreds")
+        width = feature_count(self.architecture.embed, self.architecture.prefix)
+
+        def compared(x: Tensor, scores: Tensor) -> Tensor:
+            logits = [self._rest(number, x, scores) for number in range(len(self.buckets.counts))]
+            return torch.cat([features(x, self.selection.prefix), divergences(logits)], dim=1)
+
+        found = self._of_images(images, compared, progress, "learn")
+        return fit_divergence(found[:, :width], found[:, width:])
 
     def save(self, folder: Path | str, *, overwrite: bool = False) -> Path:
         """Write the model with its largest bucket, and `buckets.json`, completely or not at all.
@@ -268,9 +251,36 @@ class BucketedModel(nn.Module):
         last = torch.tensor(self.buckets.counts, device=scores.device) - 1
         return held[:, last] / held[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
 
-    def _numbers(self, scores: Tensor) -> Tensor:
-        """The number of each image's bucket: (batch, patches) -> int64 (batch,)."""
-        return _first_covering(self._covered(scores), self.buckets.coverage)
+    def _needs(self, x: Tensor, scores: Tensor) -> Tensor:
+        """What the rule compares with its threshold: (batch, buckets - 1)."""
+        divergence = self.buckets.divergence
+        if divergence is None:
+            return -self._covered(scores)[:, :-1]
+        weights = torch.tensor(divergence.weights, device=x.device)
+        bias = torch.tensor(divergence.bias, device=x.device)
+        return features(x, self.selection.prefix) @ weights.T + bias
+
+    def _numbers(self, x: Tensor, scores: Tensor) -> Tensor:
+        """The number of each image's bucket: int64 (batch,)."""
+        return first_enough(self._needs(x, scores), self.buckets.threshold)
+
+    def _of_images(
+        self,
+        images: Tensor,
+        compute: Callable[[Tensor, Tensor], Tensor],
+        progress: Progress | None,
+        stage: str = "score",
+    ) -> Tensor:
+        """What is computed from the stream before the selection and its scores, on the CPU."""
+        check_images(self.network, images)
+        found: list[Tensor] = []
+        parts = images.split(batch_size(self.network))
+        device = next(self.network.parameters()).device
+        with torch.inference_mode():
+            for number, part in enumerate(parts):
+                (progress or silent)(stage, number * len(parts[0]), len(images))
+                found.append(compute(*self._scored(part.to(device))).double().cpu())
+        return torch.cat(found)
 
     def _rest(self, number: int, x: Tensor, scores: Tensor) -> Tensor:
         """Run what follows the scores in one bucket: (batch, …) -> (batch, classes)."""
@@ -289,26 +299,30 @@ def bucketed(
     coverage: float | None = None,
     images: Tensor | None = None,
     mean_patches: float | None = None,
+    rule: Rule | None = None,
     progress: Progress | None = None,
 ) -> BucketedModel:
     """Let the last selection keep one of a few numbers of patches, which depends on the image.
 
-    An image gets the smallest number whose best patches hold `coverage` of the image's scores: of
+    By divergence, an image gets the smallest number with which the logits are predicted to be near
+    those of the largest; the prediction is learned from `images` without labels, in closed form. By
+    coverage, it gets the smallest number whose best patches hold a share of the image's scores: of
     a predictor their probabilities to be kept, of an attention its weights.
 
     Args:
         model: A network with selections (`select_tokens`). Its weights are shared.
         counts: Numbers of patches, increasing; the largest one bounds the cost of any image.
         coverage: The share of an image's scores, above 0 and at most 1. None: `mean_patches`
-            decides it.
+            decides the threshold of the rule.
         images: (images, channels, height, width), normalized as the model expects: some hundred,
             on which `mean_patches` is met. With `coverage` they are only counted.
         mean_patches: The largest mean number of patches that `images` keep.
-        progress: Called with a stage ("score"), the images done, and the images in all.
+        rule: "divergence" or "coverage". None: by divergence, unless `coverage` is given.
+        progress: Called with a stage ("score", "learn"), the images done, and the images in all.
 
     Returns:
-        A network in the mode of `model`; its `buckets` have the coverage and, given images, their
-        share in each bucket. Shapes: (batch, channels, height, width) -> (batch, classes).
+        A network in the mode of `model`; its `buckets` have the rule and, given images, their share
+        in each bucket. Shapes: (batch, channels, height, width) -> (batch, classes).
 
     Raises:
         InputError: A count does not fit, an argument is missing or out of range, or the last
@@ -321,6 +335,13 @@ def bucketed(
         raise InputError(
             "bucketed: mean_patches needs images on which it is met; give some hundred"
         )
+    if rule not in (None, *RULES):
+        raise InputError(f"bucketed: rule = {rule!r}: choose {' or '.join(RULES)}")
+    if rule == "divergence" and coverage is not None:
+        raise InputError(
+            "bucketed: coverage is the threshold of the other rule; give mean_patches, or leave "
+            "rule out"
+        )
     found = _buckets(counts, 1.0 if coverage is None else coverage)
     if mean_patches is not None and not found.counts[0] <= mean_patches <= found.counts[-1]:
         raise InputError(
@@ -330,12 +351,18 @@ def bucketed(
     result = BucketedModel(lift(model), found)
     if images is None:
         return result
-    covered = result.covered(images, progress)
-    if mean_patches is not None:
-        coverage = _coverage_for(covered, found.counts, mean_patches)
-        found = _buckets(counts, coverage)
-    shares = {"shares": _shares(covered, found.coverage), "images": len(images)}
-    result.buckets = found.model_copy(update=shares)
+    changed: dict[str, object] = {"images": len(images)}
+    if mean_patches is None or rule == "coverage":
+        needs = -result.covered(images, progress)[:, :-1]
+        if mean_patches is not None:
+            changed["coverage"] = coverage_of(threshold_for(needs, found.counts, mean_patches))
+    else:
+        learned, needs = result.learned(images, progress)
+        threshold = threshold_for(needs, found.counts, mean_patches)
+        changed["divergence"] = learned.model_copy(update={"threshold": threshold})
+        changed["coverage"] = None
+    found = found.model_copy(update=changed)
+    result.buckets = found.model_copy(update={"shares": shares_of(needs, found.threshold)})
     return result
 
 
@@ -416,35 +443,3 @@ def _with_count(architecture: Architecture, count: int) -> Architecture:
 def _sharing(model: CompactModel, architecture: Architecture) -> CompactModel:
     """A network of another count with the memory of the weights of `model`."""
     return build(architecture, model.state_dict()).train(model.training)
-
-
-def _first_covering(covered: Tensor, coverage: float) -> Tensor:
-    """The number of the first bucket that holds enough, else of the last: int64 (images,)."""
-    # Shares increase with the bucket; NaN counts as too little.
-    return (~(covered >= coverage)).sum(dim=1).clamp(max=covered.shape[1] - 1)
-
-
-def _shares(covered: Tensor, coverage: float) -> tuple[float, ...]:
-    numbers = _first_covering(covered, coverage)
-    found = numbers.bincount(minlength=covered.shape[1])
-    return tuple((found.double() / len(covered)).tolist())
-
-
-def _coverage_for(covered: Tensor, counts: Sequence[int], mean_patches: float) -> float:
-    """The largest coverage whose mean number of patches is at most `mean_patches`."""
-    patches = torch.tensor(counts, dtype=torch.float64)
-
-    def fits(coverage: float) -> bool:
-        return float(patches[_first_covering(covered, coverage)].mean()) <= mean_patches
-
-    if fits(1.0):
-        return 1.0
-    # The mean changes at the shares that images hold, and is constant up to and at each.
-    steps = [0.0, *covered[:, :-1].flatten().clamp(0, 1).unique().tolist()]
-    low, high = 0, len(steps)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(steps[middle]) else (low, middle)
-    # Between two of them, so that rounding moves no calibration image.
-    below = float(steps[max(0, low - 1)])
-    return max(_LEAST_COVERAGE, (float(steps[low]) + below) / 2)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ...compress.tokens.bucket_rules import Buckets, Divergence
 from ...core.errors import UnsupportedModel
 from ..graphs.model_proto import EXTERNAL_ABOVE_BYTES, INDICES
 
@@ -30,8 +31,7 @@ def join_buckets(
     counts: Sequence[int],
     *,
     selection: str,
-    predicted: bool,
-    coverage: float,
+    rule: BucketRule,
 ) -> onnx.ModelProto:
     """Join the graphs of all buckets.
 
@@ -39,8 +39,7 @@ def join_buckets(
         graphs: For each bucket the graph of one image, `images` -> `logits`, in one form.
         counts: The number of patches of each, increasing.
         selection: Name of the last selection.
-        predicted: Whether its scores are those of a predictor.
-        coverage: The share of the scores that the patches of a bucket hold.
+        rule: How the bucket of an image is chosen.
 
     Returns:
         A graph `images` -> `logits` and `kept` (1,); the value `CHOSEN` holds the patches that were
@@ -65,7 +64,7 @@ def join_buckets(
     graph.initializer.extend(
         tensor for tensor in graphs[-1].graph.initializer if tensor.name in read
     )
-    _write_conditions(graph, parts[-1].scores, counts, predicted=predicted, coverage=coverage)
+    _Conditions(graph, counts).write(parts[-1], rule)
     branches = [
         _branch(each, part.rest, count, selection)
         for each, part, count in zip(graphs, parts, counts, strict=True)
@@ -96,10 +95,37 @@ def join_buckets(
 
 
 @dataclass(frozen=True)
+class BucketRule:
+    """How the bucket of an image is chosen.
+
+    Attributes:
+        buckets: The coverage, or the prediction of a divergence.
+        predicted: Whether scores are those of a predictor, which count as probabilities.
+        prefix: Tokens of the stream before the patches.
+        tokens: Tokens of the stream before the selection; further rows have no meaning.
+    """
+
+    buckets: Buckets
+    predicted: bool
+    prefix: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class _Parts:
-    """A graph of one bucket: the scores, the nodes without their choice, and those behind it."""
+    """A graph of one bucket: the scores, the nodes without their choice, and those behind it.
+
+    Attributes:
+        scores: The scores of the patches.
+        stream: The rows of which the choice keeps some.
+        token_axis: The dimension of the rows.
+        shared: The nodes that are the same in all buckets.
+        rest: The nodes behind the choice.
+    """
 
     scores: str
+    stream: str
+    token_axis: int
     shared: list[onnx.NodeProto]
     rest: list[onnx.NodeProto]
 
@@ -107,6 +133,8 @@ class _Parts:
     def of(cls, model: onnx.ModelProto, selection: str) -> _Parts:
         makers = {name: node for node in model.graph.node for name in node.output}
         best = makers[makers[f"{selection}{INDICES}"].input[0]]
+        kept = makers[f"{selection}.kept"]
+        axis = next(entry.i for entry in kept.attribute if entry.name == "axis")
         made = set(best.output) - {""}
         shared: list[onnx.NodeProto] = []
         rest: list[onnx.NodeProto] = []
@@ -115,49 +143,93 @@ class _Parts:
             (rest if behind else shared).append(node)
             made.update(node.output if behind else ())
             made.discard("")
-        return cls(best.input[0], shared, rest)
+        return cls(best.input[0], kept.input[0], axis, shared, rest)
 
 
-def _write_conditions(
-    graph: onnx.GraphProto,
-    scores: str,
-    counts: Sequence[int],
-    *,
-    predicted: bool,
-    coverage: float,
-) -> None:
-    """Write for each bucket but the last whether it is the image's, if no smaller one is."""
+class _Conditions:
+    """Writes for each bucket but the last whether it is the image's, if no smaller one is.
 
-    def constant(name: str, value: object, kind: type) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.array(value, kind), f"buckets.{name}"))
-        return f"buckets.{name}"
+    Args:
+        graph: Gets the nodes.
+        counts: The number of patches of each bucket.
+    """
 
-    def node(operator: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+    def __init__(self, graph: onnx.GraphProto, counts: Sequence[int]) -> None:
+        self.graph, self.counts = graph, counts
+
+    def write(self, parts: _Parts, rule: BucketRule) -> None:
+        """Write the conditions, and the input that forces a bucket."""
+        graph = self.graph
+        graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), FORCED))
+        graph.input.append(helper.make_tensor_value_info(FORCED, TensorProto.INT64, []))
+        if rule.buckets.divergence is None:
+            enough = self._covering(parts.scores, rule)
+        else:
+            enough = self._near(parts, rule, rule.buckets.divergence)
+        free = self._node("Equal", [FORCED, self._constant("free", 0, np.int64)], "chosen")
+        for count, each in zip(self.counts, enough, strict=False):
+            own = self._constant(f"count.{count}", count, np.int64)
+            forced = self._node("Equal", [FORCED, own], f"forced.{count}")
+            both = self._node("And", [free, each], f"suffices.{count}")
+            self._node("Or", [both, forced], f"is.{count}")
+
+    def _covering(self, scores: str, rule: BucketRule) -> list[str]:
+        """Whether the best patches of each bucket hold enough of the scores."""
+        masses = self._node("Sigmoid" if rule.predicted else "Relu", [scores], "masses")
+        total = self._node("ReduceSum", [masses], "total", keepdims=0)
+        share = self._constant("coverage", rule.buckets.coverage, np.float32)
+        least = self._node("Mul", [total, share], "least")
+        sizes = [masses, self._constant("most", [self.counts[-2]], np.int64)]
+        best = self._node("TopK", sizes, "best", axis=-1)
+        start, axis = self._constant("start", [0], np.int64), self._constant("axis", [-1], np.int64)
+        found = []
+        for count in self.counts[:-1]:
+            end = self._constant(f"end.{count}", [count], np.int64)
+            part = self._node("Slice", [best, start, end, axis], f"part.{count}")
+            held = self._node("ReduceSum", [part], f"held.{count}", keepdims=0)
+            found.append(self._node("GreaterOrEqual", [held, least], f"enough.{count}"))
+        return found
+
+    def _near(self, parts: _Parts, rule: BucketRule, divergence: Divergence) -> list[str]:
+        """Whether the logits of each bucket are predicted to be near those of the last."""
+        axis = self._constant("axis", [parts.token_axis], np.int64)
+        ends = [
+            self._constant(name, [place], np.int64)
+            for name, place in (
+                ("patches.start", rule.prefix),
+                ("patches.end", rule.tokens),
+            )
+        ]
+        patches = self._node("Slice", [parts.stream, *ends, axis], "patches")
+        features = self._node("ReduceMean", [patches, axis], "mean", keepdims=1)
+        if rule.prefix:
+            ends = [self._constant(f"first.{place}", [place], np.int64) for place in (0, 1)]
+            first = self._node("Slice", [parts.stream, *ends, axis], "first")
+            features = self._node("Concat", [first, features], "features", axis=-1)
+        parts_read = 2 if rule.prefix else 1
+        embed = len(divergence.weights[0]) // parts_read
+        weights = divergence.centred_weights(embed).reshape(len(divergence.weights), -1)
+        found = []
+        for count, row, bias in zip(self.counts, weights, divergence.bias, strict=False):
+            column = self._constant(f"weights.{count}", row[:, None], np.float32)
+            product = self._node("MatMul", [features, column], f"product.{count}")
+            one = self._node("ReduceSum", [product], f"predicted.{count}", keepdims=0)
+            most = self._constant(f"most.{count}", divergence.threshold - bias, np.float32)
+            found.append(self._node("LessOrEqual", [one, most], f"enough.{count}"))
+        return found
+
+    def _constant(self, name: str, value: object, kind: type) -> str:
+        tensor = numpy_helper.from_array(np.array(value, kind), f"buckets.{name}")
+        self.graph.initializer.append(tensor)
+        return tensor.name
+
+    def _node(self, operator: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         label = f"buckets.{name}"
         outputs = [label, "buckets.places"] if operator == "TopK" else [label]
-        graph.node.append(
+        self.graph.node.append(
             helper.make_node(operator, list(inputs), outputs, name=label, **attributes)
         )
         return label
-
-    graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), FORCED))
-    graph.input.append(helper.make_tensor_value_info(FORCED, TensorProto.INT64, []))
-    masses = node("Sigmoid" if predicted else "Relu", [scores], "masses")
-    total = node("ReduceSum", [masses], "total", keepdims=0)
-    least = node("Mul", [total, constant("coverage", coverage, np.float32)], "least")
-    sizes = [masses, constant("most", [counts[-2]], np.int64)]
-    best = node("TopK", sizes, "best", axis=-1)
-    free = node("Equal", [FORCED, constant("free", 0, np.int64)], "chosen_by_scores")
-    start, axis = constant("start", [0], np.int64), constant("axis", [-1], np.int64)
-    for count in counts[:-1]:
-        end = constant(f"end.{count}", [count], np.int64)
-        part = node("Slice", [best, start, end, axis], f"part.{count}")
-        held = node("ReduceSum", [part], f"held.{count}", keepdims=0)
-        enough = node("GreaterOrEqual", [held, least], f"enough.{count}")
-        own = constant(f"count.{count}", count, np.int64)
-        forced = node("Equal", [FORCED, own], f"forced.{count}")
-        both = node("And", [free, enough], f"covers.{count}")
-        node("Or", [both, forced], f"is.{count}")
 
 
 def _branch(

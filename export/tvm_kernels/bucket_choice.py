@@ -1,4 +1,4 @@
-"""The bucket of an image: the smallest number of patches that holds enough of its scores."""
+"""The bucket of an image: the first whose patches hold enough, or whose logits are predicted so."""
 
 from __future__ import annotations
 
@@ -67,6 +67,53 @@ def choose_bucket(spec: ChooseBucket, lanes: Lanes) -> Any:
             # What is no number holds too little.
             one = T.Select(held[place] >= least, T.int32(0), T.int32(1))
             T.buffer_store(out, out[0] + one, [0])
+    return builder.get()
+
+
+@dataclass(frozen=True)
+class ChooseNear:
+    """The place of the first bucket whose predicted divergence is small enough, or the last.
+
+    Attributes:
+        buckets: Number of buckets.
+        width: Elements of a row of the stream, whole vectors.
+        first: Whether the first row of the stream is read, beside the mean.
+    """
+
+    buckets: int
+    width: int
+    first: bool
+
+
+def choose_near(spec: ChooseNear, lanes: Lanes) -> Any:
+    """The kernel: (mean row, weights, most (buckets - 1,), [stream]) -> the place (1,), int32.
+
+    The weights of a bucket are those of the first row, if it is read, and of the mean row.
+    """
+    count, width, parts = lanes.count, spec.width, 1 + spec.first
+    with IRBuilder() as builder, T.prim_func():
+        T.func_attr({"tirx.noalias": True})
+        mean = T.arg("mean", T.buffer((width,), "float32"))
+        weights = T.arg("weights", T.buffer(((spec.buckets - 1) * parts * width,), "float32"))
+        most = T.arg("most", T.buffer((spec.buckets - 1,), "float32"))
+        rows = [mean]
+        if spec.first:
+            rows.insert(0, T.arg("first", T.buffer((width,), "float32")))
+        out = T.arg("out", T.buffer((1,), "int32"))
+        total = T.alloc_buffer((count,), "float32", scope="local")
+        T.buffer_store(out, T.int32(spec.buckets - 1), [0])
+        for place in reversed(range(spec.buckets - 1)):
+            lanes.store(total, 0, lanes.zero())
+            for part, row in enumerate(rows):
+                start = (place * parts + part) * width
+                with T.serial(0, width // count) as vector:
+                    value = lanes.load(row, vector * count)
+                    factor = lanes.load(weights, start + vector * count)
+                    lanes.store(total, 0, lanes.fma(value, factor, lanes.load(total, 0)))
+            predicted = bind(lanes.total(bind(lanes.load(total, 0))))
+            # What is no number is above any threshold.
+            found = T.Select(predicted <= most[place], T.int32(place), out[0])
+            T.buffer_store(out, found, [0])
     return builder.get()
 
 

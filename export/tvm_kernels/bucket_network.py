@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+
 from ...compress.network.modules.select import Select
 from ...compress.network.named_outputs import needs_all_tokens
+from ...compress.tokens.bucket_rules import Divergence
 from ...compress.tokens.buckets import BucketedModel
-from .bucket_choice import ChooseBucket, choose_bucket
+from .bucket_choice import ChooseBucket, ChooseNear, choose_bucket, choose_near
 from .execution_plan import Branches
 from .head import head
 from .lanes import Lanes
@@ -87,6 +90,9 @@ class _BucketWriter(NetworkWriter):
     def choose(self, stream: Stream, scores: Stream) -> Value:
         """The place of the image's bucket."""
         buckets = self.model.buckets
+        if buckets.divergence is not None:
+            return self._nearest(stream, buckets.divergence)
+        assert buckets.coverage is not None
         spec = ChooseBucket(
             patches=stream.rows - self.last.prefix,
             counts=buckets.counts,
@@ -99,6 +105,27 @@ class _BucketWriter(NetworkWriter):
             spec,
             lambda: choose_bucket(spec, self.emitter.lanes),
             [scores.value],
+            (1,),
+            "int32",
+        )
+
+    def _nearest(self, stream: Stream, divergence: Divergence) -> Value:
+        prefix, embed = self.last.prefix, self.architecture.embed
+        spec = ChooseNear(len(self.places), stream.width, first=bool(prefix))
+        weights = divergence.centred_weights(embed).reshape(-1, embed)
+        most = np.float32(divergence.threshold) - np.array(divergence.bias, np.float32)
+        operands = [
+            self.emitter.mean(stream, prefix).value,
+            self.emitter.constant(np.pad(weights, ((0, 0), (0, stream.width - embed))).ravel()),
+            self.emitter.constant(most),
+        ]
+        if spec.first:
+            operands.append(self.emitter.contiguous(stream.first_rows(1)).value)
+        return self.program.call(
+            "choose_near",
+            spec,
+            lambda: choose_near(spec, self.emitter.lanes),
+            operands,
             (1,),
             "int32",
         )

@@ -91,11 +91,12 @@ def test_buckets_are_calibrated_and_exported(tmp_path: Path) -> None:
     assert "mean: " in shown
     model = vitrim.load_bucketed("bucketed")
     assert model.buckets.counts == (3, 6, 11)
-    assert model.buckets.images == 16
+    assert (model.buckets.images, model.buckets.rule) == (16, "divergence")
+    assert "rule: predicted divergence at most e^" in shown
     # Of a model that has selections already, without images.
     vitrim.save(model.fixed(11), "eleven")
     shown = compact("eleven", "--buckets", "3,6,11", "--coverage", "0.9", "--out", "again")
-    assert "coverage: 0.9000 of an image's scores" in shown
+    assert "rule: coverage 0.9000" in shown
     assert vitrim.load_bucketed("again").buckets.shares is None
 
 
@@ -105,6 +106,15 @@ def test_buckets_are_calibrated_and_exported(tmp_path: Path) -> None:
         (["--buckets", "3,6"], "--buckets needs one of --mean-patches"),
         (["--buckets", "3,6", "--coverage", "0.5", "--mean-patches", "4"], "needs one of"),
         (["--coverage", "0.5"], "--coverage belongs to --buckets; add --buckets 60,98,137"),
+        (["--bucket-rule", "coverage"], "--bucket-rule belongs to --buckets"),
+        (
+            ["--buckets", "3,6", "--coverage", "0.5", "--bucket-rule", "coverage"],
+            "--bucket-rule and --coverage: a coverage is a rule of its own",
+        ),
+        (
+            ["--buckets", "3,6", "--mean-patches", "4", "--bucket-rule", "best"],
+            "--bucket-rule best: choose divergence or coverage",
+        ),
         (["--buckets", "3,x", "--coverage", "0.5"], "--buckets 3,x: give whole numbers"),
         (["--buckets", "3,6", "--coverage", "0.5"], "selects no patches; call"),
         (

@@ -10,12 +10,13 @@ import onnxruntime
 import pytest
 import torch
 from pydantic import ValidationError
-from selecting_models import noise_images, sharp_selection
+from selecting_models import divided, noise_images, sharp_selection
 from tiny_models import tiny_vit
 from torch import Tensor
 from typer.testing import CliRunner
-from vitrim import BucketedModel, InputError, bucketed, export, measure, select_tokens
+from vitrim import BucketedModel, InputError, export, measure, select_tokens
 from vitrim.cli import app
+from vitrim.compress.tokens.bucket_rules import RULES, Rule
 from vitrim.compress.tokens.select import SelectMethod
 from vitrim.export.artifact import Artifact
 from vitrim.export.forms import FORMS
@@ -29,9 +30,10 @@ def images(count: int = 12, seed: int = 3) -> Tensor:
     return noise_images(count, seed)
 
 
-def model(method: SelectMethod = "class-attention", **options: Any) -> BucketedModel:
-    chosen = sharp_selection(method, **options)
-    return bucketed(chosen, COUNTS, images=images(), mean_patches=6.5).eval()
+def model(
+    method: SelectMethod = "class-attention", rule: Rule = "coverage", **options: Any
+) -> BucketedModel:
+    return divided(sharp_selection(method, **options), COUNTS, images(), rule)
 
 
 def run(artifact: Artifact, image: np.ndarray, **feeds: Any) -> np.ndarray:
@@ -39,9 +41,12 @@ def run(artifact: Artifact, image: np.ndarray, **feeds: Any) -> np.ndarray:
     return np.asarray(session.run(["logits"], {"images": image, **feeds})[0])
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("method", ["class-attention", "column-attention", "dynamicvit"])
-def test_the_file_chooses_the_bucket_of_torch(tmp_path: Path, method: SelectMethod) -> None:
-    source, pictures = model(method), images()
+def test_the_file_chooses_the_bucket_of_torch(
+    tmp_path: Path, method: SelectMethod, rule: Rule
+) -> None:
+    source, pictures = model(method, rule), images()
     artifact = export(source, tmp_path / "a", images=pictures.numpy())
     found = artifact.manifest.buckets
     assert found is not None
@@ -104,7 +109,7 @@ def test_the_optional_input_forces_a_bucket(tmp_path: Path) -> None:
 
 def test_eight_bits_and_an_earlier_selection(tmp_path: Path) -> None:
     chosen = select_tokens(tiny_vit(img_size=32, depth=3), stages=[0, 1], counts=[14, 8])
-    source = bucketed(chosen, (3, 8), images=images(), mean_patches=6).eval()
+    source = divided(chosen, (3, 8), images(), "divergence")
     artifact = export(source, tmp_path / "a", precision="int8", images=images().numpy())
     names = [stage.stage for stage in artifact.manifest.parity]
     assert names[-1] == "int8"

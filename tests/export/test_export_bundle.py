@@ -22,9 +22,8 @@ from onnx_graphs import channels_last, classifier, written
 from onnxruntime_header import NO_HEADER, header_folder
 from PIL import Image
 from random_networks import early_learned_tokens
-from selecting_models import noise_images, sharp_selection
+from selecting_models import divided, noise_images, sharp_selection
 from tiny_models import add_noise, tiny_vit
-from vitrim import bucketed
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.tokens.select import SelectMethod, select_tokens
@@ -156,7 +155,7 @@ def test_the_program_selects_the_tokens_that_the_model_selects(
 
 def test_the_program_gives_each_picture_its_bucket(header: Path, tmp_path: Path) -> None:
     counts, images = (3, 6, 11), noise_images(12)
-    model = bucketed(sharp_selection(), counts, images=images, mean_patches=6.5).eval()
+    model = divided(sharp_selection(), counts, images)
     spec = Preprocessing(channels=3, height=32, width=32, mean=(0.5,) * 3, std=(0.25,) * 3)
     artifact = vitrim.export(model, tmp_path / "artifact", preprocessing=spec)
     folder = bundle(artifact, tmp_path / "bundle")

@@ -70,7 +70,9 @@ def test_a_run_calibrates_and_exports_buckets(finished: Path) -> None:
     artifact = Artifact.load(finished / "artifacts/compact-fp32")
     assert artifact.manifest.buckets is not None
     assert artifact.manifest.buckets.counts == (4, 6, 9)
-    assert artifact.manifest.buckets.coverage == model.buckets.coverage
+    assert model.buckets.divergence is not None
+    assert artifact.manifest.buckets.divergence == model.buckets.divergence.threshold
+    assert artifact.manifest.buckets.coverage is None
     assert Artifact.load(finished / "artifacts/baseline-fp32").manifest.buckets is None
 
 

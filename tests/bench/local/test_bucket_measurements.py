@@ -11,8 +11,8 @@ import pytest
 import torch
 from bench_samples import measurement
 from pydantic import ValidationError
-from selecting_models import noise_images, sharp_selection
-from vitrim import BucketedModel, bucketed, export, measure
+from selecting_models import divided, noise_images, sharp_selection
+from vitrim import BucketedModel, export, measure
 from vitrim.bench.local.bucket_jobs import measured_names
 from vitrim.bench.local.measure import measure_interleaved
 from vitrim.bench.report.model import ArtifactEntry, ModelEntry
@@ -30,7 +30,7 @@ NAMES = tuple(f"small-{count}-patches" for count in COUNTS)
 
 @pytest.fixture(scope="module")
 def model() -> BucketedModel:
-    return bucketed(sharp_selection(), COUNTS, images=noise_images(12), mean_patches=6.5).eval()
+    return divided(sharp_selection(), COUNTS, noise_images(12))
 
 
 @pytest.fixture(scope="module")

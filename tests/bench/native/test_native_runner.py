@@ -20,9 +20,9 @@ from bench_samples import chain, images_with_labels
 from loopback_ssh import Server, needs_sshd, ssh_server
 from onnx_graphs import channels_last, classifier, value, written
 from onnxruntime_header import header_folder
-from selecting_models import noise_images, sharp_selection
+from selecting_models import divided, noise_images, sharp_selection
 from tiny_models import tiny_vit
-from vitrim import bucketed, export
+from vitrim import export
 from vitrim.bench.remote import native_build
 from vitrim.bench.remote.device_link import LinkLost
 from vitrim.bench.remote.measure import measure_on
@@ -169,7 +169,7 @@ def test_uint8_images_are_normalised_as_in_python(
 
 def test_buckets_are_forced_and_counted_as_in_python(runner: NativeRunner, tmp_path: Path) -> None:
     images = noise_images(12)
-    model = bucketed(sharp_selection(), (3, 6, 11), images=images, mean_patches=6.5).eval()
+    model = divided(sharp_selection(), (3, 6, 11), images)
     path = export(model, tmp_path / "a").model_path
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "images.npy", images.numpy())

@@ -11,13 +11,14 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_networks import selecting_architectures
-from selecting_models import noise_images, sharp_selection
+from selecting_models import divided, noise_images, sharp_selection
 from tiny_models import relative_error, tiny_vit
 from torch import Tensor
 from vitrim import BucketedModel, Buckets, InputError, bucketed, load, load_bucketed
 from vitrim.compress.network.architecture import Architecture
 from vitrim.compress.network.count import count_macs
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.tokens.bucket_rules import RULES, Rule, divergences
 from vitrim.compress.tokens.select import SelectMethod
 
 COUNTS = (3, 6, 11)
@@ -27,10 +28,12 @@ def images(count: int = 24, seed: int = 3) -> Tensor:
     return noise_images(count, seed)
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("method", ["class-attention", "column-attention", "dynamicvit", "dps"])
-def test_an_image_gets_the_logits_of_its_bucket(method: SelectMethod) -> None:
-    model = bucketed(sharp_selection(method), COUNTS, images=images(), mean_patches=6.5)
+def test_an_image_gets_the_logits_of_its_bucket(method: SelectMethod, rule: Rule) -> None:
     pictures = images()
+    model = divided(sharp_selection(method), COUNTS, pictures, rule)
+    assert model.buckets.rule == rule
     found, counts = model(pictures), model.bucket_of(pictures)
     assert len(counts.unique()) > 1
     for count in counts.unique().tolist():
@@ -80,7 +83,7 @@ def test_the_largest_bucket_takes_images_that_no_bucket_covers() -> None:
 @settings(max_examples=20, suppress_health_check=list(HealthCheck))
 def test_calibration_meets_the_mean_and_leaves_little(mean: float) -> None:
     pictures = images()
-    model = bucketed(MODEL, COUNTS, images=pictures, mean_patches=mean)
+    model = bucketed(MODEL, COUNTS, images=pictures, mean_patches=mean, rule="coverage")
     found = model.shares(pictures)
     assert found.mean_patches <= mean + 1e-9
     assert model.buckets.shares == found.shares
@@ -88,6 +91,51 @@ def test_calibration_meets_the_mean_and_leaves_little(mean: float) -> None:
     # One image more in the next bucket is the finest step.
     assert found.mean_patches > mean - 5 / 24 - 1e-9 or model.buckets.coverage == 1.0
     assert float(model.bucket_of(pictures).double().mean()) == pytest.approx(found.mean_patches)
+
+
+@given(st.floats(3, 11))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
+def test_learned_buckets_meet_the_mean_where_each_image_is_predicted_by_the_others(
+    mean: float,
+) -> None:
+    model = bucketed(MODEL, COUNTS, images=images(), mean_patches=mean)
+    found = model.calibration
+    assert found is not None
+    assert found.mean_patches <= mean + 1e-9
+    assert found.mean_patches > mean - 5 / 24 - 1e-9 or found.shares[-1] == 1
+    assert model.buckets.rule == "divergence"
+
+
+def test_images_whose_logits_need_few_patches_get_a_small_bucket() -> None:
+    def pictures(seed: int) -> Tensor:
+        found = images(64, seed)
+        # Of an almost empty image any patches give the same logits.
+        found[::2] *= 0.01
+        return found
+
+    model, other = sharp_selection("dynamicvit"), pictures(4)
+    changed = {}
+    for rule in RULES:
+        each = bucketed(model, COUNTS, images=pictures(3), mean_patches=6.5, rule=rule)
+        with torch.no_grad():
+            logits = [each(other), each.fixed(COUNTS[-1])(other)]
+        changed[rule] = float(divergences(logits).exp().mean())
+        assert each.shares(other).mean_patches < 7.5
+        if rule == "divergence":
+            kept = each.bucket_of(other).double()
+            assert float(kept[::2].mean()) == COUNTS[0]
+            assert float(kept[1::2].mean()) > 8
+    assert changed["divergence"] < 0.5 * changed["coverage"]
+
+
+def test_a_prediction_for_another_stream_is_refused() -> None:
+    model = bucketed(sharp_selection(), COUNTS, images=images(), mean_patches=6.5)
+    learned = model.buckets.divergence
+    assert learned is not None
+    short = learned.model_copy(update={"weights": tuple(row[:-1] for row in learned.weights)})
+    buckets = model.buckets.model_copy(update={"divergence": short})
+    with pytest.raises(InputError, match=r"rows of 47 weights; .* before select.1 has 48 features"):
+        BucketedModel(model.network, buckets)
 
 
 MODEL = sharp_selection()
@@ -110,7 +158,7 @@ def test_all_buckets_share_the_memory_of_the_weights() -> None:
 
 
 def test_gradients_reach_the_weights_of_all_buckets() -> None:
-    model = bucketed(sharp_selection(), COUNTS, images=images(), mean_patches=6.5)
+    model = divided(sharp_selection(), COUNTS, images())
     model(images()).square().sum().backward()
     assert all(
         parameter.grad is not None
@@ -119,8 +167,9 @@ def test_gradients_reach_the_weights_of_all_buckets() -> None:
     )
 
 
-def test_a_saved_model_returns_the_same_logits(tmp_path: Path) -> None:
-    model = bucketed(sharp_selection(), COUNTS, images=images(), mean_patches=6.5).eval()
+@pytest.mark.parametrize("rule", RULES)
+def test_a_saved_model_returns_the_same_logits(tmp_path: Path, rule: Rule) -> None:
+    model = divided(sharp_selection(), COUNTS, images(), rule)
     model.save(tmp_path / "model")
     again = load_bucketed(tmp_path / "model")
     assert again.buckets == model.buckets
@@ -138,6 +187,22 @@ def test_a_saved_model_returns_the_same_logits(tmp_path: Path) -> None:
         ({"counts": [3, 16]}, "counts: select.1 leaves 16 tokens behind the prefix, there are 16"),
         ({"coverage": 0}, "coverage: Input should be greater than 0"),
         ({"schema": "vitrim.buckets/9"}, "schema: Input should be 'vitrim.buckets/1'"),
+        ({"coverage": None}, "give coverage or divergence, one of them"),
+        (
+            {"divergence": {"weights": [[1.0]], "bias": [0.0], "threshold": 0.0}},
+            "give coverage or divergence, one of them",
+        ),
+        (
+            {
+                "coverage": None,
+                "divergence": {"weights": [[1.0], [2.0]], "bias": [0.0, 0.0], "threshold": 0.0},
+            },
+            "divergence of 2 buckets for 2 counts",
+        ),
+        (
+            {"coverage": None, "divergence": {"weights": [[1.0]], "bias": [], "threshold": 0.0}},
+            "divergence: 0 constants for 1 rows of weights",
+        ),
         ({"more": 1}, "more: Extra inputs are not permitted"),
         ({"shares": [0.5, 0.5]}, "shares and the number of images need each other"),
     ],
@@ -178,6 +243,9 @@ def test_selections_without_scores_of_the_image_are_refused() -> None:
         ({}, "give coverage, or images and mean_patches, and not both"),
         ({"coverage": 0.5, "mean_patches": 4}, "and not both"),
         ({"mean_patches": 4}, "mean_patches needs images"),
+        ({"mean_patches": 4, "images": images(1)}, "fitted to two images or more"),
+        ({"coverage": 0.5, "rule": "divergence"}, "coverage is the threshold of the other rule"),
+        ({"coverage": 0.5, "rule": "best"}, "rule = 'best': choose divergence or coverage"),
         ({"mean_patches": 2, "images": images(2)}, "give a number from 3 to 11"),
         ({"coverage": 1.5}, "buckets: coverage: Input should be less than or equal to 1"),
         ({"coverage": 0.5, "images": images(2)[:, :1]}, r"give float images of shape"),

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from selecting_models import noise_images, sharp_selection
+from selecting_models import divided, noise_images, sharp_selection
 from vitrim import BucketedModel, InputError, bucketed, export, select_tokens
 from vitrim.bench.local.measure import measure_interleaved
 from vitrim.compress.data.preprocessing import Preprocessing
 from vitrim.compress.network.modules.model import CompactModel
+from vitrim.compress.tokens.bucket_rules import Rule
 from vitrim.compress.tokens.select import SelectMethod
 from vitrim.export.artifact import Artifact
 from vitrim.export.bundle import bundle
@@ -31,7 +32,12 @@ pytest.importorskip("tvm", reason="TVM is not installed: pip install 'vitrim[tvm
 
 import tvm
 from tvm_networks import HOST, assert_lowered_as_by_all_passes, compiled_kernels, runnable
-from vitrim.export.tvm_kernels.bucket_choice import ChooseBucket, choose_bucket
+from vitrim.export.tvm_kernels.bucket_choice import (
+    ChooseBucket,
+    ChooseNear,
+    choose_bucket,
+    choose_near,
+)
 from vitrim.export.tvm_kernels.build import build_bucket_network
 from vitrim.export.tvm_kernels.execution_plan import execution_plan
 from vitrim.export.tvm_kernels.lanes import Lanes, RowLayout
@@ -42,9 +48,8 @@ needs_compiler = pytest.mark.skipif(
 COUNTS = (3, 6, 11)
 
 
-def buckets_of(model: CompactModel, **options: Any) -> BucketedModel:
-    given_options = {"images": noise_images(12), "mean_patches": 6.5, **options}
-    return bucketed(model, COUNTS, **given_options).eval()
+def buckets_of(model: CompactModel, rule: Rule = "coverage") -> BucketedModel:
+    return divided(model, COUNTS, noise_images(12), rule)
 
 
 def chosen_place(masses: NDArray[np.float64], counts: tuple[int, ...], coverage: float) -> int:
@@ -88,6 +93,38 @@ def test_the_kernel_chooses_the_first_bucket_that_holds_enough(
     assert found.numpy()[0] == chosen_place(masses, tuple(counts), coverage)
 
 
+@settings(max_examples=15)
+@given(
+    width=st.integers(1, 70),
+    buckets=st.integers(2, 5),
+    first=st.booleans(),
+    seed=st.integers(0, 99),
+    unit=st.integers(0, len(runnable()) - 1),
+)
+def test_the_kernel_chooses_the_first_bucket_that_is_predicted_near(
+    width: int, buckets: int, first: bool, seed: int, unit: int
+) -> None:
+    profile, rng = runnable()[unit], np.random.default_rng(seed)
+    lanes = Lanes.of(profile.vector)
+    width = lanes.up(width)
+    spec = ChooseNear(buckets, width, first)
+    kernel = choose_near(spec, lanes).with_attr("global_symbol", "choose")
+    module = compiled_kernels({"choose": kernel}, profile)
+    rows = rng.standard_normal((1 + first, width)).astype(np.float32)
+    weights = rng.standard_normal((buckets - 1, rows.size)).astype(np.float32)
+    values = weights.astype(np.float64) @ rows.ravel()
+    # Beside the predictions, where rounding decides nothing.
+    enough = rng.random(buckets - 1) < 0.4
+    most = (values + np.where(enough, 0.1, -0.1)).astype(np.float32)
+    found = tvm.runtime.tensor(np.full(1, -1, np.int32))
+    given_rows = [rows[-1], weights.ravel(), most, *rows[:-1]]
+    module["choose"](*map(tvm.runtime.tensor, given_rows), found)
+    assert found.numpy()[0] == [*enough, True].index(True)
+    given_rows[0] = np.full(width, np.nan, np.float32)
+    module["choose"](*map(tvm.runtime.tensor, given_rows), found)
+    assert found.numpy()[0] == buckets - 1
+
+
 def test_scores_that_are_no_numbers_get_some_bucket() -> None:
     spec = ChooseBucket(9, (2, 4, 8), 0.5, False, RowLayout(9, 1))
     kernel = choose_bucket(spec, Lanes.of(HOST.vector)).with_attr("global_symbol", "choose")
@@ -99,14 +136,25 @@ def test_scores_that_are_no_numbers_get_some_bucket() -> None:
 
 
 def test_passes_that_are_left_out_would_change_no_kernel_of_a_bucket() -> None:
-    source = bucketed(sharp_selection(), (3, 8), images=noise_images(12), mean_patches=6).eval()
+    source = divided(sharp_selection(), (3, 8), noise_images(12))
     assert_lowered_as_by_all_passes(build_bucket_network(source, HOST))
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", ["class-attention", "column-attention", "dynamicvit"])
-def test_a_program_runs_the_bucket_of_the_image(tmp_path: Path, method: SelectMethod) -> None:
-    source, pictures = buckets_of(sharp_selection(method)), noise_images(12)
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        ("class-attention", "coverage"),
+        ("class-attention", "divergence"),
+        ("column-attention", "coverage"),
+        ("dynamicvit", "coverage"),
+        ("dynamicvit", "divergence"),
+    ],
+)
+def test_a_program_runs_the_bucket_of_the_image(
+    tmp_path: Path, method: SelectMethod, rule: Rule
+) -> None:
+    source, pictures = buckets_of(sharp_selection(method), rule), noise_images(12)
     artifact = export(source, tmp_path / "a", runtime="tvm", images=pictures.numpy())
     found = artifact.manifest.buckets
     assert found is not None
@@ -144,7 +192,7 @@ def opened(artifact: Artifact, **job: Any) -> Any:
 @needs_compiler
 def test_eight_bits_an_earlier_selection_and_a_forced_bucket(tmp_path: Path) -> None:
     dense = sharp_selection(stages=[0, 1], counts=[14, 8])
-    source = bucketed(dense, (3, 8), images=noise_images(12), mean_patches=6).eval()
+    source = divided(dense, (3, 8), noise_images(12), "divergence")
     images = noise_images(8)
     artifact = export(
         source, tmp_path / "a", runtime="tvm", precision="int8", images=images.numpy()
