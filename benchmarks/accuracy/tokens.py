@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy.tokens [--data quickstart|fashion-mnist|cifar10:FOLDER]
         [--model embedded|FOLDER] [--shares 0.8 0.65 0.5] [--seeds 0 1 2] [--epochs 2]
         [--schedule uniform] [--images 256] [--train-images 10000] [--test-images 2000]
+        [--methods patch-slimming random] [--equal-only] [--out FILE]
 
 Every row keeps the same number of tokens after each sub-layer (the schedule that meets the share of
 the multiply-adds), chosen by another method, and measures top-1 on the same test images: after the
@@ -12,7 +13,8 @@ labels; and after `--epochs` of fine-tuning of the compensated network with dist
 as many tokens for each image: `tome` and `ppt` merge or drop them, others are selections
 (`vitrim.select_tokens`), all between attention and FFN. They are not compensated, and their
 multiply-adds (`macs_share`) are larger at equal counts, since the attention still computes the
-tokens that leave. Finished rows are kept, so that an interrupted benchmark continues.
+tokens that leave. `--methods` keeps some of the choosers, `--equal-only` no rows of own counts.
+Finished rows are kept, so that an interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -211,7 +213,14 @@ def per_image(
     return selecting.eval(), count_macs(selecting.architecture)
 
 
-def cases(shares: Sequence[float], seeds: Sequence[int], *, trained: bool) -> list[Case]:
+def cases(
+    shares: Sequence[float],
+    seeds: Sequence[int],
+    *,
+    trained: bool,
+    methods: Sequence[str] = (*METHODS, *DYNAMIC),
+    own_counts: bool = True,
+) -> list[Case]:
     """All rows, seed by seed.
 
     Args:
@@ -219,14 +228,15 @@ def cases(shares: Sequence[float], seeds: Sequence[int], *, trained: bool) -> li
         seeds: Of images, methods and training.
         trained: Whether rows are fine-tuned. Else methods that see no image and draw nothing have
             one row.
+        methods: The choosers.
+        own_counts: Whether there are rows whose counts follow from the importance.
     """
     found = []
-    methods = (*METHODS, *DYNAMIC)
     for seed, share, method in itertools.product(seeds, shares, methods):
         if not trained and method in ("radial", *DYNAMIC) and seed != seeds[0]:
             continue
         found.append(Case(method, share, False, seed))
-        if method not in (*WITHOUT_IMAGES, *DYNAMIC):
+        if own_counts and method not in (*WITHOUT_IMAGES, *DYNAMIC):
             found.append(Case(method, share, True, seed))
     return found
 
@@ -299,6 +309,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--train-images", type=int, default=10_000)
     parser.add_argument("--test-images", type=int, default=2000)
+    known = (*METHODS, *DYNAMIC)
+    parser.add_argument("--methods", nargs="+", choices=known, default=list(known))
+    parser.add_argument("--equal-only", action="store_true", help="no rows of own counts")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/tokens_DATA")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -334,7 +347,14 @@ def main() -> None:
         result = {"head": head, "machine": read_machine(), "rows": rows}
         save_result(out, result, f"{text}\n\n{table(rows, stages)}\n")
 
-    for case in cases(options.shares, options.seeds, trained=options.epochs > 0):
+    wanted = cases(
+        options.shares,
+        options.seeds,
+        trained=options.epochs > 0,
+        methods=options.methods,
+        own_counts=not options.equal_only,
+    )
+    for case in wanted:
         if case.key in done:
             continue
         try:
