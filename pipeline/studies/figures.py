@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bench.report.model import ArtifactEntry, Report
+from ...bench.results.buckets import bucket_tables
 from ...compress.network.architecture import Architecture
 from ...compress.network.count import count_macs, count_params
 from ...compress.network.files import ARCHITECTURE, read_architecture
@@ -50,7 +51,8 @@ def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
 
     Returns:
         Values by column, and the columns that depend on the recipe: for each artifact, e.g.
-        `compact_int8`, the median latency `_ms`, the accuracy `_top1` and the size `_bytes`.
+        `compact_int8`, the median latency `_ms`, the accuracy `_top1` and the size `_bytes`. With
+        buckets `_ms` is the latency of the slowest one, and `_mean_ms` that of an image on average.
 
     Raises:
         InputError: A file of the run is damaged.
@@ -74,11 +76,18 @@ def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
             entry = report.models[name]
             for figure in ("top1", "params", "macs"):
                 found[f"{figure}{suffix}"] = getattr(entry, figure)
+            measured = [each.measurement for each in entry.artifacts if each.measurement]
+            means = {table.name: table.mean_s for table in bucket_tables(measured)}
             for artifact in entry.one_each:
                 values = _artifact_figures(artifact)
                 prefix = artifact_prefix(name, artifact.runtime, artifact.precision)
                 found |= {f"{prefix}_{key}": value for key, value in values.items()}
                 columns += _artifact_columns(prefix, name, artifact)
+                own = artifact.measurement
+                mean_s = None if own is None else means.get(own.name)
+                if mean_s is not None:
+                    found[f"{prefix}_mean_ms"] = round(1e3 * mean_s, 6)
+                    columns.append(_mean_column(prefix, name, artifact))
     return found, columns
 
 
@@ -181,6 +190,12 @@ def _artifact_columns(prefix: str, model: str, artifact: ArtifactEntry) -> list[
         Column(f"{prefix}_bytes", "figure", "INTEGER", f"{what}: bytes of its files"),
         Column(f"{prefix}_memory_bytes", "figure", "INTEGER", f"{what}: memory beyond the runtime"),
     ]
+
+
+def _mean_column(prefix: str, model: str, artifact: ArtifactEntry) -> Column:
+    what = f"{model} model, {artifact.runtime}, {artifact.precision}"
+    text = f"{what}: median latency of an image in its bucket, the mean over images, milliseconds"
+    return Column(f"{prefix}_mean_ms", "figure", "REAL", text)
 
 
 def _seconds(steps: Mapping[str, Any]) -> float:

@@ -91,6 +91,21 @@ def test_every_bucket_is_measured(finished: Path) -> None:
     assert compact.macs == vitrim.load_bucketed(finished / "compact").macs[-1]
 
 
+def test_a_study_has_the_bound_and_the_mean_of_the_latency(finished: Path) -> None:
+    names = [f"compact-fp32-{count}-patches" for count in (4, 6, 9)]
+    (table,) = bucket_tables(
+        Measurement.load(finished / f"measurements/{name}.json") for name in names
+    )
+    found, columns = read_figures(finished)
+    assert found["compact_fp32_ms"] == round(1e3 * table.guarantee_s, 6)
+    assert table.mean_s is not None
+    assert found["compact_fp32_mean_ms"] == round(1e3 * table.mean_s, 6)
+    names = [column.name for column in columns]
+    assert "compact_fp32_mean_ms" in names
+    assert "baseline_fp32_mean_ms" not in names
+    assert len(set(names)) == len(names)
+
+
 def test_the_reports_have_the_table_of_buckets(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
