@@ -27,7 +27,7 @@ from ..network.architecture import Architecture
 from ..network.branch_specs import Count, Spec, Width
 from ..network.count import count_macs
 from ..network.modules.branch import Branch
-from ..network.modules.model import CompactModel, build
+from ..network.modules.model import CompactModel, StepsRun, build
 from ..network.modules.select import Select, first_places
 from ..oneshot.stream import check_images
 from .streaming import Progress, batch_size, silent
@@ -154,10 +154,10 @@ class BucketedModel(nn.Module):
         Returns:
             (batch, classes).
         """
-        x, scores = self._scored(images)
+        found, scores = self._scored(images)
         numbers = self._numbers(scores)
         rows = [(numbers == number).nonzero().flatten() for number in numbers.unique().tolist()]
-        logits = [self._rest(int(numbers[part[0]]), x[part], scores[part]) for part in rows]
+        logits = [self._rest(int(numbers[part[0]]), found.of(part), scores[part]) for part in rows]
         return torch.cat(logits).index_select(0, torch.cat(rows).argsort())
 
     def fixed(self, count: int) -> CompactModel:
@@ -253,11 +253,10 @@ class BucketedModel(nn.Module):
         text = json.dumps(self.buckets.model_dump(by_alias=True, mode="json"), indent=1)
         replace_file(Path(folder) / files.BUCKETS_FILE, text + "\n")
 
-    def _scored(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream (batch, tokens, embed) before the last selection, and its scores."""
-        network, last = self.network, self.selection
-        x, _, scored = network.run_steps(network.embed(images), until=last)
-        return x, last.scores(x, scored)
+    def _scored(self, images: Tensor) -> tuple[StepsRun, Tensor]:
+        """The stream before the last selection, and its scores (batch, patches)."""
+        found = self.network.run_steps(self.network.embed(images), until=self.selection)
+        return found, self.selection.scores(found.x, found.scored)
 
     def _covered(self, scores: Tensor) -> Tensor:
         """(batch, patches) -> (batch, buckets), float64."""
@@ -272,13 +271,14 @@ class BucketedModel(nn.Module):
         """The number of each image's bucket: (batch, patches) -> int64 (batch,)."""
         return _first_covering(self._covered(scores), self.buckets.coverage)
 
-    def _rest(self, number: int, x: Tensor, scores: Tensor) -> Tensor:
+    def _rest(self, number: int, before: StepsRun, scores: Tensor) -> Tensor:
         """Run what follows the scores in one bucket: (batch, …) -> (batch, classes)."""
         network, select = self.network, self.selection
-        x = select.gathered(x, first_places(scores, self.buckets.counts[number]))
+        kept = first_places(scores, self.buckets.counts[number])
+        x, positions = select.gathered(before.x, kept, before.positions)
         counts = self.architectures[number].step_tokens()
         for step, count in list(zip(network.steps, counts, strict=True))[select.spec.at :]:
-            x = network.run_step(cast("Sequence[Branch]", step), x, count)
+            x = network.run_step(cast("Sequence[Branch]", step), x, count, None, positions)
         return network.classify(x)
 
 
