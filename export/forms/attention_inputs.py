@@ -188,10 +188,10 @@ class AttentionWriter:
         rows, positions = self.rows, self.rows.positions
         count = rows.tokens if label == "k" else rows.token_queries
         padding = 0 if label == "k" else rows.padding_queries
+        name = f"{self.name}.{name}" if SCORES in self.name else name
         if positions is None:
             padded = np.pad(table[:count], ((0, padding), (0, 0), (0, 0)))
             return self.graph.constant(name, padded, shared=True)
-        name = f"{SCORES}.{name}" if SCORES in self.name else name
         return positions.table_rows(self.graph, table, count + padding, name)
 
     @property

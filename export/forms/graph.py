@@ -30,7 +30,7 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self._used: set[str] = set(reserved)
-        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._shared: dict[tuple[str, tuple[int, ...], bytes, bool], str] = {}
         self._shared_nodes: dict[tuple[object, ...], str] = {}
         self._uses_runtime = False
         # How a Linear is written: one Gemm where rows are a matrix, always a product and a sum (as
@@ -43,12 +43,16 @@ class Graph:
         self.runtime_norm = False
 
     def constant(self, name: str, value: Array, *, shared: bool = False) -> str:
-        """Add a weight. Equal arrays are stored once if they are small or `shared`."""
+        """Add a weight. Equal arrays are stored once if they are small or `shared`.
+
+        Those whose names reduced precisions spare are stored apart from the others.
+        """
         value = np.asarray(value, order="C")
         key = (
             value.dtype.str,
             value.shape,
             value.tobytes() if value.nbytes <= 256 or shared else b"",
+            keeps_single_precision(name),
         )
         if key[2] and key in self._shared:
             return self._shared[key]
