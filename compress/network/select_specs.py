@@ -157,14 +157,6 @@ def scoring_branches(
     )
 
 
-def selected_positions(architecture: Architecture) -> BranchSpec | None:
-    """The first sub-layer that reads the places of tokens behind a selection, or None."""
-    behind = (
-        branch for step in architecture.steps[static_steps(architecture) :] for branch in step
-    )
-    return next((branch for branch in behind if branch.reads_positions), None)
-
-
 def static_steps(architecture: Architecture) -> int:
     """Number of steps before the first selection, which carry the same tokens for all images."""
     return architecture.selects[0].at if architecture.selects else len(architecture.steps)

@@ -28,7 +28,7 @@ from ..tvm_kernels.build import (
     default_network,
     missing_tvm,
 )
-from ..tvm_kernels.coverage import UNCOVERED_PARTS, selected_positions_part, uncovered_part
+from ..tvm_kernels.coverage import UNCOVERED_PARTS, uncovered_part
 from ..tvm_kernels.execution_plan import NoExecutionPlan, execution_plan
 from ..tvm_kernels.first_difference import first_difference
 from ..tvm_kernels.link import Linker, linker_for
@@ -84,18 +84,6 @@ UNCOVERED = Limit(
 )
 
 
-def _selected_positions(planned: Planned) -> str | None:
-    part = planned.architecture and selected_positions_part(planned.architecture)
-    return part and f"its kernels do not compute {part}"
-
-
-SELECTED_POSITIONS = Limit(
-    "rotary positions and relative biases behind a selection of tokens by content",
-    "export for onnxruntime or openvino, or use a token mask, which all runtimes run",
-    _selected_positions,
-)
-
-
 class TvmRuntime:
     """A network of our own kernels, or of TVM's own pipeline where they do not cover it."""
 
@@ -107,7 +95,7 @@ class TvmRuntime:
     dynamic_batch = False
     # Kernels are written from the architecture; TVM's front end reads torch's graph unchanged.
     form: Form | None = None
-    limits: tuple[Limit, ...] = (SELECTED_POSITIONS, UNCOVERED)
+    limits: tuple[Limit, ...] = (UNCOVERED,)
 
     def missing(self) -> str | None:
         """Why TVM cannot be used here; see `Runtime.missing`."""

@@ -5,15 +5,12 @@ Not covered are
 1. a norm of the patches or of the stem's output, if the stem writes only a part of the stream;
 2. pooling of other kinds than POOLS, and pooling that refines tokens;
 3. the mean of two classifiers with an activation;
-4. a norm after a sub-layer that writes only a part of the stream, or after a constant;
-5. rotary positions or a relative bias behind a selection of tokens by content: the kernels have
-   tables that are the same for all images.
+4. a norm after a sub-layer that writes only a part of the stream, or after a constant.
 """
 
 from __future__ import annotations
 
 from ...compress.network.architecture import Architecture, BranchSpec, ConstantSpec
-from ...compress.network.select_specs import selected_positions
 
 POOLS = ("token", "distilled", "dense", "mean", "mean_all", "attention")
 # In the order of `uncovered_part`, for the documentation.
@@ -45,17 +42,7 @@ def uncovered_part(architecture: Architecture) -> str | None:
     for branch in architecture.branches:
         if (reason := _uncovered_branch(branch)) is not None:
             return f"{branch.name}: {reason}"
-    return selected_positions_part(architecture)
-
-
-def selected_positions_part(architecture: Architecture) -> str | None:
-    """Describe the first sub-layer of case 5, with its place; None if there is none."""
-    if (branch := selected_positions(architecture)) is None:
-        return None
-    return (
-        f"{branch.name}: rotary positions or a relative bias behind "
-        f"{architecture.selects[0].name}, which chooses tokens by content"
-    )
+    return None
 
 
 def _uncovered_branch(branch: BranchSpec) -> str | None:
