@@ -115,8 +115,8 @@ class SelectionWriter:
         behind = 0 if spec.fused else padding
         count = prefix + spec.patches + behind
         if spec.scorer == "random":
-            rows = [*range(prefix), *(prefix + place for place in self.places[name])]
-            index = graph.constant(f"{name}.rows", np.array([*rows, *[0] * behind], np.int64))
+            kept = [*range(prefix), *(prefix + place for place in self.places[name])]
+            index = graph.constant(f"{name}.rows", np.array([*kept, *[0] * behind], np.int64))
             x = stream.read(name)
             stream.value = graph.node("Gather", [x, index], f"{name}.kept", axis=self._token_axis)
             return Positions(index, count, by_image=False)

@@ -48,7 +48,7 @@ class RelativeBias(nn.Module):
         # Flat, since an index for each image exports to slower operators.
         rows = positions[:, :queries, None] * len(self.index) + positions[:, None]
         index = self.index.flatten().index_select(0, rows.flatten())
-        bias = table.index_select(0, index).unflatten(0, (-1, queries, keys))
+        bias = torch.unflatten(table.index_select(0, index), 0, (-1, queries, keys))
         return bias.permute(0, 3, 1, 2)
 
 
