@@ -185,8 +185,8 @@ class _recording:
         for module, rows in zip(self.modules, self.found, strict=True):
 
             def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-                x, scored, _ = inputs
-                return x, scored, Choices()
+                x, scored, _, positions = inputs
+                return x, scored, Choices(), positions
 
             def after(
                 module: nn.Module, inputs: tuple[Any, ...], output: Any, rows: Any = rows
@@ -221,9 +221,10 @@ class _prescribing:
                 rows: Array = rows,
                 done: list[int] = done,
             ) -> tuple[Any, ...]:
-                x, scored, _ = inputs
+                x, scored, _, positions = inputs
                 first, done[0] = done[0], done[0] + len(x)
-                return x, scored, Choices(given=[torch.from_numpy(rows[first : done[0]])])
+                chosen = torch.from_numpy(rows[first : done[0]])
+                return x, scored, Choices(given=[chosen]), positions
 
             self.hooks.append(module.register_forward_pre_hook(before))
 

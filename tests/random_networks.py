@@ -110,7 +110,7 @@ def selecting_architectures(
 ) -> Architecture:
     """A network that selects patches by content at one place or at two, by some of `scorers`."""
     spec = draw(architectures(countable=countable))
-    assume(spec.pool.kind != "dense" and spec.pool.refine is None)
+    assume(spec.pool.refine is None)
     first = draw(st.integers(0, len(spec.steps)))
     selects: list[SelectSpec] = []
     patches = spec.patches
@@ -144,8 +144,10 @@ def selecting_architectures(
                 seed=number if scorer == "random" else 0,
             )
         )
+    # A fused token has no position.
+    fused_at = min((select.at for select in selects if select.fused), default=len(spec.steps))
     steps = tuple(
-        tuple(_without_positions(branch) if number >= first else branch for branch in step)
+        tuple(_without_positions(branch) if number >= fused_at else branch for branch in step)
         for number, step in enumerate(spec.steps)
     )
     changed = spec.model_copy(update={"selects": tuple(selects), "steps": steps})

@@ -273,6 +273,12 @@ class BranchSpec(Spec):
     """Number of leading tokens that the branch computes and that the stream carries after it;
     attention still reads the keys of all that came in. None: all that came in."""
 
+    @property
+    def reads_positions(self) -> bool:
+        """Whether its scores depend on the places of tokens: rope, or a relative bias."""
+        core = self.core
+        return isinstance(core, AttentionSpec) and (core.rope or core.bias) is not None
+
 
 def check_norm(where: str, norm: NormSpec | None, width: int) -> None:
     """Raise ValueError if `norm` is not `width` channels wide."""

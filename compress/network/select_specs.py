@@ -288,7 +288,7 @@ def folds_keys(core: AttentionSpec) -> bool:
 def check_select_pool(architecture: Architecture) -> None:
     """Raise ValueError if a network with selections needs every patch at its end."""
     pool = architecture.pool
-    if not architecture.selects or (pool.kind not in ("none", "dense") and pool.refine is None):
+    if not architecture.selects or (pool.kind != "none" and pool.refine is None):
         return
     how = " behind self-attention" if pool.refine is not None else ""
     way = "add a pooling first (reset_classifier)" if pool.kind == "none" else _MASK_INSTEAD
@@ -335,6 +335,7 @@ def check_selects(architecture: Architecture) -> None:
                 "predictor"
             )
     first = architecture.selects[0].at
+    fusing = next((select for select in architecture.selects if select.fused), None)
     for number, step in enumerate(architecture.steps):
         kept = step[0].tokens
         if number >= first and kept is not None and kept > architecture.prefix:
@@ -342,9 +343,12 @@ def check_selects(architecture: Architecture) -> None:
                 f"{step[0].name}: {kept} tokens by place, behind {names[0]}, which chooses by "
                 "image; choose in a later block, or for a network without a token mask"
             )
-        core = next((b.core for b in step if isinstance(b.core, AttentionSpec)), None)
-        if number >= first and core is not None and (core.rope or core.bias):
-            raise ValueError(
-                f"{step[0].name}: its positions are those of the grid, and {names[0]} moves "
-                f"tokens; {_MASK_INSTEAD}"
-            )
+        if fusing is None or number < fusing.at:
+            continue
+        for branch in step:
+            if branch.reads_positions:
+                raise ValueError(
+                    f"{branch.name}: its positions are those of the grid, and the token into which "
+                    f"{fusing.name} fuses patches has none; choose without a fused token "
+                    f"(class-attention), or {_MASK_INSTEAD}"
+                )

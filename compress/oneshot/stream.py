@@ -197,9 +197,15 @@ def recorded_attention(core: Attention) -> Iterator[list[tuple[Tensor, Tensor, T
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     attend: Callable[..., Tensor] = core.attend
 
-    def recording(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+    def recording(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         found.append((q, k, v))
-        return attend(q, k, v, keep)
+        return attend(q, k, v, keep, positions)
 
     core.attend = recording  # type: ignore[method-assign]
     try:

@@ -68,8 +68,8 @@ class TokenPlan:
         before = self.counts[-1]
         for row in plans:
             if row[0].step not in self.counts:
-                # Behind a selection by content tokens do not leave by place.
-                found.append(row)
+                # Behind a selection by content tokens do not leave by place; the tables follow.
+                found.append(tuple(self._branch(item, item.spec.tokens) for item in row))
                 continue
             after = self.counts[row[0].step]
             count = None if after == before else after

@@ -25,7 +25,7 @@ from ..network import files
 from ..network.architecture import Architecture
 from ..network.count import count_macs
 from ..network.modules.branch import Branch
-from ..network.modules.model import CompactModel, build
+from ..network.modules.model import CompactModel, StepsRun, build
 from ..network.modules.select import Select, first_places
 from ..network.select_specs import select_inputs
 from ..oneshot.stream import check_images
@@ -117,10 +117,10 @@ class BucketedModel(nn.Module):
         Returns:
             (batch, classes).
         """
-        x, scores = self._scored(images)
-        numbers = self._numbers(x, scores)
+        found, scores = self._scored(images)
+        numbers = self._numbers(found, scores)
         rows = [(numbers == number).nonzero().flatten() for number in numbers.unique().tolist()]
-        logits = [self._rest(int(numbers[part[0]]), x[part], scores[part]) for part in rows]
+        logits = [self._rest(int(numbers[part[0]]), found.of(part), scores[part]) for part in rows]
         return torch.cat(logits).index_select(0, torch.cat(rows).argsort())
 
     def fixed(self, count: int) -> CompactModel:
@@ -198,9 +198,11 @@ class BucketedModel(nn.Module):
             raise InputError("buckets: a prediction is fitted to two images or more; give hundreds")
         width = feature_count(self.architecture.embed, self.architecture.prefix)
 
-        def compared(x: Tensor, scores: Tensor) -> Tensor:
-            logits = [self._rest(number, x, scores) for number in range(len(self.buckets.counts))]
-            return torch.cat([features(x, self.selection.prefix), divergences(logits)], dim=1)
+        def compared(before: StepsRun, scores: Tensor) -> Tensor:
+            places = range(len(self.buckets.counts))
+            logits = [self._rest(place, before, scores) for place in places]
+            inputs = features(before.x, self.selection.prefix)
+            return torch.cat([inputs, divergences(logits)], dim=1)
 
         found = self._of_images(images, compared, progress, "learn")
         return fit_divergence(found[:, :width], found[:, width:])
@@ -236,11 +238,10 @@ class BucketedModel(nn.Module):
         text = json.dumps(self.buckets.model_dump(by_alias=True, mode="json"), indent=1)
         replace_file(Path(folder) / files.BUCKETS_FILE, text + "\n")
 
-    def _scored(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream (batch, tokens, embed) before the last selection, and its scores."""
-        network, last = self.network, self.selection
-        x, _, scored = network.run_steps(network.embed(images), until=last)
-        return x, last.scores(x, scored)
+    def _scored(self, images: Tensor) -> tuple[StepsRun, Tensor]:
+        """The stream before the last selection, and its scores (batch, patches)."""
+        found = self.network.run_steps(self.network.embed(images), until=self.selection)
+        return found, self.selection.scores(found.x, found.scored)
 
     def _covered(self, scores: Tensor) -> Tensor:
         """(batch, patches) -> (batch, buckets), float64."""
@@ -251,23 +252,23 @@ class BucketedModel(nn.Module):
         last = torch.tensor(self.buckets.counts, device=scores.device) - 1
         return held[:, last] / held[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
 
-    def _needs(self, x: Tensor, scores: Tensor) -> Tensor:
+    def _needs(self, before: StepsRun, scores: Tensor) -> Tensor:
         """What the rule compares with its threshold: (batch, buckets - 1)."""
         divergence = self.buckets.divergence
         if divergence is None:
             return -self._covered(scores)[:, :-1]
-        weights = torch.tensor(divergence.weights, device=x.device)
-        bias = torch.tensor(divergence.bias, device=x.device)
-        return features(x, self.selection.prefix) @ weights.T + bias
+        weights = torch.tensor(divergence.weights, device=scores.device)
+        bias = torch.tensor(divergence.bias, device=scores.device)
+        return features(before.x, self.selection.prefix) @ weights.T + bias
 
-    def _numbers(self, x: Tensor, scores: Tensor) -> Tensor:
+    def _numbers(self, before: StepsRun, scores: Tensor) -> Tensor:
         """The number of each image's bucket: int64 (batch,)."""
-        return first_enough(self._needs(x, scores), self.buckets.threshold)
+        return first_enough(self._needs(before, scores), self.buckets.threshold)
 
     def _of_images(
         self,
         images: Tensor,
-        compute: Callable[[Tensor, Tensor], Tensor],
+        compute: Callable[[StepsRun, Tensor], Tensor],
         progress: Progress | None,
         stage: str = "score",
     ) -> Tensor:
@@ -282,13 +283,14 @@ class BucketedModel(nn.Module):
                 found.append(compute(*self._scored(part.to(device))).double().cpu())
         return torch.cat(found)
 
-    def _rest(self, number: int, x: Tensor, scores: Tensor) -> Tensor:
+    def _rest(self, number: int, before: StepsRun, scores: Tensor) -> Tensor:
         """Run what follows the scores in one bucket: (batch, …) -> (batch, classes)."""
         network, select = self.network, self.selection
-        x = select.gathered(x, first_places(scores, self.buckets.counts[number]))
+        kept = first_places(scores, self.buckets.counts[number])
+        x, positions = select.gathered(before.x, kept, before.positions)
         counts = self.architectures[number].step_tokens()
         for step, count in list(zip(network.steps, counts, strict=True))[select.spec.at :]:
-            x = network.run_step(cast("Sequence[Branch]", step), x, count)
+            x = network.run_step(cast("Sequence[Branch]", step), x, count, None, positions)
         return network.classify(x)
 
 

@@ -233,7 +233,7 @@ def select_tokens(
 
     Raises:
         InputError: A stage does not exist, its count leaves no patch or drops none, the rule has no
-            effect, or the network has no class token, or positions that a selection would move.
+            effect, or the network has no class token, or positions that a fused token lacks.
         UnsupportedModel: A module has no rule; the message names its path.
 
     References:

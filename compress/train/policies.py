@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..network.modules.branch import Branch
-from ..network.modules.select import Select, first_places
+from ..network.modules.select import Scored, Select, first_places
 
 
 class TrainingPolicy(Protocol):
@@ -24,7 +23,7 @@ class TrainingPolicy(Protocol):
         """Forget what was decided before; called before each forward pass."""
 
     def __call__(
-        self, select: Select, x: Tensor, scored: tuple[Branch, Tensor] | None, keep: Tensor | None
+        self, select: Select, x: Tensor, scored: Scored | None, keep: Tensor | None
     ) -> Tensor:
         """The factors of the tokens from a selection on: (batch, tokens), 0 or 1."""
 
@@ -56,7 +55,7 @@ class SampledPolicy:
         self.shares, self.targets = [], []
 
     def __call__(
-        self, select: Select, x: Tensor, scored: tuple[Branch, Tensor] | None, keep: Tensor | None
+        self, select: Select, x: Tensor, scored: Scored | None, keep: Tensor | None
     ) -> Tensor:
         """The factors of the tokens from a selection on: (batch, tokens), 0 or 1."""
         scores = select.scores(x, scored, keep).float()
@@ -91,7 +90,7 @@ class BestPolicy:
         self.scores, self.present = [], []
 
     def __call__(
-        self, select: Select, x: Tensor, scored: tuple[Branch, Tensor] | None, keep: Tensor | None
+        self, select: Select, x: Tensor, scored: Scored | None, keep: Tensor | None
     ) -> Tensor:
         """The factors of the tokens from a selection on: (batch, tokens), 0 or 1."""
         scores = select.scores(x.detach(), scored, keep)

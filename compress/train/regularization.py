@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...core.errors import InputError
-from ..network.architecture import AttentionSpec
 from ..network.modules.branch import Branch, Constant
 from ..network.modules.model import CompactModel
 
@@ -100,11 +99,7 @@ def add_patch_drop(model: nn.Module, rate: float) -> None:
     if not rate or not isinstance(model, CompactModel):
         return
     architecture = model.architecture
-    positioned = [
-        branch.name
-        for branch in architecture.branches
-        if isinstance(branch.core, AttentionSpec) and (branch.core.rope or branch.core.bias)
-    ]
+    positioned = [branch.name for branch in architecture.branches if branch.reads_positions]
     if positioned:
         raise InputError(
             f"patch_drop = {rate}: {positioned[0]} has rotary or relative positions, which need "

@@ -139,7 +139,7 @@ def _products(writer: AttentionWriter) -> tuple[str, str, str]:
         q = writer.reshape(q, [spec.kv_heads, -1, spec.qk], "q.grouped")
         if bias is not None:
             shape = [spec.kv_heads, -1, writer.rows.tokens]
-            bias = graph.reshape(bias, shape, f"{writer.name}.bias.grouped")
+            bias = writer.reshape_bias(bias, shape, "bias.grouped")
     elif spec.kv_of is not None:
         heads = graph.sizes(spec.kv_of)
         k = writer.node("Gather", [k, heads], "k.each", axis=heads_axis)
@@ -183,9 +183,9 @@ def _standard_operator(writer: AttentionWriter) -> str:
             ]
     else:
         inputs = writer.flat_projections()
-    bias = writer.relative_bias()
+    bias = writer.batched_bias()
     if bias is not None:
-        inputs.append(writer.node("Unsqueeze", [bias, graph.sizes([0])], "bias.batch"))
+        inputs.append(bias)
     heads = {"q_num_heads": spec.heads, "kv_num_heads": spec.kv_heads}
     output = writer.node("Attention", inputs, "mix", **heads, scale=1.0)
     if not writer.matrix:
@@ -212,10 +212,9 @@ def _runtime_operator(writer: AttentionWriter) -> str:
         if any(layer.bias is not None for _, layer, _ in sources):
             joined = joined_bias([layer for _, layer, _ in sources])
             bias = graph.constant(f"{writer.name}.qkv.bias", joined)
-    relative = writer.relative_bias()
+    relative = writer.batched_bias()
     if relative is not None:
-        batched = writer.node("Unsqueeze", [relative, graph.sizes([0])], "bias.batch")
-        inputs += [bias, "", batched]
+        inputs += [bias, "", relative]
     elif bias:
         inputs.append(bias)
     return writer.node(
@@ -286,7 +285,7 @@ def _attend_to_rows(writer: AttentionWriter, queries: str, width: int, bias: str
     )
     scores = writer.node("MatMul", [flat, transposed], "scores")
     if bias is not None:
-        bias = graph.reshape(bias, [-1, rows.tokens], f"{name}.bias.rows")
+        bias = writer.reshape_bias(bias, [-1, rows.tokens], "bias.rows")
     pooled = writer.node("MatMul", [_softmax(writer, scores, bias), x], "pooled")
     return writer.reshape(pooled, [writer.spec.heads, -1, width], "pooled.heads")
 

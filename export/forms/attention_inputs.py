@@ -13,9 +13,11 @@ import numpy as np
 
 from ...compress.network.architecture import AttentionSpec
 from ...compress.network.modules.relative_bias import offsets
+from ..graphs.model_proto import SCORES
 from .attention_weights import AttentionWeights
 from .form import Form
 from .graph import Array, Graph
+from .positions import Positions
 from .rows import Linear, Norm, first_tokens, linear, norm, scale_and_shift
 
 
@@ -30,6 +32,7 @@ class AttentionRows:
         padding: Number of padding rows.
         query_count: Number of query rows where they are the first rows of x only, None where all of
             x are queries.
+        positions: Which tokens of the stem the rows are, maybe of more rows; None: the first ones.
     """
 
     x: str
@@ -37,6 +40,7 @@ class AttentionRows:
     tokens: int
     padding: int
     query_count: int | None
+    positions: Positions | None = None
 
     @property
     def token_queries(self) -> int:
@@ -167,36 +171,64 @@ class AttentionWriter:
         spec, weights, rows = self.spec, self.weights, self.rows
         if spec.rope is None or weights.cosine is None or weights.sine is None:
             return x
-        count = rows.tokens if label == "k" else rows.token_queries
-        if count <= spec.rope.prefix:
+        if (rows.tokens if label == "k" else rows.token_queries) <= spec.rope.prefix:
             return x
-        padding = ((0, 0 if label == "k" else rows.padding_queries), (0, 0), (0, 0))
-        cosine, sine = (
-            np.pad(weights.cosine[:count], padding),
-            np.pad(weights.sine[:count], padding),
-        )
         first, second = self.graph.node_outputs(
             "Split", [x], f"{self.name}.{label}.halves", 2, axis=-1, num_outputs=2
         )
         swapped = self.node("Concat", [second, first], f"{label}.swapped", axis=-1)
-        factors = self.graph.constant("rope.cosine", cosine, shared=True)
+        factors = self._token_rows(weights.cosine, label, "rope.cosine")
         kept = self.node("Mul", [x, factors], f"{label}.cosine")
-        factors = self.graph.constant("rope.sine", sine, shared=True)
+        factors = self._token_rows(weights.sine, label, "rope.sine")
         crossed = self.node("Mul", [swapped, factors], f"{label}.sine")
         return self.node("Add", [kept, crossed], f"{label}.rotated")
+
+    def _token_rows(self, table: Array, label: str, name: str) -> str:
+        """Write the rows of a table (tokens of the stem, …) for queries "q" or keys "k"."""
+        rows, positions = self.rows, self.rows.positions
+        count = rows.tokens if label == "k" else rows.token_queries
+        padding = 0 if label == "k" else rows.padding_queries
+        name = f"{self.name}.{name}" if SCORES in self.name else name
+        if positions is None:
+            padded = np.pad(table[:count], ((0, padding), (0, 0), (0, 0)))
+            return self.graph.constant(name, padded, shared=True)
+        return positions.table_rows(self.graph, table, count + padding, name)
+
+    @property
+    def bias_by_image(self) -> bool:
+        """Whether the images of a batch have relative biases of their own."""
+        positions = self.rows.positions
+        return positions is not None and positions.by_image
+
+    def reshape_bias(self, bias: str, shape: Sequence[int], label: str) -> str:
+        """Reshape a relative bias (heads, queries, tokens) to `shape`, for each image."""
+        lead = [0] if self.bias_by_image else []
+        return self.graph.reshape(bias, [*lead, *shape], f"{self.name}.{label}")
+
+    def batched_bias(self) -> str | None:
+        """Write the relative bias (batch or 1, heads, queries, tokens)."""
+        bias = self.relative_bias()
+        if bias is None or self.bias_by_image:
+            return bias
+        return self.node("Unsqueeze", [bias, self.graph.sizes([0])], "bias.batch")
 
     def relative_bias(self) -> str | None:
         """Write the relative bias (heads, queries, tokens), gathered from a table of offsets.
 
         Runtimes fold the Gather when they load the file; in the file, the indices are stored once
-        for all sub-layers.
+        for all sub-layers. With `bias_by_image` there is a dimension of images in front.
         """
         spec, table, rows = self.spec.bias, self.weights.table, self.rows
         if spec is None or table is None:
             return None
         # Pairs with a learned token read the zero that was appended to the table. Queries and keys
         # are leading tokens, in the order of the stream.
-        index = offsets(spec).numpy()[: rows.token_queries, : rows.tokens]
+        index = offsets(spec).numpy()
+        if rows.positions is not None:
+            shape = (rows.token_queries + rows.padding_queries, rows.tokens)
+            name = f"{self.name}.bias"
+            return rows.positions.pair_columns(self.graph, table, index, shape, name)
+        index = index[: rows.token_queries, : rows.tokens]
         index = np.pad(index, ((0, rows.padding_queries), (0, 0)))
         if self.graph.operators == "pnnx":
             return self.graph.constant(f"{self.name}.bias", np.ascontiguousarray(table[:, index]))

@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ..graphs.model_proto import unused_name
+from ..graphs.model_proto import keeps_single_precision, unused_name
 
 Array = NDArray[Any]
 State = dict[str, Array]
@@ -30,7 +30,8 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self._used: set[str] = set(reserved)
-        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._shared: dict[tuple[str, tuple[int, ...], bytes, bool], str] = {}
+        self._shared_nodes: dict[tuple[object, ...], str] = {}
         self._uses_runtime = False
         # How a Linear is written: one Gemm where rows are a matrix, always a product and a sum (as
         # quantizers need it), or in eight bits.
@@ -42,12 +43,16 @@ class Graph:
         self.runtime_norm = False
 
     def constant(self, name: str, value: Array, *, shared: bool = False) -> str:
-        """Add a weight. Equal arrays are stored once if they are small or `shared`."""
+        """Add a weight. Equal arrays are stored once if they are small or `shared`.
+
+        Those whose names reduced precisions spare are stored apart from the others.
+        """
         value = np.asarray(value, order="C")
         key = (
             value.dtype.str,
             value.shape,
             value.tobytes() if value.nbytes <= 256 or shared else b"",
+            keeps_single_precision(name),
         )
         if key[2] and key in self._shared:
             return self._shared[key]
@@ -94,6 +99,27 @@ class Graph:
             The name of the output.
         """
         return self._add(operator, inputs, name, 1, domain, attributes)[0]
+
+    def shared_node(
+        self, operator: str, inputs: Sequence[str], name: str, **attributes: Any
+    ) -> str:
+        """Add a node with one output, or return that of an equal one which is there.
+
+        Args:
+            operator: The operator type.
+            inputs: As for `node`.
+            name: As for `node`; of equal nodes that of the first is taken, unless reduced
+                precisions treat the names differently.
+            **attributes: Attributes of the node.
+
+        Returns:
+            The name of the output.
+        """
+        spared = keeps_single_precision(name)
+        key = (operator, *inputs, *sorted(attributes.items()), spared)
+        if key not in self._shared_nodes:
+            self._shared_nodes[key] = self.node(operator, inputs, name, **attributes)
+        return self._shared_nodes[key]
 
     def node_outputs(
         self,

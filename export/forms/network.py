@@ -33,6 +33,7 @@ from .ffn import ffn
 from .form import Form
 from .graph import Array, Graph, State, entries_below
 from .head import head
+from .positions import Positions
 from .rows import (
     Linear,
     Norm,
@@ -157,6 +158,8 @@ class _StepWriter:
             self.shared = scoring_branches(architecture, ("column-attention",))
         # The attention of the last step that was written, which may score patches.
         self.scored: ScoringAttention | None = None
+        # Which tokens of the stem the stream carries, behind a selection; None: the first ones.
+        self.positions: Positions | None = None
         # The tokens that the stream carries; further rows pad them to a multiple of the tile.
         self.tokens = architecture.tokens
         self.rows = self.tokens + -self.tokens % form.tile
@@ -192,7 +195,9 @@ class _StepWriter:
         for branch, part, x in zip(step, parts, inputs, strict=True):
             if isinstance(branch.core, AttentionSpec):
                 core = entries_below(part, "core")
-                self.scored = ScoringAttention(branch.core, core, x, tokens, padding)
+                self.scored = ScoringAttention(
+                    branch.core, core, x, tokens, padding, positions=self.positions
+                )
         if count < tokens:
             self._drop(stream, count, f"{step[0].name if step else 'step'}.kept")
         inputs = [
@@ -209,7 +214,7 @@ class _StepWriter:
                 if self.rows < before:
                     query_count = self.rows
                     queries = first_tokens(self.graph, self.form, x, self.rows, f"{name}.queries")
-                rows = AttentionRows(x, queries, tokens, padding, query_count)
+                rows = AttentionRows(x, queries, tokens, padding, query_count, self.positions)
                 keeps = query_count is None and name in self.shared
                 y, out, maps = attention(
                     self.graph, self.form, branch.core, core, rows, name, keep_maps=keeps
@@ -228,8 +233,12 @@ class _StepWriter:
                 continue
             count = architecture.prefix + spec.left
             rows = self._rows_of(count)
-            self.selections.write(stream, number, self.tokens, rows - count, self.scored)
+            chosen = self.selections.write(stream, number, self.tokens, rows - count, self.scored)
             self.tokens, self.rows = count, rows
+            behind = (branch for step in architecture.steps[at:] for branch in step)
+            if any(branch.reads_positions for branch in behind):
+                before = self.positions
+                self.positions = chosen if before is None else before.of(self.graph, chosen)
 
     def _rows_of(self, count: int) -> int:
         """The rows of `count` tokens in whole tiles."""

@@ -25,6 +25,7 @@ from .attention_weights import fold, ungroup
 from .ffn import activation
 from .form import Form
 from .graph import Array, Graph, State, entries_below
+from .positions import Positions
 from .rows import Linear, Norm, first_tokens, gather_channels, linear, norm, slice_tokens
 from .stream import Stream
 
@@ -40,6 +41,7 @@ class ScoringAttention:
         tokens: Number of tokens among them.
         padding: Number of further rows.
         maps: What it has computed, where a selection may read that.
+        positions: Which tokens of the stem the rows are; None: the first ones.
     """
 
     spec: AttentionSpec
@@ -48,6 +50,7 @@ class ScoringAttention:
     tokens: int
     padding: int
     maps: AttentionMaps | None = None
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class SelectionWriter:
         tokens: int,
         padding: int,
         scored: ScoringAttention | None,
-    ) -> None:
+    ) -> Positions:
         """Let the stream carry the chosen tokens only.
 
         Args:
@@ -91,6 +94,9 @@ class SelectionWriter:
             tokens: Number of tokens that the stream carries; further rows pad it.
             padding: Number of rows without meaning to append to the chosen ones.
             scored: The attention that scores patches, where the selection needs one.
+
+        Returns:
+            The rows of the stream that it gathers, prefix tokens and padding among them.
 
         Raises:
             UnsupportedModel: The form's operators have no TopK.
@@ -107,12 +113,13 @@ class SelectionWriter:
             )
         # Padding is appended behind a fused token.
         behind = 0 if spec.fused else padding
+        count = prefix + spec.patches + behind
         if spec.scorer == "random":
-            rows = [*range(prefix), *(prefix + place for place in self.places[name])]
-            index = graph.constant(f"{name}.rows", np.array([*rows, *[0] * behind], np.int64))
+            kept = [*range(prefix), *(prefix + place for place in self.places[name])]
+            index = graph.constant(f"{name}.rows", np.array([*kept, *[0] * behind], np.int64))
             x = stream.read(name)
             stream.value = graph.node("Gather", [x, index], f"{name}.kept", axis=self._token_axis)
-            return
+            return Positions(index, count, by_image=False)
         if spec.scorer == "predictor":
             scores = self._predictor_scores(stream, number, tokens)
         else:
@@ -120,8 +127,10 @@ class SelectionWriter:
             scores = self._attention_scores(spec, scored, tokens)
         indices = self._best(spec, scores)
         x = stream.read(name)
-        y = self._gathered(x, self._rows(indices, spec, behind), f"{name}.kept")
+        rows = self._rows(indices, spec, behind)
+        y = self._gathered(x, rows, f"{name}.kept")
         stream.value = self._fused(spec, x, y, scores, tokens, padding) if spec.fused else y
+        return rows
 
     @property
     def _token_axis(self) -> int:
@@ -139,8 +148,8 @@ class SelectionWriter:
         graph.rename(increasing[0], indices)
         return indices
 
-    def _rows(self, indices: str, spec: SelectSpec, padding: int) -> str:
-        """The rows to gather, prefix tokens first: (batch, kept) -> (batch, rows)."""
+    def _rows(self, indices: str, spec: SelectSpec, padding: int) -> Positions:
+        """The rows to gather, prefix tokens first: of the patches `indices`, (batch, kept)."""
         graph, name, prefix = self.graph, spec.name, self.architecture.prefix
         offsets = np.array([*range(prefix), *[prefix] * spec.patches, *[0] * padding], np.int64)
         if prefix or padding:
@@ -148,16 +157,17 @@ class SelectionWriter:
             indices = graph.node("Pad", [indices, pads], f"{name}.places")
             constant = graph.constant(f"{name}.offsets", offsets)
             indices = graph.node("Add", [indices, constant], f"{name}.rows")
-        return indices
+        by_image = not (self.matrix or self.one_image)
+        rows = indices if by_image else graph.reshape(indices, [-1], f"{name}.kept.flat")
+        return Positions(rows, len(offsets), by_image)
 
-    def _gathered(self, x: str, rows: str, name: str) -> str:
+    def _gathered(self, x: str, rows: Positions, name: str) -> str:
         """Gather rows of each image."""
         graph = self.graph
-        if self.matrix or self.one_image:
-            rows = graph.reshape(rows, [-1], f"{name}.flat")
-            return graph.node("Gather", [x, rows], name, axis=self._token_axis)
-        rows = graph.node("Unsqueeze", [rows, graph.sizes([-1])], f"{name}.each")
-        return graph.node("GatherND", [x, rows], name, batch_dims=1)
+        if not rows.by_image:
+            return graph.node("Gather", [x, rows.value], name, axis=self._token_axis)
+        each = graph.node("Unsqueeze", [rows.value, graph.sizes([-1])], f"{name}.each")
+        return graph.node("GatherND", [x, each], name, batch_dims=1)
 
     def _fused(
         self, spec: SelectSpec, x: str, y: str, scores: str, tokens: int, padding: int
@@ -227,13 +237,13 @@ class SelectionWriter:
         x = scored.x
         if scored.padding and scored.maps is None:
             x = first_tokens(graph, self.form, x, scored.tokens, f"{name}.real")
-        rows = AttentionRows(x, x, scored.tokens, 0, None)
+        rows = AttentionRows(x, x, scored.tokens, 0, None, scored.positions)
         core, state = ungroup(scored.spec, scored.state)
         form = replace(self.form, attention="split")
         writer = AttentionWriter(graph, form, core, fold(core, state), rows, name)
         if spec.scorer == "class-attention":
             row = first_tokens(graph, self.form, x, 1, f"{name}.class")
-            writer = replace(writer, rows=AttentionRows(x, row, scored.tokens, 0, 1))
+            writer = replace(writer, rows=replace(rows, queries=row, query_count=1))
             found = _class_weights(writer)
         else:
             found = _column_weights(writer, state, scored)

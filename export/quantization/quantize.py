@@ -334,8 +334,9 @@ def _with_casts(model: onnx.ModelProto) -> list[str]:
     constants = {tensor.name for tensor in model.graph.initializer}
     spared = [node for node in model.graph.node if keeps_single_precision(node.name)]
     inside = {value for node in spared for value in node.output}
-    # The places of a TopK are integers, which no cast may turn into floats.
+    # The places of a TopK and of a Gather are integers, which no cast may turn into floats.
     integers = {node.output[1] for node in spared if node.op_type == "TopK"}
+    integers |= {node.input[1] for node in spared if node.op_type == "Gather"}
     others = [node for node in model.graph.node if not keeps_single_precision(node.name)]
     leaving = inside & {value for node in others for value in node.input} - integers
     nodes: list[onnx.NodeProto] = []
@@ -345,7 +346,7 @@ def _with_casts(model: onnx.ModelProto) -> list[str]:
             nodes.append(node)
             continue
         for number, value in enumerate(node.input):
-            if not value or value in constants:
+            if not value or value in constants or value in integers:
                 continue
             if value not in inside:
                 node.input[number] = f"{value}.single"

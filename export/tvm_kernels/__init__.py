@@ -10,7 +10,7 @@ The path of a network, from `build.build_network` on:
    the function that emits it:
 
    - `dense` (linear layers), `attention`, `key_packing` (keys and values for attention),
-   - `norm`, `head_norm` (qk_norm), `rope`, `activations`,
+   - `norm`, `head_norm` (qk_norm), `rope`, `positions` (of chosen tokens), `activations`,
    - `patches` (patch embedding), `row_kernels` (means, sums, slices),
    - `token_scores`, `token_choice` (selections by content, which `selection` emits),
      `bucket_choice` (how many patches an image keeps, for `bucket_network`),

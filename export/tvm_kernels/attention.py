@@ -41,6 +41,7 @@ class Attend:
         values: The columns of the values, before they were packed.
         biased: A number is added to each score: (heads, query_rows, tokens rounded up to
             whole vectors).
+        bias_by_image: There are such numbers for each image.
         output_quantizer: The result is quantized statically.
         columns: There is a second result: how much all queries of a head together attend to each
             token, (images, heads, tokens rounded up to whole vectors).
@@ -55,8 +56,14 @@ class Attend:
     keys: HeadColumns
     values: HeadColumns
     biased: bool = False
+    bias_by_image: bool = False
     output_quantizer: Quantizer | None = None
     columns: bool = False
+
+    def bias_size(self, lanes: Lanes) -> int:
+        """The number of biases."""
+        images = self.images if self.bias_by_image else 1
+        return images * self.heads * self.query_rows * lanes.up(self.tokens)
 
     @property
     def shape(self) -> Shape:
@@ -123,8 +130,7 @@ def _operands(spec: Attend, lanes: Lanes, tile: Tile) -> AttendBuffers:
     packed = T.arg("packed", T.buffer((packed_size,), "float32"))
     bias, static_range, stored = None, None, "float32"
     if spec.biased:
-        bias_size = spec.heads * spec.query_rows * lanes.up(spec.tokens)
-        bias = T.arg("bias", T.buffer((bias_size,), "float32"))
+        bias = T.arg("bias", T.buffer((spec.bias_size(lanes),), "float32"))
     if spec.output_quantizer is not None:
         static_range = T.arg("range", T.buffer((2,), "float32"))
         stored = spec.output_quantizer.dot.stored
@@ -249,7 +255,8 @@ class TileWriter:
                     column = (run.start + panel * run.size + v) * count
                     value = lanes.load(buffers.accumulators, (r * run.size + v) * count)
                     if buffers.bias is not None:
-                        index = (head * spec.query_rows + row + r) * self.stride + column
+                        maps = image * spec.heads + head if spec.bias_by_image else head
+                        index = (maps * spec.query_rows + row + r) * self.stride + column
                         value = value + lanes.load(buffers.bias, index)
                     lanes.store(buffers.scores, r * self.stride + column, value)
 

@@ -136,7 +136,10 @@ class _BucketWriter(NetworkWriter):
         counts = architecture.step_tokens(last_queries=not needs_all_tokens(architecture, ()))
         with self.program.branch(), self.emitter.branch():
             count = self.model.buckets.counts[number]
-            stream, _ = keep_rows(self.emitter, stream, self.last, scores, count)
+            positioned = self.positioned(self.last.spec.at)
+            stream, _ = keep_rows(
+                self.emitter, stream, self.last, scores, count, positioned=positioned
+            )
             for step in range(self.last.spec.at, len(architecture.steps)):
                 parts = self.parts(step)
                 stream = self.step(stream, architecture.steps[step], parts, counts[step])

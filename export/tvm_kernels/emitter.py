@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...compress.network.architecture import AttentionSpec, NormSpec
+from ...compress.network.architecture import NormSpec
 from ...compress.network.token_order import Runs
 from .attention import Attend, attend
 from .dense import Dense, dense
 from .head_norm import HeadNorm, norm_heads
 from .key_packing import pack_keys
 from .lanes import Lanes
-from .matrices import Affine, Matrix, State, Stream
+from .matrices import Affine, Matrix, Stream
 from .norm import Normalize, normalize
 from .packing import Array, padded, panels, quantize_weights
 from .precision import FP32, Float, Precision, RowFormat
 from .program import Program, Value
 from .quantization import Quantize, quantize_rows
-from .rope import Rotate, rotate_heads
 from .row_kernels import (
     add_constant,
     add_rows,
@@ -262,41 +261,12 @@ class Emitter:
             x, "head_norm", spec, lambda: norm_heads(spec, self.schedule.threads), operands
         )
 
-    def rotate(self, x: Stream, first: int, core: AttentionSpec, state: State) -> Stream:
-        """Queries or keys with rotary positions; the other columns stay.
-
-        Args:
-            x: The input.
-            first: The first column of the first head.
-            core: The attention.
-            state: Its parameters, with the table of angles.
-        """
-        rope = core.rope
-        assert rope is not None
-        table = state["rope.table"]
-        spec = Rotate(
-            images=self.batch,
-            rows=x.rows,
-            width=x.width,
-            first=first,
-            heads=core.heads,
-            each=core.qk,
-            prefix=rope.prefix,
-            patches=rope.tokens,
-            tables=len(table),
-            layout=rope.layout,
-        )
-        operands = [x.value, self.constant(np.ascontiguousarray(table).ravel())]
-        return self._same_shape(
-            x, "rotate", spec, lambda: rotate_heads(spec, self.schedule.threads), operands
-        )
-
     def attend(
         self,
         spec: Attend,
         queries: Stream,
         keys_values: Stream,
-        bias: Array | None = None,
+        bias: Value | None = None,
         *,
         only_products: bool,
     ) -> tuple[Stream, Value | None]:
@@ -315,7 +285,7 @@ class Emitter:
         spec = replace(spec, output_quantizer=out.quantizer)
         operands = [queries.value, packed]
         if bias is not None:
-            operands.append(self.constant(bias.ravel()))
+            operands.append(bias)
         operands += self.range_operand(out)
         width = spec.heads * spec.values.each
         results = [((spec.images * spec.query_rows * width,), stored(out))]

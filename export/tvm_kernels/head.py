@@ -26,9 +26,10 @@ from .matrices import (
 )
 from .outputs import write_output
 from .packing import padded_heads
+from .positions import LOG2_E
 from .program import Value
 from .row_kernels import first_columns, largest_of_rows
-from .sublayers import LOG2_E, ffn, norm_keys
+from .sublayers import ffn, norm_keys
 
 
 def head(

@@ -50,6 +50,19 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """Which tokens of the stem the rows of each image are.
+
+    Attributes:
+        value: int32 (images, rows), flat.
+        rows: Rows of each image.
+    """
+
+    value: Value
+    rows: int
+
+
+@dataclass(frozen=True)
 class Stream:
     """A value with rows of each image.
 
@@ -61,6 +74,8 @@ class Stream:
         quantizer: How the rows are quantized; None: fp32.
         range: The range of all rows, if it is static.
         stored_rows: Rows of each image in memory; None: as many as `rows`.
+        positions: Of a residual stream which tokens of the stem its rows, or more, are; None: the
+            first ones.
     """
 
     value: Value
@@ -70,6 +85,7 @@ class Stream:
     quantizer: Quantizer | None = None
     range: Range | None = None
     stored_rows: int | None = None
+    positions: Positions | None = None
 
     @property
     def layout(self) -> RowLayout:
@@ -127,10 +143,11 @@ class InputTransform:
 
 @dataclass(frozen=True)
 class ProductInput:
-    """A stream, and the linear map that the products reading it absorb."""
+    """A stream, the linear map that the products reading it absorb, and which tokens it has."""
 
     stream: Stream
     transform: InputTransform = InputTransform()
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -221,9 +222,17 @@ class NetworkWriter:
                 state, scored = self.selection(number, before)
                 scores = patch_scores(self.emitter, stream, select, state, scored)
                 kept = select.spec.patches
-                stream, chosen = keep_rows(self.emitter, stream, select, scores, kept)
+                positioned = self.positioned(count)
+                stream, chosen = keep_rows(
+                    self.emitter, stream, select, scores, kept, positioned=positioned
+                )
                 self.chosen.append(chosen)
         return stream
+
+    def positioned(self, count: int) -> bool:
+        """Whether a sub-layer behind `count` steps reads the positions of its tokens."""
+        behind = (branch for step in self.architecture.steps[count:] for branch in step)
+        return any(branch.reads_positions for branch in behind)
 
     def selection(self, number: int, before: Stream) -> tuple[State, ScoringAttention | None]:
         """The parameters of a selection, and the attention that scores its patches, if any.
@@ -349,7 +358,7 @@ class NetworkWriter:
         for branch, part in zip(step, parts, strict=True):
             reads = stream if isinstance(branch.core, AttentionSpec) else first
             written = self.branch(reads, written, branch, part, rows)
-        return written
+        return replace(written, positions=stream.positions)
 
     def branch(
         self, reads: Stream, written: Stream, branch: BranchSpec, part: State, rows: int

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .lanes import Expr
+from .lanes import Expr, bind
 from .loops import over_threads, share_bounds
 
 
@@ -30,6 +30,8 @@ class Rotate:
         patches: Positions in the tables.
         tables: 1, or one a head.
         layout: Which columns form a pair: neighbours, or those half a head apart.
+        positions: Rows of each image whose numbers in the tables are given, prefix rows first;
+            None: each row has its own number.
     """
 
     images: int
@@ -42,10 +44,11 @@ class Rotate:
     patches: int
     tables: int
     layout: Literal["interleaved", "half"]
+    positions: int | None = None
 
 
 def rotate_heads(spec: Rotate, threads: int) -> Any:
-    """The kernel: (x, table) -> out, all flat.
+    """The kernel: (x, table, [positions]) -> out, all flat.
 
     The table has the shape (tables, 2, patches, each / 2): cosines, then sines.
 
@@ -58,13 +61,19 @@ def rotate_heads(spec: Rotate, threads: int) -> Any:
         size = spec.images * spec.rows * spec.width
         x = T.arg("x", T.buffer((size,), "float32"))
         table = T.arg("table", T.buffer((spec.tables * 2 * spec.patches * pairs,), "float32"))
+        positions = None
+        if spec.positions is not None:
+            positions = T.arg("positions", T.buffer((spec.images * spec.positions,), "int32"))
         out = T.arg("out", T.buffer((size,), "float32"))
 
         def share(part: Expr, parts: int) -> None:
             with T.serial(*share_bounds(spec.images * spec.rows, part, parts)) as row:
                 with T.serial(0, spec.width) as column:
                     T.buffer_store(out, x[row * spec.width + column], [row * spec.width + column])
-                patch = row % spec.rows - spec.prefix
+                place = row % spec.rows
+                if positions is not None:
+                    place = bind(positions[row // spec.rows * spec.positions + place])
+                patch = place - spec.prefix
                 with (
                     T.If(patch >= 0),
                     T.Then(),

@@ -20,16 +20,9 @@ from .emitter import Emitter, Epilogue
 from .head_norm import HeadNorm
 from .key_packing import HeadColumns
 from .matrices import Matrix, ProductInput, State, Stream, affine, linear, sub_state
+from .positions import LOG2_E, chosen_positions, score_bias
 from .program import Value
-from .sublayers import (
-    LOG2_E,
-    Columns,
-    Projected,
-    differential_lambda,
-    project,
-    read_stream,
-    relative_bias,
-)
+from .sublayers import Columns, Projected, differential_lambda, project, read_stream
 from .token_choice import Choose, Gather, choose_patches, gather_rows
 from .token_scores import (
     FoldedQueries,
@@ -90,7 +83,13 @@ def patch_scores(
 
 
 def keep_rows(
-    emitter: Emitter, x: Stream, select: Select, scores: Stream | None, count: int
+    emitter: Emitter,
+    x: Stream,
+    select: Select,
+    scores: Stream | None,
+    count: int,
+    *,
+    positioned: bool,
 ) -> tuple[Stream, Value]:
     """Emit the choice of `count` patches by their scores, and the rows that stay.
 
@@ -100,6 +99,7 @@ def keep_rows(
         select: The selection.
         scores: Its scores; None where the places do not depend on the image.
         count: How many patches stay.
+        positioned: Whether something behind it reads which tokens these are.
 
     Returns:
         The stream behind it, and the chosen places among the patches, (batch, kept) int32, flat.
@@ -132,7 +132,10 @@ def keep_rows(
         operands,
         (batch * gather.rows * x.width,),
     )
-    return Stream(value, gather.rows, x.width, x.used), chosen
+    positions = None
+    if positioned:
+        positions = chosen_positions(emitter, chosen, prefix, count, x.positions)
+    return Stream(value, gather.rows, x.width, x.used, positions=positions), chosen
 
 
 def _predict(emitter: Emitter, x: Stream, select: Select, state: State) -> Stream:
@@ -273,9 +276,8 @@ def _attention_columns(
     lanes, keys = emitter.lanes, projected.keys_values
     spec = projected.attend(emitter, core, rows)
     operands = [projected.queries.value, emitter.packed_keys(spec, keys)]
-    if core.bias is not None:
-        bias = relative_bias(core, state, (rows, keys.rows), lanes)
-        operands.append(emitter.constant(bias.ravel()))
+    bias = score_bias(emitter, core, state, (rows, keys.rows), projected.positions)
+    operands += [] if bias is None else [bias]
     return emitter.program.call(
         "column_sums",
         ("column-sums", spec),

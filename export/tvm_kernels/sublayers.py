@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,16 +13,15 @@ from ...compress.network.architecture import (
     FfnSpec,
     SelectSpec,
 )
-from ...compress.network.modules.relative_bias import offsets
 from .attention import Attend
 from .emitter import Emitter, Epilogue
 from .head_norm import HeadNorm
 from .key_packing import HeadColumns
-from .lanes import Lanes
 from .matrices import (
     Affine,
     InputTransform,
     Matrix,
+    Positions,
     ProductInput,
     State,
     Stream,
@@ -32,11 +30,9 @@ from .matrices import (
     concatenate,
     linear,
 )
-from .packing import Array, padded_heads
+from .packing import padded_heads
+from .positions import LOG2_E, rotate, score_bias
 from .program import Value
-
-# The softmax uses powers of two; this factor of the scores makes them powers of e.
-LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,13 @@ class Projected:
         queries: Rows that contain the queries.
         keys_values: Rows that contain keys and values.
         first: The first columns of queries, keys and values.
+        positions: Which tokens of the stem the rows are; None: the first ones.
     """
 
     queries: Stream
     keys_values: Stream
     first: tuple[int, int, int]
+    positions: Positions | None = None
 
     def with_queries(self, stream: Stream) -> Projected:
         """The same with other queries."""
@@ -79,6 +77,7 @@ class Projected:
             keys=HeadColumns(self.keys_values.width, at_keys, core.qk),
             values=HeadColumns(self.keys_values.width, at_values, values),
             biased=core.bias is not None,
+            bias_by_image=core.bias is not None and self.positions is not None,
         )
 
 
@@ -181,6 +180,7 @@ def project(
         matrix = transform.fold_into(concatenate(others))
         keys_values = emitter.dense(x, x.rows, matrix, force_fp32=force_fp32)
         projected = Projected(queries, keys_values, (0, 0, maps * core.qk))
+    projected = replace(projected, positions=source.positions)
     return _prepare_scores(emitter, projected, core, state)
 
 
@@ -208,9 +208,10 @@ def _prepare_scores(
         normed = norm_keys(emitter, keys, at_keys, core, _key_affine(core, state))
         projected = projected.with_keys(normed)
     if core.rope is not None:
-        rotated = emitter.rotate(projected.queries, at_queries, core, state)
+        positions = projected.positions
+        rotated = rotate(emitter, projected.queries, at_queries, core, state, positions)
         projected = projected.with_queries(rotated)
-        rotated = emitter.rotate(projected.keys_values, at_keys, core, state)
+        rotated = rotate(emitter, projected.keys_values, at_keys, core, state, positions)
         projected = projected.with_keys(rotated)
     return projected
 
@@ -259,9 +260,7 @@ def _attend(
     """The heads' sums of values, side by side; and the sums of columns, if any."""
     queries, keys_values = projected.queries, projected.keys_values
     spec = replace(projected.attend(emitter, core, rows), columns=columns)
-    bias = None
-    if core.bias is not None:
-        bias = relative_bias(core, state, (rows, keys_values.rows), emitter.lanes)
+    bias = score_bias(emitter, core, state, (rows, keys_values.rows), projected.positions)
     only_products = (
         not core.gated
         and core.out_norm is None
@@ -313,25 +312,6 @@ def _project_output(
     return emitter.dense(found, output.rows, projection, Epilogue(residual=output.residual))
 
 
-def relative_bias(core: AttentionSpec, state: State, shape: tuple[int, int], lanes: Lanes) -> Array:
-    """(heads, queries, keys rounded up to whole vectors), times log2 e as the scores.
-
-    Args:
-        core: The attention.
-        state: Its parameters.
-        shape: (queries, keys), the first ones of the stream.
-        lanes: The vectors.
-    """
-    spec = core.bias
-    assert spec is not None
-    # Pairs with a learned token may read a zero behind the table.
-    table = np.pad(state["bias.table"], ((0, 1), (0, 0)))
-    index = offsets(spec).numpy()[: shape[0], : shape[1]]
-    bias = table[index].transpose(2, 0, 1) * np.float32(LOG2_E)
-    bias = np.repeat(bias, core.parts, axis=0)
-    return np.pad(bias, ((0, 0), (0, 0), (0, lanes.up(bias.shape[2]) - bias.shape[2])))
-
-
 def differential_lambda(spec: DifferentialSpec, state: State) -> float:
     """λ, the factor of the second attention map, which is subtracted from the first.
 
@@ -365,10 +345,11 @@ def read_stream(
     """
     if spec.norm is not None:
         x = emitter.norm(stream, spec.norm, columns=spec.reads, only_products=only_products)
-        return ProductInput(x, InputTransform(*affine(state, "norm")))
+        return ProductInput(x, InputTransform(*affine(state, "norm")), stream.positions)
     if spec.reads is None:
-        return ProductInput(stream)
-    return ProductInput(stream, InputTransform.select(spec.reads, stream.used))
+        return ProductInput(stream, positions=stream.positions)
+    selected = InputTransform.select(spec.reads, stream.used)
+    return ProductInput(stream, selected, stream.positions)
 
 
 def ffn(

@@ -180,8 +180,7 @@ def column_sums(spec: Attend, lanes: Lanes, schedule: Schedule) -> Any:
         packed = T.arg("packed", T.buffer((packed_size,), "float32"))
         bias = None
         if spec.biased:
-            bias_size = spec.heads * spec.query_rows * stride
-            bias = T.arg("bias", T.buffer((bias_size,), "float32"))
+            bias = T.arg("bias", T.buffer((spec.bias_size(lanes),), "float32"))
         out = T.arg("out", T.buffer((pairs * stride,), "float32"))
         operands = AttendBuffers(x, packed, bias, None, out, columns=out)
 

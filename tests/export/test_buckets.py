@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from pydantic import ValidationError
-from selecting_models import divided, noise_images, sharp_selection
+from selecting_models import divided, noise_images, positioned_selection, sharp_selection
 from tiny_models import tiny_vit
 from torch import Tensor
 from typer.testing import CliRunner
@@ -62,6 +62,18 @@ def test_the_file_chooses_the_bucket_of_torch(
         with torch.no_grad():
             expected = source(image).numpy()
         assert np.abs(run(artifact, image.numpy()) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["rope", "relative bias"])
+def test_positions_are_those_of_the_patches_in_the_bucket(tmp_path: Path, kind: str) -> None:
+    network = positioned_selection(kind, "dynamicvit", counts=[10, 6])
+    source = divided(network, (3, 6), images(), "divergence")
+    artifact = export(source, tmp_path / "a", images=images().numpy())
+    stage, found = artifact.manifest.parity[-1], artifact.manifest.buckets
+    assert found is not None
+    assert found.equal == 1.0
+    assert stage.max_relative_error < 1e-4
+    assert [choice.equal for choice in stage.choices or ()] == [1.0, 1.0]
 
 
 def test_the_file_returns_how_many_patches_an_image_kept(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import vitrim
+from selecting_models import positioned_selection
 from tiny_models import add_noise, tiny_vit
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Choices
@@ -219,3 +221,52 @@ def test_torch_as_a_runtime_runs_selections(tmp_path: Path) -> None:
     artifact = vitrim.export(selecting(), tmp_path / "a", runtime="torch", images=noise(2))
     assert artifact.manifest.parity[-1].max_relative_error < 1e-5
     assert any("does not show which tokens" in note for note in artifact.manifest.notes)
+
+
+@pytest.mark.parametrize("kind", ["rope", "relative bias"])
+@pytest.mark.parametrize("batch", [1, 3, "dynamic"])
+def test_an_export_verifies_positions_that_follow_the_choice(
+    tmp_path: Path, kind: str, batch: Any
+) -> None:
+    artifact = vitrim.export(
+        positioned_selection(kind), tmp_path / "a", batch=batch, images=noise(7)
+    )
+    last = artifact.manifest.parity[-1]
+    assert last.max_relative_error < 1e-5
+    assert [choice.equal for choice in last.choices or ()] == [1.0, 1.0]
+    verify(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["rope", "relative bias"])
+def test_openvino_gathers_the_positions_of_each_image(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("openvino")
+    options: dict[str, Any] = {"runtime": "openvino", "batch": 3, "images": noise(7)}
+    artifact = vitrim.export(positioned_selection(kind), tmp_path / "a", **options)
+    last = artifact.manifest.parity[-1]
+    assert (last.stage, [choice.equal for choice in last.choices or ()]) == ("openvino", [1.0, 1.0])
+    assert last.max_relative_error < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["rope", "relative bias"])
+def test_torchs_own_graph_gathers_positions_as_whole_rows(tmp_path: Path, kind: str) -> None:
+    model = positioned_selection(kind)
+    for batch in (1, "dynamic"):
+        folder = tmp_path / str(batch)
+        artifact = vitrim.export(model, folder, form="plain", batch=batch, images=noise(7))
+        assert artifact.manifest.parity[-1].max_relative_error < 1e-5
+        graph = onnx.load(str(folder / "model.onnx")).graph
+        assert not [node.name for node in graph.node if node.op_type == "GatherElements"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_tvm_verifies_the_positions_of_each_image(tmp_path: Path, precision: str) -> None:
+    pytest.importorskip("tvm")
+    options: dict[str, Any] = {"runtime": "tvm", "batch": 2, "images": noise(8)}
+    model = positioned_selection("relative bias", sharpness=1)
+    artifact = vitrim.export(model, tmp_path / "a", precision=precision, **options)
+    last = artifact.manifest.parity[-1]
+    exact = precision == "fp32"
+    assert last.stage == ("tvm" if exact else "tvm int8")
+    assert last.max_relative_error < (1e-5 if exact else 0.1)
+    if exact:
+        assert [choice.equal for choice in last.choices or ()] == [1.0, 1.0]

@@ -52,21 +52,28 @@ class Attention(nn.Module):
         )
         self.out = nn.Linear(spec.heads * spec.v, width_out, bias=spec.out_bias)
 
-    def forward(self, x: Tensor, queries: int | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        queries: int | None = None,
+        keep: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Attend to all tokens.
 
         Args:
             x: (batch, tokens, width_in).
             queries: Compute that many leading tokens only; they still attend to all.
             keep: Factors (batch, tokens) of the keys, instead of the buffer `key_keep`.
+            positions: Which tokens of the stem these are, (batch, tokens). None: the first ones.
 
         Returns:
             (batch, queries, width_out).
         """
         computed = x if queries is None else x[:, :queries]
-        q, k = self.queries_and_keys(computed, x)
+        q, k = self.queries_and_keys(computed, x, positions)
         v = self.values(x)
-        y = self.attend(q, k, v, keep)
+        y = self.attend(q, k, v, keep, positions)
         if self.head_norm is not None:
             y = self.head_norm(y)
         if self.differential is not None:
@@ -79,8 +86,10 @@ class Attention(nn.Module):
         out: Tensor = self.out(y)
         return out
 
-    def queries_and_keys(self, computed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries of some tokens and keys of all: (batch, heads * parts, tokens, qk) each."""
+    def queries_and_keys(
+        self, computed: Tensor, x: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries of leading tokens and keys of all: (batch, heads * parts, tokens, qk) each."""
         spec = self.spec
         q = _split(self.q(computed), spec.heads * spec.parts)
         k = _split(self.k(x), spec.kv_heads * spec.parts)
@@ -91,7 +100,8 @@ class Attention(nn.Module):
         if self.kv_index is not None:
             k = k.index_select(1, self.kv_index)
         if self.rope is not None:
-            q, k = self.rope(q), self.rope(k)
+            rows = None if positions is None else positions[:, : q.shape[-2]]
+            q, k = self.rope(q, rows), self.rope(k, positions)
         return q, k
 
     def values(self, x: Tensor) -> Tensor:
@@ -99,15 +109,15 @@ class Attention(nn.Module):
         v = _split(self.v(x), self.spec.kv_heads)
         return v if self.kv_index is None else v.index_select(1, self.kv_index)
 
-    def class_weights(self, x: Tensor) -> Tensor:
+    def class_weights(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """How much the first token attends to each: (batch, tokens, in) -> (batch, heads, tokens).
 
         Where keys are a plain product of the tokens, they are not computed: q·(x Wk) = (Wk q)·x.
         """
         spec = self.spec
         if not folds_keys(spec):
-            q, k = self.queries_and_keys(x[:, :1], x)
-            return self.weights(q, k).squeeze(2)
+            q, k = self.queries_and_keys(x[:, :1], x, positions)
+            return self.weights(q, k, positions=positions).squeeze(2)
         q = _split(self.q(x[:, :1]), spec.heads * spec.parts)
         q = q if self.q_norm is None else self.q_norm(q)
         weight = self.k.weight.unflatten(0, (-1, spec.qk))
@@ -119,7 +129,11 @@ class Attention(nn.Module):
         return self._softmax(scores.unsqueeze(2)).squeeze(2)
 
     def column_weights(
-        self, x: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """How much all tokens attend to each, times the length of its value.
 
@@ -127,12 +141,13 @@ class Attention(nn.Module):
             x: (batch, tokens, width_in).
             rows: Factors of the tokens that attend, (tokens,) or (batch, tokens). None: 1.
             columns: Factors (heads, v) of the value columns. None: 1.
+            positions: As for `forward`.
 
         Returns:
             (batch, heads, tokens).
         """
-        q, k = self.queries_and_keys(x, x)
-        maps = self.weights(q, k)
+        q, k = self.queries_and_keys(x, x, positions)
+        maps = self.weights(q, k, positions=positions)
         if rows is not None:
             maps = maps * (rows[:, None, :, None] if rows.ndim == 2 else rows[:, None])
         v = self.values(x)
@@ -140,7 +155,14 @@ class Attention(nn.Module):
         length = v.square().sum(dim=(1, 3)).sqrt()
         return maps.sum(dim=2) * length[:, None]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Weighted values.
 
         Args:
@@ -148,17 +170,26 @@ class Attention(nn.Module):
             k: As for `weights`.
             v: (batch, heads, keys, v).
             keep: As for `weights`.
+            positions: As for `weights`.
 
         Returns:
             (batch, heads, queries, v).
         """
         masked = self.key_keep is not None or keep is not None
-        if self.differential is None and not masked and self.fused_attn:
-            bias, scale = self._bias(q, k), self.spec.scale
+        # torch cannot export the fused product with a bias for each image.
+        biased = self.bias is not None and positions is not None
+        if self.differential is None and not masked and not biased and self.fused_attn:
+            bias, scale = self._bias(q, k, positions), self.spec.scale
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        return self.weights(q, k, keep) @ v
+        return self.weights(q, k, keep, positions) @ v
 
-    def weights(self, q: Tensor, k: Tensor, keep: Tensor | None = None) -> Tensor:
+    def weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        keep: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """What values are multiplied by: softmax(scale * q kᵀ + bias).
 
         In differential attention, the difference of two such maps, softmax(q1 k1ᵀ) - λ softmax(q2
@@ -168,14 +199,16 @@ class Attention(nn.Module):
             q: (batch, heads * parts, queries, qk); the parts of a head are neighbors.
             k: (batch, heads * parts, keys, qk).
             keep: Factors of the keys, (batch, keys), 0 or 1. None: the buffer `key_keep`.
+            positions: Which tokens of the stem the keys are, (batch, keys); queries are the first
+                of them. None: the first ones.
 
         Returns:
             (batch, heads, queries, keys); zero for keys that are not kept.
         """
         scores = (q * self.spec.scale) @ k.transpose(-2, -1)
-        bias = self._bias(q, k)
+        bias = self._bias(q, k, positions)
         if bias is not None:
-            scores = scores + bias.repeat_interleave(self.spec.parts, dim=0)
+            scores = scores + bias.repeat_interleave(self.spec.parts, dim=-3)
         return self._softmax(scores, keep)
 
     def _softmax(self, scores: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -187,9 +220,9 @@ class Attention(nn.Module):
             maps = scores.softmax(dim=-1)
         return maps if self.differential is None else self.differential.subtract(maps)
 
-    def _bias(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """Rows by the computed queries, columns by the incoming keys: both are leading tokens."""
-        return None if self.bias is None else self.bias()[:, : q.shape[-2], : k.shape[-2]]
+    def _bias(self, q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor | None:
+        """Rows by the computed queries, columns by the incoming keys."""
+        return None if self.bias is None else self.bias(q.shape[-2], k.shape[-2], positions)
 
 
 class Differential(nn.Module):

@@ -206,6 +206,7 @@ class BackboneForward(BackboneFacts):
         x: Tensor,
         queries: int | None = None,
         keep: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Run a step.
 
@@ -214,6 +215,7 @@ class BackboneForward(BackboneFacts):
             x: The stream, (batch, tokens, embed).
             queries: Compute at most that many leading tokens.
             keep: Factors (batch, tokens), 0 for keys that no attention reads.
+            positions: Which tokens of the stem these are, (batch, tokens). None: the first ones.
 
         Returns:
             (batch, queries, embed).
@@ -222,9 +224,11 @@ class BackboneForward(BackboneFacts):
             # No slices without effect in exported graphs.
             queries = None
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(_run, step, x, queries, keep, use_reentrant=False)
+            result: Tensor = checkpoint(
+                _run, step, x, queries, keep, positions, use_reentrant=False
+            )
             return result
-        return _run(step, x, queries, keep)
+        return _run(step, x, queries, keep, positions)
 
     def _spread(self, x: Tensor, places: Tensor | None) -> Tensor:
         return spread(x, places, self.num_features)
@@ -237,9 +241,13 @@ class BackboneForward(BackboneFacts):
 
 
 def _run(
-    step: Sequence[Branch], x: Tensor, queries: int | None, keep: Tensor | None = None
+    step: Sequence[Branch],
+    x: Tensor,
+    queries: int | None,
+    keep: Tensor | None,
+    positions: Tensor | None,
 ) -> Tensor:
-    updates = [branch(x, queries, keep) for branch in step]
+    updates = [branch(x, queries, keep, positions) for branch in step]
     if queries is not None:
         x = x[:, :queries]
     for branch, y in zip(step, updates, strict=True):

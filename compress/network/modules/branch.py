@@ -43,13 +43,20 @@ class Branch(nn.Module):
         self.post_norm = Norm(spec.post_norm) if spec.post_norm else None
         self.layer_scale = nn.Parameter(torch.ones(width_out)) if spec.layer_scale else None
 
-    def forward(self, x: Tensor, queries: int | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        queries: int | None = None,
+        keep: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Compute the update.
 
         Args:
             x: The stream, (batch, tokens, embed).
             queries: Compute that many leading tokens only; attention still reads all.
             keep: Factors (batch, tokens) of the keys of an attention. None: all are read.
+            positions: Which tokens of the stem these are, (batch, tokens). None: the first ones.
 
         Returns:
             (batch, queries, written channels).
@@ -58,7 +65,7 @@ class Branch(nn.Module):
         if queries is not None and not attention:
             x = x[:, :queries]
         x = self.read(x)
-        y: Tensor = self.core(x, queries, keep) if attention else self.core(x)
+        y: Tensor = self.core(x, queries, keep, positions) if attention else self.core(x)
         if self.post_norm is not None:
             y = self.post_norm(y)
         return y if self.layer_scale is None else y * self.layer_scale
@@ -75,6 +82,7 @@ class Branch(nn.Module):
         scorer: Scorer,
         rows: Tensor | None = None,
         columns: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """The scores of the tokens by this attention, for each head.
 
@@ -83,6 +91,7 @@ class Branch(nn.Module):
             scorer: "class-attention" or "column-attention".
             rows: Factors of the tokens that attend, for "column-attention".
             columns: Factors (heads, v) of the value columns, for "column-attention".
+            positions: As for `forward`.
 
         Returns:
             (batch, heads, tokens).
@@ -90,8 +99,8 @@ class Branch(nn.Module):
         attention = self.core
         assert isinstance(attention, Attention)
         if scorer == "class-attention":
-            return attention.class_weights(self.read(x))
-        return attention.column_weights(self.read(x), rows, columns)
+            return attention.class_weights(self.read(x), positions)
+        return attention.column_weights(self.read(x), rows, columns, positions)
 
     def add(self, stream: Tensor, y: Tensor) -> Tensor:
         """Return stream[..., writes] + y; `stream` itself is not modified."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,35 @@ from .branch import Branch
 from .layers import ACTIVATIONS, Norm, spread
 from .pool import AttentionPool, Refine
 from .relative_bias import RelativeBias
-from .select import Choices, Select
+from .select import Choices, Scored, Select
 from .soft_split import stem_layers
 
-# A sub-layer whose attention scores patches, and the stream that it read.
-Scored = tuple[Branch, Tensor]
 # In training: which tokens are kept from a selection on, all of which stay in the stream. Gets the
 # selection, the stream, what scores it, and the factors (batch, tokens) so far; returns new ones.
-Policy = Callable[["Select", Tensor, "Scored | None", "Tensor | None"], Tensor]
+Policy = Callable[[Select, Tensor, Scored | None, Tensor | None], Tensor]
+
+
+class StepsRun(NamedTuple):
+    """The stream behind some steps.
+
+    Attributes:
+        x: (batch, tokens, embed).
+        keep: In training with a policy the factors (batch, tokens) of tokens that stay in it.
+        scored: What scores the patches for the next selection.
+        positions: Which tokens of the stem these are, (batch, tokens). None: the first ones.
+    """
+
+    x: Tensor
+    keep: Tensor | None = None
+    scored: Scored | None = None
+    positions: Tensor | None = None
+
+    def of(self, images: Tensor) -> StepsRun:
+        """The stream of some images, by their numbers, without what scores patches."""
+        keep, positions = (
+            None if value is None else value[images] for value in (self.keep, self.positions)
+        )
+        return StepsRun(self.x[images], keep, positions=positions)
 
 
 class CompactModel(Backbone):
@@ -111,31 +132,31 @@ class CompactModel(Backbone):
         Returns:
             (batch, classes).
         """
-        x, keep, _ = self.run_steps(self.embed(images), choices)
+        found = self.run_steps(self.embed(images), choices)
         if self.observer is not None and self.training:
-            self.observer(self.normed(x), keep)
-        return self.classify(x, keep)
+            self.observer(self.normed(found.x), found.keep)
+        return self.classify(found.x, found.keep)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the residual stream after the last step, (batch, tokens, embed).
 
         These are the tokens that `Architecture.final_tokens` counts.
         """
-        return self.run_steps(self.embed(images))[0]
+        return self.run_steps(self.embed(images)).x
 
     def run_steps(
         self, x: Tensor, choices: Choices | None = None, until: Select | None = None
-    ) -> tuple[Tensor, Tensor | None, Scored | None]:
+    ) -> StepsRun:
         """Run the steps and selections.
 
         Args:
             x: What the stem returns, (batch, tokens, embed).
             choices: Records which patches the selections choose, or prescribes them.
-            until: The selection to stop before. None: run all.
+            until: The selection to stop before, whose patches `scored` of the result scores.
+                None: run all.
 
         Returns:
-            The stream, (batch, tokens, embed); in training with a policy the factors (batch,
-            tokens) of the tokens that stay in it; and what scores the patches for `until`.
+            The stream behind them.
         """
         architecture = self.architecture
         policy = self.policy if self.training else None
@@ -144,29 +165,32 @@ class CompactModel(Backbone):
         counts = architecture.step_tokens()
         selects = cast("Sequence[Select]", self.selects)
         steps = cast("Sequence[Sequence[Branch]]", self.steps)
-        before, keep = x, None
+        before = found = StepsRun(x)
         for number, count in enumerate((*counts, 0)):
             for select in selects:
                 if select.spec.at != number:
                     continue
                 scored = self._scored_by(select, before)
                 if select is until:
-                    return x, keep, scored
+                    return found._replace(scored=scored)
                 if policy is None:
-                    x = select(x, scored, choices)
+                    x, positions = select(found.x, scored, choices, found.positions)
+                    found = StepsRun(x, positions=positions)
                 else:
-                    keep = policy(select, x, scored, keep)
+                    found = found._replace(keep=policy(select, found.x, scored, found.keep))
             if number < len(steps):
-                before, x = x, self.run_step(steps[number], x, count, keep)
-        return x, keep, None
+                x = self.run_step(steps[number], found.x, count, found.keep, found.positions)
+                before, found = found, found._replace(x=x)
+        return found
 
-    def _scored_by(self, select: Select, before: Tensor) -> Scored | None:
+    def _scored_by(self, select: Select, before: StepsRun) -> Scored | None:
         """The sub-layer whose attention scores the patches of a selection, and what it read."""
         if select.spec.scorer not in ATTENTION_SCORERS:
             return None
         name = scoring_attention(self.architecture, select.spec).name
         step = cast("Sequence[Branch]", self.steps[select.spec.at - 1])
-        return next(branch for branch in step if branch.spec.name == name), before
+        branch = next(branch for branch in step if branch.spec.name == name)
+        return Scored(branch, before.x, before.positions)
 
     def embed(self, images: Tensor) -> Tensor:
         """Run the stem: (batch, channels, height, width) -> (batch, tokens, embed).
@@ -243,7 +267,9 @@ class CompactModel(Backbone):
             return (self._logits(x[:, 0]) + self._logits(x[:, 1], self.head_dist)) / 2
         if kind == "dense":
             patches = self._logits(x[:, self.architecture.prefix :], self.head_dist)
-            return self._logits(x[:, 0]) + 0.5 * _maximum(patches, self._patch_keep)
+            keep = self.token_keep if keep is None else keep
+            keep = None if keep is None else keep[..., self.architecture.prefix :]
+            return self._logits(x[:, 0]) + 0.5 * _maximum(patches, keep)
         return self._logits(self.pooled(x, keep))
 
     def pooled(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -283,10 +309,6 @@ class CompactModel(Backbone):
             return _mean(x, keep)
         largest = _maximum(x, keep)
         return largest if kind.startswith("max") else 0.5 * (largest + _mean(x, keep))
-
-    @property
-    def _patch_keep(self) -> Tensor | None:
-        return None if self.token_keep is None else self.token_keep[self.architecture.prefix :]
 
     def _logits(self, x: Tensor, classifier: nn.Linear | None = None) -> Tensor:
         head, classifier = self.architecture.head, classifier or self.head

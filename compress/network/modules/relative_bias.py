@@ -12,7 +12,7 @@ from ..architecture import RelativeBiasSpec
 
 
 class RelativeBias(nn.Module):
-    """A table with one row per offset and one column per head: () -> (heads, tokens, tokens).
+    """A table with one row per offset and one column per head, read for pairs of tokens.
 
     Liu et al. 2021, "Swin Transformer", eq. 4; Bao et al. 2021, "BEiT".
     """
@@ -30,11 +30,26 @@ class RelativeBias(nn.Module):
         """Compute the index on the CPU after the module was built on the meta device."""
         self.index = offsets(self.spec, torch.device("cpu"))
 
-    def forward(self) -> Tensor:
-        """() -> (heads, tokens, tokens)."""
+    def forward(self, queries: int, keys: int, positions: Tensor | None = None) -> Tensor:
+        """The bias of some leading tokens.
+
+        Args:
+            queries: Number of tokens that are queries.
+            keys: Number of tokens that are keys.
+            positions: Which tokens of the stem they are, (batch, keys). None: the first ones.
+
+        Returns:
+            (heads, queries, keys), or (batch, heads, queries, keys) with positions.
+        """
         # Pairs with a learned token read a zero behind the table.
         table = F.pad(self.table, (0, 0, 0, 1)) if _reads_zero(self.spec) else self.table
-        return table[self.index].permute(2, 0, 1)
+        if positions is None:
+            return table[self.index[:queries, :keys]].permute(2, 0, 1)
+        # Flat, since an index for each image exports to slower operators.
+        rows = positions[:, :queries, None] * len(self.index) + positions[:, None]
+        index = self.index.flatten().index_select(0, rows.flatten())
+        bias = torch.unflatten(table.index_select(0, index), 0, (-1, queries, keys))
+        return bias.permute(0, 3, 1, 2)
 
 
 def offsets(spec: RelativeBiasSpec, device: torch.device | None = None) -> Tensor:

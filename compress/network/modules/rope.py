@@ -27,13 +27,22 @@ class Rope(nn.Module):
         self.register_buffer("table", torch.zeros(rows, 2, spec.tokens, width // 2))
         self.register_buffer("frequencies", torch.zeros(rows, 2, width // 2) if spec.at else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate the patches in `x`, which may be only the first ones; keep the prefix tokens."""
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Rotate the patches in `x`, which may be only the first ones; keep the prefix tokens.
+
+        `positions`: which tokens of the stem they are, (batch, tokens). None: the first ones.
+        """
         count = x.shape[-2] - self.spec.prefix
         if count <= 0:
             return x
         patches = x[:, :, self.spec.prefix :] if self.spec.prefix else x
-        cos, sin = self.table[:, 0, :count], self.table[:, 1, :count]
+        if positions is None:
+            cos, sin = self.table[:, 0, :count], self.table[:, 1, :count]
+        else:
+            rows = positions[:, self.spec.prefix :] - self.spec.prefix
+            # One gather of whole rows, as in `select.rows_of`.
+            each = self.table.index_select(2, rows.flatten()).unflatten(2, (-1, count))
+            cos, sin = each[:, 0].transpose(0, 1), each[:, 1].transpose(0, 1)
         if self.spec.layout == "half":
             first, second = patches.chunk(2, dim=-1)
             y = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

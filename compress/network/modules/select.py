@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,20 @@ class Choices:
     found: list[Tensor] = field(default_factory=list)
     given: Sequence[Tensor] = ()
     scores: list[Tensor] | None = None
+
+
+class Scored(NamedTuple):
+    """A sub-layer whose attention scores patches, and what it read.
+
+    Attributes:
+        branch: The sub-layer.
+        x: The stream before it, (batch, tokens, embed).
+        positions: Which tokens of the stem these are, (batch, tokens). None: the first ones.
+    """
+
+    branch: Branch
+    x: Tensor
+    positions: Tensor | None = None
 
 
 class Predictor(nn.Module):
@@ -66,7 +80,7 @@ class Predictor(nn.Module):
 
 
 class Select(nn.Module):
-    """A selection: (batch, tokens, embed) -> (batch, prefix + kept, embed)."""
+    """A selection: (batch, tokens, embed) -> (batch, prefix + kept, embed), and its positions."""
 
     reads: Tensor | None
     # Factors of a network that computes with a mask: of tokens, of heads and of value columns of
@@ -96,18 +110,21 @@ class Select(nn.Module):
     def forward(
         self,
         x: Tensor,
-        scored: tuple[Branch, Tensor] | None = None,
+        scored: Scored | None = None,
         choices: Choices | None = None,
-    ) -> Tensor:
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Drop the patches that are not chosen.
 
         Args:
             x: The stream, (batch, tokens, embed).
-            scored: The sub-layer whose attention scores patches, and the stream before it.
+            scored: The sub-layer whose attention scores patches.
             choices: Records or prescribes the choice.
+            positions: Which tokens of the stem these are, (batch, tokens). None: the first ones.
 
         Returns:
-            (batch, prefix + kept, embed), and one token more if dropped ones are fused.
+            (batch, prefix + kept, embed), and one token more if dropped ones are fused; and the
+            positions of these tokens, None if a fused one has none.
         """
         given = choices is not None and len(choices.given) > len(choices.found)
         recorded = choices.scores if choices is not None else None
@@ -122,31 +139,37 @@ class Select(nn.Module):
             kept = first_places(self.masked(scores), self.spec.patches)
         if choices is not None:
             choices.found.append(kept)
-        y = self.gathered(x, kept)
+        y, positions = self.gathered(x, kept, positions)
         if not self.spec.fused:
-            return y
+            return y, positions
         assert scores is not None
         if self.token_keep is not None:
             # A token mask that drops a token in the scoring step leaves it as a key there.
             scores = scores * self.token_keep[self.prefix :]
-        return torch.cat([y, self._fused(x, y, scores, kept)], dim=1)
+        return torch.cat([y, self._fused(x, y, scores, kept)], dim=1), None
 
-    def gathered(self, x: Tensor, kept: Tensor) -> Tensor:
-        """The prefix tokens and the patches at the places `kept` (batch, kept) of each image."""
+    def gathered(
+        self, x: Tensor, kept: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The prefix tokens and the patches at the places `kept` (batch, kept) of each image.
+
+        Returns:
+            (batch, prefix + kept, embed), and the positions of these tokens.
+        """
         rows = kept + self.prefix
         if self.prefix:
             pinned = torch.arange(self.prefix, device=x.device).expand(x.shape[0], -1)
             rows = torch.cat([pinned, rows], dim=1)
-        return rows_of(x, rows)
+        if positions is None:
+            return rows_of(x, rows), rows
+        return rows_of(x, rows), rows_of(positions.unsqueeze(-1), rows).squeeze(-1)
 
-    def scores(
-        self, x: Tensor, scored: tuple[Branch, Tensor] | None, keep: Tensor | None = None
-    ) -> Tensor:
+    def scores(self, x: Tensor, scored: Scored | None, keep: Tensor | None = None) -> Tensor:
         """The scores of the patches, larger for those to keep: (batch, patches).
 
         Args:
             x: The stream, (batch, tokens, embed).
-            scored: The scoring sub-layer, and the stream before it.
+            scored: The scoring sub-layer.
             keep: Factors (batch, tokens), 0 for tokens that have been dropped without leaving.
         """
         keep = self.token_keep if keep is None else keep
@@ -159,8 +182,13 @@ class Select(nn.Module):
         if self.places is not None:
             return self.places.to(x).expand(x.shape[0], -1)
         assert scored is not None, "the walker passes the scoring attention"
-        branch, before = scored
-        each = branch.attention_scores(before, self.spec.scorer, rows=keep, columns=self.value_keep)
+        each = scored.branch.attention_scores(
+            scored.x,
+            self.spec.scorer,
+            rows=keep,
+            columns=self.value_keep,
+            positions=scored.positions,
+        )
         # Mean over the heads that are kept: (batch, heads, tokens before) -> (batch, patches).
         each = each[..., self.prefix : x.shape[1]]
         if self.head_keep is None:

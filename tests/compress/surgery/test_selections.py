@@ -34,7 +34,7 @@ from vitrim.compress.network.architecture import (
 from vitrim.compress.network.cost import live_cost
 from vitrim.compress.network.count import count_macs, count_params
 from vitrim.compress.network.modules.model import CompactModel
-from vitrim.compress.network.modules.select import Choices, Select, first_places
+from vitrim.compress.network.modules.select import Choices, Scored, Select, first_places
 from vitrim.compress.network.named_outputs import output_specs
 from vitrim.compress.surgery.dead_weight import find_dead
 from vitrim.compress.surgery.explain import explain
@@ -235,11 +235,11 @@ def test_a_fused_token_is_the_sum_of_the_dropped_ones_by_their_class_attention()
     steps: Any = model.steps
     before = model.run_step(steps[1], model.run_step(steps[0], model.embed(images(model))))
     x = model.run_step(steps[2], before)
-    weights = select.scores(x, (steps[2][0], before))
+    weights = select.scores(x, Scored(steps[2][0], before))
     kept = first_places(weights, select.spec.patches)
     dropped = torch.ones_like(weights).scatter(1, kept, 0.0)
     wanted = ((weights * dropped).unsqueeze(-1) * x[:, 1:]).sum(dim=1)
-    found = select(x, (steps[2][0], before))
+    found, _ = select(x, Scored(steps[2][0], before))
     assert found.shape[1] == 1 + select.spec.patches + 1
     assert relative_error(found[:, -1], wanted) < 1e-5
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lv_vit import LVViT
 from tiny_models import tiny_vit
 from vitrim import InputError, choose_tokens, compact, select_tokens
 from vitrim.compress.network.modules.model import CompactModel
@@ -55,14 +54,18 @@ def test_registers_and_a_distillation_token_behind_it_are_no_obstacle(name: str)
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
-def test_positions_of_the_grid_leave_a_token_mask_as_the_way_out(name: str) -> None:
-    model = tiny_vit(name, img_size=32, depth=3)
+def test_a_fused_token_has_no_position_and_two_ways_out(name: str) -> None:
+    model = tiny_vit(name, img_size=32, depth=3, global_pool="token")
     with pytest.raises(
-        InputError, match=r"its positions are those of the grid.*use a token mask instead"
+        InputError,
+        match=r"blocks\.2\.attn: its positions are those of the grid, and the token into which "
+        r"select\.1 fuses patches has none; choose without a fused token \(class-attention\), or "
+        r"use a token mask instead",
     ) as caught:
-        select_tokens(model, "dynamicvit")
+        select_tokens(model, "evit", stages=[1])
     assert "--tokens patch-slimming" in str(caught.value)
     assert 'masks.tokens = "patch-slimming"' in str(caught.value)
+    assert select_tokens(model, "class-attention", stages=[1]).architecture.selects
     mask = choose_tokens(model, "radial", macs=0.8)
     assert compact(model, mask).architecture.drops_tokens
 
@@ -82,15 +85,14 @@ def test_a_head_that_reads_every_patch_is_named() -> None:
     with pytest.raises(InputError, match=r'every patch \(pool "none"\); add a pooling first'):
         select_tokens(plain, "dynamicvit")
     refined = tiny_vit(img_size=32, depth=3, global_pool="prr")
-    dense: Any = LVViT(img_size=64, embed_dim=24, depth=3, num_heads=3, classes=5)
-    for model, pool in ((refined, 'pool "token" behind self-attention'), (dense, 'pool "dense"')):
-        with pytest.raises(
-            InputError, match=rf"the head reads every patch \({pool}\); use a token mask"
-        ):
-            select_tokens(model, "dynamicvit")
-        # The way out.
-        mask = choose_tokens(model, "radial", [17, 9, 9])
-        assert compact(model, mask).architecture.drops_tokens
+    with pytest.raises(
+        InputError,
+        match=r'reads every patch \(pool "token" behind self-attention\); use a token mask',
+    ):
+        select_tokens(refined, "dynamicvit")
+    # The way out.
+    mask = choose_tokens(refined, "radial", [17, 9, 9])
+    assert compact(refined, mask).architecture.drops_tokens
 
 
 @pytest.mark.parametrize(

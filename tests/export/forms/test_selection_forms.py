@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from processors import HOST_BITS
 from random_networks import network, selecting_architectures
+from selecting_models import POSITIONED, positioned_selection
 from tiny_models import tiny_vit
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Choices
@@ -94,6 +95,41 @@ def test_indices_are_the_choices_of_the_network(method: SelectMethod, form: Form
     for wanted, found in zip(choices.found, chosen, strict=True):
         assert found.dtype == np.int64
         assert np.array_equal(wanted.numpy(), found)
+
+
+@pytest.mark.parametrize("kind", POSITIONED)
+@pytest.mark.parametrize("method", ["column-attention", "dynamicvit", "random"])
+def test_every_form_gathers_the_positions_of_the_tokens_that_stay(
+    kind: str, method: SelectMethod
+) -> None:
+    model = positioned_selection(kind, method)
+    for form in ALL_FORMS:
+        assert error_of(model, write_network(model, form)) < 1e-5, form.name
+
+
+@pytest.mark.parametrize("kind", POSITIONED)
+@pytest.mark.parametrize("batch", [7, "dynamic"])
+def test_each_image_of_a_batch_has_its_own_positions(kind: str, batch: Any) -> None:
+    model = positioned_selection(kind)
+    for form in BATCH_FORMS:
+        graph = write_network(model, form, batch="batch" if batch == "dynamic" else batch)
+        assert error_of(model, graph, batch=batch, count=7) < 1e-5, form.name
+
+
+@pytest.mark.parametrize("kind", ["rope", "relative bias"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_attentions_behind_a_selection_share_the_gathered_positions(kind: str, batch: int) -> None:
+    # Three attentions; the last one computes the class token alone.
+    model = positioned_selection(kind, "dynamicvit", stages=[0])
+    for form in ALL_FORMS if batch == 1 else BATCH_FORMS:
+        graph = write_network(model, form, batch=batch).graph
+        gathers = [node for node in graph.node if node.name.startswith("select.positions")]
+        gathers = [node for node in gathers if node.op_type.startswith("Gather")]
+        assert {node.op_type for node in gathers} == {"Gather"}
+        # Cosines and sines, of all rows and without padding; or offsets, and a table for each.
+        assert len(gathers) <= (4 if kind == "rope" else 2 + 3), form.name
+        for node in graph.node:
+            assert node.op_type not in ("GatherElements", "ScatterElements", "Where")
 
 
 def behind_stem(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -275,6 +311,24 @@ def test_scores_stay_in_single_precision_in_eight_bits(method: SelectMethod, for
             given_choices = Choices(given=[torch.from_numpy(rows) for rows in chosen])
             wanted = model(torch.from_numpy(images), given_choices).numpy()
         limit = 0.4 if precision == "int4-weights" else 0.1
+        assert relative_error(wanted, found).max() < limit, precision
+
+
+@pytest.mark.parametrize("kind", ["rope", "relative bias"])
+def test_positions_of_scores_stay_in_single_precision(kind: str) -> None:
+    # The second selection scores behind the first one. Rounding weighs more in sharp attentions.
+    model = positioned_selection(kind, sharpness=1)
+    form = Form(rows="batch", norm="layer", stem="matrix")
+    images = noise(model, 7)
+    graphs = precisions(model, form) | {"fp16": half(write_network(model, form))}
+    for precision, graph in graphs.items():
+        assert scorers_are_float(graph), precision
+        found, chosen = outputs_and_choices(graph, names_of(model), images)
+        assert chosen is not None
+        with torch.no_grad():
+            given_choices = Choices(given=[torch.from_numpy(rows) for rows in chosen])
+            wanted = model(torch.from_numpy(images), given_choices).numpy()
+        limit = {"int4-weights": 0.4, "fp16": 1e-2}.get(precision, 0.1)
         assert relative_error(wanted, found).max() < limit, precision
 
 

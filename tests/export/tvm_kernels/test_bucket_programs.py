@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from selecting_models import divided, noise_images, sharp_selection
+from selecting_models import divided, noise_images, positioned_selection, sharp_selection
 from vitrim import BucketedModel, InputError, bucketed, export, select_tokens
 from vitrim.bench.local.measure import measure_interleaved
 from vitrim.compress.data.preprocessing import Preprocessing
@@ -210,6 +210,17 @@ def test_eight_bits_an_earlier_selection_and_a_forced_bucket(tmp_path: Path) -> 
     np.testing.assert_array_equal(engine.infer(images[:1].numpy()), found)
     with pytest.raises(EngineError, match="no bucket of 4 patches"):
         opened(artifact, inputs={"bucket": 4})
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["rope", "relative bias"])
+def test_positions_are_those_of_the_patches_in_the_bucket(tmp_path: Path, kind: str) -> None:
+    network, images = positioned_selection(kind, "dynamicvit", counts=[10, 6]), noise_images(8)
+    source = divided(network, (3, 6), images)
+    artifact = export(source, tmp_path / "a", runtime="tvm", images=images.numpy())
+    stage = artifact.manifest.parity[-1]
+    assert stage.max_relative_error < 1e-4
+    assert [choice.equal for choice in stage.choices or ()] == [1.0, 1.0]
 
 
 @needs_compiler

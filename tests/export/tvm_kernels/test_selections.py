@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_networks import network, selecting_architectures
+from selecting_models import positioned_selection
 from tvm_networks import (
     HOST,
     assert_lowered_as_by_all_passes,
@@ -42,6 +43,7 @@ from vitrim.compress.network.architecture import (
 )
 from vitrim.compress.network.modules.model import CompactModel
 from vitrim.compress.network.modules.select import Choices, Select, first_places
+from vitrim.compress.tokens.select import SelectMethod
 from vitrim.export.parity import relative_error
 from vitrim.export.runtimes import RuntimeFiles, runtime_named
 from vitrim.runtimes.subprocess_inference import infer_with_choices
@@ -213,6 +215,33 @@ def test_every_scorer_computes_torchs_outputs(kind: str, batch: int, shared: boo
 @pytest.mark.parametrize("batch", [1, 3])
 def test_class_attention_with_positions_reads_keys_of_the_longer_stream(batch: int) -> None:
     assert_equal_to_torch(with_relative_bias(), HOST, batch, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("rope", "class-attention"),
+        ("rope behind registers", "dynamicvit"),
+        ("rope of each head", "column-attention"),
+        ("relative bias", "class-attention"),
+        ("relative bias of patches alone", "column-attention"),
+        ("relative bias without learned tokens", "random"),
+    ],
+)
+@pytest.mark.parametrize(("batch", "shared"), [(1, False), (3, True)])
+def test_positions_are_those_of_the_rows_that_stay(
+    kind: str, method: SelectMethod, batch: int, shared: bool
+) -> None:
+    model = positioned_selection(kind, method)
+    assert_equal_to_torch(model, HOST, batch, 1e-5, threads=1 + (batch > 1), shared=shared)
+
+
+@pytest.mark.parametrize("kind", ["rope", "relative bias"])
+def test_positions_in_eight_bits(kind: str) -> None:
+    model = positioned_selection(kind, sharpness=1)
+    images = noise(model, 3)
+    logits, chosen = compiled(model, HOST, images, "int8")
+    assert float(relative_error(torchs(model, images, chosen)[0], logits).max()) < 0.1
 
 
 def test_threads_share_scores_rows_and_the_columns_of_fused_tokens() -> None:
