@@ -26,6 +26,7 @@ from vitrim.compress.latency.losses import Losses, scored_losses, uniform_losses
 from vitrim.compress.latency.search import smallest_latency_ms
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.latency.solution import Limits, Solution, SolveOptions
+from vitrim.compress.latency.trial import trial_network
 from vitrim.compress.masks.groups import token_sites
 from vitrim.compress.network.architecture import Architecture, ConvSpec, StemSpec
 from vitrim.compress.surgery.compactor import output_error
@@ -309,6 +310,22 @@ def test_a_convolution_before_the_patches_is_paid_whole() -> None:
     found = solve(architecture, max(0.4 * dense, 1.01 * least), DEAR_STEM, losses=losses)
     assert found.latency_ms is not None
     assert cut_ms(architecture, found, DEAR_STEM) == pytest.approx(found.latency_ms)
+
+
+def test_drawn_networks_of_a_cost_table_drop_patches_at_the_stem_and_at_attentions() -> None:
+    model = lift(tiny_vit(depth=3, img_size=64))
+    dense = TABLE.latency_ms(network_shape(model.architecture))
+    whole, found = (model.architecture.tokens, model.architecture.embed), []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        small = trial_network(model, 0.5 * dense, TABLE, 8, tokens=True, rng=rng)
+        assert small is not None
+        # Also where the stream is narrower, which the network was not.
+        assert TABLE.latency_ms(network_shape(small.architecture)) <= 0.5 * dense
+        found.append(small.architecture)
+    assert {spec.tokens == whole[0] for spec in found} == {False, True}
+    assert {spec.embed == whole[1] for spec in found} == {False, True}
+    assert any(len({spec.tokens, *spec.step_tokens()[:3]}) > 1 for spec in found)
 
 
 @pytest.fixture(scope="module")
