@@ -33,8 +33,8 @@ def milliseconds(
         embed: Channels of the stream.
     """
     if choices.embeds:
-        found = [ends_ms(table, architecture, embed, count) for [count] in grid.computed.tolist()]
-        return np.array(found)[:, None]
+        counts = grid.computed[:, 0].tolist()
+        return np.array([[ends_ms(table, architecture, embed, count)] for count in counts])
     if choices.selection is not None:
         return _select_ms(architecture, choices.selection, grid, table, embed)
     if choices.mixes:
