@@ -5,7 +5,7 @@ Latencies here are those of the compact network, whose token sets are nested.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -49,7 +49,7 @@ def falling(architecture: Architecture, rng: np.random.Generator) -> dict[int, l
     }
 
 
-def with_tokens(losses: Losses, tokens: dict[int, list[float]]) -> Losses:
+def with_tokens(losses: Losses, tokens: Mapping[int, Sequence[float]]) -> Losses:
     return replace(losses, tokens=tokens)
 
 
