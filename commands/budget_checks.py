@@ -32,7 +32,7 @@ def require_budgets(
         _, kind, amount = untrained.budget
         _require_alone(dense, untrained, "file_mb" if kind == "file" else kind, amount)
         return
-    from ..compress.latency.solution import Limits
+    from ..compress.latency.solution import Limits, SolveOptions
     from ..pipeline.budget_reach import require_cut, slack
 
     limits = Limits(untrained.latency_ms, untrained.file_mb, untrained.peak_memory_mb)
@@ -47,7 +47,8 @@ def require_budgets(
     if limits.peak_memory_mb is not None:
         named["peak_memory_mb"] = f"--peak-memory-mb {limits.peak_memory_mb:g}"
     precision: Any = untrained.file_precision
-    require_cut(dense, limits, table, round_to, precision, named)
+    options = SolveOptions(tokens=not untrained.keep_tokens, precision=precision)
+    require_cut(dense, limits, table, round_to, options, named)
     loose = slack(named["latency_ms"], limits.latency_ms, dense, table)
     if loose is not None:
         show(loose)

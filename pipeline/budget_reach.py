@@ -14,15 +14,16 @@ from ..compress.latency.shapes import network_shape
 from ..compress.latency.solution import Limits, SolveOptions
 from ..compress.network.architecture import Architecture
 from ..compress.oneshot.allocation import network_cost, smallest_cost
-from ..compress.oneshot.budgets import Precision, file_bytes
+from ..compress.oneshot.budgets import file_bytes
 from ..compress.oneshot.choice import STREAM_SHARES
 from ..compress.oneshot.stream_rotation import stream_obstacle
+from ..compress.tokens.counts import STEM
 from ..core.console import status
 from ..core.errors import InputError
 from ..targets.cost_table import CostTable
 from .masks_section import MasksSection
 from .recipe import Recipe
-from .trim_step import latency_budget_ms
+from .trim_step import latency_budget_ms, patches_may_leave
 
 # The multiple of widths where neither the recipe nor a target has one.
 ROUND_TO = 8
@@ -56,7 +57,9 @@ def require_budget(
         named = {"latency_ms": _latency_text(section, budget_ms, table)}
         for key, text in limits.texts().items():
             named.setdefault(key, f"masks.{text}")
-        require_cut(architecture, limits, table, round_to, section.file_precision, named)
+        tokens = patches_may_leave(section)
+        how = SolveOptions(tokens=tokens, precision=section.file_precision)
+        require_cut(architecture, limits, table, round_to, how, named)
         return
     if section.file_mb is not None:
         empty = architecture.model_copy(update={"steps": ()})
@@ -81,7 +84,7 @@ def require_cut(
     limits: Limits,
     table: CostTable,
     round_to: int,
-    precision: Precision | None,
+    options: SolveOptions,
     named: Mapping[str, str],
 ) -> None:
     """Check that a cut in closed form can meet all budgets of a device.
@@ -91,19 +94,21 @@ def require_cut(
         limits: The budgets.
         table: The cost table.
         round_to: Kept widths are multiples of this.
-        precision: Of the weights; None: that of the table.
+        options: Whether patches may leave, and the precision of the weights.
         named: The budgets as the user gave them, by their names in `Limits`.
 
     Raises:
         InputError: It cannot; the message names the budget, and the least that can be met.
     """
-    losses, options = _losses(architecture, round_to), SolveOptions(precision=precision)
+    losses = _losses(architecture, round_to)
     require_limits(architecture, losses, limits, table, options, named=named)
 
 
 def _losses(architecture: Architecture, round_to: int) -> Losses:
-    """The widths that a cut in closed form chooses from; what they lose makes no difference."""
-    losses = uniform_losses(architecture, round_to)
+    """What a cut in closed form chooses from; what it loses makes no difference."""
+    rows = (STEM, *architecture.attention_steps())
+    tokens = dict.fromkeys(rows, [0.0] * (architecture.tokens + 1))
+    losses = replace(uniform_losses(architecture, round_to), tokens=tokens)
     if stream_obstacle(architecture):
         return losses
     widths = {int(share * architecture.embed) // round_to * round_to for share in STREAM_SHARES}

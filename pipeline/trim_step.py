@@ -213,7 +213,6 @@ def latency_cuts(
         table: The cost table.
         bars: Shows the stages.
     """
-    tokens = "token" not in section.fixed and section.tokens is None
     precision = weight_precision(table, section.file_precision)
     return LatencyCuts(
         baseline,
@@ -221,13 +220,18 @@ def latency_cuts(
         table,
         options=TrimOptions(round_to=round_to, precision=precision),
         latency=LatencyOptions(
-            tokens=tokens,
+            tokens=patches_may_leave(section),
             candidates=section.candidates,
             file_mb=section.file_mb,
             peak_memory_mb=section.peak_memory_mb,
         ),
         progress=bars,
     )
+
+
+def patches_may_leave(section: MasksSection) -> bool:
+    """Whether a cut to a latency may drop patches; tokens that are chosen otherwise stay."""
+    return "token" not in section.fixed and section.tokens is None
 
 
 def show_latency(found: LatencyCut, table: CostTable, *, quiet: bool = False) -> None:

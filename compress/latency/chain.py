@@ -1,4 +1,7 @@
-"""The sub-layers of a network at one width of the stream: what each of their options takes."""
+"""The sub-layers of a network at one width of the stream: what each of their options takes.
+
+Where patches may leave at the stem, it is the first link of the chain.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,11 @@ import numpy as np
 from ...targets.cost_table import CostTable
 from ..network.architecture import Architecture
 from ..oneshot.budgets import Precision, file_bytes
+from .amounts import milliseconds, peak_numbers, weight_bytes
 from .losses import Losses
-from .problem import (
-    Choices,
-    Grid,
-    Levels,
-    milliseconds,
-    peak_numbers,
-    stage_of,
-    token_grid,
-    weight_bytes,
-)
+from .problem import Choices, Grid, Levels, stage_of, token_grid
 from .programme import Numbers, Plan, Stage, least_time
-from .shapes import ends_ms, network_shape
+from .shapes import ends_ms
 
 # A sum that exceeds a budget by this share is equal to it, in another order of summation.
 EQUAL = 1e-9
@@ -37,12 +32,12 @@ class Chain:
     Attributes:
         embed: Channels of the stream.
         stream_loss: What this width of it loses.
-        choices: The options of each sub-layer.
+        choices: The options of each sub-layer, and the stem if patches may leave there.
         grids: The token numbers of each.
-        times: Milliseconds of each, (pairs, options).
+        times: Milliseconds of each, (pairs, options); of the stem, those beside `ends_ms`.
         bytes: Bytes of the weights.
         peaks: Numbers in memory at most.
-        ends_ms: Milliseconds of the stem and the head.
+        ends_ms: Milliseconds of the stem and the head, at the fewest tokens of the stem.
         ends_bytes: Their bytes, and those of the file around all weights.
     """
 
@@ -114,7 +109,7 @@ def chain_of(
     Args:
         architecture: The network.
         losses: What each choice loses.
-        choices: The options of each sub-layer.
+        choices: The options of each sub-layer, and the stem if patches may leave there.
         levels: The numbers of tokens.
         table: The cost table; None: nothing takes any time.
         precision: Of the weights.
@@ -125,8 +120,14 @@ def chain_of(
     pairs = list(zip(choices, grids, strict=True))
     if table is None:
         times = [np.zeros(grid.possible.shape) for grid in grids]
+        ends = 0.0
     else:
         times = [milliseconds(architecture, *pair, table, embed) for pair in pairs]
+        ends = ends_ms(table, architecture, embed, architecture.tokens)
+        if choices and choices[0].embeds:
+            # What no choice changes is outside the chain, where times are rounded up.
+            ends = float(times[0].min())
+            times[0] = times[0] - ends
     empty = architecture.model_copy(update={"steps": (), "selects": ()})
     return Chain(
         embed=embed,
@@ -139,7 +140,7 @@ def chain_of(
             np.broadcast_to(peak_numbers(each, grid, embed), grid.possible.shape)
             for each, grid in pairs
         ],
-        ends_ms=0.0 if table is None else ends_ms(table, network_shape(architecture), embed),
+        ends_ms=ends,
         ends_bytes=embed / architecture.embed * file_bytes(empty, precision),
     )
 

@@ -54,7 +54,8 @@ class LatencyOptions:
     """How a network is cut to a latency.
 
     Attributes:
-        tokens: Whether patches may leave the network on the way, where it allows that.
+        tokens: Whether patches may leave the network, at the stem or on the way, where it allows
+            that.
         candidates: Number of solutions with varied losses that are cut and compared with the dense
             network on held-out images; the best one is kept. 0: the solution of least predicted
             loss.
@@ -186,7 +187,7 @@ class LatencyCuts:
                 # Widths alone do not meet it.
                 continue
             drops = self._drops(solved)
-            counts = tuple(solved.counts) if drops else ()
+            counts = (solved.stem_tokens, *solved.counts) if drops else ()
             if counts not in found:
                 found[counts] = self._chosen_tokens(counts) if drops else None
             if not drops:
@@ -218,7 +219,10 @@ class LatencyCuts:
         return found.double()
 
     def token_losses(self) -> Mapping[int, Sequence[float]]:
-        """What is lost with tokens by step and number, as a share of the features' variance."""
+        """What is lost with tokens by step and number, as a share of the features' variance.
+
+        `STEM` has what is lost with patches that never enter.
+        """
         if self._tokens is None:
             self._tokens = self._measured_tokens() if self._tokens_may_leave() else {}
         return self._tokens
@@ -235,7 +239,7 @@ class LatencyCuts:
 
     def _measured_tokens(self) -> Mapping[int, Sequence[float]]:
         network = working_copy(self.source)
-        scores = whole_scores(network, "patch-slimming", self.images, self.report)
+        scores = whole_scores(network, "patch-slimming", self.images, self.report, stem=True)
         errors = leaving_errors(network, scores, self.images, self.report)
         # Errors are relative to the squared features, and those of widths to their variance.
         with torch.no_grad():
@@ -245,8 +249,10 @@ class LatencyCuts:
         return {step: [factor * error for error in row] for step, row in errors.items()}
 
     def _drops(self, solution: Solution) -> bool:
-        """Whether patches leave before the last attention that is kept."""
+        """Whether patches leave at the stem, or before the last attention that is kept."""
         architecture = self.source.architecture
+        if solution.stem_tokens < architecture.tokens:
+            return True
         whole = architecture.step_tokens(last_queries=False)
         read = architecture.pooled_prefix
         return any(
@@ -255,11 +261,10 @@ class LatencyCuts:
         )
 
     def _chosen_tokens(self, counts: Sequence[int]) -> TokenChoice:
-        """The tokens that stay, by Patch Slimming, for the numbers after each step."""
+        """The tokens that stay, by Patch Slimming, for the numbers at the stem and each step."""
         network, method = working_copy(self.source), "patch-slimming"
         architecture = network.architecture
-        by_site = settled(architecture, [architecture.tokens, *counts])
-        sets, scores = top_down(network, self.images, by_site, self.report)
+        sets, scores = top_down(network, self.images, settled(architecture, counts), self.report)
         return as_choice(architecture, sets, scores, method, len(self.images), {})
 
     def _without_tokens(self, cut: CompactModel) -> Prediction:

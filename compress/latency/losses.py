@@ -32,7 +32,9 @@ class Losses:
         sublayers: For each sub-layer that can be cut, its curves of error by width, and their
             weight.
         tokens: For each step with attention, the loss of each number of tokens behind it, from 0,
-            prefix tokens included; it is paid once, where tokens leave. Empty: all tokens stay.
+            prefix tokens included; it is paid once, where tokens leave. Under -1 (`STEM`) that of
+            each number that the stem returns; without it, all patches are embedded. Empty: all
+            tokens stay.
         embed: The loss of narrower streams by their width. Empty: the stream keeps its width.
         embed_order: Channels of the stream from the first to remove to the last; None where the
             stream is rotated first, so that its last channels are removed.

@@ -16,20 +16,21 @@ from ..network.architecture import (
     ConstantSpec,
     FfnSpec,
     SelectSpec,
+    StemSpec,
 )
-from ..network.cost import predictor_params
+from ..network.axes import STEM_OUT
 from ..network.live_latency import plain_hidden
-from ..network.select_specs import SelectWidths, scoring_branches, select_macs, select_widths
+from ..network.select_specs import scoring_branches
 from ..oneshot.allocation import Option
-from ..oneshot.budgets import SUB_LAYER_BYTES, Precision
+from ..oneshot.budgets import Precision
 from ..oneshot.choice import absorbed_share
+from ..tokens.counts import STEM
 from .losses import Losses
 from .programme import Numbers, Stage
 from .shapes import sublayer_shape
 
 # Numbers of tokens to choose from; widths of one dimension of a sub-layer to choose from.
 TOKEN_LEVELS, ATTENTION_WIDTHS, FFN_WIDTHS = 12, 10, 200
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 # Bytes of a number between operators, by the precision of the artifact. Dynamic int8, and weights
 # of few bits alone, have numbers of four bytes there.
 ACTIVATION_BYTES = {"fp16": 2, "bf16": 2, "int8-static": 1}
@@ -67,7 +68,8 @@ class Levels:
         counts: The tokens at each level, falling; 0 is all.
         prefix: The level at which only the tokens that the head reads are computed; None if it
             reads patches. Every attention but the last one needs more.
-        free: Whether tokens may leave at any attention; else where the network drops them already.
+        free: Whether tokens may leave at the stem and at any attention; else where the network
+            drops them already.
     """
 
     counts: tuple[int, ...]
@@ -77,22 +79,32 @@ class Levels:
 
 @dataclass(frozen=True)
 class Choices:
-    """The widths of a sub-layer to choose from; of a selection of tokens there is no choice.
+    """The widths of a sub-layer to choose from; of a selection and of the stem there are none.
 
     Attributes:
-        branch: The sub-layer, or the selection.
-        step: The number of its step, or of the one behind the selection.
+        branch: The sub-layer, the selection, or the stem, at which patches may leave.
+        step: The number of its step, or of the one behind the selection; `STEM` of the stem.
         widths: The widths of each option by dimension.
         losses: The loss of each option, (options,).
         sizes: Heads, qk and v of each option of an attention, or the hidden width alone,
             (3 or 1, options); 0 where the sub-layer is gone.
     """
 
-    branch: BranchSpec | SelectSpec
+    branch: BranchSpec | SelectSpec | StemSpec
     step: int
     widths: tuple[Mapping[str, int], ...]
     losses: Numbers
     sizes: tuple[np.ndarray, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the sub-layer or selection, or the site of the stem."""
+        return STEM_OUT if isinstance(self.branch, StemSpec) else self.branch.name
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it is the stem."""
+        return isinstance(self.branch, StemSpec)
 
     @property
     def mixes(self) -> bool:
@@ -102,7 +114,7 @@ class Choices:
 
     @property
     def selection(self) -> SelectSpec | None:
-        """The selection of tokens; None for a sub-layer."""
+        """The selection of tokens; None for a sub-layer and the stem."""
         return self.branch if isinstance(self.branch, SelectSpec) else None
 
     @property
@@ -171,6 +183,11 @@ def sublayer_choices(
             choices = _choices(architecture, branch, number, losses, chosen or {})
             found.append(_staying(choices) if branch.name in pinned else choices)
     return found
+
+
+def stem_choices(architecture: Architecture) -> Choices:
+    """The stem, of whose patches some may leave."""
+    return Choices(architecture.stem, STEM, ({},), np.zeros(1), (np.ones(1),))
 
 
 def _staying(choices: Choices) -> Choices:
@@ -247,7 +264,7 @@ class Grid:
     Attributes:
         pairs: Levels before and after.
         read: Tokens that the sub-layer reads, (pairs, 1).
-        computed: Tokens that it computes, (pairs, 1).
+        computed: Tokens that it computes, (pairs, 1); of the stem, those that it returns.
         possible: (pairs, options).
         leaving: The loss of the tokens that leave, (pairs, 1).
     """
@@ -270,6 +287,8 @@ def token_grid(
         levels: The numbers of tokens.
         losses: What is lost with tokens that leave.
     """
+    if choices.embeds:
+        return _stem_grid(architecture, levels, losses)
     if choices.selection is not None:
         return _select_grid(architecture, choices.selection, levels)
     carried = (architecture.tokens, *architecture.step_tokens(last_queries=False))
@@ -313,6 +332,19 @@ def token_grid(
     return Grid(tuple(pairs), reads, computed, possible, np.array(leaving)[:, None])
 
 
+def _stem_grid(architecture: Architecture, levels: Levels, losses: Losses) -> Grid:
+    """The pairs of levels of the stem: all tokens fall to any number with a patch."""
+    counts, row, least = levels.counts, losses.tokens[STEM], architecture.prefix + 1
+    after = [j for j, count in enumerate(counts) if count >= least and j != levels.prefix]
+    reads = np.full((len(after), 1), counts[0], dtype=np.int64)
+    computed = np.array([[counts[j]] for j in after], dtype=np.int64)
+    # A network may drop some before its first attention, which reads no more of them.
+    loss = np.array([row[min(count, len(row) - 1)] for count in counts])
+    leaving = np.maximum(loss[after] - loss[0], 0.0)[:, None]
+    possible = np.ones((len(after), 1), dtype=bool)
+    return Grid(tuple((0, j) for j in after), reads, computed, possible, leaving)
+
+
 def _select_grid(architecture: Architecture, select: SelectSpec, levels: Levels) -> Grid:
     """The pairs of levels of a selection: any number falls to that which it leaves."""
     counts, left = levels.counts, architecture.prefix + select.left
@@ -329,107 +361,4 @@ def _select_grid(architecture: Architecture, select: SelectSpec, levels: Levels)
 def stage_of(choices: Choices, grid: Grid, amounts: Numbers) -> Stage:
     """A stage of the programme whose options take these amounts, (pairs, options)."""
     times = np.where(grid.possible, amounts, np.inf)
-    return Stage(choices.branch.name, grid.pairs, times, choices.losses[None] + grid.leaving)
-
-
-def milliseconds(
-    architecture: Architecture, choices: Choices, grid: Grid, table: CostTable, embed: int
-) -> Numbers:
-    """The latency of each option at each pair, (pairs, options).
-
-    Args:
-        architecture: The network.
-        choices: The sub-layer.
-        grid: Its token numbers.
-        table: The cost table.
-        embed: Channels of the stream.
-    """
-    if choices.selection is not None:
-        return _select_ms(architecture, choices.selection, grid, table, embed)
-    if choices.mixes:
-        return table.attention_ms(embed, grid.read, grid.computed, *choices.sizes)
-    found = table.ffn_ms(embed, grid.computed, *choices.sizes)
-    return np.broadcast_to(found, grid.possible.shape)
-
-
-def _select_ms(
-    architecture: Architecture, select: SelectSpec, grid: Grid, table: CostTable, embed: int
-) -> Numbers:
-    """The latency of a selection at each pair; a scoring attention counts as it is before a cut.
-
-    Where only the tokens that the head reads are left, nothing is selected.
-    """
-    widths = _select_widths(architecture, select, embed)
-    before = architecture.step_inputs(last_queries=False)[select.at - 1] if select.at else 0
-    macs = select_macs(architecture, select, widths, before, grid.read)
-    reads = widths.reads if select.norm is not None else 0
-    macs = np.broadcast_to(np.asarray(macs, dtype=np.int64), grid.read.shape)
-    found = table.select_ms(embed, grid.read, grid.computed, macs, reads)
-    return np.where(grid.read > grid.computed, found, 0.0)
-
-
-def _select_widths(architecture: Architecture, select: SelectSpec, embed: int) -> SelectWidths:
-    """The numbers of a selection at a width of the stream."""
-    widths = select_widths(architecture, select)
-    return replace(widths, reads=min(widths.reads, embed), stream=embed)
-
-
-def weight_bytes(
-    architecture: Architecture, choices: Choices, grid: Grid, embed: int, precision: Precision
-) -> Numbers:
-    """The bytes of the weights of each option in a file, estimated, (pairs, options).
-
-    Args:
-        architecture: The network.
-        choices: The sub-layer.
-        grid: Its token numbers, which make no difference.
-        embed: Channels of the stream.
-        precision: Of the weights.
-    """
-    select = choices.selection
-    if select is not None:
-        widths = _select_widths(architecture, select, embed)
-        params = 0 if select.predictor is None else predictor_params(select, widths)
-        return np.full(grid.possible.shape, 4.0 * params)
-    if choices.mixes:
-        heads, qk, v = choices.sizes
-        outputs = heads * (2 * qk + v) + embed
-        numbers = embed * heads * (2 * qk + 2 * v)
-    else:
-        outputs = choices.sizes[0] + embed
-        numbers = 2 * embed * choices.sizes[0]
-    each = WEIGHT_BYTES[precision]
-    # Biases and norms beside the matrices; in int8 a scale and a zero point for each output.
-    beside = (2 if precision == "fp16" else 4) * (outputs + 2 * embed)
-    beside = beside + (5 * outputs if precision == "int8" else 0)
-    total = np.where(choices.gone, 0.0, each * numbers + beside + SUB_LAYER_BYTES)
-    return np.broadcast_to(total, grid.possible.shape).astype(np.float64)
-
-
-def peak_numbers(choices: Choices, grid: Grid, embed: int) -> Numbers:
-    """The numbers that each option has in memory at most, (pairs, options).
-
-    The residual stream, and the inputs and outputs of one operator at a time.
-
-    Args:
-        choices: The sub-layer.
-        grid: Its token numbers.
-        embed: Channels of the stream.
-    """
-    n, m = grid.read, grid.computed
-    if choices.selection is not None:
-        return np.asarray((2 * n + m) * embed, dtype=np.float64)
-    if choices.mixes:
-        heads, qk, v = choices.sizes
-        inputs = (n + m) * heads * qk + n * heads * v
-        scores = heads * m * n
-        rows = (
-            n * embed + inputs,
-            inputs + scores,
-            scores + (n + m) * heads * v,
-            m * heads * v + m * embed,
-        )
-        peak = np.maximum.reduce(rows)
-    else:
-        peak = m * embed + m * choices.sizes[0]
-    return np.where(choices.gone, 0.0, n * embed + peak).astype(np.float64)
+    return Stage(choices.name, grid.pairs, times, choices.losses[None] + grid.leaving)

@@ -13,11 +13,13 @@ from ...targets.cost_table import CostTable
 from ..network.architecture import Architecture
 from ..oneshot.allocation import Option
 from ..oneshot.choice import true_errors
+from ..tokens.counts import STEM
 from .chain import Chain, chain_of, total
 from .losses import Losses
 from .problem import (
     Levels,
     activation_bytes,
+    stem_choices,
     sublayer_choices,
     token_levels,
     weight_precision,
@@ -169,6 +171,8 @@ class _Search:
         """The sub-layers at each width of the stream."""
         precision = weight_precision(self.table, self.options.precision)
         choices = sublayer_choices(self.architecture, self.losses, chosen)
+        if self.levels.free and STEM in self.losses.tokens:
+            choices = [stem_choices(self.architecture), *choices]
         given = self.architecture, self.losses, choices, self.levels, self.table, precision
         return [chain_of(*given, stream) for stream in self.widths()]
 
@@ -284,6 +288,7 @@ class _Search:
 
     def _solution(self, chain: Chain, plan: Plan) -> Solution:
         options, counts = {}, list(self.architecture.step_tokens(last_queries=False))
+        embedded = self.architecture.tokens
         loss, latency = 0.0, 0.0
         rows = zip(chain.choices, chain.grids, chain.times, plan.choices, strict=True)
         for choices, grid, times, (pair, option) in rows:
@@ -291,16 +296,20 @@ class _Search:
             time = float(times[pair, option])
             loss += error + float(grid.leaving[pair, 0])
             latency += time
+            if choices.embeds:
+                embedded = int(grid.computed[pair, 0])
+                continue
             if choices.selection is not None:
                 continue
             counts[choices.step] = int(grid.computed[pair, 0])
-            if choices.branch.name in self.losses.sublayers:
-                options[choices.branch.name] = Option(choices.widths[option], error, time)
+            if choices.name in self.losses.sublayers:
+                options[choices.name] = Option(choices.widths[option], error, time)
         size = total(chain.bytes, plan) + chain.ends_bytes
         table = self.table
         return Solution(
             options=options,
-            counts=tuple(np.minimum.accumulate(counts).tolist()),
+            stem_tokens=embedded,
+            counts=tuple(np.minimum.accumulate([embedded, *counts]).tolist()[1:]),
             embed=chain.embed,
             latency_ms=None if table is None else table.corrected_ms(latency + chain.ends_ms),
             loss=loss + chain.stream_loss,

@@ -95,14 +95,23 @@ def network_shape(architecture: Architecture, removed: Collection[str] = ()) -> 
         select_shape(found, select, before, tokens)
         for select, before, tokens in select_inputs(found, counts)
     ]
-    filled = found.read_width(found.stem_writes)
     return NetworkShape(
         embed=found.embed,
         tokens=found.tokens,
-        pixels=max(1, math.ceil(stem_macs(found) / (found.patches * filled))),
-        classes=found.classes if found.head is not None else 1,
+        pixels=_stem_pixels(found),
+        classes=_classes(found),
         sublayers=tuple(shape for shape in shapes if shape is not None),
     )
+
+
+def _stem_pixels(architecture: Architecture) -> int:
+    """Multiply-adds of the stem for each patch and channel, rounded up."""
+    filled = architecture.read_width(architecture.stem_writes)
+    return max(1, math.ceil(stem_macs(architecture) / (architecture.patches * filled)))
+
+
+def _classes(architecture: Architecture) -> int:
+    return architecture.classes if architecture.head is not None else 1
 
 
 def latency_cost(table: CostTable) -> Cost:
@@ -126,6 +135,16 @@ def shape_ms(table: CostTable, embed: int, shape: SubLayerShape) -> float:
     return float(table.attention_ms(embed, *sizes))
 
 
-def ends_ms(table: CostTable, shape: NetworkShape, embed: int) -> float:
-    """The milliseconds of the stem and the head at a width of the stream."""
-    return float(table.ends_ms(embed, shape.tokens, shape.pixels, shape.classes))
+def ends_ms(table: CostTable, architecture: Architecture, embed: int, tokens: int) -> float:
+    """The milliseconds of the call, the stem and the head.
+
+    Args:
+        table: The cost table.
+        architecture: The network.
+        embed: Channels of the stream.
+        tokens: Tokens that the stem returns; it embeds no other patches.
+    """
+    patches = tokens - architecture.learned_tokens
+    # Which patches they are makes no difference. Layers in front of the patches compute all.
+    fewer = architecture.model_copy(update={"order": tuple(range(patches))})
+    return float(table.ends_ms(embed, tokens, _stem_pixels(fewer), _classes(architecture)))

@@ -23,7 +23,7 @@ class SolveOptions:
     """How `solve` searches.
 
     Attributes:
-        tokens: Whether tokens may leave, where the losses have some for them.
+        tokens: Whether tokens may leave, at the stem too, where the losses have some for them.
         round_to: Widths are multiples of it; used only for losses that `solve` makes itself.
         precision: Of the weights in `file_mb` and `peak_memory_mb`. None: that of the cost table,
             fp32 without one. Activations have that of the table.
@@ -78,6 +78,7 @@ class Solution:
 
     Attributes:
         options: The widths of each sub-layer by dimension, their loss, and their milliseconds.
+        stem_tokens: Tokens that the stem returns, prefix tokens included.
         counts: Tokens that the stream carries after each step, prefix tokens included.
         embed: Channels of the residual stream.
         latency_ms: The latency by the table; None without one.
@@ -88,6 +89,7 @@ class Solution:
     """
 
     options: Mapping[str, Option]
+    stem_tokens: int
     counts: tuple[int, ...]
     embed: int
     latency_ms: float | None

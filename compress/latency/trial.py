@@ -16,12 +16,15 @@ from ..network.architecture import Architecture
 from ..network.modules.model import CompactModel
 from ..oneshot.choice import priced
 from ..surgery.compactor import compact
+from ..tokens.counts import STEM
 from .losses import Losses, uniform_losses
 from .search import solve_architecture
 from .solution import Limits
 
 # Deviations of the logarithms of drawn losses: between dimensions, and of one within the network.
 BETWEEN, WITHIN = 1.0, 0.5
+# What is lost with a patch that never enters, times that with one which leaves at an attention.
+STEM_LOSS = 2.0
 
 
 def trial_network(
@@ -40,10 +43,10 @@ def trial_network(
         latency_ms: The latency by the table.
         table: The cost table.
         round_to: Kept widths are multiples of this.
-        tokens: Whether patches leave, too.
-        rng: Draws what a network loses with each dimension of each sub-layer, with tokens, and, in
-            every other network, with channels of the stream. None: with all alike, and the stream
-            stays.
+        tokens: Whether patches leave, too, at the stem or at attentions.
+        rng: Draws what a network loses with each dimension of each sub-layer, with tokens at the
+            stem and at attentions, and, in every other network, with channels of the stream. None:
+            with all alike, with patches at the stem twice as much, and the stream stays.
     """
     architecture = priced(start.architecture)
     if rng is None:
@@ -51,14 +54,14 @@ def trial_network(
     else:
         losses = _drawn_losses(architecture, round_to, rng)
     if tokens:
-        losses = replace(losses, tokens=_even_losses(architecture))
-        if rng is not None:
-            losses = losses.scaled({}, tokens=float(rng.lognormal(0.0, BETWEEN)))
+        every, stem = (1.0, 1.0) if rng is None else rng.lognormal(0.0, BETWEEN, 2).tolist()
+        losses = replace(losses, tokens=_token_losses(architecture, every, STEM_LOSS * stem))
     with contextlib.suppress(InputError):
         found = solve_architecture(architecture, losses, Limits(latency_ms), table)
         mask = found.mask()
         if tokens:
-            entries = {**mask.kept, "token": _first_tokens(architecture, found.counts)}
+            counts = (found.stem_tokens, *found.counts)
+            entries = {**mask.kept, "token": _first_tokens(architecture, counts)}
             mask = StructuredMask(entries, scale=mask.scale)
         last = bool(architecture.pooled_prefix) or None
         return compact(start, mask, last_queries=last).eval()
@@ -77,20 +80,21 @@ def _drawn_losses(architecture: Architecture, round_to: int, rng: np.random.Gene
         size, weight = architecture.embed, len(losses.sublayers) * rng.lognormal(0.0, BETWEEN)
         widths = range(round_to * (size // 4 // round_to + 1), size, round_to)
         stream = {width: float(weight * (1 - width / size) ** 2) for width in widths}
-        losses = replace(losses, embed=stream)
+        losses = replace(losses, embed=stream, embed_order=torch.arange(size))
     return losses
 
 
-def _even_losses(architecture: Architecture) -> dict[int, list[float]]:
-    """The square of the share of tokens that leave, at each attention."""
+def _token_losses(architecture: Architecture, factor: float, stem: float) -> dict[int, list[float]]:
+    """The square of the share of tokens that leave, times a factor; `stem` times it at the stem."""
     size = architecture.tokens
-    row = [((size - count) / size) ** 2 for count in range(size + 1)]
-    return dict.fromkeys(architecture.attention_steps(), row)
+    row = [factor * ((size - count) / size) ** 2 for count in range(size + 1)]
+    found = dict.fromkeys(architecture.attention_steps(), row)
+    return {STEM: [stem * each for each in row], **found}
 
 
 def _first_tokens(architecture: Architecture, counts: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Token sets of these numbers behind each step."""
-    sizes = list(token_sites(architecture).items())[1:]
+    """Token sets of these numbers behind the stem and each step."""
+    sizes = list(token_sites(architecture).items())
     # At least one patch is left, which the head need not read.
     least = architecture.prefix + 1
     return {

@@ -161,8 +161,10 @@ def refit(
     for number in range(len(found.model.steps)):
         while wanted.position < depths[number]:
             wanted.advance()
-        count = found.queries or found.batches[0].shape[1]
-        tokens = None if places is None else places[:count]
+        tokens = None if places is None else places[: found.queries or found.batches[0].shape[1]]
+        if tokens is not None:
+            # Both streams begin with what is carried furthest.
+            tokens = tokens[: int((tokens < wanted.batches[0].shape[1]).cumprod(0).sum())]
         target = _Target(wanted, channels, following_constants(found.model, number), tokens)
         inner: list[Tensor] | None = None
         for branch in found.step:
@@ -200,13 +202,11 @@ def with_output_biases(model: CompactModel) -> CompactModel:
 
 
 def _shared_places(source: CompactModel, result: CompactModel) -> Tensor | None:
-    """For each token behind the stem of `result` its place in `source`; None if all are equal."""
-    if result.architecture.token_places == source.architecture.token_places and (
-        source.architecture.drops_tokens or not result.architecture.drops_tokens
-    ):
+    """For each token behind the stem of `result` its place in `source`; None if none leaves."""
+    if not result.architecture.drops_tokens and not source.architecture.drops_tokens:
         return None
     places = result.architecture.places_in(source.architecture)
-    if source.architecture.drops_tokens or places is None:
+    if places is None:
         raise InputError(
             "compensate: tokens leave the dense network itself; give the network before the token "
             "mask"
@@ -356,7 +356,7 @@ class _Target:
     stream: Stream
     channels: Tensor | None
     constants: Tensor
-    # The places in the dense stream of the tokens that the step computes; None: all.
+    # The places in the dense stream of the first tokens that the step computes; None: all.
     tokens: Tensor | None = None
 
     def batch(self, number: int) -> Tensor:
@@ -380,13 +380,15 @@ def _refit(
     fit, held_out = (_Gram(linear.in_features, linear.out_features) for _ in range(2))
     scale = _scale(branch)
     for number, (x, inner, update) in enumerate(found.inner(branch)):
-        rest = wanted.batch(number) - _with_siblings(branch, found, x, number)
+        rest = wanted.batch(number)
+        rest = rest - _with_siblings(branch, found, x, number)[:, : rest.shape[1]]
         if branch.writes is not None:
             rest = rest.index_select(-1, branch.writes)
-        assert rest.shape[:2] == update.shape[:2]
+        assert rest.shape[1] <= update.shape[1]
         if kept is not None and (number + 1) * inner.numel() * inner.element_size() <= KEPT_BYTES:
             kept.append(inner)
-        (held_out if number % HELD_OUT == HELD_OUT - 1 else fit).add(inner, rest / scale)
+        part = held_out if number % HELD_OUT == HELD_OUT - 1 else fit
+        part.add(inner[:, : rest.shape[1]], rest / scale)
         held_out.shift = fit.shift
     weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
     everything = fit + held_out if held_out.count else fit

@@ -1,9 +1,10 @@
 """The masks at the freeze: rounded to multiples that a target computes fast, within the budget.
 
 Under a latency the dynamic programme of `compress.latency` rounds: it chooses the width of the
-stream, of every sub-layer, and the numbers of tokens that lose the least saliency within the
-budget, where one price leaves a part of the budget unused. Units that are kept by the price stay
-before all others. Sub-layers are removed during training, one at a time; at the freeze they are
+stream, of every sub-layer, and the numbers of tokens, those that the stem embeds among them, that
+lose the least saliency within the budget, where one price leaves a part of the budget unused. Units
+that are kept by the price stay before all others; patches that it keeps out of the stem do not
+return. Sub-layers are removed during training, one at a time; at the freeze they are
 removed only if the budget cannot be met otherwise.
 """
 
@@ -31,6 +32,7 @@ from ..network.select_specs import scoring_branches
 from ..oneshot.budgets import Precision
 from ..surgery.plan import Plan, plan
 from ..surgery.rounding import snap
+from ..tokens.counts import STEM
 
 # A latency that exceeds a budget by this share is equal to it, in another order of summation.
 EQUAL = 1e-9
@@ -239,22 +241,27 @@ class _Problem:
         )
 
     def _token_losses(self) -> dict[int, list[float]]:
-        """The loss of each number of tokens behind each attention, where tokens are learned."""
+        """The loss of each number of tokens at the stem and behind each attention, if learned."""
         architecture, places = self.base.architecture, self._places
+        if self.first_patches is None:
+            return {}
         steps = [row[0].step for row in self.base.branches]
-        found: dict[int, list[float]] = {}
+        found = {STEM: self._row(places[0], self.first_patches)}
         for number in architecture.attention_steps():
             later = [place for place in places if self._reader(place) > steps[number]]
-            if later and self.first_patches is not None:
-                order = self._leaving(later[0], self.first_patches)
-                sums = self.solver.saliency[later[0]][order].clamp(min=0.0).cumsum(0).tolist()
-                sums = [0.0, *sums]
-                most = len(order)
-                found[number] = [
-                    sums[min(most, max(0, most + architecture.prefix - count))]
-                    for count in range(architecture.tokens + 1)
-                ]
+            if later:
+                found[number] = self._row(later[0], self.first_patches)
         return found
+
+    def _row(self, place: int, present: Tensor) -> list[float]:
+        """The loss of each number of tokens at a place, where some patches are present."""
+        order, prefix = self._leaving(place, present), self.base.architecture.prefix
+        sums = [0.0, *self.solver.saliency[place][order].clamp(min=0.0).cumsum(0).tolist()]
+        most = len(order)
+        return [
+            sums[min(most, max(0, most + prefix - count))]
+            for count in range(self.base.architecture.tokens + 1)
+        ]
 
     def _leaving(self, place: int, present: Tensor) -> Tensor:
         """The patches that are present at a place, from the first to leave to the last."""
@@ -292,29 +299,32 @@ class _Problem:
                 for curve in losses.sublayers[group.site].curves:
                     if curve.dimension == group.dimension:
                         chosen[number] = curve.keep(option.widths[group.dimension])
-        return self._with_tokens(chosen, solution.counts)
+        return self._with_tokens(chosen, (solution.stem_tokens, *solution.counts))
 
     def _with_tokens(self, chosen: list[Tensor], counts: Sequence[int]) -> list[Tensor]:
-        """The nested sets of patches for the tokens behind each step."""
+        """The nested sets of patches for the tokens behind the stem and each step."""
         if self.first_patches is None:
             return chosen
         _, every = self.gates.split(range(len(self.gates.groups)))
-        steps = [row[0].step for row in self.base.branches]
-        before = (self.base.architecture.tokens, *counts)
-        present, alive = self.first_patches, self._places
+        alive = self._places
+        # Places in front of the first reader that is left have what it reads.
+        present = self._read_at(alive[0], self.first_patches, counts)
         for place in every:
-            size = self.gates.groups[place].size
             if place in alive:
-                # The number of steps that are left before the reader.
-                number = sum(step < self._reader(place) for step in steps)
-                count = before[number] - self.base.architecture.prefix
-                order = self._leaving(place, present)
-                # Behind the last attention only what the head reads is left, and nothing reads it.
-                keep = torch.zeros(size, dtype=torch.bool)
-                keep[order[len(order) - max(1, min(count, len(order))) :]] = True
-                present = keep
-            chosen[place] = present[:size].clone()
+                present = self._read_at(place, present, counts)
+            chosen[place] = present[: self.gates.groups[place].size].clone()
         return chosen
+
+    def _read_at(self, place: int, present: Tensor, counts: Sequence[int]) -> Tensor:
+        """The patches that are read at a place, of those that are present before it."""
+        # The number of steps that are left before the reader.
+        number = sum(row[0].step < self._reader(place) for row in self.base.branches)
+        count = counts[number] - self.base.architecture.prefix
+        order = self._leaving(place, present)
+        # Behind the last attention only what the head reads is left, and nothing reads it.
+        keep = torch.zeros(self.gates.groups[place].size, dtype=torch.bool)
+        keep[order[len(order) - max(1, min(count, len(order))) :]] = True
+        return keep
 
     def frozen(self, kept: list[Tensor], removed: tuple[str, ...]) -> Frozen:
         """Masks with their latency by the table and the saliency that they lose."""

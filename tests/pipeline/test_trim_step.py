@@ -237,7 +237,7 @@ BESIDE = ["masks.latency=0.9", 'masks.cost_table="costs.json"']
         ([*CLOSED_FORM, "masks.target_runtime=tvm"], "target_runtime needs a budget of millisec"),
         (
             [*CLOSED_FORM, "masks.latency_ms=0.001", 'masks.cost_table="costs.json"'],
-            "masks.latency_ms = 0.001: the smallest latency that can be reached is 0.02",
+            "masks.latency_ms = 0.001: the smallest latency that can be reached is 0.01",
         ),
         (
             [*CLOSED_FORM, *BESIDE, "masks.file_mb=0.001"],

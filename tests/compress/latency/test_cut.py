@@ -16,6 +16,7 @@ from vitrim.compress.latency.cut import LatencyCut, LatencyCuts, LatencyOptions
 from vitrim.compress.latency.shapes import network_shape
 from vitrim.compress.masks.masked import masked
 from vitrim.compress.surgery.compactor import compact, output_error
+from vitrim.compress.tokens.counts import STEM
 
 TABLE = latency_table()
 
@@ -101,7 +102,7 @@ def test_losses_of_tokens_fall_with_their_number(cuts: LatencyCuts) -> None:
         return all(left >= right for left, right in pairwise(row))
 
     losses = cuts.token_losses()
-    assert list(losses) == list(cuts.source.architecture.attention_steps())
+    assert list(losses) == [STEM, *cuts.source.architecture.attention_steps()]
     assert all(falls(row) for row in losses.values())
     assert cuts.token_losses() is losses
 

@@ -21,10 +21,18 @@ from vitrim.compress.latency.programme import (
 )
 
 
-def stages(seed: int, count: int, levels: int, options: int, *, whole: bool) -> list[Stage]:
-    """Attentions, at which the token level may fall, and FFNs in turn."""
+def stages(
+    seed: int, count: int, levels: int, options: int, *, whole: bool, stem: bool = False
+) -> list[Stage]:
+    """Attentions, at which the token level may fall, and FFNs in turn; a stem before them."""
     rng = np.random.default_rng(seed)
     found = []
+    if stem:
+        falling = np.sort(20 * rng.random((levels, 1)), axis=0)[::-1]
+        # What no choice changes is outside the chain.
+        times = np.floor(falling) if whole else falling - falling[-1]
+        pairs = tuple((0, j) for j in range(levels))
+        found.append(Stage("stem", pairs, times, rng.random((levels, 1))))
     for number in range(count):
         mixes = number % 2 == 0
         pairs = tuple((i, j) for i in range(levels) for j in range(i, levels) if mixes or i == j)
@@ -72,11 +80,11 @@ sizes = st.tuples(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 2), s
 
 
 @settings(max_examples=60)
-@given(sizes, st.integers(1, 60))
+@given(sizes, st.integers(1, 60), st.booleans())
 def test_it_is_as_good_as_brute_force_where_times_are_whole_bins(
-    size: tuple[int, int, int, int], budget: int
+    size: tuple[int, int, int, int], budget: int, stem: bool
 ) -> None:
-    chain = stages(*size, whole=True)
+    chain = stages(*size, whole=True, stem=stem)
     losses = [plan.loss for plan in every_plan(chain) if plan.time <= budget]
     found = solve_stages(chain, float(budget), bins=budget)
     assert (found is None) == (not losses)
@@ -85,11 +93,11 @@ def test_it_is_as_good_as_brute_force_where_times_are_whole_bins(
 
 
 @settings(max_examples=60)
-@given(sizes, st.floats(0.05, 1.2))
+@given(sizes, st.floats(0.05, 1.2), st.booleans())
 def test_the_budget_holds_and_the_bound_is_one(
-    size: tuple[int, int, int, int], share: float
+    size: tuple[int, int, int, int], share: float, stem: bool
 ) -> None:
-    chain = stages(*size, whole=False)
+    chain = stages(*size, whole=False, stem=stem)
     plans = every_plan(chain)
     budget = share * max(plan.time for plan in plans if math.isfinite(plan.time))
     within = [plan.loss for plan in plans if plan.time <= budget]

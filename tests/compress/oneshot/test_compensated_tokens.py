@@ -74,12 +74,44 @@ def test_widths_are_compensated_in_a_network_whose_tokens_leave() -> None:
     assert fitted.architecture.order == shorter.architecture.order
 
 
-def test_a_dense_network_that_drops_other_tokens_is_refused() -> None:
+def test_a_network_that_drops_more_tokens_is_compensated_at_those_that_both_carry() -> None:
     model = dense()
     shorter = compact(model, token_mask(model)).eval()
     again = compact(shorter, StructuredMask.random(shorter, {"token": 0.5}, seed=9)).eval()
+    assert again.architecture.token_places != shorter.architecture.token_places
+    fitted, fits = compensate(again, shorter, images())
+    assert fits
+    assert sum(fit.after for fit in fits) < sum(fit.before for fit in fits)
+    before = compare_features(shorter, again, images())
+    after = compare_features(shorter, fitted.eval(), images())
+    assert after.cosine > before.cosine
+
+
+def test_a_dense_network_without_tokens_of_the_compact_one_is_refused() -> None:
+    model = dense()
+    shorter = compact(model, token_mask(model)).eval()
     with pytest.raises(InputError, match="give the network before the token mask"):
-        compensate(again, shorter, images(4))
+        compensate(model, shorter, images(4))
+
+
+@pytest.mark.parametrize("removed", [(0,), (4,), (2, 4), (0, 2, 4)])
+def test_attentions_at_which_tokens_leave_may_be_removed(removed: tuple[int, ...]) -> None:
+    """Tokens then leave elsewhere: at the stem, or not at all where the head reads one."""
+    model, size = dense(), 17
+    sets = {
+        model.architecture.branches[step].name: torch.arange(size) < count
+        for step, count in ((0, 12), (2, 7), (4, 1))
+    }
+    shorter = compact(model, StructuredMask({"token": sets})).eval()
+    names = [shorter.architecture.branches[number].name for number in removed]
+    mask = StructuredMask({"block": dict.fromkeys(names, torch.zeros(1, dtype=torch.bool))})
+    cut = compact(shorter, mask, last_queries=True).eval()
+    with torch.no_grad():
+        assert relative_error(cut(images(2)), masked(shorter, mask)(images(2))) < 1e-5
+    _, fits = compensate(cut, shorter, images())
+    assert len(fits) == 6 - len(removed)
+    assert all(fit.after <= fit.before for fit in fits)
+    assert sum(fit.after for fit in fits) < sum(fit.before for fit in fits)
 
 
 def test_a_network_whose_tokens_leave_is_trimmed_to_a_budget() -> None:

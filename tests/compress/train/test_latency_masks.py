@@ -138,6 +138,36 @@ def test_a_sub_layer_leaves_at_the_freeze_only_where_the_budget_needs_it() -> No
         round_to_latency(solver, solver.gates.kept(), Limits(1.02 * least_ms), pinned)
 
 
+@pytest.mark.parametrize("gone", [False, True], ids=["all attentions", "the first one removed"])
+def test_patches_leave_at_the_stem_at_the_freeze(gone: bool) -> None:
+    solver = problem(3, tokens=True)
+    if gone:
+        solver.gates.remove_branch(solver.architecture.branches[0].name)
+    # Embedding patches costs more than all else, and sub-layers stay.
+    dear = latency_table(costs_ms=COSTS | {"stem": 1e-3})
+    rounding = Rounding(dear, 4, removable=())
+    everything = solver.gates.kept()
+    whole = plan(solver.architecture, solver.gates.mask(everything)).architecture
+    whole_ms = dear.latency_ms(network_shape(whole))
+    least_ms = least_latency_ms(solver, everything, rounding)
+    assert least_ms < 0.2 * whole_ms
+    counts = []
+    for share in (0.5, 0.25, 1.02 * least_ms / whole_ms):
+        found = round_to_latency(solver, everything, Limits(share * whole_ms), rounding)
+        # Law 9: the sets are nested, which the plan of the mask validates.
+        cut = plan(solver.architecture, solver.gates.mask(found.kept)).architecture
+        assert found.latency_ms == pytest.approx(dear.latency_ms(network_shape(cut)))
+        assert found.latency_ms <= share * whole_ms * (1 + 1e-9)
+        assert not found.removed
+        _, sets = solver.gates.split(found.kept)
+        assert cut.tokens == cut.prefix + int(sets[0].sum())
+        counts.append(cut.tokens)
+    assert solver.architecture.tokens >= counts[0] > counts[1] > counts[2]
+    # Patches that the learned gates keep out of the stem do not return.
+    again = round_to_latency(solver, found.kept, Limits(2 * whole_ms), rounding)
+    assert torch.equal(solver.gates.split(again.kept)[1][0], sets[0])
+
+
 def test_a_file_size_is_a_budget_beside_the_latency() -> None:
     solver = problem(1, tokens=False)
     everything = solver.gates.kept()
