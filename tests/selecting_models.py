@@ -53,7 +53,7 @@ def divided(
 
 
 # Timm's models whose scores depend on the places of patches, and what is particular to each.
-POSITIONED = {
+POSITIONED: dict[str, tuple[str, dict[str, Any]]] = {
     "rope": ("eva02_tiny_patch14_224", {"global_pool": "token"}),
     "rope behind registers": ("vit_small_patch16_dinov3", {}),
     "rope of each head": ("vit_small_patch16_rope_mixed_224", {"global_pool": "token"}),

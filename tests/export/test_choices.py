@@ -259,7 +259,7 @@ def test_torchs_own_graph_gathers_positions_as_whole_rows(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_tvm_verifies_the_positions_of_each_image(tmp_path: Path, precision: str) -> None:
+def test_tvm_verifies_the_positions_of_each_image(tmp_path: Path, precision: Any) -> None:
     pytest.importorskip("tvm")
     options: dict[str, Any] = {"runtime": "tvm", "batch": 2, "images": noise(8)}
     model = positioned_selection("relative bias", sharpness=1)
