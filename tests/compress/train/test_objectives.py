@@ -449,7 +449,7 @@ def test_patches_really_leave_in_training_and_validation_keeps_the_target(
     seen: list[int] = []
     select = model.selects[1]
     assert isinstance(select, Select)
-    select.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    select.register_forward_hook(lambda module, inputs, output: seen.append(output[0].shape[1]))
     task = SelectionTask(model, objective(method, teacher, alone=True))
     fit(task, stripes(), training(), tmp_path)
     prefix = architecture.prefix
