@@ -174,7 +174,7 @@ def features(x: Tensor, prefix: int) -> Tensor:
         x: The stream before the last selection.
         prefix: Number of tokens in front of the patches.
     """
-    tokens = [x[:, :1]] if prefix else []
+    tokens = [x[:, :1].float()] if prefix else []
     found = torch.cat([*tokens, x[:, prefix:].float().mean(dim=1, keepdim=True)], dim=1)
     return (found - found.mean(dim=-1, keepdim=True)).flatten(1)
 

@@ -37,6 +37,8 @@ def test_features_are_the_first_token_and_the_mean_patch() -> None:
     assert torch.allclose(features(x, 2)[:, :4], first - first.mean(1, keepdim=True), atol=1e-6)
     assert torch.allclose(features(x, 2)[:, 4:], mean - mean.mean(1, keepdim=True), atol=1e-6)
     assert features(x, 0).shape == (3, 4)
+    # Also of networks in other precisions, since weights of a prediction are in single precision.
+    assert features(x.double(), 2).dtype == features(x.half(), 2).dtype == torch.float32
 
 
 def test_tokens_that_were_centred_give_the_same_prediction() -> None:
@@ -87,19 +89,20 @@ def test_each_image_is_predicted_by_a_fit_to_the_others(monkeypatch: pytest.Monk
     monkeypatch.setattr(bucket_rules, "_RIDGES", (0.05,))
     inputs, noise = numbers(30, 3), numbers(30, 1, seed=1)
     wanted = inputs.sum(1, keepdim=True) + noise
-    found, others = fit_divergence(inputs, wanted)
+    learned, others = fit_divergence(inputs, wanted)
     scaled = (inputs - inputs.mean(0)) / inputs.std(0, correction=0)
     design = torch.cat([scaled, torch.ones(30, 1)], dim=1).double()
     penalty = torch.diag(torch.tensor([1.5, 1.5, 1.5, 0.0])).double()
 
     def solved(rows: list[int]) -> Tensor:
         part = design[rows]
-        return torch.linalg.solve(part.T @ part + penalty, part.T @ wanted[rows])
+        found: Tensor = torch.linalg.solve(part.T @ part + penalty, part.T @ wanted[rows])
+        return found
 
     for place in range(30):
         rest = solved([number for number in range(30) if number != place])
         assert torch.allclose(others[place], design[place] @ rest)
-    assert torch.allclose(predicted(found, inputs), design @ solved(list(range(30))), atol=1e-5)
+    assert torch.allclose(predicted(learned, inputs), design @ solved(list(range(30))), atol=1e-5)
 
 
 @given(st.data())
