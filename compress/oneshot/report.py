@@ -183,7 +183,7 @@ def compare_features(
     Returns:
         Cosine similarities, the error and, with a head, the agreement of the top-1 classes.
     """
-    cosines, patches, same = 0.0, 0.0, 0
+    cosines, patches, same, comparable = 0.0, 0.0, 0, True
     pairs: list[tuple[Tensor, Tensor]] = []
     kept = kept_patches(dense.architecture, compact.architecture)
     with torch.no_grad():
@@ -194,13 +194,16 @@ def compare_features(
             rows = patch_features(dense, wanted)
             if kept is not None:
                 rows = rows.index_select(1, kept)
-            patches += _cosines(rows, readback_patches(patch_features(compact, found)))
+            left = readback_patches(patch_features(compact, found))
+            comparable = comparable and left.numel() > 0 and left.shape == rows.shape
+            patches += _cosines(rows, left)
             if dense.head is not None:
                 classes = dense.classify(wanted).argmax(dim=-1)
                 same += int((classes == compact.classify(found).argmax(dim=-1)).sum())
     total = len(images)
     agreement = None if dense.head is None else same / total
-    patch_cosine = None if kept is not None and not len(kept) else patches / total
+    # Where no patch is left, or none that both have, there is nothing to compare.
+    patch_cosine = patches / total if comparable else None
     return Check(total, cosines / total, patch_cosine, agreement, _feature_error(pairs))
 
 

@@ -60,6 +60,8 @@ def test_where_all_patches_leave_there_is_no_cosine_of_patches() -> None:
     found = compare_features(model, cut, images())
     assert found.patch_cosine is None
     assert found.cosine > 0.9
+    # Also beside a network that they leave, too, as that before the widths are cut.
+    assert compare_features(cut, cut, images()).patch_cosine is None
 
 
 def test_widths_are_compensated_in_a_network_whose_tokens_leave() -> None:
