@@ -27,7 +27,7 @@ from .artifact import ARTIFACT, Artifact, entry_for
 from .cross_target import cross_target
 from .export_run import ExportRun, first_batch
 from .forms import Form, form_named, write_network
-from .forms.buckets import CHOSEN, BucketRule, join_buckets
+from .forms.buckets import CHOSEN, join_buckets
 from .forms.select import random_places
 from .graphs.candidates import int8_weight_bits, readable
 from .graphs.known_forms import best_form
@@ -246,18 +246,7 @@ def bucketed_graph(
         write_network(model.fixed(count), form, batch=1, **options)
         for count in model.buckets.counts
     ]
-    spec = model.selection.spec
-    return join_buckets(
-        graphs,
-        model.buckets.counts,
-        selection=spec.name,
-        rule=BucketRule(
-            model.buckets,
-            predicted=spec.scorer == "predictor",
-            prefix=model.architecture.prefix,
-            tokens=model.tokens_before,
-        ),
-    )
+    return join_buckets(graphs, model)
 
 
 def _form(model: BucketedModel, request: ExportRequest) -> tuple[Form, str]:

@@ -162,6 +162,12 @@ def static_steps(architecture: Architecture) -> int:
     return architecture.selects[0].at if architecture.selects else len(architecture.steps)
 
 
+def reads_positions_behind(architecture: Architecture, steps: int) -> bool:
+    """Whether a sub-layer behind so many steps reads which tokens of the stem it gets."""
+    behind = (branch for step in architecture.steps[steps:] for branch in step)
+    return any(branch.reads_positions for branch in behind)
+
+
 def selected_tokens(architecture: Architecture, step: int, tokens: Any) -> Any:
     """Number of the tokens that are left after the selections before a step."""
     for select in architecture.selects:

@@ -103,6 +103,11 @@ class BucketedModel(nn.Module):
         return cast(Select, self.network.selects[-1])
 
     @property
+    def predicted(self) -> bool:
+        """Whether its scores are those of a predictor, which count as probabilities."""
+        return self.selection.spec.scorer == "predictor"
+
+    @property
     def tokens_before(self) -> int:
         """Number of tokens before the last selection."""
         counts = (self.architecture.tokens, *self.architecture.step_tokens(last_queries=False))
@@ -246,8 +251,7 @@ class BucketedModel(nn.Module):
     def _covered(self, scores: Tensor) -> Tensor:
         """(batch, patches) -> (batch, buckets), float64."""
         scores = scores.double()
-        predicted = self.selection.spec.scorer == "predictor"
-        masses = scores.sigmoid() if predicted else scores.clamp(min=0)
+        masses = scores.sigmoid() if self.predicted else scores.clamp(min=0)
         held = masses.sort(dim=-1, descending=True).values.cumsum(-1)
         last = torch.tensor(self.buckets.counts, device=scores.device) - 1
         return held[:, last] / held[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
@@ -360,9 +364,8 @@ def bucketed(
             changed["coverage"] = coverage_of(threshold_for(needs, found.counts, mean_patches))
     else:
         learned, needs = result.learned(images, progress)
-        threshold = threshold_for(needs, found.counts, mean_patches)
-        changed["divergence"] = learned.model_copy(update={"threshold": threshold})
-        changed["coverage"] = None
+        threshold = {"threshold": threshold_for(needs, found.counts, mean_patches)}
+        changed |= {"divergence": learned.model_copy(update=threshold), "coverage": None}
     found = found.model_copy(update=changed)
     result.buckets = found.model_copy(update={"shares": shares_of(needs, found.threshold)})
     return result

@@ -17,7 +17,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ...compress.tokens.bucket_rules import Buckets, Divergence
+from ...compress.tokens.bucket_rules import Divergence
+from ...compress.tokens.buckets import BucketedModel
 from ...core.errors import UnsupportedModel
 from ..graphs.model_proto import EXTERNAL_ABOVE_BYTES, INDICES
 
@@ -26,20 +27,12 @@ from ..graphs.model_proto import EXTERNAL_ABOVE_BYTES, INDICES
 FORCED, CHOSEN, KEPT = "bucket", f"buckets{INDICES}", "kept"
 
 
-def join_buckets(
-    graphs: Sequence[onnx.ModelProto],
-    counts: Sequence[int],
-    *,
-    selection: str,
-    rule: BucketRule,
-) -> onnx.ModelProto:
+def join_buckets(graphs: Sequence[onnx.ModelProto], model: BucketedModel) -> onnx.ModelProto:
     """Join the graphs of all buckets.
 
     Args:
         graphs: For each bucket the graph of one image, `images` -> `logits`, in one form.
-        counts: The number of patches of each, increasing.
-        selection: Name of the last selection.
-        rule: How the bucket of an image is chosen.
+        model: The network.
 
     Returns:
         A graph `images` -> `logits` and `kept` (1,); the value `CHOSEN` holds the patches that were
@@ -48,6 +41,7 @@ def join_buckets(
     Raises:
         UnsupportedModel: The weights of all branches exceed the limit of one file.
     """
+    counts, selection = model.buckets.counts, model.selection.spec.name
     parts = [_Parts.of(graph, selection) for graph in graphs]
     written = [[node.SerializeToString() for node in part.shared] for part in parts]
     if any(each != written[0] for each in written):
@@ -64,7 +58,7 @@ def join_buckets(
     graph.initializer.extend(
         tensor for tensor in graphs[-1].graph.initializer if tensor.name in read
     )
-    _Conditions(graph, counts).write(parts[-1], rule)
+    _Conditions(graph, model).write(parts[-1])
     branches = [
         _branch(each, part.rest, count, selection)
         for each, part, count in zip(graphs, parts, counts, strict=True)
@@ -92,23 +86,6 @@ def join_buckets(
             "ONNX file; use fewer buckets, or int8"
         )
     return joined
-
-
-@dataclass(frozen=True)
-class BucketRule:
-    """How the bucket of an image is chosen.
-
-    Attributes:
-        buckets: The coverage, or the prediction of a divergence.
-        predicted: Whether scores are those of a predictor, which count as probabilities.
-        prefix: Tokens of the stream before the patches.
-        tokens: Tokens of the stream before the selection; further rows have no meaning.
-    """
-
-    buckets: Buckets
-    predicted: bool
-    prefix: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -151,21 +128,22 @@ class _Conditions:
 
     Args:
         graph: Gets the nodes.
-        counts: The number of patches of each bucket.
+        model: The network, with the rule of its buckets.
     """
 
-    def __init__(self, graph: onnx.GraphProto, counts: Sequence[int]) -> None:
-        self.graph, self.counts = graph, counts
+    def __init__(self, graph: onnx.GraphProto, model: BucketedModel) -> None:
+        self.graph, self.model, self.counts = graph, model, model.buckets.counts
 
-    def write(self, parts: _Parts, rule: BucketRule) -> None:
+    def write(self, parts: _Parts) -> None:
         """Write the conditions, and the input that forces a bucket."""
         graph = self.graph
         graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), FORCED))
         graph.input.append(helper.make_tensor_value_info(FORCED, TensorProto.INT64, []))
-        if rule.buckets.divergence is None:
-            enough = self._covering(parts.scores, rule)
+        divergence = self.model.buckets.divergence
+        if divergence is None:
+            enough = self._covering(parts.scores)
         else:
-            enough = self._near(parts, rule, rule.buckets.divergence)
+            enough = self._near(parts, divergence)
         free = self._node("Equal", [FORCED, self._constant("free", 0, np.int64)], "chosen")
         for count, each in zip(self.counts, enough, strict=False):
             own = self._constant(f"count.{count}", count, np.int64)
@@ -173,11 +151,11 @@ class _Conditions:
             both = self._node("And", [free, each], f"suffices.{count}")
             self._node("Or", [both, forced], f"is.{count}")
 
-    def _covering(self, scores: str, rule: BucketRule) -> list[str]:
+    def _covering(self, scores: str) -> list[str]:
         """Whether the best patches of each bucket hold enough of the scores."""
-        masses = self._node("Sigmoid" if rule.predicted else "Relu", [scores], "masses")
+        masses = self._node("Sigmoid" if self.model.predicted else "Relu", [scores], "masses")
         total = self._node("ReduceSum", [masses], "total", keepdims=0)
-        share = self._constant("coverage", rule.buckets.coverage, np.float32)
+        share = self._constant("coverage", self.model.buckets.coverage, np.float32)
         least = self._node("Mul", [total, share], "least")
         sizes = [masses, self._constant("most", [self.counts[-2]], np.int64)]
         best = self._node("TopK", sizes, "best", axis=-1)
@@ -190,28 +168,24 @@ class _Conditions:
             found.append(self._node("GreaterOrEqual", [held, least], f"enough.{count}"))
         return found
 
-    def _near(self, parts: _Parts, rule: BucketRule, divergence: Divergence) -> list[str]:
+    def _near(self, parts: _Parts, divergence: Divergence) -> list[str]:
         """Whether the logits of each bucket are predicted to be near those of the last."""
+        architecture = self.model.architecture
         axis = self._constant("axis", [parts.token_axis], np.int64)
-        ends = [
-            self._constant(name, [place], np.int64)
-            for name, place in (
-                ("patches.start", rule.prefix),
-                ("patches.end", rule.tokens),
-            )
-        ]
-        patches = self._node("Slice", [parts.stream, *ends, axis], "patches")
+
+        def rows(start: int, end: int, name: str) -> str:
+            ends = [self._constant(f"{name}.{each}", [each], np.int64) for each in (start, end)]
+            return self._node("Slice", [parts.stream, *ends, axis], name)
+
+        patches = rows(architecture.prefix, self.model.tokens_before, "patches")
         features = self._node("ReduceMean", [patches, axis], "mean", keepdims=1)
-        if rule.prefix:
-            ends = [self._constant(f"first.{place}", [place], np.int64) for place in (0, 1)]
-            first = self._node("Slice", [parts.stream, *ends, axis], "first")
-            features = self._node("Concat", [first, features], "features", axis=-1)
-        parts_read = 2 if rule.prefix else 1
-        embed = len(divergence.weights[0]) // parts_read
-        weights = divergence.centred_weights(embed).reshape(len(divergence.weights), -1)
+        if architecture.prefix:
+            inputs = [rows(0, 1, "first"), features]
+            features = self._node("Concat", inputs, "features", axis=-1)
+        weights = divergence.centred_weights(architecture.embed)
         found = []
         for count, row, bias in zip(self.counts, weights, divergence.bias, strict=False):
-            column = self._constant(f"weights.{count}", row[:, None], np.float32)
+            column = self._constant(f"weights.{count}", row.reshape(-1, 1), np.float32)
             product = self._node("MatMul", [features, column], f"product.{count}")
             one = self._node("ReduceSum", [product], f"predicted.{count}", keepdims=0)
             most = self._constant(f"most.{count}", divergence.threshold - bias, np.float32)

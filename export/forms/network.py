@@ -21,7 +21,7 @@ from ...compress.network.architecture import (
 )
 from ...compress.network.modules.model import CompactModel
 from ...compress.network.named_outputs import OutputSpec, needs_all_tokens
-from ...compress.network.select_specs import scoring_branches
+from ...compress.network.select_specs import reads_positions_behind, scoring_branches
 from ...compress.surgery.stream_form import choose_stream_form
 from ...core.errors import InputError, UnsupportedModel
 from . import centring
@@ -235,8 +235,7 @@ class _StepWriter:
             rows = self._rows_of(count)
             chosen = self.selections.write(stream, number, self.tokens, rows - count, self.scored)
             self.tokens, self.rows = count, rows
-            behind = (branch for step in architecture.steps[at:] for branch in step)
-            if any(branch.reads_positions for branch in behind):
+            if reads_positions_behind(architecture, at):
                 before = self.positions
                 self.positions = chosen if before is None else before.of(self.graph, chosen)
 

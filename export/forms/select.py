@@ -113,13 +113,12 @@ class SelectionWriter:
             )
         # Padding is appended behind a fused token.
         behind = 0 if spec.fused else padding
-        count = prefix + spec.patches + behind
         if spec.scorer == "random":
-            kept = [*range(prefix), *(prefix + place for place in self.places[name])]
-            index = graph.constant(f"{name}.rows", np.array([*kept, *[0] * behind], np.int64))
+            kept = [*range(prefix), *(prefix + place for place in self.places[name]), *[0] * behind]
+            index = graph.constant(f"{name}.rows", np.array(kept, np.int64))
             x = stream.read(name)
             stream.value = graph.node("Gather", [x, index], f"{name}.kept", axis=self._token_axis)
-            return Positions(index, count, by_image=False)
+            return Positions(index, len(kept), by_image=False)
         if spec.scorer == "predictor":
             scores = self._predictor_scores(stream, number, tokens)
         else:

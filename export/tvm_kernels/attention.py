@@ -5,6 +5,7 @@ The scores of a few queries stay in the nearest cache.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from .product import product
 from .quantization import Quantizer, store_function
 from .schedule import Schedule, Shape, Tile
 
+# The softmax uses powers of two; this factor of the scores makes them powers of e.
+LOG2_E = math.log2(math.e)
 # Below any score, and far from overflow.
 _LOWEST_SCORE = -1e30
 

@@ -86,7 +86,7 @@ class ChooseNear:
 
 
 def choose_near(spec: ChooseNear, lanes: Lanes) -> Any:
-    """The kernel: (mean row, weights, most (buckets - 1,), [stream]) -> the place (1,), int32.
+    """The kernel: (mean row, weights, most (buckets - 1,), [first row]) -> the place (1,), int32.
 
     The weights of a bucket are those of the first row, if it is read, and of the mean row.
     """

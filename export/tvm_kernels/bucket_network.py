@@ -13,6 +13,7 @@ import numpy as np
 
 from ...compress.network.modules.select import Select
 from ...compress.network.named_outputs import needs_all_tokens
+from ...compress.network.select_specs import reads_positions_behind
 from ...compress.tokens.bucket_rules import Divergence
 from ...compress.tokens.buckets import BucketedModel
 from .bucket_choice import ChooseBucket, ChooseNear, choose_bucket, choose_near
@@ -97,7 +98,7 @@ class _BucketWriter(NetworkWriter):
             patches=stream.rows - self.last.prefix,
             counts=buckets.counts,
             coverage=buckets.coverage,
-            predicted=self.last.spec.scorer == "predictor",
+            predicted=self.model.predicted,
             source=scores.layout,
         )
         return self.program.call(
@@ -136,7 +137,7 @@ class _BucketWriter(NetworkWriter):
         counts = architecture.step_tokens(last_queries=not needs_all_tokens(architecture, ()))
         with self.program.branch(), self.emitter.branch():
             count = self.model.buckets.counts[number]
-            positioned = self.positioned(self.last.spec.at)
+            positioned = reads_positions_behind(architecture, self.last.spec.at)
             stream, _ = keep_rows(
                 self.emitter, stream, self.last, scores, count, positioned=positioned
             )

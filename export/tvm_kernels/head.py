@@ -9,7 +9,7 @@ import numpy as np
 
 from ...compress.network.architecture import Architecture
 from ...compress.network.named_outputs import OutputSpec
-from .attention import Attend
+from .attention import LOG2_E, Attend
 from .emitter import Emitter, Epilogue
 from .key_packing import HeadColumns
 from .matrices import (
@@ -26,7 +26,6 @@ from .matrices import (
 )
 from .outputs import write_output
 from .packing import padded_heads
-from .positions import LOG2_E
 from .program import Value
 from .row_kernels import first_columns, largest_of_rows
 from .sublayers import ffn, norm_keys

@@ -19,6 +19,7 @@ from ...compress.network.modules.select import Select
 from ...compress.network.named_outputs import OutputSpec, needs_all_tokens, steps_needed
 from ...compress.network.select_specs import (
     ATTENTION_SCORERS,
+    reads_positions_behind,
     scoring_attention,
     scoring_branches,
 )
@@ -222,17 +223,12 @@ class NetworkWriter:
                 state, scored = self.selection(number, before)
                 scores = patch_scores(self.emitter, stream, select, state, scored)
                 kept = select.spec.patches
-                positioned = self.positioned(count)
+                positioned = reads_positions_behind(self.architecture, count)
                 stream, chosen = keep_rows(
                     self.emitter, stream, select, scores, kept, positioned=positioned
                 )
                 self.chosen.append(chosen)
         return stream
-
-    def positioned(self, count: int) -> bool:
-        """Whether a sub-layer behind `count` steps reads the positions of its tokens."""
-        behind = (branch for step in self.architecture.steps[count:] for branch in step)
-        return any(branch.reads_positions for branch in behind)
 
     def selection(self, number: int, before: Stream) -> tuple[State, ScoringAttention | None]:
         """The parameters of a selection, and the attention that scores its patches, if any.

@@ -6,7 +6,6 @@ selection keeps others of each image.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +15,13 @@ from tvm.tirx.script import builder as T
 
 from ...compress.network.architecture import AttentionSpec
 from ...compress.network.modules.relative_bias import offsets
+from .attention import LOG2_E
 from .emitter import Emitter
 from .lanes import Expr, Lanes, bind
 from .loops import over_threads, share_bounds
 from .matrices import Positions, State, Stream
 from .program import Value
 from .rope import Rotate, rotate_heads
-
-# The softmax uses powers of two; this factor of the scores makes them powers of e.
-LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from ...compress.network.architecture import AttentionSpec, BranchSpec, SelectSp
 from ...compress.network.modules.select import Select, first_places
 from ...compress.network.select_specs import folds_keys
 from ...runtimes.tvm_engine import CHOICE_KERNEL
+from .attention import LOG2_E
 from .emitter import Emitter, Epilogue
 from .head_norm import HeadNorm
 from .key_packing import HeadColumns
 from .matrices import Matrix, ProductInput, State, Stream, affine, linear, sub_state
-from .positions import LOG2_E, chosen_positions, score_bias
+from .positions import chosen_positions, score_bias
 from .program import Value
 from .sublayers import Columns, Projected, differential_lambda, project, read_stream
 from .token_choice import Choose, Gather, choose_patches, gather_rows

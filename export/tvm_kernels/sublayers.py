@@ -13,7 +13,7 @@ from ...compress.network.architecture import (
     FfnSpec,
     SelectSpec,
 )
-from .attention import Attend
+from .attention import LOG2_E, Attend
 from .emitter import Emitter, Epilogue
 from .head_norm import HeadNorm
 from .key_packing import HeadColumns
@@ -31,7 +31,7 @@ from .matrices import (
     linear,
 )
 from .packing import padded_heads
-from .positions import LOG2_E, rotate, score_bias
+from .positions import rotate, score_bias
 from .program import Value
 
 

@@ -100,8 +100,7 @@ class Attention(nn.Module):
         if self.kv_index is not None:
             k = k.index_select(1, self.kv_index)
         if self.rope is not None:
-            rows = None if positions is None else positions[:, : q.shape[-2]]
-            q, k = self.rope(q, rows), self.rope(k, positions)
+            q, k = self.rope(q, positions), self.rope(k, positions)
         return q, k
 
     def values(self, x: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class Rope(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rotate the patches in `x`, which may be only the first ones; keep the prefix tokens.
 
-        `positions`: which tokens of the stem they are, (batch, tokens). None: the first ones.
+        `positions`: which tokens of the stem they are, (batch, tokens or more). None: the first
+        ones.
         """
         count = x.shape[-2] - self.spec.prefix
         if count <= 0:
@@ -39,7 +40,7 @@ class Rope(nn.Module):
         if positions is None:
             cos, sin = self.table[:, 0, :count], self.table[:, 1, :count]
         else:
-            rows = positions[:, self.spec.prefix :] - self.spec.prefix
+            rows = positions[:, self.spec.prefix : x.shape[-2]] - self.spec.prefix
             # One gather of whole rows, as in `select.rows_of`.
             each = self.table.index_select(2, rows.flatten()).unflatten(2, (-1, count))
             cos, sin = each[:, 0].transpose(0, 1), each[:, 1].transpose(0, 1)
