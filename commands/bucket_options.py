@@ -79,18 +79,21 @@ class BucketOptions:
         return self.buckets is not None
 
     def __post_init__(self) -> None:
-        given = {"--mean-patches": self.mean_patches, "--coverage": self.coverage}
+        given = {
+            "--mean-patches": self.mean_patches,
+            "--coverage": self.coverage,
+            "--bucket-rule": self.bucket_rule,
+        }
         named = [option for option, value in given.items() if value is not None]
-        ruled = ["--bucket-rule"] if self.bucket_rule is not None else []
         if not self.selected:
-            for option in (*named, *ruled):
-                raise InputError(f"{option} belongs to --buckets; add --buckets {EXAMPLE}")
+            if named:
+                raise InputError(f"{named[0]} belongs to --buckets; add --buckets {EXAMPLE}")
             return
-        if ruled and self.coverage is not None:
+        if {"--bucket-rule", "--coverage"} <= set(named):
             raise InputError(
                 "--bucket-rule and --coverage: a coverage is a rule of its own; keep one of them"
             )
-        if len(named) != 1:
+        if len(set(named) - {"--bucket-rule"}) != 1:
             raise InputError("--buckets needs one of --mean-patches (with --data) and --coverage")
         self.counts()
 

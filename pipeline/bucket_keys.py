@@ -66,11 +66,10 @@ class BucketKeys(Section):
         Raises:
             ValueError: They contradict each other; the message names the key.
         """
-        ways = {name: getattr(self, name) for name in BUCKET_KEYS[1:3]}
-        given = {name: value for name, value in ways.items() if value is not None}
-        rule = {"token_bucket_rule": self.token_bucket_rule} if self.token_bucket_rule else {}
+        keys = {name: getattr(self, name) for name in BUCKET_KEYS[1:]}
+        given = {name: value for name, value in keys.items() if value is not None}
         if self.token_buckets is None:
-            for name, value in (given | rule).items():
+            for name, value in given.items():
                 raise ValueError(
                     f"{name} = {value} belongs to token_buckets; add the numbers of patches, "
                     "e.g. `token_buckets = [60, 98, 137]`"
@@ -82,12 +81,12 @@ class BucketKeys(Section):
                 f'token_buckets needs tokens = {", ".join(others)} or {last}; "{tokens}" fuses '
                 "the dropped patches into a token, so that their share of the scores is not lost"
             )
-        if len(given) != 1:
+        if len(given.keys() - {"token_bucket_rule"}) != 1:
             raise ValueError(
                 "`token_buckets` needs one of `token_mean_patches` and `token_coverage`, e.g. "
                 "`token_coverage = 0.9`"
             )
-        if rule and self.token_coverage is not None:
+        if {"token_bucket_rule", "token_coverage"} <= given.keys():
             raise ValueError(
                 "token_bucket_rule and token_coverage: a coverage is a rule of its own; keep one"
             )

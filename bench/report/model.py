@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...targets.catalog import present_name
-from ..results.buckets import bucket_tables
+from ..results.buckets import BucketTable, bucket_tables
 from ..results.measurement import Measurement, of_earlier_version
 
 SCHEMA = "vitrim.report/1"
@@ -53,10 +53,15 @@ class ModelEntry(_Part):
     artifacts: tuple[ArtifactEntry, ...] = ()
 
     @property
+    def buckets(self) -> tuple[BucketTable, ...]:
+        """The table of each artifact with all its buckets measured."""
+        measured = (each.measurement for each in self.artifacts)
+        return bucket_tables(each for each in measured if each is not None)
+
+    @property
     def one_each(self) -> tuple[ArtifactEntry, ...]:
         """The artifacts; of one with all its buckets measured, a single entry with the bound."""
-        measured = [each.measurement for each in self.artifacts if each.measurement is not None]
-        tables = bucket_tables(measured)
+        tables = self.buckets
         first = {id(table.measurements[0]): table.bound for table in tables}
         others = {id(each) for table in tables for each in table.measurements[1:]}
         found = [each for each in self.artifacts if id(each.measurement) not in others]

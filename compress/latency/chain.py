@@ -123,11 +123,12 @@ def chain_of(
         ends = 0.0
     else:
         times = [milliseconds(architecture, *pair, table, embed) for pair in pairs]
-        ends = ends_ms(table, architecture, embed, architecture.tokens)
         if choices and choices[0].embeds:
             # What no choice changes is outside the chain, where times are rounded up.
             ends = float(times[0].min())
             times[0] = times[0] - ends
+        else:
+            ends = ends_ms(table, architecture, embed, architecture.tokens)
     empty = architecture.model_copy(update={"steps": (), "selects": ()})
     return Chain(
         embed=embed,

@@ -183,27 +183,27 @@ def compare_features(
     Returns:
         Cosine similarities, the error and, with a head, the agreement of the top-1 classes.
     """
-    cosines, patches, same, comparable = 0.0, 0.0, 0, True
+    cosines, same = 0.0, 0
+    # None where no patch is left, or none that both have.
+    patches: list[float | None] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     kept = kept_patches(dense.architecture, compact.architecture)
     with torch.no_grad():
         for part in images.split(16):
             wanted, found = last_stream(dense, part), last_stream(compact, part)
             pairs.append((features(dense, wanted), readback(features(compact, found))))
-            cosines += _cosines(*pairs[-1])
+            cosines += _cosines(*pairs[-1]) or 0.0
             rows = patch_features(dense, wanted)
             if kept is not None:
                 rows = rows.index_select(1, kept)
-            left = readback_patches(patch_features(compact, found))
-            comparable = comparable and left.numel() > 0 and left.shape == rows.shape
-            patches += _cosines(rows, left)
+            patches.append(_cosines(rows, readback_patches(patch_features(compact, found))))
             if dense.head is not None:
                 classes = dense.classify(wanted).argmax(dim=-1)
                 same += int((classes == compact.classify(found).argmax(dim=-1)).sum())
     total = len(images)
     agreement = None if dense.head is None else same / total
-    # Where no patch is left, or none that both have, there is nothing to compare.
-    patch_cosine = patches / total if comparable else None
+    known = [each for each in patches if each is not None]
+    patch_cosine = sum(known) / total if len(known) == len(patches) else None
     return Check(total, cosines / total, patch_cosine, agreement, _feature_error(pairs))
 
 
@@ -234,9 +234,9 @@ def last_stream(model: CompactModel, images: Tensor) -> Tensor:
     return stream.batches[0]
 
 
-def _cosines(wanted: Tensor, found: Tensor) -> float:
-    """The sum over the batch of the mean cosine similarity; 0 where there are no vectors."""
+def _cosines(wanted: Tensor, found: Tensor) -> float | None:
+    """The sum over the batch of the mean cosine similarity; None where nothing can be compared."""
     if not wanted.numel() or wanted.shape != found.shape:
-        return 0.0
+        return None
     each = torch.cosine_similarity(wanted, found, dim=-1)
     return float(each.reshape(len(wanted), -1).mean(dim=1).sum())

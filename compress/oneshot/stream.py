@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,15 +197,9 @@ def recorded_attention(core: Attention) -> Iterator[list[tuple[Tensor, Tensor, T
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     attend: Callable[..., Tensor] = core.attend
 
-    def recording(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keep: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
+    def recording(q: Tensor, k: Tensor, v: Tensor, *others: Any, **named: Any) -> Tensor:
         found.append((q, k, v))
-        return attend(q, k, v, keep, positions)
+        return attend(q, k, v, *others, **named)
 
     core.attend = recording  # type: ignore[method-assign]
     try:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ...bench.report.model import ArtifactEntry, Report
-from ...bench.results.buckets import bucket_tables
 from ...compress.network.architecture import Architecture
 from ...compress.network.count import count_macs, count_params
 from ...compress.network.files import ARCHITECTURE, read_architecture
@@ -76,18 +75,13 @@ def read_figures(run_folder: Path) -> tuple[dict[str, Cell], list[Column]]:
             entry = report.models[name]
             for figure in ("top1", "params", "macs"):
                 found[f"{figure}{suffix}"] = getattr(entry, figure)
-            measured = [each.measurement for each in entry.artifacts if each.measurement]
-            means = {table.name: table.mean_s for table in bucket_tables(measured)}
+            means = {table.name: table.mean_s for table in entry.buckets}
             for artifact in entry.one_each:
-                values = _artifact_figures(artifact)
+                values = _artifact_figures(artifact, means)
                 prefix = artifact_prefix(name, artifact.runtime, artifact.precision)
                 found |= {f"{prefix}_{key}": value for key, value in values.items()}
-                columns += _artifact_columns(prefix, name, artifact)
-                own = artifact.measurement
-                mean_s = None if own is None else means.get(own.name)
-                if mean_s is not None:
-                    found[f"{prefix}_mean_ms"] = round(1e3 * mean_s, 6)
-                    columns.append(_mean_column(prefix, name, artifact))
+                listed = _artifact_columns(prefix, name, artifact)
+                columns += [column for column in listed if column.name in found]
     return found, columns
 
 
@@ -172,9 +166,15 @@ def artifact_prefix(model: str, runtime: str, precision: str) -> str:
     return Planned(model, runtime, precision).name.replace("-", "_")  # type: ignore[arg-type]
 
 
-def _artifact_figures(artifact: ArtifactEntry) -> dict[str, Cell]:
+def _artifact_figures(
+    artifact: ArtifactEntry, means: Mapping[str, float | None]
+) -> dict[str, Cell]:
+    """The figures of an artifact; `means` has seconds of those with buckets, by their names."""
     measured = artifact.measurement
+    mean_s = None if measured is None else means.get(measured.name)
+    mean = {} if mean_s is None else {"mean_ms": round(1e3 * mean_s, 6)}
     return {
+        **mean,
         "ms": None if measured is None else round(1e3 * measured.summary().p50_s, 6),
         "top1": None if measured is None else measured.top1,
         "bytes": artifact.bytes,
@@ -186,16 +186,16 @@ def _artifact_columns(prefix: str, model: str, artifact: ArtifactEntry) -> list[
     what = f"{model} model, {artifact.runtime}, {artifact.precision}"
     return [
         Column(f"{prefix}_ms", "figure", "REAL", f"{what}: median latency in milliseconds"),
+        Column(
+            f"{prefix}_mean_ms",
+            "figure",
+            "REAL",
+            f"{what}: median latency of an image in its bucket, the mean over images, milliseconds",
+        ),
         Column(f"{prefix}_top1", "figure", "REAL", f"{what}: test accuracy, 0 to 1", True),
         Column(f"{prefix}_bytes", "figure", "INTEGER", f"{what}: bytes of its files"),
         Column(f"{prefix}_memory_bytes", "figure", "INTEGER", f"{what}: memory beyond the runtime"),
     ]
-
-
-def _mean_column(prefix: str, model: str, artifact: ArtifactEntry) -> Column:
-    what = f"{model} model, {artifact.runtime}, {artifact.precision}"
-    text = f"{what}: median latency of an image in its bucket, the mean over images, milliseconds"
-    return Column(f"{prefix}_mean_ms", "figure", "REAL", text)
 
 
 def _seconds(steps: Mapping[str, Any]) -> float:

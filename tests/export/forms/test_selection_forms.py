@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,21 +64,25 @@ def names_of(model: CompactModel) -> tuple[str, ...]:
     return tuple(f"{spec.name}/indices" for spec in dynamic)
 
 
+def assert_equal_in(
+    forms: Sequence[Form], model: CompactModel, batch: Any = 1, count: int = 3
+) -> None:
+    """Compare the graph of each form with the network, on so many images."""
+    for form in forms:
+        graph = write_network(model, form, batch="batch" if batch == "dynamic" else batch)
+        assert error_of(model, graph, batch=batch, count=count) < 1e-5, form.name
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("widths", [False, True], ids=["tokens", "tokens and widths"])
 def test_every_form_selects_tokens_as_the_network_does(method: SelectMethod, widths: bool) -> None:
-    model = selecting(method, widths=widths)
-    for form in ALL_FORMS:
-        assert error_of(model, write_network(model, form)) < 1e-5, form.name
+    assert_equal_in(ALL_FORMS, selecting(method, widths=widths))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch", [7, "dynamic"])
 def test_each_image_of_a_batch_has_its_own_tokens(method: SelectMethod, batch: Any) -> None:
-    model = selecting(method)
-    for form in BATCH_FORMS[::2]:
-        graph = write_network(model, form, batch="batch" if batch == "dynamic" else batch)
-        assert error_of(model, graph, batch=batch, count=7) < 1e-5, form.name
+    assert_equal_in(BATCH_FORMS[::2], selecting(method), batch, count=7)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,18 +107,13 @@ def test_indices_are_the_choices_of_the_network(method: SelectMethod, form: Form
 def test_every_form_gathers_the_positions_of_the_tokens_that_stay(
     kind: str, method: SelectMethod
 ) -> None:
-    model = positioned_selection(kind, method)
-    for form in ALL_FORMS:
-        assert error_of(model, write_network(model, form)) < 1e-5, form.name
+    assert_equal_in(ALL_FORMS, positioned_selection(kind, method))
 
 
 @pytest.mark.parametrize("kind", POSITIONED)
 @pytest.mark.parametrize("batch", [7, "dynamic"])
 def test_each_image_of_a_batch_has_its_own_positions(kind: str, batch: Any) -> None:
-    model = positioned_selection(kind)
-    for form in BATCH_FORMS:
-        graph = write_network(model, form, batch="batch" if batch == "dynamic" else batch)
-        assert error_of(model, graph, batch=batch, count=7) < 1e-5, form.name
+    assert_equal_in(BATCH_FORMS, positioned_selection(kind), batch, count=7)
 
 
 @pytest.mark.parametrize("kind", ["rope", "relative bias"])
